@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from milora_vl.adapter import apply_milora
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.plan.simulate import Shape, simulate
@@ -139,7 +139,7 @@ def main() -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        install(base)
+        add_chunked_loss(base)
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
         with stage("step"):

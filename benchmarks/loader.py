@@ -23,7 +23,7 @@ from data import photo, records
 from milora_data.collate import ImageTextCollator
 from milora_data.records import parse_record
 from milora_vl import Policy, apply_milora, load_model
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.train.features import replay
@@ -72,7 +72,7 @@ def measured(folder: Path, steps: int, batches: int, batch_size: int) -> dict[st
     count = sum(1 for _ in loader)
     fed = count * batch_size / (time.perf_counter() - start)
 
-    assert install(base)
+    assert add_chunked_loss(base)
     model: Any = apply_milora(base, Policy.parse(POLICY)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:

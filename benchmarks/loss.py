@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from plan import status
 
 WORDS, LENGTH, WIDTH = 32000, 2048, 256
@@ -35,7 +35,7 @@ def model() -> Any:
     )
     torch.manual_seed(0)
     made = LlamaForCausalLM(config)
-    assert install(made)
+    assert add_chunked_loss(made)
     return made
 
 

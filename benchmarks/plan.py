@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.plan import cost
@@ -92,7 +92,7 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
-    install(base)
+    add_chunked_loss(base)
     if checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from milora_vl import train
-from milora_vl.recipe import arguments, settings
+from milora_vl.recipe import command_line
+from milora_vl.recipe.merge import merge_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs" / "reproduce.md", Path(__file__).with_name("reproduce.json")
@@ -107,7 +108,7 @@ def cost(devices: int, flags: list[str], folder: Path) -> Cost:
     finally:
         os.chdir(before)
     plan = text.getvalue()
-    recipe = settings.resolve(arguments.parse(flags)).recipe
+    recipe = merge_recipe(command_line.parse(flags)).recipe
     records = min(SETS[str(recipe.data.path)].records, recipe.data.limit or math.inf)
     batch = int(_found(r"^batch .* = (\d+)$", plan))
     steps = math.ceil(records / batch) * int(recipe.train["num_train_epochs"])

@@ -1,4 +1,4 @@
-"""MiLoRA for vision-language models: train minor singular components, keep the principal ones (arXiv:2406.09044).
+"""The public Python names, such as `Policy`, `apply_milora`, `load_model`; each is imported at its first use.
 
 The names below are the stable API. Each is imported at its first use, so that `import milora_vl` is fast. Importing has
 one side effect: transformers' Auto classes can load models with a timm tower (`milora_vl.models.auto_classes`).
@@ -61,4 +61,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-auto_classes.install()
+auto_classes.register_when_imported()

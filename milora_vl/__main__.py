@@ -1,4 +1,4 @@
-"""The console script `milora` and `python -m milora_vl`: all programs of this project.
+"""The console script `milora` and its menu of commands (`MENU`): `milora train` is `python -m milora_vl.train`.
 
 `milora train ...` runs `python -m milora_vl.train ...`; `milora data check ...` runs `python -m milora_data check ...`.
 """

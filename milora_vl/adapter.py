@@ -1,11 +1,11 @@
-"""Apply MiLoRA to a model (arXiv:2406.09044). The result is a PeftModel that any trainer accepts.
+"""`apply_milora` and `merge`: apply a policy to a model (arXiv:2406.09044). The result is a PeftModel for any trainer.
 
 The way of `apply_milora`, with the modules to read next:
 
 1. `Policy.parse_and_resolve` selects the modules, with method and rank       policy/resolve.py
 2. `initialize` decomposes each weight and returns A0 and B0                  initialize.py, svd/
 3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            lora/config.py
-4. `install` gives each factor a trained difference and the anchor            lora/install.py, lora/layers.py
+4. `install_factors` gives each factor a trained difference and the anchor            lora/install.py, lora/layers.py
 
 In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
 or a weight leaves the model unchanged.
@@ -26,7 +26,7 @@ from milora_vl.initialize import Initial, Progress, initialize
 from milora_vl.lora.base_check import precision, require_readable
 from milora_vl.lora.config import make_lora
 from milora_vl.lora.errors import AdapterError, require_module
-from milora_vl.lora.install import has_halves, install, lora_layer, set_dropout, trained_factors
+from milora_vl.lora.install import has_halves, install_factors, lora_layer, set_dropout, trained_factors
 from milora_vl.lora.peft_model import adopt
 from milora_vl.lora.protection import Protected, find_protected, kept_outside
 from milora_vl.lora.residual import make_residual, require_residual
@@ -123,7 +123,7 @@ def apply_targets(
         if target.rank is not None:
             set_dropout(lora_layer(tuned, target.path), "default", target.dropout)
     for path, factors in initial.items():
-        install(lora_layer(tuned, path), "default", factors.A0, factors.B0)
+        install_factors(lora_layer(tuned, path), "default", factors.A0, factors.B0)
     _project_plain_lora(tuned, protected)
     if form == "residual":
         drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}

@@ -1,4 +1,4 @@
-"""Recognize by its files what a folder holds: an adapter, a projector, a text model. Imports no torch.
+"""Recognize by its files what a folder holds (adapter, projector, text model), with the errors for a wrong folder.
 
 Other modules ask here instead of looking for the files. `adapters/source.py` tells the kinds of adapters apart.
 """

@@ -1,4 +1,4 @@
-"""Save and load adapters: stock PEFT files with milora.json beside them, checked against the base model.
+"""`save_adapter` and `load_adapter`: stock PEFT files with milora.json beside them, checked against the base model.
 
 The module names of a model may differ from those in the file, because HF's and LLaVA's layouts name the same modules
 differently. PEFT finds modules by the paths in the file, so `load_renamed` replaces the paths of config and weights
@@ -88,7 +88,7 @@ def load_adapter(
     """
     folder = Path(path)
     require_module(base)
-    require_adapter(folder)
+    require_readable_adapter(folder)
     if is_wrapped_by_peft(base):
         raise AdapterError(
             "this model already has an adapter",
@@ -142,7 +142,7 @@ def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
             ) from error
 
 
-def require_adapter(folder: Path) -> None:
+def require_readable_adapter(folder: Path) -> None:
     """Raise AdapterError unless the folder contains an adapter with readable config and weights."""
     problem = not_a_folder(folder)
     if problem is not None:

@@ -1,4 +1,4 @@
-"""Find the checkpoints of a run, and check which of them are complete. Imports no torch.
+"""Checkpoints of a run: list, newest, complete or cut off, checksums, removal of old ones (`save_total_limit`).
 
 A checkpoint is a folder of HF's Trainer: weights, optimizer, scheduler, random states of all processes and, written
 last, trainer_state.json. DeepSpeed stores the optimizer in a folder global_stepN, with a file per process. A checkpoint

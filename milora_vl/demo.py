@@ -1,4 +1,4 @@
-"""`milora demo`: fine-tune a small LLaVA on a CPU, evaluate it before and after, write a report.
+"""`milora demo`: its steps, as public commands: data set, training of a LLaVA, evaluation before and after, report.
 
 The steps are public commands, printed as they run. Each writes a file, so that an interrupted demo continues there.
 """

@@ -1,4 +1,4 @@
-"""Greedy answers in batches with `model.generate`; each picture is computed once for all questions about it.
+"""Generate greedy answers in batches: left padding, KV cache of a shared prefix, max_new_tokens, early end.
 
 Rows are padded on the left. The common prefix of all rows in a batch (usually system text and picture) is computed once
 per picture, and its key-value cache is repeated for the questions. Their padding is then between prefix and question.

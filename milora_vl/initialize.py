@@ -1,4 +1,4 @@
-"""Compute the initial factors A0 and B0 of all targets of a model (arXiv:2406.09044, section 3).
+"""Compute the initial factors A0 and B0 of all targets of a model, on all processes (arXiv:2406.09044, section 3).
 
 For W = U S V' and the r chosen triplets U_r (out, r), S_r (r,), V_r (in, r), with s = alpha / r:
 

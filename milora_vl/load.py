@@ -1,4 +1,4 @@
-"""Load a model with its processor and optionally an adapter of any origin."""
+"""`load_model`: a model, its processor and optionally an adapter of any origin; the same by the flags of a command."""
 
 from __future__ import annotations
 

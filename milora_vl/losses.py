@@ -21,7 +21,7 @@ If the head trains under ZeRO-3, and always under FSDP2, step 3 is left to autog
 >>> ids = torch.tensor([[1, 5, 6, 7]])
 >>> batch = {"input_ids": ids, "labels": torch.tensor([[IGNORE, IGNORE, 6, 7]])}
 >>> whole, count = summed_loss(model, batch, chunked=False)
->>> is_chunked = install(model)
+>>> is_chunked = add_chunked_loss(model)
 >>> chunked, _ = summed_loss(model, batch, chunked=is_chunked)
 >>> count, is_chunked, torch.allclose(whole, chunked)
 (2, True, True)
@@ -51,8 +51,8 @@ def summed_loss(model: nn.Module, inputs: dict[str, Any], *, chunked: bool) -> t
     """Return the summed cross-entropy in float32 and the number of supervised tokens.
 
     `inputs` contains labels (batch, length), with -100 where a position is not supervised. The labels are not passed to
-    the model, which would compute its own mean. `chunked` is the result of `install`; the model may be wrapped since.
-    For a batch without supervised tokens the loss is zero and attached to the graph.
+    the model, which would compute its own mean. `chunked` is the result of `add_chunked_loss`; the model may be wrapped
+    since. For a batch without supervised tokens the loss is zero and attached to the graph.
 
     The sum and the count are returned separately, so that gradient accumulation and data parallelism can divide by the
     number of tokens of the whole step.
@@ -65,7 +65,7 @@ def summed_loss(model: nn.Module, inputs: dict[str, Any], *, chunked: bool) -> t
     return _cross_entropy(model(**model_inputs)["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()), count
 
 
-def install(model: nn.Module) -> bool:
+def add_chunked_loss(model: nn.Module) -> bool:
     """Add the argument `supervised_labels` to the forward of a Hugging Face model; with it, forward returns the loss.
 
     Return False and change nothing if the model does not consist of an inner model and a head.

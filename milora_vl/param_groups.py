@@ -1,4 +1,4 @@
-"""Optimizer parameter groups: each trained parameter gets the learning rate and weight decay of its rule."""
+"""Optimizer parameter groups: learning rate and weight decay of each trained parameter, by its rule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MiLoRA for code that already called PEFT.
+"""`reinit_peft` and `restore_split`: MiLoRA for code that already called PEFT.
 
 `reinit_peft` initializes a new LoRA from singular components. `restore_split` restores the difference and the anchor
 of a MiLoRA adapter that stock PEFT has loaded.

@@ -1,4 +1,4 @@
-"""The models `tiny` and `tiny-text`: random weights in the layout of LLaVA-1.5 and Llama, for tests and first steps.
+"""The models `tiny` and `tiny-text` of random weights, in the layout of LLaVA-1.5 and Llama, for tests and first steps.
 
 `tiny` has 146 k parameters and the same modules as LLaVA-1.5: a CLIP tower (features of layer -2 without CLS), a
 two-layer projector and a Llama.

@@ -1,4 +1,4 @@
-"""Find the three towers of a model: language, projector and vision.
+"""Where a model has its towers (language, projector, vision): module paths of each family, blocks, head.
 
 LAYOUTS is a table of module paths. A model has the layout of the first row whose modules all exist. The table lists
 module paths and not the keys of checkpoints, because transformers renames keys, and PEFT matches modules.

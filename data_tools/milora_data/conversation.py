@@ -1,4 +1,4 @@
-"""Conversations as segments, rendered by one of our templates or by the tokenizer's own chat template.
+"""Conversations as supervised and unsupervised segments, by our templates or by the tokenizer's chat template.
 
 A chat template is a Jinja program that returns one text and does not mark the answers. To find them, it is run with
 placeholders as contents; the text is split at the placeholders, and the real contents are inserted. The result is

@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels.
+"""Encode a conversation to token ids and labels: the label (loss) mask, picture tokens, truncation at max_length.
 
 The text is rendered as segments that are either supervised or not, so the loss mask is known before tokenization.
 The result equals LLaVA's `preprocess_v1`, `preprocess_plain` and `preprocess_llama_2` (llava/train/train.py) on

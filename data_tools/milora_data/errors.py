@@ -1,4 +1,4 @@
-"""Errors that a user can fix. They are data (`Problem`), and one function, `render`, turns them into text.
+"""`Problem` (code, place, message, hint) and the error classes with problems; `render` turns them into text.
 
 The commands print them without a traceback (`command.run`); with `--format json` they print the data itself.
 """

@@ -1,4 +1,4 @@
-"""Whether the model hub can be asked at all."""
+"""Whether the model hub can be reached (offline mode, no name resolution), asked before slow retries."""
 
 from __future__ import annotations
 

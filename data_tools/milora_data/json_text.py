@@ -1,4 +1,4 @@
-"""Parse JSON that anybody may have written."""
+"""Parse JSON of unknown origin: nesting too deep for Python is a ValueError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exact lengths of records in tokens, including picture tokens; counted once and cached beside the data."""
+"""Lengths of records in tokens, including picture tokens; counted once and cached beside the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory that a loader process frees between batches."""
+"""Keep freed memory in a loader process (malloc settings), so that batches do not fetch it again from the system."""
 
 from __future__ import annotations
 

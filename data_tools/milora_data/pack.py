@@ -1,4 +1,4 @@
-"""Pack records into rows of a fixed length, so that nearly every position of a step is a real token.
+"""Pack records into rows of a fixed length (`data.packing`), so that nearly every position of a step is a real token.
 
 The collator converts each list of records to one row and separates the records by their positions.
 """

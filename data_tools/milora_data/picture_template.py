@@ -1,4 +1,4 @@
-"""Conversations with pictures in a model's own chat template, and the characters that are supervised.
+"""Chat templates of vision-language models: the text of a conversation, and which characters are supervised.
 
 A chat template is a Jinja program that returns one text and does not mark the answers. It runs with the texts of a
 record, and once per form of conversation with placeholders as texts. The text between the placeholders is the

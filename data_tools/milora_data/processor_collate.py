@@ -1,4 +1,4 @@
-"""Collate records with a model's own processor: for every vision-language model that transformers loads.
+"""Collate records with a model's own processor: the loss mask from character offsets, substitutes for broken pictures.
 
 The processor expands the placeholder of each picture and returns the tensors of its family; all of them are passed on
 under their own names, batched as the processor batches them. The loss mask is computed from characters: the chat

@@ -1,4 +1,4 @@
-"""The inputs of a model as its own processor makes them, and the number of tokens of a picture."""
+"""Call a model's own processor: its tensors, picture and video placeholders, the number of tokens of a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all collators share: policies for broken records, counts over loader processes, and substitutes."""
+"""The base class of collators: broken records (`bad_images`) raise, are replaced or skipped, and are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One record: LLaVA's format, and OpenAI's `messages` or TRL's `prompt` and `completion`, which are converted to it.
+"""`Record`: parse and check LLaVA's format, and OpenAI's `messages` or TRL's `prompt` and `completion`; tools, videos.
 
 Every error names file and line.
 

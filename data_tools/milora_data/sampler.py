@@ -1,4 +1,4 @@
-"""Group records of similar length into batches, which reduces padding.
+"""The sampler for batches of records of similar length (`group_by_length`): its order by seed and epoch, less padding.
 
 LLaVA's group_by_modality_length sorts by the number of words and ignores pictures; here a picture counts as its tokens.
 """

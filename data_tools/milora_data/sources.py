@@ -1,4 +1,4 @@
-"""Load a data set by name: JSON, tables, shards of `datasets`, or a weighted mixture of such sources."""
+"""`load_records`: a data set by name or path: JSON, tables, shards, the hub, or a weighted mixture of such sources."""
 
 from __future__ import annotations
 

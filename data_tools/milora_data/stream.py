@@ -1,4 +1,4 @@
-"""Stream records with `datasets`: its shards, shuffle buffer, split by node and worker, and interleaving.
+"""Stream records (`data.streaming`): shards, shuffle buffer and seed, split by node and worker, interleaving.
 
 Records are read when they are needed, so a data set may be larger than memory, or on the hub. Each row of the stream
 is a pickled `Record`, independent of the source's format, or a pickled `DataError` in place of a broken record.

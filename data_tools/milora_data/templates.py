@@ -1,4 +1,4 @@
-"""Prompt formats as data, and conversations rendered as supervised and unsupervised segments.
+"""The prompt formats (`--template vicuna_v1`, `llama_3`, ...) as data; a conversation's segments; `<image>`'s place.
 
 `vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` come from LLaVA (llava/conversation.py), `llama_3` from
 LLaVA-NeXT, `qwen` and `chatml` from the authors of the models, `alpaca` from Stanford Alpaca (MetaMath, PiSSA and

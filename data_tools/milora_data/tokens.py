@@ -1,4 +1,4 @@
-"""Properties of a tokenizer that the encoder needs; they are measured, not read from its configuration."""
+"""Measured properties of a tokenizer that the encoder needs (BOS, EOS, blanks); loads tokenizers."""
 
 from __future__ import annotations
 

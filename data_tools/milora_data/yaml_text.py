@@ -1,4 +1,4 @@
-"""Parse YAML that anybody may have written: plain data only, and no small text that expands without end."""
+"""Parse YAML of unknown origin: plain data only, and no small text that expands without end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmarks for LLaVA-style models: generate answers (resumable), score and compare them.
+"""The public Python names: `Benchmark`, `Item`, `run`, `score`, each imported at its first use.
 
 `python -m milora_eval --help` lists the commands. From Python:
 

@@ -1,4 +1,4 @@
-"""The base class of benchmarks: it loads items, scores one answer and summarises all answers.
+"""`Benchmark`, the base class: load items, make a prompt, score one answer, average with standard errors, submission.
 
 A new benchmark is one class with `name`, `files` and the methods `load` and `score`; everything else has defaults.
 Items carry everything that scoring needs, so stored answers can be scored again without the data and without a model.

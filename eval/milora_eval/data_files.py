@@ -1,4 +1,4 @@
-"""Read the official files of benchmarks. Errors about missing files say where to download them."""
+"""Find and read the official files of benchmarks (`--data`); errors say where to download missing ones."""
 
 from __future__ import annotations
 

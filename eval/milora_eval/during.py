@@ -1,4 +1,4 @@
-"""A small suite on a model that is training: its scores for the log, without files.
+"""Score a small suite on a model that is training (`--eval_suite_every`), for the log, without files.
 
 `milora_vl.train.evaluation.suites_of` imports this module by its name; milora_vl does not import milora_eval.
 """

@@ -1,4 +1,4 @@
-"""Grade free-form answers (MM-Vet, LLaVA-Bench) with a judge model: from a file or an OpenAI-compatible endpoint.
+"""Ask a judge model for grades (MM-Vet, LLaVA-Bench), from a file or an OpenAI-compatible server (timeout, no retry).
 
 Judgements are stored one per line in judgements.jsonl, in the folder of the answers. No answer is judged twice.
 """

@@ -1,4 +1,4 @@
-"""Standard errors and paired comparisons, clustered by picture.
+"""Formulas of standard errors, confidence intervals, bootstrap and paired tests, clustered by picture.
 
 `mean_stderr` and `clustered_stderr` agree with lmms-eval (lmms_eval/api/metrics.py): ddof 1, and clustering adds the
 cross terms within a cluster.

@@ -1,4 +1,4 @@
-"""Names of benchmarks and suites. Benchmarks are imported on first use.
+"""Names of benchmarks and suites (`llava-paper`, `text`), protocols (`gqa@official`), plugins.
 
 `module:Class` or a file names a benchmark that is not in the table. A name may carry a protocol: `gqa@official`.
 """

@@ -1,1 +1,1 @@
-"""Adapter folders of any origin: recognize them, read them, and load them onto a model."""
+"""Adapter folders of any origin: recognize, read and scale them, and load them onto a model."""

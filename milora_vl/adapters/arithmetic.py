@@ -1,4 +1,4 @@
-"""Scale an adapter, and add several: exact, on the tensors of their folders.
+"""Scale an adapter (`export --scale`), and add several (`--weights`): exact, on the tensors of their folders.
 
 An update scales by its alpha. Updates add by joined factors: s1 B1 A1 + s2 B2 A2 = s [s1/s B1, s2/s B2] [A1; A2].
 A module trained in full from W to W' becomes W + w (W' - W).
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_data.errors import UserError
-from milora_vl.adapters.imported import describe
+from milora_vl.adapters.imported import sidecar_of
 from milora_vl.adapters.plain import LowRank, PlainAdapter, more_than_factors, read_config, whole_modules
 
 
@@ -74,7 +74,7 @@ def combined(adapters: Sequence[PlainAdapter], weights: Sequence[float], base: n
         dropout=first.dropout,
         task_type=first.task_type,
     )
-    return replace(joined, sidecar=describe(joined, base, {}))
+    return replace(joined, sidecar=sidecar_of(joined, base, {}))
 
 
 def _joined(parts: Sequence[tuple[LowRank, float]]) -> LowRank:

@@ -1,4 +1,4 @@
-"""Convert adapters of other code: paths of the base model, and milora.json with the fingerprint of the base."""
+"""Convert loaded adapters of other code to ours: module paths, residual bases, milora.json, fingerprint."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def import_adapter(source: Source, base: nn.Module, base_name: str) -> Imported:
     _require_modules(adapter, base)
     require_copies(adapter, base)
     if adapter.sidecar is None:
-        adapter = replace(adapter, sidecar=describe(adapter, base, methods))
+        adapter = replace(adapter, sidecar=sidecar_of(adapter, base, methods))
     elif source.kind == "llava":  # trained by milora_vl in LLaVA's code, which stores the projector separately
         adapter = replace(adapter, sidecar=_with_whole(adapter.sidecar, adapter.whole, base))
     return Imported(replace(adapter, base=base_name), drift)
 
 
-def describe(adapter: PlainAdapter, base: nn.Module, methods: Mapping[str, RuleMethod]) -> Sidecar:
+def sidecar_of(adapter: PlainAdapter, base: nn.Module, methods: Mapping[str, RuleMethod]) -> Sidecar:
     """Return the sidecar of an adapter with sketches of `base`; the default method is `lora`."""
     towers, names = find_towers(base), canonical_names(base)
     targets, sketches = [], {}

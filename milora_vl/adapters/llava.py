@@ -1,4 +1,4 @@
-"""The layout of haotian-liu/LLaVA: `adapter_*` with its key names, `non_lora_trainables.bin`, its `config.json`.
+"""Read and write LLaVA's layout: `adapter_*` with its key names, `non_lora_trainables.bin`, its `config.json`.
 
 LLaVA's `load_pretrained_model` (llava/model/builder.py) loads the folders written here. The names follow transformers'
 convert_llava_weights_to_hf.py.

@@ -1,4 +1,4 @@
-"""A stock PEFT LoRA folder as plain tensors: factors by module, whole weights by name. Needs no base model.
+"""Read and write a PEFT LoRA folder as tensors, without a base model: factors by module, modules trained in full.
 
 Exports that need a base model (merged, residual) use a loaded model; all others use this.
 """

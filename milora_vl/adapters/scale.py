@@ -1,4 +1,4 @@
-"""Set the size of the finished update of a loaded model: half of it, all of it, or none, as often as needed."""
+"""Scale the update of a loaded model in place, again and again (`--scale` of chat and evaluation, `scales`)."""
 
 from __future__ import annotations
 

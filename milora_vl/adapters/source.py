@@ -19,7 +19,7 @@ from milora_vl.adapter_folders import (
     no_adapter_in,
     not_a_folder,
 )
-from milora_vl.adapter_io import require_adapter
+from milora_vl.adapter_io import require_readable_adapter
 from milora_vl.lora.sidecar import FILE_NAME
 
 Kind = Literal["ours", "plain", "llava", "residual"]
@@ -55,7 +55,7 @@ def find_source(folder: Path, residual: Path | None = None, initial: Path | None
         raise UserError(problems=[_no_adapter(folder)])
     for path in (trained, initial):
         if path is not None:
-            require_adapter(path)
+            require_readable_adapter(path)
     residual = residual or _residual_of(folder)
     if holds_llava_adapter(trained):
         return Source("llava", trained)

@@ -1,4 +1,4 @@
-"""Heat maps (layer x module) and curves of an analysis, in the style of the report. It uses only Matplotlib's Agg."""
+"""Heat maps (layer x module) and curves of an analysis, drawn with Matplotlib in the style of the report."""
 
 from __future__ import annotations
 

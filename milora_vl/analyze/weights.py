@@ -1,4 +1,4 @@
-"""The weights of a model, one matrix at a time. They are read from its files if possible, to save memory.
+"""Read the weights of a model from its files, one matrix at a time, without loading the model (to save memory).
 
 The keys in the files may differ from the module paths, because transformers renames weights on loading. Both have the
 same canonical names (`towers.canonical_names`), which match them.

@@ -1,4 +1,4 @@
-"""Run the base model on calibration batches, and find the protected inputs of each layer.
+"""Run the base model on calibration batches with hooks, sum C = E[x x'] of each layer input, find its protected inputs.
 
 The memory of C (in, in) decides how many layers one pass over the batches serves: all layers of a small model, a few
 blocks of a large one. A pass ends at its last layer. Nothing of the model changes.

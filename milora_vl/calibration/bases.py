@@ -1,4 +1,4 @@
-"""The input directions that hold a share of a layer's activation energy."""
+"""The protected input directions of a layer: eigenvectors of C that hold a share of its energy; frequent tokens."""
 
 from __future__ import annotations
 

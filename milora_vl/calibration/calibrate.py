@@ -1,4 +1,4 @@
-"""Find the protected inputs of a model, or read them from the cache."""
+"""Protected inputs of a model, from the cache or computed; warnings about too little calibration data."""
 
 from __future__ import annotations
 

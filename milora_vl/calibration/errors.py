@@ -1,4 +1,4 @@
-"""The error class of the calibration."""
+"""`CalibrationError`, the error class of the calibration."""
 
 from __future__ import annotations
 

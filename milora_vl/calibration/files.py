@@ -1,4 +1,4 @@
-"""Store protected inputs once per run. Checkpoints refer to the file by the hash of its content.
+"""Save, load and cache protected inputs (protected_inputs-*.safetensors); checkpoints refer to them by a content hash.
 
 The directions are stored and not found again, because sampled text and an energy share without a gap are not
 reproducible on another device.

@@ -1,4 +1,4 @@
-"""Open a picture that a user names, before the model loads or in a conversation."""
+"""Open the picture of a chat (`--image`, `/image`), with the errors for a missing or broken one."""
 
 from __future__ import annotations
 

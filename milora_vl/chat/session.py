@@ -1,4 +1,4 @@
-"""A conversation with a model: load it, answer one question, or read questions from the terminal."""
+"""`Chat`, a conversation with a model: load it, keep the turns, `/` commands, stream the words to the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m milora_vl.chat --web`: the same conversation on a page in the browser (gradio).
+"""`python -m milora_vl.chat --web`: the same conversation on a page in the browser (gradio); its address and port.
 
 With `--compare` the base model answers too. Both models see the conversation with the tuned model.
 """

@@ -1,4 +1,4 @@
-"""Compose a LLaVA in Hugging Face layout from a vision tower, a projector and a causal language model.
+"""`python -m milora_vl.compose`: make a LLaVA of a vision tower, a projector and a causal language model.
 
 `python -m milora_vl.compose --vision V --language L --output_dir O` writes a folder that is ready for stage 1, which
 trains the projector on captions (recipe pretrain-projector-llava).

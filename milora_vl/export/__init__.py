@@ -1,4 +1,4 @@
-"""Convert an adapter of any origin to another form: `python -m milora_vl.export`."""
+"""`python -m milora_vl.export`: convert an adapter of any origin to another form; `export` from Python."""
 
 from __future__ import annotations
 

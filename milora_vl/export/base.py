@@ -1,4 +1,4 @@
-"""The base model of an export: its config, weights and processor, each loaded on first use.
+"""The base model of an export, loaded on first use; saves it in shards (names for vLLM), its processor, remote code.
 
 An export gets the processor of the run folder (with the chat template of training), else of the base model.
 """

@@ -1,4 +1,4 @@
-"""The forms that an export can write, by the names of `--to`."""
+"""The forms that an export can write (`--to`): adapter, merged, residual, llava, gguf, gguf-lora, rank-N."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One export: read the adapter and write one form. The base weights load only if the form needs them."""
+"""One export: read the adapter, write one form, merge into the base (its dtype), name the written files."""
 
 from __future__ import annotations
 

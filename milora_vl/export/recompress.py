@@ -1,4 +1,4 @@
-"""Recompress an adapter to the nearest LoRA of lower rank: the truncated SVD of each change s (B A - B0 A0).
+"""Recompress an adapter to the nearest LoRA of a lower rank: truncated SVD of s (B A - B0 A0), and its error.
 
 The joined factors bound the rank of a change, so two thin QR decompositions and one small SVD suffice.
 """

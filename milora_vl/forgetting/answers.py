@@ -1,4 +1,4 @@
-"""The picture probe of forgetting: answers of the base model to questions outside the training task."""
+"""The picture probe of forgetting: drawn pictures, questions about them, and the base model's answers."""
 
 from __future__ import annotations
 

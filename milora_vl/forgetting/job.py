@@ -1,4 +1,4 @@
-"""Run one measurement: load the models, measure the probes, write forgetting.json and format the table."""
+"""Run one measurement of forgetting: load the models, measure the probes, write forgetting.json, format the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a tuned model against the predictions of its base model, over batches of any input."""
+"""Forgetting in nats per token: cross-entropy of a tuned model against its base's predictions, with its error."""
 
 from __future__ import annotations
 

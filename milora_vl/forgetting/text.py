@@ -1,4 +1,4 @@
-"""The text probes of forgetting: three books of the package, or samples of the base model."""
+"""The text probes of forgetting: three books of the package, or samples of the base model, with their seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's `get_peft_model` and `PeftModel.from_pretrained` with MiLoRA, for the code that calls them."""
+"""Replacements of PEFT's `get_peft_model` and `PeftModel.from_pretrained` that make MiLoRA adapters."""
 
 from __future__ import annotations
 

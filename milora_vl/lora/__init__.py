@@ -1,1 +1,1 @@
-"""The adapter on top of stock PEFT: layer classes (`layers`), PeftModel (`peft_model`), files and checks."""
+"""The adapter on top of stock PEFT: layer classes, PeftModel, milora.json, checks against the base model."""

@@ -1,4 +1,4 @@
-"""Write the files of a folder atomically: an interrupted save leaves the old files unchanged."""
+"""Save the files of an adapter folder atomically: an interrupted save leaves the old files unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Translate targets into PEFT's LoraConfig, let PEFT create the LoRA, and check the result module by module."""
+"""Translate targets into PEFT's LoraConfig (rank and alpha patterns, target modules), and let PEFT create the LoRA."""
 
 from __future__ import annotations
 

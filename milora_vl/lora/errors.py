@@ -1,4 +1,4 @@
-"""The error class for adapters."""
+"""`AdapterError`, the error class of adapters, and the check that a module can have one."""
 
 from __future__ import annotations
 

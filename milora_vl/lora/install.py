@@ -1,4 +1,4 @@
-"""Install the trained difference and the anchor in the layers that PEFT created, and read them back.
+"""Put D, E and the anchor into the LoRA layers that PEFT created, and read the factors back; dropout of a layer.
 
 `layers.py` explains both. PEFT stores factors in three ways (Linear and Conv2d modules, ParameterDicts of
 embeddings); the functions here hide the difference from the rest of the package.
@@ -64,7 +64,7 @@ def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
     layer.lora_dropout.train(was_training)
 
 
-def install(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
+def install_factors(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
     """Initialize an adapter of a layer: the differences are zero, the anchors A0 (r, in) and B0 (out, r)."""
     pairs = []
     for axis, (anchor, stock) in enumerate(zip((A0, B0), factors(layer, adapter), strict=True)):
@@ -104,7 +104,7 @@ def require_belongs(joined: Tensor, E: Tensor, B0: Tensor) -> None:
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
     """Initialize an adapter at the anchor of the adapter `source`. The anchor is a copy."""
     A0, B0 = (anchor.clone() for anchor in anchors_of(layer, source))
-    install(layer, adapter, A0, B0)
+    install_factors(layer, adapter, A0, B0)
 
 
 def unrecoverable(layer: LoraLayer, adapter: str, joined: Tensor | None = None) -> Tensor | None:

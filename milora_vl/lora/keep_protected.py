@@ -1,4 +1,4 @@
-"""Keep the update of adapters orthogonal to their protected directions while an optimizer trains them."""
+"""`keep_protected`: project gradients and steps of an optimizer off the protected directions (also ZeRO, FSDP2)."""
 
 from __future__ import annotations
 

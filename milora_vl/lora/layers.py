@@ -1,4 +1,4 @@
-"""LoRA factors of rank 2r that hold a trained difference and a frozen start, the anchor (arXiv:2406.09044).
+"""The forward pass of an adapter: LoRA factors of rank 2r with a trained difference and the anchor (arXiv:2406.09044).
 
 A layer with weight W computes
 

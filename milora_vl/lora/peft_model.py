@@ -1,4 +1,4 @@
-"""PEFT's model classes with a mixin that saves, adds and loads adapters with a trained difference and an anchor.
+"""PEFT's model classes with our mixin: save, add, load, delete and disable adapters; state dicts; protection.
 
 Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 """

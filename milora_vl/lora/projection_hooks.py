@@ -1,4 +1,4 @@
-"""The hooks that keep directions protected, and the guard that stops a training which does not.
+"""Hooks on parameters and optimizers that keep directions protected, and the guard that stops a training without them.
 
 The guard is a gradient hook on every protected factor. It raises until `keep_protected` has registered the optimizer,
 and again after a step of any other optimizer that holds the factor: such a step may have moved it inside.

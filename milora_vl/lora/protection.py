@@ -1,4 +1,4 @@
-"""Protected directions: the update of an adapter is kept orthogonal to them.
+"""Which directions an adapter protects, what is removed from its factors (I - V V'), and how its overlap is measured.
 
 They are the first k singular directions of a weight, on both sides, or the inputs of a layer that ordinary text and
 pictures use, on the input side alone (`milora_vl/calibration`).

@@ -1,1 +1,1 @@
-"""LLaVAs put together from parts, or read from LLaVA's original layout, and written once as a Hugging Face folder."""
+"""Models by name: load weights, configs and processors, compose LLaVAs of parts, quantized bases."""

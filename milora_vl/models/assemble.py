@@ -1,4 +1,4 @@
-"""Compose a vision tower, a projector and a causal language model into a LLaVA in Hugging Face's layout."""
+"""Compose a LLaVA in memory from vision tower, projector and language model; its config, processor, image token."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 
-def install() -> None:
+def register_when_imported() -> None:
     """Register the tower now, or when transformers' Auto classes are imported. A second call does nothing."""
     for name, register in _REGISTER.items():
         if name in sys.modules:

@@ -1,4 +1,4 @@
-"""Devices and dtypes by the names that command lines and recipes use."""
+"""Devices and dtypes by the names of flags and recipes (`--device`, `--dtype fastest`), and the device that trains."""
 
 from __future__ import annotations
 

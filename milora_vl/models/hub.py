@@ -1,4 +1,4 @@
-"""Load models in Hugging Face's layout: a hub id, a folder, or a model that this package builds at first use.
+"""Load weights, config and processor by hub id or folder, in Hugging Face's layout; missing fields of the processor.
 
 The processor gets missing fields from the model's config: many published processors do not define the number of image
 tokens, and then LLaVA fails with a count mismatch. `loading` adds folders in LLaVA's original layout.

@@ -1,4 +1,4 @@
-"""The number of tokens per image in a model, and the image token."""
+"""The number of tokens of a picture (patches, tiles, pooling), the image token, and missing fields of a processor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load models, configs and processors by name, in Hugging Face's or LLaVA's original layout.
+"""Load any named model, config or processor: Hugging Face's or LLaVA's layout; models without weights (meta).
 
 Every model without a timm tower (`smol-llava` has one) also loads without this package.
 """

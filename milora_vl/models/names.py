@@ -1,4 +1,4 @@
-"""The named models. Imports no torch."""
+"""The short names of models (`llava-1.5-7b`, `smol-llava`, `tiny`) and their hub ids; the error for an unknown name."""
 
 from __future__ import annotations
 

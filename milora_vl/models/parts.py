@@ -1,4 +1,4 @@
-"""Compose a LLaVA from named parts (language model, vision tower, projector) and write it to a folder.
+"""Compose a LLaVA from named parts (`parts:` of a recipe, `compose`) and write it to a folder in the cache.
 
 The language model is any causal LM whose logits are a matrix times its last hidden states.
 """

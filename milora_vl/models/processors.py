@@ -1,4 +1,4 @@
-"""Models whose pictures their own processor prepares: check before the weights load, and limit the picture tokens."""
+"""Models whose own processor prepares the pictures: pixel limits (`min_pixels`, `max_pixels`), refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Projector weights in a separate file, which a stage-1 run saves and later runs start from.
+"""Save and load a projector in a separate file (mm_projector.bin, stage 1), and the names of its weights.
 
 The file has HF's names (`multi_modal_projector.linear_1.weight`); LLaVA's `mm_projector.bin` is also supported.
 """

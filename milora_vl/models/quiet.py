@@ -1,4 +1,4 @@
-"""Suppress progress bars and log output of dependencies."""
+"""Silence progress bars and log lines of dependencies: transformers' weights and GGUF bars, DeepSpeed's message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A timm encoder as the vision tower of a Hugging Face LLaVA.
+"""A timm encoder as the vision tower of a LLaVA: forward pass, pooling to a grid, normalization.
 
 timm outputs feature maps (NCHW, or tokens after prefix tokens); LLaVA expects (batch, tokens, channels). The tower
 pools the maps to a grid, normalizes every level and concatenates the levels. The import is relative because

@@ -1,4 +1,4 @@
-"""Load a vision tower by name: CLIP, SigLIP and other encoders of transformers, and any network of timm."""
+"""Load a vision tower by name: CLIP, SigLIP, other encoders of transformers, any network of timm; mean and std."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a run will do and need, worked out without weights."""
+"""What a run will do and need, worked out without weights; `--dry-run` prints it."""

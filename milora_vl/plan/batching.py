@@ -1,4 +1,4 @@
-"""Records per step and number of steps of a run, counted as HF's Trainer counts them."""
+"""Batch size, accumulation, steps per epoch and steps of a run, counted as HF's Trainer counts them."""
 
 from __future__ import annotations
 

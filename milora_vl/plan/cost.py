@@ -1,4 +1,4 @@
-"""Estimates of a dry run: memory per device and time.
+"""Memory per device and time of a plan: how much is needed, whether it fits, and which flags make it fit.
 
 They show whether a plan fits a device, and which flags help if it does not.
 """
@@ -244,7 +244,7 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
     summary = f"{limit:g} GiB: needs {whole:.1f} GiB, {OVERHEAD:g} of them for CUDA"
     if whole <= limit:
         return [f"fits   {summary}"], ""
-    fitting = [(what, needed(other)) for what, other in changes(work, lean, flags) if needed(other) <= limit]
+    fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
     if not fitting:
         hint = "no single change is enough: use more devices, a smaller rank or a smaller model"
         return [f"does not fit {summary}", hint], None
@@ -252,7 +252,7 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
     return [f"does not fit {summary}", "these flags make it fit:", *lines], fitting[0][0]
 
 
-def changes(work: Workload, lean: Workload, flags: str) -> Iterator[tuple[str, Workload]]:
+def memory_savings(work: Workload, lean: Workload, flags: str) -> Iterator[tuple[str, Workload]]:
     """Yield flags to add to the command line and their workload, mildest first; each includes `flags`, as `lean`."""
     if flags:
         yield flags, lean

@@ -31,15 +31,17 @@ from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
 from milora_vl.models.processors import limit_pixels
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
-from milora_vl.plan import evaluation, first_batch, run_data, training_args
+from milora_vl.plan import eval_section, first_batch, run_data, train_section
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import MIX665K, Costs, costs_of
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.policy import Target
-from milora_vl.recipe import base_model, rates, settings
-from milora_vl.recipe.arguments import PROG, Request
+from milora_vl.recipe import base_model, rates
+from milora_vl.recipe.command_line import PROG, Request
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.on_model import require_template, rules_for, targets_of
+from milora_vl.recipe.places import at_their_places
 from milora_vl.recipe.schema import Recipe, RecipeError
 from milora_vl.tiny import tiny_tokenizer
 from milora_vl.towers import find_towers
@@ -60,7 +62,7 @@ class Outlook:
     warnings: list[str]
 
 
-@settings.at_their_places
+@at_their_places
 def show(request: Request) -> int:
     """Print the plan of a run and return 0. Raises UserError with everything that would stop the run.
 
@@ -71,7 +73,7 @@ def show(request: Request) -> int:
     return 0
 
 
-@settings.at_their_places
+@at_their_places
 def outlook(request: Request) -> Outlook:
     """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
     return work_out(request, Screen(io.StringIO()))
@@ -82,16 +84,16 @@ def work_out(request: Request, screen: Screen) -> Outlook:
     plan = _plan_or_all_problems(request)
     config = base_model.config_for(plan.recipe)
     base = meta_model(config)
-    recipe = rules_for(plan.recipe, base, implicit=plan.settings.implicit_policy)
+    recipe = rules_for(plan.recipe, base, implicit=plan.implicit_policy)
     targets = targets_of(recipe, base)
     path, processes = plan.folder.path, num_devices(request)
-    train, warnings = training_args.prepared(recipe)
+    train, warnings = train_section.prepared(recipe)
     warnings += rates.warnings(targets, train, method=request.edits.method)
     targets = rates.in_force(targets, train)
     for line in [*plan.notes, *(f"warning: {warning}" for warning in [*plan.warnings, *warnings])]:
         screen.say(line)
     parts = base_model.parts_of(recipe)
-    screen.say(f"model  {parts.describe() if parts else recipe.model}, {count(base):,} parameters")
+    screen.say(f"model  {parts.describe() if parts else recipe.model}, {num_parameters(base):,} parameters")
     screen.say(f"run    {path} (not created)\n")
     policy(screen, base, targets)
     problems = _missing(recipe)  # raised at the end, after the plan is printed
@@ -128,7 +130,7 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
     screen.say(as_typed(f"\n{title}:\n  {start}"))
     if request.format == "json":
         content = {
-            "model": recipe.model, "parameters": count(base), **_trained(base, run.targets),
+            "model": recipe.model, "parameters": num_parameters(base), **_trained(base, run.targets),
             "records": run.num_records, "batch": batching.total,
             "steps": batching.steps if run.has_steps else None, "cost": costs.lines,
             "output_dir": str(run.path), "next": start,
@@ -153,7 +155,7 @@ def _plan_or_all_problems(request: Request) -> Plan:
     try:
         return make_plan(request, processes=num_devices(request))
     except RecipeError as error:
-        recipe = settings.resolve(request).recipe
+        recipe = merge_recipe(request).recipe
         errors = [error, *_missing(recipe), *_data_errors(recipe)]
         raise UserError(
             problems=[problem for each in errors for problem in each.problems], source=error.source
@@ -163,7 +165,11 @@ def _plan_or_all_problems(request: Request) -> Plan:
 def _missing(recipe: Recipe) -> list[UserError]:
     """Return errors that would stop loading the model, or the evaluation after training."""
     errors = []
-    for check in (lambda: base_model.check(recipe), lambda: _template(recipe), lambda: evaluation.check(recipe.eval)):
+    for check in (
+        lambda: base_model.require_usable(recipe),
+        lambda: _template(recipe),
+        lambda: eval_section.require_runnable(recipe.eval),
+    ):
         try:
             check()
         except UserError as error:
@@ -194,7 +200,7 @@ def _data_errors(recipe: Recipe) -> list[UserError]:
     if recipe.data.path is None:
         return []
     try:
-        run_data.read(recipe.data)
+        run_data.read_records(recipe.data)
     except UserError as error:
         return [error]
     return []
@@ -224,7 +230,7 @@ def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     full = sum(sizes.values()) - adapters
     copies = full if adapters else 0  # PEFT keeps the original beside a module that trains in full
-    screen.say(trainable_text(adapters + full, count(base) + adapters + copies))
+    screen.say(trainable_text(adapters + full, num_parameters(base) + adapters + copies))
     screen.say(f"adapters {adapters:,}, in full {full:,}")
 
 
@@ -235,7 +241,7 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     """
     if recipe.data.path is None:
         return _assumed(screen, recipe, "none yet (--data_path)"), None
-    read = run_data.read(recipe.data)
+    read = run_data.read_records(recipe.data)
     first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
     if uses_processor(config):
         counts = _with_processor(screen, recipe, read, first)
@@ -319,7 +325,7 @@ def tokenizer_at_hand(name: str) -> Any | None:
     return None
 
 
-def count(model: nn.Module) -> int:
+def num_parameters(model: nn.Module) -> int:
     """Return the number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 

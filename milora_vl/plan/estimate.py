@@ -1,4 +1,4 @@
-"""Estimate memory and time of a run from counts.
+"""Formulas of memory and time: weights, gradients, optimizer states, FLOPs of a step, decompositions, calibration.
 
 Weights, gradients and optimizer follow the accounting of ZeRO (arXiv:1910.02054): 16 bytes per trained parameter,
 sharded by stage. simulate.py finds the memory that a step adds.

@@ -1,4 +1,4 @@
-"""Settings of DeepSpeed, FSDP2 and launchers: checked, completed, and refused where they are not supported."""
+"""DeepSpeed, FSDP2 and launchers (torchrun, accelerate): their settings checked and completed, or refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FOREIGN_DEEPSPEED = Problem(
 )
 
 
-def check(train: Mapping[str, Any]) -> None:
+def require_supported(train: Mapping[str, Any]) -> None:
     """Raise UserError, before anything loads, for launcher settings that are not supported."""
     if train.get("fsdp"):
         fsdp_settings(train["fsdp"], train.get("fsdp_config"))

@@ -1,4 +1,4 @@
-"""What a run will do, worked out without weights. `--dry-run` prints it, and `train` starts from it."""
+"""`make_plan`: check a request and choose the run folder, without data and weights; for `train` and `--dry-run`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from milora_vl.plan import requirements, run_folder, training_args
+from milora_vl.plan import requirements, run_folder, train_section
 from milora_vl.plan.resuming import Resumed
 from milora_vl.plan.run_folder import RunFolder
-from milora_vl.recipe import settings
-from milora_vl.recipe.arguments import Request
+from milora_vl.recipe.command_line import Request
+from milora_vl.recipe.merge import merge_recipe, require_fit
 from milora_vl.recipe.schema import Recipe
-from milora_vl.recipe.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,10 @@ class Plan:
     """The recipe with every flag applied, the folder of the run, and the run that it continues, if any."""
 
     request: Request
-    settings: Settings
-    recipe: Recipe  # the recipe of the settings, without the hub's token
+    recipe: Recipe  # without the hub's token
+    recipe_source: str  # name or file of the recipe, or "" without one
+    recipe_batch: tuple[int, int] | None  # what the recipe itself says: per device, accumulation
+    implicit_policy: bool  # default rules: a model without projector gets no projector rule
     hub_token: str | None
     folder: RunFolder
     resumed: Resumed
@@ -35,15 +36,26 @@ def make_plan(request: Request, *, processes: int) -> Plan:
     `processes` is the number of devices that train.
     Raises RecipeError where the rules do not fit the model, UserError for other mistakes.
     """
-    chosen = settings.resolve(request)
-    recipe, token = run_folder.without_token(chosen.recipe)
+    merged = merge_recipe(request)
+    recipe, token = run_folder.without_token(merged.recipe)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
     if isinstance(config := recipe.train.get("deepspeed"), str) and config:  # --deepspeed= switches it off
-        training_args.deepspeed_config(config)
-    requirements.check(recipe.train, recipe.quantization, recipe.attn_implementation)
-    training_args.require_valid(recipe)
+        train_section.deepspeed_config(config)
+    requirements.require_installed(recipe.train, recipe.quantization, recipe.attn_implementation)
+    train_section.require_valid(recipe)
     resumed = Resumed(folder, request.resume)
-    resumed.compare(recipe, implicit_policy=chosen.implicit_policy, processes=processes)
-    settings.require_fit(request, recipe)
-    return Plan(request, chosen, recipe, token, folder, resumed, tuple(chosen.notes), tuple(chosen.warnings))
+    resumed.compare(recipe, implicit_policy=merged.implicit_policy, processes=processes)
+    require_fit(request, recipe)
+    return Plan(
+        request=request,
+        recipe=recipe,
+        recipe_source=merged.source,
+        recipe_batch=merged.batch_in_recipe,
+        implicit_policy=merged.implicit_policy,
+        hub_token=token,
+        folder=folder,
+        resumed=resumed,
+        notes=tuple(merged.notes),
+        warnings=tuple(merged.warnings),
+    )

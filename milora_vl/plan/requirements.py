@@ -1,4 +1,4 @@
-"""Check the optional packages that a recipe needs before anything is read or loaded."""
+"""Check optional packages before anything is read or loaded: trackers (`--report_to`), bitsandbytes, attention."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ATTENTION = {"flash_attention_2": ("flash_attn", "flash-attn")}
 QUANT = 'pip install "milora-vl[quant]"'
 
 
-def check(train: Mapping[str, Any], quantization: str, attn_implementation: str) -> None:
+def require_installed(train: Mapping[str, Any], quantization: str, attn_implementation: str) -> None:
     """Raise UserError for the first missing package, with the command to install it or an alternative."""
     named = train.get("report_to") or []
     for name in [named] if isinstance(named, str) else named:

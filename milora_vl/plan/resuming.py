@@ -1,4 +1,4 @@
-"""Check that a run can continue from a checkpoint: recipe, records, steps, processes and ZeRO stage.
+"""Check that a run can resume from a checkpoint: recipe, records, steps, processes, ZeRO stage; what it changed.
 
 The optimizer, the schedule and the factors come from the checkpoint, not from the flags. So changes that affect the
 weights are refused: the files of the run would describe a different training.
@@ -15,7 +15,7 @@ from milora_data.errors import Problem, UserError
 from milora_data.json_text import parse_json
 from milora_vl import checkpoints
 from milora_vl.checkpoints import is_sharded, num_processes, step_of, zero_stage
-from milora_vl.plan import training_args
+from milora_vl.plan import train_section
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, without_token
 from milora_vl.recipe import base_model, policy_edits
@@ -33,13 +33,13 @@ class Resumed:
         self.is_finished = (resume or "").lower() == "auto" and checkpoints.is_finished(folder.path)
         self.folder = folder.path if folder.checkpoint is None else folder.checkpoint.parent
         self.changes: list[Change] = []
-        self.recipe: Recipe | None = None
+        self.old_recipe: Recipe | None = None
         self.environment: Mapping[str, Any] = {}
         if (self.checkpoint is None and not self.is_finished) or not (self.folder / "recipe.yaml").is_file():
             return
         self.environment = checkpoints.read_environment(self.folder)
         try:
-            self.recipe, _ = without_token(load(self.folder / "recipe.yaml"))
+            self.old_recipe, _ = without_token(load(self.folder / "recipe.yaml"))
         except RecipeError as error:
             unreadable = Problem("its recipe is not valid", "resume-recipe", str(self.folder), NEW_RUN)
             raise UserError(problems=[unreadable, *error.problems]) from None
@@ -50,7 +50,7 @@ class Resumed:
         implicit_policy: the rules are our default, whose projector rule is dropped for a model without projector.
         Also raises UserError for a checkpoint whose run has no recipe to compare with.
         """
-        if self.recipe is None:
+        if self.old_recipe is None:
             if self.checkpoint is None:
                 return
             raise UserError(
@@ -59,12 +59,14 @@ class Resumed:
                 where=str(self.checkpoint),
                 hint=f"copy the run's recipe.yaml into {self.folder}",
             )
-        recipe = base_model.named_as_composed(recipe, self.recipe.model)
+        recipe = base_model.named_as_composed(recipe, self.old_recipe.model)
         rules = recipe.policy or []
-        if implicit_policy and len(rules) > len(self.recipe.policy or []):
+        if implicit_policy and len(rules) > len(self.old_recipe.policy or []):
             recipe = recipe.model_copy(update={"policy": policy_edits.without_projector(rules)})
         now = Side(recipe, processes, _dtype(recipe))
-        before = Side(self.recipe, self._processes(processes), self.environment.get("dtype") or _dtype(self.recipe))
+        before = Side(
+            self.old_recipe, self._processes(processes), self.environment.get("dtype") or _dtype(self.old_recipe)
+        )
         differences = changes(before, now, identifies_records="records" in self.environment)
         if any(change.is_refused for change in differences):
             raise UserError(problems=[self._refusal(differences, before.processes)])
@@ -90,9 +92,9 @@ class Resumed:
 
     def require_same_records(self, data: RunData) -> None:
         """Raise UserError if the records, or their order, differ from the ones that the run was trained on."""
-        if self.recipe is None:
+        if self.old_recipe is None:
             return
-        count, path = data.counts().get("train"), self.recipe.data.path
+        count, path = data.counts().get("train"), self.old_recipe.data.path
         before = self.environment.get("data", {}).get("train", count)
         if before == count and self.environment.get("records", data.fingerprint) == data.fingerprint:
             return
@@ -197,7 +199,7 @@ def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
         )
 
 
-def check(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
+def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
     """Return warnings about differences from an uninterrupted run.
 
     Raises UserError if the optimizer state cannot be restored: HF's Trainer would silently use a new optimizer, and
@@ -229,7 +231,7 @@ def check(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
 
 
 def _dtype(recipe: Recipe) -> str:
-    return str(training_args.base_dtype(recipe)).removeprefix("torch.")
+    return str(train_section.base_dtype(recipe)).removeprefix("torch.")
 
 
 def _with(stage: int) -> str:

@@ -1,4 +1,4 @@
-"""The records of a run, read and checked before the model is loaded."""
+"""Read and check the training and held-out records of a run: limits, missing pictures, left-out records, streams."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def require_held_out(config: DataConfig) -> None:
         raise missing_file(Path(config.eval_path))
 
 
-def read(config: DataConfig) -> RunData:
+def read_records(config: DataConfig) -> RunData:
     """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
     if config.path is None:
         raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
@@ -96,7 +96,7 @@ def read(config: DataConfig) -> RunData:
     )
 
 
-def describe(config: DataConfig) -> str:
+def source_text(config: DataConfig) -> str:
     """Return the data as text: its file, or the files of its sources with their weights."""
     if not isinstance(config.path, list):
         return str(config.path)
@@ -121,11 +121,11 @@ def _inspect_stream(config: DataConfig) -> RunData:
         raise errors[0]
     # A stream of few records repeats them.
     records = list({record.source: record for record in items if isinstance(record, Record)}.values())
-    report = Report(describe(config), str(config.image_folder))
+    report = Report(source_text(config), str(config.image_folder))
     if config.bad_images != "raise":
         records = list(_usable(records, report))
     if not records:
-        raise errors[0] if errors else UserError(problems=[_no_records(describe(config), report)])
+        raise errors[0] if errors else UserError(problems=[_no_records(source_text(config), report)])
     check_for_training(records, config.image_folder, config.bad_images)
     seen = _Seen()
     return RunData(
@@ -151,7 +151,7 @@ def _weighted(sources: list[SourceConfig]) -> list[Source]:
 def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
     report = Report(str(path), str(config.image_folder))
     reader = load_records if config.bad_images == "raise" else partial(readable, report=report)
-    name = path if isinstance(path, str) else describe(config)
+    name = path if isinstance(path, str) else source_text(config)
     stream = reader(path) if isinstance(path, str) else mixed_records(_weighted(path), read=reader)
     if config.web_pictures == "download":
         stream = map(from_web, stream)

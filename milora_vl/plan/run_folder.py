@@ -1,4 +1,4 @@
-"""The run folder: choose it, check that a run may start or resume there, and write files into it.
+"""The run folder: default name, `--output_dir`, overwriting and resuming refused or allowed, files written into it.
 
 Beside the files of HF's Trainer it holds recipe.yaml, environment.json, policy.json, spectrum.json, the processor and
 README.md; see docs for their formats.

@@ -1,4 +1,4 @@
-"""Terminal output of a run, on stderr: header, policy table, slow steps, and closing block.
+"""The terminal output of a run: header, policy table, warnings, slow steps, trainable parameters, closing block.
 
 Only rank 0 writes. Colour appears only on a terminal; rich follows NO_COLOR and COLUMNS.
 """

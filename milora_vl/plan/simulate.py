@@ -1,4 +1,4 @@
-"""Measure the memory of a training step by running it on tensors without data (torch's FakeTensorMode).
+"""Measure the memory of a training step, above all activations, by running it without data (torch's FakeTensorMode).
 
 It counts every storage when an operation allocates it and when it is freed. So the memory kept for the backward pass,
 with or without checkpointing and autocast, is measured instead of computed by a formula.
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora_vl.lora.config import make_lora
-from milora_vl.lora.install import install, lora_layer, set_dropout
+from milora_vl.lora.install import install_factors, lora_layer, set_dropout
 from milora_vl.losses import CHUNK, GradientsAtOnce, inner_model
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.policy import Target
@@ -146,7 +146,7 @@ def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
                 dtype, rank = factor_dtype(layer.get_base_layer()), target.rank or 0
                 A0 = torch.empty(rank, target.shape[1], dtype=dtype)
                 B0 = torch.empty(target.shape[0], rank, dtype=dtype)
-                install(layer, "default", A0, B0)
+                install_factors(layer, "default", A0, B0)
         model = tuned
     else:
         for target in targets:

@@ -1,4 +1,4 @@
-"""The methods of a rule. Each one is declared here and nowhere else; docs/add-a-method.md adds one."""
+"""The methods of a rule (milora, lora, full, frozen, ...) and their initial factors; docs/add-a-method.md adds one."""
 
 from __future__ import annotations
 

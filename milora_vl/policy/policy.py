@@ -1,4 +1,4 @@
-"""A policy: an ordered list of rules. A later rule overrides the fields that it sets.
+"""`Policy`, an ordered list of rules, read from YAML. A later rule overrides the fields that it sets.
 
     - {modules: language, method: milora, rank: 64}
     - {modules: "language.layers[0-3].mlp", rank: 128}      # the first four MLPs: milora, rank 128

@@ -1,4 +1,4 @@
-"""Resolve the rules of a policy on a model: full module paths, and a value for every field.
+"""Resolve a policy on a model into one Target per module: rank, alpha, method; unused rules, budgets, tied weights.
 
 1. `_collect` applies the rules in order; the `_Plan` of a module holds the fields that its rules have set so far.
 2. `_share_budgets` replaces parameter budgets by ranks, because a budget concerns several modules.

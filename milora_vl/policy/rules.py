@@ -1,4 +1,4 @@
-"""One line of a policy (Rule) and its result for one module (Target). A rule is checked when it is created."""
+"""The fields of a rule (rank, alpha, dropout, protect, ...) with their checks; `Target`, its result for a module."""
 
 from __future__ import annotations
 

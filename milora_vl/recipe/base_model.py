@@ -1,4 +1,4 @@
-"""The base model of a run: an existing model, or one composed of the parts that the recipe names."""
+"""The base model of a run: its config, or the parts it is composed of; does its own processor prepare the pictures?"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config_for(recipe: Recipe) -> Any:
     return loading.config_of(recipe.model) if parts is None else composing.planned_config(parts)
 
 
-def check(recipe: Recipe) -> None:
+def require_usable(recipe: Recipe) -> None:
     """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model."""
 
     for key, cache in (("factor_cache", recipe.factor_cache), ("data.feature_cache", recipe.data.feature_cache)):

@@ -1,4 +1,4 @@
-"""Differences between the recipe of a run and the recipe that it is resumed with, and which of them are refused."""
+"""Compare two recipes: what a resumed run changes, in words, and which changes are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from milora_vl.models.names import hub_id
 from milora_vl.policy import Policy
-from milora_vl.recipe import hf_arguments
+from milora_vl.recipe import hf_flags
 from milora_vl.recipe.resume_table import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END, effect_of
 from milora_vl.recipe.schema import Recipe
 from milora_vl.strict import Strict
@@ -33,7 +33,7 @@ class Side:
     def train(self, name: str) -> Any:
         """Return a training argument, or its default."""
         half = {"bfloat16": "bf16", "float16": "fp16"}.get(self.recipe.dtype)
-        default = True if name == half else hf_arguments.flags()[name].default
+        default = True if name == half else hf_flags.flags()[name].default
         value = self.recipe.train.get(name)
         return default if value is None else value
 
@@ -107,8 +107,8 @@ def _flat(side: Side) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{inner}", entry) for inner, entry in value.model_dump().items())
         elif name not in ("train", "policy"):
             yield name, side.dtype if name == "dtype" else value
-    for name in hf_arguments.flags():
-        if name not in hf_arguments.RENAMED and name not in hf_arguments.REFUSED:
+    for name in hf_flags.flags():
+        if name not in hf_flags.RENAMED and name not in hf_flags.REFUSED:
             yield f"train.{name}", side.train(name)
 
 

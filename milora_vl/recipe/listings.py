@@ -11,8 +11,9 @@ import yaml
 import llava_recipes
 from milora_data.errors import UserError
 from milora_vl.models.names import NAMED_MODELS
-from milora_vl.recipe import hf_arguments, settings
-from milora_vl.recipe.arguments import PROG, Request
+from milora_vl.recipe import hf_flags
+from milora_vl.recipe.command_line import PROG, Request
+from milora_vl.recipe.recipe_file import read_recipe
 from milora_vl.recipe.schema import Recipe
 
 
@@ -45,9 +46,9 @@ def recipe_text(request: Request) -> str:
     comment = "".join(line for line in _source(name).splitlines(keepends=True) if line.startswith("#"))
     others = [
         f"#  {flag.name}: {yaml.safe_dump(flag.default, default_flow_style=True).splitlines()[0]}\n"
-        for flag in hf_arguments.flags().values()
-        if flag.versions and flag.versions[-1] == hf_arguments.newest() and flag.name not in recipe.train
-        and flag.name not in hf_arguments.REFUSED and flag.name not in hf_arguments.RENAMED
+        for flag in hf_flags.flags().values()
+        if flag.versions and flag.versions[-1] == hf_flags.newest() and flag.name not in recipe.train
+        and flag.name not in hf_flags.REFUSED and flag.name not in hf_flags.RENAMED
     ]  # fmt: skip
     return comment + recipe.to_yaml() + "# Defaults of train:\n" + "".join(others)
 
@@ -61,8 +62,8 @@ def _recipe(request: Request) -> tuple[str, Recipe]:
             where="--print-recipe",
             hint=f"see: {PROG} --list-recipes",
         )
-    content, lines, source = settings.read_recipe(name, "--print_recipe" if request.argument else "--recipe")
-    return name, Recipe.parse(content, source, lines)
+    file = read_recipe(name, "--print_recipe" if request.argument else "--recipe")
+    return name, Recipe.parse(file.content, file.source, file.lines)
 
 
 def _source(name: str) -> str:

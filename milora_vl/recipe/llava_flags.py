@@ -1,4 +1,4 @@
-"""The flags of LLaVA's training scripts (haotian-liu/LLaVA, llava/train/train.py) and what they mean here.
+"""The flags of LLaVA's training scripts (llava/train/train.py: `--lora_enable`, `--mm_tunable_parts`, ...) as a recipe.
 
 A script like scripts/v1_5/finetune_lora.sh runs with only its program name changed.
 """

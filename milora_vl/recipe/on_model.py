@@ -1,4 +1,4 @@
-"""A recipe applied to its model: the rules that fit, the modules they match, and errors that depend on the model.
+"""Check a recipe on its model, without weights: rules and modules, templates, pictures, feature cache, rank limits.
 
 This loads no weights.
 """

@@ -1,4 +1,4 @@
-"""How prompts are written for a model that was trained here: its template, and how its pictures are prepared."""
+"""Which template and picture settings a trained model gets in chat and evaluation, from the recipe of its run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check that a run can protect the directions and inputs that its rules name."""
+"""Check and warn about `protect` in a recipe: sharding, calibration files, methods that cannot protect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milora_data.errors import UserError
 from milora_vl.recipe.schema import CalibrationConfig, Recipe
 
 
-def check(recipe: Recipe) -> None:
+def require_supported(recipe: Recipe) -> None:
     """Raise UserError for a recipe whose rules protect what the form or the sharding of the run does not allow."""
     kinds = protected_kinds(recipe)
     ways = {rule["protect"].get("by", "projection") for rule in _protecting(recipe)}

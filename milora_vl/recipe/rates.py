@@ -1,4 +1,4 @@
-"""Learning rate and weight decay of every target, and warnings about values that are probably mistakes."""
+"""Learning rate and weight decay of every target (defaults by method), and warnings about unusual rates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from milora_vl.policy import Target
-from milora_vl.recipe import hf_arguments
+from milora_vl.recipe import hf_flags
 
 LLAVA_FULL_RATE = 2e-5
 HIGH_FULL_RATE = 5e-5
@@ -15,7 +15,7 @@ HIGH_FULL_RATE = 5e-5
 
 def in_force(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target]:
     """Return the targets; the learning rate and weight decay of the run fill the gaps of the rules."""
-    rate, decay = (train.get(name, hf_arguments.flags()[name].default) for name in ("learning_rate", "weight_decay"))
+    rate, decay = (train.get(name, hf_flags.flags()[name].default) for name in ("learning_rate", "weight_decay"))
     return [
         replace(
             target,
@@ -45,7 +45,7 @@ def warnings(targets: Sequence[Target], train: Mapping[str, Any], *, method: str
 def _default_rate(targets: Sequence[Target], train: Mapping[str, Any]) -> list[str]:
     if not targets or "learning_rate" in train:
         return []
-    default = hf_arguments.flags()["learning_rate"].default
+    default = hf_flags.flags()["learning_rate"].default
     return [
         f"{_names(targets)} use {default:g}, Hugging Face's default learning rate: no rule and no flag sets one. "
         "Set learning_rate in the rule, or --learning_rate (the default policy has 2e-4 for adapters and 2e-5 for "

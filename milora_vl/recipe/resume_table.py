@@ -1,4 +1,4 @@
-"""What a resumed run may change: the effect of every recipe key and training argument on the trained weights.
+"""May a resumed run change it? A table of all recipe keys and training arguments, with their effect on weights.
 
 A missing key counts as `decides`, and a test fails until the table lists it. Training arguments have the names of the
 newest transformers, as in a recipe.
@@ -42,7 +42,7 @@ TABLE: dict[Effect, str] = {
         train.fp16_full_eval train.greater_is_better train.metric_for_best_model train.save_steps train.save_strategy
     """,
     "stream": "train.dataloader_num_workers",  # sets the order of the records of a stream
-    "checkpoint": "train.deepspeed",  # resuming.check reads the files of the checkpoint
+    "checkpoint": "train.deepspeed",  # resuming.warnings reads the files of the checkpoint
     # Paths, logging, saving and speed: the weights stay the same, up to rounding.
     "free": """
         attn_implementation factor_cache data.image_folder data.feature_cache calibration.image_folder

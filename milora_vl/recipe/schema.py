@@ -1,4 +1,4 @@
-"""The recipe: all settings of a run, as strict models of one YAML file. An unknown key is an error."""
+"""The keys of a recipe with types, defaults and checks (data, parts, calibration, eval). Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import llava_recipes
 from milora_data.errors import Problem, UserError
 from milora_data.templates import template_name
 from milora_vl.policy import Policy, PolicyError
-from milora_vl.recipe import hf_arguments, yaml_file
+from milora_vl.recipe import hf_flags, yaml_file
 from milora_vl.strict import Strict, problems_of, unknown_key
 
 SAMPLES, PICTURES = 48, 64  # of a calibration
@@ -196,18 +196,18 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
     seen: dict[str, Any] = {}
     for name, value in (section or {}).items():
         path = f"train.{name}"
-        if name not in hf_arguments.flags():
-            problems.append(unknown_key(path, hf_arguments.flags(), "recipe-unknown-key"))
+        if name not in hf_flags.flags():
+            problems.append(unknown_key(path, hf_flags.flags(), "recipe-unknown-key"))
             continue
         try:
-            pair = hf_arguments.canonical(name, hf_arguments.coerce(name, value))
-        except hf_arguments.WrongValue as error:
+            pair = hf_flags.canonical(name, hf_flags.coerce(name, value))
+        except hf_flags.WrongValue as error:
             problems.append(Problem(str(error), "recipe-value", path, error.hint))
             continue
         if pair is None:
             continue
-        if pair[0] in hf_arguments.REFUSED:
-            problems.append(Problem(str(hf_arguments.REFUSED[pair[0]]), "recipe-refused", path))
+        if pair[0] in hf_flags.REFUSED:
+            problems.append(Problem(str(hf_flags.REFUSED[pair[0]]), "recipe-refused", path))
         elif seen.get(pair[0], pair[1]) != pair[1]:
             contradiction = f"contradicts {pair[0]}: {seen[pair[0]]!r}, which is the same setting"
             problems.append(Problem(contradiction, "recipe-contradiction", path))
@@ -284,7 +284,7 @@ def is_key(place: str) -> bool:
     if name.partition("[")[0] == "policy":
         return place == "policy" or name.endswith("]")
     if name == "train":
-        return key in hf_arguments.flags()
+        return key in hf_flags.flags()
     field = Recipe.model_fields.get(name)
     if field is None:
         return False

@@ -1,4 +1,4 @@
-"""Read a YAML file strictly: duplicate keys are errors, `2e-5` is a number, and every key has its line."""
+"""Read a recipe's YAML strictly: duplicate keys are errors, `2e-5` is a number, every key has its line number."""
 
 from __future__ import annotations
 

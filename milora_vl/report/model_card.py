@@ -1,4 +1,4 @@
-"""README.md of a run folder: a model card with the front matter for model hubs."""
+"""The model card of a run (README.md): front matter for model hubs, results, usage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a run: one report.html from its files, with all pictures and plots."""
+"""Write report.html of a run from its files, with all pictures and plots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a report other than tables and plots: key figures, suites, gallery, versions and credits.
+"""Parts of a report: key figures, scores of suites, gallery of pictures with answers, versions, credits.
 
 The gallery shows a representative sample of the questions with the answers of both models.
 """

@@ -1,4 +1,4 @@
-"""The plots of a run (loss, spectrum with the trained band, forgetting, scores), for pages and as PNG or PDF files.
+"""Draw the plots of a run: loss, spectrum with the trained band, forgetting, scores; colours and styles of all plots.
 
 The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. Each figure is
 drawn for light and dark, wide and narrow pages, so that its text always has the size of the surrounding text. Only

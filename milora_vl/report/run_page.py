@@ -1,4 +1,4 @@
-"""Read a run folder into plain values. Any file may be missing: a run may be new, interrupted or old."""
+"""Read a run folder for its report: logs, policy, spectra, scores, forgetting. Any file may be missing or damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sentences of a report: the numbers of a run with their uncertainty."""
+"""The sentences of a report: title, summary, numbers with their uncertainty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run the cells of a study in worker processes; each process builds the task once. A run can always be resumed.
+"""Run the cells of a study in worker processes (resumable); each process builds the task once.
 
 cells/NAME.json holds the numbers of a cell and the scores of its test items, failed/NAME.json the reason of a failure.
 Studies in the same folder share finished cells through the folder `shared`.

@@ -1,4 +1,4 @@
-"""Two starts that need activations, as exploratory arms of studies (`start: corda` or `start: metric` in an arm).
+"""Two starts that need activations, as exploratory arms of studies (`start: corda`, `start: metric`).
 
 Both replace the anchor A0 (r, in), B0 (out, r) of an arm with `method: milora`; the update is s (B A - B0 A0) as usual.
 Let C = E[x x'] (in, in) over calibration inputs x of a layer with the weight W (out, in).

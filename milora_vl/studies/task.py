@@ -1,4 +1,4 @@
-"""The interface of a study's task: a base model, batches, a loss, a test, and a measurement of forgetting."""
+"""The interface of a study's task: base model, batches, loss, test, and a measurement of forgetting."""
 
 from __future__ import annotations
 

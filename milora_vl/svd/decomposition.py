@@ -1,4 +1,4 @@
-"""Singular triplets of a weight, by the fastest method that certifies them.
+"""`decompose`: singular triplets of a weight by the fastest method that certifies them; singular values alone.
 
 | method   | used for                                      | how                                                  |
 | -------- | --------------------------------------------- | ---------------------------------------------------- |

@@ -1,4 +1,4 @@
-"""Compute a few singular triplets at one end of the spectrum, with a proven error bound.
+"""Search a few singular triplets at one end of the spectrum, with a proven error bound (`tol`).
 
 This is many times faster than a whole decomposition. Let H = W'W for minor components and H = -W'W for principal ones.
 The wanted right singular vectors V (n, k) are then the eigenvectors of the lowest eigenvalues of H.

@@ -1,4 +1,4 @@
-"""The selected singular triplets of a weight, and the LoRA factors that they give."""
+"""`Factors`: the chosen singular triplets of a weight, and the LoRA factors A0, B0 that they give."""
 
 from __future__ import annotations
 

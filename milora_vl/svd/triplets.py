@@ -1,4 +1,4 @@
-"""Compute singular triplets from a space of right singular vectors."""
+"""Compute singular triplets (U, S, V) from a space of right singular vectors, exact to the last digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep. Each cell is one training with its own recipe, which `python -m milora_vl.train` runs."""
+"""The cells of a sweep, one training each: their recipes, names, seeds and rates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from milora_data.command.cli import suggest
 from milora_data.errors import UserError
 from milora_vl.policy.methods import METHODS
-from milora_vl.recipe.hf_arguments import overridden
+from milora_vl.recipe.hf_flags import overridden
 from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
 from milora_vl.recipe.schema import EvalConfig, Recipe, SweepConfig
 

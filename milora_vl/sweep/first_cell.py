@@ -9,16 +9,16 @@ from pathlib import Path
 from milora_data.command.cli import amount
 from milora_data.errors import Problem, UserError
 from milora_vl.plan import dry_run
-from milora_vl.recipe import arguments
+from milora_vl.recipe import command_line
+from milora_vl.recipe.recipe_file import read_recipe
 from milora_vl.recipe.schema import Recipe
-from milora_vl.recipe.settings import read_recipe
 from milora_vl.sweep.cells import Cell, recipe_of
 
 
 def recipe_named(name: str) -> Recipe:
     """Return a recipe by name or path. Raises UserError with its problems."""
-    content, lines, source = read_recipe(name)
-    return Recipe.parse(content, source, lines)
+    file = read_recipe(name)
+    return Recipe.parse(file.content, file.source, file.lines)
 
 
 def cost(recipe: Recipe, cell: Cell, left: int, jobs: int) -> str:
@@ -27,7 +27,7 @@ def cost(recipe: Recipe, cell: Cell, left: int, jobs: int) -> str:
         file = Path(folder, f"{cell.name}.yaml")
         file.write_text(recipe_of(recipe, cell).to_yaml(), encoding="utf-8")
         # The real output folder may hold a run to resume.
-        request = arguments.parse(["--recipe", str(file), "--dry-run", "--output_dir", str(Path(folder, cell.name))])
+        request = command_line.parse(["--recipe", str(file), "--dry-run", "--output_dir", str(Path(folder, cell.name))])
         try:
             run = dry_run.outlook(request)
         except UserError as error:

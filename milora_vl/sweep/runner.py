@@ -1,4 +1,4 @@
-"""Run the cells with the public commands, several in parallel, each in its own folder. Runs can always be resumed.
+"""Run the cells of a sweep, several in parallel (`--jobs`), each in its own folder; failed and resumed cells.
 
 cells/NAME is the run folder, logs/NAME.log the output of its commands, cells/NAME.json its result, failed/NAME.json the
 reason of a failure. The commands themselves hold a lock file, so a new sweep waits for the commands of a killed one.

@@ -1,4 +1,4 @@
-"""From records to the batches of this model: the collator, the lengths of records, and packed rows."""
+"""Choose the collator of a run, the lengths of records for grouping, packed rows; warnings of skipped records."""
 
 from __future__ import annotations
 

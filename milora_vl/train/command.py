@@ -1,4 +1,4 @@
-"""`python -m milora_vl.train`: fine-tune a model from a recipe, with Hugging Face's, LLaVA's and our own flags."""
+"""`python -m milora_vl.train`: parse the flags, then dry run, listing or training; close the process group."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import time
 from collections.abc import Sequence
 
 from milora_data.errors import UserError
-from milora_vl.recipe import arguments
+from milora_vl.recipe import command_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the action of the command line and return the exit code. Raises UserError for mistakes the user can fix."""
-    request = arguments.parse(argv)
+    request = command_line.parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.recipe import listings
 

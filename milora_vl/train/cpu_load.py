@@ -1,4 +1,4 @@
-"""Compute on the CPU cores that other programs leave free.
+"""The number of CPU threads of a run: compute on the cores that other programs leave free.
 
 OpenMP threads wait for each other by spinning. If one of them shares its core with another program, all wait for it,
 and a step of seconds may take a minute.

@@ -1,4 +1,4 @@
-"""Evaluation during a training (`--eval_suite_every N`) and after it (the `eval:` section of a recipe).
+"""Scores during a training (`--eval_suite_every N`), and the start of `milora_eval` after it (`eval:` of a recipe).
 
 During the training, a small suite is scored on the training model. The log gets `eval_suite_BENCHMARK` and its standard
 error, in percent or points as in tables. After it, `python -m milora_eval run` starts in a separate process.

@@ -1,4 +1,4 @@
-"""Errors during training as short messages: broken data, too little memory or disk space, a dead process."""
+"""Explain errors of PyTorch and the system during training: out of memory, full disk, dead processes, timeout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature cache (`data.feature_cache`): features of a frozen vision tower, computed once before training.
+"""The feature cache of a run (`data.feature_cache`): a frozen vision tower's features, computed before training.
 
 The batches then hold features in place of pixels, and the tower returns its input unchanged.
 """

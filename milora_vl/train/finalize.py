@@ -1,4 +1,4 @@
-"""The end of a run: model card, report, and the closing block with the paths of all files."""
+"""The end of a run: write model card and report, print the closing block with all paths and the next command."""
 
 from __future__ import annotations
 

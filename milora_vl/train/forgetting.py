@@ -1,4 +1,4 @@
-"""Forgetting during training: the base model's predictions are stored at the start and compared every N steps.
+"""Forgetting during training (`--eval_forgetting_every N`): a callback that compares with the base's predictions.
 
 The log gets `forgetting` (nats per token above the entropy of the base model), `forgetting_stderr` and
 `forgetting_loss_change`.

@@ -1,4 +1,4 @@
-"""FSDP2: the model of a training is sharded, and its checkpoints look like checkpoints of one process.
+"""FSDP2 in a training: shard the model, gather weights and optimizer for checkpoints, load them again.
 
 accelerate shards the model (`fully_shard`) when the training starts. Hugging Face's Trainer would then write the whole
 base beside every adapter, and an optimizer that only FSDP can read. Here each trained tensor is gathered instead, so

@@ -7,27 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from milora_vl.plan.batching import Batching
+from milora_vl.plan.plan import Plan
 from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import RunFolder
-from milora_vl.recipe.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
 def rows(
-    settings: Settings,
-    model: str,
-    data: RunData,
-    batching: Batching,
-    args: TrainingArguments,
-    dtype: torch.dtype,
-    folder: RunFolder,
+    plan: Plan, model: str, data: RunData, batching: Batching, args: TrainingArguments, dtype: torch.dtype
 ) -> list[tuple[str, str]]:
     """Return the rows of the header panel. `dtype` is the data type of the frozen weights."""
-    stated, actual = settings.batch_in_recipe, (batching.per_device, batching.accumulation)
+    folder = plan.folder
+    stated, actual = plan.recipe_batch, (batching.per_device, batching.accumulation)
     note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
-    source = f"   recipe {settings.source}" if settings.source else ""
+    source = f"   recipe {plan.recipe_source}" if plan.recipe_source else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
     panel = [
         ("model", f"{model}{source}"),

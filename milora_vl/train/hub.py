@@ -1,4 +1,4 @@
-"""`--push_to_hub`: check it before the model loads, and upload the files of the finished run."""
+"""`--push_to_hub`: check the repository before the model loads, upload the files of the finished run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*")
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 
-def check(train: Mapping[str, Any], output_dir: Path, token: str | None) -> None:
+def require_access(train: Mapping[str, Any], output_dir: Path, token: str | None) -> None:
     """Raise UserError if a run with --push_to_hub could not push: no network, no token, or a read-only token.
 
     The token of --hub_token is put into HF_TOKEN of this process, so that no file contains it.

@@ -1,4 +1,4 @@
-"""What a run did since its last log line: speed, padding, supervised tokens and gradient norms per tower."""
+"""Measure a run between log lines: tokens per second, padding, supervised tokens, gradient norms per tower."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milora_data.collate import ImageTextCollator
 from milora_data.processor_collate import ProcessorCollator
 from milora_data.record_collator import RecordCollator
 from milora_data.tokens import IGNORE
-from milora_vl.weights.sharding import is_fsdp_shard
+from milora_vl.weights.sharding import local_part
 
 FIELDS = ("tokens", "positions", "supervised", "images")
 
@@ -72,8 +72,7 @@ def tower_norms(named: Iterable[tuple[str, nn.Parameter]], tower_of: Mapping[str
     for name, parameter in named:
         if parameter.grad is not None and name in tower_of:
             grad = parameter.grad.detach()
-            local = grad.to_local() if is_fsdp_shard(grad) else grad  # type: ignore[attr-defined]
-            squares.setdefault(tower_of[name], []).append(local.float().square().sum())
+            squares.setdefault(tower_of[name], []).append(local_part(grad).float().square().sum())
     return {tower: torch.stack([s.to(sums[0].device) for s in sums]).sum() for tower, sums in squares.items()}
 
 

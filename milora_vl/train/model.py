@@ -1,4 +1,4 @@
-"""Load the model of a run and apply the policy, or load the adapter of a checkpoint."""
+"""Load the base model of a run, apply the policy or load the adapter of a checkpoint; dtypes, attention."""
 
 from __future__ import annotations
 

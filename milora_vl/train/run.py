@@ -1,4 +1,4 @@
-"""One training run, as a chain of values that are each complete when they exist:
+"""One training run from its request to its report: `train` calls the steps in order; each returns a complete value.
 
 request -> plan -> inputs -> loaded base -> ordered rows -> adapted model -> trained files -> report.
 
@@ -20,38 +20,40 @@ import torch
 
 from milora_data.collate import ImageTextCollator
 from milora_data.errors import UserError, with_context
+from milora_data.stream import RecordStream
 from milora_data.templates import OWN, no_tools
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
-from milora_vl.plan import evaluation, resuming, run_data
+from milora_vl.plan import eval_section, resuming, run_data
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
 from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
-from milora_vl.plan.training_args import base_dtype, refused
+from milora_vl.plan.train_section import base_dtype, refused
 from milora_vl.recipe import base_model, on_model, rates
-from milora_vl.recipe.arguments import Request
+from milora_vl.recipe.command_line import Request
+from milora_vl.recipe.places import at_their_places
 from milora_vl.recipe.schema import Recipe
-from milora_vl.recipe.settings import at_their_places
 from milora_vl.train import (
-    calibration,
+    calibration_batches,
     collators,
     failures,
     features,
     header,
     hub,
+    loader_processes,
     model,
-    process,
     run_files,
     streaming,
+    training_arguments,
 )
 from milora_vl.train.cpu_load import FreeCores, may_choose_threads
 from milora_vl.train.evaluation import Scored, SuiteCallback, run_command, suites_of
 from milora_vl.train.finalize import show_results, write_pages
+from milora_vl.train.first_files import AtFirstStep, FirstFiles
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
-from milora_vl.train.opening import AtFirstStep, Opening
 from milora_vl.train.spectrum import layer_spectra
 from milora_vl.train.trainer import FollowFreeCores, MiloraTrainer, calls_on_sigterm
 from milora_vl.weights.distributed import gather
@@ -72,25 +74,26 @@ def train(request: Request) -> int:
     if plan.resumed.is_done():  # a requeued job has nothing left to do
         screen.say(f"{plan.folder.path} is finished; nothing to resume")
         return 0
-    hub.check(plan.recipe.train, plan.folder.path, plan.hub_token)
+    hub.require_access(plan.recipe.train, plan.folder.path, plan.hub_token)
     check_evaluation_and_base(plan.recipe)
     inputs = read_inputs(plan, screen)
     cores = free_cores(inputs, screen)
     require_template_for_tools(plan.recipe, inputs.data)
-    loaded = load(plan, inputs, screen)
+    loaded = load_base_model(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
     adapted = adapt(plan, loaded, inputs, screen)
-    run_files.set_chat_template(loaded.processor, loaded.recipe.template)
-    opening = describe(plan, inputs, loaded, rows, adapted, screen)
+    show_header_and_policy(plan, inputs, loaded, rows, adapted, screen)
+    run_files.set_chat_template(loaded.processor, loaded.fitted_recipe.template)
+    first_files = collect_first_files(plan, inputs, loaded, adapted, screen)
     try:
-        trainer = make_trainer(plan, inputs, loaded, rows, adapted, opening)
+        trainer = make_trainer(plan, inputs, loaded, rows, adapted, first_files)
         if cores is not None:
             trainer.add_callback(FollowFreeCores(cores, screen.warn))
-        run_steps(plan, rows, trainer, opening)
-        trained = save_weights(plan, rows, trainer, opening, start)
+        run_steps(plan, rows, trainer, first_files)
+        trained = save_weights(plan, rows, trainer, first_files, start)
     finally:
-        opening.remove_empty_folders()
-        opening.lock.release()
+        first_files.remove_empty_folders()
+        first_files.lock.release()
     del loaded, rows, adapted, trainer  # the evaluation needs the model's memory
     failed = evaluate(trained, screen)
     return write_results(trained, failed, screen, request.format)
@@ -109,15 +112,15 @@ def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     """Read and check the records, and work out the arguments and the number of steps."""
     recipe, checkpoint = plan.recipe, plan.folder.checkpoint
     run_data.require_held_out(recipe.data)
-    with screen.step(f"reading {run_data.describe(recipe.data)}"):
-        data = run_data.read(recipe.data)
+    with screen.step(f"reading {run_data.source_text(recipe.data)}"):
+        data = run_data.read_records(recipe.data)
     plan.resumed.require_same_records(data)
-    args, warnings = process.training_arguments(recipe, plan.folder.path)
+    args, warnings = training_arguments.for_this_process(recipe, plan.folder.path)
     resuming.require_same_checkpoint(plan.folder.path, gather(None if checkpoint is None else checkpoint.name))
     batching = count_steps(plan, args, None if recipe.data.streaming else len(data.train))
     if checkpoint is not None:
-        stage = process.zero_stage(args)
-        warnings += resuming.check(checkpoint, processes=args.world_size, stage=stage)
+        stage = training_arguments.zero_stage(args)
+        warnings += resuming.warnings(checkpoint, processes=args.world_size, stage=stage)
     for warning in [*data.warnings(), *warnings, *header.warnings(args, batching)]:
         screen.warn(warning)
     return Inputs(data, args, batching)
@@ -151,8 +154,8 @@ def free_cores(inputs: Inputs, screen: Screen) -> FreeCores | None:
 
 def check_evaluation_and_base(recipe: Recipe) -> None:
     """Find mistakes now that would otherwise stop the loading of the model or the evaluation after the training."""
-    evaluation.check(recipe.eval)
-    base_model.check(recipe)
+    eval_section.require_runnable(recipe.eval)
+    base_model.require_usable(recipe)
 
 
 def require_template_for_tools(recipe: Recipe, data: RunData) -> None:
@@ -164,9 +167,9 @@ def require_template_for_tools(recipe: Recipe, data: RunData) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The base model, its processor, and the recipe with the rules that fit this model."""
+    """The base model, its processor, and the recipe that fits this model; the files of the run hold that one."""
 
-    recipe: Recipe
+    fitted_recipe: Recipe  # the plan's, with the folder of a composed model and the rules that this model can have
     base: Any
     processor: Any
     dtype: torch.dtype  # of the frozen weights
@@ -174,7 +177,7 @@ class Loaded:
     suites: Scored | None  # questions, for scores during training
 
 
-def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
+def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     """Load the base model and its processor."""
     args = inputs.args
     with args.main_process_first(desc="composing the base"):
@@ -184,9 +187,9 @@ def load(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     dtype = base_dtype(recipe)
     suites = suites_of(recipe)
     with screen.step(f"loading {recipe.model}"):
-        device = process.load_device(args)
+        device = training_arguments.load_device(args)
         base, processor = model.load_base(recipe, dtype, device, inputs.data.train)
-    recipe = on_model.rules_for(recipe, base, implicit=plan.settings.implicit_policy)
+    recipe = on_model.rules_for(recipe, base, implicit=plan.implicit_policy)
     for warning in on_model.model_warnings(recipe, base, processor):
         screen.warn(warning)
     probe = None
@@ -207,7 +210,7 @@ class Rows:
 
 def group_rows(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
     """Return what the loader draws from: records, with lengths to group them by, packs of records, or a stream."""
-    recipe, records = loaded.recipe, inputs.data.train
+    recipe, records = loaded.fitted_recipe, inputs.data.train
     lengths = collators.lengths(recipe, loaded.base, loaded.processor, records)
     if recipe.data.packing:
         assert lengths is not None
@@ -232,7 +235,7 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change."""
     from transformers import set_seed
 
-    recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args
+    recipe, checkpoint, args = loaded.fitted_recipe, plan.folder.checkpoint, inputs.args
     targets = on_model.targets_of(recipe, loaded.base)
     for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
         screen.warn(warning)
@@ -243,10 +246,12 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
             spectra = layer_spectra(loaded.base, targets)
     batches = None
     if checkpoint is None:  # a checkpoint refers to the protected inputs of its run
-        batches = calibration.batches(recipe, loaded.base, loaded.processor, targets, inputs.data.train, screen)
+        batches = calibration_batches.make_batches(
+            recipe, loaded.base, loaded.processor, targets, inputs.data.train, screen
+        )
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-        built = model.build(recipe, loaded.base, targets, checkpoint, batches, process.trained_dtype(args))
+        built = model.build(recipe, loaded.base, targets, checkpoint, batches, training_arguments.trained_dtype(args))
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return Adapted(built, spectra)
@@ -257,19 +262,24 @@ def describes_start(folder: RunFolder) -> bool:
     return folder.checkpoint is None or not (folder.path / "policy.json").is_file()
 
 
-def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, screen: Screen) -> Opening:
-    """Show the header and the policy; return the files that are written when the first step begins."""
-    recipe, folder, built = loaded.recipe, plan.folder, adapted.built
-    screen.header(
-        header.rows(plan.settings, recipe.model, inputs.data, rows.batching, inputs.args, loaded.dtype, folder)
-    )
+def show_header_and_policy(
+    plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, screen: Screen
+) -> None:
+    """Print what trains, on what, and for how many steps."""
+    built, model_name = adapted.built, loaded.fitted_recipe.model
+    screen.header(header.rows(plan, model_name, inputs.data, rows.batching, inputs.args, loaded.dtype))
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
     if built.saves == "adapter":
         for line in protection_lines(built.targets, built.model.protections["default"]):
             screen.say(line)
     if plan.resumed.changes:
-        screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
+        screen.say(f"changed since {plan.folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
+
+
+def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Adapted, screen: Screen) -> FirstFiles:
+    """Return the files that are written when the first step begins."""
+    recipe, folder = loaded.fitted_recipe, plan.folder
     environment = run_files.describe_environment(
         recipe,
         ["python", "-m", "milora_vl.train", *run_files.hidden_token(plan.request.words)],
@@ -281,10 +291,10 @@ def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Ad
     )
     if folder.checkpoint is not None:
         environment = plan.resumed.continued(environment)
-    content = {"policy.json": run_files.policy_json(built), "spectrum.json": adapted.spectra}
-    return Opening(
+    content = {"policy.json": run_files.policy_json(adapted.built), "spectrum.json": adapted.spectra}
+    return FirstFiles(
         folder=folder,
-        recipe=recipe,
+        fitted_recipe=recipe,
         environment=environment,
         content=content if describes_start(folder) else {},
         screen=screen,
@@ -296,23 +306,23 @@ def describe(plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Ad
 class Trained:
     """A run whose weights are on disk."""
 
-    recipe: Recipe
+    fitted_recipe: Recipe
     folder: RunFolder
     args: TrainingArguments
     repository: str  # on the hub, if the run pushes its files
 
 
 def make_trainer(
-    plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, opening: Opening
+    plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, first_files: FirstFiles
 ) -> MiloraTrainer:
     """Return the trainer with its collator and callbacks."""
-    recipe, data = loaded.recipe, inputs.data
+    recipe, data = loaded.fitted_recipe, inputs.data
     collator = collators.collator(recipe, loaded.base, loaded.processor, data.train[:100])
     if recipe.data.feature_cache:
         records = [*data.train, *(data.evaluation or ())]
         cache = Path(recipe.data.feature_cache)
         assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
-        collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, opening.screen)
+        collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, first_files.screen)
     hub.open_repository(inputs.args)
     with refused(recipe.train, kinds=(ValueError, ImportError)):  # what no check of the plan knows
         trainer = MiloraTrainer(
@@ -328,7 +338,7 @@ def make_trainer(
             kinds=None if rows.lengths is None else data.with_images,
             resume_from=plan.folder.checkpoint,
         )
-    trainer.add_callback(AtFirstStep(opening.begin))
+    trainer.add_callback(AtFirstStep(first_files.write))
     if loaded.probe is not None and recipe.eval.forgetting_every:
         trainer.add_callback(ForgettingCallback(loaded.probe, recipe.eval.forgetting_every, trainer))
     if loaded.suites is not None and recipe.eval.suite_every:
@@ -337,23 +347,23 @@ def make_trainer(
     return trainer
 
 
-def run_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -> None:
+def run_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles) -> None:
     """Train; a run that stops before its end still gets its losses, model card and report."""
     try:
-        run_loop(plan, rows, trainer, opening)
+        run_loop(plan, rows, trainer, first_files)
     except (KeyboardInterrupt, UserError):
-        describe_unfinished(trainer, opening)
+        describe_unfinished(trainer, first_files)
         raise
 
 
-def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -> None:
+def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles) -> None:
     """Train with HF's loop; a keyboard interrupt prints how to resume."""
     from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerState
 
-    checkpoint, screen = plan.folder.checkpoint, opening.screen
+    checkpoint, screen = plan.folder.checkpoint, first_files.screen
     if checkpoint is not None and has_all_steps(checkpoint, rows.batching):
-        opening.begin()
+        first_files.write()
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return
     try:
@@ -361,6 +371,7 @@ def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening) -
         with (
             failures.explained(trainer.args),
             calls_on_sigterm(trainer.stop_on_signal.hear),
+            loader_processes.found_while_waiting(streams=isinstance(trainer.train_dataset, RecordStream)),
             disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
         ):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -384,18 +395,18 @@ def has_all_steps(checkpoint: Path | None, batching: Batching) -> bool:
     return checkpoint is not None and step_of(checkpoint) == batching.steps
 
 
-def describe_unfinished(trainer: MiloraTrainer, opening: Opening) -> None:
+def describe_unfinished(trainer: MiloraTrainer, first_files: FirstFiles) -> None:
     """Write the losses so far, the model card and the report of a run that stopped before its end."""
-    if not (trainer.args.should_save and opening.has_begun):
+    if not (trainer.args.should_save and first_files.has_begun):
         return
     try:
-        trainer.state.save_to_json(str(opening.folder.path / "trainer_state.json"))
-        write_pages(opening.folder, opening.recipe, opening.screen)
+        trainer.state.save_to_json(str(first_files.folder.path / "trainer_state.json"))
+        write_pages(first_files.folder, first_files.fitted_recipe, first_files.screen)
     except OSError as error:  # the disk is full: the user has to read what ended the run, not this
-        opening.screen.warn(f"no report: {error}")
+        first_files.screen.warn(f"no report: {error}")
 
 
-def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Opening, start: float) -> Trained:
+def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles, start: float) -> Trained:
     """Write the final weights, the processor and HF's state at the root of the run folder."""
     folder, args = plan.folder, trainer.args
     with failures.explained(args):
@@ -409,17 +420,19 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, opening: Openin
         overlaps = run_files.protection_json(trainer.trained())
         if overlaps:
             folder.write_json("protection.json", overlaps)
-        opening.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
-        opening.environment["seconds"] = round(time.monotonic() - start, 1)
-        folder.write_json(ENVIRONMENT, opening.environment)
+        first_files.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        first_files.environment["seconds"] = round(time.monotonic() - start, 1)
+        folder.write_json(ENVIRONMENT, first_files.environment)
         for reason in trainer.failed_pushes():
-            opening.screen.warn(f"a push during the training failed: {reason}")
-    return Trained(opening.recipe, folder, args, trainer.hub_model_id or "")
+            first_files.screen.warn(f"a push during the training failed: {reason}")
+    return Trained(first_files.fitted_recipe, folder, args, trainer.hub_model_id or "")
 
 
 def evaluate(trained: Trained, screen: Screen) -> list[str]:
     """Start each evaluation that the recipe asks for as a separate process. Returns the commands that failed."""
-    commands = evaluation.commands(trained.recipe.eval, model=trained.recipe.model, output_dir=trained.folder.path)
+    commands = eval_section.commands(
+        trained.fitted_recipe.eval, model=trained.fitted_recipe.model, output_dir=trained.folder.path
+    )
     if not commands or not trained.args.should_save:
         return []
     gc.collect()  # the trainer holds itself in a circle
@@ -436,15 +449,15 @@ def write_results(trained: Trained, failed: list[str], screen: Screen, style: st
     """Write the model card and the report, push them, and print where everything is. Returns the exit code."""
     pushed = True
     if trained.args.should_save:
-        show_results(trained.folder, trained.recipe, screen, style)
+        show_results(trained.folder, trained.fitted_recipe, screen, style)
         if trained.args.push_to_hub:
-            pushed = push(trained, screen)
+            pushed = push_to_hub(trained, screen)
     for command in failed:
         screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")
     return 1 if failed or not pushed else 0
 
 
-def push(trained: Trained, screen: Screen) -> bool:
+def push_to_hub(trained: Trained, screen: Screen) -> bool:
     """Push the run folder to the hub; a failure is a warning, since the training is saved."""
     try:
         with screen.step(f"pushing to {trained.repository}"):

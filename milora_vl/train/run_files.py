@@ -1,4 +1,4 @@
-"""What the files of a run contain: environment.json, policy.json, protection.json and the chat template."""
+"""Contents of environment.json, policy.json and protection.json of a run; the chat template saved with a model."""
 
 from __future__ import annotations
 

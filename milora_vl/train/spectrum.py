@@ -1,4 +1,4 @@
-"""The singular values of one layer per tower and the band that trains: the plot that explains MiLoRA.
+"""Measure the singular values of one layer per tower for the report (spectrum.json): the band that trains.
 
 They are measured on the weights of the base model and written to `spectrum.json` in the run folder.
 `report/plots.py` draws them.

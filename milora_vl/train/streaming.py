@@ -1,4 +1,4 @@
-"""The loader of a run with streamed records, and the position in the stream that checkpoints store."""
+"""The loader of a run with streamed records, and the position in the stream that checkpoints save and resume."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from milora_data.errors import UserError
 from milora_data.stream import RecordStream, record_stream
 from milora_vl.plan.run_data import sources_of
 from milora_vl.recipe.schema import Recipe
+from milora_vl.train import loader_processes
 from milora_vl.weights.torch_files import read_pickled
 
 
@@ -30,12 +31,8 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
     )
 
 
-def loader(
-    stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None, timeout: float
-) -> Any:
+def loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
     """Return the loader of a stream; it continues at the position stored in `checkpoint`.
-
-    It fails if its processes give no batch for `timeout` seconds.
 
     Raises UserError if the checkpoint has no position for this process or was written by other processes.
     """
@@ -48,7 +45,7 @@ def loader(
             batch_size=args.train_batch_size,
             collate_fn=collator,
             num_workers=args.dataloader_num_workers,
-            timeout=timeout if args.dataloader_num_workers else 0,
+            timeout=loader_processes.TIMEOUT if args.dataloader_num_workers else 0,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with our loss, our parameter groups, and checkpoints that are complete and small.
+"""HF's Trainer with our loss, optimizer groups, checkpoints, data loader and callbacks (SIGTERM, logs, durations).
 
 HF's Trainer does distributed training, precision and logging. The loss calls the model's own forward, also in wrappers.
 """
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from accelerate.data_loader import DataLoaderAdapter
 from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
@@ -41,23 +40,22 @@ from milora_vl.lora.keep_protected import FsdpProjection, ShardedProjection, kee
 from milora_vl.lora.peft_model import MiloraMixin
 from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
-from milora_vl.train import fsdp, streaming
+from milora_vl.train import fsdp, loader_processes, streaming
 from milora_vl.train.cpu_load import FreeCores
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
+from milora_vl.weights.sharding import local_part
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-LOADER_TIMEOUT = 1800.0
-"""Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
 Saves = Literal["adapter", "projector", "full"]
 
@@ -193,14 +191,6 @@ class FollowFreeCores(TrainerCallback):
             self.say(self.cores.describe())
 
 
-def with_timeout(loader: Any) -> Any:
-    """Return the loader, which now fails if its processes give no batch for LOADER_TIMEOUT seconds."""
-    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
-    if inner.num_workers:
-        inner.timeout = LOADER_TIMEOUT
-    return loader
-
-
 class ProjectShards(TrainerCallback):
     """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer, and under FSDP2."""
 
@@ -236,7 +226,7 @@ class MiloraTrainer(Trainer):
         kinds: Sequence[object] | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        self.chunked = install(base_model_of(model))  # before anything wraps its forward
+        self.chunked = add_chunked_loss(base_model_of(model))  # before anything wraps its forward
         super().__init__(
             model,
             args,
@@ -326,10 +316,8 @@ class MiloraTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Return HF's loader, or for a stream a loader that reads the share of this process."""
         if not isinstance(self.train_dataset, RecordStream):
-            return with_timeout(super().get_train_dataloader())
-        self._stream = streaming.loader(
-            self.train_dataset, self.data_collator, self.args, self.resume_from, LOADER_TIMEOUT
-        )
+            return loader_processes.with_timeout(super().get_train_dataloader())
+        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.resume_from)
         return self._stream
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -500,7 +488,11 @@ class MiloraTrainer(Trainer):
         return [first_line(error) for error in errors if error is not None]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as HF does. Under FSDP2 only what trains is gathered; HF would gather the base too."""
+        """Save as HF does. Under FSDP2 only what trains is gathered; HF would gather the base too.
+
+        Raises UserError before anything is written if a trained weight is not finite.
+        """
+        self._require_finite_weights()
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
@@ -508,6 +500,21 @@ class MiloraTrainer(Trainer):
         self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _require_finite_weights(self) -> None:
+        """Refuse to save weights that a step has ruined: its own loss, computed before it, can still be finite."""
+        ruined = [n for n, p in self.trained().named_parameters() if p.requires_grad and not is_finite(local_part(p))]
+        found = torch.tensor([float(len(ruined))], device=self.args.device)
+        if self.accelerator.reduce(found).item():  # one answer for all processes, which each see their shards
+            raise UserError(
+                f"step {self.state.global_step} has made trained weights NaN or infinite"
+                + (f", for example {ruined[0]}" if ruined else ""),
+                code="train-weights-not-finite",
+                where=f"step {self.state.global_step}",
+                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16; "
+                "the checkpoints before this step are complete",
+                exit_code=1,
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -556,6 +563,11 @@ class MiloraTrainer(Trainer):
                 convert_shards(model, model.sidecars)
         else:
             self._load_from_checkpoint(best)
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Return whether a weight of any shape, also an empty one, has no NaN and no infinite value."""
+    return bool(torch.isfinite(weight.detach()).all())
 
 
 def load_full(model: nn.Module, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Distribute work over the processes of a distributed run, one piece per process at a time, and share the results."""
+"""Divide work among processes, one piece per process at a time, and broadcast or gather the results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cache factors and spectra on disk, so that a second run with the same weights does not decompose them again.
+"""Cache initial factors and spectra on disk, so that a second run with the same weights does not decompose them again.
 
 The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. An entry also contains a
 hash of its content; a damaged entry is computed again.

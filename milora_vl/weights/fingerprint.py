@@ -1,4 +1,4 @@
-"""Fingerprints of weights, which detect that an adapter is loaded on another base model than it was made for.
+"""Fingerprints of weights (random projections), which detect a base model that an adapter was not made for.
 
 A fingerprint (`Sketch`) holds a few fixed random projections u' W v, where the entries of u and v are +1 or -1, and the
 norm of W. Two roundings of one weight agree within the precision of the coarser dtype; two different weights do not.

@@ -1,4 +1,4 @@
-"""The layer types that adapters support, and their weight as one matrix (out, in) in PEFT's orientation.
+"""Which layer types an adapter supports, and a weight as one matrix (out, in): quantized, ZeRO-3, convolutions.
 
 `read_matrix` returns the matrix of a plain weight, of a quantized one, and of a weight partitioned by ZeRO-3.
 """

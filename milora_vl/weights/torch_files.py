@@ -1,4 +1,4 @@
-"""Read weights from PyTorch's pickle files (.bin, .pt), tensors only: a pickle can run any code when it is read."""
+"""Read PyTorch's pickle files (.bin, .pt) safely: tensors only, since a pickle can run any code when it is read."""
 
 from __future__ import annotations
 

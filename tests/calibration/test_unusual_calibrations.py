@@ -18,7 +18,7 @@ from milora_vl.calibration.activations import _parts
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import calibration
+from milora_vl.train import calibration_batches
 from support.adapter_cases import llava_batch, one_rule, token_batch
 from support.calibrated import text_batches
 from support.problems import raises_code
@@ -224,7 +224,7 @@ def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
         }
     )
     targets = Policy.parse(RULES).resolve(base)
-    return calibration.batches(settings, base, processor, targets, [], Screen())
+    return calibration_batches.make_batches(settings, base, processor, targets, [], Screen())
 
 
 def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_path: Path, capfd: Any) -> None:

@@ -255,6 +255,20 @@ def test_warnings_of_others_are_shown_on_request_alone(options: list[str], shown
     )
     done = subprocess.run([sys.executable, *options, "-c", script], capture_output=True, text=True)
     assert " ".join(word for word in ("ours", "theirs") if word in done.stderr) == shown
+    assert ("file.py" in done.stderr) is bool(options)
+
+
+def test_our_warnings_are_lines_like_those_of_a_run() -> None:
+    script = (
+        "import logging, warnings\nfrom milora_data.command.cli import run\n"
+        "def main(argv):\n"
+        "    logging.getLogger('milora_data.collate').warning('a.png is left out')\n"
+        "    warnings.warn_explicit('two layers protect nothing', UserWarning, 'a.py', 1, module='milora_vl.adapter')\n"
+        "    return 0\n"
+        "run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr == "warning: a.png is left out\nwarning: two layers protect nothing\n"
 
 
 @pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

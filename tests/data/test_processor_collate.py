@@ -24,7 +24,7 @@ from milora_data.picture_template import parts_of
 from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import ROLES, Record, Turn, parse_record
 from milora_data.sources import load_records
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.models.processors import limit_pixels, usable_inputs
 from support.problems import raises_code
 from support.versions import needs_places
@@ -159,7 +159,7 @@ def test_the_loss_is_the_models_own(name: str, make: Any) -> None:
     model = model_of(name, collator.inputs.processor)
     with torch.no_grad():
         own = model(**batch).loss
-        summed, count = summed_loss(model, batch, chunked=install(model))
+        summed, count = summed_loss(model, batch, chunked=add_chunked_loss(model))
     assert count > 10
     assert torch.allclose(summed / count, own, rtol=1e-5)
 

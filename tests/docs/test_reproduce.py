@@ -16,7 +16,8 @@ from milora_data.sources import load_records
 from milora_eval.suites import find_benchmark, find_suite
 from milora_vl.models import loading
 from milora_vl.plan.screen import trained_sizes
-from milora_vl.recipe import arguments, base_model, on_model, settings
+from milora_vl.recipe import base_model, command_line, on_model
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +39,7 @@ PAPER = {
 
 
 def recipe(flags: list[str]) -> Recipe:
-    return settings.resolve(arguments.parse(flags)).recipe
+    return merge_recipe(command_line.parse(flags)).recipe
 
 
 @cache

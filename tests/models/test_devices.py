@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
-from milora_vl.plan import training_args
-from milora_vl.recipe import arguments, settings
+from milora_vl.plan import train_section
+from milora_vl.recipe import command_line
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import process
+from milora_vl.train import training_arguments
 
 CPU = torch.device("cpu")
 
@@ -36,19 +37,19 @@ def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(
     has_units(monkeypatch, answer)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{model: tiny, dtype: fastest, train: {use_cpu: true}}")
-    request = arguments.parse(["--recipe", str(recipe)])
-    found = settings.resolve(request).recipe
+    request = command_line.parse(["--recipe", str(recipe)])
+    found = merge_recipe(request).recipe
     assert found.dtype == ("bfloat16" if answer else "float32")
-    assert training_args.prepared(found)[0].get("bf16", False) == answer
+    assert train_section.prepared(found)[0].get("bf16", False) == answer
     assert fastest_dtype(CPU) == (torch.bfloat16 if answer else torch.float32)
 
 
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe.parse({"model": "tiny", "train": {"bf16": True, "use_cpu": True}})
     has_units(monkeypatch, False)
-    assert any("bf16 is emulated" in warning for warning in process.training_arguments(recipe, tmp_path)[1])
+    assert any("bf16 is emulated" in warning for warning in training_arguments.for_this_process(recipe, tmp_path)[1])
     has_units(monkeypatch, True)
-    assert not any("bf16" in warning for warning in process.training_arguments(recipe, tmp_path)[1])
+    assert not any("bf16" in warning for warning in training_arguments.for_this_process(recipe, tmp_path)[1])
 
 
 def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Pa
     (run / "recipe.yaml").write_text("{model: tiny, dtype: float16}")
     words = ["--model", "tiny", "--dtype", "fastest", "--device", "cpu", "--output_dir", str(run)]
     again = ["--resume_from_checkpoint", "auto"]
-    assert settings.resolve(arguments.parse([*words, *again])).recipe.dtype != "float16"  # it begins again
+    assert merge_recipe(command_line.parse([*words, *again])).recipe.dtype != "float16"  # it begins again
     (run / "checkpoint-3").mkdir()
-    assert settings.resolve(arguments.parse([*words, *again])).recipe.dtype == "float16"
-    assert settings.resolve(arguments.parse(words)).recipe.dtype in ("bfloat16", "float32")
+    assert merge_recipe(command_line.parse([*words, *again])).recipe.dtype == "float16"
+    assert merge_recipe(command_line.parse(words)).recipe.dtype in ("bfloat16", "float32")

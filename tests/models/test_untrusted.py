@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.adapter_folders import NON_LORA
-from milora_vl.adapter_io import AdapterError, require_adapter
+from milora_vl.adapter_io import AdapterError, require_readable_adapter
 from milora_vl.adapters.llava import read_llava
 from milora_vl.models import original
 from milora_vl.models.loading import config_of
@@ -70,7 +70,7 @@ def test_code_in_the_place_of_weights_is_named_and_never_run(write: Callable[[Pa
     (adapter / "adapter_model.safetensors").unlink()
     write(adapter / "adapter_model.bin")
     with raises_code("weight-unsafe-file", says=SAID, kind=AdapterError):
-        require_adapter(adapter)
+        require_readable_adapter(adapter)
 
 
 def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_file_that_is_cut_off_gets_no_advice_to_read_it_all_the_same(content: 
     with raises_code(
         "weight-damaged-file", says=r"adapter_model\.bin: cannot be read \(cut off\?\): .", kind=AdapterError
     ) as error:
-        require_adapter(adapter)
+        require_readable_adapter(adapter)
     assert "weights_only" not in str(error.value)
     assert why_unread("a", EOFError()).endswith(": no file of weights")
 

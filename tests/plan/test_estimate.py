@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from milora_vl.adapter import apply_milora
 from milora_vl.models.quantized import bytes_per_number
-from milora_vl.plan.cost import changes, verdict
+from milora_vl.plan.cost import memory_savings, verdict
 from milora_vl.plan.estimate import GIB, Workload, duration, flops_per_step, host_memory, memory
 from milora_vl.plan.simulate import Resident, Shape, simulate
 from milora_vl.policy import Policy
@@ -52,8 +52,8 @@ def test_a_quantised_base_packs_what_is_packable_alone() -> None:
     sizes = memory(plan)
     assert sizes["frozen weights"] == pytest.approx(6_476_005_376 * 0.516 + 587_421_696 * 2, rel=1e-3)
     assert sizes["anchors (never sharded)"] == 4 * PLAN.anchors  # a packed weight has no dtype: float32
-    assert not [what for what, _ in changes(plan, plan, "") if "zero3" in what or "quantization" in what]
-    assert not [what for what, _ in changes(replace(PLAN, adapters=0), PLAN, "") if "quantization" in what]
+    assert not [what for what, _ in memory_savings(plan, plan, "") if "zero3" in what or "quantization" in what]
+    assert not [what for what, _ in memory_savings(replace(PLAN, adapters=0), PLAN, "") if "quantization" in what]
 
 
 def test_offloading_moves_states_to_the_host() -> None:
@@ -81,9 +81,9 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     assert lines[1].startswith("no single change is enough")
     assert change is None
     odd = replace(lean, records=15, accumulation=2)
-    assert {changed.records for _, changed in changes(odd, odd, "")} == {15, 5, 3, 1}
-    assert {changed.records * changed.accumulation for _, changed in changes(odd, odd, "")} == {30}
-    for flags, changed in changes(eager, lean, flag):
+    assert {changed.records for _, changed in memory_savings(odd, odd, "")} == {15, 5, 3, 1}
+    assert {changed.records * changed.accumulation for _, changed in memory_savings(odd, odd, "")} == {30}
+    for flags, changed in memory_savings(eager, lean, flag):
         assert changed.records * changed.accumulation == 16
         assert flag in flags
 

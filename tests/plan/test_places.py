@@ -10,8 +10,9 @@ import pytest
 
 from milora_data.errors import UserError
 from milora_vl.plan import run_data
-from milora_vl.recipe.arguments import Request, parse
-from milora_vl.recipe.settings import at_their_places
+from milora_vl.recipe.command_line import Request, parse
+from milora_vl.recipe.merge import merge_recipe
+from milora_vl.recipe.places import at_their_places
 from milora_vl.train import main
 from support.problems import raises_code
 
@@ -68,7 +69,7 @@ def test_mistakes_that_need_no_data_are_found_before_the_records_are_read(
     def read(*_: Any) -> None:
         raise AssertionError("the records were read")
 
-    monkeypatch.setattr(run_data, "read", read)
+    monkeypatch.setattr(run_data, "read_records", read)
     file = tmp_path / "train.json"
     file.write_text("[]")
     typed = words.replace("FILE", str(file)).split()
@@ -89,3 +90,19 @@ def test_a_recipe_that_has_changed_since_hides_no_error(tmp_path: Path, monkeypa
     with raises_code("run-stopped-by-signal") as error:
         action(parse(["--recipe", str(file)]))
     assert error.value.exit_code == 143
+
+
+def test_the_line_of_an_error_is_the_one_that_was_read(tmp_path: Path) -> None:
+    """An edit while a run starts or trains moves lines; the run has the recipe of its start."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: tiny\ntrain:\n  max_steps: 2\n")
+
+    @at_their_places
+    def action(request: Request) -> int:
+        assert merge_recipe(request).recipe.train["max_steps"] == 2
+        file.write_text("# a comment\n\nmodel: tiny\ntrain:\n  max_steps: 3\n")
+        assert merge_recipe(request).recipe.train["max_steps"] == 2
+        raise UserError("too few", code="train-arguments", where="train.max_steps")
+
+    with raises_code("train-arguments", where=f"{file}:3: train.max_steps"):
+        action(parse(["--recipe", str(file)]))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "reference"))
+import make_file_list  # noqa: E402
+
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PATHS = re.findall(r"`((?:milora_vl|data_tools|eval|llava_recipes)/[\w/.]*)`", PAGE)
 
@@ -39,3 +43,8 @@ def test_the_rows_have_the_order_of_the_layers() -> None:
     levels = [level[name] for names in listed for name in names if name in level]
     assert levels == sorted(levels)
     assert len(levels) >= len(level) - 1  # __main__ has no row
+
+
+def test_the_list_of_every_file_is_up_to_date() -> None:
+    section = PAGE[PAGE.index(make_file_list.HEADING) :]
+    assert section == make_file_list.file_list(), "to rewrite the list: python tests/reference/make_file_list.py"

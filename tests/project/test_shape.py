@@ -35,13 +35,13 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/train/forgetting.py:ForgettingCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/train/evaluation.py:SuiteCallback.on_step_end": "TrainerCallback's hook",
     "milora_vl/models/hub.py:read_pretrained": "from_pretrained's keywords, passed on to it",
-    "milora_vl/train/opening.py:AtFirstStep.on_step_begin": "TrainerCallback's hook",
+    "milora_vl/train/first_files.py:AtFirstStep.on_step_begin": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Bars.on_log": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Bars.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Lines.on_log": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Lines.on_train_begin": "TrainerCallback's hook",
     "milora_vl/losses.py:_chunked_loss.<locals>.first_position": "an inner model's forward, passed on to it",
-    "milora_vl/losses.py:install.<locals>.forward": "a model's forward, passed on to it",
+    "milora_vl/losses.py:add_chunked_loss.<locals>.forward": "a model's forward, passed on to it",
     "milora_vl/plan/simulate.py:_flash_attention.<locals>.attention": "torch's function",
     "milora_vl/train/trainer.py:TowerNorms.on_pre_optimizer_step": "TrainerCallback's hook",
     "milora_vl/train/features.py:replay.<locals>.forward": "LLaVA passes every vision tower the same keywords",
@@ -57,6 +57,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
 PROBES: dict[str, str] = {
     "milora_vl/towers.py": "knowing other people's model classes is its job",
     "milora_vl/weights/matrices.py": "ds_id is the only mark of a parameter that ZeRO-3 has partitioned",
+    "milora_vl/weights/sharding.py": "ds_tensor is the only name of a shard under ZeRO-3",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -242,7 +243,7 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
 
 
 # Files of milora_vl that load the package above it by its name, if a recipe asks for scores.
-UPWARD = {"milora_vl/plan/evaluation.py", "milora_vl/train/evaluation.py"}
+UPWARD = {"milora_vl/plan/eval_section.py", "milora_vl/train/evaluation.py"}
 
 
 def test_only_the_listed_files_load_evaluators_by_name() -> None:

@@ -15,7 +15,8 @@ import llava_recipes
 from milora_data.errors import UserError
 from milora_vl.models import loading, names
 from milora_vl.plan import dry_run
-from milora_vl.recipe import arguments, base_model, on_model, settings
+from milora_vl.recipe import base_model, command_line, on_model
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main as train
 
@@ -23,7 +24,7 @@ NAMES = llava_recipes.names()
 
 
 def recipe(name: str) -> Recipe:
-    return settings.resolve(arguments.parse(["--recipe", name])).recipe
+    return merge_recipe(command_line.parse(["--recipe", name])).recipe
 
 
 def test_the_promised_recipes_are_there() -> None:
@@ -39,7 +40,7 @@ def test_its_comment_is_a_command_that_parses(name: str) -> None:
     text = " ".join(comment).replace("\\", " ")
     command = re.search(r"-m milora_vl\.train ((?:--?\w\S* \S+\s*)+)", text)
     assert command, text
-    request = arguments.parse(command[1].split())
+    request = command_line.parse(command[1].split())
     assert request.recipe == name
     assert request.output_dir
 
@@ -75,7 +76,7 @@ def test_it_fits_devices_of_40_gib(name: str, tmp_path: Path, monkeypatch: pytes
 def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, parameters: int) -> None:
     """As their cards on the hub count them."""
     config = loading.config_of(name)
-    assert dry_run.count(loading.meta_model(config)) == parameters
+    assert dry_run.num_parameters(loading.meta_model(config)) == parameters
     assert "vision_config" not in config.to_dict()
 
 
@@ -91,8 +92,8 @@ def test_vision_language_models_have_their_published_sizes_without_a_network(nam
     """As the weight files on the hub count them."""
     config = loading.config_of(name)
     model = loading.meta_model(config)
-    assert dry_run.count(model) == parameters
-    chosen = settings.resolve(arguments.parse(["--model", name])).recipe
+    assert dry_run.num_parameters(model) == parameters
+    chosen = merge_recipe(command_line.parse(["--model", name])).recipe
     assert {target.tower for target in on_model.targets_of(chosen, model)} == {"language", "projector"}
 
 

@@ -406,7 +406,7 @@ def _checkpoint(folder: Path, drawn: dict[str, bytes]) -> None:
     if newest is not None:
         from milora_vl.recipe.schema import Recipe
 
-        resuming.check(newest, processes=1, stage=0)
+        resuming.warnings(newest, processes=1, stage=0)
         resuming.require_same_steps(newest, Recipe(model="tiny"), 6)
 
 
@@ -690,14 +690,14 @@ TEMPLATES = (
 
 
 def _command_line(_: Path, words: list[str]) -> None:
-    from milora_vl.recipe import arguments
+    from milora_vl.recipe import command_line
 
-    arguments.parse(words)
+    command_line.parse(words)
 
 
 @cache
 def _flags() -> tuple[str, ...]:
-    from milora_vl.recipe.arguments import RECIPE_FLAGS
+    from milora_vl.recipe.command_line import RECIPE_FLAGS
 
     others = ("rank", "alpha", "method", "learning_rate", "bf16")
     return tuple(f"--{name}" for name in (*RECIPE_FLAGS, *others))

@@ -25,8 +25,8 @@ from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.generate import Prompt, generate, prompt_ids
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens
-from milora_vl.recipe.arguments import parse
-from milora_vl.recipe.settings import resolve
+from milora_vl.recipe.command_line import parse
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.train import collators
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
@@ -85,7 +85,7 @@ def test_a_text_model_trains_and_resumes(text_run: Path, text_model: Path, text_
 def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     flags: list[str], text_model: Path, text_data: Path
 ) -> None:
-    recipe = resolve(parse(text_words(text_model, text_data, Path("run"), *flags))).recipe
+    recipe = merge_recipe(parse(text_words(text_model, text_data, Path("run"), *flags))).recipe
     model, tokenizer = load_model(text_model)
     record = next(iter(load_records(text_data)))
     expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)
@@ -214,6 +214,6 @@ def test_smol_llava_sees_pictures_in_its_own_template(tiny_data: Path, tmp_path:
 def test_a_base_that_is_composed_is_said_to_have_vicunas_template() -> None:
     flags = ["--model", "smollm2", "--vision_tower", "openai/clip-vit-large-patch14-336"]
     flags += ["--policy", "[{modules: language, method: milora, rank: 4}]"]
-    (warning,) = resolve(parse([*flags, "--template", "chat_template"])).warnings
+    (warning,) = merge_recipe(parse([*flags, "--template", "chat_template"])).warnings
     assert "vicuna_v1" in warning
-    assert resolve(parse(flags)).warnings == []
+    assert merge_recipe(parse(flags)).warnings == []

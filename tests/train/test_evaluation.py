@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from milora_vl.plan.evaluation import check, commands
+from milora_vl.plan.eval_section import commands, require_runnable
 from milora_vl.recipe.schema import EvalConfig
 from milora_vl.train import run
 from milora_vl.train.command import main
@@ -19,15 +19,15 @@ from support.train_runs import training
 
 
 def test_nothing_asked_nothing_checked() -> None:
-    check(EvalConfig())
+    require_runnable(EvalConfig())
     assert commands(EvalConfig(), model="tiny", output_dir=Path("r")) == []
 
 
 def test_unknown_suites_and_missing_files_are_found_early(tmp_path: Path) -> None:
     with raises_code("eval-unknown-suite", where="eval.suites", hint="did you mean emoji"):
-        check(EvalConfig(suites=["emojis"]))
+        require_runnable(EvalConfig(suites=["emojis"]))
     with raises_code("eval-missing-files", where="eval.data", message="(test.json"):
-        check(EvalConfig(suites=["emoji"], data=str(tmp_path)))
+        require_runnable(EvalConfig(suites=["emoji"], data=str(tmp_path)))
 
 
 def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:

@@ -150,28 +150,28 @@ def test_a_sharded_checkpoint_needs_all_its_shards(stage: int, tmp_path: Path) -
 
 def test_other_processes_or_another_stage_are_refused_or_told(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "a", 2, 3)
-    assert resuming.check(folder, processes=2, stage=3) == []
+    assert resuming.warnings(folder, processes=2, stage=3) == []
     with raises_code("resume-other-processes", says=r"2 parts.*now there are 4 processes\n.*start 2 processes"):
-        resuming.check(folder, processes=4, stage=3)
+        resuming.warnings(folder, processes=4, stage=3)
     for stage in (0, 1, 2):
         with raises_code("resume-other-zero-stage", hint="--deepspeed zero3"):
-            resuming.check(folder, processes=2, stage=stage)
+            resuming.warnings(folder, processes=2, stage=stage)
     plain = write_checkpoint(tmp_path / "b", 4)
-    assert resuming.check(plain, processes=1, stage=0) == []
-    assert "written by 1 process, now there are 2" in resuming.check(plain, processes=2, stage=0)[0]
+    assert resuming.warnings(plain, processes=1, stage=0) == []
+    assert "written by 1 process, now there are 2" in resuming.warnings(plain, processes=2, stage=0)[0]
     with raises_code("resume-other-zero-stage", hint="remove --deepspeed"):
-        resuming.check(plain, processes=1, stage=2)
+        resuming.warnings(plain, processes=1, stage=2)
 
 
 def test_ways_to_start_that_would_not_keep_their_promise_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch.check({"deepspeed": "zero3"})
-    launch.check({"fsdp": "full_shard"})
+    launch.require_supported({"deepspeed": "zero3"})
+    launch.require_supported({"fsdp": "full_shard"})
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with raises_code("launch-accelerate-deepspeed", hint="distributed_type: MULTI_GPU"):
-        launch.check({})
+        launch.require_supported({})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with raises_code("launch-accelerate-fsdp", message="accelerate has FSDP settings"):
-        launch.check({"deepspeed": "zero3"})
+        launch.require_supported({"deepspeed": "zero3"})
 
 
 def test_an_optimizer_in_deepspeeds_file_gives_way_to_the_rules_and_that_is_said(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from milora_vl import losses
 from milora_vl.adapter import apply_milora
-from milora_vl.losses import inner_model, install, summed_loss
+from milora_vl.losses import add_chunked_loss, inner_model, summed_loss
 from support.family_cases import batch as family_batch
 from support.family_cases import build
 from support.family_configs import FAMILIES, TEXT_ONLY
@@ -37,7 +37,7 @@ def assert_equal_to_own(model: nn.Module, base: nn.Module, inputs: dict[str, tor
     own = model(**inputs).loss
     own.backward()
     expected = gradients(model)
-    assert install(base)
+    assert add_chunked_loss(base)
     summed, count = summed_loss(model, inputs, chunked=True)
     (summed / count).backward()
     torch.testing.assert_close(summed / count, own, rtol=1e-5, atol=1e-6)
@@ -80,7 +80,7 @@ def test_every_family_with_an_inner_model_and_a_head(name: str, monkeypatch: pyt
     """Gemma caps its logits, Cohere, of which Aya is made, scales them."""
     model = build(name)  # in eval mode: some drop out in training
     if inner_model(model) is None:
-        assert not install(model)
+        assert not add_chunked_loss(model)
         return
     monkeypatch.setattr(losses, "CHUNK", 5 * 64)
     inputs = family_batch(name)
@@ -109,7 +109,7 @@ def test_logits_are_made_once_for_supervised_positions_only_a_few_at_a_time(
 ) -> None:
     model = tiny_llama()[0].train()
     monkeypatch.setattr(losses, "CHUNK", 4 * model.config.vocab_size)
-    assert install(model)
+    assert add_chunked_loss(model)
     shapes: list[int] = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape[:-1].numel()))
     summed, count = summed_loss(model, batch(), chunked=True)
@@ -143,7 +143,7 @@ def test_under_autocast_a_head_that_trains_gets_its_gradient(
         own = model(**batch()).loss
     own.backward()
     expected = gradients(model)
-    assert install(model)
+    assert add_chunked_loss(model)
     with torch.autocast("cpu", torch.bfloat16):
         summed, count = summed_loss(model, batch(), chunked=True)
     (summed / count).backward()
@@ -157,7 +157,7 @@ def test_a_batch_without_targets_gives_zero_with_a_gradient(tiny_llama: Callable
     model = tiny_llama()[0].train()
     inputs = batch()
     inputs["labels"].fill_(-100)
-    assert install(model)
+    assert add_chunked_loss(model)
     summed, count = summed_loss(model, inputs, chunked=True)
     summed.backward()
     assert (float(summed.detach()), count) == (0.0, 0)
@@ -168,5 +168,5 @@ def test_without_labels_the_model_is_as_it_was(tiny_llama: Callable[..., Any]) -
     model = tiny_llama()[0].eval()
     inputs = {name: value for name, value in batch().items() if name != "labels"}
     before = model(**inputs).logits
-    assert install(model)
+    assert add_chunked_loss(model)
     assert torch.equal(model(**inputs).logits, before)

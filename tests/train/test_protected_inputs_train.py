@@ -23,7 +23,7 @@ from milora_vl.recipe.schema import Recipe
 from milora_vl.report.run_page import read_run
 from milora_vl.report.tables import protection_table
 from milora_vl.tiny import tiny_llava
-from milora_vl.train import calibration
+from milora_vl.train import calibration_batches
 from milora_vl.train.command import main
 from support.calibrated import leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two
@@ -54,7 +54,7 @@ def recipe(tiny_data: Path, **keys: Any) -> Recipe:
 def calibrated(settings: Recipe, records: Any = ()) -> list[Any]:
     base, processor = tiny_llava()
     targets = Policy.parse(settings.policy or []).resolve(base)
-    return calibration.batches(settings, base, processor, targets, records, Screen()) or []
+    return calibration_batches.make_batches(settings, base, processor, targets, records, Screen()) or []
 
 
 def test_a_run_calibrates_protects_resumes_and_shows_it(
@@ -110,15 +110,17 @@ def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkey
     settings = recipe(tiny_data, samples=3, pictures=0)
     first = calibrated(settings)
     assert [batch["input_ids"].shape[0] for batch in first] == [8, 3]  # eight texts more than the recipe names
-    monkeypatch.setattr(calibration, "sampled_rows", None)
+    monkeypatch.setattr(calibration_batches, "sampled_rows", None)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
 
 
 def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
     """Two projects with data/images/0.png: the second one must not get the captions of the first."""
     written = []
-    monkeypatch.setattr(calibration, "sampled_rows", lambda *_, count, **__: [[1, 9, 9]] * count)
-    monkeypatch.setattr(calibration, "generate", lambda *_, **__: written.append(1) or ["a caption"] * len(records))
+    monkeypatch.setattr(calibration_batches, "sampled_rows", lambda *_, count, **__: [[1, 9, 9]] * count)
+    monkeypatch.setattr(
+        calibration_batches, "generate", lambda *_, **__: written.append(1) or ["a caption"] * len(records)
+    )
     names = sorted(path.name for path in (tiny_data / "images").iterdir())[:2]
     for project, name, is_new in (("a", names[0], True), ("b", names[1], True), ("c", names[0], False)):
         (tmp_path / project / "images").mkdir(parents=True)
@@ -137,13 +139,13 @@ def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp
 
 def test_the_calibration_shares_no_text_with_the_probe_of_forgetting(tiny_data: Path, tmp_path: Path) -> None:
     for number, book in enumerate(general_text().values()):
-        assert calibration.shares_probe_text(book)
+        assert calibration_batches.shares_probe_text(book)
         part = " ".join(book.split()[100 * number : 100 * number + 40])
         (tmp_path / "copied.txt").write_text(f"Once upon a time. {part}")
         with raises_code("calibration-probe-text", where="calibration.text", message="copied.txt"):
             calibrated(recipe(tiny_data, text=[str(tmp_path / "copied.txt")]))
     questions = {turn.text for record in drawn_questions(tmp_path / "drawn") for turn in record.turns}
-    assert not any(calibration.QUESTION in question for question in questions)
+    assert not any(calibration_batches.QUESTION in question for question in questions)
 
 
 def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> None:
@@ -162,14 +164,16 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
 def test_texts_that_the_model_recites_from_the_probe_are_left_out(tiny_data: Path, monkeypatch) -> None:
     tokenizer = tiny_llava()[1].tokenizer
     recited = tokenizer(next(iter(general_text().values()))[:400]).input_ids
-    monkeypatch.setattr(calibration, "sampled_rows", lambda *_, count, **__: [recited] + [[1, 9, 9]] * (count - 1))
+    monkeypatch.setattr(
+        calibration_batches, "sampled_rows", lambda *_, count, **__: [recited] + [[1, 9, 9]] * (count - 1)
+    )
     (batch, rest) = calibrated(recipe(tiny_data, samples=3, pictures=0))
     assert len(batch["input_ids"]) + len(rest["input_ids"]) == 10
     assert batch["input_ids"].shape[1] == 3
 
 
 def test_files_and_records_calibrate_without_the_model_writing(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(calibration, "sampled_rows", None)
+    monkeypatch.setattr(calibration_batches, "sampled_rows", None)
     (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 20)
     (text,) = calibrated(recipe(tiny_data, text=[str(tmp_path / "a.txt")], pictures=0))
     assert text["input_ids"].shape == (4, 192)
@@ -207,7 +211,7 @@ def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:
     base, processor = tiny_llava()
     targets = Policy.parse(RULES).resolve(base)
     with raises_code("calibration-cannot-generate", hint="text: [FILE]"):
-        calibration.batches(recipe(tiny_data), base.model, processor, targets, (), Screen())
+        calibration_batches.make_batches(recipe(tiny_data), base.model, processor, targets, (), Screen())
 
 
 def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:

@@ -12,8 +12,8 @@ import llava_recipes
 from milora_vl.models.loading import meta_model
 from milora_vl.policy import Target
 from milora_vl.recipe import base_model, on_model, rates
-from milora_vl.recipe.arguments import parse
-from milora_vl.recipe.settings import resolve
+from milora_vl.recipe.command_line import parse
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.train.command import main
 
 BOTH = "[{modules: language, method: milora, rank: 4}, {modules: projector, method: full}]"
@@ -21,7 +21,7 @@ BOTH = "[{modules: language, method: milora, rank: 4}, {modules: projector, meth
 
 def planned(*words: str) -> tuple[list[Target], list[str]]:
     """What trains, with its rates in force, and the warnings about them."""
-    chosen = resolve(parse(words))
+    chosen = merge_recipe(parse(words))
     base = meta_model(base_model.config_for(chosen.recipe))
     recipe = on_model.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
     targets = on_model.targets_of(recipe, base)

@@ -11,12 +11,12 @@ import pytest
 from pydantic import BaseModel
 
 import llava_recipes
-from milora_vl.recipe import hf_arguments
-from milora_vl.recipe.arguments import parse
+from milora_vl.recipe import hf_flags
 from milora_vl.recipe.changes import Change, Side, changes, schedule_has_end, shown
+from milora_vl.recipe.command_line import parse
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.resume_table import EFFECTS, TABLE, effect_of
 from milora_vl.recipe.schema import Recipe, load
-from milora_vl.recipe.settings import resolve
 from milora_vl.strict import Strict
 
 POLICY = [
@@ -43,8 +43,8 @@ def training_arguments() -> set[str]:
 
     installed = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     installed.add("parallelism_config")  # in some versions, and a flag in none
-    names = {hf_arguments.RENAMED.get(name, name) for name in installed | set(hf_arguments.flags())}
-    return {f"train.{name}" for name in names if name not in hf_arguments.REFUSED}
+    names = {hf_flags.RENAMED.get(name, name) for name in installed | set(hf_flags.flags())}
+    return {f"train.{name}" for name in names if name not in hf_flags.REFUSED}
 
 
 def test_every_key_of_a_recipe_and_every_training_argument_has_one_place() -> None:
@@ -214,7 +214,7 @@ def test_other_files_may_hold_the_same_records() -> None:
 
 @pytest.mark.parametrize("name", llava_recipes.names())
 def test_a_packaged_recipe_comes_back_from_its_file_without_a_change(name: str, tmp_path: Path) -> None:
-    resolved = resolve(parse(["--recipe", name, "--model", "tiny", "--device", "cpu"])).recipe
+    resolved = merge_recipe(parse(["--recipe", name, "--model", "tiny", "--device", "cpu"])).recipe
     (tmp_path / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
     assert found(Side(load(tmp_path / "recipe.yaml"), 1, "float32"), Side(resolved, 1, "float32")) == []
 

@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import TrainingArguments
 
 from milora_data.command.cli import output_problem
@@ -21,7 +23,7 @@ from milora_data.errors import UserError
 from milora_vl import checkpoints
 from milora_vl.checkpoints import why_incomplete, write_checksums
 from milora_vl.plan.run_lock import FILE, RunLock, require_free
-from milora_vl.train import failures, trainer
+from milora_vl.train import failures, loader_processes, trainer
 from milora_vl.train.command import main
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
@@ -130,13 +132,31 @@ class Hangs(torch.utils.data.Dataset[Any]):
 
 
 def test_a_loader_that_hangs_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "LOADER_TIMEOUT", 0.5)
-    loader = trainer.with_timeout(DataLoader(Hangs(), num_workers=1))
+    monkeypatch.setattr(loader_processes, "TIMEOUT", 0.5)
+    loader = loader_processes.with_timeout(DataLoader(Hangs(), num_workers=1))
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
     with pytest.raises(UserError) as raised, failures.explained(args):
         next(iter(loader))
     assert raised.value.first.code == "run-loader-hangs"
-    assert trainer.with_timeout(DataLoader(Hangs())).timeout == 0
+    assert loader_processes.with_timeout(DataLoader(Hangs())).timeout == 0
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_a_killed_loader_process_is_an_error_where_a_batch_is_awaited(kind: Any) -> None:
+    """Elsewhere the error would end a report, or leave a lock of a library held: then the training hangs."""
+    inner = signal.getsignal(signal.SIGCHLD)
+    with loader_processes.found_while_waiting(streams=True):
+        loader = loader_processes.with_timeout(kind(list(range(100)), num_workers=2, prefetch_factor=2))
+        batches = iter(loader)
+        next(batches)
+        os.kill(psutil.Process().children()[-1].pid, signal.SIGKILL)
+        time.sleep(1)  # other code of the main process
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="exited unexpectedly"):
+            list(batches)
+        assert time.monotonic() - start < 30 < loader.timeout
+    assert signal.getsignal(signal.SIGCHLD) == inner
+    assert "_looks_again" not in DataLoader(range(2), num_workers=1)._get_iterator()._try_get_data.__qualname__
 
 
 def test_a_loss_that_becomes_nan_ends_the_run_before_a_checkpoint_of_it(

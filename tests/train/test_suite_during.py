@@ -11,7 +11,7 @@ import torch
 
 from milora_eval.during import Suites
 from milora_vl import load_model
-from milora_vl.plan.evaluation import check
+from milora_vl.plan.eval_section import require_runnable
 from milora_vl.recipe.schema import EvalConfig
 from milora_vl.train.command import main
 from support.eval_questions import write_questions
@@ -90,4 +90,4 @@ def test_a_score_chooses_the_best_checkpoint(tiny_data: Path, recipe: Path, tmp_
 
 def test_a_suite_must_be_named(recipe: Path) -> None:
     with raises_code("flag-needs-another", where="eval.suite_every", hint="suites: [quick]"):
-        check(EvalConfig(suite_every=5))
+        require_runnable(EvalConfig(suite_every=5))

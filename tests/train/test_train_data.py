@@ -146,6 +146,6 @@ def test_a_stream_warns_of_broken_records_at_its_start(tiny_data: Path) -> None:
     config = DataConfig(
         path=str(tiny_data / "train.json"), image_folder=str(tiny_data / "images"), streaming=True, bad_images="skip"
     )
-    data = run_data.read(config)
+    data = run_data.read_records(config)
     assert [finding.kind for finding in data.broken] == ["placeholders"]
     assert any("1 broken record" in warning for warning in data.warnings())

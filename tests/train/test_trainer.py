@@ -69,6 +69,23 @@ def test_a_loss_that_is_no_number_ends_the_run(make: Callable[..., MiloraTrainer
         trainer.train()
 
 
+def test_a_step_that_ruins_the_weights_is_not_saved(make: Callable[..., MiloraTrainer], tmp_path: Path) -> None:
+    trainer = make([row(0, 5), row(1, 3)], max_steps=3, save_steps=1)
+    weight = next(p for p in trainer.trained().parameters() if p.requires_grad)
+
+    def overflow(grad: torch.Tensor) -> torch.Tensor:  # the loss of this step is a number
+        return grad * float("inf") if trainer.state.global_step == 1 else grad
+
+    weight.register_hook(overflow)
+    with raises_code("train-weights-not-finite", where="step 2") as error:
+        trainer.train()
+    assert error.value.exit_code == 1
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    with raises_code("train-weights-not-finite"):
+        trainer.save_model(str(tmp_path / "end"))
+    assert not (tmp_path / "end").exists()
+
+
 def test_the_evaluation_loss_is_per_token_whatever_the_batch(make: Callable[..., MiloraTrainer]) -> None:
     rows = [row(1, 1), row(2, 9), row(3, 4)]
     losses = [make(rows, rows, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (1, 2, 3)]

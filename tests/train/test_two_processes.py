@@ -109,3 +109,25 @@ def test_a_loss_that_is_no_number_is_told_once(kind: str, tiny_data: Path, tmp_p
     assert done.stdout.count("the loss is nan") == 1
     assert "milora_vl/train/" not in done.stdout, "a traceback"
     assert not any((tmp_path / "run").glob("checkpoint-4"))
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3", "fsdp"])
+def test_weights_that_a_step_has_ruined_are_not_saved(kind: str, tiny_data: Path, tmp_path: Path) -> None:
+    """Each process sees its own shards; all of them end, and one tells."""
+    extra = [
+        *EXTRA,
+        *TWO,
+        *KINDS[kind],
+        "--learning_rate",
+        "1e39",
+        "--lr_scheduler_type",
+        "constant",
+        "--save_steps",
+        "1",
+    ]
+    done = launched(["-m", "milora_vl.train", *training(tiny_data, tmp_path / "run", *extra)], tmp_path)
+    assert done.returncode == 1
+    assert done.stdout.count("step 1 has made trained weights NaN or infinite") == 1
+    assert "milora_vl/train/" not in done.stdout, "a traceback"
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not list((tmp_path / "run").glob("*.safetensors"))

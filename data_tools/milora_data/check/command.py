@@ -1,4 +1,4 @@
-"""`python -m milora_data check`: find all errors of a data set in one pass, with file and line.
+"""`python -m milora_data check`: find all errors of a data set in one pass; the same before a training.
 
 Training calls `check_for_training` before it loads a model.
 """

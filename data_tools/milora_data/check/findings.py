@@ -1,4 +1,4 @@
-"""The kinds of errors and warnings that a record can have, and the rules that detect them."""
+"""The kinds of errors and warnings that a record can have (`KINDS`), and the rules that detect them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared by every command: an argument parser with helpful errors, and `run`, which prints errors without a traceback.
+"""The parser of all commands (`did you mean`), and `run`, which prints errors without a traceback; exit codes.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 bad usage.
 """
@@ -254,12 +254,32 @@ def _wait_for_rank_zero() -> None:
     # If all ranks fail with the same error, rank 0 prints it and the launcher stops the other ranks while they wait. An
     # error on a single other rank is printed after the delay.
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(15)  # rank 0 needs some seconds to exit on a busy machine
+
+
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning as the other warnings of a command, without the place in the code that Python would name."""
+    (file or sys.stderr).write(as_typed(f"warning: {message}\n"))
 
 
 def silence_dependencies() -> None:
-    """Suppress warnings of dependencies, which are for developers; Python's option -W turns them on again."""
+    """Suppress warnings of dependencies, and print ours in one line; with option -W, Python shows all of them.
+
+    From Python, the library raises ordinary warnings, which a program can filter.
+    """
     if not sys.warnoptions:
+        warnings.showwarning = _print_warning
+        shown = logging.StreamHandler(sys.stderr)  # logging would print the text alone
+        shown.setFormatter(logging.Formatter("warning: %(message)s"))
+        for package in ("milora_vl", "milora_data", "milora_eval"):
+            logging.getLogger(package).addHandler(shown)
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
         # PEFT imports bitsandbytes if it is installed, and bitsandbytes warns about an optional kernel.

@@ -1,4 +1,4 @@
-"""How a command declares its flags (`Command`), and the flags with the same meaning in every command (`SHARED`)."""
+"""How a command declares its flags (`Command`), and the flags that several commands share (`SHARED`)."""
 
 from __future__ import annotations
 

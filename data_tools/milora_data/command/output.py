@@ -1,4 +1,4 @@
-"""Where a command writes: checked before any work, so that a wrong path costs no time."""
+"""Check the output folder of a command before any work, so that a wrong path costs no time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder to which a conversion writes the pictures of a data set."""
+"""The folder to which a conversion writes the pictures of a data set (`--image_folder`): created, filled, removed."""
 
 from __future__ import annotations
 

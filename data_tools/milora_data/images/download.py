@@ -1,4 +1,4 @@
-"""Pictures at web addresses, each downloaded once into the cache; only a recipe that asks for it comes here."""
+"""Download pictures at web addresses once into the cache (`data.web_pictures`), with limits of size and time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A disk cache for the features of a frozen vision tower: computed once, then read instead of decoding and encoding.
+"""The disk cache of a frozen vision tower's features: keys, files, reading them in place of pixels.
 
 An entry is a file named by a hash of the picture's bytes, in a folder named by the tower, its transform and its dtype.
 A changed picture has another entry, and several processes may write the same entry.

@@ -1,4 +1,4 @@
-"""Load picture files of any format as RGB, and pad them to a square as LLaVA does."""
+"""Load picture files of any format as RGB (rotation, transparency, size limits), and pad them to a square."""
 
 from __future__ import annotations
 

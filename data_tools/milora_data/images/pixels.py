@@ -1,4 +1,4 @@
-"""Convert picture files to the pixel values of a model's image processor: bit for bit equal, but faster.
+"""Resize, crop and normalize pictures to a model's pixel values: equal to its image processor's, but faster.
 
 LLaVA pads a picture to a square and resizes the square. Here the two passes of the resizing (along the rows, then along
 the columns) run separately, and the padding is added after the pass that shrinks the picture. The numbers are the same

@@ -1,1 +1,1 @@
-"""Generate answers: select the items, run the model, store the answers and resume."""
+"""Generate answers: select the items, ask the model, store the answers and resume."""

@@ -1,4 +1,4 @@
-"""Digests of everything that an answer depends on. A stored answer is reused only if all of them are equal.
+"""When is a stored answer reused? Digests of all that it depends on: weights, tokenizer, prompt, picture, settings.
 
 Weights are identified by their content, never by their path: after a second training into the same folder, the
 questions are asked again.

@@ -1,4 +1,4 @@
-"""Items on disk: memory holds three numbers of each, so a million questions take little of it."""
+"""Questions on disk instead of in memory, so a million questions take little of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The questions of an evaluation: read and checked once, before a model loads."""
+"""Read the questions of an evaluation before a model loads; check names, ids and pictures."""
 
 from __future__ import annotations
 

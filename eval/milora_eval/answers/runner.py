@@ -1,4 +1,4 @@
-"""Ask one model the questions of some benchmarks and store the answers, so that a killed run can resume.
+"""Ask one model the questions of some benchmarks: batches, generation settings, early end, resume of a killed run.
 
 Every batch is written when it is complete. A stored answer with the same key (see `identity`) is reused.
 """

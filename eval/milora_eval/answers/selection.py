@@ -1,4 +1,4 @@
-"""Select items: nested subsets, and shards that keep the questions about one picture together."""
+"""Select items: `--limit` (nested random subsets), `--shard`; questions about one picture stay together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers on disk, one JSON line each. Each batch is written at once, so a killed evaluation can resume.
+"""Store answers on disk (predictions.jsonl), one line each, batch by batch; shards, spare answers, judgements.
 
 predictions.jsonl   the answers behind results.json, in the order of the items
 predictions.K-of-N.jsonl   the answers of one shard, until all shards are complete

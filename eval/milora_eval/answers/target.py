@@ -1,4 +1,4 @@
-"""The model that an evaluation measures, derived from its folders."""
+"""The model and adapter that an evaluation measures, from its folders; base or final, checkpoint."""
 
 from __future__ import annotations
 

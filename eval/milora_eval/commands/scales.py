@@ -1,4 +1,4 @@
-"""`python -m milora_eval scales`: several sizes of an update, score over forgetting."""
+"""`python -m milora_eval scales`: evaluate several sizes of an update: score over forgetting."""
 
 from __future__ import annotations
 

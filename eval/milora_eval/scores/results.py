@@ -1,4 +1,4 @@
-"""Compute results.json, the numbers of one model on one suite, from the lines of predictions.jsonl alone.
+"""Compute and write results.json, the numbers of one model on one suite, from the lines of predictions.jsonl alone.
 
 The lines are streamed, so a million of them take little memory.
 """

@@ -1,4 +1,4 @@
-"""Write one GGUF file, tensor by tensor, so that only one of them is in memory twice."""
+"""Write one GGUF file, tensor by tensor, and choose its number types (`--outtype`)."""
 
 from __future__ import annotations
 

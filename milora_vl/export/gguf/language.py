@@ -1,4 +1,4 @@
-"""The language model of a GGUF file: its architecture, settings and tensors, with the names and orders of llama.cpp.
+"""The language model of a GGUF file: architecture, rotary settings and tensors, with the names and orders of llama.cpp.
 
 The names follow the table of the package gguf. In the architecture `llama`, rotary positions act on neighbouring rows
 of q and k; transformers pairs rows of the first and second half, so the rows are permuted (convert_hf_to_gguf.py).

@@ -23,9 +23,9 @@ from milora_data.sampler import LengthGroupedSampler
 from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
 from milora_vl.forgetting.text import CALIBRATION_SEED, padded_batches, sampled_rows, text_batches
-from milora_vl.losses import install, summed_loss
+from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.studies.task import Measured
-from milora_vl.train.calibration import shares_probe_text
+from milora_vl.train.calibration_batches import shares_probe_text
 
 BATCH, TOKENS = 16, 1536
 CALIBRATION_TEXTS, CALIBRATION_TOKENS = 56, 192  # as in milora_vl.train; one batch in eight checks the shares
@@ -64,7 +64,7 @@ class AnswerTask:
     def model(self) -> nn.Module:
         """Return a copy of the base model, which computes its loss in chunks."""
         copied: nn.Module = deepcopy(self.base)
-        install(copied)
+        add_chunked_loss(copied)
         return copied
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import split_processor
 from milora_vl.studies.tasks import EMOJI
 from milora_vl.studies.tasks.answers import AnswerTask
-from milora_vl.train.calibration import CAPTION_TOKENS, QUESTION, ROWS, with_pictures
+from milora_vl.train.calibration_batches import CAPTION_TOKENS, QUESTION, ROWS, with_pictures
 
 CALIBRATION_PICTURES = 64  # as in milora_vl.train
 

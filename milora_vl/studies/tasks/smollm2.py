@@ -1,4 +1,4 @@
-"""SmolLM2 learns to name the topic of a name, out of about sixty topics; forgetting is measured on general text."""
+"""SmolLM2 learns to name the topic of a name, about sixty topics; forgetting is measured on general text."""
 
 from __future__ import annotations
 

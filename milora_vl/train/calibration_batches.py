@@ -1,4 +1,4 @@
-"""The calibration batches of a run (recipe key `calibration`): text that the base model writes, files, pictures.
+"""The calibration batches of a run: texts that the base model writes, text files, pictures with captions.
 
 By default no data is needed: the base model writes texts itself, and a vision-language model describes pictures of the
 training set. Texts and captions are cached by a hash of the weights, since writing them takes most of the time.
@@ -70,7 +70,7 @@ class _Sources:
         return loading.split_processor(self.processor)[0]
 
 
-def batches(
+def make_batches(
     recipe: Recipe,
     base: nn.Module,
     processor: Any,

@@ -1,4 +1,4 @@
-"""The command line of `milora_vl.train`: our flags, Hugging Face's and LLaVA's, as overrides of a recipe.
+"""Every flag of `milora_vl.train`: the parser, help texts, aliases, and `Request`, the parsed command line.
 
 It imports nothing slow, so `--help` prints at once.
 """
@@ -9,13 +9,15 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from milora_data.command import cli
 from milora_data.command.flags import RECORDS
 from milora_data.errors import Problem, UserError
-from milora_vl.recipe import hf_arguments, llava_flags
+from milora_vl.recipe import hf_flags, llava_flags
 from milora_vl.recipe.policy_edits import METHODS, PolicyEdits
+from milora_vl.recipe.recipe_file import RecipeFile, read_recipe
 
 PROG = "python -m milora_vl.train"
 DESCRIPTION = "Fine-tune a LLaVA-style or text-only model with MiLoRA. Flags override the recipe."
@@ -144,10 +146,10 @@ EVERYDAY: dict[str, str] = {
 FORMATS = ("human", "json")
 ALIASES = {"template": {"v1": "vicuna_v1"}, "image_aspect_ratio": {"square": "plain"}}
 ACTIONS = ("print_recipe", "list_models", "list_recipes", "dry_run")
-TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": hf_arguments.boolean}
+TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": hf_flags.boolean}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """What the command line asks for."""
 
@@ -164,7 +166,12 @@ class Request:
     devices: int | None = None  # for a plan
     gpu_memory: float | None = None  # GiB per device, for a plan
     words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed
-    problems: tuple[Problem, ...] = ()  # of values that are left out; `settings.resolve` raises them with its own
+    problems: tuple[Problem, ...] = ()  # of values that are left out; `merge_recipe` raises them with its own
+
+    @cached_property
+    def recipe_file(self) -> RecipeFile:
+        """The recipe, read once: an edit during the run changes neither its settings nor the lines in its errors."""
+        return read_recipe(self.recipe)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -182,15 +189,15 @@ def build_parser() -> argparse.ArgumentParser:
         _add(group, name, type_, aliases, text, dest=f"policy.{path}")
     group = parser.add_argument_group("the training (Hugging Face's most used)")
     for name, text in EVERYDAY.items():
-        _add(group, name, hf_arguments.flags()[name].type, (), text, dest=f"hf.{name}")
+        _add(group, name, hf_flags.flags()[name].type, (), text, dest=f"hf.{name}")
     group = parser.add_argument_group("LLaVA's other flags")
     for name, (type_, text) in llava_flags.FLAGS.items():
         _add(group, name, type_, (), text, dest=f"llava.{name}")
     group = parser.add_argument_group("all other TrainingArguments of Hugging Face")
-    for name, flag in hf_arguments.flags().items():
+    for name, flag in hf_flags.flags().items():
         if name not in RUN_FLAGS and name not in EVERYDAY:
             text = argparse.SUPPRESS if "deprecated" in flag.help.lower() else f"{flag.help} [{flag.default}]"
-            text = hf_arguments.HELP.get(name, text)
+            text = hf_flags.HELP.get(name, text)
             _add(group, name, flag.type, (), text, dest=f"hf.{name}")
     return parser
 
@@ -264,7 +271,7 @@ def _add(group: Any, name: str, type_: str, aliases: Sequence[str], text: str, *
         "help": text.replace("%", "%%"),
     }
     if type_ == "bool":
-        options |= {"nargs": "?", "const": True, "type": _named(hf_arguments.boolean, "true or false")}
+        options |= {"nargs": "?", "const": True, "type": _named(hf_flags.boolean, "true or false")}
     elif type_ == "list":
         options |= {"nargs": "*"}
     elif name in ("resume_from_checkpoint", "print_recipe"):
@@ -274,7 +281,7 @@ def _add(group: Any, name: str, type_: str, aliases: Sequence[str], text: str, *
     elif dest.startswith("hf."):
         options |= {"type": str}  # `_train_flags` converts it, as for YAML, so that both give the same message
     else:
-        options |= {"type": _named(TYPES[type_], hf_arguments.EXPECTED[type_])}
+        options |= {"type": _named(TYPES[type_], hf_flags.EXPECTED[type_])}
     metavar = {"int": "N", "float": "X", "bool": "BOOL"}.get(type_, "TEXT")
     group.add_argument(*flags, metavar=metavar, **options)
 
@@ -294,8 +301,8 @@ def _train_flags(flags: dict[str, Any], run: dict[str, Any], problems: list[Prob
     train = {}
     for name, value in flags.items():
         try:
-            train[name] = hf_arguments.coerce(name, value)
-        except hf_arguments.WrongValue as error:
+            train[name] = hf_flags.coerce(name, value)
+        except hf_flags.WrongValue as error:
             problems.append(Problem(str(error), "flag-value", f"--{name}", error.hint))
     if run.get("device") == "cpu":
         train["use_cpu"] = True

@@ -1,4 +1,4 @@
-"""HF's TrainingArguments for this process: its environment, its device and DeepSpeed's process group."""
+"""Make HF's TrainingArguments for this process: environment, device, DeepSpeed, dtype of the trained weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch.distributed as dist
 
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan.launch import require_processes_for_fsdp
-from milora_vl.plan.training_args import accepted_fields, prepared, refused
-from milora_vl.recipe import hf_arguments
+from milora_vl.plan.train_section import accepted_fields, prepared, refused
+from milora_vl.recipe import hf_flags
 from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
+def for_this_process(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
     """Return the arguments, and warnings about settings without effect. Raises UserError if HF rejects a value."""
     from transformers import TrainingArguments
 
@@ -30,7 +30,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgume
     device = train_device(train)
     if train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
         warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
-    arguments, absent = hf_arguments.for_installed(train, accepted_fields())
+    arguments, absent = hf_flags.for_installed(train, accepted_fields())
     if absent:
         warnings.append(f"the installed transformers does not support {', '.join(absent)}: no effect")
     require_processes_for_fsdp(train)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from milora_data.errors import UserError
-from milora_vl.plan.training_args import prepared
-from milora_vl.recipe.arguments import parse
-from milora_vl.recipe.settings import Settings, require_fit, resolve
+from milora_vl.plan.train_section import prepared
+from milora_vl.recipe.command_line import parse
+from milora_vl.recipe.merge import MergedRecipe, merge_recipe, require_fit
 from milora_vl.train.command import main as train
 from support.problems import raises_code
 
@@ -28,8 +28,8 @@ FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_project
 FROZEN = "--freeze_mm_mlp_adapter True"
 
 
-def settings(words: str) -> Settings:
-    return resolve(parse(words.split()))
+def settings(words: str) -> MergedRecipe:
+    return merge_recipe(parse(words.split()))
 
 
 def test_flags_win_over_the_recipe() -> None:
@@ -116,7 +116,7 @@ def test_a_flag_that_is_not_about_what_trains_leaves_the_policy_and_the_pictures
 )
 def test_a_vision_tower_leaves_the_rules_of_a_recipe_and_their_flags_alone(source: tuple[str, str]) -> None:
     tower = "--model tiny --vision_tower openai/clip-vit-large-patch14-336 --rank 2 --alpha 4 --dropout 0.1"
-    rules = resolve(parse([*source, *tower.split()])).recipe.policy
+    rules = merge_recipe(parse([*source, *tower.split()])).recipe.policy
     assert rules is not None
     assert (rules[0]["method"], rules[0]["rank"], rules[0]["alpha"], rules[0]["dropout"]) == ("milora", 2, 4, 0.1)
 
@@ -192,12 +192,12 @@ def test_a_policy_that_is_no_text_is_told(tmp_path: Path) -> None:
 
 def test_a_policy_can_be_given_as_text() -> None:
     request = parse(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
-    assert resolve(request).recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+    assert merge_recipe(request).recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
     many = "{modules: language, method: milora, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
-    assert len(resolve(parse(["--model", "tiny", "--policy", f"[{many}]"])).recipe.policy or ()) == 21
+    assert len(merge_recipe(parse(["--model", "tiny", "--policy", f"[{many}]"])).recipe.policy or ()) == 21
     bad = parse(["--model", "tiny", "--policy", "[{modules: projector, method: fool}]"])
     with raises_code("policy-value", where="policy[0].method", message="expected one of"):
-        resolve(bad)
+        merge_recipe(bad)
 
 
 FAULTY = """
@@ -235,7 +235,9 @@ def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -
     with pytest.raises(UserError, match="^3 problems in"):
         settings(f"--recipe {file}")
     with pytest.raises(UserError, match=r"(?s)in --policy:\npolicy\[0\].rank: .*\npolicy\[1\].modules: no module"):
-        resolve(parse(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"]))
+        merge_recipe(
+            parse(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"])
+        )
 
 
 def test_flags_that_change_the_rules_hide_no_fault_of_theirs(tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_flags_that_change_the_rules_hide_no_fault_of_theirs(tmp_path: Path) -> 
     ):
         assert str(caught.value).count(fault) == 1
     with pytest.raises(UserError, match=r"(?s)alfa.*--method: no rule of the recipe makes an adapter"):
-        resolve(
+        merge_recipe(
             parse([*"--model tiny --method lora --policy".split(), "[{modules: language, method: frozen, alfa: 3}]"])
         )
 
@@ -265,14 +267,14 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     with pytest.raises(UserError, match=r"^3 problems in .*\n.*recipe.yaml:4: policy\[0\].modules: no module matches"):
         train(["--recipe", str(file), "--output_dir", str(tmp_path / "run")])
     fits, too_large = (parse(["--model", "tiny", "--rank", rank]) for rank in ("2", "4000"))
-    require_fit(fits, resolve(fits).recipe)
+    require_fit(fits, merge_recipe(fits).recipe)
     with pytest.raises(UserError, match=r"--rank: 4000 is larger"):
-        require_fit(too_large, resolve(too_large).recipe)
+        require_fit(too_large, merge_recipe(too_large).recipe)
     unsaid = parse(["--model", "tiny"])
     with raises_code(
         "policy-rank-too-large", message="the default rank 128 is too large", hint="use --rank 32, or less"
     ):
-        require_fit(unsaid, resolve(unsaid).recipe)
+        require_fit(unsaid, merge_recipe(unsaid).recipe)
 
 
 def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told() -> None:
@@ -290,7 +292,7 @@ def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told
 def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_train(modules: str, may_be: bool) -> None:
     """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
     request = parse(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
-    assert prepared(resolve(request).recipe)[0]["ddp_find_unused_parameters"] is may_be
+    assert prepared(merge_recipe(request).recipe)[0]["ddp_find_unused_parameters"] is may_be
 
 
 RECIPE_WITH_EVALUATION = """\

@@ -17,11 +17,11 @@ from milora_vl.recipe.schema import Recipe
 
 
 @dataclass(kw_only=True)
-class Opening:
+class FirstFiles:
     """The first files of a run. Only a new run writes the files in `content` (policy.json, spectrum.json)."""
 
     folder: RunFolder
-    recipe: Recipe
+    fitted_recipe: Recipe
     environment: dict[str, Any]
     content: Mapping[str, Any]
     screen: Screen
@@ -34,7 +34,7 @@ class Opening:
         path = self.folder.path
         self.absent = [folder for folder in (path, *path.parents) if not folder.exists()]
 
-    def begin(self) -> None:
+    def write(self) -> None:
         """Write the files and rename incomplete checkpoints. Later calls do nothing."""
         if self.has_begun:
             return
@@ -46,7 +46,7 @@ class Opening:
             return
         for checkpoint, reason in self.folder.incomplete:
             self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
-        self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
+        self.folder.write_text("recipe.yaml", self.fitted_recipe.to_yaml())
         self.folder.write_json(ENVIRONMENT, self.environment)
         for name, value in self.content.items():
             self.folder.write_json(name, value)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.recipe import hf_arguments
+from milora_vl.recipe import hf_flags
 from milora_vl.recipe.schema import Recipe
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
@@ -21,7 +21,7 @@ def test_the_list_is_that_of_the_installed_transformers() -> None:
 
     version = ".".join(transformers.__version__.split(".")[:2])
     installed = make_hf_flags.flags()
-    known = hf_arguments.flags()
+    known = hf_flags.flags()
     assert installed.keys() <= known.keys()
     for name, flag in installed.items():
         if known[name].versions[-1] == version:
@@ -38,7 +38,7 @@ def test_what_a_recipe_holds_is_what_training_arguments_take(tmp_path: Path) -> 
     given = {"warmup_ratio": 0.1, "evaluation_strategy": "no", "gradient_checkpointing": True, "group_by_length": True}
     train = Recipe.parse({"train": given}).train
     fields = {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init}
-    arguments, absent = hf_arguments.for_installed(train, fields)
+    arguments, absent = hf_flags.for_installed(train, fields)
     assert absent == []
     args = TrainingArguments(output_dir=str(tmp_path), **arguments)
     assert args.get_warmup_steps(50) == 5
@@ -49,8 +49,8 @@ def test_an_older_transformers_gets_its_own_names() -> None:
     train = {"warmup_steps": 0.1, "activation_checkpointing": True, "train_sampling_strategy": "group_by_length"}
     fields = dict.fromkeys(["warmup_steps", "warmup_ratio", "gradient_checkpointing", "group_by_length"])
     expected = {"warmup_ratio": 0.1, "gradient_checkpointing": True, "group_by_length": True}
-    assert hf_arguments.for_installed(train, fields) == (expected, [])
-    assert hf_arguments.for_installed({"use_cache": True, "ray_scope": "last"}, fields) == ({}, ["use_cache"])
+    assert hf_flags.for_installed(train, fields) == (expected, [])
+    assert hf_flags.for_installed({"use_cache": True, "ray_scope": "last"}, fields) == ({}, ["use_cache"])
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_an_older_transformers_gets_its_own_names() -> None:
     ],
 )
 def test_values_are_read_as_their_types(name: str, value: object, expected: object) -> None:
-    assert hf_arguments.coerce(name, value) == expected
+    assert hf_flags.coerce(name, value) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,6 @@ def test_values_are_read_as_their_types(name: str, value: object, expected: obje
     ],
 )
 def test_values_that_hugging_face_checks_late_are_refused_at_once(name: str, value: str, hint: str) -> None:
-    with pytest.raises(hf_arguments.WrongValue) as error:
-        hf_arguments.coerce(name, value)
+    with pytest.raises(hf_flags.WrongValue) as error:
+        hf_flags.coerce(name, value)
     assert hint in error.value.hint

@@ -1,4 +1,4 @@
-"""Hugging Face's training flags, without importing transformers: names, types, old spellings and conversion.
+"""The table of Hugging Face's training flags: types, old names, value ranges, conversion; imports no transformers.
 
 The flags are the union over supported versions (tests/reference/make_hf_flags.py writes `hf_flags.json`). A recipe
 holds the newest names; `for_installed` converts them for the installed TrainingArguments.

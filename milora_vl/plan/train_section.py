@@ -1,4 +1,4 @@
-"""The `train:` section of a recipe as HF's TrainingArguments take it: derived and forced values, and refused ones."""
+"""The `train:` section as HF's TrainingArguments take it: derived and refused values; optimizer, scheduler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from milora_data.command.cli import did_you_mean, suggest
 from milora_data.errors import UserError, first_line
 from milora_vl.models.devices import train_device
 from milora_vl.plan import launch
-from milora_vl.recipe import hf_arguments
+from milora_vl.recipe import hf_flags
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
 
@@ -62,7 +62,7 @@ def _require_rates_per_rule(optimizer: str) -> None:
 def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Return the `train:` section with canonical names and derived values, and warnings."""
     train, warnings = dict(recipe.train), []
-    launch.check(train)
+    launch.require_supported(train)
     _require_rates_per_rule(str(train.get("optim") or ""))
     for name, value in FORCED.items():
         if train.get(name, value) != value:
@@ -145,7 +145,7 @@ def require_valid(recipe: Recipe) -> None:
     It starts no process and writes nothing.
     """
     train, _ = prepared(recipe)
-    arguments, _ = hf_arguments.for_installed(
+    arguments, _ = hf_flags.for_installed(
         {name: value for name, value in train.items() if name not in OF_THE_MACHINE}, accepted_fields()
     )
     config = train.get("accelerator_config")
@@ -230,7 +230,7 @@ def refused(
 def _named_in(text: str, train: Mapping[str, Any]) -> str:
     """Return the setting that a text of Hugging Face names first: one that the user has set, else any."""
     lowered = text.lower()
-    for names in (train, hf_arguments.flags()):
+    for names in (train, hf_flags.flags()):
         found = {}
         for name in names:
             spelled = re.search(rf"\b{name}\b|\b{name.replace('_', '')}\b", lowered)

@@ -1,37 +1,36 @@
-"""Resolve the command line and a recipe file into the recipe of the run."""
+"""Merge recipe file, flags and LLaVA's flags into one recipe, and check its rules on the model's config."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import wraps
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llava_recipes
-from milora_data.command.cli import beside, suggest
-from milora_data.errors import Problem, UserError, at_flag, with_problems
+from milora_data.command.cli import beside
+from milora_data.errors import Problem, UserError, at_flag
 from milora_data.templates import OWN
 from milora_vl import checkpoints
 from milora_vl.models import loading
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.models.names import UnknownModelError
-from milora_vl.recipe import base_model, hf_arguments, llava_flags, protection, yaml_file
-from milora_vl.recipe.arguments import PROG, RECIPE_FLAGS, Request
+from milora_vl.recipe import base_model, llava_flags, protection, yaml_file
 from milora_vl.recipe.changes import resolved_paths
-from milora_vl.recipe.hf_arguments import RENAMED, overridden
+from milora_vl.recipe.command_line import PROG, Request
+from milora_vl.recipe.hf_flags import overridden
 from milora_vl.recipe.on_model import of_default_rank, problems_on, require_float_weights, require_pictures
+from milora_vl.recipe.places import at_flags, is_typed
 from milora_vl.recipe.policy_edits import ADAPTERS, edited
-from milora_vl.recipe.schema import Recipe, RecipeError, is_key, located, policy_problems
+from milora_vl.recipe.schema import Recipe, RecipeError, located, policy_problems
 
 ResultT = TypeVar("ResultT")
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """The resolved recipe, with notes and warnings for the user."""
+class MergedRecipe:
+    """The recipe with every flag applied, with notes and warnings for the user."""
 
     recipe: Recipe
     source: str  # name or file of the recipe, or "" without one
@@ -41,10 +40,10 @@ class Settings:
     warnings: list[str] = field(default_factory=list)
 
 
-def resolve(request: Request) -> Settings:
+def merge_recipe(request: Request) -> MergedRecipe:
     """Merge recipe, flags and LLaVA's flags. Raises UserError with all problems in them."""
     try:
-        chosen = _resolve(request)
+        merged = _merge_recipe(request)
     except RecipeError as error:
         source, lines, problems = problems_on_model(request, _config_named(request))
         known = set(error.dotted)
@@ -58,7 +57,7 @@ def resolve(request: Request) -> Settings:
         raise UserError(problems=[*request.problems, *error.problems]) from None
     if request.problems:
         raise UserError(problems=request.problems)
-    return chosen
+    return merged
 
 
 def require_fit(request: Request, recipe: Recipe) -> None:
@@ -77,7 +76,7 @@ def require_fit(request: Request, recipe: Recipe) -> None:
     source, lines, problems = problems_on_model(request, config)
     if problems:
         raise RecipeError(source, problems, lines)
-    protection.check(recipe)
+    protection.require_supported(recipe)
     require_pictures(recipe, config)
     if recipe.quantization != "none":
         require_float_weights(recipe, config)
@@ -85,7 +84,7 @@ def require_fit(request: Request, recipe: Recipe) -> None:
 
 def _config_named(request: Request) -> Any:
     """Return the config of the requested model even if the recipe has problems; None if it is not available."""
-    model = request.overrides.get("model") or read_recipe(request.recipe)[0].get("model")
+    model = request.overrides.get("model") or request.recipe_file.content.get("model")
     if not model:
         return None
 
@@ -115,104 +114,19 @@ def problems_on_model(request: Request, config: Any) -> tuple[str, dict[str, int
     return source, lines, at_flags(problems, request)
 
 
-def at_their_places(action: Callable[[Request], ResultT]) -> Callable[[Request], ResultT]:
-    """Return the action with errors that name the place where the user sets a key, instead of the key alone.
-
-    The place is the flag of the command line that has set the key, else the line of the recipe. Code that checks a
-    recipe knows only the keys; every step of a run can find a mistake in them, so the whole action is covered.
-    """
-
-    @wraps(action)
-    def placed(request: Request) -> ResultT:
-        try:
-            return action(request)
-        except UserError as error:
-            try:
-                problems = _at_places(error.problems, request)
-            except UserError:  # the recipe has changed since it was read: its lines do not matter then
-                raise error from None
-            raise with_problems(error, problems) from error
-
-    return placed
-
-
-def _at_places(problems: Sequence[Problem], request: Request) -> list[Problem]:
-    """Return the problems; the place of each that has a key of the recipe is a flag, or a line of the recipe."""
-    flags = {f"train.{name}": f"--{name}" for name in hf_arguments.flags()}
-    flags |= {path: f"--{name}" for name, (path, *_) in RECIPE_FLAGS.items()}
-    keys = {flag: key for key, flag in flags.items()}
-    _, lines, source = read_recipe(request.recipe)
-    lines = {_canonical(key): line for key, line in lines.items()} | lines
-    moved = []
-    for problem in at_flags(problems, request):
-        key = problem.where if is_key(problem.where) else keys.get(problem.where, "")
-        is_typed = problem.where.startswith("--") and _sets(request, key)
-        if key in lines and not is_typed:
-            moved += located([replace(problem, where=key)], source, lines)
-        elif is_key(problem.where) and request.recipe is None:
-            moved.append(replace(problem, where=flags.get(key, key)))
-        else:
-            moved += located([problem], source, lines) if is_key(problem.where) else [problem]
-    return moved
-
-
-def _canonical(key: str) -> str:
-    section, _, name = key.partition(".")
-    return f"train.{RENAMED.get(name, name)}" if section == "train" else key
-
-
-def at_flags(problems: Sequence[Problem], request: Request) -> list[Problem]:
-    """Return the problems with the flag of the command line as the place of each value that a flag has set.
-
-    A flag changes several rules, so it may have the same problem several times: one stays. An alpha that follows from
-    --rank has no problem of its own.
-    """
-    typed = request.overrides.get("train", {})
-    flags = {_canonical(f"train.{name}"): name for name in typed} | {f"train.{name}": name for name in typed}
-    flags |= {path: name for name, (path, *_) in RECIPE_FLAGS.items() if _sets(request, path)}
-    flags |= {f"parts.{key}": name for name, key in llava_flags.PARTS.items() if name in request.llava}
-    if request.llava.get("bits") is not None:
-        flags["quantization"] = "bits"
-    if request.policy is not None:
-        flags["policy"] = "policy"
-    of_rules = _rule_flags(request)
-    places = {problem.where for problem in problems}
-    moved = []
-    for problem in problems:
-        rule, _, key = problem.where.partition(".")
-        is_rule = rule.startswith("policy[")
-        if is_rule and key == "alpha" and "alpha" not in of_rules and "rank" in of_rules and f"{rule}.rank" in places:
-            continue
-        flag = of_rules.get(key) if is_rule else flags.get(problem.where)
-        moved.append(problem if flag is None else replace(problem, where=f"--{flag}"))
-    return list(dict.fromkeys(moved))
-
-
-def _rule_flags(request: Request) -> dict[str, str]:
-    """Return the flag that has set each key of the rules; a key that two flags set in different rules is left out."""
-    edits = asdict(request.edits)
-    flags = {name: name for name in ("method", "rank", "alpha", "dropout", "learning_rate") if edits[name] is not None}
-    if edits["projector_learning_rate"] is None:
-        return flags
-    if "learning_rate" in flags:
-        del flags["learning_rate"]
-        return flags
-    return flags | {"learning_rate": "mm_projector_lr"}
-
-
 def _rules_of(request: Request) -> tuple[Any, str, dict[str, int]]:
     """Return the unchecked rules before the flags change them (None: default rules), their source and its lines."""
     if request.policy is not None:
         return *_read_policy(request.policy), {}
-    content, lines, source = read_recipe(request.recipe)
     meaning = _llava(request)
     if meaning and meaning.rules:
         return meaning.rules, "the command line", {}
-    return content.get("policy"), source, lines
+    file = request.recipe_file
+    return file.content.get("policy"), file.source, file.lines
 
 
 def _problems_of_flags(request: Request) -> Sequence[Problem]:
-    """Return problems of the flags alone; problems of the recipe stop `_resolve` before it checks the flags."""
+    """Return problems of the flags alone; problems of the recipe stop `_merge_recipe` before it checks the flags."""
     try:
         Recipe.parse(request.overrides, "the command line")
     except RecipeError as error:
@@ -220,9 +134,9 @@ def _problems_of_flags(request: Request) -> Sequence[Problem]:
     return []
 
 
-def _resolve(request: Request) -> Settings:
-    from_file, lines, source = read_recipe(request.recipe)
-    base = Recipe.parse(from_file, source, lines)
+def _merge_recipe(request: Request) -> MergedRecipe:
+    from_file, source = request.recipe_file.content, request.recipe_file.source
+    base = Recipe.parse(from_file, source, request.recipe_file.lines)
     meaning = _llava(request)
     content = base.model_dump() | {"train": overridden(base.train, request.overrides.get("train", {}))}
     notes_on_data = _without_evaluation(content, request)
@@ -232,10 +146,10 @@ def _resolve(request: Request) -> Settings:
     if request.llava and request.llava.get("group_by_modality_length"):
         merged["train"].setdefault("train_sampling_strategy", "group_by_length")
     merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
-    if llava_flags.is_script(request.llava) and not request.recipe and not _sets(request, "data.image_aspect_ratio"):
+    if llava_flags.is_script(request.llava) and not request.recipe and not is_typed(request, "data.image_aspect_ratio"):
         merged["data"]["image_aspect_ratio"] = "plain"
         notes_on_data += ["LLaVA flags: without --image_aspect_ratio images are cropped to a square"]
-    if "template" not in from_file and not _sets(request, "template") and merged["model"]:
+    if "template" not in from_file and not is_typed(request, "template") and merged["model"]:
         # A model whose processor prepares the pictures has its own prompt format, and no other.
         merged["template"] = OWN if base_model.prepares_with_processor(merged["model"]) else merged["template"]
     rules = _policy(request, base, meaning)
@@ -260,7 +174,7 @@ def _resolve(request: Request) -> Settings:
     batch = (int(per_device), int(base.train.get("gradient_accumulation_steps", 1))) if per_device else None
     notes = [meaning.line] if meaning and meaning.line else []
     warnings = [*(meaning.warnings if meaning else []), *base_model.warnings(recipe), *protection.warnings(recipe)]
-    return Settings(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_data], warnings)
+    return MergedRecipe(recipe, request.recipe or "", implicit, batch, [*notes, *notes_on_data], warnings)
 
 
 def _dtype_of_resumed(request: Request) -> str | None:
@@ -285,34 +199,6 @@ def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
     for name in ("eval_strategy", "load_best_model_at_end"):
         content["train"].pop(name, None)
     return [f"--data_path replaces the data of the recipe, so {held_out} is not used (set --eval_data_path FILE)"]
-
-
-def _sets(request: Request, path: str) -> bool:
-    *section, name = path.split(".")
-    return name in (request.overrides.get(section[0], {}) if section else request.overrides)
-
-
-def read_recipe(name: str | None, flag: str = "--recipe") -> tuple[dict[str, Any], dict[str, int], str]:
-    """Return content, lines and label of a recipe by name or path; empty without a name. `flag` has the name."""
-    if name is None:
-        return {}, {}, "the command line"
-    if name in llava_recipes.names():
-        label = f"recipe {name}"
-        return (*yaml_file.read(llava_recipes.read(name), label), label)
-    path = Path(name) / "recipe.yaml" if Path(name).is_dir() else Path(name)
-    if path.is_file():
-        return (*yaml_file.read_file(path), str(path))
-    near = suggest(name, llava_recipes.names())
-    hint = f"did you mean {' or '.join(near)}?" if near else f"recipes: {', '.join(llava_recipes.names())}"
-    found = "no packaged recipe and no file has this name"
-    if Path(name).is_dir():
-        found = "this is a folder without a recipe.yaml"
-    raise UserError(
-        f"unknown recipe {name!r}: {found}",
-        code="recipe-unknown",
-        where=flag,
-        hint=f"{hint}\nsee: {PROG} --list-recipes",
-    )
 
 
 def _llava(request: Request) -> llava_flags.Meaning | None:

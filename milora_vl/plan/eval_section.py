@@ -1,6 +1,6 @@
-"""The `eval:` section of a recipe: what a run checks before it starts, and the commands after it.
+"""The `eval:` section of a recipe: checks before the training, and the commands that run after it.
 
-`check` imports the evaluators by name: milora_vl does not import milora_eval.
+`require_runnable` imports the evaluators by name: milora_vl does not import milora_eval.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[s
     ]
 
 
-def check(config: EvalConfig) -> None:
+def require_runnable(config: EvalConfig) -> None:
     """Raise UserError for errors that would appear only after training: an unknown suite or missing files."""
     if config.suite_every is not None and not config.suites:
         raise UserError(
