@@ -175,6 +175,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                 f"the frames of a video have several sizes: {shown}",
                 code="video-frame-sizes",
                 where=record.source or record.id,
+                hint="save the frames of a video in one size",
             )
         return Frames(tuple(frames), video.fps)
 
@@ -287,7 +288,11 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             reason = f"{width} x {height} pixels: {first_line(error)}"
             return self._replaced(
                 ImageError(
-                    f"the processor refuses this picture: {reason}", reason, code="image-refused", where=str(place)
+                    f"the processor refuses this picture: {reason}",
+                    reason,
+                    code="image-refused",
+                    where=str(place),
+                    hint="save it again as RGB, in a usual size and aspect ratio",
                 )
             )
         return image
@@ -403,7 +408,9 @@ def with_video_marks(turns: Sequence[Turn], num_videos: int) -> list[Turn]:
     found = sum(turn.text.count(VIDEO) for turn in turns)
     if found != num_videos:
         raise DataError(
-            f"{found} {VIDEO} in the conversation, but {num_videos} videos in the record", code="record-image-count"
+            f"{found} {VIDEO} in the conversation, but {num_videos} videos in the record",
+            code="record-image-count",
+            hint="name every video once in the conversation",
         )
     return [replace(turn, text=turn.text.replace(VIDEO, VIDEO_MARK)) for turn in turns]
 
@@ -416,6 +423,8 @@ def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
     found = sum(turn.text.count(IMAGE) for turn in turns)
     if found != num_images:
         raise DataError(
-            f"{found} {IMAGE} in the conversation, but {num_images} pictures in the record", code="record-image-count"
+            f"{found} {IMAGE} in the conversation, but {num_images} pictures in the record",
+            code="record-image-count",
+            hint="write <image> once for each picture",
         )
     return list(turns)
