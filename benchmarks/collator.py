@@ -8,8 +8,8 @@ break after an answer too, which ours does not.
 
 Each runs in a process of its own with one thread, as in a loader process: there, our collator keeps freed memory.
 `trl_kept` is TRL's collator in such a process. `floor` reads the pictures and calls the processor once, with texts that
-are already written: no collator that uses the processor can be faster. Seconds are processor time, which another
-program on the machine disturbs little.
+are already written: the work that a collator has to do. Seconds are processor time, which another program on the
+machine disturbs little.
 """
 
 from __future__ import annotations

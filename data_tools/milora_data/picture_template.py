@@ -155,6 +155,7 @@ class PictureTemplate:
     def __init__(self, template: str, tokenizer: Any) -> None:
         self.template = template
         self.tokenizer = tokenizer
+        self.special_tokens = tokenizer.special_tokens_map
         self.in_parts = True  # texts are lists of parts; some templates want a plain text where there is no picture
         self.frame, self.end = self._measured()
         self._tools: _ToolForm | None = None  # measured with the first record that has tools
@@ -341,20 +342,22 @@ class PictureTemplate:
         self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False, tools: Sequence[Any] = ()
     ) -> str:
         from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [
             {"role": turn.role, "content": content, **(json.loads(turn.call) if turn.call else {})}
             for turn, content in zip(turns, contents, strict=True)
         ]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
+            # What apply_chat_template calls after its checks of the caller's values, which take as long.
+            texts, _ = render_jinja_template(  # type: ignore[str-unpack]  # annotated as a text
+                [messages],
                 tools=list(tools) or None,
-                tokenize=False,
+                chat_template=self.template,
                 add_generation_prompt=prompt,
+                **self.special_tokens,
             )
-            return str(text)
+            return str(texts[0])
         except (TemplateError, *MALFORMED) as error:
             raise DataError(
                 f"the model's chat template refuses this conversation: {error}",

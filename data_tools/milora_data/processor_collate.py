@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from milora_data.errors import DataError, UserError, first_line, with_context
 from milora_data.images.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.picture_template import VIDEO_MARK, Rendered
 from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, Frames, ProcessorInputs
-from milora_data.record_collator import Item, RecordCollator
+from milora_data.record_collator import Item, RecordCollator, record_of
 from milora_data.records import IMAGE, VIDEO, Record, Turn, Video, tools_of
 from milora_data.templates import Segment
 from milora_data.tokens import IGNORE
@@ -37,7 +37,7 @@ _NUM_CUTS = 16
 
 @dataclass(frozen=True, slots=True)
 class PictureSample:
-    """One record as text, with its pictures (PIL); `places` are their files. `is_cut`: max_length shortened it."""
+    """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it."""
 
     record: Record
     rendered: Rendered
@@ -139,8 +139,25 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
 
+    def _samples(self, items: Sequence[Item]) -> list[PictureSample]:
+        """Return what the batch needs of the items, without those that the policy leaves out.
+
+        All texts come first: between the decoders of pictures, the same code takes twice as long (caches).
+        """
+        texts: list[tuple[Record, Rendered]] = []
+        for item in items:
+            record = self._kept(record_of, item, "")
+            rendered = None if record is None else self._kept(self._rendered, record, record.source or record.id)
+            if record is not None and rendered is not None:
+                texts.append((record, rendered))
+        samples = [self._kept(self._with_pictures, text, text[0].source or text[0].id) for text in texts]
+        return [sample for sample in samples if sample is not None]
+
     def _read(self, record: Record) -> PictureSample:
-        rendered = self._rendered(record)
+        return self._with_pictures((record, self._rendered(record)))
+
+    def _with_pictures(self, text: tuple[Record, Rendered]) -> PictureSample:
+        record, rendered = text
         images = tuple(self._image(record, name) for name in record.images)
         return PictureSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
 
@@ -164,7 +181,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
 
     def _image(self, record: Record, name: str) -> Any:
         try:
-            return load_image(place_of(self.image_folder, name))
+            return self.inputs.pixels(load_image(place_of(self.image_folder, name)))
         except ImageError as error:
             return self._replaced(error)
 
@@ -186,13 +203,15 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                 code="collate-unsupported-layout",
                 hint="remove data.packing; --group_by_length also reduces padding",
             )
-        samples = [sample for item in records if (sample := self._sample(item)) is not None]  # type: ignore[arg-type]
+        samples = self._samples(records)  # type: ignore[arg-type]
         for spare in range(_NUM_CUTS):  # a shortened text may have one token more than the cut counted
             samples = samples or [self._substitute()]
             batch, samples = self._processed(samples)
             rows = _rows(batch, samples)
+            if self.max_length is None or batch["input_ids"].shape[1] <= self.max_length:
+                break
             lengths = batch["attention_mask"].sum(1).tolist()
-            if self.max_length is None or max(lengths) <= self.max_length:
+            if max(lengths) <= self.max_length:  # pad_to_multiple_of may exceed it
                 break
             limit = self.max_length - spare
             cut = [
@@ -265,7 +284,8 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         try:
             self.inputs.processor.image_processor(images=[image], return_tensors="pt")
         except PROCESSOR_ERRORS as error:
-            reason = f"{image.width} x {image.height} pixels: {first_line(error)}"
+            height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
+            reason = f"{width} x {height} pixels: {first_line(error)}"
             return self._replaced(
                 ImageError(
                     f"the processor refuses this picture: {reason}",
@@ -323,19 +343,15 @@ class _Row:
             moved += (stop - start) - (end - begin)
         return place - moved
 
-    def supervised(self) -> np.ndarray:
-        """Return which tokens are supervised: (length,) booleans."""
-        ends = self.offsets[:, 1]
-        flags = np.zeros(int(ends.max(initial=0)) + 1, dtype=np.int64)
+    def supervised(self) -> Iterator[tuple[int, int]]:
+        """Yield the supervised ranges of the expanded text (start, end), without pictures."""
         for start, stop in self.sample.rendered.supervised:
-            flags[self.expanded(start) : self.expanded(stop)] = 1
-        for _, _, start, stop in self.spans:
-            flags[start:stop] = 0
-        counts = np.concatenate([[0], np.cumsum(flags)])
-        # Some tokenizers leave blanks out of the offsets: a token begins at the latest where the one before it ends.
-        before = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
-        starts = np.minimum(self.offsets[:, 0], before)
-        return counts[ends] > counts[starts]
+            at, end = self.expanded(start), self.expanded(stop)
+            for _, _, begin, close in self.spans:
+                if at <= begin < end:
+                    yield at, begin
+                    at = close
+            yield at, end
 
 
 def _rows(batch: Mapping[str, Any], samples: Sequence[PictureSample]) -> list[_Row]:
@@ -347,8 +363,18 @@ def _rows(batch: Mapping[str, Any], samples: Sequence[PictureSample]) -> list[_R
 
 def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
     """Return the labels (batch, length): the ids of supervised tokens, -100 elsewhere."""
-    supervised = torch.from_numpy(np.stack([row.supervised() for row in rows]))
-    return batch["input_ids"].where(supervised & batch["attention_mask"].bool(), IGNORE)
+    offsets = batch["offset_mapping"].numpy()
+    ends = offsets[:, :, 1]
+    # Some tokenizers leave blanks out of the offsets: a token begins at the latest where the one before it ends.
+    starts = offsets[:, :, 0].copy()
+    np.minimum(starts[:, 1:], np.maximum.accumulate(ends, axis=1)[:, :-1], out=starts[:, 1:])
+    starts[:, 0] = 0
+    supervised = np.zeros(ends.shape, dtype=bool)
+    for row, flags, first, last in zip(rows, supervised, starts, ends, strict=True):
+        for start, stop in row.supervised():
+            flags |= (first < stop) & (last > start)
+    supervised &= starts < ends  # not a token without characters
+    return batch["input_ids"].where(torch.from_numpy(supervised) & batch["attention_mask"].bool(), IGNORE)
 
 
 def _size(place: str | Path) -> tuple[int, int]:

@@ -7,6 +7,9 @@ from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from milora_data.errors import DataError, UserError
 from milora_data.picture_template import Rendered, prompt_format
 from milora_data.templates import no_videos
@@ -77,7 +80,7 @@ class ProcessorInputs:
         pad_to_multiple_of: int | None = None,
         with_places: bool = False,
     ) -> dict[str, Any]:
-        """Return the processor's tensors for texts with their pictures (PIL) and videos.
+        """Return the processor's tensors for texts with their pictures (PIL, or as `pixels` returns them) and videos.
 
         `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
         placeholders, and PLACES: per text and picture two ranges of characters (start, end), of the placeholder and of
@@ -110,9 +113,32 @@ class ProcessorInputs:
             self.require_mixed_rows()
         if not with_places:
             return dict(self.processor(text=texts, images=pictures, **options))
-        with _recorded_places(self.processor) as places:
+        with _recorded_places(self.processor) as places, _quick_token_types(self.processor):
             batch = dict(self.processor(text=texts, images=pictures, return_offsets_mapping=True, **options))
         return batch | {PLACES: places or [[] for _ in texts]}  # none: this family expands no placeholder
+
+    def pixels(self, image: Any) -> Any:
+        """Return a picture (PIL) in the form that the processor takes fastest: (3, height, width) bytes, or unchanged.
+
+        The processor makes the same tensor of a PIL picture, in twice the time.
+        """
+        # A processor may mistake a side of 1, 3 or 4 pixels for channels, and it blends transparent pixels with white.
+        if not self._takes_tensors or image.mode != "RGB" or min(image.size) <= 4 or "transparency" in image.info:
+            return image
+        lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
+        return torch.from_numpy(np.ascontiguousarray(lines.transpose(1, 0, 2)))
+
+    @cached_property
+    def _takes_tensors(self) -> bool:
+        """Whether the image processor is one of transformers' that work on tensors."""
+        from transformers.image_processing_backends import TorchvisionBackend
+
+        kind = type(self.processor.image_processor)
+        return (
+            kind.__module__.startswith("transformers.")
+            and issubclass(kind, TorchvisionBackend)
+            and kind.process_image is TorchvisionBackend.process_image
+        )
 
     def require_mixed_rows(self) -> None:
         """Raise `DataError` if the processor cannot put texts with and without pictures into one batch."""
@@ -291,6 +317,38 @@ def _recorded_places(processor: Any) -> Iterator[list[list[tuple[int, int, int, 
         yield places
     finally:
         del processor.get_text_with_replacements
+
+
+@contextmanager
+def _quick_token_types(processor: Any) -> Iterator[None]:
+    """Let a processor compute `mm_token_type_ids` on tensors while it makes a batch.
+
+    `ProcessorMixin` compares the ids with a list that contains None, as objects: that takes half as long as the
+    tokenizer.
+    """
+    from transformers import ProcessorMixin
+
+    if type(processor).create_mm_token_type_ids is not ProcessorMixin.create_mm_token_type_ids:
+        yield
+        return
+    compute = processor.create_mm_token_type_ids
+
+    def computing(input_ids: Any) -> Any:
+        if not isinstance(input_ids, torch.Tensor):
+            return compute(input_ids)
+        types = torch.zeros_like(input_ids)
+        kinds = (processor.image_token_ids, processor.video_token_ids, processor.audio_token_ids)
+        for kind, tokens in enumerate(kinds, start=1):
+            for token in tokens:
+                if token is not None:
+                    types[input_ids == token] = kind
+        return types
+
+    processor.create_mm_token_type_ids = computing
+    try:
+        yield
+    finally:
+        del processor.create_mm_token_type_ids
 
 
 def require_places() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
@@ -24,6 +24,8 @@ _COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
 
 Item = Record | Mapping[str, Any] | UserError
 Sample = TypeVar("Sample")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 
 class FailedBatch(ExceptionWrapper):
@@ -84,15 +86,15 @@ class RecordCollator(ABC, Generic[Sample]):
 
     def _sample(self, item: Item) -> Sample | None:
         """Return what the batch needs of an item; None if the policy leaves it out."""
+        record = self._kept(record_of, item, "")
+        return None if record is None else self._kept(self._read, record, record.source or record.id)
+
+    def _kept(self, read: Callable[[Given], Made], value: Given, record: str) -> Made | None:
+        """Return `read(value)`; None if it raises `DataError` and the policy leaves the record out."""
         try:
-            record = record_of(item)
+            return read(value)
         except DataError as error:
-            self._leave_out_or_raise(error, "")
-            return None
-        try:
-            return self._read(record)
-        except DataError as error:
-            self._leave_out_or_raise(error, record.source or record.id)
+            self._leave_out_or_raise(error, record)
             return None
 
     def _leave_out_or_raise(self, error: DataError, record: str) -> None:

@@ -156,8 +156,10 @@ def opened_picture(path: str | Path) -> Image.Image:
     file = opened(path)
     image = Image.open(file, formats=_formats())
     pixels = image.width * image.height
+    if pixels <= _ALWAYS_READ:
+        return image
     num_bytes = len(file.getvalue()) if isinstance(file, BytesIO) else Path(file).stat().st_size
-    if pixels > max(_ALWAYS_READ, _PIXELS_PER_BYTE * num_bytes):
+    if pixels > _PIXELS_PER_BYTE * num_bytes:
         image.close()
         raise ValueError(f"it has {pixels // 1_000_000:,} megapixels in a file of {num_bytes:,} bytes")
     return image
@@ -239,7 +241,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode == "P":
         image = image.convert("RGBA")  # avoids PIL's warning about palettes with transparency
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # PIL would copy it
 
 
 def _levels(image: Image.Image) -> float:
