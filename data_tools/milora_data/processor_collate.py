@@ -23,7 +23,7 @@ from milora_data.encode import NoSupervisedTokens
 from milora_data.errors import DataError, UserError, first_line, with_context
 from milora_data.images.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.picture_template import VIDEO_MARK, Rendered
-from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, Frames, ProcessorInputs
+from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, Frames, ProcessorInputs, require_one_size
 from milora_data.record_collator import Item, RecordCollator, record_of
 from milora_data.records import IMAGE, VIDEO, Record, Turn, Video, tools_of
 from milora_data.templates import Segment
@@ -168,15 +168,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                 frames.append(load_image(place_of(self.image_folder, name)))
             except ImageError as error:
                 frames.append(self._replaced(error, like=frames[-1] if frames else None))
-        sizes = sorted({frame.size for frame in frames})
-        if len(sizes) > 1:
-            shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
-            raise DataError(
-                f"the frames of a video have several sizes: {shown}",
-                code="video-frame-sizes",
-                where=record.source or record.id,
-            )
-        return Frames(tuple(frames), video.fps)
+        return Frames(require_one_size(frames, record.source or record.id), video.fps)
 
     def _image(self, record: Record, name: str) -> Any:
         try:

@@ -32,6 +32,15 @@ class Frames(NamedTuple):
         return {"total_num_frames": count, "fps": self.fps, "frames_indices": list(range(count))}
 
 
+def require_one_size(frames: Sequence[Any], where: str) -> tuple[Any, ...]:
+    """Return the frames of a video (PIL). Raises `DataError` at `where` if they have several sizes."""
+    sizes = sorted({frame.size for frame in frames})
+    if len(sizes) > 1:
+        shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
+        raise DataError(f"the frames of a video have several sizes: {shown}", code="video-frame-sizes", where=where)
+    return tuple(frames)
+
+
 def _video_token(processor: Any) -> str | None:
     """Return the token of a video in texts; None for a processor that takes no videos."""
     try:
