@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -196,6 +196,19 @@ def prompt_ids(
     return ids
 
 
+def require_askable(processor: Any, prompts: Iterable[Prompt]) -> None:
+    """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
+
+    These are the first prompt, if the chat template rejects it, prompts whose text has a token of pictures, and those
+    with another number of `<image>` than of pictures.
+    """
+    reader = ProcessorReader(None, processor)
+    for number, prompt in enumerate(prompts):
+        text = "".join(turn.text for turn in prompt.turns)
+        if not number or text.count(IMAGE) != len(prompt.images) or reader.inputs.has_picture_tokens(text):
+            reader.rendered(prompt)
+
+
 class ProcessorReader:
     """Asks a model whose own processor prepares the pictures, in its own chat template."""
 
@@ -210,12 +223,12 @@ class ProcessorReader:
 
         The forms `training` and `exact` are the same here: the template writes the turns unchanged.
         """
-        if prompt.form == "raw":
-            text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
-        else:
-            turns = with_video_marks(marked(prompt.turns, len(prompt.images)), len(prompt.videos))
-            text = self.inputs.format.render(turns, prompt=True)
         try:
+            if prompt.form == "raw":
+                text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
+            else:
+                turns = with_video_marks(marked(prompt.turns, len(prompt.images)), len(prompt.videos))
+                text = self.inputs.format.render(turns, prompt=True)
             self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))
         except DataError as error:
             raise with_context(error, _named(prompt)) from None

@@ -206,6 +206,11 @@ class ProcessorInputs:
         """Return the number of videos in a rendered text."""
         return text.count(self.video_placeholder) if self.video_placeholder else 0
 
+    def has_picture_tokens(self, text: str) -> bool:
+        """Return whether a text contains a token that stands for a picture, a part of one, or a video."""
+        tokens = {self.placeholder, *self.expanded, *filter(None, [self.video_placeholder])}
+        return any(token in text for token in tokens)
+
     def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
         """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
         if num_videos and self.video_placeholder is None:

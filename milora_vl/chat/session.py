@@ -21,9 +21,10 @@ from milora_vl.adapters.scale import Update
 from milora_vl.chat.picture import open_picture
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.generate import Prompt, generate
+from milora_vl.generate import Prompt, generate, require_askable
 from milora_vl.load import load_by_flags, update_since
-from milora_vl.models.loading import split_processor
+from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.prompts import prompts_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ COMMANDS = {
 
 def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
     """Load the model and do what the command line asks for: a page, a conversation, or one answer on stdout."""
+    with at_flag("--model"):
+        by_processor = prepares_with_processor(options.model)
+        processor = load_processor(options.model) if by_processor else None
+    if processor is not None:  # before weights load
+        asked = [] if options.question is None else [Chat.user_turn(options.question, pictures, [], videos)]
+        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos)) for turn in asked])
     chat = Chat.load(options)
     if options.web:
         serve(

@@ -13,8 +13,9 @@ from torch import nn
 
 from milora_data.encode import NoSupervisedTokens, encode
 from milora_data.errors import DataError, UserError, first_line, with_context
+from milora_data.processor_collate import ProcessorCollator
 from milora_data.processor_inputs import ProcessorInputs
-from milora_data.records import Record
+from milora_data.records import Record, uses_tools
 from milora_data.templates import OWN
 from milora_vl.adapter import apply_targets
 from milora_vl.adapter_folders import ADAPTER_FILES, PROJECTOR_FILES
@@ -60,7 +61,11 @@ def load_base(
     """
     first = records[:FIRST]
     if prepares_with_processor(recipe.model):
-        _require_one_kind(recipe, load_processor(recipe.model), records)
+        processor = load_processor(recipe.model)
+        _require_one_kind(recipe, processor, records)
+        if recipe.data.bad_images == "raise":
+            limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+            _require_collated(ProcessorCollator(processor, image_folder=recipe.data.image_folder), records)
     else:
         tokenizer = split_processor(load_processor(recipe.model))[0]
         if recipe.template == OWN:
@@ -96,6 +101,22 @@ def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) 
             return
     if unanswered is not None:
         raise with_context(unanswered, hint=f"the same holds for all {len(records):,} records")
+
+
+def _require_collated(collate: ProcessorCollator, records: Sequence[Record]) -> None:
+    """Raise DataError if the chat template rejects one of the first records, or the processor the first of a kind.
+
+    Records with pictures, with videos and with tools are kinds: a template may write none of them.
+    """
+    kinds = {(bool(record.images), bool(record.videos), uses_tools(record)): record for record in reversed(records)}
+    firsts = list(kinds.values())
+    for record in [*records[:FIRST], *firsts]:
+        try:
+            collate.num_supervised(record)
+        except NoSupervisedTokens:  # the collator skips it
+            continue
+        if any(record is first for first in firsts):
+            collate([record])
 
 
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
