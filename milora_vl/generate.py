@@ -23,10 +23,11 @@ from torch import Tensor
 from milora_data.conversation import segments_of
 from milora_data.encode import encode_prompt
 from milora_data.errors import DataError, UserError, first_line, with_context
+from milora_data.frames import Frames
 from milora_data.images.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
 from milora_data.picture_template import Rendered
 from milora_data.processor_collate import labelled_inputs, marked, with_video_marks
-from milora_data.processor_inputs import PROCESSOR_ERRORS, Frames, ProcessorInputs
+from milora_data.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.record_collator import pad_id_of
 from milora_data.records import IMAGE, VIDEO, Record, Turn
 from milora_data.templates import no_videos
@@ -228,7 +229,8 @@ class ProcessorReader:
                 text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
             else:
                 turns = with_video_marks(marked(prompt.turns, len(prompt.images)), len(prompt.videos))
-                text = self.inputs.format.render(turns, prompt=True)
+                form = self.inputs.video_format if prompt.videos else self.inputs.format
+                text = form.render(turns, prompt=True)
             self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))
         except DataError as error:
             raise with_context(error, _named(prompt)) from None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from milora_data.command.cli import beside
 from milora_data.command.web import url_problem
 from milora_data.errors import UserError
+from milora_data.frames import Frames, require_one_size
 from milora_data.images.files import SUFFIXES, load_image
-from milora_data.processor_inputs import Frames, require_one_size
 
 if TYPE_CHECKING:
     from PIL import Image

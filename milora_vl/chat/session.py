@@ -14,8 +14,8 @@ from transformers import TextStreamer
 
 from milora_data.command.cli import report, suggest
 from milora_data.errors import UserError, at_flag
+from milora_data.frames import Frames
 from milora_data.images.pixels import AspectRatio
-from milora_data.processor_inputs import Frames
 from milora_data.records import IMAGE, VIDEO, Turn
 from milora_vl.adapters.scale import Update
 from milora_vl.chat.picture import open_picture

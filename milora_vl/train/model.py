@@ -120,10 +120,13 @@ def _require_collated(collate: ProcessorCollator, records: Sequence[Record]) -> 
 
 
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
-    """Raise UserError if batches would mix records with and without pictures, and the processor cannot do that."""
+    """Raise UserError if batches would mix pictures and none, or videos, in a way that the processor cannot."""
     sizes = [recipe.train.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval")]
     if len({bool(record.images) for record in records}) > 1 and max(sizes) > 1:
         ProcessorInputs(processor).require_mixed_rows()
+    counts = {len(video.frames) for record in records for video in record.videos}
+    if len(counts) > 1 and max(sizes) > 1:
+        ProcessorInputs(processor).require_mixed_videos(list(counts))
     if len({bool(record.files) for record in records}) < 2:
         return
     sharded = "DeepSpeed" if recipe.train.get("deepspeed") else "FSDP" if recipe.train.get("fsdp") else None

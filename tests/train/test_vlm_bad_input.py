@@ -165,3 +165,16 @@ def test_a_picture_below_the_least_size_is_named(tmp_path: Path) -> None:
     Image.new("RGB", (3000, 4)).save(images / "thin.png")
     with raises_code("image-refused", says="thin.png"):
         trained(model, images, record(ASKED, ["thin.png"]), tmp_path)
+
+
+def test_videos_of_several_lengths_in_one_batch_are_refused(images: Path, tmp_path: Path) -> None:
+    """InternVL's template here writes videos, and its processor stacks their frames."""
+    written = processor_of("internvl").chat_template
+    shown = "{% elif part.type == 'video' %}<video>\n{% elif 'text' in part %}"
+    model = without_weights("internvl", tmp_path / "model", written.replace("{% elif 'text' in part %}", shown))
+    turns = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"video": ["0.png"] * count} | record(turns, []) for count in (2, 3)]))
+    words = ["--model", model, "--data_path", file, "--image_folder", images, "--rank", "2", "--device", "cpu"]
+    with raises_code("records-mixed", message="videos of 2 and 3 frames", hint="--per_device_train_batch_size 1"):
+        train([*map(str, words), "--max_steps", "1", "--output_dir", str(tmp_path / "run")])
