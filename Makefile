@@ -68,7 +68,7 @@ format: $(INSTALLED)  ## Fix lint and format in place
 bench: $(INSTALLED) $(DATA)/test.json  ## Run the benchmarks (half an hour), write benchmarks/results.json and docs/performance.md
 	$(BIN)/python benchmarks/all.py
 
-bench-full: $(INSTALLED) $(DATA)/test.json  ## Also run a million questions, a 7B at full size, kills and the soak (two hours more)
+bench-full: $(INSTALLED) $(DATA)/test.json  ## Also run a million questions, a 7B at full size, kills and the soak (two hours and a half more)
 	$(BIN)/python benchmarks/all.py --full
 
 bench-quick: $(INSTALLED) $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training

@@ -3,8 +3,8 @@
 python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--missing] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
-Without --full, the parts that take two hours are left out (`make bench`): an evaluation of a million questions, a 7B
-at full size, kills, the soak.
+Without --full, the parts that take two hours and a half are left out (`make bench`): an evaluation of a million
+questions, a 7B at full size, kills, the soak.
 --only measures some parts again and keeps the others; --quick measures the headline rows (`make bench-quick`);
 --missing measures the parts without a result;
 --page only writes the page.
@@ -56,9 +56,9 @@ PARTS = {
     "kills": f"kills.py --kills 20 -- {DEMO}",
     "kills_ddp": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True",
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
-    "soak": "soak.py --minutes 33",
+    "soak": "soak.py --minutes 60 --between 150 360",
 }
-LONG = ("eval_scale", "full_size", "kills", "kills_ddp", "kills_zero3", "soak")  # two hours
+LONG = ("eval_scale", "full_size", "kills", "kills_ddp", "kills_zero3", "soak")  # two hours and a half
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 
 

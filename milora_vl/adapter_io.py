@@ -166,7 +166,7 @@ def require_readable_adapter(folder: Path) -> None:
         ) from error
     if not isinstance(config, dict):
         message = f"expected a mapping, got a {type(config).__name__}"
-        raise AdapterError(message, code="adapter-damaged-file", where=str(config_file))
+        raise AdapterError(message, code="adapter-damaged-file", where=str(config_file), hint=AGAIN)
     if config.get("megatron_config") is not None:  # PEFT would import the module that the file names beside it
         raise AdapterError(
             "the config names a module of Megatron, which would be imported: it was not read",

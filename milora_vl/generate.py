@@ -187,7 +187,9 @@ def prompt_ids(
     first, *pieces = text.split(IMAGE) if prompt.images else [text]
     if len(pieces) != len(prompt.images):
         raise UserError(
-            f"the prompt contains {len(pieces)} {IMAGE}, but {len(prompt.images)} pictures", code="prompt-image-count"
+            f"the prompt contains {len(pieces)} {IMAGE}, but {len(prompt.images)} pictures",
+            code="prompt-image-count",
+            hint="write <image> once for each picture",
         )
     backend = fast_backend(tokenizer)
     ids = [*ids, *backend.encode(first, add_special_tokens=False).ids]

@@ -82,6 +82,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             raise UserError(
                 "pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes",
                 code="collate-unsupported-layout",
+                hint="use image_aspect_ratio pad",
             )
         super().__init__(bad_images, substitutes)
         self.tokenizer = tokenizer
@@ -110,6 +111,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             raise UserError(
                 "LLaVA's own classes compute their own positions and cannot take packed records",
                 code="collate-unsupported-layout",
+                hint="collate without packing for LLaVA's own classes",
             )
         packs_of_samples = [[sample for item in pack if (sample := self._sample(item)) is not None] for pack in packs]
         rows = [samples for samples in packs_of_samples if samples] or [[self._substitute()]]
@@ -159,6 +161,7 @@ class ImageTextCollator(RecordCollator[Sample]):
                 f"the text contains the picture token ({self.image_token_id})",
                 code="record-image-token-in-text",
                 where=record.source or record.id,
+                hint="remove the token from the text",
             )
         return encoded
 
@@ -168,6 +171,7 @@ class ImageTextCollator(RecordCollator[Sample]):
                 "a record with pictures, but this model reads only text",
                 code="model-reads-only-text",
                 where=record.source or record.id,
+                hint="train a vision-language model, or remove the pictures and <image> from the records",
             )
         # max_length may have cut off the last pictures: do not read them.
         return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]

@@ -99,6 +99,7 @@ def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False)
         raise DataError(
             "the tokenizer's chat template rewrites a text of this record, so the supervised part is unknown",
             code="chat-template-rewrites-text",
+            hint="use another --template",
         )
     if not has_token and not prompt and kept and kept[-1].role == "assistant":
         segments.append(Segment(eos_text(tokenizer), supervised=True))
@@ -122,11 +123,14 @@ def tool_segments(
             raise DataError(
                 "the model's chat template writes an earlier answer of this record in another way before a request",
                 code="chat-template-rewrites-text",
+                hint="use another --template, or split the record before the request",
             )
         rendered = rendered._replace(supervised=earlier.supervised)
     if IMAGE in rendered.text:
         raise DataError(
-            f'a tool, a call or a result contains "{IMAGE}", which stands for a picture', code="record-tools-picture"
+            f'a tool, a call or a result contains "{IMAGE}", which stands for a picture',
+            code="record-tools-picture",
+            hint="remove the marker from the text of the tool",
         )
     segments, at = [], 0
     for start, end in [*rendered.supervised, (len(rendered.text), len(rendered.text))]:
@@ -170,7 +174,9 @@ class _ChatTemplate:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
         except (TemplateError, *MALFORMED) as error:
             raise DataError(
-                f"the tokenizer's chat template refuses this conversation: {error}", code="chat-template-refuses"
+                f"the tokenizer's chat template refuses this conversation: {error}",
+                code="chat-template-refuses",
+                hint="change the record, or use another --template",
             ) from None
 
     def parts(self, prompt: bool = False, count: int | None = None) -> list[tuple[str, str, str]]:
@@ -187,6 +193,7 @@ class _ChatTemplate:
             raise DataError(
                 "the tokenizer's chat template omits or repeats a text of this record",
                 code="chat-template-rewrites-text",
+                hint="use another --template",
             )
         kept = [
             _kept_blanks(gap, plain, after, before)

@@ -154,6 +154,7 @@ def _tokenize(
         raise DataError(
             "a text is not valid Unicode: it contains half of a surrogate pair (\\ud800 to \\udfff)",
             code="record-invalid-unicode",
+            hint="remove the character, or write the file again as UTF-8",
         ) from None
 
 
@@ -225,7 +226,11 @@ def _join(
     num_images = len(stretches) - 1
     counts = [image_tokens] * num_images if isinstance(image_tokens, int) else list(image_tokens)
     if len(counts) != num_images:
-        raise DataError(f"image_tokens has {len(counts)} counts for {num_images} pictures", code="image-token-counts")
+        raise DataError(
+            f"image_tokens has {len(counts)} counts for {num_images} pictures",
+            code="image-token-counts",
+            hint="give one count for each picture of the conversation",
+        )
     input_ids, labels = list(bos), [IGNORE] * len(bos)
     pictures: list[tuple[int, int]] = []
     for count, (ids, targets) in zip([0, *counts], stretches, strict=True):

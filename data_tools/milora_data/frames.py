@@ -25,5 +25,10 @@ def require_one_size(frames: Sequence[Any], where: str) -> tuple[Any, ...]:
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) > 1:
         shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
-        raise DataError(f"the frames of a video have several sizes: {shown}", code="video-frame-sizes", where=where)
+        raise DataError(
+            f"the frames of a video have several sizes: {shown}",
+            code="video-frame-sizes",
+            where=where,
+            hint="save the frames of a video in one size",
+        )
     return tuple(frames)

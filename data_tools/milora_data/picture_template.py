@@ -217,6 +217,7 @@ class PictureTemplate:
                 "the model's chat template writes a call of this record in another way when the conversation goes on, "
                 "so the supervised part is unknown",
                 code="chat-template-rewrites-text",
+                hint="split the record after the call, or use another model",
             )
         return len(before), len(before) + len(written)
 
@@ -231,7 +232,9 @@ class PictureTemplate:
         missing = [what for what, is_needed in needed.items() if is_needed and what not in form.written]
         if missing:
             raise DataError(
-                f"the chat template of this model does not write {' and '.join(missing)}", code="chat-template-no-tools"
+                f"the chat template of this model does not write {' and '.join(missing)}",
+                code="chat-template-no-tools",
+                hint="remove the tools from the records, or train a model whose template writes them",
             )
 
     def _measured_tools(self) -> _ToolForm:
@@ -291,12 +294,14 @@ class PictureTemplate:
             raise DataError(
                 "the model's chat template omits or repeats an answer of this record",
                 code="chat-template-rewrites-text",
+                hint="change the record, or train a model with another template",
             )
         places = _places(text, pieces, gaps)
         if places is None:
             raise DataError(
                 "the model's chat template rewrites an answer of this record, so the supervised part is unknown",
                 code="chat-template-rewrites-text",
+                hint="change the record, or train a model with another template",
             )
         return answers, places, gaps
 
@@ -355,7 +360,9 @@ class PictureTemplate:
             return str(texts[0])
         except (TemplateError, *MALFORMED) as error:
             raise DataError(
-                f"the model's chat template refuses this conversation: {error}", code="chat-template-refuses"
+                f"the model's chat template refuses this conversation: {error}",
+                code="chat-template-refuses",
+                hint="change the record as the template's message says",
             ) from None
 
     def _measured(self) -> tuple[_Frame, str | None]:

@@ -281,7 +281,11 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             reason = f"{width} x {height} pixels: {first_line(error)}"
             return self._replaced(
                 ImageError(
-                    f"the processor refuses this picture: {reason}", reason, code="image-refused", where=str(place)
+                    f"the processor refuses this picture: {reason}",
+                    reason,
+                    code="image-refused",
+                    where=str(place),
+                    hint="save it again as RGB, in a usual size and aspect ratio",
                 )
             )
         return image
@@ -397,7 +401,9 @@ def with_video_marks(turns: Sequence[Turn], num_videos: int) -> list[Turn]:
     found = sum(turn.text.count(VIDEO) for turn in turns)
     if found != num_videos:
         raise DataError(
-            f"{found} {VIDEO} in the conversation, but {num_videos} videos in the record", code="record-image-count"
+            f"{found} {VIDEO} in the conversation, but {num_videos} videos in the record",
+            code="record-image-count",
+            hint="name every video once in the conversation",
         )
     return [replace(turn, text=turn.text.replace(VIDEO, VIDEO_MARK)) for turn in turns]
 
@@ -410,6 +416,8 @@ def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
     found = sum(turn.text.count(IMAGE) for turn in turns)
     if found != num_images:
         raise DataError(
-            f"{found} {IMAGE} in the conversation, but {num_images} pictures in the record", code="record-image-count"
+            f"{found} {IMAGE} in the conversation, but {num_images} pictures in the record",
+            code="record-image-count",
+            hint="write <image> once for each picture",
         )
     return list(turns)

@@ -234,6 +234,7 @@ class ProcessorInputs:
                     f"{self.num_videos(text)} video tokens, but {num_videos} videos: a text contains the video token "
                     f"({self.video_placeholder})",
                     code="record-image-token-in-text",
+                    hint="remove the token from the text",
                 )
             raise DataError(
                 f"the chat template writes {self.num_videos(text)} of {num_videos} videos of this record",
@@ -246,6 +247,7 @@ class ProcessorInputs:
                 f"{found} picture tokens, but {num_images} pictures: a text contains the picture token "
                 f"({self.placeholder})",
                 code="record-image-token-in-text",
+                hint="remove the token from the text",
             )
         if found < num_images:
             raise DataError(
@@ -256,7 +258,9 @@ class ProcessorInputs:
         for token in self.expanded:
             if token in text:
                 raise DataError(
-                    f"a text contains the token of a part of a picture ({token})", code="record-image-token-in-text"
+                    f"a text contains the token of a part of a picture ({token})",
+                    code="record-image-token-in-text",
+                    hint="remove the token from the text",
                 )
 
     def num_text_tokens(self, rendered: Rendered) -> int:

@@ -310,7 +310,11 @@ def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] 
             'the messages and "videos" both name videos; expected only one of them', code="messages-images-twice"
         )
     if len(own) < len(videos) and not listed_videos:
-        raise DataError("a part of type video names no video, and the record lists none", code="record-image-count")
+        raise DataError(
+            "a part of type video names no video, and the record lists none",
+            code="record-image-count",
+            hint='name the frames in the record\'s "videos", or remove the part',
+        )
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
     shown = {"videos": own} if own else {}
     return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others, **shown}
@@ -367,6 +371,7 @@ def _part(part: object, place: int, named: list[str], videos: list[Any]) -> str:
     raise DataError(
         f"message {place}: unsupported part of type {kind!r}; expected text, an image or a video",
         code="messages-unsupported-part",
+        hint="remove the part, or name its content as a picture or a text",
     )
 
 

@@ -94,7 +94,9 @@ def record_stream(
     """
     used = [source for source in _sources(sources) if source.weight > 0]
     if not used:
-        raise UserError("no source has a weight above 0", code="mixture-weight")
+        raise UserError(
+            "no source has a weight above 0", code="mixture-weight", hint="set a weight above 0 for at least one source"
+        )
     opened = [_rows(source, world_size * max(num_workers, 1)) for source in used]
     rows = opened[0]
     if len(opened) > 1:
@@ -125,7 +127,12 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
             _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
         )
     if source.path.endswith((".yaml", ".yml")):
-        raise UserError("a mixture within a mixture cannot be streamed", code="mixture-nested", where=str(source.path))
+        raise UserError(
+            "a mixture within a mixture cannot be streamed",
+            code="mixture-nested",
+            where=str(source.path),
+            hint="list its sources in the outer mixture, or train without data.streaming",
+        )
     if not source.path.startswith(HUB):
         files = {"files": files_of(source.path), "image_folder": source.image_folder}
         return datasets.IterableDataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=files)

@@ -291,6 +291,7 @@ def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
         raise DataError(
             f"{sum(counts)} {IMAGE} in the conversation, but {num_images} pictures in the record",
             code="record-image-count",
+            hint="write <image> once for each picture",
         )
     return [
         turn if count == 0 or (several and count > 1) else replace(turn, text=_in_front(turn.text))
@@ -305,7 +306,9 @@ def _in_front(text: str) -> str:
 def _require_caption(exchange: Sequence[Turn], prompt: bool) -> None:
     if len(exchange) != (1 if prompt else 2) or IMAGE not in exchange[0].text:
         raise DataError(
-            f'the template "plain" needs one turn with {IMAGE} and one answer, the caption', code="record-not-a-caption"
+            f'the template "plain" needs one turn with {IMAGE} and one answer, the caption',
+            code="record-not-a-caption",
+            hint="use another --template; plain is for stage 1, the training of the projector on captions",
         )
 
 

@@ -95,7 +95,12 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 except UnicodeDecodeError as error:
                     raise with_context(not_utf8(path, error), f"line {number}") from None
                 except ValueError as error:
-                    raise DataError(f"not JSON: {error}", code="json-syntax", where=f"{path}:{number}") from None
+                    raise DataError(
+                        f"not JSON: {error}",
+                        code="json-syntax",
+                        where=f"{path}:{number}",
+                        hint="download the file again",
+                    ) from None
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -111,7 +116,9 @@ def read_table(path: Path) -> list[dict[str, str]]:
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except csv.Error as error:
-        raise DataError(f"broken table: {error}", code="table-syntax", where=str(path)) from None
+        raise DataError(
+            f"broken table: {error}", code="table-syntax", where=str(path), hint="download the file again"
+        ) from None
 
 
 def table_columns(path: Path) -> list[str]:
@@ -128,7 +135,12 @@ def unpack_picture(data: str | bytes, place: str) -> Path:
     try:
         content = base64.b64decode(data) if isinstance(data, str) else data
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"the picture is not base64: {error}", code="data-picture-base64", where=place) from None
+        raise DataError(
+            f"the picture is not base64: {error}",
+            code="data-picture-base64",
+            where=place,
+            hint="download the file again",
+        ) from None
     path = cache_dir() / "eval-pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.img"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -93,6 +93,7 @@ def judge_from_file(path: Path, folder: Path) -> int:
                 f'a judgement for the id "{name}", but {folder} has no such question',
                 code="judge-unknown-id",
                 where=str(path),
+                hint="use the judgements of these answers, or remove the line",
             )
         line = waiting.get(str(name))
         if line is not None:

@@ -73,7 +73,11 @@ class Milora(lmms):
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Raises UserError: tasks with several rounds are not supported."""
-        raise UserError("the model milora does not support tasks with several rounds", code="lmms-unsupported")
+        raise UserError(
+            "the model milora does not support tasks with several rounds",
+            code="lmms-unsupported",
+            hint="leave these tasks out",
+        )
 
     def _document(self, number: int, task: str, split: str) -> Any:
         return self.task_dict[task][split][number]
@@ -86,7 +90,11 @@ class Milora(lmms):
 
 def _beams(options: dict[str, Any]) -> int:
     if options.get("do_sample") and options.get("temperature", 1.0):
-        raise UserError(f"the model milora decodes greedily, the task asks for {options}", code="lmms-unsupported")
+        raise UserError(
+            f"the model milora decodes greedily, the task asks for {options}",
+            code="lmms-unsupported",
+            hint="leave these tasks out, or set do_sample: false in their generation_kwargs",
+        )
     return int(options.get("num_beams") or 1)
 
 

@@ -113,6 +113,7 @@ def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
             f"unsupported adapter type {kind}: only adapters saved as LoRA can be exported",
             code="adapter-unsupported-kind",
             where=str(folder),
+            hint="save it as a LoRA, or merge it into its base with PEFT's merge_and_unload",
         )
     config = LoraConfig.from_pretrained(str(folder))
     assert isinstance(config, LoraConfig)

@@ -156,6 +156,7 @@ def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:
             f"contains {unknown[0]}, which cannot be analysed as a change of a matrix",
             code="adapter-unsupported-kind",
             where=str(folder),
+            hint="merge the adapter with PEFT's merge_and_unload, and analyze the saved model with --base",
         )
     state = load_peft_weights(str(folder), device="cpu")
     scales = {key: tensor for key, tensor in state.items() if _MAGNITUDE in key}

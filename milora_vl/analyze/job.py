@@ -76,7 +76,12 @@ def plan(
     else:
         changes = changes_of_model(_tuned(subject, base), weights)
     if not changes:
-        raise UserError(f"changes no matrix of {base}", code="analysis-no-change", where=subject)
+        raise UserError(
+            f"changes no matrix of {base}",
+            code="analysis-no-change",
+            where=subject,
+            hint="check --base: it should be the model before the training",
+        )
     key = _digest("update", subject, base, rank, modules, *_files(folder), *_stamps(Path(base)))
     return AnalysisPlan(
         "update", subject, base, _chosen(list(changes), modules),

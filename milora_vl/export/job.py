@@ -155,7 +155,12 @@ def _require_weights(sources: Sequence[Source], weights: Sequence[float] | None)
         )
     if weights is not None and len(sources) != len(weights):
         found = f"{len(weights)} for {len(sources)} adapters"
-        raise UserError(f"expected one weight per adapter, found {found}", code="flag-value", where="--weights")
+        raise UserError(
+            f"expected one weight per adapter, found {found}",
+            code="flag-value",
+            where="--weights",
+            hint="for example  --weights 0.5,0.5  for two adapters",
+        )
     if weights is not None and len(sources) == 1:
         raise UserError(
             "adds the updates of several adapters, and there is one",
@@ -365,6 +370,7 @@ class Job:
                     f"PEFT cannot merge the adapter: {error}",
                     code="adapter-not-mergeable",
                     where=str(self.source.folder),
+                    hint="use --to adapter, or --to rank-r, which need no merge",
                 ) from None
         for name, parameter in merged.named_parameters():
             parameter.data = parameter.data.to(self.dtype or dtypes.get(name, parameter.dtype))

@@ -90,7 +90,12 @@ class Job:
             except UserError:
                 raise
             except ValueError as error:  # too little text, a file without text, two vocabularies
-                raise UserError(f"{name}: {error}", code="forgetting-not-measurable", where="--on") from None
+                raise UserError(
+                    f"{name}: {error}",
+                    code="forgetting-not-measurable",
+                    where="--on",
+                    hint="leave this probe out of --on, or give it more text",
+                ) from None
             write_json(self.file, results)
         return results
 

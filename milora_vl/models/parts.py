@@ -38,6 +38,7 @@ def load_language(name: str) -> tuple[Any, Any]:
             "this is already a vision-language model; composing needs a text-only model",
             code="compose-not-text-only",
             where=name,
+            hint="fine-tune it as it is:  python -m milora_vl.train --model NAME",
         )
     require_plain_head(language, name)
     return language.eval(), tokenizer

@@ -29,7 +29,11 @@ def projector_of(model: nn.Module) -> nn.Module:
     """Return the projector module of a model. Raises UserError if it has none."""
     path = find_towers(model).projector
     if path is None:
-        raise UserError(f"{type(model).__name__} has no projector", code="projector-missing")
+        raise UserError(
+            f"{type(model).__name__} has no projector",
+            code="projector-missing",
+            hint="use a model with a projector, such as llava-1.5-7b",
+        )
     return model.get_submodule(path)
 
 

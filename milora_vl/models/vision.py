@@ -77,6 +77,7 @@ def with_weights(config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -
         raise UserError(
             f"the weights of the vision tower are incomplete: {sorted(missing)[0]} is missing",
             code="vision-weights-incomplete",
+            hint="download the model again",
         )
     tower.load_state_dict({name: t for name, t in plain.items() if name in expected})
     return tower.to(dtype).eval()
@@ -127,7 +128,10 @@ def _timm_sizes(architecture: str) -> tuple[int, int]:
             features = as_map(encoder, encoder.forward_features(torch.empty(1, 3, size, size)))
         except (ValueError, AttributeError) as error:
             raise UserError(
-                f"not usable as a vision tower: {error}", code="vision-tower-unusable", where=f"timm/{architecture}"
+                f"not usable as a vision tower: {error}",
+                code="vision-tower-unusable",
+                where=f"timm/{architecture}",
+                hint="use a network of timm with feature maps, or an encoder such as openai/clip-vit-large-patch14-336",
             ) from None
     grid = int(features.shape[-1])
     return size - size % grid, grid  # Inception's 299 pixels do not divide into 8 tokens
@@ -154,6 +158,7 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
                 f"the file does not fit timm's {architecture}: {missing[0]} and {len(missing) - 1} more are missing",
                 code="vision-weights-incomplete",
                 where=str(weights),
+                hint="name the timm architecture that the file was made for",
             )
         return {key: state[key] for key in expected}
     settings = timm.get_pretrained_cfg(architecture)

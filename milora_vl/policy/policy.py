@@ -95,7 +95,12 @@ def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule |
     """
     items = _load_yaml(source) if isinstance(source, str) else source
     if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
-        raise PolicyError(f"expected a list of rules, got {type(items).__name__}", code="policy-value", where="policy")
+        raise PolicyError(
+            f"expected a list of rules, got {type(items).__name__}",
+            code="policy-value",
+            where="policy",
+            hint="for example  [{modules: language, method: milora, rank: 64}]",
+        )
     rules: list[Rule | None] = []
     problems = []
     if not items:
@@ -112,7 +117,12 @@ def _load_yaml(text: str) -> Any:
     try:
         return parse_yaml(text)
     except YamlTextError as error:
-        raise PolicyError(f"not valid YAML: {error}", code="yaml-syntax", where="policy") from error
+        raise PolicyError(
+            f"not valid YAML: {error}",
+            code="yaml-syntax",
+            where="policy",
+            hint="for example  [{modules: language, method: milora, rank: 64}]",
+        ) from error
 
 
 def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:

@@ -83,6 +83,7 @@ def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
                 f"no effect with --method {edits.method}, which makes no adapter",
                 code="flag-no-effect",
                 where=" ".join(flags),
+                hint="leave these flags out, or use a method with adapters, such as milora",
             )
     elif not adapters and (flags or edits.method):
         raise UserError(

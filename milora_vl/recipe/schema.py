@@ -190,7 +190,14 @@ class Recipe(Strict):
 def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
     """Return the `train:` mapping with the newest names and the right types, and its problems."""
     if section is not None and not isinstance(section, Mapping):
-        return {}, [Problem(f"expected a mapping of TrainingArguments, got {section!r}", "recipe-value", "train")]
+        return {}, [
+            Problem(
+                f"expected a mapping of TrainingArguments, got {section!r}",
+                "recipe-value",
+                "train",
+                hint="for example  train: {learning_rate: 2.0e-4, num_train_epochs: 1}",
+            )
+        ]
     train: dict[str, Any] = {**TRAIN_DEFAULTS}
     problems: list[Problem] = []
     seen: dict[str, Any] = {}
@@ -210,7 +217,7 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
             problems.append(Problem(str(hf_flags.REFUSED[pair[0]]), "recipe-refused", path))
         elif seen.get(pair[0], pair[1]) != pair[1]:
             contradiction = f"contradicts {pair[0]}: {seen[pair[0]]!r}, which is the same setting"
-            problems.append(Problem(contradiction, "recipe-contradiction", path))
+            problems.append(Problem(contradiction, "recipe-contradiction", path, "remove one of the two"))
         else:
             train[pair[0]] = seen[pair[0]] = pair[1]
     return train, problems

@@ -65,7 +65,12 @@ def read(text: str, source: str, *, above: int = 0) -> tuple[dict[str, Any], dic
             return loader.construct_document(node), lines
     except YamlTextError as error:
         line = f":{error.line}" if error.line else ""
-        raise UserError(f"not valid YAML: {error}", code="yaml-syntax", where=f"{source}{line}") from None
+        raise UserError(
+            f"not valid YAML: {error}",
+            code="yaml-syntax",
+            where=f"{source}{line}",
+            hint="correct the line; values with : or # need quotes",
+        ) from None
 
 
 def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

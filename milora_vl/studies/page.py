@@ -136,7 +136,12 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
     file = docs / f"{name.partition('.')[0]}.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if not any(_start(marked) in text for marked in (name, file.stem)):
-        raise UserError(f"no line  {_start(name)}  (up to  <!-- end -->)", code="study-page-marker", where=str(file))
+        raise UserError(
+            f"no line  {_start(name)}  (up to  <!-- end -->)",
+            code="study-page-marker",
+            where=str(file),
+            hint="write the two comment lines into the page, where the tables belong",
+        )
     files = {".csv": "cells.csv"}
     if decay.NONE in folder.study.arms:
         files |= {".layers.csv": "layers.csv", ".correlations.csv": "correlations.csv", ".png": "layers.png"}

@@ -77,7 +77,10 @@ def make_cells(
         cells += [Cell(method, rate, rank, seed) for rank in chosen]
     if len({cell.name for cell in cells}) < len(cells):
         raise UserError(
-            "two learning rates agree in six digits and would be one cell", code="flag-value", where="--lrs"
+            "two learning rates agree in six digits and would be one cell",
+            code="flag-value",
+            where="--lrs",
+            hint="remove one of them",
         )
     return cells
 
@@ -94,6 +97,7 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
                 "its cells are folders of this name, which cannot hold a / or begin with .",
                 code="sweep-variant-name",
                 where=f"sweep.variants.{name}",
+                hint="use letters, digits, - and _",
             )
         if "policy" not in fields and fields.get("method") not in (*ADAPTERS, "full"):
             raise UserError(

@@ -45,7 +45,12 @@ def explained(args: TrainingArguments) -> Iterator[None]:
         raise UserError(problems=[_out_of_memory(str(error), args)], exit_code=1) from None
     except UnpicklingError as error:  # optimizer, scheduler or random states of a resumed run
         text = why_unread("a file of the checkpoint", error)
-        raise UserError(text, code="checkpoint-unreadable", exit_code=1) from None
+        raise UserError(
+            text,
+            code="checkpoint-unreadable",
+            exit_code=1,
+            hint="resume from an earlier checkpoint:  --resume_from_checkpoint FOLDER",
+        ) from None
     except (OSError, EOFError, SafetensorError, RuntimeError) as error:
         problem = output_problem(error, str(args.output_dir)) if isinstance(error, OSError) else None
         if isinstance(error, LOADER_GONE) and args.dataloader_num_workers and args.world_size == 1:

@@ -138,8 +138,10 @@ def test_a_known_format_becomes_llavas(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", CASES)
 def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('[{"something": "else"}]')
-    with pytest.raises(DataError, match=r"other.json|expected"):
+    with pytest.raises(DataError) as error:
         main(["convert", "--from", kind, str(tmp_path / "other.json"), "--output_dir", str(tmp_path / "out")])
+    codes = {"convert-wrong-format", "convert-missing-input", "table-missing-columns", "record-no-conversations"}
+    assert error.value.first.code in codes
     with raises_code("data-missing-file", where="none.json", message="no such file", kind=DataError):
         main(["convert", "--from", kind, str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "data.json").exists()

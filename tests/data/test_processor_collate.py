@@ -345,8 +345,10 @@ def bad(pictures: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["cut", "thin", "missing"])
 def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, make: Any, bad: Any) -> None:
-    with pytest.raises(ImageError, match=rf"{name}.png(.|\n)*needed by {name}; --bad_images skip leaves it out"):
+    with pytest.raises(ImageError) as error:
         make()([QUESTION, bad[name]])
+    assert f"{name}.png" in str(error.value)
+    assert f"needed by {name}; --bad_images skip" in error.value.first.hint
     skip, replace = make(bad_images="skip"), make(bad_images="replace")
     good = make()([QUESTION])
     batch = skip([QUESTION, bad[name]])

@@ -252,13 +252,13 @@ def test_the_command(run, capsys, monkeypatch) -> None:
         "adapter-missing", says=r"no adapter in this folder, only in subfolders\nuse one:  .*/adapter, .*/adapter-rank"
     ):
         main([str(run.root), "--to", "merged", "--output_dir", str(run.root / "x")])
-    for arguments, message in {
-        ("--to", "rank-2"): "exists and is not empty",
-        ("--to", "mergd"): r"unknown form(.|\n)*did you mean merged\?",
-        ("--to", "merged", "--with_base"): "only applies to --to adapter, rank-N and gguf-lora",
-        ("--to", "merged", "--base", str(run.root / "nowhere" / "x")): "--base: unknown model",
-    }.items():
-        with pytest.raises(UserError, match=message):
+    for arguments, code, says in (
+        (("--to", "rank-2"), "output-exists", "adapter-rank-2"),
+        (("--to", "mergd"), "export-unknown-form", r"did you mean merged\?"),
+        (("--to", "merged", "--with_base"), "flag-no-effect", "^--with_base: .* adapter, rank-N and gguf-lora"),
+        (("--to", "merged", "--base", str(run.root / "nowhere" / "x")), "model-unknown", "^--base: "),
+    ):
+        with raises_code(code, says=says):
             main([str(run.root / "adapter"), *arguments])
     with raises_code("adapter-missing", says="no adapter in this folder\nfound "):
         main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])

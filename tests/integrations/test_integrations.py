@@ -42,8 +42,9 @@ def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
     assert peft.get_peft_model is stock
     assert (tmp_path / "out" / "milora.json").is_file()
     assert "method pissa on 2 modules" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"rank: 65 is larger") as error:
+    with pytest.raises(UserError) as error:
         main([str(script), "65", str(tmp_path / "out")])
+    assert "65" in error.value.first.message
     assert {problem.code for problem in error.value.problems} == {"policy-rank-too-large"}
     for run in (main, llava_main):
         with pytest.raises(UserError) as error:

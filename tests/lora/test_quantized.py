@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from milora_data.errors import UserError
 from milora_vl import apply_milora, keep_protected, load_adapter, load_model, save_adapter
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main
@@ -84,24 +83,23 @@ def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "code", "message"),
     [
-        (["--deepspeed", "zero3"], "ZeRO-3 cannot shard a quantised base"),
-        (
-            ["--policy", "[{modules: language, method: full}]"],
-            "14 quantised modules would train in full",
-        ),
+        (["--deepspeed", "zero3"], "quantization-zero3", ""),
+        (["--policy", "[{modules: language, method: full}]"], "quantization-full", "14 quantised modules"),
     ],
 )
-def test_what_a_quantised_base_cannot_do_is_told_before_it_loads(flags: list[str], message: str, folder: Path) -> None:
+def test_what_a_quantised_base_cannot_do_is_told_before_it_loads(
+    flags: list[str], code: str, message: str, folder: Path
+) -> None:
     words = ["--model", str(folder), "--quantization", "4bit", "--use_cpu", *flags]
     words += [] if "--policy" in flags else ["--rank", "4"]
-    with pytest.raises(UserError, match=message):
+    with raises_code(code, message=message):
         main([*words, "--dry-run"])
 
 
 def test_a_model_made_in_memory_is_not_silently_left_unquantised() -> None:
-    with pytest.raises(UserError, match="tiny exists only in memory"):
+    with raises_code("quantization-in-memory", message="tiny"):
         load_model("tiny", quantization="4bit")
 
 

@@ -23,25 +23,25 @@ def test_a_policy_with_it_is_read_and_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("protect", "message"),
+    ("protect", "code", "where", "says"),
     [
-        (3, r"\.protect: expected a mapping such as \{inputs: 0.9\} or \{top: 64\}"),
-        ({"by": "basis"}, r"\.protect: expected exactly one of top and inputs, got neither"),
-        ({"top": 3, "inputs": 0.5}, r"\.protect: expected exactly one of top and inputs, got both"),
-        ({"top": 3, "max": 5}, r"\.protect\.max: only inputs uses it"),
-        ({"inputs": 0.5, "by": "basis"}, r"\.protect\.by: inputs are protected by projection only, got basis"),
-        ({"inputs": 0.0}, r"\.protect\.inputs: expected a share above 0, below 1, got 0.0"),
-        ({"inputs": 1}, r"\.protect\.inputs: expected a share above 0, below 1, got 1"),
-        ({"inputs": 0.5, "max": 0}, r"\.protect\.max: expected a positive number of directions, got 0"),
-        ({"top": 0}, r"\.protect\.top: expected a positive number of directions, got 0"),
-        ({"top": 3, "by": "prayer"}, r"\.protect\.by: expected one of projection, basis, penalty, got 'prayer'"),
-        ({"top": 3, "weight": 2.0}, r"\.protect\.weight: by: projection does not use it"),
-        ({"top": 3, "by": "penalty"}, r"\.protect\.weight: by: penalty needs a number above 0, got None"),
-        ({"top": 3, "wieght": 2.0}, r"\.protect\.wieght: unknown key\ndid you mean weight"),
+        (3, "policy-protect", "", r"\{inputs: 0.9\} or \{top: 64\}"),
+        ({"by": "basis"}, "policy-protect", "", "neither"),
+        ({"top": 3, "inputs": 0.5}, "policy-protect", "", "both"),
+        ({"top": 3, "max": 5}, "policy-protect", ".max", "only inputs"),
+        ({"inputs": 0.5, "by": "basis"}, "policy-protect", ".by", "projection only, got basis"),
+        ({"inputs": 0.0}, "policy-protect", ".inputs", "got 0.0"),
+        ({"inputs": 1}, "policy-protect", ".inputs", "got 1"),
+        ({"inputs": 0.5, "max": 0}, "policy-protect", ".max", "got 0"),
+        ({"top": 0}, "policy-protect", ".top", "got 0"),
+        ({"top": 3, "by": "prayer"}, "policy-protect", ".by", "projection, basis, penalty, got 'prayer'"),
+        ({"top": 3, "weight": 2.0}, "policy-protect", ".weight", "by: projection"),
+        ({"top": 3, "by": "penalty"}, "policy-protect", ".weight", "got None"),
+        ({"top": 3, "wieght": 2.0}, "policy-unknown-key", ".wieght", "did you mean weight"),
     ],
 )
-def test_what_is_no_protection_is_refused(protect: Any, message: str) -> None:
-    with pytest.raises(PolicyError, match=rf"policy\[0\]{message}"):
+def test_what_is_no_protection_is_refused(protect: Any, code: str, where: str, says: str) -> None:
+    with raises_code(code, where=f"policy[0].protect{where}", says=says, kind=PolicyError):
         Policy.parse(one_rule(protect=protect))
 
 

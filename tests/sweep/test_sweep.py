@@ -211,12 +211,12 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
 
 @pytest.mark.usefixtures("forked_programs")
 @pytest.mark.parametrize(
-    ("change", "flags", "code", "words"),
+    ("change", "flags", "code", "value"),
     [
         ({}, ["--methods", "mlora"], "sweep-unknown-method", "did you mean milora"),
-        ({}, ["--lrs", "0"], "command-line", "must be positive"),
-        ({}, ["--lrs", "fast"], "command-line", "expected numbers"),
-        ({"data": {"path": "train.json"}}, [], "sweep-recipe-incomplete", "held-out records"),
+        ({}, ["--lrs", "0"], "command-line", "--lrs: "),
+        ({}, ["--lrs", "fast"], "command-line", "--lrs: "),
+        ({"data": {"path": "train.json"}}, [], "sweep-recipe-incomplete", "data.eval_path"),
         ({"data": {"eval_path": "val.json"}}, [], "sweep-recipe-incomplete", "data.path"),
         ({"sweep": {}}, [], "sweep-recipe-incomplete", "sweep.suite"),
         ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "recipe-unknown-key", "max_step"),
@@ -226,16 +226,17 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
-    change: dict[str, Any], flags: list[str], code: str, words: str, tmp_path: Path
+    change: dict[str, Any], flags: list[str], code: str, value: str, tmp_path: Path
 ) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
     (tmp_path / "test.json").write_text("[]")
     (tmp_path / "images").mkdir()
     given = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora", "--lrs", "1e-3", "--data", str(tmp_path)]
     given += flags
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError) as error:
         main([*given, "--output_dir", str(tmp_path / "out")])
     assert error.value.first.code == code
+    assert value in str(error.value)
     assert not (tmp_path / "out").exists()
 
 

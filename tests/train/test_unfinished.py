@@ -65,8 +65,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )  # fmt: skip
 def test_commands_name_the_newest_checkpoint(run: Path, command: Command, words: str, offered: str) -> None:
-    with pytest.raises(UserError, match="newest checkpoint has step 10") as error:
+    with pytest.raises(UserError) as error:
         command(shlex.split(words))
+    assert "step 10" in str(error.value)
     assert f"use it:    {offered}\n" in str(error.value)
     assert len(str(error.value).splitlines()) == 4
     assert {path.name for path in run.parent.iterdir()} == {"run"}

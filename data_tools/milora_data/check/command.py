@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "this is a picture; expected a JSON or JSONL file that names it",
             code="data-picture-file",
             where=str(chosen.data),
+            hint="name the JSON file of the records; the folder of the pictures is --image_folder",
         )
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():

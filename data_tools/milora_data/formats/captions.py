@@ -48,6 +48,7 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
             f"{len(unknown):,} captions without a picture in {folder}: {', '.join(unknown[:5])}",
             code="captions-without-picture",
             where=str(table),
+            hint="check the names in the table and the folder of the pictures",
         )
     _log_left_out("picture", "without a caption", [name for name in pictures if not captions.get(name)])
     unreadable = [name for name in files if Path(name).suffix.lower() in UNREADABLE]

@@ -69,6 +69,7 @@ def held_out(num_records: int, count: int) -> frozenset[int]:
             f"{count:,} of {num_records:,} records leave none for training",
             code="hold-out-too-large",
             where="--hold_out",
+            hint="hold out fewer records",
         )
     return frozenset(np.random.default_rng(SEED).permutation(num_records)[:count].tolist())
 

@@ -43,6 +43,7 @@ def coco_captions(sources: Sequence[Path], options: Options) -> Records:
                     f"a caption for picture {row['image_id']}, which the file does not list",
                     code="captions-without-picture",
                     where=str(path),
+                    hint='use the annotation file as it was published: its "images" list every picture',
                 )
             image = options.image(row["image_id"], name.replace("{", "{{").replace("}", "}}"))
             yield record(

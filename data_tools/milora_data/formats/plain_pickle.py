@@ -35,4 +35,5 @@ def read_plain_pickle(path: Path) -> Any:
             f"cannot be read as a pickle of plain data: {first_line(error)}",
             code="data-unsafe-pickle",
             where=str(path),
+            hint="use the file as it was published, or store its content as JSON",
         ) from None

@@ -33,7 +33,10 @@ def files_of_saved(folder: Path) -> list[str]:
     files = [folder / str(entry["filename"]) for entry in _read(folder / _STATE, "_data_files")]
     if missing := [file for file in files if not file.is_file()]:
         raise DataError(
-            f"no such file, although {folder / _STATE} names it", code="data-missing-file", where=str(missing[0])
+            f"no such file, although {folder / _STATE} names it",
+            code="data-missing-file",
+            where=str(missing[0]),
+            hint="copy the whole folder again, or write it again with save_to_disk",
         )
     return list(map(str, files))
 
@@ -43,5 +46,8 @@ def _read(file: Path, key: str) -> list[Any]:
         return list(parse_json(file.read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"not a file that save_to_disk writes: {error}", code="data-unreadable", where=str(file)
+            f"not a file that save_to_disk writes: {error}",
+            code="data-unreadable",
+            where=str(file),
+            hint="copy the file again, or write the folder again with save_to_disk",
         ) from None

@@ -74,7 +74,12 @@ def broken_off(place: str, error: Exception) -> DataError:
     if isinstance(error, DataError):
         return with_context(error, place)
     lines = str(error).splitlines() or [type(error).__name__]
-    return DataError(f"cannot be read from here on: {lines[0]}", code="data-unreadable", where=place)
+    return DataError(
+        f"cannot be read from here on: {lines[0]}",
+        code="data-unreadable",
+        where=place,
+        hint="download or copy the file again",
+    )
 
 
 def _item(row: Mapping[str, Any], place: str, number: str, options: Options | None) -> Record | DataError:

@@ -34,4 +34,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         except UnicodeDecodeError as error:
             raise not_utf8(path, error) from None
         except csv.Error as error:
-            raise DataError(f"broken table: {error}", code="table-syntax", where=str(path)) from None
+            raise DataError(
+                f"broken table: {error}",
+                code="table-syntax",
+                where=str(path),
+                hint="write the table again, as UTF-8 text with quoted fields",
+            ) from None

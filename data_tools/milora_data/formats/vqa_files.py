@@ -43,6 +43,7 @@ class Options:
             raise DataError(
                 f"--image_pattern {pattern} does not fit the picture {identifier!r}: {error}",
                 code="convert-image-pattern",
+                hint="for example  --image_pattern '{:012d}.jpg'",
             ) from None
 
 

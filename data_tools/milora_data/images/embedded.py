@@ -102,5 +102,8 @@ def _verified(name: Any) -> StoredPicture:
 
 def _broken(name: str, reason: str) -> ImageError:
     return ImageError(
-        f"an embedded picture ({described(name)}) cannot be read: {reason}", reason, code="image-unreadable"
+        f"an embedded picture ({described(name)}) cannot be read: {reason}",
+        reason,
+        code="image-unreadable",
+        hint="embed the picture again, or remove the record",
     )

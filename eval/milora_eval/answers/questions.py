@@ -152,6 +152,7 @@ def _check_ids(benchmark: Benchmark, items: ItemFile) -> None:
                 f'the id "{items[place].id}" appears twice in the questions',
                 code="benchmark-duplicate-id",
                 where=f"benchmark {benchmark.name}",
+                hint="give every question its own id",
             )
         seen.add(items[place].id)
     items.forget_ids()

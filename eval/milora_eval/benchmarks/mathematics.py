@@ -58,6 +58,7 @@ class GSM8K(Benchmark):
                 f"expected {self.questions[0]} and {self.solutions[0]}, got {list(entry)}",
                 code="benchmark-file-format",
                 where=f"{path}:{number}",
+                hint="use the file as it was published",
             )
         return Item(
             id=str(number),

@@ -77,7 +77,10 @@ class MME(Benchmark):
         for name, pictures in tasks.items():
             if Path(name).name != name:
                 raise UserError(
-                    f"the subtask {name!r:.80} is no name of a file", code="submission-format", where=str(folder)
+                    f"the subtask {name!r:.80} is no name of a file",
+                    code="submission-format",
+                    where=str(folder),
+                    hint="use the file as it was published",
                 )
             pairs = [pair for pair in pictures.values() if len(pair) == 2]
             lines = [_line(answer) for pair in pairs for answer in pair]
@@ -122,6 +125,7 @@ def _picture(folder: Path, stem: str) -> Path:
         f"no picture {stem}.jpg or .png in {folder} or {folder / 'images'}",
         code="benchmark-missing-pictures",
         where="benchmark mme",
+        hint="copy the pictures of the release into one of these folders",
     )
 
 

@@ -54,7 +54,12 @@ class OwnData(Benchmark):
         self.path = None if place.startswith("data:") else Path(place)
         self.name = place.removeprefix("data:") if self.path is None else self.path.stem
         if Path(self.name).name != self.name:  # stored answers may come from anybody, and it names folders
-            raise UserError(f"{place!r:.80} is no name of a benchmark", code="own-data-no-file", where="--benchmarks")
+            raise UserError(
+                f"{place!r:.80} is no name of a benchmark",
+                code="own-data-no-file",
+                where="--benchmarks",
+                hint="rename the file: its name without extension names the folder of the results",
+            )
         self.origin = f"data:{self.name}"
 
     def load(self, data_dir: Path) -> list[Item]:
@@ -141,7 +146,9 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
     is_record = any(key in row for key in ("conversations", "messages", "completion"))
     turns, images, answers = _conversation(row, place) if is_record else _question(row, place)
     if not answers:
-        raise DataError("no answer to compare with", code="own-data-no-answer", where=place)
+        raise DataError(
+            "no answer to compare with", code="own-data-no-answer", where=place, hint='add "answer" to the question'
+        )
     if embedded := next(filter(is_embedded, images), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems

@@ -159,6 +159,11 @@ def _llava_ids(data_dir: Path) -> dict[tuple[str, str, str], Any]:
     for line in read_jsonl(path):
         key = (line["category"], line["image"], line["text"].removesuffix(SHORT))
         if key in ids:
-            raise UserError(f"the question {key} appears twice", code="benchmark-duplicate-id", where=str(path))
+            raise UserError(
+                f"the question {key} appears twice",
+                code="benchmark-duplicate-id",
+                where=str(path),
+                hint="use the file as it was published",
+            )
         ids[key] = line["question_id"]
     return ids

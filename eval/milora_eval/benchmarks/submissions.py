@@ -41,6 +41,9 @@ def check_rows(rows: Sequence[Row], types: Mapping[str, type | tuple[type, ...]]
             )
         if row[key] in seen:
             raise DataError(
-                f"duplicate {key} {row[key]!r}", code="submission-duplicate-id", where=f"row {number} of the submission"
+                f"duplicate {key} {row[key]!r}",
+                code="submission-duplicate-id",
+                where=f"row {number} of the submission",
+                hint="keep one answer for each id",
             )
         seen.add(row[key])

@@ -45,6 +45,7 @@ class TextVQA(Benchmark):
                 f"question {odd['question_id']} has {len(odd['answers'])} answers, expected ten",
                 code="benchmark-file-format",
                 where=self.files[0],
+                hint="use the file as it was published",
             )
         return [
             picture_item(

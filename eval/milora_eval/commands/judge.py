@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{missing} answers have no judgement yet; the scores are computed from the other answers",
             code="judge-incomplete",
             exit_code=1,
+            hint="run the same command again to judge the others",
         )
     next_step("milora_eval", "view", options.folder)
     return 0

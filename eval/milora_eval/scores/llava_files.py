@@ -62,6 +62,7 @@ def join(benchmark: Benchmark, items: Sequence[Item], rows: Iterable[Mapping[str
                 f"no question matches the answer {row['question_id']!r}: {error}",
                 code="predictions-unknown-id",
                 where=str(path),
+                hint="use the answers to these questions, or remove the line",
             ) from None
         if key not in ids:
             raise UserError(
@@ -71,7 +72,12 @@ def join(benchmark: Benchmark, items: Sequence[Item], rows: Iterable[Mapping[str
                 hint=_hint(benchmark),
             )
         if ids[key] in texts:
-            raise UserError(f'two answers for the id "{ids[key]}"', code="predictions-duplicate-id", where=str(path))
+            raise UserError(
+                f'two answers for the id "{ids[key]}"',
+                code="predictions-duplicate-id",
+                where=str(path),
+                hint="keep one answer for each id",
+            )
         texts[ids[key]] = row["text"]
     missing = [item.id for item in items if item.id not in texts]
     if missing:
