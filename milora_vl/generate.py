@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -23,12 +23,14 @@ from torch import Tensor
 from milora_data.conversation import segments_of
 from milora_data.encode import encode_prompt
 from milora_data.errors import DataError, UserError, first_line, with_context
+from milora_data.frames import Frames
 from milora_data.images.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
 from milora_data.picture_template import Rendered
-from milora_data.processor_collate import labelled_inputs, marked
+from milora_data.processor_collate import labelled_inputs, marked, with_video_marks
 from milora_data.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.record_collator import pad_id_of
-from milora_data.records import IMAGE, Record, Turn
+from milora_data.records import IMAGE, VIDEO, Record, Turn
+from milora_data.templates import no_videos
 from milora_data.tokens import bos_ids, fast_backend
 from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
@@ -45,6 +47,8 @@ IsDecided = Callable[[int, str], bool]
 class Prompt:
     """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns.
 
+    `videos` has the frames of each `<video>`, for models whose processor takes videos.
+
     form: `training` encodes the turns like training (pictures first, text stripped); `exact` keeps them unchanged, like
     LLaVA's evaluation; `raw` uses the text of the last turn without a template.
     """
@@ -52,6 +56,7 @@ class Prompt:
     turns: tuple[Turn, ...]
     images: tuple[str | Path | Image.Image, ...] = ()
     form: Literal["training", "exact", "raw"] = "training"
+    videos: tuple[Frames, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +199,20 @@ def prompt_ids(
     return ids
 
 
+def require_askable(processor: Any, prompts: Iterable[Prompt]) -> None:
+    """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
+
+    These are the first prompt, if the chat template rejects it, prompts whose text has a token of pictures, and those
+    with another number of `<image>` than of pictures.
+    """
+    reader = ProcessorReader(None, processor)
+    for number, prompt in enumerate(prompts):
+        text = "".join(turn.text for turn in prompt.turns)
+        others = text.replace(IMAGE, "")  # some families have this mark as their token
+        if not number or text.count(IMAGE) != len(prompt.images) or reader.inputs.has_picture_tokens(others):
+            reader.rendered(prompt)
+
+
 class ProcessorReader:
     """Asks a model whose own processor prepares the pictures, in its own chat template."""
 
@@ -208,12 +227,14 @@ class ProcessorReader:
 
         The forms `training` and `exact` are the same here: the template writes the turns unchanged.
         """
-        if prompt.form == "raw":
-            text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
-        else:
-            text = self.inputs.format.render(marked(prompt.turns, len(prompt.images)), prompt=True)
         try:
-            self.inputs.require_pictures(text.text, len(prompt.images))
+            if prompt.form == "raw":
+                text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
+            else:
+                turns = with_video_marks(marked(prompt.turns, len(prompt.images)), len(prompt.videos))
+                form = self.inputs.video_format if prompt.videos else self.inputs.format
+                text = form.render(turns, prompt=True)
+            self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))
         except DataError as error:
             raise with_context(error, _named(prompt)) from None
         return text
@@ -231,7 +252,8 @@ class ProcessorReader:
         """Return the model's inputs for prompts, padded on the left."""
         images = [[self._picture(image) for image in prompt.images] for _, prompt in batch]
         try:
-            inputs = self.inputs([text for text, _ in batch], images, padding_side="left")
+            videos = [prompt.videos for _, prompt in batch]
+            inputs = self.inputs([text for text, _ in batch], images, videos, padding_side="left")
         except UserError:
             raise
         except PROCESSOR_ERRORS as error:
@@ -283,13 +305,18 @@ class ProcessorReader:
             picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
             for image in prompt.images
         ]
-        return self.inputs.num_text_tokens(text) + sum(self.inputs.num_picture_tokens(*size) for size in sizes)
+        count = self.inputs.num_text_tokens(text) + sum(self.inputs.num_picture_tokens(*size) for size in sizes)
+        for video in prompt.videos:
+            frame = video.frames[0]
+            count += self.inputs.num_video_tokens(len(video.frames), video.fps, frame.height, frame.width)
+        return count
 
     def _refusal(self, batch: Sequence[tuple[Rendered, Prompt]], error: Exception) -> UserError:
         """Return the error for a batch that the processor refuses, with the prompt that it refuses alone."""
         for text, prompt in batch:
             try:
-                self.inputs([text], [[self._picture(image) for image in prompt.images]], padding_side="left")
+                images = [self._picture(image) for image in prompt.images]
+                self.inputs([text], [images], [prompt.videos], padding_side="left")
             except PROCESSOR_ERRORS as own:
                 where = ", ".join(str(image) for image in prompt.images if isinstance(image, str | Path))
                 return UserError(
@@ -311,7 +338,8 @@ class ProcessorReader:
 
 def _named(prompt: Prompt) -> str:
     """Return how an error names a prompt: by the start of its question."""
-    return f"question {prompt.turns[-1].text.replace(IMAGE, '').strip()[:60]!r}"
+    text = prompt.turns[-1].text.replace(IMAGE, "").replace(VIDEO, "")
+    return f"question {text.strip()[:60]!r}"
 
 
 @contextmanager
@@ -350,7 +378,9 @@ class Reader:
         return _Row([token for token, count in repeats for _ in range(count)], prompt.images, _picture_name(prompt))
 
     def length(self, prompt: Prompt) -> int:
-        """Return the number of ids of a prompt."""
+        """Return the number of ids of a prompt. Raises `DataError` for a prompt with a video."""
+        if prompt.videos:
+            raise no_videos("this model")
         return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
 
     def _ids(self, prompt: Prompt) -> list[int]:

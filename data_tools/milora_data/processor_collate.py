@@ -21,9 +21,10 @@ import torch
 
 from milora_data.encode import NoSupervisedTokens
 from milora_data.errors import DataError, UserError, first_line, with_context
+from milora_data.frames import Frames, require_one_size
 from milora_data.images.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.picture_template import VIDEO_MARK, Rendered
-from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, Frames, ProcessorInputs
+from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.record_collator import Item, RecordCollator, record_of
 from milora_data.records import IMAGE, VIDEO, Record, Turn, Video, tools_of
 from milora_data.templates import Segment
@@ -131,7 +132,8 @@ class ProcessorCollator(RecordCollator[PictureSample]):
     def _rendered(self, record: Record) -> Rendered:
         try:
             turns = with_video_marks(marked(record.turns, len(record.images)), len(record.videos))
-            rendered = self.inputs.format.render(turns, tools=tools_of(record))
+            form = self.inputs.video_format if record.videos else self.inputs.format
+            rendered = form.render(turns, tools=tools_of(record))
             self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
@@ -168,16 +170,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                 frames.append(load_image(place_of(self.image_folder, name)))
             except ImageError as error:
                 frames.append(self._replaced(error, like=frames[-1] if frames else None))
-        sizes = sorted({frame.size for frame in frames})
-        if len(sizes) > 1:
-            shown = ", ".join(f"{width} x {height}" for width, height in sizes[:3])
-            raise DataError(
-                f"the frames of a video have several sizes: {shown}",
-                code="video-frame-sizes",
-                where=record.source or record.id,
-                hint="save the frames of a video in one size",
-            )
-        return Frames(tuple(frames), video.fps)
+        return Frames(require_one_size(frames, record.source or record.id), video.fps)
 
     def _image(self, record: Record, name: str) -> Any:
         try:

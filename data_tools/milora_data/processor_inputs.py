@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from milora_data.errors import DataError, UserError
-from milora_data.picture_template import Rendered, prompt_format
+from milora_data.frames import Frames
+from milora_data.picture_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
+from milora_data.records import Turn
 from milora_data.templates import no_videos
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_pictures"
 BLANK = (64, 64)  # height and width of the picture that replaces one without pixels
-
-
-class Frames(NamedTuple):
-    """A video as its frames (PIL), and their number per second, if it is known."""
-
-    frames: tuple[Any, ...]
-    fps: float | None = None
-
-    def metadata(self) -> dict[str, Any]:
-        """Return what processors write time stamps from: the frames are all there are."""
-        count = len(self.frames)
-        return {"total_num_frames": count, "fps": self.fps, "frames_indices": list(range(count))}
 
 
 def _video_token(processor: Any) -> str | None:
@@ -69,6 +60,21 @@ class ProcessorInputs:
         self.expanded = _tokens_of_pictures(processor) - {self.placeholder, str(self.video_placeholder)}
         self._counts: dict[tuple[int, int], int] = {}
         self._video_counts: dict[tuple[int, float | None, int, int], int] = {}
+
+    @cached_property
+    def video_format(self) -> PictureTemplate | PlainPrompt:
+        """How conversations with videos are written: in the model's template, or in the processor's own for videos.
+
+        SmolVLM's processor has one, because the published template omits videos.
+        """
+        default = vars(sys.modules[type(self.processor).__module__]).get("DEFAULT_CHAT_TEMPLATE")
+        if default is None or self.video_placeholder is None:
+            return self.format
+        try:
+            written = self.format.render([Turn("user", f"{VIDEO_MARK}\na")], prompt=True).text
+        except DataError:
+            written = ""
+        return self.format if self.video_placeholder in written else PictureTemplate(str(default), self.tokenizer)
 
     def __call__(
         self,
@@ -149,6 +155,22 @@ class ProcessorInputs:
                 hint="use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or one kind of records",
             )
 
+    def require_mixed_videos(self, counts: Sequence[int]) -> None:
+        """Raise `DataError` if the processor cannot put videos with these numbers of frames into one batch."""
+        if self.video_placeholder is None:
+            return  # the record with a video is refused
+        text = Rendered((self.tokenizer.bos_token or "") + self.video_placeholder, ())
+        videos = [[Frames((self.blank(*BLANK),) * count)] for count in (2, 4)]
+        try:
+            self([text, text], [[], []], videos, padding_side="right")
+        except PROCESSOR_ERRORS:
+            shown = " and ".join(map(str, sorted(counts)[:: len(counts) - 1]))
+            raise DataError(
+                f"{type(self.processor).__name__} cannot put videos of {shown} frames into one batch",
+                code="records-mixed",
+                hint="use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or videos of one length",
+            ) from None
+
     @cached_property
     def takes_mixed_rows(self) -> bool:
         """Whether texts with and without pictures fit into one batch, in any order; some processors fail or mix up."""
@@ -196,6 +218,11 @@ class ProcessorInputs:
     def num_videos(self, text: str) -> int:
         """Return the number of videos in a rendered text."""
         return text.count(self.video_placeholder) if self.video_placeholder else 0
+
+    def has_picture_tokens(self, text: str) -> bool:
+        """Return whether a text contains a token that stands for a picture, a part of one, or a video."""
+        tokens = {self.placeholder, *self.expanded, *filter(None, [self.video_placeholder])}
+        return any(token in text for token in tokens)
 
     def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
         """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""

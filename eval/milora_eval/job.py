@@ -17,13 +17,21 @@ from milora_eval.answers.target import EvalTarget
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
 from milora_vl.adapters.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
+from milora_vl.generate import Prompt, require_askable
 from milora_vl.load import load_by_flags
+from milora_vl.models.loading import load_processor
+from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.prompts import prompts_of
 
 
 def run(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, items: Items) -> list[Path] | None:
     """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
     model: Any
+    if prepares_with_processor(target.model):
+        processor = load_processor(target.model)
+        for benchmark in plan.benchmarks:
+            prompts = (Prompt(benchmark.prompt(item), item.images, benchmark.form) for item in items[benchmark.name])
+            require_askable(processor, prompts)
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     with at_flag("--model"):
         model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from milora_data.command.cli import count, next_step, positive
+from milora_data.command.cli import above_zero, count, next_step, positive
 from milora_data.command.flags import Command, flag, option, shared
 from milora_data.errors import UserError, at_flag
 from milora_data.templates import template_name
 from milora_vl.adapter_folders import holds_adapter, newest_of_unfinished, require_adapter, require_no_base
-from milora_vl.chat.picture import open_picture
+from milora_vl.chat.picture import open_picture, open_video
 
 COMMAND = Command(
     "milora_vl.chat",
@@ -24,6 +24,7 @@ COMMAND = Command(
 examples:
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png "What is this?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png --compare "What is this?"
+  python -m milora_vl.chat --model qwen2.5-vl-3b --video frames --fps 2 "What happens?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to quit
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --web --compare
 """,
@@ -32,6 +33,8 @@ examples:
         shared("model", required=True),
         shared("adapter"),
         option("--image", type=Path, action="append", help="picture of the question; repeat it for several"),
+        option("--video", type=Path, action="append", help="folder with the frames of a video; repeat it for several"),
+        option("--fps", type=above_zero, help="frames per second of --video (default: the processor's)"),
     ),
     settings=(
         shared("base"),
@@ -60,9 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = COMMAND.parse(argv)
     _check(options)
     pictures = [open_picture(path) for path in options.image or ()]
+    videos = [open_video(folder, options.fps) for folder in options.video or ()]
     from milora_vl.chat import session
 
-    session.run(options, pictures)
+    session.run(options, pictures, videos)
     if options.web or options.question is None:
         return 0
     tuned = ("--adapter", options.adapter) if options.adapter else ("--base", options.base) if options.base else ()
@@ -83,6 +87,11 @@ def _check(options: argparse.Namespace) -> None:
             where="--web",
             hint="type the question on the page, or remove --web to get the answer here",
         )
+    if options.web and options.video:
+        hint = "ask in the terminal:  --video FOLDER without --web"
+        raise UserError("the page shows no videos", code="flag-conflict", where="--video", hint=hint)
+    if options.fps and not options.video:
+        raise UserError("needs --video", code="flag-needs-another", where="--fps", hint="add --video FOLDER")
     if options.web and find_spec("gradio") is None:
         hint = "pip install 'milora-vl[web]'"
         raise UserError("needs gradio, which is not installed", code="package-missing", where="--web", hint=hint)

@@ -14,15 +14,17 @@ from transformers import TextStreamer
 
 from milora_data.command.cli import report, suggest
 from milora_data.errors import UserError, at_flag
+from milora_data.frames import Frames
 from milora_data.images.pixels import AspectRatio
-from milora_data.records import IMAGE, Turn
+from milora_data.records import IMAGE, VIDEO, Turn
 from milora_vl.adapters.scale import Update
 from milora_vl.chat.picture import open_picture
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.generate import Prompt, generate
+from milora_vl.generate import Prompt, generate, require_askable
 from milora_vl.load import load_by_flags, update_since
-from milora_vl.models.loading import split_processor
+from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.prompts import prompts_of
 
 if TYPE_CHECKING:
@@ -31,13 +33,19 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/image FILE": "ask about another picture (starts a new conversation)",
     "/add FILE": "show one more picture with the next question",
-    "/reset": "start again with the same pictures",
+    "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
 }
 
 
-def run(options: argparse.Namespace, pictures: Sequence[Image.Image]) -> None:
+def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
     """Load the model and do what the command line asks for: a page, a conversation, or one answer on stdout."""
+    with at_flag("--model"):
+        by_processor = prepares_with_processor(options.model)
+        processor = load_processor(options.model) if by_processor else None
+    if processor is not None:  # before weights load
+        asked = [] if options.question is None else [Chat.user_turn(options.question, pictures, [], videos)]
+        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos)) for turn in asked])
     chat = Chat.load(options)
     if options.web:
         serve(
@@ -47,11 +55,11 @@ def run(options: argparse.Namespace, pictures: Sequence[Image.Image]) -> None:
             options.port,
         )
     elif options.question is None:
-        converse(chat, pictures)
+        converse(chat, pictures, videos)
     elif options.format == "json":
-        sys.stdout.write(json.dumps(chat.answers(options.question, pictures), ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(chat.answers(options.question, pictures, videos), ensure_ascii=False) + "\n")
     else:
-        chat.start(pictures)
+        chat.start(pictures, videos)
         chat.ask(options.question)
 
 
@@ -115,9 +123,10 @@ class Chat:
             scale=options.scale,
         )
 
-    def start(self, pictures: Sequence[Image.Image]) -> None:
-        """Clear the conversation; the next question is about `pictures`."""
+    def start(self, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
+        """Clear the conversation; the next question is about `pictures` and `videos`."""
         self.pictures = tuple(pictures)
+        self.videos = tuple(videos)
         self.turns: list[Turn] = []
 
     def add(self, picture: Image.Image) -> None:
@@ -129,28 +138,33 @@ class Chat:
 
         Only the answer of the tuned model stays in the conversation.
         """
-        self.turns.append(self.user_turn(question, self.pictures, self.turns))
+        self.turns.append(self.user_turn(question, self.pictures, self.turns, self.videos))
         if self.compare:
             self._write_reply("base   ", base=True)
         answer = self._write_reply("tuned  " if self.compare else "", base=False)
         self.turns.append(Turn("assistant", answer))
         return answer
 
-    def answers(self, question: str, pictures: Sequence[Image.Image]) -> dict[str, str]:
+    def answers(self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> dict[str, str]:
         """Return the question and its answer, and with `compare` the base model's answer."""
-        turns = [self.user_turn(question, pictures, [])]
+        self.start(pictures, videos)
+        turns = [self.user_turn(question, pictures, [], videos)]
         base = {"base": self.reply(turns, pictures, None, base=True)} if self.compare else {}
         return {"question": question, **base, "answer": self.reply(turns, pictures, None, base=False)}
 
     @staticmethod
-    def user_turn(question: str, pictures: Sequence[Image.Image], turns: Sequence[Turn]) -> Turn:
-        """Return the question as a turn. It begins with the pictures that no turn before it contains."""
+    def user_turn(
+        question: str, pictures: Sequence[Image.Image], turns: Sequence[Turn], videos: Sequence[Frames] = ()
+    ) -> Turn:
+        """Return the question as a turn. It begins with the pictures and videos that no turn before it contains."""
         shown = sum(turn.text.count(IMAGE) for turn in turns)
-        return Turn("user", f"{IMAGE}\n" * (len(pictures) - shown) + question)
+        played = sum(turn.text.count(VIDEO) for turn in turns) if videos else 0
+        marks = f"{IMAGE}\n" * (len(pictures) - shown) + f"{VIDEO}\n" * (len(videos) - played)
+        return Turn("user", marks + question)
 
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> str:
         """Return the answer to the last turn, from the base model if `base`. `streamer` gets each new token."""
-        prompt = Prompt(tuple(turns), tuple(pictures))
+        prompt = Prompt(tuple(turns), tuple(pictures), videos=self.videos)
         with self._base_model() if base else nullcontext():
             (answer,) = generate(
                 self.model,
@@ -183,9 +197,9 @@ class Chat:
         return self.reply(self.turns, self.pictures, streamer, base=base)
 
 
-def converse(chat: Chat, pictures: Sequence[Image.Image] = ()) -> None:
+def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[Frames] = ()) -> None:
     """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it."""
-    chat.start(pictures)
+    chat.start(pictures, videos)
     width = max(map(len, COMMANDS))
     sys.stderr.write("".join(f"{name:<{width}}  {meaning}\n" for name, meaning in COMMANDS.items()))
     for line in _lines():
@@ -194,7 +208,7 @@ def converse(chat: Chat, pictures: Sequence[Image.Image] = ()) -> None:
             if word == "/quit":
                 break
             if word == "/reset":
-                chat.start(chat.pictures)
+                chat.start(chat.pictures, chat.videos)
             elif word == "/image":
                 chat.start([open_picture(Path(argument.strip()))])
             elif word == "/add":

@@ -13,8 +13,9 @@ from torch import nn
 
 from milora_data.encode import NoSupervisedTokens, encode
 from milora_data.errors import DataError, UserError, first_line, with_context
+from milora_data.processor_collate import ProcessorCollator
 from milora_data.processor_inputs import ProcessorInputs
-from milora_data.records import Record
+from milora_data.records import Record, uses_tools
 from milora_data.templates import OWN
 from milora_vl.adapter import apply_targets
 from milora_vl.adapter_folders import ADAPTER_FILES, PROJECTOR_FILES
@@ -60,7 +61,11 @@ def load_base(
     """
     first = records[:FIRST]
     if prepares_with_processor(recipe.model):
-        _require_one_kind(recipe, load_processor(recipe.model), records)
+        processor = load_processor(recipe.model)
+        _require_one_kind(recipe, processor, records)
+        if recipe.data.bad_images == "raise":
+            limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+            _require_collated(ProcessorCollator(processor, image_folder=recipe.data.image_folder), records)
     else:
         tokenizer = split_processor(load_processor(recipe.model))[0]
         if recipe.template == OWN:
@@ -98,11 +103,30 @@ def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) 
         raise with_context(unanswered, hint=f"the same holds for all {len(records):,} records")
 
 
+def _require_collated(collate: ProcessorCollator, records: Sequence[Record]) -> None:
+    """Raise DataError if the chat template rejects one of the first records, or the processor the first of a kind.
+
+    Records with pictures, with videos and with tools are kinds: a template may write none of them.
+    """
+    kinds = {(bool(record.images), bool(record.videos), uses_tools(record)): record for record in reversed(records)}
+    firsts = list(kinds.values())
+    for record in [*records[:FIRST], *firsts]:
+        try:
+            collate.num_supervised(record)
+        except NoSupervisedTokens:  # the collator skips it
+            continue
+        if any(record is first for first in firsts):
+            collate([record])
+
+
 def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
-    """Raise UserError if batches would mix records with and without pictures, and the processor cannot do that."""
+    """Raise UserError if batches would mix pictures and none, or videos, in a way that the processor cannot."""
     sizes = [recipe.train.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval")]
     if len({bool(record.images) for record in records}) > 1 and max(sizes) > 1:
         ProcessorInputs(processor).require_mixed_rows()
+    counts = {len(video.frames) for record in records for video in record.videos}
+    if len(counts) > 1 and max(sizes) > 1:
+        ProcessorInputs(processor).require_mixed_videos(list(counts))
     if len({bool(record.files) for record in records}) < 2:
         return
     sharded = "DeepSpeed" if recipe.train.get("deepspeed") else "FSDP" if recipe.train.get("fsdp") else None

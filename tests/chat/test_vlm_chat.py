@@ -156,6 +156,64 @@ def test_a_conversation_can_be_shown_one_more_picture(
     assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    for number in range(4):
+        Image.effect_noise((40, 24), 90).convert("RGB").save(folder / f"{number}.png")
+    return folder
+
+
+def test_chat_shows_the_frames_of_a_folder_as_a_video(
+    qwen: Path, clip: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = load_model(qwen)
+    written = "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in part %}"
+    processor.chat_template = processor.chat_template.replace("{% elif 'text' in part %}", written)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    frames = [Image.open(file).convert("RGB") for file in sorted(clip.iterdir())]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}],
+        tokenize=False, add_generation_prompt=True,
+    )  # fmt: skip
+    inputs = processor(
+        text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt",
+        video_metadata=[{"total_num_frames": 4, "fps": 2.0, "frames_indices": [0, 1, 2, 3]}],
+    )  # fmt: skip
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert asked(tmp_path, "--video", clip, "--fps", 2, "What?") == 0
+    assert capsys.readouterr().out == expected + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\n/reset\nWhat?\n/quit\n"))
+    assert asked(tmp_path, "--video", clip, "--fps", 2) == 0
+    assert capsys.readouterr().out == f"{expected}\n{expected}\n"
+
+
+def test_a_video_file_is_named_with_the_command_that_makes_frames(qwen: Path, tmp_path: Path) -> None:
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"\0")
+    for flag in ("--image", "--video"):
+        with raises_code("video-file", hint="ffmpeg -i", where=str(film)):
+            asked(qwen, flag, film, "What?")
+
+
+def test_a_folder_without_frames_of_one_size_is_no_video(qwen: Path, pictures: Path, tmp_path: Path) -> None:
+    with raises_code("image-missing", where=str(tmp_path), hint="ffmpeg"):
+        asked(qwen, "--video", tmp_path, "What?")
+    with raises_code("video-frame-sizes", where=str(pictures)):
+        asked(qwen, "--video", pictures, "What?")
+    with raises_code("flag-needs-another", where="--fps"):
+        asked(qwen, "--fps", "2", "What?")
+    with raises_code("flag-conflict", where="--video"):
+        asked(qwen, "--web", "--video", tmp_path)
+
+
+def test_a_template_without_videos_is_named(qwen: Path, clip: Path) -> None:
+    with raises_code("chat-template-no-pictures", where="question 'What?'"):
+        asked(qwen, "--video", clip, "What?")
+
+
 def test_another_template_is_refused(qwen: Path) -> None:
     with pytest.raises(UserError) as error:
         asked(qwen, "--template", "vicuna_v1", "What?")

@@ -117,6 +117,36 @@ def test_tensors_and_masks_are_those_of_the_processor(name: str, pictures: Path)
     assert model_of(name, processor)(**batch).loss.isfinite()
 
 
+def test_smolvlm_writes_videos_in_the_template_of_its_processor(pictures: Path) -> None:
+    """Its published template omits videos; the processor has another one for them."""
+    pytest.importorskip("num2words")
+    processor = processor_of("smolvlm")
+    collate = ProcessorCollator(processor, image_folder=pictures)
+    batch = collate([asked(CLIP, "What?")])
+    frames = [Image.open(pictures / frame).convert("RGB") for frame in FRAMES]
+    content = [{"type": "video"}, {"type": "text", "text": "What?"}]
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
+    ]
+    text = processor.apply_chat_template(turns, tokenize=False)
+    expected = processor(text=[text], videos=[frames], do_sample_frames=False, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    labels = batch["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]).strip() == "A cat.<end_of_utterance>"
+
+
+@pytest.mark.parametrize("name", ["internvl", "llava_onevision", "qwen2_5_vl"])
+def test_videos_of_several_lengths_that_a_processor_cannot_mix_are_refused(name: str) -> None:
+    inputs = ProcessorCollator(processor_of(name)).inputs
+    if name == "qwen2_5_vl":
+        inputs.require_mixed_videos([2, 4, 6])
+        return
+    with raises_code("records-mixed", message="videos of 2 and 6 frames", hint="batch_size 1", kind=DataError):
+        inputs.require_mixed_videos([2, 4, 6])
+
+
 def test_every_form_of_record_gives_the_same_batch(pictures: Path, tmp_path: Path) -> None:
     import pyarrow as arrow
     import pyarrow.parquet as parquet

@@ -52,6 +52,19 @@ def test_the_json_of_a_training_is_accepted_as_it_is(tmp_path: Path) -> None:
     assert main(["score", str(tmp_path / "out" / "eval" / "val" / "base")]) == 0
 
 
+def test_records_with_messages_are_accepted_as_they_are(tmp_path: Path) -> None:
+    draw(tmp_path / "images" / "a.png", "red")
+    parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Its color?"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Red."}]
+    rows = [{"messages": messages}, {"prompt": "Is it red?", "completion": "Yes.", "images": ["a.png"]}]
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert evaluate(str(tmp_path / "val.jsonl"), tmp_path / "out")["benchmarks"][0]["n"] == 2
+    lines = (tmp_path / "out" / "eval" / "val" / "base" / "predictions.jsonl").read_text().splitlines()
+    asked = [json.loads(line) for line in lines]
+    assert [line["answers"] for line in asked] == [["Red."], ["Yes."]]
+    assert [line["question"] for line in asked] == ["<image>\nIts color?", "<image>\nIs it red?"]
+
+
 def test_ids_that_come_twice_in_a_training_file_are_told_apart(tmp_path: Path) -> None:
     assert evaluate(str(llava_json(tmp_path, repeated=True)), tmp_path / "out")["benchmarks"][0]["n"] == 2
 

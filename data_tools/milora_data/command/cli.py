@@ -90,6 +90,13 @@ def from_zero(text: str) -> float:
     return number
 
 
+def above_zero(text: str) -> float:
+    """Parse a finite number above 0."""
+    if from_zero(text) == 0:
+        raise argparse.ArgumentTypeError("must be above 0, got 0")
+    return float(text)
+
+
 def amount(number: int, what: str) -> str:
     """Return a number with the thing that it counts.
 

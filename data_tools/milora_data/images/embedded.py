@@ -65,7 +65,10 @@ def decoded(name: str) -> StoredPicture:
         raise _broken(name, f"its base64 is broken: {error}") from None
     if not content:
         raise _broken(name, "it is empty")
-    return StoredPicture(hashlib.blake2b(content, digest_size=8).hexdigest() + picture_suffix(content), content)
+    suffix = picture_suffix(content)
+    if suffix == ".img":
+        raise _broken(name, "not a picture")
+    return StoredPicture(hashlib.blake2b(content, digest_size=8).hexdigest() + suffix, content)
 
 
 def stored_pictures(value: Mapping[str, Any], place: str, left_out: list[str]) -> Iterator[dict[str, Any]]:

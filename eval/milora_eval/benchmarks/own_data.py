@@ -1,4 +1,4 @@
-"""A user's own benchmark as a data file: a LLaVA JSON, or rows with image, question, answer and optionally a metric.
+"""A user's own benchmark as a data file: records of training data, or rows with image, question, answer and a metric.
 
 `--benchmarks my.json` reads both. Pictures are searched for next to the file, in `images` and in `--data`. Each row may
 name a `metric`, or the file is {"metric": ..., "questions": [...]}. The default metric compares answers after a light
@@ -143,13 +143,14 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
             where=place,
             hint=f"did you mean {near[0]}?" if near else "",
         )
-    turns, images, answers = _conversation(row, place) if "conversations" in row else _question(row, place)
+    is_record = any(key in row for key in ("conversations", "messages", "completion"))
+    turns, images, answers = _conversation(row, place) if is_record else _question(row, place)
     if not answers:
         raise DataError(
             "no answer to compare with", code="own-data-no-answer", where=place, hint='add "answer" to the question'
         )
     if embedded := next(filter(is_embedded, images), ""):
-        form = "llava" if "conversations" in row else "table"
+        form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
         raise DataError(problems=[replace(problem, where=place) for problem in problems])
     return Item(

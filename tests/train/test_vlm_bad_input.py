@@ -1,0 +1,180 @@
+"""Bad input to `train`, `chat` and `milora_eval run` of vision-language models: a message before weights load.
+
+The model folders have a config and a processor, and no weights: an error that needs weights would be another one.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from milora_data.errors import UserError
+from milora_eval.__main__ import main as evaluate
+from milora_vl.chat.command import main as chat
+from milora_vl.train.command import main as train
+from support.problems import raises_code
+from support.versions import needs_places
+from support.vlm_families import model_of, processor_of
+from support.vlm_runs import record, write_pictures
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+NAMES = ("qwen2_5_vl", "gemma3", "idefics3", "mllama")
+PICTURE_TOKENS = {
+    "qwen2_5_vl": "<|image_pad|>",
+    "gemma3": "<start_of_image>",
+    "idefics3": "<image>",
+    "mllama": "<|image|>",
+}
+ASKED = [("human", "<image>\nWhat?"), ("gpt", "A cat.")]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return without_weights(name, tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "images")
+
+
+def without_weights(name: str, folder: Path, template: str | None = "") -> Path:
+    """Write the config and the processor of a tiny model; `template` replaces its own, None removes it."""
+    processor = processor_of(name)
+    model_of(name, processor).config.save_pretrained(folder)
+    if template != "":
+        processor.chat_template = template
+    processor.save_pretrained(folder)
+    return folder
+
+
+def trained(model: Path, images: Path, value: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([value]))
+    words = ["--model", model, "--data_path", file, "--image_folder", images, "--rank", "2", "--device", "cpu"]
+    train([*map(str, words), "--max_steps", "1", "--output_dir", str(tmp_path / "run")])
+
+
+def asked(model: Path, images: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(rows))
+    words = ["run", "--model", model, "--benchmarks", file, "--output_dir", tmp_path / "out", "--data", images]
+    words += ["--device", "cpu"]
+    evaluate(list(map(str, words)))
+
+
+@pytest.mark.parametrize(
+    ("turns", "pictures", "code"),
+    [
+        ([("human", "<image>\n<image>\nSame?"), ("gpt", "No.")], ["0.png"], "record-image-count"),
+        ([("human", "<image>\nWhat?"), ("gpt", "A cat.")], ["0.png", "1.png"], "data-broken-records"),
+        (ASKED, ["data:image/png;base64,%%%"], "image-unreadable"),
+        (ASKED, ["data:image/png;base64," + base64.b64encode(b"no picture").decode()], "image-unreadable"),
+    ],
+    ids=["more marks", "more pictures", "no base64", "no picture"],
+)
+def test_a_record_that_does_not_fit_is_named_with_its_file(
+    turns: Any, pictures: list[str], code: str, model: Path, images: Path, tmp_path: Path
+) -> None:
+    with raises_code(code, says=r"train\.json.*\b1\b"):
+        trained(model, images, record(turns, pictures), tmp_path)
+
+
+def test_a_token_of_pictures_in_a_text_is_named(name: str, model: Path, images: Path, tmp_path: Path) -> None:
+    token = PICTURE_TOKENS[name]
+    if token == "<image>":
+        return  # it is the mark of a picture
+    value = record([("human", f"What is {token}?"), ("gpt", "A token.")], [])
+    with raises_code("record-image-token-in-text", says=r"train\.json:1"):
+        trained(model, images, value, tmp_path)
+    rows = [{"question": "Hi?", "answer": "Yes."}, {"question": f"What is {token}?", "answer": "A token."}]
+    with raises_code("record-image-token-in-text", says="What is "):
+        asked(model, images, rows, tmp_path)
+
+
+def test_a_video_for_a_template_or_processor_without_videos_is_named(model: Path, images: Path, tmp_path: Path) -> None:
+    value = {"videos": [["0.png", "0.png"]]} | record([("human", "<video>\nWhat?"), ("gpt", "A cat.")], [])
+    with pytest.raises(UserError, match="train.json:1") as error:
+        trained(model, images, value, tmp_path)
+    assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
+
+
+def test_a_video_that_cannot_be_read_is_named(model: Path, images: Path, tmp_path: Path) -> None:
+    turns = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
+    with raises_code("video-file", hint="ffmpeg", says=r"train\.json:1"):
+        trained(model, images, {"video": "clip.mp4"} | record(turns, []), tmp_path)
+    with raises_code("data-missing-pictures", says="gone.png"):
+        trained(model, images, {"video": ["0.png", "gone.png"]} | record(turns, []), tmp_path)
+
+
+def test_a_template_without_answers_is_refused(name: str, images: Path, tmp_path: Path) -> None:
+    model = without_weights(
+        name, tmp_path / "model", "{% for m in messages %}{% if m.role == 'user' %}Q{% endif %}{% endfor %}"
+    )
+    with raises_code("chat-template-no-answers"):
+        trained(model, images, record(ASKED, ["0.png"]), tmp_path)
+    with raises_code("chat-template-no-answers"):
+        asked(model, images, [{"question": "Hi?", "answer": "Yes."}], tmp_path)
+
+
+def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_path: Path) -> None:
+    model = without_weights(name, tmp_path / "model", None)
+    with raises_code("processor-no-chat-template", hint="chat_template.jinja"):
+        trained(model, images, record(ASKED, ["0.png"]), tmp_path)
+    with raises_code("processor-no-chat-template"):
+        asked(model, images, [{"question": "Hi?", "answer": "Yes."}], tmp_path)
+    with raises_code("processor-no-chat-template"):
+        chat(["--model", str(model), "What?"])
+
+
+def test_files_that_are_no_pictures_are_named_by_chat(model: Path, images: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    with raises_code("image-unreadable", where=str(bad)):
+        chat(["--model", str(model), "--image", str(bad), "What?"])
+    with raises_code("image-missing", where="gone.png"):
+        chat(["--model", str(model), "--image", "gone.png", "What?"])
+
+
+def test_a_question_with_other_numbers_of_marks_and_pictures_is_named(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    for rows in (
+        [{"question": "<image> or <image>?", "image": "0.png", "answer": "A."}],
+        [{"question": "<image>?", "answer": "A."}],
+    ):
+        with raises_code("record-image-count", says=r"question .*image"):
+            asked(model, images, rows, tmp_path)
+
+
+def test_a_picture_below_the_least_size_is_named(tmp_path: Path) -> None:
+    """Qwen's processor refuses a picture 200 times as wide as high."""
+    model = without_weights("qwen2_5_vl", tmp_path / "model")
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (3000, 4)).save(images / "thin.png")
+    with raises_code("image-refused", says="thin.png"):
+        trained(model, images, record(ASKED, ["thin.png"]), tmp_path)
+
+
+def test_videos_of_several_lengths_in_one_batch_are_refused(images: Path, tmp_path: Path) -> None:
+    """InternVL's template here writes videos, and its processor stacks their frames."""
+    written = processor_of("internvl").chat_template
+    shown = "{% elif part.type == 'video' %}<video>\n{% elif 'text' in part %}"
+    model = without_weights("internvl", tmp_path / "model", written.replace("{% elif 'text' in part %}", shown))
+    turns = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"video": ["0.png"] * count} | record(turns, []) for count in (2, 3)]))
+    words = ["--model", model, "--data_path", file, "--image_folder", images, "--rank", "2", "--device", "cpu"]
+    with raises_code("records-mixed", message="videos of 2 and 3 frames", hint="--per_device_train_batch_size 1"):
+        train([*map(str, words), "--max_steps", "1", "--output_dir", str(tmp_path / "run")])
