@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -11,13 +12,17 @@ PACKAGES = ("milora_vl", "data_tools/milora_data", "eval/milora_eval")
 HEADING = "## Every file\n"
 ABOUT = """
 Each folder and each Python file with the first line of its docstring, for searching.
-`python tests/reference/make_file_list.py` writes this section; a test compares it with the files.
+The script `tests/reference/make_file_list.py` writes this section; a test compares it with the files.
 """
 
 
 def first_line(path: Path) -> str:
-    """Return the first paragraph of the module docstring, as one line that ends with a full stop."""
+    """Return the first paragraph of the module docstring, as one line that ends with a full stop.
+
+    A command stands there without backticks: tests execute the commands of the pages that have them.
+    """
     paragraph = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n\n")[0]
+    paragraph = re.sub(r"`(?:python -m )?(milora[ _][^`]*)`", r"\1", paragraph)
     return " ".join(paragraph.split()).rstrip(":.") + "."
 
 
