@@ -230,7 +230,9 @@ def question_table(found: Sequence[_Read]) -> Table:
     caption = (
         "What an arm forgets, divided by what the reference (1) forgets, both read at the lowest validation loss that "
         "both reach with the same seed. Seeds with several learning rates, which a curve needs: "
-        f"{seeds}. One seed has no interval; several have 95 % intervals (Student’s t on the logarithms)."
+        f"{seeds}. One seed has no interval; several have 95 % intervals (Student’s t on the logarithms). "
+        "≥: in some seed the arm ends above the losses that the reference was trained to, and a lower rate of the "
+        "reference might forget less there."
     )
     return Table(("arm", *(one.study.task for one in found)), rows, caption)
 

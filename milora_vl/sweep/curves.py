@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -39,12 +39,17 @@ Curves = Mapping[str, Mapping[int, Sequence[Spot]]]
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """A geometric mean over seeds with its 95 % interval (Student's t on the logarithms); one seed has no interval."""
+    """A geometric mean over seeds with its 95 % interval (Student's t on the logarithms); one seed has no interval.
+
+    `is_lower_bound`: in some seed the loss lies above the curve of the reference, whose last training stands for it. A
+    training of the reference at a lower rate might forget less there, and the true ratio is at least this one.
+    """
 
     value: float
     low: float | None
     high: float | None
     n: int
+    is_lower_bound: bool = False
 
     @property
     def text(self) -> str:
@@ -54,7 +59,8 @@ class Ratio:
         '0.10 (0.050 to 0.20)'
         """
         numbers = [_two_digits(x) for x in (self.value, self.low, self.high) if x is not None]
-        return numbers[0] if len(numbers) == 1 else f"{numbers[0]} ({numbers[1]} to {numbers[2]})"
+        interval = "" if len(numbers) == 1 else f" ({numbers[1]} to {numbers[2]})"
+        return f"{'≥ ' if self.is_lower_bound else ''}{numbers[0]}{interval}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,15 +167,17 @@ def _reading(label: str, fronts: Mapping[int, Sequence[Spot]], of_reference: Map
 
 def at_common_loss(fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Ratio | None:
     """Return the ratio to the reference at the lowest loss that both reach, seed by seed; None without such a seed."""
-    pairs = []
+    pairs, is_lower_bound = [], False
     for seed, front in fronts.items():
         if seed in of_reference:
             loss = max(front[0].loss, of_reference[seed][0].loss)
+            is_lower_bound |= loss > of_reference[seed][-1].loss
             pair = forgetting_at(front, loss), forgetting_at(of_reference[seed], loss)
             assert pair[0] is not None
             assert pair[1] is not None
             pairs.append((pair[0], pair[1]))
-    return _ratio(pairs)
+    ratio = _ratio(pairs)
+    return None if ratio is None else replace(ratio, is_lower_bound=is_lower_bound)
 
 
 def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:

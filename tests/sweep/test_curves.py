@@ -17,7 +17,7 @@ from milora_vl.studies.runner import Folder, run_study
 from milora_vl.studies.study import parse_study
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import SHARES, Spot, curve, curves_of, curves_table, forgetting_at, read
+from milora_vl.sweep.curves import SHARES, Spot, at_common_loss, curve, curves_of, curves_table, forgetting_at, read
 
 POSITIVE = st.floats(1e-6, 1e3)
 SPOTS = st.lists(st.builds(Spot, POSITIVE, POSITIVE), max_size=8)
@@ -83,6 +83,16 @@ def test_arms_are_read_at_the_lowest_loss_of_the_reference_seed_by_seed() -> Non
     assert last is not None
     assert last.value == pytest.approx(math.sqrt(0.04 / 0.5 * 0.05 / 1.0)), "the highest loss: above both curves"
     assert len(of_milora.ratios) == len(SHARES)
+
+
+def test_a_ratio_read_above_the_curve_of_the_reference_is_a_lower_bound() -> None:
+    """Its last training stands for the reference there; one at a lower rate might forget less at that loss."""
+    curves = curves_of(results({"a": [[(0.8, 1.0), (0.9, 0.5)]], "in": [[(0.85, 0.2)]], "above": [[(0.95, 0.2)]]}))
+    inside, above = (at_common_loss(curves[label], curves["a"]) for label in ("in", "above"))
+    assert inside is not None
+    assert inside.text == "0.28"
+    assert above is not None
+    assert above.text == "≥ 0.40"
 
 
 def test_the_interval_of_a_ratio_is_students_on_logarithms() -> None:
