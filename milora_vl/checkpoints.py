@@ -58,12 +58,12 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def remove_oldest(run: Path, step: int, limit: int | None, best: str | None) -> None:
-    """Remove old checkpoints until `limit` are left (None or 0: all stay); the ones of `step` and `best` always stay.
+    """Remove old checkpoints until `limit` are left (None, 0 or less: all stay); `step` and `best` always stay.
 
     A lower step is older, and steps above the present one are of an earlier attempt. HF's Trainer sorts by the time of
     change instead: after the clock went backwards it would remove the checkpoint that was just written.
     """
-    if not limit:
+    if limit is None or limit <= 0:
         return
     oldest_first = sorted(checkpoints(run), key=lambda folder: (step_of(folder) <= step, step_of(folder)))
     kept = {folder for folder in oldest_first if step_of(folder) == step or (best and folder == Path(best))}

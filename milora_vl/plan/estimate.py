@@ -131,10 +131,6 @@ def svd_flops(targets: Sequence[Target]) -> float:
     )
 
 
-def _protects_top(target: Target) -> bool:
-    return target.protect is not None and target.protect.top is not None
-
-
 def protected_bytes(target: Target, base_bytes: float) -> float:
     """Return the bytes of the protected directions of a target, U and V in float32.
 

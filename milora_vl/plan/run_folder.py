@@ -30,6 +30,20 @@ class RunFolder:
     path: Path
     checkpoint: Path | None = None
     incomplete: tuple[tuple[Path, str], ...] = ()  # skipped checkpoints, with the reason
+    found: frozenset[tuple[str, int]] = frozenset()  # weights and checkpoints in it when it was chosen, see `_results`
+
+    def require_unchanged(self) -> None:
+        """Raise UserError if another training has saved weights here since this folder was chosen.
+
+        Loading a model takes minutes, and only the first step locks the folder.
+        """
+        if written := sorted(name for name, _ in _results(self.path) - self.found):
+            raise UserError(
+                f"another training has written to the folder meanwhile ({written[0]}); nothing is overwritten",
+                code="run-exists",
+                where=str(self.path),
+                hint=f"use another --output_dir\nsee it: python -m milora_vl.report {self.path}",
+            )
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file atomically: a killed process leaves the old file or the new one."""
@@ -68,12 +82,12 @@ def choose(path: Path, resume: str | None) -> RunFolder:
     wanted = checkpoints.asked_for(resume)
     if wanted is None:
         _refuse_to_overwrite(path)
-        return RunFolder(path)
+        return RunFolder(path, found=_results(path))
     if not checkpoints.is_word(wanted):
         chosen = _require_complete(Path(wanted))
         if chosen.resolve().parent != path.resolve():
             _refuse_to_overwrite(path)
-        return RunFolder(path, chosen)
+        return RunFolder(path, chosen, found=_results(path))
     checkpoint, skipped = checkpoints.latest(path)
     if checkpoint is None and wanted.lower() != "auto":
         reasons = [f"{folder.name}: {reason}" for folder, reason in skipped] or ["the folder has no checkpoint"]
@@ -83,7 +97,7 @@ def choose(path: Path, resume: str | None) -> RunFolder:
         )  # fmt: skip
     if checkpoint is None and checkpoints.holds_weights(path) and not checkpoints.read_environment(path):
         _refuse_to_overwrite(path)
-    return RunFolder(path, checkpoint, tuple(skipped))
+    return RunFolder(path, checkpoint, tuple(skipped), _results(path))
 
 
 def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
@@ -91,6 +105,12 @@ def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
     train = dict(recipe.train)
     token = train.pop("hub_token", None)
     return recipe.model_copy(update={"train": train}), token
+
+
+def _results(path: Path) -> frozenset[tuple[str, int]]:
+    """Return the weights and checkpoints of a folder, with their times of change in nanoseconds."""
+    files = [path / name for name in checkpoints.WEIGHTS if (path / name).is_file()]
+    return frozenset((file.name, file.stat().st_mtime_ns) for file in [*files, *checkpoints.checkpoints(path)])
 
 
 def _refuse_to_overwrite(path: Path) -> None:

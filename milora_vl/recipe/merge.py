@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from milora_data.command.cli import beside
 from milora_data.errors import Problem, UserError, at_flag
@@ -24,7 +24,6 @@ from milora_vl.recipe.places import at_flags, is_typed
 from milora_vl.recipe.policy_edits import ADAPTERS, edited
 from milora_vl.recipe.schema import Recipe, RecipeError, located, policy_problems
 
-ResultT = TypeVar("ResultT")
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
 
 

@@ -141,8 +141,9 @@ def label(name: str) -> str:
 def read_run(folder: Path) -> Run:
     """Read a run folder. Raises UserError if it is not a run folder or if a file cannot be parsed."""
     if not any((folder / name).exists() for name in _KNOWN):
+        what = "is not a folder" if folder.exists() else "no such folder"
         raise UserError(
-            "contains no file of a run" if folder.is_dir() else "is not a folder",
+            "contains no file of a run" if folder.is_dir() else what,
             code="run-folder-missing",
             where=str(folder),
             hint=f"expected the output_dir of a training, with {', '.join(_KNOWN[:4])}, ...\n"

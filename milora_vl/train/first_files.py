@@ -41,6 +41,7 @@ class FirstFiles:
         if self.is_writer:  # before has_begun: a run that another one locks out writes nothing
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.lock.take(self.folder.path)
+            self.folder.require_unchanged()
         self.has_begun = True
         if not self.is_writer:
             return

@@ -8,7 +8,7 @@ training hangs. Here the waiting itself looks every few seconds whether the proc
 from __future__ import annotations
 
 import signal
-import time
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,13 +58,35 @@ def found_while_waiting(*, streams: bool = False) -> Iterator[None]:
 
 
 def _looks_again(try_get_data: Callable[..., tuple[bool, Any]]) -> Callable[..., tuple[bool, Any]]:
-    """Return torch's method, waiting in parts: after each it checks its processes. With a timeout, it did so once."""
+    """Return torch's method, waiting in parts: after each it checks its processes. With a timeout, it did so once.
+
+    Hung processes are killed: the main process may be receiving a batch from one, which no timeout of a queue covers,
+    and at its own end it would wait for them.
+    """
 
     def wait(self: Any, timeout: float = MP_STATUS_CHECK_INTERVAL) -> tuple[bool, Any]:
-        end = time.monotonic() + timeout
-        while True:
-            success, batch = try_get_data(self, min(timeout, MP_STATUS_CHECK_INTERVAL))
-            if success or time.monotonic() >= end:
-                return success, batch
+        if self._timeout <= 0:
+            return try_get_data(self, timeout)
+        hung = threading.Event()
+
+        def kill() -> None:
+            hung.set()
+            for process in self._workers:
+                process.kill()
+
+        watchdog = threading.Timer(self._timeout, kill)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            while True:
+                success, batch = try_get_data(self, min(self._timeout, MP_STATUS_CHECK_INTERVAL))
+                if success:
+                    return success, batch
+        except (RuntimeError, OSError, EOFError):
+            if hung.is_set():
+                raise RuntimeError(f"DataLoader timed out after {self._timeout} seconds") from None
+            raise
+        finally:
+            watchdog.cancel()
 
     return wait

@@ -27,7 +27,7 @@ SHOWN = {
     "epoch": "epoch {:.3g}",
 }
 SCORE = "eval_suite_"  # of a suite during training, in percent or points
-ALWAYS = ("loss", "eval_loss", "forgetting", "learning_rate")  # the others are shown if they are not 0
+ALWAYS = ("loss", "eval_loss", "forgetting", "learning_rate", "grad_norm")  # the others are shown if they are not 0
 
 
 def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None = None, seconds: float = 0) -> str:

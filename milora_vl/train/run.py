@@ -89,8 +89,7 @@ def train(request: Request) -> int:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, first_files)
         if cores is not None:
             trainer.add_callback(FollowFreeCores(cores, screen.warn))
-        run_steps(plan, rows, trainer, first_files)
-        trained = save_weights(plan, rows, trainer, first_files, start)
+        trained = train_and_save(plan, rows, trainer, first_files, start)
     finally:
         first_files.close()
     del loaded, rows, adapted, trainer  # the evaluation needs the model's memory
@@ -346,10 +345,11 @@ def make_trainer(
     return trainer
 
 
-def run_steps(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles) -> None:
-    """Train; a run that stops before its end still gets its losses, model card and report."""
+def train_and_save(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles, start: float) -> Trained:
+    """Train and save; a run that stops before its end still gets its losses, model card and report."""
     try:
         run_loop(plan, rows, trainer, first_files)
+        return save_weights(plan, rows, trainer, first_files, start)
     except (KeyboardInterrupt, UserError):
         describe_unfinished(trainer, first_files)
         raise

@@ -272,6 +272,7 @@ class MiloraTrainer(Trainer):
             if resume_from is not None and checkpoint_kind != "adapter":  # later the model is sharded
                 self._restore(resume_from)
         self._failed_pushes: list[str] = []
+        self._has_warned = False  # of a gradient of 0
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
         self._hidden_limit: int | None = None  # of checkpoints, while HF saves one
 
@@ -319,6 +320,10 @@ class MiloraTrainer(Trainer):
             return loader_processes.with_timeout(super().get_train_dataloader())
         self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.resume_from)
         return self._stream
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return HF's loader, which fails if its processes hang."""
+        return loader_processes.with_timeout(super().get_eval_dataloader(eval_dataset))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:
@@ -408,6 +413,13 @@ class MiloraTrainer(Trainer):
             if self.is_fsdp_enabled:
                 self.norms.add_shards(self.accelerator)
             logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
+        if logs.get("grad_norm") == 0 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the gradient of step {self.state.global_step} is exactly 0, so nothing is learned; the weights may "
+                "have become too large (a lower --learning_rate), or nothing that trains reaches the loss",
+                stacklevel=1,
+            )
         super().log(self.durations.corrected(logs), start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
@@ -505,16 +517,19 @@ class MiloraTrainer(Trainer):
 
     def _require_finite_weights(self) -> None:
         """Refuse to save weights that a step has ruined: its own loss, computed before it, can still be finite."""
-        ruined = [n for n, p in self.trained().named_parameters() if p.requires_grad and not is_finite(local_part(p))]
+        ruined = [
+            name.removeprefix("base_model.model.")
+            for name, parameter in self.trained().named_parameters()
+            if parameter.requires_grad and not is_finite(local_part(parameter))
+        ]
         found = torch.tensor([float(len(ruined))], device=self.args.device)
         if self.accelerator.reduce(found).item():  # one answer for all processes, which each see their shards
+            example = f", for example {ruined[0]}" if ruined else ""
             raise UserError(
-                f"step {self.state.global_step} has made trained weights NaN or infinite"
-                + (f", for example {ruined[0]}" if ruined else ""),
+                f"the update has made trained weights NaN or infinite{example}",
                 code="train-weights-not-finite",
                 where=f"step {self.state.global_step}",
-                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16; "
-                "the checkpoints before this step are complete",
+                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16",
                 exit_code=1,
             )
 

@@ -24,6 +24,7 @@ from milora_vl import checkpoints
 from milora_vl.checkpoints import why_incomplete, write_checksums
 from milora_vl.plan.run_lock import FILE, RunLock, require_free
 from milora_vl.train import failures, loader_processes, trainer
+from milora_vl.train import run as run_module
 from milora_vl.train.command import main
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
@@ -139,6 +140,73 @@ def test_a_loader_that_hangs_ends_the_run(tmp_path: Path, monkeypatch: pytest.Mo
         next(iter(loader))
     assert raised.value.first.code == "run-loader-hangs"
     assert loader_processes.with_timeout(DataLoader(Hangs())).timeout == 0
+
+
+def test_a_run_that_was_written_while_another_one_loaded_is_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
+    """Only the first step locks the folder: two jobs that start at the same time both find it free."""
+    run = tmp_path / "run"
+    words = training(tiny_data, run, "--rank", "4", "--max_steps", "1")
+    before: dict[str, bytes] = {}
+    adapt = run_module.adapt
+
+    def slow(*arguments: Any) -> Any:
+        if not before:
+            before["model"] = b""
+            assert main(words) == 0
+            before.update(file_contents(run))
+        return adapt(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "adapt", slow)
+        with raises_code("run-exists", where=str(run)):
+            main(words)
+    del before["model"]
+    assert file_contents(run) == before
+
+
+def test_a_lock_that_its_holder_removes_while_another_one_opens_it_is_not_held_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, opened = RunLock(), os.open
+    first.take(tmp_path)
+
+    def opens(*arguments: Any) -> int:
+        number = opened(*arguments)
+        first.release()  # between the open and the lock of the second one
+        return number
+
+    monkeypatch.setattr(os, "open", opens)
+    second = RunLock()
+    second.take(tmp_path)
+    monkeypatch.undo()
+    assert (tmp_path / FILE).is_file()
+    assert os.path.samestat((tmp_path / FILE).stat(), os.fstat(second._held[0]))  # type: ignore[index]
+    second.release()
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((1000,), index)
+
+
+def test_stopped_loader_processes_count_as_hung_and_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main process may be receiving a batch from one of them, which no timeout of torch covers."""
+    monkeypatch.setattr(loader_processes, "TIMEOUT", 2)
+    with loader_processes.found_while_waiting():
+        batches = iter(loader_processes.with_timeout(DataLoader(Numbers(), num_workers=2)))
+        next(batches)
+        workers = psutil.Process().children()[-2:]
+        for worker in workers:
+            worker.suspend()
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="timed out after 2 seconds"):
+            list(batches)
+        del batches  # joins its processes
+        assert time.monotonic() - start < 30
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
 
 
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])

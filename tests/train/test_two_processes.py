@@ -127,7 +127,7 @@ def test_weights_that_a_step_has_ruined_are_not_saved(kind: str, tiny_data: Path
     ]
     done = launched(["-m", "milora_vl.train", *training(tiny_data, tmp_path / "run", *extra)], tmp_path)
     assert done.returncode == 1
-    assert done.stdout.count("step 1 has made trained weights NaN or infinite") == 1
+    assert done.stdout.count("step 1: the update has made trained weights NaN or infinite") == 1
     assert "milora_vl/train/" not in done.stdout, "a traceback"
     assert not list((tmp_path / "run").glob("checkpoint-*"))
     assert not list((tmp_path / "run").glob("*.safetensors"))

@@ -384,6 +384,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         if "No space left" not in str(error):
             raise
         hint = "free some space, or use another disk"
-        report(UserError(f"a file cannot be written: {str(error).splitlines()[0]}", code="disk-full", hint=hint))
+        text = f"a file cannot be written: {str(error).splitlines()[0]}"
+        report(UserError(text, code="disk-full", hint=hint, exit_code=1))
         code = 1
     sys.exit(code)
