@@ -141,7 +141,7 @@ def test_old_checkpoints_are_told_by_their_steps_and_not_by_the_clock(tmp_path: 
         remove_oldest(tmp_path, 6, limit, None if best is None else str(tmp_path / f"checkpoint-{best}"))
         return sorted(map(step_of, tmp_path.glob("checkpoint-*")))
 
-    assert left(None) == left(4) == [2, 4, 6, 8]
+    assert left(None) == left(0) == left(-1) == left(4) == [2, 4, 6, 8]
     assert left(3) == [2, 4, 6]
     assert left(1, best=2) == [2, 6]
     assert left(1) == [6]
