@@ -459,9 +459,10 @@ def test_a_template_that_writes_no_pictures_is_an_error(pictures: Path) -> None:
 def test_records_that_a_processor_cannot_mix_are_refused(make: Any) -> None:
     text = record([("human", "A?"), ("gpt", "B")], [])
     for values in ([QUESTION, text], [text, QUESTION]):
-        with pytest.raises(DataError) as error:
-            make("mllama")(values)
-        assert error.value.first.code == "records-mixed"
+        records = [parse_record(value, source=f"data.json:{line}") for line, value in enumerate(values, start=1)]
+        where, hint = "data.json:1 and data.json:2", "--per_device_train_batch_size 1"
+        with raises_code("records-mixed", where, hint=hint, kind=DataError):
+            make("mllama")(records)
     assert "pixel_values" not in make("mllama")([text, text])
 
 
