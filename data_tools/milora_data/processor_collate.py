@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from milora_data.encode import NoSupervisedTokens
-from milora_data.errors import DataError, UserError, first_line, with_context
+from milora_data.errors import DataError, UserError, first_line, with_context, with_problems
 from milora_data.frames import Frames, require_one_size
 from milora_data.images.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.picture_template import VIDEO_MARK, Rendered
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _NOT_FOR_THE_MODEL = ("offset_mapping", PLACES)
 _NUM_CUTS = 16
+BATCH_OF_ONE = "use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or records of one kind"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +136,30 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns, tools=tools_of(record))
             self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
+            self._require_one_kind(record)
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
+
+    def _require_one_kind(self, record: Record) -> None:
+        """Raise `DataError` for a record with pictures and videos, or several videos, that the model cannot take."""
+        if record.images and record.videos and not self.inputs.takes_pictures_and_videos:
+            raise DataError(
+                f"this model reads no pictures beside videos ({type(self.inputs.processor).__name__}), and this record "
+                "has both",
+                code="records-mixed",
+                hint="leave out its pictures or its videos",
+            )
+        counts = sorted({len(video.frames) for video in record.videos})
+        if len(counts) > 1 and not self.inputs.takes_mixed_videos:
+            raise DataError(
+                f"videos of {counts[0]} and {counts[-1]} frames in one record, which "
+                f"{type(self.inputs.processor).__name__} cannot take",
+                code="records-mixed",
+                hint="use as many frames for each video of a record",
+            )
 
     def _samples(self, items: Sequence[Item]) -> list[PictureSample]:
         """Return what the batch needs of the items, without those that the policy leaves out.
@@ -212,6 +232,14 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                 for row, length in zip(rows, lengths, strict=True)
             ]
             samples = [sample for sample in cut if sample is not None]
+        else:
+            longest = rows[lengths.index(max(lengths))].sample
+            raise DataError(
+                f"this record has {max(lengths)} tokens after {_NUM_CUTS} cuts to max_length {self.max_length}",
+                code="record-cut-too-long",
+                where=longest.where,
+                hint="shorten the record, or raise --max_length",
+            )
         self._last_sample = samples[-1]
         for sample in samples:
             if sample.is_cut:
@@ -226,6 +254,9 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         while True:
             try:
                 return self._batch(samples), samples
+            except DataError as error:  # the records are of kinds that do not fit into one batch
+                where = " and ".join(dict.fromkeys(sample.where for sample in (samples[0], samples[-1])))
+                raise with_problems(error, [replace(error.first, where=where, hint=BATCH_OF_ONE)]) from None
             except UserError:
                 raise
             except PROCESSOR_ERRORS as error:
@@ -235,7 +266,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                         f"the processor refuses these records in one batch: {first_line(error)}",
                         code="record-processor-refuses",
                         where=samples[0].where,
-                        hint="set --per_device_train_batch_size 1",
+                        hint=BATCH_OF_ONE,
                     ) from None
                 samples = usable or [self._substitute()]
 

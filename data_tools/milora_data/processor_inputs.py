@@ -112,11 +112,15 @@ class ProcessorInputs:
             raise DataError(
                 f"this model reads no pictures beside videos ({type(self.processor).__name__})",
                 code="records-mixed",
-                hint="train records with videos alone, or --per_device_train_batch_size 1 for records of one kind",
+                hint="show it either pictures or videos",
             )
         pictures = [list(row) for row in images] if any(images) else None
-        if pictures and not all(pictures):
-            self.require_mixed_rows()
+        if pictures and not all(pictures) and not self.takes_mixed_rows:
+            raise DataError(
+                f"{type(self.processor).__name__} cannot put texts with and without pictures into one batch",
+                code="records-mixed",
+                hint="make batches of one kind",
+            )
         if not with_places:
             return dict(self.processor(text=texts, images=pictures, **options))
         with _recorded_places(self.processor) as places, _quick_token_types(self.processor):
@@ -146,30 +150,18 @@ class ProcessorInputs:
             and kind.process_image is TorchvisionBackend.process_image
         )
 
-    def require_mixed_rows(self) -> None:
-        """Raise `DataError` if the processor cannot put texts with and without pictures into one batch."""
-        if not self.takes_mixed_rows:
-            raise DataError(
-                f"{type(self.processor).__name__} cannot put records with and without pictures into one batch",
-                code="records-mixed",
-                hint="use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or one kind of records",
-            )
-
-    def require_mixed_videos(self, counts: Sequence[int]) -> None:
-        """Raise `DataError` if the processor cannot put videos with these numbers of frames into one batch."""
+    @cached_property
+    def takes_mixed_videos(self) -> bool:
+        """Whether videos of different numbers of frames fit into one batch; some processors stack all frames."""
         if self.video_placeholder is None:
-            return  # the record with a video is refused
+            return True  # the collator reports the video
         text = Rendered((self.tokenizer.bos_token or "") + self.video_placeholder, ())
         videos = [[Frames((self.blank(*BLANK),) * count)] for count in (2, 4)]
         try:
             self([text, text], [[], []], videos, padding_side="right")
         except PROCESSOR_ERRORS:
-            shown = " and ".join(map(str, sorted(counts)[:: len(counts) - 1]))
-            raise DataError(
-                f"{type(self.processor).__name__} cannot put videos of {shown} frames into one batch",
-                code="records-mixed",
-                hint="use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or videos of one length",
-            ) from None
+            return False
+        return True
 
     @cached_property
     def takes_mixed_rows(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from contextlib import nullcontext
 from functools import cache
@@ -214,10 +215,11 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
     local = Path(source).is_dir()
     try:
         return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
+    except ImportError as error:
+        raise _missing_package(source, error) or _unreadable(source, error) from None
     except (
         SafetensorError,
         ValueError,
-        ImportError,
         TypeError,
     ) as error:  # truncated, unknown type, no tokenizer
         raise _unreadable(source, error) from None
@@ -236,6 +238,20 @@ def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
                 else f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
             ),
         ) from None
+
+
+def _missing_package(source: str, error: ImportError) -> UserError | None:
+    """Return the error of a package that the model needs, as transformers names it; None if it names none."""
+    named = re.search(r"pip install (?:-U )?([A-Za-z0-9_.-]*[A-Za-z0-9])", str(error))
+    package = named.group(1) if named else error.name if isinstance(error, ModuleNotFoundError) else None
+    if not package:
+        return None
+    return UserError(
+        f"this model needs the package {package}, which is not installed",
+        code="package-missing",
+        where=source,
+        hint=f"pip install {package}",
+    )
 
 
 def _unreadable(source: str, error: Exception) -> UserError:

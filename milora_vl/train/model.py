@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from milora_data.encode import NoSupervisedTokens, encode
 from milora_data.errors import DataError, UserError, first_line, with_context
-from milora_data.processor_collate import ProcessorCollator
+from milora_data.images.files import ImageError
+from milora_data.processor_collate import ProcessorCollator, marked
 from milora_data.processor_inputs import ProcessorInputs
 from milora_data.records import Record, uses_tools
 from milora_data.templates import OWN
@@ -51,26 +52,34 @@ class Built:
     frozen: list[str]  # towers without trained modules
 
 
-def load_base(
-    recipe: Recipe, dtype: torch.dtype, device: torch.device, records: Sequence[Record] = ()
-) -> tuple[nn.Module, Any]:
-    """Load the base model and its processor, and the projector from the recipe's `projector_weights`.
+def require_trainable(recipe: Recipe, records: Sequence[Record], held_out: Sequence[Record] = ()) -> None:
+    """Check the training and the held-out records with the processor of the base, before its weights load.
 
-    Raises UserError, before weights load, if the model has no chat template or it rejects the first records, if
-    `records` are of kinds that its processor cannot put into one batch, and if none of them has an answer.
+    Raises UserError if the model has no chat template or it rejects the first records, if records are of kinds that
+    the processor cannot put into one batch, and if none of the training records has an answer.
     """
-    first = records[:FIRST]
     if prepares_with_processor(recipe.model):
         processor = load_processor(recipe.model)
-        _require_one_kind(recipe, processor, records)
-        if recipe.data.bad_images == "raise":
-            limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
-            _require_collated(ProcessorCollator(processor, image_folder=recipe.data.image_folder), records)
-    else:
-        tokenizer = split_processor(load_processor(recipe.model))[0]
-        if recipe.template == OWN:
-            require_template(recipe, tokenizer, first if recipe.data.bad_images == "raise" else ())
-        _require_answers(recipe, tokenizer, records)
+        limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+        collate = ProcessorCollator(processor, image_folder=recipe.data.image_folder)
+        for part, checked in (("train", records), ("eval", held_out)):
+            kinds = _first_of_kinds(checked)
+            _require_one_kind(recipe, collate.inputs, kinds, f"per_device_{part}_batch_size")
+            if recipe.data.bad_images == "raise":
+                _require_marks(checked)
+                _require_collated(collate, checked, kinds)
+            else:
+                _require_usable(collate, [*kinds.values(), *checked[:FIRST]])
+        return
+    tokenizer = split_processor(load_processor(recipe.model))[0]
+    if recipe.template == OWN:
+        first = [*records[:FIRST], *held_out[:FIRST]]
+        require_template(recipe, tokenizer, first if recipe.data.bad_images == "raise" else ())
+    _require_answers(recipe, tokenizer, records)
+
+
+def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+    """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     _set_attention(model, recipe.attn_implementation)
@@ -103,13 +112,42 @@ def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) 
         raise with_context(unanswered, hint=f"the same holds for all {len(records):,} records")
 
 
-def _require_collated(collate: ProcessorCollator, records: Sequence[Record]) -> None:
-    """Raise DataError if the chat template rejects one of the first records, or the processor the first of a kind.
+class _Kind(NamedTuple):
+    """What decides how a record is written and batched: a template or a processor may take one kind and not another.
 
-    Records with pictures, with videos and with tools are kinds: a template may write none of them.
+    `frames` has the numbers of frames of its videos, each once and in order.
     """
-    kinds = {(bool(record.images), bool(record.videos), uses_tools(record)): record for record in reversed(records)}
-    firsts = list(kinds.values())
+
+    has_pictures: bool
+    frames: tuple[int, ...]
+    has_tools: bool
+
+
+def _first_of_kinds(records: Sequence[Record]) -> dict[_Kind, Record]:
+    """Return the first record of each kind. There may be millions of records: they are read once."""
+    kinds: dict[_Kind, Record] = {}
+    for record in records:
+        frames = tuple(sorted({len(video.frames) for video in record.videos}))
+        kinds.setdefault(_Kind(bool(record.images), frames, uses_tools(record)), record)
+    return kinds
+
+
+def _require_marks(records: Sequence[Record]) -> None:
+    """Raise DataError for the first record with more or fewer `<image>` than pictures."""
+    for record in records:
+        try:
+            marked(record.turns, len(record.images))
+        except DataError as error:
+            raise with_context(error, _place(record)) from None
+
+
+def _require_collated(collate: ProcessorCollator, records: Sequence[Record], kinds: Mapping[_Kind, Record]) -> None:
+    """Raise DataError if the chat template rejects one of the first records, or the processor the first of a kind."""
+    # A record with videos of one length is a kind here, whatever that length is: all of its pictures are read.
+    grouped: dict[tuple[object, ...], Record] = {}
+    for kind, record in kinds.items():
+        grouped.setdefault((kind.has_pictures, min(len(kind.frames), 2), kind.has_tools), record)
+    firsts = list(grouped.values())
     for record in [*records[:FIRST], *firsts]:
         try:
             collate.num_supervised(record)
@@ -119,15 +157,54 @@ def _require_collated(collate: ProcessorCollator, records: Sequence[Record]) -> 
             collate([record])
 
 
-def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record]) -> None:
-    """Raise UserError if batches would mix pictures and none, or videos, in a way that the processor cannot."""
-    sizes = [recipe.train.get(f"per_device_{part}_batch_size", 8) for part in ("train", "eval")]
-    if len({bool(record.images) for record in records}) > 1 and max(sizes) > 1:
-        ProcessorInputs(processor).require_mixed_rows()
-    counts = {len(video.frames) for record in records for video in record.videos}
-    if len(counts) > 1 and max(sizes) > 1:
-        ProcessorInputs(processor).require_mixed_videos(list(counts))
-    if len({bool(record.files) for record in records}) < 2:
+def _require_usable(collate: ProcessorCollator, records: Sequence[Record]) -> None:
+    """Raise DataError if the template or the processor rejects each of `records`: a run would leave out all of them."""
+    refused = None
+    for record in records:
+        try:
+            collate.num_supervised(record)
+            collate([record])
+        except (ImageError, NoSupervisedTokens):  # faults of this record alone
+            return
+        except DataError as error:
+            refused = refused or error
+        else:
+            return
+    if refused is not None:
+        hint = f"the first {len({_place(record) for record in records}):,} records are all refused"
+        raise with_context(refused, hint=hint)
+
+
+def _place(record: Record) -> str:
+    return record.source or f"record {record.id!r}"
+
+
+def _require_one_kind(recipe: Recipe, inputs: ProcessorInputs, kinds: Mapping[_Kind, Record], batch_size: str) -> None:
+    """Raise UserError if batches would mix kinds of records in a way that the processor or the model cannot.
+
+    `batch_size` is the key of the recipe's `train` section with the size of these batches.
+    """
+    name = type(inputs.processor).__name__
+    pictured = _first(kinds, lambda kind: kind.has_pictures)
+    without = _first(kinds, lambda kind: not kind.has_pictures)
+    videos: dict[int, Record] = {}
+    for kind, record in kinds.items():
+        videos |= {count: record for count in kind.frames if count not in videos}
+    apart = [
+        _first(kinds, lambda kind: kind.has_pictures and not kind.frames),
+        _first(kinds, lambda kind: bool(kind.frames) and not kind.has_pictures),
+    ]
+    if recipe.train.get(batch_size, 8) > 1:
+        if None not in apart and not inputs.takes_pictures_and_videos:
+            raise _mixed(f"{name} cannot put records with pictures and with videos into one batch", apart, batch_size)
+        if pictured and without and not inputs.takes_mixed_rows:
+            found = f"{name} cannot put records with and without pictures into one batch"
+            raise _mixed(found, (pictured, without), batch_size)
+        if len(videos) > 1 and not inputs.takes_mixed_videos:
+            least, most = min(videos), max(videos)
+            found = f"{name} cannot put videos of {least} and {most} frames into one batch"
+            raise _mixed(found, (videos[least], videos[most]), batch_size)
+    if len({kind.has_pictures or bool(kind.frames) for kind in kinds}) < 2:
         return
     sharded = "DeepSpeed" if recipe.train.get("deepspeed") else "FSDP" if recipe.train.get("fsdp") else None
     if sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -138,6 +215,18 @@ def _require_one_kind(recipe: Recipe, processor: Any, records: Sequence[Record])
             where=f"train.{sharded.lower()}",
             hint=f"train without --{sharded.lower()} (DDP), or only on records with pictures",
         )
+
+
+def _first(kinds: Mapping[_Kind, Record], is_wanted: Callable[[_Kind], bool]) -> Record | None:
+    return next((record for kind, record in kinds.items() if is_wanted(kind)), None)
+
+
+def _mixed(found: str, records: Sequence[Record | None], batch_size: str) -> DataError:
+    """Return the error of two records that do not fit into one batch; a record alone has a fault of its own."""
+    places = " and ".join(dict.fromkeys(_place(record) for record in records if record is not None))
+    accumulation = " and --gradient_accumulation_steps" if "train" in batch_size else ""
+    hint = f"use --{batch_size} 1{accumulation}, or records of one kind"
+    return DataError(found, code="records-mixed", where=places, hint=hint)
 
 
 def _quantization(recipe: Recipe) -> Any:

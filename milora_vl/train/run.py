@@ -184,9 +184,10 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
         screen.say(line)
     dtype = base_dtype(recipe)
     suites = suites_of(recipe)
+    model.require_trainable(recipe, inputs.data.train, inputs.data.evaluation or ())
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)
-        base, processor = model.load_base(recipe, dtype, device, inputs.data.train)
+        base, processor = model.load_base(recipe, dtype, device)
     recipe = on_model.rules_for(recipe, base, implicit=plan.implicit_policy)
     for warning in on_model.model_warnings(recipe, base, processor):
         screen.warn(warning)

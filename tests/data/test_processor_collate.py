@@ -327,6 +327,13 @@ def test_max_length_cuts_no_picture_in_two(name: str, make: Any) -> None:
     assert len(set(lengths)) > 4
 
 
+def test_a_record_that_cuts_do_not_shorten_is_an_error(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ProcessorCollator, "_cut", lambda self, row, limit: row.sample)
+    value = record([("human", "What? " * 30), ("gpt", "A cat.")], [])
+    with raises_code("record-cut-too-long", "data.json:4", "cuts to max_length 70", "--max_length", kind=DataError):
+        make(max_length=70)([parse_record(value, source="data.json:4")])
+
+
 def test_a_record_without_answers_within_max_length_is_left_out(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     collator = make(max_length=70)
     with caplog.at_level(logging.WARNING):
@@ -452,9 +459,10 @@ def test_a_template_that_writes_no_pictures_is_an_error(pictures: Path) -> None:
 def test_records_that_a_processor_cannot_mix_are_refused(make: Any) -> None:
     text = record([("human", "A?"), ("gpt", "B")], [])
     for values in ([QUESTION, text], [text, QUESTION]):
-        with pytest.raises(DataError) as error:
-            make("mllama")(values)
-        assert error.value.first.code == "records-mixed"
+        records = [parse_record(value, source=f"data.json:{line}") for line, value in enumerate(values, start=1)]
+        where, hint = "data.json:1 and data.json:2", "--per_device_train_batch_size 1"
+        with raises_code("records-mixed", where, hint=hint, kind=DataError):
+            make("mllama")(records)
     assert "pixel_values" not in make("mllama")([text, text])
 
 

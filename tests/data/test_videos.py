@@ -138,13 +138,27 @@ def test_smolvlm_writes_videos_in_the_template_of_its_processor(pictures: Path) 
 
 
 @pytest.mark.parametrize("name", ["internvl", "llava_onevision", "qwen2_5_vl"])
-def test_videos_of_several_lengths_that_a_processor_cannot_mix_are_refused(name: str) -> None:
-    inputs = ProcessorCollator(processor_of(name)).inputs
+def test_videos_of_several_lengths_are_refused_where_a_processor_cannot_mix_them(name: str, pictures: Path) -> None:
+    collate = collator(name, pictures)
+    two = asked(CLIP, {"type": "video", "video": FRAMES[:2]}, "What?")
     if name == "qwen2_5_vl":
-        inputs.require_mixed_videos([2, 4, 6])
+        assert collate.inputs.takes_mixed_videos
+        assert len(collate([two])["video_grid_thw"]) == 2
         return
-    with raises_code("records-mixed", message="videos of 2 and 6 frames", hint="batch_size 1", kind=DataError):
-        inputs.require_mixed_videos([2, 4, 6])
+    assert not collate.inputs.takes_mixed_videos
+    message = "videos of 2 and 4 frames in one record"
+    with raises_code("records-mixed", "data.json:2", message, hint="as many frames", kind=DataError):
+        collate([parse_record(two, source="data.json:2")])
+
+
+def test_a_record_with_a_picture_and_a_video_is_named_where_a_model_takes_one_of_them(pictures: Path) -> None:
+    value = asked({"type": "image", "image": "0.png"}, CLIP, "What?")
+    collate = collator("glm4v", pictures)
+    with raises_code("records-mixed", "data.json:3", "this record has both", kind=DataError) as error:
+        collate([parse_record(value, source="data.json:3")])
+    assert "batch_size" not in error.value.first.hint
+    skipping = collator("glm4v", pictures, bad_images="skip")
+    assert len(skipping([value, asked("Hi")])["input_ids"]) == 1
 
 
 def test_every_form_of_record_gives_the_same_batch(pictures: Path, tmp_path: Path) -> None:

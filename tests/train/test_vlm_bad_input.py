@@ -137,6 +137,19 @@ def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_
         chat(["--model", str(model), "What?"])
 
 
+def test_a_package_that_a_processor_needs_is_named(
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("Package `num2words` is required to run SmolVLM processor. Do `pip install num2words`.")
+
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lacking)
+    with raises_code("package-missing", str(model), "needs the package num2words", "pip install num2words"):
+        trained(model, images, record(ASKED, ["0.png"]), tmp_path)
+    with raises_code("package-missing", message="num2words", hint="pip install num2words"):
+        chat(["--model", str(model), "What?"])
+
+
 def test_files_that_are_no_pictures_are_named_by_chat(model: Path, images: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
@@ -167,14 +180,100 @@ def test_a_picture_below_the_least_size_is_named(tmp_path: Path) -> None:
         trained(model, images, record(ASKED, ["thin.png"]), tmp_path)
 
 
-def test_videos_of_several_lengths_in_one_batch_are_refused(images: Path, tmp_path: Path) -> None:
-    """InternVL's template here writes videos, and its processor stacks their frames."""
-    written = processor_of("internvl").chat_template
-    shown = "{% elif part.type == 'video' %}<video>\n{% elif 'text' in part %}"
-    model = without_weights("internvl", tmp_path / "model", written.replace("{% elif 'text' in part %}", shown))
-    turns = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
-    file = tmp_path / "train.json"
-    file.write_text(json.dumps([{"video": ["0.png"] * count} | record(turns, []) for count in (2, 3)]))
+SHOWN = {  # what the templates here write for a video
+    "internvl": "<video>\n",
+    "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
+}
+SEEN = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
+
+
+def with_videos(name: str, folder: Path) -> Path:
+    """Write a model without weights whose template writes videos."""
+    written = processor_of(name).chat_template
+    shown = f"{{% elif part.type == 'video' %}}{SHOWN[name]}{{% elif 'text' in part %}}"
+    return without_weights(name, folder, written.replace("{% elif 'text' in part %}", shown))
+
+
+def words_of(model: Path, images: Path, tmp_path: Path, values: list[dict[str, Any]]) -> list[str]:
+    """Return the command of a run with these records."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, values)))
     words = ["--model", model, "--data_path", file, "--image_folder", images, "--rank", "2", "--device", "cpu"]
-    with raises_code("records-mixed", message="videos of 2 and 3 frames", hint="--per_device_train_batch_size 1"):
-        train([*map(str, words), "--max_steps", "1", "--output_dir", str(tmp_path / "run")])
+    return [*map(str, words), "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
+
+
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_videos("glm4v", tmp_path_factory.mktemp("glm4v"))
+
+
+@pytest.fixture(scope="module")
+def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_videos("internvl", tmp_path_factory.mktemp("internvl"))
+
+
+def test_videos_of_several_lengths_in_one_batch_are_refused(internvl: Path, images: Path, tmp_path: Path) -> None:
+    """InternVL's processor stacks the frames of all videos."""
+    words = words_of(internvl, images, tmp_path, [{"video": ["0.png"] * count} | record(SEEN, []) for count in (2, 3)])
+    with raises_code("records-mixed", "train.jsonl:1 and ", "videos of 2 and 3 frames", "train_batch_size 1"):
+        train(words)
+
+
+def test_videos_of_several_lengths_in_one_record_are_refused(internvl: Path, images: Path, tmp_path: Path) -> None:
+    value = {"videos": [["0.png"], ["0.png"] * 3]} | record([("human", "<video><video>\nSame?"), ("gpt", "No.")], [])
+    words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 120 + [value])
+    with raises_code("records-mixed", "train.jsonl:121", "videos of 1 and 3 frames in one record"):
+        train([*words, "--per_device_train_batch_size", "1"])
+
+
+def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
+    glm: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictured, video = record(ASKED, ["0.png"]), {"video": ["0.png"] * 2} | record(SEEN, [])
+    words = words_of(glm, images, tmp_path, [*[pictured] * 120, video])
+    for policy in ("raise", "skip"):
+        with raises_code("records-mixed", "train.jsonl:1 and ", "with pictures and with videos", "train_batch_size 1"):
+            train([*words, "--bad_images", policy])
+    assert "loading" not in capsys.readouterr().err
+    with pytest.raises(UserError) as error:  # a batch of one is of one kind: only the weights are missing
+        train([*words, "--per_device_train_batch_size", "1"])
+    assert error.value.first.code == "model-unreadable"
+    words = words_of(
+        glm, images, tmp_path, [{"image": "0.png"} | video | record([("human", "<image><video>"), *ASKED[1:]], [])]
+    )
+    with raises_code("records-mixed", "train.jsonl:1", "this record has both", "leave out its pictures or its videos"):
+        train(words)
+
+
+def test_held_out_records_are_checked_like_the_others(glm: Path, images: Path, tmp_path: Path) -> None:
+    pictured, video = record(ASKED, ["0.png"]), {"video": ["0.png"] * 2} | record(SEEN, [])
+    held_out = tmp_path / "held_out.jsonl"
+    words = [*words_of(glm, images, tmp_path, [pictured]), "--eval_data_path", str(held_out)]
+    words += ["--eval_strategy", "steps", "--eval_steps", "1"]
+    held_out.write_text("\n".join(map(json.dumps, [pictured, video])))
+    with raises_code("records-mixed", "held_out.jsonl:1 and ", hint="--per_device_eval_batch_size 1"):
+        train(words)
+    held_out.write_text(json.dumps(record([("human", "What is <|image|>?"), ("gpt", "A token.")], [])))
+    with raises_code("record-image-token-in-text", "held_out.jsonl:1"):
+        train(words)
+
+
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+def test_a_template_that_refuses_every_record_is_refused_under_each_policy(
+    policy: str, images: Path, tmp_path: Path
+) -> None:
+    model = without_weights("qwen2_5_vl", tmp_path / "model")  # its template here writes no videos
+    video = {"video": ["0.png"] * 2} | record(SEEN, [])
+    words = [*words_of(model, images, tmp_path, [video] * 3), "--bad_images", policy]
+    with raises_code("chat-template-no-pictures", "train.jsonl:1", hint="the first 3 records are all refused"):
+        train(words)
+
+
+def test_too_many_marks_are_found_in_every_record(
+    internvl: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = record([("human", "<image>\n<image>\nSame?"), ("gpt", "No.")], ["0.png"])
+    words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [wrong])
+    with raises_code("record-image-count", "train.jsonl:151", "2 <image>"):
+        train(words)
+    assert "loading" not in capsys.readouterr().err
