@@ -156,10 +156,14 @@ class Chat:
     def user_turn(
         question: str, pictures: Sequence[Image.Image], turns: Sequence[Turn], videos: Sequence[Frames] = ()
     ) -> Turn:
-        """Return the question as a turn. It begins with the pictures and videos that no turn before it contains."""
-        shown = sum(turn.text.count(IMAGE) for turn in turns)
-        played = sum(turn.text.count(VIDEO) for turn in turns) if videos else 0
-        marks = f"{IMAGE}\n" * (len(pictures) - shown) + f"{VIDEO}\n" * (len(videos) - played)
+        """Return the question as a turn.
+
+        Pictures and videos that no turn shows yet are shown where the question has `<image>` or `<video>`, and before
+        it if it has too few. Raises UserError if the conversation has more marks than pictures or videos.
+        """
+        marks = _missing_marks(IMAGE, question, len(pictures), turns)
+        if videos:  # otherwise <video> is a text
+            marks += _missing_marks(VIDEO, question, len(videos), turns)
         return Turn("user", marks + question)
 
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> str:
@@ -195,6 +199,25 @@ class Chat:
         tokenizer = split_processor(self.processor)[0]
         streamer = WordStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         return self.reply(self.turns, self.pictures, streamer, base=base)
+
+
+def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Turn]) -> str:
+    """Return the marks to write before a question, so that the conversation has one per picture (or video)."""
+    found = sum(turn.text.count(mark) for turn in turns) + question.count(mark)
+    if found <= num_shown:
+        return f"{mark}\n" * (num_shown - found)
+    thing = "picture" if mark == IMAGE else "video"
+    more = "--image FILE, or in the conversation  /add FILE" if mark == IMAGE else "--video FOLDER"
+    raise UserError(
+        f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
+        code="prompt-image-count",
+        where=_named(question),
+        hint=f"write {mark} at most once for each {thing}; show one more {thing}:  {more}",
+    )
+
+
+def _named(question: str) -> str:
+    return f"question {question.strip()[:60]!r}"
 
 
 def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[Frames] = ()) -> None:

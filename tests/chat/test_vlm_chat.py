@@ -156,6 +156,33 @@ def test_a_conversation_can_be_shown_one_more_picture(
     assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
+def test_marks_in_a_question_are_places_of_its_pictures(
+    qwen: Path, pictures: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = ["--image", pictures / "0.png", "--image", pictures / "1.png"]
+    asked(qwen, *shown, "Is <image> like <image>?")
+    assert capsys.readouterr().out == answer_to(qwen, pictures, "Is <image> like <image>?", images=(0, 1)) + "\n"
+    asked(qwen, *shown, "Like <image>?")
+    expected = answer_to(qwen, pictures, "<image>\nLike <image>?", images=(0, 1))
+    assert capsys.readouterr().out == expected + "\n"
+    typed = ["A?", "Like <image>?", f"/add {pictures / '1.png'}", "Like <image>?", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    asked(qwen, "--image", pictures / "0.png")
+    first = answer_to(qwen, pictures, "<image>\nA?", images=(0,))
+    second = answer_to(qwen, pictures, "<image>\nA?", first, "Like <image>?", images=(0, 1))
+    out, err = capsys.readouterr()
+    assert out == f"{first}\n{second}\n"
+    assert "question 'Like <image>?': 2 <image> in the conversation, but 1 picture shown" in err
+
+
+def test_more_marks_than_pictures_in_a_question_are_named(pictures: Path, tmp_path: Path) -> None:
+    processor = processor_of("qwen2_5_vl")  # without weights: the error comes before they load
+    model_of("qwen2_5_vl", processor).config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with raises_code("prompt-image-count", message="2 <image> in the conversation, but 1 picture", hint="--image FILE"):
+        asked(tmp_path, "--image", pictures / "0.png", "Is <image> like <image>?")
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
