@@ -161,6 +161,7 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
         kind=str(row.get("type") or row.get("category") or ""),
         group=images[0] if images else f"{number}",
         meta={"metric": metric},
+        source=place,
     )
 
 
