@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 from transformers import TextStreamer
 
 from milora_data.command.cli import report, suggest
-from milora_data.errors import UserError, at_flag
+from milora_data.errors import UserError, at_flag, with_context
 from milora_data.frames import Frames
 from milora_data.images.pixels import AspectRatio
 from milora_data.records import IMAGE, VIDEO, Turn
+from milora_data.templates import no_videos
+from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.adapters.scale import Update
 from milora_vl.chat.picture import open_picture
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.generate import Prompt, generate, require_askable
 from milora_vl.load import load_by_flags, update_since
-from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.models.loading import config_of, load_processor, split_processor
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.prompts import prompts_of
 
@@ -40,12 +42,7 @@ COMMANDS = {
 
 def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
     """Load the model and do what the command line asks for: a page, a conversation, or one answer on stdout."""
-    with at_flag("--model"):
-        by_processor = prepares_with_processor(options.model)
-        processor = load_processor(options.model) if by_processor else None
-    if processor is not None:  # before weights load
-        asked = [] if options.question is None else [Chat.user_turn(options.question, pictures, [], videos)]
-        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos)) for turn in asked])
+    _require_askable(options, pictures, videos)
     chat = Chat.load(options)
     if options.web:
         serve(
@@ -61,6 +58,41 @@ def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Se
     else:
         chat.start(pictures, videos)
         chat.ask(options.question)
+
+
+def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+    """Raise UserError, before weights load, for a question, pictures or videos that the model does not take."""
+    with at_flag("--model"):
+        name = options.model
+        if options.adapter is None and holds_adapter(Path(name)):
+            name = base_of(Path(name))
+        processor = load_processor(name) if prepares_with_processor(name) else None
+    flag = "--video" if videos else "--image"
+    if processor is None:
+        _require_taken(name, flag, bool(pictures), bool(videos))
+    elif options.question is not None:
+        turn = Chat.user_turn(options.question, pictures, [], videos)
+        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos))])
+    elif pictures or videos:  # the first question of a conversation will show them
+        turn = Chat.user_turn("What?", pictures, [], videos)
+        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos), source=flag)])
+
+
+def _require_taken(name: str, flag: str, has_pictures: bool, has_videos: bool) -> None:
+    """Raise UserError for videos of a LLaVA, and for pictures or videos of a text-only model."""
+    try:
+        config = config_of(name)
+    except UserError:
+        return  # loading the model reports the error
+    if has_videos:
+        raise with_context(no_videos("this model"), flag)
+    if has_pictures and "vision_config" not in config.to_dict():
+        raise UserError(
+            f"{name} reads only text",
+            code="model-reads-only-text",
+            where=flag,
+            hint="use a vision-language model, or remove the picture",
+        )
 
 
 class Chat:

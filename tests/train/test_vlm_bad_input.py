@@ -137,6 +137,16 @@ def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_
         chat(["--model", str(model), "What?"])
 
 
+def test_a_video_for_a_conversation_is_refused_with_its_flag(model: Path, images: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "0.png").write_bytes((images / "0.png").read_bytes())
+    with pytest.raises(UserError) as error:
+        chat(["--model", str(model), "--video", str(clip)])
+    assert error.value.first.where == "--video"
+    assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
+
+
 def test_files_that_are_no_pictures_are_named_by_chat(model: Path, images: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no picture")
