@@ -20,7 +20,7 @@ from milora_data.records import IMAGE, VIDEO, Turn
 from milora_data.templates import no_videos
 from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.adapters.scale import Update
-from milora_vl.chat.picture import open_picture
+from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.generate import Prompt, generate, require_askable
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 COMMANDS = {
-    "/image FILE": "ask about another picture (starts a new conversation)",
+    "/image FILE": "ask about another picture alone (starts a new conversation)",
+    "/video FOLDER": "ask about a video alone, the frames in a folder (starts a new conversation)",
     "/add FILE": "show one more picture with the next question",
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Se
             options.port,
         )
     elif options.question is None:
-        converse(chat, pictures, videos)
+        converse(chat, pictures, videos, options.fps)
     elif options.format == "json":
         sys.stdout.write(json.dumps(chat.answers(options.question, pictures, videos), ensure_ascii=False) + "\n")
     else:
@@ -252,8 +253,13 @@ def _named(question: str) -> str:
     return f"question {question.strip()[:60]!r}"
 
 
-def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[Frames] = ()) -> None:
-    """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it."""
+def converse(
+    chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[Frames] = (), fps: float | None = None
+) -> None:
+    """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it.
+
+    `fps` is the number of frames per second of the videos that are opened in the conversation.
+    """
     chat.start(pictures, videos)
     width = max(map(len, COMMANDS))
     sys.stderr.write("".join(f"{name:<{width}}  {meaning}\n" for name, meaning in COMMANDS.items()))
@@ -265,7 +271,9 @@ def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[
             if word == "/reset":
                 chat.start(chat.pictures, chat.videos)
             elif word == "/image":
-                chat.start([open_picture(Path(argument.strip()))])
+                _show_instead(chat, [open_picture(Path(argument.strip()))], ())
+            elif word == "/video":
+                _show_instead(chat, (), [open_video(Path(argument.strip()), fps)])
             elif word == "/add":
                 chat.add(open_picture(Path(argument.strip())))
             elif line.startswith("/"):
@@ -274,6 +282,15 @@ def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[
                 _ask_unless_stopped(chat, line)
         except UserError as error:
             report(error)
+
+
+def _show_instead(chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+    """Start a conversation about these, and say whether it lacks videos or pictures of the one before."""
+    dropped = [name for name, old, new in (("videos", chat.videos, videos), ("pictures", chat.pictures, pictures))
+               if old and not new]  # fmt: skip
+    chat.start(pictures, videos)
+    if dropped:
+        sys.stderr.write(f"the {dropped[0]} from before are no longer shown\n")
 
 
 def _ask_unless_stopped(chat: Chat, question: str) -> None:

@@ -212,9 +212,15 @@ def test_chat_shows_the_frames_of_a_folder_as_a_video(
     expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert asked(tmp_path, "--video", clip, "--fps", 2, "What?") == 0
     assert capsys.readouterr().out == expected + "\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO("What?\n/reset\nWhat?\n/quit\n"))
+    picture = clip / "0.png"
+    typed = ["What?", "/reset", "What?", f"/image {picture}", "What?", f"/video {clip}", "What?", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     assert asked(tmp_path, "--video", clip, "--fps", 2) == 0
-    assert capsys.readouterr().out == f"{expected}\n{expected}\n"
+    of_picture = generate(model, processor, [Prompt((Turn("user", "<image>\nWhat?"),), (picture,))], max_new_tokens=5)
+    out, err = capsys.readouterr()
+    assert out == f"{expected}\n{expected}\n{of_picture[0]}\n{expected}\n"
+    assert err.count("the videos from before are no longer shown\n") == 1
+    assert err.count("the pictures from before are no longer shown\n") == 1
 
 
 def test_a_video_file_is_named_with_the_command_that_makes_frames(qwen: Path, tmp_path: Path) -> None:
