@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -69,6 +71,8 @@ def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image
             name = base_of(Path(name))
         processor = load_processor(name) if prepares_with_processor(name) else None
     flag = "--video" if videos else "--image"
+    if processor is not None:
+        logging.getLogger(type(processor).__module__).addFilter(_name_fps)
     if processor is None:
         _require_taken(name, flag, bool(pictures), bool(videos))
     elif options.question is not None:
@@ -94,6 +98,17 @@ def _require_taken(name: str, flag: str, has_pictures: bool, has_videos: bool) -
             where=flag,
             hint="use a vision-language model, or remove the picture",
         )
+
+
+def _name_fps(logged: logging.LogRecord) -> bool:
+    """Replace the library's warning about a video without times, which names its own argument, by one with our flag."""
+    text = logged.getMessage()
+    if "requires frame timestamps" in text:
+        assumed = re.search(r"fps=([0-9.]*[0-9])", text)
+        number = f"{assumed[1]} " if assumed else "the processor's number of "
+        logged.msg = f"warning: {number}frames of a video per second are assumed; --fps NUMBER sets their number"
+        logged.args = ()
+    return True
 
 
 class Chat:
