@@ -255,7 +255,7 @@ def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Tur
     if found <= num_shown:
         return f"{mark}\n" * (num_shown - found)
     thing = "picture" if mark == IMAGE else "video"
-    more = "--image FILE, or in the conversation  /add FILE" if mark == IMAGE else "--video FOLDER"
+    more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FOLDER"
     raise UserError(
         f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
         code="prompt-image-count",
