@@ -25,7 +25,7 @@ from milora_data.encode import encode_prompt
 from milora_data.errors import DataError, UserError, first_line, with_context
 from milora_data.frames import Frames
 from milora_data.images.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
-from milora_data.picture_template import Rendered
+from milora_data.picture_template import Rendered, parts_of
 from milora_data.processor_collate import labelled_inputs, marked, with_video_marks
 from milora_data.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.record_collator import pad_id_of
@@ -51,12 +51,15 @@ class Prompt:
 
     form: `training` encodes the turns like training (pictures first, text stripped); `exact` keeps them unchanged, like
     LLaVA's evaluation; `raw` uses the text of the last turn without a template.
+
+    `source` is the file and number of the question, for errors; without it they show its text.
     """
 
     turns: tuple[Turn, ...]
     images: tuple[str | Path | Image.Image, ...] = ()
     form: Literal["training", "exact", "raw"] = "training"
     videos: tuple[Frames, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,7 @@ def prompt_ids(
     """
     if prompt.form == "training":
         return encode_prompt(
-            Record("", ("",) * len(prompt.images), prompt.turns, source="prompt"),
+            Record("", ("",) * len(prompt.images), prompt.turns, source=prompt.source or "prompt"),
             tokenizer,
             template=template,
             image_token_id=image_token_id,
@@ -189,6 +192,7 @@ def prompt_ids(
         raise UserError(
             f"the prompt contains {len(pieces)} {IMAGE}, but {len(prompt.images)} pictures",
             code="prompt-image-count",
+            where=prompt.source,
             hint="write <image> once for each picture",
         )
     backend = fast_backend(tokenizer)
@@ -202,15 +206,24 @@ def prompt_ids(
 def require_askable(processor: Any, prompts: Iterable[Prompt]) -> None:
     """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
 
-    These are the first prompt, if the chat template rejects it, prompts whose text has a token of pictures, and those
-    with another number of `<image>` than of pictures.
+    These are prompts whose roles and kinds of parts the chat template rejects, whose text has a token of pictures, and
+    those with another number of `<image>` than of pictures. One prompt of each form is rendered.
     """
     reader = ProcessorReader(None, processor)
-    for number, prompt in enumerate(prompts):
+    seen: set[object] = set()
+    for prompt in prompts:
         text = "".join(turn.text for turn in prompt.turns)
         others = text.replace(IMAGE, "")  # some families have this mark as their token
-        if not number or text.count(IMAGE) != len(prompt.images) or reader.inputs.has_picture_tokens(others):
+        form = _form(prompt)
+        if form not in seen or text.count(IMAGE) != len(prompt.images) or reader.inputs.has_picture_tokens(others):
             reader.rendered(prompt)
+        seen.add(form)
+
+
+def _form(prompt: Prompt) -> object:
+    """Return what chat templates decide by: the roles, and the kinds of parts of each turn."""
+    parts = tuple((turn.role, *(part["type"] for part in parts_of(turn.text))) for turn in prompt.turns)
+    return prompt.form, len(prompt.videos), parts
 
 
 class ProcessorReader:
@@ -322,7 +335,7 @@ class ProcessorReader:
                 return UserError(
                     f"the processor refuses this question or its picture: {first_line(own)}",
                     code="record-processor-refuses",
-                    where=where or _named(prompt),
+                    where=": ".join(filter(None, (prompt.source, where))) or _named(prompt),
                     hint="use another picture, or leave the question out",
                 )
         return UserError(
@@ -337,7 +350,9 @@ class ProcessorReader:
 
 
 def _named(prompt: Prompt) -> str:
-    """Return how an error names a prompt: by the start of its question."""
+    """Return how an error names a prompt: by its source, else by the start of its question."""
+    if prompt.source:
+        return prompt.source
     text = prompt.turns[-1].text.replace(IMAGE, "").replace(VIDEO, "")
     return f"question {text.strip()[:60]!r}"
 

@@ -33,7 +33,8 @@ class Item:
     """One question: the conversation up to it, its pictures (absolute paths) and the reference answers.
 
     `kind` is the question type. `group` is the cluster for the error bars, usually the picture (default: the item's
-    own id). `baseline` is the score of a model that never looks at the picture.
+    own id). `baseline` is the score of a model that never looks at the picture. `source` names the question in errors,
+    by its file and number, where a user wrote the file.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Item:
     group: str = ""
     baseline: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not self.group:

@@ -13,11 +13,12 @@ from peft import PeftModel
 
 from milora_data.errors import at_flag
 from milora_eval.answers.questions import EvaluationPlan, Items
+from milora_eval.answers.runner import prompt_of
 from milora_eval.answers.target import EvalTarget
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
 from milora_vl.adapters.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.generate import Prompt, require_askable
+from milora_vl.generate import require_askable
 from milora_vl.load import load_by_flags
 from milora_vl.models.loading import load_processor
 from milora_vl.recipe.base_model import prepares_with_processor
@@ -30,8 +31,7 @@ def run(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, i
     if prepares_with_processor(target.model):
         processor = load_processor(target.model)
         for benchmark in plan.benchmarks:
-            prompts = (Prompt(benchmark.prompt(item), item.images, benchmark.form) for item in items[benchmark.name])
-            require_askable(processor, prompts)
+            require_askable(processor, (prompt_of(benchmark, item) for item in items[benchmark.name]))
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     with at_flag("--model"):
         model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 from transformers import TextStreamer
 
 from milora_data.command.cli import report, suggest
-from milora_data.errors import UserError, at_flag
+from milora_data.errors import UserError, at_flag, with_context
 from milora_data.frames import Frames
 from milora_data.images.pixels import AspectRatio
 from milora_data.records import IMAGE, VIDEO, Turn
+from milora_data.templates import no_videos
+from milora_vl.adapter_folders import base_of, holds_adapter
 from milora_vl.adapters.scale import Update
-from milora_vl.chat.picture import open_picture
+from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.generate import Prompt, generate, require_askable
 from milora_vl.load import load_by_flags, update_since
-from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.models.loading import config_of, load_processor, split_processor
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.prompts import prompts_of
 
@@ -31,7 +35,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 COMMANDS = {
-    "/image FILE": "ask about another picture (starts a new conversation)",
+    "/image FILE": "ask about another picture alone (starts a new conversation)",
+    "/video FOLDER": "ask about a video alone, the frames in a folder (starts a new conversation)",
     "/add FILE": "show one more picture with the next question",
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
@@ -40,12 +45,7 @@ COMMANDS = {
 
 def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
     """Load the model and do what the command line asks for: a page, a conversation, or one answer on stdout."""
-    with at_flag("--model"):
-        by_processor = prepares_with_processor(options.model)
-        processor = load_processor(options.model) if by_processor else None
-    if processor is not None:  # before weights load
-        asked = [] if options.question is None else [Chat.user_turn(options.question, pictures, [], videos)]
-        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos)) for turn in asked])
+    _require_askable(options, pictures, videos)
     chat = Chat.load(options)
     if options.web:
         serve(
@@ -55,12 +55,60 @@ def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Se
             options.port,
         )
     elif options.question is None:
-        converse(chat, pictures, videos)
+        converse(chat, pictures, videos, options.fps)
     elif options.format == "json":
         sys.stdout.write(json.dumps(chat.answers(options.question, pictures, videos), ensure_ascii=False) + "\n")
     else:
         chat.start(pictures, videos)
         chat.ask(options.question)
+
+
+def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+    """Raise UserError, before weights load, for a question, pictures or videos that the model does not take."""
+    with at_flag("--model"):
+        name = options.model
+        if options.adapter is None and holds_adapter(Path(name)):
+            name = base_of(Path(name))
+        processor = load_processor(name) if prepares_with_processor(name) else None
+    flag = "--video" if videos else "--image"
+    if processor is not None:
+        logging.getLogger(type(processor).__module__).addFilter(_name_fps)
+    if processor is None:
+        _require_taken(name, flag, bool(pictures), bool(videos))
+    elif options.question is not None:
+        turn = Chat.user_turn(options.question, pictures, [], videos)
+        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos))])
+    elif pictures or videos:  # the first question of a conversation will show them
+        turn = Chat.user_turn("What?", pictures, [], videos)
+        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos), source=flag)])
+
+
+def _require_taken(name: str, flag: str, has_pictures: bool, has_videos: bool) -> None:
+    """Raise UserError for videos of a LLaVA, and for pictures or videos of a text-only model."""
+    try:
+        config = config_of(name)
+    except UserError:
+        return  # loading the model reports the error
+    if has_videos:
+        raise with_context(no_videos("this model"), flag)
+    if has_pictures and "vision_config" not in config.to_dict():
+        raise UserError(
+            f"{name} reads only text",
+            code="model-reads-only-text",
+            where=flag,
+            hint="use a vision-language model, or remove the picture",
+        )
+
+
+def _name_fps(logged: logging.LogRecord) -> bool:
+    """Replace the library's warning about a video without times, which names its own argument, by one with our flag."""
+    text = logged.getMessage()
+    if "requires frame timestamps" in text:
+        assumed = re.search(r"fps=([0-9.]*[0-9])", text)
+        number = f"{assumed[1]} " if assumed else "the processor's number of "
+        logged.msg = f"warning: {number}frames of a video per second are assumed; --fps NUMBER sets their number"
+        logged.args = ()
+    return True
 
 
 class Chat:
@@ -156,10 +204,14 @@ class Chat:
     def user_turn(
         question: str, pictures: Sequence[Image.Image], turns: Sequence[Turn], videos: Sequence[Frames] = ()
     ) -> Turn:
-        """Return the question as a turn. It begins with the pictures and videos that no turn before it contains."""
-        shown = sum(turn.text.count(IMAGE) for turn in turns)
-        played = sum(turn.text.count(VIDEO) for turn in turns) if videos else 0
-        marks = f"{IMAGE}\n" * (len(pictures) - shown) + f"{VIDEO}\n" * (len(videos) - played)
+        """Return the question as a turn.
+
+        Pictures and videos that no turn shows yet are shown where the question has `<image>` or `<video>`, and before
+        it if it has too few. Raises UserError if the conversation has more marks than pictures or videos.
+        """
+        marks = _missing_marks(IMAGE, question, len(pictures), turns)
+        if videos:  # otherwise <video> is a text
+            marks += _missing_marks(VIDEO, question, len(videos), turns)
         return Turn("user", marks + question)
 
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> str:
@@ -197,8 +249,32 @@ class Chat:
         return self.reply(self.turns, self.pictures, streamer, base=base)
 
 
-def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[Frames] = ()) -> None:
-    """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it."""
+def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Turn]) -> str:
+    """Return the marks to write before a question, so that the conversation has one per picture (or video)."""
+    found = sum(turn.text.count(mark) for turn in turns) + question.count(mark)
+    if found <= num_shown:
+        return f"{mark}\n" * (num_shown - found)
+    thing = "picture" if mark == IMAGE else "video"
+    more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FOLDER"
+    raise UserError(
+        f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
+        code="prompt-image-count",
+        where=_named(question),
+        hint=f"write {mark} at most once for each {thing}; show one more {thing}:  {more}",
+    )
+
+
+def _named(question: str) -> str:
+    return f"question {question.strip()[:60]!r}"
+
+
+def converse(
+    chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[Frames] = (), fps: float | None = None
+) -> None:
+    """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it.
+
+    `fps` is the number of frames per second of the videos that are opened in the conversation.
+    """
     chat.start(pictures, videos)
     width = max(map(len, COMMANDS))
     sys.stderr.write("".join(f"{name:<{width}}  {meaning}\n" for name, meaning in COMMANDS.items()))
@@ -210,7 +286,9 @@ def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[
             if word == "/reset":
                 chat.start(chat.pictures, chat.videos)
             elif word == "/image":
-                chat.start([open_picture(Path(argument.strip()))])
+                _show_instead(chat, [open_picture(Path(argument.strip()))], ())
+            elif word == "/video":
+                _show_instead(chat, (), [open_video(Path(argument.strip()), fps)])
             elif word == "/add":
                 chat.add(open_picture(Path(argument.strip())))
             elif line.startswith("/"):
@@ -219,6 +297,15 @@ def converse(chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[
                 _ask_unless_stopped(chat, line)
         except UserError as error:
             report(error)
+
+
+def _show_instead(chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+    """Start a conversation about these, and say whether it lacks videos or pictures of the one before."""
+    dropped = [name for name, old, new in (("videos", chat.videos, videos), ("pictures", chat.pictures, pictures))
+               if old and not new]  # fmt: skip
+    chat.start(pictures, videos)
+    if dropped:
+        sys.stderr.write(f"the {dropped[0]} from before are no longer shown\n")
 
 
 def _ask_unless_stopped(chat: Chat, question: str) -> None:

@@ -57,6 +57,18 @@ def test_a_question_needs_no_picture(capsys: Captured) -> None:
     assert capsys.readouterr().out == answer("What is 1 + 1?") + "\n"
 
 
+def test_pictures_and_videos_that_a_model_does_not_take_are_refused_before_its_weights_load(
+    picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milora_vl.chat.session.Chat.load", lambda _: pytest.fail("the weights load"))
+    with raises_code("model-reads-only-text", where="--image", message="tiny-text"):
+        chat.main(["--model", "tiny-text", "--image", str(picture)])
+    Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
+    for model in ("tiny-text", "tiny"):
+        with raises_code("record-videos", where="--video"):
+            chat.main(["--model", model, "--video", str(tmp_path)])
+
+
 def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captured) -> None:
     ask("--adapter", adapter, "--image", picture, "--compare", "What is it?")
     base, tuned = answer("What is it?", picture), answer("What is it?", picture, folder=adapter)

@@ -62,6 +62,15 @@ def test_a_question_is_about_all_pictures_on_the_page(options: Options, tiny_dat
     assert turns[2].text == "Sure?"
 
 
+def test_marks_in_a_question_are_places_of_the_pictures_on_the_page(options: Options, tiny_data: Path) -> None:
+    pictures = [load_image(tiny_data / "images" / f"{number}.png") for number in range(2)]
+    chat = Chat.load(options)
+    turns, _ = list(answers(chat, "Is <image> like <image>?", pictures, [], [[]]))[-1]
+    assert turns[0].text == "Is <image> like <image>?"
+    with raises_code("prompt-image-count", message="2 <image> in the conversation, but 1 picture shown", hint="page"):
+        list(answers(chat, "Is <image> like <image>?", pictures[:1], [], [[]]))
+
+
 def test_a_second_question_goes_on_from_the_first(options: Options) -> None:
     chat = Chat.load(options)
     turns, logs = list(answers(chat, "What?", [], [], [[]]))[-1]

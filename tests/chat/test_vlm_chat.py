@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,33 @@ def test_a_conversation_can_be_shown_one_more_picture(
     assert capsys.readouterr().out == f"{first}\n{second}\n"
 
 
+def test_marks_in_a_question_are_places_of_its_pictures(
+    qwen: Path, pictures: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = ["--image", pictures / "0.png", "--image", pictures / "1.png"]
+    asked(qwen, *shown, "Is <image> like <image>?")
+    assert capsys.readouterr().out == answer_to(qwen, pictures, "Is <image> like <image>?", images=(0, 1)) + "\n"
+    asked(qwen, *shown, "Like <image>?")
+    expected = answer_to(qwen, pictures, "<image>\nLike <image>?", images=(0, 1))
+    assert capsys.readouterr().out == expected + "\n"
+    typed = ["A?", "Like <image>?", f"/add {pictures / '1.png'}", "Like <image>?", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+    asked(qwen, "--image", pictures / "0.png")
+    first = answer_to(qwen, pictures, "<image>\nA?", images=(0,))
+    second = answer_to(qwen, pictures, "<image>\nA?", first, "Like <image>?", images=(0, 1))
+    out, err = capsys.readouterr()
+    assert out == f"{first}\n{second}\n"
+    assert "question 'Like <image>?': 2 <image> in the conversation, but 1 picture shown" in err
+
+
+def test_more_marks_than_pictures_in_a_question_are_named(pictures: Path, tmp_path: Path) -> None:
+    processor = processor_of("qwen2_5_vl")  # without weights: the error comes before they load
+    model_of("qwen2_5_vl", processor).config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with raises_code("prompt-image-count", message="2 <image> in the conversation, but 1 picture", hint="--image FILE"):
+        asked(tmp_path, "--image", pictures / "0.png", "Is <image> like <image>?")
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
@@ -185,9 +213,33 @@ def test_chat_shows_the_frames_of_a_folder_as_a_video(
     expected = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     assert asked(tmp_path, "--video", clip, "--fps", 2, "What?") == 0
     assert capsys.readouterr().out == expected + "\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO("What?\n/reset\nWhat?\n/quit\n"))
+    picture = clip / "0.png"
+    typed = ["What?", "/reset", "What?", f"/image {picture}", "What?", f"/video {clip}", "What?", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     assert asked(tmp_path, "--video", clip, "--fps", 2) == 0
-    assert capsys.readouterr().out == f"{expected}\n{expected}\n"
+    of_picture = generate(model, processor, [Prompt((Turn("user", "<image>\nWhat?"),), (picture,))], max_new_tokens=5)
+    out, err = capsys.readouterr()
+    assert out == f"{expected}\n{expected}\n{of_picture[0]}\n{expected}\n"
+    assert err.count("the videos from before are no longer shown\n") == 1
+    assert err.count("the pictures from before are no longer shown\n") == 1
+
+
+def test_a_video_without_times_is_a_warning_with_our_flag(clip: Path, tmp_path: Path) -> None:
+    processor = processor_of("qwen3_vl")
+    written = "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in part %}"
+    processor.chat_template = processor.chat_template.replace("{% elif 'text' in part %}", written)
+    model_of("qwen3_vl", processor).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    logger = logging.getLogger(type(processor).__module__)
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda logged: said.append(logged.getMessage())  # type: ignore[assignment, method-assign]
+    logger.addHandler(handler)
+    try:
+        asked(tmp_path, "--video", clip, "What?")
+    finally:
+        logger.removeHandler(handler)
+    assert said == ["warning: 24 frames of a video per second are assumed; --fps NUMBER sets their number"]
 
 
 def test_a_video_file_is_named_with_the_command_that_makes_frames(qwen: Path, tmp_path: Path) -> None:

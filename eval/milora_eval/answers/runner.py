@@ -19,7 +19,7 @@ from milora_eval.answers.lines import to_line
 from milora_eval.answers.questions import EvaluationPlan, Question, Questions
 from milora_eval.answers.selection import selected, shard_places
 from milora_eval.answers.store import Line, Store
-from milora_eval.benchmark import ends_early
+from milora_eval.benchmark import Benchmark, Item, ends_early
 from milora_eval.suites import folder_of
 from milora_vl.generate import Prompt, generate_batches
 
@@ -92,6 +92,12 @@ def _generate(
         _run_model(model, processor, plan, asked, todo, keep, batch_size=plan.batch_size, share_pictures=True)
 
 
+def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
+    """Return what the model is asked; errors name the question by its file and number, or by benchmark and id."""
+    source = item.source or f"benchmark {benchmark.name}, question {item.id}"
+    return Prompt(benchmark.prompt(item), item.images, benchmark.form, source=source)
+
+
 class _Prompts(Sequence[Prompt]):
     """The prompts of some questions, each made when it is read."""
 
@@ -109,7 +115,7 @@ class _Prompts(Sequence[Prompt]):
         if isinstance(number, slice):
             return _Prompts(self.asked, self.places[number])
         question = self.asked[int(self.places[number])]
-        return Prompt(question.benchmark.prompt(question.item), question.item.images, question.benchmark.form)
+        return prompt_of(question.benchmark, question.item)
 
 
 def _run_model(

@@ -20,7 +20,7 @@ from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_json, read_objects
 from milora_data.images.embedded import is_embedded, refusal
 from milora_data.images.files import place_of
-from milora_data.records import Turn, parse_record
+from milora_data.records import Turn, parse_record, uses_tools
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
@@ -161,6 +161,7 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
         kind=str(row.get("type") or row.get("category") or ""),
         group=images[0] if images else f"{number}",
         meta={"metric": metric},
+        source=place,
     )
 
 
@@ -168,6 +169,8 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tu
     """Return the turns up to the last answer, the pictures, and that answer (or the row's `answers`)."""
     record = parse_record(row, source=place, embedded="keep")
     _refuse_videos(record.videos, place)
+    if uses_tools(record):
+        raise _tools(place)
     turns = record.turns
     answers = row.get("answers")
     if turns and turns[-1].role == "assistant":
@@ -186,6 +189,15 @@ def _refuse_videos(videos: object, place: str) -> None:
         )
 
 
+def _tools(place: str) -> DataError:
+    return DataError(
+        "questions with tools are not supported",
+        code="own-data-tools",
+        where=place,
+        hint="remove the question, or its tools, their calls and their results",
+    )
+
+
 def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
     if not isinstance(row.get("question"), str):
         raise DataError(
@@ -194,6 +206,8 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
             where=place,
         )
     _refuse_videos(row.get("video") or row.get("videos"), place)
+    if row.get("tools"):
+        raise _tools(place)
     value = row.get("images") or row.get("image") or []
     images = tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(name, str) for name in images):
