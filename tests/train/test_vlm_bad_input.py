@@ -137,7 +137,6 @@ def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_
         chat(["--model", str(model), "What?"])
 
 
-<<<<<<< HEAD
 def test_a_package_that_a_processor_needs_is_named(
     model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,7 +148,8 @@ def test_a_package_that_a_processor_needs_is_named(
         trained(model, images, record(ASKED, ["0.png"]), tmp_path)
     with raises_code("package-missing", message="num2words", hint="pip install num2words"):
         chat(["--model", str(model), "What?"])
-=======
+
+
 def test_a_video_for_a_conversation_is_refused_with_its_flag(model: Path, images: Path, tmp_path: Path) -> None:
     clip = tmp_path / "clip"
     clip.mkdir()
@@ -158,7 +158,6 @@ def test_a_video_for_a_conversation_is_refused_with_its_flag(model: Path, images
         chat(["--model", str(model), "--video", str(clip)])
     assert error.value.first.where == "--video"
     assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
->>>>>>> fb
 
 
 def test_files_that_are_no_pictures_are_named_by_chat(model: Path, images: Path, tmp_path: Path) -> None:
