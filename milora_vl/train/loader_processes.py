@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,13 +41,14 @@ def found_while_waiting(*, streams: bool = False) -> Iterator[None]:
         from torchdata.stateful_dataloader import stateful_dataloader
 
         iterators.append(stateful_dataloader._StatefulMultiProcessingDataLoaderIter)
+    waited = weakref.WeakSet[Any]()
     originals = [iterator._try_get_data for iterator in iterators]
     has_handler, handler = signal_handling._SIGCHLD_handler_set, signal.getsignal(signal.SIGCHLD)
     signal_handling._SIGCHLD_handler_set = True  # torch then installs none
     if has_handler:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for iterator, original in zip(iterators, originals, strict=True):
-        iterator._try_get_data = _looks_again(original)
+        iterator._try_get_data = _looks_again(original, waited)
     try:
         yield
     finally:
@@ -57,21 +59,24 @@ def found_while_waiting(*, streams: bool = False) -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _looks_again(try_get_data: Callable[..., tuple[bool, Any]]) -> Callable[..., tuple[bool, Any]]:
+def _looks_again(
+    try_get_data: Callable[..., tuple[bool, Any]], waited: weakref.WeakSet[Any]
+) -> Callable[..., tuple[bool, Any]]:
     """Return torch's method, waiting in parts: after each it checks its processes. With a timeout, it did so once.
 
     Hung processes are killed: the main process may be receiving a batch from one, which no timeout of a queue covers,
-    and at its own end it would wait for them.
+    and at its own end it would wait for them, also for those of the other iterators in `waited` (training, evaluation).
     """
 
     def wait(self: Any, timeout: float = MP_STATUS_CHECK_INTERVAL) -> tuple[bool, Any]:
         if self._timeout <= 0:
             return try_get_data(self, timeout)
+        waited.add(self)
         hung = threading.Event()
 
         def kill() -> None:
             hung.set()
-            for process in self._workers:
+            for process in [process for iterator in list(waited) for process in iterator._workers]:
                 process.kill()
 
         watchdog = threading.Timer(self._timeout, kill)

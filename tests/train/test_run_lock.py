@@ -197,14 +197,16 @@ def test_stopped_loader_processes_count_as_hung_and_are_killed(monkeypatch: pyte
     monkeypatch.setattr(loader_processes, "TIMEOUT", 2)
     with loader_processes.found_while_waiting():
         batches = iter(loader_processes.with_timeout(DataLoader(Numbers(), num_workers=2)))
+        others = iter(loader_processes.with_timeout(DataLoader(Numbers(), num_workers=1)))
         next(batches)
-        workers = psutil.Process().children()[-2:]
+        next(others)
+        workers = psutil.Process().children()[-3:]
         for worker in workers:
             worker.suspend()
         start = time.monotonic()
         with pytest.raises(RuntimeError, match="timed out after 2 seconds"):
             list(batches)
-        del batches  # joins its processes
+        del batches, others  # joins their processes
         assert time.monotonic() - start < 30
     assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
 
