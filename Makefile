@@ -44,7 +44,7 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 EXTRAS_PACKAGES := trl xllamacpp "transformers[serving]" nbclient nbformat ipykernel num2words
 EXTRAS_TESTS := tests/lora/test_quantized.py tests/chat/test_chat_web.py tests/chat/test_vlm_chat.py tests/integrations/test_trl.py \
     tests/integrations/test_trl_collator.py tests/recipe/test_llava_scripts.py tests/export/test_gguf.py tests/export/test_serving.py \
-    tests/docs/test_examples.py tests/train/test_vlm_train.py
+    tests/docs/test_examples.py tests/train/test_vlm_train.py tests/data/test_videos.py
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment
 	$(BIN)/python -m pip install --quiet uv

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,13 +33,15 @@ def open_picture(path: Path) -> Image.Image:
 def open_video(folder: Path, fps: float | None) -> Frames:
     """Return the pictures of a folder, in the order of their names, as the frames of a video.
 
+    Numbers in names count as numbers: 2.jpg is before 10.jpg.
+
     Raises UserError if there is no such folder, if it has no pictures, or if their sizes differ.
     """
     if folder.is_file():
         raise _video_file(folder)
     if not folder.is_dir():
         raise UserError("no such folder", code="image-missing", where=str(folder), hint=beside(folder))
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=_by_numbers)
     if not files:
         raise UserError(
             "this folder has no pictures; expected the frames of a video",
@@ -47,6 +50,11 @@ def open_video(folder: Path, fps: float | None) -> Frames:
             hint=_FRAMES.format("VIDEO", folder),
         )
     return Frames(require_one_size([load_image(path) for path in files], str(folder)), fps)
+
+
+def _by_numbers(path: Path) -> list[tuple[int, str]]:
+    """Return the key that sorts names with their numbers as numbers, whatever the number of digits."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", path.name)]
 
 
 _FRAMES = "write its frames to a folder:  ffmpeg -i {} -vf fps=2 {}/%04d.jpg"

@@ -108,9 +108,10 @@ def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
 
 
 def _results(path: Path) -> frozenset[tuple[str, int]]:
-    """Return the weights and checkpoints of a folder, with their times of change in nanoseconds."""
+    """Return the names of the weights and checkpoints of a folder; weights with their time of change (ns)."""
     files = [path / name for name in checkpoints.WEIGHTS if (path / name).is_file()]
-    return frozenset((file.name, file.stat().st_mtime_ns) for file in [*files, *checkpoints.checkpoints(path)])
+    weights = {(file.name, file.stat().st_mtime_ns) for file in files}
+    return frozenset(weights | {(folder.name, 0) for folder in checkpoints.checkpoints(path)})
 
 
 def _refuse_to_overwrite(path: Path) -> None:

@@ -413,7 +413,7 @@ class MiloraTrainer(Trainer):
             if self.is_fsdp_enabled:
                 self.norms.add_shards(self.accelerator)
             logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
-        if logs.get("grad_norm") == 0 and not self._has_warned:
+        if logs.get("grad_norm") == 0 and not self._has_warned and self.is_world_process_zero():
             self._has_warned = True
             warnings.warn(
                 f"the gradient of step {self.state.global_step} is exactly 0, so nothing is learned; the weights may "

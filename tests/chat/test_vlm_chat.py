@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
+from transformers.utils.logging import warning_once
 
 from milora_data.errors import UserError
 from milora_data.picture_template import parts_of
@@ -19,6 +20,7 @@ from milora_data.records import Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
 from milora_vl.chat.command import main as chat
+from milora_vl.chat.picture import open_video
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from milora_vl.losses import summed_loss
@@ -235,6 +237,7 @@ def test_a_video_without_times_is_a_warning_with_our_flag(clip: Path, tmp_path: 
     handler = logging.Handler()
     handler.emit = lambda logged: said.append(logged.getMessage())  # type: ignore[assignment, method-assign]
     logger.addHandler(handler)
+    warning_once.cache_clear()  # the library warns once in a process, and another test may have come first
     try:
         asked(tmp_path, "--video", clip, "What?")
     finally:
@@ -248,6 +251,12 @@ def test_a_video_file_is_named_with_the_command_that_makes_frames(qwen: Path, tm
     for flag in ("--image", "--video"):
         with raises_code("video-file", hint="ffmpeg -i", where=str(film)):
             asked(qwen, flag, film, "What?")
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (1, 2, 10, 9):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"frame{number}.png")
+    assert [frame.getpixel((0, 0))[0] for frame in open_video(tmp_path, None).frames] == [1, 2, 9, 10]
 
 
 def test_a_folder_without_frames_of_one_size_is_no_video(qwen: Path, pictures: Path, tmp_path: Path) -> None:

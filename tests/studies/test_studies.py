@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 from concurrent.futures import as_completed
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from milora_vl.studies.runner import Folder, all_cells, finished, run_study
 from milora_vl.studies.study import Study, chosen, parse_study, read_study
 from milora_vl.studies.update import Updates
 from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.curves import Ratio
+from milora_vl.sweep.results import mean_of
 from support.problems import raises_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
@@ -258,3 +261,40 @@ def test_the_score_is_the_mean_over_the_items(trained: Path) -> None:
     result, items = folder.result(cell), folder.items(cell)
     assert result is not None
     assert result["score"] == pytest.approx(sum(items.values()) / len(items))
+
+
+@pytest.mark.parametrize(
+    ("study", "arm", "lora", "what", "said"),
+    [
+        ("curves.smol-llava", 1e-3, 1e-3, "forgetting", "0.12 times (0.11 to 0.13)"),
+        ("curves.smol-llava", 1e-3, 1e-3, "forgetting_pictures", "0.30 times (0.17 to 0.55)"),
+        ("curves.smol-llava-60", 1e-3, 3e-4, "forgetting", "0.43 times (0.29 to 0.62"),
+        ("curves.smol-llava-60", 1e-3, 3e-4, "forgetting_pictures", "0.82 times (0.52 to 1.3)"),
+        ("curves.smol-llava-60", 1e-3, 1e-3, "forgetting", "0.19 times (0.18 to 0.20)"),
+        ("curves.smol-llava-60", 1e-3, 1e-3, "forgetting_pictures", "0.61 times (0.36 to 1.0)"),
+    ],
+)
+def test_the_page_quotes_ratios_at_given_rates_as_its_cells_give_them(
+    study: str, arm: float, lora: float, what: str, said: str
+) -> None:
+    """These ratios are in sentences, which no command writes: p = 0.9 against LoRA, paired by seed."""
+    cells = page.read_cells(DOCS / f"{study}.csv")
+    found = {(cell.label, cell.learning_rate, cell.seed): float(numbers[what]) for cell, numbers in cells.items()}
+    logs = mean_of([log(found["milora-inputs", arm, seed] / found["lora", lora, seed]) for seed in range(3)])
+    assert logs.half is not None
+    ratio = Ratio(exp(logs.value), exp(logs.value - logs.half), exp(logs.value + logs.half), logs.n)
+    assert ratio.text.replace(" (", " times (").startswith(said)
+    assert said in " ".join((DOCS / "curves.md").read_text(encoding="utf-8").split())
+
+
+def test_the_page_quotes_means_of_smol_llava_as_its_cells_give_them() -> None:
+    cells = page.read_cells(DOCS / "curves.smol-llava.csv")
+    rows = {"milora-inputs": (1e-3, "p = 0.9"), "lora": (3e-4, "LoRA"), "milora-inputs-0.95": (3e-3, "p = 0.95")}
+    text = (DOCS / "curves.md").read_text(encoding="utf-8")
+    for label, (rate, name) in rows.items():
+        runs = [numbers for cell, numbers in cells.items() if (cell.label, cell.learning_rate) == (label, rate)]
+        score, forgetting = (mean_of([float(run[what]) for run in runs]) for what in ("score", "forgetting"))
+        assert score.half is not None
+        assert forgetting.half is not None
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} | {rate:.0e}".replace("e-0", "e-")))
+        assert f"| {score.value:.3f} ± {score.half:.3f} | {forgetting.value:.3f} ± {forgetting.half:.3f} |" in row
