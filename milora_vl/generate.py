@@ -212,10 +212,8 @@ def require_askable(processor: Any, prompts: Iterable[Prompt]) -> None:
     reader = ProcessorReader(None, processor)
     seen: set[object] = set()
     for prompt in prompts:
-        text = "".join(turn.text for turn in prompt.turns)
-        others = text.replace(IMAGE, "")  # some families have this mark as their token
         form = _form(prompt)
-        if form not in seen or text.count(IMAGE) != len(prompt.images) or reader.inputs.has_picture_tokens(others):
+        if form not in seen or reader.inputs.may_refuse(prompt.turns, len(prompt.images), len(prompt.videos)):
             reader.rendered(prompt)
         seen.add(form)
 
