@@ -137,30 +137,12 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns, tools=tools_of(record))
             self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
-            self._require_one_kind(record)
+            self.inputs.require_one_kind(len(record.images), [len(video.frames) for video in record.videos])
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
-
-    def _require_one_kind(self, record: Record) -> None:
-        """Raise `DataError` for a record with pictures and videos, or several videos, that the model cannot take."""
-        if record.images and record.videos and not self.inputs.takes_pictures_and_videos:
-            raise DataError(
-                f"this model reads no pictures beside videos ({type(self.inputs.processor).__name__}), and this record "
-                "has both",
-                code="records-mixed",
-                hint="leave out its pictures or its videos",
-            )
-        counts = sorted({len(video.frames) for video in record.videos})
-        if len(counts) > 1 and not self.inputs.takes_mixed_videos:
-            raise DataError(
-                f"videos of {counts[0]} and {counts[-1]} frames in one record, which "
-                f"{type(self.inputs.processor).__name__} cannot take",
-                code="records-mixed",
-                hint="use as many frames for each video of a record",
-            )
 
     def _samples(self, items: Sequence[Item]) -> list[PictureSample]:
         """Return what the batch needs of the items, without those that the policy leaves out.

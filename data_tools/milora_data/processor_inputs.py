@@ -268,6 +268,22 @@ class ProcessorInputs:
                     hint="remove the token from the text",
                 )
 
+    def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:
+        """Raise `DataError` for pictures beside videos, or videos of several numbers of frames, if these do not fit."""
+        name = type(self.processor).__name__
+        if num_images and frames and not self.takes_pictures_and_videos:
+            raise DataError(
+                f"this model reads no pictures beside videos ({name}), and both are shown",
+                code="records-mixed",
+                hint="leave out the pictures or the videos",
+            )
+        if len(set(frames)) > 1 and not self.takes_mixed_videos:
+            raise DataError(
+                f"videos of {min(frames)} and {max(frames)} frames together, which {name} cannot take",
+                code="records-mixed",
+                hint="use as many frames for each video",
+            )
+
     def num_text_tokens(self, rendered: Rendered) -> int:
         """Return the number of tokens of a text without its pictures."""
         text = rendered.text + (rendered.suffix or "")

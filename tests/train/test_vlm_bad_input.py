@@ -156,8 +156,30 @@ def test_a_video_for_a_conversation_is_refused_with_its_flag(model: Path, images
     (clip / "0.png").write_bytes((images / "0.png").read_bytes())
     with pytest.raises(UserError) as error:
         chat(["--model", str(model), "--video", str(clip)])
-    assert error.value.first.where == "--video"
+    assert error.value.first.where == f"--video {clip}"
     assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
+
+
+def test_videos_of_several_lengths_are_refused_by_chat(internvl: Path, images: Path, tmp_path: Path) -> None:
+    for count in (1, 2):
+        (tmp_path / f"clip{count}").mkdir()
+        for number in range(count):
+            (tmp_path / f"clip{count}" / f"{number}.png").write_bytes((images / "0.png").read_bytes())
+    shown = ["--video", str(tmp_path / "clip1"), "--video", str(tmp_path / "clip2")]
+    with raises_code("records-mixed", where="question 'Same?'", message="videos of 1 and 2 frames together"):
+        chat(["--model", str(internvl), *shown, "Same?"])
+
+
+def test_a_video_for_a_processor_with_a_plain_prompt_is_named(images: Path, tmp_path: Path) -> None:
+    model = without_weights("paligemma", tmp_path / "model")
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "0.png").write_bytes((images / "0.png").read_bytes())
+    with raises_code("record-videos", where="--video", message="PaliGemmaProcessor takes no videos"):
+        chat(["--model", str(model), "--video", str(clip), "What?"])
+    value = {"video": ["0.png"]} | record([("human", "<video>\nWhat?"), ("gpt", "A cat.")], [])
+    with raises_code("record-videos", says=r"train\.json:1"):
+        trained(model, images, value, tmp_path)
 
 
 def test_files_that_are_no_pictures_are_named_by_chat(model: Path, images: Path, tmp_path: Path) -> None:
@@ -240,7 +262,7 @@ def test_videos_of_several_lengths_in_one_batch_are_refused(internvl: Path, imag
 def test_videos_of_several_lengths_in_one_record_are_refused(internvl: Path, images: Path, tmp_path: Path) -> None:
     value = {"videos": [["0.png"], ["0.png"] * 3]} | record([("human", "<video><video>\nSame?"), ("gpt", "No.")], [])
     words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 120 + [value])
-    with raises_code("records-mixed", "train.jsonl:121", "videos of 1 and 3 frames in one record"):
+    with raises_code("records-mixed", "train.jsonl:121", "videos of 1 and 3 frames together"):
         train([*words, "--per_device_train_batch_size", "1"])
 
 
@@ -259,7 +281,7 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     words = words_of(
         glm, images, tmp_path, [{"image": "0.png"} | video | record([("human", "<image><video>"), *ASKED[1:]], [])]
     )
-    with raises_code("records-mixed", "train.jsonl:1", "this record has both", "leave out its pictures or its videos"):
+    with raises_code("records-mixed", "train.jsonl:1", "both are shown", "leave out the pictures or the videos"):
         train(words)
 
 
