@@ -55,7 +55,7 @@ def prepare(
     pictures = [place_of(collator.image_folder, name) for name in names]
     maker = collator.maker()
     reader = FeatureReader(folder / _key(tower, layers, maker, args), maker, collator.tiling)
-    with _Tower(tower, layers, args) as compute:
+    with explained(args), _Tower(tower, layers, args) as compute:
         try:
             _fill(reader, compute, pictures, args, screen)
         except (OSError, SafetensorError) as error:
@@ -129,7 +129,7 @@ def _fill(
     loader = loader_processes.with_timeout(
         torch.utils.data.DataLoader(mine, batch_size=BATCH, num_workers=args.dataloader_num_workers, collate_fn=list)
     )
-    with explained(args), loader_processes.found_while_waiting():
+    with loader_processes.found_while_waiting():
         for batch in tqdm(loader, "features of pictures", disable=None, file=sys.stderr, leave=False):
             _write(reader, compute, [pair for pair in batch if pair is not None])
     PartialState().wait_for_everyone()
