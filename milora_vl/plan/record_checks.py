@@ -27,6 +27,7 @@ from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
 
 FIRST = 100  # records that are checked before the model loads
+_MOST_FORMS = 1000  # of which a record is rendered: where pictures are in any turn, each record may have its own
 _MOST_REASONS = 3
 
 
@@ -150,7 +151,8 @@ def _require_written(collate: ProcessorCollator, records: Sequence[Record]) -> N
     for number, record in enumerate(records):
         form = _form(record)
         refusable = collate.inputs.may_refuse(record.turns, len(record.images), len(record.videos))
-        if number < FIRST or form not in seen or refusable:
+        is_new = form not in seen and len(seen) < _MOST_FORMS
+        if number < FIRST or is_new or refusable:
             seen.add(form)
             with suppress(NoSupervisedTokens):  # the collator skips it
                 collate.num_supervised(record)
@@ -175,7 +177,8 @@ def _kinds_left_out(collate: ProcessorCollator, records: Sequence[Record]) -> li
         form = _form(record)
         counts[form] += 1
         # The first records of a form tell whether the form is rejected, or a text of one record.
-        if counts[form] == 1 or (form in errors and counts[form] <= FIRST):
+        is_new = counts[form] == 1 and len(counts) <= _MOST_FORMS
+        if is_new or (form in errors and counts[form] <= FIRST):
             try:
                 collate.num_supervised(record)
                 errors.pop(form, None)
