@@ -88,6 +88,10 @@ GOALS = (
     ),
     Goal("4096 x 4096, Gaussian, r = 512", SVD, "svd_ranks", _row("ratio", "4096x4096", "gaussian", 512), 5),
     Goal("all 224 matrices of a 7B LLaMA", SVD + ", once per shape", "svd_llama", _whole, 14),
+    Goal(
+        "factors of a 7B in bfloat16 from disk, r = 16", "", "full_size", lambda r: r["factors"]["seconds"] / 60, 3,
+        " min", True,
+    ),
     Goal("factors from the cache, 7B shapes, float32", "the first time", "cache_7b", _cached, 1 / 20, at_most=True),
     Goal("factors of SmolLM2, 210 layers, r = 32", "", "smollm2", lambda r: _way(r, "milora_vl"), 8, " s", True),
     Goal("the same from the cache", "", "smollm2", lambda r: _way(r, "milora_vl, from its cache"), 1, " s", True),
@@ -112,6 +116,15 @@ GOALS = (
         "a whole training, smol-llava, against TRL", "TRL's SFTTrainer", "whole_training",
         lambda r: r["pictures"]["milora_over_trl"], 2,
     ),
+    Goal(
+        "a whole training, SmolLM2 with text", "HF Trainer + PEFT LoRA", "whole_training_text",
+        lambda r: r["text"]["milora_over_hf"], 4,
+    ),
+    Goal(
+        "a whole training, SmolLM2 with text, against TRL", "TRL's SFTTrainer", "whole_training_text",
+        lambda r: r["text"]["milora_over_trl"], 2,
+    ),
+    Goal("`make demo` after setup", "", "demo", lambda r: r["seconds"] / 60, 5, " min", True),
     Goal("encode and mask, VQA records", "LLaVA's `preprocess_v1`", "data", lambda r: r["encode_VQA"]["ratio"], 5),
     Goal("encode and mask, captions", "LLaVA's `preprocess_v1`", "data", lambda r: r["encode_captions"]["ratio"], 5),
     Goal(

@@ -1,12 +1,12 @@
 """A whole training against what people would use instead: HF's Trainer with PEFT's LoRA, and TRL's SFTTrainer.
 
-python benchmarks/whole_training.py [--data pictures text] [--steps 10] [--rounds 1] [--way milora hf trl]
+python benchmarks/whole_training.py [--data pictures text] [--steps 10] [--rounds 1] [--way milora hf trl ...]
 
 The model, records, batch, rank, data type, optimizer and learning rate are the same. HF's Trainer gets a collator that
 calls the processor, TRL its own DataCollatorForVisionLanguageModeling; both compute the loss of the answers alone.
 Pictures: smol-llava with records of the emoji data (`python -m milora_data emoji --output_dir data/emoji`). Text:
 SmolLM2 with conversations of several hundred tokens. Each training runs in its own process, the methods in turns.
-Seconds are processor time, which another program on the machine disturbs little. TRL needs: pip install trl.
+Seconds are processor time of one thread, which another program on the machine disturbs little. TRL needs: pip install trl.
 Prints one JSON line.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import random
 import resource
 import statistics
@@ -42,7 +43,7 @@ def main() -> None:
     options.add_argument("--emoji", type=Path, default=Path("data/emoji"))
     options.add_argument("--steps", type=int, default=10)
     options.add_argument("--rounds", type=int, default=1)
-    options.add_argument("--way", nargs="+", choices=WAYS, default=["milora", "hf", "trl"])
+    options.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     options.add_argument("--one", action="store_true", help="run the first way in this process (internal)")
     chosen = options.parse_args()
     if chosen.one:
@@ -60,7 +61,8 @@ def compare(data: str, ways: list[str], chosen: argparse.Namespace) -> dict[str,
     for _ in range(chosen.rounds):
         for way in ways:
             words = ["--one", "--way", way, "--data", data, "--steps", str(chosen.steps), "--emoji", str(chosen.emoji)]
-            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+            command, one_thread = [sys.executable, __file__, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=one_thread, stdout=subprocess.PIPE, text=True, check=True)
             runs[way].append(json.loads(done.stdout.splitlines()[-1]))
             print(data, way, runs[way][-1], file=sys.stderr)
     medians = {

@@ -295,12 +295,11 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         return self.lora_B[adapter](hidden, base, self.scaling[adapter])  # type: ignore[no-any-return]
 
     def _only_adapter(self) -> str | None:
-        """Return the active adapter if it is the only one here, anchored, not merged, and enabled."""
+        """Return the active adapter if it is the only one here, one of ours, not merged, and enabled."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return None
-        is_anchored = type(self.lora_A[active[0]]) is LinearA and type(self.lora_B[active[0]]) is LinearB
-        return active[0] if is_anchored else None
+        return active[0] if isinstance(self.lora_B[active[0]], LinearB) else None
 
 
 class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
@@ -338,9 +337,11 @@ class _Residual(Halves):
         factor = self.anchor.to(self.delta.dtype) + self.delta
         return factor if torch.compiler.is_compiling() else factor.as_subclass(Joined)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return A x or B h: (..., in) -> (..., r), (..., r) -> (..., out)."""
-        return F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
+    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """Return A x or s B h: (..., in) -> (..., r), (..., r) -> (..., out); `onto` (..., out) is added."""
+        out = F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
+        out = out if scaling == 1 else out * scaling
+        return out if onto is None else _own(onto).add_(out)
 
 
 class ResidualA(_Residual, LinearA):  # type: ignore[misc,override]
@@ -468,10 +469,17 @@ def multiply_up(
     if onto is None or onto.dtype != dtype:
         update: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, None)  # type: ignore[no-untyped-call]
         return update if onto is None else (onto + update).to(onto.dtype)
-    # Autograd refuses to change a leaf, and copies the gradient if a view is changed.
+    return _Up.apply(hidden, delta, anchor, dtype, scaling, _own(onto))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _own(onto: Tensor) -> Tensor:
+    """Return a contiguous tensor that may be changed: `onto`, or a copy of it.
+
+    Autograd refuses to change a leaf, and copies the gradient if a view is changed.
+    """
     if not onto.is_contiguous() or onto._is_view() or (onto.requires_grad and onto.is_leaf):
-        onto = onto.clone(memory_format=torch.contiguous_format)
-    return _Up.apply(hidden, delta, anchor, dtype, scaling, onto)  # type: ignore[no-any-return,no-untyped-call]
+        return onto.clone(memory_format=torch.contiguous_format)
+    return onto
 
 
 def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:

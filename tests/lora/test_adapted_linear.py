@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from milora_vl.adapter import apply_milora
+from milora_vl.adapter import Form, apply_milora
 from milora_vl.lora.install import lora_layer
 from milora_vl.lora.layers import AdaptedLinear
 from support.adapter_cases import move
@@ -32,10 +32,12 @@ class Two(nn.Module):
         return out
 
 
-def adapted(*, bias: bool = False, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
+def adapted(
+    *, bias: bool = False, dtype: torch.dtype = torch.float32, form: Form = "anchored", **fields: Any
+) -> PeftModel:
     torch.manual_seed(0)
     rule = {"modules": "*", "method": "milora", "rank": 4, "alpha": 6, **fields}
-    model = apply_milora(Two(bias=bias).to(dtype), [rule])
+    model = apply_milora(Two(bias=bias).to(dtype), [rule], form=form)
     move(model, 0.1)
     return model
 
@@ -68,6 +70,7 @@ def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, 
     return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("form", ["anchored", "residual"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
@@ -80,9 +83,9 @@ def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, 
     ],
 )
 def test_outputs_and_gradients_are_those_of_pefts_forward(
-    bias: bool, dtype: torch.dtype, autocast: bool, tolerance: float
+    form: Form, bias: bool, dtype: torch.dtype, autocast: bool, tolerance: float
 ) -> None:
-    model, x = adapted(bias=bias, dtype=dtype), batch(3, 5).to(dtype)
+    model, x = adapted(form=form, bias=bias, dtype=dtype), batch(3, 5).to(dtype)
     ours = result(model, x, autocast=autocast)
     with stock_forward():
         stock = result(model, x, autocast=autocast)
