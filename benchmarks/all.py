@@ -63,7 +63,8 @@ PARTS = {
     "soak": "soak.py --minutes 60 --between 150 360",
 }
 LONG = (  # three hours
-    "svd_llama_13b", "whole_training_text", "demo", "eval_scale", "full_size", "kills", "kills_ddp", "kills_zero3", "soak",
+    "svd_llama_13b", "whole_training_text", "demo", "eval_scale", "full_size",
+    "kills", "kills_ddp", "kills_zero3", "soak",
 )  # fmt: skip
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}

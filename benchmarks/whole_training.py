@@ -6,8 +6,8 @@ The model, records, batch, rank, data type, optimizer and learning rate are the 
 calls the processor, TRL its own DataCollatorForVisionLanguageModeling; both compute the loss of the answers alone.
 Pictures: smol-llava with records of the emoji data (`python -m milora_data emoji --output_dir data/emoji`). Text:
 SmolLM2 with conversations of several hundred tokens. Each training runs in its own process, the methods in turns.
-Seconds are processor time of one thread, which another program on the machine disturbs little. TRL needs: pip install trl.
-Prints one JSON line.
+Seconds are processor time of one thread, which another program on the machine disturbs little.
+TRL needs: pip install trl. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def ours(records: list[dict[str, Any]], data: str, emoji: Path, folder: Path, st
     (folder / "recipe.yaml").write_text(
         f"model: {'smol-llava' if data == 'pictures' else 'smollm2'}\ndtype: bfloat16\ntemplate: vicuna_v1\n"
         f"data: {{path: {folder / 'train.json'}, image_folder: {emoji / 'images'}, max_length: 512}}\n"
-        f"attn_implementation: {'eager' if data == 'pictures' else 'sdpa'}\npolicy: [{rule}]\n"
+        f"attn_implementation: eager\npolicy: [{rule}]\n"
     )
     words = {
         "output_dir": folder / "run", "max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": 1,

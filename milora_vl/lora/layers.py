@@ -288,7 +288,7 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         base = self.base_layer(x, *args)
         # A hook of the base layer may have kept its output, so that must not change.
         base = base.clone() if self.base_layer._forward_hooks else base
-        down = self.lora_A[adapter]
+        down: Any = self.lora_A[adapter]
         if not torch.is_autocast_enabled(x.device.type):
             x = self._cast_input_dtype(x, down.delta.dtype)
         hidden = down(self.lora_dropout[adapter](x))

@@ -34,6 +34,7 @@ from milora_vl.policy import Target
 from milora_vl.recipe.base_model import config_for, prepares_with_processor
 from milora_vl.recipe.on_model import require_template
 from milora_vl.recipe.schema import Recipe
+from milora_vl.train import shared_prefix
 from milora_vl.train.trainer import CheckpointKind
 
 FIRST = 100  # records that are checked before the model loads
@@ -254,6 +255,8 @@ def _set_attention(model: Any, name: str) -> None:
             where="attn_implementation",
             hint="use sdpa or eager",
         ) from None
+    if name == "eager":
+        shared_prefix.use_attention(model)
 
 
 def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
