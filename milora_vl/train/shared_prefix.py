@@ -41,9 +41,10 @@ LEAST = 0.05  # the share of a batch's tokens that must be saved
 def use_attention(model: nn.Module) -> bool:
     """Let the language model attend with `attention`; return False and change nothing for other kinds of models."""
     config: Any = model.config
-    text = config.get_text_config()
-    has_window = getattr(text, "sliding_window", None) is not None and getattr(text, "use_sliding_window", True)
-    if text.model_type not in LANGUAGE_MODELS or config.model_type not in ("llava", text.model_type) or has_window:
+    text = config.get_text_config().to_dict()
+    has_window = text.get("sliding_window") is not None and text.get("use_sliding_window", True)
+    kind = text["model_type"]
+    if kind not in LANGUAGE_MODELS or config.model_type not in ("llava", kind) or has_window:
         return False
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, eager_mask)
