@@ -212,12 +212,19 @@ def require_askable(processor: Any, prompts: Iterable[Prompt]) -> None:
     reader = ProcessorReader(None, processor)
     seen: set[object] = set()
     for prompt in prompts:
-        text = "".join(turn.text for turn in prompt.turns)
-        others = text.replace(IMAGE, "")  # some families have this mark as their token
         form = _form(prompt)
-        if form not in seen or text.count(IMAGE) != len(prompt.images) or reader.inputs.has_picture_tokens(others):
+        if form not in seen or reader.inputs.may_refuse(prompt.turns, len(prompt.images), len(prompt.videos)):
             reader.rendered(prompt)
         seen.add(form)
+
+
+def require_shown(processor: Any, prompt: Prompt) -> None:
+    """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
+
+    Its pictures and videos are processed too.
+    """
+    reader = ProcessorReader(None, processor)
+    reader.processed([(reader.rendered(prompt), prompt)])
 
 
 def _form(prompt: Prompt) -> object:
@@ -248,6 +255,7 @@ class ProcessorReader:
                 form = self.inputs.video_format if prompt.videos else self.inputs.format
                 text = form.render(turns, prompt=True)
             self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))
+            self.inputs.require_one_kind(len(prompt.images), [len(video.frames) for video in prompt.videos])
         except DataError as error:
             raise with_context(error, _named(prompt)) from None
         return text
@@ -261,8 +269,8 @@ class ProcessorReader:
         order = np.lexsort((-np.array(lengths), -np.array(kinds)))
         yield from _in_batches(order, np.array(kinds)[order], batch_size)
 
-    def tensors(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
-        """Return the model's inputs for prompts, padded on the left."""
+    def processed(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
+        """Return the processor's tensors for prompts, padded on the left. Raises UserError if it refuses them."""
         images = [[self._picture(image) for image in prompt.images] for _, prompt in batch]
         try:
             videos = [prompt.videos for _, prompt in batch]
@@ -272,7 +280,7 @@ class ProcessorReader:
         except PROCESSOR_ERRORS as error:
             raise self._refusal(batch, error) from None
         inputs.pop("labels", None)  # some processors add them
-        return {name: self._placed(value) for name, value in inputs.items()}
+        return inputs
 
     def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
         """Return the inputs of one prompt with an answer after it, and labels that are -100 before the answer."""
@@ -295,7 +303,7 @@ class ProcessorReader:
         decided: Decided | None = None,
     ) -> list[str]:
         """Return the answers to the prompts of one batch."""
-        inputs = self.tensors(batch)
+        inputs = {name: self._placed(value) for name, value in self.processed(batch).items()}
         width = inputs["input_ids"].shape[1]
         config = _greedy(self, max_new_tokens, num_beams)
         config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})

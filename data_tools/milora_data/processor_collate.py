@@ -13,6 +13,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from milora_data.frames import Frames, require_one_size
 from milora_data.images.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.picture_template import VIDEO_MARK, Rendered
 from milora_data.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
-from milora_data.record_collator import Item, RecordCollator, record_of
+from milora_data.record_collator import Item, RecordCollator, needed_by, record_of
 from milora_data.records import IMAGE, VIDEO, Record, Turn, Video, tools_of
 from milora_data.templates import Segment
 from milora_data.tokens import IGNORE
@@ -136,30 +137,12 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns, tools=tools_of(record))
             self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
-            self._require_one_kind(record)
+            self.inputs.require_one_kind(len(record.images), [len(video.frames) for video in record.videos])
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
-
-    def _require_one_kind(self, record: Record) -> None:
-        """Raise `DataError` for a record with pictures and videos, or several videos, that the model cannot take."""
-        if record.images and record.videos and not self.inputs.takes_pictures_and_videos:
-            raise DataError(
-                f"this model reads no pictures beside videos ({type(self.inputs.processor).__name__}), and this record "
-                "has both",
-                code="records-mixed",
-                hint="leave out its pictures or its videos",
-            )
-        counts = sorted({len(video.frames) for video in record.videos})
-        if len(counts) > 1 and not self.inputs.takes_mixed_videos:
-            raise DataError(
-                f"videos of {counts[0]} and {counts[-1]} frames in one record, which "
-                f"{type(self.inputs.processor).__name__} cannot take",
-                code="records-mixed",
-                hint="use as many frames for each video of a record",
-            )
 
     def _samples(self, items: Sequence[Item]) -> list[PictureSample]:
         """Return what the batch needs of the items, without those that the policy leaves out.
@@ -175,8 +158,22 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         samples = [self._kept(self._with_pictures, text, text[0].source or text[0].id) for text in texts]
         return [sample for sample in samples if sample is not None]
 
+    def require_usable(self, record: Record) -> None:
+        """Raise `DataError` for a record that no batch can use: also if `max_length` cuts off all of its answers."""
+        try:
+            self._read(record)
+        except ImageError as error:
+            raise needed_by(error, record.source or record.id) from None
+
     def _read(self, record: Record) -> PictureSample:
-        return self._with_pictures((record, self._rendered(record)))
+        """Return a sample that the processor takes, and that has an answer within `max_length`."""
+        sample = self._checked(self._with_pictures((record, self._rendered(record))))
+        if self.max_length is None:
+            return sample
+        batch = self._batch([sample])
+        if int(batch["attention_mask"].sum()) <= self.max_length:
+            return sample
+        return self._cut(_rows(batch, [sample])[0], self.max_length)
 
     def _with_pictures(self, text: tuple[Record, Rendered]) -> PictureSample:
         record, rendered = text
@@ -228,7 +225,9 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                 break
             limit = self.max_length - spare
             cut = [
-                self._cut(row, limit) if length > self.max_length else row.sample
+                self._kept(partial(self._cut, limit=limit), row, row.sample.where)
+                if length > self.max_length
+                else row.sample
                 for row, length in zip(rows, lengths, strict=True)
             ]
             samples = [sample for sample in cut if sample is not None]
@@ -255,12 +254,14 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             try:
                 return self._batch(samples), samples
             except DataError as error:  # the records are of kinds that do not fit into one batch
-                where = " and ".join(dict.fromkeys(sample.where for sample in (samples[0], samples[-1])))
+                first = {(bool(sample.images), len(sample.videos)): sample.where for sample in reversed(samples)}
+                where = " and ".join(dict.fromkeys(reversed(first.values())))
                 raise with_problems(error, [replace(error.first, where=where, hint=BATCH_OF_ONE)]) from None
             except UserError:
                 raise
             except PROCESSOR_ERRORS as error:
-                usable = [checked for sample in samples if (checked := self._checked(sample)) is not None]
+                checked = [self._kept(self._checked, sample, sample.where) for sample in samples]
+                usable = [sample for sample in checked if sample is not None]
                 if usable == samples:
                     raise DataError(
                         f"the processor refuses these records in one batch: {first_line(error)}",
@@ -280,29 +281,25 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             with_places=True,
         )
 
-    def _checked(self, sample: PictureSample) -> PictureSample | None:
-        """Return a sample that the processor takes alone: this one, or with plain pictures; None if it is left out."""
+    def _checked(self, sample: PictureSample) -> PictureSample:
+        """Return a sample that the processor takes alone: this one, or with plain pictures. Raises `DataError`."""
         try:
-            try:
-                self._batch([sample])
-                return sample
-            except UserError:
-                raise
-            except PROCESSOR_ERRORS as error:
-                images = [
-                    self._accepted(image, place_of(self.image_folder, name))
-                    for image, name in zip(sample.images, sample.record.images, strict=False)
-                ]
-                if all(new is old for new, old in zip(images, sample.images, strict=True)):
-                    raise DataError(
-                        f"the processor refuses this record: {first_line(error)}",
-                        code="record-processor-refuses",
-                        where=sample.where,
-                    ) from None
-                return self._checked(replace(sample, images=tuple(images)))
-        except DataError as error:
-            self._leave_out_or_raise(error, sample.where)
-            return None
+            self._batch([sample])
+            return sample
+        except UserError:
+            raise
+        except PROCESSOR_ERRORS as error:
+            images = [
+                self._accepted(image, place_of(self.image_folder, name))
+                for image, name in zip(sample.images, sample.record.images, strict=False)
+            ]
+            if all(new is old for new, old in zip(images, sample.images, strict=True)):
+                raise DataError(
+                    f"the processor refuses this record: {first_line(error)}",
+                    code="record-processor-refuses",
+                    where=sample.where,
+                ) from None
+            return self._checked(replace(sample, images=tuple(images)))
 
     def _accepted(self, image: Any, place: str | Path) -> Any:
         try:
@@ -321,8 +318,8 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             )
         return image
 
-    def _cut(self, row: _Row, limit: int) -> PictureSample | None:
-        """Return the sample of a row with at most `limit` tokens; None if no supervised text is left."""
+    def _cut(self, row: _Row, limit: int) -> PictureSample:
+        """Return the sample of a row with at most `limit` tokens. Raises `NoSupervisedTokens` if no answer is left."""
         sample, rendered = row.sample, row.sample.rendered
         error = NoSupervisedTokens(
             f"this record has no supervised answer: max_length {self.max_length} cuts off all of them",
@@ -330,13 +327,11 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             where=sample.where,
         )
         if rendered.suffix is not None:  # question and answer are one example
-            self._leave_out_or_raise(error, sample.where)
-            return None
+            raise error
         end = row.source(int(row.offsets[limit - 1, 1]))
         ranges = tuple((start, min(stop, end)) for start, stop in rendered.supervised if start < end)
         if not ranges:
-            self._leave_out_or_raise(error, sample.where)
-            return None
+            raise error
         text = rendered.text[:end]
         images = sample.images[: self.inputs.num_placeholders(text)]
         videos = sample.videos[: self.inputs.num_videos(text)]

@@ -14,7 +14,7 @@ import torch
 from milora_data.errors import DataError, UserError
 from milora_data.frames import Frames
 from milora_data.picture_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
-from milora_data.records import Turn
+from milora_data.records import IMAGE, VIDEO, Turn
 from milora_data.templates import no_videos
 
 # What processors raise for pictures and texts that they do not take.
@@ -66,9 +66,13 @@ class ProcessorInputs:
         """How conversations with videos are written: in the model's template, or in the processor's own for videos.
 
         SmolVLM's processor has one, because the published template omits videos.
+
+        Raises `DataError` for a processor that takes no videos.
         """
+        if self.video_placeholder is None:
+            raise no_videos(type(self.processor).__name__)
         default = vars(sys.modules[type(self.processor).__module__]).get("DEFAULT_CHAT_TEMPLATE")
-        if default is None or self.video_placeholder is None:
+        if default is None:
             return self.format
         try:
             written = self.format.render([Turn("user", f"{VIDEO_MARK}\na")], prompt=True).text
@@ -211,15 +215,24 @@ class ProcessorInputs:
         """Return the number of videos in a rendered text."""
         return text.count(self.video_placeholder) if self.video_placeholder else 0
 
-    def has_picture_tokens(self, text: str) -> bool:
-        """Return whether a text contains a token that stands for a picture, a part of one, or a video."""
-        tokens = {self.placeholder, *self.expanded, *filter(None, [self.video_placeholder])}
-        return any(token in text for token in tokens)
+    def may_refuse(self, turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> bool:
+        """Return whether a conversation has too many or too few marks, or a token of pictures or videos in a text.
+
+        It runs no template: there may be millions of records.
+        """
+        text = "".join([turn.text for turn in turns])
+        if text.count(IMAGE) != num_images or (num_videos and text.count(VIDEO) != num_videos):
+            return True
+        others = text.replace(IMAGE, "")  # some families have the marks as their tokens
+        others = others.replace(VIDEO, "") if num_videos else others
+        return any(token in others for token in self._media_tokens)
+
+    @cached_property
+    def _media_tokens(self) -> tuple[str, ...]:
+        return (self.placeholder, *self.expanded, *filter(None, [self.video_placeholder]))
 
     def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
         """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
-        if num_videos and self.video_placeholder is None:
-            raise no_videos(type(self.processor).__name__)
         if self.num_videos(text) != num_videos and (num_videos or self.video_placeholder != self.placeholder):
             if self.num_videos(text) > num_videos:
                 raise DataError(
@@ -254,6 +267,22 @@ class ProcessorInputs:
                     code="record-image-token-in-text",
                     hint="remove the token from the text",
                 )
+
+    def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:
+        """Raise `DataError` for pictures beside videos, or videos of several numbers of frames, if these do not fit."""
+        name = type(self.processor).__name__
+        if num_images and frames and not self.takes_pictures_and_videos:
+            raise DataError(
+                f"this model reads no pictures beside videos ({name}), and both are shown",
+                code="records-mixed",
+                hint="leave out the pictures or the videos",
+            )
+        if len(set(frames)) > 1 and not self.takes_mixed_videos:
+            raise DataError(
+                f"videos of {min(frames)} and {max(frames)} frames together, which {name} cannot take",
+                code="records-mixed",
+                hint="use as many frames for each video",
+            )
 
     def num_text_tokens(self, rendered: Rendered) -> int:
         """Return the number of tokens of a text without its pictures."""

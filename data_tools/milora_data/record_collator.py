@@ -104,8 +104,7 @@ class RecordCollator(ABC, Generic[Sample]):
         elif self.bad_images != "raise":
             self._leave_out("skipped" if isinstance(error, ImageError) else "broken", error)
         elif isinstance(error, ImageError):
-            # The error names the picture; the user also has to know which record to fix.
-            raise with_context(error, hint=f"needed by {record}; --bad_images skip leaves it out") from None
+            raise needed_by(error, record) from None
         else:
             raise error
 
@@ -134,6 +133,11 @@ class RecordCollator(ABC, Generic[Sample]):
     def _count(self, counter: str) -> None:
         worker = get_worker_info()
         self._counts[worker.id % (_MAX_WORKERS - 1) + 1 if worker else 0, _COUNTERS.index(counter)] += 1
+
+
+def needed_by(error: ImageError, record: str) -> ImageError:
+    """Return an error that names a picture with the record to fix."""
+    return with_context(error, hint=f"needed by {record}; --bad_images skip leaves it out")
 
 
 def record_of(item: Item) -> Record:

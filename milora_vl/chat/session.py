@@ -25,8 +25,9 @@ from milora_vl.adapters.scale import Update
 from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.chat.web import serve
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.generate import Prompt, generate, require_askable
+from milora_vl.generate import Prompt, generate, require_shown
 from milora_vl.load import load_by_flags, update_since
+from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import config_of, load_processor, split_processor
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.prompts import prompts_of
@@ -41,6 +42,7 @@ COMMANDS = {
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
 }
+_SHOWING = {name.split()[0]: name for name in COMMANDS if " " in name}
 
 
 def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
@@ -71,16 +73,28 @@ def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image
             name = base_of(Path(name))
         processor = load_processor(name) if prepares_with_processor(name) else None
     flag = "--video" if videos else "--image"
-    if processor is not None:
-        logging.getLogger(type(processor).__module__).addFilter(_name_fps)
     if processor is None:
         _require_taken(name, flag, bool(pictures), bool(videos))
-    elif options.question is not None:
-        turn = Chat.user_turn(options.question, pictures, [], videos)
-        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos))])
-    elif pictures or videos:  # the first question of a conversation will show them
-        turn = Chat.user_turn("What?", pictures, [], videos)
-        require_askable(processor, [Prompt((turn,), tuple(pictures), videos=tuple(videos), source=flag)])
+        return
+    prompts_of(options.model, options.adapter, options.template).limit(processor)
+    logging.getLogger(type(processor).__module__).addFilter(_name_fps)
+    if options.question is None and not pictures and not videos:
+        return
+    question = options.question or "What?"  # the first question of a conversation will show them
+    try:
+        require_shown(processor, _about(question, pictures, videos, "" if options.question else flag))
+    except UserError:
+        for path, picture in zip(options.image or (), pictures, strict=True):
+            require_shown(processor, _about("What?", [picture], (), f"--image {path}"))
+        for path, video in zip(options.video or (), videos, strict=True):
+            require_shown(processor, _about("What?", (), [video], f"--video {path}"))
+        raise
+
+
+def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames], source: str) -> Prompt:
+    """Return the first question of a conversation, which errors name by `source` if there is one."""
+    turn = Chat.user_turn(question, pictures, [], videos)
+    return Prompt((turn,), tuple(pictures), videos=tuple(videos), source=source)
 
 
 def _require_taken(name: str, flag: str, has_pictures: bool, has_videos: bool) -> None:
@@ -177,6 +191,11 @@ class Chat:
         self.videos = tuple(videos)
         self.turns: list[Turn] = []
 
+    def require_shown(self, source: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
+        """Raise UserError, at `source`, for pictures or videos that the processor of the model refuses."""
+        if uses_processor(self.model.config):
+            require_shown(self.processor, _about("What?", pictures, videos, source))
+
     def add(self, picture: Image.Image) -> None:
         """Show one more picture with the next question."""
         self.pictures = (*self.pictures, picture)
@@ -190,7 +209,7 @@ class Chat:
         if self.compare:
             self._write_reply("base   ", base=True)
         answer = self._write_reply("tuned  " if self.compare else "", base=False)
-        self.turns.append(Turn("assistant", answer))
+        self.turns.append(self.answer_turn(answer))
         return answer
 
     def answers(self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> dict[str, str]:
@@ -213,6 +232,11 @@ class Chat:
         if videos:  # otherwise <video> is a text
             marks += _missing_marks(VIDEO, question, len(videos), turns)
         return Turn("user", marks + question)
+
+    @staticmethod
+    def answer_turn(answer: str) -> Turn:
+        """Return an answer as a turn. A mark in it is a text, not the place of a picture or a video."""
+        return Turn("assistant", answer.replace(IMAGE, "[image]").replace(VIDEO, "[video]"))
 
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> str:
         """Return the answer to the last turn, from the base model if `base`. `streamer` gets each new token."""
@@ -285,12 +309,16 @@ def converse(
                 break
             if word == "/reset":
                 chat.start(chat.pictures, chat.videos)
+            elif word in _SHOWING and not argument.strip():
+                raise UserError(f"the name is missing; expected {_SHOWING[word]}", code="chat-unknown-command")
             elif word == "/image":
-                _show_instead(chat, [open_picture(Path(argument.strip()))], ())
+                _show_instead(chat, line, [open_picture(Path(argument.strip()))], ())
             elif word == "/video":
-                _show_instead(chat, (), [open_video(Path(argument.strip()), fps)])
+                _show_instead(chat, line, (), [open_video(Path(argument.strip()), fps)])
             elif word == "/add":
-                chat.add(open_picture(Path(argument.strip())))
+                picture = open_picture(Path(argument.strip()))
+                chat.require_shown(line, [*chat.pictures, picture], chat.videos)
+                chat.add(picture)
             elif line.startswith("/"):
                 raise _unknown_command(word)
             else:
@@ -299,8 +327,12 @@ def converse(
             report(error)
 
 
-def _show_instead(chat: Chat, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
-    """Start a conversation about these, and say whether it lacks videos or pictures of the one before."""
+def _show_instead(chat: Chat, line: str, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+    """Start a conversation about these, and say whether it lacks videos or pictures of the one before.
+
+    Raises UserError, at the `line` of the user, if the model does not take them; the old conversation then goes on.
+    """
+    chat.require_shown(line, pictures, videos)
     dropped = [name for name, old, new in (("videos", chat.videos, videos), ("pictures", chat.pictures, pictures))
                if old and not new]  # fmt: skip
     chat.start(pictures, videos)

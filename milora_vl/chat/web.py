@@ -135,7 +135,7 @@ def answers(
         for text in _partial_answers(chat, asked, pictures, base=base):
             log[-1] = {"role": "assistant", "content": escape(text)}
             yield turns, logs
-    yield [*asked, Turn("assistant", text)], logs
+    yield [*asked, chat.answer_turn(text)], logs
 
 
 def _partial_answers(chat: Chat, turns: list[Turn], pictures: Sequence[Image.Image], *, base: bool) -> Iterator[str]:

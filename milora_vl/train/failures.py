@@ -27,7 +27,6 @@ NOT_WRITTEN = (
     "unexpected pos",
     "iostream error",
 )
-LOADER_GONE = (ConnectionResetError, EOFError)  # while the main process receives a batch
 WORKER_DIED = ("DataLoader worker", "exited unexpectedly")
 LOADER_HANGS = "DataLoader timed out"
 SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout")
@@ -53,8 +52,6 @@ def explained(args: TrainingArguments) -> Iterator[None]:
         ) from None
     except (OSError, EOFError, SafetensorError, RuntimeError) as error:
         problem = output_problem(error, str(args.output_dir)) if isinstance(error, OSError) else None
-        if isinstance(error, LOADER_GONE) and args.dataloader_num_workers and args.world_size == 1:
-            problem = _loader_died(str(error) or type(error).__name__)
         problem = problem or _explain(str(error), args)
         if problem is None:
             raise
@@ -72,7 +69,10 @@ def _out_of_memory(text: str, args: TrainingArguments) -> Problem:
 
 
 def _loader_died(text: str) -> Problem:
-    hint = f"the system kills processes when memory runs out; try a smaller --dataloader_num_workers\n{RESUME}"
+    hint = (
+        "memory has run out, or shared memory (/dev/shm; in a container: docker run --shm-size 8g); "
+        f"try a smaller --dataloader_num_workers\n{RESUME}"
+    )
     return Problem(f"a loader process died: {text}", "run-loader-died", hint=hint)
 
 

@@ -26,7 +26,8 @@ from milora_data.records import Record
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
 from milora_vl.towers import find_towers
-from milora_vl.train.failures import NOT_WRITTEN
+from milora_vl.train import loader_processes
+from milora_vl.train.failures import NOT_WRITTEN, explained
 
 VERSION = 1  # increase it when the same tower and picture may give other features
 BATCH = 16  # pictures
@@ -54,7 +55,7 @@ def prepare(
     pictures = [place_of(collator.image_folder, name) for name in names]
     maker = collator.maker()
     reader = FeatureReader(folder / _key(tower, layers, maker, args), maker, collator.tiling)
-    with _Tower(tower, layers, args) as compute:
+    with explained(args), _Tower(tower, layers, args) as compute:
         try:
             _fill(reader, compute, pictures, args, screen)
         except (OSError, SafetensorError) as error:
@@ -125,11 +126,12 @@ def _fill(
     _announce(reader, len(missing), len(seen) - 1, screen)
     PartialState().wait_for_everyone()  # all processes list the same files before one of them writes
     mine = _Pictures(missing[args.process_index :: args.world_size], reader.maker)
-    loader: Any = torch.utils.data.DataLoader(
-        mine, batch_size=BATCH, num_workers=args.dataloader_num_workers, collate_fn=list
+    loader = loader_processes.with_timeout(
+        torch.utils.data.DataLoader(mine, batch_size=BATCH, num_workers=args.dataloader_num_workers, collate_fn=list)
     )
-    for batch in tqdm(loader, "features of pictures", disable=None, file=sys.stderr, leave=False):
-        _write(reader, compute, [pair for pair in batch if pair is not None])
+    with loader_processes.found_while_waiting():
+        for batch in tqdm(loader, "features of pictures", disable=None, file=sys.stderr, leave=False):
+            _write(reader, compute, [pair for pair in batch if pair is not None])
     PartialState().wait_for_everyone()
 
 

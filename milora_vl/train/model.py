@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +17,9 @@ from torch import nn
 from milora_data.encode import NoSupervisedTokens, encode
 from milora_data.errors import DataError, UserError, first_line, with_context
 from milora_data.images.files import ImageError
-from milora_data.processor_collate import ProcessorCollator, marked
+from milora_data.processor_collate import ProcessorCollator
 from milora_data.processor_inputs import ProcessorInputs
-from milora_data.records import Record, uses_tools
+from milora_data.records import IMAGE, Record, uses_tools
 from milora_data.templates import OWN
 from milora_vl.adapter import apply_targets
 from milora_vl.adapter_folders import ADAPTER_FILES, PROJECTOR_FILES
@@ -38,6 +41,7 @@ from milora_vl.train import shared_prefix
 from milora_vl.train.trainer import CheckpointKind
 
 FIRST = 100  # records that are checked before the model loads
+_MOST_REASONS = 3
 WEIGHTS_FILE: dict[CheckpointKind, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
 
 
@@ -53,30 +57,40 @@ class Built:
     frozen: list[str]  # towers without trained modules
 
 
-def require_trainable(recipe: Recipe, records: Sequence[Record], held_out: Sequence[Record] = ()) -> None:
+def require_trainable(recipe: Recipe, records: Sequence[Record], held_out: Sequence[Record] = ()) -> list[str]:
     """Check the training and the held-out records with the processor of the base, before its weights load.
 
-    Raises UserError if the model has no chat template or it rejects the first records, if records are of kinds that
-    the processor cannot put into one batch, and if none of the training records has an answer.
+    Return a warning for each kind of records that the run will leave out.
+
+    Raises UserError if the model has no chat template or it rejects records, if records are of kinds that the processor
+    cannot put into one batch, and if none of the training or of the held-out records has an answer.
     """
     if prepares_with_processor(recipe.model):
         processor = load_processor(recipe.model)
         limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
-        collate = ProcessorCollator(processor, image_folder=recipe.data.image_folder)
+        data, warnings = recipe.data, []
+        collate = ProcessorCollator(processor, image_folder=data.image_folder, max_length=data.max_length)
         for part, checked in (("train", records), ("eval", held_out)):
             kinds = _first_of_kinds(checked)
             _require_one_kind(recipe, collate.inputs, kinds, f"per_device_{part}_batch_size")
-            if recipe.data.bad_images == "raise":
-                _require_marks(checked)
-                _require_collated(collate, checked, kinds)
+            if data.bad_images == "raise":
+                _require_written(collate, checked)
+                _require_collated(collate, kinds)
             else:
                 _require_usable(collate, [*kinds.values(), *checked[:FIRST]])
-        return
+                warnings += _kinds_left_out(collate, checked)
+            # These records read pictures, so some stand for all: one in `step`.
+            step = -(-len(checked) // FIRST) or 1
+            _require_answers(collate.require_usable, checked[::step])
+        return warnings
     tokenizer = split_processor(load_processor(recipe.model))[0]
     if recipe.template == OWN:
         first = [*records[:FIRST], *held_out[:FIRST]]
         require_template(recipe, tokenizer, first if recipe.data.bad_images == "raise" else ())
-    _require_answers(recipe, tokenizer, records)
+    read = _encoder(recipe, tokenizer)
+    for checked in (records, held_out):
+        _require_answers(read, checked)
+    return []
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
@@ -89,20 +103,25 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple
     return model, processor
 
 
-def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) -> None:
-    """Raise DataError if no record has a supervised token, for example because `max_length` cuts off all answers."""
+def _encoder(recipe: Recipe, tokenizer: Any) -> Callable[[Record], object]:
+    """Return a function that encodes a record of a LLaVA or a text-only model, with plain pictures."""
     config = config_for(recipe)
+    return partial(
+        encode,
+        tokenizer=tokenizer,
+        template=recipe.template,
+        image_token_id=-1,
+        image_tokens=image_tokens(config) if "vision_config" in config.to_dict() else 0,
+        max_length=recipe.data.max_length,
+    )
+
+
+def _require_answers(read: Callable[[Record], object], records: Sequence[Record]) -> None:
+    """Raise DataError if no record has a supervised token, for example because `max_length` cuts off all answers."""
     unanswered = None
     for record in records:
         try:
-            encode(
-                record,
-                tokenizer,
-                template=recipe.template,
-                image_token_id=-1,
-                image_tokens=image_tokens(config) if "vision_config" in config.to_dict() else 0,
-                max_length=recipe.data.max_length,
-            )
+            read(record)
         except NoSupervisedTokens as error:
             unanswered = unanswered or error
         except DataError:  # the collator reports it, or leaves the record out, as `bad_images` says
@@ -110,7 +129,7 @@ def _require_answers(recipe: Recipe, tokenizer: Any, records: Sequence[Record]) 
         else:
             return
     if unanswered is not None:
-        raise with_context(unanswered, hint=f"the same holds for all {len(records):,} records")
+        raise with_context(unanswered, hint=f"the same holds for all {len(records):,} records that were checked")
 
 
 class _Kind(NamedTuple):
@@ -133,29 +152,63 @@ def _first_of_kinds(records: Sequence[Record]) -> dict[_Kind, Record]:
     return kinds
 
 
-def _require_marks(records: Sequence[Record]) -> None:
-    """Raise DataError for the first record with more or fewer `<image>` than pictures."""
-    for record in records:
-        try:
-            marked(record.turns, len(record.images))
-        except DataError as error:
-            raise with_context(error, _place(record)) from None
+def _form(record: Record) -> object:
+    """Return what chat templates decide by: roles, pictures, videos and tools. There may be millions of records."""
+    turns = [(turn.role, IMAGE in turn.text, bool(turn.call)) for turn in record.turns]
+    return tuple(turns), len(record.videos), "tools" in record.extra
 
 
-def _require_collated(collate: ProcessorCollator, records: Sequence[Record], kinds: Mapping[_Kind, Record]) -> None:
-    """Raise DataError if the chat template rejects one of the first records, or the processor the first of a kind."""
+def _require_written(collate: ProcessorCollator, records: Sequence[Record]) -> None:
+    """Raise DataError for a record that the chat template rejects.
+
+    The first records are rendered, the first of each form, and those whose marks or texts may be wrong.
+    """
+    seen: set[object] = set()
+    for number, record in enumerate(records):
+        form = _form(record)
+        refusable = collate.inputs.may_refuse(record.turns, len(record.images), len(record.videos))
+        if number < FIRST or form not in seen or refusable:
+            seen.add(form)
+            with suppress(NoSupervisedTokens):  # the collator skips it
+                collate.num_supervised(record)
+
+
+def _require_collated(collate: ProcessorCollator, kinds: Mapping[_Kind, Record]) -> None:
+    """Raise DataError if the processor rejects the first record of a kind."""
     # A record with videos of one length is a kind here, whatever that length is: all of its pictures are read.
     grouped: dict[tuple[object, ...], Record] = {}
     for kind, record in kinds.items():
         grouped.setdefault((kind.has_pictures, min(len(kind.frames), 2), kind.has_tools), record)
-    firsts = list(grouped.values())
-    for record in [*records[:FIRST], *firsts]:
-        try:
-            collate.num_supervised(record)
-        except NoSupervisedTokens:  # the collator skips it
-            continue
-        if any(record is first for first in firsts):
-            collate([record])
+    for record in grouped.values():
+        with suppress(NoSupervisedTokens):
+            collate.require_usable(record)
+
+
+def _kinds_left_out(collate: ProcessorCollator, records: Sequence[Record]) -> list[str]:
+    """Return a warning for each reason for which the chat template rejects all records of some form."""
+    counts: Counter[object] = Counter()
+    errors: dict[object, DataError] = {}
+    for record in records:
+        form = _form(record)
+        counts[form] += 1
+        # The first records of a form tell whether the form is rejected, or a text of one record.
+        if counts[form] == 1 or (form in errors and counts[form] <= FIRST):
+            try:
+                collate.num_supervised(record)
+                errors.pop(form, None)
+            except NoSupervisedTokens:
+                errors.pop(form, None)
+            except DataError as error:
+                errors.setdefault(form, error)
+    totals: Counter[str] = Counter()
+    firsts: dict[str, str] = {}
+    for form, refused in errors.items():
+        totals[refused.first.message] += counts[form]
+        firsts.setdefault(refused.first.message, refused.first.where)
+    return [
+        f"{count:,} of {len(records):,} records will be left out: {message} (first: {firsts[message]})"
+        for message, count in totals.most_common(_MOST_REASONS)
+    ]
 
 
 def _require_usable(collate: ProcessorCollator, records: Sequence[Record]) -> None:
@@ -163,8 +216,7 @@ def _require_usable(collate: ProcessorCollator, records: Sequence[Record]) -> No
     refused = None
     for record in records:
         try:
-            collate.num_supervised(record)
-            collate([record])
+            collate.require_usable(record)
         except (ImageError, NoSupervisedTokens):  # faults of this record alone
             return
         except DataError as error:

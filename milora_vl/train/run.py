@@ -184,7 +184,8 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
         screen.say(line)
     dtype = base_dtype(recipe)
     suites = suites_of(recipe)
-    model.require_trainable(recipe, inputs.data.train, inputs.data.evaluation or ())
+    for warning in model.require_trainable(recipe, inputs.data.train, inputs.data.evaluation or ()):
+        screen.warn(warning)
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)
         base, processor = model.load_base(recipe, dtype, device)

@@ -21,6 +21,7 @@ from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
 from milora_vl.chat.command import main as chat
 from milora_vl.chat.picture import open_video
+from milora_vl.chat.session import Chat
 from milora_vl.generate import Prompt, generate
 from milora_vl.load import load_model
 from milora_vl.losses import summed_loss
@@ -122,11 +123,44 @@ def answer_to(qwen: Path, pictures: Path, *texts: str, images: tuple[int, ...]) 
     return generate(model, processor, [Prompt(tuple(turns), files)], max_new_tokens=5)[0]
 
 
-def test_a_picture_that_the_processor_refuses_is_named(qwen: Path, pictures: Path, tmp_path: Path) -> None:
-    thin = tmp_path / "thin.png"
-    Image.new("RGB", (3000, 4)).save(thin)
-    with raises_code("record-processor-refuses", where="question 'What?'"):  # chat has opened the picture
-        asked(qwen, "--image", thin, "What?")
+@pytest.fixture
+def thin(tmp_path: Path) -> Path:
+    Image.new("RGB", (3000, 4)).save(tmp_path / "thin.png")  # Qwen's processor takes no ratio above 200
+    return tmp_path / "thin.png"
+
+
+def test_chat_names_a_picture_that_the_processor_refuses_before_weights_load(
+    qwen: Path, pictures: Path, thin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("milora_vl.chat.session.Chat.load", lambda _: pytest.fail("the weights load"))
+    for question in (["What?"], []):
+        with raises_code("record-processor-refuses", where=f"--image {thin}"):
+            asked(qwen, "--image", pictures / "0.png", "--image", thin, *question)
+
+
+def test_a_conversation_goes_on_after_a_picture_that_the_processor_refuses(
+    qwen: Path, pictures: Path, thin: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/add {thin}\n/image {thin}\n/image\nA?\n"))
+    assert asked(qwen, "--image", pictures / "0.png") == 0
+    out, err = capsys.readouterr()
+    assert out == answer_to(qwen, pictures, "<image>\nA?", images=(0,)) + "\n"
+    assert [line.partition(":")[2].split()[0] for line in err.splitlines() if line.startswith("error")] == [
+        "/add",
+        "/image",
+        "the",
+    ]
+
+
+def test_a_mark_in_an_answer_is_a_text(qwen: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("milora_vl.chat.session.generate", lambda *_, **__: ["Write <image> there."])
+    monkeypatch.setattr("sys.stdin", io.StringIO("How is a picture marked?\nThanks\n"))
+    assert asked(qwen) == 0
+    assert "error" not in capsys.readouterr().err
+    assert Chat.answer_turn("Write <image> there.").text == "Write [image] there."
+
+
+def test_a_picture_that_the_processor_refuses_is_named(qwen: Path, pictures: Path, thin: Path) -> None:
     model, processor = load_model(qwen)
     prompts = [Prompt((Turn("user", "<image>\nA?"),), (name,)) for name in (pictures / "0.png", thin)]
     with raises_code("record-processor-refuses", where=str(thin)):
@@ -271,7 +305,7 @@ def test_a_folder_without_frames_of_one_size_is_no_video(qwen: Path, pictures: P
 
 
 def test_a_template_without_videos_is_named(qwen: Path, clip: Path) -> None:
-    with raises_code("chat-template-no-pictures", where="question 'What?'"):
+    with raises_code("chat-template-no-pictures", where=f"--video {clip}"):
         asked(qwen, "--video", clip, "What?")
 
 

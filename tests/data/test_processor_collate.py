@@ -350,6 +350,19 @@ def bad(pictures: Path) -> dict[str, dict[str, Any]]:
     return {name: QUESTION | {"id": name, "image": [f"{name}.png"]} for name in ("cut", "thin", "missing")}
 
 
+def test_a_batch_without_usable_records_takes_only_a_usable_substitute(make: Any, bad: Any) -> None:
+    """A substitute that the processor refuses, or without an answer, once made the collator loop."""
+    long = record([("human", "long " * 30), ("gpt", "never reached")], [])
+    good = make()([QUESTION])
+    for unusable in (bad["thin"], long):
+        collate = make(bad_images="skip", max_length=70, substitutes=[bad["thin"], long, QUESTION])
+        batch = collate([unusable])
+        assert all(torch.equal(batch[key], good[key]) for key in good)
+        assert sum(collate.counts().values()) == 1
+        with raises_code("collate-empty-batch"):
+            make(bad_images="skip", max_length=70, substitutes=[unusable])([unusable])
+
+
 @pytest.mark.parametrize("name", ["cut", "thin", "missing"])
 def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, make: Any, bad: Any) -> None:
     with pytest.raises(ImageError) as error:

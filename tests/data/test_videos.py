@@ -146,7 +146,7 @@ def test_videos_of_several_lengths_are_refused_where_a_processor_cannot_mix_them
         assert len(collate([two])["video_grid_thw"]) == 2
         return
     assert not collate.inputs.takes_mixed_videos
-    message = "videos of 2 and 4 frames in one record"
+    message = "videos of 2 and 4 frames together"
     with raises_code("records-mixed", "data.json:2", message, hint="as many frames", kind=DataError):
         collate([parse_record(two, source="data.json:2")])
 
@@ -154,7 +154,7 @@ def test_videos_of_several_lengths_are_refused_where_a_processor_cannot_mix_them
 def test_a_record_with_a_picture_and_a_video_is_named_where_a_model_takes_one_of_them(pictures: Path) -> None:
     value = asked({"type": "image", "image": "0.png"}, CLIP, "What?")
     collate = collator("glm4v", pictures)
-    with raises_code("records-mixed", "data.json:3", "this record has both", kind=DataError) as error:
+    with raises_code("records-mixed", "data.json:3", "both are shown", kind=DataError) as error:
         collate([parse_record(value, source="data.json:3")])
     assert "batch_size" not in error.value.first.hint
     skipping = collator("glm4v", pictures, bad_images="skip")

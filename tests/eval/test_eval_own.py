@@ -92,6 +92,9 @@ def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: p
     assert len(code_of_the_docs().splitlines()) <= 50
 
 
+ASKED, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -103,6 +106,13 @@ def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: p
         ({"items": []}, ["expected a list of questions", '"metric"']),
         ([{"question": "?", "answer": "a", "image": "nowhere.png"}], ["1 pictures", "nowhere.png"]),
         ([{"question": "?", "answer": "a", "image": "../../a.png"}], ["question 1", "../../a.png is outside"]),
+        (
+            [{"question": "?", "answer": "a", "image": "https://a.org/b.png"}],
+            ["question 1", "web address: https://a.org"],
+        ),
+        ([{"messages": [ANSWER]}], ["question 1", "no turn of the user before the answer; the turns: assistant"]),
+        ([{"messages": [ASKED, ANSWER, ANSWER]}], ["question 1", "the turns: user, assistant, assistant"]),
+        ([{"messages": [], "answers": ["a"]}], ["question 1", "the turns: none"]),
     ],
 )
 def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path: Path) -> None:

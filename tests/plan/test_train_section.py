@@ -79,6 +79,13 @@ def test_no_answer_within_max_length_is_found_before_the_model_loads(
     monkeypatch.setattr("milora_vl.train.model.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     with raises_code("record-no-answer", where=str(records), hint="--max_length"):
         main([*words(records, "--max_length 20"), "--output_dir", str(tmp_path / "run")])
+    held_out = tmp_path / "held_out.json"
+    held_out.write_text(
+        json.dumps([{"conversations": [{"from": who, "value": "a " * 900} for who in ("human", "gpt")]}])
+    )
+    flags = f"--max_length 300 --eval_strategy steps --eval_steps 1 --eval_data_path {held_out}"
+    with raises_code("record-no-answer", where="held_out.json", hint="--max_length"):
+        main([*words(records, flags), "--output_dir", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 

@@ -109,13 +109,6 @@ def test_a_loader_process_that_dies_is_named(arguments: TrainingArguments) -> No
     assert error.value.problems[0].code == "run-loader-died"
 
 
-@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
-def test_a_loader_process_that_dies_while_it_sends_is_named(error: Exception, arguments: TrainingArguments) -> None:
-    arguments.dataloader_num_workers = 1
-    with raises_code("run-loader-died", hint="--dataloader_num_workers"), failures.explained(arguments):
-        raise error
-
-
 def test_other_errors_keep_their_traceback(arguments: TrainingArguments) -> None:
     for error in (RuntimeError("shapes differ"), FileNotFoundError("x"), KeyError("y")):
         with pytest.raises(type(error)), failures.explained(arguments):

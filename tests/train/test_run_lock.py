@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, dataloader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import TrainingArguments
 
@@ -28,6 +28,7 @@ from milora_vl.train import run as run_module
 from milora_vl.train.command import main
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
+from support.programs import Program
 from support.train_runs import file_contents, losses, training
 
 HOLDER = """
@@ -227,6 +228,98 @@ def test_a_killed_loader_process_is_an_error_where_a_batch_is_awaited(kind: Any)
         assert time.monotonic() - start < 30 < loader.timeout
     assert signal.getsignal(signal.SIGCHLD) == inner
     assert "_looks_again" not in DataLoader(range(2), num_workers=1)._get_iterator()._try_get_data.__qualname__
+
+
+@pytest.mark.parametrize("error", [ConnectionRefusedError(111, "Connection refused"), EOFError()])
+def test_a_loader_process_that_dies_while_it_sends_is_an_error(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object) -> None:
+        raise error
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setattr(dataloader._MultiProcessingDataLoaderIter, "_try_get_data", breaks)
+    loader = loader_processes.with_timeout(DataLoader(Numbers(), num_workers=1))
+    with loader_processes.found_while_waiting(), raises_code("run-loader-died"), failures.explained(args):
+        next(iter(loader))
+
+
+STOPPED = """
+import time
+from torch.utils.data import DataLoader, Dataset
+from milora_vl.train import loader_processes
+
+class Slow(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        time.sleep(0.7)
+        return index
+
+loader_processes.TIMEOUT, loader_processes.MP_STATUS_CHECK_INTERVAL = 1.4, 0.7
+with loader_processes.found_while_waiting():
+    batches = iter(loader_processes.with_timeout(DataLoader(Slow(), num_workers=1)))
+    print("waits", flush=True)
+    print(len(list(batches)), "batches", flush=True)
+"""
+
+
+def test_a_job_that_was_stopped_longer_than_the_timeout_continues(tmp_path: Path) -> None:
+    """A scheduler may stop all processes of a job for hours (SIGSTOP): the loader processes do not hang."""
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        program = Program(["-c", STOPPED], stdout=file, stderr=file, new_session=True)
+        try:
+            while "waits" not in log.read_text() and program.poll() is None:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            os.killpg(program.pid, signal.SIGSTOP)
+            time.sleep(2)
+            os.killpg(program.pid, signal.SIGCONT)
+            assert program.wait(60) == 0, log.read_text()
+        finally:
+            program.kill_if_running()
+    assert "2 batches" in log.read_text()
+
+
+@pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
+def test_sigterm_to_all_processes_of_a_job_leaves_the_step_its_batches(kind: Any) -> None:
+    """As schedulers and torchrun send it: the run ends its step and saves it, so it needs its loader processes."""
+    with loader_processes.found_while_waiting(streams=True):
+        loader = loader_processes.with_timeout(kind(list(range(50)), num_workers=2, persistent_workers=True))
+        batches = iter(loader)
+        next(batches)
+        workers = psutil.Process().children()[-2:]
+        for worker in workers:
+            worker.terminate()
+        assert len(list(batches)) == 49
+        assert all(worker.is_running() for worker in workers)
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+
+
+def test_a_batch_that_does_not_fit_into_shared_memory_ends_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In containers, /dev/shm has 64 MB. torch's processes lose the batch, and the main process waits for ever."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    loader = loader_processes.with_timeout(DataLoader(Numbers(), num_workers=1, collate_fn=unsendable))
+    with (
+        loader_processes.found_while_waiting(),
+        raises_code("run-loader-died", hint="--shm-size"),
+        failures.explained(args),
+    ):
+        next(iter(loader))
+    assert "cannot send its batch: unable to write to file </torch_1>" in capfd.readouterr().err
+
+
+class Unsendable:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+
+def unsendable(_: object) -> Unsendable:
+    return Unsendable()
 
 
 def test_a_loss_that_becomes_nan_ends_the_run_before_a_checkpoint_of_it(

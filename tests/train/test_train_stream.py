@@ -57,7 +57,7 @@ def test_dirt_in_a_stream_costs_no_run_and_is_counted(policy: str, tmp_path: Pat
     extra = ["--data_path", str(path), "--bad_images", policy, "--rank", "4", "--streaming", "--max_steps", "20"]
     assert main(training(path.parent, tmp_path / "run", *extra, "--dataloader_num_workers", "1")) == 0
     said = capfd.readouterr().err
-    assert "times while training: a broken record was skipped" in said
+    assert "times while training: a record was skipped because it is broken" in said
     assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 20
 
 

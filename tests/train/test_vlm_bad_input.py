@@ -156,8 +156,30 @@ def test_a_video_for_a_conversation_is_refused_with_its_flag(model: Path, images
     (clip / "0.png").write_bytes((images / "0.png").read_bytes())
     with pytest.raises(UserError) as error:
         chat(["--model", str(model), "--video", str(clip)])
-    assert error.value.first.where == "--video"
+    assert error.value.first.where == f"--video {clip}"
     assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
+
+
+def test_videos_of_several_lengths_are_refused_by_chat(internvl: Path, images: Path, tmp_path: Path) -> None:
+    for count in (1, 2):
+        (tmp_path / f"clip{count}").mkdir()
+        for number in range(count):
+            (tmp_path / f"clip{count}" / f"{number}.png").write_bytes((images / "0.png").read_bytes())
+    shown = ["--video", str(tmp_path / "clip1"), "--video", str(tmp_path / "clip2")]
+    with raises_code("records-mixed", where="question 'Same?'", message="videos of 1 and 2 frames together"):
+        chat(["--model", str(internvl), *shown, "Same?"])
+
+
+def test_a_video_for_a_processor_with_a_plain_prompt_is_named(images: Path, tmp_path: Path) -> None:
+    model = without_weights("paligemma", tmp_path / "model")
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "0.png").write_bytes((images / "0.png").read_bytes())
+    with raises_code("record-videos", where="--video", message="PaliGemmaProcessor takes no videos"):
+        chat(["--model", str(model), "--video", str(clip), "What?"])
+    value = {"video": ["0.png"]} | record([("human", "<video>\nWhat?"), ("gpt", "A cat.")], [])
+    with raises_code("record-videos", says=r"train\.json:1"):
+        trained(model, images, value, tmp_path)
 
 
 def test_files_that_are_no_pictures_are_named_by_chat(model: Path, images: Path, tmp_path: Path) -> None:
@@ -240,7 +262,7 @@ def test_videos_of_several_lengths_in_one_batch_are_refused(internvl: Path, imag
 def test_videos_of_several_lengths_in_one_record_are_refused(internvl: Path, images: Path, tmp_path: Path) -> None:
     value = {"videos": [["0.png"], ["0.png"] * 3]} | record([("human", "<video><video>\nSame?"), ("gpt", "No.")], [])
     words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 120 + [value])
-    with raises_code("records-mixed", "train.jsonl:121", "videos of 1 and 3 frames in one record"):
+    with raises_code("records-mixed", "train.jsonl:121", "videos of 1 and 3 frames together"):
         train([*words, "--per_device_train_batch_size", "1"])
 
 
@@ -259,7 +281,7 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     words = words_of(
         glm, images, tmp_path, [{"image": "0.png"} | video | record([("human", "<image><video>"), *ASKED[1:]], [])]
     )
-    with raises_code("records-mixed", "train.jsonl:1", "this record has both", "leave out its pictures or its videos"):
+    with raises_code("records-mixed", "train.jsonl:1", "both are shown", "leave out the pictures or the videos"):
         train(words)
 
 
@@ -287,11 +309,54 @@ def test_a_template_that_refuses_every_record_is_refused_under_each_policy(
         train(words)
 
 
-def test_too_many_marks_are_found_in_every_record(
+def test_what_a_template_rejects_is_found_in_every_record(
     internvl: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = record([("human", "<image>\n<image>\nSame?"), ("gpt", "No.")], ["0.png"])
-    words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [wrong])
-    with raises_code("record-image-count", "train.jsonl:151", "2 <image>"):
+    wrong = {
+        "record-image-count": record([("human", "<image>\n<image>\nSame?"), ("gpt", "No.")], ["0.png"]),
+        "record-image-token-in-text": record([("human", "What is <IMG_CONTEXT>?"), ("gpt", "A token.")], []),
+    }
+    for code, value in wrong.items():
+        words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [value])
+        with raises_code(code, "train.jsonl:151"):
+            train(words)
+    model = without_weights("paligemma", tmp_path / "model")  # it takes one question and one answer
+    more = [*ASKED, ("human", "Sure?"), ("gpt", "Yes.")]
+    words = words_of(model, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [record(more, ["0.png"])])
+    with raises_code("record-not-one-question", "train.jsonl:151"):
         train(words)
     assert "loading" not in capsys.readouterr().err
+
+
+def test_kinds_of_records_that_will_be_left_out_are_counted_before_weights_load(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = without_weights("idefics3", tmp_path / "model")
+    video = {"video": ["0.png"] * 2} | record(SEEN, [])
+    words = words_of(model, images, tmp_path, [record(ASKED, ["0.png"]), *[video] * 3])
+    with pytest.raises(UserError) as error:
+        train([*words, "--bad_images", "skip"])
+    assert error.value.first.code == "model-unreadable"
+    said = capsys.readouterr().err.partition("loading")[0]
+    left_out = [line for line in said.splitlines() if "left out" in line]
+    assert len(left_out) == 1
+    assert left_out[0].startswith(
+        "warning: 3 of 4 records will be left out: Idefics3Processor takes no videos (first: "
+    )
+    assert left_out[0].endswith("train.jsonl:2)")
+
+
+def test_records_without_an_answer_within_max_length_are_refused(images: Path, tmp_path: Path) -> None:
+    model = without_weights("qwen2_5_vl", tmp_path / "model")
+    short, long = (
+        record([("human", "Hi?"), ("gpt", "A cat.")], []),
+        record([("human", "hi " * 99), ("gpt", "Yes.")], []),
+    )
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps(long))
+    words = [*words_of(model, images, tmp_path, [short]), "--max_length", "150"]
+    held = ["--eval_data_path", str(held_out), "--eval_strategy", "steps", "--eval_steps", "1"]
+    with raises_code("record-no-answer", "held_out.jsonl:1"):
+        train([*words, *held])
+    with raises_code("record-no-answer", "train.jsonl:1", hint="all 100 records"):
+        train([*words_of(model, images, tmp_path, [long] * 200), "--max_length", "150"])

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from milora_data.command.cli import suggest
-from milora_data.command.web import url_problem
+from milora_data.command.web import url_problem, web_address
 from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_json, read_objects
 from milora_data.images.embedded import is_embedded, refusal
@@ -149,6 +149,13 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
         raise DataError(
             "no answer to compare with", code="own-data-no-answer", where=place, hint='add "answer" to the question'
         )
+    if address := next(filter(web_address, images), ""):
+        raise DataError(
+            f"a picture at a web address: {address[:80]}",
+            code="image-web-address",
+            where=place,
+            hint="download the picture and name its file",
+        )
     if embedded := next(filter(is_embedded, images), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
@@ -176,6 +183,14 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tu
     if turns and turns[-1].role == "assistant":
         answers = answers or [turns[-1].text]
         turns = turns[:-1]
+    if not turns or turns[-1].role != "user":
+        roles = ", ".join(turn.role for turn in record.turns) or "none"
+        raise DataError(
+            f"no turn of the user before the answer; the turns: {roles}",
+            code="own-data-format",
+            where=place,
+            hint="end the conversation with a question of the user, and its answer",
+        )
     return turns, record.images, tuple(map(str, answers or ()))
 
 
