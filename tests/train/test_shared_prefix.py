@@ -165,7 +165,8 @@ def test_a_training_with_eager_attention_shares_and_learns_the_same(
         return made
 
     monkeypatch.setattr(shared_prefix, "share", watched)
-    flags = ["--rank", "4", "--lora_dropout", "0", "--eval_data_path", str(tiny_data / "val.json"), "--eval_strategy", "steps", "--eval_steps", "3"]
+    held_out = ["--eval_data_path", str(tiny_data / "val.json"), "--eval_strategy", "steps", "--eval_steps", "3"]
+    flags = ["--rank", "4", "--lora_dropout", "0", *held_out]
     for name in ("sdpa", "eager"):
         assert train(training(tiny_data, tmp_path / name, "--attn_implementation", name, *flags)) == 0
     assert len(sizes) > 6  # the evaluation too
