@@ -48,7 +48,7 @@ PARTS = {
     "step_bf16_autocast": "step.py --dtype bfloat16 --autocast",
     "loss": "loss.py",
     "whole_training": "whole_training.py --data pictures --way milora hf trl",
-    "whole_training_text": "whole_training.py --data text",
+    "whole_training_text": "whole_training.py --data text --steps 5",
     "data": "data.py",
     "loader": "loader.py",
     "eval": "eval.py",

@@ -140,7 +140,7 @@ def ours(records: list[dict[str, Any]], data: str, emoji: Path, folder: Path, st
     (folder / "recipe.yaml").write_text(
         f"model: {'smol-llava' if data == 'pictures' else 'smollm2'}\ndtype: bfloat16\ntemplate: vicuna_v1\n"
         f"data: {{path: {folder / 'train.json'}, image_folder: {emoji / 'images'}, max_length: 512}}\n"
-        f"attn_implementation: eager\npolicy: [{rule}]\n"
+        f"attn_implementation: {'eager' if data == 'pictures' else 'sdpa'}\npolicy: [{rule}]\n"
     )
     words = {
         "output_dir": folder / "run", "max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": 1,
