@@ -52,9 +52,10 @@ def open_video(folder: Path, fps: float | None) -> Frames:
     return Frames(require_one_size([load_image(path) for path in files], str(folder)), fps)
 
 
-def _by_numbers(path: Path) -> list[tuple[int, str]]:
+def _by_numbers(path: Path) -> tuple[list[tuple[int, str]], str]:
     """Return the key that sorts names with their numbers as numbers, whatever the number of digits."""
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"([0-9]+)", path.name)]
+    parts = re.split(r"([0-9]+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], path.name
 
 
 _FRAMES = "write its frames to a folder:  ffmpeg -i {} -vf fps=2 {}/%04d.jpg"

@@ -80,9 +80,10 @@ def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image
     logging.getLogger(type(processor).__module__).addFilter(_name_fps)
     if options.question is None and not pictures and not videos:
         return
-    question = options.question or "What?"  # the first question of a conversation will show them
+    # The first question of a conversation will show them.
+    question, source = ("What?", flag) if options.question is None else (options.question, "")
     try:
-        require_shown(processor, _about(question, pictures, videos, "" if options.question else flag))
+        require_shown(processor, _about(question, pictures, videos, source))
     except UserError:
         for path, picture in zip(options.image or (), pictures, strict=True):
             require_shown(processor, _about("What?", [picture], (), f"--image {path}"))

@@ -21,17 +21,15 @@ from torch import nn
 
 from milora_data.command.cli import amount, as_typed
 from milora_data.errors import UserError
-from milora_data.processor_collate import ProcessorCollator
 from milora_data.records import Record
 from milora_data.templates import OWN
 from milora_data.tokens import share_template
 from milora_vl.models.image_tokens import image_tokens, uses_processor
 from milora_vl.models.loading import load_processor, meta_model, split_processor
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
-from milora_vl.models.processors import limit_pixels
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
-from milora_vl.plan import eval_section, first_batch, run_data, train_section
+from milora_vl.plan import eval_section, first_batch, record_checks, run_data, train_section
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.cost import MIX665K, Costs, costs_of
 from milora_vl.plan.plan import Plan, make_plan
@@ -279,8 +277,11 @@ def _with_processor(
             raise
         found = f"{read.describe()}, not checked: the processor of {recipe.model} is not on this machine"
         return _assumed(screen, recipe, found)
-    limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
-    collate = ProcessorCollator(processor, image_folder=recipe.data.image_folder, max_length=recipe.data.max_length)
+    collate = record_checks.collator_of(recipe, processor)
+    for warning in record_checks.check_with(collate, recipe, read.train, read.evaluation or ()):
+        screen.say(f"warning: {warning}")
+    if recipe.data.bad_images != "raise":  # the run leaves out the others
+        first = record_checks.usable(collate, read.train[: record_checks.FIRST])[: len(first)]
     counts = first_batch.count_with_processor(first, collate)
     screen.say(f"\ndata   {read.describe()}")
     screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")

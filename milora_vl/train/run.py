@@ -24,7 +24,7 @@ from milora_data.stream import RecordStream
 from milora_data.templates import OWN, no_tools
 from milora_vl import checkpoints
 from milora_vl.checkpoints import step_of
-from milora_vl.plan import eval_section, resuming, run_data
+from milora_vl.plan import eval_section, record_checks, resuming, run_data
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
@@ -184,7 +184,7 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
         screen.say(line)
     dtype = base_dtype(recipe)
     suites = suites_of(recipe)
-    for warning in model.require_trainable(recipe, inputs.data.train, inputs.data.evaluation or ()):
+    for warning in record_checks.require_trainable(recipe, inputs.data.train, inputs.data.evaluation or ()):
         screen.warn(warning)
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)

@@ -57,12 +57,13 @@ def test_records_with_messages_are_accepted_as_they_are(tmp_path: Path) -> None:
     parts = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Its color?"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Red."}]
     rows = [{"messages": messages}, {"prompt": "Is it red?", "completion": "Yes.", "images": ["a.png"]}]
+    rows += [{"messages": messages[:1], key: "Red."} for key in ("answer", "answers")]
     (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert evaluate(str(tmp_path / "val.jsonl"), tmp_path / "out")["benchmarks"][0]["n"] == 2
+    assert evaluate(str(tmp_path / "val.jsonl"), tmp_path / "out")["benchmarks"][0]["n"] == 4
     lines = (tmp_path / "out" / "eval" / "val" / "base" / "predictions.jsonl").read_text().splitlines()
     asked = [json.loads(line) for line in lines]
-    assert [line["answers"] for line in asked] == [["Red."], ["Yes."]]
-    assert [line["question"] for line in asked] == ["<image>\nIts color?", "<image>\nIs it red?"]
+    assert [line["answers"] for line in asked] == [["Red."], ["Yes."], ["Red."], ["Red."]]
+    assert [line["question"] for line in asked[:2]] == ["<image>\nIts color?", "<image>\nIs it red?"]
 
 
 def test_ids_that_come_twice_in_a_training_file_are_told_apart(tmp_path: Path) -> None:

@@ -323,8 +323,9 @@ def test_what_a_template_rejects_is_found_in_every_record(
     model = without_weights("paligemma", tmp_path / "model")  # it takes one question and one answer
     more = [*ASKED, ("human", "Sure?"), ("gpt", "Yes.")]
     words = words_of(model, images, tmp_path, [record(ASKED, ["0.png"])] * 150 + [record(more, ["0.png"])])
-    with raises_code("record-not-one-question", "train.jsonl:151"):
-        train(words)
+    for flags in ([], ["--dry-run"]):
+        with raises_code("record-not-one-question", "train.jsonl:151"):
+            train([*words, *flags])
     assert "loading" not in capsys.readouterr().err
 
 
@@ -333,9 +334,17 @@ def test_kinds_of_records_that_will_be_left_out_are_counted_before_weights_load(
 ) -> None:
     model = without_weights("idefics3", tmp_path / "model")
     video = {"video": ["0.png"] * 2} | record(SEEN, [])
-    words = words_of(model, images, tmp_path, [record(ASKED, ["0.png"]), *[video] * 3])
+    words = [
+        *words_of(model, images, tmp_path, [video, video, video, record(ASKED, ["0.png"])]),
+        "--bad_images",
+        "skip",
+    ]
+    assert train([*words, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "warning: 3 of 4 records will be left out" in out
+    assert "first batch: 1 record" in out
     with pytest.raises(UserError) as error:
-        train([*words, "--bad_images", "skip"])
+        train(words)
     assert error.value.first.code == "model-unreadable"
     said = capsys.readouterr().err.partition("loading")[0]
     left_out = [line for line in said.splitlines() if "left out" in line]
@@ -343,7 +352,7 @@ def test_kinds_of_records_that_will_be_left_out_are_counted_before_weights_load(
     assert left_out[0].startswith(
         "warning: 3 of 4 records will be left out: Idefics3Processor takes no videos (first: "
     )
-    assert left_out[0].endswith("train.jsonl:2)")
+    assert left_out[0].endswith("train.jsonl:1)")
 
 
 def test_records_without_an_answer_within_max_length_are_refused(images: Path, tmp_path: Path) -> None:

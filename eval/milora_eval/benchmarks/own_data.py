@@ -178,10 +178,9 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tu
     _refuse_videos(record.videos, place)
     if uses_tools(record):
         raise _tools(place)
-    turns = record.turns
-    answers = row.get("answers")
+    turns, answers = record.turns, _answers(row)
     if turns and turns[-1].role == "assistant":
-        answers = answers or [turns[-1].text]
+        answers = answers if row.get("answers") else (turns[-1].text,)
         turns = turns[:-1]
     if not turns or turns[-1].role != "user":
         roles = ", ".join(turn.role for turn in record.turns) or "none"
@@ -191,7 +190,14 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tu
             where=place,
             hint="end the conversation with a question of the user, and its answer",
         )
-    return turns, record.images, tuple(map(str, answers or ()))
+    return turns, record.images, answers
+
+
+def _answers(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the texts under "answers" or "answer", a list or one of them."""
+    answers = row.get("answers", row.get("answer"))
+    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
+    return tuple(map(str, answers))
 
 
 def _refuse_videos(videos: object, place: str) -> None:
@@ -231,10 +237,8 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
             code="own-data-format",
             where=place,
         )
-    answers = row.get("answers", row.get("answer"))
-    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     text = row["question"] if "<image>" in row["question"] else "<image>\n" * len(images) + row["question"]
-    return (Turn("user", text),), images, tuple(map(str, answers))
+    return (Turn("user", text),), images, _answers(row)
 
 
 def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
