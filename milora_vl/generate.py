@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from milora_data.command.cli import amount
 from milora_data.conversation import segments_of
 from milora_data.encode import encode_prompt
 from milora_data.errors import DataError, UserError, first_line, with_context
@@ -190,7 +191,7 @@ def prompt_ids(
     first, *pieces = text.split(IMAGE) if prompt.images else [text]
     if len(pieces) != len(prompt.images):
         raise UserError(
-            f"the prompt contains {len(pieces)} {IMAGE}, but {len(prompt.images)} pictures",
+            f"the prompt contains {len(pieces)} {IMAGE}, but {amount(len(prompt.images), 'picture')}",
             code="prompt-image-count",
             where=prompt.source,
             hint="write <image> once for each picture",

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from milora_data.command.cli import amount
 from milora_data.conversation import segments_of
 from milora_data.errors import DataError, with_context
 from milora_data.records import IMAGE, Record, Turn, parse_record, tools_of, uses_tools
@@ -80,7 +81,8 @@ def encode(
         bos, segments = segments_of(turns, template, tokenizer, traits=traits, tools=tools_of(record))
         encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
-            cut = f": max_length {max_length} cuts off the last {encoded.num_cut} tokens" if encoded.num_cut else ""
+            lost = amount(encoded.num_cut, "token")
+            cut = f": max_length {max_length} cuts off the last {lost}" if encoded.num_cut else ""
             raise NoSupervisedTokens(
                 f"this record has no supervised answer{cut}",
                 code="record-no-answer",

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from milora_data.command.cli import amount
 from milora_data.encode import NoSupervisedTokens
 from milora_data.errors import DataError, UserError, first_line, with_context, with_problems
 from milora_data.frames import Frames, require_one_size
@@ -442,7 +443,7 @@ def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
     found = sum(turn.text.count(IMAGE) for turn in turns)
     if found != num_images:
         raise DataError(
-            f"{found} {IMAGE} in the conversation, but {num_images} pictures in the record",
+            f"{found} {IMAGE} in the conversation, but {amount(num_images, 'picture')} in the record",
             code="record-image-count",
             hint="write <image> once for each picture",
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from milora_data.command.cli import did_you_mean, suggest
+from milora_data.command.cli import amount, did_you_mean, suggest
 from milora_data.errors import DataError, UserError
 from milora_data.records import IMAGE, Turn
 from milora_data.tokens import bos_ids, bos_text, eos_text, glue_after, own_template
@@ -289,7 +289,7 @@ def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
     several = num_images is None or sum(counts) == num_images
     if not several and sum(count > 0 for count in counts) != num_images:
         raise DataError(
-            f"{sum(counts)} {IMAGE} in the conversation, but {num_images} pictures in the record",
+            f"{sum(counts)} {IMAGE} in the conversation, but {amount(num_images or 0, 'picture')} in the record",
             code="record-image-count",
             hint="write <image> once for each picture",
         )

@@ -251,6 +251,9 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
     elif template == OWN and tokenizer is None:
         screen.say("\nthe tokenizer with the chat template is not on this machine: counts below use vicuna_v1")
         template = "vicuna_v1"
+    elif template == OWN and tokenizer is not None and not tokenizer.chat_template:  # `_missing` reports it
+        screen.say("\nthe model has no chat template: counts below use vicuna_v1")
+        template = "vicuna_v1"
     counts = first_batch.count(
         first,
         template=template,

@@ -219,10 +219,10 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
         return []
     if stage:
         raise UserError(
-            f"the optimizer state has {_count(wrote)}, one per process; now there are {processes} processes",
+            f"the optimizer state has {_count(wrote)}, one per process; this run has {_count(processes, 'process')}",
             code="resume-other-processes",
             where=str(checkpoint),
-            hint=f"to resume:  start {wrote} processes (torchrun --nproc_per_node {wrote} ...)",
+            hint=f"to resume:  start {_count(wrote, 'process')} (torchrun --nproc_per_node {wrote} ...)",
         )
     return [
         f"{checkpoint.name} was written by {_count(wrote, 'process')}, now there are {processes}: the random states "

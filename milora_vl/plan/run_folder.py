@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.command import atomic_write
+from milora_data.command.cli import amount
 from milora_data.command.output import require_folder
 from milora_data.errors import UserError
 from milora_vl import checkpoints
@@ -127,7 +128,7 @@ def _refuse_to_overwrite(path: Path) -> None:
         )
     if steps:
         raise UserError(
-            f"the folder holds {len(steps)} checkpoints ({steps[-1]}) of an unfinished run",
+            f"the folder holds {amount(len(steps), 'checkpoint')} ({steps[-1]}) of an unfinished run",
             code="run-unfinished",
             where=str(path),
             hint="to continue it:       --resume_from_checkpoint true\n"

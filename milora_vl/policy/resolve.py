@@ -40,7 +40,8 @@ class RankTooLarge(Problem):
     def of(cls, rank: int, shape: tuple[int, int]) -> RankTooLarge:
         """Return the problem of a rank on a matrix of this shape (out, in)."""
         message = f"{rank} is larger than min(out, in) = {min(shape)} of shape {shape}"
-        return cls(message, "policy-rank-too-large", ".rank", rank=rank, largest=min(shape))
+        hint = f"use a rank of at most {min(shape)}"
+        return cls(message, "policy-rank-too-large", ".rank", hint, rank=rank, largest=min(shape))
 
 
 @dataclass(slots=True)
@@ -194,7 +195,15 @@ def _resolve_targets(
         except PolicyError as error:
             for problem in error.problems:
                 paths_of_problem[problem.inside(f"policy[{number}]")].append(path)
+    smallest: dict[str, int] = {}  # a rule has one rank for matrices of several shapes
+    for problem in paths_of_problem:
+        if isinstance(problem, RankTooLarge):
+            smallest[problem.where] = min(smallest.get(problem.where, problem.largest), problem.largest)
     for problem, paths in paths_of_problem.items():
+        if isinstance(problem, RankTooLarge):
+            if problem.largest != smallest[problem.where]:
+                continue
+            smallest[problem.where] = 0  # one of its shapes stands for all
         more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
         problems.append(replace(problem, message=f"{problem.message}: {', '.join(paths[:2])}{more}"))
     return resolved

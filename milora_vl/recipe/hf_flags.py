@@ -64,8 +64,6 @@ AT_LEAST = {
     "dataloader_num_workers": 0,
     "warmup_steps": 0,
     "warmup_ratio": 0,
-    "logging_steps": 0,
-    "save_steps": 0,
     "eval_steps": 0,
     "weight_decay": 0,
     "max_grad_norm": 0,
@@ -74,6 +72,11 @@ AT_LEAST = {
     "adam_epsilon": 0,
     "seed": 0,
     "data_seed": 0,
+}
+# The Trainer fails at logging_steps 0, and never saves at save_steps 0.
+ABOVE_0 = {
+    "logging_steps": "for no log lines:  --logging_strategy no",
+    "save_steps": "for no checkpoints:  --save_strategy no",
 }
 
 
@@ -155,6 +158,8 @@ def coerce(name: str, value: Any) -> Any:
             raise WrongValue(f"got {one!r}, expected one of {', '.join(choices)}", near)
     if flag.type == "dict" and isinstance(converted, str) and name not in FILES:
         raise WrongValue(f"expected a mapping or JSON text, got {value!r}", 'for example  {"key": 1}')
+    if name in ABOVE_0 and converted <= 0:
+        raise WrongValue(f"must be above 0, got {value!r}", ABOVE_0[name])
     if (wrong := _out_of_range(name, converted)) is not None:
         raise WrongValue(f"{wrong}, got {value!r}")
     return converted

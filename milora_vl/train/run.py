@@ -11,7 +11,7 @@ import gc
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -401,10 +401,15 @@ def describe_unfinished(trainer: MiloraTrainer, first_files: FirstFiles) -> None
     if not (trainer.args.should_save and first_files.has_begun):
         return
     try:
-        trainer.state.save_to_json(str(first_files.folder.path / "trainer_state.json"))
+        write_state(trainer, first_files.folder)
         write_pages(first_files.folder, first_files.fitted_recipe, first_files.screen)
     except OSError as error:  # the disk is full: the user has to read what ended the run, not this
         first_files.screen.warn(f"no report: {error}")
+
+
+def write_state(trainer: MiloraTrainer, folder: RunFolder) -> None:
+    """Write trainer_state.json as HF's Trainer does, but atomically: a full disk leaves the one before it."""
+    folder.write_json("trainer_state.json", asdict(trainer.state))
 
 
 def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles, start: float) -> Trained:
@@ -416,7 +421,8 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: Fi
         elif args.should_save:
             best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
             checkpoints.copy_results(Path(best or str(folder.checkpoint)), folder.path)
-        trainer.save_state()
+        if args.should_save:
+            write_state(trainer, folder)
     if args.should_save:
         overlaps = run_files.protection_json(trainer.trained())
         if overlaps:

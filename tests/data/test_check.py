@@ -28,7 +28,7 @@ def turns(*texts: tuple[str, str]) -> dict[str, Any]:
 
 BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "turn_order": ("turn 2 is from user, expected assistant", turns((H, "a"), (H, "b"))),
-    "no_answer": ("1 turns", turns((H, "a"))),
+    "no_answer": ("1 turn", turns((H, "a"))),
     "placeholders": ("0 <image> in the conversation, but 1", turns((H, "a"), (G, "b")) | {"image": "0.png"}),
     "missing_picture": ("none.png", turns((H, "<image>\na"), (G, "b")) | {"image": "none.png"}),
     "corrupt_picture": ("bad.png: not a picture", turns((H, "<image>\na"), (G, "b")) | {"image": "bad.png"}),
@@ -122,7 +122,7 @@ def test_a_broken_line_of_jsonl_does_not_hide_the_next_one(tiny_data: Path, caps
     assert main(["check", str(path)]) == 1
     out = capsys.readouterr().out
     assert f"{path}:2: broken JSON: expecting property name" in out
-    assert f"{path}:3: 1 turns" in out
+    assert f"{path}:3: 1 turn" in out
     assert f"{path}:4: broken JSON: expecting ','" in out
 
 
@@ -286,7 +286,7 @@ def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFix
     leads_out = tiny_data / "out.json"
     leads_out.write_text(json.dumps([turns((H, "<image>\na"), (G, "b")) | {"image": "../../passwd.png"}]))
     main(["check", str(leads_out), "--image_folder", images])  # no folder mends that, and nothing would be left
-    assert "next: python -m milora_data check --help" in capsys.readouterr().err
+    assert f"next: python -m milora_data check {leads_out} --image_folder {images}\n" in capsys.readouterr().err
     elsewhere = tiny_data / "elsewhere"
     elsewhere.mkdir()
     main(["check", str(data), "--image_folder", str(elsewhere)])  # no picture at all: it is the folder that is wrong

@@ -141,6 +141,15 @@ def test_a_template_of_the_tokenizer_is_planned_without_it(tmp_path: Path, capsy
     assert not (tmp_path / "empty" / "models").exists()
 
 
+def test_a_model_without_a_chat_template_is_one_problem(tiny_data: Path, capsys: Any) -> None:
+    images = str(tiny_data / "images")
+    words = ["--model", "tiny", "--template", "chat_template", "--rank", "4", "--image_folder", images]
+    with raises_code("template-missing", where="--template") as error:
+        main([*words, "--data_path", str(tiny_data / "train.json"), "--dry-run"])
+    assert len(error.value.problems) == 1
+    assert "counts below use vicuna_v1" in capsys.readouterr().out
+
+
 def test_without_data_the_command_says_where_it_goes(capsys: Any) -> None:
     assert main(["--model", "tiny", "--rank", "4", "--dry-run"]) == 0
     assert capsys.readouterr().out.rstrip().endswith("--rank 4 --data_path DATA.json --image_folder FOLDER")

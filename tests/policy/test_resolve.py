@@ -164,6 +164,14 @@ def test_all_faults_come_together(tiny_llava) -> None:
     assert 'policy[4]: no rule gives a method to "vision"' in lines
 
 
+def test_a_rank_too_large_for_several_shapes_is_one_problem_with_the_largest_rank_that_fits(tiny_llava) -> None:
+    rule = {"modules": "language", "method": "milora", "rank": 65}  # shapes (64, 64), (32, 64), (128, 64), (64, 128)
+    with raises_code("policy-rank-too-large", message="min(out, in) = 32", hint="a rank of at most 32") as error:
+        Policy.parse([rule]).resolve(tiny_llava()[0])
+    assert len(error.value.problems) == 1
+    assert resolved(tiny_llava()[0], [rule | {"rank": 32}])
+
+
 def test_fields_a_method_cannot_use_are_faults(tiny_llama) -> None:
     model, _ = tiny_llama()
     lora = [{"modules": "language", "method": "lora", "rank": 4, "sigma": "keep"}]

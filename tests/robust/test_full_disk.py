@@ -75,6 +75,15 @@ def test_a_report_that_does_not_fit_keeps_the_old_one(small_disk: Disk, tmp_path
     assert (disk / "report.html").read_text() == "old"
 
 
+def test_a_checkpoint_that_does_not_fit_leaves_no_empty_log(small_disk: Disk, tiny_data: Path) -> None:
+    """The run then writes its losses, on a disk that the checkpoint has filled."""
+    run_folder = small_disk(260_000) / "run"
+    with raises_code("disk-full", where=str(run_folder)):
+        train(training(tiny_data, run_folder, "--rank", "4", "--save_steps", "6"))
+    assert [file.name for file in run_folder.iterdir() if file.is_file() and file.stat().st_size == 0] == []
+    assert list(run_folder.glob(".*")) == []
+
+
 def test_features_that_do_not_fit_are_told_and_the_complete_ones_are_used(
     small_disk: Disk, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -144,7 +144,7 @@ def test_a_sharded_checkpoint_needs_all_its_shards(stage: int, tmp_path: Path) -
 def test_other_processes_or_another_stage_are_refused_or_told(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "a", 2, 3)
     assert resuming.warnings(folder, processes=2, stage=3) == []
-    with raises_code("resume-other-processes", says=r"2 parts.*now there are 4 processes\n.*start 2 processes"):
+    with raises_code("resume-other-processes", says=r"2 parts.*this run has 4 processes\n.*start 2 processes"):
         resuming.warnings(folder, processes=4, stage=3)
     for stage in (0, 1, 2):
         with raises_code("resume-other-zero-stage", hint="--deepspeed zero3"):

@@ -103,7 +103,7 @@ def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str 
     elif fixed is None and _is_wrong_folder(report):
         next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
     elif report.count("error") and not _num_usable(report):
-        next_step("milora_data", "check", "--help")
+        next_step("milora_data", "check", report.path, *pictures)  # after a repair by hand
     elif report.count("error") and fixed is None:
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
     else:

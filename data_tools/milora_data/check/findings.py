@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from milora_data.command.cli import amount
 from milora_data.errors import DataError
 from milora_data.records import IMAGE, Record, estimated_length, tools_of, uses_tools
 from milora_data.templates import place_images, split_tool_turns, split_turns
@@ -120,7 +121,7 @@ def examine(record: Record) -> Iterator[Finding]:
             number = next(n for n, turn in enumerate(record.turns, start=1) if turn.text.count(IMAGE) > 1)
             yield finding("several_placeholders", f"turn {number}")
     if len(exchange) < 2:
-        yield finding("no_answer", f"{len(record.turns)} turns")
+        yield finding("no_answer", amount(len(record.turns), "turn"))
     elif exchange[-1].role != "assistant":
         yield finding("unanswered", exchange[-1].text)
     if len(exchange) < sum(turn.role != "system" for turn in record.turns):
