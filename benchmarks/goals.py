@@ -169,8 +169,8 @@ TAIL = (
     "in float64, where every product takes twice as long"
 )
 SEVEN = (
-    "at the rate of this machine's products, the Gram matrices of its 224 weights alone take two and a half minutes, the "
-    "two factorizations of each one a minute and a half"
+    "at the rate of this machine's products, the Gram matrices of its 224 weights alone take two and a half minutes, "
+    "and the two factorizations of each one a minute and a half"
 )
 REASONS = {
     "factors of a 7B in bfloat16 from disk, r = 16": SEVEN,
