@@ -19,7 +19,7 @@ from milora_data.processor_collate import ProcessorCollator
 from milora_data.processor_inputs import ProcessorInputs
 from milora_data.records import IMAGE, Record, uses_tools
 from milora_data.templates import OWN
-from milora_vl.models.image_tokens import image_tokens
+from milora_vl.models.image_tokens import image_tokens, tiling_of
 from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.models.processors import limit_pixels
 from milora_vl.recipe.base_model import config_for, prepares_with_processor
@@ -87,15 +87,23 @@ def usable(collate: ProcessorCollator, records: Sequence[Record]) -> list[Record
     return kept or list(records)
 
 
+def _fewest_tokens(config: Any) -> int:
+    """Return the tokens of a picture, of any size: with tiles at least those of the whole picture."""
+    if "vision_config" not in config.to_dict():
+        return 0
+    tiling = tiling_of(config)
+    return image_tokens(config) if tiling is None else tiling.side**2
+
+
 def _encoder(recipe: Recipe, tokenizer: Any) -> Callable[[Record], object]:
-    """Return a function that encodes a record of a LLaVA or a text-only model, with plain pictures."""
+    """Return a function that encodes a record of a LLaVA or a text-only model, with the fewest tokens of a picture."""
     config = config_for(recipe)
     return partial(
         encode,
         tokenizer=tokenizer,
         template=recipe.template,
         image_token_id=-1,
-        image_tokens=image_tokens(config) if "vision_config" in config.to_dict() else 0,
+        image_tokens=_fewest_tokens(config),
         max_length=recipe.data.max_length,
     )
 
