@@ -47,7 +47,7 @@ PARTS = {
     "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
     "step_bf16_autocast": "step.py --dtype bfloat16 --autocast",
     "loss": "loss.py",
-    "whole_training": "whole_training.py --data pictures --way milora hf trl",
+    "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
     "whole_training_text": "whole_training.py --data text --steps 5",
     "data": "data.py",
     "loader": "loader.py",

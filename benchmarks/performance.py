@@ -48,10 +48,15 @@ def other_day(goal: Goal, entry: dict[str, Any]) -> str:
     before = entry.get("earlier")
     if before is None:
         return ""
-    old, new = goal.value(before["result"]), goal.value(entry["result"])
+    try:
+        old = goal.value(before["result"])
+    except (KeyError, StopIteration, TypeError):  # its script printed something else then
+        return ""
+    new = goal.value(entry["result"])
     if abs(old - new) <= DIFFERENT * max(abs(old), abs(new)):
         return ""
-    return f"{figure(old)}{goal.unit}, {before['date']}"
+    machine = "" if before["machine"] == entry["machine"] else f", {before['machine']['cpu']}"
+    return f"{figure(old)}{goal.unit}, {before['date']}{machine}"
 
 
 def figure(value: float) -> str:

@@ -266,7 +266,7 @@ class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
     def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
         """Return s ((B0 + E) h + E h0) for the hidden vector [h, h0]: (..., 2r) -> (..., out), s = `scaling`.
 
-        `onto` (..., out), the output W x of the base layer, is added; its memory may be reused for the sum.
+        `onto` (..., out), the output W x of the base layer, is added.
         """
         out = multiply_up(x, self.delta, self.anchor, onto, scaling)
         return out if self.bias is None else out + scaling * self.bias
@@ -280,26 +280,30 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return W x + s B' A' x. In all other cases PEFT's forward runs."""
-        adapter = None if kwargs or torch.compiler.is_compiling() else self._only_adapter()
+        """Return W x + s B' A' x. PEFT's forward runs if several adapters are active, or hooks see an adapter alone."""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        adapter = None if kwargs or is_traced else self._only_adapter()
         if adapter is None:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
         base = self.base_layer(x, *args)
-        # A hook of the base layer may have kept its output, so that must not change.
-        base = base.clone() if self.base_layer._forward_hooks else base
         down: Any = self.lora_A[adapter]
-        if not torch.is_autocast_enabled(x.device.type):
+        dropout = self.lora_dropout[adapter]
+        # Autocast casts x anyway. Dropout needs more digits than bfloat16 has: it divides by 1 - p.
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        if drops or not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, down.delta.dtype):
             x = self._cast_input_dtype(x, down.delta.dtype)
-        hidden = down(self.lora_dropout[adapter](x))
-        return self.lora_B[adapter](hidden, base, self.scaling[adapter])  # type: ignore[no-any-return]
+        return self.lora_B[adapter](down(dropout(x)), base, self.scaling[adapter])  # type: ignore[no-any-return]
 
     def _only_adapter(self) -> str | None:
         """Return the active adapter if it is the only one here, one of ours, not merged, and enabled."""
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return None
-        return active[0] if isinstance(self.lora_B[active[0]], LinearB) else None
+        up = self.lora_B[active[0]]
+        is_ours = isinstance(up, LinearB) and isinstance(self.scaling[active[0]], int | float)
+        hooks = (up._forward_pre_hooks, up._forward_hooks, up._backward_pre_hooks, up._backward_hooks)
+        return active[0] if is_ours and not any(hooks) else None
 
 
 class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
@@ -340,8 +344,9 @@ class _Residual(Halves):
     def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
         """Return A x or s B h: (..., in) -> (..., r), (..., r) -> (..., out); `onto` (..., out) is added."""
         out = F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
-        out = out if scaling == 1 else out * scaling
-        return out if onto is None else _own(onto).add_(out)
+        if onto is None:
+            return out if scaling == 1 else out * scaling
+        return torch.add(onto, out, alpha=scaling).to(onto.dtype)
 
 
 class ResidualA(_Residual, LinearA):  # type: ignore[misc,override]
@@ -457,7 +462,7 @@ def multiply_up(
 ) -> Tensor:
     """Return s ((B0 + E) h + E h0) for `hidden` = [h, h0], (..., 2r) -> (..., out), in the dtype of `multiply_down`.
 
-    With `onto` (..., out), return the sum of both in its dtype. Its memory is reused where that is possible.
+    With `onto` (..., out), return the sum of both in its dtype.
 
     A new adapter has D = 0 and E = 0, so it changes no output:
 
@@ -466,20 +471,9 @@ def multiply_up(
     True
     """
     dtype = _dtype(hidden, delta, anchor)
-    if onto is None or onto.dtype != dtype:
-        update: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, None)  # type: ignore[no-untyped-call]
-        return update if onto is None else (onto + update).to(onto.dtype)
-    return _Up.apply(hidden, delta, anchor, dtype, scaling, _own(onto))  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _own(onto: Tensor) -> Tensor:
-    """Return a contiguous tensor that may be changed: `onto`, or a copy of it.
-
-    Autograd refuses to change a leaf, and copies the gradient if a view is changed.
-    """
-    if not onto.is_contiguous() or onto._is_view() or (onto.requires_grad and onto.is_leaf):
-        return onto.clone(memory_format=torch.contiguous_format)
-    return onto
+    added = onto if onto is not None and onto.dtype == dtype else None
+    out: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, added)  # type: ignore[no-untyped-call]
+    return out if onto is None or added is not None else (onto + out).to(onto.dtype)
 
 
 def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:
@@ -550,9 +544,7 @@ class _Up(torch.autograd.Function):
             if onto is None:
                 out = F.linear(hidden, joined)
                 return _scaled(out, scaling)
-            _rows(onto).addmm_(_rows(hidden), joined.T, alpha=scaling)
-            ctx.mark_dirty(onto)
-            return onto
+            return torch.addmm(_rows(onto), _rows(hidden), joined.T, alpha=scaling).view(onto.shape)
 
     @staticmethod
     @once_differentiable

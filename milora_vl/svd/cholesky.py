@@ -46,8 +46,10 @@ def add_to_lower(G: Tensor, C: Tensor) -> None:
 
 
 def mirror(G: Tensor) -> Tensor:
-    """Return the symmetric matrix (n, n) with the entries of G on and below the diagonal."""
-    return G.tril() + G.tril(-1).T
+    """Fill the entries of G (n, n) above its diagonal blocks with those below, in place, and return it."""
+    for a, b in _blocks(len(G), BLOCK):
+        G[:a, a:b] = G[a:b, :a].T
+    return G
 
 
 def mean_eigenvalue(G: Tensor) -> float:

@@ -105,6 +105,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Return (batch, length, heads, size) from queries (batch, heads, length, size), as transformers' eager attention.
 
+    The weights of the attention are not returned.
+
     Keys and values are (batch, key heads, length, size). With one row and a mask of several, the row is a prefix and
     the rests of `share`.
     """

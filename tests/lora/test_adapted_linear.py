@@ -1,9 +1,11 @@
-"""The layer that adds the update to W x in place computes what PEFT's forward computes, in every state of the layer."""
+"""The layer that adds the update to W x in one product computes what PEFT's forward computes, in every state."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from milora_vl.adapter import Form, apply_milora
 from milora_vl.lora.install import lora_layer
@@ -147,12 +150,65 @@ def test_adapter_names_of_a_mixed_batch_reach_peft() -> None:
         torch.testing.assert_close(out[1], model(batch(2))[1])
 
 
-def test_a_hook_on_the_base_layer_keeps_its_output() -> None:
+def test_the_output_of_the_base_layer_is_not_changed() -> None:
     model, x, kept = adapted(), batch(5), []
     layer = lora_layer(model, "first")
-    layer.base_layer.register_forward_hook(lambda module, args, out: kept.append(out))
+    layer.base_layer.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
     model(x)
-    torch.testing.assert_close(kept[0], layer.base_layer(x))
+    assert torch.equal(*kept[0])
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda up: up.register_forward_pre_hook(lambda module, args: args[0] * 0.5),
+        lambda up: up.register_forward_hook(lambda module, args, out: out * 0.5),
+        lambda up: up.register_full_backward_hook(lambda module, of_input, of_output: (of_input[0] * 0.5,)),
+        lambda up: up.register_full_backward_pre_hook(lambda module, of_output: (of_output[0] * 0.5,)),
+    ],
+)
+def test_a_hook_on_lora_b_sees_the_update_alone(hook: Callable[[nn.Module], Any]) -> None:
+    model, x = adapted(), batch(5)
+    hook(lora_layer(model, "first").lora_B["default"])
+    ours = result(model, x)
+    with stock_forward():
+        torch.testing.assert_close(ours, result(model, x))
+
+
+def test_a_scaling_that_is_a_tensor_may_train() -> None:
+    model, x = adapted(), batch(5)
+    scaling = torch.tensor(1.5, requires_grad=True)
+    lora_layer(model, "first").scaling["default"] = scaling
+    model(x).sum().backward()
+    assert scaling.grad is not None
+
+
+def test_dropout_under_autocast_gets_float32() -> None:
+    """bfloat16 would round 1 / (1 - p), so all updates would be too large by the same factor."""
+    model, seen = adapted(dropout=0.05, dtype=torch.bfloat16), []
+    lora_layer(model, "first").lora_A["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    for mode in (True, False):
+        model.train(mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(batch(4).bfloat16())
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_a_traced_model_computes_the_same() -> None:
+    model, x = adapted().eval(), batch(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracers warn about every branch, and that they are deprecated
+        traced = torch.jit.trace(model, x, check_trace=False)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+def test_what_selective_checkpointing_keeps_is_not_changed() -> None:
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    model, x = adapted(), batch(5)
+    expected = result(model, x)
+    stock = model.forward
+    model.forward = lambda x: checkpoint(stock, x, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
+    torch.testing.assert_close(result(model, x), expected)
 
 
 def test_a_base_weight_that_trains_gets_its_gradient() -> None:
