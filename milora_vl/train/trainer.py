@@ -227,7 +227,8 @@ class MiloraTrainer(Trainer):
         kinds: Sequence[object] | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        self.chunked = add_chunked_loss(base_model_of(model))  # before anything wraps its forward
+        # Before anything wraps its forward. torch.compile cannot trace the chunks: it compiles the plain loss.
+        self.chunked = not args.torch_compile and add_chunked_loss(base_model_of(model))
         super().__init__(
             model,
             args,
@@ -252,9 +253,9 @@ class MiloraTrainer(Trainer):
         self.checkpoint_kind = checkpoint_kind
         self.lengths, self.kinds = lengths, kinds
         self.resume_from = resume_from
-        is_split = self.args.n_gpu > 1  # DataParallel splits a batch by its rows
-        noise = self.args.neftune_noise_alpha
-        self.shares_prefix = not is_split and not noise and shared_prefix.can_share(base_model_of(self.trained()))
+        # DataParallel splits a batch by its rows, NEFTune's noise differs in them, torch.compile needs one shape.
+        separate = self.args.n_gpu > 1 or self.args.neftune_noise_alpha or self.args.torch_compile
+        self.shares_prefix = not separate and shared_prefix.can_share(base_model_of(self.trained()))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
         self.meter = Meter(data_collator)
         paths = {target.path: str(target.tower) for target in targets}
