@@ -152,9 +152,9 @@ GOALS = (
 
 # Why a goal is missed, and which attempts failed.
 WHOLE = (
-    "with one thread, matrix products take 57 % of our step; the vision tower's convolutions and norms 11 %, elementwise "
-    "products and sums 10 %, copies and casts 4 %, the rest is in many small calls. The goal leaves 0.1 s for all that is "
-    "no matrix product, and it takes 0.4"
+    "with one thread, matrix products take 57 % of our step; the vision tower's convolutions and norms 11 %, "
+    "elementwise products and sums 10 %, copies and casts 4 %, the rest is in many small calls. The goal leaves 0.1 s "
+    "for all that is no matrix product, and it takes 0.4"
 )
 STRONG = "strong singular values must be found and clipped before float32 suffices; a QR first, or float64, costs more"
 MACHINE = (
@@ -163,11 +163,13 @@ MACHINE = (
 )
 PRODUCTS = (
     "with one thread 1.39: the Gram matrix 0.53 (0.5 by its operations), two factorizations 0.46 (0.33), solves, "
-    "residuals and Ritz vectors with 144 columns 0.35; the second factorization certifies. Up to rank 64 the goal is met"
+    "residuals and Ritz vectors with 144 columns 0.35; the second factorization certifies. Up to rank 64 the goal is "
+    "met"
 )
 TAIL = (
-    "a float32 Gram matrix loses values below 1e-4 of the largest. With one thread, the try costs 1.1 products and the "
-    "rest is in float64, where each takes twice as long: the Gram matrix 1.4, three factorizations 1.9, solves 0.8 to 1.2"
+    "a float32 Gram matrix loses values below 1e-4 of the largest. With one thread, the try costs 1.1 products and "
+    "the rest is in float64, where each takes twice as long: the Gram matrix 1.4, three factorizations 1.9, solves "
+    "0.8 to 1.2"
 )
 SEVEN = (
     "at the rate of this machine's products, the Gram matrices of its 224 weights alone take two and a half minutes, "
@@ -182,8 +184,8 @@ REASONS = {
     "2048 x 2048, exponential tail to 1e-4, r = 64": TAIL,
     "2048 x 2048, exponential tail to 1e-6, r = 64": TAIL,
     "4096 x 4096, Gaussian, r = 512": (
-        "of 3.8 products with one thread, Ritz values and vectors of up to 1,536 columns in float64 are 1.2, the solves "
-        "0.55, the orthogonalization 0.6; LAPACK's part of it gains little from a second thread"
+        "of 3.8 products with one thread, Ritz values and vectors of up to 1,536 columns in float64 are 1.2, the "
+        "solves 0.55, the orthogonalization 0.6; LAPACK's part of it gains little from a second thread"
     ),
     "minor factors, r = 128, 4096 x 4096, Gaussian": MACHINE,
     "minor factors, r = 128, 4096 x 11008, Gaussian": MACHINE,

@@ -73,8 +73,8 @@ def share(inputs: dict[str, Any], *, image_token: int | None, dtype: torch.dtype
     is_common = (ids == ids[:1]).all(0) & (mask == 1).all(0) & (labels == IGNORE).all(0)
     if image_token is not None:
         is_common &= ids[0] != image_token
-    # In the one row, another row's token precedes each rest. So the first token of a rest must have no label: the prefix
-    # ends one common token early.
+    # In the one row, a token of another row precedes each rest. So the first token of a rest must have no label: the
+    # prefix ends one common token early.
     size = int(is_common.long().cumprod(0).sum()) - 1
     if size <= 0 or (count - 1) * size < LEAST * count * length:
         return inputs
