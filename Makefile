@@ -65,13 +65,17 @@ format: $(INSTALLED)  ## Fix lint and format in place
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
+# One peer of the benchmarks is TRL, which the project does not need.
 bench: $(INSTALLED) $(DATA)/test.json  ## Run the benchmarks (half an hour), write benchmarks/results.json and docs/performance.md
+	$(BIN)/python -m pip install --quiet trl
 	$(BIN)/python benchmarks/all.py
 
-bench-full: $(INSTALLED) $(DATA)/test.json  ## Also run a million questions, a 7B at full size, kills and the soak (two hours and a half more)
+bench-full: $(INSTALLED) $(DATA)/test.json  ## Also run a million questions, a 7B at full size, kills and the soak (three hours more)
+	$(BIN)/python -m pip install --quiet trl
 	$(BIN)/python benchmarks/all.py --full
 
 bench-quick: $(INSTALLED) $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training
+	$(BIN)/python -m pip install --quiet trl
 	$(BIN)/python benchmarks/all.py --quick
 
 docs: $(INSTALLED)  ## Build the documentation site in site/

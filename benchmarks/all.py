@@ -3,8 +3,9 @@
 python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--missing] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
-Without --full, the parts that take two hours and a half are left out (`make bench`): an evaluation of a million
-questions, a 7B at full size, kills, the soak.
+Without --full, the parts that take three hours are left out (`make bench`): LLaMA-13B, a training on text, the demo, an
+evaluation of a million questions, a 7B at full size, kills, the soak.
+A result keeps the last one of another day beside it; the page shows where the two differ by more than 10 %.
 --only measures some parts again and keeps the others; --quick measures the headline rows (`make bench-quick`);
 --missing measures the parts without a result;
 --page only writes the page.
@@ -36,16 +37,18 @@ PARTS = {
     "svd_families": "svd.py families",
     "svd_ranks": "svd.py ranks",
     "svd_principal": "svd.py principal",
-    "svd_llama": "svd.py llama --size 7b 13b --plot docs/decomposition.png",
+    "svd_llama": "svd.py llama --size 7b --plot docs/decomposition.png",
+    "svd_llama_13b": "svd.py llama --size 13b",
     "smollm2": "init_model.py",
-    "cache_7b": "init_model.py --model 7b-block --rank 128",
+    "cache_7b": "init_model.py --model 7b-block --rank 128 --alone",
     "read_ahead": "read_ahead.py",
     "step": "step.py",
     "step_bf16": "step.py --dtype bfloat16",
     "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
     "step_bf16_autocast": "step.py --dtype bfloat16 --autocast",
     "loss": "loss.py",
-    "whole_training": "whole_training.py --data pictures",
+    "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
+    "whole_training_text": "whole_training.py --data text --steps 5",
     "data": "data.py",
     "loader": "loader.py",
     "eval": "eval.py",
@@ -56,17 +59,21 @@ PARTS = {
     "kills": f"kills.py --kills 20 -- {DEMO}",
     "kills_ddp": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True",
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
+    "demo": "demo.py",
     "soak": "soak.py --minutes 60 --between 150 360",
 }
-LONG = ("eval_scale", "full_size", "kills", "kills_ddp", "kills_zero3", "soak")  # two hours and a half
+LONG = (  # three hours
+    "svd_llama_13b", "whole_training_text", "demo", "eval_scale", "full_size",
+    "kills", "kills_ddp", "kills_zero3", "soak",
+)  # fmt: skip
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
+SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}
 
 
 def main() -> int:
     """Measure, write the results and the page; return 1 if a script failed."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = [name for name in PARTS if name not in LONG]
-    options.add_argument("--only", nargs="+", choices=PARTS, default=usual, metavar="NAME")
+    options.add_argument("--only", nargs="+", choices=PARTS, default=SETS["bench"], metavar="NAME")
     options.add_argument("--full", action="store_const", dest="only", const=list(PARTS), help="all parts")
     options.add_argument("--quick", action="store_const", dest="only", const=QUICK, help="the headline rows")
     options.add_argument("--missing", action="store_true", help="skip the parts that have a result")
@@ -82,7 +89,7 @@ def main() -> int:
         if measured is None:
             failed.append(name)
             continue
-        results[name] = {
+        results[name] = earlier(results.get(name), date.today().isoformat()) | {
             "command": f"python benchmarks/{PARTS[name]}",
             "date": date.today().isoformat(),
             "seconds": round(time.perf_counter() - start, 1),
@@ -96,7 +103,7 @@ def main() -> int:
     if missing:
         print(f"no page yet, not measured: {', '.join(missing)}", file=sys.stderr)
         return 1
-    PAGE.write_text(page(results), encoding="utf-8")
+    PAGE.write_text(page(results, SETS), encoding="utf-8")
     return 1 if failed else 0
 
 
@@ -105,6 +112,13 @@ def measure(command: str) -> Any:
     script, *words = command.split()
     done = subprocess.run([sys.executable, f"benchmarks/{script}", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def earlier(before: dict[str, Any] | None, today: str) -> dict[str, Any]:
+    """Return {"earlier": ...}, the last result of another day: the given one or the one beside it, if there is one."""
+    if before is not None and before["date"] != today:
+        return {"earlier": {key: before[key] for key in ("date", "machine", "result")}}
+    return {"earlier": before["earlier"]} if before is not None and "earlier" in before else {}
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The demo in the README: the time of `make demo` on this machine, and its output.
 
-python benchmarks/demo.py            # takes minutes: runs the demo, writes demo.json and the README's section
-python benchmarks/demo.py --readme   # writes the README's section from demo.json
+python benchmarks/demo.py            # takes minutes: runs the demo, writes the README's section, prints a JSON line
+python benchmarks/demo.py --readme   # writes the README's section from benchmarks/results.json
 
 Run `make demo` once before, so that downloads and the creation of smol-llava are not measured.
 """
@@ -13,16 +13,15 @@ import json
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 
-from all import ROOT, machine
+from all import RESULTS, ROOT, machine
 
-RESULTS, README = ROOT / "benchmarks" / "demo.json", ROOT / "README.md"
+README = ROOT / "README.md"
 PRINTED = """\
 `make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}), in {dtype}. It printed
 
@@ -45,8 +44,8 @@ def measure() -> dict[str, Any]:
         seconds = time.perf_counter() - start
         recipe = yaml.safe_load((Path(folder) / "demo" / "recipe.yaml").read_text(encoding="utf-8"))
     return {
-        "command": "make demo", "date": date.today().isoformat(), "seconds": round(seconds), "machine": machine(),
-        "dtype": recipe["dtype"], "table": table(done.stdout),
+        "command": "make demo", "seconds": round(seconds), "cpu": machine()["cpu"], "dtype": recipe["dtype"],
+        "table": table(done.stdout),
     }  # fmt: skip
 
 
@@ -63,8 +62,8 @@ def table(printed: str) -> list[str]:
 def block(found: dict[str, Any]) -> str:
     """Return the README's section."""
     minutes, seconds = divmod(found["seconds"], 60)
-    cpu, lines = found["machine"]["cpu"], "\n".join(found["table"])
-    return PRINTED.format(minutes=minutes, seconds=seconds, cpu=cpu, dtype=found["dtype"], table=lines)
+    lines = "\n".join(found["table"])
+    return PRINTED.format(minutes=minutes, seconds=seconds, cpu=found["cpu"], dtype=found["dtype"], table=lines)
 
 
 def written(readme: str, found: dict[str, Any]) -> str:
@@ -78,13 +77,13 @@ def written(readme: str, found: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Measure, store the result, and update the README."""
+    """Measure, update the README, and print the result."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--readme", action="store_true", help="only write the README's section from demo.json")
-    if not options.parse_args().readme:
-        RESULTS.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    options.add_argument("--readme", action="store_true", help="only write the README's section from results.json")
+    stored = options.parse_args().readme
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))["demo"]["result"] if stored else measure()
     README.write_text(written(README.read_text(encoding="utf-8"), found), encoding="utf-8")
+    print(json.dumps(found))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Initialization of a model: ours, from the cache, PEFT's `pissa`, and a full SVD per layer; time, memory, errors.
 
-python benchmarks/init_model.py [--model smollm2|7b-block|FOLDER] [--rank 32] [--dtype float32|bfloat16]
+python benchmarks/init_model.py [--model smollm2|7b-block|FOLDER] [--rank 32] [--dtype float32|bfloat16] [--alone]
 
 smollm2 is the language model of smol-llava (SmolLM2-135M, 210 linear layers); 7b-block holds the seven linear layers of
 one block of LLaMA-7B, Gaussian; a FOLDER holds a transformers model.
@@ -36,11 +36,14 @@ def main() -> None:
     options.add_argument("--model", default="smollm2")
     options.add_argument("--rank", type=int, default=32)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--alone", action="store_true", help="leave out PEFT and the full decomposition")
     chosen = options.parse_args()
     model = language_model(chosen.model, getattr(torch, chosen.dtype))
     policy = [{"modules": "language", "method": "milora", "rank": chosen.rank}]
     targets = Policy.parse(policy).resolve(model)
-    rows = [*ours(model, targets), full(model, targets), pissa(model, targets, chosen.rank)]
+    rows = ours(model, targets)
+    if not chosen.alone:
+        rows += [full(model, targets), pissa(model, targets, chosen.rank)]
     table = Table(
         "way", "seconds", "peak memory grew by", "layers", title=f"{chosen.model}, {torch.get_num_threads()} threads"
     )

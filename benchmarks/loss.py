@@ -72,7 +72,8 @@ def memory(way: str, learnt: int) -> int:
 
 
 def seconds(learnt: int, rounds: int) -> dict[str, float]:
-    """Return the median processor time of a step per method."""
+    """Return the median processor time of a step per method, with one thread: more threads wait for each other."""
+    torch.set_num_threads(1)
     made, inputs = model(), batch(learnt)
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     losses = {way: step(made, inputs, way) for way in WAYS}

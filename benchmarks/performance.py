@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from goals import GOALS, REASONS
+from goals import GOALS, REASONS, Goal
 
+DIFFERENT = 0.1  # of a figure of another day, as a share: more is shown
 KILLS = (
     ("kills", "`smol-llava`, one process"),
     ("kills_ddp", "`tiny`, DDP"),
@@ -16,8 +18,11 @@ KILLS = (
 )
 
 
-def page(results: dict[str, Any]) -> str:
-    """Return the text of docs/performance.md. Raises SystemExit if the results come from several machines."""
+def page(results: dict[str, Any], sets: dict[str, Iterable[str]]) -> str:
+    """Return the text of docs/performance.md. Raises SystemExit if the results come from several machines.
+
+    `sets` holds the parts of `make bench` and of `make bench-quick`.
+    """
     described = [entry["machine"] for entry in results.values()]
     if any(other != described[0] for other in described):
         raise SystemExit("the results come from different machines or versions: measure all of them again")
@@ -30,10 +35,28 @@ def page(results: dict[str, Any]) -> str:
         machine=described[0],
         dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))),
         goals=GOALS,
+        other_day=other_day,
+        minutes={name: sum(results[part]["seconds"] for part in parts) for name, parts in sets.items()},
         missed=[goal for goal in GOALS if not goal.is_met(goal.value(results[goal.part]["result"]))],
         reasons=REASONS,
         kills=KILLS,
     )
+
+
+def other_day(goal: Goal, entry: dict[str, Any]) -> str:
+    """Return the figure of another day and its date, if it differs by more than 10 %; else nothing."""
+    before = entry.get("earlier")
+    if before is None:
+        return ""
+    try:
+        old = goal.value(before["result"])
+    except (KeyError, StopIteration, TypeError):  # its script printed something else then
+        return ""
+    new = goal.value(entry["result"])
+    if abs(old - new) <= DIFFERENT * max(abs(old), abs(new)):
+        return ""
+    machine = "" if before["machine"] == entry["machine"] else f", {before['machine']['cpu']}"
+    return f"{figure(old)}{goal.unit}, {before['date']}{machine}"
 
 
 def figure(value: float) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,13 +36,19 @@ def main() -> None:
     if not may_choose_threads("cpu", 1):
         raise SystemExit("unset OMP_NUM_THREADS, and run on two or more cores")
     cores = sorted(os.sched_getaffinity(0))[: chosen.busy]
-    loops = [subprocess.Popen(["taskset", "-c", str(core), sys.executable, "-c", "while True: pass"]) for core in cores]
+    loops = [start_loop(core) for core in cores]
     try:
+        time.sleep(1)
         print(json.dumps(measure(chosen.rounds) | {"busy": chosen.busy}))
     finally:
         for loop in loops:
-            loop.kill()
-            loop.wait()
+            os.kill(loop, signal.SIGKILL)
+
+
+def start_loop(core: int) -> int:
+    """Start a program that uses one core, and return its process number. It is no child: children are not others."""
+    command = f"taskset -c {core} {shlex.quote(sys.executable)} -c 'while True: pass' > /dev/null 2>&1 & echo $!"
+    return int(subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def measure(rounds: int) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """Time and memory of a training step against stock PEFT LoRA of rank r on the same layers, alternately in one process.
 
 python benchmarks/step.py [--width 4096] [--rank 128] [--tokens 512] [--layers 2] [--dtype bfloat16] [--checkpointing]
-Prints one JSON line: for each form the ratio of medians and its bound, and the memory of anchors and activations.
+Prints one JSON line: for each form the ratio of medians and its bound, and the memory of anchors and activations. On
+a CPU, seconds are processor time of one thread, which another program on the machine disturbs little.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def main() -> None:
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
     """Time the three models alternately, step by step; return ratios of medians."""
+    torch.set_num_threads(1)  # with more threads, processor time contains waiting
     inner = chosen.inner or chosen.width
     models = {name: build(name, chosen, inner) for name in ("lora", "anchored", "residual")}
     x = torch.randn(chosen.tokens, chosen.width, device=chosen.device, dtype=getattr(torch, chosen.dtype))

@@ -1,6 +1,6 @@
 """Time and error of `milora_vl.svd.decompose` against torch.linalg.svd, measured alternately in one process.
 
-python benchmarks/svd.py headline [--repeats 3]    r = 128 at 4096 x 4096 and 4096 x 11008, two spectra
+python benchmarks/svd.py headline [--repeats 1]    r = 128 at 4096 x 4096 and 4096 x 11008, two spectra
 python benchmarks/svd.py families                  spectrum families at 2048 x 2048
 python benchmarks/svd.py ranks                     ranks 8 to 512 at 4096 x 4096
 python benchmarks/svd.py principal                 principal part against PEFT's pissa_niter_4
@@ -30,6 +30,7 @@ from milora_vl.svd import Factors, decompose
 
 # (out, in) and their number, by layer kind; number of blocks, hidden size and MLP size of LLaMA.
 LLAMA = {"7b": (32, 4096, 11008), "13b": (40, 5120, 13824)}
+OURS = 3  # how often ours runs for each full SVD
 FAMILIES = ("gaussian", "low-rank", "power 1/i", "exponential 1e-4", "exponential 1e-6", "rank-deficient", "clustered")
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     """Run the chosen part."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("part", choices=sorted(PARTS))
-    options.add_argument("--repeats", type=int, default=3)
+    options.add_argument("--repeats", type=int, default=1)
     options.add_argument("--rank", type=int, default=128)
     options.add_argument("--device", default="cpu")
     options.add_argument("--scale", type=int, default=1, help="divide all sizes by this number, for a quick test")
@@ -108,7 +109,7 @@ def llama(chosen: argparse.Namespace) -> list[dict[str, Any]]:
                  "MLP out (down)": (hidden, mlp, 1)}  # fmt: skip
         for kind, (out, inn, count) in kinds.items():
             W = matrix(out, inn, "gaussian", chosen)
-            (measured,) = compare({"gaussian": W}, chosen.rank // chosen.scale, chosen, repeats=1)
+            (measured,) = compare({"gaussian": W}, chosen.rank // chosen.scale, chosen)
             rows.append({"model": size, "layer": kind, "count": count * blocks} | measured)
         own = [entry for entry in rows if entry["model"] == size]
         total, full = (sum(entry[key] * entry["count"] for entry in own) for key in ("seconds", "svd"))
@@ -125,20 +126,21 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
 
 
 def compare(
-    weights: dict[str, Tensor], rank: int, chosen: argparse.Namespace, part: Any = "minor", repeats: int | None = None
+    weights: dict[str, Tensor], rank: int, chosen: argparse.Namespace, part: Any = "minor"
 ) -> list[dict[str, Any]]:
-    """Time the full SVD and ours alternately; return the medians."""
+    """Time the full SVD and ours alternately, ours several times for each slow SVD; return the medians."""
     times: dict[str, list[float]] = {name: [] for name in weights}
     peers: dict[str, list[Any]] = {name: [] for name in weights}
     products: dict[str, list[float]] = {name: [] for name in weights}
     results: dict[str, tuple[Factors, Tensor]] = {}
-    for _ in range(repeats or chosen.repeats):
+    for _ in range(chosen.repeats):
         for name, W in weights.items():
             peer, S = full(W)
-            seconds, found = timed(lambda W=W: decompose(W, rank, part), W.device)
-            times[name].append(seconds)
             peers[name].append(peer)
-            products[name].append(product(W))
+            for _ in range(OURS):
+                seconds, found = timed(lambda W=W: decompose(W, rank, part), W.device)
+                times[name].append(seconds)
+                products[name].append(product(W))
             results[name] = (found, S)
     return [
         row(

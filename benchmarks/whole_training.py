@@ -1,13 +1,13 @@
 """A whole training against what people would use instead: HF's Trainer with PEFT's LoRA, and TRL's SFTTrainer.
 
-python benchmarks/whole_training.py [--data pictures text] [--steps 10] [--rounds 1] [--way milora hf trl]
+python benchmarks/whole_training.py [--data pictures text] [--steps 10] [--rounds 1] [--way milora hf trl ...]
 
 The model, records, batch, rank, data type, optimizer and learning rate are the same. HF's Trainer gets a collator that
 calls the processor, TRL its own DataCollatorForVisionLanguageModeling; both compute the loss of the answers alone.
 Pictures: smol-llava with records of the emoji data (`python -m milora_data emoji --output_dir data/emoji`). Text:
 SmolLM2 with conversations of several hundred tokens. Each training runs in its own process, the methods in turns.
-Seconds are processor time, which another program on the machine disturbs little. TRL needs: pip install trl.
-Prints one JSON line.
+Seconds are processor time of one thread, which another program on the machine disturbs little.
+TRL needs: pip install trl. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import random
 import resource
 import statistics
@@ -26,8 +27,13 @@ from pathlib import Path
 from typing import Any
 
 START = time.process_time()
-WAYS = {"milora": "milora_vl.train", "milora-ungrouped": "milora_vl.train, batches not grouped by length",
-        "hf": "HF Trainer + PEFT LoRA", "trl": "TRL SFTTrainer"}  # fmt: skip
+WAYS = {
+    "milora": "milora_vl.train",
+    "milora-ungrouped": "milora_vl.train, batches not grouped by length",
+    "hf": "HF Trainer + PEFT LoRA",
+    "hf-tuned": "the same with our attention and bfloat16 autocast",
+    "trl": "TRL SFTTrainer",
+}
 BATCH, RANK, RATE, RECORDS = 8, 32, 1e-3, 256
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -42,7 +48,7 @@ def main() -> None:
     options.add_argument("--emoji", type=Path, default=Path("data/emoji"))
     options.add_argument("--steps", type=int, default=10)
     options.add_argument("--rounds", type=int, default=1)
-    options.add_argument("--way", nargs="+", choices=WAYS, default=["milora", "hf", "trl"])
+    options.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
     options.add_argument("--one", action="store_true", help="run the first way in this process (internal)")
     chosen = options.parse_args()
     if chosen.one:
@@ -60,7 +66,8 @@ def compare(data: str, ways: list[str], chosen: argparse.Namespace) -> dict[str,
     for _ in range(chosen.rounds):
         for way in ways:
             words = ["--one", "--way", way, "--data", data, "--steps", str(chosen.steps), "--emoji", str(chosen.emoji)]
-            done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+            command, one_thread = [sys.executable, __file__, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=one_thread, stdout=subprocess.PIPE, text=True, check=True)
             runs[way].append(json.loads(done.stdout.splitlines()[-1]))
             print(data, way, runs[way][-1], file=sys.stderr)
     medians = {
@@ -70,7 +77,7 @@ def compare(data: str, ways: list[str], chosen: argparse.Namespace) -> dict[str,
     ratios = {
         f"{way}_over_{peer}": round(speed[way] / speed[peer], 2)
         for way in ways if way.startswith("milora")
-        for peer in ("hf", "trl") if peer in ways
+        for peer in ("hf", "hf-tuned", "trl") if peer in ways
     }  # fmt: skip
     return {"ways": medians, **ratios}
 
@@ -150,7 +157,10 @@ def ours(records: list[dict[str, Any]], data: str, emoji: Path, folder: Path, st
 
 
 def peer(way: str, records: list[dict[str, Any]], data: str, emoji: Path, folder: Path, steps: int) -> None:
-    """Train PEFT's LoRA of the same rank on the same layers with HF's Trainer or TRL's SFTTrainer."""
+    """Train PEFT's LoRA of the same rank on the same layers with HF's Trainer or TRL's SFTTrainer.
+
+    `hf` and `trl` keep their defaults: sdpa, and float32 adapters on the bfloat16 base without autocast.
+    """
     import torch
     from datasets import Dataset, Image
     from peft import LoraConfig, get_peft_model
@@ -161,6 +171,8 @@ def peer(way: str, records: list[dict[str, Any]], data: str, emoji: Path, folder
     base: Any
     base, processor = load_model("smol-llava" if data == "pictures" else "smollm2", dtype=torch.bfloat16)
     tokenizer = processor.tokenizer if data == "pictures" else processor
+    if way == "hf-tuned" and data == "pictures":
+        base.set_attn_implementation("eager")
     layers = r"(.*language_model.*|model\.layers.*)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
     model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers))
     rows = [
@@ -174,8 +186,8 @@ def peer(way: str, records: list[dict[str, Any]], data: str, emoji: Path, folder
         dataset = dataset.add_column("images", paths).cast_column("images", [Image()])
     words: dict[str, Any] = {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH, "logging_steps": 1,
-        "learning_rate": RATE, "lr_scheduler_type": "constant", "save_strategy": "no", "use_cpu": True, "bf16": False,
-        "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True,
+        "learning_rate": RATE, "lr_scheduler_type": "constant", "save_strategy": "no", "use_cpu": True,
+        "bf16": way == "hf-tuned", "report_to": "none", "remove_unused_columns": False, "disable_tqdm": True,
     }  # fmt: skip
     if way == "trl":
         import trl

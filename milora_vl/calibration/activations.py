@@ -21,6 +21,7 @@ from milora_vl.calibration.bases import InputBasis, ProtectedInputs, first_direc
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.positions import Positions, Sides, positions_by_side
 from milora_vl.policy.rules import Protect, Target
+from milora_vl.svd.cholesky import add_to_lower, mirror
 from milora_vl.svd.precision import full_precision
 from milora_vl.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
@@ -46,7 +47,7 @@ class _Input:
     size: int
     is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
-    total: Tensor | None = None  # C (in, in), or for an embedding the counts (tokens,)
+    total: Tensor | None = None  # C (in, in) below its diagonal, or for an embedding the counts (tokens,)
     num_positions: int = 0  # in `total`
     basis: InputBasis | None = None
     held: list[float] = field(default_factory=lambda: [0.0, 0.0])  # energy along V and in total, held out
@@ -316,7 +317,7 @@ def _adder(one: _Input, sides: Sides) -> Hook:
             if one.total is None:
                 one.total = rows.new_zeros(one.size, one.size, dtype=torch.float32)
             scaled = rows.float() * weights.sqrt()[:, None]
-            one.total.addmm_(scaled.T, scaled)
+            add_to_lower(one.total, scaled)
 
     return add
 
@@ -326,11 +327,14 @@ def _basis(one: _Input) -> InputBasis:
     assert one.protect.inputs is not None
     if not bool(torch.isfinite(one.total).all()):
         raise _not_finite(one)
-    find = first_tokens if isinstance(one.module, nn.Embedding) else first_directions
-    V, share = find(one.total, float(one.protect.inputs), one.protect.max)
+    share, limit = float(one.protect.inputs), one.protect.max
+    if isinstance(one.module, nn.Embedding):
+        V, held = first_tokens(one.total, share, limit)
+    else:
+        V, held = first_directions(mirror(one.total), share, limit)
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
         V = _from_first_rank(V, one.module)
-    return InputBasis(V, one.size, share)
+    return InputBasis(V, one.size, held)
 
 
 def _not_finite(one: _Input) -> CalibrationError:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from milora_vl.forgetting.text import Batch, general_text, text_batches
 
-# Number of positions whose distributions over the vocabulary are in memory as float32 at a time.
-_POSITIONS = 256
+# Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.
+_POSITIONS, _POSITIONS_ON_CPU = 256, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,9 @@ def token_sums(logits: Tensor, target: Tensor, batch: Batch) -> Tensor:
     ids = batch.inputs["input_ids"][:, 1:][batch.counted]
     row = torch.arange(len(batch.counted))[:, None].expand_as(batch.counted)[batch.counted]
     total = torch.zeros(len(batch.counted), 5, dtype=torch.float64)
-    for start in range(0, len(ids), _POSITIONS):
-        part = slice(start, start + _POSITIONS)
+    size = _POSITIONS_ON_CPU if logits.device.type == "cpu" else _POSITIONS
+    for start in range(0, len(ids), size):
+        part = slice(start, start + size)
         log_q = logits[part].float().log_softmax(-1)
         log_p = target[part].float().log_softmax(-1)
         tokens = ids[part, None].to(log_q.device)

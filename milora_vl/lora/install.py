@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft import PeftModel
+from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from milora_vl.lora.layers import (
     ANCHOR,
     ANCHOR_SUFFIX,
     DELTA,
+    AdaptedLinear,
     Conv2dA,
     Conv2dB,
     EmbeddingHalves,
@@ -132,6 +134,8 @@ def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]
         return
     for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
         _KINDS[type(stock)][axis].take_over(stock, *halves[axis])
+    if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
+        layer.__class__ = AdaptedLinear
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:

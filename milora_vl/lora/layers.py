@@ -56,6 +56,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from peft.tuners import lora
 from torch import Tensor, autocast, nn
 from torch.autograd.function import once_differentiable
 
@@ -262,10 +263,47 @@ class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
 
     axis = 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (B0 + E) h + E h0 for the hidden vector [h, h0]: (..., 2r) -> (..., out)."""
-        out = multiply_up(x, self.delta, self.anchor)
-        return out if self.bias is None else out + self.bias
+    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """Return s ((B0 + E) h + E h0) for the hidden vector [h, h0]: (..., 2r) -> (..., out), s = `scaling`.
+
+        `onto` (..., out), the output W x of the base layer, is added.
+        """
+        out = multiply_up(x, self.delta, self.anchor, onto, scaling)
+        return out if self.bias is None else out + scaling * self.bias
+
+
+class AdaptedLinear(lora.Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer, with a faster sum of W x and the update of one adapter of ours.
+
+    PEFT casts x, computes the update, multiplies it by s and adds it to W x. Each of these passes over the tokens takes
+    a share of the step, and most have another one in the backward pass. Here the product with B' adds to W x.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return W x + s B' A' x. PEFT's forward runs if several adapters are active, or hooks see an adapter alone."""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        adapter = None if kwargs or is_traced else self._only_adapter()
+        if adapter is None:
+            out: Tensor = super().forward(x, *args, **kwargs)
+            return out
+        base = self.base_layer(x, *args)
+        down: Any = self.lora_A[adapter]
+        dropout = self.lora_dropout[adapter]
+        # Autocast casts x anyway. Dropout needs more digits than bfloat16 has: it divides by 1 - p.
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        if drops or not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, down.delta.dtype):
+            x = self._cast_input_dtype(x, down.delta.dtype)
+        return self.lora_B[adapter](down(dropout(x)), base, self.scaling[adapter])  # type: ignore[no-any-return]
+
+    def _only_adapter(self) -> str | None:
+        """Return the active adapter if it is the only one here, one of ours, not merged, and enabled."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        up = self.lora_B[active[0]]
+        is_ours = isinstance(up, LinearB) and isinstance(self.scaling[active[0]], int | float)
+        hooks = (up._forward_pre_hooks, up._forward_hooks, up._backward_pre_hooks, up._backward_hooks)
+        return active[0] if is_ours and not any(hooks) else None
 
 
 class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
@@ -303,9 +341,12 @@ class _Residual(Halves):
         factor = self.anchor.to(self.delta.dtype) + self.delta
         return factor if torch.compiler.is_compiling() else factor.as_subclass(Joined)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return A x or B h: (..., in) -> (..., r), (..., r) -> (..., out)."""
-        return F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
+    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """Return A x or s B h: (..., in) -> (..., r), (..., r) -> (..., out); `onto` (..., out) is added."""
+        out = F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
+        if onto is None:
+            return out if scaling == 1 else out * scaling
+        return torch.add(onto, out, alpha=scaling).to(onto.dtype)
 
 
 class ResidualA(_Residual, LinearA):  # type: ignore[misc,override]
@@ -416,8 +457,12 @@ def multiply_down(x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
     return _Down.apply(x, delta, anchor, _dtype(x, delta, anchor))  # type: ignore[no-any-return,no-untyped-call]
 
 
-def multiply_up(hidden: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
-    """Return (B0 + E) h + E h0 for `hidden` = [h, h0], (..., 2r) -> (..., out), in the dtype of `multiply_down`.
+def multiply_up(
+    hidden: Tensor, delta: Tensor, anchor: Tensor, onto: Tensor | None = None, scaling: float = 1.0
+) -> Tensor:
+    """Return s ((B0 + E) h + E h0) for `hidden` = [h, h0], (..., 2r) -> (..., out), in the dtype of `multiply_down`.
+
+    With `onto` (..., out), return the sum of both in its dtype.
 
     A new adapter has D = 0 and E = 0, so it changes no output:
 
@@ -425,7 +470,10 @@ def multiply_up(hidden: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
     >>> bool((multiply_up(hidden, torch.zeros(4, 2), torch.randn(4, 2)) == 0).all())
     True
     """
-    return _Up.apply(hidden, delta, anchor, _dtype(hidden, delta, anchor))  # type: ignore[no-any-return,no-untyped-call]
+    dtype = _dtype(hidden, delta, anchor)
+    added = onto if onto is not None and onto.dtype == dtype else None
+    out: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, added)  # type: ignore[no-untyped-call]
+    return out if onto is None or added is not None else (onto + out).to(onto.dtype)
 
 
 def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:
@@ -476,25 +524,41 @@ class _Down(torch.autograd.Function):
 
 
 class _Up(torch.autograd.Function):
-    """(B0 + E) h + E h0 with gradients for [h, h0] and E: d[h, h0] = g [B0 + E, E], dE = g' (h + h0)."""
+    """s ((B0 + E) h + E h0) + y with gradients for [h, h0], E and y: d[h, h0] = s g [B0 + E, E], dE = s g' (h + h0)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.dtypes = hidden.dtype, dtype
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        delta: Tensor,
+        anchor: Tensor,
+        dtype: torch.dtype,
+        scaling: float,
+        onto: Tensor | None,
+    ) -> Tensor:
+        ctx.dtypes, ctx.scaling = (hidden.dtype, dtype), scaling
         hidden = hidden.to(dtype)
         ctx.save_for_backward(hidden, delta, anchor)
         with autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden, join(delta, anchor, 1, dtype))
+            joined = join(delta, anchor, 1, dtype)
+            if onto is None:
+                out = F.linear(hidden, joined)
+                return _scaled(out, scaling)
+            return torch.addmm(_rows(onto), _rows(hidden), joined.T, alpha=scaling).view(onto.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, Tensor | None]:
         hidden, delta, anchor = ctx.saved_tensors
         of_hidden = of_delta = None
         with autocast(grad.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
-                of_hidden = (grad @ join(delta, anchor, 1, ctx.dtypes[1])).to(ctx.dtypes[0])
+                of_hidden = _scaled(grad @ join(delta, anchor, 1, ctx.dtypes[1]), ctx.scaling).to(ctx.dtypes[0])
             if ctx.needs_input_grad[1]:
                 first, second = hidden.chunk(2, dim=-1)
-                of_delta = (_rows(grad).T @ _rows(first + second)).to(delta.dtype)
-        return of_hidden, of_delta, None, None
+                of_delta = _scaled(_rows(grad).T @ _rows(first + second), ctx.scaling).to(delta.dtype)
+        return of_hidden, of_delta, None, None, None, grad if ctx.needs_input_grad[5] else None
+
+
+def _scaled(product: Tensor, scaling: float) -> Tensor:
+    return product if scaling == 1 else product.mul_(scaling)

@@ -32,6 +32,26 @@ def lower_gram(rows: Iterable[Tensor], n: int) -> Tensor:
     return G
 
 
+def add_to_lower(G: Tensor, C: Tensor) -> None:
+    """Add C'C for C (k, n) to the entries of G (n, n) on and below the diagonal, with half of the work of a product.
+
+    Some entries above the diagonal change too; `mirror` replaces them.
+
+    >>> G = torch.zeros(3, 3)
+    >>> add_to_lower(G, torch.tensor([[1.0, 2.0, 3.0]]))
+    >>> mirror(G)[0]
+    tensor([1., 2., 3.])
+    """
+    _add(C, G, 0, len(G), beta=1)
+
+
+def mirror(G: Tensor) -> Tensor:
+    """Fill the entries of G (n, n) above its diagonal blocks with those below, in place, and return it."""
+    for a, b in _blocks(len(G), BLOCK):
+        G[:a, a:b] = G[a:b, :a].T
+    return G
+
+
 def mean_eigenvalue(G: Tensor) -> float:
     """Return the mean of the eigenvalues of G (n, n), weighted by themselves: ||G||_F^2 / trace G.
 

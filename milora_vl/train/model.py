@@ -25,6 +25,7 @@ from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
 from milora_vl.recipe.base_model import config_for
 from milora_vl.recipe.schema import Recipe
+from milora_vl.train import shared_prefix
 from milora_vl.train.trainer import CheckpointKind
 
 WEIGHTS_FILE: dict[CheckpointKind, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
@@ -43,7 +44,17 @@ class Built:
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
+    """Load the base model and its processor, and the projector from the recipe's `projector_weights`.
+
+    Raises UserError for a float16 base on a CPU beside a module that trains in full, which would need autocast.
+    """
+    if device.type == "cpu" and dtype == torch.float16 and any(r.get("method") == "full" for r in recipe.policy or ()):
+        raise UserError(
+            "a module trains in full, in float32, and on a CPU no autocast multiplies it with a float16 base",
+            code="recipe-precision",
+            where="dtype",
+            hint="use --dtype bfloat16 or float32",
+        )
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     _set_attention(model, recipe.attn_implementation)
@@ -77,6 +88,8 @@ def _set_attention(model: Any, name: str) -> None:
             where="attn_implementation",
             hint="use sdpa or eager",
         ) from None
+    if name == "eager":
+        shared_prefix.use_attention(model)
 
 
 def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:

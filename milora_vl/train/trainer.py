@@ -45,7 +45,8 @@ from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
 from milora_vl.recipe import protection
-from milora_vl.train import fsdp, loader_processes, streaming
+from milora_vl.towers import image_token_of
+from milora_vl.train import fsdp, loader_processes, shared_prefix, streaming
 from milora_vl.train.cpu_load import FreeCores
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
@@ -226,7 +227,8 @@ class MiloraTrainer(Trainer):
         kinds: Sequence[object] | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        self.chunked = add_chunked_loss(base_model_of(model))  # before anything wraps its forward
+        # Before anything wraps its forward. torch.compile cannot trace the chunks: it compiles the plain loss.
+        self.chunked = not args.torch_compile and add_chunked_loss(base_model_of(model))
         super().__init__(
             model,
             args,
@@ -251,6 +253,9 @@ class MiloraTrainer(Trainer):
         self.checkpoint_kind = checkpoint_kind
         self.lengths, self.kinds = lengths, kinds
         self.resume_from = resume_from
+        # DataParallel splits a batch by its rows, NEFTune's noise differs in them, torch.compile needs one shape.
+        separate = self.args.n_gpu > 1 or self.args.neftune_noise_alpha or self.args.torch_compile
+        self.shares_prefix = not separate and shared_prefix.can_share(base_model_of(self.trained()))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
         self.meter = Meter(data_collator)
         paths = {target.path: str(target.tower) for target in targets}
@@ -345,7 +350,7 @@ class MiloraTrainer(Trainer):
         """
         if not model.training:
             inputs = {**inputs, "labels": self._counted_once(inputs["labels"])}
-        summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
+        summed, num_tokens = summed_loss(model, self._with_shared_prefix(inputs), chunked=self.chunked)
         if not model.training:
             self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
         else:
@@ -362,6 +367,13 @@ class MiloraTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, {}) if return_outputs else loss
+
+    def _with_shared_prefix(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch as one row whose rows share their first tokens, if this model can read it."""
+        if not self.shares_prefix:
+            return inputs
+        base: Any = base_model_of(self.trained())
+        return shared_prefix.share(inputs, image_token=image_token_of(base), dtype=base.dtype)
 
     def _counted_once(self, labels: Tensor) -> Tensor:
         """Mask the labels (batch, length) of records that this evaluation has counted before.

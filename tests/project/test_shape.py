@@ -43,6 +43,8 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/losses.py:_chunked_loss.<locals>.first_position": "an inner model's forward, passed on to it",
     "milora_vl/losses.py:add_chunked_loss.<locals>.forward": "a model's forward, passed on to it",
     "milora_vl/plan/simulate.py:_flash_attention.<locals>.attention": "torch's function",
+    "milora_vl/lora/layers.py:AdaptedLinear.forward": "a method of PEFT's layers",
+    "milora_vl/train/shared_prefix.py:attention": "an attention function of transformers",
     "milora_vl/train/trainer.py:TowerNorms.on_pre_optimizer_step": "TrainerCallback's hook",
     "milora_vl/train/features.py:replay.<locals>.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/train/trainer.py:ConvertVersion1.on_train_begin": "TrainerCallback's hook",

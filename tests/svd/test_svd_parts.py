@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from milora_vl.svd.cholesky import Cholesky, lower_gram, mean_eigenvalue
+from milora_vl.svd.cholesky import Cholesky, add_to_lower, lower_gram, mean_eigenvalue, mirror
 from milora_vl.svd.flatten import flatten
 from milora_vl.svd.lanczos import Lanczos
 
@@ -30,6 +30,16 @@ def test_factor_and_solution_are_those_of_the_whole_matrix(n: int) -> None:
     assert torch.allclose(whole @ factor.solve(X), X, atol=1e-9)
     eigenvalues = torch.linalg.eigvalsh(W.T @ W)
     assert mean_eigenvalue(G) == pytest.approx(float(eigenvalues.square().sum() / eigenvalues.sum()))
+
+
+@pytest.mark.parametrize("n", [5, 256, 257, 700])
+def test_a_sum_of_lower_halves_is_the_whole_sum_after_mirroring(n: int) -> None:
+    parts = torch.randn(2, 9, n, generator=generator, dtype=torch.float64)
+    G = torch.zeros(n, n, dtype=torch.float64)
+    for part in parts:
+        add_to_lower(G, part)
+    assert mirror(G) is G
+    torch.testing.assert_close(G, sum(part.T @ part for part in parts))
 
 
 def test_a_shift_above_the_first_eigenvalue_is_not_positive_definite() -> None:

@@ -168,6 +168,22 @@ def test_checkpointing_and_bf16_train_too(plain_run: Path, tiny_data: Path, tmp_
         assert c == pytest.approx(a, rel=2e-2)
 
 
+def test_a_float16_base_on_a_cpu_is_refused_where_a_module_trains_in_full(tiny_data: Path, tmp_path: Path) -> None:
+    """CPUs have no float16 autocast in accelerate, so the projector could not read the tower's features."""
+    with raises_code("recipe-precision", where="dtype"):
+        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--dtype", "float16"))
+
+
+@pytest.mark.slow  # torch.compile
+def test_a_training_may_be_compiled(tiny_data: Path, tmp_path: Path) -> None:
+    flags = ["--rank", "4", "--lora_dropout", "0"]
+    assert main(training(tiny_data, tmp_path / "plain", *flags)) == 0
+    compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager"]
+    assert main(training(tiny_data, tmp_path / "compiled", *flags, *compiled)) == 0
+    for (_, loss), (_, expected) in zip(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
 def test_text_only_models_take_the_same_road(tiny_data: Path, tmp_path: Path) -> None:
     records = json.loads((tiny_data / "train.json").read_text())
     (tiny_data / "text.json").write_text(json.dumps([r for r in records if "image" not in r]))
