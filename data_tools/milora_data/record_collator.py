@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from milora_data.errors import DataError, UserError, with_context
 from milora_data.images.files import ImageError, ImagePolicy
 from milora_data.memory import keep_freed_memory
 from milora_data.records import Record, parse_record
+from milora_data.tokens import IGNORE
 
 log = logging.getLogger(__name__)
 
@@ -51,30 +53,47 @@ class RecordCollator(ABC, Generic[Sample]):
     `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
     plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
     place) are skipped unless `bad_images` is `raise`. Each case is logged and counted in `counts()`. If a batch has no
-    record left, the first usable one of `substitutes` replaces it, else the last good record.
+    record left, the first usable one of `substitutes` replaces it, else the last good record. For an evaluation, where
+    that would add a record of the training to the loss, such a batch has no labels (`for_evaluation`).
     """
+
+    is_evaluating = False
 
     def __init__(self, bad_images: ImagePolicy = "raise", substitutes: Sequence[Item] = ()) -> None:
         self.bad_images = bad_images
         self._untried = list(reversed(substitutes))
         self._substitute_sample: Sample | None = None
         self._last_sample: Sample | None = None
+        self._has_substitute = False  # in the present batch, which then holds nothing else
         # Shared memory, one row per loader process: loader processes count, the main process reports.
         self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
 
     def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         """Return the batch of `records`; raises `DataError` with file and line."""
         if get_worker_info() is None:
-            return self._collated(records)
+            return self._made(records)
         keep_freed_memory()
         try:
-            return self._collated(records)
+            return self._made(records)
         except UserError as error:
             return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
 
     def counts(self) -> dict[str, int]:
         """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
         return dict(zip(_COUNTERS, self._counts.sum(0).tolist(), strict=True))
+
+    def for_evaluation(self) -> RecordCollator[Sample]:
+        """Return a collator that counts with this one, and whose batches of substitutes have no labels."""
+        other = copy(self)
+        other.is_evaluating = True
+        return other
+
+    def _made(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        self._has_substitute = False
+        batch = self._collated(records)
+        if self.is_evaluating and self._has_substitute:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+        return batch
 
     @abstractmethod
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
@@ -121,6 +140,7 @@ class RecordCollator(ABC, Generic[Sample]):
                 self._substitute_sample = self._read(record_of(item))
             except DataError:
                 continue  # reported when the record comes up in a batch
+        self._has_substitute = True
         sample = self._substitute_sample or self._last_sample
         if sample is None:
             raise DataError(

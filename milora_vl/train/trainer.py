@@ -30,6 +30,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from milora_data.errors import UserError, first_line
+from milora_data.record_collator import RecordCollator
 from milora_data.sampler import LengthGroupedSampler
 from milora_data.stream import RecordStream
 from milora_data.tokens import IGNORE
@@ -327,8 +328,14 @@ class MiloraTrainer(Trainer):
         return self._stream
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return HF's loader, which fails if its processes hang."""
-        return loader_processes.with_timeout(super().get_eval_dataloader(eval_dataset))
+        """Return HF's loader, which fails if its processes hang. No training record stands for a held-out one."""
+        collator = self.data_collator
+        if isinstance(collator, RecordCollator):
+            self.data_collator = collator.for_evaluation()
+        try:
+            return loader_processes.with_timeout(super().get_eval_dataloader(eval_dataset))
+        finally:
+            self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.lengths is None:

@@ -89,3 +89,21 @@ def test_a_finding_is_understood_alone(tmp_path: Path) -> None:
     path.write_text(json.dumps(dirty_data.ask("Half \ud83d?", "Yes.")) + "\n")
     with raises_code("data-broken-records", says=r"train.jsonl:1: text that is not valid Unicode .*: turn 1"):
         check_for_training(path)
+
+
+def test_a_held_out_batch_without_a_usable_record_adds_nothing_to_the_loss(tiny_data: Path, tmp_path: Path) -> None:
+    """A training record stood in its place."""
+    good = json.loads((tiny_data / "val.json").read_text())
+    (tiny_data / "images" / "broken.png").write_bytes(b"no picture")
+    broken = [{**record, "id": f"broken {record['id']}", "image": "broken.png"} for record in good]
+    found = []
+    for name, records in (("good", good), ("mixed", [*broken[:1], *good, *broken[1:]])):
+        file = tiny_data / f"{name}.json"
+        file.write_text(json.dumps(records))
+        flags = ["--eval_data_path", str(file), "--eval_strategy", "steps", "--eval_steps", "6", "--rank", "4"]
+        flags += ["--per_device_eval_batch_size", "1", "--bad_images", "skip", "--lora_dropout", "0"]
+        run = tmp_path / name
+        assert main(training(tiny_data, run, *flags)) == 0
+        found.append(json.loads((run / "trainer_state.json").read_text())["log_history"])
+    good_loss, mixed_loss = (next(entry["eval_loss"] for entry in log if "eval_loss" in entry) for log in found)
+    assert mixed_loss == pytest.approx(good_loss, rel=1e-5)
