@@ -66,7 +66,7 @@ format: $(INSTALLED)  ## Fix lint and format in place
 	$(BIN)/ruff format .
 
 # One peer of the benchmarks is TRL, which the project does not need.
-bench: $(INSTALLED) $(DATA)/test.json  ## Run the benchmarks (half an hour), write benchmarks/results.json and docs/performance.md
+bench: $(INSTALLED) $(DATA)/test.json  ## Run the benchmarks (twenty minutes), write benchmarks/results.json and docs/performance.md
 	$(BIN)/python -m pip install --quiet trl
 	$(BIN)/python benchmarks/all.py
 

@@ -1,6 +1,6 @@
 """A training step while other programs use some of the cores: all threads, one thread, and as `milora train` does it.
 
-python benchmarks/shared_cores.py [--busy 1] [--rounds 12]   prints a JSON line
+python benchmarks/shared_cores.py [--busy 1] [--rounds 10]   prints a JSON line
 
 `--busy` endless loops keep as many cores busy; 0 adds none, on a machine that is busy anyway. The three ways take turns
 in one process, so the seconds (elapsed, medians) compare. OMP_NUM_THREADS must not be set.

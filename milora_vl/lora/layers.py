@@ -301,7 +301,7 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return None
         up = self.lora_B[active[0]]
-        is_ours = isinstance(up, LinearB) and isinstance(self.scaling[active[0]], int | float)
+        is_ours = isinstance(up, LinearB) and up.bias is None and isinstance(self.scaling[active[0]], int | float)
         hooks = (up._forward_pre_hooks, up._forward_hooks, up._backward_pre_hooks, up._backward_hooks)
         return active[0] if is_ours and not any(hooks) else None
 
@@ -471,9 +471,12 @@ def multiply_up(
     True
     """
     dtype = _dtype(hidden, delta, anchor)
-    added = onto if onto is not None and onto.dtype == dtype else None
-    out: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, added)  # type: ignore[no-untyped-call]
-    return out if onto is None or added is not None else (onto + out).to(onto.dtype)
+    if onto is None or onto.dtype != dtype:
+        update: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, None)  # type: ignore[no-untyped-call]
+        return update if onto is None else (onto + update).to(onto.dtype)
+    # A function must not return a view: autograd refuses to change one in place, as models with `+=` do.
+    out: Tensor = _Up.apply(_rows(hidden), delta, anchor, dtype, scaling, _rows(onto))  # type: ignore[no-untyped-call]
+    return out.view(onto.shape)
 
 
 def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:
@@ -543,8 +546,8 @@ class _Up(torch.autograd.Function):
             joined = join(delta, anchor, 1, dtype)
             if onto is None:
                 out = F.linear(hidden, joined)
-                return _scaled(out, scaling)
-            return torch.addmm(_rows(onto), _rows(hidden), joined.T, alpha=scaling).view(onto.shape)
+                return out if scaling == 1 else out * scaling
+            return torch.addmm(onto, hidden, joined.T, alpha=scaling)
 
     @staticmethod
     @once_differentiable

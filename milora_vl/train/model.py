@@ -44,17 +44,7 @@ class Built:
 
 
 def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """Load the base model and its processor, and the projector from the recipe's `projector_weights`.
-
-    Raises UserError for a float16 base on a CPU beside a module that trains in full, which would need autocast.
-    """
-    if device.type == "cpu" and dtype == torch.float16 and any(r.get("method") == "full" for r in recipe.policy or ()):
-        raise UserError(
-            "a module trains in full, in float32, and on a CPU no autocast multiplies it with a float16 base",
-            code="recipe-precision",
-            where="dtype",
-            hint="use --dtype bfloat16 or float32",
-        )
+    """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     _set_attention(model, recipe.attn_implementation)

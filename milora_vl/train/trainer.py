@@ -239,6 +239,7 @@ class MiloraTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[stop := StopOnSignal(), LogBeforeSave(), IntervalsOfThisRun()],
         )
+        self._require_autocast(targets)
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.durations = Durations()
         self.add_callback(self.durations)
@@ -288,6 +289,18 @@ class MiloraTrainer(Trainer):
         if self.args.fsdp:
             fsdp.enable_on_cpus(self.args, self.accelerator.state)
             self.is_fsdp_enabled = self.accelerator.state.fsdp_plugin is not None
+
+    def _require_autocast(self, targets: Sequence[Target]) -> None:
+        """Raise UserError for a float16 base on a CPU beside a module that trains in full, in float32."""
+        is_half = any(p.dtype == torch.float16 for p in self.trained().parameters())
+        trains_in_full = any(target.rank is None for target in targets)
+        if self.args.device.type == "cpu" and is_half and trains_in_full and not self.is_deepspeed_enabled:
+            raise UserError(
+                "a module trains in full, in float32, and on a CPU no autocast multiplies it with a float16 base",
+                code="recipe-precision",
+                where="dtype",
+                hint="use --dtype bfloat16 or float32",
+            )
 
     def trained(self) -> nn.Module:
         """Return the model without wrappers."""

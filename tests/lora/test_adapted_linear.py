@@ -202,9 +202,23 @@ def test_a_traced_model_computes_the_same() -> None:
     torch.testing.assert_close(traced(x), model(x))
 
 
-def test_what_selective_checkpointing_keeps_is_not_changed() -> None:
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As Falcon's and networks with ReLU(inplace=True) do."""
+    model, x = adapted(), batch(*shape)
+    layer = lora_layer(model, "first")
+    layer(x).relu_().sum().backward()
+    ours = layer.lora_A["default"].delta.grad.clone()
+    model.zero_grad()
+    with stock_forward():
+        layer(x).relu_().sum().backward()
+    torch.testing.assert_close(ours, layer.lora_A["default"].delta.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_selective_checkpointing_keeps_is_not_changed(dtype: torch.dtype) -> None:
     kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
-    model, x = adapted(), batch(5)
+    model, x = adapted(dtype=dtype), batch(5).to(dtype)
     expected = result(model, x)
     stock = model.forward
     model.forward = lambda x: checkpoint(stock, x, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
