@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-extras mutations check format bench bench-full bench-quick docs wheel audit clean
+.PHONY: help setup demo test test-all test-lowest test-extras mutations check format peers bench bench-full bench-quick docs wheel audit clean
 # If a command is interrupted, make must not delete its finished output files.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -66,16 +66,16 @@ format: $(INSTALLED)  ## Fix lint and format in place
 	$(BIN)/ruff format .
 
 # One peer of the benchmarks is TRL, which the project does not need.
-bench: $(INSTALLED) $(DATA)/test.json  ## Run the benchmarks (twenty minutes), write benchmarks/results.json and docs/performance.md
+peers: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet trl
+
+bench: peers $(DATA)/test.json  ## Run the benchmarks (twenty minutes), write benchmarks/results.json and docs/performance.md
 	$(BIN)/python benchmarks/all.py
 
-bench-full: $(INSTALLED) $(DATA)/test.json  ## Also run a million questions, a 7B at full size, kills and the soak (three hours more)
-	$(BIN)/python -m pip install --quiet trl
+bench-full: peers $(DATA)/test.json  ## Also run a million questions, a 7B at full size, kills and the soak (three hours more)
 	$(BIN)/python benchmarks/all.py --full
 
-bench-quick: $(INSTALLED) $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training
-	$(BIN)/python -m pip install --quiet trl
+bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training
 	$(BIN)/python benchmarks/all.py --quick
 
 docs: $(INSTALLED)  ## Build the documentation site in site/

@@ -2,8 +2,10 @@
 
 python benchmarks/whole_training.py [--data pictures text] [--steps 10] [--rounds 1] [--way milora hf trl ...]
 
-The model, records, batch, rank, data type, optimizer and learning rate are the same. HF's Trainer gets a collator that
-calls the processor, TRL its own DataCollatorForVisionLanguageModeling; both compute the loss of the answers alone.
+The model, records, batch, rank, data type, optimizer and learning rate are the same. Ours has autocast, and for
+pictures eager attention, as in the demo; `hf` and `trl` keep their defaults, `hf-tuned` gets both too. HF's Trainer
+gets a collator that calls the processor, TRL its own DataCollatorForVisionLanguageModeling; both compute the loss of
+the answers alone.
 Pictures: smol-llava with records of the emoji data (`python -m milora_data emoji --output_dir data/emoji`). Text:
 SmolLM2 with conversations of several hundred tokens. Each training runs in its own process, the methods in turns.
 Seconds are processor time of one thread, which another program on the machine disturbs little.

@@ -8,9 +8,9 @@ read the batch as one row, the prefix followed by the rest of every row,
 if each token keeps its position, and if a rest attends to the prefix and to itself alone. Every loss and gradient is
 that of the separate rows, up to rounding. Of the demo's 75 tokens a record, 33 are the system prompt.
 
-`attention` below does this where the recipe says `attn_implementation: eager`, the fastest for short rows on a CPU. It
-knows such a batch by its mask, whose first dimension is the number of rows; for other batches it is eager attention
-without copies of the keys and values for the query heads that share them.
+`attention` below does this where the recipe says `attn_implementation: eager`, as the demo's does. It knows such a
+batch by its mask, whose first dimension is the number of rows; for other batches it is eager attention without copies
+of the keys and values for the query heads that share them.
 
 >>> ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 0]])
 >>> labels = torch.tensor([[-100, -100, -100, 4], [-100, -100, -100, -100]])
