@@ -42,7 +42,7 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 
 # Packages that no extra names: TRL, llama.cpp as a reader of GGUF, transformers' server, the notebook, SmolVLM's numbers.
 EXTRAS_PACKAGES := trl xllamacpp "transformers[serving]" nbclient nbformat ipykernel num2words
-EXTRAS_TESTS := tests/lora/test_quantized.py tests/chat/test_chat_web.py tests/chat/test_vlm_chat.py tests/integrations/test_trl.py \
+EXTRAS_TESTS := tests/adapter/test_quantized.py tests/chat/test_chat_web.py tests/chat/test_vlm_chat.py tests/integrations/test_trl.py \
     tests/integrations/test_trl_collator.py tests/recipe/test_llava_scripts.py tests/export/test_gguf.py tests/export/test_serving.py \
     tests/docs/test_examples.py tests/train/test_vlm_train.py tests/data/test_videos.py
 

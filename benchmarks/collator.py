@@ -32,9 +32,9 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-from milora_data.memory import keep_freed_memory
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import parse_record
+from milora_data.batches.memory import keep_freed_memory
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.records.record import parse_record
 from milora_vl.models import loading
 
 TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

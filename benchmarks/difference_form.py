@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milora_vl.lora.layers import LinearA, LinearB
+from milora_vl.adapter.layers import LinearA, LinearB
 from milora_vl.svd import decompose
 
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)

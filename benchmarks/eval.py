@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.answers.lines import to_line
 from milora_eval.answers.store import PREDICTIONS
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.benchmarks.vqav2 import VQAv2
 from milora_eval.rules import vqa
-from milora_vl.generate import Prompt, generate
-from milora_vl.load import load_model
+from milora_vl.foreign.load_model import load_model
+from milora_vl.models.generate import Prompt, generate
 
 # VmHWM restarts at exec; the peak of getrusage would include this process.
 SCORE_ALONE = """

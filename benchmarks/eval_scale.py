@@ -29,7 +29,7 @@ from milora_eval.answers.questions import EvaluationPlan, Questions, read_items
 from milora_eval.answers.store import Store, write_lines
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.evaluate import results_folder, settings
-from milora_vl.generate import Prompt, generate
+from milora_vl.models.generate import Prompt, generate
 from milora_vl.tiny import tiny_llava
 
 ASKED = 64

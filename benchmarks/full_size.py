@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from milora_vl.adapter import apply_milora
-from milora_vl.losses import add_chunked_loss, summed_loss
+from milora_vl.adapter.apply import apply_milora
+from milora_vl.forecast.simulate import Shape, simulate
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
-from milora_vl.plan.simulate import Shape, simulate
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.policy import Policy
 
 RULES = [{"modules": "language", "method": "milora", "rank": 16}]

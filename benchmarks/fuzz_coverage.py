@@ -15,8 +15,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["milora_data"]):
-    from milora_data.errors import UserError
-    from milora_data.sources import load_records
+    from milora_data.stream.sources import load_records
+    from milora_vl.base.errors import UserError
 
 SEEDS = (
     b'[{"id": "a", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\nHi"}, '

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from milora_vl.initialize import initialize
-from milora_vl.load import load_model
+from milora_vl.factors.initialize import initialize
+from milora_vl.foreign.load_model import load_model
 from milora_vl.policy import Policy, Target
 from milora_vl.weights.matrices import read_matrix
 

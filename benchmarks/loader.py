@@ -20,12 +20,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import photo, records
-from milora_data.collate import ImageTextCollator
-from milora_data.records import parse_record
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.records.record import parse_record
 from milora_vl import Policy, apply_milora, load_model
-from milora_vl.losses import add_chunked_loss, summed_loss
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.features import replay
 
 PICTURES = 64

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from milora_vl.losses import add_chunked_loss, summed_loss
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from plan import status
 
 WORDS, LENGTH, WIDTH = 32000, 2048, 256

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_vl.losses import add_chunked_loss, summed_loss
+from milora_vl.forecast import cost
+from milora_vl.forecast.cost import MIX665K, activations, shape_of, workload_of
+from milora_vl.forecast.estimate import GIB, memory
+from milora_vl.forecast.simulate import Shape, simulate
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
-from milora_vl.plan import cost
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.plan.batching import Batching
-from milora_vl.plan.cost import MIX665K, activations, shape_of, workload_of
-from milora_vl.plan.estimate import GIB, memory
-from milora_vl.plan.simulate import Shape, simulate
 from milora_vl.policy import Policy
 
 RULES = [
@@ -72,7 +72,7 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     from peft.helpers import disable_input_dtype_casting
     from transformers import LlavaForConditionalGeneration
 
-    from milora_vl.adapter import apply_milora
+    from milora_vl.adapter.apply import apply_milora
 
     made = config(layers, width)
     dtype = torch.bfloat16 if half else torch.float32
@@ -149,7 +149,7 @@ def deepspeed_ratios() -> list[dict[str, Any]]:
 
 def full_plan(total: int, devices: int) -> Any:
     """Return a plan in which everything trains in bf16."""
-    from milora_vl.plan.estimate import Workload
+    from milora_vl.forecast.estimate import Workload
 
     return Workload(
         total=total, adapters=0, anchors=0, full=total, base_bytes=2.0, stage=2, devices=devices, records=1, tokens=1,

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milora_vl.adapter.protection import Directions
 from milora_vl.calibration.bases import first_directions
-from milora_vl.lora.protection import Directions
 
 
 def activations(tokens: int, size: int, generator: torch.Generator) -> Tensor:

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from milora_vl.factors.read_ahead import one_ahead, read_weights
 from milora_vl.svd import decompose
-from milora_vl.weights.read_ahead import one_ahead, read_weights
 
 
 def main() -> None:

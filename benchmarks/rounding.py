@@ -30,7 +30,7 @@ from torch import Tensor
 from milora_data.assets import fetch
 from milora_vl.models.smol_llava import GGUF
 from milora_vl.report.tables import Table
-from milora_vl.studies.page import markdown, with_block
+from studies.page import markdown, with_block
 
 Q4_1 = GGMLQuantizationType.Q4_1
 BLOCK, BYTES = 32, 20  # weights per block; bytes: scale and minimum as float16, then 16 bytes of levels

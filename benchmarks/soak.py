@@ -31,7 +31,7 @@ from typing import Any, Literal
 import psutil
 
 from kills import CONTEXT, losses
-from milora_data.command import cli
+from milora_vl.cli import command_line as cli
 
 # The demo's training in short steps and without protection, which each early start would calibrate again. The rate is
 # constant, so that the number of steps need not be known: both are stopped when the time is over. Both also share a

@@ -15,10 +15,10 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from milora_data.errors import UserError
+from milora_data.batches.preferences import PreferenceCollator, pair_of
 from milora_data.formats.jsonfile import read_objects
-from milora_data.preferences import PreferenceCollator, pair_of
 from milora_vl import apply_milora, load_model, save_adapter
+from milora_vl.base.errors import UserError
 from milora_vl.models.devices import dtype_named
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.processors import limit_pixels

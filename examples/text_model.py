@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from milora_data import ImageTextCollator, Record
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_vl import apply_milora, load_model, save_adapter
 
 name = sys.argv[1] if len(sys.argv) > 1 else "tiny-text"

@@ -7,10 +7,9 @@ True
 from importlib import resources
 from typing import Literal
 
-Kind = Literal["recipe", "study", "deepspeed", "accelerate"]
+Kind = Literal["recipe", "deepspeed", "accelerate"]
 _PLACE: dict[Kind, tuple[str, str]] = {
     "recipe": (".", ".yaml"),
-    "study": ("studies", ".yaml"),
     "deepspeed": ("deepspeed", ".json"),
     "accelerate": ("accelerate", ".yaml"),
 }

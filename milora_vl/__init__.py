@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from milora_vl.models import auto_classes
 
 if TYPE_CHECKING:
-    from milora_vl.adapter import apply_milora, merge
-    from milora_vl.adapter_io import load_adapter, save_adapter
-    from milora_vl.load import load_model
-    from milora_vl.lora.keep_protected import keep_protected
+    from milora_vl.adapter.apply import apply_milora, merge
+    from milora_vl.adapter.files import load_adapter, save_adapter
+    from milora_vl.adapter.keep_protected import keep_protected
+    from milora_vl.adapter.reinit import reinit_peft, restore_split
+    from milora_vl.foreign.load_model import load_model
     from milora_vl.policy import Policy, Rule
-    from milora_vl.reinit import reinit_peft, restore_split
     from milora_vl.svd import Factors, decompose
 
 __all__ = [
@@ -39,15 +39,15 @@ _MODULE_OF = {
     "Factors": "svd",
     "Policy": "policy",
     "Rule": "policy",
-    "apply_milora": "adapter",
+    "apply_milora": "adapter.apply",
     "decompose": "svd",
-    "keep_protected": "lora.keep_protected",
-    "load_adapter": "adapter_io",
-    "load_model": "load",
-    "merge": "adapter",
-    "reinit_peft": "reinit",
-    "restore_split": "reinit",
-    "save_adapter": "adapter_io",
+    "keep_protected": "adapter.keep_protected",
+    "load_adapter": "adapter.files",
+    "load_model": "foreign.load_model",
+    "merge": "adapter.apply",
+    "reinit_peft": "adapter.reinit",
+    "restore_split": "adapter.reinit",
+    "save_adapter": "adapter.files",
 }
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from milora_data.command.cli import run
-from milora_data.command.menu import Menu
+from milora_vl.cli.command_line import run
+from milora_vl.cli.menu import Menu
 
 MENU = Menu(
     "milora",
@@ -20,10 +20,6 @@ MENU = Menu(
             "compose": ("milora_vl.compose", "compose a LLaVA from a vision tower and a language model"),
             "report": ("milora_vl.report", "regenerate the report of a run folder"),
             "sweep": ("milora_vl.sweep.__main__", "compare methods over learning rates, ranks and seeds"),
-            "studies": (
-                "milora_vl.studies.__main__",
-                "run studies on open questions about MiLoRA, by many small trainings",
-            ),
         },
         "use": {
             "chat": ("milora_vl.chat", "ask a model questions, with or without a picture"),

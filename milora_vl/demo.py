@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_data.command.cli import as_typed, command_line, run
-from milora_data.command.flags import Command, flag, option, shared
-from milora_data.errors import UserError
-from milora_vl.adapter_folders import holds_adapter
+from milora_vl.adapter.folders import holds_adapter
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import as_typed, command_line, run
+from milora_vl.cli.flags import Command, flag, option, shared
 
 DATA = Path("data/emoji")  # where the recipe reads it
 ABOUT = (  # what each step does, in the order of `_steps`

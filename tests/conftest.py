@@ -15,7 +15,7 @@ from support import programs, quick_plots
 from support.drawn import write_tiny_data
 
 if TYPE_CHECKING:
-    from milora_vl.plan.simulate import Resident, Shape
+    from milora_vl.forecast.simulate import Resident, Shape
     from milora_vl.policy import Target
 
 pytest_plugins = ["support.cpu_seconds", "support.frozen_modules"]
@@ -60,7 +60,7 @@ def known_costs() -> Iterator[None]:
     if "transformers" not in sys.modules:
         yield
         return
-    from milora_vl.plan import cost
+    from milora_vl.forecast import cost
 
     simulate, known = cost.simulate, {}
 

@@ -50,16 +50,16 @@ class Mutation:
 
 
 SVD = "milora_vl/svd/decomposition.py"
-ENCODE = "data_tools/milora_data/encode.py"
-BATCHES = "data_tools/milora_data/batches.py"
-COLLATE = "data_tools/milora_data/collate.py"
-LOSSES = "milora_vl/losses.py"
+ENCODE = "data_tools/milora_data/encode/labels.py"
+BATCHES = "data_tools/milora_data/batches/rows.py"
+COLLATE = "data_tools/milora_data/batches/collate.py"
+LOSSES = "milora_vl/models/losses.py"
 TRAINER = "milora_vl/train/trainer.py"
-CHECKPOINTS = "milora_vl/checkpoints.py"
+CHECKPOINTS = "milora_vl/adapter/checkpoints.py"
 RESOLVE = "milora_vl/policy/resolve.py"
 MEASURE = "milora_vl/forgetting/measure.py"
-PROTECTION = "milora_vl/lora/protection.py"
-PROCESSOR_COLLATE = "data_tools/milora_data/processor_collate.py"
+PROTECTION = "milora_vl/adapter/protection.py"
+PROCESSOR_COLLATE = "data_tools/milora_data/batches/processor_collate.py"
 
 MUTATIONS = (
     # Singular triplets.
@@ -100,14 +100,14 @@ MUTATIONS = (
         ("lora/test_initialize.py",),
     ),
     Mutation(
-        "milora_vl/initialize.py",
+        "milora_vl/factors/initialize.py",
         'salt = seed if target.part == "random" else 0',
         "salt = target.seed",
         "modules of equal shape draw different random components",
         ("lora/test_initialize.py",),
     ),
     Mutation(
-        "milora_vl/initialize.py",
+        "milora_vl/factors/initialize.py",
         "factors.S.clamp(min=floor)",
         "factors.S.clamp(max=floor)",
         "sigma: floor raises small singular values",
@@ -115,56 +115,56 @@ MUTATIONS = (
     ),
     # Layers and adapter files.
     Mutation(
-        "milora_vl/lora/layers.py",
+        "milora_vl/adapter/layers.py",
         "torch.cat([(anchor + delta).to(dtype), delta.to(dtype)], dim=1)",
         "torch.cat([anchor.to(dtype), delta.to(dtype)], dim=1)",
         "the saved B is [B0 + E, E]",
         ("lora/test_halves.py",),
     ),
     Mutation(
-        "milora_vl/lora/layers.py",
+        "milora_vl/adapter/layers.py",
         "_rows(grad[..., : len(delta)]).T",
         "_rows(grad[..., len(delta) :]).T",
         "D gets its own gradient",
         ("lora/test_products.py",),
     ),
     Mutation(
-        "milora_vl/lora/layers.py",
+        "milora_vl/adapter/layers.py",
         "_rows(first + second)",
         "_rows(first)",
         "E gets the gradient of both halves",
         ("lora/test_products.py",),
     ),
     Mutation(
-        "milora_vl/lora/install.py",
+        "milora_vl/adapter/install.py",
         "pairs[1] = E, lossless(B0, dtype)",
         "pass",
         "a reload gives B0 of a float32 base bit for bit",
         ("lora/test_adapter_io.py",),
     ),
     Mutation(
-        "milora_vl/lora/install.py",
+        "milora_vl/adapter/install.py",
         "read = split if version > 1 else split_1",
         "read = split",
         "adapters of format version 1 load",
         ("lora/test_version_1.py",),
     ),
     Mutation(
-        "milora_vl/lora/base_check.py",
+        "milora_vl/adapter/base_check.py",
         "if distances[path] > 1)",
         "if distances[path] > 1e9)",
         "an adapter refuses another base model",
         ("lora/test_base_check.py",),
     ),
     Mutation(
-        "milora_vl/lora/sidecar.py",
+        "milora_vl/adapter/sidecar.py",
         "expected = target.rank * (2 if target.has_anchor else 1)",
         "expected = rank",
         "weights and milora.json of different saves are refused",
         ("lora/test_sidecar.py", "lora/test_adapter_io.py"),
     ),
     Mutation(
-        "milora_vl/lora/residual.py",
+        "milora_vl/adapter/residual.py",
         "weight.copy_(W - minor)",
         "weight.copy_(W)",
         "the residual form takes the trained part out of the base weight",
@@ -215,7 +215,7 @@ MUTATIONS = (
         ("data/test_encode.py",),
     ),
     Mutation(
-        "data_tools/milora_data/templates.py",
+        "data_tools/milora_data/encode/templates.py",
         "turn.text + after.replace(EOS, eos), supervised=True)",
         'turn.text + after.replace(EOS, ""), supervised=True)',
         "an answer of vicuna_v1 ends with </s>",
@@ -251,7 +251,7 @@ MUTATIONS = (
         ("data/test_collate.py", "data/test_collate_layouts.py"),
     ),
     Mutation(
-        "data_tools/milora_data/pack.py",
+        "data_tools/milora_data/batches/pack.py",
         "place = bisect_right(sizes, space // more) - 1",
         "place = bisect_right(sizes, 2 * space // more) - 1",
         "no packed row is longer than its capacity",
@@ -301,7 +301,7 @@ MUTATIONS = (
         ("train/test_train.py", "train/test_resumed.py"),
     ),
     Mutation(
-        "milora_vl/param_groups.py",
+        "milora_vl/adapter/parameter_groups.py",
         "rate = learning_rate if target.learning_rate is None else target.learning_rate",
         "rate = learning_rate",
         "a rule has its own learning rate",
@@ -388,7 +388,7 @@ MUTATIONS = (
         ("lora/test_protect.py", "calibration/test_protected_inputs.py"),
     ),
     Mutation(
-        "milora_vl/lora/projection_hooks.py",
+        "milora_vl/adapter/projection_hooks.py",
         "protected.is_kept = id(protected) in projected",
         "protected.is_kept = True",
         "a step of an optimizer that protects nothing is noticed",
@@ -409,14 +409,14 @@ MUTATIONS = (
         ("calibration",),
     ),
     Mutation(
-        "milora_vl/lora/layers.py",
+        "milora_vl/adapter/layers.py",
         "joined.T, alpha=scaling)",
         "joined.T)",
         "the update that is added to W x is scaled",
         ("lora/test_adapted_linear.py",),
     ),
     Mutation(
-        "milora_vl/lora/layers.py",
+        "milora_vl/adapter/layers.py",
         "is_ours and not any(hooks)",
         "is_ours",
         "a hook on lora_B sees the update alone",
@@ -459,14 +459,14 @@ MUTATIONS = (
         ("data/test_processor_collate.py",),
     ),
     Mutation(
-        "data_tools/milora_data/picture_template.py",
+        "data_tools/milora_data/encode/picture_template.py",
         "ranges.append((start, places[last][1] + (ends.end() if ends else 0)))",
         "ranges.append((start, places[last][1]))",
         "the token that ends an answer is learned (all families)",
         ("data/test_processor_collate.py",),
     ),
     Mutation(
-        "data_tools/milora_data/processor_inputs.py",
+        "data_tools/milora_data/batches/processor_inputs.py",
         "return not (bos and text.startswith(bos))",
         "return True",
         "a template that writes the BOS gets no second one",
@@ -488,7 +488,7 @@ MUTATIONS = (
         ("train/test_run_lock.py",),
     ),
     Mutation(
-        "data_tools/milora_data/secret_text.py",
+        "milora_vl/base/secrets.py",
         "text = text.replace(secret, HIDDEN)",
         "pass",
         "secrets of the environment are not printed",
@@ -532,7 +532,7 @@ MUTATIONS = (
         ("export/test_export.py",),
     ),
     Mutation(
-        "milora_vl/adapter.py",
+        "milora_vl/adapter/apply.py",
         "merged = model.merge_and_unload()",
         "merged = model.unload()",
         "merge puts the change into the weights",

@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 # `encode` is also the name of a module. This import binds the function, and importing the module later keeps it.
-from milora_data.encode import Encoded, encode, encode_prompt
-from milora_data.errors import DataError, UserError
-from milora_data.images.files import expand_to_square, load_image
-from milora_data.records import Record, Turn, parse_record
-from milora_data.sources import load_records
-from milora_data.templates import TEMPLATES, Template
+from milora_data.encode.labels import Encoded, encode, encode_prompt
+from milora_data.encode.templates import TEMPLATES, Template
+from milora_data.pictures.files import expand_to_square, load_image
+from milora_data.records.record import Record, Turn, parse_record
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from milora_data.collate import ImageTextCollator
+    from milora_data.batches.collate import ImageTextCollator
 
 __all__ = [
     "TEMPLATES",
@@ -40,6 +40,6 @@ def __getattr__(name: str) -> Any:
     if name != "ImageTextCollator":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # It imports torch, which is too slow for commands that only parse their arguments.
-    from milora_data.collate import ImageTextCollator
+    from milora_data.batches.collate import ImageTextCollator
 
     return ImageTextCollator

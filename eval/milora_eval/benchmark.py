@@ -13,10 +13,10 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.command.cli import suggest
-from milora_data.errors import UserError
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.stats import clustered_stderr, mean
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import suggest
 
 
 class MissingData(UserError):

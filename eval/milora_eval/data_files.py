@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.assets import cache_dir
-from milora_data.errors import MALFORMED, DataError, UserError, with_context
 from milora_data.formats.jsonfile import not_utf8
-from milora_data.json_text import parse_json
 from milora_eval.benchmark import Benchmark, Item, MissingData
+from milora_vl.base.errors import MALFORMED, DataError, UserError, with_context
+from milora_vl.base.json_text import parse_json
 
 # Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
 NOT_A_NUMBER = frozenset(

@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.templates import OWN, template_name
-from milora_data.tokens import own_template
+from milora_data.encode.templates import OWN, template_name
+from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, Questions, read_items
 from milora_eval.answers.runner import Outcome, ask, audit, finish

@@ -11,15 +11,15 @@ from typing import Any
 
 from peft import PeftModel
 
-from milora_data.errors import at_flag
 from milora_eval.answers.questions import EvaluationPlan, Items
 from milora_eval.answers.runner import prompt_of
 from milora_eval.answers.target import EvalTarget
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
-from milora_vl.adapters.scale import Update
+from milora_vl.base.errors import at_flag
+from milora_vl.foreign.load_model import load_by_flags
+from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.generate import require_askable
-from milora_vl.load import load_by_flags
+from milora_vl.models.generate import require_askable
 from milora_vl.models.loading import load_processor
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.prompts import prompts_of

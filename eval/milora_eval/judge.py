@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import UserError
 from milora_data.formats.jsonfile import read_json
 from milora_eval.answers.identity import digest
 from milora_eval.answers.lines import to_item
@@ -21,6 +20,7 @@ from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line
 from milora_eval.data_files import read_jsonl
 from milora_eval.scores.results import judgements, review_of
 from milora_eval.suites import stored_benchmark
+from milora_vl.base.errors import UserError
 
 Ask = Callable[[str, str, str], str]  # (model, system message or "", prompt) -> text of the judge
 

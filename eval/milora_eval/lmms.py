@@ -13,11 +13,11 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from milora_data.errors import UserError
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.answers.likelihood import loglikelihoods
-from milora_vl.generate import Prompt, generate
-from milora_vl.load import load_by_flags
+from milora_vl.base.errors import UserError
+from milora_vl.foreign.load_model import load_by_flags
+from milora_vl.models.generate import Prompt, generate
 
 MANIFEST = ModelManifest(model_id="milora", simple_class_path="milora_eval.lmms.Milora")
 

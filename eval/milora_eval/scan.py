@@ -9,18 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.command.atomic_write import write_json
-from milora_data.errors import at_flag
 from milora_eval.answers.questions import EvaluationPlan, Items
 from milora_eval.answers.target import EvalTarget, named
 from milora_eval.benchmark import Metric
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
 from milora_eval.scores.results import Results, metrics_of
 from milora_eval.scores.table import Table, value
-from milora_vl.adapters.load_any import require_scalable
-from milora_vl.adapters.scale import Update
+from milora_vl.base.atomic_write import write_json
+from milora_vl.base.errors import at_flag
+from milora_vl.foreign.load_any import require_scalable
+from milora_vl.foreign.load_model import load_by_flags
+from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.load import load_by_flags
 from milora_vl.report.plots import PlotStyle, draw, styled
 
 if TYPE_CHECKING:

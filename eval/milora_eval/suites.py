@@ -14,10 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from milora_data.command.cli import suggest
-from milora_data.errors import UserError
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import suggest
 
 _HERE = "milora_eval.benchmarks"
 BENCHMARKS: dict[str, str] = {

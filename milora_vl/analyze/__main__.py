@@ -1,7 +1,7 @@
 """`python -m milora_vl.analyze`."""
 
-from milora_data.command.cli import run
 from milora_vl.analyze.command import main
+from milora_vl.cli.command_line import run
 
 if __name__ == "__main__":
     run(main)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import next_step, positive
-from milora_data.command.flags import Command, option, shared
-from milora_data.errors import UserError
-from milora_vl.adapter_folders import holds_adapter, holds_residual, newest_of_unfinished
+from milora_vl.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import next_step, positive
+from milora_vl.cli.flags import Command, option, shared
 from milora_vl.report.regenerate import regenerate_report
 
 COMMAND = Command(

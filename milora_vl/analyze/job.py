@@ -14,10 +14,7 @@ from pathlib import Path
 
 import torch
 
-from milora_data.command.atomic_write import write_text
-from milora_data.errors import UserError
-from milora_data.json_text import parse_json
-from milora_vl.adapter_folders import (
+from milora_vl.adapter.folders import (
     CONFIG,
     adapters_inside,
     base_of,
@@ -28,7 +25,10 @@ from milora_vl.adapter_folders import (
 from milora_vl.analyze.changes import changes_of_model, read_changes
 from milora_vl.analyze.rows import Row, base_row, update_row
 from milora_vl.analyze.weights import Weights, open_weights
-from milora_vl.load import load_model
+from milora_vl.base.atomic_write import write_text
+from milora_vl.base.errors import UserError
+from milora_vl.base.json_text import parse_json
+from milora_vl.foreign.load_model import load_model
 from milora_vl.models.devices import device_named
 from milora_vl.models.hub import source_of
 from milora_vl.models.names import BUILT_IN_MODELS

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.atomic_write import write_json
-from milora_data.page import render as pages
 from milora_vl.analyze import plots
 from milora_vl.analyze.rows import Row
+from milora_vl.base.atomic_write import write_json
+from milora_vl.cli import page as pages
 from milora_vl.report.plots import Plot, PlotStyle, draw, write_csv
 from milora_vl.report.tables import Table
 

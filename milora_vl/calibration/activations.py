@@ -21,9 +21,9 @@ from milora_vl.calibration.bases import InputBasis, ProtectedInputs, first_direc
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.positions import Positions, Sides, positions_by_side
 from milora_vl.policy.rules import Protect, Target
+from milora_vl.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.svd.cholesky import add_to_lower, mirror
 from milora_vl.svd.precision import full_precision
-from milora_vl.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward, is_linear
 

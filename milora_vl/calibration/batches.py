@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from milora_vl.calibration.errors import CalibrationError
-from milora_vl.towers import image_token_of
+from milora_vl.policy.towers import image_token_of
 
 Batch = Mapping[str, Any]
 _HINT = 'pass a list of batches:  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with (rows, length)'

@@ -16,7 +16,7 @@ from milora_vl.calibration.batches import checked_batches
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.files import cache_inputs, cached_inputs, calibration_key, require_shapes
 from milora_vl.policy.rules import Target
-from milora_vl.towers import canonical_names
+from milora_vl.policy.towers import canonical_names
 
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
 FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 
 
 class CalibrationError(UserError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from milora_data.json_text import parse_json
+from milora_vl.base.json_text import parse_json
 from milora_vl.calibration import VERSION
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.calibration.errors import CalibrationError
-from milora_vl.checkpoints import step_of
 from milora_vl.policy.rules import Target
 
 
@@ -35,7 +35,7 @@ def file_name(digest: str) -> str:
 
 def home_of(folder: Path) -> Path:
     """Return the folder that holds the file of an adapter folder: the run, for a checkpoint of a run."""
-    return folder.parent if step_of(folder) >= 0 else folder
+    return folder.parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder
 
 
 def write_inputs(folder: Path, inputs: ProtectedInputs, names: Mapping[str, str]) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.calibration.errors import CalibrationError
-from milora_vl.towers import is_encoder_decoder
+from milora_vl.policy.towers import is_encoder_decoder
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """`python -m milora_vl.chat`: ask a model about a picture, or chat in the terminal or (`--web`) a browser.
 
-Prompt format (`milora_data.templates`) and greedy decoding are as in an evaluation, so the answers are the same.
+Prompt format (`milora_data.encode.templates`) and greedy decoding are as in an evaluation, so the answers are the same.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from milora_data.command.cli import above_zero, count, next_step, positive
-from milora_data.command.flags import Command, flag, option, shared
-from milora_data.errors import UserError, at_flag
-from milora_data.templates import template_name
-from milora_vl.adapter_folders import holds_adapter, newest_of_unfinished, require_adapter, require_no_base
+from milora_data.encode.templates import template_name
+from milora_vl.adapter.folders import holds_adapter, newest_of_unfinished, require_adapter, require_no_base
+from milora_vl.base.errors import UserError, at_flag
 from milora_vl.chat.picture import open_picture, open_video
+from milora_vl.cli.command_line import above_zero, count, next_step, positive
+from milora_vl.cli.flags import Command, flag, option, shared
 
 COMMAND = Command(
     "milora_vl.chat",

@@ -6,11 +6,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.cli import beside
-from milora_data.command.web import url_problem
-from milora_data.errors import UserError
-from milora_data.frames import Frames, require_one_size
-from milora_data.images.files import SUFFIXES, load_image
+from milora_data.pictures.files import SUFFIXES, load_image
+from milora_data.pictures.videos import Frames, require_one_size
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import beside
+from milora_vl.cli.web import url_problem
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TextStreamer
 
-from milora_data.command.cli import report, suggest
-from milora_data.errors import UserError, at_flag, with_context
-from milora_data.frames import Frames
-from milora_data.images.pixels import AspectRatio
-from milora_data.records import IMAGE, VIDEO, Turn
-from milora_data.templates import no_videos
-from milora_vl.adapter_folders import base_of, holds_adapter
-from milora_vl.adapters.scale import Update
+from milora_data.encode.templates import no_videos
+from milora_data.pictures.pixels import AspectRatio
+from milora_data.pictures.videos import Frames
+from milora_data.records.record import IMAGE, VIDEO, Turn
+from milora_vl.adapter.folders import base_of, holds_adapter
+from milora_vl.base.errors import UserError, at_flag, with_context
 from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.chat.web import serve
+from milora_vl.cli.command_line import report, suggest
+from milora_vl.foreign.load_model import load_by_flags, update_since
+from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.generate import Prompt, generate, require_shown
-from milora_vl.load import load_by_flags, update_since
+from milora_vl.models.generate import Prompt, generate, require_shown
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import config_of, load_processor, split_processor
 from milora_vl.recipe.base_model import prepares_with_processor

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from milora_data.errors import UserError
-from milora_data.images.files import to_rgb
-from milora_data.records import Turn
+from milora_data.pictures.files import to_rgb
+from milora_data.records.record import Turn
+from milora_vl.base.errors import UserError
 from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command import cli
-from milora_data.command.flags import Command, option, shared
-from milora_data.errors import UserError, at_flag
+from milora_vl.base.errors import UserError, at_flag
+from milora_vl.cli import command_line as cli
+from milora_vl.cli.flags import Command, option, shared
 
 NAME = "milora_vl.compose"
 COMMAND = Command(

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from milora_data.errors import UserError, at_flag
+from milora_vl.base.errors import UserError, at_flag
 from milora_vl.models import loading
 from milora_vl.models.timm_tower_config import TimmTowerConfig
 

@@ -14,11 +14,11 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.cli import next_step
-from milora_data.command.flags import Command, flag, option, shared
-from milora_data.errors import UserError
-from milora_vl.adapter_folders import base_of, holds_text_model
-from milora_vl.checkpoints import step_of
+from milora_vl.adapter.checkpoints import step_of
+from milora_vl.adapter.folders import base_of, holds_text_model
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import next_step
+from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.export.forms import FORMS, parse_form
 from milora_vl.models.quiet import silence_deepspeed
 from milora_vl.recipe.yaml_file import trained_prompts

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from milora_data.command.cli import suggest
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import suggest
 
 FORMS = {
     "adapter": "stock PEFT LoRA on the unchanged base model, with milora.json",

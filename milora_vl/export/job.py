@@ -14,15 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milora_data.errors import UserError
-from milora_data.json_text import parse_json
-from milora_vl.adapter import merge
-from milora_vl.adapter_io import load_adapter
-from milora_vl.adapters.arithmetic import combined, require_linear, require_scale, same_base, scaled
-from milora_vl.adapters.imported import import_adapter, refuse_mutating, require_copies
-from milora_vl.adapters.llava import config_for_llava, read_llava, write_llava
-from milora_vl.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
-from milora_vl.adapters.source import Source, find_source
+from milora_vl.adapter.apply import merge
+from milora_vl.adapter.base_check import fitted
+from milora_vl.adapter.files import load_adapter
+from milora_vl.adapter.sidecar import Sidecar
+from milora_vl.base.atomic_files import open_to_others
+from milora_vl.base.errors import UserError
+from milora_vl.base.json_text import parse_json
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.files import read_inputs, write_inputs
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
@@ -34,9 +32,11 @@ from milora_vl.export.gguf.model import write_model
 from milora_vl.export.gguf.modelfile import modelfile
 from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.residual import write_residual
-from milora_vl.lora.atomic_write import open_to_others
-from milora_vl.lora.base_check import fitted
-from milora_vl.lora.sidecar import Sidecar
+from milora_vl.foreign.arithmetic import combined, require_linear, require_scale, same_base, scaled
+from milora_vl.foreign.imported import import_adapter, refuse_mutating, require_copies
+from milora_vl.foreign.llava import config_for_llava, read_llava, write_llava
+from milora_vl.foreign.plain import PlainAdapter, read_config, read_plain, write_plain
+from milora_vl.foreign.source import Source, find_source
 from milora_vl.models.loading import split_processor
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.quiet import quiet_bars

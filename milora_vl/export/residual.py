@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from milora_data.errors import UserError
-from milora_vl.adapters.plain import LowRank, PlainAdapter, write_plain
-from milora_vl.adapters.source import OFFICIAL_NAME
+from milora_vl.adapter.layers import recover
+from milora_vl.base.errors import UserError
 from milora_vl.export.base import save_model
-from milora_vl.lora.layers import recover
+from milora_vl.foreign.plain import LowRank, PlainAdapter, write_plain
+from milora_vl.foreign.source import OFFICIAL_NAME
 from milora_vl.weights.matrices import as_matrix, factor_dtype
 
 INITIAL = "lora_init"

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command.cli import next_step, positive, run
-from milora_data.command.flags import Command, option, shared
-from milora_data.errors import UserError
-from milora_vl.adapter_folders import newest_of_unfinished, require_adapter
+from milora_vl.adapter.folders import newest_of_unfinished, require_adapter
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import next_step, positive, run
+from milora_vl.cli.flags import Command, option, shared
 from milora_vl.report.regenerate import regenerate_report
 
 PROBES = ("text", "samples", "pictures")

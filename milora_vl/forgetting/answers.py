@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
-from milora_data.collate import ImageTextCollator
-from milora_data.images.files import place_of
-from milora_data.images.pixels import AspectRatio
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import IMAGE, Record, Turn
-from milora_data.tokens import IGNORE
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.encode.tokens import IGNORE
+from milora_data.pictures.files import place_of
+from milora_data.pictures.pixels import AspectRatio
+from milora_data.records.record import IMAGE, Record, Turn
 from milora_vl.forgetting.measure import Batch
-from milora_vl.generate import Prompt, generate
+from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_token_id, image_tokens, uses_processor
 from milora_vl.models.loading import split_processor
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_data.tokens import bos_ids
+from milora_data.encode.tokens import bos_ids
 
 CALIBRATION_SEED = 1_651_272_809  # of the texts that protected inputs are found on, which no probe may measure with
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from milora_data.command.cli import run
-from milora_data.errors import UserError
-from milora_vl.adapter_folders import CONFIG
+from milora_vl.adapter.folders import CONFIG
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import run
 from milora_vl.integrations.replace import get_peft_model_replaced, launch, launcher, parse
 
 if TYPE_CHECKING:
-    from milora_vl.adapter import Form
+    from milora_vl.adapter.apply import Form
     from milora_vl.svd import Part
 
 # Flags of LLaVA's scripts that newer versions of transformers have renamed.
@@ -80,7 +80,7 @@ def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
 
     Files that existed before and did not change belong to another run and are not changed.
     """
-    from milora_vl.adapters.llava import KNOWN_KEYS
+    from milora_vl.foreign.llava import KNOWN_KEYS
 
     files = [folder / CONFIG for folder in folders]
     before = {file: file.read_bytes() for file in files if file.is_file()}

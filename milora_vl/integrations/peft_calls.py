@@ -10,13 +10,13 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 
-from milora_data.command.cli import amount
-from milora_data.errors import UserError
-from milora_vl.adapter import Form
-from milora_vl.lora.sidecar import FILE_NAME
-from milora_vl.reinit import reinit_peft, restore_split
+from milora_vl.adapter.apply import Form
+from milora_vl.adapter.reinit import reinit_peft, restore_split
+from milora_vl.adapter.sidecar import FILE_NAME
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import amount
+from milora_vl.policy.towers import find_towers
 from milora_vl.svd import Part
-from milora_vl.towers import find_towers
 
 
 def replacement(stock: Callable[..., Any], part: Part, form: Form) -> Callable[..., Any]:

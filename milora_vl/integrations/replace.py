@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
 
-from milora_data.command.cli import beside, run
-from milora_data.command.flags import Command, option
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import beside, run
+from milora_vl.cli.flags import Command, option
 
 if TYPE_CHECKING:
-    from milora_vl.adapter import Form
+    from milora_vl.adapter.apply import Form
     from milora_vl.svd import Part
 
 PARTS, FORMS = ("minor", "principal", "random", "middle"), ("anchored", "residual")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from milora_data.templates import render_chat_template
+from milora_data.encode.templates import render_chat_template
 from milora_vl.models.image_tokens import count_tokens
 
 IMAGE_TOKEN = "<image>"

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from milora_data.command.cli import suggest
-from milora_data.errors import UserError, first_line
-from milora_data.hub_host import hub_is_known
-from milora_data.tokens import share_template
+from milora_data.encode.tokens import share_template
 from milora_vl import tiny
-from milora_vl.adapter_folders import newest_of_unfinished
+from milora_vl.adapter.folders import newest_of_unfinished
+from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.hub_host import hub_is_known
+from milora_vl.cli.command_line import suggest
 from milora_vl.models import original, smol_llava
 from milora_vl.models.assemble import whole_weights
 from milora_vl.models.image_tokens import complete_processor
@@ -39,7 +39,7 @@ from milora_vl.models.names import (
 )
 from milora_vl.models.quantized import Quantization, quantization_config, unquantized
 from milora_vl.models.quiet import quiet_bars
-from milora_vl.towers import keep_weights_readable
+from milora_vl.policy.towers import keep_weights_readable
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from milora_data.anyres import Tiling
-from milora_data.errors import UserError
+from milora_data.pictures.anyres import Tiling
+from milora_vl.base.errors import UserError
 
 LLAVAS = ("llava", "llava_next")
 # Common towers; the tokens of others are counted on the meta device.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 
 # Name -> id on the model hub; models of BUILT_IN_MODELS need no hub.
 NAMED_MODELS: dict[str, str] = {

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from milora_data.errors import UserError
-from milora_data.json_text import parse_json
-from milora_vl.adapter_folders import has_config
+from milora_vl.adapter.folders import has_config
+from milora_vl.base.errors import UserError
+from milora_vl.base.json_text import parse_json
 from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
 
 MARK = "mm_vision_tower"

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from milora_data.errors import UserError
-from milora_vl.adapter_folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
-from milora_vl.checkpoints import newest_checkpoint
+from milora_vl.adapter.checkpoints import newest_checkpoint
+from milora_vl.adapter.folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
+from milora_vl.base.errors import UserError
 from milora_vl.models import original
-from milora_vl.towers import find_towers
+from milora_vl.policy.towers import find_towers
 from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
 
 PREFIX = "multi_modal_projector."

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milora_vl.towers import find_towers
+from milora_vl.policy.towers import find_towers
 from milora_vl.weights.matrices import is_linear
 
 Quantization = Literal["4bit", "8bit"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from milora_data.assets import cache_dir, fetch
-from milora_data.command.atomic_write import complete_folder
-from milora_data.errors import UserError
+from milora_vl.base.atomic_write import complete_folder
+from milora_vl.base.errors import UserError
 from milora_vl.models.assemble import compose, processor_for, whole_weights
 from milora_vl.models.quiet import quiet_bars, quiet_conversion
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, register

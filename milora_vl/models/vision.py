@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from milora_data.command.cli import beside
-from milora_data.errors import UserError, first_line
-from milora_data.hub_host import hub_is_known
+from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.hub_host import hub_is_known
+from milora_vl.cli.command_line import beside
 from milora_vl.models import hub
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from milora_data.command.cli import amount
+from milora_vl.cli.command_line import amount
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from milora_data.command.cli import suggest
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import suggest
 from milora_vl.recipe.schema import EvalConfig
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from milora_data.conversation import segments_of
-from milora_data.encode import encode
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import IMAGE, Record, tools_of
-from milora_data.templates import Segment, get_template, place_images, render
-from milora_data.tokens import IGNORE
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.encode.conversation import segments_of
+from milora_data.encode.labels import encode
+from milora_data.encode.templates import Segment, get_template, place_images, render
+from milora_data.encode.tokens import IGNORE
+from milora_data.records.record import IMAGE, Record, tools_of
 
 CHARACTERS_PER_TOKEN = 4  # of English text; used without a tokenizer
 SHOWN, LONGEST = 2, 300

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.errors import Problem, UserError
-from milora_data.json_text import parse_json
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.json_text import parse_json
 
 FOREIGN_FSDP = Problem(
     "accelerate has FSDP settings, which differ from those of this command",

@@ -12,13 +12,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from milora_data.encode import NoSupervisedTokens, encode
-from milora_data.errors import DataError, UserError, with_context
-from milora_data.images.files import ImageError
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.processor_inputs import ProcessorInputs
-from milora_data.records import IMAGE, Record, uses_tools
-from milora_data.templates import OWN
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_inputs import ProcessorInputs
+from milora_data.encode.labels import NoSupervisedTokens, encode
+from milora_data.encode.templates import OWN
+from milora_data.pictures.files import ImageError
+from milora_data.records.record import IMAGE, Record, uses_tools
+from milora_vl.base.errors import DataError, UserError, with_context
 from milora_vl.models.image_tokens import image_tokens, tiling_of
 from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.models.processors import limit_pixels

@@ -6,8 +6,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from milora_data.command.cli import did_you_mean, suggest
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import did_you_mean, suggest
 
 # --report_to NAME -> packages; one of them must be importable. pip installs the first.
 TRACKERS: dict[str, tuple[str, ...]] = {

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import command_line
-from milora_data.errors import Problem, UserError
-from milora_data.json_text import parse_json
-from milora_vl import checkpoints
-from milora_vl.checkpoints import is_sharded, num_processes, step_of, zero_stage
+from milora_vl.adapter import checkpoints
+from milora_vl.adapter.checkpoints import is_sharded, num_processes, step_of, zero_stage
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.json_text import parse_json
+from milora_vl.cli.command_line import command_line
 from milora_vl.plan import train_section
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, without_token

@@ -16,13 +16,13 @@ from milora_data.check.command import check_for_training, readable
 from milora_data.check.findings import KINDS, Finding, examine
 from milora_data.check.pictures import find_missing, uses
 from milora_data.check.report import Report
-from milora_data.command.cli import amount, command_line
-from milora_data.compact import CompactRecords
-from milora_data.errors import DataError, Problem, UserError, no_records
 from milora_data.formats.jsonfile import missing_file
-from milora_data.records import Record, tools_of, uses_tools
-from milora_data.sources import Source, from_web, is_json, load_records, mixed_records
-from milora_data.stream import record_stream
+from milora_data.records.compact import CompactRecords
+from milora_data.records.record import Record, tools_of, uses_tools
+from milora_data.stream.record_stream import record_stream
+from milora_data.stream.sources import Source, from_web, is_json, load_records, mixed_records
+from milora_vl.base.errors import DataError, Problem, UserError, no_records
+from milora_vl.cli.command_line import amount, command_line
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 
 INSPECTED = 100  # records of a stream that are checked before training

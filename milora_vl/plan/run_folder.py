@@ -12,11 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from milora_data.command import atomic_write
-from milora_data.command.cli import amount
-from milora_data.command.output import require_folder
-from milora_data.errors import UserError
-from milora_vl import checkpoints
+from milora_vl.adapter import checkpoints
+from milora_vl.base import atomic_write
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import amount
+from milora_vl.cli.output import require_folder
 from milora_vl.plan.run_lock import require_free
 from milora_vl.recipe.schema import Recipe
 

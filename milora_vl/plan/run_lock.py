@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 
 FILE = "_running.lock"  # the hub's upload leaves out names that begin with _
 TRIES = 10  # `require_free` of another command holds a lock for a moment

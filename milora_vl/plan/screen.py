@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
-from milora_data.command.cli import as_typed
-from milora_vl.towers import TOWERS, find_towers
+from milora_vl.cli.command_line import as_typed
+from milora_vl.policy.towers import TOWERS, find_towers
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from milora_vl.initialize import LayerReport
-    from milora_vl.lora.protection import Protected
+    from milora_vl.adapter.protection import Protected
+    from milora_vl.factors.initialize import LayerReport
     from milora_vl.policy import Target
 
 Rows = Sequence[tuple[str, str]]

@@ -18,8 +18,8 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
 import llava_recipes
-from milora_data.command.cli import did_you_mean, suggest
-from milora_data.errors import UserError, first_line
+from milora_vl.base.errors import UserError, first_line
+from milora_vl.cli.command_line import did_you_mean, suggest
 from milora_vl.models.devices import train_device
 from milora_vl.plan import launch
 from milora_vl.recipe import hf_flags

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.errors import Problem
-from milora_data.yaml_text import YamlTextError, parse_yaml
+from milora_vl.base.errors import Problem
+from milora_vl.base.yaml_text import YamlTextError, parse_yaml
 from milora_vl.policy.rules import PolicyError, Rule, Target
 
 if TYPE_CHECKING:  # torch takes a second, and reading rules needs none of it

@@ -20,12 +20,12 @@ from typing import Any
 
 from torch import nn
 
-from milora_data.errors import Problem
+from milora_vl.base.errors import Problem
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.ranks import find_rank, share_budget
 from milora_vl.policy.rules import PolicyError, Protect, Rule, SpectralRank, Target
 from milora_vl.policy.selectors import Selector, SelectorError
-from milora_vl.towers import find_towers
+from milora_vl.policy.towers import find_towers
 from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from milora_data.errors import Problem, UserError
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.strict_models import Strict, problems_of
 from milora_vl.policy.methods import METHODS, RuleMethod
-from milora_vl.strict import Strict, problems_of
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     from milora_vl.svd import Part

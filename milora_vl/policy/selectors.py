@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from milora_vl.policy.rules import PolicyError
-from milora_vl.towers import TOWERS, Towers, output_head
+from milora_vl.policy.towers import TOWERS, Towers, output_head
 from milora_vl.weights.matrices import is_adaptable, is_linear
 
 _TOWER_SELECTOR = re.compile(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.output import require_folder
-from milora_data.errors import UserError
-from milora_data.templates import OWN
+from milora_data.encode.templates import OWN
+from milora_vl.base.errors import UserError
+from milora_vl.cli.output import require_folder
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.image_tokens import uses_processor

@@ -8,12 +8,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from milora_vl.base.strict_models import Strict
 from milora_vl.models.names import hub_id
 from milora_vl.policy import Policy
 from milora_vl.recipe import hf_flags
 from milora_vl.recipe.resume_table import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END, effect_of
 from milora_vl.recipe.schema import Recipe
-from milora_vl.strict import Strict
 
 # Keys that hold a path: two spellings may name the same file or folder.
 PLACES = (

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from milora_data.command import cli
-from milora_data.command.flags import RECORDS
-from milora_data.errors import Problem, UserError
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.cli import command_line as cli
+from milora_vl.cli.flags import RECORDS
 from milora_vl.recipe import hf_flags, llava_flags
 from milora_vl.recipe.policy_edits import METHODS, PolicyEdits
 from milora_vl.recipe.recipe_file import RecipeFile, read_recipe

@@ -14,7 +14,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from milora_data.command.cli import did_you_mean, suggest
+from milora_vl.cli.command_line import did_you_mean, suggest
 
 TRUE, FALSE = ("true", "t", "yes", "y", "1", "on"), ("false", "f", "no", "n", "0", "off")
 RENAMED = {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import yaml
 
 import llava_recipes
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.models.names import NAMED_MODELS
 from milora_vl.recipe import hf_flags
 from milora_vl.recipe.command_line import PROG, Request

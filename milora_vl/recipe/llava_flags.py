@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.recipe.policy_edits import DEFAULT_RULES, without_projector
 
 # name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in arguments.py.

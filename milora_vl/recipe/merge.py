@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import beside
-from milora_data.errors import Problem, UserError, at_flag
-from milora_data.templates import OWN
-from milora_vl import checkpoints
+from milora_data.encode.templates import OWN
+from milora_vl.adapter import checkpoints
+from milora_vl.base.errors import Problem, UserError, at_flag
+from milora_vl.cli.command_line import beside
 from milora_vl.models import loading
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.models.names import UnknownModelError

@@ -12,20 +12,20 @@ from typing import Any, cast
 
 from torch import nn
 
-from milora_data.command.cli import amount
-from milora_data.encode import NoSupervisedTokens, encode
-from milora_data.errors import Problem, UserError
-from milora_data.records import Record
-from milora_data.templates import OWN, TEMPLATES
-from milora_data.tokens import own_template
+from milora_data.encode.labels import NoSupervisedTokens, encode
+from milora_data.encode.templates import OWN, TEMPLATES
+from milora_data.encode.tokens import own_template
+from milora_data.records.record import Record
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.cli.command_line import amount
 from milora_vl.models.image_tokens import tiling_of, uses_processor
 from milora_vl.models.loading import meta_model, split_processor
 from milora_vl.models.quantized import quantized_layers
 from milora_vl.policy import Policy, PolicyError, Target
 from milora_vl.policy.resolve import RankTooLarge
+from milora_vl.policy.towers import find_towers
 from milora_vl.recipe.policy_edits import without_projector
 from milora_vl.recipe.schema import Recipe
-from milora_vl.towers import find_towers
 
 
 def rules_for(recipe: Recipe, base: nn.Module, *, implicit: bool) -> Recipe:

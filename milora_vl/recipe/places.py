@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import wraps
 from typing import TypeVar
 
-from milora_data.errors import Problem, UserError, with_problems
+from milora_vl.base.errors import Problem, UserError, with_problems
 from milora_vl.recipe import hf_flags, llava_flags
 from milora_vl.recipe.command_line import RECIPE_FLAGS, Request
 from milora_vl.recipe.hf_flags import RENAMED

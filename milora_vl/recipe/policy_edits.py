@@ -7,7 +7,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.policy.methods import METHODS as RULE_METHODS
 
 ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.errors import UserError
-from milora_data.templates import OWN
-from milora_vl.adapter_folders import base_of, holds_adapter
+from milora_data.encode.templates import OWN
+from milora_vl.adapter.folders import base_of, holds_adapter
+from milora_vl.base.errors import UserError
 from milora_vl.models.processors import limit_pixels
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.yaml_file import trained_pixels, trained_prompts
 
 if TYPE_CHECKING:
-    from milora_data.images.pixels import AspectRatio
+    from milora_data.pictures.pixels import AspectRatio
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import beside
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import beside
 from milora_vl.recipe.schema import CalibrationConfig, Recipe
 
 

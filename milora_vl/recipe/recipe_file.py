@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import llava_recipes
-from milora_data.command.cli import suggest
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import suggest
 from milora_vl.recipe import yaml_file
 
 

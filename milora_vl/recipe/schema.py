@@ -19,11 +19,11 @@ from pydantic import (
 )
 
 import llava_recipes
-from milora_data.errors import Problem, UserError
-from milora_data.templates import template_name
+from milora_data.encode.templates import template_name
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.strict_models import Strict, problems_of, unknown_key
 from milora_vl.policy import Policy, PolicyError
 from milora_vl.recipe import hf_flags, yaml_file
-from milora_vl.strict import Strict, problems_of, unknown_key
 
 SAMPLES, PICTURES = 48, 64  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}

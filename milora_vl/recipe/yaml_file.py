@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from milora_data.errors import UserError
-from milora_data.yaml_text import YamlTextError, errors_as_one, require_small
+from milora_vl.base.errors import UserError
+from milora_vl.base.yaml_text import YamlTextError, errors_as_one, require_small
 
 if TYPE_CHECKING:
-    from milora_data.images.pixels import AspectRatio
+    from milora_data.pictures.pixels import AspectRatio
 
 FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_data.errors import UserError
-from milora_data.json_text import parse_json
+from milora_vl.base.errors import UserError
+from milora_vl.base.json_text import parse_json
 from milora_vl.report.plots import Plot
 from milora_vl.report.tables import Table
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from milora_data.json_text import parse_json
-from milora_vl.adapter_folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.checkpoints import read_environment
+from milora_vl.adapter.checkpoints import read_environment
+from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.base.json_text import parse_json
 from milora_vl.recipe.schema import Recipe
 
 UNFINISHED = (

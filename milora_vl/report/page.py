@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from milora_data.page import render as pages
+from milora_vl.cli import page as pages
 from milora_vl.report import figures, parts, run_page, tables, wording
 from milora_vl.report.analysis_files import read_analysis
 from milora_vl.report.repeat import commands, steps

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.command.atomic_write import write_text
-from milora_data.page.pictures import data_uri
+from milora_data.pictures.thumbnails import data_uri
+from milora_vl.base.atomic_write import write_text
 from milora_vl.report.run_page import Layer, Score
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.report.page import write_report
 
 

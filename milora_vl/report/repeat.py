@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import command_line
-from milora_vl.adapter_folders import has_config, holds_text_model
-from milora_vl.checkpoints import holds_weights, newest_checkpoint
+from milora_vl.adapter.checkpoints import holds_weights, newest_checkpoint
+from milora_vl.adapter.folders import has_config, holds_text_model
+from milora_vl.cli.command_line import command_line
 from milora_vl.report.run_page import Run
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.errors import UserError, expected_format
-from milora_data.json_text import parse_json
-from milora_data.yaml_text import parse_yaml
+from milora_vl.base.errors import UserError, expected_format
+from milora_vl.base.json_text import parse_json
+from milora_vl.base.yaml_text import parse_yaml
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_data.command.atomic_write import read_json, write_json
-from milora_data.command.cli import amount, next_step, positive, run
-from milora_data.command.flags import Command, flag, option, shared
-from milora_data.errors import Problem, UserError
 from milora_eval.suites import find_benchmark, find_suite, has_files
+from milora_vl.base.atomic_write import read_json, write_json
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.cli.command_line import amount, next_step, positive, run
+from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.recipe.policy_edits import ADAPTERS
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page

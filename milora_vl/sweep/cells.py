@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from milora_data.command.cli import suggest
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import suggest
 from milora_vl.policy.methods import METHODS
 from milora_vl.recipe.hf_flags import overridden
 from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter

@@ -6,9 +6,9 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from milora_data.command.cli import amount
-from milora_data.errors import Problem, UserError
-from milora_vl.plan import dry_run
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.cli.command_line import amount
+from milora_vl.forecast import dry_run
 from milora_vl.recipe import command_line
 from milora_vl.recipe.recipe_file import read_recipe
 from milora_vl.recipe.schema import Recipe

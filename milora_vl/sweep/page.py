@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.atomic_write import write_json
-from milora_data.page import render as pages
 from milora_eval.stats import Difference
+from milora_vl.base.atomic_write import write_json
+from milora_vl.cli import page as pages
 from milora_vl.report.plots import draw, write_csv
 from milora_vl.report.tables import Table
 from milora_vl.sweep import plots

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.atomic_write import read_json, write_json, write_text
-from milora_data.errors import UserError
 from milora_eval.scores.results import require_lines
+from milora_vl.base.atomic_write import read_json, write_json, write_text
+from milora_vl.base.errors import UserError
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep.cells import Cell, recipe_of
 

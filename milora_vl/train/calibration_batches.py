@@ -25,20 +25,20 @@ from transformers import GenerationMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
-from milora_data.errors import UserError, first_line
-from milora_data.images.files import content_of, place_of
-from milora_data.json_text import parse_json
-from milora_data.record_collator import RecordCollator
-from milora_data.records import IMAGE, Record, Turn
-from milora_data.sources import load_records
+from milora_data.batches.record_collator import RecordCollator
+from milora_data.pictures.files import content_of, place_of
+from milora_data.records.record import IMAGE, Record, Turn
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.json_text import parse_json
 from milora_vl.calibration.files import weights_digest
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
-from milora_vl.generate import Prompt, generate
 from milora_vl.models import loading
+from milora_vl.models.generate import Prompt, generate
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Target
+from milora_vl.policy.towers import find_towers
 from milora_vl.recipe.schema import Recipe
-from milora_vl.towers import find_towers
 from milora_vl.train import collators
 from milora_vl.weights.distributed import gather, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward

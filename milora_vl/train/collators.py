@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from milora_data.collate import ImageTextCollator
-from milora_data.lengths import encoded_lengths
-from milora_data.pack import PackedRecords, fill, pack
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.record_collator import RecordCollator
-from milora_data.records import Record
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.pack import PackedRecords, fill, pack
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.record_collator import RecordCollator
+from milora_data.records.record import Record
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
+from milora_vl.policy.towers import find_towers
 from milora_vl.recipe.schema import Recipe
-from milora_vl.towers import find_towers
 
 # The events that the collator counts, as text.
 WHAT_HAPPENED = {

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.recipe import command_line
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(problems=request.problems)
         return listings.show(request)
     if request.action == "dry_run":
-        from milora_vl.plan import dry_run
+        from milora_vl.forecast import dry_run
 
         return dry_run.show(request)
     from milora_vl.train.run import train

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_data.errors import UserError
-from milora_data.templates import OWN
+from milora_data.encode.templates import OWN
+from milora_vl.base.errors import UserError
 from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
 

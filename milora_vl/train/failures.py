@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from milora_data.command.cli import output_problem
-from milora_data.errors import Problem, UserError
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.cli.command_line import output_problem
 from milora_vl.weights.torch_files import why_unread
 
 if TYPE_CHECKING:

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput
 
-from milora_data.collate import ImageTextCollator
-from milora_data.errors import UserError
-from milora_data.images.features import PLAIN, FeatureReader, Features
-from milora_data.images.files import ImageError, place_of
-from milora_data.images.pixels import PixelMaker
-from milora_data.records import Record
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.pictures.features import PLAIN, FeatureReader, Features
+from milora_data.pictures.files import ImageError, place_of
+from milora_data.pictures.pixels import PixelMaker
+from milora_data.records.record import Record
+from milora_vl.base.errors import UserError
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
-from milora_vl.towers import find_towers
+from milora_vl.policy.towers import find_towers
 from milora_vl.train import loader_processes
 from milora_vl.train.failures import NOT_WRITTEN, explained
 

@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from milora_data.command.cli import command_line
-from milora_vl.adapter_folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.checkpoints import WEIGHTS
+from milora_vl.adapter.checkpoints import WEIGHTS
+from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.cli.command_line import command_line
 from milora_vl.plan.run_folder import CARD, RunFolder
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_vl import checkpoints
+from milora_vl.adapter import checkpoints
 from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
 from milora_vl.plan.run_lock import RunLock
 from milora_vl.plan.screen import Screen

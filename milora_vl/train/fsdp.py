@@ -17,9 +17,9 @@ from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from milora_data.errors import UserError
-from milora_vl.lora.install import base_model_of
-from milora_vl.towers import find_towers
+from milora_vl.adapter.install import base_model_of
+from milora_vl.base.errors import UserError
+from milora_vl.policy.towers import find_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

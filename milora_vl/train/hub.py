@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.errors import UserError, first_line
-from milora_data.hub_host import hub_is_known
+from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.hub_host import hub_is_known
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

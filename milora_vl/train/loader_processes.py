@@ -26,7 +26,7 @@ from accelerate.data_loader import DataLoaderAdapter
 from torch.utils.data import dataloader
 from torch.utils.data._utils import MP_STATUS_CHECK_INTERVAL, signal_handling
 
-from milora_data.errors import first_line
+from milora_vl.base.errors import first_line
 
 GONE = (ConnectionError, EOFError)  # while the main process receives a batch
 TIMEOUT = 1800.0

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora_data.collate import ImageTextCollator
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.record_collator import RecordCollator
-from milora_data.tokens import IGNORE
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.record_collator import RecordCollator
+from milora_data.encode.tokens import IGNORE
 from milora_vl.weights.sharding import local_part
 
 FIELDS = ("tokens", "positions", "supervised", "images")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_data.errors import UserError, first_line
-from milora_vl.adapter import apply_targets
-from milora_vl.adapter_folders import ADAPTER_FILES, PROJECTOR_FILES
-from milora_vl.adapter_io import load_adapter
-from milora_vl.initialize import LayerReport
-from milora_vl.load import load_model
-from milora_vl.lora.sidecar import FILE_NAME
+from milora_vl.adapter.apply import apply_targets
+from milora_vl.adapter.files import load_adapter
+from milora_vl.adapter.folders import ADAPTER_FILES, PROJECTOR_FILES
+from milora_vl.adapter.sidecar import FILE_NAME
+from milora_vl.base.errors import UserError, first_line
+from milora_vl.factors.initialize import LayerReport
+from milora_vl.foreign.load_model import load_model
 from milora_vl.models.loading import meta_model
 from milora_vl.models.processors import limit_pixels
 from milora_vl.models.projector import load_projector

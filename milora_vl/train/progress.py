@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_data.command.cli import amount
-from milora_vl.plan.estimate import duration_text
+from milora_vl.cli.command_line import amount
+from milora_vl.forecast.estimate import duration_text
 
 # Format of each log key, in the order of the line.
 SHOWN = {

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milora_data.collate import ImageTextCollator
-from milora_data.errors import UserError, with_context
-from milora_data.stream import RecordStream
-from milora_data.templates import OWN, no_tools
-from milora_vl import checkpoints
-from milora_vl.checkpoints import step_of
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.encode.templates import OWN, no_tools
+from milora_data.stream.record_stream import RecordStream
+from milora_vl.adapter import checkpoints
+from milora_vl.adapter.checkpoints import step_of
+from milora_vl.base.errors import UserError, with_context
 from milora_vl.plan import eval_section, record_checks, resuming, run_data
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.plan import Plan, make_plan

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import get_model_param_count
 
-from milora_data.templates import OWN, render_chat_template
-from milora_data.tokens import remember_legacy
-from milora_vl.lora.peft_model import MiloraMixin
+from milora_data.encode.templates import OWN, render_chat_template
+from milora_data.encode.tokens import remember_legacy
+from milora_vl.adapter.peft_model import MiloraMixin
 from milora_vl.models import loading
 from milora_vl.plan.run_data import RunData
 from milora_vl.recipe.schema import Recipe

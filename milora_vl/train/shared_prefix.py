@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from milora_data.tokens import IGNORE
+from milora_data.encode.tokens import IGNORE
 
 ATTENTION = "milora_vl_eager"  # the name of `attention` in transformers
 # Language models whose attention is causal, without a window, and takes positions of one dimension.

@@ -12,11 +12,11 @@ from typing import TypedDict
 
 from torch import nn
 
-from milora_vl.lora.install import base_model_of
+from milora_vl.adapter.install import base_model_of
 from milora_vl.policy import Target
 from milora_vl.policy.methods import METHODS
+from milora_vl.policy.towers import TOWERS, find_towers
 from milora_vl.svd import singular_values
-from milora_vl.towers import TOWERS, find_towers
 from milora_vl.weights.matrices import is_linear, matrix_shape, read_matrix
 
 # The output matrix of a block's MLP, by its names in Llama, GPT-2, CLIP and related models.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from milora_data.errors import UserError
-from milora_data.stream import RecordStream, record_stream
+from milora_data.stream.record_stream import RecordStream, record_stream
+from milora_vl.base.errors import UserError
 from milora_vl.plan.run_data import sources_of
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import loader_processes

@@ -29,24 +29,24 @@ from transformers import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from milora_data.errors import UserError, first_line
-from milora_data.record_collator import RecordCollator
-from milora_data.sampler import LengthGroupedSampler
-from milora_data.stream import RecordStream
-from milora_data.tokens import IGNORE
-from milora_vl.adapter_folders import PROJECTOR_FILES
-from milora_vl.checkpoints import num_processes, remove_oldest, write_checksums
-from milora_vl.lora.install import base_model_of
-from milora_vl.lora.keep_protected import FsdpProjection, ShardedProjection, keep_protected
-from milora_vl.lora.peft_model import MiloraMixin
-from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME
-from milora_vl.lora.version_1_shards import convert_shards, needs_conversion
-from milora_vl.losses import add_chunked_loss, summed_loss
+from milora_data.batches.record_collator import RecordCollator
+from milora_data.batches.sampler import LengthGroupedSampler
+from milora_data.encode.tokens import IGNORE
+from milora_data.stream.record_stream import RecordStream
+from milora_vl.adapter.checkpoints import num_processes, remove_oldest, write_checksums
+from milora_vl.adapter.folders import PROJECTOR_FILES
+from milora_vl.adapter.install import base_model_of
+from milora_vl.adapter.keep_protected import FsdpProjection, ShardedProjection, keep_protected
+from milora_vl.adapter.parameter_groups import parameter_groups, target_path
+from milora_vl.adapter.peft_model import MiloraMixin
+from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
+from milora_vl.adapter.version_1_shards import convert_shards, needs_conversion
+from milora_vl.base.errors import UserError, first_line
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
-from milora_vl.param_groups import parameter_groups, target_path
 from milora_vl.policy import Target
+from milora_vl.policy.towers import image_token_of
 from milora_vl.recipe import protection
-from milora_vl.towers import image_token_of
 from milora_vl.train import fsdp, loader_processes, shared_prefix, streaming
 from milora_vl.train.cpu_load import FreeCores
 from milora_vl.train.evaluation import SuiteCallback

@@ -15,8 +15,8 @@ from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 
-from milora_data.errors import MALFORMED, Problem, UserError
-from milora_data.pickle_text import Instructions, scan
+from milora_vl.base.errors import MALFORMED, Problem, UserError
+from milora_vl.base.pickle_text import Instructions, scan
 
 UNREAD = (UnpicklingError, RuntimeError, EOFError)
 """The errors of `read_pickled` for a truncated file, for other files, and for pickles with more than tensors."""

@@ -12,12 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_model, merge
 from milora_vl.analyze.command import main
 from milora_vl.analyze.job import plan, rows_of
 from milora_vl.analyze.page import lede
 from milora_vl.analyze.weights import Weights, open_weights
+from milora_vl.base.errors import UserError
 from support.adapter_cases import move
 from support.problems import raises_code
 from support.versions import needs_mica

@@ -17,9 +17,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from milora_vl import apply_milora, keep_protected, load_adapter, merge, restore_split, save_adapter
+from milora_vl.adapter.install import lora_layer
 from milora_vl.calibration.bases import first_directions, first_tokens
 from milora_vl.calibration.files import file_name
-from milora_vl.lora.install import lora_layer
 from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import leaks, llava_batches, picture_batches, text_batches
 from support.problems import raises_code
@@ -288,7 +288,7 @@ def test_a_tower_that_no_picture_reaches_is_refused(tiny_llava) -> None:
 
 def test_inputs_of_another_model_are_refused(tiny_llama, tmp_path: Path) -> None:
     from milora_vl.calibration.files import read_inputs, require_shapes
-    from milora_vl.towers import canonical_names
+    from milora_vl.policy.towers import canonical_names
 
     model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT)
     save_adapter(model, tmp_path)

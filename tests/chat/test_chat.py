@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_data.errors import UserError
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_vl import chat
+from milora_vl.base.errors import UserError
 from milora_vl.chat.session import WordStreamer
-from milora_vl.generate import Prompt, generate
-from milora_vl.load import load_model
+from milora_vl.foreign.load_model import load_model
+from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
 from support.problems import raises_code
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.images.files import load_image
-from milora_data.records import Turn
+from milora_data.pictures.files import load_image
+from milora_data.records.record import Turn
 from milora_vl.chat.command import main
 from milora_vl.chat.session import Chat
 from milora_vl.chat.web import answers, free_port, page
-from milora_vl.generate import Prompt, generate
-from milora_vl.load import load_model
+from milora_vl.foreign.load_model import load_model
+from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
 from support.problems import raises_code
 

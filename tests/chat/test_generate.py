@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_data.encode import encode_prompt
-from milora_data.records import Turn
-from milora_vl.generate import Prompt, generate
+from milora_data.encode.labels import encode_prompt
+from milora_data.records.record import Turn
+from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from support.problems import raises_code
 

@@ -13,18 +13,18 @@ from PIL import Image
 from transformers import pipeline
 from transformers.utils.logging import warning_once
 
-from milora_data.errors import UserError
-from milora_data.picture_template import parts_of
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import Turn
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.encode.picture_template import parts_of
+from milora_data.records.record import Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
+from milora_vl.base.errors import UserError
 from milora_vl.chat.command import main as chat
 from milora_vl.chat.picture import open_video
 from milora_vl.chat.session import Chat
-from milora_vl.generate import Prompt, generate
-from milora_vl.load import load_model
-from milora_vl.losses import summed_loss
+from milora_vl.foreign.load_model import load_model
+from milora_vl.models.generate import Prompt, generate
+from milora_vl.models.losses import summed_loss
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from milora_eval.answers.target import eval_target
-from milora_vl.adapter_folders import require_adapter
-from milora_vl.adapters.source import find_source
+from milora_vl.adapter.folders import require_adapter
 from milora_vl.chat import command as chat
+from milora_vl.foreign.source import find_source
 from milora_vl.forgetting import __main__ as forgetting
 from support.problems import raises_code
 

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from milora_data.command.atomic_write import write_text
-from milora_data.command.cli import CommandParser, Help, run
-from milora_data.command.flags import SHARED
-from milora_data.errors import UserError
 from milora_vl.__main__ import MENU, main
+from milora_vl.base.atomic_write import write_text
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import CommandParser, Help, run
+from milora_vl.cli.flags import SHARED
 from support import fake_run, programs
 from support.command_parsers import parser_of
 from support.problems import raises_code
@@ -202,7 +202,7 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
 # In a process of its own, as the console script runs them: pytest would show warnings in its own way.
 SESSION = f"""
 import sys
-from milora_data.command.cli import silence_dependencies
+from milora_vl.cli.command_line import silence_dependencies
 from milora_vl.__main__ import main
 silence_dependencies()
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
@@ -246,7 +246,7 @@ def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny
 @pytest.mark.parametrize(("options", "shown"), [([], "ours"), (["-W", "default"], "ours theirs")])
 def test_warnings_of_others_are_shown_on_request_alone(options: list[str], shown: str) -> None:
     script = (
-        "import logging, warnings\nfrom milora_data.command.cli import run\n"
+        "import logging, warnings\nfrom milora_vl.cli.command_line import run\n"
         "def main(argv):\n"
         "    logging.getLogger('bitsandbytes.backends.cpu.ops').warning('theirs')\n"
         "    for word, module in (('ours', 'milora_vl.chat'), ('theirs', 'torch.nn')):\n"
@@ -261,9 +261,9 @@ def test_warnings_of_others_are_shown_on_request_alone(options: list[str], shown
 
 def test_our_warnings_are_lines_like_those_of_a_run() -> None:
     script = (
-        "import logging, warnings\nfrom milora_data.command.cli import run\n"
+        "import logging, warnings\nfrom milora_vl.cli.command_line import run\n"
         "def main(argv):\n"
-        "    logging.getLogger('milora_data.collate').warning('a.png is left out')\n"
+        "    logging.getLogger('milora_data.batches.collate').warning('a.png is left out')\n"
         "    warnings.warn_explicit('two layers protect nothing', UserWarning, 'a.py', 1, module='milora_vl.adapter')\n"
         "    return 0\n"
         "run(main)"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from milora_data.__main__ import main as data
-from milora_data.errors import UserError
 from milora_eval.__main__ import main as evaluate
+from milora_vl.base.errors import UserError
 from milora_vl.chat.command import main as chat
 from milora_vl.compose.command import main as compose
 from milora_vl.forgetting.__main__ import main as forgetting

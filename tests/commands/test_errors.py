@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.command.cli import run
-from milora_data.errors import DataError, Problem, UserError, render, with_context
-from milora_data.images.files import ImageError
+from milora_data.pictures.files import ImageError
+from milora_vl.base.errors import DataError, Problem, UserError, render, with_context
+from milora_vl.cli.command_line import run
 from milora_vl.recipe.schema import RecipeError
 from milora_vl.train import main as train
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data.collate import ImageTextCollator
-from milora_data.encode import IGNORE, encode, encode_prompt
-from milora_data.lengths import encoded_lengths
-from milora_data.records import Turn, parse_record
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.lengths import encoded_lengths
+from milora_data.encode.labels import IGNORE, encode, encode_prompt
+from milora_data.records.record import Turn, parse_record
 from milora_vl import load_model
-from milora_vl.generate import Prompt, generate, prompt_ids
+from milora_vl.models.generate import Prompt, generate, prompt_ids
 from milora_vl.models.loading import load_processor
 from support.chat_models import MARKED, SMOLLM2, TINY, record, write_picture_model, write_text_model
 from support.conversations import BYTE_BPE
@@ -150,7 +150,7 @@ def test_ids_with_pictures_are_those_of_the_processor(tmp_path: Path) -> None:
 
 def test_the_default_model_sees_pictures_in_its_own_template(tiny_data: Path) -> None:
     """Composing gave it the chat template of vicuna_v1, so both templates must give the same ids."""
-    from milora_data.templates import render_chat_template
+    from milora_data.encode.templates import render_chat_template
 
     processor = load_processor("tiny")
     tokenizer = with_template(processor.tokenizer, render_chat_template("vicuna_v1", processor.tokenizer))

@@ -13,10 +13,10 @@ from milora_data.__main__ import main
 from milora_data.check.command import check_for_training, scan
 from milora_data.check.duplicates import picture_hashes
 from milora_data.check.pictures import MissingImages, find_missing
-from milora_data.errors import DataError
-from milora_data.images.files import place_of
-from milora_data.records import Record
-from milora_data.sources import load_records, within
+from milora_data.pictures.files import place_of
+from milora_data.records.record import Record
+from milora_data.stream.sources import load_records, within
+from milora_vl.base.errors import DataError
 from support.problems import raises_code
 
 H, G = "human", "gpt"

@@ -14,11 +14,11 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from milora_data.collate import ImageTextCollator
-from milora_data.encode import IGNORE, encode
-from milora_data.errors import DataError
-from milora_data.images.files import ImageError
-from milora_data.sources import load_records
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.encode.labels import IGNORE, encode
+from milora_data.pictures.files import ImageError
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError
 from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 

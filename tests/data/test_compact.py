@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from milora_data.compact import CompactRecords
-from milora_data.images.files import StoredPicture
-from milora_data.records import Record, Turn
+from milora_data.pictures.files import StoredPicture
+from milora_data.records.compact import CompactRecords
+from milora_data.records.record import Record, Turn
 
 MEGABYTE = 1 << 20
 

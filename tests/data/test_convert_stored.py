@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.images.files import StoredPicture, load_image
-from milora_data.sources import load_records
+from milora_data.pictures.files import StoredPicture, load_image
+from milora_data.stream.sources import load_records
 from support.problems import raises_code
 
 

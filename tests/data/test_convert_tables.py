@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.errors import DataError
 from milora_data.formats.captions import caption_records
-from milora_data.sources import load_records
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError
 from support.problems import raises_code
 
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.command.cli import as_typed, parser, suggest
-from milora_data.errors import DataError
-from milora_data.records import parse_record
+from milora_data.records.record import parse_record
 from milora_data.show.preview import text_pieces, token_pieces
-from milora_data.sources import load_records
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError
+from milora_vl.cli.command_line import as_typed, parser, suggest
 from support.problems import raises_code
 
 Out = pytest.CaptureFixture[str]
@@ -108,7 +108,7 @@ def test_show_and_stats_count_tokens(tiny_data: Path, tmp_path: Path, capsys: Ou
 
 
 def test_pieces_from_ids_equal_pieces_from_text(tiny_llava: Any) -> None:
-    from milora_data.encode import encode
+    from milora_data.encode.labels import encode
     from support.llava_oracle import byte_bpe, llama_tokenizer
 
     turns = [{"from": "human", "value": "<image>\nWhat é?"}, {"from": "gpt", "value": "That 😀."}] * 2

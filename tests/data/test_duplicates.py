@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 from milora_data.__main__ import main
 from milora_data.check.duplicates import duplicate_statistics
-from milora_data.records import Record, Turn, Video
+from milora_data.records.record import Record, Turn, Video
 from support.problems import raises_code
 
 

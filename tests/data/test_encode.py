@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from milora_data.encode import IGNORE, NoSupervisedTokens, encode, encode_prompt
-from milora_data.errors import DataError
-from milora_data.records import IMAGE, Turn, parse_record
-from milora_data.templates import TEMPLATES
-from milora_data.words import words_of
+from milora_data.encode.labels import IGNORE, NoSupervisedTokens, encode, encode_prompt
+from milora_data.encode.templates import TEMPLATES
+from milora_data.encode.words import words_of
+from milora_data.records.record import IMAGE, Turn, parse_record
+from milora_vl.base.errors import DataError
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
 from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milora_data.images.files import ImageError, OutsidePicture, expand_to_square, load_image, place_of
+from milora_data.pictures.files import ImageError, OutsidePicture, expand_to_square, load_image, place_of
 from support.problems import raises_code
 
 RED, GREEN = (254, 0, 0), (0, 255, 1)

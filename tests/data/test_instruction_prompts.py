@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from milora_data.encode import IGNORE, Encoded, encode, encode_prompt
-from milora_data.records import Turn
-from milora_data.templates import TEMPLATES, render
+from milora_data.encode.labels import IGNORE, Encoded, encode, encode_prompt
+from milora_data.encode.templates import TEMPLATES, render
+from milora_data.records.record import Turn
 from support.llava_oracle import byte_bpe, llama_tokenizer
 
 QUESTION = "Is ice cold?\n\nAnswer format: true/false"

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milora_data.batches import Row, joined
-from milora_data.collate import ImageTextCollator
-from milora_data.encode import IGNORE
-from milora_data.lengths import encoded_lengths
-from milora_data.pack import PackedRecords, fill, pack
-from milora_data.sources import load_records
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.pack import PackedRecords, fill, pack
+from milora_data.batches.rows import Row, joined
+from milora_data.encode.labels import IGNORE
+from milora_data.stream.sources import load_records
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import collators
 from support.problems import raises_code
@@ -120,7 +120,7 @@ def test_lengths_are_those_of_batches_and_are_kept(
     assert lengths == [int(collator([record])["attention_mask"].sum()) for record in records]
     kept = list(tiny_data.glob("train.json.lengths-*.npy"))
     assert len(kept) == 1
-    monkeypatch.setattr("milora_data.lengths.encode", None)  # nothing is counted again
+    monkeypatch.setattr("milora_data.batches.lengths.encode", None)  # nothing is counted again
     assert encoded_lengths(records, processor.tokenizer, **given) == lengths
     assert max(encoded_lengths(records, processor.tokenizer, max_length=100, **given)) == 100
     with pytest.raises(TypeError):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_data.images.files import ImageError, expand_to_square, load_image
-from milora_data.images.pixels import PixelMaker
+from milora_data.pictures.files import ImageError, expand_to_square, load_image
+from milora_data.pictures.pixels import PixelMaker
 from support.problems import raises_code
 from support.versions import TRANSFORMERS_5
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from milora_data.collate import ImageTextCollator
-from milora_data.errors import DataError, UserError
-from milora_data.preferences import PreferenceCollator, pair_of
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.record_collator import RecordCollator
-from milora_data.records import Turn
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.preferences import PreferenceCollator, pair_of
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.record_collator import RecordCollator
+from milora_data.records.record import Turn
 from milora_vl import apply_milora
+from milora_vl.base.errors import DataError, UserError
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 from support.versions import needs_places

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from milora_data.errors import DataError, UserError
-from milora_data.images.files import ImageError, StoredPicture
-from milora_data.picture_template import VIDEO_MARK, parts_of
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import ROLES, Record, Turn, parse_record
-from milora_data.sources import load_records
-from milora_vl.losses import add_chunked_loss, summed_loss
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.encode.picture_template import VIDEO_MARK, parts_of
+from milora_data.pictures.files import ImageError, StoredPicture
+from milora_data.records.record import ROLES, Record, Turn, parse_record
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError, UserError
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.models.processors import limit_pixels, usable_inputs
 from support.problems import raises_code
 from support.versions import needs_places

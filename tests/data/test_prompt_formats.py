@@ -10,12 +10,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from milora_data.conversation import segments_of
-from milora_data.encode import IGNORE, encode, encode_prompt
-from milora_data.errors import DataError
-from milora_data.records import Turn
-from milora_data.templates import TEMPLATES, get_template, render_chat_template, template_name
-from milora_vl.generate import Prompt, prompt_ids
+from milora_data.encode.conversation import segments_of
+from milora_data.encode.labels import IGNORE, encode, encode_prompt
+from milora_data.encode.templates import TEMPLATES, get_template, render_chat_template, template_name
+from milora_data.records.record import Turn
+from milora_vl.base.errors import DataError
+from milora_vl.models.generate import Prompt, prompt_ids
 from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, record, supervised_text
 from support.llava_oracle import llama_tokenizer, llava_ids, llava_train
 from support.problems import raises_code

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milora_data.errors import DataError
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.records import Record, Turn, parse_record
-from milora_data.sources import load_records
+from milora_data.records.record import Record, Turn, parse_record
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError
 from support.problems import raises_code
 
 RECORD = {

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from milora_data.records import estimated_length, parse_record
-from milora_data.sampler import LengthGroupedSampler
+from milora_data.batches.sampler import LengthGroupedSampler
+from milora_data.records.record import estimated_length, parse_record
 
 LENGTHS = [(37 * i) % 101 + 20 for i in range(1000)]
 

@@ -15,13 +15,13 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main as command
-from milora_data.collate import ImageTextCollator
-from milora_data.errors import DataError
+from milora_data.batches.collate import ImageTextCollator
 from milora_data.formats.jsonfile import parts_of, read_objects, read_part
-from milora_data.images.files import StoredPicture
-from milora_data.records import Record
-from milora_data.sources import Source
-from milora_data.stream import record_stream
+from milora_data.pictures.files import StoredPicture
+from milora_data.records.record import Record
+from milora_data.stream.record_stream import record_stream
+from milora_data.stream.sources import Source
+from milora_vl.base.errors import DataError
 from support.problems import raises_code
 
 loaders = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.collate import ImageTextCollator
-from milora_data.encode import encode, encode_prompt
-from milora_data.errors import DataError
-from milora_data.lengths import encoded_lengths
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import parse_record
-from milora_data.sources import load_records
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.encode.labels import encode, encode_prompt
+from milora_data.records.record import parse_record
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError
 from milora_vl.plan import first_batch
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import BYTE_BPE

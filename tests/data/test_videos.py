@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.collate import ImageTextCollator
-from milora_data.errors import DataError
-from milora_data.images.files import ImageError
-from milora_data.processor_collate import ProcessorCollator
-from milora_data.records import parse_record
-from milora_data.sources import load_records
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.pictures.files import ImageError
+from milora_data.records.record import parse_record
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError
 from milora_vl.tiny import tiny_tokenizer
 from support.problems import raises_code
 from support.versions import needs_places

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from milora_vl import generate, smol_llava
+from milora_vl import smol_llava
+from milora_vl.models import generate
 from milora_vl.tiny import tiny_llama
 from support import documented_files
 from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from milora_data.__main__ import main as data_main
-from milora_data.sources import load_records
+from milora_data.stream.sources import load_records
 from milora_eval.suites import find_benchmark, find_suite
 from milora_vl.models import loading
 from milora_vl.plan.screen import trained_sizes

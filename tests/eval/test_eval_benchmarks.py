@@ -16,7 +16,7 @@ from milora_eval.benchmark import Answer, MissingData
 from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.rules.math_answers import is_equivalent
 from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
-from milora_vl.generate import Prompt, prompt_ids
+from milora_vl.models.generate import Prompt, prompt_ids
 from support import official_data
 from support.llava_oracle import llama_tokenizer, llava_train
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from milora_data.errors import UserError
 from milora_eval.__main__ import main
+from milora_vl.base.errors import UserError
 from support import official_data
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -31,7 +31,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a stock LoRA on `tiny` whose answers differ from its base."""
     from peft import LoraConfig, get_peft_model
 
-    from milora_vl.load import load_model
+    from milora_vl.foreign.load_model import load_model
 
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
@@ -136,7 +136,7 @@ def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_
 
 
 def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_path: Path) -> None:
-    from milora_vl.load import load_model
+    from milora_vl.foreign.load_model import load_model
 
     model, processor = load_model("tiny")
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_base_and_tuned_model_share_one_reading_of_the_questions(adapter: Path, 
 
 
 def test_weights_that_are_not_here_are_a_mistake_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    from milora_vl.load import load_model
+    from milora_vl.foreign.load_model import load_model
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with raises_code("model-not-available", message="someone/nothing is not on this machine") as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.answers.identity import answer_key
 from milora_eval.benchmark import Answer, Benchmark, Item, ends_early
 from milora_eval.benchmarks.emoji import Emoji
@@ -21,7 +21,7 @@ from milora_eval.rules.mme import mme_answer, mme_is_decided
 from milora_eval.rules.pope import pope_answer, pope_is_decided
 from milora_eval.rules.scienceqa import scienceqa_is_decided, scienceqa_letter
 from milora_eval.rules.short_rules import seed_correct, seed_is_decided
-from milora_vl.generate import Prompt, generate
+from milora_vl.models.generate import Prompt, generate
 
 VECTORS = json.loads((Path(__file__).parents[1] / "reference" / "eval-vectors.json").read_text(encoding="utf-8"))
 RECORDED = sorted({case["prediction"].strip() for case in VECTORS if isinstance(case.get("prediction"), str)})

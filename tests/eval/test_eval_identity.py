@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.answers.identity import adapter_digest, answer_key, weights_digest
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.evaluate import settings

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
 from milora_eval.__main__ import main
+from milora_vl.base.errors import UserError
 from support.drawn import draw
 from support.problems import raises_code
 

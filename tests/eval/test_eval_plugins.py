@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.__main__ import main
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_eval.benchmark import Answer
@@ -26,7 +26,7 @@ from milora_eval.data_files import read_table
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.suites import find_benchmark, folder_of
 from milora_eval.vlmevalkit import milora_vlm, read_predictions, register, write_predictions, write_questions
-from milora_vl.generate import Prompt, generate
+from milora_vl.models.generate import Prompt, generate
 from support import official_data
 from support.drawn import dump_lines, encoded
 from support.problems import raises_code
@@ -66,7 +66,7 @@ VISUAL = "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.new('RG
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from peft import LoraConfig, get_peft_model
 
-    from milora_vl.load import load_model
+    from milora_vl.foreign.load_model import load_model
 
     folder = tmp_path_factory.mktemp("adapter")
     config = LoraConfig(r=4, target_modules=r".*language_model.*proj", init_lora_weights=False)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.answers import item_file
 from milora_eval.answers.item_file import ItemFile
 from milora_eval.answers.questions import EvaluationPlan, Questions, read_items
@@ -24,7 +24,7 @@ from milora_eval.answers.selection import select, selected
 from milora_eval.answers.store import Store
 from milora_eval.benchmark import Answer, Item, means
 from milora_eval.benchmarks.own_data import OwnData
-from milora_vl.generate import Prompt, _batches
+from milora_vl.models.generate import Prompt, _batches
 from support.problems import raises_code
 
 

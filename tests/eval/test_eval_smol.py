@@ -11,8 +11,8 @@ from milora_eval import run, score
 from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
-from milora_vl.generate import Prompt, prompt_ids
-from milora_vl.load import load_model
+from milora_vl.foreign.load_model import load_model
+from milora_vl.models.generate import Prompt, prompt_ids
 from milora_vl.models.loading import split_processor
 from support import official_data
 from support.llava_oracle import llava_train

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.images.files import on_padded_square
+from milora_data.pictures.files import on_padded_square
 from milora_eval import stats
 from milora_eval.rules import (
     anls,

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
+from milora_vl.base.errors import UserError
 from milora_vl.export import export, main
 from milora_vl.models.loading import load_processor
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained

@@ -13,9 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
 
-from milora_data.errors import UserError
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.adapters.llava import KNOWN_KEYS
+from milora_vl.base.errors import UserError
+from milora_vl.foreign.llava import KNOWN_KEYS
 from milora_vl.integrations.llava import main as llava_main
 from milora_vl.integrations.llava import renamed_flags
 from milora_vl.integrations.replace import get_peft_model_replaced, main

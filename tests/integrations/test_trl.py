@@ -15,8 +15,8 @@ import torch
 import yaml
 from PIL import Image
 
-from milora_data.preferences import PreferenceCollator
-from milora_data.processor_collate import ProcessorCollator
+from milora_data.batches.preferences import PreferenceCollator
+from milora_data.batches.processor_collate import ProcessorCollator
 from milora_vl import apply_milora, load_adapter, load_model
 from support.adapter_cases import anchors, one_rule
 from support.documented import ROOT

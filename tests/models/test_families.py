@@ -11,10 +11,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from milora_data.errors import UserError
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
+from milora_vl.base.errors import UserError
 from milora_vl.export import export
-from milora_vl.towers import find_towers
+from milora_vl.policy.towers import find_towers
 from milora_vl.train.command import main as train
 from milora_vl.weights.matrices import is_linear
 from support.adapter_cases import anchors, move

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from milora_vl.load import load_model
+from milora_vl.foreign.load_model import load_model
 from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
 from support.problems import raises_code
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from milora_vl.export.gguf.model import write_model
-from milora_vl.load import load_model
+from milora_vl.foreign.load_model import load_model
 from milora_vl.models import smol_llava
 from milora_vl.models.assemble import compose, processor_for
 from milora_vl.models.image_tokens import image_token_id, image_tokens

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import LlavaForConditionalGeneration
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.tiny import tiny_llava
 from milora_vl.train.command import main
 from support.problems import raises_code

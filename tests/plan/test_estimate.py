@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from milora_vl.adapter import apply_milora
+from milora_vl.adapter.apply import apply_milora
+from milora_vl.forecast.cost import memory_savings, verdict
+from milora_vl.forecast.estimate import GIB, Workload, duration_text, flops_per_step, host_memory, memory
+from milora_vl.forecast.simulate import Resident, Shape, simulate
 from milora_vl.models.quantized import bytes_per_number
-from milora_vl.plan.cost import memory_savings, verdict
-from milora_vl.plan.estimate import GIB, Workload, duration_text, flops_per_step, host_memory, memory
-from milora_vl.plan.simulate import Resident, Shape, simulate
 from milora_vl.policy import Policy
 from milora_vl.tiny import tiny_llama
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.plan import run_data
 from milora_vl.recipe.command_line import Request, parse
 from milora_vl.recipe.merge import merge_recipe

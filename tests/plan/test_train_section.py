@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.train.command import main
 from support.problems import raises_code
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from milora_data.errors import Problem
 from milora_vl import apply_milora
+from milora_vl.base.errors import Problem
 from milora_vl.policy import FloorSigma, Policy, PolicyError, Protect, Rule, SpectralRank
 from milora_vl.recipe.schema import Recipe, RecipeError
 from support.problems import raises_code

@@ -5,7 +5,7 @@ from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
 from milora_vl.policy.selectors import Selector, SelectorError
-from milora_vl.towers import find_towers
+from milora_vl.policy.towers import find_towers
 from support.adapter_cases import tiny_gpt2
 from support.problems import raises_code
 from support.versions import TRANSFORMERS_5

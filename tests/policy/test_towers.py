@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl.towers import canonical_names, find_towers, output_head, peft_task
+from milora_vl.policy.towers import canonical_names, find_towers, output_head, peft_task
 from support.adapter_cases import tiny_gpt2
 
 

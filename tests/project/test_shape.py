@@ -16,17 +16,17 @@ PACKAGES = ("milora_vl", "llava_recipes", "data_tools/milora_data", "eval/milora
 
 # `path:function` -> why its **kwargs is no sink: the signature is someone else's, and everything is passed on.
 FOREIGN_SIGNATURES: dict[str, str] = {
-    "data_tools/milora_data/command/flags.py:option": "argparse's add_argument, passed on to it",
-    "data_tools/milora_data/processor_inputs.py:_recorded_places.<locals>.recording": "a method of processors",
-    "milora_vl/generate.py:Decided.criteria.<locals>.stops": "a stopping criterion of transformers",
+    "milora_vl/cli/flags.py:option": "argparse's add_argument, passed on to it",
+    "data_tools/milora_data/batches/processor_inputs.py:_recorded_places.<locals>.recording": "a method of processors",
+    "milora_vl/models/generate.py:Decided.criteria.<locals>.stops": "a stopping criterion of transformers",
     "milora_vl/models/hub.py:_read": "from_pretrained's keywords, passed on to it",
     "milora_vl/integrations/llava.py:_ignoring_arguments.<locals>.call": "Trainer passes what LLaVA's does not take",
     "milora_vl/integrations/llava.py:_tokenizer_argument.<locals>.initialise": "Trainer's constructor",
     "milora_vl/integrations/peft_calls.py:restoring_loader.<locals>.from_pretrained": "PeftModel's method",
     "milora_vl/integrations/peft_calls.py:replacement.<locals>.get_peft_model": "PEFT's function",
-    "milora_vl/lora/peft_model.py:MiloraMixin.add_weighted_adapter": "LoraModel's method",
-    "milora_vl/lora/peft_model.py:MiloraMixin.load_adapter": "PeftModel's method",
-    "milora_vl/lora/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
+    "milora_vl/adapter/peft_model.py:MiloraMixin.add_weighted_adapter": "LoraModel's method",
+    "milora_vl/adapter/peft_model.py:MiloraMixin.load_adapter": "PeftModel's method",
+    "milora_vl/adapter/peft_model.py:MiloraMixin.save_pretrained": "PeftModel's method",
     "milora_vl/models/timm_tower.py:TimmTower.forward": "LLaVA passes every vision tower the same keywords",
     "milora_vl/models/timm_llava.py:TimmLlavaConfig.__init__": "LlavaConfig's constructor",
     "milora_vl/models/timm_tower_config.py:TimmTowerConfig.__init__": "PretrainedConfig's constructor",
@@ -40,10 +40,10 @@ FOREIGN_SIGNATURES: dict[str, str] = {
     "milora_vl/train/progress.py:Bars.on_train_begin": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Lines.on_log": "TrainerCallback's hook",
     "milora_vl/train/progress.py:Lines.on_train_begin": "TrainerCallback's hook",
-    "milora_vl/losses.py:_chunked_loss.<locals>.first_position": "an inner model's forward, passed on to it",
-    "milora_vl/losses.py:add_chunked_loss.<locals>.forward": "a model's forward, passed on to it",
-    "milora_vl/plan/simulate.py:_flash_attention.<locals>.attention": "torch's function",
-    "milora_vl/lora/layers.py:AdaptedLinear.forward": "a method of PEFT's layers",
+    "milora_vl/models/losses.py:_chunked_loss.<locals>.first_position": "an inner model's forward, passed on to it",
+    "milora_vl/models/losses.py:add_chunked_loss.<locals>.forward": "a model's forward, passed on to it",
+    "milora_vl/forecast/simulate.py:_flash_attention.<locals>.attention": "torch's function",
+    "milora_vl/adapter/layers.py:AdaptedLinear.forward": "a method of PEFT's layers",
     "milora_vl/train/shared_prefix.py:attention": "an attention function of transformers",
     "milora_vl/train/trainer.py:TowerNorms.on_pre_optimizer_step": "TrainerCallback's hook",
     "milora_vl/train/features.py:replay.<locals>.forward": "LLaVA passes every vision tower the same keywords",
@@ -57,7 +57,7 @@ FOREIGN_SIGNATURES: dict[str, str] = {
 }
 # file -> why it asks an object for a name it may not have.
 PROBES: dict[str, str] = {
-    "milora_vl/towers.py": "knowing other people's model classes is its job",
+    "milora_vl/policy/towers.py": "knowing other people's model classes is its job",
     "milora_vl/weights/matrices.py": "ds_id is the only mark of a parameter that ZeRO-3 has partitioned",
     "milora_vl/weights/sharding.py": "ds_tensor is the only name of a shard under ZeRO-3",
 }
@@ -218,7 +218,7 @@ def test_only_one_module_knows_the_files_of_an_adapter() -> None:
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Constant) and node.value in files
     }
-    assert found == {"milora_vl/adapter_folders.py", "milora_vl/checkpoints.py"}
+    assert found == {"milora_vl/adapter/folders.py", "milora_vl/adapter/checkpoints.py"}
 
 
 # Where a function imports a module of ours, and why. The numbers may only shrink.
@@ -238,7 +238,7 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "milora_vl/integrations/replace.py": (1, QUICK_HELP),
     "milora_vl/models/auto_classes.py": (2, "transformers imports these classes, not the other way round"),
     "milora_vl/policy/policy.py": (1, "reading rules needs no PEFT"),
-    "milora_vl/studies/__main__.py": (1, QUICK_HELP),
+    "studies/__main__.py": (1, QUICK_HELP),
     "milora_vl/sweep/__main__.py": (1, QUICK_HELP),
     "milora_vl/train/command.py": (3, QUICK_HELP),
 }

@@ -67,11 +67,11 @@ def test_every_raised_error_has_a_code() -> None:
 INDIRECT = {"data-folder", "policy-rank-too-large"}
 INDIRECT |= {f"{area}-unknown-key" for area in ("policy", "recipe", "study")}  # of pydantic's errors
 HOLDERS = {
-    "data_tools/milora_data/errors.py",
+    "milora_vl/base/errors.py",
     "data_tools/milora_data/formats/jsonfile.py",
-    "data_tools/milora_data/images/files.py",
+    "data_tools/milora_data/pictures/files.py",
     "milora_vl/recipe/on_model.py",
-    "milora_vl/strict.py",
+    "milora_vl/base/strict_models.py",
 }
 
 

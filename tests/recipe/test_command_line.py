@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.recipe import command_line
 from milora_vl.recipe.command_line import parse
 from milora_vl.recipe.merge import merge_recipe

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.recipe import schema, yaml_file
 from milora_vl.recipe.schema import Recipe, RecipeError
 from support.problems import raises_code

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from milora_data.command.cli import parser, positive
-from milora_data.command.flags import Command, shared
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import parser, positive
+from milora_vl.cli.flags import Command, shared
 from support.problems import raises_code
 
 

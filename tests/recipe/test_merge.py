@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.plan.train_section import prepared
 from milora_vl.recipe.command_line import parse
 from milora_vl.recipe.merge import MergedRecipe, merge_recipe, require_fit

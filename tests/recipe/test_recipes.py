@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 import llava_recipes
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.forecast import dry_run
 from milora_vl.models import loading, names
-from milora_vl.plan import dry_run
 from milora_vl.recipe import base_model, command_line, on_model
 from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.schema import Recipe

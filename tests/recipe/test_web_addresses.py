@@ -12,11 +12,11 @@ import pytest
 
 from milora_data import load_records
 from milora_data.__main__ import main as data
-from milora_data.command.web import url_problem
-from milora_data.errors import UserError
-from milora_data.images.files import ImageError, load_image
+from milora_data.pictures.files import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
 from milora_vl import chat, export, train
+from milora_vl.base.errors import UserError
+from milora_vl.cli.web import url_problem
 from milora_vl.forgetting.__main__ import main as forget
 from support.problems import raises_code
 

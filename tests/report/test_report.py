@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.report.command import main as report_main
 from milora_vl.report.page import write_report
 from milora_vl.report.parts import credits_of

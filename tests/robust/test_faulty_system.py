@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.checkpoints import remove_oldest, step_of, why_incomplete
+from milora_vl.adapter.checkpoints import remove_oldest, step_of, why_incomplete
 from milora_vl.train.command import main
 from support.checkpoint_files import write_checkpoint
 from support.launched import ENVIRONMENT

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from milora_data.lengths import encoded_lengths
-from milora_data.records import Record, Turn
+from milora_data.batches.lengths import encoded_lengths
+from milora_data.records.record import Record, Turn
 from milora_eval import run as evaluate
 from milora_eval.answers.store import read_lines
 from milora_vl.tiny import tiny_tokenizer

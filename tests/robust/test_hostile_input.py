@@ -19,13 +19,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
-from milora_data.errors import DataError, UserError
 from milora_data.formats.plain_pickle import read_plain_pickle
-from milora_data.images.files import ImageError, load_image
-from milora_data.yaml_text import YamlTextError, parse_yaml
+from milora_data.pictures.files import ImageError, load_image
 from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.commands.score import main as score
-from milora_vl.adapter_io import load_adapter
+from milora_vl.adapter.files import load_adapter
+from milora_vl.base.errors import DataError, UserError
+from milora_vl.base.yaml_text import YamlTextError, parse_yaml
 from milora_vl.weights.torch_files import UNREAD, read_pickled
 from support.fuzz_guard import Fault, guarded, peak
 from support.fuzz_targets import (

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milora_data.command.atomic_write import write_json, write_text
-from milora_data.errors import DataError, UserError, with_context
-from milora_data.secret_text import HIDDEN, without_secrets
 from milora_eval.judge import Endpoint
+from milora_vl.base.atomic_write import write_json, write_text
+from milora_vl.base.errors import DataError, UserError, with_context
+from milora_vl.base.secrets import HIDDEN, without_secrets
 from milora_vl.train.command import main
 from support.train_runs import training
 
@@ -122,7 +122,7 @@ def test_a_server_that_refuses_is_named_without_its_password() -> None:
 
 BROKEN = """
 import logging, os, sys
-from milora_data.command.cli import run
+from milora_vl.cli.command_line import run
 def main(argv):
     logging.getLogger("urllib3").warning("GET https://me:%s@example.org", os.environ["HF_TOKEN"])
     print("progress", os.environ["HF_TOKEN"], file=sys.stderr)

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 import llava_recipes
-from milora_data.errors import UserError
 from milora_vl import apply_milora
 from milora_vl.analyze.measures import decay_exponent
-from milora_vl.studies import __main__ as command
-from milora_vl.studies import decay, page, runner
-from milora_vl.studies.runner import Folder, all_cells, finished, run_study
-from milora_vl.studies.study import Study, chosen, parse_study, read_study
-from milora_vl.studies.update import Updates
+from milora_vl.base.errors import UserError
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio
 from milora_vl.sweep.results import mean_of
+from studies import __main__ as command
+from studies import decay, page, runner
+from studies.runner import Folder, all_cells, finished, run_study
+from studies.study import Study, chosen, parse_study, read_study
+from studies.update import Updates
 from support.problems import raises_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
@@ -79,8 +79,8 @@ def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
     assert again is not None
     same = ("validation_loss", "score", "forgetting", "update")
     assert [again[key] for key in same] == [results[lost][key] for key in same], "and it comes out the same"
-    written, table = page.write(folder, "python -m milora_vl.studies which")
-    assert "<span>milora_vl.studies</span> <span>which</span>" in written.read_text(encoding="utf-8")
+    written, table = page.write(folder, "python -m studies which")
+    assert "<span>studies</span> <span>which</span>" in written.read_text(encoding="utf-8")
     assert [row[0] for row in table.rows] == ["milora", "lora"]
 
 
@@ -243,7 +243,7 @@ def test_a_study_of_layers_whose_cells_failed_is_shown_without_them(tmp_path: Pa
     folder = Folder(tmp_path / "decay.digits-cnn", small(arms=arms, seeds=1, learning_rates=[1e-3]))
     for cell in all_cells(folder):
         folder.keep_failure(cell, "out of memory")
-    written, _ = page.write(folder, "python -m milora_vl.studies decay")
+    written, _ = page.write(folder, "python -m studies decay")
     assert "out of memory" in written.read_text(encoding="utf-8")
     (tmp_path / "decay.md").write_text("<!-- results: decay.digits-cnn -->\n<!-- end -->\n", encoding="utf-8")
     with raises_code("study-incomplete", message="has no layers.csv: cells have failed"):

@@ -15,15 +15,15 @@ from milora_data.emoji.catalogue import catalogue
 from milora_vl import Policy, apply_milora
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
-from milora_vl.studies.linear_gru import LinearGru
-from milora_vl.studies.starts import replace_anchors, starting_factors
-from milora_vl.studies.study import Study, read_study
-from milora_vl.studies.task import Task
-from milora_vl.studies.tasks import TASKS, load_task, pictures
-from milora_vl.studies.tasks.digits import DigitsCnn, DigitsRnn, DigitsVit
-from milora_vl.studies.tasks.smollm2 import NamedTopics
-from milora_vl.studies.train import run_cell
 from milora_vl.sweep.cells import Cell
+from studies.linear_gru import LinearGru
+from studies.starts import replace_anchors, starting_factors
+from studies.study import Study, read_study
+from studies.task import Task
+from studies.tasks import TASKS, load_task, pictures
+from studies.tasks.digits import DigitsCnn, DigitsRnn, DigitsVit
+from studies.tasks.smollm2 import NamedTopics
+from studies.train import run_cell
 from support.versions import PEFT
 
 STUDIES = {

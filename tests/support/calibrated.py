@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.lora.install import lora_layer
+from milora_vl.adapter.install import lora_layer
 from milora_vl.weights.matrices import is_linear
 from support.adapter_cases import llava_batch, picture_batch, token_batch
 

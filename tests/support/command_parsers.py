@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from milora_data.command.cli import CommandParser
 from milora_vl.__main__ import main
+from milora_vl.cli.command_line import CommandParser
 
 
 class Parser(BaseException):

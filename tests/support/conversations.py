@@ -9,8 +9,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from milora_data.encode import IGNORE, encode
-from milora_data.records import IMAGE
+from milora_data.encode.labels import IGNORE, encode
+from milora_data.records.record import IMAGE
 from support.llava_oracle import byte_bpe
 
 KINDS = ("legacy", "new", "prepend")

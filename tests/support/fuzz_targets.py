@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from support.hostile import PATHS, TEXTS, json_bytes, mangled, spoiled, values
 
 Read = Callable[[Path, Any], object]
@@ -141,7 +141,7 @@ PICTURES = (
 
 def _picture(folder: Path, content: bytes) -> None:
     from milora_data.check.pictures import faults
-    from milora_data.images.files import load_image, picture_size, picture_suffix
+    from milora_data.pictures.files import load_image, picture_size, picture_suffix
 
     file = folder / "a.png"
     file.write_bytes(content)
@@ -154,17 +154,17 @@ def _picture(folder: Path, content: bytes) -> None:
 
 
 def _embedded(_: Path, url: str) -> None:
-    from milora_data.images.embedded import decoded
-    from milora_data.images.files import load_image
+    from milora_data.pictures.embedded import decoded
+    from milora_data.pictures.files import load_image
 
     load_image(decoded(url))
 
 
 def _records(folder: Path, content: bytes) -> None:
-    from milora_data.encode import encode
-    from milora_data.errors import DataError
-    from milora_data.images.files import load_image, place_of
-    from milora_data.sources import load_records
+    from milora_data.encode.labels import encode
+    from milora_data.pictures.files import load_image, place_of
+    from milora_data.stream.sources import load_records
+    from milora_vl.base.errors import DataError
 
     (folder / "train.json").write_bytes(content)
     for number, record in enumerate(islice(load_records(folder / "train.json"), 50)):
@@ -326,10 +326,10 @@ def small_base() -> torch.nn.Module:
 
 
 def _adapter(folder: Path, drawn: dict[str, bytes]) -> None:
-    from milora_vl.adapter_folders import base_of
-    from milora_vl.adapters.load_any import load_any
-    from milora_vl.adapters.plain import read_plain
-    from milora_vl.adapters.source import find_source
+    from milora_vl.adapter.folders import base_of
+    from milora_vl.foreign.load_any import load_any
+    from milora_vl.foreign.plain import read_plain
+    from milora_vl.foreign.source import find_source
 
     for name, content in drawn.items():
         (folder / name).write_bytes(content)
@@ -371,7 +371,7 @@ def torch_pickles() -> st.SearchStrategy[bytes]:
 
 
 def _sidecar(folder: Path, content: bytes) -> None:
-    from milora_vl.lora.sidecar import read_sidecar, require_weights
+    from milora_vl.adapter.sidecar import read_sidecar, require_weights
 
     (folder / "milora.json").write_bytes(content)
     sidecar = read_sidecar(folder)
@@ -393,7 +393,7 @@ def safetensors_headers() -> st.SearchStrategy[bytes]:
 
 
 def _checkpoint(folder: Path, drawn: dict[str, bytes]) -> None:
-    from milora_vl import checkpoints
+    from milora_vl.adapter import checkpoints
     from milora_vl.plan import resuming
 
     run = folder / "run"
@@ -487,7 +487,7 @@ MIXTURE = "seed: 1\nsources:\n  - {path: train.json, weight: 2, image_folder: im
 
 
 def _mixture(folder: Path, content: bytes) -> None:
-    from milora_data.sources import load_records
+    from milora_data.stream.sources import load_records
 
     (folder / "mix.yaml").write_bytes(content)
     (folder / "train.json").write_text(json.dumps(RECORDS))
@@ -497,7 +497,7 @@ def _mixture(folder: Path, content: bytes) -> None:
 
 def _study(_: Path, content: bytes) -> None:
     from milora_vl.recipe import yaml_file
-    from milora_vl.studies.study import parse_study
+    from studies.study import parse_study
 
     parse_study(yaml_file.read(content.decode("utf-8", "replace"), "study.yaml")[0], "study.yaml")
 
@@ -642,8 +642,8 @@ def _judgements(folder: Path, content: bytes) -> None:
 
 
 def _chat_template(_: Path, template: str) -> None:
-    from milora_data.conversation import own_segments
-    from milora_data.records import Turn
+    from milora_data.encode.conversation import own_segments
+    from milora_data.records.record import Turn
 
     own = tokenizer()
     before, own.chat_template = own.chat_template, template

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from milora_vl.lora.install import factors, lora_layer
+from milora_vl.adapter.install import factors, lora_layer
 from milora_vl.weights.matrices import as_matrix
 
 TOP = 4

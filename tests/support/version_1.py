@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from milora_vl.lora.sidecar import ANCHORS_FILE, FILE_NAME, read_sidecar
+from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME, read_sidecar
 
 
 def to_version_1(folder: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milora_data.errors import UserError
-from milora_vl.studies import __main__ as studies
-from milora_vl.studies import page as study_page
-from milora_vl.studies.runner import Folder, run_study
-from milora_vl.studies.study import parse_study
+from milora_vl.base.errors import UserError
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import SHARES, Spot, at_common_loss, curve, curves_of, curves_table, forgetting_at, read
+from studies import __main__ as studies
+from studies import page as study_page
+from studies.runner import Folder, run_study
+from studies.study import parse_study
 
 POSITIVE = st.floats(1e-6, 1e3)
 SPOTS = st.lists(st.builds(Spot, POSITIVE, POSITIVE), max_size=8)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _remember as remember

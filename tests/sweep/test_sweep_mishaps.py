@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import main

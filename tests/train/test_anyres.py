@@ -12,15 +12,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from milora_data.anyres import Tiling
-from milora_data.collate import ImageTextCollator
-from milora_data.images.files import picture_size
-from milora_data.images.pixels import PixelMaker
-from milora_data.lengths import encoded_lengths
-from milora_data.records import Turn, parse_record
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.lengths import encoded_lengths
+from milora_data.pictures.anyres import Tiling
+from milora_data.pictures.files import picture_size
+from milora_data.pictures.pixels import PixelMaker
+from milora_data.records.record import Turn, parse_record
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import load_model
-from milora_vl.generate import Prompt, generate
+from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_tokens, tiling_of
 from milora_vl.models.loading import config_of
 from milora_vl.train.command import main

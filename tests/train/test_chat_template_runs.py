@@ -13,17 +13,17 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from milora_data.__main__ import main as data_main
-from milora_data.encode import encode
-from milora_data.errors import DataError, UserError
-from milora_data.records import Turn
-from milora_data.sources import load_records
+from milora_data.encode.labels import encode
+from milora_data.records.record import Turn
+from milora_data.stream.sources import load_records
 from milora_vl import load_model
+from milora_vl.base.errors import DataError, UserError
 from milora_vl.chat.command import main as chat
 from milora_vl.export.command import main as export
 from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forgetting
-from milora_vl.generate import Prompt, generate, prompt_ids
 from milora_vl.models import loading
+from milora_vl.models.generate import Prompt, generate, prompt_ids
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.recipe.command_line import parse
 from milora_vl.recipe.merge import merge_recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.checkpoints import checkpoints, latest, resume_hint, set_aside, why_incomplete
+from milora_vl.adapter.checkpoints import checkpoints, latest, resume_hint, set_aside, why_incomplete
 from support.checkpoint_files import write_checkpoint
 
 

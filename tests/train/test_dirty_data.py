@@ -10,7 +10,7 @@ import pytest
 
 from milora_data.__main__ import main as data_main
 from milora_data.check.command import check_for_training, scan
-from milora_data.sources import load_records
+from milora_data.stream.sources import load_records
 from milora_vl.train.command import main
 from support import dirty_data
 from support.problems import raises_code

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from milora_data.__main__ import main
-from milora_data.errors import DataError, UserError
-from milora_data.images.files import load_image
-from milora_data.sources import load_records
+from milora_data.pictures.files import load_image
+from milora_data.stream.sources import load_records
 from milora_eval.benchmarks.own_data import OwnData
+from milora_vl.base.errors import DataError, UserError
 from milora_vl.train.command import main as train
 from support.drawn import dump, dump_lines, encoded
 from support.problems import raises_code

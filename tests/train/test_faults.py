@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from milora_vl.checkpoints import num_processes, why_incomplete, zero_stage
+from milora_vl.adapter.checkpoints import num_processes, why_incomplete, zero_stage
 from milora_vl.plan import launch, resuming
 from milora_vl.train import failures
 from milora_vl.train.command import main

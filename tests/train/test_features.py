@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data.images.features import FeatureReader
+from milora_data.pictures.features import FeatureReader
 from milora_vl.train.command import main
 from support.launched import FSDP, train_in_two
 from support.problems import raises_code
@@ -145,7 +145,7 @@ def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_picture_that_changed_while_training_is_told(tiny_llava: Any, tiny_data: Path, tmp_path: Path) -> None:
-    from milora_data.images.pixels import PixelMaker
+    from milora_data.pictures.pixels import PixelMaker
 
     reader = FeatureReader(tmp_path, PixelMaker(tiny_llava()[1].image_processor))
     with raises_code("feature-cache-stale", message="changed, or added"):

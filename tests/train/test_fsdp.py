@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.plan import launch
 from milora_vl.tiny import tiny_llama, tiny_llava, tiny_tokenizer
 from milora_vl.train import fsdp

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl import losses
-from milora_vl.adapter import apply_milora
-from milora_vl.losses import add_chunked_loss, inner_model, summed_loss
+from milora_vl.adapter.apply import apply_milora
+from milora_vl.models import losses
+from milora_vl.models.losses import add_chunked_loss, inner_model, summed_loss
 from support.family_cases import batch as family_batch
 from support.family_cases import build
 from support.family_configs import FAMILIES, TEXT_ONLY

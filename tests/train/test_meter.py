@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from milora_data.collate import ImageTextCollator
-from milora_vl.load import load_model
+from milora_data.batches.collate import ImageTextCollator
+from milora_vl.foreign.load_model import load_model
 from milora_vl.models.loading import split_processor
 from milora_vl.train.meter import FIELDS, Meter
 

@@ -12,8 +12,8 @@ from PIL import Image
 from milora_data.__main__ import main as data_main
 from milora_data.check.command import check_for_training, scan
 from milora_data.check.pictures import MissingImages
-from milora_data.images.files import ImageError, load_image, picture_size
-from milora_data.sources import mixed_records, read_sources
+from milora_data.pictures.files import ImageError, load_image, picture_size
+from milora_data.stream.sources import mixed_records, read_sources
 from milora_vl.train.command import main
 from support.drawn import dump
 from support.problems import raises_code

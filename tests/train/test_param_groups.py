@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from milora_vl.adapter import apply_milora
-from milora_vl.param_groups import parameter_groups
+from milora_vl.adapter.apply import apply_milora
+from milora_vl.adapter.parameter_groups import parameter_groups
 from milora_vl.policy import Policy
 
 RULES = [

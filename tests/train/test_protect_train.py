@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from milora_vl import load_adapter
+from milora_vl.forecast.cost import workload_of
+from milora_vl.forecast.estimate import memory, protected_bytes
 from milora_vl.plan.batching import Batching
-from milora_vl.plan.cost import workload_of
-from milora_vl.plan.estimate import memory, protected_bytes
 from milora_vl.plan.first_batch import Counts
 from milora_vl.plan.screen import policy_rows
 from milora_vl.policy import Policy, PolicyError

@@ -12,11 +12,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from milora_data.records import IMAGE, Record, Turn
+from milora_data.records.record import IMAGE, Record, Turn
 from milora_vl import load_adapter
+from milora_vl.forecast.estimate import distinct_inputs, protected_input_bytes
 from milora_vl.forgetting.answers import drawn_questions
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, sampled_batches
-from milora_vl.plan.estimate import distinct_inputs, protected_input_bytes
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe

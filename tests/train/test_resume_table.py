@@ -11,13 +11,13 @@ import pytest
 from pydantic import BaseModel
 
 import llava_recipes
+from milora_vl.base.strict_models import Strict
 from milora_vl.recipe import hf_flags
 from milora_vl.recipe.changes import Change, Side, changes, schedule_has_end, shown
 from milora_vl.recipe.command_line import parse
 from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.resume_table import EFFECTS, TABLE, effect_of
 from milora_vl.recipe.schema import Recipe, load
-from milora_vl.strict import Strict
 
 POLICY = [
     {"modules": "language", "method": "milora", "rank": 8, "alpha": 8, "learning_rate": 1e-3},

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from milora_data.errors import UserError
-from milora_vl.checkpoints import is_finished
+from milora_vl.adapter.checkpoints import is_finished
+from milora_vl.base.errors import UserError
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, choose, default_path
 from milora_vl.recipe.schema import Recipe

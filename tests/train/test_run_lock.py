@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader, dataloader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import TrainingArguments
 
-from milora_data.command.cli import output_problem
-from milora_data.errors import UserError
-from milora_vl import checkpoints
-from milora_vl.checkpoints import why_incomplete, write_checksums
+from milora_vl.adapter import checkpoints
+from milora_vl.adapter.checkpoints import why_incomplete, write_checksums
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import output_problem
 from milora_vl.plan.run_lock import FILE, RunLock, require_free
 from milora_vl.train import failures, loader_processes, trainer
 from milora_vl.train import run as run_module

@@ -11,8 +11,8 @@ import datasets
 import pytest
 
 from milora_data.__main__ import main as data_main
-from milora_data.errors import DataError
-from milora_data.sources import load_records
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.train.command import main
 from support.drawn import dump, encoded
@@ -104,7 +104,7 @@ def test_of_several_splits_one_has_to_be_named(two_splits: Path, tmp_path: Path)
 
 def test_texts_saved_as_messages_with_parts_are_read(tmp_path: Path) -> None:
     """All parts of a saved list have the same keys, those that a part does not have with nothing in them."""
-    from milora_data.stream import record_stream
+    from milora_data.stream.record_stream import record_stream
 
     parts = [{"type": "image_url", "text": None, "image_url": {"url": "a.png"}, "image": None},
              {"type": "text", "text": "Hi", "image_url": None, "image": None}]  # fmt: skip

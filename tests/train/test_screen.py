@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from milora_vl.adapter import apply_milora
+from milora_vl.adapter.apply import apply_milora
 from milora_vl.plan.screen import Screen, policy_rows, trainable_line, trained_sizes
 from milora_vl.policy import Policy
 from milora_vl.recipe import rates

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from milora_data.tokens import IGNORE
-from milora_vl.losses import add_chunked_loss, summed_loss
+from milora_data.encode.tokens import IGNORE
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.tiny import tiny_llava
 from milora_vl.train import shared_prefix
 from milora_vl.train.command import main as train

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.policy import ranks
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from milora_data.collate import ImageTextCollator
-from milora_data.errors import UserError
-from milora_data.records import Record
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.records.record import Record
+from milora_vl.base.errors import UserError
 from milora_vl.plan import run_data
 from milora_vl.recipe.schema import DataConfig
 from milora_vl.train.command import main

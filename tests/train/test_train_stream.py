@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.train.command import main
 from support import dirty_data
 from support.launched import launched

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from milora_vl.adapter import apply_milora
+from milora_vl.adapter.apply import apply_milora
 from milora_vl.policy import Policy
 from milora_vl.train.trainer import MiloraTrainer
 from support.problems import raises_code

@@ -9,22 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from milora_data.errors import UserError
 from milora_eval.__main__ import main as evaluate
-from milora_vl import (
-    analyze,
-    apply_milora,
-    chat,
-    checkpoints,
-    export,
-    forgetting,
-    load_adapter,
-    load_model,
-    save_adapter,
-)
-from milora_vl.adapter_folders import newest_of_unfinished
+from milora_vl import analyze, apply_milora, chat, export, forgetting, load_adapter, load_model, save_adapter
+from milora_vl.adapter import checkpoints
+from milora_vl.adapter.errors import AdapterError
+from milora_vl.adapter.folders import newest_of_unfinished
+from milora_vl.base.errors import UserError
 from milora_vl.forgetting.__main__ import main as forget
-from milora_vl.lora.errors import AdapterError
 from milora_vl.models.projector import projector_file, save_projector
 from support.adapter_cases import move
 from support.problems import raises_code

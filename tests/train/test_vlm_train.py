@@ -13,13 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from milora_data.errors import UserError
-from milora_data.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collate import ProcessorCollator
 from milora_eval.__main__ import main as evaluate
+from milora_vl.base.errors import UserError
 from milora_vl.chat.command import main as chat
 from milora_vl.export.command import main as export
+from milora_vl.foreign.load_model import load_model
 from milora_vl.forgetting.__main__ import main as forgetting
-from milora_vl.load import load_model
 from milora_vl.train.command import main
 from support import official_data
 from support.launched import needs_deepspeed, train_in_two

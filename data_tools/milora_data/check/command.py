@@ -16,17 +16,17 @@ from milora_data.check.findings import Finding, examine
 from milora_data.check.pictures import MissingImages, add_use, elsewhere, find_faults, find_missing, is_empty
 from milora_data.check.repair import write_repaired
 from milora_data.check.report import Report, as_json, as_text
-from milora_data.command import cli
-from milora_data.command.cli import command_line, count, next_step
-from milora_data.command.flags import DATA, Command, option, shared
-from milora_data.command.web import url_problem, web_address
-from milora_data.errors import DataError, Problem, UserError, no_records
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
-from milora_data.images.embedded import convert_words, described
-from milora_data.images.files import SUFFIXES, ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
-from milora_data.records import Record, parse_record
-from milora_data.sources import is_json, load_records, mixed_records, read_sources
+from milora_data.pictures.embedded import convert_words, described
+from milora_data.pictures.files import SUFFIXES, ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
+from milora_data.records.record import Record, parse_record
+from milora_data.stream.sources import is_json, load_records, mixed_records, read_sources
+from milora_vl.base.errors import DataError, Problem, UserError, no_records
+from milora_vl.cli import command_line as cli
+from milora_vl.cli.command_line import command_line, count, next_step
+from milora_vl.cli.flags import DATA, Command, option, shared
+from milora_vl.cli.web import url_problem, web_address
 
 OUTSIDE = " (outside the image folder)"
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.errors import UserError
-from milora_data.images.files import ImageError, StoredPicture, content_of, load_image, place_of
-from milora_data.records import Record
+from milora_data.pictures.files import ImageError, StoredPicture, content_of, load_image, place_of
+from milora_data.records.record import Record
+from milora_vl.base.errors import UserError
 
 Hashing = Literal["exact", "near"]
 NEAR_BITS = 4

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from milora_data.command.cli import amount
-from milora_data.errors import DataError
-from milora_data.records import IMAGE, Record, estimated_length, tools_of, uses_tools
-from milora_data.templates import place_images, split_tool_turns, split_turns
+from milora_data.encode.templates import place_images, split_tool_turns, split_turns
+from milora_data.records.record import IMAGE, Record, estimated_length, tools_of, uses_tools
+from milora_vl.base.errors import DataError
+from milora_vl.cli.command_line import amount
 
 Severity = Literal["error", "warning"]
 

@@ -9,10 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.web import web_address
-from milora_data.errors import DataError
-from milora_data.images.embedded import NOT_FETCHED, described
-from milora_data.images.files import (
+from milora_data.pictures.embedded import NOT_FETCHED, described
+from milora_data.pictures.files import (
     ORIENTATION,
     SUFFIXES,
     ImageError,
@@ -23,7 +21,9 @@ from milora_data.images.files import (
     opened_picture,
     place_of,
 )
-from milora_data.records import Record
+from milora_data.records.record import Record
+from milora_vl.base.errors import DataError
+from milora_vl.cli.web import web_address
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_data.check.findings import CONTROL, KINDS, examine
-from milora_data.command.cli import amount
-from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.images.files import ImageError
-from milora_data.records import IMAGE, ROLES, from_messages, parse_record
+from milora_data.pictures.files import ImageError
+from milora_data.records.record import IMAGE, ROLES, from_messages, parse_record
+from milora_vl.base.errors import DataError, UserError
+from milora_vl.cli.command_line import amount
 
 if TYPE_CHECKING:
     from milora_data.check.report import Report

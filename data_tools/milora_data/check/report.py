@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from milora_data.check.findings import KINDS, Finding
-from milora_data.command.cli import amount
+from milora_vl.cli.command_line import amount
 
 
 @dataclass(slots=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 from milora_data.check.command import image_folder
 from milora_data.check.duplicates import duplicate_statistics, leakage
-from milora_data.command.cli import count, next_step
-from milora_data.command.flags import DATA, Command, option, shared
-from milora_data.compact import CompactRecords
-from milora_data.encode import encode
-from milora_data.errors import DataError, UserError, no_records, with_context
-from milora_data.records import IMAGE, Record
-from milora_data.sources import load_records
-from milora_data.tokens import load_tokenizer
+from milora_data.encode.labels import encode
+from milora_data.encode.tokens import load_tokenizer
+from milora_data.records.compact import CompactRecords
+from milora_data.records.record import IMAGE, Record
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError, UserError, no_records, with_context
+from milora_vl.cli.command_line import count, next_step
+from milora_vl.cli.flags import DATA, Command, option, shared
 
 SECTIONS = ("tokens", "duplicates", "leakage")
 TITLES = {"learnt_per_record": "supervised_per_record"}  # titles that differ from the keys of the JSON output

@@ -11,10 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import amount, next_step, positive
-from milora_data.command.flags import Command, option, shared
 from milora_data.convert.picture_folder import PictureFolder, output_exists
-from milora_data.errors import MALFORMED, DataError, UserError, first_line, with_context
 from milora_data.formats.captions import caption_records
 from milora_data.formats.instructions import held_out, instructions
 from milora_data.formats.jsonfile import read_objects, write_objects
@@ -32,10 +29,13 @@ from milora_data.formats.vqa_files import (
     vizwiz,
     vqa,
 )
-from milora_data.images.embedded import stored_pictures
-from milora_data.images.files import ImageError, StoredPicture
-from milora_data.records import SPEAKERS, Record, from_messages, parse_record, tools_of
-from milora_data.sources import load_records
+from milora_data.pictures.embedded import stored_pictures
+from milora_data.pictures.files import ImageError, StoredPicture
+from milora_data.records.record import SPEAKERS, Record, from_messages, parse_record, tools_of
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import MALFORMED, DataError, UserError, first_line, with_context
+from milora_vl.cli.command_line import amount, next_step, positive
+from milora_vl.cli.flags import Command, option, shared
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import UserError
 from milora_data.formats.vqa_files import Records
-from milora_data.images.files import StoredPicture, picture_suffix
+from milora_data.pictures.files import StoredPicture, picture_suffix
+from milora_vl.base.errors import UserError
 
 
 def output_exists(path: Path) -> UserError:

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_data.command.cli import count, next_step, positive
-from milora_data.command.flags import Command, option, shared
 from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji.questions import Record, captions, held_out_records, training_records
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import count, next_step, positive
+from milora_vl.cli.flags import Command, option, shared
 
 if TYPE_CHECKING:
     from PIL import Image

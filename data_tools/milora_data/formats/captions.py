@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import amount, beside
-from milora_data.errors import DataError
 from milora_data.formats.jsonfile import not_utf8, read_json
 from milora_data.formats.tables import read_rows
-from milora_data.images.files import SUFFIXES
-from milora_data.records import IMAGE
+from milora_data.pictures.files import SUFFIXES
+from milora_data.records.record import IMAGE
+from milora_vl.base.errors import DataError
+from milora_vl.cli.command_line import amount, beside
 
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.csv", "metadata.jsonl")

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError
 from milora_data.formats.tables import read_rows
 from milora_data.formats.vqa_files import Options, Records, record
+from milora_vl.base.errors import DataError
 
 FIELDS = (("instruction", "output"), ("query", "response"))
 SEED = 42

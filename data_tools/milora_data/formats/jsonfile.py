@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from milora_data.command.cli import beside, command_line
-from milora_data.command.web import url_problem
-from milora_data.errors import DataError, with_context
 from milora_data.formats.saved import is_saved
-from milora_data.images.files import SUFFIXES
-from milora_data.json_text import parse_json
+from milora_data.pictures.files import SUFFIXES
+from milora_vl.base.errors import DataError, with_context
+from milora_vl.base.json_text import parse_json
+from milora_vl.cli.command_line import beside, command_line
+from milora_vl.cli.web import url_problem
 
 _CHUNK = 1 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError
 from milora_data.formats.instructions import earlier, with_input, with_system
 from milora_data.formats.jsonfile import read_json, read_objects
 from milora_data.formats.plain_pickle import read_plain_pickle
 from milora_data.formats.tables import read_rows
 from milora_data.formats.vqa_files import Options, Records, record
-from milora_data.images.embedded import stored_pictures
-from milora_data.images.files import on_padded_square
-from milora_data.records import IMAGE
+from milora_data.pictures.embedded import stored_pictures
+from milora_data.pictures.files import on_padded_square
+from milora_data.records.record import IMAGE
+from milora_vl.base.errors import DataError
 
 DEFAULT_PROMPT = "Describe this picture."
 WHERE_IS = "Please provide the bounding box coordinate of the region this sentence describes: {}"

@@ -7,9 +7,9 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import MALFORMED, DataError, first_line
 from milora_data.formats.jsonfile import missing_file
-from milora_data.pickle_text import scan
+from milora_vl.base.errors import MALFORMED, DataError, first_line
+from milora_vl.base.pickle_text import scan
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError
-from milora_data.json_text import parse_json
+from milora_vl.base.errors import DataError
+from milora_vl.base.json_text import parse_json
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 

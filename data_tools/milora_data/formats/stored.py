@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError, UserError, with_context
 from milora_data.formats.jsonfile import missing_file
 from milora_data.formats.other_files import COLUMNS, row_record
 from milora_data.formats.saved import files_of_saved, is_saved
 from milora_data.formats.vqa_files import Options
-from milora_data.hub_host import hub_is_known
-from milora_data.images.files import StoredPicture
-from milora_data.records import Record, parse_record
+from milora_data.pictures.files import StoredPicture
+from milora_data.records.record import Record, parse_record
+from milora_vl.base.errors import DataError, UserError, with_context
+from milora_vl.base.hub_host import hub_is_known
 
 HUB = "hub:"
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}

@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from milora_data.errors import DataError
 from milora_data.formats.jsonfile import missing_file, not_utf8, read_objects
+from milora_vl.base.errors import DataError
 
 DELIMITERS = ",;\t"
 

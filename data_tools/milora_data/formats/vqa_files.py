@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import amount
-from milora_data.errors import DataError
 from milora_data.formats.jsonfile import read_json
-from milora_data.records import IMAGE
+from milora_data.records.record import IMAGE
+from milora_vl.base.errors import DataError
+from milora_vl.cli.command_line import amount
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.check.command import image_folder
-from milora_data.command.cli import amount, count, next_step, positive
-from milora_data.command.flags import DATA, Command, option, shared
-from milora_data.encode import encode
-from milora_data.errors import UserError
-from milora_data.images.files import ImageError, load_image, place_of
-from milora_data.records import Record
+from milora_data.encode.labels import encode
+from milora_data.encode.tokens import load_tokenizer
+from milora_data.pictures.files import ImageError, load_image, place_of
+from milora_data.records.record import Record
 from milora_data.show.page import Shown, shown, write_page
 from milora_data.show.preview import COUNTS, Piece, as_rich, text_pieces, token_pieces
-from milora_data.sources import load_records
-from milora_data.tokens import load_tokenizer
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import amount, count, next_step, positive
+from milora_vl.cli.flags import DATA, Command, option, shared
 
 COMMAND = Command(
     "milora_data show",

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_data.command.cli import amount
-from milora_data.errors import UserError
-from milora_data.images.files import ImageError, load_image, place_of
-from milora_data.page.pictures import credit_lines, fitting, small
-from milora_data.page.render import MAX_BYTES, render, write
-from milora_data.records import Record
+from milora_data.pictures.files import ImageError, load_image, place_of
+from milora_data.pictures.thumbnails import credit_lines, fitting, small
+from milora_data.records.record import Record
 from milora_data.show.preview import COUNTS, Piece
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import amount
+from milora_vl.cli.page import MAX_BYTES, render, write
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from milora_data.encode import IGNORE, Encoded
-from milora_data.errors import DataError, with_context
-from milora_data.records import IMAGE, Record
-from milora_data.templates import get_template, place_images, render
+from milora_data.encode.labels import IGNORE, Encoded
+from milora_data.encode.templates import get_template, place_images, render
+from milora_data.records.record import IMAGE, Record
+from milora_vl.base.errors import DataError, with_context
 
 if TYPE_CHECKING:
     from rich.text import Text

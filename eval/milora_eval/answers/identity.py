@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from milora_data.tokens import fast_backend
+from milora_data.encode.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item, ends_early
-from milora_vl.adapter_folders import ADAPTER_FILES, CONFIG, NON_LORA, PROJECTOR_FILES, holds_adapter, holds_residual
+from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, NON_LORA, PROJECTOR_FILES, holds_adapter, holds_residual
 
 FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
 # A residual adapter consists of its factors and of the residual base beside them.

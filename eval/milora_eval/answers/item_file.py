@@ -17,9 +17,9 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from milora_data.errors import UserError
 from milora_eval.answers.selection import group_order
 from milora_eval.benchmark import Item
+from milora_vl.base.errors import UserError
 
 IN_MEMORY = 8 << 20  # bytes of items that need no file; at least 1
 RECENT = 1024  # items that stay in memory: the items of a batch are read at each of its tokens

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_data.tokens import IGNORE
-from milora_vl.generate import ProcessorReader, Prompt, Reader
+from milora_data.encode.tokens import IGNORE
+from milora_vl.models.generate import ProcessorReader, Prompt, Reader
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
 

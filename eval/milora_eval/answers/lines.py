@@ -8,10 +8,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from milora_data.errors import UserError, expected_format
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.suites import reference
+from milora_vl.base.errors import UserError, expected_format
 
 
 def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> dict[str, Any]:

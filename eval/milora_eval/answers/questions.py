@@ -12,13 +12,13 @@ from typing import Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from milora_data.errors import UserError
 from milora_eval.answers.identity import answer_key
 from milora_eval.answers.item_file import ItemFile
 from milora_eval.answers.selection import Orders, selected
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.data_files import load_items
 from milora_eval.suites import folder_of
+from milora_vl.base.errors import UserError
 
 Items = dict[str, ItemFile]
 """The items of each benchmark, by its name."""

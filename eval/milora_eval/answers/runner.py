@@ -21,7 +21,7 @@ from milora_eval.answers.selection import selected, shard_places
 from milora_eval.answers.store import Line, Store
 from milora_eval.benchmark import Benchmark, Item, ends_early
 from milora_eval.suites import folder_of
-from milora_vl.generate import Prompt, generate_batches
+from milora_vl.models.generate import Prompt, generate_batches
 
 
 @dataclass(frozen=True, slots=True)

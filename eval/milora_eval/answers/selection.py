@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from milora_data.errors import UserError
 from milora_eval.benchmark import Item
+from milora_vl.base.errors import UserError
 
 Orders = NDArray[np.uint64]
 """(items,): the `group_order` of each item."""

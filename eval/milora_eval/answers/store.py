@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from milora_data.errors import UserError
-from milora_data.json_text import parse_json
+from milora_vl.base.errors import UserError
+from milora_vl.base.json_text import parse_json
 
 Line = dict[str, Any]
 PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements.jsonl"

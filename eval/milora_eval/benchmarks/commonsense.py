@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.data_files import find
 from milora_eval.rules.commonsense import commonsense_label

@@ -12,8 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from milora_data.records import Record
-from milora_data.sources import load_records
+from milora_data.records.record import Record
+from milora_data.stream.sources import load_records
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData
 from milora_eval.rules.answers import can_match, exact_match, normalise
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.benchmark import Item
 
 SHORT = "\nAnswer the question using a single word or phrase."

@@ -11,12 +11,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.data_files import find, read_jsonl
 from milora_eval.rules.gsm8k import gsm8k_correct
 from milora_eval.rules.math_answers import last_boxed, math_correct
+from milora_vl.base.errors import DataError
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

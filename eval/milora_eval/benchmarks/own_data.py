@@ -14,13 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from milora_data.command.cli import suggest
-from milora_data.command.web import url_problem, web_address
-from milora_data.errors import DataError, UserError
 from milora_data.formats.jsonfile import read_json, read_objects
-from milora_data.images.embedded import is_embedded, refusal
-from milora_data.images.files import place_of
-from milora_data.records import Turn, parse_record, uses_tools
+from milora_data.pictures.embedded import is_embedded, refusal
+from milora_data.pictures.files import place_of
+from milora_data.records.record import Turn, parse_record, uses_tools
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
@@ -29,6 +26,9 @@ from milora_eval.rules.chartqa import chartqa_correct
 from milora_eval.rules.pope import pope_answer, pope_is_decided
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
+from milora_vl.base.errors import DataError, UserError
+from milora_vl.cli.command_line import suggest
+from milora_vl.cli.web import url_problem, web_address
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": lambda text, answers: float(exact_match(text, answers)),

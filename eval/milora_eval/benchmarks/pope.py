@@ -13,13 +13,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import UserError
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.benchmarks.submissions import write_rows
 from milora_eval.data_files import find, read_jsonl
 from milora_eval.rules.pope import PopeNumbers, pope_answer, pope_is_decided, pope_numbers
 from milora_eval.stats import mean
+from milora_vl.base.errors import UserError
 
 SETS = ("random", "popular", "adversarial")
 LLAVA_FILE = "llava_pope_test.jsonl"

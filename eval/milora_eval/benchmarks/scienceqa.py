@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
-from milora_data.records import Turn
+from milora_data.records.record import Turn
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import LETTER, picture_item
 from milora_eval.benchmarks.submissions import write_object

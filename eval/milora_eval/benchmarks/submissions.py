@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.atomic_write import write_text
-from milora_data.errors import DataError
+from milora_vl.base.atomic_write import write_text
+from milora_vl.base.errors import DataError
 
 Row = Mapping[str, Any]
 

@@ -10,13 +10,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.benchmarks.submissions import write_rows
 from milora_eval.data_files import find, read_jsonl
 from milora_eval.rules.textvqa import question_of, textvqa_accuracy
+from milora_vl.base.errors import DataError
 
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
 

@@ -11,7 +11,7 @@ from typing import Any
 from xml.etree.ElementTree import ParseError
 from zipfile import BadZipFile, ZipFile
 
-from milora_data.errors import MALFORMED, DataError, UserError, first_line
+from milora_vl.base.errors import MALFORMED, DataError, UserError, first_line
 
 Cell = str | int | float | None
 _ALWAYS_READ = 20_000_000  # bytes of the unpacked parts

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from milora_data.command.cli import next_step
-from milora_data.command.flags import Command, option, shared
 from milora_eval.scores.compare import Pair, compare, num_common
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.table import FORMATS, pairs_table, show
 from milora_eval.suites import import_plugins
+from milora_vl.cli.command_line import next_step
+from milora_vl.cli.flags import Command, option, shared
 
 COMMAND = Command(
     "milora_eval compare",

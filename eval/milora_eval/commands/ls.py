@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from milora_data.command.cli import next_step, no_folder
-from milora_data.command.flags import Command, shared
-from milora_data.errors import UserError
 from milora_eval.suites import SUITES, listing
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import next_step, no_folder
+from milora_vl.cli.flags import Command, shared
 
 COMMAND = Command(
     "milora_eval ls",

@@ -9,10 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from milora_data.command.cli import count, next_step
-from milora_data.command.flags import Command, flag, option, shared
-from milora_data.errors import DataError, UserError, at_flag
-from milora_data.templates import template_name
+from milora_data.encode.templates import template_name
 from milora_eval.answers.questions import EvaluationPlan, Items, read_items
 from milora_eval.answers.selection import parse_shard
 from milora_eval.answers.target import EvalTarget, eval_target
@@ -21,7 +18,10 @@ from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import FORMATS, show, write_table
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
-from milora_vl.adapter_folders import holds_adapter
+from milora_vl.adapter.folders import holds_adapter
+from milora_vl.base.errors import DataError, UserError, at_flag
+from milora_vl.cli.command_line import count, next_step
+from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.regenerate import regenerate_report
 

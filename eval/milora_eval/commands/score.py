@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.command.cli import next_step
-from milora_data.command.flags import Command, option, shared
-from milora_data.errors import UserError
 from milora_eval.answers.identity import digest
 from milora_eval.answers.lines import to_line
 from milora_eval.answers.selection import select
@@ -25,6 +22,9 @@ from milora_eval.scores.results import Results, numbers, score, write_results
 from milora_eval.scores.table import FORMATS, show, write_table
 from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol
 from milora_eval.vlmevalkit import read_predictions
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import next_step
+from milora_vl.cli.flags import Command, option, shared
 
 COMMAND = Command(
     "milora_eval score",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from milora_data.errors import UserError
 from milora_eval.answers.lines import to_answer
 from milora_eval.answers.store import Line
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
 from milora_eval.suites import stored_benchmark
+from milora_vl.base.errors import UserError
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100

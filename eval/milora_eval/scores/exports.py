@@ -7,13 +7,13 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from milora_data.errors import UserError
 from milora_eval.answers.lines import to_answer
 from milora_eval.answers.store import PREDICTIONS, each_line
 from milora_eval.benchmark import Answer, Benchmark
 from milora_eval.scores.llava_files import write_llava_files
 from milora_eval.scores.results import judgements, read_results, review_of
 from milora_eval.suites import folder_of, stored_benchmark
+from milora_vl.base.errors import UserError
 
 SUBMISSION = "submission"
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.errors import DataError, UserError
 from milora_eval.answers.identity import digest
 from milora_eval.answers.store import write_lines
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.data_files import read_jsonl
+from milora_vl.base.errors import DataError, UserError
 
 
 def write_llava_files(benchmark: Benchmark, answers: Iterable[Answer], folder: Path, model: str) -> list[Path]:

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from milora_data.command.atomic_write import read_json, write_json
-from milora_data.command.cli import no_folder
-from milora_data.errors import UserError, expected_format
 from milora_eval.answers.lines import expected_of, to_answer
 from milora_eval.answers.selection import select
 from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import mean
 from milora_eval.suites import SUITES, folder_of, stored_benchmark
+from milora_vl.base.atomic_write import read_json, write_json
+from milora_vl.base.errors import UserError, expected_format
+from milora_vl.cli.command_line import no_folder
 
 RESULTS, TABLE = "results.json", "table.md"
 Results = dict[str, Any]

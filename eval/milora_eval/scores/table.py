@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.command.atomic_write import write_text
 from milora_eval.answers.store import PREDICTIONS
 from milora_eval.benchmark import Metric
 from milora_eval.scores.compare import Pair, compare
 from milora_eval.scores.results import TABLE, Results, metrics_of, read_results, require_lines
+from milora_vl.base.atomic_write import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_data.page.pictures import credit_lines, fitting, thumbnail
-from milora_data.page.render import MAX_BYTES, render
+from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
 from milora_eval.answers.lines import to_answer, to_item
 from milora_eval.answers.selection import select
 from milora_eval.answers.store import Line
 from milora_eval.suites import stored_benchmark
+from milora_vl.cli.page import MAX_BYTES, render
 
 Runs = Sequence[tuple[str, Sequence[Line]]]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.export.gguf.files import renamed
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from milora_data.errors import UserError
-from milora_vl.adapters.plain import LowRank, PlainAdapter
+from milora_vl.base.errors import UserError
 from milora_vl.export.gguf.files import OutType, write, writer_of
 from milora_vl.export.gguf.language import Language, text_name
+from milora_vl.foreign.plain import LowRank, PlainAdapter
 
 
 def write_lora(path: Path, adapter: PlainAdapter, language: Language, is_text_model: bool, outtype: OutType) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from milora_data.errors import UserError
+from milora_vl.base.errors import UserError
 from milora_vl.export.gguf.files import OutType, write, writer_of
 from milora_vl.export.gguf.language import add_settings, language_of, tensors_of, text_state
 from milora_vl.export.gguf.tokenizer import add_tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from milora_data.templates import BOS, EOS, OWN, TEMPLATES, Template, template_name
+from milora_data.encode.templates import BOS, EOS, OWN, TEMPLATES, Template, template_name
 
 
 def modelfile(files: Sequence[str], template: str, adapter: str | None = None) -> str:

@@ -10,8 +10,8 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from milora_data.errors import UserError
-from milora_data.tokens import bos_ids, fast_backend
+from milora_data.encode.tokens import bos_ids, fast_backend
+from milora_vl.base.errors import UserError
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -1,0 +1,240 @@
+"""Collate records into a batch for HF's LLaVA models or LLaVA's own: encode, pad or pack, add pixel values.
+
+A batch without pictures gets one plain picture, whose tokens are hidden from attention and from the loss. Vision tower
+and projector then stay in the graph with gradient zero, which DDP and ZeRO-3 require: all ranks must use the same
+parameters in each step. (LLaVA splices features of length zero for the same reason.)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
+from milora_data.batches.rows import Row, joined, packed, padded, with_single_image_tokens
+from milora_data.encode.conversation import require_template
+from milora_data.encode.labels import IGNORE, Encoded, encode
+from milora_data.pictures.anyres import Tiling
+from milora_data.pictures.features import FeatureReader
+from milora_data.pictures.files import ImageError, ImagePolicy, place_of
+from milora_data.pictures.pixels import AspectRatio, JpegDecoding, PixelMaker
+from milora_data.records.record import IMAGE, Record
+from milora_vl.base.errors import DataError, UserError
+
+log = logging.getLogger(__name__)
+
+LLAVA_IMAGE_ID = -200
+
+
+class Sample(NamedTuple):
+    """One encoded record and its pictures, as PIL images."""
+
+    encoded: Encoded
+    images: list[Any]
+
+
+class ImageTextCollator(RecordCollator[Sample]):
+    """Collates records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, also in loader processes.
+
+    `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
+    (num_images, 3, H, W): the pictures of all records in order. Labels of unsupervised tokens are -100.
+
+    A list of records in place of a record is packed into one row (pack.py). The batch then has position_ids and
+    use_cache in place of attention_mask; `packing="flat"` joins all rows into one, which flash attention needs.
+    `tiling` (anyres.py) cuts pictures into tiles as LLaVA-1.6 does: the number of tokens depends on the size of the
+    picture, the batch also has image_sizes, and `image_tokens` and `image_aspect_ratio` are ignored.
+    `image_token_id` defaults to the tokenizer's `<image>`. With `image_folder` None, picture names are used as paths.
+    `layout="llava"` is for LLaVA's own classes: one -200 per picture, and `images`, with a plain one for text alone.
+
+    `RecordCollator` explains `bad_images` and `substitutes`.
+
+    >>> from milora_vl.tiny import tiny_tokenizer
+    >>> turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]
+    >>> batch = ImageTextCollator(tiny_tokenizer())([{"conversations": turns}, {"conversations": turns + turns}])
+    >>> {name: tuple(tensor.shape) == tuple(batch["labels"].shape) for name, tensor in batch.items()}
+    {'input_ids': True, 'attention_mask': True, 'labels': True}
+    >>> batch["attention_mask"].sum(dim=1).diff().item() > 0  # the first record is shorter, and padded on the right
+    True
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Any = None,
+        *,
+        template: str = "vicuna_v1",
+        image_tokens: int = 576,
+        image_token_id: int | None = None,
+        image_folder: str | Path | None = None,
+        max_length: int | None = None,
+        image_aspect_ratio: AspectRatio = "pad",
+        bad_images: ImagePolicy = "raise",
+        jpeg_decoding: JpegDecoding = "exact",
+        pad_to_multiple_of: int = 1,
+        layout: Literal["hf", "llava"] = "hf",
+        packing: Literal["rows", "flat"] = "rows",
+        substitutes: Sequence[Item] = (),
+        tiling: Tiling | None = None,
+    ) -> None:
+        if tiling is not None and layout == "llava":
+            raise UserError(
+                "pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes",
+                code="collate-unsupported-layout",
+                hint="use image_aspect_ratio pad",
+            )
+        super().__init__(bad_images, substitutes)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.tiling = tiling
+        self.features: FeatureReader | None = None  # reads cached features of the tower in place of pixels
+        self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
+        self.jpeg_decoding: JpegDecoding = jpeg_decoding
+        self._maker: PixelMaker | None = None
+        require_template(template, tokenizer)
+        if max_length is not None and max_length < 1:
+            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
+        self.template = template
+        self.image_tokens = image_tokens
+        self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
+        self.image_folder = Path(image_folder or "")
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.layout = layout
+        self.packing = packing
+
+    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        packs = [[item] if isinstance(item, Record | Mapping | UserError) else list(item) for item in records]
+        is_packed = any(not isinstance(item, Record | Mapping | UserError) for item in records)
+        if is_packed and self.layout == "llava":
+            raise UserError(
+                "LLaVA's own classes compute their own positions and cannot take packed records",
+                code="collate-unsupported-layout",
+                hint="collate without packing for LLaVA's own classes",
+            )
+        packs_of_samples = [[sample for item in pack if (sample := self._sample(item)) is not None] for pack in packs]
+        rows = [samples for samples in packs_of_samples if samples] or [[self._substitute()]]
+        self._last_sample = rows[-1][-1]
+        return self._batch(rows, is_packed)
+
+    def _own_image_token(self) -> int:
+        if self.image_processor is None:
+            return -1
+        token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        if token_id is None or token_id == self.tokenizer.unk_token_id:
+            raise UserError(
+                f"this tokenizer has no {IMAGE} token",
+                code="tokenizer-no-image-token",
+                hint="pass the id from the model's config: image_token_id=...",
+            )
+        return int(token_id)
+
+    def _read(self, record: Record) -> Sample:
+        if self.tiling is None:
+            encoded = self._encoded(record, [self.image_tokens] * len(record.images))
+            images = self._images(record, encoded.num_images)
+        else:  # the size of a picture decides how many tokens it takes: read the pictures before encoding
+            images = self._images(record, len(record.images))
+            encoded = self._encoded(record, [self._num_tokens(image) for image in images])
+        if encoded.num_cut:
+            self._count("cut")
+        return Sample(encoded, images[: encoded.num_images])
+
+    def _num_tokens(self, image: Any) -> int:
+        return self.image_tokens if self.tiling is None else self.tiling.num_tokens(image.height, image.width)
+
+    def _encoded(self, record: Record, counts: list[int]) -> Encoded:
+        encoded = encode(
+            record,
+            self.tokenizer,
+            template=self.template,
+            image_token_id=self.image_token_id,
+            image_tokens=counts,
+            max_length=self.max_length,
+        )
+        # A text may contain the picture token itself. The model would then replace text by features of a picture.
+        actual, expected = encoded.input_ids.count(self.image_token_id), sum(counts[: encoded.num_images])
+        if actual != expected:
+            raise DataError(
+                f"{actual} picture tokens, but {encoded.num_images} pictures take {expected}: "
+                f"the text contains the picture token ({self.image_token_id})",
+                code="record-image-token-in-text",
+                where=record.source or record.id,
+                hint="remove the token from the text",
+            )
+        return encoded
+
+    def _images(self, record: Record, num_images: int) -> list[Any]:
+        if num_images and self.image_processor is None:
+            raise DataError(
+                "a record with pictures, but this model reads only text",
+                code="model-reads-only-text",
+                where=record.source or record.id,
+                hint="train a vision-language model, or remove the pictures and <image> from the records",
+            )
+        # max_length may have cut off the last pictures: do not read them.
+        return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]
+
+    def _image(self, path: str | Path) -> Any:
+        try:
+            return self._pixels().read(path)
+        except ImageError as error:
+            if self.bad_images != "replace":
+                raise
+            self._count("replaced")
+            log.warning("%s (replaced by a plain picture)", error)
+            return self._pixels().plain_image()
+
+    def _pixels(self) -> PixelMaker | FeatureReader:
+        return self.features or self.maker()
+
+    def maker(self) -> PixelMaker:
+        """Return the `PixelMaker` of this image processor."""
+        if self._maker is None or self._maker.image_processor is not self.image_processor:
+            self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
+        return self._maker
+
+    def _batch(self, samples: Sequence[Sequence[Sample]], is_packed: bool) -> dict[str, Any]:
+        images = [image for row in samples for sample in row for image in sample.images]
+        rows = [joined([_row(sample) for sample in row]) if is_packed else _row(row[0]) for row in samples]
+        if is_packed and self.packing == "flat":
+            rows = [joined(rows)]
+        if self.layout == "llava":
+            return self._llava_batch(rows, [row[0].images for row in samples])
+        if self.image_processor is not None and not images:
+            # Keep tower and projector in the graph (see the module's docstring).
+            images = [self._pixels().plain_image()]
+            rows = self._with_hidden_image(rows, self._num_tokens(images[0]))
+        batch = (packed if is_packed else padded)(rows, pad_id_of(self.tokenizer), self.pad_to_multiple_of)
+        if images:
+            batch |= self._pixels().inputs(images)
+            num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
+            assert num_tokens == sum(map(self._num_tokens, images))
+        return batch
+
+    def _with_hidden_image(self, rows: Sequence[Row], num_tokens: int) -> list[Row]:
+        # Append it to the shortest row, so that the batch grows as little as possible. `lengths` is unchanged: the
+        # attention mask (or the positions of packed rows) excludes the appended tokens.
+        shortest = min(range(len(rows)), key=lambda row: len(rows[row].input_ids))
+        hidden = [self.image_token_id] * num_tokens, [IGNORE] * num_tokens
+        return [
+            Row(row.input_ids + hidden[0], row.labels + hidden[1], row.lengths) if number == shortest else row
+            for number, row in enumerate(rows)
+        ]
+
+    def _llava_batch(self, rows: Sequence[Row], images: Sequence[list[Any]]) -> dict[str, Any]:
+        ids = (self.image_token_id, self.image_tokens, LLAVA_IMAGE_ID)
+        rows = [with_single_image_tokens(row, *ids) for row in rows]
+        batch = padded(rows, pad_id_of(self.tokenizer), self.pad_to_multiple_of)
+        batch["attention_mask"] = batch["attention_mask"].bool()
+        if self.image_processor is not None:
+            # LLaVA expects a picture for each row and ignores the features of a row without an image token.
+            pictures = [image for row in images for image in (row or [self._pixels().plain_image()])]
+            batch["images"] = self._pixels().inputs(pictures)["pixel_values"]
+        return batch
+
+
+def _row(sample: Sample) -> Row:
+    encoded = sample.encoded
+    return Row(encoded.input_ids, encoded.labels, [len(encoded.input_ids)])

@@ -1,0 +1,450 @@
+"""Collate records with a model's own processor: the loss mask from character offsets, substitutes for broken pictures.
+
+The processor expands the placeholder of each picture and returns the tensors of its family; all of them are passed on
+under their own names, batched as the processor batches them. The loss mask is computed from characters: the chat
+template gives the supervised ranges of the text (picture_template.py), the processor the offsets of the tokens.
+
+A token is supervised if one of its characters is, and no token of a picture is.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
+from milora_data.batches.record_collator import Item, RecordCollator, needed_by, record_of
+from milora_data.encode.labels import NoSupervisedTokens
+from milora_data.encode.picture_template import VIDEO_MARK, Rendered
+from milora_data.encode.templates import Segment
+from milora_data.encode.tokens import IGNORE
+from milora_data.pictures.files import ImageError, ImagePolicy, load_image, picture_size, place_of
+from milora_data.pictures.videos import Frames, require_one_size
+from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, tools_of
+from milora_vl.base.errors import DataError, UserError, first_line, with_context, with_problems
+from milora_vl.cli.command_line import amount
+
+log = logging.getLogger(__name__)
+
+_NOT_FOR_THE_MODEL = ("offset_mapping", PLACES)
+_NUM_CUTS = 16
+BATCH_OF_ONE = "use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or records of one kind"
+
+
+@dataclass(frozen=True, slots=True)
+class PictureSample:
+    """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it."""
+
+    record: Record
+    rendered: Rendered
+    images: tuple[Any, ...]
+    videos: tuple[Frames, ...] = ()
+    is_cut: bool = False
+
+    @property
+    def where(self) -> str:
+        """Return file and line of the record, or its id."""
+        return self.record.source or self.record.id
+
+
+class ProcessorCollator(RecordCollator[PictureSample]):
+    """Collates records (`Record`, or dicts) into a batch with a model's processor; usable as `data_collator`.
+
+    `__call__` returns input_ids, attention_mask and labels (batch, length), padded on the right, and every other tensor
+    that the processor returns. Labels of unsupervised tokens are -100. Records without pictures may be mixed in.
+    A record beyond `max_length` is cut at its end, never within a picture. `RecordCollator` explains `bad_images` and
+    `substitutes`; a picture that the processor refuses counts as unreadable.
+
+    Raises `UserError` for a processor without a chat template or a documented plain prompt, and for a version of
+    transformers whose processors do not return the places of pictures.
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        *,
+        image_folder: str | Path | None = None,
+        max_length: int | None = None,
+        bad_images: ImagePolicy = "raise",
+        pad_to_multiple_of: int | None = None,
+        substitutes: Sequence[Item] = (),
+    ) -> None:
+        super().__init__(bad_images, substitutes)
+        if max_length is not None and max_length < 1:
+            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
+        self.inputs = ProcessorInputs(processor)
+        self.image_folder = Path(image_folder or "")
+        self.max_length = max_length
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def num_tokens(self, record: Record) -> int:
+        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its pictures.
+
+        A picture that cannot be read counts as a small one. Raises `DataError` like the collator.
+        """
+        rendered = self._rendered(record)
+        count = self.inputs.num_text_tokens(rendered) + sum(
+            self.inputs.num_picture_tokens(*_size(place_of(self.image_folder, name))) for name in record.images
+        )
+        for video in record.videos:
+            size = _size(place_of(self.image_folder, video.frames[0]))
+            count += self.inputs.num_video_tokens(len(video.frames), video.fps, *size)
+        return count if self.max_length is None else min(count, self.max_length)
+
+    def num_supervised(self, record: Record) -> int:
+        """Return the number of supervised tokens of a record, before `max_length` cuts it. Raises `DataError`."""
+        rendered = self._rendered(record)
+        answers = [rendered.text[start:end] for start, end in rendered.supervised]
+        if rendered.suffix is not None:
+            answers.append(rendered.suffix)
+        return sum(len(self.inputs.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
+
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not, with `<image>` in place of each picture."""
+        rendered, end, pieces = self._rendered(record), 0, []
+        for start, stop in rendered.supervised:
+            pieces += [Segment(rendered.text[end:start], False), Segment(rendered.text[start:stop], True)]
+            end = stop
+        pieces += [Segment(rendered.text[end:], False), Segment(rendered.suffix or "", True)]
+        shown = [piece._replace(text=piece.text.replace(self.inputs.placeholder, IMAGE)) for piece in pieces]
+        if record.videos:
+            token = str(self.inputs.video_placeholder)
+            shown = [piece._replace(text=piece.text.replace(token, VIDEO)) for piece in shown]
+        return [piece for piece in shown if piece.text]
+
+    def lengths(self, records: Sequence[Record]) -> list[int]:
+        """Return the number of tokens of each record; shows a progress bar. A record without answers counts 0."""
+        from tqdm import tqdm
+
+        lengths = []
+        for record in tqdm(records, "counting tokens", disable=None, file=sys.stderr, leave=False):
+            try:
+                lengths.append(self.num_tokens(record))
+            except NoSupervisedTokens:
+                lengths.append(0)  # the collator skips it
+        return lengths
+
+    def _rendered(self, record: Record) -> Rendered:
+        try:
+            turns = with_video_marks(marked(record.turns, len(record.images)), len(record.videos))
+            form = self.inputs.video_format if record.videos else self.inputs.format
+            rendered = form.render(turns, tools=tools_of(record))
+            self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
+            self.inputs.require_one_kind(len(record.images), [len(video.frames) for video in record.videos])
+            if not rendered.supervised and rendered.suffix is None:
+                raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
+        except DataError as error:
+            raise with_context(error, record.source or f"record {record.id!r}") from None
+        return rendered
+
+    def _samples(self, items: Sequence[Item]) -> list[PictureSample]:
+        """Return what the batch needs of the items, without those that the policy leaves out.
+
+        All texts come first: between the decoders of pictures, the same code takes twice as long (caches).
+        """
+        texts: list[tuple[Record, Rendered]] = []
+        for item in items:
+            record = self._kept(record_of, item, "")
+            rendered = None if record is None else self._kept(self._rendered, record, record.source or record.id)
+            if record is not None and rendered is not None:
+                texts.append((record, rendered))
+        samples = [self._kept(self._with_pictures, text, text[0].source or text[0].id) for text in texts]
+        return [sample for sample in samples if sample is not None]
+
+    def require_usable(self, record: Record) -> None:
+        """Raise `DataError` for a record that no batch can use: also if `max_length` cuts off all of its answers."""
+        try:
+            self._read(record)
+        except ImageError as error:
+            raise needed_by(error, record.source or record.id) from None
+
+    def _read(self, record: Record) -> PictureSample:
+        """Return a sample that the processor takes, and that has an answer within `max_length`."""
+        sample = self._checked(self._with_pictures((record, self._rendered(record))))
+        if self.max_length is None:
+            return sample
+        batch = self._batch([sample])
+        if int(batch["attention_mask"].sum()) <= self.max_length:
+            return sample
+        return self._cut(_rows(batch, [sample])[0], self.max_length)
+
+    def _with_pictures(self, text: tuple[Record, Rendered]) -> PictureSample:
+        record, rendered = text
+        images = tuple(self._image(record, name) for name in record.images)
+        return PictureSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
+
+    def _frames(self, record: Record, video: Video) -> Frames:
+        frames: list[Any] = []
+        for name in video.frames:
+            try:
+                frames.append(load_image(place_of(self.image_folder, name)))
+            except ImageError as error:
+                frames.append(self._replaced(error, like=frames[-1] if frames else None))
+        return Frames(require_one_size(frames, record.source or record.id), video.fps)
+
+    def _image(self, record: Record, name: str) -> Any:
+        try:
+            return self.inputs.pixels(load_image(place_of(self.image_folder, name)))
+        except ImageError as error:
+            return self._replaced(error)
+
+    def _replaced(self, error: ImageError, like: Any = None) -> Any:
+        """Return a plain picture in place of an unusable one, or raise its error, as `bad_images` says.
+
+        `like` is a picture of the size that it needs.
+        """
+        if self.bad_images != "replace":
+            raise error
+        self._count("replaced")
+        log.warning("%s (replaced by a plain picture)", error)
+        return self.inputs.blank(*(BLANK if like is None else (like.height, like.width)))
+
+    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        if any(isinstance(item, Sequence) for item in records):
+            raise UserError(
+                "packed records need positions for each record, which this model computes from its pictures",
+                code="collate-unsupported-layout",
+                hint="remove data.packing; --group_by_length also reduces padding",
+            )
+        samples = self._samples(records)  # type: ignore[arg-type]
+        for spare in range(_NUM_CUTS):  # a shortened text may have one token more than the cut counted
+            samples = samples or [self._substitute()]
+            batch, samples = self._processed(samples)
+            rows = _rows(batch, samples)
+            if self.max_length is None or batch["input_ids"].shape[1] <= self.max_length:
+                break
+            lengths = batch["attention_mask"].sum(1).tolist()
+            if max(lengths) <= self.max_length:  # pad_to_multiple_of may exceed it
+                break
+            limit = self.max_length - spare
+            cut = [
+                self._kept(partial(self._cut, limit=limit), row, row.sample.where)
+                if length > self.max_length
+                else row.sample
+                for row, length in zip(rows, lengths, strict=True)
+            ]
+            samples = [sample for sample in cut if sample is not None]
+        else:
+            longest = rows[lengths.index(max(lengths))].sample
+            raise DataError(
+                f"this record has {max(lengths)} tokens after {_NUM_CUTS} cuts to max_length {self.max_length}",
+                code="record-cut-too-long",
+                where=longest.where,
+                hint="shorten the record, or raise --max_length",
+            )
+        self._last_sample = samples[-1]
+        for sample in samples:
+            if sample.is_cut:
+                self._count("cut")
+        # A processor that takes the answer apart labels it itself.
+        labels = batch["labels"] if rows[0].sample.rendered.suffix is not None else _labels(batch, rows)
+        first = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        return first | {name: value for name, value in batch.items() if name not in (*first, *_NOT_FOR_THE_MODEL)}
+
+    def _processed(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
+        """Return the processor's output for the samples, and the samples without those that it refuses."""
+        while True:
+            try:
+                return self._batch(samples), samples
+            except DataError as error:  # the records are of kinds that do not fit into one batch
+                first = {(bool(sample.images), len(sample.videos)): sample.where for sample in reversed(samples)}
+                where = " and ".join(dict.fromkeys(reversed(first.values())))
+                raise with_problems(error, [replace(error.first, where=where, hint=BATCH_OF_ONE)]) from None
+            except UserError:
+                raise
+            except PROCESSOR_ERRORS as error:
+                checked = [self._kept(self._checked, sample, sample.where) for sample in samples]
+                usable = [sample for sample in checked if sample is not None]
+                if usable == samples:
+                    raise DataError(
+                        f"the processor refuses these records in one batch: {first_line(error)}",
+                        code="record-processor-refuses",
+                        where=samples[0].where,
+                        hint=BATCH_OF_ONE,
+                    ) from None
+                samples = usable or [self._substitute()]
+
+    def _batch(self, samples: Sequence[PictureSample]) -> dict[str, Any]:
+        return self.inputs(
+            [sample.rendered for sample in samples],
+            [sample.images for sample in samples],
+            [sample.videos for sample in samples],
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            with_places=True,
+        )
+
+    def _checked(self, sample: PictureSample) -> PictureSample:
+        """Return a sample that the processor takes alone: this one, or with plain pictures. Raises `DataError`."""
+        try:
+            self._batch([sample])
+            return sample
+        except UserError:
+            raise
+        except PROCESSOR_ERRORS as error:
+            images = [
+                self._accepted(image, place_of(self.image_folder, name))
+                for image, name in zip(sample.images, sample.record.images, strict=False)
+            ]
+            if all(new is old for new, old in zip(images, sample.images, strict=True)):
+                raise DataError(
+                    f"the processor refuses this record: {first_line(error)}",
+                    code="record-processor-refuses",
+                    where=sample.where,
+                ) from None
+            return self._checked(replace(sample, images=tuple(images)))
+
+    def _accepted(self, image: Any, place: str | Path) -> Any:
+        try:
+            self.inputs.processor.image_processor(images=[image], return_tensors="pt")
+        except PROCESSOR_ERRORS as error:
+            height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
+            reason = f"{width} x {height} pixels: {first_line(error)}"
+            return self._replaced(
+                ImageError(
+                    f"the processor refuses this picture: {reason}",
+                    reason,
+                    code="image-refused",
+                    where=str(place),
+                    hint="save it again as RGB, in a usual size and aspect ratio",
+                )
+            )
+        return image
+
+    def _cut(self, row: _Row, limit: int) -> PictureSample:
+        """Return the sample of a row with at most `limit` tokens. Raises `NoSupervisedTokens` if no answer is left."""
+        sample, rendered = row.sample, row.sample.rendered
+        error = NoSupervisedTokens(
+            f"this record has no supervised answer: max_length {self.max_length} cuts off all of them",
+            code="record-no-answer",
+            where=sample.where,
+        )
+        if rendered.suffix is not None:  # question and answer are one example
+            raise error
+        end = row.source(int(row.offsets[limit - 1, 1]))
+        ranges = tuple((start, min(stop, end)) for start, stop in rendered.supervised if start < end)
+        if not ranges:
+            raise error
+        text = rendered.text[:end]
+        images = sample.images[: self.inputs.num_placeholders(text)]
+        videos = sample.videos[: self.inputs.num_videos(text)]
+        return replace(sample, rendered=Rendered(text, ranges), images=images, videos=videos, is_cut=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a batch: its sample, the characters of each token (length, 2) in the expanded text, and its pictures.
+
+    `spans` has two ranges of characters for each picture: its placeholder, and the text that replaces it.
+    """
+
+    sample: PictureSample
+    offsets: np.ndarray
+    spans: tuple[tuple[int, int, int, int], ...]
+
+    def expanded(self, place: int) -> int:
+        """Return the place in the expanded text of a place in the sample's text, which is outside of placeholders."""
+        return place + sum((stop - start) - (end - begin) for begin, end, start, stop in self.spans if end <= place)
+
+    def source(self, place: int) -> int:
+        """Return the place in the sample's text of a place in the expanded text; within a picture, its start."""
+        moved = 0
+        for begin, end, start, stop in self.spans:
+            if place < stop:
+                return begin if place > start else place - moved
+            moved += (stop - start) - (end - begin)
+        return place - moved
+
+    def supervised(self) -> Iterator[tuple[int, int]]:
+        """Yield the supervised ranges of the expanded text (start, end), without pictures."""
+        for start, stop in self.sample.rendered.supervised:
+            at, end = self.expanded(start), self.expanded(stop)
+            for _, _, begin, close in self.spans:
+                if at <= begin < end:
+                    yield at, begin
+                    at = close
+            yield at, end
+
+
+def _rows(batch: Mapping[str, Any], samples: Sequence[PictureSample]) -> list[_Row]:
+    offsets = batch["offset_mapping"].numpy()
+    return [
+        _Row(sample, row, tuple(places)) for sample, row, places in zip(samples, offsets, batch[PLACES], strict=True)
+    ]
+
+
+def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
+    """Return the labels (batch, length): the ids of supervised tokens, -100 elsewhere."""
+    offsets = batch["offset_mapping"].numpy()
+    ends = offsets[:, :, 1]
+    # Some tokenizers leave blanks out of the offsets: a token begins at the latest where the one before it ends.
+    starts = offsets[:, :, 0].copy()
+    np.minimum(starts[:, 1:], np.maximum.accumulate(ends, axis=1)[:, :-1], out=starts[:, 1:])
+    starts[:, 0] = 0
+    supervised = np.zeros(ends.shape, dtype=bool)
+    for row, flags, first, last in zip(rows, supervised, starts, ends, strict=True):
+        for start, stop in row.supervised():
+            flags |= (first < stop) & (last > start)
+    supervised &= starts < ends  # not a token without characters
+    return batch["input_ids"].where(torch.from_numpy(supervised) & batch["attention_mask"].bool(), IGNORE)
+
+
+def _size(place: str | Path) -> tuple[int, int]:
+    try:
+        return picture_size(place)
+    except ImageError:  # the collator skips the record, or replaces the picture by a plain one
+        return BLANK
+
+
+def labelled_inputs(inputs: ProcessorInputs, rendered: Rendered, images: Sequence[Any]) -> dict[str, Any]:
+    """Return the model's inputs for one text with its pictures, and its labels, as in a batch of the collator."""
+    sample = PictureSample(Record("", (), ()), rendered, tuple(images))
+    batch = inputs([rendered], [images], padding_side="right", with_places=True)
+    labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}
+
+
+def with_video_marks(turns: Sequence[Turn], num_videos: int) -> list[Turn]:
+    """Return the turns with a mark for each `<video>`, if the record has videos.
+
+    Raises `DataError` if their numbers differ, and for a text that has such a mark already.
+    """
+    if any(VIDEO_MARK in turn.text for turn in turns):
+        raise DataError(
+            f"a text contains {VIDEO_MARK!r}, which stands for a video here",
+            code="record-image-token-in-text",
+            hint="remove these characters of Unicode's private use area",
+        )
+    if not num_videos:
+        return list(turns)
+    found = sum(turn.text.count(VIDEO) for turn in turns)
+    if found != num_videos:
+        raise DataError(
+            f"{found} {VIDEO} in the conversation, but {num_videos} videos in the record",
+            code="record-image-count",
+            hint="name every video once in the conversation",
+        )
+    return [replace(turn, text=turn.text.replace(VIDEO, VIDEO_MARK)) for turn in turns]
+
+
+def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
+    """Return the turns, with one `<image>` per picture where it is shown. Raises `DataError` if the numbers differ.
+
+    LLaVA's rule, which merges several `<image>` of one turn into one, is for LLaVA alone.
+    """
+    found = sum(turn.text.count(IMAGE) for turn in turns)
+    if found != num_images:
+        raise DataError(
+            f"{found} {IMAGE} in the conversation, but {amount(num_images, 'picture')} in the record",
+            code="record-image-count",
+            hint="write <image> once for each picture",
+        )
+    return list(turns)

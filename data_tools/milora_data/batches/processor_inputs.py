@@ -1,0 +1,411 @@
+"""Call a model's own processor: its tensors, picture and video placeholders, the number of tokens of a picture."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from milora_data.encode.picture_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
+from milora_data.encode.templates import no_videos
+from milora_data.pictures.videos import Frames
+from milora_data.records.record import IMAGE, VIDEO, Turn
+from milora_vl.base.errors import DataError, UserError
+
+# What processors raise for pictures and texts that they do not take.
+PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
+PLACES = "places_of_pictures"
+BLANK = (64, 64)  # height and width of the picture that replaces one without pixels
+
+
+def _video_token(processor: Any) -> str | None:
+    """Return the token of a video in texts; None for a processor that takes no videos."""
+    try:
+        return str(processor.video_token) if processor.video_processor is not None else None
+    except AttributeError:
+        return None
+
+
+def _tokens_of_pictures(processor: Any) -> set[str]:
+    """Return the tokens that a processor or its tokenizer names as that of a picture: in texts, and in ids."""
+    tokenizer, named = processor.tokenizer, {str(processor.image_token)}
+    if "image_token" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        named.add(str(tokenizer.image_token))
+    if "image_token_id" in dir(processor):
+        named.add(str(tokenizer.convert_ids_to_tokens(processor.image_token_id)))
+    return named
+
+
+class ProcessorInputs:
+    """The inputs of a model for texts with pictures, as its processor makes them."""
+
+    def __init__(self, processor: Any) -> None:
+        require_places()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        if not self.tokenizer.is_fast:
+            raise UserError(
+                f"{type(self.tokenizer).__name__} returns no character offsets, which the loss mask needs",
+                code="tokenizer-not-fast",
+                hint="load the fast tokenizer: AutoProcessor.from_pretrained(..., use_fast=True)",
+            )
+        self.format = prompt_format(processor)
+        self.placeholder = str(processor.image_token)
+        self.video_placeholder = _video_token(processor)
+        self.expanded = _tokens_of_pictures(processor) - {self.placeholder, str(self.video_placeholder)}
+        self._counts: dict[tuple[int, int], int] = {}
+        self._video_counts: dict[tuple[int, float | None, int, int], int] = {}
+
+    @cached_property
+    def video_format(self) -> PictureTemplate | PlainPrompt:
+        """How conversations with videos are written: in the model's template, or in the processor's own for videos.
+
+        SmolVLM's processor has one, because the published template omits videos.
+
+        Raises `DataError` for a processor that takes no videos.
+        """
+        if self.video_placeholder is None:
+            raise no_videos(type(self.processor).__name__)
+        default = vars(sys.modules[type(self.processor).__module__]).get("DEFAULT_CHAT_TEMPLATE")
+        if default is None:
+            return self.format
+        try:
+            written = self.format.render([Turn("user", f"{VIDEO_MARK}\na")], prompt=True).text
+        except DataError:
+            written = ""
+        return self.format if self.video_placeholder in written else PictureTemplate(str(default), self.tokenizer)
+
+    def __call__(
+        self,
+        rendered: Sequence[Rendered],
+        images: Sequence[Sequence[Any]],
+        videos: Sequence[Sequence[Frames]] = (),
+        *,
+        padding_side: str,
+        pad_to_multiple_of: int | None = None,
+        with_places: bool = False,
+    ) -> dict[str, Any]:
+        """Return the processor's tensors for texts with their pictures (PIL, or as `pixels` returns them) and videos.
+
+        `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
+        placeholders, and PLACES: per text and picture two ranges of characters (start, end), of the placeholder and of
+        its replacement.
+        """
+        texts = [one.text for one in rendered]
+        options: dict[str, Any] = {
+            "padding": True,
+            "padding_side": padding_side,
+            "return_tensors": "pt",
+            "add_special_tokens": self._adds_bos(texts[0]),
+        }
+        if pad_to_multiple_of:
+            options["pad_to_multiple_of"] = pad_to_multiple_of
+        if rendered[0].suffix is not None:
+            options["suffix"] = [str(one.suffix) for one in rendered]
+        shown = [video for row in videos for video in row]
+        if shown:
+            options |= {"videos": [list(video.frames) for video in shown], "do_sample_frames": False}
+            if any(video.fps for video in shown):
+                options["video_metadata"] = [video.metadata() for video in shown]
+        if shown and any(images) and not self.takes_pictures_and_videos:
+            raise DataError(
+                f"this model reads no pictures beside videos ({type(self.processor).__name__})",
+                code="records-mixed",
+                hint="show it either pictures or videos",
+            )
+        pictures = [list(row) for row in images] if any(images) else None
+        if pictures and not all(pictures) and not self.takes_mixed_rows:
+            raise DataError(
+                f"{type(self.processor).__name__} cannot put texts with and without pictures into one batch",
+                code="records-mixed",
+                hint="make batches of one kind",
+            )
+        if not with_places:
+            return dict(self.processor(text=texts, images=pictures, **options))
+        with _recorded_places(self.processor) as places, _quick_token_types(self.processor):
+            batch = dict(self.processor(text=texts, images=pictures, return_offsets_mapping=True, **options))
+        return batch | {PLACES: places or [[] for _ in texts]}  # none: this family expands no placeholder
+
+    def pixels(self, image: Any) -> Any:
+        """Return a picture (PIL) in the form that the processor takes fastest: (3, height, width) bytes, or unchanged.
+
+        The processor makes the same tensor of a PIL picture, in twice the time.
+        """
+        # A processor may mistake a side of 1, 3 or 4 pixels for channels, and it blends transparent pixels with white.
+        if not self._takes_tensors or image.mode != "RGB" or min(image.size) <= 4 or "transparency" in image.info:
+            return image
+        lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
+        return torch.from_numpy(np.ascontiguousarray(lines.transpose(1, 0, 2)))
+
+    @cached_property
+    def _takes_tensors(self) -> bool:
+        """Whether the image processor is one of transformers' that work on tensors."""
+        from transformers.image_processing_backends import TorchvisionBackend
+
+        kind = type(self.processor.image_processor)
+        return (
+            kind.__module__.startswith("transformers.")
+            and issubclass(kind, TorchvisionBackend)
+            and kind.process_image is TorchvisionBackend.process_image
+        )
+
+    @cached_property
+    def takes_mixed_videos(self) -> bool:
+        """Whether videos of different numbers of frames fit into one batch; some processors stack all frames."""
+        if self.video_placeholder is None:
+            return True  # the collator reports the video
+        text = Rendered((self.tokenizer.bos_token or "") + self.video_placeholder, ())
+        videos = [[Frames((self.blank(*BLANK),) * count)] for count in (2, 4)]
+        try:
+            self([text, text], [[], []], videos, padding_side="right")
+        except PROCESSOR_ERRORS:
+            return False
+        return True
+
+    @cached_property
+    def takes_mixed_rows(self) -> bool:
+        """Whether texts with and without pictures fit into one batch, in any order; some processors fail or mix up."""
+        bos = self.tokenizer.bos_token or ""
+        texts, pictures = [f"{bos}{self.placeholder}a", f"{bos}a"], [[self.blank(*BLANK)], []]
+        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": self._adds_bos(texts[0])}
+        try:
+            batches = [self.processor(text=texts[::step], images=pictures[::step], **options) for step in (1, -1)]
+        except PROCESSOR_ERRORS:
+            return False
+        first, second = ({name: tuple(tensor.shape) for name, tensor in batch.items()} for batch in batches)
+        return first == second
+
+    @cached_property
+    def takes_pictures_and_videos(self) -> bool:
+        """Whether a batch may have both, for a processor that takes videos.
+
+        A model fails if both come under one name (SmolVLM), and if a video is written with the token of a picture while
+        its pixels come apart (GLM-4V): it then compares the tokens with the pictures alone.
+        """
+        try:
+            names = [
+                set(part.model_input_names) for part in (self.processor.image_processor, self.processor.video_processor)
+            ]
+        except AttributeError:
+            return True
+        if names[0] & names[1]:
+            return False
+        text = Rendered((self.tokenizer.bos_token or "") + str(self.video_placeholder), ())
+        try:
+            batch = self([text], [[]], [[Frames((self.blank(*BLANK),) * 2)]], padding_side="right")
+        except PROCESSOR_ERRORS:
+            return True  # the collator reports the video
+        picture = self.tokenizer.convert_tokens_to_ids(self.placeholder)
+        return not ("pixel_values_videos" in batch and bool((batch["input_ids"] == picture).any()))
+
+    def end_ids(self) -> list[int]:
+        """Return the id of the special token that ends an answer in the chat template; none if it has no such token."""
+        return [] if self.format.end is None else [int(self.tokenizer.convert_tokens_to_ids(self.format.end))]
+
+    def num_placeholders(self, text: str) -> int:
+        """Return the number of pictures in a rendered text."""
+        return text.count(self.placeholder)
+
+    def num_videos(self, text: str) -> int:
+        """Return the number of videos in a rendered text."""
+        return text.count(self.video_placeholder) if self.video_placeholder else 0
+
+    def may_refuse(self, turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> bool:
+        """Return whether a conversation has too many or too few marks, or a token of pictures or videos in a text.
+
+        It runs no template: there may be millions of records.
+        """
+        text = "".join([turn.text for turn in turns])
+        if text.count(IMAGE) != num_images or (num_videos and text.count(VIDEO) != num_videos):
+            return True
+        others = text.replace(IMAGE, "")  # some families have the marks as their tokens
+        others = others.replace(VIDEO, "") if num_videos else others
+        return any(token in others for token in self._media_tokens)
+
+    @cached_property
+    def _media_tokens(self) -> tuple[str, ...]:
+        return (self.placeholder, *self.expanded, *filter(None, [self.video_placeholder]))
+
+    def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
+        """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
+        if self.num_videos(text) != num_videos and (num_videos or self.video_placeholder != self.placeholder):
+            if self.num_videos(text) > num_videos:
+                raise DataError(
+                    f"{self.num_videos(text)} video tokens, but {num_videos} videos: a text contains the video token "
+                    f"({self.video_placeholder})",
+                    code="record-image-token-in-text",
+                    hint="remove the token from the text",
+                )
+            raise DataError(
+                f"the chat template writes {self.num_videos(text)} of {num_videos} videos of this record",
+                code="chat-template-no-pictures",
+                hint="it may take videos only in turns of the user, or none",
+            )
+        found = self.num_placeholders(text)
+        if found > num_images:
+            raise DataError(
+                f"{found} picture tokens, but {num_images} pictures: a text contains the picture token "
+                f"({self.placeholder})",
+                code="record-image-token-in-text",
+                hint="remove the token from the text",
+            )
+        if found < num_images:
+            raise DataError(
+                f"the chat template writes {found} of {num_images} pictures of this record",
+                code="chat-template-no-pictures",
+                hint="it may take pictures only in turns of the user",
+            )
+        for token in self.expanded:
+            if token in text:
+                raise DataError(
+                    f"a text contains the token of a part of a picture ({token})",
+                    code="record-image-token-in-text",
+                    hint="remove the token from the text",
+                )
+
+    def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:
+        """Raise `DataError` for pictures beside videos, or videos of several numbers of frames, if these do not fit."""
+        name = type(self.processor).__name__
+        if num_images and frames and not self.takes_pictures_and_videos:
+            raise DataError(
+                f"this model reads no pictures beside videos ({name}), and both are shown",
+                code="records-mixed",
+                hint="leave out the pictures or the videos",
+            )
+        if len(set(frames)) > 1 and not self.takes_mixed_videos:
+            raise DataError(
+                f"videos of {min(frames)} and {max(frames)} frames together, which {name} cannot take",
+                code="records-mixed",
+                hint="use as many frames for each video",
+            )
+
+    def num_text_tokens(self, rendered: Rendered) -> int:
+        """Return the number of tokens of a text without its pictures."""
+        text = rendered.text + (rendered.suffix or "")
+        ids = self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
+        return len(ids) - self.num_placeholders(text) - self.num_videos(text)
+
+    def num_picture_tokens(self, height: int, width: int) -> int:
+        """Return the number of tokens of a picture, without pixels where the processor can count.
+
+        The number is exact for a record with one picture; a few families spend fewer tokens on each of several.
+        """
+        size = (height, width)
+        if size not in self._counts:
+            counted = self._counted(size)
+            self._counts[size] = self._measured(size) if counted is None else counted + self._frame
+        return self._counts[size]
+
+    def num_video_tokens(self, num_frames: int, fps: float | None, height: int, width: int) -> int:
+        """Return the number of tokens of a video with frames of this size, as the processor counts grey frames."""
+        key = (num_frames, fps, height, width)
+        if key not in self._video_counts:
+            text = Rendered((self.tokenizer.bos_token or "") + str(self.video_placeholder), ())
+            video = Frames((self.blank(height, width),) * num_frames, fps)
+            try:
+                batch = self([text], [[]], [[video]], padding_side="right")
+                self._video_counts[key] = len(batch["input_ids"][0]) - self.num_text_tokens(text)
+            except PROCESSOR_ERRORS:
+                self._video_counts[key] = 1  # the collator reports the video
+        return self._video_counts[key]
+
+    def _counted(self, size: tuple[int, int]) -> int | None:
+        """Return the processor's own count, which serving engines use; None if it has none."""
+        try:
+            return int(self.processor._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0])
+        except (AttributeError, NotImplementedError, *PROCESSOR_ERRORS):
+            return None
+
+    @cached_property
+    def _frame(self) -> int:
+        """The number of tokens around a picture that the processor's own count leaves out."""
+        return self._measured(BLANK) - (self._counted(BLANK) or 0)
+
+    def _measured(self, size: tuple[int, int]) -> int:
+        """Return the number of tokens of a grey picture of this size."""
+        text = Rendered((self.tokenizer.bos_token or "") + self.placeholder, ())
+        try:
+            batch = self([text], [[self.blank(*size)]], padding_side="right")
+        except PROCESSOR_ERRORS:
+            return 1  # the collator reports the picture
+        return len(batch["input_ids"][0]) - self.num_text_tokens(text)
+
+    def _adds_bos(self, text: str) -> bool:
+        # A template that writes the BOS gets no second one, as in transformers' apply_chat_template.
+        bos = self.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    def blank(self, height: int, width: int) -> Any:
+        """Return a grey picture."""
+        from PIL import Image
+
+        return Image.new("RGB", (width, height), (127, 127, 127))
+
+
+@contextmanager
+def _recorded_places(processor: Any) -> Iterator[list[list[tuple[int, int, int, int]]]]:
+    """Record where a processor expands placeholders while it makes a batch.
+
+    Its option `return_text_replacement_offsets` returns the same, but some families fail to make tensors with it.
+    """
+    expand, places = processor.get_text_with_replacements, []  # type: ignore[var-annotated]
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        texts, replaced = expand(*args, **kwargs)
+        places.extend([(*one["span"], *one["new_span"]) for one in row] for row in replaced)
+        return texts, replaced
+
+    processor.get_text_with_replacements = recording
+    try:
+        yield places
+    finally:
+        del processor.get_text_with_replacements
+
+
+@contextmanager
+def _quick_token_types(processor: Any) -> Iterator[None]:
+    """Let a processor compute `mm_token_type_ids` on tensors while it makes a batch.
+
+    `ProcessorMixin` compares the ids with a list that contains None, as objects: that takes half as long as the
+    tokenizer.
+    """
+    from transformers import ProcessorMixin
+
+    if type(processor).create_mm_token_type_ids is not ProcessorMixin.create_mm_token_type_ids:
+        yield
+        return
+    compute = processor.create_mm_token_type_ids
+
+    def computing(input_ids: Any) -> Any:
+        if not isinstance(input_ids, torch.Tensor):
+            return compute(input_ids)
+        types = torch.zeros_like(input_ids)
+        kinds = (processor.image_token_ids, processor.video_token_ids, processor.audio_token_ids)
+        for kind, tokens in enumerate(kinds, start=1):
+            for token in tokens:
+                if token is not None:
+                    types[input_ids == token] = kind
+        return types
+
+    processor.create_mm_token_type_ids = computing
+    try:
+        yield
+    finally:
+        del processor.create_mm_token_type_ids
+
+
+def require_places() -> None:
+    """Raise `UserError` if transformers is too old for processors that report where they expand placeholders."""
+    import transformers
+
+    if "get_text_with_replacements" not in dir(transformers.ProcessorMixin):
+        raise UserError(
+            f"pictures of this model need transformers 5.18, found {transformers.__version__}",
+            code="package-version",
+            hint='pip install "transformers>=5.18"',
+        )

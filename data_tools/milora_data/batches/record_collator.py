@@ -1,0 +1,173 @@
+"""The base class of collators: broken records (`bad_images`) raise, are replaced or skipped, and are counted."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any, Generic, NoReturn, TypeVar
+
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import get_worker_info
+
+from milora_data.batches.memory import keep_freed_memory
+from milora_data.encode.labels import NoSupervisedTokens
+from milora_data.encode.tokens import IGNORE
+from milora_data.pictures.files import ImageError, ImagePolicy
+from milora_data.records.record import Record, parse_record
+from milora_vl.base.errors import DataError, UserError, with_context
+
+log = logging.getLogger(__name__)
+
+_MAX_WORKERS = 256
+_COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
+
+Item = Record | Mapping[str, Any] | UserError
+Sample = TypeVar("Sample")
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+class FailedBatch(ExceptionWrapper):
+    """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
+
+    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+    def reraise(self) -> NoReturn:
+        """Raise the error; torch calls this in the main process."""
+        raise self.error
+
+
+class RecordCollator(ABC, Generic[Sample]):
+    """Makes a batch of records; a subclass reads one record as a `Sample` and makes the batch of several.
+
+    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process. The process
+    keeps the memory that batches free.
+
+    `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
+    plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
+    place) are skipped unless `bad_images` is `raise`. Each case is logged and counted in `counts()`. If a batch has no
+    record left, the first usable one of `substitutes` replaces it, else the last good record. For an evaluation, where
+    that would add a record of the training to the loss, such a batch has no labels (`for_evaluation`).
+    """
+
+    is_evaluating = False
+
+    def __init__(self, bad_images: ImagePolicy = "raise", substitutes: Sequence[Item] = ()) -> None:
+        self.bad_images = bad_images
+        self._untried = list(reversed(substitutes))
+        self._substitute_sample: Sample | None = None
+        self._last_sample: Sample | None = None
+        self._has_substitute = False  # in the present batch, which then holds nothing else
+        # Shared memory, one row per loader process: loader processes count, the main process reports.
+        self._counts = torch.zeros(_MAX_WORKERS, len(_COUNTERS), dtype=torch.long).share_memory_()
+
+    def __call__(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        """Return the batch of `records`; raises `DataError` with file and line."""
+        if get_worker_info() is None:
+            return self._made(records)
+        keep_freed_memory()
+        try:
+            return self._made(records)
+        except UserError as error:
+            return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
+
+    def counts(self) -> dict[str, int]:
+        """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""
+        return dict(zip(_COUNTERS, self._counts.sum(0).tolist(), strict=True))
+
+    def for_evaluation(self) -> RecordCollator[Sample]:
+        """Return a collator that counts with this one, and whose batches of substitutes have no labels."""
+        other = copy(self)
+        other.is_evaluating = True
+        return other
+
+    def _made(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        self._has_substitute = False
+        batch = self._collated(records)
+        if self.is_evaluating and self._has_substitute:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE)
+        return batch
+
+    @abstractmethod
+    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
+        """Return the batch of `records`."""
+
+    @abstractmethod
+    def _read(self, record: Record) -> Sample:
+        """Return what the batch needs of one record. Raises `DataError`."""
+
+    def _sample(self, item: Item) -> Sample | None:
+        """Return what the batch needs of an item; None if the policy leaves it out."""
+        record = self._kept(record_of, item, "")
+        return None if record is None else self._kept(self._read, record, record.source or record.id)
+
+    def _kept(self, read: Callable[[Given], Made], value: Given, record: str) -> Made | None:
+        """Return `read(value)`; None if it raises `DataError` and the policy leaves the record out."""
+        try:
+            return read(value)
+        except DataError as error:
+            self._leave_out_or_raise(error, record)
+            return None
+
+    def _leave_out_or_raise(self, error: DataError, record: str) -> None:
+        """Count and report the error of a record, or raise it, as `bad_images` says."""
+        if isinstance(error, NoSupervisedTokens):
+            self._leave_out("unlearnable", error)
+        elif self.bad_images != "raise":
+            self._leave_out("skipped" if isinstance(error, ImageError) else "broken", error)
+        elif isinstance(error, ImageError):
+            raise needed_by(error, record) from None
+        else:
+            raise error
+
+    def _leave_out(self, counter: str, error: DataError) -> None:
+        self._count(counter)
+        log.warning("left out: %s", error)
+
+    def _substitute(self) -> Sample:
+        # A step must have a batch on every rank. `substitutes` come first: the last good record depends on where a run
+        # was resumed, they do not.
+        while self._substitute_sample is None and self._untried:
+            item = self._untried.pop()
+            try:
+                self._substitute_sample = self._read(record_of(item))
+            except DataError:
+                continue  # reported when the record comes up in a batch
+        self._has_substitute = True
+        sample = self._substitute_sample or self._last_sample
+        if sample is None:
+            raise DataError(
+                "every record of the first batch was left out",
+                code="collate-empty-batch",
+                hint="see the warnings above",
+            )
+        return sample
+
+    def _count(self, counter: str) -> None:
+        worker = get_worker_info()
+        self._counts[worker.id % (_MAX_WORKERS - 1) + 1 if worker else 0, _COUNTERS.index(counter)] += 1
+
+
+def needed_by(error: ImageError, record: str) -> ImageError:
+    """Return an error that names a picture with the record to fix."""
+    return with_context(error, hint=f"needed by {record}; --bad_images skip leaves it out")
+
+
+def record_of(item: Item) -> Record:
+    """Return an item as a `Record`. Raises `DataError`, also if the item is the error of a broken record or stream."""
+    if isinstance(item, UserError):
+        raise item
+    return item if isinstance(item, Record) else parse_record(item)
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Return the id that fills rows; it is masked everywhere, so EOS replaces a missing pad token."""
+    pad_id = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad_id is None else pad_id)

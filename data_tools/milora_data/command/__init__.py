@@ -1,1 +1,0 @@
-"""Shared by all commands: parsers, flags, menus, atomic file writes, web addresses."""

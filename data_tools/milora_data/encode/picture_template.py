@@ -1,0 +1,427 @@
+"""Chat templates of vision-language models: the text of a conversation, and which characters are supervised.
+
+A chat template is a Jinja program that returns one text and does not mark the answers. It runs with the texts of a
+record, and once per form of conversation with placeholders as texts. The text between the placeholders is the
+template's; the answers are between these stretches in the first text. A wrong loss mask is therefore an error and never
+silent.
+
+What the template writes around an answer is measured once, with one question and one answer: the text that asks for an
+answer, and the special token that ends it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple
+
+from milora_data.encode.templates import no_tools, split_tool_turns, split_turns
+from milora_data.encode.tokens import eos_text
+from milora_data.records.record import IMAGE, Turn
+from milora_vl.base.errors import MALFORMED, DataError, UserError
+
+# Characters of Unicode's private use area: no template handles them specially.
+_PLACEHOLDER = "\ue000{}\ue001"
+_PLACEHOLDERS = re.compile("\ue000[0-9]+\ue001")
+# The mark of a video in the texts of turns.
+VIDEO_MARK = "\ue000video\ue001"
+_MOST_FORMS = 1024  # of conversations, whose template text is kept
+# A picture and the line break that belongs to its marker: the one after it ("<image>\ntext", as a part of a message is
+# read too), else the one before it ("text\n<image>").
+_MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})(?!\n)")
+
+Part = Mapping[str, str]
+
+
+class Rendered(NamedTuple):
+    """A conversation as the processor reads it: each picture is the template's placeholder.
+
+    `supervised` has the ranges of characters (start, end) on which the loss is computed. With a plain prompt,
+    `suffix` is the whole answer, and all of it is supervised; other prompts have no suffix (None).
+    """
+
+    text: str
+    supervised: tuple[tuple[int, int], ...]
+    suffix: str | None = None
+
+
+def parts_of(text: str) -> list[Part]:
+    """Return the text of a turn as the parts of a message: pictures, videos, and the stretches of text between them.
+
+    >>> parts_of("<image>\\nWhat is it?")
+    [{'type': 'image'}, {'type': 'text', 'text': 'What is it?'}]
+    >>> [part.get("text", "picture") for part in parts_of("Is this\\n<image>\\n like <image>?")]
+    ['Is this\\n', 'picture', ' like ', 'picture', '?']
+    """
+    parts: list[Part] = []
+    end = 0
+    for marker in _MARKERS.finditer(text):
+        parts += _text_part(text[end : marker.start()])
+        parts.append({"type": "image" if IMAGE in marker.group() else "video"})
+        end = marker.end()
+    parts += _text_part(text[end:])
+    return parts or [{"type": "text", "text": ""}]
+
+
+def _text_part(text: str) -> list[Part]:
+    return [{"type": "text", "text": text}] if text else []
+
+
+def prompt_format(processor: Any) -> PictureTemplate | PlainPrompt:
+    """Return how conversations are written for this processor: its chat template, or its documented plain prompt.
+
+    Raises `UserError` for a processor without either.
+    """
+    tokenizer = processor.tokenizer
+    template = processor.chat_template or tokenizer.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    if template:
+        return PictureTemplate(str(template), tokenizer)
+    if "suffix" in inspect.signature(type(processor).__call__).parameters:
+        return PlainPrompt()
+    raise UserError(
+        f"{type(processor).__name__} has no chat template",
+        code="processor-no-chat-template",
+        hint="put the chat_template.jinja of an instruction-tuned variant of this model into the model's folder,\n"
+        "or set processor.chat_template",
+    )
+
+
+class PlainPrompt:
+    """The prompt of processors that take question and answer apart, as text and `suffix` (PaliGemma)."""
+
+    takes_conversations = False
+    end: str | None = None
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
+        """Return the question with its pictures in front, and the answer. Raises `DataError` for other conversations.
+
+        >>> PlainPrompt().render([Turn("user", "<image>\\ncaption en"), Turn("assistant", "A cat.")])
+        Rendered(text='<image>caption en', supervised=(), suffix='A cat.')
+        """
+        if tools:
+            raise no_tools()
+        roles = [turn.role for turn in turns]
+        if roles != (["user"] if prompt else ["user", "assistant"]):
+            raise DataError(
+                f"this model takes one question and one answer, found turns of {', '.join(roles) or 'nobody'}",
+                code="record-not-one-question",
+                hint="its processor has no chat template; set one for conversations",
+            )
+        parts = parts_of(turns[0].text)
+        if all(part["type"] != "image" for part in parts):
+            raise DataError(
+                "this model takes no text without a picture",
+                code="record-not-one-question",
+                hint="its processor has no chat template; set one for conversations",
+            )
+        question = "".join(part.get("text", "") for part in parts)
+        text = IMAGE * sum(part["type"] == "image" for part in parts) + question
+        return Rendered(text, (), None if prompt else turns[1].text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What the template writes around an answer.
+
+    `request` is the text that asks for an answer, `lead` what it writes between that and an answer, `end` a pattern for
+    the text that ends an answer, `closes` whether that is a special token.
+    """
+
+    request: str
+    lead: str
+    end: str
+    closes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _ToolForm:
+    """What of tools a template writes, and whether it takes the content of a result as parts or as a text."""
+
+    written: frozenset[str]
+    in_parts: bool
+
+
+class PictureTemplate:
+    """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
+
+    takes_conversations = True
+
+    def __init__(self, template: str, tokenizer: Any) -> None:
+        self.template = template
+        self.tokenizer = tokenizer
+        self.special_tokens = tokenizer.special_tokens_map
+        self.in_parts = True  # texts are lists of parts; some templates want a plain text where there is no picture
+        self.frame, self.end = self._measured()
+        self._tools: _ToolForm | None = None  # measured with the first record that has tools
+        self._gaps_of_form: dict[object, list[str]] = {}
+
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
+        """Return the text of a conversation and its supervised ranges; with `prompt`, up to where an answer begins.
+
+        Supervised is what the model has to write: the text after the request for an answer, up to and including the
+        special token that ends the answer, with calls of tools. If the template has no such token, an EOS is added to
+        the last answer.
+        Raises `DataError` if the template refuses the turns, rewrites an answer, or does not write the tools.
+        """
+        if tools or any(turn.role == "tool" or turn.call for turn in turns):
+            self._require_tools(turns, tools)
+            kept = [turn for part in split_tool_turns(turns) for turn in part]
+        else:
+            system, exchange = split_turns(turns)
+            kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
+        contents = [self._content(turn) for turn in kept]
+        text = self._run(kept, contents, prompt, tools)
+        if prompt:
+            return Rendered(text, ())
+        called = [
+            self._called(kept, contents, number, text, tools)
+            for number, turn in enumerate(kept)
+            if turn.call and turn.role == "assistant"
+        ]
+        if all(turn.role != "assistant" or turn.call for turn in kept):
+            return Rendered(text, tuple(called))
+        masked, places, gaps = self._located(text, kept, contents, tools)
+        ranges, first = [], 0
+        for number in masked:
+            last = first + len(_texts(contents[number])) - 1
+            if kept[number].role == "assistant":
+                start = places[first][0] - self._written_by_model(gaps[first])
+                ends = re.match(self.frame.end, gaps[last + 1])
+                ranges.append((start, places[last][1] + (ends.end() if ends else 0)))
+            first = last + 1
+        if ranges and not self.frame.closes and kept[-1].role == "assistant":
+            start = ranges[-1][0]
+            text += eos_text(self.tokenizer)
+            ranges[-1] = (start, len(text))
+        return Rendered(text, tuple(sorted([*ranges, *called])))
+
+    def _called(
+        self, turns: Sequence[Turn], contents: Sequence[Any], number: int, text: str, tools: Sequence[Any]
+    ) -> tuple[int, int]:
+        """Return the range of a turn that calls tools: all that follows the request for it, up to its end.
+
+        A template may write calls in any form, so the range is the difference of the conversation before and after it.
+        """
+        before = self._run(turns[:number], contents[:number], True, tools)
+        written = self._run(turns[: number + 1], contents[: number + 1], False, tools).removeprefix(before)
+        if self.end is not None and self.end in written:
+            written = written[: written.rindex(self.end) + len(self.end)]
+        if not written or not text.startswith(before + written):
+            raise DataError(
+                "the model's chat template writes a call of this record in another way when the conversation goes on, "
+                "so the supervised part is unknown",
+                code="chat-template-rewrites-text",
+                hint="split the record after the call, or use another model",
+            )
+        return len(before), len(before) + len(written)
+
+    def _require_tools(self, turns: Sequence[Turn], tools: Sequence[Any]) -> None:
+        """Raise `DataError` unless the template writes the tools, calls and results of a conversation."""
+        form = self._tools = self._tools or self._measured_tools()
+        needed = {
+            "lists of tools": bool(tools),
+            "calls of tools": any(turn.call for turn in turns if turn.role == "assistant"),
+            "results of tools": any(turn.role == "tool" for turn in turns),
+        }
+        missing = [what for what, is_needed in needed.items() if is_needed and what not in form.written]
+        if missing:
+            raise DataError(
+                f"the chat template of this model does not write {' and '.join(missing)}",
+                code="chat-template-no-tools",
+                hint="remove the tools from the records, or train a model whose template writes them",
+            )
+
+    def _measured_tools(self) -> _ToolForm:
+        """Return what of tools the template writes, and in which form it takes the content of results."""
+        offered, called, result = (_PLACEHOLDER.format(number) for number in range(3))
+        function = {"name": offered, "description": "", "parameters": {"type": "object", "properties": {}}}
+        call = {"id": "call00000", "type": "function", "function": {"name": called, "arguments": {}}}
+        turns = [
+            Turn("user", "a"),
+            Turn("assistant", "", json.dumps({"tool_calls": [call]})),
+            Turn("tool", result, json.dumps({"name": called, "tool_call_id": "call00000"})),
+            Turn("assistant", "b"),
+        ]
+        names = dict(
+            zip((offered, called, result), ("lists of tools", "calls of tools", "results of tools"), strict=True)
+        )
+        forms = []
+        for in_parts in (False, True):
+            contents = [self._content(turn) for turn in turns]
+            contents[2] = [{"type": "text", "text": result}] if in_parts else result
+            try:
+                text = self._run(turns, contents, False, [{"type": "function", "function": function}])
+            except DataError:
+                text = ""
+            forms.append(_ToolForm(frozenset(names[mark] for mark in names if mark in text), in_parts))
+        return max(forms, key=lambda form: len(form.written))
+
+    def _located(
+        self, text: str, turns: Sequence[Turn], contents: Sequence[Any], tools: Sequence[Any]
+    ) -> tuple[Sequence[int], list[tuple[int, int]], Sequence[str]]:
+        """Return the numbers of some turns, with all answers; the places of their texts in `text`, and what is around.
+
+        What the template writes around all texts is kept for conversations of the same form. Where it depends on a
+        text, the template runs again for this conversation, with placeholders as answers alone.
+        """
+        if not tools and not any(turn.call or turn.role == "tool" for turn in turns):
+            form = tuple(
+                (turn.role, None if isinstance(content, str) else tuple(part["type"] for part in content))
+                for turn, content in zip(turns, contents, strict=True)
+            )
+            everything = range(len(turns))
+            if form not in self._gaps_of_form:
+                if len(self._gaps_of_form) >= _MOST_FORMS:
+                    self._gaps_of_form.clear()
+                try:
+                    self._gaps_of_form[form] = self._gaps(turns, contents, everything)
+                except DataError:  # the template reads the texts
+                    self._gaps_of_form[form] = []
+            gaps = self._gaps_of_form[form]
+            places = _places(text, [piece for content in contents for piece in _texts(content)], gaps)
+            if places is not None:
+                return everything, places, gaps
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant" and not turn.call]
+        gaps = self._gaps(turns, contents, answers, tools)
+        pieces = [piece for number in answers for piece in _texts(contents[number])]
+        if len(gaps) != len(pieces) + 1:
+            raise DataError(
+                "the model's chat template omits or repeats an answer of this record",
+                code="chat-template-rewrites-text",
+                hint="change the record, or train a model with another template",
+            )
+        places = _places(text, pieces, gaps)
+        if places is None:
+            raise DataError(
+                "the model's chat template rewrites an answer of this record, so the supervised part is unknown",
+                code="chat-template-rewrites-text",
+                hint="change the record, or train a model with another template",
+            )
+        return answers, places, gaps
+
+    def _gaps(
+        self, turns: Sequence[Turn], contents: Sequence[Any], masked: Sequence[int], tools: Sequence[Any] = ()
+    ) -> list[str]:
+        """Return what the template writes before, between and after the texts of the turns `masked`."""
+        marks = map(_PLACEHOLDER.format, count())
+        shown = list(contents)
+        for number in masked:
+            content = contents[number]
+            shown[number] = (
+                next(marks)
+                if isinstance(content, str)
+                else [{**part, "text": next(marks)} if "text" in part else part for part in content]
+            )
+        return _PLACEHOLDERS.split(self._run(turns, shown, False, tools))
+
+    def _written_by_model(self, gap: str) -> int:
+        """Return how many characters at the end of a gap the model has to write before an answer."""
+        request, lead = self.frame.request, self.frame.lead
+        if not request:
+            return len(lead) if gap.endswith(lead) else 0
+        written = gap[gap.rfind(request) + len(request) :] if request in gap else ""
+        return len(written) if written == lead else 0
+
+    def _content(self, turn: Turn) -> Any:
+        parts = parts_of(turn.text)
+        if turn.role == "tool" and self._tools is not None and not self._tools.in_parts and len(parts) == 1:
+            return turn.text
+        if self.in_parts or any(part["type"] != "text" for part in parts):
+            # The text of an answer gives its position, so an answer of pictures alone gets an empty text.
+            needs_text = turn.role == "assistant" and not any("text" in part for part in parts)
+            return [*parts, {"type": "text", "text": ""}] if needs_text else parts
+        return turn.text
+
+    def _run(
+        self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False, tools: Sequence[Any] = ()
+    ) -> str:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = [
+            {"role": turn.role, "content": content, **(json.loads(turn.call) if turn.call else {})}
+            for turn, content in zip(turns, contents, strict=True)
+        ]
+        try:
+            # What apply_chat_template calls after its checks of the caller's values, which take as long.
+            texts, _ = render_jinja_template(  # type: ignore[str-unpack]  # annotated as a text
+                [messages],
+                tools=list(tools) or None,
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                **self.special_tokens,
+            )
+            return str(texts[0])
+        except (TemplateError, *MALFORMED) as error:
+            raise DataError(
+                f"the model's chat template refuses this conversation: {error}",
+                code="chat-template-refuses",
+                hint="change the record as the template's message says",
+            ) from None
+
+    def _measured(self) -> tuple[_Frame, str | None]:
+        """Return what the template writes around an answer, and the special token that ends one, if there is any.
+
+        It also finds out which form of content the template takes.
+        """
+        question, answer = (_PLACEHOLDER.format(number) for number in range(2))
+        turns = [Turn("user", question), Turn("assistant", answer)]
+        attempts: list[list[str]] = []
+        for self.in_parts in (True, False):
+            try:
+                dialogue = self._run(turns, [self._content(turn) for turn in turns])
+            except DataError:
+                continue
+            attempts.append(_PLACEHOLDERS.findall(dialogue))
+            if attempts[-1] == [question, answer]:
+                break
+        else:
+            written = "the question alone" if [question] in attempts else "something else"
+            raise UserError(
+                f"the chat template of this model does not write question and answer once each, but {written}",
+                code="chat-template-no-answers",
+                hint="use the chat template of an instruction-tuned model",
+            )
+        _, between, tail = _PLACEHOLDERS.split(dialogue)
+        contents = [self._content(turns[0])]
+        asked = _PLACEHOLDERS.split(self._run(turns[:1], contents, prompt=True))[-1]
+        closed = _PLACEHOLDERS.split(self._run(turns[:1], contents))[-1]
+        request = asked.removeprefix(closed) if asked.startswith(closed) else asked
+        lead = between.removeprefix(asked) if between.startswith(asked) else ""
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        specials = sorted(added | set(self.tokenizer.all_special_tokens), key=len, reverse=True)
+        match = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", tail) if specials else None
+        end = match.group() if match else tail
+        return _Frame(request, lead, re.escape(end), match is not None), end.strip() if match else None
+
+
+def _texts(content: Any) -> list[str]:
+    """Return the texts of the content of a message."""
+    return [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
+
+
+def _places(text: str, pieces: Sequence[str], gaps: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Return where the pieces are in a text that is made of gaps and, between them, the pieces or their stripped form.
+
+    None if the text is something else.
+
+    >>> _places("USER: a ASSISTANT: b</s>", [" b\\n"], ["USER: a ASSISTANT: ", "</s>"])
+    [(19, 20)]
+    """
+    if len(gaps) != len(pieces) + 1 or not text.startswith(gaps[0]):
+        return None
+    places, at = [], len(gaps[0])
+    for piece, gap in zip(pieces, gaps[1:], strict=True):
+        forms = dict.fromkeys((piece, piece.rstrip(), piece.lstrip(), piece.strip()))
+        fitting = next((form for form in forms if text.startswith(form + gap, at)), None)
+        if fitting is None:
+            return None
+        places.append((at, at + len(fitting)))
+        at += len(fitting) + len(gap)
+    return places if at == len(text) else None

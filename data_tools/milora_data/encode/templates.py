@@ -1,0 +1,355 @@
+"""The prompt formats (`--template vicuna_v1`, `llama_3`, ...) as data; a conversation's segments; `<image>`'s place.
+
+`vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` come from LLaVA (llava/conversation.py), `llama_3` from
+LLaVA-NeXT, `qwen` and `chatml` from the authors of the models, `alpaca` from Stanford Alpaca (MetaMath, PiSSA and
+MiLoRA use it too), `llm_adapters` from LLM-Adapters, `tulu` from open-instruct. `chat_template` is the tokenizer's own
+template (conversation.py). A format works with any tokenizer: it uses the EOS and BOS of that tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from milora_data.encode.tokens import bos_ids, bos_text, eos_text, glue_after, own_template
+from milora_data.records.record import IMAGE, Turn
+from milora_vl.base.errors import DataError, UserError
+from milora_vl.cli.command_line import amount, did_you_mean, suggest
+
+EOS, BOS = "{eos}", "{bos}"
+OWN = "chat_template"
+"""The name for the tokenizer's own chat template, which is not in `TEMPLATES`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """One prompt format: the system text in its frame, then questions and answers.
+
+    A question is `user[0]` + text + `user[1]`, an answer is `assistant` + `answer[0]` + text + `answer[1]` + `closing`.
+    The supervised part is `answer[0]` + text + `answer[1]` ("answers") or the whole conversation ("all").
+    """
+
+    user: tuple[str, str]
+    assistant: str
+    answer: tuple[str, str]
+    system: str = ""
+    frame: tuple[str, str] = ("", "")  # around the system text; omitted if there is no system text
+    system_in_question: bool = False  # put the framed system text into the first question
+    closing: str = ""  # after an answer, unsupervised
+    between: str = ""  # before each question except the first
+    captions: bool = False  # a picture and its caption only: drop the user's text
+    supervised: Literal["answers", "all"] = "answers"
+
+
+class Segment(NamedTuple):
+    """A piece of the rendered conversation; the loss is computed on `supervised` pieces."""
+
+    text: str
+    supervised: bool
+
+
+_VISION_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+_ALPACA_SYSTEM = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+_INDENT = " " * 16  # LLM-Adapters' prompt is a triple-quoted string and includes the indentation of its source
+TEMPLATES: dict[str, Template] = {
+    "vicuna_v1": Template(
+        system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        frame=("", " "),
+        user=("USER: ", " "),
+        assistant="ASSISTANT:",
+        answer=(" ", EOS),
+    ),
+    "plain": Template(user=("", ""), assistant="", answer=("", "\n"), captions=True),
+    "llava_llama_2": Template(
+        system=_VISION_SYSTEM,
+        frame=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        system_in_question=True,
+        user=("[INST] ", " [/INST]"),
+        assistant="",
+        answer=(" ", " " + EOS),
+        between=BOS,
+    ),
+    "mistral": Template(
+        frame=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+        system_in_question=True,
+        user=("[INST] ", " [/INST]"),
+        assistant="",
+        answer=(" ", " " + EOS),
+    ),
+    "mpt": Template(
+        system="A conversation between a user and an LLM-based AI assistant. "
+        "The assistant gives helpful and honest answers.",
+        frame=("<|im_start|>system\n", "<|im_end|>"),
+        user=("<|im_start|>user\n", "<|im_end|>"),
+        assistant="<|im_start|>assistant\n",
+        answer=("", "<|im_end|>"),
+    ),
+    "chatml": Template(
+        frame=("<|im_start|>system\n", "<|im_end|>\n"),
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        assistant="<|im_start|>assistant\n",
+        answer=("", "<|im_end|>"),
+        closing="\n",
+    ),
+    "qwen": Template(
+        system="You are a helpful assistant.",
+        frame=("<|im_start|>system\n", "<|im_end|>\n"),
+        user=("<|im_start|>user\n", "<|im_end|>\n"),
+        assistant="<|im_start|>assistant\n",
+        answer=("", "<|im_end|>"),
+        closing="\n",
+    ),
+    "llama_3": Template(
+        system=_VISION_SYSTEM,
+        frame=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+        user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+        assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer=("", "<|eot_id|>"),
+    ),
+    "alpaca": Template(
+        system=_ALPACA_SYSTEM,
+        frame=("", "\n\n"),
+        user=("### Instruction:\n", "\n\n"),
+        assistant="### Response:",
+        answer=("", EOS),
+    ),
+    "llm_adapters": Template(
+        system=_ALPACA_SYSTEM,
+        frame=("", "  \n\n"),
+        user=(f"{_INDENT}### Instruction:\n{_INDENT}", f"\n{_INDENT}\n"),
+        assistant=f"{_INDENT}### Response:\n{_INDENT}",
+        answer=("", EOS),
+        supervised="all",  # finetune.py's train_on_inputs
+    ),
+    "tulu": Template(
+        frame=("<|system|>\n", "\n"),
+        user=("<|user|>\n", "\n"),
+        assistant="<|assistant|>\n",
+        answer=("", EOS),
+        between="\n",
+    ),
+}
+# LLaVA and LLaVA-NeXT use these names for --version.
+ALIASES = {
+    "v1": "vicuna_v1",
+    "llama_2": "llava_llama_2",
+    "mistral_instruct": "mistral",
+    "llava_llama_3": "llama_3",
+    "llama3": "llama_3",
+    "qwen_1_5": "qwen",
+    "qwen_2": "qwen",
+    "qwen2": "qwen",
+}
+
+
+def template_name(name: str) -> str:
+    """Return the canonical name of a template; raises `UserError` with the known names for an unknown one.
+
+    >>> template_name("llama-3")
+    'llama_3'
+    """
+    plain = name.replace("-", "_")
+    plain = ALIASES.get(plain, plain)
+    if plain == OWN or plain in TEMPLATES:
+        return plain
+    names = [*TEMPLATES, OWN]
+    near = suggest(plain, names)
+    hint = did_you_mean(near[:1]) or "a run and its chat use the same template; the default is vicuna_v1"
+    raise UserError(
+        f'unknown template "{name}"; expected one of: {", ".join(names)}', code="template-unknown", hint=hint
+    )
+
+
+def get_template(name: str) -> Template:
+    """Return the template called `name`; raises `UserError` for an unknown one and for the tokenizer's own."""
+    name = template_name(name)
+    if name == OWN:
+        raise UserError(
+            f'the template "{OWN}" is the tokenizer\'s own, but no tokenizer is loaded',
+            code="template-needs-tokenizer",
+            hint="name it: --tokenizer FOLDER",
+        )
+    return TEMPLATES[name]
+
+
+def render(
+    turns: Sequence[Turn], template: Template, eos: str, *, bos: str = "", prompt: bool = False
+) -> list[Segment]:
+    """Return the segments of a conversation; with `prompt`, they end where the next answer begins.
+
+    The segments joined are the text of the conversation, with `<image>` at the position of each picture.
+    Raises `DataError` if questions and answers do not alternate.
+    """
+    system, exchange = split_turns(turns)
+    text = template.system if system is None else system
+    # A format without a default system text has no frame either, unless the record brings a system turn.
+    framed = template.frame[0] + text + template.frame[1] if text else ""
+    segments = [] if template.system_in_question else [Segment(framed, supervised=False)]
+    for number, turn in enumerate(exchange):
+        if turn.role == "user":
+            first, last = template.user
+            first = template.between.replace(BOS, bos) + first if number else first
+            first += framed if template.system_in_question and not number else ""
+            segments.append(Segment(first + (IMAGE if template.captions else turn.text) + last, supervised=False))
+        else:
+            # The role marker is part of the prompt at inference. The text that ends the answer is supervised: the model
+            # must learn to stop.
+            before, after = template.answer
+            segments.append(Segment(template.assistant, supervised=False))
+            segments.append(Segment(before + turn.text + after.replace(EOS, eos), supervised=True))
+            segments.append(Segment(template.closing, supervised=False))
+    if template.captions:
+        _require_caption(exchange, prompt)
+    if prompt:
+        segments.append(Segment(template.assistant, supervised=False))
+    elif template.supervised == "all" and any(segment.supervised for segment in segments):
+        # Without an answer the segments stay unsupervised, so that the record counts as one without supervised tokens.
+        return [Segment("".join(segment.text for segment in segments), supervised=True)]
+    return [segment for segment in segments if segment.text]
+
+
+def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
+    """Return the text of a leading system turn (or None) and the turns that alternate, user first.
+
+    An answer before the first question is dropped, as in LLaVA.
+    Raises `DataError` if two consecutive turns have the same role.
+    """
+    if any(turn.role == "tool" or turn.call for turn in turns):
+        raise no_tools()
+    exchange = list(turns)
+    system = exchange.pop(0).text if exchange and exchange[0].role == "system" else None
+    if exchange and exchange[0].role == "assistant":
+        exchange.pop(0)
+    for number, turn in enumerate(exchange):
+        expected = "assistant" if number % 2 else "user"
+        if turn.role != expected:
+            place = len(turns) - len(exchange) + number + 1
+            raise DataError(
+                f"turn {place} is from {turn.role}, expected {expected}: questions and answers must alternate",
+                code="record-turn-order",
+            )
+    return system, exchange
+
+
+def no_tools() -> DataError:
+    """Return the error for a record with tools in a template that writes none."""
+    return DataError(
+        "this template writes no tools, their calls and their results",
+        code="record-tools",
+        hint="use a chat template that writes tools: that of a text model (--template chat_template) or of a\n"
+        "vision-language model other than LLaVA (docs/data-format.md)",
+    )
+
+
+def no_videos(name: str) -> DataError:
+    """Return the error for a record with a video, for a model or processor that takes none."""
+    return DataError(
+        f"{name} takes no videos", code="record-videos", hint="use its frames as pictures, or leave it out"
+    )
+
+
+def split_tool_turns(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """Return a leading system turn (or none) and the turns of a conversation in which the assistant may call tools.
+
+    Raises `DataError` unless a question is first, an answer follows a question or the results of tools, a result
+    follows a call or another result, and a question an answer.
+    """
+    system = list(turns[:1]) if turns and turns[0].role == "system" else []
+    before = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool": ("call", "tool"), "system": ()}
+    last = ""
+    for number, turn in enumerate(turns[len(system) :], start=len(system) + 1):
+        if last not in before[turn.role]:
+            raise DataError(
+                f"turn {number} is from {turn.role}, after {last or 'nothing'}: questions, answers or calls of tools, "
+                "and results must follow each other",
+                code="record-turn-order",
+            )
+        last = "call" if turn.call and turn.role == "assistant" else turn.role
+    return system, list(turns[len(system) :])
+
+
+def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
+    """Return the turns with `<image>` at the start of its turn, followed by a newline.
+
+    This is LLaVA's `preprocess_multimodal` (llava/train/train.py), which merges several `<image>` of one turn into one.
+    If the record has a picture for each of them, they keep their positions, as in LLaVA-NeXT. Pass `num_images` None if
+    the number is unknown.
+    Raises `DataError` if the number of `<image>` fits neither rule.
+    """
+    counts = [turn.text.count(IMAGE) for turn in turns]
+    several = num_images is None or sum(counts) == num_images
+    if not several and sum(count > 0 for count in counts) != num_images:
+        raise DataError(
+            f"{sum(counts)} {IMAGE} in the conversation, but {amount(num_images or 0, 'picture')} in the record",
+            code="record-image-count",
+            hint="write <image> once for each picture",
+        )
+    return [
+        turn if count == 0 or (several and count > 1) else replace(turn, text=_in_front(turn.text))
+        for turn, count in zip(turns, counts, strict=True)
+    ]
+
+
+def _in_front(text: str) -> str:
+    return (IMAGE + "\n" + text.replace(IMAGE, "").strip()).strip()
+
+
+def _require_caption(exchange: Sequence[Turn], prompt: bool) -> None:
+    if len(exchange) != (1 if prompt else 2) or IMAGE not in exchange[0].text:
+        raise DataError(
+            f'the template "plain" needs one turn with {IMAGE} and one answer, the caption',
+            code="record-not-a-caption",
+            hint="use another --template; plain is for stage 1, the training of the projector on captions",
+        )
+
+
+def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) -> str:
+    """Return the Jinja chat template for the processor (or tokenizer) that is saved with a model.
+
+    With it, `apply_chat_template` returns exactly the ids of `encode` and `encode_prompt`: same system text, EOS,
+    position of pictures, and the blank that LLaVA's tokenization leaves after a picture. Answers are in `generation`
+    blocks.
+
+    `bos` puts the BOS into the text. It is for a tokenizer that is saved without a processor: a tokenizer's
+    `apply_chat_template` adds no special tokens. A processor adds them, and would add a second BOS.
+    Raises `UserError` for an unknown template, a tokenizer without EOS, or a picture token that changes the text
+    around it.
+
+    >>> processor.chat_template = render_chat_template("vicuna_v1", processor.tokenizer)  # doctest: +SKIP
+    """
+    if template_name(template) == OWN:
+        return own_template(tokenizer)
+    form = get_template(template)
+    first = tokenizer.bos_token if bos and bos_ids(tokenizer) else ""
+    special = IMAGE if IMAGE in tokenizer.get_vocab() else first
+    values = {
+        "GLUE": glue_after(special, tokenizer) if special else "",
+        "FIRST": first,
+        "SYSTEM": form.system,
+        "OPEN": form.frame[0],
+        "CLOSE": form.frame[1],
+        "INSIDE": form.system_in_question,
+        "BEFORE": form.user[0],
+        "AFTER": form.user[1],
+        "ASSISTANT": form.assistant,
+        "LEAD": form.answer[0],
+        "END": form.answer[1].replace(EOS, eos_text(tokenizer)),
+        "BEHIND": form.closing,
+        "BETWEEN": form.between.replace(BOS, bos_text(tokenizer)),
+    }
+    text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    for name, value in values.items():
+        text = text.replace(f"${name}$", json.dumps(value, ensure_ascii=False))
+    # A text that starts with a blank or an added token gets no glue: SentencePiece adds no blank there either.
+    alone = [" ", *(token.content for token in tokenizer.added_tokens_decoder.values())]
+    text = text.replace("$ALONE$", "(" + "".join(json.dumps(mark, ensure_ascii=False) + "," for mark in alone) + ")")
+    return text.replace("$QUESTION$", f"'{IMAGE}'" if form.captions else "content(message)")

@@ -1,1 +1,0 @@
-"""Shared by all HTML pages of this project: base template, style sheet, parts, small pictures."""

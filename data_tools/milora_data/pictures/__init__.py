@@ -1,0 +1,1 @@
+"""Pictures and videos: found, decoded, padded, tiled, turned into pixel values."""

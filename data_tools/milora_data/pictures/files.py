@@ -1,0 +1,294 @@
+"""Load picture files of any format as RGB (rotation, transparency, size limits), and pad them to a square."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from milora_data.pictures.download import downloaded
+from milora_vl.base.errors import DataError
+from milora_vl.cli.web import url_problem
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SUFFIXES = {
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".png": ("PNG",),
+    ".gif": ("GIF",),
+    ".webp": ("WEBP",),
+    ".bmp": ("BMP", "DIB"),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+}
+ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
+_NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
+_ALWAYS_READ = 40_000_000  # pixels
+_PIXELS_PER_BYTE = 500  # a photo has about 5, a scan of a white page 200
+WebPictures = Literal["refuse", "download"]
+ImagePolicy = Literal["raise", "skip", "replace"]
+"""What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
+
+
+class StoredPicture(str):
+    """The name of a picture that is stored inside a data set; `content` holds the bytes of its file.
+
+    Many data sets give all pictures the same name: two are equal if name and content are equal.
+    """
+
+    content: bytes
+
+    def __new__(cls, name: str, content: bytes) -> StoredPicture:
+        """Return `name` with the bytes of its file."""
+        picture = super().__new__(cls, name)
+        picture.content = content
+        return picture
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StoredPicture) and str.__eq__(self, other) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash((str(self), self.content))
+
+    def __reduce__(self) -> tuple[type[StoredPicture], tuple[str, bytes]]:
+        return type(self), (str(self), self.content)
+
+
+class PlacedPicture(str):
+    """The path of a picture that already includes the image folder of its source; it may be outside other folders."""
+
+
+class WebPicture(str):
+    """The web address of a picture that may be downloaded; without this type, an address is never opened."""
+
+
+class OutsidePicture(str):
+    """The name of a picture outside the image folder; it is never read."""
+
+
+def leads_outside(folder: Path, name: str) -> bool:
+    """Return whether the picture `name` of a record is a path outside `folder`; symbolic links are not resolved.
+
+    Without a folder (`Path()`), no name is outside.
+
+    >>> [leads_outside(Path("images"), name) for name in ("a/../b.png", "../b.png", "/b.png")]
+    [False, True, True]
+    """
+    if not folder.parts or (not name.startswith("/") and ".." not in name):
+        return False
+    place = Path(os.path.normpath((folder / name).absolute()))
+    return not place.is_relative_to(os.path.normpath(folder.absolute()))
+
+
+def place_of(folder: Path, name: str) -> str | Path:
+    """Return the argument of `load_image` for the picture `name` of a record: a file below `folder`, or stored bytes.
+
+    Data is not trusted: a name that leads out of the folder becomes an `OutsidePicture`, which is never read.
+    """
+    if isinstance(name, StoredPicture | WebPicture):
+        return name
+    if not isinstance(name, PlacedPicture) and leads_outside(folder, name):
+        return OutsidePicture(name)
+    return folder / name
+
+
+class ImageError(DataError):
+    """A picture is missing or cannot be decoded. `reason` is the message without the name of the picture."""
+
+    def __init__(self, message: str, reason: str = "", *, code: str = "", where: str = "", hint: str = "") -> None:
+        super().__init__(message, code=code, where=where, hint=hint)
+        self.reason = reason or message
+
+
+def load_image(path: str | Path, *, longest: int | None = None, shortest: int | None = None) -> Image.Image:
+    """Return the picture in `path` as RGB, turned upright (EXIF); alpha is dropped as in LLaVA.
+
+    16-bit grey is scaled to 8 bits (PIL alone would clip it to white). An animation gives its first frame.
+    With `longest` (or `shortest`), a JPEG is decoded at a reduced size with at least that many pixels on that side.
+    Raises `ImageError` if the file is missing, empty, truncated, not a picture, or has too many pixels.
+    """
+    from PIL import ImageOps, UnidentifiedImageError
+
+    try:
+        with opened_picture(path) as image:
+            least = longest or shortest
+            if least:
+                share = least / (max(image.size) if longest else min(image.size))
+                image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)  # without a copy of an upright picture
+            return to_rgb(image)
+    except FileNotFoundError:
+        problem = url_problem(path)
+        if problem is not None:
+            raise ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint) from None
+        reason, hint = "no such file", ""
+    except UnidentifiedImageError:
+        reason, hint = "not a picture" if content_of(path) else "the file is empty", ""
+    except Exception as error:  # PIL's plugins raise exceptions of any type
+        reason, hint = _reason(error)
+    raise _unreadable(path, reason, hint)
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Return PIL's formats without those that another program decodes, such as Ghostscript for EPS."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_DECODED_HERE)
+
+
+def opened_picture(path: str | Path) -> Image.Image:
+    """Return the picture in `path` with its pixels not yet decoded. Raises what PIL raises, and OSError.
+
+    A large picture from a tiny file is refused (ValueError): 100 kB can claim 178 megapixels, which take 2 GB.
+    """
+    from PIL import Image
+
+    file = opened(path)
+    image = Image.open(file, formats=_formats())
+    pixels = image.width * image.height
+    if pixels <= _ALWAYS_READ:
+        return image
+    num_bytes = len(file.getvalue()) if isinstance(file, BytesIO) else Path(file).stat().st_size
+    if pixels > _PIXELS_PER_BYTE * num_bytes:
+        image.close()
+        raise ValueError(f"it has {pixels // 1_000_000:,} megapixels in a file of {num_bytes:,} bytes")
+    return image
+
+
+def _unreadable(path: str | Path, reason: str, hint: str) -> ImageError:
+    where = str(path).partition("?")[0] if isinstance(path, WebPicture) else str(path)  # without tokens
+    return ImageError(f"cannot read this picture: {reason}", reason, code="image-unreadable", where=where, hint=hint)
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Return why PIL cannot read a picture, and a hint. PIL's plugins raise OSError, struct.error and others."""
+    from PIL import Image
+
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"[0-9]+", str(error))
+        size = f"{int(pixels[0]) // 1_000_000:,} megapixels" if pixels else "too many pixels"
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        return (
+            f"it has {size}, and at most {most:,} are read",
+            "save it smaller: models use a few hundred pixels a side",
+        )
+    return str(error) or type(error).__name__, ""
+
+
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Return (height, width) of the upright picture in `path`, read from its header. Raises `ImageError`."""
+    try:
+        with opened_picture(path) as image:
+            width, height = image.size
+            return (width, height) if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
+    except Exception as error:
+        raise _unreadable(path, *_reason(error)) from None
+
+
+def picture_suffix(content: bytes) -> str:
+    """Return the suffix for the content of a picture file, such as ".png"; ".img" if it is not a picture."""
+    from PIL import Image
+
+    try:
+        with opened_picture(StoredPicture("", content)) as image:
+            known = [suffix for suffix, formats in SUFFIXES.items() if image.format in formats]
+            others = [suffix for suffix, kind in Image.registered_extensions().items() if kind == image.format]
+            plain = [suffix for suffix in others if suffix == f".{image.format}".lower()]
+            return [*known, *plain, *others, ".img"][0]
+    except Exception:  # see _reason
+        return ".img"
+
+
+def opened(path: str | Path) -> str | Path | BytesIO:
+    """Return the path or the bytes of a stored picture for PIL to open. Raises `OSError` if it must not be read."""
+    if isinstance(path, StoredPicture):
+        return BytesIO(path.content)
+    if isinstance(path, WebPicture):
+        return downloaded(path)
+    if isinstance(path, OutsidePicture):
+        raise PermissionError("it is outside the image folder")
+    if not Path(path).is_file():
+        raise FileNotFoundError(path)  # PIL would block for ever on a named pipe
+    return path
+
+
+def content_of(path: str | Path) -> bytes:
+    """Return the bytes of a picture file, or of a stored picture. Raises `OSError`."""
+    file = opened(path)
+    return file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB: grey of more than 8 bits is scaled to 8, alpha is dropped as in LLaVA.
+
+    Float values are multiplied by 255 if none is above 1, kept if none is above 255, and otherwise divided by the
+    largest.
+    """
+    if image.mode == "F":
+        scale = _levels(image)
+        image = image.point(lambda value: value * scale).convert("L")
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # avoids PIL's warning about palettes with transparency
+    return image if image.mode == "RGB" else image.convert("RGB")  # PIL would copy it
+
+
+def _levels(image: Image.Image) -> float:
+    """Return the factor that converts the float values of a picture to grey levels from 0 to 255."""
+    import numpy as np
+
+    largest = float(np.nan_to_num(np.asarray(image), posinf=0.0).max())
+    return 255.0 if largest <= 1 else 1.0 if largest <= 255 else 255 / largest
+
+
+def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    """Return `image` centred on a square of its longer side, filled with `color` (LLaVA's `expand2square`)."""
+    from PIL import Image
+
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new(image.mode, (side, side), color)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def on_padded_square(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
+    """Return a box (left, top, right, bottom) in pixels as fractions of the square that `expand_to_square` returns.
+
+    LLaVA-1.5 was trained with such boxes (its issues 606 and 822).
+
+    >>> on_padded_square((0, 0, 200, 100), 200, 100)
+    (0.0, 0.25, 1.0, 0.75)
+    """
+    side = max(width, height)
+    x, y = (side - width) // 2, (side - height) // 2
+    left, top, right, bottom = box
+    return (left + x) / side, (top + y) / side, (right + x) / side, (bottom + y) / side
+
+
+def unmistakable(images: Sequence[Any]) -> list[Any]:
+    """Return RGB pictures (or their tensors) in a layout in which no processor mistakes rows for channels.
+
+    Transformers 4 infers the layout from the first picture: if its first dimension is 1 or 3, it is taken as channels,
+    for all pictures. So all pictures are returned with channels first if one is 1 or 3 pixels high.
+    """
+    import numpy as np
+    from PIL import Image
+
+    pictures = [image for image in images if isinstance(image, Image.Image)]
+    if not any(picture.height in (1, 3) for picture in pictures):
+        return list(images)
+    return [np.array(one).transpose(2, 0, 1) if isinstance(one, Image.Image) else one for one in images]

@@ -1,0 +1,386 @@
+"""`Record`: parse and check LLaVA's format, and OpenAI's `messages` or TRL's `prompt` and `completion`; tools, videos.
+
+Every error names file and line.
+
+LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from": "human"|"gpt", "value"}, ...]}.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from milora_data.pictures.embedded import (
+    NOT_FETCHED,
+    decoded,
+    described,
+    is_embedded,
+)
+from milora_data.pictures.files import StoredPicture
+from milora_vl.base.errors import DataError, with_context
+from milora_vl.cli.web import web_address
+
+Role = Literal["user", "assistant", "system", "tool"]
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
+# What a message of OpenAI's form may have besides role and content, for chat templates that write tools.
+CALL_KEYS = ("tool_calls", "tool_call_id", "name")
+CHARACTERS_PER_TOKEN = 4
+IMAGE = "<image>"
+VIDEO = "<video>"  # marks a video in a record that has videos, and is a text like any other elsewhere
+# Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
+_ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+KNOWN_KEYS = ("id", "image", "images", "video", "videos", "conversations")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation; `text` has `<image>` at the position of each picture.
+
+    `call` is a JSON object with the other keys of a message about tools (CALL_KEYS), or empty.
+    """
+
+    role: Role
+    text: str
+    call: str = field(default="", repr=False)
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether the text shows nothing: only `<image>`, white space and zero-width characters.
+
+        >>> Turn("assistant", " \u00a0\u200b").is_blank
+        True
+        """
+        return not self.call and not self.text.replace(IMAGE, "").translate(_ZERO_WIDTH).strip()
+
+
+class Video(NamedTuple):
+    """A video as the picture files of its frames in order; `fps` is their number per second, if it is known."""
+
+    frames: tuple[str, ...]
+    fps: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One conversation with its pictures. `source` is "file:line"; `extra` holds the keys outside LLaVA's format."""
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    source: str = ""
+    extra: Mapping[str, object] = field(default_factory=dict)
+    videos: tuple[Video, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all pictures, with the frames of videos."""
+        return self.images + tuple(frame for video in self.videos for frame in video.frames)
+
+
+def with_names(record: Record, new_name: Callable[[str], str]) -> Record:
+    """Return a record with other names of its pictures and frames."""
+    videos = tuple(video._replace(frames=tuple(map(new_name, video.frames))) for video in record.videos)
+    return replace(record, images=tuple(map(new_name, record.images)), videos=videos)
+
+
+def parse_record(value: object, *, source: str = "", embedded: Literal["read", "keep"] = "read") -> Record:
+    """Return the `Record` of one decoded LLaVA dict; raises `DataError` at `source` if it is not a record.
+
+    embedded: read base64 pictures as stored pictures, or keep them unchanged.
+
+    >>> parse_record({"id": 7, "conversations": [{"from": "human", "value": "Hi"}]}).turns
+    (Turn(role='user', text='Hi'),)
+    """
+    try:
+        if not isinstance(value, dict):
+            raise DataError(f"expected a record (an object), got {type(value).__name__}", code="record-not-an-object")
+        if "prompt" in value and "completion" in value and "conversations" not in value and "messages" not in value:
+            value = from_completion(value)
+        if "messages" in value and "conversations" not in value:
+            value = from_messages(value, number=0, web="keep") | ({} if "id" in value else {"id": ""})
+        record = Record(
+            id=str(value.get("id", "")),
+            images=_images(value),
+            turns=_turns(value),
+            source=source,
+            extra={key: item for key, item in value.items() if key not in KNOWN_KEYS},
+            videos=_videos(value),
+        )
+        if embedded == "read" and any(map(is_embedded, record.files)):
+            return with_names(record, lambda name: decoded(name) if is_embedded(name) else name)
+        return record
+    except DataError as error:
+        raise with_context(error, source or "record") from None
+
+
+def estimated_length(record: Record, image_tokens: int) -> int:
+    """Return an estimate of the tokens of a record, without a tokenizer: for sorting, not for counting.
+
+    >>> estimated_length(Record("a", ("a.png",), (Turn("user", "<image>\\nWhat is it?"),), "x:1", {}), 576)
+    580
+    """
+    return sum(len(turn.text) for turn in record.turns) // CHARACTERS_PER_TOKEN + len(record.images) * image_tokens
+
+
+def _images(value: dict[str, Any]) -> tuple[str, ...]:
+    field = value.get("images") or value.get("image")  # joined tables have both columns, one of them empty
+    if field is None:
+        return ()
+    names = field if isinstance(field, list) else [field]
+    if not all(isinstance(name, str) and name for name in names):
+        raise DataError(
+            f'"image" must be a file name or a list of file names, got {_short(field)}', code="record-image-field"
+        )
+    return tuple(names)
+
+
+def _videos(value: dict[str, Any]) -> tuple[Video, ...]:
+    """Return the videos of "videos", a list of them, or of "video", a single one."""
+    listed = value.get("videos")
+    if listed is None:
+        listed = [] if value.get("video") is None else [value["video"]]
+    return tuple(map(_video, listed if isinstance(listed, list) else [listed]))
+
+
+def _video(value: object) -> Video:
+    """Return a video from a list of frames, or {"frames": [...], "fps": ...}."""
+    frames = value.get("frames") if isinstance(value, Mapping) else value
+    fps = value.get("fps") if isinstance(value, Mapping) else None
+    if isinstance(frames, str):
+        raise DataError(
+            f"a video is a list of its frames in picture files, got the file {described(frames)!r}",
+            code="video-file",
+            hint="write them to pictures, for example two per second:  ffmpeg -i VIDEO -vf fps=2 frames/%04d.jpg",
+        )
+    if not isinstance(frames, list) or not frames:
+        raise DataError(
+            f"a video must be a list of picture files, its frames, got {_short(value)}", code="record-video-field"
+        )
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
+        raise DataError(f'"fps" of a video must be a number above 0, got {_short(fps)}', code="record-video-field")
+    return Video(tuple(map(_file, frames)), None if fps is None else float(fps))
+
+
+def _short(value: object) -> str:
+    """Return the value as text if it is short, else its type and length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{type(value).__name__} of {len(text):,} characters"
+
+
+def _turns(value: dict[str, Any]) -> tuple[Turn, ...]:
+    turns = value.get("conversations")
+    if not isinstance(turns, list):
+        keys = ", ".join(map(str, value)) or "none"
+        raise DataError(
+            f'"conversations" must be a list of turns; the keys of this record: {keys}',
+            code="record-no-conversations",
+            hint="records of other formats (tables, Alpaca, ...): python -m milora_data convert --help",
+        )
+    return tuple(_turn(turn, number) for number, turn in enumerate(turns, start=1))
+
+
+def _turn(turn: object, number: int) -> Turn:
+    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+        raise DataError(
+            f'turn {number} must be {{"from": ..., "value": text}}, got {_short(turn)}', code="record-turn-format"
+        )
+    role = ROLES.get(str(turn.get("from")))
+    if role is None:
+        raise DataError(
+            f'turn {number}: unknown "from": {turn.get("from")!r}; expected {", ".join(ROLES)}',
+            code="record-unknown-role",
+        )
+    return Turn(role, turn["value"], _call(turn, role, number))
+
+
+def _call(turn: Mapping[str, Any], role: Role, number: int) -> str:
+    """Return the keys about tools of a turn as JSON. Arguments are objects, as chat templates expect them."""
+    kept = {key: turn[key] for key in CALL_KEYS if turn.get(key) is not None and role in ("assistant", "tool")}
+    if role == "assistant":
+        kept.pop("name", None)
+        if "tool_calls" in kept:
+            kept["tool_calls"] = [_tool_call(call, number) for call in _listed(kept["tool_calls"], number)]
+        if not kept.get("tool_calls"):
+            return ""
+    return json.dumps(kept, ensure_ascii=False) if kept else ""
+
+
+def _listed(calls: object, number: int) -> list[Any]:
+    if not isinstance(calls, list):
+        raise _no_call(number, f'"tool_calls" is {type(calls).__name__}')
+    return calls
+
+
+def _tool_call(call: object, number: int) -> dict[str, Any]:
+    """Return a call of OpenAI's form, whose arguments are an object in place of the JSON text that OpenAI stores."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise _no_call(number, f"got {_short(call)}")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except json.JSONDecodeError as error:
+            raise _no_call(number, f"its arguments are no JSON: {error}") from None
+    if not isinstance(arguments, Mapping):
+        raise _no_call(number, f"its arguments are {type(arguments).__name__}, not an object")
+    identifier = {} if call.get("id") is None else {"id": call["id"]}
+    return {**identifier, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def _no_call(number: int, found: str) -> DataError:
+    return DataError(
+        f'turn {number}: a tool call must be {{"function": {{"name": ..., "arguments": {{...}}}}}}; {found}',
+        code="record-tool-call",
+    )
+
+
+def tools_of(record: Record) -> list[Any]:
+    """Return the tools that a record offers to the model (its key "tools", a list or JSON text of one).
+
+    Raises `DataError` for another value.
+
+    >>> tools_of(Record("a", (), (), extra={"tools": '[{"type": "function"}]'}))
+    [{'type': 'function'}]
+    """
+    tools = record.extra.get("tools") or []
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError:
+            tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise DataError(
+            f'"tools" must be a list of objects, got {_short(record.extra["tools"])}', code="record-tools-field"
+        )
+    return tools
+
+
+def uses_tools(record: Record) -> bool:
+    """Return whether a record offers, calls or answers for tools."""
+    return bool(tools_of(record)) or any(turn.role == "tool" or turn.call for turn in record.turns)
+
+
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
+
+
+def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] = "refuse") -> dict[str, Any]:
+    """Return the LLaVA record of {"messages": [...], "images"?: [...]}; other keys are kept.
+
+    `number` is the default id.
+    Pictures are named by the parts of a message ({"type": "image", "image": path}) or, in order, by "images".
+    Base64 pictures are kept unchanged (embedded.py). Raises `DataError` if there are no messages, if a role or a part
+    is unknown, or, unless `web` is keep, if a picture is a web address.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
+        raise DataError('expected an object with "messages", a list', code="messages-missing")
+    named: list[str] = []
+    videos: list[Any] = []
+    turns = [_message_turn(message, place, named, videos) for place, message in enumerate(value["messages"], start=1)]
+    field = value.get("images") or []
+    listed = [_file(image) for image in (field if isinstance(field, list) else [field])]
+    if named and listed:
+        raise DataError(
+            'the messages and "images" both name pictures; expected only one of them', code="messages-images-twice"
+        )
+    images = named or listed
+    if web == "refuse" and (address := next(filter(web_address, images), "")):
+        raise DataError(f"a picture at a web address: {described(address)}", code="image-web-address", hint=NOT_FETCHED)
+    missing = len(images) - sum(turn["value"].count(IMAGE) for turn in turns)
+    first = next((turn for turn in turns if turn["from"] == "human"), None)
+    if missing == len(images) and first is not None:
+        first["value"] = f"{IMAGE}\n" * missing + first["value"]
+    others = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
+    own = [video for video in videos if video is not None]
+    listed_videos = others.get("videos") or others.get("video")
+    if own and listed_videos:
+        raise DataError(
+            'the messages and "videos" both name videos; expected only one of them', code="messages-images-twice"
+        )
+    if len(own) < len(videos) and not listed_videos:
+        raise DataError(
+            "a part of type video names no video, and the record lists none",
+            code="record-image-count",
+            hint='name the frames in the record\'s "videos", or remove the part',
+        )
+    pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
+    shown = {"videos": own} if own else {}
+    return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others, **shown}
+
+
+def from_completion(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return TRL's {"prompt", "completion", "images"?} with `messages` instead; texts become one turn each.
+
+    >>> [turn["role"] for turn in from_completion({"prompt": "1 + 1?", "completion": "2"})["messages"]]
+    ['user', 'assistant']
+    """
+    messages: list[Any] = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        turns = value[key]
+        messages += turns if isinstance(turns, list) else [{"role": role, "content": turns}]
+    others = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
+    return {**others, "messages": messages}
+
+
+def _message_turn(message: object, place: int, named: list[str], videos: list[Any]) -> dict[str, Any]:
+    role = message.get("role") if isinstance(message, dict) else message
+    if not isinstance(message, dict) or not isinstance(role, str) or role not in ROLES:
+        raise DataError(
+            f"message {place}: unknown role {role!r}; expected {', '.join(SPEAKERS)}", code="record-unknown-role"
+        )
+    calls = {key: message[key] for key in CALL_KEYS if message.get(key) is not None}
+    content = message.get("content")
+    if content is None and calls.get("tool_calls"):
+        content = ""  # OpenAI's form of an answer that only calls tools
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise DataError(f'message {place}: "content" must be a text or a list of parts', code="messages-content")
+    texts = [_part(part, place, named, videos) for part in parts]
+    return {"from": SPEAKERS[ROLES[role]], "value": "".join(texts), **calls}
+
+
+def _part(part: object, place: int, named: list[str], videos: list[Any]) -> str:
+    if not isinstance(part, dict):
+        raise DataError(
+            f"message {place}: a part must be an object, got {type(part).__name__}", code="messages-content"
+        )
+    kind, text = part.get("type"), part.get("text")
+    if kind in ("text", "input_text", "output_text") and isinstance(text, str):
+        return text
+    if kind in ("image", "image_url", "input_image"):
+        pictures = [part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None]
+        named += [_file(picture) for picture in pictures[:1]]
+        return f"{IMAGE}\n"
+    if kind in ("video", "video_url"):
+        shown = next((part[key] for key in ("video", "video_url", "path", "url") if part.get(key) is not None), None)
+        shown = shown.get("url") if isinstance(shown, dict) and "url" in shown else shown
+        videos.append({"frames": shown, "fps": part.get("fps")} if isinstance(shown, list) else shown)
+        return f"{VIDEO}\n"
+    raise DataError(
+        f"message {place}: unsupported part of type {kind!r}; expected text, an image or a video",
+        code="messages-unsupported-part",
+        hint="remove the part, or name its content as a picture or a text",
+    )
+
+
+def _file(image: object) -> str:
+    if isinstance(image, StoredPicture):
+        return image
+    name = (image.get("path") or image.get("url")) if isinstance(image, dict) else image
+    if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):  # a picture of a table
+        return StoredPicture(Path(str(name or "picture")).name, image["bytes"])
+    if not isinstance(name, str):
+        raise DataError(f"a picture must be a file name, got {type(image).__name__}", code="record-image-field")
+    return name

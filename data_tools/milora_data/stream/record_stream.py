@@ -1,0 +1,189 @@
+"""Stream records (`data.streaming`): shards, shuffle buffer and seed, split by node and worker, interleaving.
+
+Records are read when they are needed, so a data set may be larger than memory, or on the hub. Each row of the stream
+is a pickled `Record`, independent of the source's format, or a pickled `DataError` in place of a broken record.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+
+from milora_data.formats.jsonfile import Part, parts_of, read_part
+from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
+from milora_data.pictures.files import WebPictures
+from milora_data.records.record import Record, parse_record
+from milora_data.stream.sources import Source, from_web, is_json, read_sources, within
+from milora_vl.base.errors import DataError, UserError, no_records
+
+StreamItem: TypeAlias = Record | UserError
+FEATURES = datasets.Features({"record": datasets.Value("large_binary")})
+MIN_PARTS = 64  # parts of a JSON file: many small parts mix better, and each process gets some
+
+
+class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
+    """An endless stream of the records of `rows`; each epoch has a different order.
+
+    `state_dict` holds the epoch and the number of records read in it, so that a stream can be resumed. `datasets` does
+    not save the content of its shuffle buffer, so the rows of the epoch are read again (not decoded) up to
+    the saved number. Without a shuffle buffer, the state of `datasets` restores the position directly.
+    """
+
+    def __init__(
+        self, rows: datasets.IterableDataset, seed: int, *, buffered: bool, web_pictures: WebPictures = "refuse"
+    ) -> None:
+        self.rows, self.seed, self.buffered, self.web_pictures = rows, seed, buffered, web_pictures
+        self._epoch, self._done = 0, 0
+
+    def __iter__(self) -> Iterator[StreamItem]:
+        # `set_epoch` writes to shared memory, and loader processes may be in different epochs.
+        self.rows = deepcopy(self.rows)
+        while True:
+            self.rows.set_epoch(1 + self.seed + self._epoch)  # epoch 0 would not shuffle the shards
+            try:
+                for row in islice(self.rows, self._done if self.buffered else 0, None):
+                    self._done += 1
+                    item = pickle.loads(row["record"])
+                    yield from_web(item) if self.web_pictures == "download" and isinstance(item, Record) else item
+            except Exception as error:  # files yield their errors as items; the hub raises exceptions of any type
+                broken = broken_off(f"a source of the hub, after {self._done:,} records", error)
+                if torch.utils.data.get_worker_info() is None:
+                    raise broken from None
+                yield UserError(problems=broken.problems)  # torch passes no exception on; the collator never skips it
+                return
+            if self._done == 0:
+                return  # more loader processes than shards: this one has no data
+            self._epoch, self._done = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state from which `load_state_dict` continues after the last record."""
+        rows = None if self.buffered else self.rows.state_dict()
+        return {"epoch": self._epoch, "done": self._done, "rows": rows}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`, which must come from a stream with the same source, seed and number of processes."""
+        self._epoch, self._done = state["epoch"], state["done"]
+        if state["rows"] is not None:
+            self.rows.load_state_dict(state["rows"])
+
+
+def record_stream(
+    sources: str | Path | Sequence[Source],
+    *,
+    seed: int = 0,
+    shuffle_buffer: int = 1000,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    web_pictures: WebPictures = "refuse",
+) -> RecordStream:
+    """Return the endless stream of one file (or hub:NAME, or a mixture in YAML), or of several sources.
+
+    With several sources, each record comes from a source drawn with the probability of its weight
+    (`datasets.interleave_datasets`). Shards are shuffled, and `shuffle_buffer` rows are shuffled at a time (0: none).
+    `rank` of `world_size` processes gets its part of the rows. `web_pictures` is explained by `from_web`.
+    Raises `UserError` if a file is missing or no source has a weight above 0.
+    """
+    used = [source for source in _sources(sources) if source.weight > 0]
+    if not used:
+        raise UserError(
+            "no source has a weight above 0", code="mixture-weight", hint="set a weight above 0 for at least one source"
+        )
+    opened = [_rows(source, world_size * max(num_workers, 1)) for source in used]
+    rows = opened[0]
+    if len(opened) > 1:
+        total = sum(source.weight for source in used)
+        probabilities = [source.weight / total for source in used]
+        rows = datasets.interleave_datasets(opened, probabilities, seed=seed, stopping_strategy="all_exhausted")
+    if shuffle_buffer:
+        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    if world_size > 1:
+        rows = split_dataset_by_node(rows, rank, world_size)
+    return RecordStream(rows, seed, buffered=bool(shuffle_buffer), web_pictures=web_pictures)
+
+
+def _sources(sources: str | Path | Sequence[Source]) -> Sequence[Source]:
+    if not isinstance(sources, str | Path):
+        return sources
+    return read_sources(Path(sources))[0] if str(sources).endswith((".yaml", ".yml")) else [Source(str(sources))]
+
+
+def _rows(source: Source, processes: int) -> datasets.IterableDataset:
+    """Return the rows of one source: {"record": pickled `Record` or `DataError`}."""
+    if is_json(source.path):
+        count = -(-MIN_PARTS // processes) * processes
+        parts = parts_of(Path(source.path), count, processes)
+        if not parts:
+            raise DataError(problems=[no_records(source.path)])
+        return datasets.IterableDataset.from_generator(
+            _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
+        )
+    if source.path.endswith((".yaml", ".yml")):
+        raise UserError(
+            "a mixture within a mixture cannot be streamed",
+            code="mixture-nested",
+            where=str(source.path),
+            hint="list its sources in the outer mixture, or train without data.streaming",
+        )
+    if not source.path.startswith(HUB):
+        files = {"files": files_of(source.path), "image_folder": source.image_folder}
+        return datasets.IterableDataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=files)
+    stored = open_hub(source.path)
+    return stored.map(
+        _hub_row,
+        fn_kwargs={"source": source.path, "image_folder": source.image_folder},
+        with_indices=True,
+        remove_columns=stored.column_names,
+        features=FEATURES,
+    )
+
+
+def _json_rows(parts: list[Part], image_folder: str | None) -> Iterator[dict[str, bytes]]:
+    for part in parts:
+        broken: list[DataError] = []
+        try:
+            for place, value in read_part(part, broken.append):
+                yield from _drained(broken)
+                yield _row(_json_item(value, f"{part.path}:{place}", image_folder))
+        except DataError as error:  # a broken list cannot be read beyond the error
+            broken.append(error)
+        yield from _drained(broken)
+
+
+def _json_item(value: object, source: str, image_folder: str | None) -> StreamItem:
+    try:
+        return within(parse_record(value, source=source), image_folder)
+    except DataError as error:
+        return error
+
+
+def _drained(broken: list[DataError]) -> Iterator[dict[str, bytes]]:
+    while broken:
+        yield _row(broken.pop(0))
+
+
+def _stored_rows(files: list[str], image_folder: str | None) -> Iterator[dict[str, bytes]]:
+    for file in files:
+        for item in items_of_file(file):
+            yield _row(item if isinstance(item, DataError) else within(item, image_folder))
+
+
+def _hub_row(row: Mapping[str, Any], number: int, source: str, image_folder: str | None) -> dict[str, bytes]:
+    try:
+        # `number` counts within a shard and is not unique: prefer the id of the row.
+        name = str(row.get("id") or row.get("__key__") or number)
+        return _row(within(row_to_record(row, f"{source}:{name}", name), image_folder))
+    except DataError as error:
+        return _row(error)
+
+
+def _row(item: StreamItem) -> dict[str, bytes]:
+    return {"record": pickle.dumps(item, pickle.HIGHEST_PROTOCOL)}

@@ -1,0 +1,151 @@
+"""`load_records`: a data set by name or path: JSON, tables, shards, the hub, or a weighted mixture of such sources."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from milora_data.formats.jsonfile import not_utf8, read_objects
+from milora_data.formats.saved import is_saved
+from milora_data.formats.stored import stored_records
+from milora_data.pictures.files import PlacedPicture, StoredPicture, WebPicture, leads_outside
+from milora_data.records.record import Record, parse_record, with_names
+from milora_vl.base.errors import DataError, UserError
+from milora_vl.base.yaml_text import YamlTextError, parse_yaml
+from milora_vl.cli.command_line import beside
+from milora_vl.cli.web import url_problem, web_address
+
+_KEYS = ("path", "weight", "image_folder")
+_MOST_COPIES = 10_000  # of each record, by the weight of its source
+
+
+def load_records(path: str | Path) -> Iterator[Record]:
+    """Yield the records of a data set in order, one at a time; the data set is not held in memory.
+
+    Supported: a JSON list or JSON lines of LLaVA's records or of `messages`; .parquet, .arrow, .tar (webdataset), a
+    folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT], which `datasets` reads; .yaml, a mixture of such sources.
+    Raises `DataError` with file and line if the file is missing, its JSON is broken, or a value is not a record.
+    """
+    if is_json(path):
+        for place, value in read_objects(Path(path)):
+            yield parse_record(value, source=f"{path}:{place}")
+    elif str(path).endswith((".yaml", ".yml")):
+        yield from mixed_records(*read_sources(Path(path)))
+    else:
+        yield from stored_records(str(path))
+
+
+def is_json(path: str | Path) -> bool:
+    """Return whether `path` is read as JSON: it is not a mixture and not in a format that `datasets` reads."""
+    if str(path).startswith("hub:") or Path(path).suffix in (".yaml", ".yml", ".parquet", ".tar", ".arrow"):
+        return False
+    return not is_saved(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One source of a mixture. Weight 2 repeats each of its records; weight 0.3 keeps a random 30 % of them."""
+
+    path: str
+    weight: float = 1.0
+    image_folder: str | None = None
+
+
+def read_sources(path: Path) -> tuple[list[Source], int]:
+    """Return the sources and the seed of a YAML file: `sources: [{path, weight, image_folder}]`, `seed`.
+
+    Paths are relative to the file. Raises `DataError` if the file is missing, its YAML is broken, a key is unknown or a
+    weight is below 0.
+    """
+    if not path.is_file():
+        problem = url_problem(path)
+        if problem is not None:
+            raise DataError(problems=[problem])
+        raise DataError("no such file", code="data-missing-file", where=str(path), hint=beside(path))
+    try:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except YamlTextError as error:
+        line = f":{error.line}" if error.line else ""
+        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=f"{path}{line}") from None
+    seed = content.get("seed", 0) if isinstance(content, Mapping) else 0
+    entries = content.get("sources") if isinstance(content, Mapping) else content
+    if not isinstance(entries, list) or not entries or not isinstance(seed, int):
+        raise DataError(
+            "expected `sources:`, a list of {path: ..., weight: ..., image_folder: ...}",
+            code="mixture-format",
+            where=str(path),
+        )
+    return [_source(entry, path.parent, f"{path}: source {number}") for number, entry in enumerate(entries, 1)], seed
+
+
+def mixed_records(
+    sources: Sequence[Source], seed: int = 0, read: Callable[[str], Iterator[Record]] = load_records
+) -> Iterator[Record]:
+    """Yield the records of all sources, one source after another, repeated or sampled according to its weight.
+
+    Picture names are joined to the image folder of their source. Raises what `read` raises.
+    """
+    for number, source in enumerate(sources):
+        chance = random.Random(f"{seed} {number}")
+        times, share = divmod(source.weight, 1)
+        for record in read(source.path):
+            copies = int(times) + (chance.random() < share)
+            if copies:
+                record = within(record, source.image_folder)
+            for _ in range(copies):
+                yield record
+
+
+def within(record: Record, image_folder: str | None) -> Record:
+    """Return a record whose picture names include the image folder of its source, if the source has one.
+
+    A name that leads out of that folder is not changed; it is then relative to the image folder of the training.
+    """
+    if image_folder is None:
+        return record
+    folder = Path(image_folder)
+
+    def placed(name: str) -> str:
+        if isinstance(name, StoredPicture) or web_address(name) or leads_outside(folder, name):
+            return name
+        return PlacedPicture((folder / name).absolute())
+
+    return with_names(record, placed)
+
+
+def from_web(record: Record) -> Record:
+    """Return a record whose pictures at web addresses are downloaded when they are read (images/download.py)."""
+    if not any(map(web_address, record.files)):
+        return record
+    return with_names(record, lambda name: WebPicture(name) if web_address(name) else name)
+
+
+def _source(entry: Any, folder: Path, place: str) -> Source:
+    if isinstance(entry, str):
+        entry = {"path": entry}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+        raise DataError(
+            f"expected {{path: ..., weight: ..., image_folder: ...}}, got {entry!r}", code="mixture-format", where=place
+        )
+    unknown = [key for key in entry if key not in _KEYS]
+    if unknown:
+        raise UserError(
+            f"unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}", code="mixture-unknown-key", where=place
+        )
+    weight = entry.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MOST_COPIES:
+        message = f"weight must be a number from 0 to {_MOST_COPIES:,}, got {weight!r:.80}"
+        raise DataError(message, code="mixture-weight", where=place)
+    path, images = entry["path"], entry.get("image_folder")
+    if images is not None and not isinstance(images, str):
+        raise DataError(f"image_folder must be a path, got {images!r:.80}", code="mixture-format", where=place)
+    return Source(
+        path if path.startswith("hub:") else str(folder / path),
+        float(weight),
+        None if images is None else str(folder / images),
+    )

@@ -1,0 +1,219 @@
+"""`apply_milora` and `merge`: apply a policy to a model (arXiv:2406.09044). The result is a PeftModel for any trainer.
+
+The way of `apply_milora`, with the modules to read next:
+
+1. `Policy.parse_and_resolve` selects the modules, with method and rank       policy/resolve.py
+2. `initialize` decomposes each weight and returns A0 and B0                  initialize.py, svd/
+3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            lora/config.py
+4. `install_factors` gives each factor a trained difference and the anchor            lora/install.py, lora/layers.py
+
+In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
+or a weight leaves the model unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from peft import PeftModel
+from torch import nn
+
+from milora_vl.adapter.base_check import precision, require_readable
+from milora_vl.adapter.config import make_lora
+from milora_vl.adapter.errors import AdapterError, require_module
+from milora_vl.adapter.install import has_halves, install_factors, lora_layer, set_dropout, trained_factors
+from milora_vl.adapter.peft_model import adopt
+from milora_vl.adapter.protection import Protected, find_protected, kept_outside
+from milora_vl.adapter.residual import make_residual, require_residual
+from milora_vl.adapter.sidecar import Sidecar
+from milora_vl.calibration.calibrate import protected_inputs
+from milora_vl.factors.initialize import Initial, Progress, initialize
+from milora_vl.policy import Policy, Rule, Target
+from milora_vl.policy.towers import can_save, canonical_names, is_wrapped_by_peft
+from milora_vl.weights.fingerprint import sketch
+from milora_vl.weights.matrices import read_matrix
+
+Form = Literal["anchored", "residual"]
+
+
+def apply_milora(
+    model: nn.Module,
+    policy: Policy | str | Sequence[Mapping[str, Any] | Rule],
+    *,
+    form: Form = "anchored",
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = False,
+) -> Any:
+    """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
+
+    Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`lora/layers.py`).
+    If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
+    has the attributes `milora_targets` (one Target per trained module) and `milora_report` (one LayerReport per
+    decomposed weight).
+
+    `calibration` is for rules with `protect: {inputs: p}`: arguments of the model's forward, one mapping per batch, for
+    example {"input_ids": ..., "attention_mask": ...}. The base model runs on them once.
+
+    Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
+    also prints one line per layer.
+
+    Weight decay pulls towards no update, that is towards W. `python -m milora_vl.train` uses the learning rates of the
+    rules; other trainers use their own.
+
+    Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed,
+    CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an
+    adapter or do not support the form.
+
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "dropout": 0.05}]
+    >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
+    >>> tuned.milora_report[0].rank, tuned.base_model.model[0].lora_A["default"].weight.shape
+    (2, torch.Size([4, 4]))
+    """
+    if form not in get_args(Form):
+        raise AdapterError(
+            f"expected one of {', '.join(get_args(Form))}, got {form!r}", code="adapter-value", where="form"
+        )
+    require_module(model)
+    if is_wrapped_by_peft(model):
+        raise AdapterError(
+            "this model already has a PEFT adapter",
+            code="adapter-already-present",
+            hint="pass the base model, or unload the adapter first",
+        )
+    require_readable(model)
+    return apply_targets(
+        model,
+        Policy.parse_and_resolve(policy, model, cache_dir=cache_dir),
+        form=form,
+        calibration=calibration,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+
+
+def apply_targets(
+    model: nn.Module,
+    targets: Sequence[Target],
+    *,
+    form: Form = "anchored",
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = False,
+) -> Any:
+    """Return what `apply_milora` returns, for a policy that is resolved already.
+
+    Resolving a policy can be slow: ranks that depend on spectra decompose every weight.
+    """
+    if form == "residual":
+        _require_residual(model, targets)
+    inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
+    if all(target.rank is None for target in targets):
+        return _train_in_full(model, targets)
+    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
+    protected = find_protected(model, targets, inputs, cache_dir=cache_dir, progress=progress)
+    initial = kept_outside(initial, protected, targets)
+    sidecar = replace(_describe(model, targets, initial, form), inputs=None if inputs is None else inputs.digest)
+    tuned = adopt(make_lora(model, targets))
+    for target in targets:
+        if target.rank is not None:
+            set_dropout(lora_layer(tuned, target.path), "default", target.dropout)
+    for path, factors in initial.items():
+        install_factors(lora_layer(tuned, path), "default", factors.A0, factors.B0)
+    _project_plain_lora(tuned, protected)
+    if form == "residual":
+        drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}
+        reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
+        sidecar = replace(sidecar, reports=reports)
+    tuned.remember("default", sidecar)
+    tuned.protect("default", protected, inputs)
+    return tuned
+
+
+def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
+    """Return the base model with W + s (B A - B0 A0) in place of each adapted W. With `path`, also save it there.
+
+    The PeftModel cannot be used afterwards, as with PEFT's merge_and_unload. Raises AdapterError if `model` is no
+    PeftModel, or if `path` is given and the base model has no `save_pretrained`.
+
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> merge(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules))
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+    )
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"merge needs a PeftModel, got {type(model).__name__}",
+            code="adapter-not-a-peft-model",
+            hint="pass the model that apply_milora or load_adapter returned",
+        )
+    if path is not None and not can_save(model.get_base_model()):
+        raise AdapterError(
+            f"{type(model.get_base_model()).__name__} has no save_pretrained",
+            code="adapter-cannot-save",
+            where="path",
+            hint="call merge(model) without a path, and save the state dict of the result",
+        )
+    merged = model.merge_and_unload()
+    if path is not None:
+        merged.save_pretrained(path)
+    return merged
+
+
+def _describe(model: nn.Module, targets: Sequence[Target], initial: Mapping[str, Initial], form: str) -> Sidecar:
+    """Return the content of milora.json. The sketches need the base weights, so call this before PEFT changes them."""
+    names = canonical_names(model)
+    sketches = {path: factors.sketch for path, factors in initial.items()}
+    sketches |= {
+        t.path: sketch(read_matrix(model.get_submodule(t.path)))
+        for t in targets
+        if t.rank is not None and t.path not in initial
+    }
+    for path, weight_sketch in sketches.items():
+        eps = max(weight_sketch.eps, precision(model.get_submodule(path)))
+        sketches[path] = replace(weight_sketch, eps=eps)
+    reports = {path: factors.report for path, factors in initial.items()}
+    return Sidecar(form, targets, {t.path: names[t.path] for t in targets}, sketches, reports)
+
+
+def _project_plain_lora(tuned: PeftModel, protected: Mapping[str, Protected]) -> None:
+    """Remove the protected directions from PEFT's random A. Anchored factors have none, see `kept_outside`."""
+    for path, directions in protected.items():
+        layer = lora_layer(tuned, path)
+        if directions.protect.is_hard and not has_halves(layer, "default"):
+            directions.remove(trained_factors(layer, "default"))
+
+
+def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
+    protecting = [t.path for t in targets if t.protect is not None and t.protect.inputs is not None]
+    if protecting:
+        raise AdapterError(
+            "protect: {inputs: p} needs form anchored",
+            code="adapter-residual-layer",
+            where=protecting[0],
+            hint="use form anchored, or remove protect",
+        )
+    require_residual(model, [t.path for t in targets if t.has_anchor])
+    rescaled = [t.path for t in targets if t.sigma != "keep"]
+    if rescaled:
+        raise AdapterError(
+            "sigma other than keep needs form anchored, because W - s B0 A0 would not be W without its minor part",
+            code="adapter-residual-layer",
+            where=rescaled[0],
+            hint="use form anchored, or sigma: keep",
+        )
+
+
+def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:
+    """Set `requires_grad` for the modules of the targets, freeze everything else, and return the model."""
+    model.requires_grad_(False)
+    for target in targets:
+        model.get_submodule(target.path).requires_grad_(True)
+    model.milora_targets = list(targets)  # type: ignore[assignment]
+    model.milora_report = []  # type: ignore[assignment]
+    return model

@@ -1,0 +1,277 @@
+"""Checkpoints of a run: list, newest, complete or cut off, checksums, removal of old ones (`save_total_limit`).
+
+A checkpoint is a folder of HF's Trainer: weights, optimizer, scheduler, random states of all processes and, written
+last, trainer_state.json. DeepSpeed stores the optimizer in a folder global_stepN, with a file per process. A checkpoint
+is incomplete if its process was killed while writing it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from milora_vl.base.json_text import parse_json
+
+# Weight files of a checkpoint; the adapter comes first.
+WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
+SET_ASIDE = "incomplete-"
+_BLOCK = 1 << 24
+# Files that only a resumed run needs.
+NO_RESULT = (
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "latest",
+    "zero_to_*.py",
+    "trainer_state.json",
+    "checksums.json",
+)
+CHECKSUMS = "checksums.json"
+_HASHED = {".safetensors", ".pt", ".pth", ".bin", ".npy", "milora.json"}  # endings and names
+SHARDS = "global_step*/*_optim_states.pt"
+SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint, -1 for any other folder.
+
+    >>> step_of(Path("runs/a/checkpoint-20"))
+    20
+    """
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, complete or not, in order of their steps."""
+    folders = [folder for folder in run.glob("checkpoint-*") if folder.is_dir() and step_of(folder) >= 0]
+    return sorted(folders, key=step_of)
+
+
+def remove_oldest(run: Path, step: int, limit: int | None, best: str | None) -> None:
+    """Remove old checkpoints until `limit` are left (None, 0 or less: all stay); `step` and `best` always stay.
+
+    A lower step is older, and steps above the present one are of an earlier attempt. HF's Trainer sorts by the time of
+    change instead: after the clock went backwards it would remove the checkpoint that was just written.
+    """
+    if limit is None or limit <= 0:
+        return
+    oldest_first = sorted(checkpoints(run), key=lambda folder: (step_of(folder) <= step, step_of(folder)))
+    kept = {folder for folder in oldest_first if step_of(folder) == step or (best and folder == Path(best))}
+    others = [folder for folder in oldest_first if folder not in kept]
+    unneeded = others[: max(len(oldest_first) - max(limit, len(kept)), 0)]
+    if unneeded:
+        _sync(run / f"checkpoint-{step}")
+    for folder in unneeded:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until a checkpoint has reached the disk: a power failure may come after the ones before it are removed."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        try:
+            number = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # a link to nothing
+            continue
+        try:
+            os.fsync(number)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync
+                raise
+        finally:
+            os.close(number)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint with weights, or None."""
+    return next((folder for folder in reversed(checkpoints(run)) if holds_weights(folder)), None)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, a projector or a model."""
+    return any((folder / name).is_file() for name in WEIGHTS)
+
+
+def why_incomplete(folder: Path) -> str | None:
+    """Return what is missing or truncated in a checkpoint; None if a run can resume from it."""
+    try:
+        state = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except OSError:
+        return "has no trainer_state.json (the run was killed while writing it)"
+    except ValueError:
+        return "trainer_state.json is truncated"
+    if not isinstance(state, dict):
+        return "trainer_state.json is no mapping"
+    if step_of(folder) >= 0 and state.get("global_step") != step_of(folder):
+        return f"trainer_state.json has step {state.get('global_step')}"
+    if not holds_weights(folder) and not list(folder.glob("global_step*")):
+        return "has no weights"
+    if not list(folder.glob("rng_state*.pth")):
+        return "has no optimizer and random state (--save_only_model): evaluation works, resuming does not"
+    if is_sharded(folder) and len(list(folder.glob(SHARDS))) != num_processes(folder):
+        return f"has the optimizer of {len(list(folder.glob(SHARDS)))} of {num_processes(folder)} processes"
+    for file in folder.rglob("*"):
+        if _is_truncated(file):
+            return f"{file.name} is truncated"
+    return _why_changed(folder)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json: the hash of milora.json and of every file of tensors, so that a resume finds damaged ones.
+
+    Texts such as README.md and the name of the base in adapter_config.json may be edited.
+    """
+    sums = {str(file.relative_to(folder)): _checksum(file) for file in _files(folder)}
+    partial = folder / f".{CHECKSUMS}.partial"
+    partial.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    partial.replace(folder / CHECKSUMS)
+
+
+def _why_changed(folder: Path) -> str | None:
+    """Return which file differs from its checksum; None if all are equal, or for a checkpoint without checksums."""
+    file = folder / CHECKSUMS
+    if not file.is_file():  # of an older version, or of other training code
+        return None
+    try:
+        sums = dict(parse_json(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return f"{CHECKSUMS} is damaged"
+    for name, expected in sums.items():
+        stored = folder / name
+        if ".." in Path(name).parts or not stored.is_file():
+            return f"{name} is missing"
+        if _checksum(stored) != expected:
+            return f"the content of {name} has changed since it was written (remove {CHECKSUMS} to use it anyway)"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and (p.suffix in _HASHED or p.name in _HASHED))
+
+
+def _checksum(file: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest complete checkpoint, and the newer incomplete ones with the reason."""
+    skipped: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoints(run)):
+        reason = why_incomplete(folder)
+        if reason is None:
+            return folder, skipped
+        skipped.append((folder, reason))
+    return None, skipped
+
+
+def resume_hint(run: Path) -> str:
+    """Return a sentence about how to continue a stopped run."""
+    newest, _ = latest(run)
+    if newest is None:
+        return "there is no checkpoint yet; the same command with  --resume_from_checkpoint auto  starts again"
+    return f"the same command with  --resume_from_checkpoint auto  continues from step {step_of(newest)}"
+
+
+def is_sharded(folder: Path) -> bool:
+    """Return whether DeepSpeed wrote the optimizer of a checkpoint."""
+    return any(folder.glob("global_step*"))
+
+
+def zero_stage(folder: Path) -> int:
+    """Return the ZeRO stage of a checkpoint: 0 without DeepSpeed, 2 or 3 (stage 1 counts as 2)."""
+    if not is_sharded(folder):
+        return 0
+    return 3 if any(folder.glob(SHARDED_WEIGHTS)) else 2
+
+
+def num_processes(folder: Path) -> int:
+    """Return the number of processes that wrote a checkpoint, from its files with random states."""
+    return 1 if (folder / "rng_state.pth").is_file() else len(list(folder.glob("rng_state_*.pth")))
+
+
+def copy_results(folder: Path, run: Path) -> None:
+    """Copy weights, processor and other results of a checkpoint to the run folder; skip files only for resuming."""
+    for file in folder.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in NO_RESULT):
+            shutil.copy2(file, run / file.name)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename an incomplete checkpoint, so that rotation and later resumes ignore it. Return the new path."""
+    number = 0
+    target = folder.with_name(SET_ASIDE + folder.name)
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"{SET_ASIDE}{folder.name}.{number}")
+    return folder.rename(target)
+
+
+def _is_truncated(file: Path) -> bool:
+    if file.suffix == ".safetensors":
+        return _is_truncated_safetensors(file)
+    if file.suffix in (".pt", ".pth"):
+        return not zipfile.is_zipfile(file)  # torch.save writes a zip with its directory at the end
+    return False
+
+
+def _is_truncated_safetensors(file: Path) -> bool:
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= size - 8:
+            return True
+        header = stream.read(length)
+    try:
+        entries = parse_json(header)
+        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
+        return True
+    return size < 8 + length + max(ends, default=0)
+
+
+def is_finished(path: Path) -> bool:
+    """Return whether the training in this folder has finished."""
+    return bool(read_environment(path).get("finished")) and holds_weights(path)
+
+
+def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
+    """Return the folder of the run that a command resumes, finished or not; None if it starts a new run."""
+    wanted = asked_for(resume)
+    if wanted is None:
+        return None
+    if not is_word(wanted):
+        return Path(wanted).parent
+    run = None if output_dir is None else Path(output_dir)
+    return run if run is not None and (checkpoints(run) or is_finished(run)) else None
+
+
+def asked_for(resume: str | None) -> str | None:
+    """Return the value of --resume_from_checkpoint; None if it disables resuming."""
+    return None if resume is None or resume.lower() in ("false", "no", "none") else resume
+
+
+def is_word(wanted: str) -> bool:
+    """Return whether the value is true or auto instead of a folder."""
+    return wanted.lower() in ("true", "yes", "1", "auto")
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Return environment.json of a run; empty if it is missing or truncated."""
+    try:
+        content = parse_json((path / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

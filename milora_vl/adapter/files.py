@@ -1,0 +1,242 @@
+"""`save_adapter` and `load_adapter`: stock PEFT files with milora.json beside them, checked against the base model.
+
+The module names of a model may differ from those in the file, because HF's and LLaVA's layouts name the same modules
+differently. PEFT finds modules by the paths in the file, so `load_renamed` replaces the paths of config and weights
+before PEFT loads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from milora_vl.adapter.base_check import fitted
+from milora_vl.adapter.checkpoints import newest_checkpoint
+from milora_vl.adapter.config import quiet_peft
+from milora_vl.adapter.errors import AdapterError, require_module
+from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
+from milora_vl.adapter.install import lora_layer
+from milora_vl.adapter.peft_model import restore
+from milora_vl.adapter.residual import make_residual
+from milora_vl.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
+from milora_vl.base.errors import expected_format
+from milora_vl.base.json_text import parse_json
+from milora_vl.policy.towers import is_wrapped_by_peft
+from milora_vl.weights.torch_files import AGAIN, UNREAD, read_pickled, unreadable
+
+logger = logging.getLogger(__name__)
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write the adapter of `model` to the folder `path`: PEFT's files and milora.json.
+
+    Where the factors do not give B0 back bit for bit (after training, above all on a float32 base), it is written to
+    milora_anchors.safetensors. Training needs it to continue exactly, inference does not.
+
+    Raises AdapterError if the model has no adapter (a run that trains weights in full saves the model itself), and if
+    `path` is a file.
+
+    >>> from tempfile import mkdtemp
+    >>> from milora_vl import apply_milora
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> folder = Path(mkdtemp())
+    >>> save_adapter(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules), folder)
+    >>> sorted(file.name for file in folder.iterdir())
+    ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'milora.json']
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"{type(model).__name__} has no adapter to save",
+            code="adapter-not-a-peft-model",
+            hint="for weights trained in full, use the model's own save_pretrained",
+        )
+    folder = Path(path)  # raises TypeError for None; str(None) would create a folder named None
+    if folder.is_file():
+        raise AdapterError(
+            "this is a file, but an adapter is a folder",
+            code="adapter-no-folder",
+            where=str(folder),
+            hint="choose another folder",
+        )
+    model.save_pretrained(str(folder))
+
+
+def load_adapter(
+    base: nn.Module,
+    path: str | Path,
+    *,
+    is_trainable: bool = False,
+    allow_base_mismatch: bool = False,
+    cache_dir: str | Path | None = None,
+) -> Any:
+    """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can continue.
+
+    A folder without milora.json is loaded as a plain LoRA. With `is_trainable`, protected directions are computed again
+    from the base weights, or read from `cache_dir`.
+
+    Raises AdapterError if the folder contains no adapter, if the adapter does not fit the model, and if this is not the
+    base model that it was made for.
+    """
+    folder = Path(path)
+    require_module(base)
+    require_readable_adapter(folder)
+    if is_wrapped_by_peft(base):
+        raise AdapterError(
+            "this model already has an adapter",
+            code="adapter-already-present",
+            hint="pass the base model, or use the model's own load_adapter(path, name)",
+        )
+    saved = read_sidecar(folder)
+    message, hint = "the files of this adapter do not belong together", "restore the files of one save"
+    with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint, kind=AdapterError):
+        if saved is None:
+            logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
+            return _load_stock(base, folder, is_trainable)
+        require_weights(folder, saved)
+        here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
+        anchors = here.read_anchors(folder)
+        paths = new_paths(saved, here)
+        if paths:
+            model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
+        else:
+            model = _load_stock(base, folder, is_trainable)
+        # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
+        ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
+    if is_trainable:
+        ours.protect_again("default", folder, cache_dir)
+    if here.form == "residual" and is_trainable:
+        for module in here.ranks:
+            make_residual(lora_layer(ours, module), "default")
+    return ours
+
+
+def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
+    """Load with PEFT, and raise AdapterError where PEFT only warns about missing weights."""
+    with quiet_peft():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+        except KeyError as error:  # PEFT's reaction to a module of modules_to_save that is missing in the file
+            raise AdapterError(
+                f"the weights lack {error}, which {CONFIG} lists",
+                code="adapter-missing-weights",
+                where=str(folder),
+                hint="restore the files of one save",
+            ) from error
+        except (RuntimeError, ValueError, UserWarning) as error:  # PEFT's and torch's own text, of many lines
+            first = next(line.strip() for line in str(error).splitlines() if line.strip())
+            raise AdapterError(
+                f"the adapter does not fit {type(base).__name__}: {first[:300]}",
+                code="adapter-missing-modules",
+                where=str(folder),
+                hint="load the base model that the adapter was trained on",
+            ) from error
+
+
+def require_readable_adapter(folder: Path) -> None:
+    """Raise AdapterError unless the folder contains an adapter with readable config and weights."""
+    problem = not_a_folder(folder)
+    if problem is not None:
+        raise AdapterError(problems=[problem])
+    names = sorted(entry.name for entry in folder.iterdir())
+    if CONFIG not in names or not set(ADAPTER_FILES) & set(names):
+        missing = CONFIG if CONFIG not in names else ADAPTER_FILES[0]
+        newest = newest_checkpoint(folder)
+        raise AdapterError(
+            f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
+            code="adapter-missing-file",
+            where=str(folder),
+            hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
+        )
+    config_file = folder / CONFIG
+    try:
+        config = parse_json(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(
+            f"not valid JSON: {error}", code="adapter-damaged-file", where=str(config_file), hint=AGAIN
+        ) from error
+    if not isinstance(config, dict):
+        message = f"expected a mapping, got a {type(config).__name__}"
+        raise AdapterError(message, code="adapter-damaged-file", where=str(config_file), hint=AGAIN)
+    if config.get("megatron_config") is not None:  # PEFT would import the module that the file names beside it
+        raise AdapterError(
+            "the config names a module of Megatron, which would be imported: it was not read",
+            code="adapter-unsupported-kind",
+            where=str(config_file),
+            hint="remove megatron_config and megatron_core from the file if you trust it",
+        )
+    file = folder / next(name for name in ADAPTER_FILES if name in names)
+    try:
+        if file.suffix == ".bin":
+            read_pickled(file)  # a pickle has no header to check, so read all of it
+        else:
+            with safe_open(file, framework="pt"):
+                pass
+    except (SafetensorError, *UNREAD) as error:
+        raise AdapterError(problems=[unreadable(file, error)]) from error
+
+
+_PREFIX = "base_model.model."
+
+
+def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
+    """Map each path in the file to the path in the model; empty if all paths are equal."""
+    pairs = {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
+    return pairs if any(old != new for old, new in pairs.items()) else {}
+
+
+def load_renamed(
+    base: nn.Module, folder: Path, here: Sidecar, paths: Mapping[str, str], *, is_trainable: bool
+) -> PeftModel:
+    """Return `base` with the adapter in `folder`, loaded under other module paths.
+
+    `here` is the sidecar with the paths of this model; `paths` maps the paths in the file to them.
+    Raises AdapterError if the file contains other modules than milora.json lists.
+    """
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = not is_trainable
+    config.target_modules = {t.path for t in here.targets if t.rank is not None}
+    config.modules_to_save = [t.path for t in here.targets if t.rank is None] or None
+    config.rank_pattern = {_renamed_pattern(key, paths): rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {_renamed_pattern(key, paths): alpha for key, alpha in config.alpha_pattern.items()}
+    with quiet_peft():
+        model = get_peft_model(base, config)
+    state = {renamed_key(key, paths): tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items()}
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if expected != state.keys():
+        wrong = sorted(expected ^ state.keys())
+        raise AdapterError(
+            f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)",
+            code="adapter-missing-weights" if wrong[0] in expected else "adapter-unlisted-weights",
+            where=str(folder),
+            hint="restore the files of one save",
+        )
+    set_peft_model_state_dict(model, state)
+    if not is_trainable:
+        model.eval()
+    return model
+
+
+def renamed_key(key: str, paths: Mapping[str, str]) -> str:
+    """Return the key of a stored tensor with its module path replaced.
+
+    >>> renamed_key("base_model.model.a.b.lora_A.weight", {"a.b": "c"})
+    'base_model.model.c.lora_A.weight'
+    """
+    path = key.removeprefix(_PREFIX)
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return _PREFIX + paths[path] + key.removeprefix(_PREFIX + path) if path else key
+
+
+def _renamed_pattern(pattern: str, paths: Mapping[str, str]) -> str:
+    return "^" + paths[pattern.removeprefix("^")]

@@ -1,0 +1,507 @@
+"""PEFT's model classes with our mixin: save, add, load, delete and disable adapters; state dicts; protection.
+
+Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_vl.adapter.base_check import fitted, require_same_kind
+from milora_vl.adapter.errors import AdapterError
+from milora_vl.adapter.hotswap import refuse_hotswap, require_factors_alone
+from milora_vl.adapter.install import (
+    anchor_names,
+    anchors_of,
+    current_state,
+    factors,
+    has_halves,
+    holds_version_1,
+    install_copy,
+    install_loaded,
+    joined_state,
+    lora_layer,
+    set_dropout,
+    trained_factors,
+    unrecoverable,
+)
+from milora_vl.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
+from milora_vl.adapter.projection_hooks import guard
+from milora_vl.adapter.protection import Protected, find_protected
+from milora_vl.adapter.sidecar import ANCHORS_FILE, FORMAT_VERSION, Sidecar, read_sidecar, require_weights
+from milora_vl.adapter.version_1_shards import has_shards, require_no_shards, shards_error
+from milora_vl.base.atomic_files import atomic_folder
+from milora_vl.base.json_text import parse_json
+from milora_vl.calibration.bases import ProtectedInputs
+from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
+from milora_vl.factors.initialize import LayerReport
+from milora_vl.policy.rules import Target
+from milora_vl.weights.sharding import is_sharded
+
+# PEFT's add_adapter casts the factors to float32 since 0.19. Older versions cast only loaded adapters.
+_ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
+
+
+class MiloraMixin(PeftModel):
+    """The methods in which a PeftModel with trained differences and anchors differs from a stock one.
+
+    `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path, and
+    `protected_inputs` the file content that the latter come from, for adapters that protect inputs.
+    `converts_shards` is True in training code that calls `convert_shards` after DeepSpeed has loaded a checkpoint.
+    """
+
+    sidecars: dict[str, Sidecar]
+    protections: dict[str, dict[str, Protected]]
+    protected_inputs: dict[str, ProtectedInputs]
+    milora_targets: list[Target]
+    milora_report: list[LayerReport]
+    converts_shards = False
+    _loading: tuple[Sidecar, Mapping[str, Tensor]] | Literal["stock"] | None = None
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the adapter as PEFT does, and milora.json beside it.
+
+        In a gathered `state_dict` the raw names `delta` and `anchor` are joined first. Raises AdapterError for
+        `path_initial_model_for_weight_conversion`, because the saved adapter needs no conversion.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            raise AdapterError(
+                "the saved adapter is already a plain LoRA for the unchanged base model, and needs no conversion",
+                code="adapter-unsupported-argument",
+                where="path_initial_model_for_weight_conversion",
+                hint="remove the argument",
+            )
+        self._require_halves()
+        self._warn_of_overlap()
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = self._outside_inputs(joined_state(self._with_anchors(kwargs["state_dict"])))
+        if save_embedding_layers == "auto":
+            save_embedding_layers = self._vocabulary_has_grown()
+        for name in selected_adapters or self.peft_config:
+            if is_main_process and name in self.protected_inputs:  # first, since milora.json refers to it
+                own = Path(save_directory) if name == "default" else Path(save_directory) / name
+                write_inputs(home_of(own), self.protected_inputs[name], self.sidecars[name].names)
+        with atomic_folder(Path(save_directory), is_main_process) as folder:
+            super().save_pretrained(
+                str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
+            )
+            for name in selected_adapters or self.peft_config:
+                if is_main_process and name in self.sidecars:
+                    adapter_folder = folder if name == "default" else folder / name
+                    anchors = self._unrecoverable(name, kwargs.get("state_dict") or {})
+                    self.sidecars[name].write(adapter_folder, anchors)
+
+    def _outside_inputs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a gathered state dict whose half-precision input factors are float32 and outside the protected inputs.
+
+        DeepSpeed keeps D, and here the joined A0 too, in half precision; rounding puts a component along V inside
+        again.
+        """
+        out, plain = dict(state), {name.removeprefix("_forward_module."): name for name in state}
+        for adapter, protections in self.protections.items():
+            for path, protected in protections.items():
+                layer = lora_layer(self, path)
+                names = (f"lora_A.{adapter}.weight", f"lora_embedding_A.{adapter}")
+                key = next((plain[key] for name in names if (key := f"base_model.model.{path}.{name}") in plain), None)
+                if key is None or protected.protect.kind != "inputs" or out[key].dtype == torch.float32:
+                    continue
+                if has_halves(layer, adapter):
+                    A0 = anchors_of(layer, adapter)[0]
+                    delta = protected.outside(out[key].chunk(2)[0].to(A0.device), axis=0)
+                    out[key] = join(delta, A0, axis=0, dtype=torch.float32)
+                else:
+                    out[key] = protected.outside(out[key], axis=0)
+        return out
+
+    def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
+        saved = {name.removeprefix("_forward_module."): tensor for name, tensor in state.items()}
+        anchors = {}
+        for path in self.sidecars[adapter].ranks:
+            names = (f"lora_B.{adapter}.weight", f"lora_embedding_B.{adapter}")
+            joined = next((saved[key] for name in names if (key := f"base_model.model.{path}.{name}") in saved), None)
+            B0 = unrecoverable(lora_layer(self, path), adapter, joined)
+            if B0 is not None:
+                anchors[path] = B0
+        return anchors
+
+    def train(self, mode: bool = True) -> MiloraMixin:
+        """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced our factors."""
+        if mode:
+            self._require_halves()
+        return super().train(mode)
+
+    def _require_halves(self) -> None:
+        """Raise AdapterError if stock factors have replaced ours, because then the anchor would train too.
+
+        PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
+        """
+        for adapter, sidecar in self.sidecars.items():
+            replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
+            if replaced:
+                raise AdapterError(
+                    f"stock factors have replaced its anchors ({len(replaced):,} modules of adapter {adapter!r})",
+                    code="adapter-replaced-factors",
+                    where=replaced[0],
+                    hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
+                )
+
+    def protect(self, adapter: str, protected: Mapping[str, Protected], inputs: ProtectedInputs | None = None) -> None:
+        """Register the protected directions of an adapter. Its backward fails until `keep_protected` is called."""
+        self.protections[adapter] = dict(protected)
+        if inputs is not None:
+            self.protected_inputs[adapter] = inputs
+        for path, directions in protected.items():
+            guard(directions, trained_factors(lora_layer(self, path), adapter))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled model. Its factors lost their hooks, and no optimizer keeps them protected."""
+        super().__setstate__(state)
+        for adapter, protected in self.__dict__.get("protections", {}).items():
+            self.protect(adapter, {path: replace(p, is_kept=False) for path, p in protected.items()})
+
+    def protect_again(self, adapter: str, folder: Path, cache_dir: str | Path | None = None) -> None:
+        """Restore the protected directions of an adapter that was loaded from `folder` for training.
+
+        Singular directions are computed from the base weights again. Protected inputs are read, see `read_inputs`.
+        """
+        sidecar = self.sidecars[adapter]
+        inputs = None
+        if sidecar.inputs is not None:
+            inputs = read_inputs(folder, sidecar.inputs, sidecar.names)
+            require_shapes(inputs, sidecar.targets)
+        self.protect(adapter, find_protected(self, sidecar.targets, inputs, cache_dir=cache_dir), inputs)
+
+    @torch.no_grad()
+    def overlaps_with_inputs(self, adapter: str) -> dict[str, float]:
+        """Return ||A' V|| / ||A'|| for each layer with protected inputs V, where A' is its input factor of rank 2r or
+        r.
+
+        The update answers protected inputs by rounding alone if that is rounding. Sharded layers (ZeRO-3, FSDP2)
+        are left out.
+        """
+        overlaps = {}
+        for path, protected in self.protections.get(adapter, {}).items():
+            A = factors(lora_layer(self, path), adapter)[0].detach()
+            if protected.protect.kind == "inputs" and not is_sharded(A):
+                norm = float(torch.linalg.vector_norm(A, dtype=torch.float64))
+                inside = float(torch.linalg.vector_norm(protected.inside(A, 0), dtype=torch.float64))
+                overlaps[path] = inside / norm if norm > 0 else 0.0
+        return overlaps
+
+    def _warn_of_overlap(self) -> None:
+        """Warn about updates that reach into protected directions."""
+        for adapter, protected in self.protections.items():
+            inside = [
+                path
+                for path, directions in protected.items()
+                if directions.is_violated_by(trained_factors(lora_layer(self, path), adapter))
+            ]
+            if inside:
+                warnings.warn(
+                    f"{inside[0]}: the update reaches into protected directions ({len(inside):,} modules of "
+                    f"adapter {adapter!r}). Was keep_protected called for the optimizer that trained it?",
+                    stacklevel=3,
+                )
+
+    def _with_anchors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state dict with missing anchors added: LLaVA collects parameters only, and no buffers."""
+        halves = {
+            name: name.replace(f".{ANCHOR}", f".{DELTA}").removesuffix(ANCHOR_SUFFIX) for name in anchor_names(self)
+        }
+        missing = {name for name, delta in halves.items() if delta in state and name not in state}
+        return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
+
+    def _vocabulary_has_grown(self) -> bool:
+        """Return True if the embeddings were resized, compared with a locally available config of the base model.
+
+        PEFT would query the hub at every save, which costs half a minute of retries on a machine without network.
+        """
+        original = _local_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
+        current = BaseTuner.get_model_config(self.get_base_model())
+        return "vocab_size" in original and original["vocab_size"] != current.get("vocab_size")
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter as PEFT does. With the config of a loaded MiLoRA adapter it gets the same anchor.
+
+        TRL's trainers create their reference adapter this way, and then copy the differences into it.
+        """
+        self._refuse_residual("a second adapter would be added to the changed base weights")
+        source = self._adapter_with(peft_config) if self._loading is None else None
+        if _ADDING_CASTS:
+            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        else:
+            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
+            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[operator]
+        if source is not None:
+            for path in self.sidecars[source].ranks:
+                install_copy(lora_layer(self, path), adapter_name, source)
+            self.remember(adapter_name, self.sidecars[source])
+            if source in self.protections:
+                # The directions are the same, but other optimizers may step the new factors.
+                own = {path: replace(p, is_kept=False) for path, p in self.protections[source].items()}
+                self.protect(adapter_name, own, self.protected_inputs.get(source))
+
+    def load_adapter(  # type: ignore[override]
+        self,
+        model_id: str,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *args: Any,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an adapter as PEFT does, and restore differences and anchors if it has a milora.json.
+
+        Raises AdapterError if an adapter of that name exists and has other modules or ranks, and if this is not the
+        base model that the adapter was made for.
+        """
+        sidecar, existing = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
+        anchors: Mapping[str, Tensor] = {}
+        if existing is not None:
+            require_same_kind(Path(model_id), sidecar, existing)
+        if sidecar is not None:
+            require_weights(Path(model_id), sidecar)
+            # In the residual form the base weights hold W_p, so they cannot match the sketches of W.
+            skip = allow_base_mismatch or (existing is not None and existing.form == "residual")
+            sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
+            anchors = sidecar.read_anchors(Path(model_id))
+        with self._loads(adapter_name, "stock" if sidecar is None or existing is None else (sidecar, anchors)):
+            result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+        if sidecar is not None:
+            restore(self, adapter_name, sidecar, anchors)
+            if is_trainable and existing is None:
+                self.protect_again(adapter_name, Path(model_id))
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict as PyTorch does, also one of format version 1, which is converted.
+
+        A state dict that comes without milora.json has version 1 if the second half of B is -B0. Raises AdapterError if
+        DeepSpeed loads one of version 1, and the training code does not convert the shards of its optimizer.
+        """
+        state = dict(state_dict)
+        if not self.converts_shards:
+            require_no_shards(state)
+        for adapter, sidecar in self.sidecars.items():
+            layers = {path: lora_layer(self, path) for path in sidecar.ranks}
+            anchors: Mapping[str, Tensor] = {}
+            if isinstance(self._loading, tuple):
+                version, anchors = self._loading[0].version, self._loading[1]
+            else:
+                version = 1 if holds_version_1(state, layers, adapter) else FORMAT_VERSION
+                parameters = (p for layer in layers.values() for p in trained_factors(layer, adapter))
+                if version == 1 and not self.converts_shards and any(map(has_shards, parameters)):
+                    raise shards_error()
+            with anchors_belong(ANCHORS_FILE):
+                state = current_state(state, layers, adapter, version, anchors)
+        return super().load_state_dict(state, strict, assign)
+
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """Add adapters as PEFT does; the sum is a plain LoRA. Raises AdapterError for modules trained in full."""
+        self._refuse_residual("a second adapter would be added to the changed base weights")
+        require_factors_alone(self, adapters)
+        self.base_model.add_weighted_adapter(adapters, *args, **kwargs)  # type: ignore[operator]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter as PEFT does, with its metadata."""
+        super().delete_adapter(adapter_name)
+        self.sidecars.pop(adapter_name, None)
+        self.protections.pop(adapter_name, None)
+        self.protected_inputs.pop(adapter_name, None)
+
+    def disable_adapter(self) -> Any:
+        """Run the base model alone, as PEFT does. Raises AdapterError in the residual form."""
+        self._refuse_residual("without its adapter the changed base is not the base model")  # it holds W_p
+        return super().disable_adapter()
+
+    def unload(self) -> Any:
+        """Return the base model without the adapter, as PEFT does. Raises AdapterError in the residual form."""
+        self._refuse_residual("the base weights are changed", "call merge_and_unload(), or reload the base model")
+        return self.base_model.unload()  # type: ignore[operator]
+
+    def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
+        """Store the metadata of an adapter. `milora_targets` and `milora_report` describe the first adapter."""
+        self.sidecars[adapter_name] = sidecar
+        if next(iter(self.sidecars)) == adapter_name:
+            self.milora_targets = list(sidecar.targets)
+            self.milora_report = list(sidecar.reports.values())
+        # Anchors are equal on all ranks and never change, but DDP would broadcast them in every forward.
+        self._ddp_params_and_buffers_to_ignore = list(anchor_names(self))
+
+    def _adapter_with(self, config: PeftConfig) -> str | None:
+        return next((name for name in self.sidecars if self.peft_config[name] == config), None)
+
+    def _refuse_residual(self, reason: str, hint: str = "use form anchored") -> None:
+        if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
+            raise AdapterError(reason, code="adapter-residual-form", where="form residual", hint=hint)
+
+    @contextmanager
+    def _loads(self, adapter: str, loading: tuple[Sidecar, Mapping[str, Tensor]] | Literal["stock"]) -> Iterator[None]:
+        """Set `_loading` while PEFT loads, and check that the anchors of a residual adapter do not change.
+
+        PEFT's load_adapter calls `add_adapter`, which must not copy an anchor then, and `load_state_dict`, which must
+        know the format of the file. `loading` is the sidecar with the exact anchors if the adapter exists here.
+        """
+        existing = self.sidecars.get(adapter)
+        fixed = list(existing.ranks) if existing is not None and existing.form == "residual" else []
+        before = {path: [a.clone() for a in anchors_of(lora_layer(self, path), adapter)] for path in fixed}
+        self._loading = loading
+        try:
+            yield
+        finally:
+            self._loading = None
+        for path, anchors in before.items():
+            after = anchors_of(lora_layer(self, path), adapter)
+            if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
+                raise AdapterError(
+                    "the saved anchor differs from the anchor in this base weight (form residual)",
+                    code="adapter-wrong-anchor",
+                    where=path,
+                    hint="reload the base model, then  load_adapter(base, path, is_trainable=True)",
+                )
+
+
+class MiloraModel(MiloraMixin, peft.PeftModel):
+    """PeftModel with trained differences and anchors."""
+
+
+class MiloraModelForCausalLM(MiloraMixin, peft.PeftModelForCausalLM):
+    """PeftModelForCausalLM with trained differences and anchors."""
+
+
+class MiloraModelForSeq2SeqLM(MiloraMixin, peft.PeftModelForSeq2SeqLM):
+    """PeftModelForSeq2SeqLM with trained differences and anchors."""
+
+
+class MiloraModelForSequenceClassification(MiloraMixin, peft.PeftModelForSequenceClassification):
+    """PeftModelForSequenceClassification with trained differences and anchors."""
+
+
+class MiloraModelForTokenClassification(MiloraMixin, peft.PeftModelForTokenClassification):
+    """PeftModelForTokenClassification with trained differences and anchors."""
+
+
+class MiloraModelForQuestionAnswering(MiloraMixin, peft.PeftModelForQuestionAnswering):
+    """PeftModelForQuestionAnswering with trained differences and anchors."""
+
+
+class MiloraModelForFeatureExtraction(MiloraMixin, peft.PeftModelForFeatureExtraction):
+    """PeftModelForFeatureExtraction with trained differences and anchors."""
+
+
+_OURS: dict[type[PeftModel], type[MiloraMixin]] = {
+    peft.PeftModel: MiloraModel,
+    peft.PeftModelForCausalLM: MiloraModelForCausalLM,
+    peft.PeftModelForSeq2SeqLM: MiloraModelForSeq2SeqLM,
+    peft.PeftModelForSequenceClassification: MiloraModelForSequenceClassification,
+    peft.PeftModelForTokenClassification: MiloraModelForTokenClassification,
+    peft.PeftModelForQuestionAnswering: MiloraModelForQuestionAnswering,
+    peft.PeftModelForFeatureExtraction: MiloraModelForFeatureExtraction,
+}
+
+
+def adopt(model: PeftModel) -> MiloraMixin:
+    """Change the class of a stock PeftModel to the matching class above, in place."""
+    if not isinstance(model, MiloraMixin):
+        model.__class__ = _OURS[type(model)]
+        assert isinstance(model, MiloraMixin)
+        model.sidecars, model.protections, model.protected_inputs = {}, {}, {}
+        keep_hooks_apart(model)
+        refuse_hotswap(model)
+    return model
+
+
+@contextmanager
+def anchors_belong(file: str | Path) -> Iterator[None]:
+    """Raise AdapterError for `file` if an anchor in it does not belong to the factors."""
+    try:
+        yield
+    except ValueError as error:
+        raise AdapterError(
+            f"{error}: B0 + E is not B",
+            code="adapter-wrong-anchor",
+            where=str(file),
+            hint="restore the files of one save",
+        ) from error
+
+
+def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[str, Tensor]) -> MiloraMixin:
+    """Split an adapter that was loaded as a stock LoRA into differences and anchors, and set each module's dropout.
+
+    `anchors` has the exact B0 by path, see `Sidecar.read_anchors`.
+    """
+    ours = adopt(model)
+    for target in sidecar.targets:
+        if target.rank is None:
+            continue
+        layer = lora_layer(ours, target.path)
+        if target.has_anchor and not has_halves(layer, adapter):
+            with anchors_belong(ANCHORS_FILE):
+                install_loaded(layer, adapter, sidecar.version, anchors.get(target.path))
+        set_dropout(layer, adapter, target.dropout)
+    ours.remember(adapter, replace(sidecar, version=FORMAT_VERSION, anchors=()))
+    return ours
+
+
+def _local_config(name: str) -> dict[str, Any]:
+    """Return config.json of a base model from its folder or the hub's cache; empty if it is in neither."""
+    file: Any = Path(name) / "config.json"
+    if not file.is_file() and name.count("/") <= 1:
+        file = try_to_load_from_cache(name, "config.json") if name else None
+    if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
+        return {}
+    return dict(parse_json(Path(file).read_text(encoding="utf-8")))
+
+
+_DEEPSPEED_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+
+class WholeModule(ModulesToSaveWrapper):
+    """A ModulesToSaveWrapper that DeepSpeed can put its own hooks on.
+
+    The stock wrapper forwards `hasattr` to the module inside. DeepSpeed before 0.19.4 asks it for hooks, gets the
+    answer of the inner module and installs none. The first forward then fails with `'Linear' object has no attribute
+    'ds_grads_remaining'`.
+    """
+
+    def _hasattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> bool:
+        return name not in _DEEPSPEED_ATTRIBUTES and bool(super()._hasattr_wrapped(name, modules))
+
+
+def keep_hooks_apart(model: PeftModel) -> None:
+    """Change the wrappers in `model` to WholeModule if DeepSpeed ZeRO-3 is in use."""
+    if is_deepspeed_zero3_enabled():
+        for module in model.modules():
+            if type(module) is ModulesToSaveWrapper:
+                module.__class__ = WholeModule

@@ -1,0 +1,260 @@
+"""milora.json, the sidecar file of an adapter: the settings of each module and a fingerprint of its base weight.
+
+Without this file the folder is still a correct LoRA of rank 2r for inference. With it, the trained difference and the
+anchor are known again, so training can continue.
+
+Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
+where it cannot be computed from them bit for bit, above all for float32 bases. Version 1 stored [A; A0] and [B, -B0].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from milora_vl.adapter.errors import AdapterError
+from milora_vl.adapter.folders import ADAPTER_FILES
+from milora_vl.base.json_text import parse_json
+from milora_vl.factors.initialize import LayerReport
+from milora_vl.policy.methods import METHODS
+from milora_vl.policy.rules import FloorSigma, Protect, Target
+from milora_vl.weights.fingerprint import Sketch
+
+FILE_NAME = "milora.json"
+ANCHORS_FILE = "milora_anchors.safetensors"
+FORMAT_VERSION = 2
+FORMS = ("anchored", "residual")
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
+
+    `version` is the format of the stored factors, `anchors` the names of the modules whose B0 is in ANCHORS_FILE, and
+    `inputs` the hash of the file with the protected inputs, see `milora_vl/calibration/files.py`.
+    """
+
+    form: str
+    targets: Sequence[Target]
+    names: Mapping[str, str]
+    sketches: Mapping[str, Sketch]
+    reports: Mapping[str, LayerReport]
+    version: int = FORMAT_VERSION
+    anchors: Sequence[str] = ()
+    inputs: str | None = None
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        modules = {target.path: self._module(target) for target in self.targets}
+        content: dict[str, Any] = {"format_version": self.version, "form": self.form, "anchors": list(self.anchors)}
+        if self.inputs is not None:
+            content["protected_inputs"] = self.inputs
+        return json.dumps({**content, "modules": modules}, indent=1) + "\n"
+
+    def _module(self, target: Target) -> dict[str, Any]:
+        fields = target.to_dict()
+        del fields["path"]
+        entry = {"name": self.names[target.path], "part": target.part, **fields}
+        if target.path in self.sketches:
+            entry["fingerprint"] = dataclasses.asdict(self.sketches[target.path])
+        if target.path in self.reports:
+            entry["report"] = dataclasses.asdict(self.reports[target.path])
+        return entry
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return the rank r of every module that has an anchor, by path."""
+        return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
+
+    def write(self, folder: Path, anchors: Mapping[str, Tensor]) -> None:
+        """Write milora.json, and ANCHORS_FILE with `anchors`, the B0 (out, r) that the factors do not give, by path."""
+        named = {self.names[path]: B0.detach().cpu().contiguous() for path, B0 in anchors.items()}
+        content = dataclasses.replace(self, version=FORMAT_VERSION, anchors=sorted(named)).to_json()
+        if named:
+            save_file(named, folder / ANCHORS_FILE, metadata={"format": "pt"})
+        (folder / FILE_NAME).write_text(content, encoding="utf-8")
+
+    def read_anchors(self, folder: Path) -> dict[str, Tensor]:
+        """Return the B0 (out, r) in ANCHORS_FILE of `folder`, by path. Raises AdapterError if the file lacks one."""
+        if not self.anchors:
+            return {}
+        file = folder / ANCHORS_FILE
+        stored = load_file(file) if file.is_file() else {}
+        missing = [name for name in self.anchors if name not in stored]
+        if missing:
+            raise AdapterError(
+                f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
+                code="adapter-missing-weights",
+                where=str(file),
+                hint="restore the files of one save",
+            )
+        path_of = {name: path for path, name in self.names.items()}
+        return {path_of[name]: stored[name] for name in self.anchors}
+
+
+def read_sidecar(folder: Path) -> Sidecar | None:
+    """Return milora.json of an adapter folder, or None if the folder has none.
+
+    Raises AdapterError if the file is damaged or its format is newer than this version.
+    """
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return None
+    try:
+        data = parse_json(file.read_text(encoding="utf-8"))
+        version = data["format_version"]
+        if version > FORMAT_VERSION:
+            raise AdapterError(
+                f"this file has format {version}, and this version reads up to {FORMAT_VERSION}",
+                code="adapter-newer-format",
+                where=str(file),
+                hint="update milora-vl, or load the folder with stock PEFT as a plain LoRA",
+            )
+        if data["form"] not in FORMS:
+            raise KeyError(f"form {data['form']!r}")
+        sidecar = _from_modules(data["form"], data["modules"])
+        return dataclasses.replace(
+            sidecar, version=version, anchors=tuple(data.get("anchors", ())), inputs=data.get("protected_inputs")
+        )
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AdapterError(
+            f"the file is damaged ({type(error).__name__}: {error})",
+            code="adapter-damaged-file",
+            where=str(file),
+            hint="restore the file, or remove it: the folder is then a plain LoRA for inference",
+        ) from error
+
+
+def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
+    known = {field.name for field in dataclasses.fields(Target)}
+    targets, sketches, reports, names = [], {}, {}, {}
+    for path, entry in modules.items():
+        fields = {name: value for name, value in entry.items() if name in known}
+        sigma = fields.get("sigma", "keep")
+        fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
+        fields["protect"] = Protect(**fields["protect"]) if fields.get("protect") else None
+        fields["shape"] = tuple(fields["shape"])
+        _require_types(fields, entry["name"])
+        targets.append(Target(path=path, **fields))
+        names[path] = entry["name"]
+        if "fingerprint" in entry:
+            sketches[path] = Sketch.from_dict(entry["fingerprint"])
+        if "report" in entry:
+            rows, columns = entry["report"]["shape"]
+            reports[path] = LayerReport(**{**entry["report"], "shape": (rows, columns)})
+    return Sidecar(form, targets, names, sketches, reports)
+
+
+def _require_types(fields: Mapping[str, Any], name: object) -> None:
+    """Raise TypeError or KeyError for values that no target has."""
+    if fields["method"] not in METHODS:
+        raise KeyError(f"method {fields['method']!r}")
+    if not isinstance(name, str) or not isinstance(fields.get("tower"), str | NoneType):
+        raise TypeError(f"name {name!r}, tower {fields.get('tower')!r}")
+    whole = [*fields["shape"], fields.get("seed", 0), *([] if fields.get("rank") is None else [fields["rank"]])]
+    if not all(isinstance(number, int) and 0 <= number < _LARGEST for number in whole):
+        raise TypeError(f"shape, rank or seed {whole!r:.80}")
+    others = [fields.get(key) for key in ("alpha", "dropout", "learning_rate", "weight_decay")]
+    if not all(number is None or isinstance(number, int | float) for number in others):
+        raise TypeError(f"alpha, dropout or rates {others!r:.80}")
+
+
+def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
+    """Return the sidecar with the module paths of a model; `model_names` maps its paths to layout-independent names.
+
+    Raises AdapterError for modules that the model does not have.
+    """
+    if all(target.path in model_names for target in sidecar.targets):
+        return sidecar
+    path_by_name = {name: path for path, name in model_names.items()}
+    missing = [name for name in sidecar.names.values() if name not in path_by_name]
+    if missing:
+        raise AdapterError(
+            f"the model lacks {len(missing):,} of the {len(sidecar.names):,} modules that the adapter trains: "
+            f"{', '.join(missing[:3])}",
+            code="adapter-missing-modules",
+            hint="load the base model that the adapter was trained on",
+        )
+    path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
+    return Sidecar(
+        sidecar.form,
+        [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets],
+        {path_of[path]: name for path, name in sidecar.names.items()},
+        {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
+        {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
+        sidecar.version,
+        sidecar.anchors,
+        sidecar.inputs,
+    )
+
+
+_PREFIX = "base_model.model."
+_LARGEST = 1 << 63
+
+
+def require_weights(folder: Path, sidecar: Sidecar) -> None:
+    """Raise AdapterError unless adapter_model.safetensors holds the modules and ranks that milora.json lists.
+
+    Reads the header of the file only, names and shapes. PEFT checks pickled files.
+    """
+    file = folder / ADAPTER_FILES[0]
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
+        shapes = {name: stored.get_slice(name).get_shape() for name in names if "lora_" in name}
+    for target in sidecar.targets:
+        missing = _missing(target, names)
+        if missing is not None:
+            raise AdapterError(
+                f"lacks {missing}, which {FILE_NAME} lists ({target.method}, {target.tower or 'no tower'})",
+                code="adapter-missing-weights",
+                where=str(file),
+                hint="some training code leaves modules out of its checkpoints: use the folder saved at the end",
+            )
+        rank = _rank(target, shapes)
+        if target.rank is None or rank is None:
+            continue
+        expected = target.rank * (2 if target.has_anchor else 1)
+        if rank != expected:
+            raise AdapterError(
+                f"{target.path} has rank {rank}, but {FILE_NAME} expects {expected}",
+                code="adapter-rank-mismatch",
+                where=str(file),
+                hint="restore the two files of one save",
+            )
+    known = tuple(f"{_PREFIX}{target.path}." for target in sidecar.targets)
+    others = sorted(name for name in shapes if not name.startswith(known))
+    if others:
+        raise AdapterError(
+            f"contains {others[0]}, which {FILE_NAME} does not list ({len(others):,} such tensors)",
+            code="adapter-unlisted-weights",
+            where=str(file),
+            hint="restore the two files of one save",
+        )
+
+
+def _missing(target: Target, names: set[str]) -> str | None:
+    start = f"{_PREFIX}{target.path}."
+    if target.rank is None:
+        return None if any(name.startswith(start) for name in names) else target.path
+    pairs = (("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B"))
+    return next((start + pair[0] for pair in pairs if not {start + name for name in pair} & names), None)
+
+
+def _rank(target: Target, shapes: dict[str, list[int]]) -> int | None:
+    start = f"{_PREFIX}{target.path}."
+    return next(
+        (shapes[start + name][0] for name in ("lora_A.weight", "lora_embedding_A") if start + name in shapes), None
+    )

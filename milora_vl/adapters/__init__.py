@@ -1,1 +1,0 @@
-"""Adapter folders of any origin: recognize, read and scale them, and load them onto a model."""

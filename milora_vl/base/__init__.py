@@ -1,0 +1,1 @@
+"""What every room stands on: errors, secrets, YAML and JSON of unknown origin, strict models, atomic files."""

@@ -1,0 +1,1 @@
+"""The initial factors of a whole model: decomposed, cached, divided among processes."""

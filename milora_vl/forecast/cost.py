@@ -1,0 +1,283 @@
+"""Memory per device and time of a plan: how much is needed, whether it fits, and which flags make it fit.
+
+They show whether a plan fits a device, and which flags help if it does not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from milora_vl.forecast.estimate import (
+    A100_FLOPS,
+    GIB,
+    Workload,
+    calibration_bytes,
+    calibration_flops,
+    distinct_inputs,
+    duration_text,
+    expected_directions,
+    flops_per_step,
+    host_memory,
+    measured_flops,
+    memory,
+    protected_bytes,
+    protected_input_bytes,
+    svd_flops,
+)
+from milora_vl.forecast.simulate import Shape, simulate
+from milora_vl.models.image_tokens import image_tokens, is_llava, uses_processor
+from milora_vl.models.quantized import bytes_per_number, quantized_layers
+from milora_vl.plan.batching import Batching
+from milora_vl.plan.first_batch import Counts
+from milora_vl.plan.launch import strategy_of
+from milora_vl.plan.screen import trained_sizes
+from milora_vl.policy import Target
+from milora_vl.policy.towers import find_towers
+
+MIX665K = Counts(tokens=700, supervised=60, exact=False)  # approximate, per record
+FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the third added
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help."""
+
+    lines: list[str]
+    change: str | None = ""
+
+
+def costs_of(
+    train: dict[str, Any],
+    config: Any,
+    base: nn.Module,
+    targets: Sequence[Target],
+    counts: Counts,
+    batching: Batching,
+    packed_bytes: float | None,
+    *,
+    has_steps: bool,
+    gpu_memory: float | None = None,
+    is_here: bool = True,
+) -> Costs:
+    """Return memory by purpose and the time of a run; `is_here` adds the time on the CPU of this machine."""
+    work = workload_of(train, config, base, targets, counts, batching, packed_bytes)
+    missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
+    frugal = {name: True for name, lacks in missing.items() if lacks}
+    flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
+    lean = work
+    if frugal:
+        lean = workload_of(train | frugal, config, base, targets, counts, batching, packed_bytes)
+    sizes, leanest = memory(work), sum(memory(lean).values())
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
+    stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
+    devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
+    whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
+    out = [f"{whole}: {parts}" if parts else whole]
+    if uses_processor(config):
+        out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
+    if host_memory(work):
+        out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
+    if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
+        out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
+    change: str | None = ""
+    if gpu_memory is not None:
+        lines, change = verdict(work, lean, flags, gpu_memory)
+        out += lines
+    here, step = measured_flops(), flops_per_step(work)
+    rows = [("one A100 per device at 40 % of peak", A100_FLOPS), ("the CPU of this machine", here)]
+    for name, rate in rows if is_here else rows[:1]:
+        total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
+        out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
+    if is_here and svd_flops(targets):
+        out.append(f"factors about {duration_text(svd_flops(targets) / here)} once, on the CPU of this machine")
+    out += calibration_lines(targets, work, here if is_here else None)
+    return Costs(out, change)
+
+
+def calibration_lines(targets: Sequence[Target], work: Workload, here: float | None) -> list[str]:
+    """Return the plan of the calibration; no lines without protected inputs. `here` is the speed of this CPU."""
+    inputs = distinct_inputs(targets)
+    if not inputs:
+        return []
+    share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
+    on_cpu = all(target.protect is not None and target.protect.offload for target in inputs)
+    lines = [
+        f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many), "
+        f"{sum(4 * t.shape[1] * expected_directions(t) for t in inputs) / GIB:.2g} GiB"
+        + (" of CPU memory" if on_cpu else "")
+    ]
+    if here is not None:
+        seconds = calibration_flops(targets, work.total) / here
+        memory_text = f"{calibration_bytes(targets) / GIB:.2g} GiB of memory"
+        lines.append(f"calibration about {duration_text(seconds)} and {memory_text} once, on the CPU of this machine")
+    return lines
+
+
+def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:
+    """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
+
+    The peak grows linearly with the number of layers of the language model and of a frozen vision tower. A vision
+    tower that trains is simulated whole.
+    """
+    text, towers = config.get_text_config(), find_towers(base)
+    layers = text.num_hidden_layers
+    tower = config.to_dict().get("vision_config", {}).get("num_hidden_layers", 0) if shape.pictures else 0
+    shortens_tower = tower > FEW[1] and not any(target.tower == "vision" for target in targets)
+
+    def peak(language: int, vision: int) -> int:
+        small = copy.deepcopy(config)
+        small.get_text_config().num_hidden_layers = language
+        if small.get_text_config().to_dict().get("layer_types"):
+            small.get_text_config().layer_types = text.layer_types[:language]
+        if shortens_tower:
+            small.vision_config.num_hidden_layers = vision
+        kept = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < language]
+        return simulate(small, kept, shape).activations
+
+    fewer, few = (min(count, layers) for count in FEW)
+    most = peak(few, FEW[1])
+    total = most + (most - peak(fewer, FEW[1])) * (layers - FEW[1])
+    if shortens_tower:
+        total += (most - peak(few, FEW[0])) * (tower - FEW[1])
+    return total
+
+
+def shape_of(config: Any, work: Workload, counts: Counts, *, checkpointing: bool) -> Shape:
+    """Return the shape of one micro-step on one device."""
+
+    # Elsewhere the size of a picture decides what the tower computes; `tokens` includes the tokens of pictures.
+    has_images = "vision_config" in config.to_dict() and is_llava(config)
+    return Shape(
+        records=work.records,
+        tokens=max(work.tokens, 2),
+        supervised=int(counts.supervised * work.records),
+        pictures=math.ceil(work.records * counts.records) if has_images else 0,
+        image_tokens=image_tokens(config) if has_images else 0,
+        half=work.half,
+        checkpointing=checkpointing,
+        base_dtype=torch.bfloat16 if work.half else torch.float32,
+    )
+
+
+def duration_of_step(seconds: float) -> str:
+    """Return the time of a step as text; short times have decimals."""
+    return duration_text(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def workload_of(
+    train: dict[str, Any],
+    config: Any,
+    base: nn.Module,
+    targets: Sequence[Target],
+    counts: Counts,
+    batching: Batching,
+    packed_bytes: float | None,
+) -> Workload:
+    """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
+
+    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised.
+    """
+    sizes = trained_sizes(targets, base)
+    adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
+    half = bool(train.get("bf16") or train.get("fp16"))
+    zero = (train.get("deepspeed") or {}).get("zero_optimization", {})
+    fsdp = strategy_of(train["fsdp_config"]) if train.get("fsdp") else None
+    anchor = 2.0 if half and packed_bytes is None else 4.0
+    work = Workload(
+        total=sum(p.numel() for p in base.parameters()),
+        adapters=adapters,
+        anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
+        full=sum(sizes.values()) - adapters,
+        protected_bytes=sum(protected_bytes(t, anchor) for t in targets) + protected_input_bytes(targets, anchor),
+        base_bytes=2.0 if half else 4.0,
+        packable=0 if not adapters else sum(_numel(base.get_submodule(path)) for path in quantized_layers(base)),
+        packed_bytes=packed_bytes,
+        stage=3 if fsdp else int(zero.get("stage", 0)),
+        fsdp=fsdp,
+        devices=batching.num_devices,
+        records=batching.per_device,
+        tokens=int(counts.tokens),
+        accumulation=batching.accumulation,
+        checkpointing=bool(train.get("activation_checkpointing")),
+        half=half,
+        activations=0.0,
+        optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
+        offload_optimizer=_offloads(zero, "offload_optimizer"),
+        offload_weights=_offloads(zero, "offload_param"),
+    )
+    shape = shape_of(config, work, counts, checkpointing=work.checkpointing)
+    step = activations(config, base, targets, shape)
+    if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
+        step += 2 * 4 * shape.supervised * config.get_text_config().vocab_size
+    return replace(work, activations=step)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return (zero.get(what) or {}).get("device", "none") != "none"
+
+
+OVERHEAD = 1.0  # GiB for CUDA, its libraries and fragmentation
+
+
+def needed(work: Workload) -> float:
+    """Return the GiB on one device, including CUDA."""
+    return sum(memory(work).values()) / GIB + OVERHEAD
+
+
+def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[list[str], str | None]:
+    """Return lines for a device of `limit` GiB, and the flags that make it fit: "" if it fits, None if none do.
+
+    `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
+    """
+    whole = needed(work)
+    summary = f"{limit:g} GiB: needs {whole:.1f} GiB, {OVERHEAD:g} of them for CUDA"
+    if whole <= limit:
+        return [f"fits   {summary}"], ""
+    fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
+    if not fitting:
+        hint = "no single change is enough: use more devices, a smaller rank or a smaller model"
+        return [f"does not fit {summary}", hint], None
+    lines = [f"  {what}: {size:.1f} GiB" for what, size in fitting[:4]]
+    return [f"does not fit {summary}", "these flags make it fit:", *lines], fitting[0][0]
+
+
+def memory_savings(work: Workload, lean: Workload, flags: str) -> Iterator[tuple[str, Workload]]:
+    """Yield flags to add to the command line and their workload, mildest first; each includes `flags`, as `lean`."""
+    if flags:
+        yield flags, lean
+    # Only divisors, so that the batch of a step stays the same.
+    for records in (n for n in range(lean.records // 2, 0, -1) if lean.records % n == 0):
+        yield f"{flags} {_batch(lean, records)}".lstrip(), _with_batch(lean, records)
+    smallest = _with_batch(lean, 1)
+    least = f"{flags} {_batch(lean, 1)}".lstrip() if lean.records > 1 else flags
+    if work.devices > 1 and work.stage < 3 and work.packed_bytes is None:
+        yield f"--deepspeed zero3 {flags}".rstrip(), replace(lean, stage=3)
+        yield f"--deepspeed zero3 {least}".rstrip(), replace(smallest, stage=3)
+    if work.packable and work.packed_bytes is None and work.stage < 3:
+        packed = replace(smallest, packed_bytes=bytes_per_number("4bit", double_quant=True))
+        yield f"--quantization 4bit {least}".rstrip(), packed
+    if not work.offload_weights and work.packed_bytes is None:
+        offloaded = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
+        yield f"--deepspeed zero3_offload {least}".rstrip(), offloaded
+
+
+def _batch(work: Workload, records: int) -> str:
+    accumulation = work.accumulation * work.records // records
+    return f"--per_device_train_batch_size {records} --gradient_accumulation_steps {accumulation}"
+
+
+def _with_batch(work: Workload, records: int) -> Workload:
+    accumulation = work.accumulation * work.records // records
+    return replace(work, records=records, accumulation=accumulation,
+                   activations=work.activations * records / work.records)  # fmt: skip

@@ -1,0 +1,358 @@
+"""`--dry-run` (`--devices`, `--gpu-memory`): check and show a run in seconds, without weights and network.
+
+It validates the recipe, builds the model on the meta device from its config, resolves the policy, shows the first batch
+with its targets, and estimates memory and time. The plan goes to stdout.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from milora_data.encode.templates import OWN
+from milora_data.encode.tokens import share_template
+from milora_data.records.record import Record
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import amount, as_typed
+from milora_vl.forecast.cost import MIX665K, Costs, costs_of
+from milora_vl.models.image_tokens import image_tokens, uses_processor
+from milora_vl.models.loading import load_processor, meta_model, split_processor
+from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
+from milora_vl.models.quantized import bytes_per_number
+from milora_vl.models.smol_llava import folder_of
+from milora_vl.plan import eval_section, first_batch, record_checks, run_data, train_section
+from milora_vl.plan.batching import Batching
+from milora_vl.plan.plan import Plan, make_plan
+from milora_vl.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
+from milora_vl.policy import Target
+from milora_vl.policy.towers import find_towers
+from milora_vl.recipe import base_model, rates
+from milora_vl.recipe.command_line import PROG, Request
+from milora_vl.recipe.merge import merge_recipe
+from milora_vl.recipe.on_model import require_template, rules_for, targets_of
+from milora_vl.recipe.places import at_their_places
+from milora_vl.recipe.schema import Recipe, RecipeError
+from milora_vl.tiny import tiny_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a run will do: its recipe and targets, its steps (unknown without data), its costs and warnings."""
+
+    recipe: Recipe
+    base: nn.Module
+    targets: list[Target]
+    path: Path
+    num_records: int | None
+    batching: Batching
+    has_steps: bool
+    costs: Costs
+    warnings: list[str]
+
+
+@at_their_places
+def show(request: Request) -> int:
+    """Print the plan of a run and return 0. Raises UserError with everything that would stop the run.
+
+    With --format json the plan goes to stderr and a JSON summary to stdout.
+    """
+    screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
+    _show_next(work_out(request, screen), request, screen)
+    return 0
+
+
+@at_their_places
+def outlook(request: Request) -> Outlook:
+    """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
+    return work_out(request, Screen(io.StringIO()))
+
+
+def work_out(request: Request, screen: Screen) -> Outlook:
+    """Show the plan of a run and return it. Raises UserError with everything that would stop the run."""
+    plan = _plan_or_all_problems(request)
+    config = base_model.config_for(plan.recipe)
+    base = meta_model(config)
+    recipe = rules_for(plan.recipe, base, implicit=plan.implicit_policy)
+    targets = targets_of(recipe, base)
+    path, processes = plan.folder.path, num_devices(request)
+    train, warnings = train_section.prepared(recipe)
+    warnings += rates.warnings(targets, train, method=request.edits.method)
+    targets = rates.in_force(targets, train)
+    for line in [*plan.notes, *(f"warning: {warning}" for warning in [*plan.warnings, *warnings])]:
+        screen.say(line)
+    parts = base_model.parts_of(recipe)
+    screen.say(f"model  {parts.describe() if parts else recipe.model}, {num_parameters(base):,} parameters")
+    screen.say(f"run    {path} (not created)\n")
+    policy(screen, base, targets)
+    problems = _missing(recipe)  # raised at the end, after the plan is printed
+    try:
+        counts, num_records = data(screen, recipe, config, base)
+    except UserError as error:
+        problems.append(error)
+        counts, num_records = _assumed(screen, recipe, "cannot be read"), None
+    rows = math.ceil((num_records or 1) / counts.records)
+    batching = _batching(train, None if recipe.data.streaming else rows, processes)
+    screen.say(f"\nbatch  {batching.describe()}")
+    has_steps = recipe.data.streaming or num_records is not None
+    unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
+    screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
+    costs = costs_of(
+        train, config, base, targets, counts, batching, _packed_bytes(recipe), has_steps=has_steps,
+        gpu_memory=request.gpu_memory, is_here=request.devices is None and request.gpu_memory is None,
+    )  # fmt: skip
+    screen.say("\n".join(costs.lines))
+    if problems:
+        raise UserError(problems=[problem for error in problems for problem in error.problems])
+    return Outlook(recipe, base, targets, path, num_records, batching, has_steps, costs, [*plan.warnings, *warnings])
+
+
+def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
+    """Show the command that starts the run, and with --format json print the summary."""
+    recipe, base, batching, costs = run.recipe, run.base, run.batching, run.costs
+    start = command(request) + ("" if recipe.data.path else _words_for_data(base))
+    start += f" {costs.change}" if costs.change else ""
+    if batching.num_devices > 1 and request.output_dir is None:
+        start += " --output_dir FOLDER"  # the default name holds the time, which differs between processes
+    how = {"": "to start it", None: "to start it on a device where it fits"}
+    title = how.get(costs.change, "to start it so that it fits")
+    screen.say(as_typed(f"\n{title}:\n  {start}"))
+    if request.format == "json":
+        content = {
+            "model": recipe.model, "parameters": num_parameters(base), **_trained(base, run.targets),
+            "records": run.num_records, "batch": batching.total,
+            "steps": batching.steps if run.has_steps else None, "cost": costs.lines,
+            "output_dir": str(run.path), "next": start,
+        }  # fmt: skip
+        sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+
+
+def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batching:
+    return Batching(
+        num_records=num_rows,
+        per_device=train.get("per_device_train_batch_size", 8),
+        accumulation=train.get("gradient_accumulation_steps", 1),
+        num_devices=devices,
+        epochs=train.get("num_train_epochs", 3.0),
+        max_steps=train.get("max_steps", -1),
+        drop_last=train.get("dataloader_drop_last", False),
+    )
+
+
+def _plan_or_all_problems(request: Request) -> Plan:
+    """Make the plan. Raises UserError with all problems, also of data and evaluation, if the rules do not fit."""
+    try:
+        return make_plan(request, processes=num_devices(request))
+    except RecipeError as error:
+        recipe = merge_recipe(request).recipe
+        errors = [error, *_missing(recipe), *_data_errors(recipe)]
+        raise UserError(
+            problems=[problem for each in errors for problem in each.problems], source=error.source
+        ) from None
+
+
+def _missing(recipe: Recipe) -> list[UserError]:
+    """Return errors that would stop loading the model, or the evaluation after training."""
+    errors = []
+    for check in (
+        lambda: base_model.require_usable(recipe),
+        lambda: _template(recipe),
+        lambda: eval_section.require_runnable(recipe.eval),
+    ):
+        try:
+            check()
+        except UserError as error:
+            # The plan of a named model needs only its config; data() says that the processor is not here.
+            if not (_is_absent(error) and base_model.prepares_with_processor(recipe.model)):
+                errors.append(error)
+    return errors
+
+
+def _is_absent(error: UserError) -> bool:
+    """Return whether the error says that files are not on this machine and the hub does not answer."""
+    return error.problems[0].code == "model-not-available"
+
+
+def _template(recipe: Recipe) -> None:
+    """Raise UserError if the recipe needs a chat template that a local tokenizer does not have."""
+    if (
+        recipe.template == OWN
+        and base_model.parts_of(recipe) is None
+        and not base_model.prepares_with_processor(recipe.model)
+    ):
+        tokenizer = tokenizer_at_hand(recipe.model)
+        if tokenizer is not None:
+            require_template(recipe, tokenizer)
+
+
+def _data_errors(recipe: Recipe) -> list[UserError]:
+    if recipe.data.path is None:
+        return []
+    try:
+        run_data.read_records(recipe.data)
+    except UserError as error:
+        return [error]
+    return []
+
+
+def _words_for_data(base: nn.Module) -> str:
+    return " --data_path DATA.json" + (" --image_folder FOLDER" if find_towers(base).vision is not None else "")
+
+
+def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
+    sizes = trained_sizes(targets, base)
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in policy_rows(targets, sizes)]
+    return {"trained": sum(sizes.values()), "policy": rows}
+
+
+def _packed_bytes(recipe: Recipe) -> float | None:
+
+    if recipe.quantization == "none":
+        return None
+    return bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
+
+
+def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
+    """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
+    sizes = trained_sizes(targets, base)
+    screen.policy(policy_rows(targets, sizes), frozen_towers(base, targets))
+    adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
+    full = sum(sizes.values()) - adapters
+    copies = full if adapters else 0  # PEFT keeps the original beside a module that trains in full
+    screen.say(trainable_text(adapters + full, num_parameters(base) + adapters + copies))
+    screen.say(f"adapters {adapters:,}, in full {full:,}")
+
+
+def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts, int | None]:
+    """Check and show the records. Return the tokens per record, and the number of records.
+
+    The number is unknown (None) for a stream, and if no data is named.
+    """
+    if recipe.data.path is None:
+        return _assumed(screen, recipe, "none yet (--data_path)"), None
+    read = run_data.read_records(recipe.data)
+    first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
+    if uses_processor(config):
+        counts = _with_processor(screen, recipe, read, first)
+        return counts, None if read.streamed else len(read.train)
+    num_tokens = image_tokens(config) if find_towers(base).vision is not None else 0
+    tokenizer, template = tokenizer_at_hand(recipe.model), recipe.template
+    if template == OWN and base_model.parts_of(recipe) is not None:
+        template = "vicuna_v1"  # a composed base has it
+    elif template == OWN and tokenizer is None:
+        screen.say("\nthe tokenizer with the chat template is not on this machine: counts below use vicuna_v1")
+        template = "vicuna_v1"
+    elif template == OWN and tokenizer is not None and not tokenizer.chat_template:  # `_missing` reports it
+        screen.say("\nthe model has no chat template: counts below use vicuna_v1")
+        template = "vicuna_v1"
+    counts = first_batch.count(
+        first,
+        template=template,
+        tokenizer=tokenizer,
+        image_tokens=num_tokens,
+        max_length=recipe.data.max_length,
+    )
+    screen.say(f"\ndata   {read.describe()}")
+    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
+    for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
+        screen.say(line)
+    packed = _packed(screen, recipe, counts) if recipe.data.packing else counts
+    return packed, None if read.streamed else len(read.train)
+
+
+def _with_processor(
+    screen: Screen, recipe: Recipe, read: run_data.RunData, first: Sequence[Record]
+) -> first_batch.Counts:
+    """Show the records of a model whose processor prepares the pictures. Return the tokens per record."""
+    try:
+        processor = load_processor(recipe.model)
+    except UserError as error:
+        if not _is_absent(error):
+            raise
+        found = f"{read.describe()}, not checked: the processor of {recipe.model} is not on this machine"
+        return _assumed(screen, recipe, found)
+    collate = record_checks.collator_of(recipe, processor)
+    for warning in record_checks.check_with(collate, recipe, read.train, read.evaluation or ()):
+        screen.say(f"warning: {warning}")
+    if recipe.data.bad_images != "raise":  # the run leaves out the others
+        first = record_checks.usable(collate, read.train[: record_checks.FIRST])[: len(first)]
+    counts = first_batch.count_with_processor(first, collate)
+    screen.say(f"\ndata   {read.describe()}")
+    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
+    for line in first_batch.lines_with_processor(first, collate):
+        screen.say(line)
+    return counts
+
+
+def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:
+    """Return assumed tokens per record (as in LLaVA's mix665k, within --max_length) if no record can be read."""
+    counts = MIX665K.within(recipe.data.max_length)
+    source = "LLaVA's mix665k" if counts == MIX665K else f"LLaVA's mix665k, cut to --max_length {counts.tokens:,}"
+    screen.say(f"\ndata   {why}; counts below assume records of {counts.tokens:,} tokens ({source})")
+    return _packed(screen, recipe, counts) if recipe.data.packing else counts
+
+
+def _packed(screen: Screen, recipe: Recipe, counts: first_batch.Counts) -> first_batch.Counts:
+    """Return counts of full rows instead of records; real rows are full to one or two percent."""
+    rows = counts.packed(2 * recipe.data.max_length)
+    screen.say(f"packed into rows of {rows.tokens:,} tokens, ~{rows.records:.3g} records each")
+    return rows
+
+
+def tokenizer_at_hand(name: str) -> Any | None:
+    """Return the tokenizer if it is on this machine, else None: a dry run downloads nothing."""
+    from transformers import AutoProcessor, AutoTokenizer
+
+    if name in MADE_IN_MEMORY:
+        return tiny_tokenizer()
+    source = name if Path(name).is_dir() else hub_id(name)
+    if name in BUILT_IN_MODELS:
+        source = str(folder_of(name))
+    for auto in (AutoProcessor, AutoTokenizer):  # the processor may hold the chat template
+        try:
+            loaded = auto.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError):
+            continue
+        tokenizer, pictures = split_processor(loaded)
+        if pictures is not None:
+            share_template(loaded)
+        return tokenizer
+    return None
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of parameters; tied ones count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def num_devices(request: Request) -> int:
+    """Return the planned number of devices; by default WORLD_SIZE of the launcher, or one."""
+    return request.devices or int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def command(request: Request) -> str:
+    """Return the command line without --dry-run; with torchrun if it plans for several devices."""
+    words, planned = [], ("--dry-run", "--devices", "--gpu-memory", "--format")
+    for word, before in zip(request.words, ("", *request.words), strict=False):
+        name, is_value = word.replace("_", "-").split("=")[0], not word.startswith("-")
+        if name not in planned and not (is_value and before.replace("_", "-") in planned):
+            words.append(word)
+    fewest = 2 if request.overrides.get("train", {}).get("fsdp") else 1  # FSDP2 needs several processes
+    return f"{_launcher(max(request.devices or 1, fewest))} {shlex.join(words)}"
+
+
+def _launcher(devices: int) -> str:
+    if devices == 1:
+        return PROG
+    nodes = devices // 8 if devices > 8 and devices % 8 == 0 else 1
+    several = f"--nnodes {nodes} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if nodes > 1 else ""
+    return f"torchrun {several}--nproc_per_node {devices // nodes} -m {PROG.split()[-1]}"

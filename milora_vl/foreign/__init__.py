@@ -1,0 +1,1 @@
+"""Adapters of any origin: read, load, scale, add and multiply them."""

@@ -1,0 +1,136 @@
+"""Recognize the kind of an adapter folder by its files: ours, plain PEFT, LLaVA's, or with a residual base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from milora_vl.adapter.files import require_readable_adapter
+from milora_vl.adapter.folders import (
+    CONFIG,
+    EXPECTED,
+    adapters_inside,
+    has_config,
+    holds_llava_adapter,
+    holds_projector_alone,
+    no_adapter_in,
+    not_a_folder,
+)
+from milora_vl.adapter.sidecar import FILE_NAME
+from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.json_text import parse_json
+from milora_vl.cli.command_line import beside
+
+Kind = Literal["ours", "plain", "llava", "residual"]
+# Subfolders with initial factors: PEFT and LLaMA-Factory, ms-swift, the official MiLoRA, ours.
+INITIAL_NAMES = ("pissa_init", "milora_init", "lora_init", "initial_model")
+# The official MiLoRA script writes the initial adapter here, trains it, and writes the result to output_dir.
+OFFICIAL_NAME = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A folder and its kind; for `residual` also the folders of the residual base and of the initial factors."""
+
+    kind: Kind
+    folder: Path
+    residual: Path | None = None
+    initial: Path | None = None
+
+
+def find_source(folder: Path, residual: Path | None = None, initial: Path | None = None) -> Source:
+    """Return the kind of `folder`; `residual` and `initial` name folders that it does not contain.
+
+    Raises UserError if the folder has no adapter, and AdapterError if files cannot be read.
+    """
+    problem = not_a_folder(folder)
+    if problem is not None:
+        raise UserError(problems=[problem])
+    for path in (residual, initial):
+        if path is not None and not path.is_dir():
+            raise UserError("no such folder", code="path-missing", where=str(path), hint=beside(path))
+    trained = _trained(folder)
+    if trained is None:
+        raise UserError(problems=[_no_adapter(folder)])
+    for path in (trained, initial):
+        if path is not None:
+            require_readable_adapter(path)
+    residual = residual or _residual_of(folder)
+    if holds_llava_adapter(trained):
+        return Source("llava", trained)
+    if residual is None and initial is None and _has(trained, FILE_NAME):
+        return Source("ours", trained)
+    initial = initial or _initial_of([folder, trained, *([residual] if residual else [])], trained)
+    if residual is not None or initial is not None:
+        return Source("residual", trained, residual, initial)
+    return Source("plain", trained)
+
+
+def _has(folder: Path, name: str) -> bool:
+    return (folder / name).is_file()
+
+
+def _holds_model(folder: Path) -> bool:
+    return _has(folder, "config.json") and any(
+        _has(folder, name)
+        for name in (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        )
+    )
+
+
+def _trained(folder: Path) -> Path | None:
+    """Return the trained adapter: the folder, or the subfolder of a folder with a residual base."""
+    if has_config(folder):
+        return folder
+    if not _holds_model(folder):
+        return None
+    subfolders = adapters_inside(folder)
+    others = [path for path in subfolders if path.name not in INITIAL_NAMES]
+    return next(iter(others or subfolders), None)
+
+
+def _residual_of(folder: Path) -> Path | None:
+    """Return the residual base: the folder, or the base that its adapter names if it contains an initial adapter."""
+    if _holds_model(folder) and not has_config(folder) and _trained(folder) is not None:
+        return folder
+    if not has_config(folder):
+        return None
+    named = parse_json((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = Path(named) if named and isinstance(named, str) else None
+    if base is None or not base.is_dir() or not _holds_model(base):
+        return None
+    return base if _initial_of([base], None) is not None else None
+
+
+def _initial_of(folders: list[Path], trained: Path | None) -> Path | None:
+    """Return the initial adapter in one of the folders; `lora` counts only beside a model (official MiLoRA)."""
+    for folder in folders:
+        names = [*INITIAL_NAMES, OFFICIAL_NAME] if _holds_model(folder) else INITIAL_NAMES
+        for name in names:
+            if has_config(folder / name) and (name != OFFICIAL_NAME or folder / name != trained):
+                return folder / name
+    # A residual base with one untrained adapter: its factors are the initial ones.
+    if trained is not None and trained.name == OFFICIAL_NAME and _holds_model(trained.parent):
+        return trained
+    return None
+
+
+def _no_adapter(folder: Path) -> Problem:
+    """Return the problem of a folder that this package converts no adapter from."""
+    if holds_projector_alone(folder):
+        return Problem(
+            "the folder holds a projector but no adapter",
+            "adapter-missing",
+            str(folder),
+            f"use it:  --model BASE --adapter {folder}",
+        )
+    problem = no_adapter_in(folder, "", "milora_vl.export", "--to", "FORM")
+    if EXPECTED not in problem.hint:
+        return problem
+    residual = f"or of a residual base with an adapter in one of {', '.join((OFFICIAL_NAME, *INITIAL_NAMES))}"
+    return replace(problem, hint=f"{problem.hint}\n{residual}")

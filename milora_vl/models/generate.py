@@ -1,0 +1,632 @@
+"""Generate greedy answers in batches: left padding, KV cache of a shared prefix, max_new_tokens, early end.
+
+Rows are padded on the left. The common prefix of all rows in a batch (usually system text and picture) is computed once
+per picture, and its key-value cache is repeated for the questions. Their padding is then between prefix and question.
+"""
+
+from __future__ import annotations
+
+import inspect
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from milora_data.batches.processor_collate import labelled_inputs, marked, with_video_marks
+from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
+from milora_data.batches.record_collator import pad_id_of
+from milora_data.encode.conversation import segments_of
+from milora_data.encode.labels import encode_prompt
+from milora_data.encode.picture_template import Rendered, parts_of
+from milora_data.encode.templates import no_videos
+from milora_data.encode.tokens import bos_ids, fast_backend
+from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
+from milora_data.pictures.videos import Frames
+from milora_data.records.record import IMAGE, VIDEO, Record, Turn
+from milora_vl.base.errors import DataError, UserError, first_line, with_context
+from milora_vl.cli.command_line import amount
+from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
+from milora_vl.models.loading import split_processor
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from transformers.generation.streamers import BaseStreamer
+
+OnBatch = Callable[[list[int], list[str]], None]
+IsDecided = Callable[[int, str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns.
+
+    `videos` has the frames of each `<video>`, for models whose processor takes videos.
+
+    form: `training` encodes the turns like training (pictures first, text stripped); `exact` keeps them unchanged, like
+    LLaVA's evaluation; `raw` uses the text of the last turn without a template.
+
+    `source` is the file and number of the question, for errors; without it they show its text.
+    """
+
+    turns: tuple[Turn, ...]
+    images: tuple[str | Path | Image.Image, ...] = ()
+    form: Literal["training", "exact", "raw"] = "training"
+    videos: tuple[Frames, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """An encoded prompt, with an id for each token of a picture. Equal pictures have an equal `picture`."""
+
+    ids: Sequence[int]
+    images: tuple[str | Path | Image.Image, ...]
+    picture: tuple[str | int, ...]
+
+
+def generate(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Prompt],
+    *,
+    template: str = "vicuna_v1",
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    batch_size: int = 16,
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
+    share_pictures: bool = True,
+    on_batch: OnBatch | None = None,
+    is_decided: IsDecided | None = None,
+    streamer: BaseStreamer | None = None,
+) -> list[str]:
+    """Return the answers in the order of `prompts`; they are equal at every batch size, up to rounding.
+
+    `model` is a vision-language model or a text-only causal model, or a PeftModel of one. A model whose own processor
+    prepares the pictures is asked in its own chat template; `template`, `image_aspect_ratio` and `share_pictures` are
+    for LLaVA and text-only models. A LLaVA-1.6 model tiles its pictures and ignores `image_aspect_ratio`.
+    `on_batch(places, texts)` is called after each batch with the indices of its prompts. transformers' `streamer` gets
+    the tokens of a single prompt. An answer ends early when `is_decided(place, text)` is true for its text so far, so
+    the answers do not depend on the batch; beam search ignores it.
+
+    Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
+    batch size below 1.
+    """
+    answers = [""] * len(prompts)
+
+    def collect(places: list[int], texts: list[str]) -> None:
+        for place, text in zip(places, texts, strict=True):
+            answers[place] = text
+        if on_batch is not None:
+            on_batch(places, texts)
+
+    generate_batches(
+        model,
+        processor,
+        prompts,
+        collect,
+        template=template,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        batch_size=batch_size,
+        image_aspect_ratio=image_aspect_ratio,
+        share_pictures=share_pictures,
+        is_decided=is_decided,
+        streamer=streamer,
+    )
+    return answers
+
+
+def generate_batches(
+    model: Any,
+    processor: Any,
+    prompts: Sequence[Prompt],
+    on_batch: OnBatch,
+    *,
+    template: str = "vicuna_v1",
+    max_new_tokens: int = 128,
+    num_beams: int = 1,
+    batch_size: int = 16,
+    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
+    share_pictures: bool = True,
+    is_decided: IsDecided | None = None,
+    streamer: BaseStreamer | None = None,
+) -> None:
+    """Answer like `generate`, but keep no answer: `on_batch(places, texts)` gets the answers of each batch.
+
+    Of a prompt that waits, memory holds four numbers. `prompts` may read each one from the disk: it is read when its
+    length is counted, when pictures of one length are put in order, and when its batch starts.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if streamer is not None and len(prompts) != 1:
+        raise ValueError(f"a streamer needs exactly one prompt, got {len(prompts)}")
+    if not len(prompts):
+        return
+    decoding = max_new_tokens, num_beams
+    if split_processor(processor)[1] is not None and uses_processor(model.config):
+        asker = ProcessorReader(model, processor)
+        with torch.inference_mode(), _evaluating(model), _memory_explained():
+            for places in asker.batches(prompts, batch_size):
+                decided = _decided(asker.tokenizer, places, is_decided, num_beams)
+                batch = [(asker.rendered(prompts[place]), prompts[place]) for place in places]
+                on_batch(places, asker.answers(batch, *decoding, streamer, decided))
+        return
+    reader = Reader(model, processor, template, image_aspect_ratio)
+    with torch.inference_mode(), _evaluating(model), _memory_explained():
+        for places in _batches(prompts, reader.length, batch_size):
+            rows = [reader.row(prompts[place]) for place in places]
+            decided = _decided(reader.tokenizer, places, is_decided, num_beams)
+            on_batch(places, _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer, decided))
+
+
+def prompt_ids(
+    prompt: Prompt, tokenizer: Any, template: str, *, image_token_id: int, image_tokens: int | Sequence[int] = 576
+) -> list[int]:
+    """Return the ids of a prompt, with `image_tokens` copies of `image_token_id` per picture (a list: one count each).
+
+    Form `exact` equals LLaVA's tokenizer_image_token on the text of the conversation. Raises UserError if the numbers
+    of `<image>` and pictures differ.
+    """
+    if prompt.form == "training":
+        return encode_prompt(
+            Record("", ("",) * len(prompt.images), prompt.turns, source=prompt.source or "prompt"),
+            tokenizer,
+            template=template,
+            image_token_id=image_token_id,
+            image_tokens=image_tokens,
+        )
+    text, ids = prompt.turns[-1].text, bos_ids(tokenizer)
+    if prompt.form == "exact":
+        ids, segments = segments_of(prompt.turns, template, tokenizer, prompt=True)
+        text = "".join(segment.text for segment in segments)
+    # Each piece of text between pictures is tokenized separately.
+    first, *pieces = text.split(IMAGE) if prompt.images else [text]
+    if len(pieces) != len(prompt.images):
+        raise UserError(
+            f"the prompt contains {len(pieces)} {IMAGE}, but {amount(len(prompt.images), 'picture')}",
+            code="prompt-image-count",
+            where=prompt.source,
+            hint="write <image> once for each picture",
+        )
+    backend = fast_backend(tokenizer)
+    ids = [*ids, *backend.encode(first, add_special_tokens=False).ids]
+    counts = [image_tokens] * len(pieces) if isinstance(image_tokens, int) else image_tokens
+    for count, piece in zip(counts, pieces, strict=True):
+        ids += [image_token_id] * count + backend.encode(piece, add_special_tokens=False).ids
+    return ids
+
+
+def require_askable(processor: Any, prompts: Iterable[Prompt]) -> None:
+    """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
+
+    These are prompts whose roles and kinds of parts the chat template rejects, whose text has a token of pictures, and
+    those with another number of `<image>` than of pictures. One prompt of each form is rendered.
+    """
+    reader = ProcessorReader(None, processor)
+    seen: set[object] = set()
+    for prompt in prompts:
+        form = _form(prompt)
+        if form not in seen or reader.inputs.may_refuse(prompt.turns, len(prompt.images), len(prompt.videos)):
+            reader.rendered(prompt)
+        seen.add(form)
+
+
+def require_shown(processor: Any, prompt: Prompt) -> None:
+    """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
+
+    Its pictures and videos are processed too.
+    """
+    reader = ProcessorReader(None, processor)
+    reader.processed([(reader.rendered(prompt), prompt)])
+
+
+def _form(prompt: Prompt) -> object:
+    """Return what chat templates decide by: the roles, and the kinds of parts of each turn."""
+    parts = tuple((turn.role, *(part["type"] for part in parts_of(turn.text))) for turn in prompt.turns)
+    return prompt.form, len(prompt.videos), parts
+
+
+class ProcessorReader:
+    """Asks a model whose own processor prepares the pictures, in its own chat template."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model
+        self.inputs = ProcessorInputs(processor)
+        self.tokenizer = self.inputs.tokenizer
+        self.pad = pad_id_of(self.tokenizer)
+
+    def rendered(self, prompt: Prompt) -> Rendered:
+        """Return the text of a prompt. Raises UserError if the numbers of `<image>` and pictures differ.
+
+        The forms `training` and `exact` are the same here: the template writes the turns unchanged.
+        """
+        try:
+            if prompt.form == "raw":
+                text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
+            else:
+                turns = with_video_marks(marked(prompt.turns, len(prompt.images)), len(prompt.videos))
+                form = self.inputs.video_format if prompt.videos else self.inputs.format
+                text = form.render(turns, prompt=True)
+            self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))
+            self.inputs.require_one_kind(len(prompt.images), [len(video.frames) for video in prompt.videos])
+        except DataError as error:
+            raise with_context(error, _named(prompt)) from None
+        return text
+
+    def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+        """Yield batches of prompts, as places in the caller's list, longest first."""
+        lengths, kinds = array("l"), array("b")
+        for prompt in prompts:
+            lengths.append(self._length(self.rendered(prompt), prompt))
+            kinds.append(not self.inputs.takes_mixed_rows and bool(prompt.images))
+        order = np.lexsort((-np.array(lengths), -np.array(kinds)))
+        yield from _in_batches(order, np.array(kinds)[order], batch_size)
+
+    def processed(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
+        """Return the processor's tensors for prompts, padded on the left. Raises UserError if it refuses them."""
+        images = [[self._picture(image) for image in prompt.images] for _, prompt in batch]
+        try:
+            videos = [prompt.videos for _, prompt in batch]
+            inputs = self.inputs([text for text, _ in batch], images, videos, padding_side="left")
+        except UserError:
+            raise
+        except PROCESSOR_ERRORS as error:
+            raise self._refusal(batch, error) from None
+        inputs.pop("labels", None)  # some processors add them
+        return inputs
+
+    def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        """Return the inputs of one prompt with an answer after it, and labels that are -100 before the answer."""
+        rendered = self.rendered(prompt)
+        if self.inputs.format.takes_conversations:
+            start = len(rendered.text)
+            rendered = Rendered(rendered.text + answer, ((start, start + len(answer)),))
+        else:
+            rendered = rendered._replace(suffix=answer)
+        images = [self._picture(image) for image in prompt.images]
+        inputs = labelled_inputs(self.inputs, rendered, images)
+        return {name: self._placed(value) for name, value in inputs.items()}
+
+    def answers(
+        self,
+        batch: Sequence[tuple[Rendered, Prompt]],
+        max_new_tokens: int,
+        num_beams: int,
+        streamer: BaseStreamer | None = None,
+        decided: Decided | None = None,
+    ) -> list[str]:
+        """Return the answers to the prompts of one batch."""
+        inputs = {name: self._placed(value) for name, value in self.processed(batch).items()}
+        width = inputs["input_ids"].shape[1]
+        config = _greedy(self, max_new_tokens, num_beams)
+        config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
+        if decided is not None:
+            inputs |= {"stopping_criteria": decided.criteria(width)}
+        output = self.model.generate(**inputs, generation_config=config, streamer=streamer, **_ignore_model_defaults())
+        ends = set(config.eos_token_id)
+        return [
+            self.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
+            for row in _cut(output[:, width:].tolist(), decided)
+        ]
+
+    def _placed(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+
+    def _length(self, text: Rendered, prompt: Prompt) -> int:
+        sizes = [
+            picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
+            for image in prompt.images
+        ]
+        count = self.inputs.num_text_tokens(text) + sum(self.inputs.num_picture_tokens(*size) for size in sizes)
+        for video in prompt.videos:
+            frame = video.frames[0]
+            count += self.inputs.num_video_tokens(len(video.frames), video.fps, frame.height, frame.width)
+        return count
+
+    def _refusal(self, batch: Sequence[tuple[Rendered, Prompt]], error: Exception) -> UserError:
+        """Return the error for a batch that the processor refuses, with the prompt that it refuses alone."""
+        for text, prompt in batch:
+            try:
+                images = [self._picture(image) for image in prompt.images]
+                self.inputs([text], [images], [prompt.videos], padding_side="left")
+            except PROCESSOR_ERRORS as own:
+                where = ", ".join(str(image) for image in prompt.images if isinstance(image, str | Path))
+                return UserError(
+                    f"the processor refuses this question or its picture: {first_line(own)}",
+                    code="record-processor-refuses",
+                    where=": ".join(filter(None, (prompt.source, where))) or _named(prompt),
+                    hint="use another picture, or leave the question out",
+                )
+        return UserError(
+            f"the processor refuses these prompts in one batch: {first_line(error)}",
+            code="record-processor-refuses",
+            hint="use --batch_size 1",
+        )
+
+    @staticmethod
+    def _picture(image: str | Path | Image.Image) -> Any:
+        return load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+
+
+def _named(prompt: Prompt) -> str:
+    """Return how an error names a prompt: by its source, else by the start of its question."""
+    if prompt.source:
+        return prompt.source
+    text = prompt.turns[-1].text.replace(IMAGE, "").replace(VIDEO, "")
+    return f"question {text.strip()[:60]!r}"
+
+
+@contextmanager
+def _memory_explained() -> Iterator[None]:
+    """Raise UserError if the device has too little memory for a batch."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory: {first_line(error)}",
+            code="run-out-of-memory",
+            hint="use a smaller --batch_size, --dtype bfloat16, or --device cpu",
+            exit_code=1,
+        ) from None
+
+
+class Reader:
+    """Turns prompts into tensors for one model: a LLaVA or a text-only model."""
+
+    def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
+        self.model = model
+        self.tokenizer, images = split_processor(processor)
+        self.template = template
+        self.image_aspect_ratio = image_aspect_ratio
+        self.image_processor: Any = images
+        self.image_token = None if images is None else image_token_id(model.config)
+        self.image_tokens = 0 if images is None else image_tokens(model.config)
+        self.tiling = None if images is None else tiling_of(model.config)
+        pad = self.tokenizer.pad_token_id
+        self.pad = self.tokenizer.eos_token_id if pad is None else pad
+
+    def row(self, prompt: Prompt) -> _Row:
+        """Encode one prompt; each picture takes as many ids as the model needs for it."""
+        counts = map(self._num_tokens, prompt.images)
+        repeats = ((token, next(counts, 1) if token == self.image_token else 1) for token in self._ids(prompt))
+        return _Row([token for token, count in repeats for _ in range(count)], prompt.images, _picture_name(prompt))
+
+    def length(self, prompt: Prompt) -> int:
+        """Return the number of ids of a prompt. Raises `DataError` for a prompt with a video."""
+        if prompt.videos:
+            raise no_videos("this model")
+        return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a prompt with one id for each picture."""
+        if prompt.images and self.image_token is None:
+            raise UserError(
+                "the question has a picture, but this model reads only text",
+                code="model-reads-only-text",
+                hint="use a vision-language model",
+            )
+        image = -1 if self.image_token is None else self.image_token
+        return prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
+
+    def pixels(self, rows: Sequence[_Row]) -> dict[str, Tensor]:
+        """Return {"pixel_values": (num_images, 3, H, W)} for the pictures of the rows in order; {} without pictures.
+
+        A model that tiles pictures gets (num_images, tiles, 3, H, W) and image_sizes.
+        """
+        images = [self._picture(image) for row in rows for image in row.images]
+        if not images:
+            return {}
+        # Square pictures are not padded again. A processor that pads must not do so for "plain".
+        options = {"do_pad": False} if self.tiling is None and self.image_processor.to_dict().get("do_pad") else {}
+        inputs = dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+
+    def _num_tokens(self, image: str | Path | Image.Image) -> int:
+        if self.tiling is None:
+            return self.image_tokens
+        size = picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
+        return self.tiling.num_tokens(*size)
+
+    def _picture(self, image: str | Path | Image.Image) -> Any:
+        picture = load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+        if self.tiling is not None or self.image_aspect_ratio == "plain":
+            return picture
+        red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
+        return expand_to_square(picture, (red, green, blue))
+
+
+class Decided:
+    """Stops each row of a batch when its text decides its score, and notes how many tokens that took."""
+
+    def __init__(self, tokenizer: Any, places: Sequence[int], is_decided: IsDecided) -> None:
+        self.tokenizer, self.places, self.is_decided = tokenizer, places, is_decided
+        self.lengths: dict[int, int] = {}  # tokens of the answer, by row
+
+    def criteria(self, width: int) -> Any:
+        """Return transformers' stopping criteria for prompts of `width` ids."""
+        from transformers import StoppingCriteriaList
+
+        def stops(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            """(rows, width + tokens) -> (rows,): whether each row stops."""
+            for row, answer in enumerate(ids[:, width:].tolist()):
+                if row not in self.lengths and self._ends(row, answer):
+                    self.lengths[row] = len(answer)
+            return torch.tensor([row in self.lengths for row in range(len(ids))], device=ids.device)
+
+        return StoppingCriteriaList([stops])  # type: ignore[list-item]
+
+    def _ends(self, row: int, answer: Sequence[int]) -> bool:
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        is_complete = not text.endswith("\ufffd")  # else the next token completes a character
+        return is_complete and self.is_decided(self.places[row], text.strip())
+
+
+def _decided(tokenizer: Any, places: Sequence[int], is_decided: IsDecided | None, num_beams: int) -> Decided | None:
+    return None if is_decided is None or num_beams > 1 else Decided(tokenizer, places, is_decided)
+
+
+def _cut(answers: list[list[int]], decided: Decided | None) -> list[list[int]]:
+    """Return the answers without the padding after the tokens that decided their score."""
+    lengths = {} if decided is None else decided.lengths
+    return [answer[: lengths.get(row, len(answer))] for row, answer in enumerate(answers)]
+
+
+def _batches(prompts: Sequence[Prompt], length: Callable[[Prompt], int], batch_size: int) -> Iterator[list[int]]:
+    """Yield batches of places with the same number of pictures, grouped by picture and then by length.
+
+    Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
+    """
+    numbers, names = (array("i"), array("i")), array("q")  # length and number of pictures; hash of the pictures
+    for prompt in prompts:
+        numbers[0].append(length(prompt))
+        numbers[1].append(len(prompt.images))
+        names.append(hash(_picture_name(prompt)))
+    lengths, counts = (np.frombuffer(column, np.int32) for column in numbers)
+    _, first, picture = np.unique(np.frombuffer(names, np.int64), return_index=True, return_inverse=True)
+    picture = picture.astype(np.int32)
+    longest = np.zeros(len(first), dtype=np.int32)
+    np.maximum.at(longest, picture, lengths)
+    # Pictures: more first, then longer first, then by name.
+    pictures = np.lexsort((-longest, -counts[first]))
+    is_new = np.diff(longest[pictures], prepend=-1) | np.diff(counts[first][pictures], prepend=-1)
+    rank = np.empty(len(first), dtype=np.int32)
+    for start, equal in _runs(pictures, np.flatnonzero(is_new)):
+        named = sorted(equal.tolist(), key=lambda number: str(_picture_name(prompts[int(first[number])])), reverse=True)
+        rank[named] = np.arange(start, start + len(named))
+    order = np.lexsort((-lengths, rank[picture])).astype(np.int32)
+    yield from _in_batches(order, counts[order], batch_size)
+
+
+def _in_batches(order: NDArray[Any], kinds: NDArray[Any], batch_size: int) -> Iterator[list[int]]:
+    """Yield the places of `order` in batches of one kind each; equal `kinds` follow each other."""
+    for _, group in _runs(order, np.flatnonzero(np.diff(kinds, prepend=kinds[:1] - 1))):
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size].tolist()
+
+
+def _runs(values: NDArray[Any], starts: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[Any]]]:
+    """Yield (start, values from there to the next start)."""
+    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(values)], strict=True):
+        yield start, values[start:end]
+
+
+def _picture_name(prompt: Prompt) -> tuple[str | int, ...]:
+    return tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
+
+
+def _answer(
+    reader: Reader,
+    rows: Sequence[_Row],
+    decoding: tuple[int, int],
+    share_pictures: bool,
+    streamer: BaseStreamer | None,
+    decided: Decided | None,
+) -> list[str]:
+    first = {row.picture: row for row in reversed(rows)}
+    prefix = _common_prefix(rows, reader.image_token) if share_pictures and len(first) < len(rows) else 0
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), reader.pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        for start, part in ((0, row.ids[:prefix]), (width - len(row.ids) + prefix, row.ids[prefix:])):
+            ids[i, start : start + len(part)] = torch.tensor(part, dtype=torch.long)
+            mask[i, start : start + len(part)] = 1
+    device = reader.model.device
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if prefix:
+        inputs |= _shared_cache(reader, list(first.values()), rows, prefix)
+    else:
+        inputs |= reader.pixels(rows)
+    config = _greedy(reader, *decoding)
+    inputs |= {"generation_config": config, "streamer": streamer} | _ignore_model_defaults()
+    if decided is not None:
+        inputs |= {"stopping_criteria": decided.criteria(width)}
+    output = _cut(reader.model.generate(**inputs)[:, width:].tolist(), decided)
+    ends = set(config.eos_token_id)
+    return [
+        reader.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
+        for row in output
+    ]
+
+
+def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:
+    """Return the length of the common prefix, below the shortest row; 0 if a picture comes after it."""
+    shortest = min(len(row.ids) for row in rows) - 1
+    columns = zip(*(row.ids[:shortest] for row in rows), strict=True)
+    prefix = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    return 0 if any(image_token in row.ids[prefix:] for row in rows) else prefix
+
+
+def _shared_cache(reader: Reader, first: Sequence[_Row], rows: Sequence[_Row], prefix: int) -> dict[str, Any]:
+    """Run the common prefix once per picture. Return {argument name: cache} with one entry per row."""
+    from transformers import DynamicCache, GenerationMixin
+
+    # transformers 5.24 renames the argument. The old name warns until 5.40 removes it.
+    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    name = "cache" if "cache" in names else "past_key_values"
+    cache = DynamicCache(config=reader.model.config.get_text_config(decoder=True))
+    ids = torch.tensor([row.ids[:prefix] for row in first], device=reader.model.device)
+    reader.model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        use_cache=True,
+        logits_to_keep=1,
+        **{name: cache},
+        **reader.pixels(first),
+    )
+    numbers = {row.picture: number for number, row in enumerate(first)}
+    cache.batch_select_indices(torch.tensor([numbers[row.picture] for row in rows], device=ids.device))
+    return {name: cache}
+
+
+def _greedy(reader: Reader | ProcessorReader, max_new_tokens: int, num_beams: int) -> Any:
+    """Return a complete config: `generate` would take missing values from the config of the model."""
+    from transformers import GenerationConfig
+
+    eos = reader.model.generation_config.eos_token_id
+    ends = {reader.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=num_beams,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=sorted(ends),
+        pad_token_id=reader.pad,
+    )
+
+
+def _ignore_model_defaults() -> dict[str, bool]:
+    """Return the flag that stops transformers 4 from replacing defaults of our config by values of the model."""
+    from transformers import GenerationMixin
+
+    is_supported = "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters
+    return {"use_model_defaults": False} if is_supported else {}
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    # The last position is a strided slice of the hidden states. For its product with a frozen head, torch would use a
+    # batched product, in which CPUs copy the head once per row.
+    contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        contiguous.remove()
+        model.train(training)

@@ -1,0 +1,251 @@
+"""The loss of a step: the summed cross-entropy of the supervised tokens, computed in chunks of positions.
+
+Why chunks: about 20 to 60 of the 700 positions of a LLaVA sequence are supervised, and nearly all of a text record.
+Logits for 16 x 2,048 positions and 32,000 tokens need 10 bytes each (2 in bf16, 4 in float32, 4 for the gradient). That
+is 10 GB, most of a step's memory.
+
+How it works, for a model that consists of an inner model and a head:
+
+1. `first_position` runs the inner model on the whole batch and selects the hidden states of the supervised positions:
+   (batch, length, width) -> (positions, width).
+2. `logits_of` runs the model's own forward again for one chunk of these positions. The inner model is replaced by a
+   function that returns the chunk, so only the head runs, with all that the model does to logits (a cap, a scale).
+3. `GradientsAtOnce` computes the gradients of a chunk right after its loss. No logits are kept for backward, and
+   nothing is computed twice. The gradient of the logits is softmax - one-hot, written into one buffer for all chunks:
+   autograd would fill three more tensors of the size of the logits.
+
+If the head trains under ZeRO-3, and always under FSDP2, step 3 is left to autograd, which keeps the logits.
+
+>>> from milora_vl.tiny import tiny_llama
+>>> model, tokenizer = tiny_llama()
+>>> ids = torch.tensor([[1, 5, 6, 7]])
+>>> batch = {"input_ids": ids, "labels": torch.tensor([[IGNORE, IGNORE, 6, 7]])}
+>>> whole, count = summed_loss(model, batch, chunked=False)
+>>> is_chunked = add_chunked_loss(model)
+>>> chunked, _ = summed_loss(model, batch, chunked=is_chunked)
+>>> count, is_chunked, torch.allclose(whole, chunked)
+(2, True, True)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_data.encode.tokens import IGNORE
+from milora_vl.weights.sharding import uses_fsdp
+
+CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
+Forward = Callable[..., Any]
+
+
+def summed_loss(model: nn.Module, inputs: dict[str, Any], *, chunked: bool) -> tuple[Tensor, int]:
+    """Return the summed cross-entropy in float32 and the number of supervised tokens.
+
+    `inputs` contains labels (batch, length), with -100 where a position is not supervised. The labels are not passed to
+    the model, which would compute its own mean. `chunked` is the result of `add_chunked_loss`; the model may be wrapped
+    since. For a batch without supervised tokens the loss is zero and attached to the graph.
+
+    The sum and the count are returned separately, so that gradient accumulation and data parallelism can divide by the
+    number of tokens of the whole step.
+    """
+    labels = inputs["labels"]
+    model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    count = int((labels[:, 1:] != IGNORE).sum())  # position i predicts token i + 1
+    if chunked:
+        return model(**model_inputs, supervised_labels=labels)["loss"], count
+    return _cross_entropy(model(**model_inputs)["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()), count
+
+
+def add_chunked_loss(model: nn.Module) -> bool:
+    """Add the argument `supervised_labels` to the forward of a Hugging Face model; with it, forward returns the loss.
+
+    Return False and change nothing if the model does not consist of an inner model and a head.
+    """
+    inner = inner_model(model)
+    if inner is None:
+        return False
+    stock_forward = model.forward
+    size = max(CHUNK // model.config.get_text_config().vocab_size, 1)  # type: ignore[operator, union-attr]
+
+    @functools.wraps(stock_forward)
+    def forward(*args: Any, supervised_labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if supervised_labels is None:
+            return stock_forward(*args, **kwargs)
+        head = [p for child in model.children() if child is not inner for p in child.parameters() if p.requires_grad]
+        run = functools.partial(stock_forward, *args, **kwargs | {"use_cache": False})  # packed batches pass it already
+        return {"loss": _chunked_loss(run, inner, head, supervised_labels, size)}
+
+    model.forward = forward  # type: ignore[method-assign]
+    return True
+
+
+def inner_model(model: nn.Module) -> nn.Module | None:
+    """Return the child of a model that computes the hidden states: it has the embeddings and not the head.
+
+    Return None for models of another structure, for encoder-decoders and for models that are not Hugging Face's.
+    """
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return None
+    head = model.get_output_embeddings()
+    for child in model.children():
+        inside = set(child.modules())
+        if head is not None and model.get_input_embeddings() in inside and head not in inside:
+            return child
+    return None
+
+
+def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], labels: Tensor, size: int) -> Tensor:
+    """Return the summed loss, computed in chunks of `size` supervised positions.
+
+    `run` is the model's forward with its arguments bound, `head` the trained weights outside the inner model.
+    """
+    supervised = labels[:, 1:] != IGNORE
+    is_empty = not supervised.any()
+    if is_empty:
+        supervised[0, 0] = True  # cross-entropy ignores its target: the loss is zero, but attached to the graph
+    rows, columns = supervised.nonzero(as_tuple=True)
+    is_fsdp = uses_fsdp(inner)
+    sizes = _sizes(len(rows), size, labels.device, shared=is_fsdp or is_deepspeed_zero3_enabled())
+    targets = labels[rows, columns + 1].split(sizes)
+    calls: list[tuple[Any, Tensor]] = []
+    forward = inner.forward
+
+    def first_position(*args: Any, **kwargs: Any) -> Any:
+        # The head then runs on a single position, because the logits of this first pass are not needed.
+        output = forward(*args, **kwargs)
+        calls.append((output, output[0][rows, columns]))
+        return _with_hidden(output, calls[0][1][:1].detach())
+
+    def logits_of(piece: Tensor) -> Tensor:
+        with _replaced_forward(inner, lambda *args, **kwargs: _with_hidden(output, piece)):
+            return run()["logits"].flatten(0, 1)  # a view; the gradient of [0] would be a new tensor of zeros
+
+    with _replaced_forward(inner, first_position):
+        logits = run()["logits"]
+    if not calls:  # OPT's forward calls a child of its inner model, so these are the logits of all positions
+        return _cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    (output, hidden), *more = calls
+    assert not more, f"{type(inner).__name__} is called more than once by its model"
+    # ZeRO-3 reduces a gradient when autograd accumulates it in the weight. `torch.autograd.grad` would bypass that.
+    # FSDP2 ends the backward of a step at the first backward that passes through a sharded module.
+    by_autograd = (head and is_deepspeed_zero3_enabled()) or is_fsdp
+    if is_empty or not torch.is_grad_enabled() or by_autograd:
+        pairs = zip(hidden.split(sizes), targets, strict=True)
+        return torch.stack([_cross_entropy(logits_of(piece), target) for piece, target in pairs]).sum()
+    summed: Tensor = GradientsAtOnce.apply(logits_of, hidden, targets, *head)
+    return summed
+
+
+class GradientsAtOnce(torch.autograd.Function):
+    """The sum of the losses of all chunks. Forward also computes the gradients, chunk by chunk, and saves them.
+
+    For hidden states h = [h_1; h_2; ...] (positions, width) in chunks and head weights w:
+
+        loss = sum_c loss_c(h_c, w)        d loss / d h_c = d loss_c / d h_c        d loss / d w = sum_c d loss_c / d w
+
+    Each chunk contributes on its own, so its logits (chunk, vocabulary) can be dropped before the next chunk makes its
+    logits. Backward receives the gradient of the sum, one number, and multiplies the saved gradients by it: gradient
+    accumulation and the number of tokens only scale the loss.
+
+    >>> w, h = torch.tensor([[1.0, 2.0], [0.0, 1.0]], requires_grad=True), torch.ones(3, 2, requires_grad=True)
+    >>> targets = torch.tensor([0, 1, 0])
+    >>> chunked = GradientsAtOnce.apply(lambda piece: piece @ w.T, h, targets.split(2), w) / 3
+    >>> whole = _cross_entropy(h @ w.T, targets) / 3
+    >>> pairs = zip(torch.autograd.grad(chunked, (h, w)), torch.autograd.grad(whole, (h, w)))
+    >>> [torch.allclose(a, b) for a, b in pairs]
+    [True, True]
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_of: Callable[[Tensor], Tensor], hidden: Tensor, targets: Sequence[Tensor], *head: Tensor
+    ) -> Tensor:
+        """Return the loss, a float32 scalar.
+
+        `hidden` is (positions, width), `targets` holds the token ids (positions,) in chunks, `head` the trained weights
+        that `logits_of` uses.
+        """
+        total, grad_hidden = hidden.new_zeros((), dtype=torch.float32), torch.empty_like(hidden)
+        grad_head: list[Tensor | None] = [None] * len(head)
+        sizes = [len(target) for target in targets]
+        buffer: Tensor | None = None  # for the gradient of the logits, (longest chunk, vocabulary)
+        for rows, target, out in zip(hidden.split(sizes), targets, grad_hidden.split(sizes), strict=True):
+            with torch.enable_grad():
+                piece = rows.detach().requires_grad_()
+                logits = logits_of(piece)
+            if buffer is None:
+                buffer = logits.new_empty((max(sizes), logits.shape[-1]), dtype=torch.float32)
+            loss, of_logits = _loss_and_gradient(logits.detach(), target, buffer[: len(target)])
+            of_piece, *of_head = torch.autograd.grad(logits, (piece, *head), of_logits, allow_unused=True)
+            del logits  # before the next chunk makes its logits
+            out.copy_(of_piece)
+            pairs = zip(grad_head, of_head, strict=True)
+            grad_head = [a if b is None else b if a is None else a.add_(b) for a, b in pairs]
+            total += loss
+        ctx.save_for_backward(grad_hidden, *grad_head)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Return the saved gradients times the gradient of the sum."""
+        grad_hidden, *grad_head = ctx.saved_tensors
+        return None, grad_hidden * grads[0], None, *(None if g is None else g * grads[0] for g in grad_head)
+
+
+def _sizes(count: int, size: int, device: torch.device, *, shared: bool) -> list[int]:
+    """Return the sizes of the chunks, at most `size` and nearly equal.
+
+    With `shared`, all processes compute the same number of chunks: each gathers the head under ZeRO-3 and FSDP2.
+    """
+    pieces = math.ceil(count / size)
+    if shared and torch.distributed.is_initialized():
+        most = torch.tensor(pieces, device=device)
+        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+        pieces = int(most)
+    return [(count + number) // pieces for number in range(pieces)]
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    """Return the output of the inner model with these hidden states, (positions, width), as a batch of one."""
+    return type(output)(**{**output, "last_hidden_state": hidden[None]})
+
+
+@contextmanager
+def _replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """Replace the forward of a module temporarily. Its hooks still run."""
+    previous = vars(module).get("forward")  # set on the instance, for example by accelerate
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy, and its gradient softmax(logits) - one-hot(targets) in the dtype of `logits`.
+
+    `logits` is (positions, vocabulary), and every position has a target. `buffer`, of the same shape in float32, is
+    overwritten. `_cross_entropy` and autograd give the same numbers.
+    """
+    targets = targets.to(logits.device)
+    torch.log_softmax(logits.float(), dim=-1, out=buffer)
+    loss = nn.functional.nll_loss(buffer, targets, reduction="sum")
+    columns = targets[:, None]
+    buffer.exp_().scatter_add_(1, columns, buffer.new_tensor(-1.0).expand(columns.shape))
+    return loss, buffer.to(logits.dtype)

@@ -1,0 +1,138 @@
+"""`python -m studies`: run one of the studies in docs/studies."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import amount, next_step, positive, run
+from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.runner import alone
+from studies.study import Study, chosen, read_study, study_names
+from studies.tasks import load_task, task_class
+
+if TYPE_CHECKING:
+    from studies.runner import Folder
+
+COMMAND = Command(
+    "studies",
+    "Run many small trainings that answer one question.",
+    """\
+A study is a question and a task, QUESTION.TASK: components.minilm. The question alone means all its tasks.
+Run the same command again to resume.
+
+examples:
+  python -m studies --list
+  python -m studies components.minilm --plan
+  python -m studies components
+""",
+    inputs=(
+        option("study", nargs="?", metavar="STUDY", help="question or question.task; without it, the list is shown"),
+        flag("--list", "show the studies, then stop"),
+    ),
+    settings=(
+        option("--jobs", type=positive, help="number of parallel cells (default: one per core, up to 4)"),
+        flag("--plan", "show the cells to run, then stop"),
+        shared("retry"),
+    ),
+    outputs=(
+        shared("output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)"),
+        option("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder"),
+        flag("--redraw", "draw the curves in --docs again from the CSV files there, then stop"),
+        shared("format"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code. Raises UserError for an unknown study."""
+    options = COMMAND.parse(argv)
+    if options.list or options.study is None:
+        _list(options.format == "json")
+        return 0
+    if options.redraw and options.docs is None:
+        raise UserError("--redraw needs --docs FOLDER, with the CSV file of the study", code="study-redraw")
+    code = 0
+    for name in chosen(options.study):
+        code |= _run_one(name, read_study(name), options)
+    return code
+
+
+def _list(as_json: bool) -> None:
+    questions = {name: read_study(name).question for name in study_names()}
+    lines: list[str] = []
+    for question, names in groupby(questions, key=questions.__getitem__):
+        lines += [question, *(f"  {name}" for name in names)]
+    sys.stdout.write((json.dumps(questions, ensure_ascii=False) if as_json else "\n".join(lines)) + "\n")
+    next_step("studies", next(iter(questions)), "--plan")
+
+
+def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
+    from studies import page, runner
+
+    if options.redraw:
+        sys.stderr.write(f"docs: {page.redraw(name, study, options.docs)}\n")
+        return 0
+    task_class(study.task)  # raises UserError for missing packages or data before the workers start
+    if study.each is not None:
+        sys.stderr.write(f"{name}: reading the matrices of its model ...\n")
+        study = study.with_each(load_task(study.task).model())
+    folder = runner.Folder(options.output_dir / name, study)
+    jobs = options.jobs or min(os.cpu_count() or 1, 4)
+    cells = runner.all_cells(folder)
+    left = [cell for cell in cells if folder.result(cell) is None]
+    estimate = _time_left(folder, cells, len(left), jobs)
+    sys.stderr.write(
+        f"{name}: {amount(len(cells), 'cell')}, {len(left):,} to run, {jobs} at a time{estimate}\n{folder.path}\n"
+    )
+    if options.plan:
+        next_step("studies", name)
+        return 0
+    command = f"python -m studies {name}"
+
+    def on_done(cell: Cell, is_done: bool, left: int) -> None:
+        status = "done" if is_done else "FAILED"
+        sys.stderr.write(
+            f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, runner.all_cells(folder), left, jobs)}\n"
+        )
+
+    with alone(folder.path):
+        runner.run_study(folder, jobs, retry=options.retry, on_done=on_done)
+        written, table = page.write(folder, command)
+    as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
+    sys.stdout.write(f"{as_json if options.format == 'json' else page.markdown(table)}\n")
+    if options.docs:
+        sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
+    failed = [cell for cell in runner.all_cells(folder) if folder.failure(cell)]
+    for cell in failed:
+        sys.stderr.write(
+            f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; try again with --retry\n"
+        )
+    sys.stderr.write(f"page: {written}\n")
+    next_step(
+        "studies",
+        *((name, "--retry") if failed else ("--list",) if options.docs else (name, "--docs", "FOLDER")),
+    )
+    return 1 if failed else 0
+
+
+def _time_left(folder: Folder, cells: Sequence[Cell], left: int, jobs: int) -> str:
+    seconds = [result["seconds"] for cell in cells if (result := folder.result(cell))]
+    if not left:
+        return ""
+    if not seconds:
+        return "; a time estimate is available after the first cell"
+    return f", about {statistics.mean(seconds) * -(-left // jobs) / 60:.0f} minutes"
+
+
+if __name__ == "__main__":
+    run(main)

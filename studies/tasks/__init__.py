@@ -1,0 +1,59 @@
+"""The tasks of the studies by name. The module of a task is imported on first use."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import suggest
+
+if TYPE_CHECKING:
+    from studies.task import Task
+
+EMOJI = Path("data/emoji")  # the demo's data set
+# Name -> module and class.
+TASKS = {
+    "smol-llava": ("smol_llava", "EmojiQuestions"),
+    "smollm2": ("smollm2", "NamedTopics"),
+    "minilm": ("sentences", "SentenceTopics"),
+    "lite0": ("pictures", "TurnedEmoji"),
+    "digits-cnn": ("digits", "DigitsCnn"),
+    "digits-rnn": ("digits", "DigitsRnn"),
+    "digits-vit": ("digits", "DigitsVit"),
+}
+
+
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task. Raises UserError for an unknown name, a missing package or missing data."""
+    if name not in TASKS:
+        near = suggest(name, TASKS)
+        raise UserError(
+            f"unknown task {name!r}",
+            code="study-unknown-task",
+            hint=f"did you mean {near[0]}?" if near else f"known tasks: {', '.join(TASKS)}",
+        )
+    module, class_name = TASKS[name]
+    if module in ("pictures", "digits") and find_spec("sklearn") is None:
+        raise UserError(
+            f"task {name} needs the pictures of scikit-learn, which is not installed",
+            code="package-missing",
+            hint='pip install "milora-vl[studies]"',
+        )
+    if name == "smol-llava" and not (EMOJI / "train.json").is_file():
+        raise UserError(
+            f"no file {EMOJI / 'train.json'}",
+            code="data-missing-file",
+            hint=f"create it:  python -m milora_data emoji --output_dir {EMOJI}",
+        )
+    task: type[Task] = getattr(import_module(f"studies.tasks.{module}"), class_name)
+    return task
+
+
+@cache
+def load_task(name: str) -> Task:
+    """Return a task; each process builds it once. Raises the errors of `task_class`."""
+    return task_class(name)()

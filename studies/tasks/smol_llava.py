@@ -1,0 +1,68 @@
+"""smol-llava learns to answer questions about emoji; forgetting is measured on general text and other pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.records.record import IMAGE, Turn
+from milora_data.stream.sources import load_records
+from milora_vl.foreign.load_model import load_model
+from milora_vl.forgetting import answer_batches, drawn_questions
+from milora_vl.models.generate import Prompt, generate
+from milora_vl.models.image_tokens import image_tokens
+from milora_vl.models.loading import split_processor
+from milora_vl.train.calibration_batches import CAPTION_TOKENS, QUESTION, ROWS, with_pictures
+from studies.tasks import EMOJI
+from studies.tasks.answers import AnswerTask
+
+CALIBRATION_PICTURES = 64  # as in milora_vl.train
+
+
+class EmojiQuestions(AnswerTask):
+    """The demo's task (`python -m milora_data emoji`): short answers about held-out pictures.
+
+    The test uses every fourth question of the test set.
+    """
+
+    def __init__(self) -> None:
+        base: Any
+        base, processor = load_model("smol-llava", dtype=torch.bfloat16)
+        base.set_attn_implementation("eager")  # fastest for short sequences on CPUs
+        tokenizer, image_processor = split_processor(processor)
+        collator = ImageTextCollator(
+            tokenizer, image_processor, image_tokens=image_tokens(base.config), image_folder=EMOJI / "images",
+            max_length=512,
+        )  # fmt: skip
+        train, validation, test = (list(load_records(EMOJI / f"{split}.json")) for split in ("train", "val", "test"))
+        with TemporaryDirectory() as folder:
+            drawn = drawn_questions(Path(folder))[::4]
+            pictures = list(answer_batches(base, processor, drawn, image_folder=Path(folder)))
+        super().__init__(base, collator, train, validation[:64], test[::4], {"pictures": pictures})
+        self.processor = processor
+
+    @cached_property
+    def _described(self) -> list[Mapping[str, Tensor]]:
+        """Pictures of the training set with captions that the base model writes."""
+        chosen = with_pictures(self.train, CALIBRATION_PICTURES)
+        asks = Turn("user", f"{IMAGE}\n{QUESTION}")
+        prompts = [Prompt((asks,), tuple(EMOJI / "images" / name for name in record.images)) for record in chosen]
+        captions = generate(self.base, self.processor, prompts, max_new_tokens=CAPTION_TOKENS)
+        records = [
+            replace(record, turns=(asks, Turn("assistant", caption)))
+            for record, caption in zip(chosen, captions, strict=True)
+        ]
+        batches = (self.collator(records[start : start + ROWS]) for start in range(0, len(records), ROWS))
+        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+    def calibration(self) -> list[Mapping[str, Tensor]]:
+        """Return texts and captions of training pictures, both written by the base model itself."""
+        return [*super().calibration(), *self._described]
