@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-extras mutations check format peers bench bench-full bench-quick docs wheel audit clean
+.PHONY: help setup demo test test-all test-lowest test-extras check format peers bench bench-full bench-quick docs wheel clean
 # If a command is interrupted, make must not delete its finished output files.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -53,10 +53,7 @@ test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` s
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
 	.venv-extras/bin/python -m pytest -n $(JOBS) -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
 
-mutations: $(INSTALLED)  ## Break the core in some sixty places, one at a time: tests must notice each (ten minutes)
-	$(BIN)/python tests/mutations.py --jobs $(JOBS)
-
-check: $(INSTALLED)  ## Check lint, format, types, imports, spelling, style, pages and site; fail after all have run
+check: $(INSTALLED)  ## Check lint, format, types, imports, spelling, pages and site; fail after all have run
 	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
 	    echo "$$tool"; $(BIN)/$$tool || status=1; done; \
 	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/project || status=1; exit $$status
@@ -84,10 +81,6 @@ docs: $(INSTALLED)  ## Build the documentation site in site/
 
 wheel: $(INSTALLED)  ## Build the wheel and the source archive in dist/
 	$(BIN)/python -m build --no-isolation
-
-audit: $(INSTALLED)  ## List known vulnerabilities of the installed packages (needs the vulnerability database)
-	$(BIN)/python -m pip install --quiet pip-audit
-	$(BIN)/pip-audit --local --skip-editable
 
 clean:  ## Remove caches and built files (never runs, data or the environment)
 	rm -rf build dist site .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache

@@ -22,8 +22,7 @@ class Problem:
     """One mistake that a user can fix.
 
     `message` describes the mistake and the value found, `hint` the fix. `where` is a file with its line, a dotted key,
-    a module path or a flag; it is empty if there is only one place. `code` names the cause; docs/troubleshooting.md has
-    an entry for each.
+    a module path or a flag; it is empty if there is only one place. `code` names the cause.
     """
 
     message: str

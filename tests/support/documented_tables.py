@@ -81,7 +81,7 @@ EXCEPTIONS: dict[str, str] = {
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
     r"python -m milora_eval judge ": "needs a server; tests/eval/test_eval_judge.py is one",
-    r"python benchmarks/(?!rounding)": "minutes to an hour each; tests/project/test_performance.py reads their results",
+    r"python benchmarks/(?!rounding)": "minutes to an hour each",
     r"(\S+/python -m )?pytest ": "would run tests inside a test",
     r"pre-commit ": "installs a hook into the reader's checkout",
 }
@@ -175,7 +175,7 @@ CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
 # Page and language of blocks that no test runs -> why.
 NO_CODE: dict[tuple[str, str], str] = {
     ("docs/scaling.md", ""): "needs two machines; benchmarks/two_machines.py runs the command",
-    ("README.md", ""): "what the demo prints; tests/project/test_readme.py compares it with what was measured",
+    ("README.md", ""): "what the demo prints",
     ("docs/install.md", "bibtex"): "a citation",
     ("docs/data-format.md", "text"): "records with shortened parts; tests/data reads records of each form",
     ("docs/integrations.md", "py"): "LLaMA-Factory and ms-swift need separate environments",
