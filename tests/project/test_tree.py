@@ -1,4 +1,4 @@
-"""Links lead to files, make targets exist, no file names a machine's folders, imports inside functions have a reason."""
+"""Links lead to files, make targets exist, no file names a machine, and imports inside functions have a reason."""
 
 from __future__ import annotations
 
