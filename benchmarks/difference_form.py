@@ -3,7 +3,7 @@
 python benchmarks/difference_form.py [--width 1024] [--rank 64] [--tokens 512] [--dtype bfloat16] [--repeats 20]
 
     difference   s ((B0 + E) D x + E A0 x)          ours: D = A - A0 and E = B - B0 train
-    halves       s (B A x - B0 A0 x)                 format version 1: two products that cancel
+    halves       s (B A x - B0 A0 x)                 two products that cancel
     residual     W_p x + s B A x - W x               the paper: W_p = W - s B0 A0, rounded to the dtype of the base
 
 D and E are random, of `share` times the mean size of the entries of A0 and B0. The error is relative to float64, of the

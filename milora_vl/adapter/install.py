@@ -29,11 +29,9 @@ from milora_vl.adapter.layers import (
     lossless,
     recover,
     split,
-    split_1,
 )
 from milora_vl.weights.matrices import factor_dtype
 
-_PREFIX = "base_model.model."
 _KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
     nn.Linear: (LinearA, LinearB),
     nn.Conv2d: (Conv2dA, Conv2dB),
@@ -77,30 +75,29 @@ def install_factors(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> N
     _put(layer, adapter, pairs)
 
 
-def install_loaded(layer: LoraLayer, adapter: str, version: int, B0: Tensor | None) -> None:
-    """Split the stock factors of a loaded adapter into differences and anchors.
+def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
+    """Split the stock factors [D; A0] and [B0 + E, E] of a loaded adapter into differences and anchors.
 
-    `version` is the format of milora.json: 2 for [D; A0] and [B0 + E, E], 1 for [A; A0] and [B, -B0]. `B0` is the
-    exact anchor (out, r) where the file has it. Anchors get the dtype of the base weight where that changes no value.
+    `B0` is the exact anchor (out, r) where the file has it. Anchors get the dtype of the base weight where that changes
+    no value. A layer that was loaded over differences and anchors only gets B0.
     Raises ValueError if B0 does not belong to the factors.
     """
     dtype = factor_dtype(layer.get_base_layer())
-    read = split if version > 1 else split_1
-    pairs = [read(joined, axis, dtype) for axis, joined in enumerate(factors(layer, adapter))]
-    if B0 is not None:
-        E = pairs[1][0]
-        B0 = B0.to(E.device).reshape(E.shape)
-        require_belongs(factors(layer, adapter)[1], E, B0)
-        pairs[1] = E, lossless(B0, dtype)
-    _put(layer, adapter, pairs)
+    exact = None if B0 is None else lossless(_belonging(B0, factors(layer, adapter)[1]), dtype)
+    if not has_halves(layer, adapter):
+        A, B = (split(joined, axis, dtype) for axis, joined in enumerate(factors(layer, adapter)))
+        _put(layer, adapter, (A, B if exact is None else (B[0], exact)))
+    elif exact is not None:
+        _set_anchor(layer, adapter, exact)
 
 
-def require_belongs(joined: Tensor, E: Tensor, B0: Tensor) -> None:
-    """Raise ValueError unless B0 + E is the first half of a saved factor [B0 + E, E], up to rounding."""
-    B = joined.detach().chunk(2, dim=1)[0].float()
-    error = torch.linalg.vector_norm(B0.float() + E.float() - B)
-    if error > 0.01 * torch.linalg.vector_norm(B):
+def _belonging(B0: Tensor, joined: Tensor) -> Tensor:
+    """Return B0 in the shape of the halves of [B0 + E, E]. Raises ValueError if it is not its B0, up to rounding."""
+    B, E = joined.detach().chunk(2, dim=1)
+    B0 = B0.to(E.device).reshape(E.shape)
+    if torch.linalg.vector_norm(B0.float() + E.float() - B.float()) > 0.01 * torch.linalg.vector_norm(B.float()):
         raise ValueError("the anchor does not belong to the factors")
+    return B0
 
 
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
@@ -136,6 +133,13 @@ def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]
         _KINDS[type(stock)][axis].take_over(stock, *halves[axis])
     if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
         layer.__class__ = AdaptedLinear
+
+
+def _set_anchor(layer: LoraLayer, adapter: str, B0: Tensor) -> None:
+    if adapter in layer.lora_embedding_B:
+        layer.lora_embedding_B.register_buffer(adapter + ANCHOR_SUFFIX, B0)
+    else:
+        layer.lora_B[adapter].register_buffer(ANCHOR, B0)
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
@@ -217,56 +221,3 @@ def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         delta, anchor = out.pop(key), out.pop(anchor_key)
         out[stock] = join(delta, anchor.to(delta.device), axis)
     return out
-
-
-def current_state(
-    state: Mapping[str, Tensor],
-    layers: Mapping[str, LoraLayer],
-    adapter: str,
-    version: int,
-    anchors: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """Return a state dict for `layers` (by path) in which factors of format version 1 are converted.
-
-    `version` is that of the file. `anchors` has the exact B0 by path; it is added to the state dict.
-    Raises ValueError if such a B0 does not belong to its factors.
-    """
-    out = dict(state)
-    for path, layer in layers.items():
-        names = _joined_names(state, path, layer, adapter)
-        if names is None:
-            continue
-        is_embedding = adapter in layer.lora_embedding_A
-        raw = [name.removesuffix(".weight") for name in names]
-        delta, anchor = ("", ANCHOR_SUFFIX) if is_embedding else (f".{DELTA}", f".{ANCHOR}")
-        if version == 1:
-            for axis, (name, key) in enumerate(zip(raw, names, strict=True)):
-                pair = split_1(out.pop(key), axis, anchors_of(layer, adapter)[axis].dtype)
-                out[name + delta], out[name + anchor] = pair
-        elif path in anchors:
-            E = state[names[1]].chunk(2, dim=1)[1]
-            B0 = anchors[path].to(E.device).reshape(E.shape)
-            require_belongs(state[names[1]], E, B0)
-            out[raw[1] + anchor] = B0
-    return out
-
-
-def holds_version_1(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer], adapter: str) -> bool:
-    """Return True if the factors of `layers` in a state dict have format version 1: B ends in -B0."""
-    for path, layer in layers.items():
-        names = _joined_names(state, path, layer, adapter)
-        if names is None:
-            continue
-        second = state[names[1]].detach().chunk(2, dim=1)[1]
-        B0 = anchors_of(layer, adapter)[1]
-        if bool(second.any()) and torch.equal(second, -B0.to(second.dtype).to(second.device)):
-            return True
-    return False
-
-
-def _joined_names(state: Mapping[str, Tensor], path: str, layer: LoraLayer, adapter: str) -> list[str] | None:
-    """Return the names of both joined factors in a state dict. None if they are absent or do not fit the layer."""
-    pattern = "lora_embedding_{}.{}" if adapter in layer.lora_embedding_A else "lora_{}.{}.weight"
-    names = [f"{_PREFIX}{path}.{pattern.format(side, adapter)}" for side in "AB"]
-    pairs = zip(names, factors(layer, adapter), strict=True)
-    return names if all(name in state and state[name].shape == factor.shape for name, factor in pairs) else None

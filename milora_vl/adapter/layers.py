@@ -64,7 +64,6 @@ from milora_vl.adapter.errors import AdapterError
 from milora_vl.weights.sharding import is_sharded
 
 DELTA, ANCHOR = "delta", "anchor"
-TRAINED_1 = "trained"  # the parameter A or B of format version 1
 
 
 def join(delta: Tensor, anchor: Tensor, axis: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -86,18 +85,6 @@ def split(joined: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
     delta = first if axis == 0 else second
     anchor = lossless(second, dtype) if axis == 0 else recover(first, second, dtype)
     return delta.clone(memory_format=torch.contiguous_format), anchor.clone(memory_format=torch.contiguous_format)
-
-
-def split_1(joined: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return what `split` returns from a factor of format version 1, which is [A; A0] or [B, -B0].
-
-    >>> A, A0 = torch.ones(2, 3), torch.full((2, 3), 0.5)
-    >>> [half.unique().item() for half in split_1(torch.cat([A, A0]), 0, torch.float32)]
-    [0.5, 0.5]
-    """
-    trained, second = joined.detach().chunk(2, dim=axis)
-    anchor = (second if axis == 0 else -second).clone(memory_format=torch.contiguous_format)
-    return (trained - anchor).contiguous(), lossless(anchor, dtype)
 
 
 def lossless(anchor: Tensor, dtype: torch.dtype) -> Tensor:

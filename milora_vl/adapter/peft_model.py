@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import peft
 import torch
@@ -28,10 +28,8 @@ from milora_vl.adapter.hotswap import refuse_hotswap, require_factors_alone
 from milora_vl.adapter.install import (
     anchor_names,
     anchors_of,
-    current_state,
     factors,
     has_halves,
-    holds_version_1,
     install_copy,
     install_loaded,
     joined_state,
@@ -43,8 +41,7 @@ from milora_vl.adapter.install import (
 from milora_vl.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
 from milora_vl.adapter.projection_hooks import guard
 from milora_vl.adapter.protection import Protected, find_protected
-from milora_vl.adapter.sidecar import ANCHORS_FILE, FORMAT_VERSION, Sidecar, read_sidecar, require_weights
-from milora_vl.adapter.version_1_shards import has_shards, require_no_shards, shards_error
+from milora_vl.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_weights
 from milora_vl.base.atomic_files import atomic_folder
 from milora_vl.base.json_text import parse_json
 from milora_vl.calibration.bases import ProtectedInputs
@@ -62,7 +59,6 @@ class MiloraMixin(PeftModel):
 
     `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path, and
     `protected_inputs` the file content that the latter come from, for adapters that protect inputs.
-    `converts_shards` is True in training code that calls `convert_shards` after DeepSpeed has loaded a checkpoint.
     """
 
     sidecars: dict[str, Sidecar]
@@ -70,8 +66,6 @@ class MiloraMixin(PeftModel):
     protected_inputs: dict[str, ProtectedInputs]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
-    converts_shards = False
-    _loading: tuple[Sidecar, Mapping[str, Tensor]] | Literal["stock"] | None = None
 
     def save_pretrained(
         self,
@@ -252,12 +246,14 @@ class MiloraMixin(PeftModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter as PEFT does. With the config of a loaded MiLoRA adapter it gets the same anchor.
+        """Add an adapter as PEFT does. With the config object of a MiLoRA adapter, it gets the same anchor.
 
-        TRL's trainers create their reference adapter this way, and then copy the differences into it.
+        TRL's trainers create their reference adapter this way, `add_adapter("ref", model.peft_config["default"])`, and
+        then copy the differences into it.
         """
         self._refuse_residual("a second adapter would be added to the changed base weights")
-        source = self._adapter_with(peft_config) if self._loading is None else None
+        # PEFT's load_adapter comes here too, with a config of its own.
+        source = next((name for name in self.sidecars if self.peft_config[name] is peft_config), None)
         if _ADDING_CASTS:
             super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         else:
@@ -296,36 +292,13 @@ class MiloraMixin(PeftModel):
             skip = allow_base_mismatch or (existing is not None and existing.form == "residual")
             sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
             anchors = sidecar.read_anchors(Path(model_id))
-        with self._loads(adapter_name, "stock" if sidecar is None or existing is None else (sidecar, anchors)):
+        with self._keeps_residual_anchor(adapter_name):
             result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-        if sidecar is not None:
-            restore(self, adapter_name, sidecar, anchors)
-            if is_trainable and existing is None:
-                self.protect_again(adapter_name, Path(model_id))
+            if sidecar is not None:
+                restore(self, adapter_name, sidecar, anchors)
+        if sidecar is not None and is_trainable and existing is None:
+            self.protect_again(adapter_name, Path(model_id))
         return result
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load a state dict as PyTorch does, also one of format version 1, which is converted.
-
-        A state dict that comes without milora.json has version 1 if the second half of B is -B0. Raises AdapterError if
-        DeepSpeed loads one of version 1, and the training code does not convert the shards of its optimizer.
-        """
-        state = dict(state_dict)
-        if not self.converts_shards:
-            require_no_shards(state)
-        for adapter, sidecar in self.sidecars.items():
-            layers = {path: lora_layer(self, path) for path in sidecar.ranks}
-            anchors: Mapping[str, Tensor] = {}
-            if isinstance(self._loading, tuple):
-                version, anchors = self._loading[0].version, self._loading[1]
-            else:
-                version = 1 if holds_version_1(state, layers, adapter) else FORMAT_VERSION
-                parameters = (p for layer in layers.values() for p in trained_factors(layer, adapter))
-                if version == 1 and not self.converts_shards and any(map(has_shards, parameters)):
-                    raise shards_error()
-            with anchors_belong(ANCHORS_FILE):
-                state = current_state(state, layers, adapter, version, anchors)
-        return super().load_state_dict(state, strict, assign)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Add adapters as PEFT does; the sum is a plain LoRA. Raises AdapterError for modules trained in full."""
@@ -359,28 +332,17 @@ class MiloraMixin(PeftModel):
         # Anchors are equal on all ranks and never change, but DDP would broadcast them in every forward.
         self._ddp_params_and_buffers_to_ignore = list(anchor_names(self))
 
-    def _adapter_with(self, config: PeftConfig) -> str | None:
-        return next((name for name in self.sidecars if self.peft_config[name] == config), None)
-
     def _refuse_residual(self, reason: str, hint: str = "use form anchored") -> None:
         if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
             raise AdapterError(reason, code="adapter-residual-form", where="form residual", hint=hint)
 
     @contextmanager
-    def _loads(self, adapter: str, loading: tuple[Sidecar, Mapping[str, Tensor]] | Literal["stock"]) -> Iterator[None]:
-        """Set `_loading` while PEFT loads, and check that the anchors of a residual adapter do not change.
-
-        PEFT's load_adapter calls `add_adapter`, which must not copy an anchor then, and `load_state_dict`, which must
-        know the format of the file. `loading` is the sidecar with the exact anchors if the adapter exists here.
-        """
+    def _keeps_residual_anchor(self, adapter: str) -> Iterator[None]:
+        """Raise AdapterError if the block changes the anchor of a residual adapter, which the base weights lack."""
         existing = self.sidecars.get(adapter)
         fixed = list(existing.ranks) if existing is not None and existing.form == "residual" else []
         before = {path: [a.clone() for a in anchors_of(lora_layer(self, path), adapter)] for path in fixed}
-        self._loading = loading
-        try:
-            yield
-        finally:
-            self._loading = None
+        yield
         for path, anchors in before.items():
             after = anchors_of(lora_layer(self, path), adapter)
             if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
@@ -466,11 +428,11 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
         if target.rank is None:
             continue
         layer = lora_layer(ours, target.path)
-        if target.has_anchor and not has_halves(layer, adapter):
+        if target.has_anchor:
             with anchors_belong(ANCHORS_FILE):
-                install_loaded(layer, adapter, sidecar.version, anchors.get(target.path))
+                install_loaded(layer, adapter, anchors.get(target.path))
         set_dropout(layer, adapter, target.dropout)
-    ours.remember(adapter, replace(sidecar, version=FORMAT_VERSION, anchors=()))
+    ours.remember(adapter, replace(sidecar, anchors=()))
     return ours
 
 

@@ -90,7 +90,7 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
     stored = load_peft_weights(str(folder), device="cpu")
     for path in sidecar.ranks:
-        _require_anchor(lora_layer(peft_model, path), adapter, path, stored, sidecar.version)
+        _require_anchor(lora_layer(peft_model, path), adapter, path, stored)
     ours = restore(peft_model, adapter, sidecar, sidecar.read_anchors(Path(folder)))
     ours.protect_again(adapter, Path(folder))
     return ours
@@ -164,7 +164,7 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod) -> Rule
     return Rule(modules=path, method=method, rank=rank, alpha=layer.scaling[adapter] * rank, dropout=probability)
 
 
-def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor], version: int) -> None:
+def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_halves(layer, adapter)
     is_embedding = adapter in layer.lora_embedding_A
@@ -172,8 +172,8 @@ def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str,
     for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
         saved = stored[f"base_model.model.{path}.{name}"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
-        # The anchor is the second half, but B0 of version 2 is the difference of the halves [B0 + E, E].
-        pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 and version > 1 else second
+        # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].
+        pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 else second
         if not torch.equal(*pair):
             raise AdapterError(
                 "the anchor has been trained already, so it cannot be restored",

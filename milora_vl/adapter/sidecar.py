@@ -4,7 +4,7 @@ Without this file the folder is still a correct LoRA of rank 2r for inference. W
 anchor are known again, so training can continue.
 
 Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
-where it cannot be computed from them bit for bit, above all for float32 bases. Version 1 stored [A; A0] and [B, -B0].
+where it cannot be computed from them bit for bit, above all for float32 bases. Other versions are refused.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ FORMS = ("anchored", "residual")
 class Sidecar:
     """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
 
-    `version` is the format of the stored factors, `anchors` the names of the modules whose B0 is in ANCHORS_FILE, and
-    `inputs` the hash of the file with the protected inputs, see `milora_vl/calibration/files.py`.
+    `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE, and `inputs` the hash of the file with the
+    protected inputs, see `milora_vl/calibration/files.py`.
     """
 
     form: str
@@ -48,14 +48,13 @@ class Sidecar:
     names: Mapping[str, str]
     sketches: Mapping[str, Sketch]
     reports: Mapping[str, LayerReport]
-    version: int = FORMAT_VERSION
     anchors: Sequence[str] = ()
     inputs: str | None = None
 
     def to_json(self) -> str:
         """Return the text of the file."""
         modules = {target.path: self._module(target) for target in self.targets}
-        content: dict[str, Any] = {"format_version": self.version, "form": self.form, "anchors": list(self.anchors)}
+        content: dict[str, Any] = {"format_version": FORMAT_VERSION, "form": self.form, "anchors": list(self.anchors)}
         if self.inputs is not None:
             content["protected_inputs"] = self.inputs
         return json.dumps({**content, "modules": modules}, indent=1) + "\n"
@@ -78,7 +77,7 @@ class Sidecar:
     def write(self, folder: Path, anchors: Mapping[str, Tensor]) -> None:
         """Write milora.json, and ANCHORS_FILE with `anchors`, the B0 (out, r) that the factors do not give, by path."""
         named = {self.names[path]: B0.detach().cpu().contiguous() for path, B0 in anchors.items()}
-        content = dataclasses.replace(self, version=FORMAT_VERSION, anchors=sorted(named)).to_json()
+        content = dataclasses.replace(self, anchors=sorted(named)).to_json()
         if named:
             save_file(named, folder / ANCHORS_FILE, metadata={"format": "pt"})
         (folder / FILE_NAME).write_text(content, encoding="utf-8")
@@ -104,27 +103,24 @@ class Sidecar:
 def read_sidecar(folder: Path) -> Sidecar | None:
     """Return milora.json of an adapter folder, or None if the folder has none.
 
-    Raises AdapterError if the file is damaged or its format is newer than this version.
+    Raises AdapterError if the file is damaged or it has another format version.
     """
     file = folder / FILE_NAME
     if not file.is_file():
         return None
     try:
         data = parse_json(file.read_text(encoding="utf-8"))
-        version = data["format_version"]
-        if version > FORMAT_VERSION:
+        if data["format_version"] != FORMAT_VERSION:
             raise AdapterError(
-                f"this file has format {version}, and this version reads up to {FORMAT_VERSION}",
-                code="adapter-newer-format",
+                f"this file has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read",
+                code="adapter-other-format",
                 where=str(file),
-                hint="update milora-vl, or load the folder with stock PEFT as a plain LoRA",
+                hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
             )
         if data["form"] not in FORMS:
             raise KeyError(f"form {data['form']!r}")
         sidecar = _from_modules(data["form"], data["modules"])
-        return dataclasses.replace(
-            sidecar, version=version, anchors=tuple(data.get("anchors", ())), inputs=data.get("protected_inputs")
-        )
+        return dataclasses.replace(sidecar, anchors=tuple(data.get("anchors", ())), inputs=data.get("protected_inputs"))
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -193,7 +189,6 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         {path_of[path]: name for path, name in sidecar.names.items()},
         {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
-        sidecar.version,
         sidecar.anchors,
         sidecar.inputs,
     )

@@ -18,8 +18,7 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG
-from milora_vl.adapter.layers import join, split_1
-from milora_vl.adapter.sidecar import FORMAT_VERSION, Sidecar, read_sidecar
+from milora_vl.adapter.sidecar import Sidecar, read_sidecar
 from milora_vl.base.errors import UserError, expected_format
 from milora_vl.base.json_text import parse_json
 
@@ -75,7 +74,7 @@ class PlainAdapter:
     """The content of a LoRA folder. `whole` holds weights of modules trained in full, by their name in the base.
 
     `copies`: base weights by module that PEFT also saves for embeddings with an adapter. `anchors`: the exact B0 by
-    module, where [B0 + E, E] does not give it. Factors of format version 1 are converted when they are read.
+    module, where [B0 + E, E] does not give it.
     """
 
     base: str
@@ -160,21 +159,7 @@ def from_state(
         )
     base = str(config.base_model_name_or_path or "")
     anchors = {} if sidecar is None else sidecar.read_anchors(folder)
-    adapter = PlainAdapter(base, factors, whole, config.lora_dropout, config.task_type, sidecar, copies, anchors)
-    return _from_version_1(adapter) if sidecar is not None and sidecar.version == 1 else adapter
-
-
-def _from_version_1(adapter: PlainAdapter) -> PlainAdapter:
-    """Return the adapter with [D; A0] and [B0 + E, E] in place of [A; A0] and [B, -B0]."""
-    assert adapter.sidecar is not None
-    factors, anchors = dict(adapter.factors), {}
-    for path in adapter.sidecar.ranks:
-        low = factors[path]
-        (D, A0), (E, B0) = (split_1(half, axis, half.dtype) for axis, half in enumerate((low.A, low.B)))
-        factors[path] = replace(low, A=join(D, A0, 0), B=join(E, B0, 1))
-        anchors[path] = B0
-    sidecar = replace(adapter.sidecar, version=FORMAT_VERSION)
-    return replace(adapter, factors=factors, anchors=anchors, sidecar=sidecar)
+    return PlainAdapter(base, factors, whole, config.lora_dropout, config.task_type, sidecar, copies, anchors)
 
 
 def _scaling(config: LoraConfig, path: str, rank: int) -> float:

@@ -38,9 +38,7 @@ from milora_vl.adapter.folders import PROJECTOR_FILES
 from milora_vl.adapter.install import base_model_of
 from milora_vl.adapter.keep_protected import FsdpProjection, ShardedProjection, keep_protected
 from milora_vl.adapter.parameter_groups import parameter_groups, target_path
-from milora_vl.adapter.peft_model import MiloraMixin
 from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
-from milora_vl.adapter.version_1_shards import convert_shards, needs_conversion
 from milora_vl.base.errors import UserError, first_line
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
@@ -83,17 +81,6 @@ class IntervalsOfThisRun(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook after the state of a checkpoint is loaded."""
         state.compute_steps(args, state.max_steps)
-
-
-class ConvertVersion1(TrainerCallback):
-    """Convert what DeepSpeed has loaded from a checkpoint of adapter format version 1, before the first step."""
-
-    def __init__(self, model: MiloraMixin) -> None:
-        self.model = model
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Trainer's hook after the optimizer of a checkpoint is loaded."""
-        convert_shards(self.model, self.model.sidecars)
 
 
 class Durations(TrainerCallback):
@@ -265,10 +252,6 @@ class MiloraTrainer(Trainer):
         self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
         self.add_callback(self.norms)
         self.suites: SuiteCallback | None = None  # scores during training
-        if isinstance(model, MiloraMixin):
-            model.converts_shards = True
-            if resume_from is not None and needs_conversion(resume_from):
-                self.add_callback(ConvertVersion1(model))
         self.keeps_best = False  # the files of the best checkpoint are the result
         if self.args.fsdp:
             self.add_callback(fsdp.RequireShards())
@@ -602,14 +585,12 @@ class MiloraTrainer(Trainer):
             load_full(self.trained(), folder)
 
     def _load_best_model(self) -> None:
-        best, model = self.state.best_model_checkpoint, self.trained()
+        best = self.state.best_model_checkpoint
         assert best is not None
         if self.is_fsdp_enabled:
             self.keeps_best = True
         elif self.checkpoint_kind == "adapter" or self.is_deepspeed_enabled:
             super()._load_best_model()
-            if isinstance(model, MiloraMixin) and self.is_deepspeed_enabled and needs_conversion(Path(best)):
-                convert_shards(model, model.sidecars)
         else:
             self._load_from_checkpoint(best)
 

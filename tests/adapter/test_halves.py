@@ -19,7 +19,6 @@ from milora_vl.adapter.layers import (
     lossless,
     recover,
     split,
-    split_1,
 )
 
 
@@ -173,17 +172,6 @@ def test_the_start_of_b_comes_back_by_rounding_or_is_kept_in_float32() -> None:
     found = recover(B0 + E, E, torch.bfloat16)
     assert found.dtype == torch.float32
     assert torch.allclose(found, B0, atol=1e-6)
-
-
-def test_factors_of_version_1_are_converted() -> None:
-    A, A0 = torch.randn(3, 8), torch.randn(3, 8)
-    D, start = split_1(torch.cat([A, A0]), 0, torch.float32)
-    assert torch.equal(start, A0)
-    assert torch.allclose(start + D, A, atol=1e-6)
-    B, B0 = torch.randn(6, 3), torch.randn(6, 3)
-    E, start = split_1(torch.cat([B, -B0], dim=1), 1, torch.float32)
-    assert torch.equal(start, B0)
-    assert torch.allclose(start + E, B, atol=1e-6)
 
 
 def test_without_elements_the_raw_names_stay_and_the_weight_still_has_a_dtype() -> None:

@@ -65,20 +65,20 @@ def test_no_file_is_no_sidecar(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ('{"format_version": 99}', "adapter-newer-format", "has format 99, .* up to 2"),
+        ('{"format_version": 1}', "adapter-other-format", "has format version 1, and only version 2"),
         ("{", "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 1, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
-        ('{"format_version": 1, "form": "anchored", "modules": {"a": {}}}', "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 1, "form": "anchored", "modules": []}', "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 1, "form": "odd", "modules": {}}', "adapter-damaged-file", "is damaged .*form 'odd'"),
+        ('{"format_version": 2, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
+        ('{"format_version": 2, "form": "anchored", "modules": {"a": {}}}', "adapter-damaged-file", "is damaged"),
+        ('{"format_version": 2, "form": "anchored", "modules": []}', "adapter-damaged-file", "is damaged"),
+        ('{"format_version": 2, "form": "odd", "modules": {}}', "adapter-damaged-file", "is damaged .*form 'odd'"),
         (
-            '{"format_version": 1, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
+            '{"format_version": 2, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
             '"shape": [2, 2], "method": "odd"}}}',
             "adapter-damaged-file",
             "method 'odd'",
         ),
         (
-            '{"format_version": 1, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
+            '{"format_version": 2, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
             '"method": "milora", "shape": [2, 2], "report": {"shape": [2, 2, 2]}}}}',
             "adapter-damaged-file",
             "is damaged .*too many values",

@@ -17,17 +17,19 @@ from typing import Any
 from milora_vl.__main__ import main as milora
 from milora_vl.policy import Rule
 from milora_vl.recipe.schema import Recipe
+from studies.__main__ import main as studies
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = Path(__file__).with_name("manifest.json")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 COMMANDS = [
-    *(f"milora_vl.{name}" for name in "train compose report sweep studies chat export forgetting analyze demo".split()),
+    *(f"milora_vl.{name}" for name in "train compose report sweep chat export forgetting analyze demo".split()),
     "milora_vl.integrations.llava",
     "milora_vl.integrations.replace",
     *(f"milora_data {name}" for name in "check convert show stats emoji".split()),
     *(f"milora_eval {name}" for name in "run ls score scales judge compare view".split()),
     "milora_eval.lm_eval",
+    "studies",
 ]
 
 
@@ -46,7 +48,10 @@ def _help(command: str) -> str:
     words = [module.removeprefix("milora_"), *rest] if rest else [module.rpartition(".")[2]]
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        milora([*words, "--help"])
+        if command == "studies":
+            studies(["--help"])
+        else:
+            milora([*words, "--help"])
     return shown.getvalue()
 
 
