@@ -12,13 +12,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import amount, next_step, positive, run
 from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.runner import alone
 from studies.study import Study, chosen, read_study, study_names
-from studies.tasks import load_task, task_class
+from studies.tasks import task_class
 
 if TYPE_CHECKING:
     from studies.runner import Folder
@@ -47,7 +46,6 @@ examples:
     outputs=(
         shared("output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)"),
         option("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder"),
-        flag("--redraw", "draw the curves in --docs again from the CSV files there, then stop"),
         shared("format"),
     ),
 )
@@ -59,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list or options.study is None:
         _list(options.format == "json")
         return 0
-    if options.redraw and options.docs is None:
-        raise UserError("--redraw needs --docs FOLDER, with the CSV file of the study", code="study-redraw")
     code = 0
     for name in chosen(options.study):
         code |= _run_one(name, read_study(name), options)
@@ -79,13 +75,7 @@ def _list(as_json: bool) -> None:
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     from studies import page, runner
 
-    if options.redraw:
-        sys.stderr.write(f"docs: {page.redraw(name, study, options.docs)}\n")
-        return 0
     task_class(study.task)  # raises UserError for missing packages or data before the workers start
-    if study.each is not None:
-        sys.stderr.write(f"{name}: reading the matrices of its model ...\n")
-        study = study.with_each(load_task(study.task).model())
     folder = runner.Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
     cells = runner.all_cells(folder)

@@ -7,11 +7,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from milora_vl.base.errors import Problem, UserError, first_line
+from milora_vl.base.errors import Problem, UserError
 from milora_vl.base.strict_models import Strict, problems_of
 from milora_vl.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.cli.command_line import suggest
@@ -19,23 +19,18 @@ from milora_vl.policy import Policy
 from milora_vl.recipe import yaml_file
 from milora_vl.sweep.cells import Cell, arm_rules
 
-if TYPE_CHECKING:  # torch takes a second, and the list of studies needs none of it
-    from torch import nn
-
-Start = Literal["corda", "metric"]
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "start")
+_OF_ARM = ("train", "learning_rates")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. Its `start` is "corda" or "metric" (`starts.py`), for `method: milora`. `each` is a rule: every
-    module that it matches becomes an arm, named by its path. `search_seeds` is the number of seeds for the search over
-    learning rates; only the best rate by validation loss runs all seeds.
+    rates of the study. `search_seeds` is the number of seeds for the search over learning rates; only the best rate by
+    validation loss runs all seeds.
     """
 
     question: str
@@ -46,12 +41,10 @@ class Study(Strict):
     weight_decay: float = Field(0.0, ge=0)
     policy: list[dict[str, Any]]
     arms: dict[str, dict[str, Any]]
-    each: dict[str, Any] | None = None
     learning_rates: list[PositiveFloat]
     seeds: PositiveInt = 3
     search_seeds: PositiveInt | None = None  # None: all seeds
-    step_counts: list[PositiveInt] | None = None  # train each arm and rate with each of these; None: `steps` alone
-    reference: str | None = None  # read the curves of all arms at the losses of this one (`milora_vl/sweep/curves.py`)
+    reference: str  # read the curves of all arms at the losses of this one (`milora_vl/sweep/curves.py`)
     overlap: PositiveInt | None = None  # measure the share of the update in this number of first singular directions
 
     def rules(self, arm: str, learning_rate: float, seed: int = 0) -> list[dict[str, Any]]:
@@ -59,16 +52,10 @@ class Study(Strict):
         fields = {name: value for name, value in self.arms[arm].items() if name not in _OF_ARM}
         return arm_rules(self.policy, fields, learning_rate=learning_rate, seed=seed)
 
-    def start(self, arm: str) -> Start | None:
-        """Return the start of an arm that needs activations, or None: its rules say how it starts."""
-        start: Start | None = self.arms[arm].get("start")
-        return start
-
-    def training(self, arm: str, steps: int | None = None) -> Training:
-        """Return the training settings of an arm; `steps` replaces its number of steps."""
+    def training(self, arm: str) -> Training:
+        """Return the training settings of an arm."""
         defaults = {name: getattr(self, name) for name in Training.model_fields}
-        own = self.arms[arm].get("train", {})
-        return Training.model_validate(defaults | own | ({} if steps is None else {"steps": steps}))
+        return Training.model_validate(defaults | self.arms[arm].get("train", {}))
 
     def rates(self, arm: str) -> list[float]:
         """Return the learning rates of an arm."""
@@ -77,34 +64,16 @@ class Study(Strict):
 
     def cells(self, seeds: range) -> list[Cell]:
         """Return the cells of all arms and learning rates for some seeds, seed by seed."""
-        counts: Sequence[int | None] = self.step_counts or [None]
-        return [
-            Cell(arm, rate, None, seed, steps)
-            for seed in seeds
-            for arm in self.arms
-            for rate in self.rates(arm)
-            for steps in counts
-        ]
+        return [Cell(arm, rate, None, seed) for seed in seeds for arm in self.arms for rate in self.rates(arm)]
 
     def key(self, cell: Cell) -> str:
         """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them."""
-        training = self.training(cell.method, cell.steps).model_dump()
+        training = self.training(cell.method).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
-        start = self.start(cell.method)
-        if start is not None or any((rule.get("protect") or {}).get("inputs") for rule in rules):
+        if any((rule.get("protect") or {}).get("inputs") for rule in rules):
             content.append(CALIBRATION_VERSION)
-        if start is not None:
-            content.append(start)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
-
-    def with_each(self, model: nn.Module) -> Study:
-        """Return the study with one arm per module that `each` matches. Raises PolicyError if it matches none."""
-        if self.each is None:
-            return self
-        targets = Policy.parse_and_resolve([self.each], model)
-        arms = {target.path: {"policy": [*self.policy, self.each | {"modules": target.path}]} for target in targets}
-        return self.model_copy(update={"arms": self.arms | arms, "each": None})
 
 
 class Training(Strict):
@@ -152,7 +121,7 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
     except ValidationError as error:
         raise UserError(problems=_placed(problems_of(error, Study, "study"), source), source=source) from None
     problems: list[Problem] = []
-    if study.reference is not None and study.reference not in study.arms:
+    if study.reference not in study.arms:
         problems.append(
             Problem(
                 f"no arm has the name {study.reference!r}",
@@ -162,20 +131,9 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
             )
         )
     for arm in study.arms:
-        if study.start(arm) not in (None, *get_args(Start)):
-            problems.append(
-                Problem(
-                    f"unknown start {study.start(arm)!r}",
-                    "study-start",
-                    where=f"{source}: arm {arm}",
-                    hint=f"known starts: {', '.join(get_args(Start))}",
-                )
-            )
         try:
             study.training(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
-        except (TypeError, KeyError) as error:  # a method that is a list, or null
-            problems.append(Problem(first_line(error), "study-value", where=f"{source}: arm {arm}"))
         except (ValidationError, UserError) as error:
             of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")
             problems += _placed(of_arm, f"{source}: arm {arm}")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from milora_vl import apply_milora, keep_protected
 from milora_vl.adapter.parameter_groups import parameter_groups
-from milora_vl.policy import Policy
 from milora_vl.sweep.cells import Cell
-from studies.starts import Factors, replace_anchors, starting_factors
-from studies.study import Start, Study, Training
+from studies.study import Study, Training
 from studies.task import Task
 from studies.update import Updates
 
@@ -39,37 +34,21 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         updates = Updates.of(base, study.overlap, factors)
         rules = study.rules(cell.method, cell.learning_rate, cell.seed)
         protects = any((rule.get("protect") or {}).get("inputs") is not None for rule in rules)
-        start = study.start(cell.method)
-        anchors = None if start is None else _anchors(cast(Any, task), start, _without_rates(rules))
         model = apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
-        if anchors is not None:
-            replace_anchors(model, anchors)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()  # half precision loses small Adam steps
-        last = _train(task, model, study.training(cell.method, cell.steps), cell)
+        last = _train(task, model, study.training(cell.method), cell)
     model.eval()
     with torch.no_grad():
         measured = task.measure(model)
         update = updates.measure(model)
     numbers = {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
-        **({} if cell.steps is None else {"steps": cell.steps}),
         "validation_loss": measured.validation_loss, "score": measured.score, "forgetting": measured.forgetting,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "train_loss": last,
         **measured.more, **update, "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     return numbers, dict(measured.items)
-
-
-def _without_rates(rules: Sequence[Mapping[str, Any]]) -> str:
-    return json.dumps([{name: value for name, value in rule.items() if name != "learning_rate"} for rule in rules])
-
-
-@lru_cache(maxsize=2)
-def _anchors(task: Any, start: Start, rules: str) -> Factors:
-    """Return the factors of a start that needs activations; all cells of an arm share them within a process."""
-    base = task.model()
-    return starting_factors(start, base, Policy.parse_and_resolve(json.loads(rules), base), task.calibration())
 
 
 def _train(task: Task, model: Any, training: Training, cell: Cell) -> float:

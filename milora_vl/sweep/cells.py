@@ -25,20 +25,18 @@ _EDITS = ("method", "rank", "alpha", "dropout")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training. `rank` is None if the method has no rank, or if the recipe sets it; the same holds for `steps`."""
+    """One training. `rank` is None if the method has no rank, or if the recipe sets it."""
 
     method: str
     learning_rate: float
     rank: int | None
     seed: int
-    steps: int | None = None
 
     @property
     def name(self) -> str:
         """The name of the cell's folder."""
         rank = "" if self.rank is None else f"-r{self.rank}"
-        steps = "" if self.steps is None else f"-{self.steps}steps"
-        return f"{self.method}{rank}-lr{self.learning_rate:g}{steps}-seed{self.seed}"
+        return f"{self.method}{rank}-lr{self.learning_rate:g}-seed{self.seed}"
 
     @property
     def label(self) -> str:

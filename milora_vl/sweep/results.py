@@ -35,7 +35,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One method at one rank, learning rate and number of steps, over its finished seeds."""
+    """One method at one rank and learning rate, over its finished seeds."""
 
     method: str
     rank: int | None
@@ -44,11 +44,10 @@ class Point:
     score: Mean
     forgetting: Mean
     seeds: tuple[int, ...]
-    steps: int | None = None
 
     def cell(self, seed: int) -> Cell:
         """Return the cell of one seed."""
-        return Cell(self.method, self.learning_rate, self.rank, seed, self.steps)
+        return Cell(self.method, self.learning_rate, self.rank, seed)
 
     @property
     def label(self) -> str:
@@ -95,12 +94,11 @@ def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
     """Group the results by arm. The validation loss selects the best training among those with all seeds."""
     grouped = []
     for method, rank in dict.fromkeys(cell.arm for cell in results):
-        by_rate: dict[tuple[float, int | None], dict[int, Result]] = {}
+        by_rate: dict[float, dict[int, Result]] = {}
         for cell, result in results.items():
             if cell.arm == (method, rank):
-                by_rate.setdefault((cell.learning_rate, cell.steps), {})[cell.seed] = result
-        order = sorted(by_rate, key=lambda key: (key[0], key[1] or 0))
-        points = tuple(_point(method, rank, rate, steps, by_rate[rate, steps]) for rate, steps in order)
+                by_rate.setdefault(cell.learning_rate, {})[cell.seed] = result
+        points = tuple(_point(method, rank, rate, by_rate[rate]) for rate in sorted(by_rate))
         complete = [p for p in points if len(p.seeds) == seeds and math.isfinite(p.validation.value)]
         best = min(complete, key=lambda point: point.validation.value, default=None)
         rates = [point.learning_rate for point in points]
@@ -139,13 +137,13 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def _point(method: str, rank: int | None, rate: float, steps: int | None, by_seed: Mapping[int, Result]) -> Point:
+def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, Result]) -> Point:
     def over_seeds(key: str) -> Mean:
         return mean_of([float(result[key]) for result in by_seed.values()])
 
     return Point(
         method, rank, rate, over_seeds("validation_loss"), over_seeds("score"), over_seeds("forgetting"),
-        tuple(sorted(by_seed)), steps,
+        tuple(sorted(by_seed)),
     )  # fmt: skip
 
 

@@ -88,10 +88,8 @@ EXCEPTIONS: dict[str, str] = {
 # Regular expression -> why only `-m slow` runs the commands that match. That run also starts launched commands by their
 # own launcher, with two processes; the fast one runs them in one process.
 SLOW: dict[str, str] = {
-    r"python benchmarks/rounding\.py": "a minute, on smol-llava",
     r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs",
     r"python -m milora_vl\.integrations\.llava ": "LLaVA's own training",
-    r"python -m milora_vl\.studies decay ": "its plan reads every matrix of three models",
     r"milora demo": "four programs, one after another",
     r"torchrun .* --fsdp": "FSDP2 needs several processes",
     r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",

@@ -495,19 +495,6 @@ def _mixture(folder: Path, content: bytes) -> None:
         pass
 
 
-def _study(_: Path, content: bytes) -> None:
-    from milora_vl.recipe import yaml_file
-    from studies.study import parse_study
-
-    parse_study(yaml_file.read(content.decode("utf-8", "replace"), "study.yaml")[0], "study.yaml")
-
-
-def _study_text() -> str:
-    import llava_recipes
-
-    return llava_recipes.read("components.minilm", "study")
-
-
 def _answers_file(folder: Path, drawn: tuple[str, bytes]) -> None:
     from milora_eval.commands.score import main
 
@@ -759,7 +746,6 @@ def targets() -> list[Target]:
         Target("recipe YAML", yaml_texts(RECIPE), _recipe, share=20),
         Target("policy YAML", yaml_texts(json.dumps(ADAPTER_RULES)), _policy, share=10),
         Target("mixture YAML", yaml_texts(MIXTURE), _mixture, share=10),
-        Target("study YAML", yaml_texts(_study_text()), _study, share=4),
         Target("command line", words, _command_line, share=5),
         Target("plain pickles", st.one_of(mangled(REFS), st.sampled_from(PICKLES)), _plain_pickle, share=15),
         Target("torch pickles", torch_pickles(), _torch_pickle, share=15),

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milora_vl.base.errors import UserError
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import SHARES, Spot, at_common_loss, curve, curves_of, curves_table, forgetting_at, read
-from studies import __main__ as studies
-from studies import page as study_page
-from studies.runner import Folder, run_study
-from studies.study import parse_study
 
 POSITIVE = st.floats(1e-6, 1e3)
 SPOTS = st.lists(st.builds(Spot, POSITIVE, POSITIVE), max_size=8)
@@ -140,52 +134,3 @@ def test_what_is_forgotten_about_pictures_is_read_beside_text(tmp_path: Path) ->
         page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
     )
     assert "ratio about pictures" in (tmp_path / "curves.csv").read_text(encoding="utf-8")
-
-
-def test_the_figures_and_the_table_of_a_page_are_drawn_from_its_csv(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    docs = Path(__file__).resolve().parents[2] / "docs" / "studies"
-    shutil.copyfile(docs / "curves.minilm.csv", tmp_path / "curves.minilm.csv")
-    (tmp_path / "curves.md").write_text("<!-- results: curves.minilm -->\n<!-- end -->\n")
-    assert studies.main(["curves.minilm", "--docs", str(tmp_path), "--redraw"]) == 0
-    assert "| lora-inputs |" in (tmp_path / "curves.md").read_text(encoding="utf-8")
-    assert {file.name for file in tmp_path.glob("*.png")} == {"curves.minilm.png", "curves.minilm.score.png"}
-    for words in (["curves.smollm2", "--docs", str(tmp_path)], ["curves.minilm"]):
-        with pytest.raises(UserError) as raised:
-            studies.main([*words, "--redraw"])
-        assert raised.value.problems[0].code == "study-redraw"
-
-
-def test_a_study_of_curves_runs_every_rate_and_step_count_with_every_seed(tmp_path: Path) -> None:
-    study = parse_study(
-        {
-            "question": "Which?", "task": "digits-cnn", "steps": 9, "step_counts": [1, 2], "batch_size": 8,
-            "policy": [{"modules": "convs.*", "method": "milora", "rank": 2}], "reference": "lora",
-            "arms": {"milora": {}, "lora": {"method": "lora"}}, "learning_rates": [1e-3], "seeds": 2,
-        },
-        "test",
-    )  # fmt: skip
-    folder = Folder(tmp_path / "curves.digits-cnn", study)
-    done: list[str] = []
-    run_study(folder, 1, retry=False, on_done=lambda cell, ok, left: done.append(cell.name))
-    assert len(set(done)) == 2 * 2 * 2
-    assert "milora-lr0.001-2steps-seed1" in done
-    study_page.write(folder, "command")
-    (tmp_path / "curves.md").write_text("<!-- results: curves.digits-cnn -->\n<!-- end -->\n")
-    text = study_page.document("curves.digits-cnn", folder, tmp_path).read_text(encoding="utf-8")
-    assert "ratio to lora" in text
-    assert study_page.documented(text, "curves.digits-cnn", study, tmp_path) == text
-
-
-def test_an_unknown_reference_is_an_error() -> None:
-    with pytest.raises(UserError) as raised:
-        parse_study(
-            {
-                "question": "?", "task": "digits-cnn", "steps": 1, "batch_size": 1, "reference": "lorra",
-                "policy": [{"modules": "convs.*", "method": "milora", "rank": 2}], "arms": {"lora": {"method": "lora"}},
-                "learning_rates": [1e-3],
-            },
-            "test",
-        )  # fmt: skip
-    assert [problem.code for problem in raised.value.problems] == ["study-reference"]
