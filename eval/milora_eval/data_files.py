@@ -6,6 +6,7 @@ import base64
 import binascii
 import csv
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,8 @@ from typing import Any
 from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8
 from milora_eval.benchmark import Benchmark, Item, MissingData
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.base.errors import MALFORMED, DataError, UserError, with_context
-from milora_vl.base.json_text import parse_json
 
 # Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
 NOT_A_NUMBER = frozenset(
@@ -91,7 +92,7 @@ def read_jsonl(path: Path) -> Iterator[Any]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield parse_json(line.decode("utf-8"))
+                    yield json.loads(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     raise with_context(not_utf8(path, error), f"line {number}") from None
                 except ValueError as error:
@@ -143,8 +144,6 @@ def unpack_picture(data: str | bytes, place: str) -> Path:
         ) from None
     path = cache_dir() / "eval-pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.img"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")  # shards may write the same picture at the same time
-        partial.write_bytes(content)
-        partial.replace(path)
+        with atomic_file(path) as partial:  # shards may write the same picture at the same time
+            partial.write_bytes(content)
     return path

@@ -18,7 +18,7 @@ from typing import Any
 
 import xxhash
 
-from milora_vl.base.json_text import parse_json
+from milora_vl.base.atomic_write import write_json
 
 # Weight files of a checkpoint; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
@@ -104,7 +104,7 @@ def holds_weights(folder: Path) -> bool:
 def why_incomplete(folder: Path) -> str | None:
     """Return what is missing or truncated in a checkpoint; None if a run can resume from it."""
     try:
-        state = parse_json((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except OSError:
         return "has no trainer_state.json (the run was killed while writing it)"
     except ValueError:
@@ -131,9 +131,7 @@ def write_checksums(folder: Path) -> None:
     Texts such as README.md and the name of the base in adapter_config.json may be edited.
     """
     sums = {str(file.relative_to(folder)): _checksum(file) for file in _files(folder)}
-    partial = folder / f".{CHECKSUMS}.partial"
-    partial.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-    partial.replace(folder / CHECKSUMS)
+    write_json(folder / CHECKSUMS, sums)
 
 
 def _why_changed(folder: Path) -> str | None:
@@ -142,7 +140,7 @@ def _why_changed(folder: Path) -> str | None:
     if not file.is_file():  # of an older version, or of other training code
         return None
     try:
-        sums = dict(parse_json(file.read_text(encoding="utf-8")))
+        sums = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         return f"{CHECKSUMS} is damaged"
     for name, expected in sums.items():
@@ -235,7 +233,7 @@ def _is_truncated_safetensors(file: Path) -> bool:
             return True
         header = stream.read(length)
     try:
-        entries = parse_json(header)
+        entries = json.loads(header)
         ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return True
@@ -271,7 +269,7 @@ def is_word(wanted: str) -> bool:
 def read_environment(path: Path) -> dict[str, Any]:
     """Return environment.json of a run; empty if it is missing or truncated."""
     try:
-        content = parse_json((path / "environment.json").read_text(encoding="utf-8"))
+        content = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

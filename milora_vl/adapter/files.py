@@ -7,6 +7,7 @@ before PEFT loads them.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -29,7 +30,6 @@ from milora_vl.adapter.peft_model import restore
 from milora_vl.adapter.residual import make_residual
 from milora_vl.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
 from milora_vl.base.errors import expected_format
-from milora_vl.base.json_text import parse_json
 from milora_vl.policy.towers import is_wrapped_by_peft
 from milora_vl.weights.torch_files import AGAIN, UNREAD, read_pickled, unreadable
 
@@ -159,7 +159,7 @@ def require_readable_adapter(folder: Path) -> None:
         )
     config_file = folder / CONFIG
     try:
-        config = parse_json(config_file.read_text(encoding="utf-8"))
+        config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(
             f"not valid JSON: {error}", code="adapter-damaged-file", where=str(config_file), hint=AGAIN

@@ -6,12 +6,12 @@ Other modules ask here instead of looking for the files. `adapters/source.py` te
 from __future__ import annotations
 
 import difflib
+import json
 import shlex
 from pathlib import Path
 
 from milora_vl.adapter.checkpoints import holds_weights, newest_checkpoint, step_of
 from milora_vl.base.errors import Problem, UserError
-from milora_vl.base.json_text import parse_json
 
 CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -137,7 +137,7 @@ def base_of(folder: Path) -> str:
     """
     file = folder / CONFIG
     try:
-        name = parse_json(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         hint = "copy the folder again, or use a checkpoint of the run"
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file), hint=hint) from None

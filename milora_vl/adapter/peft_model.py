@@ -5,6 +5,7 @@ Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,8 +43,7 @@ from milora_vl.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
 from milora_vl.adapter.projection_hooks import guard
 from milora_vl.adapter.protection import Protected, find_protected
 from milora_vl.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_weights
-from milora_vl.base.atomic_files import atomic_folder
-from milora_vl.base.json_text import parse_json
+from milora_vl.base.atomic_write import atomic_folder
 from milora_vl.calibration.bases import ProtectedInputs
 from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
 from milora_vl.factors.initialize import LayerReport
@@ -443,7 +443,7 @@ def _local_config(name: str) -> dict[str, Any]:
         file = try_to_load_from_cache(name, "config.json") if name else None
     if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
         return {}
-    return dict(parse_json(Path(file).read_text(encoding="utf-8")))
+    return dict(json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 _DEEPSPEED_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")

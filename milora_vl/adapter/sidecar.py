@@ -23,7 +23,6 @@ from torch import Tensor
 
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.folders import ADAPTER_FILES
-from milora_vl.base.json_text import parse_json
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.rules import FloorSigma, Protect, Target
@@ -109,7 +108,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     if not file.is_file():
         return None
     try:
-        data = parse_json(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
         if data["format_version"] != FORMAT_VERSION:
             raise AdapterError(
                 f"this file has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read",

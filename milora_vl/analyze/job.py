@@ -27,7 +27,6 @@ from milora_vl.analyze.rows import Row, base_row, update_row
 from milora_vl.analyze.weights import Weights, open_weights
 from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import UserError
-from milora_vl.base.json_text import parse_json
 from milora_vl.foreign.load_model import load_model
 from milora_vl.models.devices import device_named
 from milora_vl.models.hub import source_of
@@ -129,7 +128,7 @@ def _read(file: Path, todo: AnalysisPlan) -> Iterator[Row]:
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
         with suppress(ValueError):
-            entries.append(parse_json(line))
+            entries.append(json.loads(line))
     if entries and entries[0].get("analysis") != todo.key:
         raise UserError(
             f"contains another analysis, of {entries[0].get('of')}; it is not overwritten",

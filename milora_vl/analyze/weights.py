@@ -6,6 +6,7 @@ same canonical names (`towers.canonical_names`), which match them.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from milora_vl.base.json_text import parse_json
 from milora_vl.models import loading
 from milora_vl.policy.towers import Towers, canonical_names, find_towers
 from milora_vl.weights.matrices import as_matrix, is_adaptable, is_linear, matrix_shape, read_matrix
@@ -145,7 +145,7 @@ def _files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder, from its index if it has one."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return [folder / name for name in sorted(set(parse_json(index.read_text("utf-8"))["weight_map"].values()))]
+        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
     single = folder / "model.safetensors"
     return [single] if single.is_file() else []
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from milora_vl.base.json_text import parse_json
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.calibration import VERSION
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.calibration.errors import CalibrationError
@@ -46,7 +45,6 @@ def write_inputs(folder: Path, inputs: ProtectedInputs, names: Mapping[str, str]
     """
     file = folder / file_name(inputs.digest)
     if not file.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
         _write(file, inputs, names)
     return file
 
@@ -59,14 +57,9 @@ def _write(file: Path, inputs: ProtectedInputs, names: Mapping[str, str]) -> Non
             for b in inputs.bases
         ],
     }
-    part = file.with_name(f".{file.name}.{uuid4().hex}")
-    try:
-        tensors = {str(number): basis.V.detach().cpu().contiguous() for number, basis in enumerate(inputs.bases)}
+    tensors = {str(number): basis.V.detach().cpu().contiguous() for number, basis in enumerate(inputs.bases)}
+    with atomic_file(file) as part:
         save_file(tensors, part, metadata={"content": json.dumps(content)})
-        part.chmod(0o644)  # safetensors makes files that only the owner can read
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_inputs(folder: Path, digest: str, names: Mapping[str, str]) -> ProtectedInputs:
@@ -98,7 +91,7 @@ def _read(file: Path, names: Mapping[str, str]) -> ProtectedInputs:
     path_of = {name: path for path, name in names.items()}
     try:
         with safe_open(file, framework="pt") as stored:
-            content = parse_json(stored.metadata()["content"])
+            content = json.loads(stored.metadata()["content"])
             # Clones are aligned in memory as the originals were: a resumed run then rounds like an uninterrupted one.
             bases = [InputBasis(stored.get_tensor(str(i)).clone(), **b) for i, b in enumerate(content["bases"])]
             numbers = {str(name): range(len(bases))[number] for name, number in content["numbers"].items()}

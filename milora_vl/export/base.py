@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.base.errors import UserError, at_flag
 from milora_vl.models import loading
 from milora_vl.models.timm_tower_config import TimmTowerConfig
@@ -119,9 +120,8 @@ def _name_tower_as_published(config: Any, folder: Path) -> None:
         tensors = load_file(shard)
         if any(map(_lacks_prefix, tensors)):
             renamed = {_published(name): tensor for name, tensor in tensors.items()}
-            part = shard.with_suffix(".part")  # the tensors are mapped from the shard
-            save_file(renamed, part, metadata={"format": "pt"})
-            part.replace(shard)
+            with atomic_file(shard) as part:  # the tensors are mapped from the shard
+                save_file(renamed, part, metadata={"format": "pt"})
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))

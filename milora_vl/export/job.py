@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,9 +18,8 @@ from milora_vl.adapter.apply import merge
 from milora_vl.adapter.base_check import fitted
 from milora_vl.adapter.files import load_adapter
 from milora_vl.adapter.sidecar import Sidecar
-from milora_vl.base.atomic_files import open_to_others
+from milora_vl.base.atomic_write import complete_folder
 from milora_vl.base.errors import UserError
-from milora_vl.base.json_text import parse_json
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.files import read_inputs, write_inputs
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
@@ -121,26 +120,20 @@ def export(
     folders = [Path(folder)] if isinstance(folder, str | Path) else [Path(path) for path in folder]
     sources = [find_source(path, *companions) for path in folders]
     _require_weights(sources, weights)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        with nullcontext() if sys.stderr.isatty() else quiet_bars(), tempfile.TemporaryDirectory() as scratch:
-            source = sources[0]
-            if scale != 1 or weights is not None:
-                shares = [scale * weight for weight in weights or [1.0]]
-                source = _changed(sources, shares, base, Path(scratch), allow_base_mismatch=allow_base_mismatch)
-            job = Job(
-                source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code,
-                outtype or ("f32" if form == "gguf-lora" else "f16"), trained_prompts(folders[0])[0],
-            )  # fmt: skip
-            layers, total, loads_with = job.write(form, rank, with_base)
-        if target.exists():
-            target.rmdir()
-        partial.chmod(0o755)  # only the owner can read a folder of mkdtemp
-        open_to_others(partial)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with (
+        complete_folder(target.absolute()) as partial,  # "." has no name
+        nullcontext() if sys.stderr.isatty() else quiet_bars(),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        source = sources[0]
+        if scale != 1 or weights is not None:
+            shares = [scale * weight for weight in weights or [1.0]]
+            source = _changed(sources, shares, base, Path(scratch), allow_base_mismatch=allow_base_mismatch)
+        job = Job(
+            source, base, dtype, partial, target, vision_tower, allow_base_mismatch, remote_code,
+            outtype or ("f32" if form == "gguf-lora" else "f16"), trained_prompts(folders[0])[0],
+        )  # fmt: skip
+        layers, total, loads_with = job.write(form, rank, with_base)
     origin = sources[0].kind if len(sources) == 1 else "combined"
     return Exported(target, to, origin, layers, total, loads_with)
 
@@ -258,7 +251,7 @@ class Job:
     def _write_llava(self, base: Base) -> None:
         if self.source.kind == "llava":
             adapter = read_llava(self.source.folder)
-            config = parse_json((self.source.folder / "config.json").read_text(encoding="utf-8"))
+            config = json.loads((self.source.folder / "config.json").read_text(encoding="utf-8"))
         else:
             adapter, _ = self.read(base, needs_base=False)
             config = config_for_llava(base.config, self.vision_tower)

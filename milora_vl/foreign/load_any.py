@@ -5,6 +5,7 @@ The files of a folder, not its name, decide what it is. The adapters are convert
 
 from __future__ import annotations
 
+import json
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from torch import nn
 from milora_vl.adapter.files import load_adapter
 from milora_vl.adapter.folders import CONFIG, has_config, holds_residual
 from milora_vl.base.errors import UserError, expected_format
-from milora_vl.base.json_text import parse_json
 from milora_vl.foreign.arithmetic import require_linear
 from milora_vl.foreign.imported import import_adapter, refuse_mutating
 from milora_vl.foreign.plain import write_plain
@@ -71,7 +71,7 @@ def require_scalable(model: nn.Module, folder: Path) -> None:
 
 def _is_lora(folder: Path) -> bool:
     try:
-        content = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError:
         return False  # load_adapter reports it
     return bool(content.get("peft_type") == "LORA")

@@ -20,7 +20,6 @@ from torch import Tensor
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG
 from milora_vl.adapter.sidecar import Sidecar, read_sidecar
 from milora_vl.base.errors import UserError, expected_format
-from milora_vl.base.json_text import parse_json
 
 PREFIX = "base_model.model."
 _FACTOR_A = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_embedding_A)")
@@ -106,7 +105,7 @@ def read_plain(folder: Path) -> PlainAdapter:
 
 def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
     """Read adapter_config.json. Raises UserError if it is not a LoRA or (unless `any_lora`) more than two factors."""
-    kind = parse_json((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     if kind != "LORA":
         raise UserError(
             f"unsupported adapter type {kind}: only adapters saved as LoRA can be exported",
@@ -129,7 +128,7 @@ def read_config(folder: Path, *, any_lora: bool = False) -> LoraConfig:
 
 def more_than_factors(folder: Path) -> dict[str, str]:
     """Return the fields of adapter_config.json with which a LoRA is more than two factors, and a name for each."""
-    content = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return {name: what for name, what in _MORE_THAN_FACTORS.items() if content.get(name)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,6 @@ from milora_vl.adapter.folders import (
 )
 from milora_vl.adapter.sidecar import FILE_NAME
 from milora_vl.base.errors import Problem, UserError
-from milora_vl.base.json_text import parse_json
 from milora_vl.cli.command_line import beside
 
 Kind = Literal["ours", "plain", "llava", "residual"]
@@ -100,7 +100,7 @@ def _residual_of(folder: Path) -> Path | None:
         return folder
     if not has_config(folder):
         return None
-    named = parse_json((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
     base = Path(named) if named and isinstance(named, str) else None
     if base is None or not base.is_dir() or not _holds_model(base):
         return None

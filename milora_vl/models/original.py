@@ -6,6 +6,7 @@ mistakes for its own class.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from milora_vl.adapter.folders import has_config
 from milora_vl.base.errors import UserError
-from milora_vl.base.json_text import parse_json
 from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
 
 MARK = "mm_vision_tower"
@@ -95,7 +95,7 @@ def read_original(folder: Path) -> Original:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        content = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_vl.base.errors import Problem, UserError
-from milora_vl.base.json_text import parse_json
 
 FOREIGN_FSDP = Problem(
     "accelerate has FSDP settings, which differ from those of this command",
@@ -62,7 +61,7 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
     content: Any = config
     if isinstance(config, str):
         try:
-            content = parse_json(Path(config).read_text(encoding="utf-8"))
+            content = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{config} is not a JSON file: {error}",
@@ -77,7 +76,7 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
             where="--deepspeed",
             hint="use zero2, zero3 or zero3_offload, or correct the file",
         )
-    settings, warnings = parse_json(json.dumps(content)), []
+    settings, warnings = json.loads(json.dumps(content)), []
     for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():
         if settings.pop(block, None) is not None:
             warnings.append(f"deepspeed: its {block} has no effect; use {flags}")
@@ -96,7 +95,7 @@ def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict
     content: Any = config or {}
     if isinstance(config, str) and config:
         try:
-            content = parse_json(Path(config).read_text(encoding="utf-8"))
+            content = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _fsdp_error(f"{config} is not a JSON file: {error}", "correct the file") from None
     if not isinstance(content, Mapping):

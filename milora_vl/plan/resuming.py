@@ -6,6 +6,7 @@ weights are refused: the files of the run would describe a different training.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 from milora_vl.adapter import checkpoints
 from milora_vl.adapter.checkpoints import is_sharded, num_processes, step_of, zero_stage
 from milora_vl.base.errors import Problem, UserError
-from milora_vl.base.json_text import parse_json
 from milora_vl.cli.command_line import command_line
 from milora_vl.plan import train_section
 from milora_vl.plan.run_data import RunData
@@ -145,7 +145,7 @@ class Resumed:
 def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
     """Raise UserError if the run ends before its checkpoint, or if its schedule depends on a changed last step."""
     try:
-        state = parse_json((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             "the checkpoint disappeared while it was read",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from milora_vl.base.errors import UserError
-from milora_vl.base.json_text import parse_json
 from milora_vl.report.plots import Plot
 from milora_vl.report.tables import Table
 
@@ -25,9 +25,9 @@ def read_analysis(run: Path) -> Analysis | None:
     if not file.is_file():
         return None
     try:
-        table = parse_json(file.read_text(encoding="utf-8"))["table"]
+        table = json.loads(file.read_text(encoding="utf-8"))["table"]
         file = file.with_name("figures.json")
-        figures = parse_json(file.read_text(encoding="utf-8"))
+        figures = json.loads(file.read_text(encoding="utf-8"))
         return Analysis(
             Table(tuple(table["header"]), tuple(tuple(row) for row in table["rows"]), table["caption"]),
             [(Plot(**figure["plot"]), figure["caption"]) for figure in figures],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,6 @@ import yaml
 
 from milora_vl.adapter.checkpoints import read_environment
 from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.base.json_text import parse_json
 from milora_vl.recipe.schema import Recipe
 
 UNFINISHED = (
@@ -165,7 +165,7 @@ def _last_loss(path: Path) -> float | None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return parse_json(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_vl.base.errors import UserError, expected_format
-from milora_vl.base.json_text import parse_json
 from milora_vl.base.yaml_text import parse_yaml
 
 Json = Mapping[str, Any]
@@ -230,7 +230,7 @@ def _lines(folder: Path) -> Iterator[Json]:
     path = folder / "predictions.jsonl"
     for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         try:
-            yield parse_json(line)
+            yield json.loads(line)
         except ValueError:
             continue
 
@@ -252,7 +252,7 @@ def _json(path: Path, default: Any) -> Any:
     if not path.exists():
         return default
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         hint = "move it away for a report without it"
         raise UserError(f"is not valid JSON: {error}", code="json-syntax", where=str(path), hint=hint) from error

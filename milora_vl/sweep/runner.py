@@ -1,12 +1,11 @@
 """Run the cells of a sweep, several in parallel (`--jobs`), each in its own folder; failed and resumed cells.
 
 cells/NAME is the run folder, logs/NAME.log the output of its commands, cells/NAME.json its result, failed/NAME.json the
-reason of a failure. The commands themselves hold a lock file, so a new sweep waits for the commands of a killed one.
+reason of a failure.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -20,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from milora_eval.scores.results import require_lines
 from milora_vl.base.atomic_write import read_json, write_json, write_text
@@ -136,14 +137,12 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     write_text(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
     start = time.monotonic()
     log = sweep.folder / "logs" / f"{cell.name}.log"
-    with _lock(sweep.folder / "logs" / f"{cell.name}.lock", wait=True) as held, log.open("a", encoding="utf-8") as out:
+    with log.open("a", encoding="utf-8") as out:
         for make in (sweep.training, sweep.evaluating):
             command = make(cell)
             out.write(f"$ python {' '.join(command)}\n")
             out.flush()
-            done = subprocess.run(
-                [sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment, pass_fds=[held]
-            )
+            done = subprocess.run([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment)
             if done.returncode == 130 or done.returncode == -2:  # interrupted by the user: not a failure of the cell
                 return False
             if done.returncode != 0:
@@ -200,24 +199,20 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
 def alone(folder: Path) -> Iterator[None]:
     """Lock a folder against a second sweep. Raises UserError if a sweep is running in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / ".lock", wait=False):
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another sweep is running in {folder}",
+            code="sweep-already-running",
+            where="--output_dir",
+            hint="wait until it has finished, or use another folder",
+        ) from None
+    try:
         yield
-
-
-@contextmanager
-def _lock(file: Path, *, wait: bool) -> Iterator[int]:
-    """Hold a lock; the system releases it when the last process that holds it ends, also after a kill."""
-    with file.open("w") as opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(
-                f"another sweep is running in {file.parent}",
-                code="sweep-already-running",
-                where="--output_dir",
-                hint="wait until it has finished, or use another folder",
-            ) from None
-        yield opened.fileno()
+    finally:
+        lock.release()
 
 
 def _exit_reason(code: int) -> str:

@@ -16,7 +16,6 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import xxhash
 from torch import Tensor, nn
@@ -29,8 +28,8 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.pictures.files import content_of, place_of
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
+from milora_vl.base.atomic_write import write_json
 from milora_vl.base.errors import UserError, first_line
-from milora_vl.base.json_text import parse_json
 from milora_vl.calibration.files import weights_digest
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.models import loading
@@ -280,22 +279,16 @@ def _cache_file(sources: _Sources, settings: str) -> Path:
 
 def _read(file: Path) -> list[Any] | None:
     try:
-        return list(parse_json(file.read_text(encoding="utf-8")))
+        return list(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 
 
 def _store(file: Path, written: list[Any], screen: Screen) -> None:
-    folder = file.parent
-    part = folder / f".{file.name}.{uuid4().hex}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(written), encoding="utf-8")
-        part.replace(file)
+        write_json(file, written)
     except OSError as error:
-        screen.warn(f"calibration texts are not cached in {folder}: {error}")
-    finally:
-        part.unlink(missing_ok=True)
+        screen.warn(f"calibration texts are not cached in {file.parent}: {error}")
 
 
 @contextmanager

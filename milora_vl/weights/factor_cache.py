@@ -10,14 +10,14 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.svd import Factors, singular_values
 
 # Increase this number if the same weight, rank and part can give other factors.
@@ -98,15 +98,9 @@ def _read(folder: Path, key: str, names: Sequence[str]) -> tuple[dict[str, Tenso
 
 
 def _write(folder: Path, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {**metadata, "hash": _hash(key, tensors, metadata)}
-    part = folder / f".{key}.{uuid4().hex}"
-    try:
-        # safetensors' save_file makes files that only the owner can read, but a cache may be shared.
-        part.write_bytes(save(dict(tensors), metadata=metadata))
-        part.replace(folder / f"{key}.safetensors")
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(folder / f"{key}.safetensors") as part:
+        save_file(dict(tensors), part, metadata=metadata)
 
 
 def _hash(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

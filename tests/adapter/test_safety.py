@@ -13,7 +13,7 @@ from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.adapter.install import joined_state, lora_layer
-from milora_vl.base import atomic_files as atomic_write
+from milora_vl.base import atomic_write
 from support.adapter_cases import anchors, llava_batch, move, one_rule, token_batch, train_steps
 from support.problems import raises_code
 from support.versions import TORCH

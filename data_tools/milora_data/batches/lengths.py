@@ -6,7 +6,6 @@ import hashlib
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from milora_data.encode.tokens import fast_backend, own_template
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import ImageError, picture_size, place_of
 from milora_data.records.record import Record
+from milora_vl.base.atomic_write import atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +109,8 @@ def _state(picture: str | Path) -> str:
 
 
 def _save(path: Path, counts: np.ndarray) -> None:
-    part = path.with_name(path.name + ".part")
     try:
-        with part.open("wb") as file:
+        with atomic_file(path) as part, part.open("wb") as file:
             np.save(file, counts)
-        part.replace(path)
     except OSError as error:
         log.info("the lengths are not cached: %s", error)
-        with suppress(OSError):  # on a read-only disk nothing was written
-            part.unlink(missing_ok=True)

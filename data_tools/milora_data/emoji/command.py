@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji.questions import Record, captions, held_out_records, training_records
+from milora_vl.base.atomic_write import complete_folder
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import count, next_step, positive
 from milora_vl.cli.flags import Command, option, shared
@@ -97,17 +97,12 @@ def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0)
         "captions.json": captions(split["train"], patterns, seed),
         "captions_val.json": captions(split["val"], ["{code}.png"], seed),
     }
-    folder = folder.absolute()  # "." has no name
-    scratch = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    (scratch / "images").mkdir(parents=True)
-    _draw(emojis, split["train"], scratch / "images", variants, seed)
-    for name, records in files.items():
-        (scratch / name).write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
-    (scratch / "README.md").write_text(_readme(files, split, variants), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()  # empty, or main would have refused
-    scratch.rename(folder)
+    with complete_folder(folder.absolute()) as scratch:  # "." has no name
+        (scratch / "images").mkdir()
+        _draw(emojis, split["train"], scratch / "images", variants, seed)
+        for name, records in files.items():
+            (scratch / name).write_text(json.dumps(records, ensure_ascii=False, indent=1), encoding="utf-8")
+        (scratch / "README.md").write_text(_readme(files, split, variants), encoding="utf-8")
     return {name: len(records) for name, records in files.items()}
 
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TextIO
 
 from milora_data.formats.saved import is_saved
 from milora_data.pictures.files import SUFFIXES
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.base.errors import DataError, with_context
-from milora_vl.base.json_text import parse_json
 from milora_vl.cli.command_line import beside, command_line
 from milora_vl.cli.web import url_problem
 
@@ -102,20 +102,13 @@ def write_objects(path: Path, objects: Iterable[object]) -> int:
     """
     if path.exists():
         raise DataError(f"{path} exists already", code="output-exists", hint="nothing was written; name a new file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     lines = path.suffix == ".jsonl"
     count = 0
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            for count, value in enumerate(objects, start=1):
-                file.write("" if lines else "[\n" if count == 1 else ",\n")
-                file.write(json.dumps(value, ensure_ascii=False) + ("\n" if lines else ""))
-            file.write("" if lines else "\n]\n" if count else "[]\n")
-    except BaseException:
-        part.unlink(missing_ok=True)  # its folder may be read-only
-        raise
-    part.rename(path)
+    with atomic_file(path) as part, part.open("w", encoding="utf-8") as file:
+        for count, value in enumerate(objects, start=1):
+            file.write("" if lines else "[\n" if count == 1 else ",\n")
+            file.write(json.dumps(value, ensure_ascii=False) + ("\n" if lines else ""))
+        file.write("" if lines else "\n]\n" if count else "[]\n")
     return count
 
 
@@ -124,7 +117,7 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise missing_file(path)
     try:
-        return parse_json(path.read_text(encoding="utf-8-sig"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise DataError(f"broken JSON: {error.msg}", code="json-syntax", where=f"{path}:{error.lineno}") from None
     except UnicodeDecodeError as error:

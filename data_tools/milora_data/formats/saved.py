@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from milora_vl.base.errors import DataError
-from milora_vl.base.json_text import parse_json
 
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"
 
@@ -43,7 +43,7 @@ def files_of_saved(folder: Path) -> list[str]:
 
 def _read(file: Path, key: str) -> list[Any]:
     try:
-        return list(parse_json(file.read_text(encoding="utf-8"))[key])
+        return list(json.loads(file.read_text(encoding="utf-8"))[key])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"not a file that save_to_disk writes: {error}",

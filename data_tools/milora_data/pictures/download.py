@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from http.client import HTTPException
 from pathlib import Path
 from urllib.request import Request, urlopen
 
 from milora_data.assets import cache_dir
+from milora_vl.base.atomic_write import atomic_file
 
 MOST_BYTES = 50 * 2**20
 MOST_SECONDS = 30.0
@@ -29,13 +29,8 @@ def downloaded(address: str) -> Path:
         content = _content(address)
     except (HTTPException, ValueError) as error:  # a broken answer, or not an address
         raise OSError(f"the download failed: {error}") from None
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f".{place.name}.{os.getpid()}")
-    try:
+    with atomic_file(place) as partial:  # loader processes may download the same picture
         partial.write_bytes(content)
-        partial.replace(place)  # loader processes may download the same picture
-    finally:
-        partial.unlink(missing_ok=True)
     return place
 
 

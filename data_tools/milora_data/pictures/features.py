@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import torch
 import xxhash
@@ -18,6 +17,7 @@ from torch import Tensor
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import content_of
 from milora_data.pictures.pixels import PixelMaker
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.base.errors import DataError
 
 PLAIN = "plain"  # entry of the plain picture, used for batches without pictures
@@ -88,17 +88,12 @@ class FeatureReader:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def write(self, entry: Path, features: Features) -> None:
-        """Store the features of one picture atomically; on a full disk no part of them stays."""
+        """Store the features of one picture atomically."""
         from safetensors.torch import save_file
 
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        part = entry.with_name(f"{entry.name}.{uuid4().hex}.part")
         size = torch.tensor([features.height, features.width])
-        try:
+        with atomic_file(entry) as part:
             save_file({"values": features.values.cpu().contiguous(), "size": size}, part)
-            part.replace(entry)
-        finally:
-            part.unlink(missing_ok=True)
 
     def _load(self, entry: Path) -> Features:
         from safetensors.torch import load_file

@@ -8,7 +8,6 @@ judgements.jsonl    the texts of a judge model, for the benchmarks that need one
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.base.errors import UserError
-from milora_vl.base.json_text import parse_json
 
 Line = dict[str, Any]
 PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements.jsonl"
@@ -56,7 +56,7 @@ def _located(file: BinaryIO, path: Path) -> Iterator[tuple[int, Line]]:
 
 def _parsed(text: bytes) -> Line | None:
     try:
-        line = parse_json(text.decode("utf-8", "replace"))
+        line = json.loads(text.decode("utf-8", "replace"))
     except ValueError:
         return None
     return line if isinstance(line, dict) and "key" in line else None
@@ -69,13 +69,8 @@ def read_lines(path: Path) -> list[Line]:
 
 def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write a file atomically, line by line: the file is complete or does not exist."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(_text(line) for line in lines)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)  # left over if the disk is full
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(_text(line) for line in lines)
 
 
 @contextmanager
@@ -84,8 +79,7 @@ def alone(folder: Path) -> Iterator[None]:
 
     The system releases the lock when the process ends, also after a kill; the lock file stays.
     """
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(folder / ".lock"):
         yield
 
 

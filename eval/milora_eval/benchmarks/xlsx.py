@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree.ElementTree import ParseError
 from zipfile import BadZipFile, ZipFile
 
+from milora_vl.base.atomic_write import atomic_file
 from milora_vl.base.errors import MALFORMED, DataError, UserError, first_line
 
 Cell = str | int | float | None
@@ -39,10 +40,8 @@ def write_xlsx(path: Path, names: Sequence[str], rows: Sequence[Sequence[Cell]])
                 cell.data_type = "s"
             else:
                 cell.value = value
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    book.save(partial)
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        book.save(partial)
     if len(read_xlsx(path)) != len(rows):
         raise ValueError(f"{path} cannot be read back: a different number of rows")
     return path
