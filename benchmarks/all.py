@@ -1,14 +1,11 @@
 """Run every benchmark, one at a time, each in its own process: `make bench-full`.
 
-python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--missing] [--page]
+python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
-Without --full, the parts that take three hours are left out (`make bench`): LLaMA-13B, a training on text, the demo, an
-evaluation of a million questions, a 7B at full size, kills, the soak.
-A result keeps the last one of another day beside it; the page shows where the two differ by more than 10 %.
---only measures some parts again and keeps the others; --quick measures the headline rows (`make bench-quick`);
---missing measures the parts without a result;
---page only writes the page.
+Without --full, the parts that take two hours are left out (`make bench`): a training on text, the demo, an evaluation
+of a million questions, a 7B at full size, kills. --only measures some parts again and keeps the others; --quick
+measures the headline rows (`make bench-quick`); --page only writes the page.
 """
 
 from __future__ import annotations
@@ -31,17 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
 DEMO = "--recipe smol-llava-demo --max_steps 60 --logging_steps 1 --save_steps 5 --save_total_limit 3"
 PARTS = {
-    "imports": "imports.py",
-    "first_step": "imports.py --first_step",
     "svd": "svd.py headline",
     "svd_families": "svd.py families",
-    "svd_ranks": "svd.py ranks",
     "svd_principal": "svd.py principal",
-    "svd_llama": "svd.py llama --size 7b --plot docs/decomposition.png",
-    "svd_llama_13b": "svd.py llama --size 13b",
+    "svd_llama": "svd.py llama",
     "smollm2": "init_model.py",
     "cache_7b": "init_model.py --model 7b-block --rank 128 --alone",
-    "read_ahead": "read_ahead.py",
     "step": "step.py",
     "step_bf16": "step.py --dtype bfloat16",
     "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
@@ -50,22 +42,16 @@ PARTS = {
     "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
     "whole_training_text": "whole_training.py --data text --steps 5",
     "data": "data.py",
-    "loader": "loader.py",
     "eval": "eval.py",
     "eval_scale": "eval_scale.py --questions 1000000",
-    "shared_cores": "shared_cores.py",
     "plan": "plan.py",
     "full_size": "full_size.py",
     "kills": f"kills.py --kills 20 -- {DEMO}",
     "kills_ddp": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True",
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
     "demo": "demo.py",
-    "soak": "soak.py --minutes 60 --between 150 360",
 }
-LONG = (  # three hours
-    "svd_llama_13b", "whole_training_text", "demo", "eval_scale", "full_size",
-    "kills", "kills_ddp", "kills_zero3", "soak",
-)  # fmt: skip
+LONG = ("whole_training_text", "demo", "eval_scale", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}
 
@@ -76,20 +62,18 @@ def main() -> int:
     options.add_argument("--only", nargs="+", choices=PARTS, default=SETS["bench"], metavar="NAME")
     options.add_argument("--full", action="store_const", dest="only", const=list(PARTS), help="all parts")
     options.add_argument("--quick", action="store_const", dest="only", const=QUICK, help="the headline rows")
-    options.add_argument("--missing", action="store_true", help="skip the parts that have a result")
     options.add_argument("--page", action="store_true", help="write docs/performance.md from the stored results")
     chosen = options.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     failed = []
-    parts = [name for name in chosen.only if not (chosen.missing and name in results)]
-    for name in [] if chosen.page else parts:
+    for name in [] if chosen.page else chosen.only:
         print(f"{name}: python benchmarks/{PARTS[name]}", file=sys.stderr)
         start = time.perf_counter()
         measured = measure(PARTS[name])
         if measured is None:
             failed.append(name)
             continue
-        results[name] = earlier(results.get(name), date.today().isoformat()) | {
+        results[name] = {
             "command": f"python benchmarks/{PARTS[name]}",
             "date": date.today().isoformat(),
             "seconds": round(time.perf_counter() - start, 1),
@@ -112,13 +96,6 @@ def measure(command: str) -> Any:
     script, *words = command.split()
     done = subprocess.run([sys.executable, f"benchmarks/{script}", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-
-
-def earlier(before: dict[str, Any] | None, today: str) -> dict[str, Any]:
-    """Return {"earlier": ...}, the last result of another day: the given one or the one beside it, if there is one."""
-    if before is not None and before["date"] != today:
-        return {"earlier": {key: before[key] for key in ("date", "machine", "result")}}
-    return {"earlier": before["earlier"]} if before is not None and "earlier" in before else {}
 
 
 def machine() -> dict[str, Any]:

@@ -8,9 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from goals import GOALS, REASONS, Goal
+from goals import GOALS
 
-DIFFERENT = 0.1  # of a figure of another day, as a share: more is shown
 KILLS = (
     ("kills", "`smol-llava`, one process"),
     ("kills_ddp", "`tiny`, DDP"),
@@ -35,28 +34,9 @@ def page(results: dict[str, Any], sets: dict[str, Iterable[str]]) -> str:
         machine=described[0],
         dates=" to ".join(dict.fromkeys((dates[0], dates[-1]))),
         goals=GOALS,
-        other_day=other_day,
         minutes={name: sum(results[part]["seconds"] for part in parts) for name, parts in sets.items()},
-        missed=[goal for goal in GOALS if not goal.is_met(goal.value(results[goal.part]["result"]))],
-        reasons=REASONS,
         kills=KILLS,
     )
-
-
-def other_day(goal: Goal, entry: dict[str, Any]) -> str:
-    """Return the figure of another day and its date, if it differs by more than 10 %; else nothing."""
-    before = entry.get("earlier")
-    if before is None:
-        return ""
-    try:
-        old = goal.value(before["result"])
-    except (KeyError, StopIteration, TypeError):  # its script printed something else then
-        return ""
-    new = goal.value(entry["result"])
-    if abs(old - new) <= DIFFERENT * max(abs(old), abs(new)):
-        return ""
-    machine = "" if before["machine"] == entry["machine"] else f", {before['machine']['cpu']}"
-    return f"{figure(old)}{goal.unit}, {before['date']}{machine}"
 
 
 def figure(value: float) -> str:

@@ -2,11 +2,10 @@
 
 python benchmarks/svd.py headline [--repeats 1]    r = 128 at 4096 x 4096 and 4096 x 11008, two spectra
 python benchmarks/svd.py families                  spectrum families at 2048 x 2048
-python benchmarks/svd.py ranks                     ranks 8 to 512 at 4096 x 4096
 python benchmarks/svd.py principal                 principal part against PEFT's pissa_niter_4
-python benchmarks/svd.py llama [--size 7b 13b]     every shape of a LLaMA, measured once, multiplied by its count
+python benchmarks/svd.py llama                     every shape of LLaMA-7B, measured once, multiplied by its count
 
-Each prints a table (stderr) and one JSON line. Errors are exact: the
+Each prints one JSON line. Errors are exact: the
 relative excess of the norm of the singular values over the full decomposition. `products` is our time as a multiple
 of one product W W' of the wide side, which does not depend on how slow a machine's LAPACK is.
 """
@@ -18,18 +17,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from milora_vl.svd import Factors, decompose
 
-# (out, in) and their number, by layer kind; number of blocks, hidden size and MLP size of LLaMA.
-LLAMA = {"7b": (32, 4096, 11008), "13b": (40, 5120, 13824)}
+BLOCKS, HIDDEN, MLP = 32, 4096, 11008  # of LLaMA-7B
 OURS = 3  # how often ours runs for each full SVD
 FAMILIES = ("gaussian", "low-rank", "power 1/i", "exponential 1e-4", "exponential 1e-6", "rank-deficient", "clustered")
 
@@ -42,16 +37,8 @@ def main() -> None:
     options.add_argument("--rank", type=int, default=128)
     options.add_argument("--device", default="cpu")
     options.add_argument("--scale", type=int, default=1, help="divide all sizes by this number, for a quick test")
-    options.add_argument("--size", nargs="+", choices=sorted(LLAMA), default=["7b"])
-    options.add_argument("--plot", type=Path, metavar="PNG", help="llama: plot the seconds of each shape")
     chosen = options.parse_args()
-    if chosen.plot is not None and chosen.part != "llama":
-        options.error("--plot draws the shapes of `llama` alone")
-    rows = PARTS[chosen.part](chosen)
-    show(rows, f"{chosen.part}: {torch.get_num_threads()} threads, torch {torch.__version__}, {chosen.device}")
-    print(json.dumps(rows))
-    if chosen.plot is not None:
-        plot(rows, chosen.plot)
+    print(json.dumps(PARTS[chosen.part](chosen)))
 
 
 def headline(chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -68,17 +55,6 @@ def families(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     weights = {name: matrix(2048, 2048, name, chosen) for name in FAMILIES}
     rank = 64 // chosen.scale
     return compare(weights, rank, chosen) + compare(weights, rank, chosen, part="principal")
-
-
-def ranks(chosen: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure one Gaussian matrix at many ranks."""
-    W = matrix(4096, 4096, "gaussian", chosen)
-    peer, S = timed(lambda: torch.linalg.svd(W, full_matrices=False).S, W.device)
-    rows = []
-    for rank in (8, 16, 32, 64, 128, 256, 512):
-        seconds, found = timed(lambda rank=rank: decompose(W, rank // chosen.scale or 1), W.device)
-        rows.append(row("gaussian", W, found, seconds, peer, S, "minor", product(W)))
-    return rows
 
 
 def principal(chosen: argparse.Namespace) -> list[dict[str, Any]]:
@@ -102,26 +78,21 @@ def principal(chosen: argparse.Namespace) -> list[dict[str, Any]]:
 
 def llama(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure all linear layers of the blocks, each shape once."""
+    kinds = {"attention (q, k, v, o)": (HIDDEN, HIDDEN, 4), "MLP in (gate, up)": (MLP, HIDDEN, 2),
+             "MLP out (down)": (HIDDEN, MLP, 1)}  # fmt: skip
     rows: list[dict[str, Any]] = []
-    for size in chosen.size:
-        blocks, hidden, mlp = LLAMA[size]
-        kinds = {"attention (q, k, v, o)": (hidden, hidden, 4), "MLP in (gate, up)": (mlp, hidden, 2),
-                 "MLP out (down)": (hidden, mlp, 1)}  # fmt: skip
-        for kind, (out, inn, count) in kinds.items():
-            W = matrix(out, inn, "gaussian", chosen)
-            (measured,) = compare({"gaussian": W}, chosen.rank // chosen.scale, chosen)
-            rows.append({"model": size, "layer": kind, "count": count * blocks} | measured)
-        own = [entry for entry in rows if entry["model"] == size]
-        total, full = (sum(entry[key] * entry["count"] for entry in own) for key in ("seconds", "svd"))
-        number = sum(entry["count"] for entry in own)
-        rows.append(
-            {"model": size, "layer": "all", "count": number, "seconds": total, "svd": full, "ratio": full / total}
-        )
+    for kind, (out, inn, count) in kinds.items():
+        W = matrix(out, inn, "gaussian", chosen)
+        (measured,) = compare({"gaussian": W}, chosen.rank // chosen.scale, chosen)
+        rows.append({"model": "7b", "layer": kind, "count": count * BLOCKS} | measured)
+    total, full = (sum(entry[key] * entry["count"] for entry in rows) for key in ("seconds", "svd"))
+    number = sum(entry["count"] for entry in rows)
+    rows.append({"model": "7b", "layer": "all", "count": number, "seconds": total, "svd": full, "ratio": full / total})
     return rows
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-    "headline": headline, "families": families, "ranks": ranks, "principal": principal, "llama": llama
+    "headline": headline, "families": families, "principal": principal, "llama": llama
 }  # fmt: skip
 
 
@@ -229,57 +200,6 @@ def timed(function: Callable[[], Any], device: torch.device) -> tuple[float, Any
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start, result
-
-
-def show(rows: list[dict[str, Any]], title: str) -> None:
-    """Print the rows."""
-    columns = list(dict.fromkeys(key for entry in rows for key in entry))
-    table = Table(*columns, title=title)
-    for entry in rows:
-        table.add_row(*("" if entry.get(key) is None else cell(key, entry[key]) for key in columns))
-    Console(stderr=True, width=160).print(table)
-
-
-def cell(key: str, value: Any) -> str:
-    """Return a readable form of a number."""
-    if not isinstance(value, float):
-        return str(value)
-    if key in ("true", "certificate"):
-        return f"{value:.1e}" if value else "0"
-    return f"{value:.1f}x" if key == "ratio" else f"{value:.3f}"
-
-
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Plot the seconds per layer kind, ours and the full SVD's, on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator
-
-    shown = [entry for entry in rows if entry["layer"] != "all"]
-    figure, axes = plt.subplots(figsize=(8, 0.6 * len(shown) + 1.4), layout="constrained")
-    heights = range(len(shown))
-    axes.barh([y + 0.2 for y in heights], [e["svd"] for e in shown], 0.38, label="torch.linalg.svd", color="#9aa5b1")
-    axes.barh([y - 0.2 for y in heights], [e["seconds"] for e in shown], 0.38, label="milora_vl", color="#2f6f9f")
-    for y, entry in enumerate(shown):
-        axes.text(
-            entry["seconds"] * 1.08,
-            y - 0.2,
-            f"{entry['seconds']:.2f} s, {entry['ratio']:.1f}x",
-            va="center",
-            fontsize=9,
-        )
-    axes.set_yticks(list(heights), [f"{e['model']} {e['layer']}\n{e['shape']}" for e in shown], fontsize=9)
-    axes.set_xscale("log")
-    axes.set_xlim(left=min(e["seconds"] for e in shown) / 2)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
-    axes.set_xlabel(f"seconds per matrix, rank {shown[0]['rank']}")
-    axes.legend(loc="lower right", frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(file, dpi=130)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.base.errors import Problem, UserError
-from milora_vl.factors.read_ahead import one_ahead
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, Part, decompose
@@ -130,8 +129,7 @@ def initialize(
     by_path: dict[str, Initial] = {}
     with matrix_bar("decomposing", len(wanted), is_shown=bool(progress) and rank == 0) as bar:
         batches = assign_work([(_cost(target), target) for target in wanted])
-        modules = [model.get_submodule(batch[rank].path) if rank < len(batch) else None for batch in batches]
-        for batch in one_ahead(list(zip(batches, modules, strict=True))):
+        for batch in batches:
             for initial in _decompose_batch(model, batch, cache):
                 by_path[initial.report.path] = initial
                 if progress == "lines" and rank == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import statistics
@@ -112,7 +111,7 @@ def test_questions_about_one_picture_count_once() -> None:
 
 @pytest.mark.parametrize(("only_a", "only_b"), [(0.25, 0.25), (0.15, 0.05), (0.02, 0.5), (0.0, 0.9), (0.02, 0.0)])
 def test_an_interval_that_misses_the_truth_is_rarely_shown(only_a: float, only_b: float) -> None:
-    """Of all comparisons of the fewest questions that are allowed; benchmarks/intervals.py computes the exact rates."""
+    """Of all comparisons of the fewest questions that are allowed."""
     rng, missed, times = random.Random(0), 0, 200
     for _ in range(times):
         drawn = [rng.random() for _ in range(MIN_GROUPS)]
@@ -129,17 +128,6 @@ def test_an_interval_needs_thirty_items_of_which_five_differ(items: int, unlike:
     found = paired_difference([0.0] * items, [1.0] * unlike + [0.0] * (items - unlike))
     assert (found.low is not None) == (found.high is not None) == has_interval
     assert (found.note == "") == has_interval
-
-
-def test_the_page_shows_how_often_intervals_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import intervals
-
-    rows = [intervals.Misses(**row) for row in json.loads(intervals.RESULTS.read_text(encoding="utf-8"))]
-    assert [(row.rules, row.questions) for row in rows] == list(intervals.CASES)
-    assert intervals.table(rows) in intervals.PAGE.read_text(encoding="utf-8")
-    assert max(row.largest for row in rows if row.rules == "both") < 0.09
-    assert intervals.misses("neither", 10) == rows[-1]
 
 
 def test_an_item_without_a_group_stands_alone() -> None:

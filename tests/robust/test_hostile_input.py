@@ -1,4 +1,4 @@
-"""Files from strangers: a fixed part of what benchmarks/fuzz.py runs, and bombs that a few kilobytes can hold."""
+"""Files from strangers: fuzzed inputs of every reader, and bombs that a few kilobytes can hold."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ EXCEPTIONS: dict[str, str] = {
     r"transformers serve |curl ": "the server runs until it is stopped; tests/export/test_serving.py starts it",
     r"llama-server |ollama ": "not from the package index; tests/export/test_gguf.py reads the files with llama.cpp",
     r"python examples/dpo_trl\.py ": "trl is optional; tests/integrations/test_trl.py runs the script with tiny models",
-    r"srun ": "SLURM's; benchmarks/two_machines.py runs the shipped job without it",
+    r"srun ": "SLURM's",
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
@@ -172,7 +172,7 @@ CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
 }
 # Page and language of blocks that no test runs -> why.
 NO_CODE: dict[tuple[str, str], str] = {
-    ("docs/scaling.md", ""): "needs two machines; benchmarks/two_machines.py runs the command",
+    ("docs/scaling.md", ""): "needs two machines",
     ("README.md", ""): "what the demo prints",
     ("docs/install.md", "bibtex"): "a citation",
     ("docs/data-format.md", "text"): "records with shortened parts; tests/data reads records of each form",
