@@ -175,7 +175,6 @@ def test_looking_at_answers_reports_json_and_the_next_command(
     answers: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "quick" in said(capsys, "eval", "ls")["suites"]
-    assert "components.minilm" in said(capsys, "studies", "--list")
     assert said(capsys, "eval", "score", answers[0])["which"] == "base"
     assert said(capsys, "eval", "compare", *answers)
     assert said(capsys, "eval", "view", *answers)["questions"] == 6

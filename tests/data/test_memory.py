@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from milora_data.batches import memory
 from milora_data.batches.record_collator import Item, RecordCollator
-from milora_data.batches.rows import memory
 from milora_data.records.record import Record
 
 ON_GLIBC = platform.libc_ver()[0] == "glibc"

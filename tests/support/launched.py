@@ -25,7 +25,7 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from milora_vl.train import main
-from milora_vl import losses
+from milora_vl.models import losses
 from milora_vl.train import model
 
 load_base = model.load_base
