@@ -115,7 +115,7 @@ def apply_targets(
     if all(target.rank is None for target in targets):
         return _train_in_full(model, targets)
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
-    protected = find_protected(model, targets, inputs, cache_dir=cache_dir, progress=progress)
+    protected = find_protected(targets, inputs)
     initial = kept_outside(initial, protected, targets)
     sidecar = replace(_describe(model, targets, initial, form), inputs=None if inputs is None else inputs.digest)
     tuned = adopt(make_lora(model, targets))
@@ -185,12 +185,12 @@ def _project_plain_lora(tuned: PeftModel, protected: Mapping[str, Protected]) ->
     """Remove the protected directions from PEFT's random A. Anchored factors have none, see `kept_outside`."""
     for path, directions in protected.items():
         layer = lora_layer(tuned, path)
-        if directions.protect.is_hard and not has_halves(layer, "default"):
-            directions.remove(trained_factors(layer, "default"))
+        if not has_halves(layer, "default"):
+            directions.remove(trained_factors(layer, "default")[0])
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
-    protecting = [t.path for t in targets if t.protect is not None and t.protect.inputs is not None]
+    protecting = [t.path for t in targets if t.protect is not None]
     if protecting:
         raise AdapterError(
             "protect: {inputs: p} needs form anchored",

@@ -76,12 +76,10 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     allow_base_mismatch: bool = False,
-    cache_dir: str | Path | None = None,
 ) -> Any:
     """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can continue.
 
-    A folder without milora.json is loaded as a plain LoRA. With `is_trainable`, protected directions are computed again
-    from the base weights, or read from `cache_dir`.
+    A folder without milora.json is loaded as a plain LoRA.
 
     Raises AdapterError if the folder contains no adapter, if the adapter does not fit the model, and if this is not the
     base model that it was made for.
@@ -112,7 +110,7 @@ def load_adapter(
         # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
         ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
-        ours.protect_again("default", folder, cache_dir)
+        ours.protect_again("default", folder)
     if here.form == "residual" and is_trainable:
         for module in here.ranks:
             make_residual(lora_layer(ours, module), "default")

@@ -121,14 +121,14 @@ class MiloraMixin(PeftModel):
                 layer = lora_layer(self, path)
                 names = (f"lora_A.{adapter}.weight", f"lora_embedding_A.{adapter}")
                 key = next((plain[key] for name in names if (key := f"base_model.model.{path}.{name}") in plain), None)
-                if key is None or protected.protect.kind != "inputs" or out[key].dtype == torch.float32:
+                if key is None or out[key].dtype == torch.float32:
                     continue
                 if has_halves(layer, adapter):
                     A0 = anchors_of(layer, adapter)[0]
-                    delta = protected.outside(out[key].chunk(2)[0].to(A0.device), axis=0)
+                    delta = protected.outside(out[key].chunk(2)[0].to(A0.device))
                     out[key] = join(delta, A0, axis=0, dtype=torch.float32)
                 else:
-                    out[key] = protected.outside(out[key], axis=0)
+                    out[key] = protected.outside(out[key])
         return out
 
     def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ class MiloraMixin(PeftModel):
         if inputs is not None:
             self.protected_inputs[adapter] = inputs
         for path, directions in protected.items():
-            guard(directions, trained_factors(lora_layer(self, path), adapter))
+            guard(directions, trained_factors(lora_layer(self, path), adapter)[0])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled model. Its factors lost their hooks, and no optimizer keeps them protected."""
@@ -178,17 +178,13 @@ class MiloraMixin(PeftModel):
         for adapter, protected in self.__dict__.get("protections", {}).items():
             self.protect(adapter, {path: replace(p, is_kept=False) for path, p in protected.items()})
 
-    def protect_again(self, adapter: str, folder: Path, cache_dir: str | Path | None = None) -> None:
-        """Restore the protected directions of an adapter that was loaded from `folder` for training.
-
-        Singular directions are computed from the base weights again. Protected inputs are read, see `read_inputs`.
-        """
+    def protect_again(self, adapter: str, folder: Path) -> None:
+        """Restore the protected inputs of an adapter that was loaded from `folder` for training."""
         sidecar = self.sidecars[adapter]
-        inputs = None
         if sidecar.inputs is not None:
             inputs = read_inputs(folder, sidecar.inputs, sidecar.names)
             require_shapes(inputs, sidecar.targets)
-        self.protect(adapter, find_protected(self, sidecar.targets, inputs, cache_dir=cache_dir), inputs)
+            self.protect(adapter, find_protected(sidecar.targets, inputs), inputs)
 
     @torch.no_grad()
     def overlaps_with_inputs(self, adapter: str) -> dict[str, float]:
@@ -201,10 +197,8 @@ class MiloraMixin(PeftModel):
         overlaps = {}
         for path, protected in self.protections.get(adapter, {}).items():
             A = factors(lora_layer(self, path), adapter)[0].detach()
-            if protected.protect.kind == "inputs" and not is_sharded(A):
-                norm = float(torch.linalg.vector_norm(A, dtype=torch.float64))
-                inside = float(torch.linalg.vector_norm(protected.inside(A, 0), dtype=torch.float64))
-                overlaps[path] = inside / norm if norm > 0 else 0.0
+            if not is_sharded(A):
+                overlaps[path] = protected.overlap(A)
         return overlaps
 
     def _warn_of_overlap(self) -> None:
@@ -213,7 +207,7 @@ class MiloraMixin(PeftModel):
             inside = [
                 path
                 for path, directions in protected.items()
-                if directions.is_violated_by(trained_factors(lora_layer(self, path), adapter))
+                if directions.is_violated_by(trained_factors(lora_layer(self, path), adapter)[0])
             ]
             if inside:
                 warnings.warn(

@@ -18,36 +18,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.protection import Protected
 
-Factors = tuple[nn.Parameter, nn.Parameter]
-
 _guarded = WeakIdKeyDictionary()  # factor -> its Protected, as long as the factor lives
 
 
 class ProjectionHook:
-    """Optimizer hook that removes the protected directions after each step.
-
-    A penalty removes a share that depends on the learning rate of the step.
-    """
+    """Optimizer hook that removes the protected directions after each step. `pairs` holds the input factor of each."""
 
     def __init__(self) -> None:
-        self.pairs: list[tuple[Protected, Factors]] = []
+        self.pairs: list[tuple[Protected, nn.Parameter]] = []
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Project all factors after a step. Raises AdapterError if the optimizer no longer steps them."""
-        rates = learning_rates(optimizer, self.pairs)
-        for protected, factors in self.pairs:
-            protected.remove(factors, [protected.protect.share(rates[id(factor)]) for factor in factors])
-
-
-class GradientProjectionHook:
-    """Gradient hook that removes the protected directions from the gradient of one factor."""
-
-    def __init__(self, protected: Protected, axis: int) -> None:
-        self.protected, self.axis = protected, axis
-
-    def __call__(self, grad: Tensor) -> Tensor:
-        """Return the projected gradient, in its data type."""
-        return self.protected.outside(grad, self.axis).to(grad.dtype)
+        require_steps(optimizer, self.pairs)
+        for protected, factor in self.pairs:
+            protected.remove(factor)
 
 
 def projection_hooks(optimizer: torch.optim.Optimizer) -> list[ProjectionHook]:
@@ -55,32 +39,30 @@ def projection_hooks(optimizer: torch.optim.Optimizer) -> list[ProjectionHook]:
     return [hook for hook in optimizer._optimizer_step_post_hooks.values() if isinstance(hook, ProjectionHook)]
 
 
-def learning_rates(optimizer: torch.optim.Optimizer, pairs: Sequence[tuple[Protected, Factors]]) -> dict[int, float]:
-    """Return the learning rate of each factor, by id. Raises AdapterError if the optimizer does not step them all."""
-    by_factor = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    for protected, factors in pairs:
-        if any(id(factor) not in by_factor for factor in factors):
+def require_steps(optimizer: torch.optim.Optimizer, pairs: Sequence[tuple[Protected, nn.Parameter]]) -> None:
+    """Raise AdapterError if the optimizer does not step all these factors."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for protected, factor in pairs:
+        if id(factor) not in stepped:
             raise AdapterError(
-                f"the optimizer does not step the factors themselves, so the {protected.protect} cannot be protected",
+                f"the optimizer does not step the factor itself, so the {protected.protect} cannot be protected",
                 code="adapter-sharded-optimizer",
                 where=protected.path,
                 hint="pass an optimizer of this model's own factors; DeepSpeed and FSDP step shards of them: "
                 "train without both, or without protect",
             )
-    return by_factor
 
 
-def guard(protected: Protected, factors: Sequence[Tensor]) -> None:
-    """Let the gradients of these factors raise AdapterError while no optimizer keeps their directions protected.
+def guard(protected: Protected, factor: Tensor) -> None:
+    """Let the gradient of an input factor raise AdapterError while no optimizer keeps its directions protected.
 
     A factor that does not train now, as in an adapter that is not active, is guarded once it trains.
     """
     _watch_steps()
-    for factor in factors:
-        trains = factor.requires_grad
-        factor.requires_grad_(True).register_hook(protected.require_kept)  # hooks need it, and stay without it
-        factor.requires_grad_(trains)
-        _guarded[factor] = protected
+    trains = factor.requires_grad
+    factor.requires_grad_(True).register_hook(protected.require_kept)  # hooks need it, and stay without it
+    factor.requires_grad_(trains)
+    _guarded[factor] = protected
 
 
 @cache

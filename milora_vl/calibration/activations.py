@@ -216,7 +216,7 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     While layers are missing, other batches follow: an expert of a mixture sees no token of some batches. Linear layers
     that get the same tensor, one after the other and in every call, read one input: q, k and v, or gate and up.
     """
-    wanted = {model.get_submodule(t.path): t for t in targets if t.protect is not None and t.protect.inputs is not None}
+    wanted = {model.get_submodule(t.path): t for t in targets if t.protect is not None}
     calls: dict[nn.Module, list[int]] = {}  # the numbers of the tensors that each module gets
     last: list[Any] = [None, 0]  # the last tensor, and its number
     ran: set[nn.Module] = set()  # in this forward

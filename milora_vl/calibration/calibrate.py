@@ -36,7 +36,7 @@ def protected_inputs(
     protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs` and `checked_batches`,
     without batches, for batches that no rule needs, and for layers with fewer free directions than their rank.
     """
-    wanted = [t for t in targets if t.protect is not None and t.protect.inputs is not None]
+    wanted = [t for t in targets if t.protect is not None]
     if not wanted:
         if batches is None:
             return None

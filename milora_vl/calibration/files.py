@@ -116,7 +116,7 @@ def _read(file: Path, names: Mapping[str, str]) -> ProtectedInputs:
 def require_shapes(inputs: ProtectedInputs, targets: Sequence[Target]) -> None:
     """Raise CalibrationError unless every target with protected inputs has a basis of its input size."""
     for target in targets:
-        if target.protect is None or target.protect.inputs is None:
+        if target.protect is None:
             continue
         size = inputs.of(target.path).size if target.path in inputs.numbers else None
         if size != target.shape[1]:
@@ -153,7 +153,7 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], batches: Sequen
     """
     digest = hashlib.sha256(f"{VERSION}".encode())
     for target in targets:
-        if target.protect is not None and target.protect.inputs is not None:
+        if target.protect is not None:
             digest.update(f"{target.path} {target.protect.inputs} {target.protect.max}\n".encode())
     digest.update(_content([dict(batch) for batch in batches]))
     digest.update(weights_digest(model).encode())

@@ -51,7 +51,7 @@ class LayerReport:
     - `energy`: the share of ||W||_F^2 in the trained components.
     - `excess`: a certified bound on the error of their norm, see `Factors`.
     - `drift`: ||W_0 - W||_F / ||W||_F for the weight W_0 at step 0; 0 in the anchored form.
-    - `protected`: the number of singular directions or of input directions that the update is orthogonal to.
+    - `protected`: the number of input directions that the update is orthogonal to.
     - `kept`: the share of ||A0||_F^2 that is left outside the protected inputs; None if they are not protected. The
       singular values and the energy then describe the projected factors.
     - `seconds`: the time of the decomposition.
@@ -84,7 +84,7 @@ class LayerReport:
     def _protection(self) -> str:
         if self.kept is not None:
             return f"  {self.protected} of {self.shape[1]} inputs protected, {self.kept:.0%} of the start kept"
-        return f"  top {self.protected} protected" if self.protected else ""
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +286,6 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         svd=factors.method,
         drift=0.0,
         seconds=seconds,
-        protected=(target.protect.top or 0) if target.protect else 0,
     )
 
 

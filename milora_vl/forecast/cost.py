@@ -27,7 +27,6 @@ from milora_vl.forecast.estimate import (
     host_memory,
     measured_flops,
     memory,
-    protected_bytes,
     protected_input_bytes,
     svd_flops,
 )
@@ -195,7 +194,7 @@ def workload_of(
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
-        protected_bytes=sum(protected_bytes(t, anchor) for t in targets) + protected_input_bytes(targets, anchor),
+        protected_bytes=protected_input_bytes(targets, anchor),
         base_bytes=2.0 if half else 4.0,
         packable=0 if not adapters else sum(_numel(base.get_submodule(path)) for path in quantized_layers(base)),
         packed_bytes=packed_bytes,

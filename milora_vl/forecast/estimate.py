@@ -114,32 +114,11 @@ def flops_per_step(work: Workload) -> float:
 
 
 def svd_flops(targets: Sequence[Target]) -> float:
-    """Return operations for initial factors and protected directions, about 4 m n min(m, n) per matrix for each.
+    """Return operations for the initial factors, about 4 m n min(m, n) per matrix.
 
     The factor 4 fits large matrices: 3.0 and 3.4 were measured at 4096 x 11008 and 4096 x 4096.
     """
-    return float(
-        sum(
-            4
-            * t.shape[0]
-            * t.shape[1]
-            * min(t.shape[:2])
-            * ((t.part is not None) + (t.protect is not None and t.protect.top is not None))
-            for t in targets
-            if t.rank is not None
-        )
-    )
-
-
-def protected_bytes(target: Target, base_bytes: float) -> float:
-    """Return the bytes of the protected directions of a target, U and V in float32.
-
-    A hard constraint also keeps the anchor in float32; `memory` already counts `base_bytes` per number for it.
-    """
-    if target.protect is None or target.protect.top is None or target.rank is None:
-        return 0.0
-    wider = (4 - base_bytes) * target.rank if target.protect.is_hard and target.has_anchor else 0.0
-    return (4 * target.protect.top + wider) * sum(target.shape)
+    return float(sum(4 * t.shape[0] * t.shape[1] * min(t.shape[:2]) for t in targets if t.part is not None))
 
 
 # The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.
@@ -156,7 +135,7 @@ def expected_directions(target: Target) -> int:
     >>> expected_directions(Target(path="a", shape=(8, 100), tower=None, method="lora", protect=Protect(inputs=0.85)))
     27
     """
-    if target.protect is None or target.protect.inputs is None:
+    if target.protect is None:
         return 0
     share = float(target.protect.inputs)
     (low, few), (high, many) = next(pair for pair in itertools.pairwise(DIRECTIONS) if pair[1][0] >= share)
@@ -168,7 +147,7 @@ def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
     """Return one target with protected inputs for each input that several layers read: q, k, v, and gate, up."""
     found: dict[tuple[str, str], Target] = {}
     for target in targets:
-        if target.protect is not None and target.protect.inputs is not None:
+        if target.protect is not None:
             parent, _, leaf = target.path.rpartition(".")
             group = next((",".join(sorted(names)) for names in _SAME_INPUT if leaf in names), leaf)
             found.setdefault((parent, group), target)
@@ -182,7 +161,7 @@ def protected_input_bytes(targets: Sequence[Target], base_bytes: float) -> float
     """
     inputs = [t for t in distinct_inputs(targets) if t.protect is not None and not t.protect.offload]
     directions = sum(4 * t.shape[1] * expected_directions(t) for t in inputs)
-    protecting = [t for t in targets if t.protect is not None and t.protect.inputs is not None and t.has_anchor]
+    protecting = [t for t in targets if t.protect is not None and t.has_anchor]
     return directions + sum((4 - base_bytes) * (t.rank or 0) * t.shape[1] for t in protecting)
 
 

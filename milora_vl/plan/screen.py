@@ -106,7 +106,7 @@ def policy_rows(
             (
                 tower,
                 f"{len(group):,}",
-                "\n".join([method, *(f"outside {protected}".split(" by ", 1) if protected else ())]),
+                "\n".join([method, *((f"outside {protected}",) if protected else ())]),
                 f"{rank}" if rank else "-",
                 f"{alpha:g}" if alpha else "-",
                 f"{sum(sizes[t.path] for t in group):,}",
@@ -126,7 +126,7 @@ def protection_lines(targets: Sequence[Target], protected: Mapping[str, Protecte
     lines = []
     for tower in TOWERS:
         paths = [t.path for t in targets if t.tower == tower and t.path in protected]
-        members = [protected[path] for path in paths if protected[path].protect.kind == "inputs"]
+        members = [protected[path] for path in paths]
         if not members:
             continue
         sizes = {t.path: t.shape[1] for t in targets}

@@ -26,7 +26,6 @@ class Method:
     - `label`: its name in reports and model cards.
     - `trains`: what it trains, one line for the policy table of a report and for docs/recipes.md.
     - `fields`: the fields that it uses beside `modules` and `method`. Other fields in its rule are an error.
-      `protect.top` and `protect.inputs` are the two kinds of `protect`.
     - `start`: the initial factors A0 (r, in) and B0 (out, r) of a weight. Either the singular triplets that they hold
       ("minor", "principal", "random", "middle"), or a function that returns them, see `Start`. A frozen copy of both,
       the anchor, is subtracted, so that step 0 equals the base. None: PEFT initializes the adapter, or there is no
@@ -62,33 +61,30 @@ METHODS: dict[str, Method] = {
     "milora": Method(
         label="MiLoRA",
         trains="the minor singular components: the last r singular triplets of the weight (arXiv:2406.09044)",
-        fields=_ADAPTER | {"sigma", "protect.top", "protect.inputs"},
+        fields=_ADAPTER | {"sigma", "protect"},
         start="minor",
     ),
     "lora": Method(
         label="LoRA",
         trains="factors that PEFT initializes: A at random, B at zero",
-        fields=_ADAPTER | {"protect.top", "protect.inputs"},
+        fields=_ADAPTER | {"protect"},
     ),
-    # PiSSA trains the directions that `protect: {top: k}` excludes, a random and a middle part may contain some of
-    # them, and DoRA, OLoRA and MiCA change them or start from them. The inputs of a layer are another matter: anchored
-    # factors may start anywhere, and are projected.
     "pissa": Method(
         label="PiSSA",
         trains="the principal singular components: the first r singular triplets (arXiv:2404.02948)",
-        fields=_ADAPTER | {"sigma", "protect.inputs"},
+        fields=_ADAPTER | {"sigma", "protect"},
         start="principal",
     ),
     "random": Method(
         label="random",
         trains="r randomly drawn singular triplets",
-        fields=_ADAPTER | {"sigma", "seed", "protect.inputs"},
+        fields=_ADAPTER | {"sigma", "seed", "protect"},
         start="random",
     ),
     "middle": Method(
         label="middle",
         trains="the r singular triplets around the median singular value",
-        fields=_ADAPTER | {"sigma", "protect.inputs"},
+        fields=_ADAPTER | {"sigma", "protect"},
         start="middle",
     ),
     "dora": Method(

@@ -23,7 +23,7 @@ from torch import nn
 from milora_vl.base.errors import Problem
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.ranks import find_rank, share_budget
-from milora_vl.policy.rules import PolicyError, Protect, Rule, SpectralRank, Target
+from milora_vl.policy.rules import PolicyError, Rule, SpectralRank, Target
 from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.policy.towers import find_towers
 from milora_vl.weights.matrices import is_adaptable, matrix_shape, why_refused
@@ -61,7 +61,7 @@ class _Plan:
         """Apply the fields of rule `number`. A new method drops earlier fields that it does not use."""
         method = named.get("method", self.fields.get("method"))
         if method is not None:
-            self.fields = {name: value for name, value in self.fields.items() if _is_used(method, name, value)}
+            self.fields = {name: value for name, value in self.fields.items() if _is_used(method, name)}
         self.fields |= named
         if "rank" in named:
             self.rank_from = number
@@ -114,26 +114,19 @@ def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Pr
             plans[path].apply(number, named)
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
-            if not _is_used(method, name, named[name]):
-                where = f"policy[{number}].{name}"
-                hint = _to_use(method, name, named[name])
+            if not _is_used(method, name):
+                where, hint = f"policy[{number}].{name}", _to_use(name)
                 problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where, hint))
     return plans
 
 
-def _is_used(method: str, name: str, value: Any) -> bool:
-    """Return True if the method uses the field."""
-    return name == "method" or _field_name(name, value) in METHODS[method].fields
+def _is_used(method: str, name: str) -> bool:
+    return name == "method" or name in METHODS[method].fields
 
 
-def _field_name(name: str, value: Any) -> str:
-    """Return the name of a field in `Method.fields`: `protect` counts as protect.top or protect.inputs."""
-    return f"protect.{value.kind}" if isinstance(value, Protect) else name
-
-
-def _to_use(method: str, name: str, value: Any) -> str:
-    """Return what to do about a field that the method cannot use."""
-    using = [other for other, row in METHODS.items() if _field_name(name, value) in row.fields]
+def _to_use(name: str) -> str:
+    """Return what to do about a field that a method cannot use."""
+    using = [method for method, row in METHODS.items() if name in row.fields]
     return f"remove {name} from the rule" + (f", or use a method that has it: {', '.join(using)}" if using else "")
 
 
@@ -225,26 +218,8 @@ def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> T
     rank = find_rank(fields["rank"], module, cache)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
-    if "protect" in fields and fields["protect"].top is not None:
-        rank = _rank_beside_protected(rank, fields, module)
     alpha = _alpha(fields, plan, rank, module, cache)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
-
-
-def _rank_beside_protected(rank: int, fields: dict[str, Any], module: nn.Module) -> int:
-    """Return the rank. Raises PolicyError if the matrix has too few directions beside the protected ones."""
-    top, shape = fields["protect"].top, matrix_shape(module)
-    largest = min(shape) - top
-    if isinstance(fields["rank"], SpectralRank) and next(module.parameters()).is_meta and largest >= 1:
-        return min(rank, largest)  # without weights the rank is an upper bound
-    if rank > largest:
-        raise PolicyError(
-            f"top {top} and rank {rank} are more directions than the {min(shape)} of shape {shape}",
-            code="policy-protect",
-            where=".protect",
-            hint=f"with rank {rank}, top can be at most {min(shape) - rank}" if rank < min(shape) else "",
-        )
-    return rank
 
 
 def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, cache: Path | None) -> float:

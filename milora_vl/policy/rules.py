@@ -74,101 +74,25 @@ class FloorSigma(RulePart):
 
 
 class Protect(RulePart):
-    """Keep the update orthogonal to some directions. Exactly one of `top` and `inputs` is set.
+    """Keep the update orthogonal to the inputs of a layer that ordinary text and pictures use.
 
-    A and B stand for the parameters that train: of a method with an anchor they are the differences from it.
-
-    `inputs` keeps the update orthogonal to the input directions that hold this share of the layer's activation energy
-    on calibration text: V (in, k) holds the first eigenvectors of C = E[x x'], and A V = 0 at the start and after every
-    optimizer step. Inputs along V then pass the layer unchanged. `max` is a limit for k. With `offload`, V stays in
-    CPU memory, and each projection copies the V of one layer to the device.
-
-    `top` keeps the update orthogonal to the first `top` singular directions of the weight, on both sides. V (in, k) and
-    U (out, k) are the first k right and left singular vectors of the base weight. `by` is one of:
-
-    - `projection`: after every optimizer step, A <- A - (A V) V' and B <- B - U (U'B).
-    - `basis`: the gradients are projected too, before the optimizer reads them. This trains the factors A (I - V V')
-      and (I - U U') B of OPLoRA (arXiv:2510.13003), while A and B are stored as plain factors. With SGD both ways are
-      equal. Adam's moments contain the protected components under `projection`, and none under `basis`.
-    - `penalty`: add weight/2 (||A V||^2 + ||U'B||^2) to the loss, decoupled from the gradient like AdamW's weight
-      decay. Adam's second moment then does not weaken it, and losses stay comparable. It is computed as a proximal
-      step, which is stable for any weight: a step at learning rate lr removes the share lr weight / (1 + lr weight) of
-      the protected components. A weight of 1/lr removes half of them per step; `projection` is the limit.
+    These are the input directions that hold the share `inputs` of the layer's activation energy on calibration data:
+    V (in, k) holds the first eigenvectors of C = E[x x'], and A V = 0 at the start and after every optimizer step.
+    Inputs along V then pass the layer unchanged. `max` is a limit for k. With `offload`, V stays in CPU memory, and
+    each projection copies the V of one layer to the device.
     """
 
-    top: int | None = Field(default=None, gt=0, description="a positive number of directions")
-    by: Literal["projection", "basis", "penalty"] = "projection"
-    weight: Number | None = Field(default=None, gt=0, description="a number above 0")
-    inputs: Number | None = Field(default=None, gt=0, lt=1, description="a share above 0, below 1")
+    inputs: Number = Field(gt=0, lt=1, description="a share above 0, below 1", examples=[0.9])
     max: int | None = Field(default=None, gt=0, description="a positive number of directions")
     offload: bool = Field(default=False, description="true or false")
-
-    @model_validator(mode="after")
-    def _has_one_kind(self) -> Protect:
-        if (self.top is None) == (self.inputs is None):
-            number = "neither" if self.top is None else "both"
-            raise PolicyError(
-                f"expected exactly one of top and inputs, got {number}",
-                code="policy-protect",
-                hint="for example  protect: {inputs: 0.9}",
-            )
-        if self.inputs is None and self.max is not None:
-            raise PolicyError(
-                "only inputs uses it", code="policy-protect", where=".max", hint="top is the number of directions"
-            )
-        if self.inputs is None and self.offload:
-            raise PolicyError(
-                "only inputs uses it", code="policy-protect", where=".offload", hint="a smaller top needs less memory"
-            )
-        if self.inputs is not None and self.by != "projection":
-            raise PolicyError(
-                f"inputs are protected by projection only, got {self.by}",
-                code="policy-protect",
-                where=".by",
-                hint="remove it; by belongs to top",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _has_weight_if_penalty(self) -> Protect:
-        if self.by == "penalty" and self.weight is None:
-            message = "by: penalty needs a number above 0, got None"
-            hint = "1 / learning rate removes half of the protected components per step"
-        elif self.by != "penalty" and self.weight is not None:
-            message, hint = f"by: {self.by} does not use it, only by: penalty does", "remove it"
-        else:
-            return self
-        raise PolicyError(message, code="policy-protect", where=".weight", hint=hint)
-
-    @property
-    def kind(self) -> Literal["top", "inputs"]:
-        """Return which directions are protected: singular directions of the weight, or inputs of the layer."""
-        return "inputs" if self.top is None else "top"
-
-    @property
-    def is_hard(self) -> bool:
-        """Return True if a step leaves no component in the protected directions."""
-        return self.by != "penalty"
-
-    def share(self, learning_rate: float) -> float:
-        """Return the share of the protected components that is removed after a step.
-
-        >>> Protect(top=8).share(2e-4), Protect(top=8, by="penalty", weight=5000.0).share(2e-4)
-        (1.0, 0.5)
-        """
-        if self.weight is None:
-            return 1.0
-        return learning_rate * self.weight / (1 + learning_rate * self.weight)
 
     def __str__(self) -> str:
         """Return the text for tables.
 
-        >>> str(Protect(top=64)), str(Protect(inputs=0.9, max=512))
-        ('top 64 by projection', '90 % of the inputs, at most 512')
+        >>> str(Protect(inputs=0.9, max=512))
+        '90 % of the inputs, at most 512'
         """
-        if self.inputs is not None:
-            return f"{100 * self.inputs:g} % of the inputs" + ("" if self.max is None else f", at most {self.max}")
-        return f"top {self.top} by {self.by}" + ("" if self.weight is None else f" {self.weight:g}")
+        return f"{100 * self.inputs:g} % of the inputs" + ("" if self.max is None else f", at most {self.max}")
 
 
 Sigma = Literal["keep", "none"] | FloorSigma
@@ -189,7 +113,7 @@ class Rule(RulePart):
     seed: int | None = Field(
         default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1"
     )  # of method random
-    protect: Protect | None = Field(default=None, description="a mapping such as {inputs: 0.9} or {top: 64}")
+    protect: Protect | None = Field(default=None, description="a mapping such as {inputs: 0.9}")
     learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
     weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
 

@@ -73,7 +73,7 @@ def policy_table(run: Run) -> Table:
 
 def protection_table(run: Run) -> Table:
     """Return a table with one row per tower that protects inputs; without rows if none does."""
-    inputs = {t["path"]: t for t in run.policy.get("targets", ()) if (t.get("protect") or {}).get("inputs")}
+    inputs = {t["path"]: t for t in run.policy.get("targets", ()) if t.get("protect")}
     entries = [entry for entry in run.policy.get("protected", ()) if entry["path"] in inputs]
     kept = {str(layer["path"]): layer.get("kept") for layer in run.policy.get("layers", ())}
     rows = []
@@ -158,16 +158,13 @@ def _treatment(target: Json) -> tuple[str, str, int, float, float, str]:
 def _protected(protect: Json | None) -> str:
     """Return the text that a rule's `protect` adds to its method.
 
-    >>> _protected({"top": 64, "by": "penalty", "weight": 500.0})
-    ', outside the top 64 by penalty 500'
+    >>> _protected({"inputs": 0.9, "max": 512})
+    ', outside 90 % of the inputs, at most 512 directions'
     """
     if not protect:
         return ""
-    if protect.get("inputs"):
-        limit = f", at most {protect['max']} directions" if protect.get("max") else ""
-        return f", outside {100 * protect['inputs']:g} % of the inputs{limit}"
-    weight = protect.get("weight")
-    return f", outside the top {protect['top']} by {protect['by']}" + (f" {_cell(weight)}" if weight else "")
+    limit = f", at most {protect['max']} directions" if protect.get("max") else ""
+    return f", outside {100 * protect['inputs']:g} % of the inputs{limit}"
 
 
 def _span(values: Iterable[float]) -> str:

@@ -82,7 +82,7 @@ def make_batches(
     `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
-    if not any(target.protect is not None and target.protect.inputs is not None for target in targets):
+    if not any(target.protect is not None for target in targets):
         return None
     settings, sources = recipe.calibration, _Sources(recipe, base, processor, screen)
     rows = _text_rows(sources)

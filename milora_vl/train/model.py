@@ -108,7 +108,7 @@ def build(
         _require_same_kind(checkpoint, checkpoint_kind)
     frozen = frozen_towers(base, targets)
     if checkpoint_kind == "adapter" and checkpoint is not None:
-        model = load_adapter(base, checkpoint, is_trainable=True, cache_dir=recipe.factor_cache)
+        model = load_adapter(base, checkpoint, is_trainable=True)
         _require_same_adapter(checkpoint, model, targets, recipe.form)
     else:
         model = apply_targets(

@@ -44,7 +44,6 @@ from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.models.projector import load_projector, save_projector
 from milora_vl.policy import Target
 from milora_vl.policy.towers import image_token_of
-from milora_vl.recipe import protection
 from milora_vl.train import fsdp, loader_processes, shared_prefix, streaming
 from milora_vl.train.cpu_load import FreeCores
 from milora_vl.train.evaluation import SuiteCallback
@@ -232,8 +231,7 @@ class MiloraTrainer(Trainer):
         self.add_callback(self.durations)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
-        protecting = {target.protect.by for target in targets if target.protect is not None}
-        protection.refuse_shards(protecting, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled)
+        protecting = any(target.protect is not None for target in targets)
         if protecting and self.is_deepspeed_enabled:
             self.add_callback(ProjectShards(ShardedProjection(model)))
         elif protecting and self.is_fsdp_enabled:

@@ -129,7 +129,7 @@ def test_layers_that_read_the_same_input_share_their_directions(tiny_llama) -> N
     protected = model.protections["default"]
     block = "model.layers.0."
     groups = ["self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj mlp.up_proj"]
-    shared = [{id(protected[block + name].inputs) for name in group.split()} for group in groups]
+    shared = [{id(protected[block + name].directions) for name in group.split()} for group in groups]
     assert [len(ids) for ids in shared] == [1, 1, 1]
     assert len(set.union(*shared)) == 3
     assert len(model.protected_inputs["default"].bases) == 8
@@ -190,7 +190,7 @@ def test_directions_that_are_offloaded_train_the_same_and_never_stay_on_the_devi
         train(model)
         states.append(model.state_dict())
         protected = model.protections["default"][Q]
-        protected.inputs.component(torch.empty(2, len(protected.V), device="meta"))
+        protected.directions.component(torch.empty(2, len(protected.V), device="meta"))
         assert protected.V.device.type == ("cpu" if offload else "meta")
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

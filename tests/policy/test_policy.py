@@ -7,6 +7,7 @@ from milora_vl import apply_milora
 from milora_vl.base.errors import Problem
 from milora_vl.policy import FloorSigma, Policy, PolicyError, Protect, Rule, SpectralRank
 from milora_vl.recipe.schema import Recipe, RecipeError
+from support.adapter_cases import one_rule
 from support.problems import raises_code
 
 YAML = """
@@ -73,14 +74,14 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
         "modules": "language",
         "method": "mlora",
         "rank": {"energie": 0.1},
-        "protect": {"by": "prayer"},
+        "protect": {"inputs": 2},
         "alpha": 0,
     }
     found = problems([wrong])
     assert {(problem.where, problem.code) for problem in found} == {
         ("policy[0].method", "policy-value"),
         ("policy[0].rank.energie", "policy-unknown-key"),
-        ("policy[0].protect.by", "policy-protect"),
+        ("policy[0].protect.inputs", "policy-protect"),
         ("policy[0].alpha", "policy-value"),
     }
     with pytest.raises(PolicyError) as in_python:
@@ -93,9 +94,29 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
         apply_milora(nn.Sequential(nn.Linear(4, 4)), [wrong])
     assert set(found) <= set(applied.value.problems)
     with raises_code(
-        "policy-value", where=".top", message="expected a positive number of directions, got 0", kind=PolicyError
+        "policy-value", where=".max", message="expected a positive number of directions, got 0", kind=PolicyError
     ):
-        Protect(top=0)
-    with pytest.raises(PolicyError) as of_weights:
-        Protect(top=1, offload=True)
-    assert (of_weights.value.problems[0].where, of_weights.value.problems[0].code) == (".offload", "policy-protect")
+        Protect(inputs=0.5, max=0)
+
+
+@pytest.mark.parametrize(
+    ("protect", "code", "where", "says"),
+    [
+        (3, "policy-protect", "", r"a mapping such as \{inputs: 0.9\}"),
+        ({}, "policy-protect", ".inputs", "missing: a share above 0, below 1"),
+        ({"inputs": 1}, "policy-protect", ".inputs", "got 1"),
+        ({"inputs": 0.5, "top": 3}, "policy-unknown-key", ".top", "known keys: inputs, max, offload"),
+    ],
+)
+def test_what_is_no_protection_is_refused(protect, code: str, where: str, says: str) -> None:
+    with raises_code(code, where=f"policy[0].protect{where}", says=says, kind=PolicyError):
+        Policy.parse(one_rule(protect=protect))
+
+
+@pytest.mark.parametrize("method", ["dora", "olora", "mica", "full", "frozen"])
+def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
+    rule = {"modules": "language", "method": method, "protect": {"inputs": 0.5}}
+    rule |= {} if method in ("full", "frozen") else {"rank": 2}
+    says = rf"policy\[0\]\.protect: method {method} cannot use it"
+    with raises_code("policy-unused-field", says=says, kind=PolicyError):
+        Policy.parse([rule]).resolve(tiny_llama()[0])

@@ -130,11 +130,6 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
         "",
         "python -m milora_vl.train --recipe recipe.yaml --dry-run",
     ),
-    ("docs/recipes.md", "policy:"): (
-        "protect.yaml",
-        DEMO.replace("tiny", "smol-llava"),
-        "python -m milora_vl.train --recipe protect.yaml --dry-run",
-    ),
     ("docs/protection.md", "policy:"): (
         "inputs.yaml",
         DEMO,

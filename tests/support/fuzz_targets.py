@@ -315,7 +315,7 @@ def adapter_files() -> dict[str, bytes]:
 
 
 ADAPTER_RULES = [
-    {"modules": "0", "method": "milora", "rank": 2, "protect": {"top": 1}},
+    {"modules": "0", "method": "milora", "rank": 2},
     {"modules": "1", "method": "lora", "rank": 2},
 ]
 

@@ -90,7 +90,7 @@ DECISIVE = {
     "data.path": {"data": {"path": "other.json"}},
     "policy[0].rank": {"policy": [POLICY[0] | {"rank": 4}, POLICY[1]]},
     "policy[0].method": {"policy": [POLICY[0] | {"method": "lora"}, POLICY[1]]},
-    "policy[0].protect": {"policy": [POLICY[0] | {"protect": {"top": 2}}, POLICY[1]]},
+    "policy[0].protect": {"policy": [POLICY[0] | {"protect": {"inputs": 0.5}}, POLICY[1]]},
     "policy[1]": {"policy": POLICY[:1]},
     **{
         f"train.{name}": {"train": {name: value}}
