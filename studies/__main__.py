@@ -99,7 +99,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
         runner.run_study(folder, jobs, retry=options.retry, on_done=on_done)
         written, table = page.write(folder, command)
     as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
-    sys.stdout.write(f"{as_json if options.format == 'json' else page.markdown(table)}\n")
+    sys.stdout.write(f"{as_json if options.format == 'json' else table.markdown()}\n")
     if options.docs:
         sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
     failed = [cell for cell in runner.all_cells(folder) if folder.failure(cell)]

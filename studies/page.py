@@ -11,8 +11,8 @@ from typing import Any
 
 from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import UserError
+from milora_vl.cli.table import Table
 from milora_vl.report.plots import PlotStyle, png
-from milora_vl.report.tables import Table
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import at_common_loss, curves_of
@@ -195,14 +195,7 @@ def with_block(text: str, name: str, filled: Table, figure: str) -> str:
     start = _start(name)
     before, _, from_block = text.partition(start)
     _, _, after = from_block.partition("<!-- end -->")
-    shown = f"{markdown(filled)}\n\n{filled.caption}\n\n![{figure}]({name}.png)"
-    return f"{before}{start}\n{shown}\n<!-- end -->{after}"
-
-
-def markdown(whole: Table) -> str:
-    """Return a table as Markdown."""
-    lines = [whole.header, ["---"] * len(whole.header), *whole.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{before}{start}\n{filled.markdown()}\n![{figure}]({name}.png)\n<!-- end -->{after}"
 
 
 def read_cells(file: Path) -> dict[Cell, dict[str, Any]]:

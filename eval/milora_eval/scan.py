@@ -14,9 +14,10 @@ from milora_eval.answers.target import EvalTarget, named
 from milora_eval.benchmark import Metric
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
 from milora_eval.scores.results import Results, metrics_of
-from milora_eval.scores.table import Table, value
+from milora_eval.scores.table import value
 from milora_vl.base.atomic_write import write_json
 from milora_vl.base.errors import at_flag
+from milora_vl.cli.table import Table
 from milora_vl.foreign.load_any import require_scalable
 from milora_vl.foreign.load_model import load_by_flags
 from milora_vl.foreign.scale import Update
@@ -92,7 +93,7 @@ def table(points: Sequence[Point], suite: str) -> Table:
         for p in points
     ]
     note = "text forgetting: KL divergence from the base model on general text, nats per token"
-    return Table(f"suite {suite}: sizes of the update", header, tuple(rows), (note,))
+    return Table(header, tuple(rows), note, f"suite {suite}: sizes of the update")
 
 
 def _nats(point: Point) -> str:

@@ -12,8 +12,8 @@ from milora_vl.analyze import plots
 from milora_vl.analyze.rows import Row
 from milora_vl.base.atomic_write import write_json
 from milora_vl.cli import page as pages
+from milora_vl.cli.table import Table
 from milora_vl.report.plots import Plot, PlotStyle, draw, write_csv
-from milora_vl.report.tables import Table
 
 # Heat maps: field -> (label of the colour bar, caption).
 BASE_MAPS = {

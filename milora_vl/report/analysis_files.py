@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from milora_vl.base.errors import UserError
+from milora_vl.cli.table import Table
 from milora_vl.report.plots import Plot
-from milora_vl.report.tables import Table
 
 
 @dataclass(frozen=True, slots=True)

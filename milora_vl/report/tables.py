@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from milora_vl.cli.table import Table
 from milora_vl.policy.methods import METHODS, label_of
 from milora_vl.report.run_page import Comparison, Json, Run, Score
 from milora_vl.report.wording import amount, forgetting_rows, gain, number, percent
@@ -25,15 +25,6 @@ _LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
     "SVD": lambda layer: _cell(layer.get("svd")),
     "seconds": lambda layer: _cell(layer.get("seconds")),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table of text cells. The first cell of a row is its name."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
 
 
 def forgetting_table(run: Run) -> Table:

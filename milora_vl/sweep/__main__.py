@@ -17,6 +17,7 @@ from milora_vl.base.atomic_write import read_json, write_json
 from milora_vl.base.errors import Problem, UserError
 from milora_vl.cli.command_line import amount, next_step, positive, run
 from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.cli.table import show
 from milora_vl.recipe.policy_edits import ADAPTERS
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
@@ -127,9 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.format == "json":
         sys.stdout.write((folder / "results.json").read_text(encoding="utf-8"))
     else:
-        sys.stdout.write(
-            "\n".join("  ".join(f"{cell:<22}" for cell in row) for row in (table.header, *table.rows)) + "\n"
-        )
+        show(table, options.format)
     for cell in failed:
         sys.stderr.write(f"failed: {cell.name}   see {folder / 'logs' / cell.name}.log; try again with --retry\n")
     sys.stderr.write(f"page:   {written}\n")

@@ -10,7 +10,7 @@ import pytest
 from milora_eval.answers.lines import to_line
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.scores.compare import compare, num_common
-from milora_eval.scores.table import Table, show
+from milora_vl.cli.table import Table, show
 from support.eval_questions import write_questions
 from support.problems import raises_code
 
@@ -56,6 +56,6 @@ def test_nothing_in_common_is_an_error(data: Path) -> None:
 
 
 def test_names_with_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    show(Table("A runs/[/x], B :smile:", ("", "n"), (("[bold]kind", "1"),), ("see [red]",)), "human")
+    show(Table(("", "n"), (("[bold]kind", "1"),), "see [red]", "A runs/[/x], B :smile:"), "human")
     said = " ".join(capsys.readouterr().out.split())
     assert all(word in said for word in ("runs/[/x], B :smile:", "[bold]kind", "see [red]"))

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from milora_eval.scores.compare import Pair, compare, num_common
 from milora_eval.scores.results import require_lines
-from milora_eval.scores.table import FORMATS, pairs_table, show
+from milora_eval.scores.table import pairs_table
 from milora_eval.suites import import_plugins
 from milora_vl.cli.command_line import next_step
 from milora_vl.cli.flags import Command, option, shared
+from milora_vl.cli.table import FORMATS, show
 
 COMMAND = Command(
     "milora_eval compare",

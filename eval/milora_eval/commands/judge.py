@@ -10,11 +10,12 @@ from pathlib import Path
 
 from milora_eval.judge import Endpoint, judge_by, judge_from_file, unjudged
 from milora_eval.scores.results import require_answers, score
-from milora_eval.scores.table import FORMATS, show, write_table
+from milora_eval.scores.table import write_table
 from milora_eval.suites import import_plugins
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step
 from milora_vl.cli.flags import Command, option, shared
+from milora_vl.cli.table import FORMATS, show
 
 COMMAND = Command(
     "milora_eval judge",

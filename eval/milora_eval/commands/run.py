@@ -16,12 +16,13 @@ from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.benchmark import Benchmark
 from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
-from milora_eval.scores.table import FORMATS, show, write_table
+from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
 from milora_vl.adapter.folders import holds_adapter
 from milora_vl.base.errors import DataError, UserError, at_flag
 from milora_vl.cli.command_line import count, next_step
 from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.cli.table import FORMATS, show
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.regenerate import regenerate_report
 

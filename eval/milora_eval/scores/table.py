@@ -1,89 +1,18 @@
-"""Result tables for the terminal, as markdown and as LaTeX, all with the same cells."""
+"""The tables of results: one model, a model beside its base, two evaluations."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from milora_eval.answers.store import PREDICTIONS
 from milora_eval.benchmark import Metric
 from milora_eval.scores.compare import Pair, compare
 from milora_eval.scores.results import TABLE, Results, metrics_of, read_results, require_lines
 from milora_vl.base.atomic_write import write_text
-
-if TYPE_CHECKING:
-    from rich.table import Table as RichTable
-
-FORMATS = ("human", "markdown", "latex", "json")
-_LATEX = str.maketrans(
-    {
-        "&": r"\&",
-        "%": r"\%",
-        "_": r"\_",
-        "#": r"\#",
-        "$": r"\$",
-        "±": r"$\pm$",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "\\": r"\textbackslash{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-    }
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Cells as text; the first column is a name. `notes` appear below the table."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-
-    def markdown(self) -> str:
-        """Return the table as markdown, with its title and notes."""
-        lines = [f"**{self.title}**", "", _row(self.header), "|---|" + "---:|" * (len(self.header) - 1)]
-        lines += [_row(row) for row in self.rows]
-        lines += ["", *(f"{note}  " for note in self.notes)]
-        return "\n".join(lines).rstrip() + "\n"
-
-    def latex(self) -> str:
-        """Return a LaTeX tabular (booktabs) with the title and the notes as comments."""
-        lines = [f"% {self.title}", rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule"]
-        body = [" & ".join(cell.translate(_LATEX) for cell in row) + r" \\" for row in (self.header, *self.rows)]
-        lines += [body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]
-        return "\n".join([*lines, *(f"% {note}" for note in self.notes)]) + "\n"
-
-    def rich(self) -> RichTable:
-        """Return the table for rich's console."""
-        from rich import box
-        from rich.table import Table as RichTable
-
-        table = RichTable(title=self.title, title_justify="left", box=box.SIMPLE_HEAD)
-        for place, name in enumerate(self.header):
-            table.add_column(name, justify="right" if place else "left", no_wrap=True)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-
-def show(table: Table, form: str) -> None:
-    """Print a table to stdout as human, markdown or latex."""
-    if form != "human":
-        sys.stdout.write(table.markdown() if form == "markdown" else table.latex())
-        return
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)  # names may hold [ ] and :
-    console.print(table.rich())
-    for note in table.notes:
-        console.print(note, style="dim", highlight=False)
+from milora_vl.cli.table import Table
 
 
 def write_table(folder: Path) -> Table:
@@ -118,7 +47,7 @@ def results_table(results: Results) -> Table:
     if results.get("mean"):
         blank = ("",) * (len(header) - 4)
         rows.insert(0, (mean_label(results["mean"]), "", "", repr(results["mean"]["value"]), *blank))
-    return Table(_title(results), header, tuple(rows), tuple(notes))
+    return Table(header, tuple(rows), "\n".join(notes), _title(results))
 
 
 def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means: Sequence[Any] = ()) -> Table:
@@ -142,7 +71,7 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means
     if means and all(means):
         a, b = (entry["value"] for entry in means)
         rows.insert(0, (mean_label(means[1]), "", "", repr(a), repr(b), f"{b - a:+}"))
-    return Table(title, ("", "n", "baseline", *names, "difference"), tuple(rows), tuple(_notes(metrics)))
+    return Table(("", "n", "baseline", *names, "difference"), tuple(rows), "\n".join(_notes(metrics)), title)
 
 
 def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table:
@@ -161,7 +90,7 @@ def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table
         "text forgetting: cross-entropy against the base model's predictions on general text, nats per token; "
         "its minimum is the entropy of the base model"
     )
-    return replace(table, rows=(*table.rows, row), notes=(*table.notes, note))
+    return replace(table, rows=(*table.rows, row), caption="\n".join(filter(None, (table.caption, note))))
 
 
 def shown(metrics: Mapping[tuple[str, str], Metric]) -> dict[tuple[str, str], Metric]:
@@ -227,7 +156,3 @@ def _title(results: Results) -> str:
     if len(entries) > 1:
         return f"suite {results['suite']}, {len(entries)} benchmarks"
     return "; ".join(f"{entry['name']} {entry['version']}, {entry['protocol']}" for entry in entries)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
