@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data import load_records
-from milora_data.formats.saved import is_saved
+from milora_data.formats.stored import is_saved
 from milora_vl.adapter.folders import CONFIG, base_of, holds_adapter, require_no_base
 from milora_vl.base.atomic_write import read_json, write_json
 from milora_vl.base.errors import UserError, at_flag

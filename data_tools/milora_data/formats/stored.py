@@ -11,7 +11,6 @@ from typing import Any
 
 from milora_data.formats.jsonfile import missing_file
 from milora_data.formats.other_files import COLUMNS, row_record
-from milora_data.formats.saved import files_of_saved, is_saved
 from milora_data.formats.vqa_files import Options
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record, parse_record
@@ -101,13 +100,30 @@ def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Opti
     return parse_record(converted, source=place, embedded="read")
 
 
+def is_saved(path: str | Path) -> bool:
+    """Return whether `save_to_disk` of `datasets` wrote the folder `path`: one split, or several splits in folders."""
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _files_of_saved(folder: Path) -> list[str]:
+    """Return the files with the rows of a split, in order. Raises `DataError` if there are several splits."""
+    splits = [file.parent for file in sorted(folder.glob("*/state.json"))]
+    if len(splits) > 1:
+        raise DataError(
+            f"this folder contains {len(splits)} splits",
+            code="data-several-splits",
+            where=str(folder),
+            hint=f"name one: {' or '.join(map(str, splits))}",
+        )
+    return sorted(map(str, (splits[0] if splits else folder).glob("*.arrow")))
+
+
 def files_of(source: str) -> list[str]:
     """Return the files of a name, a pattern with *, or a `save_to_disk` folder. Raises `DataError` without any."""
-    if is_saved(source):
-        return files_of_saved(Path(source))
-    files = sorted(map(str, Path(source).parent.glob(Path(source).name)))
+    path = Path(source)
+    files = _files_of_saved(path) if is_saved(path) else sorted(map(str, path.parent.glob(path.name)))
     if not files:
-        raise missing_file(Path(source))
+        raise missing_file(path)
     return files
 
 

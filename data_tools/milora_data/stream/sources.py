@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import not_utf8, read_objects
-from milora_data.formats.saved import is_saved
-from milora_data.formats.stored import stored_records
+from milora_data.formats.stored import is_saved, stored_records
 from milora_data.pictures.files import PlacedPicture, StoredPicture, WebPicture, leads_outside
 from milora_data.records.record import Record, parse_record, with_names
 from milora_vl.base.errors import DataError, UserError
