@@ -126,7 +126,7 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     assert (tmp_path / "bomb.png").stat().st_size < 50_000
     with raises_code(
-        "image-unreadable", where="bomb.png", message="cannot read this picture: it has 200 megapixels", kind=ImageError
+        "image-unreadable", where="bomb.png", message="cannot read this picture: Image size", kind=ImageError
     ):
         load_image(tmp_path / "bomb.png")
 

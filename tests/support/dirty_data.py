@@ -107,7 +107,6 @@ BROKEN: list[tuple[str, Any]] = [
 # lines that are no JSON; each costs itself alone
 LINES: list[bytes] = [
     b'{"id": "latin-1", "conversations": [{"from": "human", "value": "caf\xe9"}]}',
-    b"[" * 50_000,
     b'{"id": ' + b"9" * 5000 + b"}",
     b'{"id": "broken", "conversations": [}',
 ]
