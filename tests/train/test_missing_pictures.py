@@ -92,7 +92,7 @@ def large(path: Path) -> Path:
 def test_a_picture_that_is_too_large_is_refused_with_a_hint(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     name = large(tiny_data / "images" / "0.png")
     for read in (load_image, picture_size):
-        with raises_code("image-unreadable", says=r"exceeds limit(.|\n)*smaller", kind=ImageError) as caught:
+        with raises_code("image-unreadable", says=r"exceeds limit(.|\n)*smaller", kind=ImageError):
             read(name)
     assert data_main(["check", str(tiny_data / "train.json")]) == 1
     shown = capsys.readouterr().out
