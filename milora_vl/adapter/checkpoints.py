@@ -1,4 +1,4 @@
-"""Checkpoints of a run: list, newest, complete or cut off, checksums, removal of old ones (`save_total_limit`).
+"""Checkpoints of a run: list, newest, complete or cut off.
 
 A checkpoint is a folder of HF's Trainer: weights, optimizer, scheduler, random states of all processes and, written
 last, trainer_state.json. DeepSpeed stores the optimizer in a folder global_stepN, with a file per process. A checkpoint
@@ -7,36 +7,27 @@ is incomplete if its process was killed while writing it.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
-
-import xxhash
-
-from milora_vl.base.atomic_write import write_json
 
 # Weight files of a checkpoint; the adapter comes first.
 WEIGHTS = ("adapter_model.safetensors", "mm_projector.safetensors", "model.safetensors", "model.safetensors.index.json")
 SET_ASIDE = "incomplete-"
-_BLOCK = 1 << 24
+STATE = "trainer_state.json"
 # Files that only a resumed run needs.
 NO_RESULT = (
     "optimizer.pt",
     "scheduler.pt",
     "scaler.pt",
     "rng_state*.pth",
+    "stream_state_*.pth",
     "latest",
     "zero_to_*.py",
-    "trainer_state.json",
-    "checksums.json",
+    STATE,
 )
-CHECKSUMS = "checksums.json"
-_HASHED = {".safetensors", ".pt", ".pth", ".bin", ".npy", "milora.json"}  # endings and names
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
@@ -57,40 +48,6 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def remove_oldest(run: Path, step: int, limit: int | None, best: str | None) -> None:
-    """Remove old checkpoints until `limit` are left (None, 0 or less: all stay); `step` and `best` always stay.
-
-    A lower step is older, and steps above the present one are of an earlier attempt. HF's Trainer sorts by the time of
-    change instead: after the clock went backwards it would remove the checkpoint that was just written.
-    """
-    if limit is None or limit <= 0:
-        return
-    oldest_first = sorted(checkpoints(run), key=lambda folder: (step_of(folder) <= step, step_of(folder)))
-    kept = {folder for folder in oldest_first if step_of(folder) == step or (best and folder == Path(best))}
-    others = [folder for folder in oldest_first if folder not in kept]
-    unneeded = others[: max(len(oldest_first) - max(limit, len(kept)), 0)]
-    if unneeded:
-        _sync(run / f"checkpoint-{step}")
-    for folder in unneeded:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Wait until a checkpoint has reached the disk: a power failure may come after the ones before it are removed."""
-    for path in (*folder.rglob("*"), folder, folder.parent):
-        try:
-            number = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # a link to nothing
-            continue
-        try:
-            os.fsync(number)
-        except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync
-                raise
-        finally:
-            os.close(number)
-
-
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the newest checkpoint with weights, or None."""
     return next((folder for folder in reversed(checkpoints(run)) if holds_weights(folder)), None)
@@ -102,66 +59,22 @@ def holds_weights(folder: Path) -> bool:
 
 
 def why_incomplete(folder: Path) -> str | None:
-    """Return what is missing or truncated in a checkpoint; None if a run can resume from it."""
+    """Return what is missing in a checkpoint; None if a run can resume from it."""
     try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except OSError:
-        return "has no trainer_state.json (the run was killed while writing it)"
+        return f"has no {STATE} (the run was killed while writing it)"
     except ValueError:
-        return "trainer_state.json is truncated"
-    if not isinstance(state, dict):
-        return "trainer_state.json is no mapping"
-    if step_of(folder) >= 0 and state.get("global_step") != step_of(folder):
-        return f"trainer_state.json has step {state.get('global_step')}"
-    if not holds_weights(folder) and not list(folder.glob("global_step*")):
+        return f"{STATE} is truncated"
+    if not isinstance(state, dict) or (step_of(folder) >= 0 and state.get("global_step") != step_of(folder)):
+        return f"{STATE} is of another step"
+    if not holds_weights(folder) and not is_sharded(folder):
         return "has no weights"
-    if not list(folder.glob("rng_state*.pth")):
+    if not list(folder.glob("rng_state*.pth")) or not (is_sharded(folder) or (folder / "optimizer.pt").is_file()):
         return "has no optimizer and random state (--save_only_model): evaluation works, resuming does not"
     if is_sharded(folder) and len(list(folder.glob(SHARDS))) != num_processes(folder):
         return f"has the optimizer of {len(list(folder.glob(SHARDS)))} of {num_processes(folder)} processes"
-    for file in folder.rglob("*"):
-        if _is_truncated(file):
-            return f"{file.name} is truncated"
-    return _why_changed(folder)
-
-
-def write_checksums(folder: Path) -> None:
-    """Write checksums.json: the hash of milora.json and of every file of tensors, so that a resume finds damaged ones.
-
-    Texts such as README.md and the name of the base in adapter_config.json may be edited.
-    """
-    sums = {str(file.relative_to(folder)): _checksum(file) for file in _files(folder)}
-    write_json(folder / CHECKSUMS, sums)
-
-
-def _why_changed(folder: Path) -> str | None:
-    """Return which file differs from its checksum; None if all are equal, or for a checkpoint without checksums."""
-    file = folder / CHECKSUMS
-    if not file.is_file():  # of an older version, or of other training code
-        return None
-    try:
-        sums = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return f"{CHECKSUMS} is damaged"
-    for name, expected in sums.items():
-        stored = folder / name
-        if ".." in Path(name).parts or not stored.is_file():
-            return f"{name} is missing"
-        if _checksum(stored) != expected:
-            return f"the content of {name} has changed since it was written (remove {CHECKSUMS} to use it anyway)"
     return None
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and (p.suffix in _HASHED or p.name in _HASHED))
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -215,29 +128,6 @@ def set_aside(folder: Path) -> Path:
         number += 1
         target = folder.with_name(f"{SET_ASIDE}{folder.name}.{number}")
     return folder.rename(target)
-
-
-def _is_truncated(file: Path) -> bool:
-    if file.suffix == ".safetensors":
-        return _is_truncated_safetensors(file)
-    if file.suffix in (".pt", ".pth"):
-        return not zipfile.is_zipfile(file)  # torch.save writes a zip with its directory at the end
-    return False
-
-
-def _is_truncated_safetensors(file: Path) -> bool:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= size - 8:
-            return True
-        header = stream.read(length)
-    try:
-        entries = json.loads(header)
-        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
-        return True
-    return size < 8 + length + max(ends, default=0)
 
 
 def is_finished(path: Path) -> bool:

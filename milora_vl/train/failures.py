@@ -27,8 +27,7 @@ NOT_WRITTEN = (
     "unexpected pos",
     "iostream error",
 )
-WORKER_DIED = ("DataLoader worker", "exited unexpectedly")
-LOADER_HANGS = "DataLoader timed out"
+LOADER_FAILED = ("DataLoader worker", "DataLoader timed out")  # killed, exited or hung
 SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout")
 OTHER_DIED = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Socket closed")
 
@@ -68,21 +67,15 @@ def _out_of_memory(text: str, args: TrainingArguments) -> Problem:
     return Problem(f"out of memory: {text.splitlines()[0]}", "run-out-of-memory", hint=hint)
 
 
-def _loader_died(text: str) -> Problem:
-    hint = (
-        "memory has run out, or shared memory (/dev/shm; in a container: docker run --shm-size 8g); "
-        f"try a smaller --dataloader_num_workers\n{RESUME}"
-    )
-    return Problem(f"a loader process died: {text}", "run-loader-died", hint=hint)
-
-
 def _explain(text: str, args: TrainingArguments) -> Problem | None:
     first = text.strip().splitlines()[0] if text.strip() else ""
-    if any(phrase in text for phrase in WORKER_DIED):
-        return _loader_died(first)
-    if LOADER_HANGS in text:
-        hint = f"a picture file on a lost network drive is a common cause; milora_data check reads them all\n{RESUME}"
-        return Problem(f"the loader processes hang: {first}", "run-loader-hangs", hint=hint)
+    if any(phrase in text for phrase in LOADER_FAILED):
+        hint = (
+            "killed: memory has run out, or shared memory (/dev/shm; in a container: docker run --shm-size 8g); "
+            "try a smaller --dataloader_num_workers\n"
+            f"timed out: a picture file on a lost network drive is a common cause\n{RESUME}"
+        )
+        return Problem(f"the loader processes failed: {first}", "run-loader-failed", hint=hint)
     if any(phrase in text for phrase in NOT_WRITTEN):
         hint = f"free some space, or set --save_total_limit\n{RESUME}"
         return Problem(f"cannot write: {first}", "disk-full", str(args.output_dir), hint)

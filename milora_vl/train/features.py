@@ -26,8 +26,8 @@ from milora_vl.base.errors import UserError
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
 from milora_vl.policy.towers import find_towers
-from milora_vl.train import loader_processes
 from milora_vl.train.failures import NOT_WRITTEN, explained
+from milora_vl.train.loaders import TIMEOUT
 
 VERSION = 1  # increase it when the same tower and picture may give other features
 BATCH = 16  # pictures
@@ -126,12 +126,11 @@ def _fill(
     _announce(reader, len(missing), len(seen) - 1, screen)
     PartialState().wait_for_everyone()  # all processes list the same files before one of them writes
     mine = _Pictures(missing[args.process_index :: args.world_size], reader.maker)
-    loader = loader_processes.with_timeout(
-        torch.utils.data.DataLoader(mine, batch_size=BATCH, num_workers=args.dataloader_num_workers, collate_fn=list)
-    )
-    with loader_processes.found_while_waiting():
-        for batch in tqdm(loader, "features of pictures", disable=None, file=sys.stderr, leave=False):
-            _write(reader, compute, [pair for pair in batch if pair is not None])
+    workers = args.dataloader_num_workers
+    timeout = TIMEOUT if workers else 0
+    loader = torch.utils.data.DataLoader(mine, batch_size=BATCH, num_workers=workers, collate_fn=list, timeout=timeout)
+    for batch in tqdm(loader, "features of pictures", disable=None, file=sys.stderr, leave=False):
+        _write(reader, compute, [pair for pair in batch if pair is not None])
     PartialState().wait_for_everyone()
 
 

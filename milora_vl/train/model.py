@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.adapter.apply import apply_targets
 from milora_vl.adapter.files import load_adapter
@@ -25,7 +26,6 @@ from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
 from milora_vl.recipe.base_model import config_for
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train import shared_prefix
 from milora_vl.train.trainer import CheckpointKind
 
 WEIGHTS_FILE: dict[CheckpointKind, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
@@ -78,8 +78,6 @@ def _set_attention(model: Any, name: str) -> None:
             where="attn_implementation",
             hint="use sdpa or eager",
         ) from None
-    if name == "eager":
-        shared_prefix.use_attention(model)
 
 
 def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
@@ -101,7 +99,6 @@ def build(
 
     `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights.
     """
-
     checkpoint_kind = checkpoint_kind_of(targets)
     sizes = trained_sizes(targets, base)
     if checkpoint is not None:
@@ -122,7 +119,17 @@ def build(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    if checkpoint is not None and not is_deepspeed_zero3_enabled():  # there DeepSpeed loads its own shards
+        _restore(model, checkpoint, checkpoint_kind)
     return Built(model, targets, checkpoint_kind, sizes, model.milora_report, frozen)
+
+
+def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> None:
+    """Load the projector, or all weights by `from_pretrained`, which knows the names that transformers has changed."""
+    if checkpoint_kind == "projector":
+        load_projector(model, checkpoint)
+    elif checkpoint_kind == "full":
+        model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
 
 
 def _require_same_kind(checkpoint: Path, checkpoint_kind: CheckpointKind) -> None:

@@ -20,7 +20,6 @@ import torch
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.templates import OWN, no_tools
-from milora_data.stream.record_stream import RecordStream
 from milora_vl.adapter import checkpoints
 from milora_vl.adapter.checkpoints import step_of
 from milora_vl.base.errors import UserError, with_context
@@ -42,20 +41,18 @@ from milora_vl.train import (
     features,
     header,
     hub,
-    loader_processes,
+    loaders,
     model,
     run_files,
-    streaming,
     training_arguments,
 )
-from milora_vl.train.cpu_load import FreeCores, may_choose_threads
 from milora_vl.train.evaluation import Scored, SuiteCallback, run_command, suites_of
 from milora_vl.train.finalize import show_results, write_pages
 from milora_vl.train.first_files import AtFirstStep, FirstFiles
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
 from milora_vl.train.spectrum import layer_spectra
-from milora_vl.train.trainer import FollowFreeCores, MiloraTrainer, calls_on_sigterm
+from milora_vl.train.trainer import MiloraTrainer, calls_on_sigterm
 from milora_vl.weights.distributed import gather
 
 if TYPE_CHECKING:
@@ -77,7 +74,6 @@ def train(request: Request) -> int:
     hub.require_access(plan.recipe.train, plan.folder.path, plan.hub_token)
     check_evaluation_and_base(plan.recipe)
     inputs = read_inputs(plan, screen)
-    cores = free_cores(inputs, screen)
     require_template_for_tools(plan.recipe, inputs.data)
     loaded = load_base_model(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
@@ -87,8 +83,6 @@ def train(request: Request) -> int:
     first_files = collect_first_files(plan, inputs, loaded, adapted, screen)
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, first_files)
-        if cores is not None:
-            trainer.add_callback(FollowFreeCores(cores, screen.warn))
         trained = train_and_save(plan, rows, trainer, first_files, start)
     finally:
         first_files.close()
@@ -138,16 +132,6 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
     if plan.folder.checkpoint is not None:
         resuming.require_same_steps(plan.folder.checkpoint, plan.recipe, batching.steps)
     return batching
-
-
-def free_cores(inputs: Inputs, screen: Screen) -> FreeCores | None:
-    """Leave cores that other programs use; return None on a GPU, in several processes, or if the user sets threads."""
-    if not may_choose_threads(inputs.args.device.type, inputs.args.world_size):
-        return None
-    cores = FreeCores()
-    if cores.threads < cores.most:
-        screen.warn(cores.describe())
-    return cores
 
 
 def check_evaluation_and_base(recipe: Recipe) -> None:
@@ -219,7 +203,7 @@ def group_rows(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Ro
         return Rows(packs, None, count_steps(plan, inputs.args, len(packs)))
     if recipe.data.streaming:
         inputs.args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
-        return Rows(streaming.stream_of(recipe, inputs.args), lengths, inputs.batching)
+        return Rows(loaders.stream_of(recipe, inputs.args), lengths, inputs.batching)
     return Rows(records, lengths, inputs.batching)
 
 
@@ -372,7 +356,6 @@ def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstF
         with (
             failures.explained(trainer.args),
             calls_on_sigterm(trainer.stop_on_signal.on_signal),
-            loader_processes.found_while_waiting(streams=isinstance(trainer.train_dataset, RecordStream)),
             disable_input_dtype_casting(trainer.trained(), active=trainer.accelerator.native_amp),
         ):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -416,10 +399,10 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: Fi
     """Write the final weights, the processor and HF's state at the root of the run folder."""
     folder, args = plan.folder, trainer.args
     with failures.explained(args):
-        if not (has_all_steps(folder.checkpoint, rows.batching) or trainer.keeps_best):
+        best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best is None and not has_all_steps(folder.checkpoint, rows.batching):
             trainer.save_model(_internal_call=True)  # pushed when the pages are there too
         elif args.should_save:
-            best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
             checkpoints.copy_results(Path(best or str(folder.checkpoint)), folder.path)
         if args.should_save:
             write_state(trainer, folder)
@@ -430,8 +413,6 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: Fi
         first_files.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         first_files.environment["seconds"] = round(time.monotonic() - start, 1)
         folder.write_json(ENVIRONMENT, first_files.environment)
-        for reason in trainer.failed_pushes():
-            first_files.screen.warn(f"a push during the training failed: {reason}")
     return Trained(first_files.fitted_recipe, folder, args, trainer.hub_model_id or "")
 
 

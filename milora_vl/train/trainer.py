@@ -1,4 +1,4 @@
-"""HF's Trainer with our loss, optimizer groups, checkpoints, data loader and callbacks (SIGTERM, logs, durations).
+"""HF's Trainer with our loss, optimizer groups, checkpoints, data loader and callbacks (SIGTERM, logs).
 
 HF's Trainer does distributed training, precision and logging. The loss calls the model's own forward, also in wrappers.
 """
@@ -9,7 +9,6 @@ import math
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -33,27 +33,23 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.tokens import IGNORE
 from milora_data.stream.record_stream import RecordStream
-from milora_vl.adapter.checkpoints import num_processes, remove_oldest, write_checksums
+from milora_vl.adapter.checkpoints import STATE, step_of
 from milora_vl.adapter.folders import PROJECTOR_FILES
 from milora_vl.adapter.install import base_model_of
 from milora_vl.adapter.keep_protected import FsdpProjection, ShardedProjection, keep_protected
 from milora_vl.adapter.parameter_groups import parameter_groups, target_path
 from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
-from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.errors import UserError
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.models.projector import load_projector, save_projector
+from milora_vl.models.projector import save_projector
 from milora_vl.policy import Target
-from milora_vl.policy.towers import image_token_of
-from milora_vl.train import fsdp, loader_processes, shared_prefix, streaming
-from milora_vl.train.cpu_load import FreeCores
+from milora_vl.train import fsdp, loaders
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.meter import Meter, group_rates, tower_norms
 from milora_vl.train.progress import Bars, Lines
-from milora_vl.weights.sharding import local_part
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from peft import PeftModel
 
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
 CheckpointKind = Literal["adapter", "projector", "full"]
@@ -80,32 +76,6 @@ class IntervalsOfThisRun(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Trainer's hook after the state of a checkpoint is loaded."""
         state.compute_steps(args, state.max_steps)
-
-
-class Durations(TrainerCallback):
-    """Durations by a clock that never goes backwards. HF's Trainer takes the time of day, which can."""
-
-    def __init__(self) -> None:
-        self.began: dict[str, float] = {}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Trainer's hook before the first step."""
-        self.begin("train")
-
-    def begin(self, prefix: str) -> None:
-        """Start the time of `train`, or of an evaluation."""
-        self.began[prefix] = time.monotonic()
-
-    def corrected(self, logs: dict[str, float]) -> dict[str, float]:
-        """Return the entries with their durations and rates by this clock."""
-        for prefix, began in self.began.items():
-            if f"{prefix}_runtime" in logs:
-                seconds = max(time.monotonic() - began, 1e-9)
-                said = logs[f"{prefix}_runtime"]
-                rates = [f"{prefix}_{unit}_per_second" for unit in ("samples", "steps", "tokens")]
-                logs |= {rate: round(logs[rate] * said / seconds, 3) for rate in rates if rate in logs}
-                logs[f"{prefix}_runtime"] = round(seconds, 4)
-        return logs
 
 
 class TowerNorms(TrainerCallback):
@@ -167,18 +137,6 @@ def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class FollowFreeCores(TrainerCallback):
-    """Between steps, use as many threads as other programs leave cores free."""
-
-    def __init__(self, cores: FreeCores, say: Callable[[str], None]) -> None:
-        self.cores, self.say = cores, say
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure from time to time."""
-        if self.cores.follow():
-            self.say(self.cores.describe())
-
-
 class ProjectShards(TrainerCallback):
     """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer, and under FSDP2."""
 
@@ -225,10 +183,7 @@ class MiloraTrainer(Trainer):
             processing_class=processing_class,
             callbacks=[stop := StopOnSignal(), LogBeforeSave(), IntervalsOfThisRun()],
         )
-        self._require_autocast(targets)
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
-        self.durations = Durations()
-        self.add_callback(self.durations)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
         self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
         protecting = any(target.protect is not None for target in targets)
@@ -240,9 +195,6 @@ class MiloraTrainer(Trainer):
         self.checkpoint_kind = checkpoint_kind
         self.lengths, self.kinds = lengths, kinds
         self.resume_from = resume_from
-        # DataParallel splits a batch by its rows, NEFTune's noise differs in them, torch.compile needs one shape.
-        separate = self.args.n_gpu > 1 or self.args.neftune_noise_alpha or self.args.torch_compile
-        self.shares_prefix = not separate and shared_prefix.can_share(base_model_of(self.trained()))
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
         self.meter = Meter(data_collator)
         paths = {target.path: str(target.tower) for target in targets}
@@ -250,19 +202,14 @@ class MiloraTrainer(Trainer):
         self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
         self.add_callback(self.norms)
         self.suites: SuiteCallback | None = None  # scores during training
-        self.keeps_best = False  # the files of the best checkpoint are the result
         if self.args.fsdp:
             self.add_callback(fsdp.RequireShards())
         if self.is_fsdp_enabled:
             if checkpoint_kind == "full":
                 fsdp.refuse_full_training_of_text(model)
             fsdp.prepare(self.accelerator, model)
-            if resume_from is not None and checkpoint_kind != "adapter":  # later the model is sharded
-                self._restore(resume_from)
-        self._failed_pushes: list[str] = []
         self._has_warned = False  # of a gradient of 0
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
-        self._hidden_limit: int | None = None  # of checkpoints, while HF saves one
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as HF does; FSDP2 runs on CPUs too."""
@@ -270,18 +217,6 @@ class MiloraTrainer(Trainer):
         if self.args.fsdp:
             fsdp.enable_on_cpus(self.args, self.accelerator.state)
             self.is_fsdp_enabled = self.accelerator.state.fsdp_plugin is not None
-
-    def _require_autocast(self, targets: Sequence[Target]) -> None:
-        """Raise UserError for a float16 base on a CPU beside a module that trains in full, in float32."""
-        is_half = any(p.dtype == torch.float16 for p in self.trained().parameters())
-        trains_in_full = any(target.rank is None for target in targets)
-        if self.args.device.type == "cpu" and is_half and trains_in_full and not self.is_deepspeed_enabled:
-            raise UserError(
-                "a module trains in full, in float32, and on a CPU no autocast multiplies it with a float16 base",
-                code="recipe-precision",
-                where="dtype",
-                hint="use --dtype bfloat16 or float32",
-            )
 
     def trained(self) -> nn.Module:
         """Return the model without wrappers."""
@@ -315,11 +250,24 @@ class MiloraTrainer(Trainer):
         return optimizer
 
     def get_train_dataloader(self) -> Any:
-        """Return HF's loader, or for a stream a loader that reads the share of this process."""
-        if not isinstance(self.train_dataset, RecordStream):
-            return loader_processes.with_timeout(super().get_train_dataloader())
-        self._stream = streaming.loader(self.train_dataset, self.data_collator, self.args, self.resume_from)
-        return self._stream
+        """Return HF's loader, one that groups records by length, or one that reads this process's share of a stream."""
+        args, dataset, collator = self.args, self.train_dataset, self.data_collator
+        if isinstance(dataset, RecordStream):
+            self._stream = loaders.stream_loader(dataset, collator, args, self.resume_from)
+            return self._stream
+        if self.lengths is None:
+            return loaders.guarded(super().get_train_dataloader())
+        seed = args.seed if args.data_seed is None else args.data_seed
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        loader = DataLoader(
+            cast("Dataset[Any]", dataset),
+            batch_size=args.train_batch_size,
+            sampler=LengthGroupedSampler(self.lengths, per_step, seed, kinds=self.kinds),
+            collate_fn=collator,
+            drop_last=args.dataloader_drop_last,
+            **loaders.process_settings(args),
+        )
+        return self.accelerator.prepare(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return HF's loader, which fails if its processes hang. No training record stands for a held-out one."""
@@ -327,16 +275,9 @@ class MiloraTrainer(Trainer):
         if isinstance(collator, RecordCollator):
             self.data_collator = collator.for_evaluation()
         try:
-            return loader_processes.with_timeout(super().get_eval_dataloader(eval_dataset))
+            return loaders.guarded(super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator = collator
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self.lengths, per_step, seed, kinds=self.kinds)
 
     def compute_loss(
         self,
@@ -351,7 +292,7 @@ class MiloraTrainer(Trainer):
         """
         if not model.training:
             inputs = {**inputs, "labels": self._counted_once(inputs["labels"])}
-        summed, num_tokens = summed_loss(model, self._with_shared_prefix(inputs), chunked=self.chunked)
+        summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
         if not model.training:
             self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
         else:
@@ -368,13 +309,6 @@ class MiloraTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, {}) if return_outputs else loss
-
-    def _with_shared_prefix(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Return the batch as one row whose rows share their first tokens, if this model can read it."""
-        if not self.shares_prefix:
-            return inputs
-        base: Any = base_model_of(self.trained())
-        return shared_prefix.share(inputs, image_token=image_token_of(base), dtype=base.dtype)
 
     def _counted_once(self, labels: Tensor) -> Tensor:
         """Mask the labels (batch, length) of records that this evaluation has counted before.
@@ -400,7 +334,6 @@ class MiloraTrainer(Trainer):
         It keeps the random state: later dropout is the same whether or not a resumed run evaluates again.
         """
         self._eval_sums.zero_()
-        self.durations.begin(metric_key_prefix)
         with torch.random.fork_rng():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -433,7 +366,7 @@ class MiloraTrainer(Trainer):
                 "have become too large (a lower --learning_rate), or nothing that trains reaches the loss",
                 stacklevel=1,
             )
-        super().log(self.durations.corrected(logs), start_time)
+        super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
                 f"the loss is {logs['loss']}",
@@ -443,108 +376,45 @@ class MiloraTrainer(Trainer):
                 exit_code=1,
             )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as HF does, and remove old checkpoints by their steps."""
-        limit = self.args.save_total_limit
-        self._hidden_limit, self.args.save_total_limit = limit, None  # HF would remove others
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._hidden_limit, self.args.save_total_limit = None, limit
-        if self.args.should_save:
-            step, best = self.state.global_step, self.state.best_model_checkpoint
-            remove_oldest(Path(str(self.args.output_dir)), step, limit, best)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Save as HF does, then wait: trainer_state.json, written next, marks all files as complete."""
-        super()._save_rng_state(output_dir)
-        if isinstance(self.train_dataset, RecordStream):
-            streaming.keep(self._stream, Path(output_dir), self.args)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if (number := num_processes(Path(output_dir))) < self.args.world_size:
-                warnings.warn(
-                    f"{output_dir} has the random states of {number} of {self.args.world_size} processes: resuming "
-                    "needs an output folder that all machines see",
-                    stacklevel=1,  # a warning of this file, which the command shows
-                )
-            write_checksums(Path(output_dir))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        limit = self.args.save_total_limit
-        self.args.save_total_limit = self._hidden_limit or limit  # training_args.bin has what the user has set
-        try:
-            self._write(output_dir, state_dict)
-        finally:
-            self.args.save_total_limit = limit
-
-    def _write(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        if self.checkpoint_kind == "full":
-            super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.checkpoint_kind == "projector":
-                save_projector(self.trained(), folder, state_dict)
-            else:
-                # The vocabulary never grows here; "auto" would query the hub at every checkpoint.
-                adapter = cast("PeftModel", self.trained())
-                adapter.save_pretrained(str(folder), state_dict=state_dict, save_embedding_layers=False)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            torch.save(self.args, folder / "training_args.bin")
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push as HF does, but with milora.json and the projector, which HF does not know."""
-        self._failed_pushes += self._failures_now()
-        for name in OUR_FILES if self.args.should_save else ():
-            if (Path(checkpoint_folder) / name).is_file():
-                shutil.copy2(Path(checkpoint_folder) / name, str(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def failed_pushes(self) -> list[str]:
-        """Return why uploads of checkpoints failed. HF's Trainer waits for them but does not check their result."""
-        return list(dict.fromkeys([*self._failed_pushes, *self._failures_now()]))
-
-    def _failures_now(self) -> list[str]:
-        if not (self.args.push_to_hub and self.is_world_process_zero()) or self.push_in_progress is None:
-            return []
-        errors = [job.exception() for job in self.push_in_progress.jobs if job.done()]
-        return [first_line(error) for error in errors if error is not None]
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as HF does. Under FSDP2 only what trains is gathered; HF would gather the base too.
+        """Save as HF does, or the projector alone; under FSDP2 gather what trains, where HF would gather the base too.
 
-        Raises UserError before anything is written if a trained weight is not finite.
+        A checkpoint of a run with streamed records also gets the position of each process in its stream.
         """
-        self._require_finite_weights()
-        if not self.is_fsdp_enabled:
-            super().save_model(output_dir, _internal_call)
+        folder = Path(output_dir or str(self.args.output_dir))
+        is_checkpoint = step_of(folder) >= 0
+        if is_checkpoint and self.args.should_save:
+            (folder / STATE).unlink(missing_ok=True)  # of an earlier attempt; the new one marks a complete checkpoint
+        if self.checkpoint_kind == "projector" or self.is_fsdp_enabled:
+            self._save_trained(folder)
+        else:
+            super().save_model(str(folder), _internal_call)
+        if not is_checkpoint:
             return
-        state = fsdp.gathered_state(
-            self.trained(), only_trained=self.checkpoint_kind != "full", keep=bool(self.args.should_save)
-        )
-        self._save(output_dir, state_dict=state)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        if isinstance(self.train_dataset, RecordStream):
+            loaders.save_position(self._stream, folder, self.args)
+        if self.args.push_to_hub and self.args.should_save:  # HF pushes its own files of the checkpoint from here
+            for name in (name for name in OUR_FILES if (folder / name).is_file()):
+                shutil.copy2(folder / name, str(self.args.output_dir))
 
-    def _require_finite_weights(self) -> None:
-        """Refuse to save weights that a step has ruined: its own loss, computed before it, can still be finite."""
-        ruined = [
-            name.removeprefix("base_model.model.")
-            for name, parameter in self.trained().named_parameters()
-            if parameter.requires_grad and not is_finite(local_part(parameter))
-        ]
-        found = torch.tensor([float(len(ruined))], device=self.args.device)
-        if self.accelerator.reduce(found).item():  # one answer for all processes, which each see their shards
-            example = f", for example {ruined[0]}" if ruined else ""
-            raise UserError(
-                f"the update has made trained weights NaN or infinite{example}",
-                code="train-weights-not-finite",
-                where=f"step {self.state.global_step}",
-                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16",
-                exit_code=1,
-            )
+    def _save_trained(self, folder: Path) -> None:
+        """Gather what trains in all processes; one of them writes it, the processor and the arguments."""
+        state, model = None, self.trained()
+        if self.is_fsdp_enabled:
+            only_trained, is_writer = self.checkpoint_kind != "full", bool(self.args.should_save)
+            state = fsdp.gathered_state(model, only_trained=only_trained, keep=is_writer)
+        elif self.is_deepspeed_enabled:
+            state = self.accelerator.get_state_dict(self.deepspeed)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint_kind == "projector":
+            save_projector(model, folder, state)
+        else:
+            cast("PreTrainedModel", model).save_pretrained(str(folder), state_dict=state)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:
@@ -569,41 +439,10 @@ class MiloraTrainer(Trainer):
         self.lr_scheduler.load_state_dict(scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            return  # restored before it was sharded
-        if self.checkpoint_kind == "adapter":
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._restore(Path(resume_from_checkpoint))
+        """Do nothing: the model was restored when it was built, before anything wrapped or sharded it.
 
-    def _restore(self, folder: Path) -> None:
-        if self.checkpoint_kind == "projector":
-            load_projector(self.trained(), folder)
-        else:
-            load_full(self.trained(), folder)
+        HF reads the file of a full training without the names that transformers has changed, and finds no projector.
+        """
 
     def _load_best_model(self) -> None:
-        best = self.state.best_model_checkpoint
-        assert best is not None
-        if self.is_fsdp_enabled:
-            self.keeps_best = True
-        elif self.checkpoint_kind == "adapter" or self.is_deepspeed_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(best)
-
-
-def is_finite(weight: Tensor) -> bool:
-    """Return whether a weight of any shape, also an empty one, has no NaN and no infinite value."""
-    return bool(torch.isfinite(weight.detach()).all())
-
-
-def load_full(model: nn.Module, folder: Path) -> None:
-    """Load the weights of an HF folder into `model` with `from_pretrained`.
-
-    transformers renames weights when it saves and loads. HF's Trainer reads the file directly and does not fail if
-    no name matches.
-    """
-    assert isinstance(model, PreTrainedModel)
-    restored = type(model).from_pretrained(folder, dtype=torch.float32)
-    model.load_state_dict(restored.state_dict())
+        """Do nothing: the run copies the files of the best checkpoint. HF would load what it cannot read, as above."""

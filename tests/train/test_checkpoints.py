@@ -1,13 +1,24 @@
-"""A checkpoint that was cut off by a kill is recognised, whatever file it was cut in."""
+"""A checkpoint that was cut off by a kill is recognized."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from milora_vl.adapter.checkpoints import checkpoints, latest, resume_hint, set_aside, why_incomplete
+from milora_vl.adapter.checkpoints import (
+    checkpoints,
+    latest,
+    num_processes,
+    resume_hint,
+    set_aside,
+    why_incomplete,
+    zero_stage,
+)
+from milora_vl.plan import resuming
 from support.checkpoint_files import write_checkpoint
+from support.problems import raises_code
 
 
 def test_the_last_complete_one_is_found(tmp_path: Path) -> None:
@@ -21,22 +32,52 @@ def test_the_last_complete_one_is_found(tmp_path: Path) -> None:
     assert [folder.name for folder, _ in skipped] == ["checkpoint-100"]
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
-@pytest.mark.parametrize("kept", [0, 0.5])
-def test_a_file_that_is_cut_off_makes_it_incomplete(tmp_path: Path, name: str, kept: float) -> None:
-    folder = write_checkpoint(tmp_path, 3)
-    assert why_incomplete(folder) is None
-    file = folder / name
-    content = file.read_bytes()
-    file.write_bytes(content[: int(kept * len(content))])
-    assert name in str(why_incomplete(folder))
+def test_a_file_that_is_missing_or_cut_off_makes_it_incomplete(tmp_path: Path) -> None:
+    for step, name in enumerate(("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")):
+        folder = write_checkpoint(tmp_path, step)
+        assert why_incomplete(folder) is None
+        (folder / name).unlink()
+        assert why_incomplete(folder)
+    folder = write_checkpoint(tmp_path, 9)
+    (folder / "trainer_state.json").write_text('{"global_step"')
+    assert "truncated" in str(why_incomplete(folder))
 
 
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "rng_state.pth", "trainer_state.json"])
-def test_a_file_that_is_missing_makes_it_incomplete(tmp_path: Path, name: str) -> None:
-    folder = write_checkpoint(tmp_path, 3)
-    (folder / name).unlink()
-    assert why_incomplete(folder)
+def sharded(run: Path, stage: int) -> Path:
+    """Return a checkpoint of two processes as DeepSpeed writes it."""
+    folder = write_checkpoint(run, 4)
+    for name in ("optimizer.pt", "rng_state.pth"):
+        (folder / name).unlink()
+    (folder / "global_step4").mkdir()
+    for rank in range(2):
+        torch.save({}, folder / f"rng_state_{rank}.pth")
+        torch.save({}, folder / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        if stage == 3:
+            torch.save({}, folder / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    return folder
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_sharded_checkpoint_needs_all_its_shards(stage: int, tmp_path: Path) -> None:
+    folder = sharded(tmp_path, stage)
+    assert (why_incomplete(folder), zero_stage(folder), num_processes(folder)) == (None, stage, 2)
+    next(folder.glob("global_step4/*optim_states.pt")).unlink()
+    assert why_incomplete(folder) == "has the optimizer of 1 of 2 processes"
+
+
+def test_other_processes_or_another_stage_are_refused_or_warned_about(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "a", 3)
+    assert resuming.warnings(folder, processes=2, stage=3) == []
+    with raises_code("resume-other-processes", says=r"2 parts.*this run has 4 processes\n.*start 2 processes"):
+        resuming.warnings(folder, processes=4, stage=3)
+    for stage in (0, 1, 2):
+        with raises_code("resume-other-zero-stage", hint="--deepspeed zero3"):
+            resuming.warnings(folder, processes=2, stage=stage)
+    plain = write_checkpoint(tmp_path / "b", 4)
+    assert resuming.warnings(plain, processes=1, stage=0) == []
+    assert "written by 1 process, now there are 2" in resuming.warnings(plain, processes=2, stage=0)[0]
+    with raises_code("resume-other-zero-stage", hint="remove --deepspeed"):
+        resuming.warnings(plain, processes=1, stage=2)
 
 
 def test_set_aside_keeps_the_files_and_leaves_the_list(tmp_path: Path) -> None:
