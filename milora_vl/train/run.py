@@ -255,7 +255,7 @@ def show_header_and_policy(
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
     if built.checkpoint_kind == "adapter":
-        for line in protection_lines(built.targets, built.model.protections["default"]):
+        for line in protection_lines(built.targets, built.model.protections.get("default", {})):
             screen.say(line)
     if plan.resumed.changes:
         screen.say(f"changed since {plan.folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")

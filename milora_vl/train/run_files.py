@@ -71,7 +71,7 @@ def hidden_token(words: Sequence[str]) -> list[str]:
 
 def policy_json(built: Built) -> dict[str, Any]:
     """Return the content of policy.json: targets, measurements of layers, protections and parameter counts."""
-    protected = built.model.protections["default"].values() if built.checkpoint_kind == "adapter" else ()
+    protected = built.model.protections.get("default", {}).values() if built.checkpoint_kind == "adapter" else ()
     return {
         "targets": [target.to_dict() for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],
