@@ -17,7 +17,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from milora_vl.adapter.base_check import fitted
@@ -26,12 +26,13 @@ from milora_vl.adapter.config import quiet_peft
 from milora_vl.adapter.errors import AdapterError, require_module
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
 from milora_vl.adapter.install import lora_layer
+from milora_vl.adapter.names import moved
 from milora_vl.adapter.peft_model import restore
 from milora_vl.adapter.residual import make_residual
 from milora_vl.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
-from milora_vl.base.errors import expected_format
+from milora_vl.base.errors import UserError, expected_format
 from milora_vl.policy.towers import is_wrapped_by_peft
-from milora_vl.weights.torch_files import AGAIN, UNREAD, read_pickled, unreadable
+from milora_vl.weights.torch_files import AGAIN, UNREAD, read_weights, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -175,15 +176,14 @@ def require_readable_adapter(folder: Path) -> None:
     file = folder / next(name for name in ADAPTER_FILES if name in names)
     try:
         if file.suffix == ".bin":
-            read_pickled(file)  # a pickle has no header to check, so read all of it
+            read_weights(file)  # a pickle has no header to check, so read all of it
         else:
             with safe_open(file, framework="pt"):
                 pass
-    except (SafetensorError, *UNREAD) as error:
+    except UserError as error:
+        raise AdapterError(problems=error.problems) from None
+    except UNREAD as error:
         raise AdapterError(problems=[unreadable(file, error)]) from error
-
-
-_PREFIX = "base_model.model."
 
 
 def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
@@ -208,7 +208,7 @@ def load_renamed(
     config.alpha_pattern = {_renamed_pattern(key, paths): alpha for key, alpha in config.alpha_pattern.items()}
     with quiet_peft():
         model = get_peft_model(base, config)
-    state = {renamed_key(key, paths): tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items()}
+    state = {moved(key, paths): tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items()}
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if expected != state.keys():
         wrong = sorted(expected ^ state.keys())
@@ -222,18 +222,6 @@ def load_renamed(
     if not is_trainable:
         model.eval()
     return model
-
-
-def renamed_key(key: str, paths: Mapping[str, str]) -> str:
-    """Return the key of a stored tensor with its module path replaced.
-
-    >>> renamed_key("base_model.model.a.b.lora_A.weight", {"a.b": "c"})
-    'base_model.model.c.lora_A.weight'
-    """
-    path = key.removeprefix(_PREFIX)
-    while path and path not in paths:
-        path = path.rpartition(".")[0]
-    return _PREFIX + paths[path] + key.removeprefix(_PREFIX + path) if path else key
 
 
 def _renamed_pattern(pattern: str, paths: Mapping[str, str]) -> str:

@@ -30,6 +30,7 @@ from milora_vl.adapter.layers import (
     recover,
     split,
 )
+from milora_vl.compat.torch import change_class
 from milora_vl.weights.matrices import factor_dtype
 
 _KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
@@ -101,9 +102,9 @@ def _belonging(B0: Tensor, joined: Tensor) -> Tensor:
 
 
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
-    """Initialize an adapter at the anchor of the adapter `source`. The anchor is a copy."""
-    A0, B0 = (anchor.clone() for anchor in anchors_of(layer, source))
-    install_factors(layer, adapter, A0, B0)
+    """Initialize an adapter at a copy of the anchor of `source`, with differences of the same dtype."""
+    pairs = zip(trained_factors(layer, source), anchors_of(layer, source), strict=True)
+    _put(layer, adapter, [(torch.zeros_like(delta), anchor.clone()) for delta, anchor in pairs])
 
 
 def unrecoverable(layer: LoraLayer, adapter: str, joined: Tensor | None = None) -> Tensor | None:
@@ -132,7 +133,7 @@ def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]
     for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
         _KINDS[type(stock)][axis].take_over(stock, *halves[axis])
     if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
-        layer.__class__ = AdaptedLinear
+        change_class(layer, AdaptedLinear)
 
 
 def _set_anchor(layer: LoraLayer, adapter: str, B0: Tensor) -> None:

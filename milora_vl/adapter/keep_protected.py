@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from milora_vl.adapter.install import lora_layer, trained_factors
 from milora_vl.adapter.peft_model import MiloraMixin
-from milora_vl.adapter.projection_hooks import ProjectionHook, projection_hooks, require_steps
+from milora_vl.adapter.projection_hooks import projection_hook, require_steps
 from milora_vl.adapter.protection import Protected
+from milora_vl.compat.deepspeed import update_full_parameter
 
 
 def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -34,14 +33,11 @@ def keep_protected(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     >>> keep_protected(model, optimizer)
     """
     pairs = _training(model)
-    bare = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    bare = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
     if not pairs:
         return
     require_steps(bare, pairs)  # raises now, not at the first step
-    hooks = projection_hooks(bare)
-    hook = hooks[0] if hooks else ProjectionHook()
-    if not hooks:
-        bare.register_step_post_hook(hook)
+    hook = projection_hook(bare)
     known = {id(protected) for protected, _ in hook.pairs}
     for protected, factor in pairs:
         protected.is_kept = True
@@ -62,8 +58,7 @@ def _training(model: nn.Module) -> list[tuple[Protected, nn.Parameter]]:
 class ShardedProjection:
     """Keep directions protected while DeepSpeed trains: call `project` after every step, on all processes.
 
-    DeepSpeed steps float32 shards of the factors, so each factor is gathered, projected and written back: into the
-    shards, and into the parameter that the next forward reads, which DeepSpeed would update with the next step alone.
+    DeepSpeed steps float32 shards of the factors, so each factor is gathered, projected and written back.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,15 +69,8 @@ class ShardedProjection:
     @torch.no_grad()
     def project(self) -> None:
         """Remove the protected directions from the input factor of every layer."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
         for protected, factor in self.pairs:
-            whole = safe_get_full_fp32_param(factor)
-            assert whole is not None, "the optimizer of DeepSpeed does not step this factor"
-            projected = protected.outside(whole)
-            safe_set_full_fp32_param(factor, projected)
-            with gather_params_ctx([factor], modifier_rank=0):
-                factor.copy_(projected)
+            update_full_parameter(factor, protected.outside)
             protected.is_kept = True  # an inner optimizer may have stepped the factors themselves before
 
 

@@ -61,6 +61,8 @@ from torch import Tensor, autocast, nn
 from torch.autograd.function import once_differentiable
 
 from milora_vl.adapter.errors import AdapterError
+from milora_vl.adapter.names import PREFIX
+from milora_vl.compat.torch import call_on_plain_tensors, change_class, has_hooks
 from milora_vl.weights.sharding import is_sharded
 
 DELTA, ANCHOR = "delta", "anchor"
@@ -127,8 +129,7 @@ class Joined(Tensor):
         name = func.__name__
         if args and isinstance(args[0], Joined) and (name == "__setitem__" or _is_in_place(name)):
             raise _write_error()
-        with torch._C.DisableTorchFunctionSubclass():
-            out = func(*args, **(kwargs or {}))
+        out = call_on_plain_tensors(func, args, kwargs or {})
         is_view = name in ("__get__", "__getitem__", "detach") and isinstance(out, Tensor)
         return out.as_subclass(Joined) if is_view else out
 
@@ -165,14 +166,12 @@ class Halves(nn.Module):
 
         Both have rank r: (r, in) for A, (out, r) for B. `layer.weight` of rank 2r is removed.
         """
-        # The module object stays the same one, so that every reference and forward hook to it stays valid.
         requires_grad = layer.get_parameter("weight").requires_grad
         del layer.weight
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        layer.register_parameter(DELTA, nn.Parameter(delta, requires_grad=requires_grad))
-        layer.register_buffer(ANCHOR, anchor)
-        return layer
+        halves = change_class(layer, cls)
+        halves.register_parameter(DELTA, nn.Parameter(delta, requires_grad=requires_grad))
+        halves.register_buffer(ANCHOR, anchor)
+        return halves
 
     @property
     def joined(self) -> Tensor:
@@ -211,7 +210,7 @@ class Halves(nn.Module):
         joined = state_dict.pop(f"{prefix}weight", None)
         if joined is not None:
             if joined.shape != self.joined.shape:
-                path = prefix.removeprefix("base_model.model.").split(".lora_")[0]
+                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
                 error_msgs.append(rank_message(path, joined.shape, self.joined.shape, self.axis))
                 return
             state_dict[delta_key], anchor = _read(joined, self.anchor, self.axis)
@@ -279,7 +278,7 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         # Autocast casts x anyway. Dropout needs more digits than bfloat16 has: it divides by 1 - p.
         drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
         if drops or not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, down.delta.dtype):
-            x = self._cast_input_dtype(x, down.delta.dtype)
+            x = x.to(down.delta.dtype)
         return self.lora_B[adapter](down(dropout(x)), base, self.scaling[adapter])  # type: ignore[no-any-return]
 
     def _only_adapter(self) -> str | None:
@@ -289,8 +288,7 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
             return None
         up = self.lora_B[active[0]]
         is_ours = isinstance(up, LinearB) and up.bias is None and isinstance(self.scaling[active[0]], int | float)
-        hooks = (up._forward_pre_hooks, up._forward_hooks, up._backward_pre_hooks, up._backward_hooks)
-        return active[0] if is_ours and not any(hooks) else None
+        return active[0] if is_ours and self.cast_input_dtype_enabled and not has_hooks(up) else None
 
 
 class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
@@ -300,7 +298,7 @@ class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolutions with D and A0, along the channels: (n, in, h, w) -> (n, 2r, h', w')."""
-        return self._conv_forward(x, self.joined, None)
+        return F.conv2d(x, self.joined, None, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Conv2dB(Halves, nn.Conv2d):  # type: ignore[misc,override]
@@ -310,7 +308,7 @@ class Conv2dB(Halves, nn.Conv2d):  # type: ignore[misc,override]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution with [B0 + E, E]: (n, 2r, h, w) -> (n, out, h, w)."""
-        return self._conv_forward(x, self.joined, self.bias)
+        return F.conv2d(x, self.joined, self.bias)
 
 
 class _Residual(Halves):
@@ -360,10 +358,9 @@ class EmbeddingHalves(nn.ParameterDict):
     @classmethod
     def take_over(cls, factors: nn.ParameterDict, axis: int) -> EmbeddingHalves:
         """Change the class of PEFT's ParameterDict. All adapters keep their stock factors until `set_halves`."""
-        factors.__class__ = cls
-        assert isinstance(factors, cls)
-        factors.axis = axis
-        return factors
+        halves = change_class(factors, cls)
+        halves.axis = axis
+        return halves
 
     def set_halves(self, adapter: str, delta: Tensor, anchor: Tensor) -> None:
         """Replace the stock factor of an adapter by a difference and an anchor, each of rank r."""
@@ -373,7 +370,7 @@ class EmbeddingHalves(nn.ParameterDict):
 
     def anchor_of(self, adapter: str) -> Tensor | None:
         """Return the anchor of an adapter, or None if the adapter has a stock factor."""
-        return self._buffers.get(adapter + ANCHOR_SUFFIX)
+        return getattr(self, adapter + ANCHOR_SUFFIX, None)
 
     def __getitem__(self, key: str) -> Any:
         anchor = self.anchor_of(key)
@@ -387,7 +384,8 @@ class EmbeddingHalves(nn.ParameterDict):
         self.set_halves(key, *_read(value, anchor, self.axis))
 
     def __delitem__(self, key: str) -> None:
-        self._buffers.pop(key + ANCHOR_SUFFIX, None)
+        if self.anchor_of(key) is not None:
+            delattr(self, key + ANCHOR_SUFFIX)
         super().__delitem__(key)
 
     def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
@@ -424,7 +422,7 @@ class EmbeddingHalves(nn.ParameterDict):
                 state_dict[name], new_anchor = _read(state_dict[name], anchor, self.axis)
                 state_dict.setdefault(anchor_name, new_anchor)
             elif anchor_name not in state_dict:
-                path = prefix.removeprefix("base_model.model.").split(".lora_")[0]
+                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
                 error_msgs.append(rank_message(path, state_dict[name].shape, self[key].shape, self.axis))
                 return
             self.register_buffer(key + ANCHOR_SUFFIX, anchor.to(state_dict[anchor_name].dtype))

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from milora_vl.adapter.names import module_path
 from milora_vl.policy import Target
 
-_PEFT_PARTS = re.compile(r"^base_model\.model\.|\.modules_to_save\.[^.]+|\.base_layer")
+_PEFT_PARTS = re.compile(r"\.modules_to_save\.[^.]+|\.base_layer")
 
 
 def parameter_groups(
@@ -65,7 +66,4 @@ def target_path(name: str, paths: Collection[str]) -> str:
     >>> target_path("base_model.model.lm.q.lora_A.default.delta", ["lm.q", "lm"])
     'lm.q'
     """
-    plain = _PEFT_PARTS.sub("", name)
-    while plain and plain not in paths:
-        plain = plain.rpartition(".")[0]
-    return plain
+    return module_path(_PEFT_PARTS.sub("", name), paths)

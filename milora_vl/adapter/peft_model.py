@@ -7,25 +7,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from huggingface_hub import try_to_load_from_cache
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import ModulesToSaveWrapper
-from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch import Tensor
 
 from milora_vl.adapter.base_check import fitted, require_same_kind
 from milora_vl.adapter.errors import AdapterError
-from milora_vl.adapter.hotswap import refuse_hotswap, require_factors_alone
 from milora_vl.adapter.install import (
     anchor_names,
     anchors_of,
@@ -40,18 +36,18 @@ from milora_vl.adapter.install import (
     unrecoverable,
 )
 from milora_vl.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
+from milora_vl.adapter.names import PREFIX
 from milora_vl.adapter.projection_hooks import guard
 from milora_vl.adapter.protection import Protected, find_protected
 from milora_vl.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_weights
 from milora_vl.base.atomic_write import atomic_folder
 from milora_vl.calibration.bases import ProtectedInputs
 from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
+from milora_vl.compat.peft import keep_hooks_apart
+from milora_vl.compat.torch import change_class, ignore_in_ddp
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.policy.rules import Target
 from milora_vl.weights.sharding import is_sharded
-
-# PEFT's add_adapter casts the factors to float32 since 0.19. Older versions cast only loaded adapters.
-_ADDING_CASTS = tuple(map(int, version("peft").split(".")[:2])) >= (0, 19)
 
 
 class MiloraMixin(PeftModel):
@@ -120,7 +116,7 @@ class MiloraMixin(PeftModel):
             for path, protected in protections.items():
                 layer = lora_layer(self, path)
                 names = (f"lora_A.{adapter}.weight", f"lora_embedding_A.{adapter}")
-                key = next((plain[key] for name in names if (key := f"base_model.model.{path}.{name}") in plain), None)
+                key = next((plain[key] for name in names if (key := f"{PREFIX}{path}.{name}") in plain), None)
                 if key is None or out[key].dtype == torch.float32:
                     continue
                 if has_halves(layer, adapter):
@@ -137,7 +133,7 @@ class MiloraMixin(PeftModel):
         anchors = {}
         for path in self.sidecars[adapter].ranks:
             names = (f"lora_B.{adapter}.weight", f"lora_embedding_B.{adapter}")
-            joined = next((saved[key] for name in names if (key := f"base_model.model.{path}.{name}") in saved), None)
+            joined = next((saved[key] for name in names if (key := f"{PREFIX}{path}.{name}") in saved), None)
             B0 = unrecoverable(lora_layer(self, path), adapter, joined)
             if B0 is not None:
                 anchors[path] = B0
@@ -248,11 +244,8 @@ class MiloraMixin(PeftModel):
         self._refuse_residual("a second adapter would be added to the changed base weights")
         # PEFT's load_adapter comes here too, with a config of its own.
         source = next((name for name in self.sidecars if self.peft_config[name] is peft_config), None)
-        if _ADDING_CASTS:
-            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
-        else:
-            super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage)
-            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)  # type: ignore[operator]
+        extra = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}  # PEFT has it since 0.19
+        super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, **extra)
         if source is not None:
             for path in self.sidecars[source].ranks:
                 install_copy(lora_layer(self, path), adapter_name, source)
@@ -297,7 +290,7 @@ class MiloraMixin(PeftModel):
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
         """Add adapters as PEFT does; the sum is a plain LoRA. Raises AdapterError for modules trained in full."""
         self._refuse_residual("a second adapter would be added to the changed base weights")
-        require_factors_alone(self, adapters)
+        _require_factors_alone(self, adapters)
         self.base_model.add_weighted_adapter(adapters, *args, **kwargs)  # type: ignore[operator]
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -324,7 +317,7 @@ class MiloraMixin(PeftModel):
             self.milora_targets = list(sidecar.targets)
             self.milora_report = list(sidecar.reports.values())
         # Anchors are equal on all ranks and never change, but DDP would broadcast them in every forward.
-        self._ddp_params_and_buffers_to_ignore = list(anchor_names(self))
+        ignore_in_ddp(self, anchor_names(self))
 
     def _refuse_residual(self, reason: str, hint: str = "use form anchored") -> None:
         if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
@@ -390,12 +383,26 @@ _OURS: dict[type[PeftModel], type[MiloraMixin]] = {
 def adopt(model: PeftModel) -> MiloraMixin:
     """Change the class of a stock PeftModel to the matching class above, in place."""
     if not isinstance(model, MiloraMixin):
-        model.__class__ = _OURS[type(model)]
-        assert isinstance(model, MiloraMixin)
-        model.sidecars, model.protections, model.protected_inputs = {}, {}, {}
-        keep_hooks_apart(model)
-        refuse_hotswap(model)
+        ours = change_class(model, _OURS[type(model)])
+        ours.sidecars, ours.protections, ours.protected_inputs = {}, {}, {}
+        keep_hooks_apart(ours)
+        return ours
     return model
+
+
+def _require_factors_alone(model: PeftModel, adapters: Sequence[str]) -> None:
+    """Raise AdapterError if an adapter contains modules trained in full, which PEFT's sum would take from the base."""
+    for name in adapters:
+        config = model.peft_config.get(name)
+        full_modules = config.modules_to_save if isinstance(config, LoraConfig) else None
+        if full_modules:
+            raise AdapterError(
+                f"add_weighted_adapter adds LoRA factors only, but this adapter contains modules trained in full: "
+                f"{', '.join(sorted(full_modules)[:3])}",
+                code="adapter-full-modules",
+                where=f"adapter {name!r}",
+                hint="add their folders:  python -m milora_vl.export FOLDER FOLDER --weights ...  (docs/exporting.md)",
+            )
 
 
 @contextmanager
@@ -438,26 +445,3 @@ def _local_config(name: str) -> dict[str, Any]:
     if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
         return {}
     return dict(json.loads(Path(file).read_text(encoding="utf-8")))
-
-
-_DEEPSPEED_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
-
-
-class WholeModule(ModulesToSaveWrapper):
-    """A ModulesToSaveWrapper that DeepSpeed can put its own hooks on.
-
-    The stock wrapper forwards `hasattr` to the module inside. DeepSpeed before 0.19.4 asks it for hooks, gets the
-    answer of the inner module and installs none. The first forward then fails with `'Linear' object has no attribute
-    'ds_grads_remaining'`.
-    """
-
-    def _hasattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> bool:
-        return name not in _DEEPSPEED_ATTRIBUTES and bool(super()._hasattr_wrapped(name, modules))
-
-
-def keep_hooks_apart(model: PeftModel) -> None:
-    """Change the wrappers in `model` to WholeModule if DeepSpeed ZeRO-3 is in use."""
-    if is_deepspeed_zero3_enabled():
-        for module in model.modules():
-            if type(module) is ModulesToSaveWrapper:
-                module.__class__ = WholeModule

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.protection import Protected
 
 _guarded = WeakIdKeyDictionary()  # factor -> its Protected, as long as the factor lives
+_hooks: WeakKeyDictionary[torch.optim.Optimizer, ProjectionHook] = WeakKeyDictionary()
 
 
 class ProjectionHook:
@@ -34,9 +36,12 @@ class ProjectionHook:
             protected.remove(factor)
 
 
-def projection_hooks(optimizer: torch.optim.Optimizer) -> list[ProjectionHook]:
-    """Return the projection hooks of an optimizer: one after `keep_protected`, else none."""
-    return [hook for hook in optimizer._optimizer_step_post_hooks.values() if isinstance(hook, ProjectionHook)]
+def projection_hook(optimizer: torch.optim.Optimizer) -> ProjectionHook:
+    """Return the projection hook of an optimizer, which is registered at the first call."""
+    if optimizer not in _hooks:
+        _hooks[optimizer] = ProjectionHook()
+        optimizer.register_step_post_hook(_hooks[optimizer])
+    return _hooks[optimizer]
 
 
 def require_steps(optimizer: torch.optim.Optimizer, pairs: Sequence[tuple[Protected, nn.Parameter]]) -> None:
@@ -75,7 +80,8 @@ def _notice_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Note for every factor of the optimizer whether this step was projected. It runs after the optimizer's hooks."""
     if not _guarded:
         return
-    projected = {id(protected) for hook in projection_hooks(optimizer) for protected, _ in hook.pairs}
+    hook = _hooks.get(optimizer)
+    projected = set() if hook is None else {id(protected) for protected, _ in hook.pairs}
     for group in optimizer.param_groups:
         for factor in group["params"]:
             protected = _guarded.get(factor)

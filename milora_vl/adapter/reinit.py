@@ -19,6 +19,7 @@ from milora_vl.adapter.apply import Form, apply_milora
 from milora_vl.adapter.base_check import fitted
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.install import factors, has_halves, lora_layer
+from milora_vl.adapter.names import PREFIX
 from milora_vl.adapter.peft_model import MiloraMixin, restore
 from milora_vl.adapter.sidecar import FILE_NAME, read_sidecar
 from milora_vl.policy.methods import METHODS, RuleMethod
@@ -170,7 +171,7 @@ def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str,
     is_embedding = adapter in layer.lora_embedding_A
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
-        saved = stored[f"base_model.model.{path}.{name}"].to(factor.dtype).to(factor.device)
+        saved = stored[f"{PREFIX}{path}.{name}"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
         # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].
         pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 else second

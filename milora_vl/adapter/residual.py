@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.layers import Halves, ResidualA, ResidualB
+from milora_vl.compat.torch import change_class
 from milora_vl.weights.matrices import as_matrix
 
 
@@ -50,7 +51,8 @@ def make_residual(layer: LoraLayer, adapter: str) -> float:
     W = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     minor = minor_part(first.anchor, second.anchor, layer.scaling[adapter])
     weight.copy_(W - minor)
-    first.__class__, second.__class__ = ResidualA, ResidualB
+    change_class(first, ResidualA)
+    change_class(second, ResidualB)
     drift = torch.linalg.vector_norm(weight.to(W.dtype) + minor - W) / torch.linalg.vector_norm(W)
     return float(drift) if bool(W.any()) else 0.0
 

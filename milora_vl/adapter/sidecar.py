@@ -23,6 +23,7 @@ from torch import Tensor
 
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.folders import ADAPTER_FILES
+from milora_vl.adapter.names import PREFIX
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.rules import FloorSigma, Protect, Target
@@ -193,7 +194,6 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
     )
 
 
-_PREFIX = "base_model.model."
 _LARGEST = 1 << 63
 
 
@@ -228,7 +228,7 @@ def require_weights(folder: Path, sidecar: Sidecar) -> None:
                 where=str(file),
                 hint="restore the two files of one save",
             )
-    known = tuple(f"{_PREFIX}{target.path}." for target in sidecar.targets)
+    known = tuple(f"{PREFIX}{target.path}." for target in sidecar.targets)
     others = sorted(name for name in shapes if not name.startswith(known))
     if others:
         raise AdapterError(
@@ -240,7 +240,7 @@ def require_weights(folder: Path, sidecar: Sidecar) -> None:
 
 
 def _missing(target: Target, names: set[str]) -> str | None:
-    start = f"{_PREFIX}{target.path}."
+    start = f"{PREFIX}{target.path}."
     if target.rank is None:
         return None if any(name.startswith(start) for name in names) else target.path
     pairs = (("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B"))
@@ -248,7 +248,7 @@ def _missing(target: Target, names: set[str]) -> str | None:
 
 
 def _rank(target: Target, shapes: dict[str, list[int]]) -> int | None:
-    start = f"{_PREFIX}{target.path}."
+    start = f"{PREFIX}{target.path}."
     return next(
         (shapes[start + name][0] for name in ("lora_A.weight", "lora_embedding_A") if start + name in shapes), None
     )

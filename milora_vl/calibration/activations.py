@@ -299,8 +299,10 @@ def energy_limits(rows: Tensor) -> Tensor:
 def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     """Return the input of a convolution as the vectors that its kernel is multiplied with, (images, places, in)."""
     padding: Any = module.padding
-    if isinstance(padding, str):
-        x, padding = F.pad(x, module._reversed_padding_repeated_twice), 0
+    if padding == "same":
+        (top, left), (height, width) = (((size - 1) // 2 for size in module.kernel_size), module.kernel_size)
+        x = F.pad(x, (left, width - 1 - left, top, height - 1 - top))
+    padding = 0 if isinstance(padding, str) else padding
     unfolded = F.unfold(x.float(), module.kernel_size, padding=padding, stride=module.stride)  # type: ignore[arg-type]
     return unfolded.transpose(1, 2)
 

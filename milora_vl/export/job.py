@@ -16,7 +16,8 @@ from torch import nn
 
 from milora_vl.adapter.apply import merge
 from milora_vl.adapter.base_check import fitted
-from milora_vl.adapter.files import load_adapter
+from milora_vl.adapter.files import load_adapter, new_paths
+from milora_vl.adapter.names import moved
 from milora_vl.adapter.sidecar import Sidecar
 from milora_vl.base.atomic_write import complete_folder
 from milora_vl.base.errors import UserError
@@ -313,7 +314,8 @@ class Job:
             adapter = replace(adapter, base=base.name)
         if needs_base and adapter.sidecar is not None:
             sidecar = fitted(base.model, adapter.sidecar, allow_base_mismatch=self.allow_base_mismatch)
-            adapter = _moved(adapter, adapter.sidecar, sidecar)
+            path_of = new_paths(adapter.sidecar, sidecar)
+            adapter = replace(adapter.moved(lambda path: moved(path, path_of)), sidecar=sidecar)
         return adapter, {}
 
     def _write_gguf(self, base: Base, form: str, with_base: bool) -> None:
@@ -407,20 +409,3 @@ def _write_into(adapter: PlainAdapter, base: Base) -> None:
             where="--base",
             hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
         )
-
-
-def _moved(adapter: PlainAdapter, before: Sidecar, after: Sidecar) -> PlainAdapter:
-    """Return the adapter with its module paths renamed from `before` to `after`."""
-    path_of = {old.path: new.path for old, new in zip(before.targets, after.targets, strict=True)}
-    factors = {path_of.get(path, path): low for path, low in adapter.factors.items()}
-    whole = {}
-    for name, tensor in adapter.whole.items():
-        module, _, leaf = name.rpartition(".")
-        whole[f"{_renamed(module, path_of)}.{leaf}"] = tensor
-    anchors = {path_of.get(path, path): B0 for path, B0 in adapter.anchors.items()}
-    return replace(adapter, factors=factors, whole=whole, sidecar=after, anchors=anchors)
-
-
-def _renamed(module: str, path_of: Mapping[str, str]) -> str:
-    holder = next((old for old in path_of if module == old or module.startswith(f"{old}.")), None)
-    return module if holder is None else path_of[holder] + module.removeprefix(holder)

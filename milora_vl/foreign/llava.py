@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from milora_vl.adapter.folders import NON_LORA
+from milora_vl.adapter.names import PREFIX
 from milora_vl.adapter.sidecar import locate
 from milora_vl.base.errors import UserError
-from milora_vl.foreign.plain import PREFIX, LowRank, PlainAdapter, read_plain, write_plain
+from milora_vl.foreign.plain import LowRank, PlainAdapter, read_plain, write_plain
 from milora_vl.models.parts import TOWER_NAME
 from milora_vl.models.timm_tower_config import TimmTowerConfig
 from milora_vl.policy.towers import Towers
-from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
+from milora_vl.weights.torch_files import read_weights
 
 # Keys of LoraConfig in the PEFT of LLaVA's pins (transformers 4.37.2, accelerate 0.21), which rejects other keys.
 KNOWN_KEYS = frozenset(
@@ -114,16 +114,19 @@ def write_llava(
     def renamed(path: str) -> str:
         return original_path(names.get(path) or canonical_of_any(path))
 
-    factors = {renamed(path): _cut(path, low, vocabulary) for path, low in adapter.factors.items()}
-    whole = {}
-    for name, tensor in adapter.whole.items():
-        module, _, leaf = name.rpartition(".")
-        is_vocabulary = module.endswith(("embed_tokens", "lm_head"))
-        whole[f"{PREFIX}{renamed(module)}.{leaf}"] = tensor[:vocabulary].clone() if is_vocabulary else tensor
-    moved = replace(adapter, factors=factors, whole={}, sidecar=None).cast(dtype)
-    write_plain(moved, folder, KNOWN_KEYS, uniform=True)
-    torch.save({name: t.to(dtype or t.dtype).contiguous() for name, t in whole.items()}, folder / NON_LORA)
+    moved = adapter.moved(renamed).cast(dtype)
+    factors = {path: _cut(path, low, vocabulary) for path, low in moved.factors.items()}
+    write_plain(replace(moved, factors=factors, whole={}), folder, KNOWN_KEYS, uniform=True)
+    whole = {
+        PREFIX + name: (tensor[:vocabulary].clone() if _is_vocabulary(name) else tensor).contiguous()
+        for name, tensor in moved.whole.items()
+    }
+    torch.save(whole, folder / NON_LORA)
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def _is_vocabulary(name: str) -> bool:
+    return name.rpartition(".")[0].endswith(("embed_tokens", "lm_head"))
 
 
 def _cut(path: str, low: LowRank, vocabulary: int) -> LowRank:
@@ -135,12 +138,9 @@ def _cut(path: str, low: LowRank, vocabulary: int) -> LowRank:
 def read_llava(folder: Path) -> PlainAdapter:
     """Read a LoRA folder of LLaVA. Paths are those in LLaVA's classes; the projector is in `whole`."""
     adapter = read_plain(folder)
-    try:
-        stored = read_pickled(folder / NON_LORA)
-    except UNREAD as error:
-        raise unread(folder / NON_LORA, error) from None
+    stored = read_weights(folder / NON_LORA)
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader also strips both.
-    whole = {re.sub(r"^base_model\.model\.", "", name): tensor for name, tensor in stored.items()}
+    whole = {name.removeprefix(PREFIX): tensor for name, tensor in stored.items()}
     return replace(adapter, whole={**adapter.whole, **whole})
 
 
@@ -232,11 +232,5 @@ def in_hf_layout(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapte
             )
         return path_by_name[name]
 
-    whole: dict[str, Tensor] = {}
-    for name, tensor in adapter.whole.items():
-        module, _, leaf = name.rpartition(".")
-        whole[f"{renamed(module)}.{leaf}"] = tensor
-    factors = {renamed(path): low for path, low in adapter.factors.items()}
-    anchors = {renamed(path): B0 for path, B0 in adapter.anchors.items()}
     sidecar = None if adapter.sidecar is None else locate(adapter.sidecar, names)
-    return replace(adapter, factors=factors, whole=whole, sidecar=sidecar, anchors=anchors)
+    return replace(adapter.moved(renamed), sidecar=sidecar)

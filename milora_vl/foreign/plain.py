@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -18,10 +18,11 @@ from peft.utils import load_peft_weights
 from torch import Tensor
 
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG
+from milora_vl.adapter.names import PREFIX
 from milora_vl.adapter.sidecar import Sidecar, read_sidecar
 from milora_vl.base.errors import UserError, expected_format
 
-PREFIX = "base_model.model."
+Value = TypeVar("Value")
 _FACTOR_A = re.compile(r"(?P<path>.+)\.(?P<name>lora_A\.weight|lora_embedding_A)")
 # Fields of adapter_config.json with which a LoRA is more than s B A added to a weight, and a name for each.
 _MORE_THAN_FACTORS = {
@@ -84,6 +85,22 @@ class PlainAdapter:
     sidecar: Sidecar | None = None
     copies: Mapping[str, Tensor] = field(default_factory=dict)
     anchors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def moved(self, new_path: Callable[[str], str]) -> PlainAdapter:
+        """Return the adapter with other module paths, without a sidecar, which `Sidecar.located` moves."""
+
+        def moved(by_path: Mapping[str, Value]) -> dict[str, Value]:
+            return {new_path(path): value for path, value in by_path.items()}
+
+        parts = {name: name.rpartition(".") for name in self.whole}
+        return replace(
+            self,
+            factors=moved(self.factors),
+            whole={f"{new_path(parts[name][0])}.{parts[name][2]}": tensor for name, tensor in self.whole.items()},
+            copies=moved(self.copies),
+            anchors=moved(self.anchors),
+            sidecar=None,
+        )
 
     def cast(self, dtype: torch.dtype | None) -> PlainAdapter:
         """Return the adapter in `dtype`, without exact anchors, which its factors are not; None changes nothing."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from milora_vl.adapter.folders import has_config
 from milora_vl.base.errors import UserError
-from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
+from milora_vl.weights.torch_files import read_weights
 
 MARK = "mm_vision_tower"
 PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")
@@ -113,8 +113,5 @@ def _weight_files(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Ten
         with safe_open(file, framework="pt") as opened:
             yield list(opened.keys()), opened.get_tensor
     for file in [] if files else sorted(folder.glob("pytorch_model*.bin")):
-        try:
-            state = read_pickled(file, mmap=True)
-        except UNREAD as error:
-            raise unread(file, error) from None
+        state = read_weights(file, mmap=True)
         yield list(state), lambda key, state=state: state[key].clone()  # type: ignore[misc]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from milora_vl.adapter.checkpoints import newest_checkpoint
@@ -18,7 +17,7 @@ from milora_vl.adapter.folders import PROJECTOR_FILES, holds_projector_alone, ne
 from milora_vl.base.errors import UserError
 from milora_vl.models import original
 from milora_vl.policy.towers import find_towers
-from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
+from milora_vl.weights.torch_files import read_weights
 
 PREFIX = "multi_modal_projector."
 _OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")
@@ -79,16 +78,12 @@ def read_projector(source: Path) -> dict[str, Tensor]:
 
     `source` may also be a model in LLaVA's original layout. Raises UserError for a file without projector weights.
     """
-    from safetensors.torch import load_file
 
     if original.is_original(source):
         inside = original.read_original(source).tensors(original.PROJECTOR)
         return {_inner(f"mm_projector.{name}"): tensor for name, tensor in inside.items()}
     file = projector_file(source)
-    try:
-        state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
-    except (SafetensorError, *UNREAD) as error:
-        raise unread(file, error) from None
+    state = read_weights(file)
     if not isinstance(state, dict):
         raise UserError(
             f"expected weights by name, found a {type(state).__name__}",

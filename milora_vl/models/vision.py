@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from milora_vl.base.errors import UserError, first_line
@@ -17,7 +16,7 @@ from milora_vl.cli.command_line import beside
 from milora_vl.models import hub
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
-from milora_vl.weights.torch_files import UNREAD, read_pickled, unread
+from milora_vl.weights.torch_files import read_weights
 
 TIMM = "timm/"
 RANDOM = "random"
@@ -139,7 +138,6 @@ def _timm_sizes(architecture: str) -> tuple[int, int]:
 
 def _timm_state(architecture: str, weights: str | None) -> Any:
     import timm
-    from safetensors.torch import load_file
 
     if weights is not None:
         file = Path(weights)
@@ -147,10 +145,7 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
             raise UserError(
                 f"no such file: {weights}", code="path-missing", where="--vision_weights", hint=beside(file)
             )
-        try:
-            state = load_file(file) if file.suffix == ".safetensors" else read_pickled(file)
-        except (SafetensorError, *UNREAD) as error:
-            raise unread(file, error) from None
+        state = read_weights(file)
         expected = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
         missing = [key for key in expected if key not in state]
         if missing:

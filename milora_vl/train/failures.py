@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from milora_vl.base.errors import Problem, UserError
 from milora_vl.cli.command_line import output_problem
-from milora_vl.weights.torch_files import why_unread
+from milora_vl.weights.torch_files import unreadable
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -42,9 +42,8 @@ def explained(args: TrainingArguments) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(problems=[_out_of_memory(str(error), args)], exit_code=1) from None
     except UnpicklingError as error:  # optimizer, scheduler or random states of a resumed run
-        text = why_unread("a file of the checkpoint", error)
         raise UserError(
-            text,
+            f"a file of the checkpoint {unreadable('', error).message}",
             code="checkpoint-unreadable",
             exit_code=1,
             hint="resume from an earlier checkpoint:  --resume_from_checkpoint FOLDER",

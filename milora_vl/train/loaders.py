@@ -22,7 +22,7 @@ from milora_data.stream.record_stream import RecordStream, record_stream
 from milora_vl.base.errors import UserError
 from milora_vl.plan.run_data import sources_of
 from milora_vl.recipe.schema import Recipe
-from milora_vl.weights.torch_files import read_pickled
+from milora_vl.weights.torch_files import read_weights
 
 TIMEOUT = 1800.0
 """Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
@@ -121,7 +121,7 @@ def _stored_position(checkpoint: Path, shape: dict[str, int], rank: int) -> Any:
             where=str(checkpoint),
             hint="resume from another checkpoint, with as many processes as before",
         )
-    content = read_pickled(path)
+    content = read_weights(path)
     for name, before in content["shape"].items():
         if before != shape[name]:
             raise UserError(

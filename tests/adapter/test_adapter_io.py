@@ -139,7 +139,7 @@ def test_what_is_no_adapter_folder_is_refused_in_words(saved, tiny_llava, tmp_pa
     with raises_code("adapter-missing-file", str(folder), "adapter_model.safetensors is missing"):
         load_adapter(base, folder)
     (folder / "adapter_model.safetensors").write_bytes(weights[:-100])
-    with raises_code("weight-damaged-file", "adapter_model.safetensors", "cannot be read"):
+    with raises_code("weights-unreadable", "adapter_model.safetensors", "cannot be read"):
         load_adapter(base, folder)
     (folder / "adapter_config.json").write_text("{")
     with raises_code("adapter-damaged-file", "adapter_config.json", "not valid JSON"):

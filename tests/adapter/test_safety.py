@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
@@ -29,21 +29,12 @@ def model(tiny_llama) -> nn.Module:
     return made.eval()
 
 
-def test_hot_swapping_is_refused_and_loading_into_the_adapter_does_it(model, tiny_llama, tmp_path: Path) -> None:
+def test_loading_into_an_adapter_swaps_it(model, tiny_llama, tmp_path: Path) -> None:
     other = apply_milora(tiny_llama()[0], one_rule(alpha=4))
     move(other, 0.2)
     save_adapter(other, tmp_path)
-    with raises_code("adapter-hotswap", hint="model.load_adapter(FOLDER, NAME)"):
-        hotswap_adapter(model, str(tmp_path), adapter_name="default")
     model.load_adapter(str(tmp_path), "default")
     assert torch.allclose(model(IDS).logits, other.eval()(IDS).logits, atol=1e-5)
-
-
-def test_hot_swapping_is_refused_in_the_residual_form_too(tiny_llama, tmp_path: Path) -> None:
-    model = apply_milora(tiny_llama()[0], one_rule(), form="residual")
-    save_adapter(model, tmp_path)
-    with raises_code("adapter-hotswap"):
-        hotswap_adapter(model, str(tmp_path), adapter_name="default")
 
 
 def test_weight_surgery_on_the_joined_factor_is_refused(model) -> None:

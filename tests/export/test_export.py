@@ -274,7 +274,7 @@ def test_damaged_files_are_refused_by_name(run, form: str) -> None:
             export(run.root / "adapter", form, run.root / "out")
     config.write_text(good, encoding="utf-8")
     weights.write_bytes(whole[:3000])
-    with raises_code("weight-damaged-file", where="adapter_model.safetensors", message="cannot be read (cut off?)"):
+    with raises_code("weights-unreadable", where="adapter_model.safetensors", message="cannot be read (cut off?)"):
         export(run.root / "adapter", form, run.root / "out")
     weights.write_bytes(whole)
     base = run.root / "base" / "model.safetensors"

@@ -1,0 +1,32 @@
+"""Private interfaces of PEFT."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_vl.compat.torch import change_class
+
+_DEEPSPEED_ATTRIBUTES = ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+
+class WholeModule(ModulesToSaveWrapper):
+    """A ModulesToSaveWrapper that DeepSpeed can put its own hooks on.
+
+    The stock wrapper forwards `hasattr` to the module inside. DeepSpeed before 0.19.4 asks it for hooks, gets the
+    answer of the inner module and installs none. The first forward then fails with `'Linear' object has no attribute
+    'ds_grads_remaining'`. DeepSpeed 0.19.4 as the lower bound would replace it.
+    """
+
+    def _hasattr_wrapped(self, name: str, modules: dict[str, nn.Module]) -> bool:
+        return name not in _DEEPSPEED_ATTRIBUTES and bool(super()._hasattr_wrapped(name, modules))
+
+
+def keep_hooks_apart(model: PeftModel) -> None:
+    """Change the wrappers in `model` to WholeModule if DeepSpeed ZeRO-3 is in use."""
+    if is_deepspeed_zero3_enabled():
+        for module in model.modules():
+            if type(module) is ModulesToSaveWrapper:
+                change_class(module, WholeModule)

@@ -1,0 +1,43 @@
+"""Private interfaces of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Object = TypeVar("Object")
+
+
+def change_class(value: object, kind: type[Object]) -> Object:
+    """Give an object that another library created a subclass of its class, in place, and return it.
+
+    Every reference and hook to a PEFT layer stays valid this way. A factory argument in PEFT would replace it.
+    """
+    value.__class__ = kind
+    assert isinstance(value, kind)
+    return value
+
+
+def call_on_plain_tensors(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation of torch as if the arguments were of no subclass of Tensor.
+
+    torch's guide to extending it names this class; a public name of it would replace it.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)
+
+
+def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Let DistributedDataParallel broadcast all buffers of `model` but these, which are equal on all ranks.
+
+    A public argument of DistributedDataParallel would replace it.
+    """
+    model._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if hooks see or change what `module` computes. A public way to list hooks would replace it."""
+    return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))

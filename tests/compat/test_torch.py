@@ -1,0 +1,44 @@
+"""What `milora_vl.compat.torch` needs of torch."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from milora_vl.compat.torch import call_on_plain_tensors, change_class, has_hooks
+
+
+class Strict(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func.__name__} was intercepted")
+
+
+def test_operations_run_without_the_subclass() -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        value = torch.ones(2).as_subclass(Strict)
+    assert call_on_plain_tensors(torch.Tensor.sum, (value,), {}).item() == 2
+
+
+def test_ddp_reads_the_names_to_ignore() -> None:
+    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel)
+
+
+def test_every_kind_of_hook_is_seen() -> None:
+    for name in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        layer = nn.Linear(2, 2)
+        assert not has_hooks(layer)
+        getattr(layer, f"register_{name}_hook")(lambda *_: None)
+        assert has_hooks(layer), name
+
+
+def test_an_object_gets_a_subclass_and_stays_the_same_object() -> None:
+    class Layer(nn.Linear):
+        pass
+
+    layer = nn.Linear(2, 2)
+    assert change_class(layer, Layer) is layer
+    assert isinstance(layer, Layer)
