@@ -65,12 +65,3 @@ def test_the_jobs_for_many_gpus_have_flags_that_exist() -> None:
         (command,) = re.findall(r"-m (milora_vl\.train .*)", re.sub(r"\\\n\s*", "", text))
         used = {word for word in words(command) if word.startswith("--")}
         assert used <= flags_of(f"python -m {command}")
-
-
-def test_every_example_is_in_the_list() -> None:
-    listed = set(re.findall(r"`([\w.]+\.(?:py|ipynb|sh|yaml))`", (EXAMPLES / "README.md").read_text(encoding="utf-8")))
-    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {
-        "README.md",
-        "make_notebook.py",
-        "first_adapter.py",
-    } <= listed

@@ -171,20 +171,6 @@ def test_records_are_filtered_by_kind_and_by_words(tab: browser.Browser, tmp_pat
     assert tab.said == []
 
 
-def test_the_browser_sees_what_is_wrong(tab: browser.Browser, tmp_path: Path) -> None:
-    """Each thing that the tests above look for, in a page that has it."""
-    page = tmp_path / "bad.html"
-    image = "<img src='http://127.0.0.1:9/a.png'>"
-    text = "<p style='width: 2000px; color: #888'>wide and faint</p>"
-    page.write_text(f"<body style='background: #999'>{text}{image}<script>nothing.here()</script>")
-    tab.open(page, width="phone")
-    assert any("nothing is not defined" in line for line in tab.said)
-    assert tab.elsewhere() == ["http://127.0.0.1:9/a.png"]
-    assert tab.run(BROKEN) == 1
-    assert tab.run(browser.TOO_WIDE) != []
-    assert tab.run(FAINT) != []
-
-
 def test_many_pictures_are_made_smaller_until_they_fit() -> None:
     noise = [small(Image.effect_noise((400, 400), 90).convert("RGB")) for _ in range(4)]
     whole = sum(len(uri) for uri in fitting(noise, 10_000_000))

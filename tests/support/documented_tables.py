@@ -1,7 +1,4 @@
-"""How the commands of README and docs run in a test: replacements for large models and long trainings, and exceptions.
-
-A row that matches no command is a failure: tests/docs/test_documented.py.
-"""
+"""How the commands of README and docs run in a test: replacements for large models and long trainings, exceptions."""
 
 from __future__ import annotations
 
@@ -94,9 +91,6 @@ SLOW: dict[str, str] = {
     r"torchrun .* --fsdp": "FSDP2 needs several processes",
     r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",
 }
-# Regular expression -> what must be fixed before the commands that match can work. A row that works is no failure.
-BROKEN: dict[str, str] = {}
-
 # Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
 PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/evaluation.md": ("runs/a", "runs/demo"),
