@@ -34,7 +34,6 @@ test-all: $(INSTALLED)  ## Run the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" $(PYTEST_ARGS)
 
 test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproject.toml allows, in a separate environment
-	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
@@ -47,7 +46,6 @@ EXTRAS_TESTS := tests/adapter/test_quantized.py tests/chat/test_chat_web.py test
     tests/docs/test_examples.py tests/train/test_vlm_train.py tests/data/test_videos.py
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment
-	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-extras
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python -e ".[dev,quant,web]" $(EXTRAS_PACKAGES)
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch

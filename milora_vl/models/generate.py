@@ -28,7 +28,7 @@ from milora_data.encode.labels import encode_prompt
 from milora_data.encode.picture_template import Rendered, parts_of
 from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import bos_ids, fast_backend
-from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb, unmistakable
+from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Turn
 from milora_vl.base.errors import DataError, UserError, first_line, with_context
@@ -310,7 +310,7 @@ class ProcessorReader:
         config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
         if decided is not None:
             inputs |= {"stopping_criteria": decided.criteria(width)}
-        output = self.model.generate(**inputs, generation_config=config, streamer=streamer, **_ignore_model_defaults())
+        output = self.model.generate(**inputs, generation_config=config, streamer=streamer)
         ends = set(config.eos_token_id)
         return [
             self.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
@@ -428,7 +428,7 @@ class Reader:
             return {}
         # Square pictures are not padded again. A processor that pads must not do so for "plain".
         options = {"do_pad": False} if self.tiling is None and self.image_processor.to_dict().get("do_pad") else {}
-        inputs = dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
+        inputs = dict(self.image_processor(images=list(images), return_tensors="pt", **options))
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
@@ -549,7 +549,7 @@ def _answer(
     else:
         inputs |= reader.pixels(rows)
     config = _greedy(reader, *decoding)
-    inputs |= {"generation_config": config, "streamer": streamer} | _ignore_model_defaults()
+    inputs |= {"generation_config": config, "streamer": streamer}
     if decided is not None:
         inputs |= {"stopping_criteria": decided.criteria(width)}
     output = _cut(reader.model.generate(**inputs)[:, width:].tolist(), decided)
@@ -608,14 +608,6 @@ def _greedy(reader: Reader | ProcessorReader, max_new_tokens: int, num_beams: in
         eos_token_id=sorted(ends),
         pad_token_id=reader.pad,
     )
-
-
-def _ignore_model_defaults() -> dict[str, bool]:
-    """Return the flag that stops transformers 4 from replacing defaults of our config by values of the model."""
-    from transformers import GenerationMixin
-
-    is_supported = "use_model_defaults" in inspect.signature(GenerationMixin.generate).parameters
-    return {"use_model_defaults": False} if is_supported else {}
 
 
 @contextmanager

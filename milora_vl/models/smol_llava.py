@@ -103,7 +103,7 @@ def language_model() -> tuple[Any, Any]:
 
 
 def _with_special_tokens_of_file(tokenizer: Any) -> Any:
-    """Return the tokenizer with the special tokens of the GGUF file, which transformers 4 replaces with Llama's."""
+    """Return the tokenizer with the special tokens of the GGUF file, for which transformers 5.6 takes Llama's."""
     from tokenizers import decoders
     from transformers import PreTrainedTokenizerFast
 

@@ -12,7 +12,6 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
-# Import both files: transformers 4 copies the direct imports of this file, but not their imports.
 from .timm_tower import register
 from .timm_tower_config import TimmTowerConfig
 

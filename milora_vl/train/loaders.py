@@ -35,7 +35,7 @@ def process_settings(args: TrainingArguments) -> dict[str, Any]:
         "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
-        "multiprocessing_context": args.to_dict().get("dataloader_multiprocessing_context"),  # not in transformers 4
+        "multiprocessing_context": args.to_dict().get("dataloader_multiprocessing_context"),  # not in transformers 5.6
         "timeout": TIMEOUT if args.dataloader_num_workers else 0,
         "worker_init_fn": start_process,
     }

@@ -243,8 +243,7 @@ class MiloraTrainer(Trainer):
                 decays=set(self.get_decay_parameter_names(opt_model)),
             )
             self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
-        # transformers 4 calls this without a model and accepts none.
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             keep_protected(self.trained(), optimizer)
         return optimizer

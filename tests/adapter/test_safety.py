@@ -16,7 +16,6 @@ from milora_vl.adapter.install import joined_state, lora_layer
 from milora_vl.base import atomic_write
 from support.adapter_cases import anchors, llava_batch, move, one_rule, token_batch, train_steps
 from support.problems import raises_code
-from support.versions import TORCH
 
 Q = "model.layers.0.self_attn.q_proj"
 IDS = token_batch(200)
@@ -115,7 +114,6 @@ def test_autocast_starts_at_the_base_and_trains(tiny_llama, dtype: torch.dtype) 
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 cannot compile what PEFT wraps around a forward")
 def test_a_compiled_model_is_the_same_and_trains(tiny_llama) -> None:
     model, twin = (apply_milora(tiny_llama()[0], one_rule()) for _ in range(2))
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)

@@ -9,20 +9,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from milora_data.pictures.files import ImageError, expand_to_square, load_image
 from milora_data.pictures.pixels import PixelMaker
 from support.problems import raises_code
-from support.versions import TRANSFORMERS_5
-
-if TRANSFORMERS_5:
-    from transformers import CLIPImageProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
-else:  # the names that these had before
-    from transformers import CLIPImageProcessor as CLIPImageProcessorPil
-    from transformers import CLIPImageProcessorFast as CLIPImageProcessor
-    from transformers import LlavaImageProcessorFast as LlavaImageProcessor
 
 SIZE: dict[str, Any] = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
 SHAPES = [(160, 120), (120, 160), (84, 84), (90, 31), (31, 90), (40, 20), (20, 40), (500, 3), (3, 500), (1, 5), (5, 1)]
@@ -133,7 +126,6 @@ def test_a_bomb_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
 def test_a_narrow_picture_among_others_changes_none_of_them(processor: Any) -> None:
-    """Transformers 4 takes the form of the first picture for that of all."""
     make = PixelMaker(processor(**SIZE), aspect_ratio="plain")
     pictures = [make.prepare(noise(size)) for size in ((40, 30), (2, 1), (3, 3), (50, 60))]
     alone = torch.cat([make([picture]) for picture in pictures])

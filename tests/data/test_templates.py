@@ -18,7 +18,7 @@ from milora_data.records.record import ROLES, Turn
 from milora_vl.base.errors import DataError
 from support.llava_oracle import byte_bpe, llama_tokenizer
 from support.problems import raises_code
-from support.versions import RIGHT_ASSISTANT_MASKS, TRANSFORMERS_5
+from support.versions import RIGHT_ASSISTANT_MASKS
 
 CONVERSATIONS = json.loads((Path(__file__).parents[1] / "reference" / "conversations.json").read_text(encoding="utf-8"))
 SEVERAL = {
@@ -137,9 +137,7 @@ def test_the_plain_chat_template_is_picture_and_caption(kind: str, caption: str)
 def test_system_turn_and_first_answer_are_treated_alike(processor: Any) -> None:
     turns = [("system", "Be brief."), ("assistant", "Hello!"), ("user", "Who?"), ("assistant", "Me.")]
     record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    # A processor of transformers 4 takes parts alone.
-    contents = [text if TRANSFORMERS_5 else [{"type": "text", "text": text}] for _, text in turns]
-    plain = [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
+    plain = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     ids = processor.apply_chat_template(plain, tokenize=True, return_dict=True)["input_ids"][0]
     assert list(ids) == encode(record, processor.tokenizer, image_token_id=-1).input_ids
 

@@ -1,4 +1,4 @@
-"""docs/reproduce.md: the recipes have the paper's hyperparameters, and every command trains the layers that it names."""
+"""docs/reproduce.md: the recipes have the paper's hyperparameters, and every command trains the layers it names."""
 
 from __future__ import annotations
 

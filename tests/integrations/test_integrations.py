@@ -21,7 +21,6 @@ from milora_vl.integrations.llava import renamed_flags
 from milora_vl.integrations.replace import get_peft_model_replaced, main
 from support.adapter_cases import anchors, one_rule, train_steps
 from support.llava_parts import small_vicuna_and_clip
-from support.versions import TRANSFORMERS_5
 
 SCRIPT = """
 import sys
@@ -93,8 +92,7 @@ def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
 
 def test_flags_of_llavas_scripts_get_the_names_of_today() -> None:
     given = ["--evaluation_strategy", "no", "--warmup_ratio=0.03", "--lora_r", "4"]
-    warmup = "--warmup_steps=0.03" if TRANSFORMERS_5 else "--warmup_ratio=0.03"  # steps are whole numbers there
-    assert renamed_flags(given) == ["--eval_strategy", "no", warmup, "--lora_r", "4"]
+    assert renamed_flags(given) == ["--eval_strategy", "no", "--warmup_steps=0.03", "--lora_r", "4"]
 
 
 SAVES = """

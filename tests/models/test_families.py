@@ -21,9 +21,9 @@ from support.adapter_cases import anchors, move
 from support.family_cases import batch, build
 from support.family_configs import FAMILIES, TEXT_ONLY
 from support.programs import run as run_program
-from support.versions import CALLS_BY_KEYWORD, READS_LFM2_VL
+from support.versions import CALLS_BY_KEYWORD
 
-LACKS = {"idefics2": not CALLS_BY_KEYWORD, "lfm2_vl": not READS_LFM2_VL}
+LACKS = {"idefics2": not CALLS_BY_KEYWORD}
 ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if not LACKS.get(name)]
 pytestmark = pytest.mark.filterwarnings("ignore:.*experts as 3-D")
 STOCK = """

@@ -7,7 +7,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from milora_vl.plan.batching import Batching
-from support.versions import TRANSFORMERS_5
 
 
 @pytest.mark.parametrize("records", [1, 7, 12])
@@ -26,8 +25,7 @@ def test_equal_to_the_trainers(
     )
     trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=list(range(records)))
     loader = trainer.get_train_dataloader()
-    batch = () if TRANSFORMERS_5 else (per_device * accumulation,)
-    expected = trainer.set_initial_training_values(args, loader, *batch)[-1]
+    expected = trainer.set_initial_training_values(args, loader)[-1]
     counted = Batching(
         num_records=records, per_device=per_device, accumulation=accumulation, epochs=epochs, max_steps=max_steps
     )

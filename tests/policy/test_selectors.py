@@ -8,10 +8,9 @@ from milora_vl.policy.selectors import Selector, SelectorError
 from milora_vl.policy.towers import find_towers
 from support.adapter_cases import tiny_gpt2
 from support.problems import raises_code
-from support.versions import TRANSFORMERS_5
 
 LM = "model.language_model.layers"
-VISION = "model.vision_tower" if TRANSFORMERS_5 else "model.vision_tower.vision_model"
+VISION = "model.vision_tower"
 LEAVES = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 
 

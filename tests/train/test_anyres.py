@@ -27,7 +27,6 @@ from milora_vl.train.command import main
 from support.problems import raises_code
 from support.tiny_next import GRIDS, saved, tiny_next
 from support.train_runs import losses, training
-from support.versions import TRANSFORMERS_5
 
 REAL = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 SIZES = [(20, 33), (64, 64), (5, 300), (300, 5), (47, 46), (90, 31)]
@@ -88,10 +87,7 @@ def test_counts_are_those_of_llava(height: int, width: int) -> None:
 
 def test_pixels_are_hugging_faces_and_llavas(parts: tuple[Any, Any], pictures: Path) -> None:
     mm_utils = pytest.importorskip("llava.mm_utils")
-    if TRANSFORMERS_5:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    else:
-        from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     processor = parts[1]
     batch = collator(processor, pictures)([record(*range(len(SIZES)))])

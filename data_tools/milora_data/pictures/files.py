@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from milora_data.pictures.download import downloaded
 from milora_vl.base.errors import DataError
@@ -256,18 +256,3 @@ def on_padded_square(box: Sequence[float], width: int, height: int) -> tuple[flo
     x, y = (side - width) // 2, (side - height) // 2
     left, top, right, bottom = box
     return (left + x) / side, (top + y) / side, (right + x) / side, (bottom + y) / side
-
-
-def unmistakable(images: Sequence[Any]) -> list[Any]:
-    """Return RGB pictures (or their tensors) in a layout in which no processor mistakes rows for channels.
-
-    Transformers 4 infers the layout from the first picture: if its first dimension is 1 or 3, it is taken as channels,
-    for all pictures. So all pictures are returned with channels first if one is 1 or 3 pixels high.
-    """
-    import numpy as np
-    from PIL import Image
-
-    pictures = [image for image in images if isinstance(image, Image.Image)]
-    if not any(picture.height in (1, 3) for picture in pictures):
-        return list(images)
-    return [np.array(one).transpose(2, 0, 1) if isinstance(one, Image.Image) else one for one in images]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from milora_data.pictures.files import expand_to_square, load_image, unmistakable
+from milora_data.pictures.files import expand_to_square, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,7 +55,7 @@ class PixelMaker:
         # Pictures are already square, or must not be padded ("plain"): turn off the processor's own padding.
         padding = self.aspect_ratio != "anyres" and self.image_processor.to_dict().get("do_pad")
         options = {"do_pad": False} if padding else {}
-        return dict(self.image_processor(images=unmistakable(images), return_tensors="pt", **options))
+        return dict(self.image_processor(images=list(images), return_tensors="pt", **options))
 
     def read(self, path: str | Path) -> Any:
         """Return the picture in `path`, padded and resized if the processor would do the same.
