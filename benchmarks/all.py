@@ -3,9 +3,9 @@
 python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
-Without --full, the parts that take two hours are left out (`make bench`): a training on text, the demo, an evaluation
-of a million questions, a 7B at full size, kills. --only measures some parts again and keeps the others; --quick
-measures the headline rows (`make bench-quick`); --page only writes the page.
+Without --full, the parts that take two hours are left out (`make bench`): a training on text, the demo, a 7B at full
+size, kills. --only measures some parts again and keeps the others; --quick measures the headline rows
+(`make bench-quick`); --page only writes the page.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ PARTS = {
     "whole_training_text": "whole_training.py --data text --steps 5",
     "data": "data.py",
     "eval": "eval.py",
-    "eval_scale": "eval_scale.py --questions 1000000",
     "plan": "plan.py",
     "full_size": "full_size.py",
     "kills": f"kills.py --kills 20 -- {DEMO}",
@@ -51,7 +50,7 @@ PARTS = {
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
     "demo": "demo.py",
 }
-LONG = ("whole_training_text", "demo", "eval_scale", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
+LONG = ("whole_training_text", "demo", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}
 

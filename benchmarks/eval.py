@@ -22,8 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from milora_data.records.record import Turn
-from milora_eval.answers.lines import to_line
-from milora_eval.answers.store import PREDICTIONS
+from milora_eval.answers.store import PREDICTIONS, to_line
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.benchmarks.vqav2 import VQAv2
 from milora_eval.rules import vqa

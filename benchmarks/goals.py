@@ -106,7 +106,6 @@ GOALS = (
     Goal(
         "POPE-like questions, several per picture", "batch-1 generate", "eval", lambda r: r["speedup_over_batch1"], 3
     ),
-    Goal("an evaluation of 1,000,000 questions: memory", "", "eval_scale", lambda r: r["peak_mb"], 200, " MB", True),
     Goal("scoring 200 k VQAv2 answers", "the rules in plain Python", "eval", lambda r: r["scoring_speedup"], 5),
     Goal("a 7B in bfloat16, r = 16: factors and one step", "", "full_size", _highest, 24, " GB", True),
     Goal("its step's memory, planned over measured, off by", "", "full_size", _off, 0.1, at_most=True),

@@ -7,7 +7,7 @@ Items carry everything that scoring needs, so stored answers can be scored again
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -131,10 +131,6 @@ class Benchmark:
         """Read the items from a folder. Raises MissingData (a UserError) if a file is missing."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method load(data_dir)")
 
-    def stream(self, data_dir: Path) -> Iterator[Item]:
-        """Yield the items of `load`. A benchmark whose file may hold a million questions reads one at a time here."""
-        yield from self.load(data_dir)
-
     def prompt(self, item: Item) -> tuple[Turn, ...]:
         """Return the conversation to show the model; its last turn is the user's."""
         return item.turns
@@ -142,21 +138,6 @@ class Benchmark:
     def score(self, item: Item, text: str) -> float | None:
         """Return the value of one answer, 0.0 to 1.0; None if the answer alone does not determine it."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method score(item, text)")
-
-    def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether no continuation of `text` can change a number of this benchmark; the answer then ends there.
-
-        `text` is the beginning of an answer, without white space around it. The default never ends an answer early.
-        A class that scores in its own way does not inherit this rule: it defines `is_decided` again.
-        """
-        return False
-
-    def rule_inputs(self, item: Item) -> Any:
-        """Return what `is_decided` reads of the item; an answer that ended early is reused only while it is the same.
-
-        None: no answer to this item ends early.
-        """
-        return [item.answers, item.kind, item.meta]
 
     def grade(self, item: Item, judgement: str) -> float | None:
         """Return the value of an answer from the judge's text."""
@@ -192,14 +173,6 @@ class Benchmark:
     def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write validated files for the benchmark's server or official script; return them (default: none)."""
         return []
-
-
-def ends_early(kind: type[Benchmark]) -> bool:
-    """Return whether `is_decided` fits the scores: no subclass of its class changes how answers are scored."""
-    own = next(base for base in kind.__mro__ if "is_decided" in vars(base))
-    below = kind.__mro__[: kind.__mro__.index(own)]
-    scores = {"score", "grade", "summarise"}
-    return own is not Benchmark and not any(scores & vars(base).keys() for base in below)
 
 
 def plain_text(item: Item) -> str:

@@ -43,18 +43,18 @@ def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
     )
 
 
-def load_items(benchmark: Benchmark, data_dir: Path) -> Iterator[Item]:
-    """Yield the items of a benchmark. Raises DataError if its official files do not have the published format.
+def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
+    """Return the items of a benchmark. Raises DataError if its official files do not have the published format.
 
     Exceptions of a user's own benchmark class are not caught: the traceback shows their place.
     """
     if not type(benchmark).__module__.startswith("milora_eval."):
-        yield from benchmark.stream(data_dir)
-        return
+        return benchmark.load(data_dir)
     try:
-        for item in benchmark.stream(data_dir):
+        items = benchmark.load(data_dir)
+        for item in items:
             _require_inside(benchmark, item, data_dir)
-            yield item
+        return items
     except UserError:
         raise
     except (*MALFORMED, SyntaxError, csv.Error) as error:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.answers.questions import EvaluationPlan, Items, Questions, read_items
+from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_items
 from milora_eval.answers.runner import Outcome, ask, audit, finish
 from milora_eval.answers.store import alone
 from milora_eval.benchmark import Benchmark
@@ -31,52 +31,48 @@ def run(
     *,
     data_dir: str | Path,
     output_dir: str | Path,
-    suite: str | None = None,
-    which: str = "final",
-    model_name: str = "",
     adapter: str | Path | None = None,
     template: str = "vicuna_v1",
     image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
     limit: int | None = None,
-    shard: tuple[int, int] = (1, 1),
     batch_size: int = 16,
-    audit_items: int = 0,
-) -> Results | None:
-    """Evaluate a loaded model; return the content of results.json, None while other shards are missing.
+) -> Results:
+    """Evaluate a loaded model; return the content of results.json.
 
     `adapter` is the folder of the adapter that `model` carries; its bytes are part of the key of each answer. The files
-    go to `output_dir`/eval/`suite`/`which`. Stored answers with the same key are reused.
-    Raises UserError for unknown benchmarks and missing data.
+    go to `output_dir`/eval/BENCHMARKS/final. Stored answers with the same key are reused. `evaluate` takes a plan with
+    more settings, such as shards and an audit. Raises UserError for unknown benchmarks and missing data.
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
     plan = EvaluationPlan(
-        suite=suite or "+".join(benchmark.name for benchmark in resolved),
+        suite="+".join(benchmark.name for benchmark in resolved),
         benchmarks=resolved,
         data_dir=Path(data_dir),
         template=template,
         image_aspect_ratio=image_aspect_ratio,
         limit=limit,
-        shard=shard,
         batch_size=batch_size,
-        audit=audit_items,
-        which=which,
-        model_name=model_name,
         adapter=adapter,
     )
-    return evaluate(model, processor, plan, read_items(resolved, plan.data_dir, limit), output_dir)
+    results = evaluate(model, processor, plan, read_items(resolved, plan.data_dir, limit), output_dir)
+    assert results is not None  # a single shard is always complete
+    return results
 
 
 def evaluate(model: Any, processor: Any, plan: EvaluationPlan, items: Items, output_dir: str | Path) -> Results | None:
-    """Evaluate a loaded model as `run` does, on items that have been read. The plan's `settings` are set here."""
+    """Evaluate a loaded model on items that have been read. The plan's `settings` are set here.
+
+    Returns the content of results.json, None while other shards are missing.
+    """
     keys = settings(model, processor, plan.adapter, plan.template, plan.image_aspect_ratio)
     plan = replace(plan, settings=keys if plan.scale == 1 else keys | {"scale": plan.scale})
     folder = results_folder(output_dir, plan.suite, plan.which)
-    asked = Questions(plan, items)
-    outcome = ask(model, processor, plan, asked, folder)
+    questions = questions_of(plan, items)
+    outcome = ask(model, processor, plan, questions, folder)
     with nullcontext() if plan.shard[1] == 1 else alone(folder):
-        if not finish(plan, asked, folder):
+        if not finish(plan, questions, folder):
             return None
-        return _write(plan, outcome, audit(model, processor, plan, asked, folder) if plan.audit else None, folder)
+        return _write(plan, outcome, audit(model, processor, plan, questions, folder) if plan.audit else None, folder)
 
 
 def _write(plan: EvaluationPlan, outcome: Outcome, checked: dict[str, Any] | None, folder: Path) -> Results:

@@ -15,8 +15,7 @@ from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.answers.identity import digest
-from milora_eval.answers.lines import to_item
-from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line
+from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, to_item
 from milora_eval.data_files import read_jsonl
 from milora_eval.scores.results import judgements, review_of
 from milora_eval.suites import stored_benchmark

@@ -1,4 +1,4 @@
-"""Generate greedy answers in batches: left padding, KV cache of a shared prefix, max_new_tokens, early end.
+"""Generate greedy answers in batches: left padding, KV cache of a shared prefix, max_new_tokens.
 
 Rows are padded on the left. The common prefix of all rows in a batch (usually system text and picture) is computed once
 per picture, and its key-value cache is repeated for the questions. Their padding is then between prefix and question.
@@ -7,17 +7,14 @@ per picture, and its key-value cache is repeated for the questions. Their paddin
 from __future__ import annotations
 
 import inspect
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from milora_data.batches.processor_collate import labelled_inputs, marked, with_video_marks
@@ -41,7 +38,6 @@ if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
 OnBatch = Callable[[list[int], list[str]], None]
-IsDecided = Callable[[int, str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +80,6 @@ def generate(
     image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
     share_pictures: bool = True,
     on_batch: OnBatch | None = None,
-    is_decided: IsDecided | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[str]:
     """Return the answers in the order of `prompts`; they are equal at every batch size, up to rounding.
@@ -93,78 +88,39 @@ def generate(
     prepares the pictures is asked in its own chat template; `template`, `image_aspect_ratio` and `share_pictures` are
     for LLaVA and text-only models. A LLaVA-1.6 model tiles its pictures and ignores `image_aspect_ratio`.
     `on_batch(places, texts)` is called after each batch with the indices of its prompts. transformers' `streamer` gets
-    the tokens of a single prompt. An answer ends early when `is_decided(place, text)` is true for its text so far, so
-    the answers do not depend on the batch; beam search ignores it.
+    the tokens of a single prompt.
 
     Raises UserError for a picture if the model reads only text, and ValueError for a streamer with several prompts or a
     batch size below 1.
-    """
-    answers = [""] * len(prompts)
-
-    def collect(places: list[int], texts: list[str]) -> None:
-        for place, text in zip(places, texts, strict=True):
-            answers[place] = text
-        if on_batch is not None:
-            on_batch(places, texts)
-
-    generate_batches(
-        model,
-        processor,
-        prompts,
-        collect,
-        template=template,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        batch_size=batch_size,
-        image_aspect_ratio=image_aspect_ratio,
-        share_pictures=share_pictures,
-        is_decided=is_decided,
-        streamer=streamer,
-    )
-    return answers
-
-
-def generate_batches(
-    model: Any,
-    processor: Any,
-    prompts: Sequence[Prompt],
-    on_batch: OnBatch,
-    *,
-    template: str = "vicuna_v1",
-    max_new_tokens: int = 128,
-    num_beams: int = 1,
-    batch_size: int = 16,
-    image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad",
-    share_pictures: bool = True,
-    is_decided: IsDecided | None = None,
-    streamer: BaseStreamer | None = None,
-) -> None:
-    """Answer like `generate`, but keep no answer: `on_batch(places, texts)` gets the answers of each batch.
-
-    Of a prompt that waits, memory holds four numbers. `prompts` may read each one from the disk: it is read when its
-    length is counted, when pictures of one length are put in order, and when its batch starts.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"a streamer needs exactly one prompt, got {len(prompts)}")
-    if not len(prompts):
-        return
+    answers = [""] * len(prompts)
+    if not prompts:
+        return answers
+
+    def keep(places: list[int], texts: list[str]) -> None:
+        for place, text in zip(places, texts, strict=True):
+            answers[place] = text
+        if on_batch is not None:
+            on_batch(places, texts)
+
     decoding = max_new_tokens, num_beams
     if split_processor(processor)[1] is not None and uses_processor(model.config):
         asker = ProcessorReader(model, processor)
         with torch.inference_mode(), _evaluating(model), _memory_explained():
             for places in asker.batches(prompts, batch_size):
-                decided = _decided(asker.tokenizer, places, is_decided, num_beams)
                 batch = [(asker.rendered(prompts[place]), prompts[place]) for place in places]
-                on_batch(places, asker.answers(batch, *decoding, streamer, decided))
-        return
+                keep(places, asker.answers(batch, *decoding, streamer))
+        return answers
     reader = Reader(model, processor, template, image_aspect_ratio)
     with torch.inference_mode(), _evaluating(model), _memory_explained():
         for places in _batches(prompts, reader.length, batch_size):
             rows = [reader.row(prompts[place]) for place in places]
-            decided = _decided(reader.tokenizer, places, is_decided, num_beams)
-            on_batch(places, _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer, decided))
+            keep(places, _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer))
+    return answers
 
 
 def prompt_ids(
@@ -263,12 +219,10 @@ class ProcessorReader:
 
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
         """Yield batches of prompts, as places in the caller's list, longest first."""
-        lengths, kinds = array("l"), array("b")
-        for prompt in prompts:
-            lengths.append(self._length(self.rendered(prompt), prompt))
-            kinds.append(not self.inputs.takes_mixed_rows and bool(prompt.images))
-        order = np.lexsort((-np.array(lengths), -np.array(kinds)))
-        yield from _in_batches(order, np.array(kinds)[order], batch_size)
+        lengths = [self._length(self.rendered(prompt), prompt) for prompt in prompts]
+        alone = [not self.inputs.takes_mixed_rows and bool(prompt.images) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda place: (alone[place], lengths[place]), reverse=True)
+        yield from _in_batches(order, alone.__getitem__, batch_size)
 
     def processed(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
         """Return the processor's tensors for prompts, padded on the left. Raises UserError if it refuses them."""
@@ -301,20 +255,17 @@ class ProcessorReader:
         max_new_tokens: int,
         num_beams: int,
         streamer: BaseStreamer | None = None,
-        decided: Decided | None = None,
     ) -> list[str]:
         """Return the answers to the prompts of one batch."""
         inputs = {name: self._placed(value) for name, value in self.processed(batch).items()}
         width = inputs["input_ids"].shape[1]
         config = _greedy(self, max_new_tokens, num_beams)
         config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
-        if decided is not None:
-            inputs |= {"stopping_criteria": decided.criteria(width)}
         output = self.model.generate(**inputs, generation_config=config, streamer=streamer)
         ends = set(config.eos_token_id)
         return [
             self.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
-            for row in _cut(output[:, width:].tolist(), decided)
+            for row in output[:, width:].tolist()
         ]
 
     def _placed(self, value: Any) -> Any:
@@ -446,79 +397,30 @@ class Reader:
         return expand_to_square(picture, (red, green, blue))
 
 
-class Decided:
-    """Stops each row of a batch when its text decides its score, and notes how many tokens that took."""
-
-    def __init__(self, tokenizer: Any, places: Sequence[int], is_decided: IsDecided) -> None:
-        self.tokenizer, self.places, self.is_decided = tokenizer, places, is_decided
-        self.lengths: dict[int, int] = {}  # tokens of the answer, by row
-
-    def criteria(self, width: int) -> Any:
-        """Return transformers' stopping criteria for prompts of `width` ids."""
-        from transformers import StoppingCriteriaList
-
-        def stops(ids: Tensor, scores: Any, **_: Any) -> Tensor:
-            """(rows, width + tokens) -> (rows,): whether each row stops."""
-            for row, answer in enumerate(ids[:, width:].tolist()):
-                if row not in self.lengths and self._ends(row, answer):
-                    self.lengths[row] = len(answer)
-            return torch.tensor([row in self.lengths for row in range(len(ids))], device=ids.device)
-
-        return StoppingCriteriaList([stops])  # type: ignore[list-item]
-
-    def _ends(self, row: int, answer: Sequence[int]) -> bool:
-        text = self.tokenizer.decode(answer, skip_special_tokens=True)
-        is_complete = not text.endswith("\ufffd")  # else the next token completes a character
-        return is_complete and self.is_decided(self.places[row], text.strip())
-
-
-def _decided(tokenizer: Any, places: Sequence[int], is_decided: IsDecided | None, num_beams: int) -> Decided | None:
-    return None if is_decided is None or num_beams > 1 else Decided(tokenizer, places, is_decided)
-
-
-def _cut(answers: list[list[int]], decided: Decided | None) -> list[list[int]]:
-    """Return the answers without the padding after the tokens that decided their score."""
-    lengths = {} if decided is None else decided.lengths
-    return [answer[: lengths.get(row, len(answer))] for row, answer in enumerate(answers)]
-
-
 def _batches(prompts: Sequence[Prompt], length: Callable[[Prompt], int], batch_size: int) -> Iterator[list[int]]:
     """Yield batches of places with the same number of pictures, grouped by picture and then by length.
 
     Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
     """
-    numbers, names = (array("i"), array("i")), array("q")  # length and number of pictures; hash of the pictures
-    for prompt in prompts:
-        numbers[0].append(length(prompt))
-        numbers[1].append(len(prompt.images))
-        names.append(hash(_picture_name(prompt)))
-    lengths, counts = (np.frombuffer(column, np.int32) for column in numbers)
-    _, first, picture = np.unique(np.frombuffer(names, np.int64), return_index=True, return_inverse=True)
-    picture = picture.astype(np.int32)
-    longest = np.zeros(len(first), dtype=np.int32)
-    np.maximum.at(longest, picture, lengths)
-    # Pictures: more first, then longer first, then by name.
-    pictures = np.lexsort((-longest, -counts[first]))
-    is_new = np.diff(longest[pictures], prepend=-1) | np.diff(counts[first][pictures], prepend=-1)
-    rank = np.empty(len(first), dtype=np.int32)
-    for start, equal in _runs(pictures, np.flatnonzero(is_new)):
-        named = sorted(equal.tolist(), key=lambda number: str(_picture_name(prompts[int(first[number])])), reverse=True)
-        rank[named] = np.arange(start, start + len(named))
-    order = np.lexsort((-lengths, rank[picture])).astype(np.int32)
-    yield from _in_batches(order, counts[order], batch_size)
+    lengths, names = [length(prompt) for prompt in prompts], [_picture_name(prompt) for prompt in prompts]
+    longest: dict[tuple[str | int, ...], int] = {}
+    for name, tokens in zip(names, lengths, strict=True):
+        longest[name] = max(tokens, longest.get(name, 0))
+
+    def rank(place: int) -> tuple[int, int, str, int]:
+        name = names[place]
+        return len(name), longest[name], str(name), lengths[place]
+
+    order = sorted(range(len(prompts)), key=rank, reverse=True)
+    yield from _in_batches(order, lambda place: len(names[place]), batch_size)
 
 
-def _in_batches(order: NDArray[Any], kinds: NDArray[Any], batch_size: int) -> Iterator[list[int]]:
-    """Yield the places of `order` in batches of one kind each; equal `kinds` follow each other."""
-    for _, group in _runs(order, np.flatnonzero(np.diff(kinds, prepend=kinds[:1] - 1))):
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size].tolist()
-
-
-def _runs(values: NDArray[Any], starts: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Yield (start, values from there to the next start)."""
-    for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(values)], strict=True):
-        yield start, values[start:end]
+def _in_batches(order: Sequence[int], kind: Callable[[int], Any], batch_size: int) -> Iterator[list[int]]:
+    """Yield the places of `order` in batches of one kind each; places of equal kind follow each other."""
+    for _, group in groupby(order, key=kind):
+        places = list(group)
+        for start in range(0, len(places), batch_size):
+            yield places[start : start + batch_size]
 
 
 def _picture_name(prompt: Prompt) -> tuple[str | int, ...]:
@@ -531,7 +433,6 @@ def _answer(
     decoding: tuple[int, int],
     share_pictures: bool,
     streamer: BaseStreamer | None,
-    decided: Decided | None,
 ) -> list[str]:
     first = {row.picture: row for row in reversed(rows)}
     prefix = _common_prefix(rows, reader.image_token) if share_pictures and len(first) < len(rows) else 0
@@ -550,9 +451,7 @@ def _answer(
         inputs |= reader.pixels(rows)
     config = _greedy(reader, *decoding)
     inputs |= {"generation_config": config, "streamer": streamer}
-    if decided is not None:
-        inputs |= {"stopping_criteria": decided.criteria(width)}
-    output = _cut(reader.model.generate(**inputs)[:, width:].tolist(), decided)
+    output = reader.model.generate(**inputs)[:, width:].tolist()
     ends = set(config.eos_token_id)
     return [
         reader.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()

@@ -119,7 +119,7 @@ def test_waiting_prompts_take_little_memory_however_many_ids_a_picture_has(llava
     with pytest.raises(StopIteration) as stopped:
         generate(*llava, prompts, batch_size=1, max_new_tokens=1, on_batch=measured)
     tracemalloc.stop()
-    assert stopped.value.value / len(prompts) < 1000
+    assert stopped.value.value / len(prompts) < 5000  # the ids of one prompt take 90 kB
 
 
 def test_each_batch_is_reported_with_the_places_of_its_prompts(llava: Made) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from milora_eval.answers.lines import to_line
+from milora_eval.answers.store import to_line
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.scores.compare import compare, num_common
 from milora_vl.cli.table import Table, show

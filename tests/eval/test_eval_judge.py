@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from milora_eval.__main__ import main
-from milora_eval.answers.lines import to_line
-from milora_eval.answers.store import Store
+from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmark import Item
 from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import find_benchmark, folder_of
@@ -56,7 +55,7 @@ def stored(name: str, folder: Path) -> Path:
     data = official_data.write(folder / "data", {"llava-bench": "llava-bench-in-the-wild"}.get(name, name))
     benchmark = find_benchmark(name)
     items = benchmark.load(folder_of(benchmark, data))
-    Store(folder / "out").finish(to_line(benchmark, item, f"It is {item.id}.", item.id, data) for item in items)
+    Store(folder / "out").finish([to_line(benchmark, item, f"It is {item.id}.", item.id, data) for item in items])
     about = {"suite": name, "which": "final", "data": str(data), "limit": None}
     write_results(folder / "out", about | numbers(folder / "out", name))
     return folder / "out"

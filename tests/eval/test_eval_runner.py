@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from milora_eval import evaluate as evaluation
-from milora_eval import run
 from milora_eval.answers import runner
+from milora_eval.answers.questions import EvaluationPlan, read_items
 from milora_eval.answers.store import read_lines
+from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.scores.results import read_results, write_results
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -36,8 +37,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(model: Made, data: Path, output: Path, **changed: Any) -> dict[str, Any] | None:
-    options: dict[str, Any] = {"batch_size": 4, **changed}
-    return run(*model, ["emoji"], data_dir=data, output_dir=output, **options)
+    plan = EvaluationPlan(suite="emoji", benchmarks=(Emoji(),), data_dir=data, **{"batch_size": 4, **changed})
+    return evaluation.evaluate(*model, plan, read_items(plan.benchmarks, data, plan.limit), output)
 
 
 def answers(output: Path) -> bytes:
@@ -102,7 +103,6 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: 
 
         class Slow(Emoji):
             asked = 0
-            is_decided = Emoji.is_decided  # these scores are Emoji's
             def score(self, item, text):
                 self.asked += 1
                 if self.asked > 12:
@@ -183,7 +183,7 @@ def test_a_larger_limit_asks_only_what_is_new(model: Made, data: Path, tmp_path:
 
 
 def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(model: Made, data: Path, done: Path) -> None:
-    evaluate(model, data, done, audit_items=2)
+    evaluate(model, data, done, audit=2)
     folder = done / "eval" / "emoji" / "final"
     measured = read_results(folder) | {"forgetting": {"kl": 0.5}}
     write_results(folder, measured)
@@ -196,12 +196,12 @@ def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(model: 
 
 
 def test_an_audit_finds_answers_that_depend_on_the_batch(model: Made, data: Path, done: Path) -> None:
-    results = evaluate(model, data, done, audit_items=6)
+    results = evaluate(model, data, done, audit=6)
     assert results is not None
     assert results["audit"] == {"n": 6, "changed": 0, "ids": []}
     path = done / "eval" / "emoji" / "final" / "predictions.jsonl"
     path.write_text(path.read_text().replace('"prediction": "', '"prediction": "other '))
-    again = evaluate(model, data, done, audit_items=6)
+    again = evaluate(model, data, done, audit=6)
     assert again is not None
     assert again["audit"]["changed"] == 6
 

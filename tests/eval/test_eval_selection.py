@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 
-from milora_eval.answers.selection import group_order, parse_shard, select, shard_places
+from milora_eval.answers.questions import Question, parse_shard, select, shard_of
 from milora_eval.benchmark import Item
+from milora_eval.benchmarks.emoji import Emoji
 from support.problems import raises_code
 
 ITEMS = [Item(f"{kind}-{picture}", (), group=f"{picture}.png") for kind in "abc" for picture in range(20)]
@@ -32,9 +32,8 @@ def test_pictures_come_with_all_their_questions() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 20, 31])
 def test_every_item_is_in_one_shard(count: int) -> None:
-    orders = np.array([group_order(item.group) for item in ITEMS], dtype=np.uint64)
-    shards = [shard_places(orders, (number, count)) for number in range(1, count + 1)]
-    parts = [[ITEMS[place] for place in places] for places in shards]
+    questions = [Question(Emoji(), item, item.id) for item in ITEMS]
+    parts = [[one.item for one in shard_of(questions, (number, count))] for number in range(1, count + 1)]
     assert sorted(item.id for part in parts for item in part) == sorted(item.id for item in ITEMS)
     groups = [{item.group for item in part} for part in parts]
     assert sum(len(group) for group in groups) == 20

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from milora_eval import run, score
+from milora_eval import score
+from milora_eval.answers.questions import EvaluationPlan, read_items
 from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Benchmark, Item
+from milora_eval.evaluate import evaluate
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 from milora_vl.foreign.load_model import load_model
 from milora_vl.models.generate import Prompt, prompt_ids
@@ -39,7 +41,8 @@ def test_files_to_submission(name: str, smol: tuple[Any, Any], data: Path, tmp_p
     for item in items:
         assert_asked_as_llava_does(item, benchmark.form, split_processor(smol[1])[0])
     benchmark.max_new_tokens = LIMIT
-    results = run(*smol, [benchmark], data_dir=data, output_dir=tmp_path, batch_size=8, audit_items=3)
+    plan = EvaluationPlan(suite=name, benchmarks=(benchmark,), data_dir=data, batch_size=8, audit=3)
+    results = evaluate(*smol, plan, read_items([benchmark], data), tmp_path)
     folder = tmp_path / "eval" / name / "final"
     assert results is not None
     assert results["audit"]["changed"] == 0

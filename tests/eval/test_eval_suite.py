@@ -12,8 +12,7 @@ import pytest
 
 from milora_eval import stats
 from milora_eval.__main__ import main
-from milora_eval.answers.lines import to_line
-from milora_eval.answers.store import Store
+from milora_eval.answers.store import Store, to_line
 from milora_eval.scores.compare import compare
 from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import SUITES, find_benchmark, folder_of

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.encode.tokens import fast_backend
-from milora_eval.benchmark import Benchmark, Item, ends_early
+from milora_eval.benchmark import Benchmark, Item
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, NON_LORA, PROJECTOR_FILES, holds_adapter, holds_residual
 
 FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
@@ -66,25 +66,14 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item) -> str:
-    """Return the key of one answer: a digest of the settings, the prompt, and the names and sizes of the pictures.
-
-    For an answer that may end early it covers what ends it too: another rule needs the rest of the text.
-    """
+    """Return the key of one answer: a digest of the settings, the prompt, and the names and sizes of the pictures."""
     pictures = []
     for image in item.images:
         path = Path(image)
         pictures.append([path.name, path.stat().st_size if path.is_file() else None])
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
     decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
-    return digest([settings, benchmark.name, decoding, turns, pictures, *_early_end(benchmark, item)])
-
-
-def _early_end(benchmark: Benchmark, item: Item) -> list[Any]:
-    """Return the name and the inputs of the rule that ends answers to an item; nothing if they are always whole."""
-    if benchmark.num_beams > 1 or not ends_early(type(benchmark)):
-        return []
-    inputs = benchmark.rule_inputs(item)
-    return [] if inputs is None else [benchmark.is_decided.__qualname__, benchmark.protocol, inputs]
+    return digest([settings, benchmark.name, decoding, turns, pictures])
 
 
 def _base_name(name: str) -> str | None:

@@ -1,26 +1,21 @@
-"""Read the questions of an evaluation before a model loads; check names, ids and pictures."""
+"""Read and select the questions of an evaluation before a model loads; check names, ids and pictures."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal
 
 from milora_eval.answers.identity import answer_key
-from milora_eval.answers.item_file import ItemFile
-from milora_eval.answers.selection import Orders, selected
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.data_files import load_items
 from milora_eval.suites import folder_of
 from milora_vl.base.errors import UserError
 
-Items = dict[str, ItemFile]
+Items = dict[str, list[Item]]
 """The items of each benchmark, by its name."""
 
 
@@ -58,6 +53,15 @@ class Question:
     key: str
 
 
+def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:
+    """Return the items of the plan's benchmarks, each with the key of its answer."""
+    return [
+        Question(benchmark, item, answer_key(plan.settings, benchmark, item))
+        for benchmark in plan.benchmarks
+        for item in items[benchmark.name]
+    ]
+
+
 def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None = None) -> Items:
     """Read the items of some benchmarks, for all shards.
 
@@ -68,11 +72,10 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     missing: dict[str, MissingData] = {}
     for benchmark in benchmarks:
         try:
-            loaded = ItemFile(load_items(benchmark, folder_of(benchmark, data_dir)))
+            items = select(load_items(benchmark, folder_of(benchmark, data_dir)), limit)
         except MissingData as error:
             missing[benchmark.name] = error
             continue
-        items = loaded if limit is None else loaded.take(selected(loaded.orders, limit))
         if not items:
             raise UserError(
                 f"no questions in the data of benchmark {benchmark.name} in {data_dir}",
@@ -95,78 +98,74 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     return result
 
 
-class Questions(Sequence[Question]):
-    """The items of the plan's benchmarks, each with the key of its answer.
+def select(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """Return at most `limit` items, in their order; a smaller limit gives a subset of a larger one.
 
-    A question is read when it is asked for: a million of them take the memory of two numbers each, `keys` and `orders`.
+    The order in which pictures are chosen depends on their names alone. A picture brings all its questions.
     """
+    places = sorted(range(len(items)), key=lambda place: group_order(items[place].group))[:limit]
+    return [items[place] for place in sorted(places)]
 
-    def __init__(self, plan: EvaluationPlan, items: Items) -> None:
-        self._parts = [(benchmark, items[benchmark.name]) for benchmark in plan.benchmarks]
-        self._firsts = [0, *accumulate(len(part) for _, part in self._parts)]
-        keys = (int(answer_key(plan.settings, one, item), 16) for one, part in self._parts for item in part)
-        self.keys: NDArray[np.uint64] = np.fromiter(keys, np.uint64, len(self))
-        self.orders: Orders = np.concatenate([part.orders for _, part in self._parts])
 
-    def __len__(self) -> int:
-        return self._firsts[-1]
+def shard_of(questions: Sequence[Question], shard: tuple[int, int]) -> list[Question]:
+    """Return the questions of shard `number` (from 1) of `count`; questions about one picture stay together.
 
-    @overload
-    def __getitem__(self, place: int) -> Question: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Question]: ...
-    def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        number = bisect_right(self._firsts, place) - 1
-        benchmark, items = self._parts[number]
-        return Question(benchmark, items[place - self._firsts[number]], f"{int(self.keys[place]):016x}")
+    Every question is in one shard; a shard may be empty.
+    """
+    number, count = shard
+    groups = sorted({question.item.group for question in questions}, key=group_order)
+    own = set(groups[number - 1 :: count])
+    return [question for question in questions if question.item.group in own]
 
-    def by_benchmark(self, places: NDArray[np.int64]) -> Iterator[tuple[Benchmark, NDArray[np.int64]]]:
-        """Yield each benchmark with its own part of `places`, which ascend."""
-        ends = np.searchsorted(places, self._firsts)
-        for (benchmark, _), start, end in zip(self._parts, ends, ends[1:], strict=False):
-            yield benchmark, places[start:end]
+
+def group_order(group: str) -> int:
+    """Return the place of a group (a picture) among all groups: 64 bits of a hash of its name."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return (number, count) of "2/4". Raises UserError for any other form.
+
+    >>> parse_shard("2/4")
+    (2, 4)
+    """
+    number, _, count = text.partition("/")
+    if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise UserError(
+        f"expected i/n with i from 1 to n, got {text!r}",
+        code="flag-value",
+        where="--shard",
+        hint="for example: --shard 1/4, --shard 2/4, ...",
+    )
 
 
 def _check_names(benchmarks: Sequence[Benchmark]) -> None:
-    seen: set[str] = set()
-    for benchmark in benchmarks:
-        if benchmark.name in seen:  # its numbers and files would replace the other's
+    for name, times in Counter(benchmark.name for benchmark in benchmarks).items():
+        if times > 1:  # its numbers and files would replace the other's
             raise UserError(
-                f"the benchmark {benchmark.name} is listed twice",
+                f"the benchmark {name} is listed twice",
                 code="eval-duplicate-benchmark",
                 hint="use a separate --output_dir for each protocol, or for each file with the same name",
             )
-        seen.add(benchmark.name)
 
 
-def _check_ids(benchmark: Benchmark, items: ItemFile) -> None:
-    hashes, counts = np.unique(items.id_hashes, return_counts=True)
-    seen: set[str] = set()
-    for place in np.flatnonzero(np.isin(items.id_hashes, hashes[counts > 1])).tolist():
-        if items[place].id in seen:
+def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
+    for name, times in Counter(item.id for item in items).items():
+        if times > 1:
             raise UserError(
-                f'the id "{items[place].id}" appears twice in the questions',
+                f'the id "{name}" appears twice in the questions',
                 code="benchmark-duplicate-id",
                 where=f"benchmark {benchmark.name}",
                 hint="give every question its own id",
             )
-        seen.add(items[place].id)
-    items.forget_ids()
 
 
-def _check_pictures(benchmark: Benchmark, items: ItemFile) -> None:
-    missing: set[str] = set()
-    before: tuple[str, ...] = ()
-    for item in items:
-        if item.images != before:  # questions about one picture usually follow each other
-            missing.update(image for image in item.images if not Path(image).is_file())
-        before = item.images
+def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
+    pictures = {image for item in items for image in item.images}
+    missing = sorted(image for image in pictures if not Path(image).is_file())
     if missing:
-        shown = [*sorted(missing)[:3], *(["..."] if len(missing) > 3 else [])]
+        shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
         folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
         shown += [f"put their folder next to the questions: {names.replace('|', ' or ')}" for names in folders]
         raise UserError(

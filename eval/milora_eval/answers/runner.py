@@ -1,4 +1,4 @@
-"""Ask one model the questions of some benchmarks: batches, generation settings, early end, resume of a killed run.
+"""Ask one model the questions of some benchmarks: batches, generation settings, resume of a killed run.
 
 Every batch is written when it is complete. A stored answer with the same key (see `identity`) is reused.
 """
@@ -9,19 +9,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from milora_eval.answers.lines import to_line
-from milora_eval.answers.questions import EvaluationPlan, Question, Questions
-from milora_eval.answers.selection import selected, shard_places
-from milora_eval.answers.store import Line, Store
-from milora_eval.benchmark import Benchmark, Item, ends_early
+from milora_eval.answers.questions import EvaluationPlan, Question, select, shard_of
+from milora_eval.answers.store import Line, Store, to_line
+from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import folder_of
-from milora_vl.models.generate import Prompt, generate_batches
+from milora_vl.models.generate import Prompt, generate
+
+Keep = Callable[[Sequence[Question], Sequence[str]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,54 +30,20 @@ class Outcome:
     seconds: float
 
 
-def ask(model: Any, processor: Any, plan: EvaluationPlan, asked: Questions, folder: Path) -> Outcome:
+def ask(model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> Outcome:
     """Generate the answers of the plan's shard that are missing in `folder`."""
-    store, start = Store(folder, plan.shard), time.perf_counter()
-    own = np.arange(len(asked)) if plan.shard[1] == 1 else shard_places(asked.orders, plan.shard)
-    # POPE repeats some questions in its sets. The same question about the same picture is asked once.
-    keys, first = np.unique(asked.keys[own], return_index=True)
-    with store.known() as known:
-        is_stored = known.holds(keys)
-    todo = np.sort(own[first[~is_stored]])
-    if len(todo):
-        if is_stored.any():
-            sys.stderr.write(f"{is_stored.sum():,} of {len(keys):,} answers are stored already\n")
-        store.open()
-        _generate(model, processor, plan, asked, todo, store)
-    return Outcome(len(todo), time.perf_counter() - start)
-
-
-def finish(plan: EvaluationPlan, asked: Questions, folder: Path) -> bool:
-    """Write the complete predictions.jsonl; return False without writing while answers of other shards are missing."""
-    store = Store(folder, plan.shard)
-    with store.known() as known:
-        if not known.holds(asked.keys).all():
-            return False
-        # All answers are scored again, so that an answer of an older version follows the current rules.
-        store.finish(_line(plan, question, known[question.key]) for question in asked)
-    return True
-
-
-def audit(model: Any, processor: Any, plan: EvaluationPlan, asked: Questions, folder: Path) -> dict[str, Any]:
-    """Ask `plan.audit` questions again, one by one without shared pictures, and report which answers changed."""
-    again = selected(asked.orders, plan.audit)
-    texts: dict[str, str] = {}
-
-    def keep(done: Sequence[Question], answers: Sequence[str]) -> None:
-        texts.update(zip((question.key for question in done), answers, strict=True))
-
-    _run_model(model, processor, plan, asked, again, keep, batch_size=1, share_pictures=False)
-    questions = [asked[place] for place in again.tolist()]
-    with Store(folder).known() as stored:
-        changed = [q.item.id for q in questions if stored[q.key] != texts[q.key]]
-    return {"n": len(questions), "changed": len(changed), "ids": changed}
-
-
-def _generate(
-    model: Any, processor: Any, plan: EvaluationPlan, asked: Questions, todo: NDArray[np.int64], store: Store
-) -> None:
     from tqdm import tqdm
 
+    store, start = Store(folder, plan.shard), time.perf_counter()
+    # POPE repeats some questions in its sets. The same question about the same picture is asked once.
+    own = {question.key: question for question in reversed(shard_of(questions, plan.shard))}
+    known = store.known()
+    todo = [question for question in reversed(own.values()) if question.key not in known]
+    if not todo:
+        return Outcome(0, time.perf_counter() - start)
+    if len(todo) < len(own):
+        sys.stderr.write(f"{len(own) - len(todo):,} of {len(own):,} answers are stored already\n")
+    store.open()
     interval = 0.5 if sys.stderr.isatty() else 10.0
     with tqdm(
         total=len(todo), desc=f"{plan.suite} {plan.which}", unit="question", file=sys.stderr, mininterval=interval
@@ -89,7 +53,36 @@ def _generate(
             store.append([_line(plan, question, text) for question, text in zip(done, answers, strict=True)])
             bar.update(len(done))
 
-        _run_model(model, processor, plan, asked, todo, keep, batch_size=plan.batch_size, share_pictures=True)
+        _run_model(model, processor, plan, todo, keep, batch_size=plan.batch_size, share_pictures=True)
+    return Outcome(len(todo), time.perf_counter() - start)
+
+
+def finish(plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> bool:
+    """Write the complete predictions.jsonl; return False without writing while answers of other shards are missing."""
+    store = Store(folder, plan.shard)
+    known = store.known()
+    if any(question.key not in known for question in questions):
+        return False
+    # All answers are scored again, so that an answer of an older version follows the current rules.
+    store.finish([_line(plan, question, known[question.key]) for question in questions])
+    return True
+
+
+def audit(
+    model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Question], folder: Path
+) -> dict[str, Any]:
+    """Ask `plan.audit` questions again, one by one without shared pictures, and report which answers changed."""
+    chosen = {id(item) for item in select([question.item for question in questions], plan.audit)}
+    again = [question for question in questions if id(question.item) in chosen]
+    texts: dict[str, str] = {}
+
+    def keep(done: Sequence[Question], answers: Sequence[str]) -> None:
+        texts.update(zip((question.key for question in done), answers, strict=True))
+
+    _run_model(model, processor, plan, again, keep, batch_size=1, share_pictures=False)
+    stored = Store(folder).known()
+    changed = [question.item.id for question in again if stored[question.key] != texts[question.key]]
+    return {"n": len(again), "changed": len(changed), "ids": changed}
 
 
 def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
@@ -98,58 +91,33 @@ def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
     return Prompt(benchmark.prompt(item), item.images, benchmark.form, source=source)
 
 
-class _Prompts(Sequence[Prompt]):
-    """The prompts of some questions, each made when it is read."""
-
-    def __init__(self, asked: Questions, places: NDArray[np.int64]) -> None:
-        self.asked, self.places = asked, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    @overload
-    def __getitem__(self, number: int) -> Prompt: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Prompt]: ...
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            return _Prompts(self.asked, self.places[number])
-        question = self.asked[int(self.places[number])]
-        return prompt_of(question.benchmark, question.item)
-
-
 def _run_model(
     model: Any,
     processor: Any,
     plan: EvaluationPlan,
-    asked: Questions,
-    todo: NDArray[np.int64],
-    keep: Callable[[Sequence[Question], Sequence[str]], None],
+    todo: Sequence[Question],
+    keep: Keep,
     *,
     batch_size: int,
     share_pictures: bool,
 ) -> None:
-    for benchmark, part in asked.by_benchmark(todo):
+    for benchmark, group in groupby(todo, key=lambda question: question.benchmark):
+        part = list(group)
 
-        def on_batch(numbers: list[int], texts: list[str], part: NDArray[np.int64] = part) -> None:
-            keep([asked[int(part[number])] for number in numbers], texts)
+        def on_batch(numbers: list[int], texts: list[str], part: Sequence[Question] = part) -> None:
+            keep([part[number] for number in numbers], texts)
 
-        def is_decided(number: int, text: str, part: NDArray[np.int64] = part) -> bool:
-            question = asked[int(part[number])]
-            return question.benchmark.is_decided(question.item, text)
-
-        generate_batches(
+        generate(
             model,
             processor,
-            _Prompts(asked, part),
-            on_batch,
+            [prompt_of(benchmark, question.item) for question in part],
             template=plan.template,
             max_new_tokens=benchmark.max_new_tokens,
             num_beams=benchmark.num_beams,
             batch_size=batch_size,
             image_aspect_ratio=plan.image_aspect_ratio,
             share_pictures=share_pictures,
-            is_decided=is_decided if ends_early(type(benchmark)) else None,
+            on_batch=on_batch,
         )
 
 

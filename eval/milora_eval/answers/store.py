@@ -1,4 +1,4 @@
-"""Store answers on disk (predictions.jsonl), one line each, batch by batch; shards, spare answers, judgements.
+"""Answers on disk: one line each, written batch by batch; a line holds all that is needed to score it again.
 
 predictions.jsonl   the answers behind results.json, in the order of the items
 predictions.K-of-N.jsonl   the answers of one shard, until all shards are complete
@@ -8,41 +8,37 @@ judgements.jsonl    the texts of a judge model, for the benchmarks that need one
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 from filelock import FileLock
-from numpy.typing import NDArray
 
+from milora_data.records.record import Turn
+from milora_eval.benchmark import Answer, Benchmark, Item
+from milora_eval.suites import reference
 from milora_vl.base.atomic_write import atomic_file
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import UserError, expected_format
 
 Line = dict[str, Any]
 PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements.jsonl"
-_KEY = re.compile("[0-9a-f]{16}")
 
 
 def each_line(path: Path) -> Iterator[Line]:
     """Yield the lines of a file, none if it does not exist. Skips a last line that a kill has truncated."""
-    if path.is_file():
-        with path.open("rb") as file:
-            yield from (line for _, line in _located(file, path))
-
-
-def _located(file: BinaryIO, path: Path) -> Iterator[tuple[int, Line]]:
-    """Yield the lines of an open file, each with the number of its first byte."""
-    start = 0
-    for text in file:  # bytes end at a newline alone; answers may hold other line ends
-        line = _parsed(text)
-        if line is not None:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for text in file:  # bytes end at a newline alone; answers may hold other line ends
+            try:
+                line = json.loads(text.decode("utf-8", "replace"))
+            except ValueError:
+                continue
+            if not isinstance(line, dict) or "key" not in line:
+                continue
             if not all(isinstance(line.get(name), str) for name in ("benchmark", "id", "prediction")):
                 raise UserError(
                     "a stored answer has no texts for benchmark, id and prediction",
@@ -50,16 +46,7 @@ def _located(file: BinaryIO, path: Path) -> Iterator[tuple[int, Line]]:
                     where=str(path),
                     hint="evaluate again, or restore the file",
                 )
-            yield start, line
-        start += len(text)
-
-
-def _parsed(text: bytes) -> Line | None:
-    try:
-        line = json.loads(text.decode("utf-8", "replace"))
-    except ValueError:
-        return None
-    return line if isinstance(line, dict) and "key" in line else None
+            yield line
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -83,81 +70,6 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def key_number(key: object) -> int:
-    """Return the key of an answer as a number of 64 bits: its 16 hexadecimal digits, a hash of any other key."""
-    text = str(key)
-    if _KEY.fullmatch(text):
-        return int(text, 16)
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big")
-
-
-def is_among(keys: NDArray[np.uint64], sorted_keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return (n,): whether each key is one of `sorted_keys`. Unlike `np.isin` it sorts no copy of both."""
-    if not len(sorted_keys):
-        return np.zeros(len(keys), dtype=np.bool_)
-    places = np.searchsorted(sorted_keys, keys)
-    np.minimum(places, len(sorted_keys) - 1, out=places)
-    return sorted_keys[places] == keys
-
-
-class Known(Mapping[str, str]):
-    """The texts of stored answers by key, read from their files when asked for; of equal keys, the last one.
-
-    Memory holds 18 bytes of each answer; `numbers` are the keys as sorted numbers. The files stay open, since another
-    shard may replace them by complete ones.
-    """
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._files = [(path.open("rb"), path) for path in paths if path.is_file()]
-        keys, starts, numbers = array("Q"), array("Q"), array("H")
-        for number, (file, path) in enumerate(self._files):
-            for start, line in _located(file, path):
-                keys.append(key_number(line["key"]))
-                starts.append(start)
-                numbers.append(number)
-        # The first of equal keys in the reversed order is the last one in the order of the files.
-        self.numbers, last = np.unique(np.frombuffer(keys, np.uint64)[::-1], return_index=True)
-        self._starts = np.frombuffer(starts, np.uint64)[::-1][last]
-        self._file_numbers = np.frombuffer(numbers, np.uint16)[::-1][last]
-
-    def __enter__(self) -> Known:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file, _ in self._files:
-            file.close()
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __iter__(self) -> Iterator[str]:
-        return (line["key"] for line in self.lines(np.arange(len(self))))
-
-    def __getitem__(self, key: str) -> str:
-        place = int(np.searchsorted(self.numbers, np.uint64(key_number(key))))
-        if place < len(self):
-            line = self._line(place)
-            if line["key"] == key:
-                return str(line["prediction"])
-        raise KeyError(key)
-
-    def holds(self, keys: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Return (n,): whether each key, as a number, has an answer."""
-        return is_among(keys, self.numbers)
-
-    def lines(self, places: NDArray[np.int64]) -> Iterator[Line]:
-        """Yield the lines of the keys at `places`, in the order of the files."""
-        order = np.lexsort((self._starts[places], self._file_numbers[places]))
-        return (self._line(place) for place in places[order].tolist())
-
-    def _line(self, place: int) -> Line:
-        file, _ = self._files[self._file_numbers[place]]
-        file.seek(int(self._starts[place]))
-        line = _parsed(file.readline())
-        assert line is not None
-        return line
-
-
 class Store:
     """The answers of one model on one suite, in one folder. `shard` is (number from 1, count)."""
 
@@ -167,9 +79,9 @@ class Store:
         number, count = shard
         self.path = folder / (PREDICTIONS if count == 1 else f"predictions.{number}-of-{count}.jsonl")
 
-    def known(self) -> Known:
-        """Return the texts of all answers in the folder by key, including other shards. Use it in a `with`."""
-        return Known(self._paths())
+    def known(self) -> dict[str, str]:
+        """Return the texts of all answers in the folder by key, including other shards; of equal keys, the last."""
+        return {line["key"]: line["prediction"] for path in self._paths() for line in each_line(path)}
 
     def open(self) -> None:
         """Prepare for `append`: drop a truncated last line, so that the next line does not continue it."""
@@ -183,27 +95,93 @@ class Store:
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self, lines: Iterable[Mapping[str, Any]]) -> None:
+    def finish(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Write `lines` as predictions.jsonl, in their order; move all other answers to spare.jsonl."""
-        complete, kept = self.folder / ".complete.jsonl", array("Q")
-
-        def with_keys_noted() -> Iterator[Mapping[str, Any]]:
-            for line in lines:
-                kept.append(key_number(line["key"]))
-                yield line
-
-        write_lines(complete, with_keys_noted())
-        with self.known() as known:
-            spare = np.flatnonzero(~is_among(known.numbers, np.unique(np.frombuffer(kept, np.uint64))))
-            if len(spare):
-                write_lines(self.folder / SPARE, known.lines(spare))
-        complete.replace(self.folder / PREDICTIONS)
+        keys = {line["key"] for line in lines}
+        spare = {line["key"]: line for path in self._paths() for line in each_line(path) if line["key"] not in keys}
+        if spare:
+            write_lines(self.folder / SPARE, spare.values())
+        write_lines(self.folder / PREDICTIONS, lines)
         for path in self._paths():
-            if path.name not in (SPARE, PREDICTIONS):
+            if path.name not in (SPARE, PREDICTIONS) or (path.name == SPARE and not spare):
                 path.unlink(missing_ok=True)
 
     def _paths(self) -> list[Path]:
         return [self.folder / SPARE, *sorted(self.folder.glob("predictions*.jsonl"))]
+
+
+def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> Line:
+    """Return the scored line of one answer; `correct` stays empty (None) if a judge or a server scores it."""
+    picture = item.images[0] if item.images else None
+    turns = benchmark.prompt(item)
+    line: Line = {
+        "id": item.id,
+        "benchmark": reference(benchmark),
+        "type": item.kind,
+        "question": turns[-1].text,
+        "image": _relative(picture, data_dir),
+        "image_file": picture,
+        "prediction": text,
+        "answers": list(item.answers),
+        "correct": benchmark.score(item, text),
+        "baseline": item.baseline,
+        "group": item.group,
+        "key": key,
+    }
+    if len(turns) > 1:
+        line["context"] = [[turn.role, turn.text] for turn in turns[:-1]]
+    if len(item.images) > 1:
+        line["more_images"] = list(item.images[1:])
+    if item.meta:
+        line["meta"] = dict(item.meta)
+    return line
+
+
+def to_answer(benchmark: Benchmark, line: Mapping[str, Any], judgement: str | None = None) -> Answer:
+    """Return the answer of a line and score it again, from its judgement if there is one."""
+    item, text = to_item(line), line["prediction"]
+    with expected_of(benchmark, str(line["id"])):
+        value = benchmark.score(item, text) if judgement is None else benchmark.grade(item, judgement)
+    return Answer(item, text, value, judgement)
+
+
+def to_item(line: Mapping[str, Any]) -> Item:
+    """Return the item of a line, with the turns that the model saw. Raises UserError for a line of another form."""
+    with _expected(f"the stored answer {line.get('id')!r:.60} is damaged"):
+        turns = [*line.get("context", ()), ["user", line["question"]]]
+        first = [line["image_file"]] if line["image_file"] else []
+        return Item(
+            id=line["id"],
+            turns=tuple(Turn(role, text) for role, text in turns),
+            images=(*first, *line.get("more_images", ())),
+            answers=tuple(line["answers"]),
+            kind=line["type"],
+            group=line["group"],
+            baseline=line["baseline"],
+            meta=line.get("meta", {}),
+        )
+
+
+def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]:
+    """Return a context that turns errors of a benchmark of ours into a UserError about the stored answer.
+
+    Errors of a user's own class are not caught: the traceback shows their place.
+    """
+    if not type(benchmark).__module__.startswith("milora_eval."):
+        return nullcontext()
+    return _expected(f"the stored answer {what!r:.60} does not fit the benchmark {benchmark.name}")
+
+
+def _expected(message: str) -> AbstractContextManager[None]:
+    hint = "evaluate again, or restore the file"
+    return expected_format(message, code="predictions-format", where="predictions.jsonl", hint=hint)
+
+
+def _relative(picture: str | None, data_dir: Path) -> str | None:
+    if picture is None:
+        return None
+    path, root = Path(picture), data_dir.absolute()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else picture
 
 
 def _text(line: Mapping[str, Any]) -> str:

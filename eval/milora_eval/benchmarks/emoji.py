@@ -15,7 +15,7 @@ from pathlib import Path
 from milora_data.records.record import Record
 from milora_data.stream.sources import load_records
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData
-from milora_eval.rules.answers import can_match, exact_match, normalise
+from milora_eval.rules.answers import exact_match, normalise
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 
 LENIENT = "mean, answer in first line"
@@ -52,16 +52,6 @@ class Emoji(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 for an accepted answer, else 0.0."""
         return float(exact_match(text, item.answers))
-
-    def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether the score and the lenient mean are final.
-
-        No continuation is accepted, and the first line has ended or mentions an accepted answer before its last word.
-        """
-        if can_match(text, item.answers):
-            return False
-        before = text.rpartition(" ")[0]
-        return item.kind == "choice_letter" or "\n" in text or _mentions(before, item.answers)
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the mean over types, then each type; standard errors are clustered by picture."""

@@ -14,7 +14,7 @@ from typing import Any
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find
-from milora_eval.rules.mme import COGNITION, PERCEPTION, mme_answer, mme_is_decided, mme_score
+from milora_eval.rules.mme import COGNITION, PERCEPTION, mme_answer, mme_score
 from milora_eval.stats import mean_stderr
 from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import DataError, UserError
@@ -40,14 +40,6 @@ class MME(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 if the yes or no is right."""
         return float(mme_answer(text) == item.answers[0].lower())
-
-    def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether the characters that the rule reads are complete."""
-        return mme_is_decided(text)
-
-    def rule_inputs(self, item: Item) -> tuple[()]:
-        """Return nothing: the text alone decides."""
-        return ()
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the two sums and the points of each subtask; a picture counts only if both answers exist."""

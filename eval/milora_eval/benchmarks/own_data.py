@@ -7,14 +7,13 @@ normalisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from milora_data.formats.jsonfile import read_json, read_objects
+from milora_data.formats.jsonfile import read_json
 from milora_data.pictures.embedded import is_embedded, refusal
 from milora_data.pictures.files import place_of
 from milora_data.records.record import Turn, parse_record, uses_tools
@@ -23,7 +22,7 @@ from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
 from milora_eval.rules.answers import exact_match
 from milora_eval.rules.chartqa import chartqa_correct
-from milora_eval.rules.pope import pope_answer, pope_is_decided
+from milora_eval.rules.pope import pope_answer
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
 from milora_vl.base.errors import DataError, UserError
@@ -64,10 +63,6 @@ class OwnData(Benchmark):
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read the file, or if it does not exist the file of that name in the data folder."""
-        return list(self.stream(data_dir))
-
-    def stream(self, data_dir: Path) -> Iterator[Item]:
-        """Yield the items of `load`. A list and JSON lines are read one row at a time, twice."""
         if self.path is None:
             raise UserError(
                 f"{self.origin} does not name the file with its questions",
@@ -83,47 +78,33 @@ class OwnData(Benchmark):
             raise MissingData(f"no file {self.path}, and no file of that name in {data_dir}", code="data-missing-file")
         rows, metric = _rows(path)
         # Training data may use one id for several records; the number of the record makes the id unique.
-        hashes = np.fromiter((hash(_id(row, number)) for number, row in enumerate(rows(), start=1)), np.int64)
-        values, times = np.unique(hashes, return_counts=True)
-        repeated = np.isin(hashes, values[times > 1])
-        for number, row in enumerate(rows(), start=1):
-            item = _item(row, number, path, metric, data_dir)
-            yield replace(item, id=f"{item.id}#{number}") if repeated[number - 1] else item
+        items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]
+        times = Counter(item.id for item in items)
+        return [
+            replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
+            for number, item in enumerate(items, start=1)
+        ]
 
     def score(self, item: Item, text: str) -> float:
         """Return the value by the metric of the row."""
         return METRICS[item.meta["metric"]](text, item.answers)
 
-    def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether an answer of the metric `yes_no` can no longer change between yes and no."""
-        return item.meta["metric"] == "yes_no" and pope_is_decided(text)
 
-    def rule_inputs(self, item: Item) -> str | None:
-        """Return the metric `yes_no`; answers of other metrics are whole."""
-        return "yes_no" if item.meta["metric"] == "yes_no" else None
-
-
-def _rows(path: Path) -> tuple[Callable[[], Iterable[Any]], str]:
-    """Return a function that reads the rows from their start, and the metric of the file."""
+def _rows(path: Path) -> tuple[list[Any], str]:
+    """Return the rows of a file, and its metric."""
     if path.suffix == ".jsonl":
-        return lambda: read_jsonl(path), "exact"
-    with path.open("rb") as file:
-        start = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
-    if start.startswith(b"["):
-        return lambda: (row for _, row in read_objects(path)), "exact"
+        return list(read_jsonl(path)), "exact"
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise DataError(
-            f"expected a list of questions, got {type(content).__name__}", code="own-data-format", where=str(path)
-        )
-    questions = content.get("questions")
-    if set(content) - {"metric", "questions"} or not isinstance(questions, list):
+    if isinstance(content, list):
+        return content, "exact"
+    questions = content.get("questions") if isinstance(content, dict) else None
+    if not isinstance(questions, list) or set(content) - {"metric", "questions"}:
         raise DataError(
             'expected a list of questions, or {"metric": ..., "questions": [...]}',
             code="own-data-format",
             where=str(path),
         )
-    return lambda: questions, content.get("metric", "exact")
+    return questions, content.get("metric", "exact")
 
 
 def _id(row: Any, number: int) -> str:

@@ -17,7 +17,7 @@ from milora_eval.benchmark import Answer, Benchmark, Item, Metric, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.benchmarks.submissions import write_rows
 from milora_eval.data_files import find, read_jsonl
-from milora_eval.rules.pope import PopeNumbers, pope_answer, pope_is_decided, pope_numbers
+from milora_eval.rules.pope import PopeNumbers, pope_answer, pope_numbers
 from milora_eval.stats import mean
 from milora_vl.base.errors import UserError
 
@@ -61,14 +61,6 @@ class POPE(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 if the answer, read as yes or no, equals the label."""
         return float((pope_answer(text) == "no") == (item.answers[0] == "no"))
-
-    def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether the answer can no longer change between yes and no."""
-        return pope_is_decided(text)
-
-    def rule_inputs(self, item: Item) -> tuple[()]:
-        """Return nothing: the text alone decides."""
-        return ()
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the mean F1, then F1, accuracy, precision, recall and the share of yes of each set."""

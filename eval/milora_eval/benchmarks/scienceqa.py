@@ -14,7 +14,7 @@ from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import LETTER, picture_item
 from milora_eval.benchmarks.submissions import write_object
 from milora_eval.data_files import find
-from milora_eval.rules.scienceqa import LETTERS, scienceqa_index, scienceqa_is_decided
+from milora_eval.rules.scienceqa import LETTERS, scienceqa_index
 
 
 class ScienceQA(Benchmark):
@@ -39,14 +39,6 @@ class ScienceQA(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 for the letter of the right choice."""
         return float(scienceqa_index(text, item.meta["num_choices"]) == item.meta["answer"])
-
-    def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether the letter can no longer change."""
-        return scienceqa_is_decided(text)
-
-    def rule_inputs(self, item: Item) -> tuple[()]:
-        """Return nothing: the text alone decides."""
-        return ()
 
     def llava_question(self, item: Item) -> dict[str, Any]:
         """Return the prompt with its `<image>`, from which eval_science_qa.py detects questions with a picture."""

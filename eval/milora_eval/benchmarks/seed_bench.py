@@ -15,7 +15,7 @@ from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means
 from milora_eval.benchmarks.llava_prompts import LETTER, lettered, picture_item
 from milora_eval.benchmarks.submissions import write_rows
 from milora_eval.data_files import find
-from milora_eval.rules.short_rules import seed_correct, seed_is_decided
+from milora_eval.rules.short_rules import seed_correct
 
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 VIDEO = "SEED-Bench-video-image"
@@ -49,14 +49,6 @@ class SEEDBench(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 for the right letter."""
         return float(seed_correct(text, item.answers[0]))
-
-    def is_decided(self, item: Item, text: str) -> bool:
-        """Return whether the answer is already another text than the right letter."""
-        return seed_is_decided(text, item.answers[0])
-
-    def rule_inputs(self, item: Item) -> str:
-        """Return the right letter."""
-        return item.answers[0]
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the accuracy: overall, for pictures and videos, and per type as details."""

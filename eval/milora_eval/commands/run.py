@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from milora_data.encode.templates import template_name
-from milora_eval.answers.questions import EvaluationPlan, Items, read_items
-from milora_eval.answers.selection import parse_shard
+from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, read_items
 from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.benchmark import Benchmark
 from milora_eval.scores.exports import SUBMISSION

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_eval.answers.identity import digest
-from milora_eval.answers.lines import to_line
-from milora_eval.answers.selection import select
-from milora_eval.answers.store import PREDICTIONS, write_lines
+from milora_eval.answers.questions import select
+from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
 from milora_eval.benchmark import Benchmark
 from milora_eval.data_files import load_items
 from milora_eval.scores.exports import export

@@ -24,15 +24,6 @@ def mme_answer(text: str) -> Literal["yes", "no", "other"]:
     return "no" if "no" in start else "other"
 
 
-def mme_is_decided(text: str) -> bool:
-    """Return whether `mme_answer` is the same for every continuation: it reads four characters.
-
-    >>> mme_is_decided("Yes"), mme_is_decided("Yes,")
-    (False, True)
-    """
-    return len(text.lower()) >= 4
-
-
 def mme_score(texts: Sequence[str], labels: Sequence[str]) -> float:
     """Return 100 x accuracy + 100 x the share of pictures with both questions right; two adjacent lines are a picture.
 

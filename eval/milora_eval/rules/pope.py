@@ -31,17 +31,6 @@ def pope_answer(text: str) -> YesNo:
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
-def pope_is_decided(text: str) -> bool:
-    """Return whether `pope_answer` is the same for every continuation: the first sentence has ended, or says no.
-
-    The last word may still grow ("no" to "nothing").
-
-    >>> pope_is_decided("Yes, it"), pope_is_decided("Yes."), pope_is_decided("No, there"), pope_is_decided("No")
-    (False, True, True, False)
-    """
-    return "." in text or pope_answer(text.rpartition(" ")[0]) == "no"
-
-
 def pope_numbers(texts: Sequence[str], labels: Sequence[str]) -> PopeNumbers:
     """Return the numbers of one split; labels other than "no" count as yes."""
     pairs = [(pope_answer(text) == "yes", label != "no") for text, label in zip(texts, labels, strict=True)]

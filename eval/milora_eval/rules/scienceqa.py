@@ -22,15 +22,6 @@ def scienceqa_letter(text: str) -> str:
     return str(found[0]) if len(found) == 1 else FAILED
 
 
-def scienceqa_is_decided(text: str) -> bool:
-    """Return whether `scienceqa_letter` is the same for every continuation: the text starts with "B. ".
-
-    >>> scienceqa_is_decided("B"), scienceqa_is_decided("B. red")
-    (False, True)
-    """
-    return len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". "
-
-
 def scienceqa_index(text: str, num_choices: int) -> int:
     """Return the index of the choice that an answer names, -1 (wrong) if it names none."""
     letter = scienceqa_letter(text)

@@ -13,15 +13,6 @@ def seed_correct(text: str, letter: str) -> bool:
     return text == letter
 
 
-def seed_is_decided(text: str, letter: str) -> bool:
-    """Return whether `seed_correct` is the same for every continuation: the answer is already another text.
-
-    >>> seed_is_decided("B", "B"), seed_is_decided("B.", "B"), seed_is_decided("A", "B")
-    (False, True, True)
-    """
-    return bool(text) and text != letter
-
-
 def judge_scores(review: str) -> tuple[float, float]:
     """Return the two numbers of a judge's first line, (-1, -1) for any other text (eval_gpt_review_bench.py).
 

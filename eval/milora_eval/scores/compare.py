@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from milora_eval.answers.lines import to_answer
-from milora_eval.answers.store import Line
+from milora_eval.answers.store import Line, to_answer
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
 from milora_eval.suites import stored_benchmark

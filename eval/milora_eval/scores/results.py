@@ -7,20 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from milora_eval.answers.lines import expected_of, to_answer
-from milora_eval.answers.selection import select
-from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, read_lines, write_lines
+from milora_eval.answers.store import (
+    JUDGEMENTS,
+    PREDICTIONS,
+    Line,
+    each_line,
+    expected_of,
+    read_lines,
+    to_answer,
+    write_lines,
+)
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import mean
-from milora_eval.suites import SUITES, folder_of, stored_benchmark
+from milora_eval.suites import SUITES, stored_benchmark
 from milora_vl.base.atomic_write import read_json, write_json
 from milora_vl.base.errors import UserError, expected_format
 from milora_vl.cli.command_line import no_folder
@@ -126,44 +132,22 @@ def require_lines(folder: Path) -> list[Line]:
 def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
     """Raise UserError if an answer appears twice, or if there are fewer answers than results.json counts."""
     path = folder / PREDICTIONS
-    hashes = np.fromiter((hash(_name(line)) for line in each_line(path)), dtype=np.int64)
-    values, counts = np.unique(hashes, return_counts=True)
-    if (counts > 1).any():
-        twice = set(values[counts > 1].tolist())
-        name = next(_name(line) for line in each_line(path) if hash(_name(line)) in twice)
+    times = Counter((line["benchmark"], line["id"]) for line in each_line(path))
+    (benchmark, name), most = max(times.items(), key=lambda entry: entry[1])
+    if most > 1:
         raise UserError(
-            f'{name[0]} has two answers for the id "{name[1]}"',
+            f'{benchmark} has two answers for the id "{name}"',
             code="predictions-duplicate-id",
             where=str(path),
             hint="delete one of them, then score again",
         )
     expected = sum(entry["n"] for entry in results.get("benchmarks", ()))
-    if len(values) < expected:
+    if len(times) < expected:
         raise UserError(
-            f"{path} holds {len(values)} answers, expected {expected}",
+            f"{path} holds {len(times)} answers, expected {expected}",
             code="predictions-missing-ids",
-            hint=_missing_ids(path, results) + "generate them: run the same  python -m milora_eval run  again",
+            hint="generate them: run the same  python -m milora_eval run  again",
         )
-
-
-def _missing_ids(path: Path, results: Mapping[str, Any]) -> str:
-    """Return a line with the missing ids; empty if the questions cannot be read."""
-    have = {_name(line) for line in each_line(path)}
-    missing: list[str] = []
-    for entry in results["benchmarks"]:
-        try:
-            benchmark = stored_benchmark(entry.get("reference", entry["name"]))
-            items = select(benchmark.load(folder_of(benchmark, Path(results["data"]))), results.get("limit"))
-        except (UserError, KeyError, OSError):
-            continue
-        name = entry.get("reference", entry["name"])
-        missing += [f'{entry["name"]} "{item.id}"' for item in items if (name, item.id) not in have]
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    return f"missing: {', '.join(missing[:5])}{more}\n" if missing else ""
-
-
-def _name(line: Line) -> tuple[str, str]:
-    return line["benchmark"], line["id"]
 
 
 def lines_digest(lines: Iterable[Line]) -> str:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
-from milora_eval.answers.lines import to_answer, to_item
-from milora_eval.answers.selection import select
-from milora_eval.answers.store import Line
+from milora_eval.answers.questions import select
+from milora_eval.answers.store import Line, to_answer, to_item
 from milora_eval.suites import stored_benchmark
 from milora_vl.cli.page import MAX_BYTES, render
 
