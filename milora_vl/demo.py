@@ -14,7 +14,7 @@ from pathlib import Path
 
 from milora_vl.adapter.folders import holds_adapter
 from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import as_typed, command_line, run
+from milora_vl.cli.command_line import command_line, run
 from milora_vl.cli.flags import Command, flag, option, shared
 
 DATA = Path("data/emoji")  # where the recipe reads it
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, *words = step.words
         done = ": done already" if step.is_done else ""
         sys.stderr.write(f"\n[{number}/{len(ABOUT)}] {about}{done}\n")
-        sys.stderr.write(as_typed(f"$ {command_line(module, *words)}\n"))
+        sys.stderr.write(f"$ {command_line(module, *words)}\n")
         if step.is_done:
             continue
         sys.stderr.flush()

@@ -7,8 +7,6 @@ import json
 import os
 import re
 from functools import lru_cache
-from io import TextIOBase
-from typing import TextIO
 
 HIDDEN = "***"
 _LEAST = 8  # characters of a secret; a shorter value may be a word of any text
@@ -65,36 +63,3 @@ def _secrets(environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
 
 def _in_json(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-class HidingStream(TextIOBase):
-    """A text stream that hides secrets in what is written, in each call of `write`; the rest is the stream's own."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """The encoding of the stream."""
-        return self._stream.encoding
-
-    def write(self, text: str) -> int:
-        """Write a text without its secrets; return the length of `text`."""
-        self._stream.write(without_secrets(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush the stream."""
-        self._stream.flush()
-
-    def isatty(self) -> bool:
-        """Return whether the stream is a terminal."""
-        return self._stream.isatty()
-
-    def fileno(self) -> int:
-        """Return the number of the file."""
-        return self._stream.fileno()
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True

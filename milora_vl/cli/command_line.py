@@ -11,19 +11,19 @@ import errno
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, NoReturn
 
 from milora_vl.base.errors import Problem, UserError
-from milora_vl.base.secrets import HidingStream
+from milora_vl.base.secrets import without_secrets
 from milora_vl.cli.web import url_problem
 
 
@@ -59,6 +59,29 @@ def no_folder(path: Path, flag: str, what: str = "folder") -> Problem:
     if path.exists():
         return Problem(f"{path} is a file, not a folder", "path-not-a-folder", flag, "name a folder")
     return Problem(f"no such {what}: {path}", "path-missing", flag, beside(path))
+
+
+def require_folder(path: Path, flag: str = "--output_dir", *, is_written: bool = True) -> None:
+    """Raise UserError, at `flag`, if `path` is not a folder that can be written to, or created. Writes nothing.
+
+    With `is_written` False, a folder that can only be read is accepted.
+    """
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        within = "" if existing == path else f"{path} is inside "
+        raise UserError(
+            f"{within}{existing}{', which' if within else ''} is a file, not a folder",
+            code="path-not-a-folder",
+            where=flag,
+            hint="use another folder",
+        )
+    if is_written and not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{existing} is not writable",
+            code="path-not-writable",
+            where=flag,
+            hint="use another folder, or change its permissions",
+        )
 
 
 def count(text: str) -> int:
@@ -206,9 +229,9 @@ class Help(argparse.RawDescriptionHelpFormatter):
 def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
     """Return a parser that raises `UserError`; `epilog` keeps its line breaks (use it for examples)."""
     return CommandParser(
-        prog=as_typed(prog),
+        prog=prog,
         description=description,
-        epilog=as_typed(epilog),
+        epilog=epilog,
         allow_abbrev=False,
         exit_on_error=False,
         formatter_class=Help,
@@ -224,21 +247,9 @@ def command_line(module: str, *words: object) -> str:
     return f"python -m {module} {shlex.join(map(str, words))}"
 
 
-def as_typed(text: str) -> str:
-    """Return `text` with `python -m milora_...` replaced by `milora ...` if this command was started as `milora`."""
-    if Path(sys.argv[0]).stem != "milora":
-        return text
-    return re.sub(r"python -m milora_(vl|data|eval)((?:\.\w+)*)\b", _as_subcommand, text)
-
-
-def _as_subcommand(called: re.Match[str]) -> str:
-    package, program = called[1], called[2].rpartition(".")[2]
-    return f"milora {program or package}".removesuffix(" vl")
-
-
 def next_step(module: str, *words: object) -> None:
     """Print a useful next command to stderr, ready to be copied. A word in capitals is a placeholder."""
-    sys.stderr.write(as_typed(f"next: {command_line(module, *words)}\n"))
+    sys.stderr.write(f"next: {command_line(module, *words)}\n")
 
 
 def report(error: UserError) -> None:
@@ -249,7 +260,7 @@ def report(error: UserError) -> None:
     if _asked_for_json():
         problems = [asdict(problem) for problem in error.problems]
         sys.stdout.write(json.dumps({"problems": problems, "exit_code": error.exit_code}, ensure_ascii=False) + "\n")
-    sys.stderr.write(as_typed("error: " + str(error).replace("\n", "\n       ") + "\n"))
+    sys.stderr.write("error: " + str(error).replace("\n", "\n       ") + "\n")
 
 
 def _asked_for_json() -> bool:
@@ -264,102 +275,40 @@ def _wait_for_rank_zero() -> None:
         time.sleep(15)  # rank 0 needs some seconds to exit on a busy machine
 
 
-def _print_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning as the other warnings of a command, without the place in the code that Python would name."""
-    (file or sys.stderr).write(as_typed(f"warning: {message}\n"))
-
-
-def silence_dependencies() -> None:
-    """Suppress warnings of dependencies, and print ours in one line; with option -W, Python shows all of them.
-
-    From Python, the library raises ordinary warnings, which a program can filter.
-    """
+def show_warnings_in_one_line() -> None:
+    """Print warnings as `warning: TEXT`, without the place in the code, unless Python's option -W asks for more."""
     if not sys.warnoptions:
-        warnings.showwarning = _print_warning
+        warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
         shown = logging.StreamHandler(sys.stderr)  # logging would print the text alone
         shown.setFormatter(logging.Formatter("warning: %(message)s"))
         for package in ("milora_vl", "milora_data", "milora_eval"):
             logging.getLogger(package).addHandler(shown)
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("default", module=r"(milora_vl|milora_data|milora_eval|llava_recipes)\b")
-        # PEFT imports bitsandbytes if it is installed, and bitsandbytes warns about an optional kernel.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-        # Its readers log an error and raise it too.
-        logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
 
 
-# Errors of a path that the user named; a bug of ours does not raise them.
-_PATH_ERRORS = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST))
+# Errors of a path that the user named, or of its disk; a bug of ours does not raise them.
+_PATH_ERRORS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+)
 
 
-# Errors of a file system that has been lost or cannot do what every other one can.
-_LOST = frozenset((errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT))
-_NO_RENAME = frozenset((errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV))
-
-
-def output_problem(error: OSError, folder: str) -> Problem | None:
-    """Return the problem of a file system that fails while files of `folder` are written; None for other errors."""
-    place = str(error.filename or folder)
-    if error.errno in _LOST:
-        hint = "mount it again, writable, then repeat the command with  --resume_from_checkpoint auto"
-        return Problem(f"the file system fails: {error.strerror} ({place})", "path-lost", folder, hint)
-    if error.errno in _NO_RENAME:
-        hint = "files are written under another name and renamed when complete: use another file system"
-        return Problem(f"the file system cannot rename: {error.strerror} ({place})", "path-no-rename", folder, hint)
-    return None
-
-
-def _argument_of(path: str) -> tuple[str, str] | None:
-    """Return the flag and the value of the command line that an unusable `path` belongs to; None for a path of our own.
-
-    `path` is the argument, a parent folder of it, or its temporary sibling, such as `.NAME.part`. The flag of a
-    positional argument is an empty string.
-    """
-    failed, flag = Path(path).resolve(), ""
-    for word in sys.argv[1:]:
-        name, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        if name and not equals:
-            flag = name
-            continue
-        named = Path(value).resolve()
-        beside = failed.relative_to(named.parent).parts[:1] if named.parent in failed.parents else ()
-        if named.is_relative_to(failed) or any(part.startswith(f".{named.name}.") for part in beside):
-            return name or flag, value
-        flag = ""
-    return None
-
-
-def _path_error(error: OSError) -> UserError | None:
-    """Return the error of a path or a disk as the user's; None if it is a bug of ours."""
-    path = str(error.filename or "")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"{path or 'a file'} cannot be written: {error.strerror}"
+def _path_error(error: Exception) -> UserError | None:
+    """Return an error of a path or of a full disk as the user's; None for any other error."""
+    text = str(error)
+    if "No space left" in text or "Disk quota" in text:  # safetensors has an exception class of its own
+        message = f"a file cannot be written: {text}"
         return UserError(message, code="disk-full", hint="free some space, or use another disk", exit_code=1)
-    problem = output_problem(error, path)
-    if problem is not None and error.errno != errno.EROFS:
-        return UserError(problems=[problem], exit_code=1)
-    argument = _argument_of(path) if path else None
-    if error.errno not in _PATH_ERRORS and not (error.errno == errno.ENOENT and argument):
-        return None
-    flag, value = argument or ("", path)
-    message = f"{value}: {error.strerror}" if value else f"a file cannot be written: {error.strerror}"
-    return UserError(message, code="path-unusable", where=flag, hint="use another path, or change its permissions")
+    if isinstance(error, OSError) and error.errno in _PATH_ERRORS:
+        message = f"{error.filename or 'a file'}: {error.strerror}"
+        return UserError(message, code="path-unusable", hint="use another path, or change its permissions")
+    return None
 
 
 def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     """Run `main` with the arguments of the command line and exit the process with its exit code.
 
-    What goes to stderr, tracebacks and logs of libraries too, has no secrets.
+    A mistake of the user is a few lines; any other error is a traceback. Both have no secrets.
     """
-    sys.stderr = cast(TextIO, HidingStream(sys.stderr))
-    silence_dependencies()
+    show_warnings_in_one_line()
     try:
         code = main(None)
         sys.stdout.flush()
@@ -374,17 +323,11 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
         # The reader of the pipe (head, less) has exited; otherwise Python would fail again when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
+    except Exception as error:
         problem = _path_error(error)
         if problem is None:
-            raise
+            sys.stderr.write(without_secrets(traceback.format_exc()))
+            sys.exit(1)
         report(problem)
         code = problem.exit_code
-    except Exception as error:  # safetensors raises its own exception class for a full disk
-        if "No space left" not in str(error):
-            raise
-        hint = "free some space, or use another disk"
-        text = f"a file cannot be written: {str(error).splitlines()[0]}"
-        report(UserError(text, code="disk-full", hint=hint, exit_code=1))
-        code = 1
     sys.exit(code)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import count, did_you_mean, from_zero, parser, positive, suggest
-from milora_vl.cli.output import require_folder
+from milora_vl.cli.command_line import count, did_you_mean, from_zero, parser, positive, require_folder, suggest
 
 
 def device(text: str) -> str:

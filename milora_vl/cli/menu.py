@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import as_typed, suggest
+from milora_vl.cli.command_line import suggest
 
 CODES = "exit codes: 0 done, 1 the run failed or errors were found, 2 bad usage, 130 interrupted\n"
 
@@ -40,10 +40,8 @@ class Menu:
             "\n".join([f"{heading}:", *(f"  {name:<{width}}  {about}" for name, about in lines.items())])
             for heading, lines in listed.items()
         )
-        prog = as_typed(self.prog)
-        see = f"options of each: {prog} {self.word} --help"
-        examples = as_typed(self.examples)
-        return f"usage: {prog} {self.word} ...\n\n{self.about}\n\n{groups}\n\n{see}\n\n{examples}\n{CODES}"
+        see = f"options of each: {self.prog} {self.word} --help"
+        return f"usage: {self.prog} {self.word} ...\n\n{self.about}\n\n{groups}\n\n{see}\n\n{self.examples}\n{CODES}"
 
     def main(self, argv: Sequence[str] | None = None) -> int:
         """Run one program and return its exit code; raises `UserError` for an unknown name."""

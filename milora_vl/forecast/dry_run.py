@@ -23,7 +23,7 @@ from milora_data.encode.templates import OWN
 from milora_data.encode.tokens import share_template
 from milora_data.records.record import Record
 from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import amount, as_typed
+from milora_vl.cli.command_line import amount
 from milora_vl.forecast.cost import MIX665K, Costs, costs_of
 from milora_vl.models.image_tokens import image_tokens, uses_processor
 from milora_vl.models.loading import load_processor, meta_model, split_processor
@@ -125,7 +125,7 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
         start += " --output_dir FOLDER"  # the default name holds the time, which differs between processes
     how = {"": "to start it", None: "to start it on a device where it fits"}
     title = how.get(costs.change, "to start it so that it fits")
-    screen.say(as_typed(f"\n{title}:\n  {start}"))
+    screen.say(f"\n{title}:\n  {start}")
     if request.format == "json":
         content = {
             "model": recipe.model, "parameters": num_parameters(base), **_trained(base, run.targets),

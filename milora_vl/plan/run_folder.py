@@ -15,8 +15,7 @@ from typing import Any
 from milora_vl.adapter import checkpoints
 from milora_vl.base import atomic_write
 from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import amount
-from milora_vl.cli.output import require_folder
+from milora_vl.cli.command_line import amount, require_folder
 from milora_vl.plan.run_lock import require_free
 from milora_vl.recipe.schema import Recipe
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TextIO
 
-from milora_vl.cli.command_line import as_typed
 from milora_vl.policy.towers import TOWERS, find_towers
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Screen:
         width = max(len(name) for name, _ in rows)
         self.console.print()
         for name, value in rows:
-            self.say(as_typed(f"{name:<{width}}  {value}"))
+            self.say(f"{name:<{width}}  {value}")
 
 
 def policy_rows(

@@ -7,7 +7,7 @@ from typing import Any
 
 from milora_data.encode.templates import OWN
 from milora_vl.base.errors import UserError
-from milora_vl.cli.output import require_folder
+from milora_vl.cli.command_line import require_folder
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.image_tokens import uses_processor

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milora_vl.base.errors import expected_format
-from milora_vl.cli.command_line import as_typed
 from milora_vl.cli.flags import Command, option, shared
 from milora_vl.report import run_page, wording
 from milora_vl.report.page import write_page
@@ -37,5 +36,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
     sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")
     is_evaluated, typed = any(comparison.after for comparison in content.comparisons), commands(content)
-    sys.stderr.write(as_typed(f"next: {typed.chat if is_evaluated else typed.evaluate}\n"))
+    sys.stderr.write(f"next: {typed.chat if is_evaluated else typed.evaluate}\n")
     return 0

@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError
 
 from milora_vl.base.errors import Problem, UserError
-from milora_vl.cli.command_line import output_problem
 from milora_vl.weights.torch_files import unreadable
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ def explained(args: TrainingArguments) -> Iterator[None]:
             hint="resume from an earlier checkpoint:  --resume_from_checkpoint FOLDER",
         ) from None
     except (OSError, EOFError, SafetensorError, RuntimeError) as error:
-        problem = output_problem(error, str(args.output_dir)) if isinstance(error, OSError) else None
-        problem = problem or _explain(str(error), args)
+        problem = _explain(str(error), args)
         if problem is None:
             raise
         raise UserError(problems=[problem], exit_code=1) from None

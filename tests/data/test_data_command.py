@@ -17,7 +17,7 @@ from milora_data.records.record import parse_record
 from milora_data.show.preview import text_pieces, token_pieces
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import as_typed, parser, suggest
+from milora_vl.cli.command_line import parser, suggest
 from support.problems import raises_code
 
 Out = pytest.CaptureFixture[str]
@@ -298,19 +298,6 @@ def test_a_prompt_without_folder_has_no_effect_and_is_refused(tiny_data: Path, t
         )
 
 
-def test_a_command_typed_as_milora_is_answered_with_milora(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (
-        "see: python -m milora_vl.train --help, python -m milora_vl.integrations.llava,\n"
-        "python -m milora_eval.lm_eval, python -m milora_data check, python -m milora_eval run, python -m milora_vl"
-    )
-    monkeypatch.setattr("sys.argv", ["/somewhere/pytest"])
-    assert as_typed(text) == text
-    monkeypatch.setattr("sys.argv", ["/usr/bin/milora", "train"])
-    assert as_typed(text) == (
-        "see: milora train --help, milora llava,\nmilora lm_eval, milora data check, milora eval run, milora"
-    )
-
-
 def test_a_folder_of_pictures_is_told_how_it_becomes_records(tiny_data: Path) -> None:
     with raises_code("data-folder", says=r"a folder(.|\n)*milora_data convert --from folder .*images --output_dir OUT"):
         main(["check", str(tiny_data / "images")])
@@ -321,4 +308,3 @@ def test_a_broken_parquet_file_is_an_error_of_ours_alone(tmp_path: Path) -> None
     command = [sys.executable, "-m", "milora_data", "check", str(tmp_path / "l.parquet")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "cannot be read from here on" in done.stdout + done.stderr
-    assert "Failed to read" not in done.stderr

@@ -12,9 +12,8 @@ from milora_eval.scores.view import page
 from milora_eval.suites import import_plugins
 from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step
+from milora_vl.cli.command_line import next_step, require_folder
 from milora_vl.cli.flags import Command, option, shared
-from milora_vl.cli.output import require_folder
 
 COMMAND = Command(
     "milora_eval view",
