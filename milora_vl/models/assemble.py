@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +12,6 @@ from milora_data.encode.templates import render_chat_template
 from milora_vl.models.image_tokens import count_tokens
 
 IMAGE_TOKEN = "<image>"
-
-
-@contextmanager
-def whole_weights() -> Iterator[None]:
-    """Inside this context transformers loads and builds unsharded models even under ZeRO-3."""
-    from transformers.integrations import deepspeed
-
-    config = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +34,18 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        native = device.type == "cpu" and "avx512_bf16" in _cpu_flags()
     return torch.bfloat16 if native else torch.float32
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    """Return the names of the instructions of the CPU; empty on other systems than Linux on x86."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def train_device(train: Mapping[str, Any]) -> torch.device:

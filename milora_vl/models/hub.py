@@ -25,8 +25,8 @@ from milora_vl.adapter.folders import newest_of_unfinished
 from milora_vl.base.errors import UserError, first_line
 from milora_vl.base.hub_host import hub_is_known
 from milora_vl.cli.command_line import suggest
+from milora_vl.compat.transformers import forget_conversions, whole_weights
 from milora_vl.models import original, smol_llava
-from milora_vl.models.assemble import whole_weights
 from milora_vl.models.image_tokens import complete_processor
 from milora_vl.models.names import (
     BUILT_IN_MODELS,
@@ -87,8 +87,7 @@ def load_weights(
     with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
         model = _read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():
-        # HF keeps renamings of old checkpoints here even if it did not apply them, and reverts them when it saves.
-        vars(model).pop("_weight_conversions", None)
+        forget_conversions(model)
     keep_weights_readable(model)
     vars(model.config).pop(
         "auto_map", None
@@ -172,7 +171,7 @@ def _named(model: Any, name: str) -> nn.Module:
     """Set the name that adapters record: the name that the user typed, not a cache folder."""
     if name in BUILT_IN_MODELS:
         model.name_or_path = name
-        model.config._name_or_path = name
+        model.config.name_or_path = name
     return model
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from milora_vl.compat.transformers import whole_weights
 from milora_vl.models import hub, original, parts
-from milora_vl.models.assemble import whole_weights
 from milora_vl.models.names import MADE_IN_MEMORY
 from milora_vl.models.quantized import Quantization
 

@@ -18,8 +18,9 @@ from milora_data.assets import cache_dir
 from milora_vl.base.atomic_write import complete_folder
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import beside
+from milora_vl.compat.transformers import whole_weights
 from milora_vl.models import hub, original, vision
-from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for, whole_weights
+from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for
 from milora_vl.models.projector import load_projector, projector_file
 
 

@@ -1,12 +1,10 @@
-"""Silence progress bars and log lines of dependencies: transformers' weights and GGUF bars, DeepSpeed's message."""
+"""Silence progress bars and log lines of dependencies: transformers' bars for weights, DeepSpeed's message."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
 
 
 @contextmanager
@@ -21,21 +19,6 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if shown:
             bars.enable_progress_bar()
-
-
-@contextmanager
-def quiet_conversion() -> Iterator[None]:
-    """Hide the progress bar of transformers' GGUF reader, which ignores settings, and the message of DeepSpeed."""
-    from transformers import modeling_gguf_pytorch_utils
-
-    gguf: Any = modeling_gguf_pytorch_utils
-    silence_deepspeed()
-    original = gguf.tqdm
-    gguf.tqdm = partial(original, disable=True)
-    try:
-        yield
-    finally:
-        gguf.tqdm = original
 
 
 def silence_deepspeed() -> None:

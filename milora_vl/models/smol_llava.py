@@ -17,8 +17,9 @@ import torch
 from milora_data.assets import cache_dir, fetch
 from milora_vl.base.atomic_write import complete_folder
 from milora_vl.base.errors import UserError
-from milora_vl.models.assemble import compose, processor_for, whole_weights
-from milora_vl.models.quiet import quiet_bars, quiet_conversion
+from milora_vl.compat.transformers import whole_weights
+from milora_vl.models.assemble import compose, processor_for
+from milora_vl.models.quiet import quiet_bars, silence_deepspeed
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, register
 
 FOLDER_VERSION = 3  # increase it with every change of the folder contents
@@ -52,7 +53,8 @@ def made_folder(name: str) -> Path:
         return folder
     parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
     sys.stderr.write(f"building {name} from {parts} (once, about a minute)\n")
-    with complete_folder(folder) as staged, quiet_bars(), quiet_conversion(), whole_weights():
+    silence_deepspeed()
+    with complete_folder(folder) as staged, quiet_bars(), whole_weights():
         if name == "smollm2":
             _write_language(staged)
         else:

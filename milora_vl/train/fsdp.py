@@ -19,23 +19,12 @@ from transformers import TrainerCallback
 
 from milora_vl.adapter.install import base_model_of
 from milora_vl.base.errors import UserError
+from milora_vl.compat.transformers import layer_kinds
 from milora_vl.policy.towers import find_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-
-def enable_on_cpus(args: TrainingArguments, state: AcceleratorState) -> None:
-    """Make accelerate shard on CPUs too. By itself it enables FSDP on GPUs alone, and trains with DDP on CPUs."""
-    from accelerate.state import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    if args.fsdp_plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(**args.fsdp_plugin_args)
-        # Every new AcceleratorState takes its type from here; accelerate itself writes it like this on GPUs.
-        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 def refuse_full_training_of_text(model: nn.Module) -> None:
@@ -78,8 +67,7 @@ def prepare(accelerator: Accelerator, model: nn.Module) -> None:
         # transformers lists kinds of layers that this model may lack, such as CLIP's text embeddings; accelerate then
         # raises.
         present = {type(module).__name__ for module in model.modules()}
-        base: Any = base_model_of(model)
-        plugin.transformer_cls_names_to_wrap = sorted(present & set(base._no_split_modules or ()))
+        plugin.transformer_cls_names_to_wrap = sorted(present & layer_kinds(base_model_of(model)))
     if accelerator.native_amp:  # accelerate adds autocast to the forward of other wrappers, and not of this one
         autocast = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
         model.forward = autocast(model.forward)  # type: ignore[method-assign]

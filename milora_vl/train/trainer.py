@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -40,6 +39,8 @@ from milora_vl.adapter.keep_protected import FsdpProjection, ShardedProjection, 
 from milora_vl.adapter.parameter_groups import parameter_groups, target_path
 from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.base.errors import UserError
+from milora_vl.compat.accelerate import enable_fsdp_on_cpus
+from milora_vl.compat.trainer import CheckpointTrainer
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.models.projector import save_projector
 from milora_vl.policy import Target
@@ -150,7 +151,7 @@ class ProjectShards(TrainerCallback):
         self.projection.project()
 
 
-class MiloraTrainer(Trainer):
+class MiloraTrainer(CheckpointTrainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
     With `lengths` (one per training record), a batch has records of similar length and of one of `kinds`.
@@ -215,7 +216,7 @@ class MiloraTrainer(Trainer):
         """Create the accelerator as HF does; FSDP2 runs on CPUs too."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
-            fsdp.enable_on_cpus(self.args, self.accelerator.state)
+            enable_fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = self.accelerator.state.fsdp_plugin is not None
 
     def trained(self) -> nn.Module:
@@ -415,33 +416,20 @@ class MiloraTrainer(Trainer):
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
+    def save_sharded_optimizer(self, folder: Path) -> None:
+        """Write optimizer and scheduler with complete tensors, as a run without FSDP does."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         content = fsdp.gathered_optimizer(self.optimizer)
         if self.args.should_save:
-            torch.save(content, Path(output_dir) / "optimizer.pt")
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+            torch.save(content, folder / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
+    def load_sharded_optimizer(self, folder: Path) -> None:
+        """Read what `save_sharded_optimizer` or a run without FSDP wrote."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        files = [Path(checkpoint) / name for name in ("optimizer.pt", "scheduler.pt")]
+        files = [folder / name for name in ("optimizer.pt", "scheduler.pt")]
         optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
         fsdp.load_optimizer(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Do nothing: the model was restored when it was built, before anything wrapped or sharded it.
-
-        HF reads the file of a full training without the names that transformers has changed, and finds no projector.
-        """
-
-    def _load_best_model(self) -> None:
-        """Do nothing: the run copies the files of the best checkpoint. HF would load what it cannot read, as above."""

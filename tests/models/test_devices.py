@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from milora_vl.models import devices
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
 from milora_vl.plan import train_section
 from milora_vl.recipe import command_line
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def has_units(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: answer)
+    monkeypatch.setattr(devices, "_cpu_flags", lambda: {"avx512_bf16"} if answer else set())
 
 
 def test_names_mean_devices_and_dtypes() -> None:

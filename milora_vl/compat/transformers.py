@@ -1,0 +1,39 @@
+"""Private interfaces of transformers, except those of its Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+@contextmanager
+def whole_weights() -> Iterator[None]:
+    """Inside this context transformers loads and builds unsharded models even under ZeRO-3.
+
+    A public way to switch `zero.Init` off for one model would replace it.
+    """
+    from transformers.integrations import deepspeed
+
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def forget_conversions(model: nn.Module) -> None:
+    """Let `save_pretrained` write the names that the model has.
+
+    Under ZeRO-3, transformers keeps renamings of old checkpoints even if it applied none, and reverts them when it
+    saves. A fix there would replace it.
+    """
+    vars(model).pop("_weight_conversions", None)
+
+
+def layer_kinds(model: Any) -> set[str]:
+    """Return the class names of the layers that FSDP2 wraps. A public name of them would replace it."""
+    return set(model._no_split_modules or ())

@@ -1,0 +1,33 @@
+"""The private names of transformers that `milora_vl.compat.transformers` and `compat.trainer` use are still there."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from transformers import LlamaForCausalLM, Trainer
+from transformers.integrations import deepspeed
+
+from milora_vl.compat.trainer import CheckpointTrainer
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_save_optimizer_and_scheduler", "_load_optimizer_and_scheduler", "_load_from_checkpoint", "_load_best_model"],
+)
+def test_the_trainer_still_calls_the_methods_that_are_overridden(name: str) -> None:
+    assert name in vars(CheckpointTrainer)
+    stock = inspect.signature(getattr(Trainer, name))
+    assert list(stock.parameters) == list(inspect.signature(getattr(CheckpointTrainer, name)).parameters)
+    assert f"self.{name}(" in inspect.getsource(Trainer)
+
+
+def test_deepspeeds_config_is_where_it_was() -> None:
+    assert "_hf_deepspeed_config_weak_ref" in vars(deepspeed)
+    assert "_hf_deepspeed_config_weak_ref" in inspect.getsource(deepspeed.is_deepspeed_zero3_enabled)
+
+
+def test_models_name_their_renamings_and_layers_as_before() -> None:
+    assert LlamaForCausalLM._no_split_modules == ["LlamaDecoderLayer"]
+    loading = pytest.importorskip("transformers.core_model_loading", reason="transformers 4 renames nothing")
+    assert "_weight_conversions" in inspect.getsource(loading)
