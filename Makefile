@@ -39,10 +39,10 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
-# Packages that no extra names: TRL, llama.cpp as a reader of GGUF, transformers' server, the notebook, SmolVLM's numbers.
-EXTRAS_PACKAGES := trl xllamacpp "transformers[serving]" nbclient nbformat ipykernel num2words
+# Packages that no extra names: TRL, transformers' server, the notebook, SmolVLM's numbers.
+EXTRAS_PACKAGES := trl "transformers[serving]" nbclient nbformat ipykernel num2words
 EXTRAS_TESTS := tests/adapter/test_quantized.py tests/chat/test_chat_web.py tests/chat/test_vlm_chat.py tests/integrations/test_trl.py \
-    tests/integrations/test_trl_collator.py tests/recipe/test_llava_scripts.py tests/export/test_gguf.py tests/export/test_serving.py \
+    tests/integrations/test_trl_collator.py tests/recipe/test_llava_scripts.py tests/export/test_serving.py \
     tests/docs/test_examples.py tests/train/test_vlm_train.py tests/data/test_videos.py
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment

@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.export.command import main
+from milora_vl.export.request import Options
 
 if TYPE_CHECKING:
     from milora_vl.export.job import Exported, export
 
-__all__ = ["Exported", "export", "main"]
+__all__ = ["Exported", "Options", "export", "main"]
 
 
 def __getattr__(name: str) -> Any:

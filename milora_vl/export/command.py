@@ -19,7 +19,7 @@ from milora_vl.adapter.folders import base_of, holds_text_model
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step
 from milora_vl.cli.flags import Command, flag, option, shared
-from milora_vl.export.forms import FORMS, parse_form
+from milora_vl.export.request import FORMS, Options, parse_form
 from milora_vl.models.quiet import silence_deepspeed
 from milora_vl.recipe.yaml_file import trained_prompts
 
@@ -47,7 +47,7 @@ examples:
   python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
   python -m milora_vl.export runs/a runs/b --weights 0.7,0.3 --to adapter --output_dir both
   python -m milora_vl.export runs/a --scale 0.7 --to adapter --output_dir weaker  # 0.7 of the update
-  python -m milora_vl.export runs/a --to gguf --outtype q8_0 --output_dir gguf    # for llama.cpp and Ollama
+  python -m milora_vl.export runs/a --to gguf --llama_cpp llama.cpp --output_dir gguf       # for llama.cpp and Ollama
   python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
 """,
     inputs=(
@@ -70,6 +70,7 @@ examples:
         flag("--with_base", "write fully trained modules into a copy of the base"),
         flag("--remote_code", "add the code of a timm tower, for trust_remote_code=True"),
         option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
+        option("--llama_cpp", type=Path, metavar="FOLDER", help="copy of llama.cpp, for --to gguf and gguf-lora"),
         shared("allow_base_mismatch"),
     ),
     outputs=(
@@ -100,17 +101,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.folder,
         options.to,
         target,
-        scale=options.scale,
-        weights=options.weights,
-        base=options.base,
-        dtype=None if options.dtype is None else getattr(torch, options.dtype),
-        with_base=options.with_base,
-        residual=options.residual,
-        initial=options.initial,
-        vision_tower=options.vision_tower,
-        allow_base_mismatch=options.allow_base_mismatch,
-        remote_code=options.remote_code,
-        outtype=options.outtype,
+        Options(
+            scale=options.scale,
+            weights=options.weights,
+            base=options.base,
+            dtype=None if options.dtype is None else getattr(torch, options.dtype),
+            with_base=options.with_base,
+            residual=options.residual,
+            initial=options.initial,
+            vision_tower=options.vision_tower,
+            allow_base_mismatch=options.allow_base_mismatch,
+            remote_code=options.remote_code,
+            llama_cpp=options.llama_cpp,
+            outtype=options.outtype,
+        ),
     )
     _show(done, options.format)
     _print_next(done, trained_prompts(first)[0])

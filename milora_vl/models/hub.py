@@ -107,7 +107,7 @@ def weights_folder(name: str) -> Path | None:
     source = source_of(name)
     if Path(source).is_dir():
         return Path(source)
-    return Path(_read(snapshot_download, source, name, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(_read(snapshot_download, source, name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
 
 
 def load_processor(name: str | Path) -> Any:

@@ -16,7 +16,7 @@ from milora_eval.answers.identity import adapter_digest
 from milora_eval.answers.store import read_lines
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.base.errors import UserError
-from milora_vl.export import export
+from milora_vl.export import Options, export
 from support import official_data
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 from support.problems import raises_code
@@ -43,7 +43,7 @@ def llava_folder(root: Path) -> Tensor:
     model = apply_milora(load_model(root / "base")[0], LLAVA_POLICY)
     move(model)
     save_adapter(model, root / "adapter")
-    export(root / "adapter", "llava", root / "trained", base=root / "base", vision_tower="clip")
+    export(root / "adapter", "llava", root / "trained", Options(base=root / "base", vision_tower="clip"))
     return logits(model)
 
 

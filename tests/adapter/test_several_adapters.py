@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.export import export
+from milora_vl.export import Options, export
 from support.adapter_cases import llava_batch, move
 from support.problems import raises_code
 
@@ -43,7 +43,7 @@ def made(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleN
         expected[name] = logits(model)
         save_adapter(model, root / name)
         for form in ("adapter", "rank-4"):
-            export(root / name, form, root / form / name, with_base=True)
+            export(root / name, form, root / form / name, Options(with_base=True))
     assert not torch.allclose(expected["a"], expected["b"], atol=1e-2)
     return SimpleNamespace(root=root, base=tiny_folder, logits=expected)
 

@@ -79,10 +79,10 @@ def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captur
 def test_a_scaled_update_answers_like_the_scaled_export(
     adapter: Path, picture: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    from milora_vl.export import export
+    from milora_vl.export import Options, export
 
     ask("--adapter", adapter, "--image", picture, "--scale", "0.1", "What is it?")
-    export(adapter, "adapter", tmp_path / "small", scale=0.1)
+    export(adapter, "adapter", tmp_path / "small", Options(scale=0.1))
     small = answer("What is it?", picture, folder=tmp_path / "small")
     assert capsys.readouterr().out == f"{small}\n"
 

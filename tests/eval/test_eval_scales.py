@@ -10,7 +10,7 @@ import pytest
 
 from milora_eval.__main__ import main
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export import export
+from milora_vl.export import Options, export
 from support.adapter_cases import move
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -60,7 +60,7 @@ def test_a_scan_shows_score_and_forgetting_and_resumes(adapter: Path, data: Path
 
 def test_a_scaled_evaluation_is_that_of_the_scaled_export(adapter: Path, data: Path, tmp_path: Path) -> None:
     main(arguments("run", adapter, data, tmp_path, "--scale", "0.5"))
-    export(adapter, "adapter", tmp_path / "half", scale=0.5)
+    export(adapter, "adapter", tmp_path / "half", Options(scale=0.5))
     main(arguments("run", tmp_path / "half", data, tmp_path))
     scaled, exported = read(tmp_path, "final-scale-0.5"), read(tmp_path, "final")
     assert scaled["scale"] == 0.5

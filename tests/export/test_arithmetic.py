@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.export import export, main
+from milora_vl.export import Options, export, main
 from milora_vl.foreign.scale import Update
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule
 from support.calibrated import text_batches
@@ -67,7 +67,7 @@ def errors(made: SimpleNamespace, got: dict[str, Tensor], parts: dict[str, float
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])
 def test_a_scaled_export_holds_that_share_of_the_update(made, tmp_path: Path, form: str) -> None:
-    export(made.root / "a", form, tmp_path / "out", scale=0.3)
+    export(made.root / "a", form, tmp_path / "out", Options(scale=0.3))
     if form == "merged":
         got = weights_of(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"))
     else:
@@ -78,7 +78,7 @@ def test_a_scaled_export_holds_that_share_of_the_update(made, tmp_path: Path, fo
 
 
 def test_a_scaled_adapter_is_still_ours(made, tmp_path: Path) -> None:
-    export(made.root / "a", "adapter", tmp_path / "out", scale=0.5)
+    export(made.root / "a", "adapter", tmp_path / "out", Options(scale=0.5))
     model = load_adapter(load_model(made.root / "base")[0], tmp_path / "out", is_trainable=True)
     before = load_adapter(load_model(made.root / "base")[0], made.root / "a", is_trainable=True)
     assert [t.method for t in model.milora_targets] == [t.method for t in before.milora_targets]
@@ -88,7 +88,7 @@ def test_a_scaled_adapter_is_still_ours(made, tmp_path: Path) -> None:
 
 def test_a_scaled_adapter_exports_to_every_form(made, tmp_path: Path) -> None:
     for form in ("rank-2", "residual"):
-        export(made.root / "a", form, tmp_path / form, scale=0.5)
+        export(made.root / "a", form, tmp_path / form, Options(scale=0.5))
     residual = AutoModelForImageTextToText.from_pretrained(tmp_path / "residual")
     tuned = PeftModel.from_pretrained(residual, tmp_path / "residual", subfolder="lora")
     assert errors(made, weights_of(tuned.merge_and_unload()), {"a": 0.5})[0] < 1e-6
@@ -113,7 +113,7 @@ def test_a_size_that_is_no_number_from_zero_is_refused(made, tmp_path: Path, sca
     with raises_code("flag-value", where="--scale", message=f"must be a number from 0, got {scale!r}"):
         load_model(made.root / "base", adapter=made.root / "a", scale=scale)
     with raises_code("flag-value", where="--scale"):
-        export(made.root / "a", "adapter", tmp_path / "out", scale=scale)
+        export(made.root / "a", "adapter", tmp_path / "out", Options(scale=scale))
 
 
 def test_an_exported_adapter_keeps_its_protected_inputs(tiny_llama: Factory, tmp_path: Path, capfd: Any) -> None:
@@ -125,7 +125,7 @@ def test_an_exported_adapter_keeps_its_protected_inputs(tiny_llama: Factory, tmp
     save_adapter(apply_milora(base, rules, calibration=text_batches(40, vocabulary=200)), tmp_path / "a")
     before = load_adapter(load_model(tmp_path / "base")[0], tmp_path / "a", is_trainable=True).protections["default"]
     for name, options in {"plain": {}, "half": {"scale": 0.5}, "low": {"dtype": torch.bfloat16}}.items():
-        export(tmp_path / "a", "adapter", tmp_path / name, **options)
+        export(tmp_path / "a", "adapter", tmp_path / name, Options(**options))
         again = load_adapter(load_model(tmp_path / "base")[0], tmp_path / name, is_trainable=True)
         after = again.protections["default"]
         assert before.keys() == after.keys()
@@ -141,7 +141,7 @@ def test_a_plain_adapter_scales_too(made, tmp_path: Path) -> None:
     model = get_peft_model(load_model(made.root / "base")[0], LoraConfig(r=3, lora_alpha=5, target_modules=[q]))
     move(model, 0.2)
     model.save_pretrained(tmp_path / "plain")
-    assert export(tmp_path / "plain", "adapter", tmp_path / "out", scale=2.0).origin == "plain"
+    assert export(tmp_path / "plain", "adapter", tmp_path / "out", Options(scale=2.0)).origin == "plain"
     twice, once = (merged(made, tmp_path / name)[f"{q}.weight"] for name in ("out", "plain"))
     change = once - made.before[f"{q}.weight"]
     assert torch.allclose(twice - made.before[f"{q}.weight"], 2 * change, atol=1e-6)
@@ -149,7 +149,7 @@ def test_a_plain_adapter_scales_too(made, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -0.5), (0.0, 1.0)])
 def test_a_combination_is_the_weighted_sum_of_the_updates(made, tmp_path: Path, weights: tuple[float, float]) -> None:
-    done = export([made.root / "a", made.root / "b"], "adapter", tmp_path / "out", weights=weights)
+    done = export([made.root / "a", made.root / "b"], "adapter", tmp_path / "out", Options(weights=weights))
     assert done.origin == "combined"
     error, size = errors(made, merged(made, tmp_path / "out"), dict(zip("ab", weights, strict=True)))
     assert error < 1e-6
@@ -162,7 +162,7 @@ def test_a_combination_is_the_weighted_sum_of_the_updates(made, tmp_path: Path, 
 
 def test_a_combination_exports_to_plain_rank_with_its_error(made, tmp_path: Path) -> None:
     folders = [made.root / "a", made.root / "b"]
-    done = export(folders, "rank-64", tmp_path / "out", weights=(0.7, 0.3), scale=0.5)
+    done = export(folders, "rank-64", tmp_path / "out", Options(weights=(0.7, 0.3), scale=0.5))
     assert done.total is not None
     assert done.total < 1e-5
     assert errors(made, merged(made, tmp_path / "out"), {"a": 0.35, "b": 0.15})[0] < 1e-6
@@ -170,7 +170,7 @@ def test_a_combination_exports_to_plain_rank_with_its_error(made, tmp_path: Path
 
 def test_a_module_trained_in_two_ways_is_refused_by_name(made, tmp_path: Path) -> None:
     with raises_code("adapter-not-scalable", where="multi_modal_projector.linear_1", hint="--to merged"):
-        export([made.root / "a", made.root / "c"], "adapter", tmp_path / "out", weights=(1, 1))
+        export([made.root / "a", made.root / "c"], "adapter", tmp_path / "out", Options(weights=(1, 1)))
     assert not (tmp_path / "out").exists()
 
 
@@ -196,9 +196,9 @@ def test_adapters_of_different_bases_are_refused(made, tiny_llava: Factory, tmp_
     save_adapter(model, tmp_path / "of-other")
     folders = [made.root / "a", tmp_path / "of-other"]
     with raises_code("adapter-wrong-base", where="--base", hint=str(tmp_path / "other")):
-        export(folders, "adapter", tmp_path / "out", weights=(1, 1))
+        export(folders, "adapter", tmp_path / "out", Options(weights=(1, 1)))
     with raises_code("adapter-wrong-base", message="not the base model"):
-        export(folders, "adapter", tmp_path / "out", weights=(1, 1), base=made.root / "base")
+        export(folders, "adapter", tmp_path / "out", Options(weights=(1, 1), base=made.root / "base"))
 
 
 def test_what_is_no_product_of_factors_is_refused(made, tmp_path: Path) -> None:
@@ -208,14 +208,14 @@ def test_what_is_no_product_of_factors_is_refused(made, tmp_path: Path) -> None:
         move(model)
         model.save_pretrained(tmp_path / name)
         with raises_code("adapter-not-scalable"):
-            export(tmp_path / name, "merged", tmp_path / "out", scale=0.5)
+            export(tmp_path / name, "merged", tmp_path / "out", Options(scale=0.5))
         with raises_code("adapter-not-scalable", hint="remove --scale"):
             load_model(made.root / "base", adapter=tmp_path / name, scale=0.5)
 
 
 @torch.no_grad()
 def test_a_loaded_model_has_the_output_of_the_scaled_export(made, tmp_path: Path) -> None:
-    export(made.root / "a", "adapter", tmp_path / "out", scale=0.5)
+    export(made.root / "a", "adapter", tmp_path / "out", Options(scale=0.5))
     wanted, _ = load_model(made.root / "base", adapter=tmp_path / "out")
     model, _ = load_model(made.root / "base", adapter=made.root / "a", scale=0.5)
     batch = llava_batch(wanted)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.export import export
+from milora_vl.export import Options, export
 from milora_vl.foreign.llava import KNOWN_KEYS
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move
 from support.llava_oracle import llava_train, original_llava
@@ -93,7 +93,7 @@ def trained(both: SimpleNamespace) -> Tensor:
 def test_an_adapter_trained_here_gives_the_same_logits_in_llavas_classes(both) -> None:
     expected = trained(both)
     assert not torch.allclose(expected, hf_logits(both.hf, both.hf), atol=1e-2)
-    export(both.root / "adapter", "llava", both.root / "llava-lora", vision_tower=both.clip)
+    export(both.root / "adapter", "llava", both.root / "llava-lora", Options(vision_tower=both.clip))
     loaded = original_with(both.root, both.root / "llava-lora")
     assert torch.allclose(original_logits(loaded, both.hf), expected, atol=1e-5)
     config = json.loads((both.root / "llava-lora" / "adapter_config.json").read_text(encoding="utf-8"))
@@ -105,7 +105,9 @@ def test_llavas_own_loader_takes_it(both) -> None:
     from llava.model.builder import load_pretrained_model
 
     expected = trained(both)
-    export(both.root / "adapter", "llava", both.root / "llava-lora", vision_tower=both.clip, dtype=torch.float32)
+    export(
+        both.root / "adapter", "llava", both.root / "llava-lora", Options(vision_tower=both.clip, dtype=torch.float32)
+    )
     loaded = load_pretrained_model(
         str(both.root / "llava-lora"), str(both.root / "original"), "llava-lora", device="cpu", device_map="cpu"
     )[1]
@@ -116,8 +118,8 @@ def test_llavas_own_loader_takes_it(both) -> None:
 
 def test_there_and_back(both) -> None:
     expected = trained(both)
-    export(both.root / "adapter", "llava", both.root / "llava-lora", vision_tower=both.clip)
-    done = export(both.root / "llava-lora", "adapter", both.root / "back", base=both.root / "hf")
+    export(both.root / "adapter", "llava", both.root / "llava-lora", Options(vision_tower=both.clip))
+    done = export(both.root / "llava-lora", "adapter", both.root / "back", Options(base=both.root / "hf"))
     assert done.origin == "llava"
     assert torch.allclose(
         hf_logits(load_adapter(load_model(both.root / "hf")[0], both.root / "back"), both.hf), expected, atol=1e-5
@@ -143,13 +145,13 @@ def test_a_lora_run_of_llava_gives_the_same_logits_here(both) -> None:
     trained = {name: p.detach() for name, p in tuned.named_parameters() if p.requires_grad and "lora_" not in name}
     torch.save(trained, folder / "non_lora_trainables.bin")  # as get_peft_state_non_lora_maybe_zero_3 collects them
     expected = original_logits(tuned, both.hf)
-    export(folder, "adapter", both.root / "here", base=both.root / "hf")
+    export(folder, "adapter", both.root / "here", Options(base=both.root / "hf"))
     here = load_adapter(load_model(both.root / "hf")[0], both.root / "here")
     assert torch.allclose(hf_logits(here, both.hf), expected, atol=1e-5)
-    export(folder, "merged", both.root / "merged", base=both.root / "hf")
+    export(folder, "merged", both.root / "merged", Options(base=both.root / "hf"))
     merged = load_model(both.root / "merged")[0]
     assert torch.allclose(hf_logits(merged, both.hf), expected, atol=1e-5)
-    export(folder, "llava", both.root / "half", dtype=torch.float16)
+    export(folder, "llava", both.root / "half", Options(dtype=torch.float16))
     assert {t.dtype for t in load_file(both.root / "half" / "adapter_model.safetensors").values()} == {torch.float16}
 
 
@@ -160,7 +162,7 @@ def test_what_llavas_loader_could_not_read_is_refused(both) -> None:
     model = apply_milora(load_model(both.root / "hf")[0], [{"modules": "vision", "method": "milora", "rank": 2}])
     save_adapter(model, both.root / "seeing")
     with raises_code("export-llava-module", where="vision.layers.0", message="does not support this module"):
-        export(both.root / "seeing", "llava", both.root / "out", vision_tower=both.clip)
+        export(both.root / "seeing", "llava", both.root / "out", Options(vision_tower=both.clip))
     model = apply_milora(load_model("tiny-text")[0], [{"modules": "language", "method": "milora", "rank": 2}])
     save_adapter(model, both.root / "text")
     with raises_code("export-llava-base", message="this base is llama"):
@@ -172,6 +174,6 @@ def test_a_longer_vocabulary_is_cut(both) -> None:
     model = apply_milora(load_model(both.root / "hf")[0], rules)
     move(model)
     save_adapter(model, both.root / "adapter")
-    export(both.root / "adapter", "llava", both.root / "llava-lora", vision_tower=both.clip)
+    export(both.root / "adapter", "llava", both.root / "llava-lora", Options(vision_tower=both.clip))
     loaded = original_with(both.root, both.root / "llava-lora")
     assert torch.allclose(original_logits(loaded, both.hf), hf_logits(model, both.hf), atol=1e-5)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from milora_vl.chat import main as chat
-from milora_vl.export import export
+from milora_vl.export import Options, export
 from milora_vl.tiny import tiny_llama, tiny_llava
 from milora_vl.train.command import main as train
 from support.served import ask, serving
@@ -52,7 +52,7 @@ def test_vllm_answers_as_chat_does(kind: str, tiny_data: Path, tmp_path: Path, c
     sizes = ["--rank", "8", "--max_steps", "20", "--learning_rate", "0.01"]
     train(["--model", str(base), *data, *sizes, "--use_cpu", "--output_dir", str(run)])
     export(run, "merged", merged)
-    export(run, "rank-16", served, with_base=True)
+    export(run, "rank-16", served, Options(with_base=True))
     asked = ["--max_new_tokens", "8", *(["--image", str(picture)] if picture else []), QUESTION]
     capsys.readouterr()
     chat(["--model", str(base), "--adapter", str(run), *asked])

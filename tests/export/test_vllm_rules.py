@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.export import export, main
+from milora_vl.export import Options, export, main
 from milora_vl.export.command import VLLM_RANKS
 from support.adapter_cases import LLAVA_POLICY, move
 
@@ -85,7 +85,7 @@ def test_a_projector_trained_in_full_is_refused_by_vllm(trained: Path) -> None:
 
 @pytest.mark.parametrize("form", ["adapter", "rank-12"])
 def test_vllm_computes_the_update_of_an_export_with_its_base(trained: Path, tmp_path: Path, form: str) -> None:
-    export(trained / "a", form, tmp_path / "out", with_base=True)
+    export(trained / "a", form, tmp_path / "out", Options(with_base=True))
     config, weights = read(tmp_path / "out"), load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert refused(config) == []
     ignored = {key: value for key, value in config.items() if key not in READ | HARMLESS}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, compose, load_model, save_adapter
-from milora_vl.export import export, main
+from milora_vl.export import Options, export, main
 from support.adapter_cases import move
 from support.problems import raises_code
 from support.programs import run as run_program
@@ -105,7 +105,7 @@ def test_each_module_can_be_the_first_to_import_transformers(module: str) -> Non
 
 
 def test_a_merged_model_with_its_code_loads_without_the_package(made: SimpleNamespace, tmp_path: Path) -> None:
-    done = export(made.root / "adapter", "merged", tmp_path / "merged", remote_code=True)
+    done = export(made.root / "adapter", "merged", tmp_path / "merged", Options(remote_code=True))
     assert done.loads_with == "trust_remote_code"
     again = "".join(
         f'{saved}.save_pretrained("{tmp_path}/again")\n' for saved in ("model", "AutoProcessor.from_pretrained(folder)")
@@ -120,7 +120,7 @@ def test_a_merged_model_with_its_code_loads_without_the_package(made: SimpleName
 
 
 def test_what_is_loaded_here_names_no_code_when_it_is_saved(made: SimpleNamespace, tmp_path: Path) -> None:
-    export(made.root / "adapter", "merged", tmp_path / "merged", remote_code=True)
+    export(made.root / "adapter", "merged", tmp_path / "merged", Options(remote_code=True))
     model = load_model(tmp_path / "merged")[0]
     torch.testing.assert_close(logits(model, made.root), made.logits, atol=1e-5, rtol=0)
     model.save_pretrained(tmp_path / "saved")
@@ -129,18 +129,18 @@ def test_what_is_loaded_here_names_no_code_when_it_is_saved(made: SimpleNamespac
 
 def test_a_base_beside_an_adapter_and_a_residual_one_get_the_code_too(made: SimpleNamespace, tmp_path: Path) -> None:
     for form, with_base, place in (("rank-4", True, "base"), ("residual", False, ".")):
-        done = export(made.root / "adapter", form, tmp_path / form, with_base=with_base, remote_code=True)
+        done = export(made.root / "adapter", form, tmp_path / form, Options(with_base=with_base, remote_code=True))
         assert done.loads_with == "trust_remote_code"
         assert (tmp_path / form / place / "timm_llava.py").is_file()
         assert "auto_map" in json.loads((tmp_path / form / place / "config.json").read_text(encoding="utf-8"))
 
 
 def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:
-    with raises_code("flag-no-effect", where="--remote_code", message="a full model, which --to rank-4 does not write"):
-        export(made.root / "adapter", "rank-4", tmp_path / "out", remote_code=True)
+    with raises_code("flag-no-effect", where="--remote_code", message="does not apply to --to rank-4"):
+        export(made.root / "adapter", "rank-4", tmp_path / "out", Options(remote_code=True))
     save_adapter(apply_milora(load_model(tiny_folder)[0], POLICY), tmp_path / "adapter")
     with raises_code("flag-no-effect", where="--remote_code", message="loads in plain transformers"):
-        export(tmp_path / "adapter", "merged", tmp_path / "out", remote_code=True)
+        export(tmp_path / "adapter", "merged", tmp_path / "out", Options(remote_code=True))
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"
     assert export(tmp_path / "adapter", "rank-1", tmp_path / "small").loads_with is None

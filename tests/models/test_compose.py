@@ -200,7 +200,7 @@ def adapter_on(kind: str, root: Path) -> Path:
 
 
 def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_path: Path) -> None:
-    from milora_vl.export import export
+    from milora_vl.export import Options, export
 
     adapter = adapter_on("clip", tmp_path)
     export(adapter, "llava", tmp_path / "llava-lora")
@@ -210,7 +210,7 @@ def test_an_export_for_llava_knows_the_tower_that_its_base_was_composed_of(tmp_p
     (tmp_path / "tower").rename(tmp_path / "elsewhere")
     with raises_code("flag-required", says=f"composed of {tmp_path}/tower, which is not there\nadd  --vision_tower"):
         export(adapter, "llava", tmp_path / "again")
-    export(adapter, "llava", tmp_path / "again", vision_tower=str(tmp_path / "elsewhere"))
+    export(adapter, "llava", tmp_path / "again", Options(vision_tower=str(tmp_path / "elsewhere")))
     export(adapter, "merged", tmp_path / "merged")
     kept = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
     assert kept["vision_tower_name"] == str(tmp_path / "tower")

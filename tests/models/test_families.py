@@ -13,7 +13,7 @@ from torch import nn
 
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
 from milora_vl.base.errors import UserError
-from milora_vl.export import export
+from milora_vl.export import Options, export
 from milora_vl.policy.towers import find_towers
 from milora_vl.train.command import main as train
 from milora_vl.weights.matrices import is_linear
@@ -96,8 +96,8 @@ def test_exports_of_projectors_with_modules_inside_one_that_trains(name: str, tm
     save_adapter(model, tmp_path / "ours")
     expected = logits(model, name)
     for form in ("adapter", "rank-4", "residual"):
-        export(tmp_path / "ours", form, tmp_path / form, base=tmp_path / "base")
-    export(tmp_path / "residual", "adapter", tmp_path / "back", base=tmp_path / "base")
+        export(tmp_path / "ours", form, tmp_path / form, Options(base=tmp_path / "base"))
+    export(tmp_path / "residual", "adapter", tmp_path / "back", Options(base=tmp_path / "base"))
     for folder in ("adapter", "rank-4", "back"):
         stock = PeftModel.from_pretrained(build(name), tmp_path / folder)
         assert torch.allclose(logits(stock, name), expected, atol=1e-5)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from milora_vl.export.gguf.model import write_model
 from milora_vl.foreign.load_model import load_model
-from milora_vl.models import smol_llava
 from milora_vl.models.assemble import compose, processor_for
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.models.loading import config_of
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
-from support.gguf_models import SIZES, WORDS, tokenizer_of
 from support.problems import raises_code
 
 
@@ -83,30 +78,6 @@ def test_smol_llava_is_made_once_and_answers(tmp_path, monkeypatch):
     assert list((tmp_path / "models").iterdir()) == made
 
 
-def test_its_language_model_is_read_from_a_gguf_file_with_its_bos(tmp_path, monkeypatch):
-    """A small file of the same kind: Llama's layers, a byte-level tokenizer with merges."""
-    pytest.importorskip("gguf")
-    text = tokenizer_of("smollm").backend_tokenizer.to_str()
-    special = {"<unk>": "<|endoftext|>", "<s>": "<|im_start|>", "</s>": "<|im_end|>"}
-    for old, new in special.items():
-        text = text.replace(f'"{old}"', f'"{new}"')
-    unknown, bos, eos = special.values()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text), unk_token=unknown, bos_token=bos, eos_token=eos, pad_token=eos
-    )
-    config = LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)}, tie_word_embeddings=False)
-    model = LlamaForCausalLM(config).eval()
-    (name,) = write_model(model, tokenizer, tmp_path, "model", "f32")
-    (tmp_path / name).rename(tmp_path / smol_llava.GGUF)
-    monkeypatch.setattr(smol_llava, "fetch", lambda name: tmp_path)
-    read, its_tokenizer = smol_llava.language_model()
-    ids = its_tokenizer(WORDS, return_tensors="pt").input_ids
-    assert ids[0].tolist() == tokenizer(WORDS).input_ids
-    assert ids[0, 0] == its_tokenizer.bos_token_id
-    assert not hasattr(read.config, "quantization_config")
-    torch.testing.assert_close(read.eval()(ids).logits, model(ids).logits)
-
-
 @pytest.mark.slow
 def test_its_language_model_alone_is_made_without_noise(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
@@ -114,6 +85,8 @@ def test_its_language_model_alone_is_made_without_noise(tmp_path, monkeypatch, c
     assert model.name_or_path == "smollm2"
     assert model.config.vocab_size == config_of("smollm2").vocab_size == len(tokenizer)
     assert tokenizer.chat_template
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    assert not hasattr(model.config, "quantization_config")
     said = capfd.readouterr().err
     assert "making smollm2 from SmolLM2-135M-Instruct (once" in said
     assert "Converting" not in said

@@ -14,6 +14,7 @@ from milora_vl.__main__ import main
 from support import official_data
 from support.drawn import dump, dump_lines, encoded, made, picture, write_tiny_data
 from support.eval_questions import write_questions
+from support.llama_cpp import write_stand_in
 from support.vlm_runs import write_model
 
 TRAIN = ["train", "--data_path", "train.json", "--max_steps", "2", "--learning_rate", "0.01"]
@@ -49,6 +50,7 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     write_messages(folder / "chat.jsonl")
     write_benchmarks(folder)
     write_parts(folder)
+    write_stand_in(folder / "llama.cpp")
     (folder / "wikitext-103-test.txt").write_text("It was the best of times. " * 40)
     (folder / "notes.txt").write_text("It was the worst of times. " * 40)
     (folder / "train.py").write_text(REPLACED)

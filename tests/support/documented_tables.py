@@ -67,11 +67,12 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
 # files are checked all the same.
 EXCEPTIONS: dict[str, str] = {
     r"(python3? -m )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
+    r"git clone ": "needs the network; stand-ins are made by tests/support/documented_files.py",
     r"source ": "means the reader's own shell",
     r"hf download ": "needs the model hub; its files are made by tests/support/documented_files.py",
     r"vllm serve |python -m (sglang|vllm)": "need a separate environment, where tests/export/test_vllm.py starts vLLM",
     r"transformers serve |curl ": "the server runs until it is stopped; tests/export/test_serving.py starts it",
-    r"llama-server |ollama ": "not from the package index; tests/export/test_gguf.py reads the files with llama.cpp",
+    r"llama-server |ollama ": "not from the package index",
     r"python examples/dpo_trl\.py ": "trl is optional; tests/integrations/test_trl.py runs the script with tiny models",
     r"srun ": "SLURM's",
     r"swift sft ": "ms-swift needs a separate environment",

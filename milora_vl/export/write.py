@@ -1,0 +1,345 @@
+"""Write each form of an adapter: one function per form, and what they share (reading, merging, a copy of the base)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from milora_vl.adapter.apply import merge
+from milora_vl.adapter.base_check import fitted
+from milora_vl.adapter.files import load_adapter, new_paths
+from milora_vl.adapter.names import moved
+from milora_vl.base.errors import UserError
+from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.files import read_inputs, write_inputs
+from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
+from milora_vl.export.clip_pictures import has_clip_tower, require_gguf
+from milora_vl.export.llama_cpp import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
+from milora_vl.export.recompress import loss_of, recompress, total_error
+from milora_vl.export.request import Options, OutType
+from milora_vl.export.residual import write_residual
+from milora_vl.foreign.imported import import_adapter, refuse_mutating, require_copies
+from milora_vl.foreign.llava import config_for_llava, read_llava, write_llava
+from milora_vl.foreign.plain import PlainAdapter, read_config, read_plain, write_plain
+from milora_vl.foreign.source import Source
+from milora_vl.models.names import SAME_WEIGHTS
+from milora_vl.policy.towers import find_towers
+
+# What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
+LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """(rank, error) per layer, the total error, and what the full model in the folder needs to load."""
+
+    layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    total: float | None = None
+    loads_with: LoadsWith | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One adapter to write. `out` is the folder to write, `target` its final path, `rank` that of rank-N."""
+
+    source: Source
+    options: Options
+    out: Path
+    target: Path
+    rank: int | None = None
+    template: str = "vicuna_v1"
+
+    def base_for(self, form: str) -> str | Path | nn.Module | None:
+        """Return the base model of the options, or the model that the adapter names.
+
+        An adapter on a residual base names only that; it is enough to merge. Raises UserError for other forms.
+        """
+        if self.options.base is not None:
+            return self.options.base
+        if self.source.kind == "residual":
+            if form == "merged" and self.source.residual is not None:
+                return self.source.residual
+            raise UserError(
+                "the base model of the residual is unknown; an adapter for the unchanged base model needs it",
+                code="adapter-no-base-name",
+                where="--base",
+                hint="add:  --base NAME-OR-FOLDER   (not needed for --to merged)",
+            )
+        named = read_config(self.source.folder, any_lora=True).base_model_name_or_path
+        return SAME_WEIGHTS.get(str(named), named)
+
+    def read(self, base: Base, needs_base: bool) -> tuple[PlainAdapter, Mapping[str, float]]:
+        """Return the adapter for the unchanged base model and the drift per layer.
+
+        Module paths are those in `base` if it is an argument or its weights load.
+        """
+        is_foreign = self.source.kind in ("llava", "residual") or (self.source.kind == "plain" and needs_base)
+        if is_foreign:
+            imported = import_adapter(self.source, base.model, base.name)
+            return imported.adapter, imported.drift
+        if self.source.kind == "plain":
+            refuse_mutating(self.source.folder)
+        adapter = read_plain(self.source.folder)
+        if adapter.copies:
+            require_copies(adapter, base.model)
+        if self.options.base is not None:
+            adapter = replace(adapter, base=base.name)
+        if needs_base and adapter.sidecar is not None:
+            sidecar = fitted(base.model, adapter.sidecar, allow_base_mismatch=self.options.allow_base_mismatch)
+            path_of = new_paths(adapter.sidecar, sidecar)
+            adapter = replace(adapter.moved(lambda path: moved(path, path_of)), sidecar=sidecar)
+        return adapter, {}
+
+    def merged(self, base: Base) -> nn.Module:
+        """Return the base model with the adapter merged, in the data type of the base or the requested one."""
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.source.folder
+            on_residual = self.source.kind == "residual" and self.options.base is None
+            if self.source.kind in ("llava", "residual") and not on_residual:
+                folder = Path(temporary)
+                write_ours(import_adapter(self.source, base.model, base.name).adapter, folder)
+            dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
+            tuned = load_adapter(base.model, folder, allow_base_mismatch=self.options.allow_base_mismatch)
+            try:
+                merged = merge(tuned)
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"PEFT cannot merge the adapter: {error}",
+                    code="adapter-not-mergeable",
+                    where=str(self.source.folder),
+                    hint="use --to adapter, or --to rank-r, which need no merge",
+                ) from None
+        for name, parameter in merged.named_parameters():
+            parameter.data = parameter.data.to(self.options.dtype or dtypes.get(name, parameter.dtype))
+        return merged
+
+    def full_model_loads_with(self, base: Base) -> LoadsWith:
+        """Return what a written full model needs to load. Raises UserError if `--remote_code` is set without need."""
+        if has_timm_tower(base.config):
+            return "trust_remote_code" if self.options.remote_code else "milora_vl"
+        if self.options.remote_code:
+            raise UserError(
+                f"{base.name} has no vision tower from timm, so it loads in plain transformers",
+                code="flag-no-effect",
+                where="--remote_code",
+                hint="remove the flag",
+            )
+        return "transformers"
+
+
+def write_merged(job: Job) -> Written:
+    """Write the merged model. In half precision it is rounded once, at the end."""
+    base = Base(job.base_for("merged"), job.options.dtype, is_rounded_later=True)
+    loads_with = job.full_model_loads_with(base)
+    save_model(job.merged(base), job.out, job.options.dtype)
+    _complete(job, base, job.out, loads_with)
+    return Written(loads_with=loads_with)
+
+
+def write_residual_form(job: Job) -> Written:
+    """Write the residual base with both adapters beside it."""
+    base = Base(job.base_for("residual"), job.options.dtype, is_rounded_later=True)
+    loads_with = job.full_model_loads_with(base)
+    adapter, _ = job.read(base, needs_base=True)
+    drift = write_residual(adapter, base.model, job.out, str(job.target), job.options.dtype)
+    _complete(job, base, job.out, loads_with)
+    return Written({path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}, None, loads_with)
+
+
+def write_llava_form(job: Job) -> Written:
+    """Write a LoRA folder of LLaVA's own code."""
+    base = Base(job.base_for("llava"), job.options.dtype)
+    if job.source.kind == "llava":
+        adapter = read_llava(job.source.folder)
+        config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+    else:
+        adapter, _ = job.read(base, needs_base=False)
+        config = config_for_llava(base.config, job.options.vision_tower)
+    write_llava(adapter, job.out, config, job.options.dtype)
+    copy_processor(job.source.folder, job.out, base)
+    return Written()
+
+
+def write_adapter(job: Job) -> Written:
+    """Write the adapter for the unchanged base; with another data type, measure the rounding."""
+    base, dtype = Base(job.base_for("adapter"), job.options.dtype), job.options.dtype
+    adapter, drift = job.read(base, needs_base=job.options.with_base or job.source.kind != "ours")
+    layers = {path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}
+    total = None
+    if dtype is not None:
+        total = total_error({path: loss_of(low, low.cast(dtype)) for path, low in adapter.factors.items()})
+    adapter, loads_with = _with_base(job, adapter, base)
+    write_ours(adapter.cast(dtype), job.out, job.source.folder)
+    copy_processor(job.source.folder, job.out, base)
+    return Written(layers, total, loads_with)
+
+
+def write_rank(job: Job) -> Written:
+    """Write the nearest plain LoRA of a lower rank, and measure its error."""
+    base = Base(job.base_for("rank"), job.options.dtype)
+    adapter, _ = job.read(base, needs_base=job.options.with_base)
+    adapter, losses = recompress(adapter, job.rank, job.options.dtype)
+    adapter, loads_with = _with_base(job, adapter, base)
+    write_plain(adapter.cast(job.options.dtype), job.out, uniform=True)
+    copy_processor(job.source.folder, job.out, base)
+    layers = {path: (loss.rank, loss.error) for path, loss in losses.items()}
+    return Written(layers, total_error(losses), loads_with)
+
+
+def write_gguf(job: Job) -> Written:
+    """Write the merged model as GGUF, by llama.cpp's script, with a Modelfile."""
+    base = _base_for_llama_cpp(job, "merged")
+    files = _convert(job, job.merged(base), base, "model", job.options.outtype or "f16")
+    _write_modelfile(job, files)
+    return Written()
+
+
+def write_gguf_lora(job: Job) -> Written:
+    """Write the factors of the language tower as a GGUF LoRA, by llama.cpp's script; `with_base` also the base."""
+    base, outtype = _base_for_llama_cpp(job, "adapter"), job.options.outtype or "f32"
+    adapter, _ = job.read(base, needs_base=True)
+    if job.options.with_base:
+        _write_into(adapter, base)
+        adapter = replace(adapter, whole={})
+    language, left_out = _language_part(adapter, base.model)
+    if left_out:
+        sys.stderr.write(
+            f"note: the file holds the language tower alone, without {len(left_out):,} modules of other towers, first\n"
+            f"      {left_out[0]}; --to gguf writes a model with all of it\n"
+        )
+    file = f"adapter-{outtype}.gguf"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_plain(language, folder / "adapter", uniform=True)  # llama.cpp has one alpha for all modules
+        base.config.save_pretrained(folder / "base")
+        convert_lora(
+            require_scripts(job.options.llama_cpp), folder / "adapter", folder / "base", job.out / file, outtype
+        )
+    if job.options.with_base:
+        _write_modelfile(job, _convert(job, base.model, base, "base", "f16"), file)
+    return Written()
+
+
+WRITERS: dict[str, Callable[[Job], Written]] = {
+    "adapter": write_adapter,
+    "merged": write_merged,
+    "residual": write_residual_form,
+    "llava": write_llava_form,
+    "gguf": write_gguf,
+    "gguf-lora": write_gguf_lora,
+    "rank": write_rank,
+}
+
+
+def _base_for_llama_cpp(job: Job, form: str) -> Base:
+    """Return the base model of a GGUF export, after checking what its scripts and our writer need."""
+    require_scripts(job.options.llama_cpp)
+    given = job.base_for(form)
+    if isinstance(given, nn.Module):
+        raise UserError(
+            "GGUF holds the tokenizer, and the base is a loaded model without one",
+            code="export-llama-cpp",
+            where="base",
+            hint="pass the name or folder of the base model",
+        )
+    base = Base(given, None)
+    if has_clip_tower(base.config):
+        require_gguf()
+    return base
+
+
+def _convert(job: Job, model: nn.Module, base: Base, name: str, outtype: OutType) -> list[str]:
+    """Write a model as NAME-TYPE.gguf, with its pictures, through a folder of safetensors that is deleted again."""
+    folder = job.out / name
+    write_model_folder(model, folder, base, job.source.folder)
+    files = convert_model(require_scripts(job.options.llama_cpp), folder, model, base, job.out / name, outtype)
+    shutil.rmtree(folder)
+    return files
+
+
+def _write_modelfile(job: Job, files: list[str], adapter: str | None = None) -> None:
+    (job.out / "Modelfile").write_text(modelfile(files, job.template, adapter), encoding="utf-8")
+
+
+def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapter, list[str]]:
+    """Return the adapter with its factors of the language tower alone, and the modules that this leaves out.
+
+    Raises UserError for modules of the language tower that were trained in full: a LoRA cannot hold them.
+    """
+    towers = find_towers(model)
+    outside = [path for path in adapter.factors if towers.tower_of(path) != "language"]
+    for name in adapter.whole:
+        module = name.rpartition(".")[0]
+        if towers.tower_of(module) == "language":
+            raise UserError(
+                "the adapter trained this weight in full, which a GGUF LoRA cannot hold",
+                code="export-gguf-module",
+                where=name,
+                hint="use:  --to gguf   or   --to gguf-lora --with_base",
+            )
+        outside.append(module)
+    factors = {path: low for path, low in adapter.factors.items() if path not in outside}
+    return replace(adapter, factors=factors, whole={}), list(dict.fromkeys(outside))
+
+
+def write_ours(adapter: PlainAdapter, folder: Path, source: Path | None = None) -> None:
+    """Write an adapter with its milora.json, and the protected inputs of `source`, which a continued training needs."""
+    write_plain(adapter, folder)
+    sidecar = adapter.sidecar
+    if sidecar is None:
+        return
+    sidecar.write(folder, adapter.anchors)
+    if source is None or sidecar.inputs is None:
+        return
+    try:
+        inputs = read_inputs(source, sidecar.inputs, sidecar.names)
+    except CalibrationError as error:
+        sys.stderr.write(f"note: training cannot continue from this export: {error}\n")
+        return
+    write_inputs(folder, inputs, sidecar.names)
+
+
+def _complete(job: Job, base: Base, folder: Path, loads_with: LoadsWith) -> None:
+    """Add the processor to a full model, and the code of a timm tower if it is asked for."""
+    copy_processor(job.source.folder, folder, base)
+    if loads_with == "trust_remote_code":
+        write_code(folder)
+
+
+def _with_base(job: Job, adapter: PlainAdapter, base: Base) -> tuple[PlainAdapter, LoadsWith | None]:
+    """With `with_base`, write a copy of the base that has the fully trained modules, which leave the adapter."""
+    if not job.options.with_base:
+        return adapter, None
+    loads_with = job.full_model_loads_with(base)
+    if adapter.whole:
+        sys.stderr.write(
+            f"note: {job.target / 'base'} contains the fully trained modules of this run "
+            f"({len(adapter.whole):,} tensors); do not use it with adapters of other runs\n"
+        )
+    _write_into(adapter, base)
+    save_model(base.model, job.out / "base", job.options.dtype)
+    _complete(job, base, job.out / "base", loads_with)
+    sidecar = adapter.sidecar
+    if sidecar is not None:
+        sidecar = replace(sidecar, targets=[t for t in sidecar.targets if t.method != "full"])
+    return replace(adapter, whole={}, base=str(job.target / "base"), sidecar=sidecar), loads_with
+
+
+def _write_into(adapter: PlainAdapter, base: Base) -> None:
+    """Write the modules trained in full into the loaded base model. Raises UserError if it has not all of them."""
+    _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
+    if unknown:
+        raise UserError(
+            f"the base model has no {unknown[0]}, which the adapter trained",
+            code="adapter-wrong-base",
+            where="--base",
+            hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
+        )
