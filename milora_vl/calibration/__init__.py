@@ -5,4 +5,4 @@
 to them. Related work: LoRA-Null (arXiv:2503.02659), SC-LoRA (arXiv:2505.23724), CorDA (arXiv:2406.05223).
 """
 
-VERSION = 3  # increase it if equal settings can give other directions
+VERSION = 4  # increase it if equal settings can give other directions

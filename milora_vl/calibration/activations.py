@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs, first_directions, first_tokens
 from milora_vl.calibration.errors import CalibrationError
-from milora_vl.calibration.positions import Positions, Sides, positions_by_side
+from milora_vl.calibration.positions import Positions, positions_of
 from milora_vl.policy.rules import Protect, Target
 from milora_vl.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.svd.cholesky import add_to_lower, mirror
@@ -28,7 +28,7 @@ from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
-Hook = Callable[[Tensor, bool], None]
+Hook = Callable[[Tensor], None]
 PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
 # A position counts with at most this many times the median energy. Attention sinks have thousands of times the energy,
 # and one of them would be 90 % of C. Without them, V lacks their directions: the update then moves what all later
@@ -65,17 +65,13 @@ def find_inputs(
     """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`.
 
     `batches` holds arguments of the model's forward, for example {"input_ids": ..., "attention_mask": ...}. One batch
-    in eight is held out, and of a single batch one row in eight. All processes get identical bits from the first one.
+    in eight is held out. All processes get identical bits from the first one.
     `is_shown` shows a progress bar on stderr.
 
     Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
     """
-    token = image_token_of(model)
-    fit, held = _split(batches, token)
-    fit_positions, held_positions = (
-        positions_by_side(model, fit, token),
-        positions_by_side(model, held, token) if held else [],
-    )
+    fit, held = _split(batches)
+    fit_positions, held_positions = _positions(model, fit), _positions(model, held) if held else []
     was_training = model.training
     model.eval()
     try:
@@ -83,14 +79,14 @@ def find_inputs(
         passes = list(_passes(inputs))
         with _bar(len(passes) * len(fit) + len(held), is_shown=is_shown) as bar:
             for part in passes:
-                for batch, sides in zip(fit, fit_positions, strict=True):
-                    _run(model, batch, {one.module: _adder(one, sides) for one in part}, _ends(part))
+                for batch, positions in zip(fit, fit_positions, strict=True):
+                    _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
                     bar.update()
                 for one in part:
                     one.basis = _basis(one)
                     one.total = None
-            for batch, sides in zip(held, held_positions, strict=True):
-                _run(model, batch, {one.module: _checker(one, sides) for one in inputs}, _ends(inputs))
+            for batch, positions in zip(held, held_positions, strict=True):
+                _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
                 bar.update()
     finally:
         model.train(was_training)
@@ -101,42 +97,25 @@ def find_inputs(
     )
 
 
-def _split(batches: Sequence[Batch], image_token: int | None) -> tuple[list[Batch], list[Batch]]:
+def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven.
 
-    Batches with and without pictures are split separately. If there is only one batch of a kind, some of its rows are
-    held out instead.
+    Batches with and without pictures are split separately.
     """
     fit: list[Batch] = []
     held: list[Batch] = []
     for kind in dict.fromkeys(map(_kind, batches)):
         members = [batch for batch in batches if _kind(batch) == kind]
-        if len(members) == 1:
-            members = _parts(members[0], image_token)
         for number, batch in enumerate(members, start=1):
             is_last = number == len(members) and 1 < number < HELD_OUT
             (held if number % HELD_OUT == 0 or is_last else fit).append(batch)
     return fit, held
 
 
-def _parts(batch: Batch, image_token: int | None) -> list[Batch]:
-    """Return a batch as two: the last eighth of its rows, at least one, apart. The whole if its rows are not clear.
-
-    Every value has a first dimension of that length then, and with text and pictures every row has one picture.
-    """
-    values = list(batch.values())
-    if not values or not all(isinstance(value, Tensor) and value.dim() for value in values):
-        return [batch]
-    count = len(values[0])
-    if count < 2 or any(len(value) != count for value in values):
-        return [batch]
-    ids = batch.get("input_ids")
-    if isinstance(ids, Tensor) and any(value.is_floating_point() for value in values):
-        is_picture = torch.zeros_like(ids, dtype=torch.bool) if image_token is None else ids == image_token
-        if not bool(is_picture.any(dim=-1).all()):
-            return [batch]
-    end = count - max(1, count // HELD_OUT)
-    return [{name: value[rows] for name, value in batch.items()} for rows in (slice(0, end), slice(end, None))]
+def _positions(model: nn.Module, batches: Sequence[Batch]) -> list[Positions | None]:
+    positions = positions_of(batches, image_token_of(model))
+    # An encoder and its decoder read different ids: there every position counts.
+    return [None] * len(batches) if is_encoder_decoder(model) else positions
 
 
 def _kind(batch: Batch) -> tuple[str, ...]:
@@ -165,35 +144,20 @@ def _ends(inputs: Sequence[_Input]) -> bool:
 
 
 def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: bool) -> None:
-    """Call the model on a batch, and each hook with the input of its module and whether the decoder reads it.
-
-    `ends`: stop after the last module. The cross-attention of a decoder reads the output of the encoder.
-    """
+    """Call the model on a batch, and each hook with the input of its module. `ends`: stop after the last module."""
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     left = set(hooks)
     handles = []
-    is_decoding, encoded = False, None
 
     def hook_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        hooks[module](x, is_decoding and x is not encoded)
+        hooks[module](x)
         left.discard(module)
         if ends and not left:
             raise _AllSeen
 
-    def enter_decoder(*_: Any) -> None:
-        nonlocal is_decoding
-        is_decoding = True
-
-    def leave_encoder(_: nn.Module, args: Any, output: Any) -> None:
-        nonlocal encoded
-        encoded = output[0]
-
     try:
         with gathered_in_forward(model):
-            if is_encoder_decoder(model):
-                handles.append(model.get_decoder().register_forward_pre_hook(enter_decoder))  # type: ignore[operator]
-                handles.append(model.get_encoder().register_forward_hook(leave_encoder))  # type: ignore[operator]
             handles += [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
             model(**{name: _like(value, first) for name, value in batch.items()})
     except _AllSeen:
@@ -223,7 +187,7 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     repeated: set[nn.Module] = set()
 
     def hook_of(module: nn.Module) -> Hook:
-        def see(x: Tensor, _: bool) -> None:
+        def see(x: Tensor) -> None:
             if x.numel() == 0:  # an expert without tokens
                 return
             if x is not last[0]:
@@ -307,9 +271,9 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def _adder(one: _Input, sides: Sides) -> Hook:
-    def add(x: Tensor, is_decoding: bool) -> None:
-        rows, weights = _rows(one, x, sides[is_decoding])
+def _adder(one: _Input, positions: Positions | None) -> Hook:
+    def add(x: Tensor) -> None:
+        rows, weights = _rows(one, x, positions)
         one.num_positions += len(rows)
         with full_precision(rows.device):
             if isinstance(one.module, nn.Embedding):
@@ -326,7 +290,6 @@ def _adder(one: _Input, sides: Sides) -> Hook:
 
 def _basis(one: _Input) -> InputBasis:
     assert one.total is not None
-    assert one.protect.inputs is not None
     if not bool(torch.isfinite(one.total).all()):
         raise _not_finite(one)
     share, limit = float(one.protect.inputs), one.protect.max
@@ -356,10 +319,10 @@ def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
     return from_first_rank(V.contiguous())
 
 
-def _checker(one: _Input, sides: Sides) -> Hook:
-    def check(x: Tensor, is_decoding: bool) -> None:
+def _checker(one: _Input, positions: Positions | None) -> Hook:
+    def check(x: Tensor) -> None:
         assert one.basis is not None
-        rows, weights = _rows(one, x, sides[is_decoding])
+        rows, weights = _rows(one, x, positions)
         with full_precision(rows.device):
             if isinstance(one.module, nn.Embedding):
                 is_inside = torch.isin(rows, one.basis.V.to(rows.device))

@@ -12,7 +12,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.activations import find_inputs
 from milora_vl.calibration.bases import InputBasis, ProtectedInputs, require_free_directions
-from milora_vl.calibration.batches import checked_batches
 from milora_vl.calibration.errors import CalibrationError
 from milora_vl.calibration.files import cache_inputs, cached_inputs, calibration_key, require_shapes
 from milora_vl.policy.rules import Target
@@ -33,7 +32,7 @@ def protected_inputs(
     """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`, or None without such rules.
 
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
-    protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs` and `checked_batches`,
+    protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs`,
     without batches, for batches that no rule needs, and for layers with fewer free directions than their rank.
     """
     wanted = [t for t in targets if t.protect is not None]
@@ -53,8 +52,15 @@ def protected_inputs(
             where="calibration",
             hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
         )
+    if isinstance(batches, Mapping) or not all(isinstance(batch, Mapping) for batch in batches):
+        raise CalibrationError(
+            f"expected a list of batches, got a {type(batches).__name__}",
+            code="calibration-batch",
+            where="calibration",
+            hint='pass  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with tensors (rows, length)',
+        )
     cache = None if cache_dir is None else Path(cache_dir)
-    found = _found(model, wanted, checked_batches(model, batches), cache, is_shown)
+    found = _found(model, wanted, batches, cache, is_shown)
     require_free_directions({t.path: t.rank for t in wanted if t.rank is not None}, found)
     _warn_of_little(found)
     _warn_of_little_data(found)
@@ -62,15 +68,11 @@ def protected_inputs(
 
 
 def _found(
-    model: nn.Module, wanted: Sequence[Target], batches: list[Mapping[str, Any]], cache: Path | None, is_shown: bool
+    model: nn.Module, wanted: Sequence[Target], batches: Sequence[Mapping[str, Any]], cache: Path | None, is_shown: bool
 ) -> ProtectedInputs:
     if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
         return find_inputs(model, wanted, batches, is_shown=is_shown)
-    try:
-        key, names = calibration_key(model, wanted, batches), canonical_names(model)
-    except TypeError as error:
-        warnings.warn(f"protected inputs are not cached in {cache}: {error}", stacklevel=4)
-        return find_inputs(model, wanted, batches, is_shown=is_shown)
+    key, names = calibration_key(model, wanted, batches), canonical_names(model)
     stored = cached_inputs(cache, key, names)
     if stored is not None:
         require_shapes(stored, wanted)

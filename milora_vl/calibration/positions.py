@@ -7,16 +7,14 @@ each in total. The mean weight is 1; in batches without `input_ids`, every posit
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from milora_vl.calibration.errors import CalibrationError
-from milora_vl.policy.towers import is_encoder_decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,29 +26,6 @@ class Positions:
 
     weights: Tensor
     tokens: Tensor
-
-
-Sides = tuple[Positions | None, Positions | None]  # of the model or its encoder, and of its decoder
-
-
-def positions_by_side(model: nn.Module, batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Sides]:
-    """Return the weights of each batch for the model, and for the decoder of an encoder-decoder model.
-
-    The decoder reads `decoder_input_ids`. Without them, all its positions count, with a warning.
-    """
-    own = positions_of(batches, image_token)
-    if not is_encoder_decoder(model):
-        return [(positions, None) for positions in own]
-    views = [
-        {"input_ids": batch.get("decoder_input_ids"), "attention_mask": batch.get("decoder_attention_mask")}
-        for batch in batches
-    ]
-    if any(view["input_ids"] is None for view in views):
-        warnings.warn(
-            "calibration batches without decoder_input_ids: all positions of the decoder count, padding too",
-            stacklevel=5,
-        )
-    return list(zip(own, positions_of(views, image_token), strict=True))
 
 
 def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Positions | None]:
