@@ -6,16 +6,22 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.adapter.errors import AdapterError
+from milora_vl.adapter.folders import CONFIG
+from milora_vl.base.errors import UserError, first_line
 from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import peft_task
+from milora_vl.weights.torch_files import unreadable
 
 
 def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
@@ -46,6 +52,30 @@ def quiet_peft() -> Iterator[None]:
         # PEFT uses a deprecated name of transformers.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
+
+
+@contextmanager
+def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
+    """Raise AdapterError for what PEFT, torch and safetensors raise or warn about when they read `folder`."""
+    again = "restore the files of one save"
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            yield
+    except UserError:
+        raise
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise AdapterError(problems=[unreadable(folder, error)]) from error
+    except (UserWarning, KeyError) as error:  # PEFT's KeyError names a module of modules_to_save
+        message = f"the weights lack modules that {CONFIG} lists: {first_line(error)}"
+        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=again) from error
+    except (RuntimeError, ValueError, TypeError) as error:  # a text of many lines
+        raise AdapterError(
+            f"the adapter does not fit {type(base).__name__}: {' '.join(str(error).split())[:300]}",
+            code="adapter-missing-modules",
+            where=str(folder),
+            hint="load the base model that the adapter was trained on",
+        ) from error
 
 
 def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:

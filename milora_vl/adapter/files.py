@@ -9,30 +9,26 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
-from safetensors import safe_open
 from torch import nn
 
 from milora_vl.adapter.base_check import fitted
 from milora_vl.adapter.checkpoints import newest_checkpoint
-from milora_vl.adapter.config import quiet_peft
+from milora_vl.adapter.config import quiet_peft, read_by_peft
 from milora_vl.adapter.errors import AdapterError, require_module
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
 from milora_vl.adapter.install import lora_layer
 from milora_vl.adapter.names import moved
 from milora_vl.adapter.peft_model import restore
 from milora_vl.adapter.residual import make_residual
-from milora_vl.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_weights
-from milora_vl.base.errors import UserError, expected_format
+from milora_vl.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, stored_tensors
 from milora_vl.policy.towers import is_wrapped_by_peft
-from milora_vl.weights.torch_files import AGAIN, UNREAD, read_weights, unreadable
+from milora_vl.weights.torch_files import AGAIN
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +83,7 @@ def load_adapter(
     """
     folder = Path(path)
     require_module(base)
-    require_readable_adapter(folder)
+    require_adapter_files(folder)
     if is_wrapped_by_peft(base):
         raise AdapterError(
             "this model already has an adapter",
@@ -95,21 +91,18 @@ def load_adapter(
             hint="pass the base model, or use the model's own load_adapter(path, name)",
         )
     saved = read_sidecar(folder)
-    message, hint = "the files of this adapter do not belong together", "restore the files of one save"
-    with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint, kind=AdapterError):
-        if saved is None:
-            logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
-            return _load_stock(base, folder, is_trainable)
-        require_weights(folder, saved)
-        here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
-        anchors = here.read_anchors(folder)
-        paths = new_paths(saved, here)
-        if paths:
-            model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
-        else:
-            model = _load_stock(base, folder, is_trainable)
-        # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
-        ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
+    if saved is None:
+        logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
+        return _load_stock(base, folder, is_trainable)
+    here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
+    anchors = here.read_anchors(folder)
+    paths = new_paths(saved, here)
+    if paths:
+        model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
+    else:
+        model = _load_stock(base, folder, is_trainable)
+    # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
+    ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
         ours.protect_again("default", folder)
     if here.form == "residual" and is_trainable:
@@ -119,30 +112,12 @@ def load_adapter(
 
 
 def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
-    """Load with PEFT, and raise AdapterError where PEFT only warns about missing weights."""
-    with quiet_peft():
-        warnings.filterwarnings("error", message="Found missing adapter keys")
-        try:
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
-        except KeyError as error:  # PEFT's reaction to a module of modules_to_save that is missing in the file
-            raise AdapterError(
-                f"the weights lack {error}, which {CONFIG} lists",
-                code="adapter-missing-weights",
-                where=str(folder),
-                hint="restore the files of one save",
-            ) from error
-        except (RuntimeError, ValueError, UserWarning) as error:  # PEFT's and torch's own text, of many lines
-            first = next(line.strip() for line in str(error).splitlines() if line.strip())
-            raise AdapterError(
-                f"the adapter does not fit {type(base).__name__}: {first[:300]}",
-                code="adapter-missing-modules",
-                where=str(folder),
-                hint="load the base model that the adapter was trained on",
-            ) from error
+    with quiet_peft(), read_by_peft(base, folder):
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
 
 
-def require_readable_adapter(folder: Path) -> None:
-    """Raise AdapterError unless the folder contains an adapter with readable config and weights."""
+def require_adapter_files(folder: Path) -> None:
+    """Raise AdapterError unless the folder contains the files of an adapter, with a config that imports no code."""
     problem = not_a_folder(folder)
     if problem is not None:
         raise AdapterError(problems=[problem])
@@ -156,34 +131,19 @@ def require_readable_adapter(folder: Path) -> None:
             where=str(folder),
             hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
         )
-    config_file = folder / CONFIG
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AdapterError(
-            f"not valid JSON: {error}", code="adapter-damaged-file", where=str(config_file), hint=AGAIN
-        ) from error
-    if not isinstance(config, dict):
-        message = f"expected a mapping, got a {type(config).__name__}"
-        raise AdapterError(message, code="adapter-damaged-file", where=str(config_file), hint=AGAIN)
-    if config.get("megatron_config") is not None:  # PEFT would import the module that the file names beside it
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        imports_code = config.get("megatron_config") is not None
+    except (ValueError, AttributeError) as error:
+        message, file = f"not a mapping in JSON: {error}", str(folder / CONFIG)
+        raise AdapterError(message, code="adapter-damaged-file", where=file, hint=AGAIN) from error
+    if imports_code:  # PEFT would import the module that the file names beside it
         raise AdapterError(
             "the config names a module of Megatron, which would be imported: it was not read",
             code="adapter-unsupported-kind",
-            where=str(config_file),
+            where=str(folder / CONFIG),
             hint="remove megatron_config and megatron_core from the file if you trust it",
         )
-    file = folder / next(name for name in ADAPTER_FILES if name in names)
-    try:
-        if file.suffix == ".bin":
-            read_weights(file)  # a pickle has no header to check, so read all of it
-        else:
-            with safe_open(file, framework="pt"):
-                pass
-    except UserError as error:
-        raise AdapterError(problems=error.problems) from None
-    except UNREAD as error:
-        raise AdapterError(problems=[unreadable(file, error)]) from error
 
 
 def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
@@ -208,7 +168,7 @@ def load_renamed(
     config.alpha_pattern = {_renamed_pattern(key, paths): alpha for key, alpha in config.alpha_pattern.items()}
     with quiet_peft():
         model = get_peft_model(base, config)
-    state = {moved(key, paths): tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items()}
+    state = {moved(key, paths): tensor for key, tensor in stored_tensors(folder).items()}
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if expected != state.keys():
         wrong = sorted(expected ^ state.keys())

@@ -5,7 +5,6 @@ Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,11 @@ from typing import Any
 
 import peft
 import torch
-from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from milora_vl.adapter.base_check import fitted, require_same_kind
+from milora_vl.adapter.config import read_by_peft
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.install import (
     anchor_names,
@@ -39,7 +37,7 @@ from milora_vl.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
 from milora_vl.adapter.names import PREFIX
 from milora_vl.adapter.projection_hooks import guard
 from milora_vl.adapter.protection import Protected, find_protected
-from milora_vl.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_weights
+from milora_vl.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
 from milora_vl.base.atomic_write import atomic_folder
 from milora_vl.calibration.bases import ProtectedInputs
 from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
@@ -89,8 +87,6 @@ class MiloraMixin(PeftModel):
         self._warn_of_overlap()
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = self._outside_inputs(joined_state(self._with_anchors(kwargs["state_dict"])))
-        if save_embedding_layers == "auto":
-            save_embedding_layers = self._vocabulary_has_grown()
         for name in selected_adapters or self.peft_config:
             if is_main_process and name in self.protected_inputs:  # first, since milora.json refers to it
                 own = Path(save_directory) if name == "default" else Path(save_directory) / name
@@ -220,15 +216,6 @@ class MiloraMixin(PeftModel):
         missing = {name for name, delta in halves.items() if delta in state and name not in state}
         return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
 
-    def _vocabulary_has_grown(self) -> bool:
-        """Return True if the embeddings were resized, compared with a locally available config of the base model.
-
-        PEFT would query the hub at every save, which costs half a minute of retries on a machine without network.
-        """
-        original = _local_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
-        current = BaseTuner.get_model_config(self.get_base_model())
-        return "vocab_size" in original and original["vocab_size"] != current.get("vocab_size")
-
     def add_adapter(
         self,
         adapter_name: str,
@@ -274,13 +261,15 @@ class MiloraMixin(PeftModel):
         if existing is not None:
             require_same_kind(Path(model_id), sidecar, existing)
         if sidecar is not None:
-            require_weights(Path(model_id), sidecar)
             # In the residual form the base weights hold W_p, so they cannot match the sketches of W.
             skip = allow_base_mismatch or (existing is not None and existing.form == "residual")
             sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
             anchors = sidecar.read_anchors(Path(model_id))
         with self._keeps_residual_anchor(adapter_name):
-            result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+            with read_by_peft(self.get_base_model(), Path(model_id)):
+                result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+                if result.missing_keys:
+                    raise KeyError(result.missing_keys[0])
             if sidecar is not None:
                 restore(self, adapter_name, sidecar, anchors)
         if sidecar is not None and is_trainable and existing is None:
@@ -435,13 +424,3 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, replace(sidecar, anchors=()))
     return ours
-
-
-def _local_config(name: str) -> dict[str, Any]:
-    """Return config.json of a base model from its folder or the hub's cache; empty if it is in neither."""
-    file: Any = Path(name) / "config.json"
-    if not file.is_file() and name.count("/") <= 1:
-        file = try_to_load_from_cache(name, "config.json") if name else None
-    if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
-        return {}
-    return dict(json.loads(Path(file).read_text(encoding="utf-8")))

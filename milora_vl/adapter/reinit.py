@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from milora_vl.adapter.apply import Form, apply_milora
@@ -21,7 +21,7 @@ from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.install import factors, has_halves, lora_layer
 from milora_vl.adapter.names import PREFIX
 from milora_vl.adapter.peft_model import MiloraMixin, restore
-from milora_vl.adapter.sidecar import FILE_NAME, read_sidecar
+from milora_vl.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
 from milora_vl.policy.methods import METHODS, RuleMethod
 from milora_vl.policy.rules import Rule
 from milora_vl.policy.towers import forget_peft
@@ -89,7 +89,7 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
             hint="train it without restore_split",
         )
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
-    stored = load_peft_weights(str(folder), device="cpu")
+    stored = stored_tensors(Path(folder))
     for path in sidecar.ranks:
         _require_anchor(lora_layer(peft_model, path), adapter, path, stored)
     ours = restore(peft_model, adapter, sidecar, sidecar.read_anchors(Path(folder)))

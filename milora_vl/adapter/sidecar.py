@@ -14,20 +14,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.folders import ADAPTER_FILES
-from milora_vl.adapter.names import PREFIX
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.rules import FloorSigma, Protect, Target
 from milora_vl.weights.fingerprint import Sketch
+from milora_vl.weights.torch_files import read_weights
 
 FILE_NAME = "milora.json"
 ANCHORS_FILE = "milora_anchors.safetensors"
@@ -100,6 +98,13 @@ class Sidecar:
         return {path_of[name]: stored[name] for name in self.anchors}
 
 
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder by their names in PEFT's file. Raises UserError for a damaged file."""
+    file = next(folder / name for name in ADAPTER_FILES if (folder / name).is_file())
+    tensors: dict[str, Tensor] = read_weights(file)
+    return tensors
+
+
 def read_sidecar(folder: Path) -> Sidecar | None:
     """Return milora.json of an adapter folder, or None if the folder has none.
 
@@ -141,7 +146,8 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
         fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
         fields["protect"] = Protect(**fields["protect"]) if fields.get("protect") else None
         fields["shape"] = tuple(fields["shape"])
-        _require_types(fields, entry["name"])
+        if fields["method"] not in METHODS:
+            raise KeyError(f"method {fields['method']!r}")
         targets.append(Target(path=path, **fields))
         names[path] = entry["name"]
         if "fingerprint" in entry:
@@ -150,20 +156,6 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
             rows, columns = entry["report"]["shape"]
             reports[path] = LayerReport(**{**entry["report"], "shape": (rows, columns)})
     return Sidecar(form, targets, names, sketches, reports)
-
-
-def _require_types(fields: Mapping[str, Any], name: object) -> None:
-    """Raise TypeError or KeyError for values that no target has."""
-    if fields["method"] not in METHODS:
-        raise KeyError(f"method {fields['method']!r}")
-    if not isinstance(name, str) or not isinstance(fields.get("tower"), str | NoneType):
-        raise TypeError(f"name {name!r}, tower {fields.get('tower')!r}")
-    whole = [*fields["shape"], fields.get("seed", 0), *([] if fields.get("rank") is None else [fields["rank"]])]
-    if not all(isinstance(number, int) and 0 <= number < _LARGEST for number in whole):
-        raise TypeError(f"shape, rank or seed {whole!r:.80}")
-    others = [fields.get(key) for key in ("alpha", "dropout", "learning_rate", "weight_decay")]
-    if not all(number is None or isinstance(number, int | float) for number in others):
-        raise TypeError(f"alpha, dropout or rates {others!r:.80}")
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -191,64 +183,4 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
         sidecar.anchors,
         sidecar.inputs,
-    )
-
-
-_LARGEST = 1 << 63
-
-
-def require_weights(folder: Path, sidecar: Sidecar) -> None:
-    """Raise AdapterError unless adapter_model.safetensors holds the modules and ranks that milora.json lists.
-
-    Reads the header of the file only, names and shapes. PEFT checks pickled files.
-    """
-    file = folder / ADAPTER_FILES[0]
-    if not file.is_file():
-        return
-    with safe_open(file, framework="pt") as stored:
-        names = set(stored.keys())
-        shapes = {name: stored.get_slice(name).get_shape() for name in names if "lora_" in name}
-    for target in sidecar.targets:
-        missing = _missing(target, names)
-        if missing is not None:
-            raise AdapterError(
-                f"lacks {missing}, which {FILE_NAME} lists ({target.method}, {target.tower or 'no tower'})",
-                code="adapter-missing-weights",
-                where=str(file),
-                hint="some training code leaves modules out of its checkpoints: use the folder saved at the end",
-            )
-        rank = _rank(target, shapes)
-        if target.rank is None or rank is None:
-            continue
-        expected = target.rank * (2 if target.has_anchor else 1)
-        if rank != expected:
-            raise AdapterError(
-                f"{target.path} has rank {rank}, but {FILE_NAME} expects {expected}",
-                code="adapter-rank-mismatch",
-                where=str(file),
-                hint="restore the two files of one save",
-            )
-    known = tuple(f"{PREFIX}{target.path}." for target in sidecar.targets)
-    others = sorted(name for name in shapes if not name.startswith(known))
-    if others:
-        raise AdapterError(
-            f"contains {others[0]}, which {FILE_NAME} does not list ({len(others):,} such tensors)",
-            code="adapter-unlisted-weights",
-            where=str(file),
-            hint="restore the two files of one save",
-        )
-
-
-def _missing(target: Target, names: set[str]) -> str | None:
-    start = f"{PREFIX}{target.path}."
-    if target.rank is None:
-        return None if any(name.startswith(start) for name in names) else target.path
-    pairs = (("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B"))
-    return next((start + pair[0] for pair in pairs if not {start + name for name in pair} & names), None)
-
-
-def _rank(target: Target, shapes: dict[str, list[int]]) -> int | None:
-    start = f"{PREFIX}{target.path}."
-    return next(
-        (shapes[start + name][0] for name in ("lora_A.weight", "lora_embedding_A") if start + name in shapes), None
     )

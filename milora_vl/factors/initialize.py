@@ -253,10 +253,7 @@ def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path |
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise WeightError(str(error), code="weight-decomposition", where=path) from error
     if cache is not None:
-        try:
-            write_factors(cache, key, factors)
-        except OSError as error:
-            warnings.warn(f"factors are not cached in {cache}: {error}", stacklevel=2)
+        write_factors(cache, key, factors)
     return factors
 
 

@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
-from peft.utils import load_peft_weights
 from torch import Tensor
 
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG
 from milora_vl.adapter.names import PREFIX
-from milora_vl.adapter.sidecar import Sidecar, read_sidecar
+from milora_vl.adapter.sidecar import Sidecar, read_sidecar, stored_tensors
 from milora_vl.base.errors import UserError, expected_format
 
 Value = TypeVar("Value")
@@ -116,7 +115,7 @@ def read_plain(folder: Path) -> PlainAdapter:
     message, hint = "the files of this adapter do not belong together", "restore the files of one save"
     with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint):
         config = read_config(folder)
-        weights = load_peft_weights(str(folder), device="cpu")
+        weights = stored_tensors(folder)
         return from_state(weights, config, folder, read_sidecar(folder))
 
 

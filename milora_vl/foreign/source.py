@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from milora_vl.adapter.files import require_readable_adapter
+from milora_vl.adapter.files import require_adapter_files
 from milora_vl.adapter.folders import (
     CONFIG,
     EXPECTED,
@@ -55,7 +55,7 @@ def find_source(folder: Path, residual: Path | None = None, initial: Path | None
         raise UserError(problems=[_no_adapter(folder)])
     for path in (trained, initial):
         if path is not None:
-            require_readable_adapter(path)
+            require_adapter_files(path)
     residual = residual or _residual_of(folder)
     if holds_llava_adapter(trained):
         return Source("llava", trained)

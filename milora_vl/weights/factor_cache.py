@@ -1,7 +1,7 @@
 """Cache initial factors and spectra on disk, so that a second run with the same weights does not decompose them again.
 
-The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. An entry also contains a
-hash of its content; a damaged entry is computed again.
+The key is a hash of the weight's bytes, the rank, the part and the version of the algorithm. A damaged entry is
+computed again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
 
 
 def read_factors(folder: Path, key: str) -> Factors | None:
-    """Return a stored entry, or None if it is missing, damaged or stored under another key."""
+    """Return a stored entry, or None if it is missing or damaged."""
     entry = _read(folder, key, _TENSORS)
     if entry is None:
         return None
@@ -49,7 +49,7 @@ def read_factors(folder: Path, key: str) -> Factors | None:
 
 
 def write_factors(folder: Path, key: str, factors: Factors) -> None:
-    """Store an entry atomically. Raises OSError if it cannot be written."""
+    """Store an entry atomically. Warns if it cannot be written."""
     tensors = {
         "U": factors.U.cpu().contiguous(),
         "S": factors.S.cpu().contiguous(),
@@ -77,10 +77,7 @@ def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
     if entry is not None:
         return entry[0]["S"]
     values = singular_values(W).cpu()
-    try:
-        _write(folder, key, {"S": values}, {})
-    except OSError as error:
-        warnings.warn(f"singular values are not cached in {folder}: {error}", stacklevel=2)
+    _write(folder, key, {"S": values}, {})
     return values
 
 
@@ -91,25 +88,17 @@ def _read(folder: Path, key: str, names: Sequence[str]) -> tuple[dict[str, Tenso
             return None
         with safe_open(file, framework="pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in names}
-            metadata: dict[str, str] = stored.metadata()
-        return (tensors, metadata) if metadata["hash"] == _hash(key, tensors, metadata) else None
+            return tensors, stored.metadata() or {}
     except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
 
 
 def _write(folder: Path, key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    metadata = {**metadata, "hash": _hash(key, tensors, metadata)}
-    with atomic_file(folder / f"{key}.safetensors") as part:
-        save_file(dict(tensors), part, metadata=metadata)
-
-
-def _hash(key: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(key.encode())
-    for name in tensors:
-        digest.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode() + _digest(tensors[name]))
-    for name in sorted(metadata.keys() - {"hash"}):
-        digest.update(f"{name}={metadata[name]}\n".encode())
-    return digest.hexdigest()
+    try:
+        with atomic_file(folder / f"{key}.safetensors") as part:
+            save_file(dict(tensors), part, metadata=dict(metadata))
+    except OSError as error:
+        warnings.warn(f"factors are not cached in {folder}: {error}", stacklevel=3)
 
 
 def _digest(tensor: Tensor) -> bytes:

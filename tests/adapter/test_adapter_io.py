@@ -139,10 +139,10 @@ def test_what_is_no_adapter_folder_is_refused_in_words(saved, tiny_llava, tmp_pa
     with raises_code("adapter-missing-file", str(folder), "adapter_model.safetensors is missing"):
         load_adapter(base, folder)
     (folder / "adapter_model.safetensors").write_bytes(weights[:-100])
-    with raises_code("weights-unreadable", "adapter_model.safetensors", "cannot be read"):
+    with raises_code("weights-unreadable", str(folder), "cannot be read"):
         load_adapter(base, folder)
     (folder / "adapter_config.json").write_text("{")
-    with raises_code("adapter-damaged-file", "adapter_config.json", "not valid JSON"):
+    with raises_code("adapter-damaged-file", "adapter_config.json", "not a mapping in JSON"):
         load_adapter(base, folder)
 
 
@@ -173,26 +173,23 @@ def test_a_model_with_an_adapter_takes_no_second_one_this_way(saved) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        ("q_proj.lora_A.weight", "adapter-missing-weights", "q_proj.lora_A.weight"),
-        ("multi_modal_projector.linear_2", "adapter-missing-weights", "(full, projector)"),
-        ("rank", "adapter-rank-mismatch", "milora.json expects"),
-        ("more", "adapter-unlisted-weights", "base_model.model.else.lora_A.weight"),
+        ("q_proj.lora_A.weight", "adapter-missing-weights", "q_proj.lora_A"),
+        ("multi_modal_projector.linear_2", "adapter-missing-weights", "linear_2"),
+        ("rank", "adapter-missing-modules", "does not fit"),
     ],
 )
-def test_weights_that_are_not_those_of_milora_json_are_refused(saved, tiny_llava, change, code, message) -> None:
+def test_weights_that_are_not_those_of_the_config_are_refused(saved, tiny_llava, change, code, message) -> None:
     from safetensors.torch import load_file, save_file
 
     model, folder = saved
     weights = load_file(folder / "adapter_model.safetensors")
     if change == "rank":
         weights = {name: t[:2].clone() if "lora_A" in name else t for name, t in weights.items()}
-    elif change == "more":
-        weights["base_model.model.else.lora_A.weight"] = torch.ones(2, 2)
     weights = {name: t for name, t in weights.items() if change not in name}
     save_file(weights, folder / "adapter_model.safetensors")
-    with raises_code(code, "adapter_model.safetensors", message):
+    with raises_code(code, str(folder), message):
         load_adapter(tiny_llava()[0], folder)
-    with raises_code(code, "adapter_model.safetensors", message):
+    with raises_code(code, str(folder), message):
         model.load_adapter(str(folder), "default")
 
 

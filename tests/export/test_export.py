@@ -272,7 +272,7 @@ def test_damaged_files_are_refused_by_name(run, form: str) -> None:
     whole, good = weights.read_bytes(), config.read_text(encoding="utf-8")
     for content in ("{", "[]"):
         config.write_text(content, encoding="utf-8")
-        with raises_code("adapter-damaged-file", says=r"adapter_config.json: (not valid JSON|expected a mapping)"):
+        with raises_code("adapter-damaged-file", says=r"adapter_config.json: not a mapping in JSON"):
             export(run.root / "adapter", form, run.root / "out")
     config.write_text(good, encoding="utf-8")
     weights.write_bytes(whole[:3000])
