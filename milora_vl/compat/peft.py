@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -30,3 +36,18 @@ def keep_hooks_apart(model: PeftModel) -> None:
         for module in model.modules():
             if type(module) is ModulesToSaveWrapper:
                 change_class(module, WholeModule)
+
+
+@contextmanager
+def calls_replaced(
+    modules: Sequence[ModuleType], get_peft_model: Callable[..., Any], from_pretrained: Callable[..., Any]
+) -> Iterator[None]:
+    """Inside this context `modules` have another `get_peft_model`, and PeftModel another `from_pretrained`.
+
+    A hook of PEFT that is called for each new adapter would replace it.
+    """
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(patch.object(module, "get_peft_model", get_peft_model))
+        patches.enter_context(patch.object(PeftModel, "from_pretrained", staticmethod(from_pretrained)))
+        yield

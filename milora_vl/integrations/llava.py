@@ -3,7 +3,7 @@
     python -m milora_vl.integrations.llava llava/train/train_mem.py --lora_enable True --lora_r 128 ...
 
 LLaVA pins transformers 4.37.2, which is older than this package supports, so training needs a separate environment with
-LLaVA installed without its pins. Each shim below handles one change of transformers since then. The saved files (with
+LLaVA installed without its pins; compat/llava.py handles what has changed since then. The saved files (with
 the projector in non_lora_trainables.bin) load in LLaVA's own environment with its load_pretrained_model.
 """
 
@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from importlib import import_module
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from typing import TYPE_CHECKING
 
 from milora_vl.adapter.folders import CONFIG
 from milora_vl.base.errors import UserError
@@ -48,12 +46,9 @@ def milora_in_llava(part: Part = "minor", form: Form = "anchored", modules: Sequ
             code="package-missing",
             hint="pip install --no-deps llava-torch   (or -e the repository)",
         )
-    import transformers.trainer
+    from milora_vl.compat.llava import llava_on_new_transformers
 
-    with ExitStack() as shims:
-        for shim in (_layernorm_layers, _tokenizer_argument, _sampler_and_optimizer, _without_deepspeed):
-            shim(shims, transformers)
-        shims.enter_context(get_peft_model_replaced(*modules, part=part, form=form))
+    with llava_on_new_transformers(), get_peft_model_replaced(*modules, part=part, form=form):
         yield
 
 
@@ -92,63 +87,6 @@ def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
                 content = json.loads(file.read_text(encoding="utf-8"))
                 known = {key: value for key, value in content.items() if key in KNOWN_KEYS}
                 file.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _layernorm_layers(shims: ExitStack, transformers: Any) -> None:
-    """Restore `ALL_LAYERNORM_LAYERS` in transformers.trainer, which LLaVA's trainer imports."""
-    import torch
-
-    if "ALL_LAYERNORM_LAYERS" not in transformers.trainer.__dict__:
-        shims.enter_context(
-            patch.object(transformers.trainer, "ALL_LAYERNORM_LAYERS", [torch.nn.LayerNorm], create=True)
-        )
-
-
-def _tokenizer_argument(shims: ExitStack, transformers: Any) -> None:
-    """Accept `Trainer(tokenizer=...)`, which is called `processing_class` now."""
-    stock = transformers.Trainer.__init__
-    if "tokenizer" in signature(stock).parameters:
-        return
-
-    def initialise(self: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
-        if tokenizer is not None:
-            kwargs.setdefault("processing_class", tokenizer)
-        stock(self, *args, **kwargs)
-        self.tokenizer = tokenizer
-
-    shims.enter_context(patch.object(transformers.Trainer, "__init__", initialise))
-
-
-def _sampler_and_optimizer(shims: ExitStack, transformers: Any) -> None:
-    """Call LLaVA's `_get_train_sampler` and `create_optimizer` without the arguments that Trainer now passes."""
-    trainer = import_module("llava.train.llava_trainer").LLaVATrainer
-    for name in ("_get_train_sampler", "create_optimizer"):
-        if len(signature(trainer.__dict__[name]).parameters) == 1:
-            shims.enter_context(patch.object(trainer, name, _ignoring_arguments(trainer.__dict__[name])))
-    sampler = transformers.Trainer._get_train_sampler
-    if len(signature(sampler).parameters) > 1:  # LLaVA calls super()._get_train_sampler()
-        shims.enter_context(patch.object(transformers.Trainer, "_get_train_sampler", _on_train_dataset(sampler)))
-
-
-def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:
-    def call(self: Any, *_: Any, **__: Any) -> Any:
-        return method(self)
-
-    return call
-
-
-def _on_train_dataset(method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: Any, train_dataset: Any = None) -> Any:
-        return method(self, self.train_dataset if train_dataset is None else train_dataset)
-
-    return call
-
-
-def _without_deepspeed(shims: ExitStack, transformers: Any) -> None:
-    """Replace LLaVA's `maybe_zero_3`, which imports deepspeed even if no parameter is partitioned."""
-    if find_spec("deepspeed") is None:
-        train = import_module("llava.train.train")
-        shims.enter_context(patch.object(train, "maybe_zero_3", lambda param, *_, **__: param.detach().cpu().clone()))
 
 
 COMMAND = launcher(

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest.mock import patch
 
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import beside, run
@@ -44,21 +43,13 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: Form = "a
     """
     import peft
 
-    from milora_vl.integrations import peft_calls  # import it first: this package needs the stock get_peft_model
+    from milora_vl.compat.peft import calls_replaced
+    from milora_vl.integrations.peft_calls import replacement, restoring_loader  # before: they need the stock functions
 
-    stock = peft.get_peft_model
     namespaces = [peft, *(import_module(name) for name in modules)]
-    originals = [namespace.__dict__["get_peft_model"] for namespace in namespaces]
-    for namespace in namespaces:
-        namespace.__dict__["get_peft_model"] = peft_calls.replacement(stock, part, form)
-    try:
-        with patch.object(
-            peft.PeftModel, "from_pretrained", staticmethod(peft_calls.restoring_loader(peft.PeftModel.from_pretrained))
-        ):
-            yield
-    finally:
-        for namespace, original in zip(namespaces, originals, strict=True):
-            namespace.__dict__["get_peft_model"] = original
+    loader = restoring_loader(peft.PeftModel.from_pretrained)
+    with calls_replaced(namespaces, replacement(peft.get_peft_model, part, form), loader):
+        yield
 
 
 def launch(script: Path, arguments: Sequence[str]) -> None:
