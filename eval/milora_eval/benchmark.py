@@ -6,10 +6,9 @@ Items carry everything that scoring needs, so stored answers can be scored again
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,8 +169,8 @@ class Benchmark:
         """Return the key of a line of LLaVA's answers file (question_id, prompt, text)."""
         return str(line["question_id"])
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write validated files for the benchmark's server or official script; return them (default: none)."""
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
+        """Write files for the benchmark's server or official script; return them (default: none)."""
         return []
 
 
@@ -180,45 +179,28 @@ def plain_text(item: Item) -> str:
     return item.question.removeprefix("<image>\n")
 
 
-def means(answers: Iterable[Answer], name: str, *, detail: bool = False) -> list[Metric]:
-    """Return the mean value of all answers, then of each type; answers without a value are skipped.
+def means(
+    answers: Iterable[Answer],
+    name: str,
+    *,
+    kind_of: Callable[[Answer], str] = lambda answer: answer.item.kind,
+    detail: bool = False,
+) -> list[Metric]:
+    """Return the mean value of all answers, then of each type if there are several.
 
-    Reads `answers` once and keeps three numbers per answer, so a million answers take little memory.
+    Answers without a value are skipped; [] if none has a value.
     """
-    tally = Tally()
-    for answer in answers:
-        if answer.value is not None:
-            tally.add(answer.value, answer.item.kind, answer.item.group)
-    return tally.metrics(name, detail=detail)
+    scored = [answer for answer in answers if answer.value is not None]
+    if not scored:
+        return []
+    by_kind: dict[str, list[Answer]] = defaultdict(list)
+    for answer in scored:
+        by_kind[kind_of(answer)].append(answer)
+    of_kinds = sorted(by_kind.items()) if len(by_kind) > 1 else []
+    return [_mean(name, scored), *(_mean(kind, part, detail=detail) for kind, part in of_kinds)]
 
 
-class Tally:
-    """Values with their types and groups, 24 bytes of each."""
-
-    def __init__(self) -> None:
-        self._values, self._kind_numbers, self._groups = array("d"), array("q"), array("q")
-        self._kinds: dict[str, int] = {}
-
-    def add(self, value: float, kind: str, group: str) -> None:
-        """Add one value."""
-        self._values.append(value)
-        self._kind_numbers.append(self._kinds.setdefault(kind, len(self._kinds)))
-        self._groups.append(hash(group))
-
-    def metrics(self, name: str, *, detail: bool = False) -> list[Metric]:
-        """Return the mean of all values as `name`, then of each type if there are several; [] for no values."""
-        if not self._values:
-            return []
-        metrics = [_mean_metric(name, self._values, self._groups)]
-        if len(self._kinds) > 1:
-            for kind, number in sorted(self._kinds.items()):
-                is_kind = [other == number for other in self._kind_numbers]
-                values = array("d", compress(self._values, is_kind))
-                groups = array("q", compress(self._groups, is_kind))
-                metrics.append(_mean_metric(kind, values, groups, detail=detail))
-        return metrics
-
-
-def _mean_metric(name: str, values: array[float], groups: array[int], *, detail: bool = False) -> Metric:
-    stderr = clustered_stderr(values, groups)
+def _mean(name: str, answers: Sequence[Answer], *, detail: bool = False) -> Metric:
+    values = [answer.worth for answer in answers]
+    stderr = clustered_stderr(values, [answer.item.group for answer in answers])
     return Metric(name, mean(values), stderr, len(values), mean_of="items", detail=detail)

@@ -1,4 +1,4 @@
-"""Find and read the official files of benchmarks (`--data`); errors say where to download missing ones."""
+"""Find, read and write the official files of benchmarks (`--data`); errors say where to download missing ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8
 from milora_eval.benchmark import Benchmark, Item, MissingData
-from milora_vl.base.atomic_write import atomic_file
+from milora_vl.base.atomic_write import atomic_file, write_text
 from milora_vl.base.errors import MALFORMED, DataError, UserError, with_context
 
 # Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
@@ -102,6 +102,13 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                         where=f"{path}:{number}",
                         hint="download the file again",
                     ) from None
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a JSON list of objects, or JSON lines if the name ends in .jsonl."""
+    if path.suffix == ".jsonl":
+        return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write_text(path, json.dumps(rows, ensure_ascii=False))
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -7,7 +7,6 @@ cross terms within a cluster.
 from __future__ import annotations
 
 import math
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -72,9 +71,9 @@ def stratified_stderr(
     numbers = _numbered(clusters)
     sums, squares = np.zeros(1 + numbers.max()), np.zeros(1 + numbers.max())
     pairs = zip(values, strata, strict=True)
-    terms = array("d", ((value - centre[name]) / (len(parts) * len(parts[name])) for value, name in pairs))
+    terms = np.array([(value - centre[name]) / (len(parts) * len(parts[name])) for value, name in pairs])
     np.add.at(sums, numbers, terms)
-    np.add.at(squares, numbers, array("d", (term**2 for term in terms)))
+    np.add.at(squares, numbers, terms**2)
     crossed = math.fsum(each**2 - square for each, square in zip(sums.flat, squares.flat, strict=True))
     return math.sqrt(max(naive + crossed, 0.0))
 
@@ -209,10 +208,10 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
-def _parts(values: Sequence[float], strata: Sequence[Hashable]) -> dict[Hashable, array[float]]:
-    parts: dict[Hashable, array[float]] = {}
+def _parts(values: Sequence[float], strata: Sequence[Hashable]) -> dict[Hashable, list[float]]:
+    parts: dict[Hashable, list[float]] = {}
     for value, stratum in zip(values, strata, strict=True):
-        parts.setdefault(stratum, array("d")).append(value)
+        parts.setdefault(stratum, []).append(value)
     return parts
 
 
@@ -237,7 +236,5 @@ def _bootstrap(
 
 def _numbered(names: Sequence[Hashable]) -> NDArray[np.int64]:
     """Return a number from 0 for each name, equal for equal names."""
-    if isinstance(names, array):  # numbers already: without an object for each
-        return np.unique(np.asarray(names), return_inverse=True)[1]
     numbers: dict[Hashable, int] = {}
     return np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int64, len(names))

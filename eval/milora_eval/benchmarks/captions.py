@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
 from milora_eval.benchmarks.llava_prompts import picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find
+from milora_eval.data_files import find, write_rows
 from milora_eval.rules.cider import cider_d
 from milora_eval.stats import mean, mean_stderr
 
@@ -62,11 +61,10 @@ class COCOCaptions(Benchmark):
         scores = [100 * score for score in cider_d([words(answer.text) for answer in done], references)]
         return [Metric(self.metric, mean(scores), mean_stderr(scores), len(done), unit="points", note=NOTE)]
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{image_id, caption}]."""
         rows = [{"image_id": a.item.meta["question_id"], "caption": a.text} for a in answers]
-        types = {"image_id": int, "caption": str}
-        return [write_rows(folder / f"{self.name}_results.json", rows, types, "image_id")]
+        return [write_rows(folder / f"{self.name}_results.json", rows)]
 
 
 class NoCaps(COCOCaptions):

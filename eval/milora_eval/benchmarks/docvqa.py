@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find
+from milora_eval.data_files import find, write_rows
 from milora_eval.rules.anls import anls
 
 
@@ -41,11 +40,10 @@ class DocVQA(Benchmark):
         """Return the similarity to the closest reference."""
         return anls(text, item.answers) if item.answers else None
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{questionId, answer}]."""
         rows = [{"questionId": a.item.meta["question_id"], "answer": a.text} for a in answers]
-        types = {"questionId": int, "answer": str}
-        return [write_rows(folder / f"{self.name}_{self.split}.json", rows, types, "questionId")]
+        return [write_rows(folder / f"{self.name}_{self.split}.json", rows)]
 
 
 class InfoVQA(DocVQA):

@@ -5,14 +5,13 @@ Open and binary are properties of the question. Consistency and similar metrics 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find
+from milora_eval.data_files import find, write_rows
 from milora_eval.rules.short_rules import gqa_correct
 
 
@@ -55,11 +54,11 @@ class GQA(Benchmark):
         """Return the accuracy over all, binary and open questions."""
         return means(answers, self.metric)
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{questionId, prediction}] for eval.py."""
         predictions = [(a.item.meta["question_id"], a.text) for a in answers]
         if self.protocol == "llava":
             predictions = [(name, text.rstrip(".").lower()) for name, text in predictions]
         rows = [{"questionId": name, "prediction": text} for name, text in predictions]
         path = folder / "testdev_balanced_predictions.json"
-        return [write_rows(path, rows, {"questionId": str, "prediction": str}, "questionId")]
+        return [write_rows(path, rows)]

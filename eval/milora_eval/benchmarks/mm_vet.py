@@ -5,14 +5,14 @@ A judgement without a number counts as missing, not as 0.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means, plain_text
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means, plain_text
 from milora_eval.benchmarks.llava_prompts import picture_item
-from milora_eval.benchmarks.submissions import write_object
 from milora_eval.data_files import find
+from milora_vl.base.atomic_write import write_json
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
@@ -65,13 +65,10 @@ class MMVet(Benchmark):
         graded = [answer for answer in answers if answer.value is not None]
         metrics = means(graded, self.metric)
         for name in CAPABILITIES:
-            tally = Tally()
-            for answer in graded:
-                if name in answer.item.meta["capability"]:
-                    tally.add(answer.worth, "", answer.item.group)
-            metrics += [Metric(name, m.value, m.stderr, m.n) for m in tally.metrics(name)]
+            part = [answer for answer in graded if name in answer.item.meta["capability"]]
+            metrics += [Metric(name, one.value, one.stderr, one.n) for one in means(part, name)[:1]]
         return metrics
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {"v1_0": answer} for the online evaluator."""
-        return [write_object(folder / "mm-vet_results.json", {a.item.id: a.text for a in answers})]
+        return [write_json(folder / "mm-vet_results.json", {a.item.id: a.text for a in answers})]

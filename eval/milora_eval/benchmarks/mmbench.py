@@ -8,7 +8,7 @@ The submission follows scripts/convert_mmbench_for_submission.py. The legacy dev
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ class MMBench(Benchmark):
         """Return the prompt as in model_vqa_mmbench.py, without the request for a letter."""
         return super().llava_question(item) | {"text": plain_text(item).removesuffix(self.suffix)}
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write the table for the server: the rows of the file, with `prediction` as the seventh column."""
         texts = {a.item.meta["index"]: a.text for a in answers}
         path = find(self, data_dir, self.files[0])

@@ -7,7 +7,7 @@ for a single word or phrase; its convert_answer_to_mme.py restores the sentence.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class MME(Benchmark):
         question = line["prompt"].removesuffix(SHORT)
         return line["question_id"], question.removesuffix(YES_OR_NO).rstrip()
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write one text file per subtask for calculation.py: picture, question, truth, answer; pairs are adjacent."""
         tasks: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
         for answer in answers:

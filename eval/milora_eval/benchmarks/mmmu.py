@@ -9,15 +9,15 @@ from its options.
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import LETTER, SHORT, picture_item
-from milora_eval.benchmarks.submissions import write_object
 from milora_eval.data_files import find, unpack_picture
 from milora_eval.rules.mmmu import mmmu_open_correct, mmmu_option
+from milora_vl.base.atomic_write import write_json
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -49,13 +49,13 @@ class MMMU(Benchmark):
         """Return the accuracy, overall and per subject."""
         return means(answers, self.metric, detail=True)
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {id: answer} for main_eval_only.py: letters for multiple choice, text for open questions."""
         rows = {
             a.item.id: mmmu_option(a.text, a.item.meta["options"], seed=a.item.id) if a.item.meta["options"] else a.text
             for a in answers
         }
-        return [write_object(folder / "mmmu_validation.json", rows)]
+        return [write_json(folder / "mmmu_validation.json", rows)]
 
 
 def _item(row: dict[str, Any]) -> Item:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find, read_jsonl
+from milora_eval.data_files import find, read_jsonl, write_rows
 from milora_eval.rules.pope import PopeNumbers, pope_answer, pope_numbers
 from milora_eval.stats import mean
 from milora_vl.base.errors import UserError
@@ -95,7 +94,7 @@ class POPE(Benchmark):
         """Return the id of a line."""
         return str(line["question_id"])
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write one JSONL file per set, {question, answer}, in the order of the questions, for evaluate.py."""
         files = []
         for name in SETS:
@@ -109,8 +108,7 @@ class POPE(Benchmark):
                 if a.item.kind == name
             ]
             if rows:
-                types = {"question_id": str, "question": str, "answer": str}
-                files.append(write_rows(folder / f"coco_pope_{name}_answers.jsonl", rows, types, "question_id"))
+                files.append(write_rows(folder / f"coco_pope_{name}_answers.jsonl", rows))
         return files
 
 

@@ -4,7 +4,7 @@ model_vqa_science.py (--single-pred-prompt) and eval_science_qa.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from milora_data.formats.jsonfile import read_json
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import LETTER, picture_item
-from milora_eval.benchmarks.submissions import write_object
 from milora_eval.data_files import find
 from milora_eval.rules.scienceqa import LETTERS, scienceqa_index
+from milora_vl.base.atomic_write import write_json
 
 
 class ScienceQA(Benchmark):
@@ -44,7 +44,7 @@ class ScienceQA(Benchmark):
         """Return the prompt with its `<image>`, from which eval_science_qa.py detects questions with a picture."""
         return super().llava_question(item) | {"text": item.question}
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write the output file of eval_science_qa.py: the scores, and the index and text of every answer."""
         right = sum(self.score(a.item, a.text) for a in answers)
         chosen = {a.item.id: scienceqa_index(a.text, a.item.meta["num_choices"]) for a in answers}
@@ -55,7 +55,7 @@ class ScienceQA(Benchmark):
             "results": chosen,
             "outputs": {a.item.id: a.text for a in answers},
         }
-        return [write_object(folder / "scienceqa_result.json", result)]
+        return [write_json(folder / "scienceqa_result.json", result)]
 
 
 class ScienceQAImages(ScienceQA):

@@ -5,16 +5,15 @@ The official script ranks the likelihoods of the options instead.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import LETTER, lettered, picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find
+from milora_eval.data_files import find, write_rows
 from milora_eval.rules.short_rules import seed_correct
 
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
@@ -52,22 +51,15 @@ class SEEDBench(Benchmark):
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the accuracy: overall, for pictures and videos, and per type as details."""
-        types = Tally()
-
-        def tallied() -> Iterator[Answer]:
-            for answer in answers:
-                types.add(answer.worth, answer.item.meta["type"], answer.item.group)
-                yield answer
-
-        metrics = means(tallied(), self.metric)
-        details = types.metrics(self.metric, detail=True)[1:]
+        answers = list(answers)
+        metrics = means(answers, self.metric)
+        details = means(answers, self.metric, kind_of=lambda answer: answer.item.meta["type"], detail=True)[1:]
         return [*metrics, *(replace(each, name=f"type: {each.name}", mean_of=None) for each in details)]
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write {question_id, prediction} lines."""
         rows = [{"question_id": a.item.meta["question_id"], "prediction": a.text} for a in answers]
-        types: dict[str, type | tuple[type, ...]] = {"question_id": (str, int), "prediction": str}
-        return [write_rows(folder / "seed_bench_predictions.jsonl", rows, types, "question_id")]
+        return [write_rows(folder / "seed_bench_predictions.jsonl", rows)]
 
 
 def _item(entry: dict[str, Any], picture: Path, types: dict[int, str]) -> Item:

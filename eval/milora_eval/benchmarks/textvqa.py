@@ -6,15 +6,14 @@ its question file uses the picture as the question_id.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find, read_jsonl
+from milora_eval.data_files import find, read_jsonl, write_rows
 from milora_eval.rules.textvqa import question_of, textvqa_accuracy
 from milora_vl.base.errors import DataError
 
@@ -71,10 +70,10 @@ class TextVQA(Benchmark):
         """Return (picture, question)."""
         return line["question_id"], question_of(line["prompt"])
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{question_id, answer}] for the EvalAI server."""
         rows = [{"question_id": a.item.meta["server_id"], "answer": a.text} for a in answers]
-        return [write_rows(folder / "textvqa_val.json", rows, {"question_id": int, "answer": str}, "question_id")]
+        return [write_rows(folder / "textvqa_val.json", rows)]
 
     def _texts(self, data_dir: Path, entries: list[dict[str, Any]]) -> list[str]:
         path = find(self, data_dir, self.files[2])

@@ -7,14 +7,13 @@ capital, and the id is the line number.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import SHORT, UNANSWERABLE, picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find
+from milora_eval.data_files import find, write_rows
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vizwiz_accuracy
 
@@ -57,10 +56,10 @@ class VizWiz(Benchmark):
         """Return the number of the question and the name of the picture."""
         return str(item.meta["question_id"]), item.id
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{image, answer}]."""
         rows = [{"image": a.item.meta["image"], "answer": self.answer(a.text)} for a in answers]
-        return [write_rows(folder / f"vizwiz_{self.split}.json", rows, {"image": str, "answer": str}, "image")]
+        return [write_rows(folder / f"vizwiz_{self.split}.json", rows)]
 
 
 class VizWizTest(VizWiz):

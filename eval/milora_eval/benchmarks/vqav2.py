@@ -6,16 +6,15 @@ scripts/convert_vqav2_for_submission.py does before the upload.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Tally, means
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.benchmarks.submissions import write_rows
-from milora_eval.data_files import find
+from milora_eval.data_files import find, write_rows
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
 
@@ -48,28 +47,21 @@ class VQAv2(Benchmark):
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the accuracy: overall, per answer type, and per question type as details."""
-        by_question_type = Tally()
-
-        def tallied() -> Iterator[Answer]:
-            for answer in answers:
-                if answer.value is not None:
-                    by_question_type.add(answer.value, answer.item.meta["question_type"], answer.item.group)
-                yield answer
-
-        metrics = means(tallied(), self.metric)
-        details = by_question_type.metrics(self.metric, detail=True)[1:]
+        answers = list(answers)
+        metrics = means(answers, self.metric)
+        details = means(answers, self.metric, kind_of=lambda answer: answer.item.meta["question_type"], detail=True)[1:]
         return [*metrics, *(replace(each, name=f"question type: {each.name}", mean_of=None) for each in details)]
 
     def answer(self, text: str) -> str:
         """Return the answer in the form that is submitted."""
         return m4c_normalise(text) if self.protocol == "llava" else text
 
-    def submission(self, answers: Collection[Answer], folder: Path, data_dir: Path) -> list[Path]:
+    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{question_id, answer}]."""
         rows = [{"question_id": a.item.meta["question_id"], "answer": self.answer(a.text)} for a in answers]
         rows += self._unasked({row["question_id"] for row in rows}, data_dir)
         name = f"{self.name.split('-')[0]}_{self.split}_results.json"
-        return [write_rows(folder / name, rows, {"question_id": int, "answer": str}, "question_id")]
+        return [write_rows(folder / name, rows)]
 
     def _annotations(self, data_dir: Path) -> dict[int, dict[str, Any]]:
         known = read_json(find(self, data_dir, self.files[1]))["annotations"]

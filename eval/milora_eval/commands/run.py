@@ -96,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if holds_adapter(options.output_dir) and options.output_dir.resolve() not in run_folders:
         sys.stderr.write(f"warning: {options.output_dir} holds another adapter; its scores and report are replaced\n")
     sys.stderr.write(f"loading {options.model}" + (f" with {target.adapter}\n" if target.adapter else "\n"))
-    from milora_eval import job
+    from milora_eval.evaluate import run_job
 
-    folders = job.run(options, target, plan, items)
+    folders = run_job(options, target, plan, items)
     if folders is None:
         sys.stderr.write(f"shard {options.shard} is complete; the last shard to finish writes the results\n")
         return 0

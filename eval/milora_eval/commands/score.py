@@ -15,8 +15,7 @@ from milora_eval.answers.questions import select
 from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
 from milora_eval.benchmark import Benchmark
 from milora_eval.data_files import load_items
-from milora_eval.scores.exports import export
-from milora_eval.scores.llava_files import join, read_llava_answers
+from milora_eval.scores.exports import export, join, read_llava_answers
 from milora_eval.scores.results import Results, numbers, score, write_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol

@@ -1,16 +1,24 @@
-"""Write stored answers for other programs: submissions for servers and official scripts, LLaVA's answers files."""
+"""Stored answers for other programs: submissions for servers and official scripts, and LLaVA's files, read and written.
+
+questions.jsonl {question_id, image, text, category}, answers.jsonl {question_id, prompt, text, answer_id, model_id,
+metadata} as llava/eval/model_vqa_loader.py writes them (MMBench: also round_id). Joined by id, never by position.
+"""
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from milora_eval.answers.store import PREDICTIONS, read_lines, to_answer
-from milora_eval.scores.llava_files import write_llava_files
+from milora_eval.answers.identity import digest
+from milora_eval.answers.store import PREDICTIONS, read_lines, to_answer, write_lines
+from milora_eval.benchmark import Answer, Benchmark, Item
+from milora_eval.data_files import read_jsonl
 from milora_eval.scores.results import judgements, read_results, review_of
 from milora_eval.suites import folder_of, stored_benchmark
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import DataError, UserError
 
 SUBMISSION = "submission"
 
@@ -39,3 +47,84 @@ def export(folder: Path) -> list[Path]:
         except UserError as error:
             sys.stderr.write(f"warning: no submission for {benchmark.name}: {error}\n")
     return written
+
+
+def write_llava_files(benchmark: Benchmark, answers: Iterable[Answer], folder: Path, model: str) -> list[Path]:
+    """Write questions.jsonl and answers.jsonl for LLaVA's scripts; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    questions_file, answers_file = folder / "questions.jsonl", folder / "answers.jsonl"
+    write_lines(questions_file, (benchmark.llava_question(answer.item) for answer in answers))
+    write_lines(answers_file, (_answer_line(benchmark, answer, model) for answer in answers))
+    return [questions_file, answers_file]
+
+
+def _answer_line(benchmark: Benchmark, answer: Answer, model: str) -> dict[str, Any]:
+    question = benchmark.llava_question(answer.item)
+    row = {"question_id": question["question_id"], "prompt": question["text"], "text": answer.text}
+    if "round" in answer.item.meta:
+        row |= {"question_id": answer.item.meta["index"], "round_id": 0}
+    return row | {"answer_id": digest([answer.item.id, answer.text]), "model_id": model, "metadata": {}}
+
+
+def read_llava_answers(path: Path) -> list[Mapping[str, Any]]:
+    """Return the lines of an answers file. Raises DataError if it has another format."""
+    rows = list(read_jsonl(path))
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
+            raise DataError(
+                f'expected {{"question_id": ..., "prompt": ..., "text": ...}}, got {row!r:.80}',
+                code="predictions-format",
+                where=f"{path}:{number}",
+            )
+    return rows
+
+
+def join(benchmark: Benchmark, items: Sequence[Item], rows: Iterable[Mapping[str, Any]], path: Path) -> dict[str, str]:
+    """Return the answer text of every item id; the order of the rows does not matter.
+
+    Raises UserError for a missing id, a duplicate id, or an id that belongs to no question.
+    """
+    ids = {key: item.id for item in items for key in benchmark.llava_keys(item)}
+    texts: dict[str, str] = {}
+    for row in rows:
+        try:
+            key = benchmark.llava_key(row)
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"no question matches the answer {row['question_id']!r}: {error}",
+                code="predictions-unknown-id",
+                where=str(path),
+                hint="use the answers to these questions, or remove the line",
+            ) from None
+        if key not in ids:
+            raise UserError(
+                f"{benchmark.name} has no question {row['question_id']!r}",
+                code="predictions-unknown-id",
+                where=str(path),
+                hint=_hint(benchmark),
+            )
+        if ids[key] in texts:
+            raise UserError(
+                f'two answers for the id "{ids[key]}"',
+                code="predictions-duplicate-id",
+                where=str(path),
+                hint="keep one answer for each id",
+            )
+        texts[ids[key]] = row["text"]
+    missing = [item.id for item in items if item.id not in texts]
+    if missing:
+        listed = ", ".join(f'"{name}"' for name in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{len(missing)} of {len(items)} answers are missing",
+            code="predictions-missing-ids",
+            where=str(path),
+            hint=f"missing ids: {listed}{more}",
+        )
+    return texts
+
+
+def _hint(benchmark: Benchmark) -> str:
+    if benchmark.name == "pope":
+        return "LLaVA's POPE answers use the ids of llava_pope_test.jsonl: put this file next to coco_pope_*.json"
+    return f"check that the predictions and the data have the same split ({benchmark.name}: {benchmark.split})"
