@@ -16,7 +16,7 @@ from milora_vl.report.plots import PlotStyle, png
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import at_common_loss, curves_of
-from milora_vl.sweep.plots import Panel, curves_figure, scores_figure
+from milora_vl.sweep.plots import Panel, curves_figure, pareto_figure
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
 from studies.runner import Folder, all_cells, finished
 from studies.study import Study, chosen, read_study
@@ -123,7 +123,7 @@ def _draw_curves(name: str, study: Study, docs: Path) -> None:
     panels = page.panels(cells, list(cells), study.seeds, task.forgets, study.reference)
     style = PlotStyle()
     (docs / f"{name}.png").write_bytes(png(curves_figure(panels, style)))
-    scores = scores_figure(panels[0].arms, task.metric, task.forgets, style)
+    scores = pareto_figure(panels[0].arms, task.metric, task.forgets, style)
     (docs / f"{name}.score.png").write_bytes(png(scores))
 
 

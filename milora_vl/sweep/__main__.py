@@ -9,7 +9,9 @@ import os
 import shlex
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from milora_eval.suites import find_benchmark, find_suite, has_files
@@ -18,7 +20,9 @@ from milora_vl.base.errors import Problem, UserError
 from milora_vl.cli.command_line import amount, next_step, positive, run
 from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.cli.table import show
+from milora_vl.recipe import command_line
 from milora_vl.recipe.policy_edits import ADAPTERS
+from milora_vl.recipe.recipe_file import read_recipe
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
@@ -93,9 +97,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
     options = COMMAND.parse(argv)
-    from milora_vl.sweep import first_cell
-
-    recipe = first_cell.recipe_named(options.recipe)
+    file = read_recipe(options.recipe)
+    recipe = Recipe.parse(file.content, file.source, file.lines)
     evaluation = Evaluation(
         options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), ""),
         options.data or recipe.sweep.data or recipe.eval.data,
@@ -108,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _same_sweep(sweep)
     left = _show_plan(sweep, cells, jobs, retry=options.retry)
     if left:
-        cost = _time_left(sweep, cells, left, jobs) or first_cell.cost(recipe, cells[0], left, jobs)
+        cost = _time_left(sweep, cells, left, jobs) or _cost(recipe, cells[0], left, jobs)
         sys.stderr.write(f"cost{cost}\n")
     if options.plan:
         return 0
@@ -242,6 +245,25 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
     if not left:
         sys.stderr.write("nothing is left to run\n")
     return left
+
+
+def _cost(recipe: Recipe, cell: Cell, left: int, jobs: int) -> str:
+    """Return the cost of one cell as text. Raises UserError with the problems of the cell if it cannot run."""
+    from milora_vl.forecast import dry_run
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, f"{cell.name}.yaml")
+        file.write_text(recipe_of(recipe, cell).to_yaml(), encoding="utf-8")
+        # The real output folder may hold a run to resume.
+        request = command_line.parse(["--recipe", str(file), "--dry-run", "--output_dir", str(Path(folder, cell.name))])
+        try:
+            run = dry_run.outlook(request)
+        except UserError as error:
+            first = Problem("a cell cannot run", "sweep-cell-cannot-run", cell.name, "correct the recipe of the sweep")
+            rest = [replace(problem, where=problem.where.removeprefix(f"{folder}/")) for problem in error.problems]
+            raise UserError(problems=[first, *rest]) from None
+    words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured after the first cell):\n  "
+    return words + "\n  ".join([*(f"warning: {warning}" for warning in run.warnings), *run.costs.lines])
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:

@@ -202,8 +202,7 @@ def _files(
          p.forgetting.half, p.score.n)
         for arm in all_arms for p in arm.points
     ]  # fmt: skip
-    for name in ("pareto", "rates"):
-        write_csv(folder / f"{name}.csv", _POINT, points)
+    write_csv(folder / "points.csv", _POINT, points)
     if at_equal_loss:
         write_csv(folder / "curves.csv", at_equal_loss.header, at_equal_loss.rows)
     content = {

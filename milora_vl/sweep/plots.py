@@ -44,7 +44,9 @@ def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotSty
                     elinewidth=0.8, alpha=0.95, zorder=2, label=arm.label if point is arm.points[0] else None,
                 )  # fmt: skip
         axis.set(xlabel=fill(forgets, 40 if style.narrow else 90), ylabel=fill(metric, 50))
-        _frame(axis, arms)
+        scores = [point.score.value for arm in arms for point in arm.points]
+        margin = 0.3 * (max(scores) - min(scores)) or 0.1  # the interval of a rate that diverges may be larger
+        axis.set_ylim(min(scores) - margin, max(scores) + margin)
         if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
             _logarithmic(axis)
         _legend(figure, axis, [arm.label for arm in arms], style)
@@ -105,31 +107,6 @@ def _curves_panel(axis: Any, panel: Panel, places: Mapping[str, int], style: Plo
     axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
 
 
-def scores_figure(arms: Sequence[Arm], metric: str, forgets: str, style: PlotStyle) -> Figure:
-    """Draw score over forgetting: one line per method through its learning rates, with 95 % intervals over seeds."""
-    from matplotlib.figure import Figure
-
-    with styled(style):
-        figure = Figure(figsize=(style.width, 4.4), layout="constrained")
-        axis = figure.subplots()
-        for place, arm in enumerate(arms):
-            points = sorted(arm.points, key=lambda point: point.forgetting.value)
-            axis.errorbar(
-                [p.forgetting.value for p in points], [p.score.value for p in points],
-                xerr=[p.forgetting.half or 0 for p in points], yerr=[p.score.half or 0 for p in points],
-                color=colour_of(place, style), marker=mark_of(place), ms=7, mec=style.paper, mew=0.6, lw=1.2,
-                elinewidth=0.8,
-            )  # fmt: skip
-        axis.set(xlabel=fill(forgets, 40 if style.narrow else 90), ylabel=fill(metric, 50))
-        scores = [point.score.value for arm in arms for point in arm.points]
-        margin = 0.3 * (max(scores) - min(scores)) or 0.1  # the interval of a rate that diverges may be larger
-        axis.set_ylim(min(scores) - margin, max(scores) + margin)
-        if min(point.forgetting.value for arm in arms for point in arm.points) > 0:
-            _logarithmic(axis)
-        _legend(figure, axis, [arm.label for arm in arms], style)
-    return figure
-
-
 def _logarithmic(axis: Any) -> None:
     """Use a logarithmic x axis with plain tick labels: 0.5, 1, 2, and more of them for a short range."""
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -140,26 +117,6 @@ def _logarithmic(axis: Any) -> None:
     axis.xaxis.set_major_locator(LogLocator(subs=subs))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _frame(axis: Any, arms: Sequence[Arm]) -> None:
-    """Limit the axes to the range of the selected points, and annotate how many others are below it."""
-    chosen = [arm.best.score.value for arm in arms if arm.best]
-    points = [point for arm in arms for point in arm.points]
-    if not chosen:
-        return
-    floor = 2 * min(chosen) - max(chosen) - 0.1 * abs(max(chosen))
-    # The intervals of rates that were not selected do not affect the range.
-    highest = max(arm.best.score.value + (arm.best.score.half or 0) for arm in arms if arm.best)
-    highest = max(highest, *(point.score.value for point in points))
-    axis.set_ylim(top=highest + 0.05 * (highest - floor))
-    visible = [point for point in points if point.score.value >= floor]
-    if len(visible) == len(points):
-        return
-    left, right = min(p.forgetting.value for p in visible), max(p.forgetting.value for p in visible)
-    axis.set(ylim=(floor, axis.get_ylim()[1]), xlim=(left * 0.8, right * 1.25) if left > 0 else (None, right * 1.1))
-    words = f"{len(points) - len(visible)} learning rates are below this range"
-    axis.annotate(words, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color=GREY)
 
 
 def rates_figure(arms: Sequence[Arm], metric: str, style: PlotStyle) -> Figure:

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from milora_eval.scores.results import require_lines
 from milora_vl.base.atomic_write import read_json, write_json, write_text
 from milora_vl.base.errors import UserError
+from milora_vl.plan.run_lock import require_free
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep.cells import Cell, recipe_of
 
@@ -135,6 +136,7 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     shared = recipe.factor_cache or str(sweep.folder / "factors")
     recipe = recipe.model_copy(update={"factor_cache": shared})
     write_text(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
+    _wait_for_killed_sweep(sweep.run_folder(cell))
     start = time.monotonic()
     log = sweep.folder / "logs" / f"{cell.name}.log"
     with log.open("a", encoding="utf-8") as out:
@@ -159,6 +161,16 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
     write_json(sweep.folder / "cells" / f"{cell.name}.json", result)
     (sweep.folder / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
     return True
+
+
+def _wait_for_killed_sweep(run: Path) -> None:
+    """Wait while a training of a killed sweep still runs in this folder."""
+    while True:
+        try:
+            require_free(run)
+            return
+        except UserError:
+            time.sleep(1)
 
 
 def _collect(sweep: Sweep, cell: Cell) -> Result:
