@@ -1,21 +1,18 @@
-"""VLMEvalKit's formats: its question TSV, its predictions (xlsx, tsv) and its model class.
+"""VLMEvalKit: read its predictions (xlsx, tsv), which needs no VLMEvalKit, and answer as a model of it.
 
-The tables do not need VLMEvalKit. `milora_vlm(...)` returns a model for `vlmeval.config.supported_VLM`; VLMEvalKit has
+`milora_vlm(...)` returns a model for `vlmeval.config.supported_VLM`; VLMEvalKit has
 no plug-in hook, so `register` adds the model to this dict.
 """
 
 from __future__ import annotations
 
-import base64
-import csv
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.records.record import Turn
-from milora_eval.benchmark import Answer, Item, plain_text
-from milora_eval.benchmarks.xlsx import read_xlsx, write_xlsx
+from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.data_files import read_table
 from milora_vl.base.errors import DataError, UserError
 
@@ -32,31 +29,6 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         )
     texts = ["" if row.get("prediction") is None else str(row["prediction"]) for row in rows]  # 0 is an answer
     return [{"question_id": row["index"], "text": text} for row, text in zip(rows, texts, strict=True)]
-
-
-def write_predictions(path: Path, answers: Sequence[Answer]) -> Path:
-    """Write predictions in VLMEvalKit's format (MODEL_DATASET.xlsx): index, question, prediction, answer."""
-    rows = [
-        [_index(a.item), plain_text(a.item), a.text, a.item.answers[0] if a.item.answers else None] for a in answers
-    ]
-    return write_xlsx(path, ("index", "question", "prediction", "answer"), rows)
-
-
-def write_questions(path: Path, items: Sequence[Item]) -> Path:
-    """Write a question TSV for $LMUData: index, image (base64), question, options, answer."""
-    rows = []
-    for number, item in enumerate(items):
-        row = {"index": _index(item, number), "question": plain_text(item), "answer": "|".join(item.answers[:1])}
-        if item.images:
-            row["image"] = base64.b64encode(Path(item.images[0]).read_bytes()).decode()
-        rows.append(row | dict(item.meta.get("options", {})) | ({"category": item.kind} if item.kind else {}))
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names, delimiter="\t", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def register(name: str, model: str, adapter: str | None = None, *, template: str = "vicuna_v1") -> None:
@@ -103,8 +75,3 @@ def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> An
             return generate(loaded, processor, [Prompt((turn,), images, "exact")], template=template, batch_size=1)[0]
 
     return MiloraVLM()
-
-
-def _index(item: Item, number: int = 0) -> int | str:
-    index = item.meta.get("index", item.meta.get("question_id", number))
-    return index if isinstance(index, int | str) else str(index)
