@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milora_eval.judge import Endpoint
+from milora_eval.commands.judge import Endpoint
 from milora_vl.base.atomic_write import write_json, write_text
 from milora_vl.base.errors import DataError, UserError, with_context
 from milora_vl.base.secrets import HIDDEN, without_secrets
