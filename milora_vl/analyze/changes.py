@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,8 @@ import torch
 from peft.utils import load_peft_weights
 from torch import Tensor
 
+from milora_vl.adapter.files import new_paths
+from milora_vl.adapter.names import moved as moved_name
 from milora_vl.adapter.sidecar import Sidecar, locate, read_sidecar
 from milora_vl.analyze.measures import Update, moved
 from milora_vl.analyze.weights import Weights
@@ -24,7 +25,6 @@ from milora_vl.policy.towers import canonical_names
 from milora_vl.weights.fingerprint import distance
 
 _MAGNITUDE = ".lora_magnitude_vector"
-_TOKENS = "trainable_token_indices"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,11 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
             _refuse_mutating(source.folder)
         adapter, magnitudes = _read(source.folder)
     if adapter.sidecar is not None and source.kind != "llava":
-        adapter = _relocate(adapter, names)
-        if not allow_base_mismatch and adapter.sidecar is not None:
-            _require_base(adapter.sidecar, base)
+        saved, located = adapter.sidecar, locate(adapter.sidecar, names)
+        path_of = new_paths(saved, located)
+        adapter = replace(adapter.moved(lambda path: moved_name(path, path_of)), sidecar=located)
+        if not allow_base_mismatch:
+            _require_base(located, base)
     changes = dict(_factors(adapter, magnitudes))
     for key, tensor in adapter.whole.items():
         path, _, leaf = key.rpartition(".")
@@ -150,7 +152,7 @@ def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:
     """Read a LoRA folder, and the magnitudes of a DoRA by path."""
     config = read_config(folder, any_lora=True)
     more = more_than_factors(folder)
-    unknown = [description for name, description in more.items() if name not in ("use_dora", _TOKENS)]
+    unknown = [description for name, description in more.items() if name != "use_dora"]
     if unknown:
         raise UserError(
             f"contains {unknown[0]}, which cannot be analysed as a change of a matrix",
@@ -160,27 +162,9 @@ def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:
         )
     state = load_peft_weights(str(folder), device="cpu")
     scales = {key: tensor for key, tensor in state.items() if _MAGNITUDE in key}
-    other = {key for key in state if ".trainable_tokens_" in key or (config.bias != "none" and key.endswith(".bias"))}
-    if other or _TOKENS in more:
-        description = more.get(_TOKENS, "trained biases")
-        sys.stderr.write(f"not analysed, because they are not matrices: {description} ({len(other)})\n")
-    plain = {key: tensor for key, tensor in state.items() if key not in scales and key not in other}
+    plain = {key: tensor for key, tensor in state.items() if key not in scales}
     magnitudes = {key.removeprefix(PREFIX).partition(_MAGNITUDE)[0]: tensor for key, tensor in scales.items()}
     return from_state(plain, config, folder, read_sidecar(folder)), magnitudes
-
-
-def _relocate(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapter:
-    """Return the adapter with the module paths of this base model, for adapters saved from another layout."""
-    saved = adapter.sidecar
-    assert saved is not None
-    located = locate(saved, names)
-    moved_to = {old.path: new.path for old, new in zip(saved.targets, located.targets, strict=True)}
-    factors = {moved_to.get(path, path): low for path, low in adapter.factors.items()}
-    whole = {}
-    for key, tensor in adapter.whole.items():
-        path, _, leaf = key.rpartition(".")
-        whole[f"{moved_to.get(path, path)}.{leaf}"] = tensor
-    return replace(adapter, factors=factors, whole=whole, sidecar=located)
 
 
 def _require_base(sidecar: Sidecar, base: Weights) -> None:

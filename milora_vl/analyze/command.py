@@ -15,7 +15,7 @@ from milora_vl.adapter.folders import holds_adapter, holds_residual, newest_of_u
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step, positive
 from milora_vl.cli.flags import Command, option, shared
-from milora_vl.report.regenerate import regenerate_report
+from milora_vl.report.page import regenerate_report
 
 COMMAND = Command(
     "milora_vl.analyze",

@@ -82,22 +82,12 @@ def open_weights(name: str) -> Weights:
     """
     folder = loading.weights_folder(name)
     if folder is not None:
-        model = _meta_model(name)
+        model = loading.meta_model(loading.config_of(name))
         stored = _locations(folder, model)
         if stored is not None:
             return Weights(name, model, find_towers(model), stored)
         sys.stderr.write(f"{name}: the names in its files do not match its modules; loading the full model\n")
     return Weights.of(loading.load_weights(name), name)
-
-
-def _meta_model(name: str) -> nn.Module:
-    """Return the modules of a model without their weights."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    config = loading.config_of(name)
-    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
-    with torch.device("meta"):
-        return auto.from_config(config)
 
 
 def _locations(folder: Path, model: nn.Module) -> dict[str, tuple[Path, str]] | None:

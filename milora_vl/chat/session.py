@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -77,7 +75,6 @@ def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image
         _require_taken(name, flag, bool(pictures), bool(videos))
         return
     prompts_of(options.model, options.adapter, options.template).limit(processor)
-    logging.getLogger(type(processor).__module__).addFilter(_name_fps)
     if options.question is None and not pictures and not videos:
         return
     # The first question of a conversation will show them.
@@ -113,17 +110,6 @@ def _require_taken(name: str, flag: str, has_pictures: bool, has_videos: bool) -
             where=flag,
             hint="use a vision-language model, or remove the picture",
         )
-
-
-def _name_fps(logged: logging.LogRecord) -> bool:
-    """Replace the library's warning about a video without times, which names its own argument, by one with our flag."""
-    text = logged.getMessage()
-    if "requires frame timestamps" in text:
-        assumed = re.search(r"fps=([0-9.]*[0-9])", text)
-        number = f"{assumed[1]} " if assumed else "the processor's number of "
-        logged.msg = f"warning: {number}frames of a video per second are assumed; --fps NUMBER sets their number"
-        logged.args = ()
-    return True
 
 
 class Chat:

@@ -12,7 +12,7 @@ from milora_vl.adapter.folders import newest_of_unfinished, require_adapter
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step, positive, run
 from milora_vl.cli.flags import Command, option, shared
-from milora_vl.report.regenerate import regenerate_report
+from milora_vl.report.page import regenerate_report
 
 PROBES = ("text", "samples", "pictures")
 

@@ -1,13 +1,20 @@
-"""Write report.html of a run from its files, with all pictures and plots."""
+"""Write report.html of a run from its files, with all pictures and plots; again after a command has added files."""
 
 from __future__ import annotations
 
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milora_vl.base.errors import UserError
 from milora_vl.cli import page as pages
+from milora_vl.cli.table import Table
 from milora_vl.report import figures, parts, run_page, tables, wording
-from milora_vl.report.analysis_files import read_analysis
+from milora_vl.report.plots import Plot
 from milora_vl.report.repeat import commands, steps
 from milora_vl.report.run_page import Run
 
@@ -18,6 +25,14 @@ _OUTCOME_CLASS = {
     "no longer right": "lost",
     "wrong before and after": "never",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What `python -m milora_vl.analyze` wrote: the table of means, and (plot, caption) of each figure."""
+
+    table: Table
+    figures: list[tuple[Plot, str]]
 
 
 def write_report(folder: Path) -> Path:
@@ -71,3 +86,32 @@ def _content(content: Run) -> dict[str, Any]:
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         "credits": parts.credits_of(content),
     }
+
+
+def read_analysis(run: Path) -> Analysis | None:
+    """Return the analysis in a run folder, or None without one."""
+    folder = run / "analysis"
+    if not (folder / "summary.json").is_file():
+        return None
+    summary, figures = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("summary.json", "figures.json")
+    )
+    return Analysis(Table(**summary["table"]), [(Plot(**figure["plot"]), figure["caption"]) for figure in figures])
+
+
+def try_write_report(run: Path, warn: Callable[[str], object]) -> Path | None:
+    """Write report.html of a run and return its path. On any error, warn and return None: the results must not fail."""
+    try:
+        return write_report(run)
+    except (UserError, OSError) as error:  # for example a full disk
+        warn(f"no report: {error}")
+    except Exception:
+        warn(f"no report; run python -m milora_vl.report {run} to see why\n{traceback.format_exc(limit=1)}")
+    return None
+
+
+def regenerate_report(folder: Path) -> None:
+    """Regenerate the report if `folder` is a run folder, and print its path or the reason of failure on stderr."""
+    if (folder / "recipe.yaml").is_file():
+        page = try_write_report(folder, lambda text: sys.stderr.write(f"{text}\n"))
+        sys.stderr.write(f"report:  {page}\n" if page is not None else "")

@@ -1,15 +1,14 @@
-"""Read a run folder for its report: logs, policy, spectra, scores, forgetting. Any file may be missing or damaged."""
+"""Read a run folder for its report: logs, policy, spectra, scores, forgetting. Any file may be missing."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_vl.base.errors import UserError, expected_format
+from milora_vl.base.errors import UserError
 from milora_vl.base.yaml_text import parse_yaml
 
 Json = Mapping[str, Any]
@@ -154,35 +153,12 @@ def read_run(folder: Path) -> Run:
         recipe=_yaml(folder / "recipe.yaml"),
         environment=_json(folder / "environment.json", {}),
         policy=_json(folder / "policy.json", {}),
-        layers=_layers(folder / "spectrum.json"),
-        history=_history(folder / "trainer_state.json"),
+        layers=tuple(map(_layer, _json(folder / "spectrum.json", []))),
+        history=tuple(_json(folder / "trainer_state.json", {}).get("log_history", ())),
         comparisons=tuple(_comparisons(folder / "eval")),
         forgetting=_json(folder / "forgetting.json", {}),
         protection=_json(folder / "protection.json", {}),
     )
-
-
-def _history(path: Path) -> tuple[Json, ...]:
-    """Return the log of a training. Raises UserError if it is no list of mappings."""
-    history = _json(path, {}).get("log_history", [])
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise _damaged(path, f"log_history is no list of mappings: {str(history)[:60]}")
-    return tuple(history)
-
-
-def _layers(path: Path) -> tuple[Layer, ...]:
-    with _content_of(path):
-        return tuple(_layer(entry) for entry in _json(path, []))
-
-
-def _damaged(path: Path, message: str) -> UserError:
-    return UserError(message, code="run-folder-damaged", where=str(path), hint=RESTORE)
-
-
-def _content_of(path: Path) -> AbstractContextManager[None]:
-    """Raise UserError, at the file, for content of another structure in the block."""
-    message = "the file does not have the format that a training writes"
-    return expected_format(message, code="run-folder-damaged", where=str(path), hint=RESTORE)
 
 
 def _comparisons(folder: Path) -> Iterator[Comparison]:
@@ -215,13 +191,12 @@ def _scores(before: Evaluation | None, after: Evaluation | None) -> tuple[Score,
 
 def _evaluation(folder: Path) -> Evaluation:
     results = _json(folder / "results.json", {})
-    with _content_of(folder / "results.json"):
-        metrics = [
-            (str(benchmark["name"]), Metric(**{key: value for key, value in metric.items() if key in Metric.__slots__}))
-            for benchmark in results.get("benchmarks", ())
-            for metric in benchmark["metrics"]
-            if not metric.get("detail")
-        ]
+    metrics = [
+        (str(benchmark["name"]), Metric(**{key: value for key, value in metric.items() if key in Metric.__slots__}))
+        for benchmark in results.get("benchmarks", ())
+        for metric in benchmark["metrics"]
+        if not metric.get("detail")
+    ]
     return Evaluation(folder.parent.name, folder.name, results, tuple(metrics), tuple(_lines(folder)))
 
 
@@ -252,19 +227,13 @@ def _json(path: Path, default: Any) -> Any:
     if not path.exists():
         return default
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        hint = "move it away for a report without it"
-        raise UserError(f"is not valid JSON: {error}", code="json-syntax", where=str(path), hint=hint) from error
-    if not isinstance(content, type(default)):
-        expected = "a list" if isinstance(default, list) else "an object"
-        raise _damaged(path, f"expected {expected}, found {str(content)[:60]}")
-    return content
+        raise UserError(f"is not valid JSON: {error}", code="json-syntax", where=str(path), hint=RESTORE) from error
 
 
 def _yaml(path: Path) -> Json:
     try:
         return parse_yaml(path.read_text(encoding="utf-8")) or {} if path.exists() else {}
     except ValueError as error:
-        hint = "move it away for a report without it"
-        raise UserError(f"is not valid YAML: {error}", code="yaml-syntax", where=str(path), hint=hint) from error
+        raise UserError(f"is not valid YAML: {error}", code="yaml-syntax", where=str(path), hint=RESTORE) from error

@@ -13,7 +13,7 @@ from milora_vl.plan.run_folder import CARD, RunFolder
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe
 from milora_vl.report import model_card
-from milora_vl.report.regenerate import try_write_report
+from milora_vl.report.page import try_write_report
 
 
 def show_results(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
-from transformers.utils.logging import warning_once
 
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.encode.picture_template import parts_of
@@ -258,25 +256,6 @@ def test_chat_shows_the_frames_of_a_folder_as_a_video(
     assert out == f"{expected}\n{expected}\n{of_picture[0]}\n{expected}\n"
     assert err.count("the videos from before are no longer shown\n") == 1
     assert err.count("the pictures from before are no longer shown\n") == 1
-
-
-def test_a_video_without_times_is_a_warning_with_our_flag(clip: Path, tmp_path: Path) -> None:
-    processor = processor_of("qwen3_vl")
-    written = "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in part %}"
-    processor.chat_template = processor.chat_template.replace("{% elif 'text' in part %}", written)
-    model_of("qwen3_vl", processor).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    logger = logging.getLogger(type(processor).__module__)
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda logged: said.append(logged.getMessage())  # type: ignore[assignment, method-assign]
-    logger.addHandler(handler)
-    warning_once.cache_clear()  # the library warns once in a process, and another test may have come first
-    try:
-        asked(tmp_path, "--video", clip, "What?")
-    finally:
-        logger.removeHandler(handler)
-    assert said == ["warning: 24 frames of a video per second are assumed; --fps NUMBER sets their number"]
 
 
 def test_a_video_file_is_named_with_the_command_that_makes_frames(qwen: Path, tmp_path: Path) -> None:

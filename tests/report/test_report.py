@@ -12,9 +12,8 @@ from PIL import Image
 
 from milora_vl.base.errors import UserError
 from milora_vl.report.command import main as report_main
-from milora_vl.report.page import write_report
+from milora_vl.report.page import regenerate_report, write_report
 from milora_vl.report.parts import credits_of
-from milora_vl.report.regenerate import regenerate_report
 from milora_vl.report.repeat import commands
 from milora_vl.report.run_page import Metric, read_run
 from milora_vl.report.wording import forgetting, number, summary

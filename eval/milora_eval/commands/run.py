@@ -23,7 +23,7 @@ from milora_vl.cli.command_line import count, next_step
 from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.cli.table import FORMATS, show
 from milora_vl.report.model_card import update_scores
-from milora_vl.report.regenerate import regenerate_report
+from milora_vl.report.page import regenerate_report
 
 # `scales` has these flags too.
 INPUTS = (
