@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
+from torch._utils import ExceptionWrapper
 
 Object = TypeVar("Object")
 
@@ -41,3 +42,18 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
 def has_hooks(module: nn.Module) -> bool:
     """Return True if hooks see or change what `module` computes. A public way to list hooks would replace it."""
     return any((module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks))
+
+
+class FailedBatch(ExceptionWrapper):
+    """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
+
+    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback. A loader
+    that passes the exception itself on would replace it.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def reraise(self) -> NoReturn:
+        """Raise the error; torch calls this in the main process."""
+        raise self.error

@@ -37,3 +37,32 @@ def forget_conversions(model: nn.Module) -> None:
 def layer_kinds(model: Any) -> set[str]:
     """Return the class names of the layers that FSDP2 wraps. A public name of them would replace it."""
     return set(model._no_split_modules or ())
+
+
+@contextmanager
+def recorded_places(processor: Any) -> Iterator[list[list[tuple[int, int, int, int]]]]:
+    """Record where a processor expands placeholders while it makes a batch.
+
+    The list gets, for each text, the range of each placeholder and of its replacement. The processor's option
+    `return_text_replacement_offsets` would replace it, when no family fails to make tensors with it.
+    """
+    expand, places = processor.get_text_with_replacements, []  # type: ignore[var-annotated]
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        texts, replaced = expand(*args, **kwargs)
+        places.extend([(*one["span"], *one["new_span"]) for one in row] for row in replaced)
+        return texts, replaced
+
+    processor.get_text_with_replacements = recording
+    try:
+        yield places
+    finally:
+        del processor.get_text_with_replacements
+
+
+def count_picture_tokens(processor: Any, size: tuple[int, int]) -> int:
+    """Return how many tokens a processor spends on a picture (height, width), without its pixels.
+
+    Serving engines call the same method. A public name of it would replace it.
+    """
+    return int(processor._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, dataloader
 from torch.nn.parallel import DistributedDataParallel
 
-from milora_vl.compat.torch import call_on_plain_tensors, change_class, has_hooks
+from milora_vl.compat.torch import FailedBatch, call_on_plain_tensors, change_class, has_hooks
 
 
 class Strict(torch.Tensor):
@@ -42,3 +44,12 @@ def test_an_object_gets_a_subclass_and_stays_the_same_object() -> None:
     layer = nn.Linear(2, 2)
     assert change_class(layer, Layer) is layer
     assert isinstance(layer, Layer)
+
+
+def test_a_loader_raises_the_error_of_a_failed_batch() -> None:
+    def fails(_: object) -> FailedBatch:
+        return FailedBatch(KeyError("as it is"))
+
+    assert "ExceptionWrapper" in inspect.getsource(dataloader)
+    with pytest.raises(KeyError, match="as it is"):
+        next(iter(DataLoader([1], num_workers=1, collate_fn=fails)))

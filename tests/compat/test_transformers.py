@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from transformers import LlamaForCausalLM, Trainer
+from transformers import LlamaForCausalLM, LlavaProcessor, ProcessorMixin, Trainer
 from transformers.integrations import deepspeed
 
 from milora_vl.compat.trainer import CheckpointTrainer
@@ -31,3 +31,9 @@ def test_models_name_their_renamings_and_layers_as_before() -> None:
     assert LlamaForCausalLM._no_split_modules == ["LlamaDecoderLayer"]
     loading = pytest.importorskip("transformers.core_model_loading", reason="transformers 4 renames nothing")
     assert "_weight_conversions" in inspect.getsource(loading)
+
+
+def test_processors_expand_placeholders_and_count_tokens_as_before() -> None:
+    assert "self.get_text_with_replacements(" in inspect.getsource(ProcessorMixin)
+    counts = inspect.signature(LlavaProcessor._get_num_multimodal_tokens)
+    assert "image_sizes" in counts.parameters

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +15,7 @@ from milora_data.encode.templates import no_videos
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Turn
 from milora_vl.base.errors import DataError, UserError
+from milora_vl.compat.transformers import count_picture_tokens, recorded_places
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
@@ -127,7 +127,7 @@ class ProcessorInputs:
             )
         if not with_places:
             return dict(self.processor(text=texts, images=pictures, **options))
-        with _recorded_places(self.processor) as places, _quick_token_types(self.processor):
+        with recorded_places(self.processor) as places:
             batch = dict(self.processor(text=texts, images=pictures, return_offsets_mapping=True, **options))
         return batch | {PLACES: places or [[] for _ in texts]}  # none: this family expands no placeholder
 
@@ -317,7 +317,7 @@ class ProcessorInputs:
     def _counted(self, size: tuple[int, int]) -> int | None:
         """Return the processor's own count, which serving engines use; None if it has none."""
         try:
-            return int(self.processor._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0])
+            return count_picture_tokens(self.processor, size)
         except (AttributeError, NotImplementedError, *PROCESSOR_ERRORS):
             return None
 
@@ -345,58 +345,6 @@ class ProcessorInputs:
         from PIL import Image
 
         return Image.new("RGB", (width, height), (127, 127, 127))
-
-
-@contextmanager
-def _recorded_places(processor: Any) -> Iterator[list[list[tuple[int, int, int, int]]]]:
-    """Record where a processor expands placeholders while it makes a batch.
-
-    Its option `return_text_replacement_offsets` returns the same, but some families fail to make tensors with it.
-    """
-    expand, places = processor.get_text_with_replacements, []  # type: ignore[var-annotated]
-
-    def recording(*args: Any, **kwargs: Any) -> Any:
-        texts, replaced = expand(*args, **kwargs)
-        places.extend([(*one["span"], *one["new_span"]) for one in row] for row in replaced)
-        return texts, replaced
-
-    processor.get_text_with_replacements = recording
-    try:
-        yield places
-    finally:
-        del processor.get_text_with_replacements
-
-
-@contextmanager
-def _quick_token_types(processor: Any) -> Iterator[None]:
-    """Let a processor compute `mm_token_type_ids` on tensors while it makes a batch.
-
-    `ProcessorMixin` compares the ids with a list that contains None, as objects: that takes half as long as the
-    tokenizer.
-    """
-    from transformers import ProcessorMixin
-
-    if type(processor).create_mm_token_type_ids is not ProcessorMixin.create_mm_token_type_ids:
-        yield
-        return
-    compute = processor.create_mm_token_type_ids
-
-    def computing(input_ids: Any) -> Any:
-        if not isinstance(input_ids, torch.Tensor):
-            return compute(input_ids)
-        types = torch.zeros_like(input_ids)
-        kinds = (processor.image_token_ids, processor.video_token_ids, processor.audio_token_ids)
-        for kind, tokens in enumerate(kinds, start=1):
-            for token in tokens:
-                if token is not None:
-                    types[input_ids == token] = kind
-        return types
-
-    processor.create_mm_token_type_ids = computing
-    try:
-        yield
-    finally:
-        del processor.create_mm_token_type_ids
 
 
 def require_places() -> None:

@@ -6,18 +6,17 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch._utils import ExceptionWrapper
 from torch.utils.data import get_worker_info
 
-from milora_data.batches.memory import keep_freed_memory
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy
 from milora_data.records.record import Record, parse_record
 from milora_vl.base.errors import DataError, UserError, with_context
+from milora_vl.compat.torch import FailedBatch
 
 log = logging.getLogger(__name__)
 
@@ -30,25 +29,10 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
-class FailedBatch(ExceptionWrapper):
-    """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
-
-    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback.
-    """
-
-    def __init__(self, error: UserError) -> None:
-        self.error = error
-
-    def reraise(self) -> NoReturn:
-        """Raise the error; torch calls this in the main process."""
-        raise self.error
-
-
 class RecordCollator(ABC, Generic[Sample]):
     """Makes a batch of records; a subclass reads one record as a `Sample` and makes the batch of several.
 
-    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process. The process
-    keeps the memory that batches free.
+    In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
 
     `bad_images` decides what happens to a picture that cannot be read: `raise`, `skip` its record, or `replace` it by a
     plain one. Records without supervised tokens are skipped. Broken records (a stream yields a `DataError` in their
@@ -72,7 +56,6 @@ class RecordCollator(ABC, Generic[Sample]):
         """Return the batch of `records`; raises `DataError` with file and line."""
         if get_worker_info() is None:
             return self._made(records)
-        keep_freed_memory()
         try:
             return self._made(records)
         except UserError as error:
