@@ -47,8 +47,8 @@ def has_hooks(module: nn.Module) -> bool:
 class FailedBatch(ExceptionWrapper):
     """A batch that a loader process could not make: the main process raises its error, with code, place and hint.
 
-    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback. A loader
-    that passes the exception itself on would replace it.
+    For an exception in a loader process, torch makes another wrapper, which keeps only the formatted traceback. A
+    loader that passes the exception itself on would replace it.
     """
 
     def __init__(self, error: Exception) -> None:

@@ -7,8 +7,8 @@ import inspect
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, dataloader
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, dataloader
 
 from milora_vl.compat.torch import FailedBatch, call_on_plain_tensors, change_class, has_hooks
 

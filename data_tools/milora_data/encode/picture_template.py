@@ -151,6 +151,7 @@ class PictureTemplate:
     """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
 
     takes_conversations = True
+    forms_of_content = (True, False)  # in parts, or as texts: the form that is tried first
 
     def __init__(self, template: str, tokenizer: Any) -> None:
         self.template = template
@@ -373,15 +374,19 @@ class PictureTemplate:
         question, answer = (_PLACEHOLDER.format(number) for number in range(2))
         turns = [Turn("user", question), Turn("assistant", answer)]
         attempts: list[list[str]] = []
-        for self.in_parts in (True, False):
+        for in_parts in self.forms_of_content:
+            self.in_parts = in_parts
             try:
                 dialogue = self._run(turns, [self._content(turn) for turn in turns])
-            except DataError:
+            except DataError as error:
+                refusal = error
                 continue
             attempts.append(_PLACEHOLDERS.findall(dialogue))
             if attempts[-1] == [question, answer]:
                 break
         else:
+            if not attempts:
+                raise UserError(problems=refusal.problems)
             written = "the question alone" if [question] in attempts else "something else"
             raise UserError(
                 f"the chat template of this model does not write question and answer once each, but {written}",
@@ -399,6 +404,16 @@ class PictureTemplate:
         match = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", tail) if specials else None
         end = match.group() if match else tail
         return _Frame(request, lead, re.escape(end), match is not None), end.strip() if match else None
+
+
+class TextTemplate(PictureTemplate):
+    """A tokenizer's chat template: `<image>` in a turn is a text like any other."""
+
+    forms_of_content = (False, True)
+
+    def _content(self, turn: Turn) -> Any:
+        in_parts = self.in_parts if turn.role != "tool" or self._tools is None else self._tools.in_parts
+        return [{"type": "text", "text": turn.text}] if in_parts else turn.text
 
 
 def _texts(content: Any) -> list[str]:
