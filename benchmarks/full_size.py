@@ -103,7 +103,7 @@ def one_step(base: Any, model: Any, config: Any) -> None:
 
 def planned(config: Any) -> int:
     """Return the planned bytes: resident, and added by the step (without Adam's states, which follow the peak)."""
-    targets = Policy.parse_and_resolve(RULES, meta_model(config))
+    targets = Policy.parse(RULES).resolve(meta_model(config))
     shape = Shape(
         records=1, tokens=PICTURE + ANSWER + 64, supervised=ANSWER, pictures=1, image_tokens=PICTURE, half=True,
         checkpointing=True, base_dtype=torch.bfloat16,

@@ -76,7 +76,7 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
 
     made = config(layers, width)
     dtype = torch.bfloat16 if half else torch.float32
-    targets = Policy.parse_and_resolve(RULES, meta_model(made))
+    targets = Policy.parse(RULES).resolve(meta_model(made))
     shape = Shape(
         records=records, tokens=tokens, supervised=records * 60, pictures=records, image_tokens=64, half=half,
         checkpointing=checkpointing, base_dtype=dtype,
@@ -164,7 +164,7 @@ def needs() -> list[dict[str, Any]]:
         made = loading.config_of(name)
         base = meta_model(made)
         rules = [RULES[0] | {"rank": 128}, RULES[1]]
-        targets = Policy.parse_and_resolve(rules, base)
+        targets = Policy.parse(rules).resolve(base)
         train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
         batching = Batching(num_records=1, per_device=16)
         plan = workload_of(train, made, base, targets, MIX665K, batching, None)

@@ -2,10 +2,10 @@
 
 The way of `apply_milora`, with the modules to read next:
 
-1. `Policy.parse_and_resolve` selects the modules, with method and rank       policy/resolve.py
-2. `initialize` decomposes each weight and returns A0 and B0                  initialize.py, svd/
-3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            lora/config.py
-4. `install_factors` gives each factor a trained difference and the anchor            lora/install.py, lora/layers.py
+1. `Policy.resolve` selects the modules, with method and rank                 policy/resolve.py
+2. `initialize` decomposes each weight and returns A0 and B0                  factors/initialize.py, svd/
+3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            config.py
+4. `install_factors` gives each factor a trained difference and the anchor    install.py, layers.py
 
 In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
 or a weight leaves the model unchanged.
@@ -88,7 +88,7 @@ def apply_milora(
     require_readable(model)
     return apply_targets(
         model,
-        Policy.parse_and_resolve(policy, model, cache_dir=cache_dir),
+        Policy.parse(policy).resolve(model, cache_dir=cache_dir),
         form=form,
         calibration=calibration,
         cache_dir=cache_dir,

@@ -44,29 +44,31 @@ class Policy:
         """
         if isinstance(source, Policy):
             return source
-        rules, problems = _read(source)
+        items = _load_yaml(source) if isinstance(source, str) else source
+        if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
+            raise PolicyError(
+                f"expected a list of rules, got {type(items).__name__}",
+                code="policy-value",
+                where="policy",
+                hint="for example  [{modules: language, method: milora, rank: 64}]",
+            )
+        if not items:
+            raise PolicyError(
+                "no rules, so nothing would train",
+                code="policy-empty",
+                where="policy",
+                hint="for example  - {modules: language, method: milora, rank: 64}",
+            )
+        rules: list[Rule] = []
+        problems: list[Problem] = []
+        for number, item in enumerate(items):
+            try:
+                rules.append(item if isinstance(item, Rule) else _rule(item))
+            except PolicyError as error:
+                problems += [problem.inside(f"policy[{number}]") for problem in error.problems]
         if problems:
             raise PolicyError(problems=problems)
-        return Policy(tuple(rule for rule in rules if rule is not None))
-
-    @staticmethod
-    def parse_and_resolve(
-        source: str | Sequence[Mapping[str, Any] | Rule] | Policy,
-        model: nn.Module,
-        *,
-        cache_dir: str | Path | None = None,
-    ) -> list[Target]:
-        """Return the targets of a policy. Problems of parsing and of resolving come in one PolicyError."""
-        from milora_vl.policy.resolve import resolve  # imports PEFT, which parsing a recipe does not need
-
-        rules, problems = (source.rules, []) if isinstance(source, Policy) else _read(source)
-        try:
-            targets = resolve(rules, model, is_complete=not problems, cache_dir=cache_dir)
-        except PolicyError as error:
-            problems += error.problems
-        if problems:
-            raise PolicyError(problems=problems)
-        return targets
+        return Policy(tuple(rules))
 
     def resolve(self, model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
         """Return one Target per module that trains, in model order.
@@ -81,36 +83,13 @@ class Policy:
         >>> [(t.path, t.shape, t.rank, t.alpha) for t in policy.resolve(nn.Sequential(nn.Linear(4, 6)))]
         [('0', (6, 4), 2, 2.0)]
         """
-        return Policy.parse_and_resolve(self, model, cache_dir=cache_dir)
+        from milora_vl.policy.resolve import resolve  # imports PEFT, which parsing a recipe does not need
+
+        return resolve(self.rules, model, cache_dir=cache_dir)
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the rules as mappings, as in YAML."""
         return [rule.model_dump(exclude_defaults=True) for rule in self.rules]
-
-
-def _read(source: str | Sequence[Mapping[str, Any] | Rule]) -> tuple[list[Rule | None], list[Problem]]:
-    """Return the rules and all problems.
-
-    A rule with problems keeps its valid fields, so that resolving can find more. A rule without `modules` becomes None.
-    """
-    items = _load_yaml(source) if isinstance(source, str) else source
-    if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
-        raise PolicyError(
-            f"expected a list of rules, got {type(items).__name__}",
-            code="policy-value",
-            where="policy",
-            hint="for example  [{modules: language, method: milora, rank: 64}]",
-        )
-    rules: list[Rule | None] = []
-    problems = []
-    if not items:
-        hint = "for example  - {modules: language, method: milora, rank: 64}"
-        problems = [Problem("no rules, so nothing would train", "policy-empty", "policy", hint)]
-    for number, item in enumerate(items):
-        rule, rule_problems = (item, []) if isinstance(item, Rule) else _parse_rule(item)
-        rules.append(rule)
-        problems += [problem.inside(f"policy[{number}]") for problem in rule_problems]
-    return rules, problems
 
 
 def _load_yaml(text: str) -> Any:
@@ -125,16 +104,8 @@ def _load_yaml(text: str) -> Any:
         ) from error
 
 
-def _parse_rule(item: object) -> tuple[Rule | None, list[Problem]]:
+def _rule(item: object) -> Rule:
     if not isinstance(item, Mapping):
         message = f"a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"
-        return None, [Problem(message, "policy-value")]
-    fields = {str(key): value for key, value in item.items()}
-    try:
-        return Rule(**fields), []
-    except PolicyError as error:
-        wrong = {problem.where.partition(".")[2].partition(".")[0] for problem in error.problems}
-        if "" in wrong:  # a key that is no text of Unicode
-            return None, list(error.problems)
-        sound = {name: value for name, value in fields.items() if name not in wrong}
-        return (Rule(**sound) if "modules" in sound else None), list(error.problems)
+        raise PolicyError(message, code="policy-value")
+    return Rule(**{str(key): value for key, value in item.items()})

@@ -70,26 +70,22 @@ class _Plan:
         self.rules.append(number)
 
 
-def resolve(
-    rules: Sequence[Rule | None], model: nn.Module, *, is_complete: bool = True, cache_dir: str | Path | None = None
-) -> list[Target]:
-    """Return one Target per module that trains, in model order. Raises PolicyError with all problems.
+def resolve(rules: Sequence[Rule], model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
+    """Return one Target per module that trains, in model order. `cache_dir` is a folder for singular values.
 
-    `is_complete` is False if parsing has removed invalid fields, or whole rules (None); missing fields are then not
-    reported. `cache_dir` is a folder for singular values.
+    Raises PolicyError with all problems.
     """
     cache = None if cache_dir is None else Path(cache_dir)
     selector = Selector(model, find_towers(model))
     problems: list[Problem] = []
     plans = _collect(rules, selector, problems)
-    if is_complete:
-        problems += _without_method(plans, rules)
+    problems += _without_method(plans, rules)
     targets = []
     for path in selector.modules:
         if path in plans and plans[path].fields.get("method") not in ("frozen", None):
             targets.append((plans[path].rules[-1], path))
     _share_budgets([path for _, path in targets], plans, selector, problems, cache)
-    resolved = _resolve_targets(targets, plans, selector, problems, is_complete, cache)
+    resolved = _resolve_targets(targets, plans, selector, problems, cache)
     problems += _mixed_baselines(resolved)
     problems += _shared_weights(model, resolved)
     if problems:
@@ -98,11 +94,9 @@ def resolve(
     return _without_nested(resolved)
 
 
-def _collect(rules: Sequence[Rule | None], selector: Selector, problems: list[Problem]) -> dict[str, _Plan]:
+def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem]) -> dict[str, _Plan]:
     plans: dict[str, _Plan] = defaultdict(_Plan)
     for number, rule in enumerate(rules):
-        if rule is None:
-            continue
         try:
             whole_modules = rule.method in ("full", "frozen")
             paths = selector.match(rule.modules, whole_modules=whole_modules, planned=plans.keys())
@@ -130,7 +124,7 @@ def _to_use(name: str) -> str:
     return f"remove {name} from the rule" + (f", or use a method that has it: {', '.join(using)}" if using else "")
 
 
-def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> list[Problem]:
+def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[Problem]:
     """Return a problem for each rule whose modules all end without a method: its fields would be ignored."""
     useful = {number for plan in plans.values() if "method" in plan.fields for number in plan.rules}
     matched = {number for plan in plans.values() for number in plan.rules}
@@ -142,7 +136,7 @@ def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule | None]) -> li
             f"add a method, one of {', '.join(METHODS)}",
         )
         for number, rule in enumerate(rules)
-        if rule is not None and number in matched - useful
+        if number in matched - useful
     ]
 
 
@@ -174,15 +168,12 @@ def _resolve_targets(
     plans: dict[str, _Plan],
     selector: Selector,
     problems: list[Problem],
-    is_complete: bool,
     cache: Path | None,
 ) -> list[Target]:
     """Return a Target for each path. Equal problems of one rule are merged: a rule can select hundreds of modules."""
     paths_of_problem: dict[Problem, list[str]] = defaultdict(list)
     resolved = []
     for number, path in targets:
-        if not is_complete and plans[path].fields["method"] != "full" and "rank" not in plans[path].fields:
-            continue
         try:
             resolved.append(_target(path, plans[path], selector, cache))
         except PolicyError as error:

@@ -185,7 +185,7 @@ def problems_on(rules: Sequence[Mapping[str, Any]], config: Any, *, implicit: bo
         base = meta_model(config)
         if implicit and find_towers(base).projector is None:
             rules = without_projector(rules)
-        Policy.parse_and_resolve(rules, base)
+        Policy.parse(rules).resolve(base)
     except PolicyError as error:
         return list(error.problems)
     except (UserError, ValueError):
@@ -207,7 +207,7 @@ def of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
 def require_float_weights(recipe: Recipe, config: Any) -> None:
     """Raise UserError for a rule that trains a quantised weight in full: integers have no gradient."""
     base = meta_model(config)
-    targets = Policy.parse_and_resolve(rules_for(recipe, base, implicit=True).policy or [], base)
+    targets = Policy.parse(rules_for(recipe, base, implicit=True).policy or []).resolve(base)
     quantized = set(quantized_layers(base))
     packed = [t.path for t in targets if t.rank is None and t.path in quantized]
     if packed:

@@ -75,11 +75,11 @@ def test_a_rank_that_the_weights_decide_finds_their_spectrum_in_the_cache(
     rank: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, rules = two_layers(), [{"modules": "*", "method": "milora", "rank": rank}]
-    plain = Policy.parse_and_resolve(rules, model)
-    assert Policy.parse_and_resolve(rules, model, cache_dir=tmp_path) == plain
+    plain = Policy.parse(rules).resolve(model)
+    assert Policy.parse(rules).resolve(model, cache_dir=tmp_path) == plain
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(factor_cache, "singular_values", None)
-    assert Policy.parse_and_resolve(rules, model, cache_dir=tmp_path) == plain
+    assert Policy.parse(rules).resolve(model, cache_dir=tmp_path) == plain
 
 
 def test_ranks_and_floors_of_an_adapter_find_their_spectra_in_the_cache(

@@ -92,7 +92,7 @@ def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Reside
     config = tiny_llama()[0].config
     with torch.device("meta"):
         base = LlamaForCausalLM(config)
-    targets = Policy.parse_and_resolve([{"modules": "language", "method": "milora", "rank": 4}], base)
+    targets = Policy.parse([{"modules": "language", "method": "milora", "rank": 4}]).resolve(base)
     shape = Shape(
         records=records, tokens=300, supervised=learnt, pictures=0, image_tokens=0, half=False,
         checkpointing=checkpointing, base_dtype=torch.float32,

@@ -133,7 +133,7 @@ def test_every_arm_of_a_study_fits_the_network(study, factors):
         if study.startswith("methods."):
             assert apply_milora(task(name).model(), read.rules(arm, 1e-3), cache_dir=factors)
         else:
-            assert Policy.parse_and_resolve(read.rules(arm, 1e-3), task(name).model(), cache_dir=factors)
+            assert Policy.parse(read.rules(arm, 1e-3)).resolve(task(name).model(), cache_dir=factors)
 
 
 @pytest.mark.parametrize("study", [n for n in study_names() if n.endswith(".smollm2")])
