@@ -211,7 +211,7 @@ train: {max_stepps: 3}
 """
 
 
-def test_all_faults_of_the_recipe_come_together_and_then_those_that_need_the_model(tmp_path: Path) -> None:
+def test_all_faults_of_a_recipe_come_together(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(FAULTY, encoding="utf-8")
     with pytest.raises(UserError) as caught:
@@ -221,15 +221,6 @@ def test_all_faults_of_the_recipe_come_together_and_then_those_that_need_the_mod
         ":8: train.max_stepps: unknown key",
         ":4: policy[0].alfa: unknown key",
         ":4: policy[0].rank: expected a positive integer",
-    ):
-        assert str(caught.value).count(f"{file}{fault}") == 1
-    file.write_text(FAULTY.replace("rank: 0, alfa: 3", "rank: 4").replace("stepps", "steps"), encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        settings(f"--recipe {file}")
-    for fault in (
-        ':5: policy[1].modules: no module matches "*.nothing"',
-        ":6: policy[2].rank: 4000 is larger than min(out, in)",
-        ":7: policy[3].sigma: method full cannot use it",
     ):
         assert str(caught.value).count(f"{file}{fault}") == 1
 
