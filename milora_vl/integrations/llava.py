@@ -55,8 +55,8 @@ def milora_in_llava(part: Part = "minor", form: Form = "anchored", modules: Sequ
 def renamed_flags(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with the flag names of the installed TrainingArguments.
 
-    >>> renamed_flags(["--warmup_ratio", "0.03", "--bf16=True"])
-    ['--warmup_steps', '0.03', '--bf16=True']
+    >>> renamed_flags(["--evaluation_strategy", "no", "--bf16=True"])
+    ['--eval_strategy', 'no', '--bf16=True']
     """
     from transformers import TrainingArguments
 

@@ -91,8 +91,8 @@ def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
 
 
 def test_flags_of_llavas_scripts_get_the_names_of_today() -> None:
-    given = ["--evaluation_strategy", "no", "--warmup_ratio=0.03", "--lora_r", "4"]
-    assert renamed_flags(given) == ["--eval_strategy", "no", "--warmup_steps=0.03", "--lora_r", "4"]
+    given = ["--evaluation_strategy", "no", "--lora_r", "4"]
+    assert renamed_flags(given) == ["--eval_strategy", "no", "--lora_r", "4"]
 
 
 SAVES = """

@@ -21,7 +21,7 @@ from support.adapter_cases import anchors, move
 from support.family_cases import batch, build
 from support.family_configs import FAMILIES, TEXT_ONLY
 from support.programs import run as run_program
-from support.versions import CALLS_BY_KEYWORD
+from support.versions import CALLS_BY_KEYWORD, needs_places
 
 LACKS = {"idefics2": not CALLS_BY_KEYWORD}
 ALL = [name for name in (*FAMILIES, *TEXT_ONLY) if not LACKS.get(name)]
@@ -153,6 +153,7 @@ def test_from_start_to_merge_and_in_stock_peft(name: str, trained: Path) -> None
         assert torch.allclose(tensor, ours["trained"], atol=1e-5), how
 
 
+@needs_places
 def test_a_model_without_a_processor_is_refused_before_it_loads(tmp_path: Path) -> None:
     build("paligemma").config.save_pretrained(tmp_path / "base")
     (tmp_path / "train.json").write_text(

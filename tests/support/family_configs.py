@@ -7,6 +7,7 @@ from typing import Any
 from support.family_shapes import CLIP, IMAGE, QWEN_VISION, SIGLIP, Family, grid
 
 LLAVA = {"image_token_index": IMAGE}
+PREFIX = {"token_type_ids": [[0] * 20]}  # transformers 5.6 asks for them when such a model trains
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": IMAGE + 1, "vision_start_token_id": IMAGE + 2}
 QFORMER = {
     "hidden_size": 12,
@@ -61,6 +62,7 @@ FAMILIES: dict[str, Family] = {
         {"model_type": "gemma"},
         SIGLIP,
         {"image_token_index": IMAGE, "projection_dim": 16, "hidden_size": 16},
+        inputs=PREFIX,
     ),
     "gemma3": Family(
         "gemma3",
@@ -73,6 +75,7 @@ FAMILIES: dict[str, Family] = {
             "boi_token_index": IMAGE + 1,
             "eoi_token_index": IMAGE + 2,
         },
+        inputs=PREFIX,
     ),
     "internvl": Family(
         "internvl",
