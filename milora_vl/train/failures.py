@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,20 @@ NOT_WRITTEN = (
     "iostream error",
 )
 LOADER_FAILED = ("DataLoader worker", "DataLoader timed out")  # killed, exited or hung
-SILENT = ("Timed out waiting", "Watchdog caught collective operation timeout")
-OTHER_DIED = ("Connection closed by peer", "Connection reset by peer", "NCCL", "Socket closed")
+OTHER_LOST = (
+    "Timed out waiting",
+    "Watchdog caught collective operation timeout",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "NCCL",
+    "Socket closed",
+)
 
 
 @contextmanager
-def explained(args: TrainingArguments) -> Iterator[None]:
-    """Turn known errors inside the block into UserErrors with exit code 1 (the run failed)."""
+def explained(args: TrainingArguments, folder: Path | None = None) -> Iterator[None]:
+    """Turn known errors inside the block into UserErrors with exit code 1 (the run failed); it writes to `folder`."""
+    where = str(folder or args.output_dir)
     try:
         yield
     except UserError as error:
@@ -48,7 +56,7 @@ def explained(args: TrainingArguments) -> Iterator[None]:
             hint="resume from an earlier checkpoint:  --resume_from_checkpoint FOLDER",
         ) from None
     except (OSError, EOFError, SafetensorError, RuntimeError) as error:
-        problem = _explain(str(error), args)
+        problem = _explain(str(error), args, where)
         if problem is None:
             raise
         raise UserError(problems=[problem], exit_code=1) from None
@@ -64,7 +72,7 @@ def _out_of_memory(text: str, args: TrainingArguments) -> Problem:
     return Problem(f"out of memory: {text.splitlines()[0]}", "run-out-of-memory", hint=hint)
 
 
-def _explain(text: str, args: TrainingArguments) -> Problem | None:
+def _explain(text: str, args: TrainingArguments, where: str) -> Problem | None:
     first = text.strip().splitlines()[0] if text.strip() else ""
     if any(phrase in text for phrase in LOADER_FAILED):
         hint = (
@@ -75,11 +83,10 @@ def _explain(text: str, args: TrainingArguments) -> Problem | None:
         return Problem(f"the loader processes failed: {first}", "run-loader-failed", hint=hint)
     if any(phrase in text for phrase in NOT_WRITTEN):
         hint = f"free some space, or set --save_total_limit\n{RESUME}"
-        return Problem(f"cannot write: {first}", "disk-full", str(args.output_dir), hint)
-    if args.world_size > 1 and any(phrase in text for phrase in SILENT):
-        hint = f"its machine or the network is lost, or it hangs; --ddp_timeout sets how long the others wait\n{RESUME}"
-        return Problem(f"another process of this run does not answer ({first[:200]})", "run-process-silent", hint=hint)
-    if args.world_size > 1 and any(phrase in text for phrase in OTHER_DIED):
-        hint = f"its own message gives the reason\n{RESUME}"
-        return Problem(f"another process of this run has ended ({first[:200]})", "run-process-died", hint=hint)
+        return Problem(f"cannot write: {first}", "disk-full", where, hint)
+    if args.world_size > 1 and any(phrase in text for phrase in OTHER_LOST):
+        hint = f"its own message gives the reason, or it hangs or its machine is lost\n{RESUME}"
+        return Problem(
+            f"another process of this run has ended or does not answer ({first[:200]})", "run-process-lost", hint=hint
+        )
     return None

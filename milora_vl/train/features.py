@@ -26,7 +26,7 @@ from milora_vl.base.errors import UserError
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
 from milora_vl.policy.towers import find_towers
-from milora_vl.train.failures import NOT_WRITTEN, explained
+from milora_vl.train.failures import explained
 from milora_vl.train.loaders import TIMEOUT
 
 VERSION = 1  # increase it when the same tower and picture may give other features
@@ -46,8 +46,6 @@ def prepare(
     It prints the size of the files before it writes them. Afterwards the tower returns its input (see `replay`).
     Raises UserError if the disk has too little space or cannot be written to.
     """
-    from safetensors import SafetensorError
-
     assert isinstance(base, PreTrainedModel)
     tower = base.get_submodule(str(find_towers(base).vision))
     layers = layers_of(base.config)
@@ -55,17 +53,8 @@ def prepare(
     pictures = [place_of(collator.image_folder, name) for name in names]
     maker = collator.maker()
     reader = FeatureReader(folder / _key(tower, layers, maker, args), maker, collator.tiling)
-    with explained(args), _Tower(tower, layers, args) as compute:
-        try:
-            _fill(reader, compute, pictures, args, screen)
-        except (OSError, SafetensorError) as error:
-            is_full = any(phrase in str(error) for phrase in NOT_WRITTEN)
-            raise UserError(
-                f"{folder} cannot be written to: {error}",
-                code="disk-full" if is_full else "path-not-writable",
-                where="data.feature_cache",
-                hint="free some space, then repeat the command: complete features are kept" if is_full else "",
-            ) from None
+    with explained(args, folder), _Tower(tower, layers, args) as compute:
+        _fill(reader, compute, pictures, args, screen)
     replay(tower, layers)
     return reader
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.base.errors import UserError, first_line
-from milora_vl.base.hub_host import hub_is_known
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -19,7 +18,7 @@ NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*")
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 
-def require_access(train: Mapping[str, Any], output_dir: Path, token: str | None) -> None:
+def require_access(train: Mapping[str, Any], token: str | None) -> None:
     """Raise UserError if a run with --push_to_hub could not push: no network, no token, or a read-only token.
 
     The token of --hub_token is put into HF_TOKEN of this process, so that no file contains it.
@@ -28,36 +27,8 @@ def require_access(train: Mapping[str, Any], output_dir: Path, token: str | None
         os.environ["HF_TOKEN"] = token
     if not train.get("push_to_hub") or os.environ.get("RANK", "0") != "0":
         return
-    from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub import HfApi
 
-    try:
-        validate_repo_id(train.get("hub_model_id") or output_dir.resolve().name)
-    except HFValidationError as error:
-        raise UserError(
-            first_line(error),
-            code="hub-repository-name",
-            where="--push_to_hub",
-            hint="name the repository: --hub_model_id OWNER/NAME",
-        ) from None
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            "HF_HUB_OFFLINE forbids requests to the hub", code="hub-offline", where="--push_to_hub", hint=WITHOUT
-        )
-    if not hub_is_known():
-        raise UserError(
-            f"{constants.ENDPOINT} is not reachable from this machine",
-            code="hub-unreachable",
-            where="--push_to_hub",
-            hint=WITHOUT,
-        )
-    if get_token() is None:
-        raise UserError(
-            "it needs a token that can write: found none",
-            code="hub-no-token",
-            where="--push_to_hub",
-            hint=f"log in:   hf auth login      (or set HF_TOKEN or --hub_token)\n{WITHOUT}",
-        )
     with hub_errors_explained("--push_to_hub", WITHOUT, exit_code=2):
         access = HfApi().whoami().get("auth", {}).get("accessToken") or {}
     if access.get("role") == "read":

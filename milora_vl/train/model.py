@@ -157,18 +157,14 @@ def _require_same_adapter(checkpoint: Path, model: Any, targets: Sequence[Target
         {t.path: f"{t.method} of rank {t.rank}, scale {t.scaling:g}" if t.rank else t.method for t in adapted}
         for adapted in (model.milora_targets, targets)
     )
-    differing = [
-        f"{path}: {stored.get(path, 'frozen')} -> {requested.get(path, 'frozen')}"
-        for path in {**stored, **requested}
-        if stored.get(path) != requested.get(path)
-    ]
-    if model.sidecars["default"].form != form:
-        differing.insert(0, f"form: {model.sidecars['default'].form} -> {form}")
-    if differing:
-        more = f"\n... and {len(differing) - 1:,} more" if len(differing) > 1 else ""
-        raise UserError(
-            f"the checkpoint was trained with other rules and cannot continue with these\n{differing[0]}{more}",
-            code="resume-other-rules",
-            where=str(checkpoint),
-            hint="to resume, repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it",
-        )
+    stored["form"], requested["form"] = model.sidecars["default"].form, form
+    for path in {**stored, **requested}:
+        before, now = stored.get(path, "frozen"), requested.get(path, "frozen")
+        if before != now:
+            raise UserError(
+                "the checkpoint was trained with other rules and cannot continue with these\n"
+                f"{path}: {before} -> {now}",
+                code="resume-other-rules",
+                where=str(checkpoint),
+                hint="to resume, repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it",
+            )

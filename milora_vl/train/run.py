@@ -48,9 +48,9 @@ from milora_vl.train import (
 )
 from milora_vl.train.evaluation import Scored, SuiteCallback, run_command, suites_of
 from milora_vl.train.finalize import show_results, write_pages
-from milora_vl.train.first_files import AtFirstStep, FirstFiles
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
+from milora_vl.train.run_files import AtFirstStep, FirstFiles
 from milora_vl.train.spectrum import layer_spectra
 from milora_vl.train.trainer import MiloraTrainer, calls_on_sigterm
 from milora_vl.weights.distributed import gather
@@ -71,7 +71,7 @@ def train(request: Request) -> int:
     if plan.resumed.is_done():  # a requeued job has nothing left to do
         screen.say(f"{plan.folder.path} is finished; nothing to resume")
         return 0
-    hub.require_access(plan.recipe.train, plan.folder.path, plan.hub_token)
+    hub.require_access(plan.recipe.train, plan.hub_token)
     check_evaluation_and_base(plan.recipe)
     inputs = read_inputs(plan, screen)
     require_template_for_tools(plan.recipe, inputs.data)

@@ -1,11 +1,14 @@
-"""Contents of environment.json, policy.json and protection.json of a run; the chat template saved with a model."""
+"""The files that a run writes when its first step begins, and the contents of environment.json and policy.json.
+
+A run that fails earlier leaves no files.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,14 +16,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
+from milora_vl.adapter import checkpoints
 from milora_vl.adapter.peft_model import MiloraMixin
 from milora_vl.models import loading
 from milora_vl.plan.run_data import RunData
+from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
+from milora_vl.plan.run_lock import RunLock
+from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.model import Built
 
@@ -142,3 +149,61 @@ def _git(*arguments: str) -> str:
     return subprocess.run(
         ["git", *arguments], capture_output=True, text=True, check=True, timeout=GIT_TIMEOUT
     ).stdout.strip()
+
+
+@dataclass(kw_only=True)
+class FirstFiles:
+    """The first files of a run. Only a new run writes the files in `content` (policy.json, spectrum.json)."""
+
+    folder: RunFolder
+    fitted_recipe: Recipe
+    environment: dict[str, Any]
+    content: Mapping[str, Any]
+    screen: Screen
+    is_writer: bool  # one of several processes writes
+    has_begun: bool = False
+    absent: Sequence[Path] = field(default_factory=list)  # folders that the run creates, innermost first
+    lock: RunLock = field(default_factory=RunLock)
+
+    def __post_init__(self) -> None:
+        path = self.folder.path
+        self.absent = [folder for folder in (path, *path.parents) if not folder.exists()]
+
+    def write(self) -> None:
+        """Lock the run folder, write the files and rename incomplete checkpoints. Later calls do nothing."""
+        if self.has_begun:
+            return
+        if self.is_writer:  # before has_begun: a run that another one locks out writes nothing
+            self.folder.path.mkdir(parents=True, exist_ok=True)
+            self.lock.take(self.folder.path)
+            self.folder.require_unchanged()
+        self.has_begun = True
+        if not self.is_writer:
+            return
+        for checkpoint, reason in self.folder.incomplete:
+            self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
+        self.folder.write_text("recipe.yaml", self.fitted_recipe.to_yaml())
+        self.folder.write_json(ENVIRONMENT, self.environment)
+        for name, value in self.content.items():
+            self.folder.write_json(name, value)
+
+    def close(self) -> None:
+        """Release the lock of the run folder, and remove the empty folders of a run that has not begun."""
+        if self.is_writer and not self.has_begun:
+            for folder in self.absent:
+                try:
+                    folder.rmdir()
+                except OSError:  # not empty, or never created
+                    break
+        self.lock.release()
+
+
+class AtFirstStep(TrainerCallback):
+    """Call `act` when the first step begins, after its batch has loaded."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Call `act` before every step; `act` ignores repeated calls."""
+        self.act()
