@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, compose, load_model, save_adapter
-from milora_vl.export import Options, export, main
+from milora_vl.export import Options, export
 from support.adapter_cases import move
 from support.problems import raises_code
 from support.programs import run as run_program
@@ -144,15 +144,3 @@ def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: 
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"
     assert export(tmp_path / "adapter", "rank-1", tmp_path / "small").loads_with is None
-
-
-def test_the_command_says_how_a_model_loads(
-    made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(made.root / "adapter"), "--to", "merged"]
-    for flags, note in (([], "import milora_vl     before"), (["--remote_code"], "trust_remote_code=True, with timm")):
-        out = tmp_path / f"merged{len(flags)}"
-        assert main([*words, *flags, "--output_dir", str(out)]) == 0
-        assert note in capsys.readouterr().err
-    assert main([*words, "--output_dir", str(tmp_path / "more"), "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["loads_with"] == "milora_vl"

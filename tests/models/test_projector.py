@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from milora_vl.foreign.load_model import load_model
 from milora_vl.models.projector import load_projector, projector_of, read_projector, save_projector
 from support.problems import raises_code
 
@@ -67,10 +66,3 @@ def test_files_that_are_no_projector_are_told(tmp_path: Path) -> None:
     for name, code, message in (("list", "projector-file", "list"), ("empty", "weights-unreadable", "")):
         with raises_code(code, where=f"{name}.bin", message=message):
             read_projector(tmp_path / f"{name}.bin")
-
-
-def test_an_adapter_config_that_is_cut_off_is_told(tmp_path: Path) -> None:
-    for text in ('{"base', "[]"):
-        (tmp_path / "adapter_config.json").write_text(text)
-        with raises_code("file-unreadable", where="adapter_config.json", message="cannot read"):
-            load_model(tmp_path)

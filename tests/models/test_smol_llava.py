@@ -62,11 +62,6 @@ def test_a_vision_transformer_drops_its_class_token_and_is_pooled():
     assert features.shape == (1, 49, 192)
 
 
-def test_grid_must_divide_the_picture():
-    with pytest.raises(ValueError, match="100 is not a multiple of grid 3"):
-        TimmTowerConfig.of("tf_efficientnet_lite0", image_size=100, grid=3)
-
-
 @pytest.mark.slow
 def test_smol_llava_is_made_once_and_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
@@ -79,7 +74,7 @@ def test_smol_llava_is_made_once_and_answers(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_its_language_model_alone_is_made_without_noise(tmp_path, monkeypatch, capfd):
+def test_its_language_model_loads_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
     model, tokenizer = load_model("smollm2")
     assert model.name_or_path == "smollm2"
@@ -87,10 +82,6 @@ def test_its_language_model_alone_is_made_without_noise(tmp_path, monkeypatch, c
     assert tokenizer.chat_template
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     assert not hasattr(model.config, "quantization_config")
-    said = capfd.readouterr().err
-    assert "making smollm2 from SmolLM2-135M-Instruct (once" in said
-    assert "Converting" not in said
-    assert "WARNING" not in said
 
 
 def test_without_network_the_message_says_what_to_do(tmp_path, monkeypatch):

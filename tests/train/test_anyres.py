@@ -166,20 +166,6 @@ def test_the_likelihood_of_an_answer_sees_all_tiles(parts: tuple[Any, Any], pict
     assert likelihood == pytest.approx(float(logits[answer].gather(1, learnt[answer][:, None]).sum()), rel=1e-4)
 
 
-def test_kept_lengths_are_those_of_the_pictures_that_are_there(
-    parts: tuple[Any, Any], pictures: Path, tmp_path: Path
-) -> None:
-    def count(folder: Path) -> list[int]:
-        options: dict[str, Any] = {"template": "vicuna_v1", "image_tokens": 99, "beside": tmp_path / "train.json"}
-        tokenizer = parts[1].tokenizer
-        return encoded_lengths([parse_record(record(0))], tokenizer, tiling=tiling(), image_folder=folder, **options)
-
-    first = count(pictures)
-    assert count(pictures) == first
-    (pictures / "3.png").replace(pictures / "0.png")
-    assert count(pictures) != first
-
-
 def test_it_trains_and_answers(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
     folder = saved(tmp_path / "next")
     extra = ["--model", str(folder), "--rank", "4", "--dropout", "0", "--image_aspect_ratio", "anyres"]

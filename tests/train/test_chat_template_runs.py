@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
-from milora_data.__main__ import main as data_main
 from milora_data.encode.labels import encode
 from milora_data.records.record import Turn
 from milora_data.stream.sources import load_records
@@ -32,13 +31,6 @@ from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
 from support.problems import raises_code
 from support.train_runs import losses, training
-
-
-def test_show_takes_it_with_a_tokenizer(text_model: Path, text_data: Path, capsys: Any) -> None:
-    assert data_main(["show", str(text_data), "--template", "chat_template", "--tokenizer", str(text_model)]) == 0
-    assert "[[One.</s>]]" in capsys.readouterr().out
-    with raises_code("template-needs-tokenizer", hint="--tokenizer"):
-        data_main(["show", str(text_data), "--template", "chat_template"])
 
 
 @pytest.fixture(scope="module")
@@ -190,13 +182,6 @@ def test_tools_without_a_template_that_writes_them_are_found_before_weights_load
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_counts_its_tokens(text_model: Path, text_data: Path, tmp_path: Path, capsys: Any) -> None:
-    assert main(text_words(text_model, text_data, tmp_path / "run", "--dry-run")) == 0
-    shown = capsys.readouterr().out
-    assert "[assistant]" in shown
-    assert "> One.</s>" in shown
-
-
 @pytest.mark.slow
 def test_smol_llava_sees_pictures_in_its_own_template(tiny_data: Path, tmp_path: Path) -> None:
     more = ["--model", "smol-llava", "--template", "chat_template", "--rank", "4", "--max_steps", "1"]
@@ -211,11 +196,3 @@ def test_smol_llava_sees_pictures_in_its_own_template(tiny_data: Path, tmp_path:
     assert ids[0] == ids[1]
     with torch.inference_mode():
         assert generate(model, processor, [prompt], template="chat_template", max_new_tokens=4)
-
-
-def test_a_base_that_is_composed_is_said_to_have_vicunas_template() -> None:
-    flags = ["--model", "smollm2", "--vision_tower", "openai/clip-vit-large-patch14-336"]
-    flags += ["--policy", "[{modules: language, method: milora, rank: 4}]"]
-    (warning,) = merge_recipe(parse([*flags, "--template", "chat_template"])).warnings
-    assert "vicuna_v1" in warning
-    assert merge_recipe(parse(flags)).warnings == []

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.__main__ import main as data_main
-from milora_data.check.command import check_for_training, scan
-from milora_data.stream.sources import load_records
+from milora_data.check.command import scan
 from milora_vl.train.command import main
 from support import dirty_data
 from support.problems import raises_code
@@ -35,16 +33,6 @@ def test_every_kind_is_found(dirty: Path) -> None:
     for name, (kind, _) in dirty_data.PECULIAR.items():
         assert any(found_kind == kind and name in message for found_kind, message in found), name
     assert report.records == len(dirty.read_bytes().splitlines()) - len(dirty_data.LINES) - 1  # an empty one
-
-
-def test_the_fixed_copy_is_clean_and_every_loss_is_counted(dirty: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, images = dirty.parent / "clean.jsonl", dirty.parent / "images"
-    assert data_main(["check", str(dirty), "--image_folder", str(images), "--fix", str(out)]) == 1
-    said = capsys.readouterr().err
-    assert scan(out, images).count("error") == 0
-    left_out = sum(int(line.split()[0]) for line in said.splitlines() if "left out" in line)
-    assert len(list(load_records(out))) + left_out == len(dirty.read_bytes().splitlines()) - 1
-    assert "missing <image> inserted at the start" in said
 
 
 @pytest.mark.parametrize(("policy", "workers"), [("skip", "2"), ("replace", "0")])
@@ -72,13 +60,6 @@ def test_by_default_training_says_what_is_wrong_before_it_starts(dirty: Path, tm
     with raises_code("data-not-utf8", where="train.jsonl"):
         main(training(dirty.parent, tmp_path / "run", "--data_path", str(dirty), "--rank", "4"))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_finding_is_understood_alone(tmp_path: Path) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_text(json.dumps(dirty_data.ask("Half \ud83d?", "Yes.")) + "\n")
-    with raises_code("data-broken-records", says=r"train.jsonl:1: text that is not valid Unicode .*: turn 1"):
-        check_for_training(path)
 
 
 def test_a_held_out_batch_without_a_usable_record_adds_nothing_to_the_loss(tiny_data: Path, tmp_path: Path) -> None:

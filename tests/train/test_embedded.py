@@ -75,20 +75,6 @@ def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path)
     assert record.turns[0].text.startswith("<image>\n") or kind in ("jsonl", "messages")
 
 
-def test_lists_of_pictures_and_the_newer_names_of_parts_are_read_too(tmp_path: Path) -> None:
-    content = [
-        {"type": "input_text", "text": "Same?"},
-        *({"type": "input_image", "image_url": url(c)} for c in ("red", "blue")),
-    ]
-    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "No."}]}
-    dump(tmp_path / "m.json", [{"messages": [{"role": "user", "content": content}, answer]}])
-    assert convert(tmp_path / "m.json", tmp_path / "out") == 0
-    (record,) = load_records(tmp_path / "out" / "data.json")
-    assert len(set(record.images)) == 2
-    dump(tmp_path / "l.json", [in_llavas([url("red")])])
-    assert convert(tmp_path / "l.json", tmp_path / "out2", "llava") == 0
-
-
 BROKEN = {
     "no base64": "data:image/png;base64,%%%not base64%%%",
     "no picture": f"data:image/png;base64,{base64.b64encode(b'no picture').decode()}",
@@ -112,26 +98,6 @@ def test_a_record_with_a_broken_one_is_left_out_by_file_and_line(fault: str, tmp
     with raises_code("convert-no-records", says=f"no record (.|\n)*{data}:1: "):
         convert(data, tmp_path / "none")
     assert not (tmp_path / "none" / "images").exists()
-
-
-def test_a_folder_of_pictures_that_is_there_is_left_alone(tmp_path: Path) -> None:
-    data, out = tmp_path / "chat.jsonl", tmp_path / "out"
-    dump_lines(data, [asked(url("red"))])
-    (out / "images").mkdir(parents=True)
-    (out / "images" / "mine.png").write_bytes(b"mine")
-    with raises_code("output-exists"):
-        convert(data, out)
-    assert [path.name for path in out.iterdir()] == ["images"]
-    assert [path.name for path in (out / "images").iterdir()] == ["mine.png"]
-    dump_lines(data, [asked("mine.png")])  # nothing is written there
-    assert convert(data, out) == 0
-
-
-def test_a_mixture_of_files_and_embedded_pictures_is_told_of(tmp_path: Path, capsys: Any) -> None:
-    data = tmp_path / "chat.jsonl"
-    dump_lines(data, [asked(url("red")), asked("a.png")])
-    assert convert(data, tmp_path / "out") == 0
-    assert "1 record with picture files" in capsys.readouterr().err
 
 
 def offered(text: str) -> list[str]:
@@ -195,42 +161,3 @@ def test_questions_of_a_benchmark_get_the_command_too(kind: str, tmp_path: Path)
         "image-embedded", says=f"question 1: .*base64(.|\n)*convert --from {kind} .*mine.json", kind=DataError
     ):
         OwnData(str(tmp_path / "mine.json")).load(tmp_path)
-
-
-def test_pictures_of_the_web_are_said_not_to_be_fetched(tmp_path: Path, capsys: Any) -> None:
-    address = "https://example.org/pictures/cat.png?token=" + 200 * "x"
-    dump_lines(tmp_path / "m.jsonl", [asked(address)])
-    with raises_code(
-        "convert-no-records", says=r"m.jsonl:1: .*https://example.org/pictures/cat.png(.|\n)*download"
-    ) as caught:
-        convert(tmp_path / "m.jsonl", tmp_path / "out")
-    assert "xxx" not in str(caught.value)
-    dump_lines(tmp_path / "l.jsonl", [in_llavas(address)])
-    flags = ["--rank", "4", "--data_path", str(tmp_path / "l.jsonl"), "--image_folder", str(tmp_path)]
-    with raises_code("data-missing-pictures", says="web address(.|\n)*download", kind=DataError) as caught:
-        train(training(tmp_path, tmp_path / "run", *flags))
-    assert "xxx" not in str(caught.value)
-    assert main(["check", str(tmp_path / "l.jsonl")]) == 1
-    assert "web address" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("kind", ["llava", "messages"])
-@pytest.mark.parametrize("place", ["part", "images"])
-def test_a_conversion_leaves_out_pictures_of_the_web(kind: str, place: str, tmp_path: Path, capsys: Any) -> None:
-    address = "https://example.org/cat.png"
-    bad = asked(address)
-    if place == "images":
-        bad = {"messages": [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "Red."}]}
-        bad["images"] = [address]
-    dump_lines(tmp_path / "m.jsonl", [bad, asked(url("red"))])
-    assert convert(tmp_path / "m.jsonl", tmp_path / "out", kind) == 0
-    assert len(list(load_records(tmp_path / "out" / "data.json"))) == 1
-    assert f"left out: {tmp_path / 'm.jsonl'}:1: " in capsys.readouterr().err
-
-
-def test_a_part_of_another_kind_is_named_and_not_quoted(tmp_path: Path) -> None:
-    part = {"type": "input_audio", "input_audio": {"data": 1000 * "A"}}
-    dump_lines(tmp_path / "m.jsonl", [{"messages": [{"role": "user", "content": [part]}]}])
-    with raises_code("messages-unsupported-part", message="input_audio", kind=DataError) as caught:
-        convert(tmp_path / "m.jsonl", tmp_path / "out")
-    assert "AAA" not in str(caught.value)

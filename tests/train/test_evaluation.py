@@ -18,11 +18,6 @@ from support.problems import raises_code
 from support.train_runs import training
 
 
-def test_nothing_asked_nothing_checked() -> None:
-    require_runnable(EvalConfig())
-    assert commands(EvalConfig(), model="tiny", output_dir=Path("r")) == []
-
-
 def test_unknown_suites_and_missing_files_are_found_early(tmp_path: Path) -> None:
     with raises_code("eval-unknown-suite", where="eval.suites", hint="did you mean emoji"):
         require_runnable(EvalConfig(suites=["emojis"]))

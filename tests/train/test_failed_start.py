@@ -79,23 +79,3 @@ def test_files_of_an_earlier_run_are_not_overwritten(tiny_data: Path, tmp_path: 
     before = file_contents(run)
     assert "cannot read" in fails(tiny_data, run, "--resume_from_checkpoint", "auto", "--seed", "3")
     assert file_contents(run) == before
-
-
-def test_a_place_that_is_no_folder_is_told_before_anything_is_read(tiny_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for place in ("file", "file/run", "file/runs/a"):
-        assert "a file, not a folder" in fails(tiny_data, tmp_path / place, "--data_path", "none.json")
-
-
-@pytest.mark.parametrize(
-    ("flags", "code"),
-    [(["--deepspeed", "zero9"], "deepspeed-unknown"), (["--eval_data_path", "gone.json"], "data-missing-file")],
-)
-def test_a_file_that_is_not_there_is_found_before_the_records_are_read(
-    flags: list[str], code: str, tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(UserError) as error:
-        main(training(tiny_data, tmp_path / "run", "--rank", "4", *flags))
-    assert error.value.first.code == code
-    assert error.value.first.hint
-    assert "reading" not in capfd.readouterr().err

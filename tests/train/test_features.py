@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data.pictures.features import FeatureReader
 from milora_vl.train.command import main
 from support.launched import FSDP, train_in_two
 from support.problems import raises_code
@@ -86,24 +85,6 @@ def test_it_goes_on_where_it_was_stopped_and_bad_pictures_are_left_to_their_poli
     assert len(entries(tmp_path / "cache")) == len(made) + 1
 
 
-def test_entries_that_are_cut_off_are_made_anew_and_a_folder_that_cannot_be_is_told(
-    tiny_data: Path, tmp_path: Path, capfd: Any
-) -> None:
-    run = [*CACHED, "--max_steps", "2", "--feature_cache"]
-    assert main(training(tiny_data, tmp_path / "first", *run, str(tmp_path / "cache"))) == 0
-    made = entries(tmp_path / "cache")
-    whole = [path.read_bytes() for path in made]
-    for path, length in zip(made, (0, 100, -4), strict=False):
-        path.write_bytes(path.read_bytes()[:length])
-    made[-1].write_bytes(b"")  # the plain one
-    assert main(training(tiny_data, tmp_path / "again", *run, str(tmp_path / "cache"))) == 0
-    assert [path.read_bytes() for path in made] == whole
-    assert losses(tmp_path / "again") == losses(tmp_path / "first")
-    (tmp_path / "file").write_text("")
-    with raises_code("path-not-a-folder", where="--feature_cache", message="is a file"):
-        main(training(tiny_data, tmp_path / "third", *run, str(tmp_path / "file")))
-
-
 def test_stored_pictures_of_one_name_have_entries_of_their_own(tiny_data: Path, tmp_path: Path) -> None:
     import datasets
 
@@ -142,11 +123,3 @@ def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
     with raises_code("recipe-streaming", where="--feature_cache", message="needs all images before training"):
         main(training(tiny_data, tmp_path / "stream", "--rank", "4", "--streaming", *extra))
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_picture_that_changed_while_training_is_told(tiny_llava: Any, tiny_data: Path, tmp_path: Path) -> None:
-    from milora_data.pictures.pixels import PixelMaker
-
-    reader = FeatureReader(tmp_path, PixelMaker(tiny_llava()[1].image_processor))
-    with raises_code("feature-cache-stale", message="changed, or added"):
-        reader.read(tiny_data / "images" / "0.png")

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from milora_data.__main__ import main as data_main
-from milora_data.check.command import check_for_training, scan
+from milora_data.check.command import check_for_training
 from milora_data.check.pictures import MissingImages
-from milora_data.pictures.files import ImageError, load_image, picture_size
 from milora_data.stream.sources import mixed_records, read_sources
 from milora_vl.train.command import main
 from support.drawn import dump
@@ -61,14 +58,6 @@ def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: 
     assert "3 times while training: a missing or broken picture was replaced" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("how", ["decode", "exist"])
-def test_check_finds_empty_files_with_and_without_decoding(how: Any, with_empty: Path) -> None:
-    report = scan(with_empty / "train.json", with_empty / "images", pictures=how)
-    found = {kind: [finding.message for finding in found] for kind, found in report.by_kind().items()}
-    assert found["missing_picture"] == ["3.png"]
-    assert found["corrupt_picture"] == ["0.png: the file is empty", "5.png: the file is empty"]
-
-
 def test_the_message_names_the_files_of_records(tiny_data: Path) -> None:
     with raises_code("data-missing-pictures", says=f"{tiny_data / 'val.json'}:record 1: 4 of 4", kind=MissingImages):
         check_for_training(tiny_data / "val.json", tiny_data)
@@ -81,23 +70,3 @@ def test_the_message_names_the_files_of_records(tiny_data: Path) -> None:
         kind=MissingImages,
     ):
         check_for_training(mixed, tiny_data)
-
-
-def large(path: Path) -> Path:
-    """A picture of 400 megapixels that takes some kilobytes on the disk."""
-    Image.new("1", (20_000, 20_000)).save(path)
-    return path
-
-
-def test_a_picture_that_is_too_large_is_refused_with_a_hint(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
-    name = large(tiny_data / "images" / "0.png")
-    for read in (load_image, picture_size):
-        with raises_code("image-unreadable", says=r"exceeds limit(.|\n)*smaller", kind=ImageError):
-            read(name)
-    assert data_main(["check", str(tiny_data / "train.json")]) == 1
-    shown = capsys.readouterr().out
-    assert "0.png: Image size" in shown
-    with raises_code(
-        "image-unreadable", says=r"exceeds limit(.|\n)*needed by .*train.json:record 1; --bad_images skip"
-    ):
-        main(training(tiny_data, tmp_path / "run", "--rank", "4"))

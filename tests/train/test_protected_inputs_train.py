@@ -161,17 +161,6 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
             next(sampled_batches(base, processor.tokenizer, seed=seed))
 
 
-def test_texts_that_the_model_recites_from_the_probe_are_left_out(tiny_data: Path, monkeypatch) -> None:
-    tokenizer = tiny_llava()[1].tokenizer
-    recited = tokenizer(next(iter(general_text().values()))[:400]).input_ids
-    monkeypatch.setattr(
-        calibration_batches, "sampled_rows", lambda *_, count, **__: [recited] + [[1, 9, 9]] * (count - 1)
-    )
-    (batch, rest) = calibrated(recipe(tiny_data, samples=3, pictures=0))
-    assert len(batch["input_ids"]) + len(rest["input_ids"]) == 10
-    assert batch["input_ids"].shape[1] == 3
-
-
 def test_files_and_records_calibrate_without_the_model_writing(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(calibration_batches, "sampled_rows", None)
     (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 20)
@@ -198,13 +187,6 @@ def test_bad_calibrations_of_a_recipe_are_refused(tiny_data: Path, tmp_path: Pat
             main(training(tiny_data, tmp_path / "run", "--recipe", str(file)))
     with raises_code("adapter-residual-layer", where="form"):
         main(training(tiny_data, tmp_path / "run", *PROTECT, "--form", "residual"))
-
-
-def test_a_calibration_without_a_rule_for_it_gets_a_warning(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    file = tmp_path / "recipe.yaml"
-    file.write_text(recipe(tiny_data, samples=4).to_yaml())
-    assert main(training(tiny_data, tmp_path / "run", "--recipe", str(file), "--method", "full", "--dry-run")) == 0
-    assert "the calibration has no effect" in capfd.readouterr().out
 
 
 def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:

@@ -161,15 +161,6 @@ def test_a_constant_schedule_makes_more_steps(data: Path, tmp_path: Path) -> Non
     assert "it has no checkpoint to continue from" in more[0]
 
 
-def test_epochs_that_come_to_the_same_steps_are_no_change(whole: Path, data: Path, tmp_path: Path) -> None:
-    run = cut(whole, tmp_path / "run")
-    epochs = ["--rank", "8", "--max_steps", "-1", "--num_train_epochs"]
-    lines = refusal(*training(data, run, *epochs, "3", "--resume_from_checkpoint", "auto"))
-    assert "a run of 6 steps, this run has 9" in lines[0]
-    assert main(training(data, run, *epochs, "2", "--resume_from_checkpoint", "auto")) == 0
-    assert same_weights(run, whole)
-
-
 def test_a_batch_of_the_same_size_in_total_is_allowed(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     split = ["--rank", "8", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
@@ -186,27 +177,6 @@ def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: P
     resume = ["--rank", "8", "--resume_from_checkpoint", "auto", "--data_path"]
     assert "not the records" in refusal(*training(data, run, *resume, str(other)))[0]
     assert main(training(data, run, *resume, str(moved))) == 0
-    assert same_weights(run, whole)
-
-
-def test_a_run_of_an_earlier_version_resumes_as_it_is(whole: Path, data: Path, tmp_path: Path) -> None:
-    """It has kept neither a hash of its records nor the number of its processes; the number of records it has."""
-    run = cut(whole, tmp_path / "run")
-    environment = read_json(run, "environment.json")
-    for name in ("records", "processes", "dtype"):
-        del environment[name]
-    (run / "environment.json").write_text(json.dumps(environment))
-    resume = ["--rank", "8", "--resume_from_checkpoint", "auto"]
-    shorter = tmp_path / "train.json"
-    shorter.write_text(json.dumps(json.loads((data / "train.json").read_text())[:-1]))
-    assert any("data.path" in line for line in refusal(*training(data, run, *resume, "--data_path", str(shorter))))
-    original = (data / "train.json").read_text()
-    try:
-        (data / "train.json").write_text(shorter.read_text())
-        assert "it had 12, now there are 11" in refusal(*training(data, run, *resume))[0]
-    finally:
-        (data / "train.json").write_text(original)
-    assert main(training(data, run, *resume)) == 0
     assert same_weights(run, whole)
 
 
@@ -242,12 +212,6 @@ def test_the_default_rules_of_a_text_model_are_no_change(data: Path, tmp_path: P
         (run / WEIGHTS).unlink()
         shutil.rmtree(run / "checkpoint-6")
         assert main([*again, "--resume_from_checkpoint", "true"]) == 0
-
-
-def test_a_plan_refuses_what_the_run_would(whole: Path, data: Path, tmp_path: Path) -> None:
-    run = cut(whole, tmp_path / "run")
-    lines = refusal(*training(data, run, "--rank", "4", "--resume_from_checkpoint", "true", "--dry-run"))
-    assert any("policy[0].rank" in line for line in lines)
 
 
 @pytest.mark.parametrize(("save", "log", "saved", "logged"), [("1", "1", [5, 6], [5, 6]), ("2", "2", [6], [6])])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import datetime
 from pathlib import Path
 
@@ -11,10 +10,8 @@ import pytest
 
 from milora_vl.adapter.checkpoints import is_finished
 from milora_vl.base.errors import UserError
-from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, choose, default_path
 from milora_vl.recipe.schema import Recipe
-from milora_vl.train.run_files import describe_environment
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
 
@@ -97,17 +94,6 @@ def test_auto_starts_again_what_was_killed_before_its_first_checkpoint(tmp_path:
     assert choose(tmp_path, "auto").checkpoint is None
     (tmp_path / "environment.json").unlink()
     assert "trained weights" in refused(tmp_path, "auto")
-
-
-def test_a_git_that_does_not_answer_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 9\n")
-    (tmp_path / "git").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("milora_vl.train.run_files.GIT_TIMEOUT", 0.2)
-    described = describe_environment(
-        Recipe.parse({"model": "tiny"}), [], base="tiny", device="cpu", data=RunData([], None), dtype="", processes=1
-    )
-    assert described["git"] is None
 
 
 def test_the_default_folder_names_model_method_and_time() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -100,32 +99,3 @@ def test_of_several_splits_one_has_to_be_named(two_splits: Path, tmp_path: Path)
     assert [len(list(load_records(two_splits / name))) for name in ("train", "test")] == [6, 3]
     datasets.DatasetDict({"validation": split(4)}).save_to_disk(tmp_path / "one")
     assert len(list(load_records(tmp_path / "one"))) == 4  # there is no choice
-
-
-def test_texts_saved_as_messages_with_parts_are_read(tmp_path: Path) -> None:
-    """All parts of a saved list have the same keys, those that a part does not have with nothing in them."""
-    from milora_data.stream.record_stream import record_stream
-
-    parts = [{"type": "image_url", "text": None, "image_url": {"url": "a.png"}, "image": None},
-             {"type": "text", "text": "Hi", "image_url": None, "image": None}]  # fmt: skip
-    answer = [{"type": "text", "text": "Ho", "image_url": None, "image": None}]
-    value = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
-    datasets.Dataset.from_list([value] * 3).save_to_disk(tmp_path / "saved")
-    streamed = list(islice(record_stream(tmp_path / "saved", shuffle_buffer=0), 3))
-    for record in [*load_records(tmp_path / "saved"), *streamed]:
-        assert record.images == ("a.png",)
-        assert [turn.text for turn in record.turns] == ["<image>\nHi", "Ho"]
-
-
-def test_what_is_wrong_with_a_folder_is_said(saved: Path, tmp_path: Path) -> None:
-    (saved / "data-00001-of-00002.arrow").unlink()
-    with raises_code("data-missing-file", where="data-00001-of-00002.arrow", kind=DataError):
-        list(load_records(saved))
-    (saved / "state.json").write_text("{")
-    with raises_code("data-unreadable", where="state.json", kind=DataError):
-        list(load_records(saved))
-    with raises_code("data-folder", where="saved", hint="--from hub", kind=DataError):
-        data_main(["convert", "--from", "llava", str(saved), "--output_dir", str(tmp_path / "out")])
-    split(2).to_parquet(tmp_path / "parts" / "a.parquet")
-    with raises_code("data-folder", message="this is a folder", hint="parts/*.parquet", kind=DataError):
-        list(load_records(tmp_path / "parts"))

@@ -68,13 +68,6 @@ def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: P
         main(training(tiny_data, tmp_path / "c", "--rank", "4", "--factor_cache", str(tiny_data / "train.json")))
 
 
-def test_a_recipe_given_back_repeats_the_run(plain_run: Path, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    assert main(["--recipe", str(plain_run / "recipe.yaml"), "--output_dir", str(again)]) == 0
-    assert losses(plain_run) == losses(again)
-    assert (plain_run / "recipe.yaml").read_text() == (again / "recipe.yaml").read_text()
-
-
 def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(plain_run: Path, tmp_path: Path) -> None:
     """All of it would train, the anchor too."""
     checkpoint = shutil.copytree(plain_run / "checkpoint-4", tmp_path / "checkpoint-4")
@@ -165,16 +158,6 @@ def test_checkpointing_and_bf16_train_too(plain_run: Path, tiny_data: Path, tmp_
         assert c == pytest.approx(a, rel=2e-2)
 
 
-@pytest.mark.slow  # torch.compile
-def test_a_training_may_be_compiled(tiny_data: Path, tmp_path: Path) -> None:
-    flags = ["--rank", "4", "--lora_dropout", "0"]
-    assert main(training(tiny_data, tmp_path / "plain", *flags)) == 0
-    compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager"]
-    assert main(training(tiny_data, tmp_path / "compiled", *flags, *compiled)) == 0
-    for (_, loss), (_, expected) in zip(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), strict=True):
-        assert loss == pytest.approx(expected, rel=1e-4)
-
-
 def test_text_only_models_take_the_same_road(tiny_data: Path, tmp_path: Path) -> None:
     records = json.loads((tiny_data / "train.json").read_text())
     (tiny_data / "text.json").write_text(json.dumps([r for r in records if "image" not in r]))
@@ -236,19 +219,6 @@ def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Pa
             shutil.rmtree(run)
 
 
-def test_an_error_of_a_loader_process_keeps_its_code_as_json(tiny_data: Path, tmp_path: Path) -> None:
-    picture = tiny_data / "images" / "2.png"
-    picture.write_bytes(b"no picture")
-    words = training(tiny_data, tmp_path / "run", "--rank", "4", "--dataloader_num_workers", "1", "--format", "json")
-    done = run_program(["milora_vl.train", *words])
-    assert done.returncode == 1
-    content = json.loads(done.stdout)
-    (problem,) = content["problems"]
-    assert (problem["code"], problem["where"]) == ("image-unreadable", str(picture))
-    assert "--bad_images skip" in problem["hint"]
-    assert content["exit_code"] == 1
-
-
 def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('[{"id": 1,\n "conversations": [}\n]')
     done = run_program(["milora_vl.train", *"--model tiny --rank 4 --data_path broken.json".split()], cwd=tmp_path)
@@ -273,12 +243,6 @@ def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
     assert losses(plain_run) != losses(whole)
 
 
-def test_a_misspelt_model_is_told_before_the_data_is_read(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    with raises_code("model-unknown", hint="did you mean: smol-llava"):
-        main(["--model", "Smol-lava", "--data_path", str(tiny_data / "none.json"), "--output_dir", str(tmp_path / "r")])
-    assert "reading" not in capfd.readouterr().err
-
-
 def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
     from milora_vl.report.repeat import commands
     from milora_vl.report.run_page import read_run
@@ -293,3 +257,13 @@ def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path
     typed = commands(read_run(run))
     assert typed.chat == asked
     assert "--benchmarks HELD_OUT.json --with_base" in typed.evaluate
+
+
+@pytest.mark.slow  # torch.compile
+def test_a_training_may_be_compiled(tiny_data: Path, tmp_path: Path) -> None:
+    flags = ["--rank", "4", "--lora_dropout", "0"]
+    assert main(training(tiny_data, tmp_path / "plain", *flags)) == 0
+    compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager"]
+    assert main(training(tiny_data, tmp_path / "compiled", *flags, *compiled)) == 0
+    for (_, loss), (_, expected) in zip(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from milora_data.batches.collate import ImageTextCollator
@@ -17,7 +15,6 @@ from milora_vl.base.errors import UserError
 from milora_vl.plan import run_data
 from milora_vl.recipe.schema import DataConfig
 from milora_vl.train.command import main
-from support.problems import raises_code
 from support.train_runs import lengthen_data, losses, training
 
 
@@ -33,19 +30,6 @@ def test_packed_records_train_and_resume(tiny_data: Path, tmp_path: Path, capfd:
     half = training(tiny_data, tmp_path / "half", *extra)
     assert main([*half, "--resume_from_checkpoint", str(tmp_path / "half" / "checkpoint-2")]) == 0
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("how", [["--packing"], ["--train_sampling_strategy", "group_by_length"]])
-def test_every_record_of_a_long_file_is_arranged(how: list[str], tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
-    lengthen_data(tiny_data, 200)
-    extra = ["--rank", "4", *how, "--max_length", "512", "--max_steps", "1"]
-    assert main(training(tiny_data, tmp_path / "run", *extra)) == 0
-    texts, pictures = np.load(next(tiny_data.glob("train.json.lengths-*.npy")))
-    assert len(texts) == 212
-    if "--packing" in how:
-        said = re.search(r"packed into (\d+) rows of 1,024", capfd.readouterr().err)
-        assert said is not None
-        assert int(said[1]) * 1024 >= int(texts.sum() + 16 * pictures.sum())
 
 
 def test_llavas_flag_makes_batches_of_one_kind(
@@ -93,20 +77,6 @@ def test_a_recipe_mixes_sources_by_weight(tiny_data: Path, tmp_path: Path) -> No
     assert json.loads((run / "environment.json").read_text())["data"]["train"] == 24
 
 
-def test_records_that_are_none_cost_themselves_alone_in_a_mixture_too(
-    tiny_data: Path, tmp_path: Path, capfd: Any
-) -> None:
-    (tiny_data / "dirty.jsonl").write_text('{"text": 1}\n{broken\n[1]\n')
-    mixture = {"sources": [{"path": "dirty.jsonl"}, {"path": "train.json", "image_folder": "images"}]}
-    (tiny_data / "mix.yaml").write_text(json.dumps(mixture))
-    extra = ["--data_path", str(tiny_data / "mix.yaml"), "--rank", "4", "--max_steps", "1"]
-    assert main(training(tiny_data, tmp_path / "run", *extra, "--bad_images", "skip")) == 0
-    assert "3 broken records skipped" in capfd.readouterr().err
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"]["train"] == 12
-    with raises_code("record-no-conversations", where="dirty.jsonl:1"):
-        main(training(tiny_data, tmp_path / "raise", *extra))
-
-
 def test_the_demos_recipe_trains_on_data_of_ones_own(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
     flags = training(tiny_data, tmp_path / "run", "--recipe", "smol-llava-demo", "--rank", "4", "--max_steps", "1")
     assert main([*flags, "--data_path", str(tiny_data / "train.json")]) == 0
@@ -114,15 +84,6 @@ def test_the_demos_recipe_trains_on_data_of_ones_own(tiny_data: Path, tmp_path: 
     environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["data"] == {"train": 12, "eval": 0, "skipped": 0}
     assert "eval_path: null" in (tmp_path / "run" / "recipe.yaml").read_text()
-
-
-def test_a_stream_without_a_usable_record_says_why(tiny_data: Path, tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "<image>\n<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
-    records = [{"id": str(n), "image": ["0.png", "1.png", "2.png"], "conversations": turns} for n in range(5)]
-    (tiny_data / "train.json").write_text(json.dumps(records))
-    with raises_code("data-all-records-left-out", says="number of <image> differs|2 <image>") as error:
-        main(training(tiny_data, tmp_path / "run", "--rank", "4", "--streaming", "--bad_images", "skip"))
-    assert error.value.problems[0].code == "data-all-records-left-out"
 
 
 def test_records_without_an_answer_are_counted_as_that_and_not_as_missing_pictures(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -49,16 +48,6 @@ def test_a_plan_counts_the_steps_of_a_stream_and_no_epochs(tiny_data: Path, tmp_
     assert "a stream; the first" in shown
     assert "steps  7 (" in shown
     assert "epochs" not in shown
-
-
-@pytest.mark.parametrize("policy", ["skip", pytest.param("replace", marks=pytest.mark.slow)])
-def test_dirt_in_a_stream_costs_no_run_and_is_counted(policy: str, tmp_path: Path, capfd: Any) -> None:
-    path = dirty_data.make(tmp_path / "dirty")
-    extra = ["--data_path", str(path), "--bad_images", policy, "--rank", "4", "--streaming", "--max_steps", "20"]
-    assert main(training(path.parent, tmp_path / "run", *extra, "--dataloader_num_workers", "1")) == 0
-    said = capfd.readouterr().err
-    assert "times while training: a record was skipped because it is broken" in said
-    assert json.loads((tmp_path / "run" / "trainer_state.json").read_text())["global_step"] == 20
 
 
 def test_by_default_the_first_broken_record_is_told_before_the_model_loads(tmp_path: Path) -> None:

@@ -7,13 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from milora_eval.__main__ import main as evaluate
-from milora_vl import analyze, apply_milora, chat, export, forgetting, load_adapter, load_model, save_adapter
-from milora_vl.adapter import checkpoints
-from milora_vl.adapter.errors import AdapterError
-from milora_vl.adapter.folders import newest_of_unfinished
+from milora_vl import analyze, apply_milora, chat, export, forgetting, load_model, save_adapter
 from milora_vl.base.errors import UserError
 from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.models.projector import projector_file, save_projector
@@ -64,12 +60,6 @@ def test_commands_name_the_newest_checkpoint(run: Path, command: Command, words:
     assert {path.name for path in run.parent.iterdir()} == {"run"}
 
 
-def test_a_checkpoint_of_a_full_training_is_no_adapter(run: Path) -> None:
-    load_model("tiny")[0].save_pretrained(run / "checkpoint-12")
-    with raises_code("adapter-missing", hint="use it:    --model run/checkpoint-12\n"):
-        chat.main(["--model", "tiny", "--adapter", str(run), "hi"])
-
-
 def test_the_checkpoint_works_in_its_place(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = str(run / "checkpoint-10")
     assert chat.main(["--model", "tiny", "--adapter", checkpoint, "--max_new_tokens", "2", "hi"]) == 0
@@ -77,25 +67,6 @@ def test_the_checkpoint_works_in_its_place(run: Path, capsys: pytest.CaptureFixt
     assert forget(["--model", "tiny", "--adapter", checkpoint, "--on", "text", "--num_tokens", "64"]) == 0
     assert (run / "checkpoint-10" / forgetting.job.FILE).is_file()
     assert export.main([checkpoint, "--to", "rank-2"]) == 0
-
-
-def test_an_export_of_a_checkpoint_lies_where_no_later_save_deletes_it(run: Path) -> None:
-    """Hugging Face's Trainer takes everything in the run that begins with checkpoint-N for a checkpoint to rotate."""
-    from transformers.trainer_utils import rotate_checkpoints
-
-    assert export.main([str(run / "checkpoint-9"), "--to", "rank-1"]) == 0
-    rotate_checkpoints(str(run), save_total_limit=1)
-    assert load_file("run-checkpoint-9-rank-1/adapter_model.safetensors")
-
-
-def test_loading_a_run_that_has_not_finished_names_the_newest_checkpoint_by_its_number(run: Path) -> None:
-    with raises_code("adapter-missing-file", hint="did you mean run/checkpoint-10?", kind=AdapterError):
-        load_adapter(load_model("tiny")[0], run)
-
-
-def test_a_finished_run_is_no_unfinished_one(run: Path) -> None:
-    checkpoints.copy_results(run / "checkpoint-10", run)
-    assert newest_of_unfinished(run, "--model") == ""
 
 
 def test_a_projector_is_looked_for_in_the_checkpoints_of_its_run(run: Path) -> None:

@@ -109,14 +109,6 @@ def test_a_video_for_a_template_or_processor_without_videos_is_named(model: Path
     assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
 
 
-def test_a_video_that_cannot_be_read_is_named(model: Path, images: Path, tmp_path: Path) -> None:
-    turns = [("human", "<video>\nWhat?"), ("gpt", "A cat.")]
-    with raises_code("video-file", hint="ffmpeg", says=r"train\.json:record 1"):
-        trained(model, images, {"video": "clip.mp4"} | record(turns, []), tmp_path)
-    with raises_code("data-missing-pictures", says="gone.png"):
-        trained(model, images, {"video": ["0.png", "gone.png"]} | record(turns, []), tmp_path)
-
-
 def test_a_template_without_answers_is_refused(name: str, images: Path, tmp_path: Path) -> None:
     model = without_weights(
         name, tmp_path / "model", "{% for m in messages %}{% if m.role == 'user' %}Q{% endif %}{% endfor %}"
@@ -137,60 +129,6 @@ def test_a_processor_without_a_template_is_refused(name: str, images: Path, tmp_
         chat(["--model", str(model), "What?"])
 
 
-def test_a_package_that_a_processor_needs_is_named(
-    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def lacking(*_: Any, **__: Any) -> None:
-        raise ImportError("Package `num2words` is required to run SmolVLM processor. Do `pip install num2words`.")
-
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lacking)
-    with raises_code("package-missing", str(model), "needs the package num2words", "pip install num2words"):
-        trained(model, images, record(ASKED, ["0.png"]), tmp_path)
-    with raises_code("package-missing", message="num2words", hint="pip install num2words"):
-        chat(["--model", str(model), "What?"])
-
-
-def test_a_video_for_a_conversation_is_refused_with_its_flag(model: Path, images: Path, tmp_path: Path) -> None:
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    (clip / "0.png").write_bytes((images / "0.png").read_bytes())
-    with pytest.raises(UserError) as error:
-        chat(["--model", str(model), "--video", str(clip)])
-    assert error.value.first.where == f"--video {clip}"
-    assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
-
-
-def test_videos_of_several_lengths_are_refused_by_chat(internvl: Path, images: Path, tmp_path: Path) -> None:
-    for count in (1, 2):
-        (tmp_path / f"clip{count}").mkdir()
-        for number in range(count):
-            (tmp_path / f"clip{count}" / f"{number}.png").write_bytes((images / "0.png").read_bytes())
-    shown = ["--video", str(tmp_path / "clip1"), "--video", str(tmp_path / "clip2")]
-    with raises_code("records-mixed", where="question 'Same?'", message="videos of 1 and 2 frames together"):
-        chat(["--model", str(internvl), *shown, "Same?"])
-
-
-def test_a_video_for_a_processor_with_a_plain_prompt_is_named(images: Path, tmp_path: Path) -> None:
-    model = without_weights("paligemma", tmp_path / "model")
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    (clip / "0.png").write_bytes((images / "0.png").read_bytes())
-    with raises_code("record-videos", where="--video", message="PaliGemmaProcessor takes no videos"):
-        chat(["--model", str(model), "--video", str(clip), "What?"])
-    value = {"video": ["0.png"]} | record([("human", "<video>\nWhat?"), ("gpt", "A cat.")], [])
-    with raises_code("record-videos", says=r"train\.json:record 1"):
-        trained(model, images, value, tmp_path)
-
-
-def test_files_that_are_no_pictures_are_named_by_chat(model: Path, images: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
-    with raises_code("image-unreadable", where=str(bad)):
-        chat(["--model", str(model), "--image", str(bad), "What?"])
-    with raises_code("image-missing", where="gone.png"):
-        chat(["--model", str(model), "--image", "gone.png", "What?"])
-
-
 def test_a_question_with_other_numbers_of_marks_and_pictures_is_named(
     model: Path, images: Path, tmp_path: Path
 ) -> None:
@@ -200,14 +138,6 @@ def test_a_question_with_other_numbers_of_marks_and_pictures_is_named(
     ):
         with raises_code("record-image-count", where="own.json, question 1", message="<image>"):
             asked(model, images, rows, tmp_path)
-
-
-def test_a_later_question_of_another_form_is_named(images: Path, tmp_path: Path) -> None:
-    """PaliGemma's processor takes no text without a picture."""
-    model = without_weights("paligemma", tmp_path / "model")
-    rows = [{"question": "What?", "image": "0.png", "answer": "A cat."}, {"question": "Hi?", "answer": "Yes."}]
-    with raises_code("record-not-one-question", where="own.json, question 2"):
-        asked(model, images, rows, tmp_path)
 
 
 def test_a_picture_below_the_least_size_is_named(tmp_path: Path) -> None:
@@ -259,13 +189,6 @@ def test_videos_of_several_lengths_in_one_batch_are_refused(internvl: Path, imag
         train(words)
 
 
-def test_videos_of_several_lengths_in_one_record_are_refused(internvl: Path, images: Path, tmp_path: Path) -> None:
-    value = {"videos": [["0.png"], ["0.png"] * 3]} | record([("human", "<video><video>\nSame?"), ("gpt", "No.")], [])
-    words = words_of(internvl, images, tmp_path, [record(ASKED, ["0.png"])] * 120 + [value])
-    with raises_code("records-mixed", "train.jsonl:121", "videos of 1 and 3 frames together"):
-        train([*words, "--per_device_train_batch_size", "1"])
-
-
 def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     glm: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -282,19 +205,6 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
         glm, images, tmp_path, [{"image": "0.png"} | video | record([("human", "<image><video>"), *ASKED[1:]], [])]
     )
     with raises_code("records-mixed", "train.jsonl:1", "both are shown", "leave out the pictures or the videos"):
-        train(words)
-
-
-def test_held_out_records_are_checked_like_the_others(glm: Path, images: Path, tmp_path: Path) -> None:
-    pictured, video = record(ASKED, ["0.png"]), {"video": ["0.png"] * 2} | record(SEEN, [])
-    held_out = tmp_path / "held_out.jsonl"
-    words = [*words_of(glm, images, tmp_path, [pictured]), "--eval_data_path", str(held_out)]
-    words += ["--eval_strategy", "steps", "--eval_steps", "1"]
-    held_out.write_text("\n".join(map(json.dumps, [pictured, video])))
-    with raises_code("records-mixed", "held_out.jsonl:1 and ", hint="--per_device_eval_batch_size 1"):
-        train(words)
-    held_out.write_text(json.dumps(record([("human", "What is <|image|>?"), ("gpt", "A token.")], [])))
-    with raises_code("record-image-token-in-text", "held_out.jsonl:1"):
         train(words)
 
 
@@ -327,32 +237,6 @@ def test_what_a_template_rejects_is_found_in_every_record(
         with raises_code("record-not-one-question", "train.jsonl:151"):
             train([*words, *flags])
     assert "loading" not in capsys.readouterr().err
-
-
-def test_kinds_of_records_that_will_be_left_out_are_counted_before_weights_load(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = without_weights("idefics3", tmp_path / "model")
-    video = {"video": ["0.png"] * 2} | record(SEEN, [])
-    words = [
-        *words_of(model, images, tmp_path, [video, video, video, record(ASKED, ["0.png"])]),
-        "--bad_images",
-        "skip",
-    ]
-    assert train([*words, "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    assert "warning: 3 of 4 records will be left out" in out
-    assert "first batch: 1 record" in out
-    with pytest.raises(UserError) as error:
-        train(words)
-    assert error.value.first.code == "model-unreadable"
-    said = capsys.readouterr().err.partition("loading")[0]
-    left_out = [line for line in said.splitlines() if "left out" in line]
-    assert len(left_out) == 1
-    assert left_out[0].startswith(
-        "warning: 3 of 4 records will be left out: Idefics3Processor takes no videos (first: "
-    )
-    assert left_out[0].endswith("train.jsonl:1)")
 
 
 def test_records_without_an_answer_within_max_length_are_refused(images: Path, tmp_path: Path) -> None:

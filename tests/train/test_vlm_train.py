@@ -27,7 +27,7 @@ from support.problems import raises_code
 from support.train_runs import losses
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES
-from support.vlm_runs import mixed_records, record, write_model, write_pictures, write_records
+from support.vlm_runs import mixed_records, write_model, write_pictures, write_records
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 ONE_KIND = ("mllama", "paligemma")
@@ -135,38 +135,12 @@ def test_what_does_not_fit_the_model_is_refused_before_weights_load(
         assert code in [problem.code for problem in error.value.problems]
 
 
-def test_limits_of_pixels_are_refused_for_llava(data: Path) -> None:
-    with raises_code("pixels-unsupported", where="--max_pixels"):
-        main(["--model", "tiny", "--rank", "2", "--max_pixels", "99", "--dry-run"])
-
-
-def test_a_model_without_a_chat_template_is_refused(qwen: Path, data: Path, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in qwen.iterdir():
-        if file.name != "chat_template.jinja":
-            (model / file.name).symlink_to(file)
-    with raises_code("processor-no-chat-template", message="Qwen2_5_VLProcessor has no chat template"):
-        main([*flags(model, data), "--output_dir", str(tmp_path / "run")])
-
-
 def test_records_that_a_processor_cannot_mix_need_a_batch_of_one(data: Path, tmp_path: Path) -> None:
     model = write_model("mllama", tmp_path / "model")
     words = [*flags(model, data, steps=2), "--output_dir", str(tmp_path / "run")]
     with raises_code("records-mixed", message="MllamaProcessor cannot put records with and without pictures"):
         main(words)
     assert main([*words, "--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1"]) == 0
-
-
-def test_a_streamed_run_learns_from_pictures(qwen: Path, data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("torchdata")
-    lines = [json.dumps(value) for value in [*mixed_records(), record([("human", "<image>")], ["0.png"])]]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    words = flags(qwen, data, steps=3)
-    words[words.index("--data_path") + 1] = str(tmp_path / "data.jsonl")
-    words += ["--streaming", "True", "--dataloader_num_workers", "1"]
-    assert main([*words, "--output_dir", str(tmp_path / "run")]) == 0
-    assert len(losses(tmp_path / "run")) == 3
 
 
 @pytest.mark.slow

@@ -110,12 +110,3 @@ def test_what_is_no_picture_is_an_error_of_that_picture(
         load_image(WebPicture(f"{server}/{name}?token=secret"))
     assert error.value.first.code == "image-unreadable"
     assert error.value.first.where == f"{server}/{name}"
-
-
-def test_a_broken_one_follows_the_policy_for_pictures(server: str, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    dump_lines(data, [asked(f"{server}/red.png"), asked(f"{server}/gone.png")] * 2)
-    more = words(data, "--web_pictures", "download")
-    with raises_code("image-unreadable", where="gone.png"):
-        train(training(tmp_path, tmp_path / "raised", *more))
-    assert train(training(tmp_path, tmp_path / "skipped", *more, "--bad_images", "skip")) == 0
