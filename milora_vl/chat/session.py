@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,20 +78,12 @@ def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image
     prompts_of(options.model, options.adapter, options.template).limit(processor)
     if options.question is None and not pictures and not videos:
         return
-    # The first question of a conversation will show them.
-    question, source = ("What?", flag) if options.question is None else (options.question, "")
-    try:
-        require_shown(processor, _about(question, pictures, videos, source))
-    except UserError:
-        for path, picture in zip(options.image or (), pictures, strict=True):
-            require_shown(processor, _about("What?", [picture], (), f"--image {path}"))
-        for path, video in zip(options.video or (), videos, strict=True):
-            require_shown(processor, _about("What?", (), [video], f"--video {path}"))
-        raise
+    # Without a question here, the first question of the conversation will show them.
+    require_shown(processor, _about(options.question or "What?", pictures, videos, flag))
 
 
 def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames], source: str) -> Prompt:
-    """Return the first question of a conversation, which errors name by `source` if there is one."""
+    """Return the first question of a conversation, which errors name by `source`."""
     turn = Chat.user_turn(question, pictures, [], videos)
     return Prompt((turn,), tuple(pictures), videos=tuple(videos), source=source)
 
@@ -112,31 +105,25 @@ def _require_taken(name: str, flag: str, has_pictures: bool, has_videos: bool) -
         )
 
 
+@dataclass
 class Chat:
-    """A conversation with one model. Answers are streamed to stdout."""
+    """A conversation with one model. Answers are streamed to stdout.
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        *,
-        template: str,
-        max_new_tokens: int,
-        compare: bool,
-        image_aspect_ratio: AspectRatio = "pad",
-        update: Update | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        """Start a conversation. `update` is the update of a model without an adapter, and `scale` its size."""
-        self.model = model
-        self.update = update
-        self.scale = scale
-        self.processor = processor
-        self.template = template
-        self.image_aspect_ratio = image_aspect_ratio
-        self.max_new_tokens = max_new_tokens
-        self.compare = compare
-        self.start(())
+    `update` is the update of a model without an adapter, and `scale` its size. The next question is about `pictures`
+    and `videos`.
+    """
+
+    model: Any
+    processor: Any
+    template: str
+    max_new_tokens: int
+    compare: bool
+    image_aspect_ratio: AspectRatio = "pad"
+    update: Update | None = None
+    scale: float = 1.0
+    pictures: tuple[Image.Image, ...] = ()
+    videos: tuple[Frames, ...] = ()
+    turns: list[Turn] = field(default_factory=list)
 
     @classmethod
     def load(cls, options: argparse.Namespace) -> Chat:
@@ -174,9 +161,7 @@ class Chat:
 
     def start(self, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
         """Clear the conversation; the next question is about `pictures` and `videos`."""
-        self.pictures = tuple(pictures)
-        self.videos = tuple(videos)
-        self.turns: list[Turn] = []
+        self.pictures, self.videos, self.turns = tuple(pictures), tuple(videos), []
 
     def require_shown(self, source: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
         """Raise UserError, at `source`, for pictures or videos that the processor of the model refuses."""

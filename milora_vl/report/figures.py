@@ -2,61 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from milora_vl.report import plots, wording
-from milora_vl.report.plots import Plot, draw
+from milora_vl.report.plots import Plot, PlotStyle, draw
 from milora_vl.report.run_page import Comparison, Layer, Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def make(run: Run) -> dict[str, Plot]:
     """Draw the plots that the run's files allow: `loss`, `forgetting`, `suite`, `spectrum` and `scores-SUITE`."""
     drawn = {}
+
+    def add(name: str, figure: Callable[[PlotStyle], Figure], words: str) -> None:
+        drawn[name] = draw(_folder(run), name, figure, words)
+
     if any("loss" in entry for entry in run.history):
         _loss_csv(run)
-        drawn["loss"] = draw(
-            _folder(run), "loss", lambda style: plots.loss_figure(run.history, style), wording.loss_words(run)
-        )
+        add("loss", lambda style: plots.loss_figure(run.history, style), wording.loss_words(run))
     if any("forgetting" in entry for entry in run.history):
-        keys = ("step", "forgetting", "forgetting_stderr", "forgetting_loss_change")
-        rows = [[entry.get(key, "") for key in keys] for entry in run.history if "forgetting" in entry]
-        plots.write_csv(_file(run, "forgetting.csv"), keys, rows)
-        words = wording.forgetting_words(run)
-        drawn["forgetting"] = draw(
-            _folder(run), "forgetting", lambda style: plots.forgetting_figure(run.history, style), words
-        )
+        _history_csv(run, "forgetting", ["forgetting", "forgetting_stderr", "forgetting_loss_change"])
+        add("forgetting", lambda style: plots.forgetting_figure(run.history, style), wording.forgetting_words(run))
     names = plots.suites_of(run.history)
     if names:
-        columns = ["step", *(f"{plots.SCORE}{name}{end}" for name in names for end in ("", "_stderr"))]
-        rows = [[entry.get(key, "") for key in columns] for entry in run.history if columns[1] in entry]
-        plots.write_csv(_file(run, "suite.csv"), columns, rows)
-        drawn["suite"] = draw(
-            _folder(run), "suite", lambda style: plots.suite_figure(run.history, style), wording.suite_words(run)
-        )
+        _history_csv(run, "suite", [f"{plots.SCORE}{name}{end}" for name in names for end in ("", "_stderr")])
+        add("suite", lambda style: plots.suite_figure(run.history, style), wording.suite_words(run))
     layers = [layer for layer in run.layers if layer.sigma]
     if layers:
         _spectrum_csv(run, layers)
         words = "Singular values in descending order. " + " ".join(map(wording.layer_words, layers))
-        drawn["spectrum"] = draw(_folder(run), "spectrum", lambda style: plots.spectrum_figure(layers, style), words)
+        add("spectrum", lambda style: plots.spectrum_figure(layers, style), words)
     for comparison in run.comparisons:
-        if any(score.any.unit == "fraction" for score in comparison.scores):
-            drawn[f"scores-{comparison.suite}"] = _scores(run, comparison)
+        shown = [score for score in comparison.scores if score.any.unit == "fraction"]
+        if shown:
+            name, after = f"scores-{comparison.suite}", comparison.after
+            _scores_csv(run, name, comparison)
+            words = "Correct answers before and after. " + " ".join(
+                f"{score.label}: {wording.number(score.before)}, then {wording.number(score.after)}." for score in shown
+            )
+            names_of_both = ("base", "tuned" if after is None or after.which == "final" else after.which)
+            add(name, partial(plots.scores_figure, shown, names=names_of_both), words)
     return drawn
 
 
-def _scores(run: Run, comparison: Comparison) -> Plot:
-    name = f"scores-{comparison.suite}"
-    shown = [score for score in comparison.scores if score.any.unit == "fraction"]
-    _scores_csv(run, name, comparison)
-    words = "Correct answers before and after. " + " ".join(
-        f"{score.label}: {wording.number(score.before)}, then {wording.number(score.after)}." for score in shown
-    )
-    names = (
-        "base",
-        "tuned" if comparison.after is None or comparison.after.which == "final" else comparison.after.which,
-    )
-    return draw(_folder(run), name, lambda style: plots.scores_figure(shown, style, names), words)
+def _history_csv(run: Run, name: str, keys: Sequence[str]) -> None:
+    columns = ["step", *keys]
+    rows = [[entry.get(key, "") for key in columns] for entry in run.history if keys[0] in entry]
+    plots.write_csv(_file(run, f"{name}.csv"), columns, rows)
 
 
 def _loss_csv(run: Run) -> None:

@@ -127,12 +127,12 @@ def thin(tmp_path: Path) -> Path:
     return tmp_path / "thin.png"
 
 
-def test_chat_names_a_picture_that_the_processor_refuses_before_weights_load(
+def test_a_picture_that_the_processor_refuses_is_an_error_before_weights_load(
     qwen: Path, pictures: Path, thin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("milora_vl.chat.session.Chat.load", lambda _: pytest.fail("the weights load"))
     for question in (["What?"], []):
-        with raises_code("record-processor-refuses", where=f"--image {thin}"):
+        with raises_code("record-processor-refuses", where="--image"):
             asked(qwen, "--image", pictures / "0.png", "--image", thin, *question)
 
 
@@ -284,7 +284,7 @@ def test_a_folder_without_frames_of_one_size_is_no_video(qwen: Path, pictures: P
 
 
 def test_a_template_without_videos_is_named(qwen: Path, clip: Path) -> None:
-    with raises_code("chat-template-no-pictures", where=f"--video {clip}"):
+    with raises_code("chat-template-no-pictures", where="--video"):
         asked(qwen, "--video", clip, "What?")
 
 
