@@ -31,8 +31,8 @@ from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
 from milora_vl.models.generate import require_askable
 from milora_vl.models.loading import load_processor, split_processor
-from milora_vl.recipe.base_model import prepares_with_processor
-from milora_vl.recipe.prompts import prompts_of
+from milora_vl.plan.base import find_base
+from milora_vl.plan.prompts import prompts_of
 
 
 def run(
@@ -165,8 +165,10 @@ def _results(plan: EvaluationPlan, outcome: Outcome, before: Results) -> Results
 def run_job(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, items: Items) -> list[Path] | None:
     """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
     model: Any
-    if prepares_with_processor(target.model):
-        processor = load_processor(target.model)
+    with at_flag("--model"):
+        named = find_base(target.model)
+    if named.own_pictures:
+        processor = named.processor
         for benchmark in plan.benchmarks:
             require_askable(processor, (prompt_of(benchmark, item) for item in items[benchmark.name]))
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base

@@ -18,25 +18,53 @@ ErrorT = TypeVar("ErrorT", bound="UserError")
 
 
 @dataclass(frozen=True, slots=True)
+class Key:
+    """A place in nested settings, such as `policy[1].rank`: the names and the numbers that lead to a value.
+
+    Code that checks a value knows only its key; the command that read it adds the file and line, or the flag.
+    """
+
+    parts: tuple[str | int, ...]
+
+    @classmethod
+    def of(cls, dotted: str) -> Key:
+        """Return the key of names that dots separate.
+
+        >>> str(Key.of("data.path").below(0, "weight"))
+        'data.path[0].weight'
+        """
+        return cls(tuple(dotted.split(".")))
+
+    def below(self, *parts: str | int) -> Key:
+        """Return the key of a value inside the value of this key."""
+        return Key((*self.parts, *parts))
+
+    def __str__(self) -> str:
+        """Return the key as people write it."""
+        return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.parts).removeprefix(".")
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One mistake that a user can fix.
 
-    `message` describes the mistake and the value found, `hint` the fix. `where` is a file with its line, a dotted key,
-    a module path or a flag; it is empty if there is only one place. `code` names the cause.
+    `message` describes the mistake and the value found, `hint` the fix. `where` is the key of a setting, or the place
+    as people read it: a file with its line, a module path, a flag; it is empty if there is only one place. `code` names
+    the cause.
     """
 
     message: str
     code: str = ""
-    where: str = ""
+    where: str | Key = ""
     hint: str = ""
 
-    def inside(self, place: str) -> Problem:
-        """Return the same problem with `place` in front of its `where`.
+    def inside(self, *parts: str | int) -> Problem:
+        """Return the problem of a value inside another one, whose key has these parts.
 
-        >>> Problem("expected a number", where=".rank").inside("policy[1]").where
+        >>> str(Problem("expected a number", where=Key.of("rank")).inside("policy", 1).where)
         'policy[1].rank'
         """
-        return replace(self, where=place + self.where)
+        return replace(self, where=Key((*parts, *(self.where.parts if isinstance(self.where, Key) else ()))))
 
     def __str__(self) -> str:
         """Return the text for people: the place and the message, then the hint."""
@@ -47,7 +75,7 @@ class Problem:
 def render(problems: Sequence[Problem], source: str = "") -> str:
     """Return the text of one problem, or of several with their number; `source` is the file that contains all of them.
 
-    >>> print(render([Problem("missing", where="policy[0].rank", hint="for example  rank: 64")]))
+    >>> print(render([Problem("missing", where=Key(("policy", 0, "rank")), hint="for example  rank: 64")]))
     policy[0].rank: missing
     for example  rank: 64
     >>> print(render([Problem("missing", where="a.yaml: model"), Problem("not 8", where="a.yaml:3: rank")], "a.yaml"))
@@ -73,7 +101,7 @@ class UserError(ValueError):
         message: str = "",
         *,
         code: str = "",
-        where: str = "",
+        where: str | Key = "",
         hint: str = "",
         problems: Sequence[Problem] = (),
         source: str = "",
@@ -93,7 +121,8 @@ class UserError(ValueError):
 
 
 def _without_secrets(problem: Problem) -> Problem:
-    message, where, hint = map(without_secrets, (problem.message, problem.where, problem.hint))
+    message, hint = map(without_secrets, (problem.message, problem.hint))
+    where = without_secrets(problem.where) if isinstance(problem.where, str) else problem.where
     return replace(problem, message=message, where=where, hint=hint)
 
 
@@ -114,7 +143,7 @@ def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
         [
             replace(
                 problem,
-                where=": ".join(filter(None, (where, problem.where))),
+                where=": ".join(filter(None, (where, str(problem.where)))) if where else problem.where,
                 hint="\n".join(filter(None, (problem.hint, hint))),
             )
             for problem in error.problems
@@ -142,8 +171,17 @@ def at_flag(flag: str) -> Iterator[None]:
 def _at_flag(problem: Problem, flag: str) -> Problem:
     if not problem.where:
         return replace(problem, where=flag)
-    is_named = problem.where.startswith("--") or not problem.code.startswith("model-")
-    return problem if is_named else problem.inside(f"{flag}: ")
+    is_named = str(problem.where).startswith("--") or not problem.code.startswith("model-")
+    return problem if is_named else replace(problem, where=f"{flag}: {problem.where}")
+
+
+@contextmanager
+def collected(problems: list[Problem]) -> Iterator[None]:
+    """Add the problems of a UserError in the block to the list, so that the next check runs too."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
 
 
 class DataError(UserError):

@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.errors import Key, Problem, UserError
 
 # What a value must be, by pydantic's type of error; the fields of Strict models raise no other types.
 EXPECTED = {
@@ -44,15 +44,15 @@ class Strict(BaseModel):
 def problems_of(error: ValidationError, model: type[BaseModel], area: str) -> list[Problem]:
     """Return pydantic's errors about `model` as problems with the codes `area`-value and `area`-unknown-key.
 
-    Places are dotted paths that start with a dot: `.data.path[0].weight`. A field with a `description` has one message
+    Their places are keys of the model: `data.path[0].weight`. A field with a `description` has one message
     for all wrong values: expected DESCRIPTION, got VALUE. A UserError of a validator keeps its own problems.
     """
-    found: dict[str, list[Problem]] = {}
+    found: dict[Key, list[Problem]] = {}
     for fault in error.errors():
         place, field, section = _located(fault["loc"], model)
         cause = fault.get("ctx", {}).get("error")  # the exception of a validator
         if isinstance(cause, UserError):
-            found[place] = [problem.inside(place) for problem in cause.problems]
+            found[place] = [problem.inside(*place.parts) for problem in cause.problems]
         elif cause is not None:
             found[place] = [Problem(str(cause), f"{area}-value", place)]
         elif fault["type"] == "extra_forbidden":
@@ -60,15 +60,19 @@ def problems_of(error: ValidationError, model: type[BaseModel], area: str) -> li
         elif place not in found:  # every type of a union has its own error
             found[place] = [_wrong_value(fault, place, field, section, f"{area}-value")]
     # A value that fits one type of a union in part has the errors inside it, and no error as a whole.
-    inner = [place for place in found if not any(other.startswith((f"{place}.", f"{place}[")) for other in found)]
+    inner = [place for place in found if not any(_is_inside(other, place) for other in found)]
     return [problem for place in inner for problem in found[place]]
 
 
-def _located(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, FieldInfo | None, type[BaseModel]]:
-    """Return the dotted path of an error, the last field on it, and the section that holds its last key."""
-    place, field, section, parts = "", None, model, iter(loc)
+def _is_inside(inner: Key, outer: Key) -> bool:
+    return inner != outer and inner.parts[: len(outer.parts)] == outer.parts
+
+
+def _located(loc: tuple[int | str, ...], model: type[BaseModel]) -> tuple[Key, FieldInfo | None, type[BaseModel]]:
+    """Return the key of an error, the last field on it, and the section that holds its last part."""
+    place, field, section, parts = Key(()), None, model, iter(loc)
     for part in parts:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}"
+        place = place.below(part)
         field = section.model_fields.get(str(part), field)
         if field is not None and part in section.model_fields:
             section = next(_sections(field.annotation), section)
@@ -85,7 +89,7 @@ def _sections(kind: Any) -> Iterator[type[BaseModel]]:
         yield kind
 
 
-def _wrong_value(fault: Any, place: str, field: FieldInfo | None, section: type[BaseModel], code: str) -> Problem:
+def _wrong_value(fault: Any, place: Key, field: FieldInfo | None, section: type[BaseModel], code: str) -> Problem:
     value, described = fault["input"], field.description if field is not None else None
     if fault["type"] == "missing":
         examples = (field.examples if field is not None else None) or ()
@@ -105,10 +109,10 @@ def _wrong_value(fault: Any, place: str, field: FieldInfo | None, section: type[
     return Problem(f"expected {expected}, got {value!r}", code, place, hint)
 
 
-def unknown_key(place: str, known: Iterable[str], code: str) -> Problem:
-    """Return the problem of a key, the last of `place`, that is not `known`; its hint names similar keys."""
+def unknown_key(place: Key, known: Iterable[str], code: str) -> Problem:
+    """Return the problem of a key whose last part is not `known`; its hint names similar keys."""
     known = list(known)
-    near = difflib.get_close_matches(place.rpartition(".")[2], known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(str(place.parts[-1]), known, n=3, cutoff=0.6)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     else:

@@ -27,9 +27,9 @@ from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.models.generate import Prompt, generate, require_shown
 from milora_vl.models.image_tokens import uses_processor
-from milora_vl.models.loading import config_of, load_processor, split_processor
-from milora_vl.recipe.base_model import prepares_with_processor
-from milora_vl.recipe.prompts import prompts_of
+from milora_vl.models.loading import split_processor
+from milora_vl.plan.base import Base, find_base
+from milora_vl.plan.prompts import prompts_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,10 +70,11 @@ def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image
         name = options.model
         if options.adapter is None and holds_adapter(Path(name)):
             name = base_of(Path(name))
-        processor = load_processor(name) if prepares_with_processor(name) else None
+        base = find_base(name)
+        processor = base.processor if base.own_pictures else None
     flag = "--video" if videos else "--image"
     if processor is None:
-        _require_taken(name, flag, bool(pictures), bool(videos))
+        _require_taken(base, flag, bool(pictures), bool(videos))
         return
     prompts_of(options.model, options.adapter, options.template).limit(processor)
     if options.question is None and not pictures and not videos:
@@ -88,17 +89,13 @@ def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Fram
     return Prompt((turn,), tuple(pictures), videos=tuple(videos), source=source)
 
 
-def _require_taken(name: str, flag: str, has_pictures: bool, has_videos: bool) -> None:
+def _require_taken(base: Base, flag: str, has_pictures: bool, has_videos: bool) -> None:
     """Raise UserError for videos of a LLaVA, and for pictures or videos of a text-only model."""
-    try:
-        config = config_of(name)
-    except UserError:
-        return  # loading the model reports the error
     if has_videos:
         raise with_context(no_videos("this model"), flag)
-    if has_pictures and "vision_config" not in config.to_dict():
+    if has_pictures and not base.reads_pictures:
         raise UserError(
-            f"{name} reads only text",
+            f"{base.name} reads only text",
             code="model-reads-only-text",
             where=flag,
             hint="use a vision-language model, or remove the picture",

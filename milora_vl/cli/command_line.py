@@ -258,7 +258,7 @@ def report(error: UserError) -> None:
     With `--format json` on the command line, also write its problems to stdout as JSON.
     """
     if _asked_for_json():
-        problems = [asdict(problem) for problem in error.problems]
+        problems = [asdict(problem) | {"where": str(problem.where)} for problem in error.problems]
         sys.stdout.write(json.dumps({"problems": problems, "exit_code": error.exit_code}, ensure_ascii=False) + "\n")
     sys.stderr.write("error: " + str(error).replace("\n", "\n       ") + "\n")
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @contextmanager
@@ -66,3 +71,27 @@ def count_picture_tokens(processor: Any, size: tuple[int, int]) -> int:
     Serving engines call the same method. A public name of it would replace it.
     """
     return int(processor._get_num_multimodal_tokens(image_sizes=[list(size)])["num_image_tokens"][0])
+
+
+def unstarted_arguments(**values: Any) -> TrainingArguments:
+    """Return TrainingArguments that open no process group and choose no device, to check their values.
+
+    A check in transformers of the values alone would replace it.
+    """
+    from transformers import TrainingArguments
+
+    class Unstarted(TrainingArguments):
+        @cached_property
+        def _setup_devices(self) -> torch.device:
+            self._n_gpu = 0
+            return torch.device("cpu")
+
+    return Unstarted(**values)
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Train on one of several visible GPUs: torch's DataParallel would separate the images of a batch from its records.
+
+    An argument of the Trainer that switches DataParallel off would replace it.
+    """
+    args._n_gpu = 1

@@ -21,7 +21,7 @@ from milora_vl.cli.command_line import next_step
 from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.export.request import FORMS, Options, parse_form
 from milora_vl.models.quiet import silence_deepspeed
-from milora_vl.recipe.yaml_file import trained_prompts
+from milora_vl.plan.prompts import trained_template
 
 if TYPE_CHECKING:
     from milora_vl.export.job import Exported
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     _show(done, options.format)
-    _print_next(done, trained_prompts(first)[0])
+    _print_next(done, trained_template(first))
     return 0
 
 

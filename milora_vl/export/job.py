@@ -18,7 +18,7 @@ from milora_vl.foreign.arithmetic import combined, require_linear, require_scale
 from milora_vl.foreign.plain import read_plain
 from milora_vl.foreign.source import Source, find_source
 from milora_vl.models.quiet import quiet_bars
-from milora_vl.recipe.yaml_file import trained_prompts
+from milora_vl.plan.prompts import trained_template
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ def export(
         source = sources[0]
         if options.scale != 1 or options.weights is not None:
             source = _changed(sources, options, Path(scratch))
-        written = WRITERS[form](Job(source, options, partial, target, rank, trained_prompts(folders[0])[0]))
+        written = WRITERS[form](Job(source, options, partial, target, rank, trained_template(folders[0])))
     origin = sources[0].kind if len(sources) == 1 else "combined"
     return Exported(target, to, origin, written.layers, written.total, written.loads_with)
 

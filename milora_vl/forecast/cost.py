@@ -30,13 +30,14 @@ from milora_vl.forecast.estimate import (
     protected_input_bytes,
     svd_flops,
 )
+from milora_vl.forecast.first_batch import Counts
 from milora_vl.forecast.simulate import Shape, simulate
-from milora_vl.models.image_tokens import image_tokens, is_llava, uses_processor
 from milora_vl.models.quantized import bytes_per_number, quantized_layers
+from milora_vl.plan.base import Base
 from milora_vl.plan.batching import Batching
-from milora_vl.plan.first_batch import Counts
 from milora_vl.plan.launch import strategy_of
 from milora_vl.plan.screen import trained_sizes
+from milora_vl.plan.train_section import TrainSection
 from milora_vl.policy import Target
 from milora_vl.policy.towers import find_towers
 
@@ -53,9 +54,8 @@ class Costs:
 
 
 def costs_of(
-    train: dict[str, Any],
-    config: Any,
-    base: nn.Module,
+    section: TrainSection,
+    base: Base,
     targets: Sequence[Target],
     counts: Counts,
     batching: Batching,
@@ -66,20 +66,21 @@ def costs_of(
     is_here: bool = True,
 ) -> Costs:
     """Return memory by purpose and the time of a run; `is_here` adds the time on the CPU of this machine."""
-    work = workload_of(train, config, base, targets, counts, batching, packed_bytes)
+    work = workload_of(section, base, targets, counts, batching, packed_bytes)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
     flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
     lean = work
     if frugal:
-        lean = workload_of(train | frugal, config, base, targets, counts, batching, packed_bytes)
+        leaner = replace(section, arguments=section.arguments | frugal)
+        lean = workload_of(leaner, base, targets, counts, batching, packed_bytes)
     sizes, leanest = memory(work), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
     devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
     whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
-    if uses_processor(config):
+    if base.own_pictures:
         out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
     if host_memory(work):
         out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
@@ -119,13 +120,14 @@ def calibration_lines(targets: Sequence[Target], work: Workload, here: float | N
     return lines
 
 
-def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: Shape) -> float:
+def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
     """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
 
     The peak grows linearly with the number of layers of the language model and of a frozen vision tower. A vision
     tower that trains is simulated whole.
     """
-    text, towers = config.get_text_config(), find_towers(base)
+    config, towers = base.config, find_towers(base.meta)
+    text = config.get_text_config()
     layers = text.num_hidden_layers
     tower = config.to_dict().get("vision_config", {}).get("num_hidden_layers", 0) if shape.pictures else 0
     shortens_tower = tower > FEW[1] and not any(target.tower == "vision" for target in targets)
@@ -148,19 +150,17 @@ def activations(config: Any, base: nn.Module, targets: Sequence[Target], shape: 
     return total
 
 
-def shape_of(config: Any, work: Workload, counts: Counts, *, checkpointing: bool) -> Shape:
+def shape_of(base: Base, work: Workload, counts: Counts) -> Shape:
     """Return the shape of one micro-step on one device."""
-
     # Elsewhere the size of a picture decides what the tower computes; `tokens` includes the tokens of pictures.
-    has_images = "vision_config" in config.to_dict() and is_llava(config)
     return Shape(
         records=work.records,
         tokens=max(work.tokens, 2),
         supervised=int(counts.supervised * work.records),
-        pictures=math.ceil(work.records * counts.records) if has_images else 0,
-        image_tokens=image_tokens(config) if has_images else 0,
+        pictures=math.ceil(work.records * counts.records) if base.kind == "llava" else 0,
+        image_tokens=base.tokens_of_a_picture,
         half=work.half,
-        checkpointing=checkpointing,
+        checkpointing=work.checkpointing,
         base_dtype=torch.bfloat16 if work.half else torch.float32,
     )
 
@@ -171,9 +171,8 @@ def duration_of_step(seconds: float) -> str:
 
 
 def workload_of(
-    train: dict[str, Any],
-    config: Any,
-    base: nn.Module,
+    section: TrainSection,
+    base: Base,
     targets: Sequence[Target],
     counts: Counts,
     batching: Batching,
@@ -183,22 +182,23 @@ def workload_of(
 
     `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised.
     """
-    sizes = trained_sizes(targets, base)
+    train, launch, model = section.arguments, section.launch, base.meta
+    sizes = trained_sizes(targets, model)
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     half = bool(train.get("bf16") or train.get("fp16"))
-    zero = (train.get("deepspeed") or {}).get("zero_optimization", {})
-    fsdp = strategy_of(train["fsdp_config"]) if train.get("fsdp") else None
+    zero = (launch.deepspeed or {}).get("zero_optimization", {})
+    fsdp = None if launch.fsdp is None else strategy_of(launch.fsdp)
     anchor = 2.0 if half and packed_bytes is None else 4.0
     work = Workload(
-        total=sum(p.numel() for p in base.parameters()),
+        total=_numel(model),
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
         protected_bytes=protected_input_bytes(targets, anchor),
         base_bytes=2.0 if half else 4.0,
-        packable=0 if not adapters else sum(_numel(base.get_submodule(path)) for path in quantized_layers(base)),
+        packable=0 if not adapters else sum(_numel(model.get_submodule(path)) for path in quantized_layers(model)),
         packed_bytes=packed_bytes,
-        stage=3 if fsdp else int(zero.get("stage", 0)),
+        stage=3 if fsdp else launch.zero_stage,
         fsdp=fsdp,
         devices=batching.num_devices,
         records=batching.per_device,
@@ -211,10 +211,10 @@ def workload_of(
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_weights=_offloads(zero, "offload_param"),
     )
-    shape = shape_of(config, work, counts, checkpointing=work.checkpointing)
-    step = activations(config, base, targets, shape)
+    shape = shape_of(base, work, counts)
+    step = activations(base, targets, shape)
     if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
-        step += 2 * 4 * shape.supervised * config.get_text_config().vocab_size
+        step += 2 * 4 * shape.supervised * base.config.get_text_config().vocab_size
     return replace(work, activations=step)
 
 

@@ -22,24 +22,23 @@ from torch import nn
 from milora_data.encode.templates import OWN
 from milora_data.encode.tokens import share_template
 from milora_data.records.record import Record
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import Problem, UserError, collected
 from milora_vl.cli.command_line import amount
+from milora_vl.forecast import first_batch
 from milora_vl.forecast.cost import MIX665K, Costs, costs_of
-from milora_vl.models.image_tokens import image_tokens, uses_processor
-from milora_vl.models.loading import load_processor, meta_model, split_processor
+from milora_vl.models.loading import split_processor
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
-from milora_vl.plan import eval_section, first_batch, record_checks, run_data, train_section
+from milora_vl.plan import eval_section, rates, record_checks, run_data
+from milora_vl.plan.base import Base, require_usable
 from milora_vl.plan.batching import Batching
+from milora_vl.plan.fit import require_template
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.policy import Target
-from milora_vl.policy.towers import find_towers
-from milora_vl.recipe import base_model, rates
 from milora_vl.recipe.command_line import PROG, Request
 from milora_vl.recipe.merge import merge_recipe
-from milora_vl.recipe.on_model import require_template, rules_for, targets_of
 from milora_vl.recipe.places import at_their_places
 from milora_vl.recipe.schema import Recipe, RecipeError
 from milora_vl.tiny import tiny_tokenizer
@@ -47,12 +46,10 @@ from milora_vl.tiny import tiny_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run will do: its recipe and targets, its steps (unknown without data), its costs and warnings."""
+    """What a run will do: its plan, its targets with their rates, its steps (unknown without data) and its costs."""
 
-    recipe: Recipe
-    base: nn.Module
+    plan: Plan
     targets: list[Target]
-    path: Path
     num_records: int | None
     batching: Batching
     has_steps: bool
@@ -60,7 +57,6 @@ class Outlook:
     warnings: list[str]
 
 
-@at_their_places
 def show(request: Request) -> int:
     """Print the plan of a run and return 0. Raises UserError with everything that would stop the run.
 
@@ -71,54 +67,50 @@ def show(request: Request) -> int:
     return 0
 
 
-@at_their_places
 def outlook(request: Request) -> Outlook:
     """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
-    return work_out(request, Screen(io.StringIO()))
+    with at_their_places(request):
+        return work_out(request, Screen(io.StringIO()))
 
 
 def work_out(request: Request, screen: Screen) -> Outlook:
     """Show the plan of a run and return it. Raises UserError with everything that would stop the run."""
     plan = _plan_or_all_problems(request)
-    config = base_model.config_for(plan.recipe)
-    base = meta_model(config)
-    recipe = rules_for(plan.recipe, base, implicit=plan.implicit_policy)
-    targets = targets_of(recipe, base)
-    path, processes = plan.folder.path, num_devices(request)
-    train, warnings = train_section.prepared(recipe)
-    warnings += rates.warnings(targets, train, method=request.edits.method)
-    targets = rates.in_force(targets, train)
-    for line in [*plan.notes, *(f"warning: {warning}" for warning in [*plan.warnings, *warnings])]:
+    recipe, base, section = plan.recipe, plan.fitted.base, plan.section
+    warnings = [*plan.fitted.warnings, *section.warnings]
+    warnings += rates.warnings(plan.fitted.targets, section.arguments, method=request.edits.method)
+    targets = rates.in_force(plan.fitted.targets, section.arguments)
+    for line in [*plan.notes, *(f"warning: {warning}" for warning in warnings)]:
         screen.say(line)
-    parts = base_model.parts_of(recipe)
-    screen.say(f"model  {parts.describe() if parts else recipe.model}, {num_parameters(base):,} parameters")
-    screen.say(f"run    {path} (not created)\n")
-    policy(screen, base, targets)
-    problems = _missing(recipe)  # raised at the end, after the plan is printed
+    model = base.parts.describe() if base.parts else base.name
+    screen.say(f"model  {model}, {num_parameters(base.meta):,} parameters")
+    screen.say(f"run    {plan.folder.path} (not created)\n")
+    policy(screen, base.meta, targets)
+    problems = _missing(recipe, base)  # raised at the end, after the plan is printed
     try:
-        counts, num_records = data(screen, recipe, config, base)
+        counts, num_records = data(screen, recipe, base)
     except UserError as error:
-        problems.append(error)
+        problems += error.problems
         counts, num_records = _assumed(screen, recipe, "cannot be read"), None
     rows = math.ceil((num_records or 1) / counts.records)
-    batching = _batching(train, None if recipe.data.streaming else rows, processes)
+    batching = _batching(section.arguments, None if recipe.data.streaming else rows, num_devices(request))
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
     unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
     screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
     costs = costs_of(
-        train, config, base, targets, counts, batching, _packed_bytes(recipe), has_steps=has_steps,
+        section, base, targets, counts, batching, _packed_bytes(recipe), has_steps=has_steps,
         gpu_memory=request.gpu_memory, is_here=request.devices is None and request.gpu_memory is None,
     )  # fmt: skip
     screen.say("\n".join(costs.lines))
     if problems:
-        raise UserError(problems=[problem for error in problems for problem in error.problems])
-    return Outlook(recipe, base, targets, path, num_records, batching, has_steps, costs, [*plan.warnings, *warnings])
+        raise UserError(problems=problems)
+    return Outlook(plan, targets, num_records, batching, has_steps, costs, warnings)
 
 
 def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
     """Show the command that starts the run, and with --format json print the summary."""
-    recipe, base, batching, costs = run.recipe, run.base, run.batching, run.costs
+    recipe, base, batching, costs = run.plan.recipe, run.plan.fitted.base, run.batching, run.costs
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     if batching.num_devices > 1 and request.output_dir is None:
@@ -128,10 +120,10 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
     screen.say(f"\n{title}:\n  {start}")
     if request.format == "json":
         content = {
-            "model": recipe.model, "parameters": num_parameters(base), **_trained(base, run.targets),
+            "model": recipe.model, "parameters": num_parameters(base.meta), **_trained(base.meta, run.targets),
             "records": run.num_records, "batch": batching.total,
             "steps": batching.steps if run.has_steps else None, "cost": costs.lines,
-            "output_dir": str(run.path), "next": start,
+            "output_dir": str(run.plan.folder.path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
 
@@ -150,62 +142,46 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
 
 def _plan_or_all_problems(request: Request) -> Plan:
     """Make the plan. Raises UserError with all problems, also of data and evaluation, if the rules do not fit."""
+    merged = merge_recipe(request)
     try:
-        return make_plan(request, processes=num_devices(request))
+        return make_plan(request, merged, processes=num_devices(request))
     except RecipeError as error:
-        recipe = merge_recipe(request).recipe
-        errors = [error, *_missing(recipe), *_data_errors(recipe)]
-        raise UserError(
-            problems=[problem for each in errors for problem in each.problems], source=error.source
-        ) from None
+        problems = list(error.problems)
+        if merged.recipe is not None:
+            with collected(problems):
+                eval_section.require_runnable(merged.recipe.eval)
+            with collected(problems):
+                if merged.recipe.data.path is not None:
+                    run_data.read_records(merged.recipe.data)
+        raise UserError(problems=problems, source=error.source) from None
 
 
-def _missing(recipe: Recipe) -> list[UserError]:
-    """Return errors that would stop loading the model, or the evaluation after training."""
-    errors = []
-    for check in (
-        lambda: base_model.require_usable(recipe),
-        lambda: _template(recipe),
-        lambda: eval_section.require_runnable(recipe.eval),
-    ):
-        try:
-            check()
-        except UserError as error:
-            # The plan of a named model needs only its config; data() says that the processor is not here.
-            if not (_is_absent(error) and base_model.prepares_with_processor(recipe.model)):
-                errors.append(error)
-    return errors
+def _missing(recipe: Recipe, base: Base) -> list[Problem]:
+    """Return problems that would stop loading the model, or the evaluation after training."""
+    problems: list[Problem] = []
+    try:
+        require_usable(recipe, base)
+    except UserError as error:
+        # The plan of a named model needs only its config; data() says that the processor is not here.
+        if not (_is_absent(error) and base.own_pictures):
+            problems += error.problems
+    with collected(problems):
+        if recipe.template == OWN and base.parts is None and not base.own_pictures:
+            tokenizer = tokenizer_at_hand(base.name)
+            if tokenizer is not None:
+                require_template(recipe, tokenizer)
+    with collected(problems):
+        eval_section.require_runnable(recipe.eval)
+    return problems
 
 
 def _is_absent(error: UserError) -> bool:
     """Return whether the error says that files are not on this machine and the hub does not answer."""
-    return error.problems[0].code == "model-not-available"
+    return error.first.code == "model-not-available"
 
 
-def _template(recipe: Recipe) -> None:
-    """Raise UserError if the recipe needs a chat template that a local tokenizer does not have."""
-    if (
-        recipe.template == OWN
-        and base_model.parts_of(recipe) is None
-        and not base_model.prepares_with_processor(recipe.model)
-    ):
-        tokenizer = tokenizer_at_hand(recipe.model)
-        if tokenizer is not None:
-            require_template(recipe, tokenizer)
-
-
-def _data_errors(recipe: Recipe) -> list[UserError]:
-    if recipe.data.path is None:
-        return []
-    try:
-        run_data.read_records(recipe.data)
-    except UserError as error:
-        return [error]
-    return []
-
-
-def _words_for_data(base: nn.Module) -> str:
-    return " --data_path DATA.json" + (" --image_folder FOLDER" if find_towers(base).vision is not None else "")
+def _words_for_data(base: Base) -> str:
+    return " --data_path DATA.json" + (" --image_folder FOLDER" if base.reads_pictures else "")
 
 
 def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
@@ -215,7 +191,6 @@ def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
 
 
 def _packed_bytes(recipe: Recipe) -> float | None:
-
     if recipe.quantization == "none":
         return None
     return bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
@@ -232,7 +207,7 @@ def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
     screen.say(f"adapters {adapters:,}, in full {full:,}")
 
 
-def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[first_batch.Counts, int | None]:
+def data(screen: Screen, recipe: Recipe, base: Base) -> tuple[first_batch.Counts, int | None]:
     """Check and show the records. Return the tokens per record, and the number of records.
 
     The number is unknown (None) for a stream, and if no data is named.
@@ -241,12 +216,12 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
         return _assumed(screen, recipe, "none yet (--data_path)"), None
     read = run_data.read_records(recipe.data)
     first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
-    if uses_processor(config):
-        counts = _with_processor(screen, recipe, read, first)
+    if base.own_pictures:
+        counts = _with_processor(screen, recipe, base, read, first)
         return counts, None if read.streamed else len(read.train)
-    num_tokens = image_tokens(config) if find_towers(base).vision is not None else 0
-    tokenizer, template = tokenizer_at_hand(recipe.model), recipe.template
-    if template == OWN and base_model.parts_of(recipe) is not None:
+    num_tokens = base.tokens_of_a_picture
+    tokenizer, template = tokenizer_at_hand(base.name), recipe.template
+    if template == OWN and base.parts is not None:
         template = "vicuna_v1"  # a composed base has it
     elif template == OWN and tokenizer is None:
         screen.say("\nthe tokenizer with the chat template is not on this machine: counts below use vicuna_v1")
@@ -270,11 +245,11 @@ def data(screen: Screen, recipe: Recipe, config: Any, base: nn.Module) -> tuple[
 
 
 def _with_processor(
-    screen: Screen, recipe: Recipe, read: run_data.RunData, first: Sequence[Record]
+    screen: Screen, recipe: Recipe, base: Base, read: run_data.RunData, first: Sequence[Record]
 ) -> first_batch.Counts:
     """Show the records of a model whose processor prepares the pictures. Return the tokens per record."""
     try:
-        processor = load_processor(recipe.model)
+        processor = base.processor
     except UserError as error:
         if not _is_absent(error):
             raise

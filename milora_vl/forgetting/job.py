@@ -23,7 +23,7 @@ from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
 from milora_vl.models.loading import load_processor, split_processor
-from milora_vl.recipe.prompts import prompts_of
+from milora_vl.plan.prompts import prompts_of
 
 Results = dict[str, Any]
 FILE = "forgetting.json"

@@ -6,7 +6,7 @@ from typing import Any
 
 from milora_data.batches.processor_inputs import BLANK, PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.encode.picture_template import Rendered
-from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.errors import Key, UserError, first_line
 
 # An image processor whose longest edge is by default larger than any side counts pixels of the whole picture there.
 _LONGEST_SIDE = 65_536
@@ -46,7 +46,7 @@ def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None)
         raise UserError(
             f"{kind.__name__} resizes pictures to fixed sizes ({dict(pictures.size)})",
             code="pixels-unsupported",
-            where="data.min_pixels" if max_pixels is None else "data.max_pixels",
+            where=Key.of("data.min_pixels" if max_pixels is None else "data.max_pixels"),
             hint="remove the limit; models of the Qwen-VL and GLM-V families have one",
         )
     size = dict(pictures.size)
@@ -55,7 +55,7 @@ def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None)
         raise UserError(
             f"pictures of at least {least:,} and at most {most:,} pixels",
             code="pixels-contradiction",
-            where="data.min_pixels",
+            where=Key.of("data.min_pixels"),
             hint="set both --min_pixels and --max_pixels",
         )
     pictures.size = type(pictures.size)(shortest_edge=least, longest_edge=most)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import Key, UserError
 from milora_vl.cli.command_line import suggest
 from milora_vl.recipe.schema import EvalConfig
 
@@ -36,7 +36,7 @@ def require_runnable(config: EvalConfig) -> None:
         raise UserError(
             "there is no suite to score",
             code="flag-needs-another",
-            where="eval.suite_every",
+            where=Key.of("eval.suite_every"),
             hint="name one in the recipe:  eval: {suites: [quick], data: FOLDER, suite_every: N}",
         )
     for suite in config.suites:
@@ -48,7 +48,7 @@ def require_runnable(config: EvalConfig) -> None:
             raise UserError(
                 f"unknown suite {suite!r}; expected one of: {known}",
                 code="eval-unknown-suite",
-                where="eval.suites",
+                where=Key.of("eval.suites"),
                 hint=f"did you mean {near[0]}?" if near else "",
             )
         files = {entry["name"]: entry for entry in listed["benchmarks"]}
@@ -58,6 +58,6 @@ def require_runnable(config: EvalConfig) -> None:
             raise UserError(
                 f"the files of suite {suite!r} are not in {data} ({missing}, ...), so the evaluation would fail",
                 code="eval-missing-files",
-                where="eval.data",
+                where=Key.of("eval.data"),
                 hint=f"see: python -m milora_eval ls --data {data}",
             )

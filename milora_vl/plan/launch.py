@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_vl.base.errors import Problem, UserError
+import llava_recipes
+from milora_vl.base.errors import Key, Problem, UserError
+from milora_vl.cli.command_line import did_you_mean, suggest
 
 FOREIGN_FSDP = Problem(
     "accelerate has FSDP settings, which differ from those of this command",
@@ -37,46 +41,80 @@ FOREIGN_DEEPSPEED = Problem(
 )
 
 
-def require_supported(train: Mapping[str, Any]) -> None:
-    """Raise UserError, before anything loads, for launcher settings that are not supported."""
-    if train.get("fsdp"):
-        fsdp_settings(train["fsdp"], train.get("fsdp_config"))
-        _require_fsdp_alone(train)
-    elif train.get("fsdp_config"):
-        raise UserError(
-            "no effect without --fsdp", code="launch-fsdp", where="--fsdp_config", hint="add --fsdp, or remove it"
-        )
-    elif _is_on("ACCELERATE_USE_FSDP"):
-        raise UserError(problems=[FOREIGN_FSDP])
-    if not train.get("deepspeed") and _is_on("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError(problems=[FOREIGN_DEEPSPEED])
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How processes share the model: the settings of DeepSpeed or of FSDP2, None without them."""
+
+    deepspeed: dict[str, Any] | None = None
+    fsdp: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def zero_stage(self) -> int:
+        """Return the ZeRO stage, 0 without DeepSpeed."""
+        return int((self.deepspeed or {}).get("zero_optimization", {}).get("stage", 0))
 
 
-def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any], list[str]]:
-    """Return the DeepSpeed configuration of a run, from a mapping or a file, and warnings about changes.
+def read_launch(train: Mapping[str, Any]) -> Launch:
+    """Return the launcher settings of a `train:` section, read from files where it names them.
 
-    Rules of the policy set learning rates, so the Trainer builds optimizer and schedule; DeepSpeed's optimizer would
-    silently use one rate for all. Raises UserError for a file without a JSON object.
+    Raises UserError, before anything loads, for settings that are not supported.
     """
+    if train.get("fsdp"):
+        _require_fsdp_alone(train)
+        return Launch(fsdp=fsdp_settings(train["fsdp"], train.get("fsdp_config")))
+    if train.get("fsdp_config"):
+        raise UserError(
+            "no effect without --fsdp",
+            code="launch-fsdp",
+            where=Key.of("train.fsdp_config"),
+            hint="add --fsdp, or remove it",
+        )
+    if _is_on("ACCELERATE_USE_FSDP"):
+        raise UserError(problems=[FOREIGN_FSDP])
+    if not train.get("deepspeed"):
+        if _is_on("ACCELERATE_USE_DEEPSPEED"):
+            raise UserError(problems=[FOREIGN_DEEPSPEED])
+        return Launch()
+    return _complete_deepspeed(_read_deepspeed(train["deepspeed"]))
+
+
+def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
+    """Return the DeepSpeed configuration of a packaged name (zero2, zero3, zero3_offload), a file or a mapping."""
     content: Any = config
-    if isinstance(config, str):
+    if isinstance(config, str) and config in llava_recipes.names("deepspeed"):
+        content = json.loads(llava_recipes.read(config, "deepspeed"))
+    elif isinstance(config, str) and not Path(config).is_file():
+        near = suggest(Path(config).stem, llava_recipes.names("deepspeed"))
+        raise UserError(
+            f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}",
+            code="deepspeed-unknown",
+            where=Key.of("train.deepspeed"),
+            hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
+        )
+    elif isinstance(config, str):
         try:
             content = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"{config} is not a JSON file: {error}",
-                code="deepspeed-settings",
-                where="--deepspeed",
-                hint="use zero2, zero3 or zero3_offload, or correct the file",
-            ) from None
+            raise _deepspeed_error(f"{config} is not a JSON file: {error}") from None
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"expected a JSON object with zero_optimization, ..., found {type(content).__name__} in {config}",
-            code="deepspeed-settings",
-            where="--deepspeed",
-            hint="use zero2, zero3 or zero3_offload, or correct the file",
-        )
-    settings, warnings = json.loads(json.dumps(content)), []
+        found = f"found {type(content).__name__} in {config}"
+        raise _deepspeed_error(f"expected a JSON object with zero_optimization, ..., {found}")
+    return content
+
+
+def _deepspeed_error(message: str) -> UserError:
+    hint = "use zero2, zero3 or zero3_offload, or correct the file"
+    return UserError(message, code="deepspeed-settings", where=Key.of("train.deepspeed"), hint=hint)
+
+
+def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
+    """Return the settings as a run needs them, with warnings about changes.
+
+    Rules of the policy set learning rates, so the Trainer builds optimizer and schedule; DeepSpeed's optimizer would
+    silently use one rate for all.
+    """
+    settings, warnings = deepcopy(dict(content)), []
     for block, flags in {"optimizer": "--optim and the policy", "scheduler": "--lr_scheduler_type"}.items():
         if settings.pop(block, None) is not None:
             warnings.append(f"deepspeed: its {block} has no effect; use {flags}")
@@ -84,7 +122,7 @@ def deepspeed_settings(config: Mapping[str, Any] | str) -> tuple[dict[str, Any],
     if zero.get("stage") == 3:
         zero.setdefault("stage3_gather_16bit_weights_on_model_save", True)  # without it the saved files are unusable
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # that optimizer would need a compiler
-    return settings, warnings
+    return Launch(deepspeed=settings, warnings=tuple(warnings))
 
 
 def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict[str, Any]:
@@ -143,7 +181,7 @@ def _require_fsdp_alone(train: Mapping[str, Any]) -> None:
 
 
 def _fsdp_error(message: str, hint: str) -> UserError:
-    return UserError(message, code="launch-fsdp", where="--fsdp", hint=hint)
+    return UserError(message, code="launch-fsdp", where=Key.of("train.fsdp"), hint=hint)
 
 
 def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:

@@ -1,61 +1,83 @@
-"""`make_plan`: check a request and choose the run folder, without data and weights; for `train` and `--dry-run`."""
+"""`make_plan`: everything that can say no before data and weights load, in one value; for `train` and `--dry-run`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from milora_vl.plan import requirements, run_folder, train_section
+from milora_vl.adapter import checkpoints
+from milora_vl.base.errors import UserError, collected
+from milora_vl.models.devices import fastest_dtype, train_device
+from milora_vl.plan import requirements, resuming, run_folder, train_section
+from milora_vl.plan.fit import Fitted, fit
+from milora_vl.plan.launch import read_launch
 from milora_vl.plan.resuming import Resumed
 from milora_vl.plan.run_folder import RunFolder
+from milora_vl.plan.train_section import TrainSection
 from milora_vl.recipe.command_line import Request
-from milora_vl.recipe.merge import merge_recipe, require_fit
+from milora_vl.recipe.merge import Merged
+from milora_vl.recipe.recipe_file import read_file
 from milora_vl.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The recipe with every flag applied, the folder of the run, and the run that it continues, if any."""
+    """A run that nothing is known to stop: what trains on which base, in which folder, and what it continues."""
 
     request: Request
-    recipe: Recipe  # without the hub's token
-    recipe_source: str  # name or file of the recipe, or "" without one
-    recipe_batch: tuple[int, int] | None  # what the recipe itself says: per device, accumulation
-    implicit_policy: bool  # default rules: a model without projector gets no projector rule
+    fitted: Fitted  # its recipe is without the hub's token
+    section: TrainSection
     hub_token: str | None
     folder: RunFolder
-    resumed: Resumed
+    resumed: Resumed | None
+    recipe_batch: tuple[int, int] | None  # what the recipe itself says: per device, accumulation
     notes: tuple[str, ...]
-    warnings: tuple[str, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return the recipe with every flag applied, as it fits the base."""
+        return self.fitted.recipe
 
 
-def make_plan(request: Request, *, processes: int) -> Plan:
-    """Resolve the request and check everything that can be checked without data and weights.
+def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
+    """Check everything that can be checked without data and weights. `processes` is the number of devices that train.
 
-    `processes` is the number of devices that train.
-    Raises RecipeError where the rules do not fit the model, UserError for other mistakes.
+    Raises RecipeError with all problems of the recipe and its model, UserError for other mistakes.
     """
-    merged = merge_recipe(request)
-    recipe, token = run_folder.without_token(merged.recipe)
+    fitted = fit(merged)
+    recipe, token = run_folder.without_token(_with_dtype(fitted.recipe, request))
+    fitted = replace(fitted, recipe=recipe)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
-    if isinstance(config := recipe.train.get("deepspeed"), str) and config:  # --deepspeed= switches it off
-        train_section.deepspeed_config(config)  # refuse an unknown name before the package is looked for
+    launch = read_launch(recipe.train)
     requirements.require_installed(recipe.train, recipe.quantization, recipe.attn_implementation)
-    train_section.require_valid(recipe)
-    resumed = Resumed(folder, request.resume)
-    resumed.compare(recipe, implicit_policy=merged.implicit_policy, processes=processes)
-    require_fit(request, recipe)
+    section = train_section.derive(fitted, launch)
+    problems = train_section.conflicts(fitted, section)
+    with collected(problems):
+        train_section.require_accepted(recipe, section)
+    if problems:
+        raise UserError(problems=problems)
+    earlier = resuming.read_earlier(folder, request.resume)
     return Plan(
         request=request,
-        recipe=recipe,
-        recipe_source=merged.source,
-        recipe_batch=merged.batch_in_recipe,
-        implicit_policy=merged.implicit_policy,
+        fitted=fitted,
+        section=section,
         hub_token=token,
         folder=folder,
-        resumed=resumed,
+        resumed=None if earlier is None else resuming.resumed(earlier, fitted, processes),
+        recipe_batch=merged.batch_in_recipe,
         notes=tuple(merged.notes),
-        warnings=tuple(merged.warnings),
     )
+
+
+def _with_dtype(recipe: Recipe, request: Request) -> Recipe:
+    """Return the recipe with the dtype that `fastest` means on this machine, or meant in the run that it resumes."""
+    if recipe.dtype != "fastest":
+        return recipe
+    run = checkpoints.resumed_run(request.output_dir, request.resume)
+    before = None
+    if run is not None and (run / "recipe.yaml").is_file():  # else nothing was saved: the run starts again
+        before = read_file(run / "recipe.yaml").content.get("dtype")
+    fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
+    return recipe.model_copy(update={"dtype": before or fastest})

@@ -18,12 +18,11 @@ from milora_data.encode.labels import NoSupervisedTokens, encode
 from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImageError
 from milora_data.records.record import IMAGE, Record, uses_tools
-from milora_vl.base.errors import DataError, UserError, with_context
-from milora_vl.models.image_tokens import image_tokens, tiling_of
-from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.base.errors import DataError, Key, UserError, with_context
+from milora_vl.models.loading import split_processor
 from milora_vl.models.processors import limit_pixels
-from milora_vl.recipe.base_model import config_for, prepares_with_processor
-from milora_vl.recipe.on_model import require_template
+from milora_vl.plan.base import Base
+from milora_vl.plan.fit import require_template
 from milora_vl.recipe.schema import Recipe
 
 FIRST = 100  # records that are checked before the model loads
@@ -31,7 +30,9 @@ _MOST_FORMS = 1000  # of which a record is rendered: where pictures are in any t
 _MOST_REASONS = 3
 
 
-def require_trainable(recipe: Recipe, records: Sequence[Record], held_out: Sequence[Record] = ()) -> list[str]:
+def require_trainable(
+    recipe: Recipe, base: Base, records: Sequence[Record], held_out: Sequence[Record] = ()
+) -> list[str]:
     """Check the training and the held-out records with the processor of the base, before its weights load.
 
     Return a warning for each kind of records that the run will leave out.
@@ -39,13 +40,20 @@ def require_trainable(recipe: Recipe, records: Sequence[Record], held_out: Seque
     Raises UserError if the model has no chat template or it rejects records, if records are of kinds that the processor
     cannot put into one batch, and if none of the training or of the held-out records has an answer.
     """
-    if prepares_with_processor(recipe.model):
-        return check_with(collator_of(recipe, load_processor(recipe.model)), recipe, records, held_out)
-    tokenizer = split_processor(load_processor(recipe.model))[0]
+    if base.own_pictures:
+        return check_with(collator_of(recipe, base.processor), recipe, records, held_out)
+    tokenizer = split_processor(base.processor)[0]
     if recipe.template == OWN:
         first = [*records[:FIRST], *held_out[:FIRST]]
         require_template(recipe, tokenizer, first if recipe.data.bad_images == "raise" else ())
-    read = _encoder(recipe, tokenizer)
+    read = partial(
+        encode,
+        tokenizer=tokenizer,
+        template=recipe.template,
+        image_token_id=-1,
+        image_tokens=base.fewest_tokens_of_a_picture,
+        max_length=recipe.data.max_length,
+    )
     for checked in (records, held_out):
         _require_answers(read, checked)
     return []
@@ -85,27 +93,6 @@ def usable(collate: ProcessorCollator, records: Sequence[Record]) -> list[Record
             collate.require_usable(record)
             kept.append(record)
     return kept or list(records)
-
-
-def _fewest_tokens(config: Any) -> int:
-    """Return the tokens of a picture, of any size: with tiles at least those of the whole picture."""
-    if "vision_config" not in config.to_dict():
-        return 0
-    tiling = tiling_of(config)
-    return image_tokens(config) if tiling is None else tiling.side**2
-
-
-def _encoder(recipe: Recipe, tokenizer: Any) -> Callable[[Record], object]:
-    """Return a function that encodes a record of a LLaVA or a text-only model, with the fewest tokens of a picture."""
-    config = config_for(recipe)
-    return partial(
-        encode,
-        tokenizer=tokenizer,
-        template=recipe.template,
-        image_token_id=-1,
-        image_tokens=_fewest_tokens(config),
-        max_length=recipe.data.max_length,
-    )
 
 
 def _require_answers(read: Callable[[Record], object], records: Sequence[Record]) -> None:
@@ -259,7 +246,7 @@ def _require_one_kind(recipe: Recipe, inputs: ProcessorInputs, kinds: Mapping[_K
             f"{sharded} needs the same modules on every process in each step, and a batch without pictures skips the "
             f"vision tower of {recipe.model}",
             code="records-mixed-deepspeed",
-            where=f"train.{sharded.lower()}",
+            where=Key(("train", sharded.lower())),
             hint=f"train without --{sharded.lower()} (DDP), or only on records with pictures",
         )
 

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import Key, UserError
 from milora_vl.cli.command_line import did_you_mean, suggest
 
 # --report_to NAME -> packages; one of them must be importable. pip installs the first.
@@ -36,7 +36,7 @@ def require_installed(train: Mapping[str, Any], quantization: str, attn_implemen
             raise UserError(
                 f"unknown tracker {name}",
                 code="flag-value",
-                where="--report_to",
+                where=Key.of("train.report_to"),
                 hint=did_you_mean(suggest(name, TRACKERS)[:1])
                 or f"use one of {', '.join([*TRACKERS, *OTHER_TRACKERS])}; report.html shows the losses too",
             )
@@ -44,14 +44,14 @@ def require_installed(train: Mapping[str, Any], quantization: str, attn_implemen
             raise UserError(
                 f"{name} needs the package {TRACKERS[name][0]}, which is not installed",
                 code="package-missing",
-                where="--report_to",
+                where=Key.of("train.report_to"),
                 hint=f"pip install {TRACKERS[name][0]}, or --report_to none: report.html shows the losses",
             )
     if train.get("use_liger_kernel") and not _is_installed("liger_kernel"):
         raise UserError(
             "the package liger-kernel is not installed",
             code="package-missing",
-            where="--use_liger_kernel",
+            where=Key.of("train.use_liger_kernel"),
             hint="pip install liger-kernel, or remove the flag",
         )
     optim = str(train.get("optim") or "")
@@ -59,14 +59,14 @@ def require_installed(train: Mapping[str, Any], quantization: str, attn_implemen
         raise UserError(
             f"{optim} needs the package bitsandbytes, which is not installed",
             code="package-missing",
-            where="train.optim",
+            where=Key.of("train.optim"),
             hint=f"{QUANT}, or --optim adamw_torch",
         )
     if quantization != "none" and not _is_installed("bitsandbytes"):
         raise UserError(
             "the package bitsandbytes is not installed",
             code="package-missing",
-            where="quantization",
+            where=Key.of("quantization"),
             hint=QUANT,
         )
     if attn_implementation in ATTENTION and not _is_installed(ATTENTION[attn_implementation][0]):
@@ -74,7 +74,7 @@ def require_installed(train: Mapping[str, Any], quantization: str, attn_implemen
         raise UserError(
             f"{attn_implementation} needs the package {package}, which is not installed",
             code="package-missing",
-            where="attn_implementation",
+            where=Key.of("attn_implementation"),
             hint=f"pip install {package}, or --attn_implementation sdpa",
         )
 

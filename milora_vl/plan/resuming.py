@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,131 +16,138 @@ from milora_vl.adapter import checkpoints
 from milora_vl.adapter.checkpoints import is_sharded, num_processes, step_of, zero_stage
 from milora_vl.base.errors import Problem, UserError
 from milora_vl.cli.command_line import command_line
-from milora_vl.plan import train_section
+from milora_vl.plan.base import named_as_composed
+from milora_vl.plan.changes import Change, Side, because_of_schedule, changes, schedule_has_end
+from milora_vl.plan.fit import Fitted
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, without_token
-from milora_vl.recipe import base_model, policy_edits
-from milora_vl.recipe.changes import Change, Side, because_of_schedule, changes, schedule_has_end
+from milora_vl.plan.train_section import base_dtype
 from milora_vl.recipe.schema import Recipe, RecipeError, load
 
 NEW_RUN = "to start a new run:  another --output_dir, without --resume_from_checkpoint"
 
 
-class Resumed:
-    """The run that a command resumes, and the allowed changes. Every check passes if it resumes none."""
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The run that a command resumes, as its folder holds it."""
 
-    def __init__(self, folder: RunFolder, resume: str | None) -> None:
-        self.run, self.checkpoint = folder, folder.checkpoint
-        self.is_finished = (resume or "").lower() == "auto" and checkpoints.is_finished(folder.path)
-        self.folder = folder.path if folder.checkpoint is None else folder.checkpoint.parent
-        self.changes: list[Change] = []
-        self.old_recipe: Recipe | None = None
-        self.environment: Mapping[str, Any] = {}
-        if (self.checkpoint is None and not self.is_finished) or not (self.folder / "recipe.yaml").is_file():
-            return
-        self.environment = checkpoints.read_environment(self.folder)
-        try:
-            self.old_recipe, _ = without_token(load(self.folder / "recipe.yaml"))
-        except RecipeError as error:
-            unreadable = Problem("its recipe is not valid", "resume-recipe", str(self.folder), NEW_RUN)
-            raise UserError(problems=[unreadable, *error.problems]) from None
+    folder: Path
+    checkpoint: Path | None  # None: the run is finished and has none
+    is_finished: bool  # --resume_from_checkpoint auto finds it at its end
+    recipe: Recipe
+    environment: Mapping[str, Any]
 
-    def compare(self, recipe: Recipe, *, implicit_policy: bool, processes: int) -> None:
-        """Store the allowed changes. Raises UserError with a table of the other changes.
-
-        implicit_policy: the rules are our default, whose projector rule is dropped for a model without projector.
-        Also raises UserError for a checkpoint whose run has no recipe to compare with.
-        """
-        if self.old_recipe is None:
-            if self.checkpoint is None:
-                return
-            raise UserError(
-                "there is no recipe.yaml beside it, so its learning rates, data and template are unknown",
-                code="resume-no-recipe",
-                where=str(self.checkpoint),
-                hint=f"copy the run's recipe.yaml into {self.folder}",
-            )
-        recipe = base_model.named_as_composed(recipe, self.old_recipe.model)
-        rules = recipe.policy or []
-        if implicit_policy and len(rules) > len(self.old_recipe.policy or []):
-            recipe = recipe.model_copy(update={"policy": policy_edits.without_projector(rules)})
-        now = Side(recipe, processes, _dtype(recipe))
-        before = Side(
-            self.old_recipe, self._processes(processes), self.environment.get("dtype") or _dtype(self.old_recipe)
-        )
-        differences = changes(before, now, identifies_records="records" in self.environment)
-        if any(change.is_refused for change in differences):
-            raise UserError(problems=[self._refusal(differences, before.processes)])
-        self.changes = differences
-
-    def is_done(self) -> bool:
-        """Return whether the run is finished and gets no more steps.
-
-        Raises UserError if it gets more steps but has no checkpoint.
-        """
-        if not self.is_finished:
-            return False
-        if not any(change.key in ("train.max_steps", "train.num_train_epochs") for change in self.changes):
-            return True
-        if self.checkpoint is None:
-            raise UserError(
-                "the run is finished, and it has no checkpoint to continue from",
-                code="resume-no-checkpoint",
-                where=str(self.folder),
-                hint=NEW_RUN,
-            )
-        return False
-
-    def require_same_records(self, data: RunData) -> None:
-        """Raise UserError if the records, or their order, differ from the ones that the run was trained on."""
-        if self.old_recipe is None:
-            return
-        count, path = data.counts().get("train"), self.old_recipe.data.path
-        before = self.environment.get("data", {}).get("train", count)
-        if before == count and self.environment.get("records", data.fingerprint) == data.fingerprint:
-            return
-        where = f" ({path})" if isinstance(path, str) else ""
-        numbers = f": it had {before:,}, now there are {count:,}" if before != count else ""
-        raise UserError(
-            f"these are not the records that {self._name()} was trained on{numbers}",
-            code="resume-other-records",
-            hint=f"to resume:           restore the old records{where}\n{NEW_RUN}",
-        )
-
-    def continued(self, environment: dict[str, Any]) -> dict[str, Any]:
-        """Return environment.json of a resumed run: it keeps the start time and lists every resume."""
-        assert self.checkpoint is not None
-        is_same_run = self.folder.resolve() == self.run.path.resolve()
-        entry: dict[str, Any] = {
-            "from": self.checkpoint.name if is_same_run else str(self.checkpoint),
-            "at": environment["started"],
-        }
-        if self.changes:
-            entry["changed"] = {change.key: [change.before, change.now] for change in self.changes}
-        started = self.environment.get("started", environment["started"])
-        return {**environment, "started": started, "resumed": [*self.environment.get("resumed", []), entry]}
-
-    def _processes(self, now: int) -> int:
-        """Return the number of processes that wrote the checkpoint; `check` compares sharded checkpoints."""
-        return now if self.checkpoint is None or is_sharded(self.checkpoint) else num_processes(self.checkpoint)
-
-    def _name(self) -> str:
+    @property
+    def name(self) -> str:
+        """Return the checkpoint, or the folder, as errors name it."""
         return str(self.checkpoint or self.folder)
 
-    def _refusal(self, differences: Sequence[Change], processes: int) -> Problem:
-        rows = [("", "trained with", "now"), *(change.row() for change in differences if change.is_refused)]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        table = "\n".join(f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {new}" for key, old, new in rows)
-        words = ("--recipe", self.folder, "--output_dir", self.folder, "--resume_from_checkpoint", "true")
-        command = command_line("milora_vl.train", *words)
-        if processes > 1:
-            command = command.replace("python", f"torchrun --nproc_per_node {processes}", 1)
-        return Problem(
-            f"{self._name()} was trained with other settings and cannot continue with these:\n{table}",
-            "resume-other-settings",
-            hint=f"to resume:           repeat the old values; {self.folder / 'recipe.yaml'} holds all of them:\n"
-            f"                     {command}\n{NEW_RUN}",
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """An earlier run that may continue, and what has changed since."""
+
+    earlier: Earlier
+    changes: tuple[Change, ...]
+
+    @property
+    def gets_steps(self) -> bool:
+        """Return whether there is something left to train: a finished run continues only for more steps."""
+        is_longer = any(change.key in ("train.max_steps", "train.num_train_epochs") for change in self.changes)
+        return is_longer or not self.earlier.is_finished
+
+
+def read_earlier(run: RunFolder, resume: str | None) -> Earlier | None:
+    """Return the run that `--resume_from_checkpoint` continues in this folder, None if a new run starts.
+
+    Raises UserError without a recipe to compare with.
+    """
+    is_finished = (resume or "").lower() == "auto" and checkpoints.is_finished(run.path)
+    if run.checkpoint is None and not is_finished:
+        return None
+    folder = run.path if run.checkpoint is None else run.checkpoint.parent
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(
+            "there is no recipe.yaml beside it, so its learning rates, data and template are unknown",
+            code="resume-no-recipe",
+            where=str(run.checkpoint or folder),
+            hint=f"copy the run's recipe.yaml into {folder}",
         )
+    try:
+        recipe, _ = without_token(load(folder / "recipe.yaml"))
+    except RecipeError as error:
+        unreadable = Problem("its recipe is not valid", "resume-recipe", str(folder), NEW_RUN)
+        raise UserError(problems=[unreadable, *error.problems]) from None
+    return Earlier(folder, run.checkpoint, is_finished, recipe, checkpoints.read_environment(folder))
+
+
+def resumed(earlier: Earlier, fitted: Fitted, processes: int) -> Resumed:
+    """Return the earlier run with the changes. Raises UserError with a table of those that are refused."""
+    recipe = named_as_composed(fitted.recipe, fitted.base, earlier.recipe.model)
+    now = Side(recipe, processes, _dtype(recipe))
+    checkpoint, dtype = earlier.checkpoint, earlier.environment.get("dtype") or _dtype(earlier.recipe)
+    # `warnings` compares the processes of a sharded checkpoint.
+    wrote = processes if checkpoint is None or is_sharded(checkpoint) else num_processes(checkpoint)
+    before = Side(earlier.recipe, wrote, dtype)
+    differences = changes(before, now, identifies_records="records" in earlier.environment)
+    if any(change.verdict == "refused" for change in differences):
+        raise UserError(problems=[_refusal(earlier, differences, wrote)])
+    found = Resumed(earlier, tuple(differences))
+    if found.gets_steps and earlier.checkpoint is None:
+        raise UserError(
+            "the run is finished, and it has no checkpoint to continue from",
+            code="resume-no-checkpoint",
+            where=str(earlier.folder),
+            hint=NEW_RUN,
+        )
+    return found
+
+
+def _refusal(earlier: Earlier, differences: Sequence[Change], processes: int) -> Problem:
+    refused = [change.row() for change in differences if change.verdict == "refused"]
+    rows = [("", "trained with", "now"), *refused]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    table = "\n".join(f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {new}" for key, old, new in rows)
+    words = ("--recipe", earlier.folder, "--output_dir", earlier.folder, "--resume_from_checkpoint", "true")
+    command = command_line("milora_vl.train", *words)
+    if processes > 1:
+        command = command.replace("python", f"torchrun --nproc_per_node {processes}", 1)
+    return Problem(
+        f"{earlier.name} was trained with other settings and cannot continue with these:\n{table}",
+        "resume-other-settings",
+        hint=f"to resume:           repeat the old values; {earlier.folder / 'recipe.yaml'} holds all of them:\n"
+        f"                     {command}\n{NEW_RUN}",
+    )
+
+
+def require_same_records(earlier: Earlier, data: RunData) -> None:
+    """Raise UserError if the records, or their order, differ from the ones that the run was trained on."""
+    count, path = data.counts().get("train"), earlier.recipe.data.path
+    before = earlier.environment.get("data", {}).get("train", count)
+    if before == count and earlier.environment.get("records", data.fingerprint) == data.fingerprint:
+        return
+    where = f" ({path})" if isinstance(path, str) else ""
+    numbers = f": it had {before:,}, now there are {count:,}" if before != count else ""
+    raise UserError(
+        f"these are not the records that {earlier.name} was trained on{numbers}",
+        code="resume-other-records",
+        hint=f"to resume:           restore the old records{where}\n{NEW_RUN}",
+    )
+
+
+def continued(resumed: Resumed, run: RunFolder, environment: dict[str, Any]) -> dict[str, Any]:
+    """Return environment.json of a resumed run: it keeps the start time and lists every resume."""
+    earlier, checkpoint = resumed.earlier, resumed.earlier.checkpoint
+    assert checkpoint is not None
+    is_same_run = earlier.folder.resolve() == run.path.resolve()
+    entry: dict[str, Any] = {
+        "from": checkpoint.name if is_same_run else str(checkpoint),
+        "at": environment["started"],
+    }
+    if resumed.changes:
+        entry["changed"] = {change.key: [change.before, change.now] for change in resumed.changes}
+    started = earlier.environment.get("started", environment["started"])
+    return {**environment, "started": started, "resumed": [*earlier.environment.get("resumed", []), entry]}
 
 
 def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
@@ -231,7 +239,7 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
 
 
 def _dtype(recipe: Recipe) -> str:
-    return str(train_section.base_dtype(recipe)).removeprefix("torch.")
+    return str(base_dtype(recipe)).removeprefix("torch.")
 
 
 def _with(stage: int) -> str:

@@ -21,7 +21,7 @@ from milora_data.records.compact import CompactRecords
 from milora_data.records.record import Record, tools_of, uses_tools
 from milora_data.stream.record_stream import record_stream
 from milora_data.stream.sources import Source, from_web, is_json, load_records, mixed_records
-from milora_vl.base.errors import DataError, Problem, UserError, no_records
+from milora_vl.base.errors import DataError, Key, Problem, UserError, no_records
 from milora_vl.cli.command_line import amount, command_line
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 
@@ -110,7 +110,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
         raise UserError(
             "the package torchdata is not installed",
             code="package-missing",
-            where="data.streaming",
+            where=Key.of("data.streaming"),
             hint='pip install "milora-vl[data]"',
         )
     assert config.path is not None

@@ -7,19 +7,22 @@ README.md; see docs for their formats.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from milora_vl.adapter import checkpoints
 from milora_vl.base import atomic_write
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import amount, require_folder
-from milora_vl.plan.run_lock import require_free
 from milora_vl.recipe.schema import Recipe
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
+LOCK = "_running.lock"  # the hub's upload leaves out names that begin with _
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html")
 
 
@@ -54,6 +57,31 @@ class RunFolder:
         atomic_write.write_text(self.path / name, text, hides_secrets=name == CARD)
 
 
+def lock(folder: Path) -> FileLock:
+    """Return the lock of an existing run folder, which this process now holds. Raises UserError if another one does.
+
+    The system releases it when the process ends, also after a kill.
+    """
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            "another training runs in this folder",
+            code="run-in-use",
+            where=str(folder),
+            hint="wait for its end, or stop it, then:  --resume_from_checkpoint auto\nor use another --output_dir",
+        ) from None
+    return held
+
+
+def unlock(folder: Path, held: FileLock) -> None:
+    """Remove and release the lock of a run folder."""
+    with suppress(OSError):  # the disk is lost
+        (folder / LOCK).unlink(missing_ok=True)  # before the release: nobody else can hold this file
+    held.release()
+
+
 def default_path(recipe: Recipe, now: datetime) -> Path:
     """Return runs/MODEL/METHOD/TIME, such as `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`.
 
@@ -78,7 +106,8 @@ def choose(path: Path, resume: str | None) -> RunFolder:
     Raises UserError, before anything is written, if a run would be overwritten or if there is nothing to resume.
     """
     require_folder(path)
-    require_free(path)
+    if (path / LOCK).exists():  # a training that was killed leaves the file, without the lock
+        unlock(path, lock(path))
     wanted = checkpoints.asked_for(resume)
     if wanted is None:
         _refuse_to_overwrite(path)

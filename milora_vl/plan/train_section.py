@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import OptimizerNames
 
-import llava_recipes
-from milora_vl.base.errors import UserError, first_line
-from milora_vl.cli.command_line import did_you_mean, suggest
+from milora_vl.base.errors import Key, Problem, UserError, first_line
+from milora_vl.compat.transformers import unstarted_arguments
 from milora_vl.models.devices import train_device
-from milora_vl.plan import launch
+from milora_vl.plan.fit import Fitted
+from milora_vl.plan.launch import Launch
 from milora_vl.recipe import hf_flags
-from milora_vl.recipe.base_model import prepares_with_processor
 from milora_vl.recipe.schema import Recipe
 
 # The collator needs every field of a record, our loss needs the labels, and the log must show a NaN.
@@ -44,118 +42,117 @@ OF_THE_MACHINE = (
 )  # fmt: skip
 # What every evaluation during a training measures, without `eval_`.
 MEASURED = ("loss", "runtime", "samples_per_second", "steps_per_second")
+# Autocast that belongs to the dtype of the frozen weights.
+AUTOCAST = {"bfloat16": "bf16", "float16": "fp16"}
 # Keywords of torch.utils.checkpoint.checkpoint that are no functions.
 CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "early_stop")
 
 
-def _require_rates_per_rule(optimizer: str) -> None:
-    """Raise UserError for an optimizer that cannot have a learning rate per rule."""
-    if optimizer.startswith(OWN_GROUPS):
-        raise UserError(
-            f"{optimizer} makes its own parameter groups, so it does not support learning rates per rule",
-            code="optimizer-unsupported",
-            where="--optim",
-            hint="use --optim adamw_torch",
-        )
+@dataclass(frozen=True, slots=True)
+class TrainSection:
+    """The `train:` section with derived values, as keywords of TrainingArguments by their newest names."""
+
+    arguments: dict[str, Any]
+    launch: Launch
+    warnings: tuple[str, ...]
 
 
-def prepared(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
-    """Return the `train:` section with canonical names and derived values, and warnings."""
-    train, warnings = dict(recipe.train), []
-    launch.require_supported(train)
-    _require_rates_per_rule(str(train.get("optim") or ""))
+def derive(fitted: Fitted, launch: Launch) -> TrainSection:
+    """Return the arguments of a run: what it always sets, and what follows from the model, the rules and the device."""
+    recipe = fitted.recipe
+    train, warnings = dict(recipe.train), list(launch.warnings)
     for name, value in FORCED.items():
         if train.get(name, value) != value:
             warnings.append(f"train.{name}: {train[name]} has no effect; it is always {value}")
         train[name] = value
     unused = [name for name in NO_EFFECT if train.pop(name, None)]
-    if train.get("train_sampling_strategy") == "group_by_length":
-        del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
     if unused:
         warnings.append(f"no effect: {', '.join(unused)}")
-    if config := train.get("deepspeed"):
-        is_name = isinstance(config, str)
-        train["deepspeed"], notes = launch.deepspeed_settings(deepspeed_config(config) if is_name else config)
-        warnings += notes
-        shards = train["deepspeed"].get("zero_optimization", {}).get("stage") == 3
-        if recipe.data.feature_cache and shards:
-            raise UserError(
-                "ZeRO-3 shards the vision tower, and the cache needs its complete weights",
-                code="feature-cache-zero3",
-                where="data.feature_cache",
-                hint="use --deepspeed zero2, or remove the cache",
-            )
-        if recipe.quantization != "none" and shards:
-            raise UserError(
-                "ZeRO-3 cannot shard a quantised base",
-                code="quantization-zero3",
-                where="quantization",
-                hint="use --deepspeed zero2, as LLaVA's finetune_qlora.sh does",
-            )
-    if train.get("fsdp"):
-        train["fsdp_config"] = launch.fsdp_settings(train["fsdp"], train.get("fsdp_config"))
-        train["fsdp"] = True
-        if recipe.quantization != "none":
-            raise UserError(
-                "FSDP2 does not shard a quantised base",
-                code="quantization-fsdp",
-                where="quantization",
-                hint="start the processes without --fsdp (DDP), or use --deepspeed zero2",
-            )
-    if recipe.dtype in ("bfloat16", "float16"):
-        autocast = "bf16" if recipe.dtype == "bfloat16" else "fp16"
+    if train.get("train_sampling_strategy") == "group_by_length":
+        del train["train_sampling_strategy"]  # our sampler does this; HF's sampler needs tokenized records
+    if launch.deepspeed is not None:
+        train["deepspeed"] = launch.deepspeed
+    if launch.fsdp is not None:
+        train |= {"fsdp": True, "fsdp_config": launch.fsdp}
+    if autocast := AUTOCAST.get(recipe.dtype):
         train.setdefault(autocast, True)
-        in_full = any(rule.get("method") == "full" for rule in recipe.policy or ())
-        if not train[autocast] and in_full and not train.get("deepspeed"):
-            # What trains is float32, and only autocast multiplies it with a half-precision base.
-            raise UserError(
-                f"dtype {recipe.dtype} with {autocast} off: a module that trains in full is float32 and does not fit "
-                "the base's precision",
-                code="recipe-precision",
-                where=f"train.{autocast}",
-                hint=f"leave --{autocast} out, or use --dtype float32",
-            )
     if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
         train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
     # A batch of LLaVA without images holds a placeholder image, so all trained parameters are used, except layers of
     # the vision tower that LLaVA does not read. Batches of other families hold none.
-    rules = [str(rule.get("modules", "")) for rule in recipe.policy or ()]
-    may_be_unused = any(_may_be_unused(rule) for rule in rules) or prepares_with_processor(recipe.model)
-    train.setdefault("ddp_find_unused_parameters", may_be_unused)
+    trains_tower = any(target.tower == "vision" for target in fitted.targets)
+    train.setdefault("ddp_find_unused_parameters", trains_tower or fitted.base.own_pictures)
     if train_device(train).type != "cuda":
         train.setdefault("dataloader_pin_memory", False)
         if train.pop("tf32", None):
             warnings.append("train.tf32 has no effect on a CPU")
-    _evaluation(train, recipe)
-    return train, warnings
+    if train.get("save_strategy") == "best":
+        train.setdefault("metric_for_best_model", "loss")
+    if recipe.data.eval_path is not None and "eval_strategy" not in train:
+        # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
+        by_steps = train.get("load_best_model_at_end") and train.get("save_strategy", "steps") == "steps"
+        train["eval_strategy"] = "steps" if by_steps else "epoch"
+        if by_steps:
+            train.setdefault("eval_steps", train.get("save_steps", 500))
+    return TrainSection(train, launch, tuple(warnings))
 
 
-class _Unstarted(TrainingArguments):
-    """TrainingArguments that open no process group and choose no device."""
+def conflicts(fitted: Fitted, section: TrainSection) -> list[Problem]:
+    """Return the problems of arguments that do not go with the model, the rules or the data of the run."""
+    recipe, train, launch, found = fitted.recipe, section.arguments, section.launch, list[Problem]()
+    optimizer = str(train.get("optim") or "")
+    if optimizer.startswith(OWN_GROUPS):
+        message = f"{optimizer} makes its own parameter groups, so it does not support learning rates per rule"
+        found.append(Problem(message, "optimizer-unsupported", Key.of("train.optim"), "use --optim adamw_torch"))
+    if launch.zero_stage == 3 and recipe.data.feature_cache:
+        message = "ZeRO-3 shards the vision tower, and the cache needs its complete weights"
+        hint = "use --deepspeed zero2, or remove the cache"
+        found.append(Problem(message, "feature-cache-zero3", Key.of("data.feature_cache"), hint))
+    if recipe.quantization != "none" and launch.zero_stage == 3:
+        hint = "use --deepspeed zero2, as LLaVA's finetune_qlora.sh does"
+        message = "ZeRO-3 cannot shard a quantised base"
+        found.append(Problem(message, "quantization-zero3", Key.of("quantization"), hint))
+    if recipe.quantization != "none" and launch.fsdp is not None:
+        hint = "start the processes without --fsdp (DDP), or use --deepspeed zero2"
+        message = "FSDP2 does not shard a quantised base"
+        found.append(Problem(message, "quantization-fsdp", Key.of("quantization"), hint))
+    autocast = AUTOCAST.get(recipe.dtype)
+    in_full = any(target.method == "full" for target in fitted.targets)
+    if autocast and not train[autocast] and in_full and launch.deepspeed is None:
+        # What trains is float32, and only autocast multiplies it with a half-precision base.
+        message = (
+            f"dtype {recipe.dtype} with {autocast} off: a module that trains in full is float32 and does not fit "
+            "the base's precision"
+        )
+        hint = f"leave --{autocast} out, or use --dtype float32"
+        found.append(Problem(message, "recipe-precision", Key(("train", autocast)), hint))
+    if recipe.data.eval_path is None:
+        hint = "set data.eval_path or --eval_data_path"
+        if train.get("save_strategy") == "best":
+            message = "the best checkpoint is chosen by held-out records"
+            found.append(Problem(message, "eval-no-records", Key.of("train.save_strategy"), hint))
+        if train.get("eval_strategy", "no") != "no":
+            message = f"{train['eval_strategy']} needs held-out records"
+            found.append(Problem(message, "eval-no-records", Key.of("train.eval_strategy"), hint))
+    return found
 
-    @cached_property
-    def _setup_devices(self) -> torch.device:
-        self._n_gpu = 0
-        return torch.device("cpu")
 
-
-def require_valid(recipe: Recipe) -> None:
+def require_accepted(recipe: Recipe, section: TrainSection) -> None:
     """Raise UserError for settings that Hugging Face would refuse once a training starts: values, scheduler, optimizer.
 
     It starts no process and writes nothing.
     """
-    train, _ = prepared(recipe)
+    train = section.arguments
     arguments, _ = hf_flags.for_installed(
         {name: value for name, value in train.items() if name not in OF_THE_MACHINE}, accepted_fields()
     )
     config = train.get("accelerator_config")
     if isinstance(config, str) and not config.lstrip().startswith("{") and not Path(config).is_file():
-        raise UserError(
-            f"{config}: no such file", code="path-missing", where="train.accelerator_config", hint="check the path"
-        )
+        where = Key.of("train.accelerator_config")
+        raise UserError(f"{config}: no such file", code="path-missing", where=where, hint="check the path")
     with _environment_kept():
         with refused(train):
-            args = _Unstarted(output_dir="not-used", use_cpu=True, **arguments)
+            args = unstarted_arguments(output_dir="not-used", use_cpu=True, **arguments)
         _require_optimizer(args, train)
     weight = torch.zeros(1, requires_grad=True)
     with refused(train, "lr_scheduler_kwargs" if train.get("lr_scheduler_kwargs") else "lr_scheduler_type"):
@@ -170,20 +167,18 @@ def require_valid(recipe: Recipe) -> None:
     for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):
         unknown = sorted(set(train.get(name) or ()) - set(CHECKPOINTING))
         if unknown:
-            raise UserError(
-                f"unknown key {unknown[0]}; expected one of {', '.join(CHECKPOINTING)}",
-                code="train-arguments",
-                where=f"train.{name}",
-                hint='for example  {"use_reentrant": false}',
+            known = ", ".join(CHECKPOINTING)
+            raise _argument_error(
+                name, f"unknown key {unknown[0]}; expected one of {known}", 'for example  {"use_reentrant": false}'
             )
     backend, backends = train.get("torch_compile_backend"), [name.lower() for name in DynamoBackend.list()]
     if backend and str(backend).lower() not in backends:
-        raise UserError(
-            f"unknown backend {backend}; expected one of {', '.join(backends)}",
-            code="train-arguments",
-            where="train.torch_compile_backend",
-            hint="use inductor, torch's own",
-        )
+        message = f"unknown backend {backend}; expected one of {', '.join(backends)}"
+        raise _argument_error("torch_compile_backend", message, "use inductor, torch's own")
+
+
+def _argument_error(name: str, message: str, hint: str) -> UserError:
+    return UserError(message, code="train-arguments", where=Key(("train", name)), hint=hint)
 
 
 @contextmanager
@@ -222,7 +217,7 @@ def refused(
         raise UserError(
             " ".join(str(error).split())[:300],
             code="train-arguments",
-            where=f"train.{name}" if name else "train",
+            where=Key(("train", name) if name else ("train",)),
             hint=f"correct {name}, or leave it out" if name else "python -m milora_vl.train --help  lists all flags",
         ) from None
 
@@ -246,12 +241,8 @@ def _require_optimizer(args: TrainingArguments, train: Mapping[str, Any]) -> Non
     name = OptimizerNames(args.optim).value
     words = train.get("optim_args")
     if words and any(not re.fullmatch(r"\s*\w+=[^=]+", word) for word in str(words).split(",")):
-        raise UserError(
-            f"expected KEY=VALUE,KEY=VALUE, got {words!r}",
-            code="train-arguments",
-            where="train.optim_args",
-            hint="for example  --optim sgd --optim_args momentum=0.9",
-        )
+        hint = "for example  --optim sgd --optim_args momentum=0.9"
+        raise _argument_error("optim_args", f"expected KEY=VALUE,KEY=VALUE, got {words!r}", hint)
     try:
         _, settings = Trainer.get_optimizer_cls_and_kwargs(args)
         without = dataclasses.replace(args, optim_args=None)
@@ -260,16 +251,12 @@ def _require_optimizer(args: TrainingArguments, train: Mapping[str, Any]) -> Non
         raise UserError(
             f"{name}: {first_line(error)}",
             code="optimizer-unsupported",
-            where="--optim",
+            where=Key.of("train.optim"),
             hint="use --optim adamw_torch",
         ) from None
     if is_unused:
-        raise UserError(
-            f"{name} does not use {words}",
-            code="train-arguments",
-            where="train.optim_args",
-            hint="remove --optim_args; --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay set AdamW",
-        )
+        hint = "remove --optim_args; --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay set AdamW"
+        raise _argument_error("optim_args", f"{name} does not use {words}", hint)
 
 
 def _require_metric(train: Mapping[str, Any], recipe: Recipe) -> None:
@@ -284,24 +271,9 @@ def _require_metric(train: Mapping[str, Any], recipe: Recipe) -> None:
         raise UserError(
             f"{metric} is not measured during a training",
             code="metric-unknown",
-            where="train.metric_for_best_model",
+            where=Key.of("train.metric_for_best_model"),
             hint="use loss, or  suite_BENCHMARK  with --eval_suite_every N",
         )
-
-
-def deepspeed_config(name: str) -> Any:
-    """Return the configuration of a packaged name (zero2, zero3, zero3_offload), or the path of a file unchanged."""
-    if name in llava_recipes.names("deepspeed"):
-        return json.loads(llava_recipes.read(name, "deepspeed"))
-    if Path(name).is_file():
-        return name
-    near = suggest(Path(name).stem, llava_recipes.names("deepspeed"))
-    raise UserError(
-        f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {name}",
-        code="deepspeed-unknown",
-        where="--deepspeed",
-        hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
-    )
 
 
 def base_dtype(recipe: Recipe) -> torch.dtype:
@@ -313,33 +285,3 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.train.get("bf16"):
         return torch.bfloat16
     return torch.float16 if recipe.train.get("fp16") else torch.float32
-
-
-def _may_be_unused(modules: str) -> bool:
-    return "vision" in modules or "*" in modules.removesuffix(".*")
-
-
-def _evaluation(train: dict[str, Any], recipe: Recipe) -> None:
-    if train.get("save_strategy") == "best":
-        train.setdefault("metric_for_best_model", "loss")
-        if recipe.data.eval_path is None:
-            raise UserError(
-                "the best checkpoint is chosen by held-out records",
-                code="eval-no-records",
-                where="train.save_strategy",
-                hint="set data.eval_path or --eval_data_path",
-            )
-    if recipe.data.eval_path is None:
-        if train.get("eval_strategy", "no") != "no":
-            raise UserError(
-                f"{train['eval_strategy']} needs held-out records",
-                code="eval-no-records",
-                where="train.eval_strategy",
-                hint="set data.eval_path or --eval_data_path",
-            )
-    elif "eval_strategy" not in train:
-        # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
-        by_steps = train.get("load_best_model_at_end") and train.get("save_strategy", "steps") == "steps"
-        train["eval_strategy"] = "steps" if by_steps else "epoch"
-        if by_steps:
-            train.setdefault("eval_steps", train.get("save_steps", 500))

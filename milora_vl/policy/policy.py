@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.base.errors import Problem
+from milora_vl.base.errors import Key, Problem
 from milora_vl.base.yaml_text import YamlTextError, parse_yaml
 from milora_vl.policy.rules import PolicyError, Rule, Target
 
@@ -49,14 +49,14 @@ class Policy:
             raise PolicyError(
                 f"expected a list of rules, got {type(items).__name__}",
                 code="policy-value",
-                where="policy",
+                where=Key.of("policy"),
                 hint="for example  [{modules: language, method: milora, rank: 64}]",
             )
         if not items:
             raise PolicyError(
                 "no rules, so nothing would train",
                 code="policy-empty",
-                where="policy",
+                where=Key.of("policy"),
                 hint="for example  - {modules: language, method: milora, rank: 64}",
             )
         rules: list[Rule] = []
@@ -65,7 +65,7 @@ class Policy:
             try:
                 rules.append(item if isinstance(item, Rule) else _rule(item))
             except PolicyError as error:
-                problems += [problem.inside(f"policy[{number}]") for problem in error.problems]
+                problems += [problem.inside("policy", number) for problem in error.problems]
         if problems:
             raise PolicyError(problems=problems)
         return Policy(tuple(rules))
@@ -99,7 +99,7 @@ def _load_yaml(text: str) -> Any:
         raise PolicyError(
             f"not valid YAML: {error}",
             code="yaml-syntax",
-            where="policy",
+            where=Key.of("policy"),
             hint="for example  [{modules: language, method: milora, rank: 64}]",
         ) from error
 

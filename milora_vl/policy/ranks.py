@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from milora_vl.base.errors import Key
 from milora_vl.policy.rules import PolicyError, SpectralRank
 from milora_vl.weights.factor_cache import cached_singular_values
 from milora_vl.weights.matrices import matrix_shape, read_matrix
@@ -43,7 +44,7 @@ def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Pa
         raise PolicyError(
             f"{rank.budget:,} parameters are too few: rank {rank.min} in every module needs {rank.budget - left:,}",
             code="policy-rank",
-            where=".rank.budget",
+            where=Key.of("rank.budget"),
             hint="raise the budget, or select fewer modules",
         )
     if any(_is_meta(module) for module in modules.values()):

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from milora_vl.base.errors import Problem
+from milora_vl.base.errors import Key, Problem
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.ranks import find_rank, share_budget
 from milora_vl.policy.rules import PolicyError, Rule, SpectralRank, Target
@@ -41,7 +41,7 @@ class RankTooLarge(Problem):
         """Return the problem of a rank on a matrix of this shape (out, in)."""
         message = f"{rank} is larger than min(out, in) = {min(shape)} of shape {shape}"
         hint = f"use a rank of at most {min(shape)}"
-        return cls(message, "policy-rank-too-large", ".rank", hint, rank=rank, largest=min(shape))
+        return cls(message, "policy-rank-too-large", Key.of("rank"), hint, rank=rank, largest=min(shape))
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem])
             whole_modules = rule.method in ("full", "frozen")
             paths = selector.match(rule.modules, whole_modules=whole_modules, planned=plans.keys())
         except SelectorError as error:
-            problems += [problem.inside(f"policy[{number}].modules") for problem in error.problems]
+            problems += [problem.inside("policy", number, "modules") for problem in error.problems]
             continue
         named = rule.named_fields()
         for path in paths:
@@ -109,7 +109,7 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem])
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
             if not _is_used(method, name):
-                where, hint = f"policy[{number}].{name}", _to_use(name)
+                where, hint = Key(("policy", number, name)), _to_use(name)
                 problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where, hint))
     return plans
 
@@ -132,7 +132,7 @@ def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[Prob
         Problem(
             f'no rule gives a method to "{rule.modules}"',
             "policy-no-method",
-            f"policy[{number}]",
+            Key(("policy", number)),
             f"add a method, one of {', '.join(METHODS)}",
         )
         for number, rule in enumerate(rules)
@@ -154,7 +154,7 @@ def _share_budgets(
         try:
             ranks = share_budget(budget, {path: selector.modules[path] for path in members}, cache)
         except PolicyError as error:
-            problems += [problem.inside(f"policy[{number}]") for problem in error.problems]
+            problems += [problem.inside("policy", number) for problem in error.problems]
             ranks = dict.fromkeys(members, budget.min)
         for path, rank in ranks.items():
             plan = plans[path]
@@ -178,8 +178,8 @@ def _resolve_targets(
             resolved.append(_target(path, plans[path], selector, cache))
         except PolicyError as error:
             for problem in error.problems:
-                paths_of_problem[problem.inside(f"policy[{number}]")].append(path)
-    smallest: dict[str, int] = {}  # a rule has one rank for matrices of several shapes
+                paths_of_problem[problem.inside("policy", number)].append(path)
+    smallest: dict[str | Key, int] = {}  # a rule has one rank for matrices of several shapes
     for problem in paths_of_problem:
         if isinstance(problem, RankTooLarge):
             smallest[problem.where] = min(smallest.get(problem.where, problem.largest), problem.largest)
@@ -201,11 +201,13 @@ def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> T
     refused = why_refused(module, fields["method"])
     if refused is not None:
         hint = "use method: full, or do not select the module"
-        raise PolicyError(f"no adapter on {refused}", code="policy-no-adapter", where=".modules", hint=hint)
+        raise PolicyError(f"no adapter on {refused}", code="policy-no-adapter", where=Key.of("modules"), hint=hint)
     shape = matrix_shape(module)
     if "rank" not in fields:
         hint = "for example  rank: 64"
-        raise PolicyError(f"method {fields['method']} needs a rank", code="policy-no-rank", where=".rank", hint=hint)
+        raise PolicyError(
+            f"method {fields['method']} needs a rank", code="policy-no-rank", where=Key.of("rank"), hint=hint
+        )
     rank = find_rank(fields["rank"], module, cache)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
@@ -237,13 +239,13 @@ def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
             Problem(
                 f"{baselines[0]} is a baseline for a whole run, it does not mix with {others}",
                 "policy-mixed-baseline",
-                "policy",
+                Key.of("policy"),
                 f"use {baselines[0]} in all rules that have an adapter",
             )
         ]
     if baselines == ["mica"] and tuple(map(int, version("peft").split(".")[:2])) < (0, 20):
         message = f"method mica needs peft 0.20 or newer, found {version('peft')}"
-        return [Problem(message, "package-version", "policy", "pip install -U peft")]
+        return [Problem(message, "package-version", Key.of("policy"), "pip install -U peft")]
     return []
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.errors import Key, Problem, UserError
 from milora_vl.base.strict_models import Strict, problems_of
 from milora_vl.policy.methods import METHODS, RuleMethod
 
@@ -34,7 +34,7 @@ class RulePart(Strict):
 
 def _with_code_of_field(problem: Problem) -> Problem:
     """Return the problem of a rule with the code of its field: policy-rank for `.rank` and `.rank.energy`."""
-    field = problem.where.split(".")[1] if problem.where else ""
+    field = problem.where.parts[0] if isinstance(problem.where, Key) and problem.where.parts else ""
     is_own = field in ("rank", "protect") and problem.code == "policy-value"
     return replace(problem, code=f"policy-{field}") if is_own else problem
 

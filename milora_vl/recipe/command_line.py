@@ -173,6 +173,11 @@ class Request:
         """The recipe, read once: an edit during the run changes neither its settings nor the lines in its errors."""
         return read_recipe(self.recipe)
 
+    def sets(self, path: str) -> bool:
+        """Return whether a flag of the recipe's fields sets the key at the dotted path."""
+        *section, name = path.split(".")
+        return name in (self.overrides.get(section[0], {}) if section else self.overrides)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all flags; `_` and `-` are interchangeable in flag names."""

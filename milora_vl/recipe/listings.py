@@ -63,7 +63,7 @@ def _recipe(request: Request) -> tuple[str, Recipe]:
             hint=f"see: {PROG} --list-recipes",
         )
     file = read_recipe(name, "--print_recipe" if request.argument else "--recipe")
-    return name, Recipe.parse(file.content, file.source, file.lines)
+    return name, Recipe.parse(file.content, file)
 
 
 def _source(name: str) -> str:

@@ -1,92 +1,85 @@
-"""The place of a problem of a recipe: the flag that sets the key, or the file and line of the recipe."""
+"""Where the user sets a key of the recipe: the flag, or the file and its line. Code that checks a recipe knows keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import wraps
-from typing import TypeVar
 
-from milora_vl.base.errors import Problem, UserError, with_problems
+from milora_vl.base.errors import Key, Problem, UserError, with_problems
 from milora_vl.recipe import hf_flags, llava_flags
 from milora_vl.recipe.command_line import RECIPE_FLAGS, Request
-from milora_vl.recipe.hf_flags import RENAMED
-from milora_vl.recipe.schema import is_key, located
+from milora_vl.recipe.merge import file_of_rules
 
-ResultT = TypeVar("ResultT")
+# The flag of every key that has one.
+FLAGS = {path: name for name, (path, *_) in RECIPE_FLAGS.items()}
 
 
-def at_their_places(action: Callable[[Request], ResultT]) -> Callable[[Request], ResultT]:
-    """Return the action with errors that name the place where the user sets a key, instead of the key alone.
-
-    The place is the flag of the command line that has set the key, else the line of the recipe. Code that checks a
-    recipe knows only the keys; every step of a run can find a mistake in them, so the whole action is covered.
-    """
-
-    @wraps(action)
-    def placed(request: Request) -> ResultT:
+@contextmanager
+def at_their_places(request: Request) -> Iterator[None]:
+    """Turn the keys in the errors of the block into flags, or into the lines of the recipe."""
+    try:
+        yield
+    except UserError as error:
         try:
-            return action(request)
-        except UserError as error:
-            try:
-                problems = _at_places(error.problems, request)
-            except UserError:  # the recipe itself cannot be read, as the error says
-                raise error from None
-            raise with_problems(error, problems) from error
-
-    return placed
+            problems = placed(error.problems, request)
+        except UserError:  # the recipe itself cannot be read, as the error says
+            raise error from None
+        raise with_problems(error, problems) from error
 
 
-def _at_places(problems: Sequence[Problem], request: Request) -> list[Problem]:
-    """Return the problems; the place of each that has a key of the recipe is a flag, or a line of the recipe."""
-    flags = {f"train.{name}": f"--{name}" for name in hf_flags.flags()}
-    flags |= {path: f"--{name}" for name, (path, *_) in RECIPE_FLAGS.items()}
-    keys = {flag: key for key, flag in flags.items()}
-    file = request.recipe_file
-    source, lines = file.source, {_canonical(key): line for key, line in file.lines.items()} | file.lines
-    moved = []
-    for problem in at_flags(problems, request):
-        key = problem.where if is_key(problem.where) else keys.get(problem.where, "")
-        by_flag = problem.where.startswith("--") and is_typed(request, key)
-        if key in lines and not by_flag:
-            moved += located([replace(problem, where=key)], source, lines)
-        elif is_key(problem.where) and request.recipe is None:
-            moved.append(replace(problem, where=flags.get(key, key)))
-        else:
-            moved += located([problem], source, lines) if is_key(problem.where) else [problem]
-    return moved
-
-
-def _canonical(key: str) -> str:
-    section, _, name = key.partition(".")
-    return f"train.{RENAMED.get(name, name)}" if section == "train" else key
-
-
-def at_flags(problems: Sequence[Problem], request: Request) -> list[Problem]:
-    """Return the problems with the flag of the command line as the place of each value that a flag has set.
+def placed(problems: Sequence[Problem], request: Request) -> list[Problem]:
+    """Return the problems; a key is where the user has set it, or at the flag that would set it.
 
     A flag changes several rules, so it may have the same problem several times: one stays. An alpha that follows from
     --rank has no problem of its own.
     """
-    typed = request.overrides.get("train", {})
-    flags = {_canonical(f"train.{name}"): name for name in typed} | {f"train.{name}": name for name in typed}
-    flags |= {path: name for name, (path, *_) in RECIPE_FLAGS.items() if is_typed(request, path)}
+    typed, of_rules = _typed(request), _rule_flags(request)
+    ranks = {p.where.parts[:2] for p in problems if isinstance(p.where, Key) and p.where.parts[2:] == ("rank",)}
+    moved: list[Problem] = []
+    for problem in problems:
+        key = problem.where
+        if isinstance(key, Key):
+            rule, field = key.parts[:2], key.parts[2:]
+            is_rule = key.parts[0] == "policy" and len(field) == 1
+            if is_rule and field == ("alpha",) and "alpha" not in of_rules and "rank" in of_rules and rule in ranks:
+                continue
+            flag = of_rules.get(str(field[0])) if is_rule else typed.get(str(key))
+            if flag is None and request.recipe is None and key.parts[0] != "policy":
+                flag = _flag_of(key)
+            if flag is not None:
+                problem = replace(problem, where=f"--{flag}")
+        moved.append(problem)
+    file = file_of_rules(request)
+    if request.policy is not None:  # the rules have a file of their own
+        moved = [file.located([problem])[0] if _is_of_rules(problem) else problem for problem in moved]
+        file = request.recipe_file
+    return list(dict.fromkeys(file.located(moved)))
+
+
+def _is_of_rules(problem: Problem) -> bool:
+    return isinstance(problem.where, Key) and problem.where.parts[0] == "policy"
+
+
+def _flag_of(key: Key) -> str | None:
+    """Return the flag that sets a key, None if there is none."""
+    if key.parts[0] == "train" and len(key.parts) == 2 and key.parts[1] in hf_flags.flags():
+        return str(key.parts[1])
+    return FLAGS.get(str(key))
+
+
+def _typed(request: Request) -> dict[str, str]:
+    """Return the flag that has set each key, by the dotted key; training arguments also by their newest names."""
+    train = request.overrides.get("train", {})
+    flags = {f"train.{hf_flags.RENAMED.get(name, name)}": name for name in train}
+    flags |= {f"train.{name}": name for name in train}
+    flags |= {path: name for path, name in FLAGS.items() if request.sets(path)}
     flags |= {f"parts.{key}": name for name, key in llava_flags.PARTS.items() if name in request.llava}
     if request.llava.get("bits") is not None:
         flags["quantization"] = "bits"
     if request.policy is not None:
         flags["policy"] = "policy"
-    of_rules = _rule_flags(request)
-    places = {problem.where for problem in problems}
-    moved = []
-    for problem in problems:
-        rule, _, key = problem.where.partition(".")
-        is_rule = rule.startswith("policy[")
-        if is_rule and key == "alpha" and "alpha" not in of_rules and "rank" in of_rules and f"{rule}.rank" in places:
-            continue
-        flag = of_rules.get(key) if is_rule else flags.get(problem.where)
-        moved.append(problem if flag is None else replace(problem, where=f"--{flag}"))
-    return list(dict.fromkeys(moved))
+    return flags
 
 
 def _rule_flags(request: Request) -> dict[str, str]:
@@ -99,9 +92,3 @@ def _rule_flags(request: Request) -> dict[str, str]:
         del flags["learning_rate"]
         return flags
     return flags | {"learning_rate": "mm_projector_lr"}
-
-
-def is_typed(request: Request, path: str) -> bool:
-    """Return whether a flag of the command line sets the key at the dotted path."""
-    *section, name = path.split(".")
-    return name in (request.overrides.get(section[0], {}) if section else request.overrides)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,26 +17,19 @@ from pydantic import (
     model_validator,
 )
 
-import llava_recipes
 from milora_data.encode.templates import template_name
-from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.errors import Key, Problem, UserError
 from milora_vl.base.strict_models import Strict, problems_of, unknown_key
 from milora_vl.policy import Policy, PolicyError
-from milora_vl.recipe import hf_flags, yaml_file
+from milora_vl.recipe import hf_flags
+from milora_vl.recipe.recipe_file import RecipeFile, read_file
 
 SAMPLES, PICTURES = 48, 64  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
 
 
 class RecipeError(UserError):
-    """All problems of a recipe, each with file, line and dotted path.
-
-    The `problems` passed in have only dotted paths; `source` and `lines` (by dotted path) complete them.
-    """
-
-    def __init__(self, source: str, problems: Iterable[Problem], lines: Mapping[str, int] | None = None) -> None:
-        self.dotted = tuple(problems)
-        super().__init__(problems=located(self.dotted, source, lines or {}), source=source)
+    """All problems of a recipe."""
 
 
 class SourceConfig(Strict):
@@ -163,22 +155,15 @@ class Recipe(Strict):
         return template_name(value)
 
     @classmethod
-    def parse(
-        cls, content: Mapping[str, Any], source: str = "recipe", lines: Mapping[str, int] | None = None
-    ) -> Recipe:
-        """Return a recipe from nested mappings. Raises RecipeError with all problems."""
-        train, problems = train_section(content.get("train"))
+    def parse(cls, content: Mapping[str, Any], file: RecipeFile | None = None) -> Recipe:
+        """Return a recipe from nested mappings. Raises RecipeError with all problems, located in `file` if given."""
+        recipe, problems = values_of(content)
         problems += policy_problems(content.get("policy"))
-        try:
-            recipe = cls.model_validate({**content, "train": {}})
-        except ValidationError as error:
-            problems += [replace(p, where=p.where.removeprefix(".")) for p in problems_of(error, cls, "recipe")]
-            recipe = None
-        if recipe is not None:
-            problems += [*data_problems(recipe.data, train), *precision_problems(recipe.dtype, train)]
+        problems += conflicts(recipe) if recipe is not None else []
         if recipe is None or problems:
-            raise RecipeError(source, problems, lines)
-        return recipe.model_copy(update={"train": train})
+            located = problems if file is None else file.located(problems)
+            raise RecipeError(problems=located, source="" if file is None else file.source)
+        return recipe
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML; reading it gives the same recipe."""
@@ -187,22 +172,27 @@ class Recipe(Strict):
         )
 
 
+def values_of(content: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """Return the recipe of some keys, None if a value is wrong; and the problems of each value by itself."""
+    train, problems = train_section(content.get("train"))
+    try:
+        recipe = Recipe.model_validate({**content, "train": {}})
+    except ValidationError as error:
+        return None, [*problems, *problems_of(error, Recipe, "recipe")]
+    return (None if problems else recipe.model_copy(update={"train": train})), problems
+
+
 def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
     """Return the `train:` mapping with the newest names and the right types, and its problems."""
     if section is not None and not isinstance(section, Mapping):
-        return {}, [
-            Problem(
-                f"expected a mapping of TrainingArguments, got {section!r}",
-                "recipe-value",
-                "train",
-                hint="for example  train: {learning_rate: 2.0e-4, num_train_epochs: 1}",
-            )
-        ]
+        message = f"expected a mapping of TrainingArguments, got {section!r}"
+        hint = "for example  train: {learning_rate: 2.0e-4, num_train_epochs: 1}"
+        return {}, [Problem(message, "recipe-value", Key.of("train"), hint)]
     train: dict[str, Any] = {**TRAIN_DEFAULTS}
     problems: list[Problem] = []
     seen: dict[str, Any] = {}
     for name, value in (section or {}).items():
-        path = f"train.{name}"
+        path = Key(("train", str(name)))
         if name not in hf_flags.flags():
             problems.append(unknown_key(path, hf_flags.flags(), "recipe-unknown-key"))
             continue
@@ -223,43 +213,32 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
     return train, problems
 
 
-def data_problems(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]:
-    """Return problems of settings that do not work with streamed records."""
-    if not data.streaming:
-        return []
-    problems = []
-    if train.get("max_steps", -1) < 1:
-        problems.append(_streaming("data.streaming", "a stream has no known end", "set train.max_steps or --max_steps"))
-    if data.packing:
-        problems.append(
-            _streaming("data.packing", "needs the lengths of all records, which data.streaming does not read")
-        )
-    if train.get("train_sampling_strategy") == "group_by_length":
-        message = "group_by_length needs all records, which data.streaming does not read"
-        problems.append(_streaming("train.train_sampling_strategy", message))
-    if data.feature_cache is not None:
-        message = "needs all images before training, which data.streaming does not read"
-        problems.append(_streaming("data.feature_cache", message))
-    if data.limit is not None:
-        problems.append(_streaming("data.limit", "has no effect with data.streaming; train.max_steps ends the run"))
+def conflicts(recipe: Recipe) -> list[Problem]:
+    """Return the problems of settings that do not work together."""
+    problems = _with_streaming(recipe.data, recipe.train) if recipe.data.streaming else []
+    train, dtype = recipe.train, recipe.dtype
+    if train.get("bf16", dtype == "bfloat16") and train.get("fp16", dtype == "float16"):
+        message = f"a run computes in bfloat16 or in float16, got both (dtype {dtype})"
+        hint = "remove one: bf16 needs no loss scaling, fp16 suits older GPUs"
+        key = "train.fp16" if train.get("fp16") else "train.bf16"
+        problems.append(Problem(message, "recipe-precision", Key.of(key), hint))
     return problems
 
 
-def precision_problems(dtype: str, train: Mapping[str, Any]) -> list[Problem]:
-    """Return the problem of a run that would compute in bfloat16 and in float16."""
-    bf16 = train.get("bf16", dtype == "bfloat16")
-    fp16 = train.get("fp16", dtype == "float16")
-    if not (bf16 and fp16):
-        return []
-    message = f"a run computes in bfloat16 or in float16, got both (dtype {dtype})"
-    where = "train.fp16" if train.get("fp16") else "train.bf16"
-    return [
-        Problem(message, "recipe-precision", where, "remove one: bf16 needs no loss scaling, fp16 suits older GPUs")
-    ]
-
-
-def _streaming(path: str, message: str, hint: str = "") -> Problem:
-    return Problem(message, "recipe-streaming", path, hint)
+def _with_streaming(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]:
+    unread = "which data.streaming does not read"
+    found: list[tuple[str, str, str]] = []
+    if train.get("max_steps", -1) < 1:
+        found.append(("data.streaming", "a stream has no known end", "set train.max_steps or --max_steps"))
+    if data.packing:
+        found.append(("data.packing", f"needs the lengths of all records, {unread}", ""))
+    if train.get("train_sampling_strategy") == "group_by_length":
+        found.append(("train.train_sampling_strategy", f"group_by_length needs all records, {unread}", ""))
+    if data.feature_cache is not None:
+        found.append(("data.feature_cache", f"needs all images before training, {unread}", ""))
+    if data.limit is not None:
+        found.append(("data.limit", "has no effect with data.streaming; train.max_steps ends the run", ""))
+    return [Problem(message, "recipe-streaming", Key.of(key), hint) for key, message, hint in found]
 
 
 def policy_problems(rules: Any) -> list[Problem]:
@@ -275,46 +254,17 @@ def policy_problems(rules: Any) -> list[Problem]:
 
 def load(path: Path) -> Recipe:
     """Return the recipe in a YAML file."""
-    content, lines = yaml_file.read_file(path)
-    return Recipe.parse(content, str(path), lines)
+    file = read_file(path)
+    return Recipe.parse(file.content, file)
 
 
-def is_key(place: str) -> bool:
-    """Return whether the place of a problem is a key of recipes, and not a file, a flag or a module.
-
-    A single word is a key only if it is no section and not `model`: folders often have these names.
-
-    >>> [is_key(place) for place in ("data.packing", "policy[0].rank", "template", "train.bf16", "train.json", "data")]
-    [True, True, True, True, False, False]
-    """
-    name, _, key = place.partition(".")
-    if name.partition("[")[0] == "policy":
-        return place == "policy" or name.endswith("]")
-    if name == "train":
-        return key in hf_flags.flags()
-    field = Recipe.model_fields.get(name)
-    if field is None:
-        return False
-    section = field.annotation
-    if isinstance(section, type) and issubclass(section, Strict):
-        return key.partition("[")[0].partition(".")[0] in section.model_fields
-    return not key and name != "model"
+def same_data(one: Any, other: Any) -> bool:
+    """Return whether two values of data.path name the same files; hub names are compared as they are."""
+    return _resolved(one) == _resolved(other)
 
 
-def located(problems: Iterable[Problem], source: str, lines: Mapping[str, int]) -> list[Problem]:
-    """Return the problems with file and line before their dotted paths; flags stay as they are.
-
-    The last problem in a packaged recipe has a hint how to make a copy, which a user can edit.
-    """
-    placed = []
-    for problem in problems:
-        if problem.where.startswith("--"):
-            placed.append(problem)
-            continue
-        line = f":{lines[problem.where]}" if problem.where in lines else ""
-        placed.append(problem.inside(f"{source}{line}: ") if problem.where else problem)
-    name = source.removeprefix("recipe ")
-    if placed and placed[-1].where.startswith(source) and name in llava_recipes.names() and name != source:
-        copy = f"make a copy to edit:  python -m milora_vl.train --print-recipe {name} > mine.yaml"
-        placed[-1] = replace(placed[-1], hint="\n".join(filter(None, (placed[-1].hint, copy))))
-    return placed
+def _resolved(value: Any) -> Any:
+    if isinstance(value, list):
+        return [{**source, "path": _resolved(source["path"])} for source in value]
+    is_path = isinstance(value, str) and not value.startswith("hub:")
+    return str(Path(value).resolve()) if is_path else value

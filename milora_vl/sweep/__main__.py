@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
     options = COMMAND.parse(argv)
     file = read_recipe(options.recipe)
-    recipe = Recipe.parse(file.content, file.source, file.lines)
+    recipe = Recipe.parse(file.content, file)
     evaluation = Evaluation(
         options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), ""),
         options.data or recipe.sweep.data or recipe.eval.data,
@@ -260,7 +260,8 @@ def _cost(recipe: Recipe, cell: Cell, left: int, jobs: int) -> str:
             run = dry_run.outlook(request)
         except UserError as error:
             first = Problem("a cell cannot run", "sweep-cell-cannot-run", cell.name, "correct the recipe of the sweep")
-            rest = [replace(problem, where=problem.where.removeprefix(f"{folder}/")) for problem in error.problems]
+            places = [str(problem.where).removeprefix(f"{folder}/") for problem in error.problems]
+            rest = [replace(problem, where=place) for problem, place in zip(error.problems, places, strict=True)]
             raise UserError(problems=[first, *rest]) from None
     words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured after the first cell):\n  "
     return words + "\n  ".join([*(f"warning: {warning}" for warning in run.warnings), *run.costs.lines])

@@ -12,6 +12,7 @@ from milora_vl.cli.command_line import suggest
 from milora_vl.policy.methods import METHODS
 from milora_vl.recipe.hf_flags import overridden
 from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
+from milora_vl.recipe.recipe_file import RecipeFile
 from milora_vl.recipe.schema import EvalConfig, Recipe, SweepConfig
 
 # Names for --methods, with fields of the adapter rules and of `train:`.
@@ -118,7 +119,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     content: Mapping[str, Any] = recipe.model_dump() | {
         "policy": rules, "train": train, "eval": EvalConfig().model_dump(), "sweep": SweepConfig().model_dump()
     }  # fmt: skip
-    return Recipe.parse(content, f"{cell.name} of the sweep")
+    return Recipe.parse(content, RecipeFile(source=f"{cell.name} of the sweep"))
 
 
 def arm_rules(

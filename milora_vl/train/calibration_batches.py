@@ -29,7 +29,7 @@ from milora_data.pictures.files import content_of, place_of
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.base.atomic_write import write_json
-from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.calibration.files import weights_digest
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.models import loading
@@ -100,17 +100,17 @@ def make_batches(
     if settings.data is not None:
         own = list(islice(load_records(settings.data), MOST_RECORDS))
         if not own:
-            raise _empty(f"{settings.data} has no records to calibrate with", "calibration.data")
+            raise _empty(f"{settings.data} has no records to calibrate with", Key.of("calibration.data"))
         for record in own:
-            _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, "calibration.data")
+            _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
         collate = collators.collator(_with_images_of(recipe, settings.image_folder), base, processor)
         found += _collated(collate, own)
     if not found:
-        raise _empty("there is no text and no picture to calibrate with", "calibration")
+        raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
     return found
 
 
-def _empty(message: str, where: str) -> UserError:
+def _empty(message: str, where: Key) -> UserError:
     return UserError(
         message,
         code="calibration-empty",
@@ -133,17 +133,17 @@ def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
             raise UserError(
                 f"cannot read {name}: {first_line(error)}",
                 code="file-unreadable",
-                where="calibration.text",
+                where=Key.of("calibration.text"),
                 hint="name a file with text in UTF-8",
             ) from None
     if not texts:
         return []
     for name, text in texts.items():
-        _refuse_probe_text(text, name, "calibration.text")
+        _refuse_probe_text(text, name, Key.of("calibration.text"))
     try:
         return text_blocks(texts, sources.tokenizer, num_tokens=MOST_TOKENS, block_length=LENGTH)
     except ValueError:
-        raise _empty("the text files are empty", "calibration.text") from None
+        raise _empty("the text files are empty", Key.of("calibration.text")) from None
 
 
 def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
@@ -153,7 +153,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
         raise UserError(
             f"a {type(base).__name__} cannot write calibration texts",
             code="calibration-cannot-generate",
-            where="calibration",
+            where=Key.of("calibration"),
             hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
         )
     total = count + HELD_OUT_TEXTS
@@ -233,7 +233,7 @@ def shares_probe_text(text: str) -> bool:
     return not _probe_grams().isdisjoint(_grams(text))
 
 
-def _refuse_probe_text(text: str, source: str, where: str) -> None:
+def _refuse_probe_text(text: str, source: str, where: Key) -> None:
     if shares_probe_text(text):
         raise UserError(
             f"{source} contains text of the probe that measures forgetting, so the measure would be biased",

@@ -9,11 +9,18 @@ from collections.abc import Sequence
 
 from milora_vl.base.errors import UserError
 from milora_vl.recipe import command_line
+from milora_vl.recipe.command_line import Request
+from milora_vl.recipe.places import at_their_places
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the action of the command line and return the exit code. Raises UserError for mistakes the user can fix."""
     request = command_line.parse(argv)
+    with at_their_places(request):
+        return _act(request)
+
+
+def _act(request: Request) -> int:
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.recipe import listings
 

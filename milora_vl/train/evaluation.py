@@ -13,9 +13,7 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_data.encode.templates import OWN
-from milora_vl.base.errors import UserError
-from milora_vl.recipe.base_model import prepares_with_processor
+from milora_vl.base.errors import Key, UserError
 from milora_vl.recipe.schema import Recipe
 
 
@@ -40,15 +38,15 @@ def suites_of(recipe: Recipe) -> Scored | None:
         config.suites,
         config.data,
         config.suite_limit,
-        template=OWN if prepares_with_processor(recipe.model) else recipe.template or "vicuna_v1",
-        image_aspect_ratio=recipe.data.image_aspect_ratio or "pad",
+        template=recipe.template,
+        image_aspect_ratio=recipe.data.image_aspect_ratio,
     )
     metric = str(recipe.train.get("metric_for_best_model") or "").removeprefix("eval_")
     if metric.startswith("suite_") and metric.removeprefix("suite_") not in scored.names:
         raise UserError(
             f"{metric} is not measured: the suites have {', '.join(scored.names)}",
             code="metric-unknown",
-            where="train.metric_for_best_model",
+            where=Key.of("train.metric_for_best_model"),
             hint=f"for example  suite_{scored.names[0]}",
         )
     return scored

@@ -22,7 +22,7 @@ from milora_data.pictures.features import PLAIN, FeatureReader, Features
 from milora_data.pictures.files import ImageError, place_of
 from milora_data.pictures.pixels import PixelMaker
 from milora_data.records.record import Record
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import Key, UserError
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
 from milora_vl.policy.towers import find_towers
@@ -167,7 +167,7 @@ def _announce(reader: FeatureReader, missing: int, total: int, screen: Screen) -
         raise UserError(
             f"{size / 1e9:,.1f} GB are needed in {reader.folder}, {free / 1e9:,.1f} are free",
             code="disk-full",
-            where="data.feature_cache",
+            where=Key.of("data.feature_cache"),
             hint="free some space, or name a folder on another disk",
         )
 

@@ -21,7 +21,7 @@ def rows(
     folder = plan.folder
     stated, actual = plan.recipe_batch, (batching.per_device, batching.accumulation)
     note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
-    source = f"   recipe {plan.recipe_source}" if plan.recipe_source else ""
+    source = f"   recipe {plan.request.recipe}" if plan.request.recipe else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
     panel = [
         ("model", f"{model}{source}"),

@@ -15,16 +15,15 @@ from milora_vl.adapter.apply import apply_targets
 from milora_vl.adapter.files import load_adapter
 from milora_vl.adapter.folders import ADAPTER_FILES, PROJECTOR_FILES
 from milora_vl.adapter.sidecar import FILE_NAME
-from milora_vl.base.errors import UserError, first_line
+from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.foreign.load_model import load_model
-from milora_vl.models.loading import meta_model
 from milora_vl.models.processors import limit_pixels
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config, unquantized
+from milora_vl.plan.base import Base
 from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
-from milora_vl.recipe.base_model import config_for
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.trainer import CheckpointKind
 
@@ -43,9 +42,9 @@ class Built:
     frozen: list[str]  # towers without trained modules
 
 
-def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
-    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe))
+    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe, base))
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
     _set_attention(model, recipe.attn_implementation)
     if recipe.projector_weights:
@@ -53,14 +52,14 @@ def load_base(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> tuple
     return model, processor
 
 
-def _quantization(recipe: Recipe) -> Any:
+def _quantization(recipe: Recipe, base: Base) -> Any:
     """Return the settings of bitsandbytes. As in LLaVA, 4-bit products use the precision of the training."""
     if recipe.quantization == "none":
         return None
     half = torch.bfloat16 if recipe.train.get("bf16") else torch.float16 if recipe.train.get("fp16") else torch.float32
     return quantization_config(
         recipe.quantization,
-        unquantized(meta_model(config_for(recipe))),
+        unquantized(base.meta),
         quant_type=recipe.quant_type,
         double_quant=recipe.double_quant,
         compute_dtype=half,
@@ -75,7 +74,7 @@ def _set_attention(model: Any, name: str) -> None:
         raise UserError(
             f"{name} is not available here: {reason}",
             code="attention-unavailable",
-            where="attn_implementation",
+            where=Key.of("attn_implementation"),
             hint="use sdpa or eager",
         ) from None
 

@@ -23,16 +23,17 @@ from milora_data.encode.templates import OWN, no_tools
 from milora_vl.adapter import checkpoints
 from milora_vl.adapter.checkpoints import step_of
 from milora_vl.base.errors import UserError, with_context
-from milora_vl.plan import eval_section, record_checks, resuming, run_data
+from milora_vl.plan import eval_section, rates, record_checks, resuming, run_data
+from milora_vl.plan.base import compose, require_usable
 from milora_vl.plan.batching import Batching
+from milora_vl.plan.fit import template_warnings
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
 from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
 from milora_vl.plan.train_section import base_dtype, refused
-from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.command_line import Request
-from milora_vl.recipe.places import at_their_places
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import (
     calibration_batches,
@@ -59,27 +60,28 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-@at_their_places
 def train(request: Request) -> int:
     """Run a training from its request to its report. Returns the exit code."""
     start, screen = time.monotonic(), Screen()
-    plan = make_plan(request, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    merged = merge_recipe(request)
+    plan = make_plan(request, merged, processes=int(os.environ.get("WORLD_SIZE", "1")))
     for note in plan.notes:
         screen.say(note)
-    for warning in plan.warnings:
+    for warning in plan.fitted.warnings:
         screen.warn(warning)
-    if plan.resumed.is_done():  # a requeued job has nothing left to do
+    if plan.resumed is not None and not plan.resumed.gets_steps:  # a requeued job has nothing left to do
         screen.say(f"{plan.folder.path} is finished; nothing to resume")
         return 0
     hub.require_access(plan.recipe.train, plan.hub_token)
-    check_evaluation_and_base(plan.recipe)
+    eval_section.require_runnable(plan.recipe.eval)
+    require_usable(plan.recipe, plan.fitted.base)
     inputs = read_inputs(plan, screen)
     require_template_for_tools(plan.recipe, inputs.data)
     loaded = load_base_model(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
     adapted = adapt(plan, loaded, inputs, screen)
     show_header_and_policy(plan, inputs, loaded, rows, adapted, screen)
-    run_files.set_chat_template(loaded.processor, loaded.fitted_recipe.template)
+    run_files.set_chat_template(loaded.processor, loaded.recipe.template)
     first_files = collect_first_files(plan, inputs, loaded, adapted, screen)
     try:
         trainer = make_trainer(plan, inputs, loaded, rows, adapted, first_files)
@@ -106,8 +108,9 @@ def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     run_data.require_held_out(recipe.data)
     with screen.step(f"reading {run_data.source_text(recipe.data)}"):
         data = run_data.read_records(recipe.data)
-    plan.resumed.require_same_records(data)
-    args, warnings = training_arguments.for_this_process(recipe, plan.folder.path)
+    if plan.resumed is not None:
+        resuming.require_same_records(plan.resumed.earlier, data)
+    args, warnings = training_arguments.for_this_process(plan.section, plan.folder.path)
     resuming.require_same_checkpoint(plan.folder.path, gather(None if checkpoint is None else checkpoint.name))
     batching = count_steps(plan, args, None if recipe.data.streaming else len(data.train))
     if checkpoint is not None:
@@ -134,24 +137,17 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
     return batching
 
 
-def check_evaluation_and_base(recipe: Recipe) -> None:
-    """Find mistakes now that would otherwise stop the loading of the model or the evaluation after the training."""
-    eval_section.require_runnable(recipe.eval)
-    base_model.require_usable(recipe)
-
-
 def require_template_for_tools(recipe: Recipe, data: RunData) -> None:
     """Raise DataError if a record uses tools and the model's own chat template, which may write them, is not used."""
-    own = recipe.template == OWN or base_model.prepares_with_processor(recipe.model)
-    if data.tools_at and not own and recipe.data.bad_images == "raise":
+    if data.tools_at and recipe.template != OWN and recipe.data.bad_images == "raise":
         raise with_context(no_tools(), data.tools_at)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The base model, its processor, and the recipe that fits this model; the files of the run hold that one."""
+    """The base model, its processor, and the recipe that names it; the files of the run hold that one."""
 
-    fitted_recipe: Recipe  # the plan's, with the folder of a composed model and the rules that this model can have
+    recipe: Recipe  # the plan's, with the folder of a composed model
     base: Any
     processor: Any
     dtype: torch.dtype  # of the frozen weights
@@ -163,18 +159,17 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     """Load the base model and its processor."""
     args = inputs.args
     with args.main_process_first(desc="composing the base"):
-        recipe, line = base_model.resolved(plan.recipe)
+        recipe, named, line = compose(plan.recipe, plan.fitted.base)
     if line:
         screen.say(line)
     dtype = base_dtype(recipe)
     suites = suites_of(recipe)
-    for warning in record_checks.require_trainable(recipe, inputs.data.train, inputs.data.evaluation or ()):
+    for warning in record_checks.require_trainable(recipe, named, inputs.data.train, inputs.data.evaluation or ()):
         screen.warn(warning)
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)
-        base, processor = model.load_base(recipe, dtype, device)
-    recipe = on_model.rules_for(recipe, base, implicit=plan.implicit_policy)
-    for warning in on_model.model_warnings(recipe, base, processor):
+        base, processor = model.load_base(recipe, named, dtype, device)
+    for warning in template_warnings(recipe, processor):
         screen.warn(warning)
     probe = None
     if recipe.eval.forgetting_every:
@@ -194,7 +189,7 @@ class Rows:
 
 def group_rows(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
     """Return what the loader draws from: records, with lengths to group them by, packs of records, or a stream."""
-    recipe, records = loaded.fitted_recipe, inputs.data.train
+    recipe, records = loaded.recipe, inputs.data.train
     lengths = collators.lengths(recipe, loaded.base, loaded.processor, records)
     if recipe.data.packing:
         assert lengths is not None
@@ -219,8 +214,8 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change."""
     from transformers import set_seed
 
-    recipe, checkpoint, args = loaded.fitted_recipe, plan.folder.checkpoint, inputs.args
-    targets = on_model.targets_of(recipe, loaded.base)
+    recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args
+    targets = plan.fitted.policy.resolve(loaded.base, cache_dir=recipe.factor_cache)  # ranks may depend on the weights
     for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
         screen.warn(warning)
     targets = rates.in_force(targets, recipe.train)
@@ -250,20 +245,20 @@ def show_header_and_policy(
     plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, screen: Screen
 ) -> None:
     """Print what trains, on what, and for how many steps."""
-    built, model_name = adapted.built, loaded.fitted_recipe.model
+    built, model_name = adapted.built, loaded.recipe.model
     screen.header(header.rows(plan, model_name, inputs.data, rows.batching, inputs.args, loaded.dtype))
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
     if built.checkpoint_kind == "adapter":
         for line in protection_lines(built.targets, built.model.protections.get("default", {})):
             screen.say(line)
-    if plan.resumed.changes:
+    if plan.resumed is not None and plan.resumed.changes:
         screen.say(f"changed since {plan.folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
 
 
 def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Adapted, screen: Screen) -> FirstFiles:
     """Return the files that are written when the first step begins."""
-    recipe, folder = loaded.fitted_recipe, plan.folder
+    recipe, folder = loaded.recipe, plan.folder
     environment = run_files.describe_environment(
         recipe,
         ["python", "-m", "milora_vl.train", *run_files.hidden_token(plan.request.words)],
@@ -273,12 +268,12 @@ def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Ada
         dtype=str(loaded.dtype).removeprefix("torch."),
         processes=inputs.args.world_size,
     )
-    if folder.checkpoint is not None:
-        environment = plan.resumed.continued(environment)
+    if plan.resumed is not None:
+        environment = resuming.continued(plan.resumed, folder, environment)
     content = {"policy.json": run_files.policy_json(adapted.built), "spectrum.json": adapted.spectra}
     return FirstFiles(
         folder=folder,
-        fitted_recipe=recipe,
+        recipe=recipe,
         environment=environment,
         content=content if writes_policy_files(folder) else {},
         screen=screen,
@@ -290,7 +285,7 @@ def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Ada
 class Trained:
     """A run whose weights are on disk."""
 
-    fitted_recipe: Recipe
+    recipe: Recipe
     folder: RunFolder
     args: TrainingArguments
     repository: str  # on the hub, if the run pushes its files
@@ -300,7 +295,7 @@ def make_trainer(
     plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, first_files: FirstFiles
 ) -> MiloraTrainer:
     """Return the trainer with its collator and callbacks."""
-    recipe, data = loaded.fitted_recipe, inputs.data
+    recipe, data = loaded.recipe, inputs.data
     collator = collators.collator(recipe, loaded.base, loaded.processor, data.train[:100])
     if recipe.data.feature_cache:
         records = [*data.train, *(data.evaluation or ())]
@@ -385,7 +380,7 @@ def describe_unfinished(trainer: MiloraTrainer, first_files: FirstFiles) -> None
         return
     try:
         write_state(trainer, first_files.folder)
-        write_pages(first_files.folder, first_files.fitted_recipe, first_files.screen)
+        write_pages(first_files.folder, first_files.recipe, first_files.screen)
     except OSError as error:  # the disk is full: the user has to read what ended the run, not this
         first_files.screen.warn(f"no report: {error}")
 
@@ -413,14 +408,12 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: Fi
         first_files.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         first_files.environment["seconds"] = round(time.monotonic() - start, 1)
         folder.write_json(ENVIRONMENT, first_files.environment)
-    return Trained(first_files.fitted_recipe, folder, args, trainer.hub_model_id or "")
+    return Trained(first_files.recipe, folder, args, trainer.hub_model_id or "")
 
 
 def evaluate(trained: Trained, screen: Screen) -> list[str]:
     """Start each evaluation that the recipe asks for as a separate process. Returns the commands that failed."""
-    commands = eval_section.commands(
-        trained.fitted_recipe.eval, model=trained.fitted_recipe.model, output_dir=trained.folder.path
-    )
+    commands = eval_section.commands(trained.recipe.eval, model=trained.recipe.model, output_dir=trained.folder.path)
     if not commands or not trained.args.should_save:
         return []
     gc.collect()  # the trainer holds itself in a circle
@@ -437,7 +430,7 @@ def write_results(trained: Trained, failed: list[str], screen: Screen, style: st
     """Write the model card and the report, push them, and print where everything is. Returns the exit code."""
     pushed = True
     if trained.args.should_save:
-        show_results(trained.folder, trained.fitted_recipe, screen, style)
+        show_results(trained.folder, trained.recipe, screen, style)
         if trained.args.push_to_hub:
             pushed = push_to_hub(trained, screen)
     for command in failed:

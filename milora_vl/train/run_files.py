@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_model_param_count
@@ -25,8 +26,7 @@ from milora_vl.adapter import checkpoints
 from milora_vl.adapter.peft_model import MiloraMixin
 from milora_vl.models import loading
 from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
-from milora_vl.plan.run_lock import RunLock
+from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder, lock, unlock
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.model import Built
@@ -156,14 +156,14 @@ class FirstFiles:
     """The first files of a run. Only a new run writes the files in `content` (policy.json, spectrum.json)."""
 
     folder: RunFolder
-    fitted_recipe: Recipe
+    recipe: Recipe
     environment: dict[str, Any]
     content: Mapping[str, Any]
     screen: Screen
     is_writer: bool  # one of several processes writes
     has_begun: bool = False
     absent: Sequence[Path] = field(default_factory=list)  # folders that the run creates, innermost first
-    lock: RunLock = field(default_factory=RunLock)
+    lock: FileLock | None = None
 
     def __post_init__(self) -> None:
         path = self.folder.path
@@ -175,14 +175,14 @@ class FirstFiles:
             return
         if self.is_writer:  # before has_begun: a run that another one locks out writes nothing
             self.folder.path.mkdir(parents=True, exist_ok=True)
-            self.lock.take(self.folder.path)
+            self.lock = lock(self.folder.path)
             self.folder.require_unchanged()
         self.has_begun = True
         if not self.is_writer:
             return
         for checkpoint, reason in self.folder.incomplete:
             self.screen.warn(f"{checkpoint.name} {reason}; it is kept as {checkpoints.set_aside(checkpoint).name}")
-        self.folder.write_text("recipe.yaml", self.fitted_recipe.to_yaml())
+        self.folder.write_text("recipe.yaml", self.recipe.to_yaml())
         self.folder.write_json(ENVIRONMENT, self.environment)
         for name, value in self.content.items():
             self.folder.write_json(name, value)
@@ -195,7 +195,9 @@ class FirstFiles:
                     folder.rmdir()
                 except OSError:  # not empty, or never created
                     break
-        self.lock.release()
+        if self.lock is not None:
+            unlock(self.folder.path, self.lock)
+            self.lock = None
 
 
 class AtFirstStep(TrainerCallback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,20 @@ import torch.distributed as dist
 
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan.launch import require_processes_for_fsdp
-from milora_vl.plan.train_section import accepted_fields, prepared, refused
+from milora_vl.plan.train_section import TrainSection, accepted_fields, refused
 from milora_vl.recipe import hf_flags
-from milora_vl.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def for_this_process(recipe: Recipe, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
+def for_this_process(section: TrainSection, output_dir: Path) -> tuple[TrainingArguments, list[str]]:
     """Return the arguments, and warnings about settings without effect. Raises UserError if HF rejects a value."""
     from transformers import TrainingArguments
 
-    train, warnings = prepared(recipe)
+    from milora_vl.compat.transformers import use_one_gpu
+
+    train, warnings = deepcopy(section.arguments), list(section.warnings)  # HF writes into the settings of DeepSpeed
     device = train_device(train)
     if train.get("bf16") and device.type == "cpu" and fastest_dtype(device) != torch.bfloat16:
         warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
@@ -39,12 +41,11 @@ def for_this_process(recipe: Recipe, output_dir: Path) -> tuple[TrainingArgument
         args = TrainingArguments(output_dir=str(output_dir), **arguments)
         _start_deepspeed(train)
     if args.n_gpu > 1:
-        # torch's DataParallel would separate the images of a batch from its records.
         warnings.append(
             f"this run uses one of {args.n_gpu} GPUs; to use all: "
             f"torchrun --nproc_per_node {args.n_gpu} -m milora_vl.train ..."
         )
-        args._n_gpu = 1
+        use_one_gpu(args)
     return args, warnings
 
 

@@ -52,7 +52,7 @@ def test_faults_of_a_rule_say_field_expected_and_got(fields, code: str, message:
 def test_all_faults_of_a_rule_come_together() -> None:
     with pytest.raises(PolicyError) as caught:
         Rule(modules="language", rank=0, alpha=-1, dropout=2)
-    assert [problem.where for problem in caught.value.problems] == [".rank", ".alpha", ".dropout"]
+    assert [str(problem.where) for problem in caught.value.problems] == ["rank", "alpha", "dropout"]
 
 
 def test_the_method_fixes_the_part() -> None:

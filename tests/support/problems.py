@@ -27,7 +27,7 @@ def raises_code(
     with pytest.raises(kind) as error:
         yield error
     assert [problem.code for problem in error.value.problems] == [code], str(error.value)
-    assert where in error.value.problems[0].where
+    assert where in str(error.value.problems[0].where)
     assert message in error.value.problems[0].message
     assert hint in error.value.problems[0].hint
     assert re.search(says, str(error.value)), str(error.value)

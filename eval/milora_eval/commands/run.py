@@ -137,7 +137,7 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
         benchmarks = [find_benchmark(entry) for entry in names]
     items = _items_that_exist(benchmarks, data, limit) if partial else read_items(benchmarks, data, limit)
     benchmarks = [benchmark for benchmark in benchmarks if benchmark.name in items]
-    from milora_vl.recipe.prompts import prompts_of
+    from milora_vl.plan.prompts import prompts_of
 
     prompts = prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(

@@ -1,4 +1,4 @@
-"""Which template and picture settings a trained model gets in chat and evaluation, from the recipe of its run."""
+"""Which template and picture settings a trained model gets in chat, evaluation and export: those of its run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.encode.templates import OWN
 from milora_vl.adapter.folders import base_of, holds_adapter
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import UserError, at_flag
 from milora_vl.models.processors import limit_pixels
-from milora_vl.recipe.base_model import prepares_with_processor
-from milora_vl.recipe.yaml_file import trained_pixels, trained_prompts
+from milora_vl.plan.base import find_base
+from milora_vl.recipe.recipe_file import read_file
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio
+
+DEFAULT = "vicuna_v1"  # as in LLaVA-1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +37,15 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
     """Return the prompts of a model with its adapter: those of its run, with `template` in place of the run's.
 
     `model` is a name or folder of a model, or an adapter folder. A model whose processor prepares the pictures has its
-    own chat template; raises UserError for another `template`.
+    own chat template; raises UserError for another `template`, and for an unknown model.
     """
     folder = adapter or Path(model)
-    trained, image_aspect_ratio = trained_prompts(folder)
     name = base_of(folder) if adapter is None and holds_adapter(folder) else model
-    if not prepares_with_processor(name):
-        return Prompts(template or trained, image_aspect_ratio)
+    data = _recipe_of(folder).get("data") or {}
+    with at_flag("--model"):
+        base = find_base(name)
+    if not base.own_pictures:
+        return Prompts(template or trained_template(folder), data.get("image_aspect_ratio") or "pad")
     if template not in (None, OWN):
         raise UserError(
             f"{name} is asked with its own prompt format, not with {template}",
@@ -49,4 +53,17 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
             where="--template",
             hint=f"use --template {OWN}, or remove the flag",
         )
-    return Prompts(OWN, "pad", *trained_pixels(folder))
+    return Prompts(OWN, "pad", data.get("min_pixels"), data.get("max_pixels"))
+
+
+def trained_template(folder: Path) -> str:
+    """Return the template of a run, from the recipe.yaml of a run folder or of the folder above a checkpoint.
+
+    Raises UserError if the recipe cannot be read.
+    """
+    return _recipe_of(folder).get("template") or DEFAULT
+
+
+def _recipe_of(folder: Path) -> dict[str, Any]:
+    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    return {} if file is None else read_file(file).content

@@ -1,4 +1,4 @@
-"""Compare two recipes: what a resumed run changes, in words, and which changes are refused."""
+"""What a resumed run changes, in words, and which changes are refused, because they would train other weights."""
 
 from __future__ import annotations
 
@@ -6,17 +6,64 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from milora_vl.base.strict_models import Strict
 from milora_vl.models.names import hub_id
 from milora_vl.policy import Policy
 from milora_vl.recipe import hf_flags
-from milora_vl.recipe.resume_table import SCHEDULES_BY_EVALUATION, SCHEDULES_WITHOUT_END, effect_of
-from milora_vl.recipe.schema import Recipe
+from milora_vl.recipe.schema import Recipe, same_data
 
+Effect = Literal["decides", "fallback", "dtype", "records", "batch", "length", "selection", "stream", "free"]
+Verdict = Literal["allowed", "refused"]
+
+# What a key does to the weights. A key that is not listed decides them, or must fit the saved optimizer state. Training
+# arguments have the names of the newest transformers, as in a recipe.
+KEYS: dict[Effect, str] = {
+    "fallback": "train.learning_rate train.weight_decay",  # matter if a rule does not set them
+    "dtype": "dtype",  # `auto` and `fastest` depend on the machine
+    "records": "data.path",  # another file may hold the same records
+    "batch": "train.per_device_train_batch_size train.gradient_accumulation_steps",  # only their product matters
+    "length": "train.max_steps train.num_train_epochs",  # matter if the schedule depends on the last step
+    # These matter if evaluations choose the best checkpoint or set the learning rate.
+    "selection": """
+        data.eval_path eval.suite_every eval.suite_limit
+        train.bf16_full_eval train.eval_delay train.eval_on_start train.eval_steps train.eval_strategy
+        train.fp16_full_eval train.greater_is_better train.metric_for_best_model train.save_steps train.save_strategy
+    """,
+    "stream": "train.dataloader_num_workers",  # sets the order of the records of a stream
+    # Paths, logging, saving and speed: the weights stay the same, up to rounding. `resuming` checks the ZeRO stage.
+    "free": """
+        attn_implementation train.deepspeed factor_cache data.image_folder data.feature_cache calibration.image_folder
+        eval.suites eval.data eval.limit eval.forgetting_every
+        sweep.suite sweep.data sweep.limit sweep.train sweep.variants
+        train.activation_checkpointing train.activation_checkpointing_kwargs train.batch_eval_metrics
+        train.dataloader_multiprocessing_context train.dataloader_persistent_workers train.dataloader_pin_memory
+        train.dataloader_prefetch_factor train.ddp_backend train.ddp_broadcast_buffers train.ddp_bucket_cap_mb
+        train.ddp_find_unused_parameters train.ddp_static_graph train.ddp_timeout train.debug train.disable_tqdm
+        train.do_eval train.do_predict train.do_train train.enable_jit_checkpoint train.eval_accumulation_steps
+        train.eval_do_concat_batches train.eval_use_gather_object train.fsdp train.fsdp_config
+        train.fsdp_min_num_params train.fsdp_transformer_layer_cls_to_wrap train.full_determinism train.hub_always_push
+        train.hub_model_id train.hub_private_repo train.hub_revision train.hub_strategy train.hub_token
+        train.include_for_metrics train.include_inputs_for_metrics train.include_num_input_tokens_seen
+        train.include_tokens_per_second train.jit_mode_eval train.label_names train.length_column_name
+        train.liger_kernel_config train.log_level train.log_level_replica train.log_on_each_node train.logging_dir
+        train.logging_first_step train.logging_nan_inf_filter train.logging_steps train.logging_strategy
+        train.per_device_eval_batch_size train.prediction_loss_only train.project train.push_to_hub
+        train.push_to_hub_organization train.ray_scope train.remove_unused_columns train.report_to
+        train.restore_callback_states_from_checkpoint train.run_name train.save_on_each_node train.save_only_model
+        train.save_total_limit train.skip_memory_metrics train.torch_compile train.torch_compile_backend
+        train.torch_compile_mode train.torch_empty_cache_steps train.tpu_metrics_debug train.tpu_num_cores
+        train.trackio_bucket_id train.trackio_space_id train.trackio_static_space_id train.use_cache train.use_cpu
+        train.use_legacy_prediction_loop train.use_liger_kernel train.use_mps_device
+    """,
+}
+EFFECTS: dict[str, Effect] = {key: effect for effect, keys in KEYS.items() for key in keys.split()}
+# Schedules whose rates do not depend on the last step, unless the warm-up is a share of all steps.
+SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
+SCHEDULES_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 # Keys that hold a path: two spellings may name the same file or folder.
-PLACES = (
+PATHS = (
     "projector_weights", "parts.vision_tower", "parts.vision_weights", "factor_cache", "data.path", "data.image_folder",
     "data.eval_path", "data.feature_cache", "eval.data", "sweep.data", "train.logging_dir",
 )  # fmt: skip
@@ -46,12 +93,12 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One difference. `is_refused`: if the run continued with it, no recipe would describe the result."""
+    """One difference. With a refused one, no recipe would describe the result of the run."""
 
     key: str
     before: Any
     now: Any
-    is_refused: bool
+    verdict: Verdict
     why: str = ""
 
     def __str__(self) -> str:
@@ -72,8 +119,8 @@ def changes(before: Side, now: Side, *, identifies_records: bool) -> list[Change
     differences = []
     for key in {**old, **new}:
         if not _is_same(key, old.get(key), new.get(key)):
-            refused, why = _refusal(key, before, now, identifies_records=identifies_records)
-            differences.append(Change(key, old.get(key), new.get(key), refused, why))
+            verdict, why = _judged(key, before, now, identifies_records=identifies_records)
+            differences.append(Change(key, old.get(key), new.get(key), verdict, why))
     return [*_policy_changes(before, now), *differences, *_batch_change(before, now)]
 
 
@@ -117,7 +164,7 @@ def _is_same(key: str, before: Any, now: Any) -> bool:
         return True
     if key == "model":
         return _weights(before) == _weights(now)
-    return key in PLACES and resolved_paths(before) == resolved_paths(now)
+    return key in PATHS and same_data(before, now)
 
 
 def _weights(name: str) -> str:
@@ -128,35 +175,30 @@ def _weights(name: str) -> str:
     return hub_id(name)
 
 
-def resolved_paths(value: Any) -> Any:
-    """Return a data path, or the paths of several sources, in absolute form; hub names stay."""
-    if isinstance(value, list):
-        return [{**source, "path": resolved_paths(source["path"])} for source in value]
-    is_path = isinstance(value, str) and not value.startswith("hub:")
-    return str(Path(value).resolve()) if is_path else value
-
-
-def _refusal(key: str, before: Side, now: Side, *, identifies_records: bool) -> tuple[bool, str]:
-    effect = effect_of(key)
+def _judged(key: str, before: Side, now: Side, *, identifies_records: bool) -> tuple[Verdict, str]:
+    """Return whether a run may continue with another value of a key, and why not."""
+    effect = EFFECTS.get(key, "decides")
     name = key.removeprefix("train.")
     streams = now.recipe.data.streaming
+    refused, why = effect == "decides", ""
     if effect == "fallback":
-        return any(name not in rule for rule in now.recipe.policy or ()), ""
-    if effect == "dtype":
-        return True, f"--dtype {before.dtype} keeps it"
-    if effect == "records":
-        return streams or not identifies_records, ""
-    if effect == "length":
+        refused = any(name not in rule for rule in now.recipe.policy or ())
+    elif effect == "dtype":
+        refused, why = True, f"--dtype {before.dtype} keeps it"
+    elif effect == "records":
+        refused = streams or not identifies_records
+    elif effect == "length":
         # Steps cannot be compared with epochs before the records are read (`require_same_steps` does it then).
         comparable = (before.train("max_steps") > 0) == (now.train("max_steps") > 0)
-        refused = comparable and _decides_length(name, now) and schedule_has_end(now)
-        return refused, because_of_schedule(now) if refused else ""
-    if effect == "selection":
-        chosen = now.train("load_best_model_at_end") or now.train("lr_scheduler_type") in SCHEDULES_BY_EVALUATION
-        return bool(chosen), ""
-    if effect in ("stream", "batch"):
-        return streams, "the order of a stream depends on it" if streams else ""
-    return effect in ("decides", "model"), ""
+        decides = name == "max_steps" or now.train("max_steps") < 1
+        refused = comparable and decides and schedule_has_end(now)
+        why = because_of_schedule(now) if refused else ""
+    elif effect == "selection":
+        by_evaluation = now.train("lr_scheduler_type") in SCHEDULES_BY_EVALUATION
+        refused = bool(now.train("load_best_model_at_end")) or by_evaluation
+    elif effect in ("stream", "batch"):
+        refused, why = streams, "the order of a stream depends on it" if streams else ""
+    return "refused" if refused else "allowed", why
 
 
 def because_of_schedule(side: Side) -> str:
@@ -164,16 +206,12 @@ def because_of_schedule(side: Side) -> str:
     return f"the learning rates of the {side.train('lr_scheduler_type')} schedule depend on the last step"
 
 
-def _decides_length(name: str, side: Side) -> bool:
-    return name == "max_steps" or side.train("max_steps") < 1
-
-
 def _batch_change(before: Side, now: Side) -> list[Change]:
     if prod(before.batch) == prod(now.batch):
         return []
     keeps, remainder = divmod(prod(before.batch), now.batch[0] * now.processes)
     hint = f"--gradient_accumulation_steps {keeps} keeps it" if keeps and not remainder else ""
-    return [Change("batch in total", _in_words(before), _in_words(now), True, hint)]
+    return [Change("batch in total", _in_words(before), _in_words(now), "refused", hint)]
 
 
 def _in_words(side: Side) -> str:
@@ -189,14 +227,14 @@ def _policy_changes(before: Side, now: Side) -> Iterator[Change]:
         place = f"policy[{number}]"
         if first is None or second is None or first["modules"] != second["modules"]:
             if first != second:
-                yield Change(place, first, second, True)
+                yield Change(place, first, second, "refused")
             continue
         for name in {**first, **second}:
             values = first.get(name), second.get(name)
-            if effect_of(f"train.{name}") == "fallback":  # a rule without a rate uses the rate of the run
+            if EFFECTS.get(f"train.{name}") == "fallback":  # a rule without a rate uses the rate of the run
                 values = first.get(name, before.train(name)), second.get(name, now.train(name))
             if values[0] != values[1]:
-                yield Change(f"{place}.{name}", *values, True)
+                yield Change(f"{place}.{name}", *values, "refused")
 
 
 def _rules(side: Side) -> list[dict[str, Any]]:
