@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from milora_vl.adapter import checkpoints
-from milora_vl.base.errors import UserError, collected
+from milora_vl.base.errors import UserError
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.plan import requirements, resuming, run_folder, train_section
 from milora_vl.plan.fit import Fitted, fit
@@ -46,18 +46,16 @@ def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
     Raises RecipeError with all problems of the recipe and its model, UserError for other mistakes.
     """
     fitted = fit(merged)
-    recipe, token = run_folder.without_token(_with_dtype(fitted.recipe, request))
+    recipe, token = run_folder.without_token(with_dtype(fitted.recipe, request))
     fitted = replace(fitted, recipe=recipe)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
     launch = read_launch(recipe.train)
     requirements.require_installed(recipe.train, recipe.quantization, recipe.attn_implementation)
     section = train_section.derive(fitted, launch)
-    problems = train_section.conflicts(fitted, section)
-    with collected(problems):
-        train_section.require_accepted(recipe, section)
-    if problems:
+    if problems := train_section.conflicts(fitted, section):
         raise UserError(problems=problems)
+    train_section.require_accepted(recipe, section)
     earlier = resuming.read_earlier(folder, request.resume)
     return Plan(
         request=request,
@@ -71,7 +69,7 @@ def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
     )
 
 
-def _with_dtype(recipe: Recipe, request: Request) -> Recipe:
+def with_dtype(recipe: Recipe, request: Request) -> Recipe:
     """Return the recipe with the dtype that `fastest` means on this machine, or meant in the run that it resumes."""
     if recipe.dtype != "fastest":
         return recipe

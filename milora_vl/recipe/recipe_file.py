@@ -56,17 +56,17 @@ class RecipeFile:
     def located(self, problems: Sequence[Problem]) -> list[Problem]:
         """Return the problems with this file and the line in front of their keys; other places stay.
 
-        The last problem in a packaged recipe has a hint how to make a copy, which a user can edit.
+        The last problem of a packaged recipe has a hint how to make a copy, which a user can edit.
         """
-        placed = list(problems)
+        placed, last = list(problems), None
         for number, problem in enumerate(problems):
             if isinstance(problem.where, Key):
                 line = self.line_of(problem.where)
                 place = f"{self.source}{'' if line is None else f':{line}'}: {problem.where}"
-                placed[number] = replace(problem, where=place)
-        if self.packaged and placed != list(problems):
+                placed[number], last = replace(problem, where=place), number
+        if self.packaged and last is not None:
             copy = f"make a copy to edit:  python -m milora_vl.train --print-recipe {self.packaged} > mine.yaml"
-            placed[-1] = replace(placed[-1], hint="\n".join(filter(None, (placed[-1].hint, copy))))
+            placed[last] = replace(placed[last], hint="\n".join(filter(None, (placed[last].hint, copy))))
         return placed
 
 

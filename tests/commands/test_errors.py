@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from milora_data.pictures.files import ImageError
-from milora_vl.base.errors import DataError, Problem, UserError, render, with_context
+from milora_vl.base.errors import DataError, Key, Problem, UserError, render, with_context
 from milora_vl.cli.command_line import run
 from milora_vl.recipe.schema import RecipeError
 from milora_vl.train import main as train
@@ -33,7 +33,7 @@ def test_several_problems_are_counted_and_hints_stand_below_their_own() -> None:
     [
         DataError("broken", code="record-broken", where="a.json:7"),
         ImageError("cannot read it: empty", "empty", code="image-unreadable", where="a.png"),
-        RecipeError("my.yaml", [Problem("unknown key", "recipe-unknown-key", "modle")], {"modle": 3}),
+        RecipeError(problems=[Problem("unknown key", "recipe-unknown-key", Key.of("modle"))], source="my.yaml"),
     ],
     ids=lambda error: type(error).__name__,
 )

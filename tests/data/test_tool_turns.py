@@ -19,7 +19,7 @@ from milora_data.encode.labels import encode, encode_prompt
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
-from milora_vl.plan import first_batch
+from milora_vl.forecast import first_batch
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import BYTE_BPE
 from support.problems import raises_code

@@ -13,10 +13,9 @@ import pytest
 from milora_data.__main__ import main as data_main
 from milora_data.stream.sources import load_records
 from milora_eval.suites import find_benchmark, find_suite
-from milora_vl.models import loading
-from milora_vl.recipe import base_model, command_line, on_model
-from milora_vl.recipe.merge import merge_recipe
+from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
+from support.plans import fitted, settings
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
 TRAININGS = [
@@ -38,7 +37,7 @@ PARTS = {"pissa": "principal", "random": "random", "lora": None, "dora": None}
 
 
 def recipe(flags: list[str]) -> Recipe:
-    return merge_recipe(command_line.parse(flags)).recipe
+    return settings(flags).recipe
 
 
 def value(flags: list[str], name: str, otherwise: str) -> str:
@@ -48,12 +47,12 @@ def value(flags: list[str], name: str, otherwise: str) -> str:
 @cache
 def base(model: str, of: str) -> Any:
     """Return the meta model of a name, composed as in a recipe."""
-    return loading.meta_model(base_model.config_for(recipe(["--recipe", of, "--model", model])))
+    return fitted(["--recipe", of, "--model", model]).base.meta
 
 
 def language_targets(flags: list[str]) -> list[Any]:
     chosen = recipe(flags)
-    found = on_model.targets_of(chosen, base(chosen.model, value(flags, "--recipe", "")))
+    found = Policy.parse(chosen.policy or []).resolve(base(chosen.model, value(flags, "--recipe", "")))
     return [target for target in found if target.tower == "language"]
 
 

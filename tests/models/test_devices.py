@@ -9,11 +9,10 @@ import torch
 
 from milora_vl.models import devices
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
-from milora_vl.plan import train_section
-from milora_vl.recipe import command_line
-from milora_vl.recipe.merge import merge_recipe
-from milora_vl.recipe.schema import Recipe
+from milora_vl.plan.plan import with_dtype
+from milora_vl.recipe.command_line import parse
 from milora_vl.train import training_arguments
+from support.plans import plan, section, settings
 
 CPU = torch.device("cpu")
 
@@ -38,19 +37,18 @@ def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(
     has_units(monkeypatch, answer)
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{model: tiny, dtype: fastest, train: {use_cpu: true}}")
-    request = command_line.parse(["--recipe", str(recipe)])
-    found = merge_recipe(request).recipe
-    assert found.dtype == ("bfloat16" if answer else "float32")
-    assert train_section.prepared(found)[0].get("bf16", False) == answer
+    found = plan(["--recipe", str(recipe), "--rank", "4", "--output_dir", str(tmp_path / "run")])
+    assert found.recipe.dtype == ("bfloat16" if answer else "float32")
+    assert found.section.arguments.get("bf16", False) == answer
     assert fastest_dtype(CPU) == (torch.bfloat16 if answer else torch.float32)
 
 
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe.parse({"model": "tiny", "train": {"bf16": True, "use_cpu": True}})
+    found = section("--model tiny --rank 4 --bf16 True --device cpu")
     has_units(monkeypatch, False)
-    assert any("bf16 is emulated" in warning for warning in training_arguments.for_this_process(recipe, tmp_path)[1])
+    assert any("bf16 is emulated" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
     has_units(monkeypatch, True)
-    assert not any("bf16" in warning for warning in training_arguments.for_this_process(recipe, tmp_path)[1])
+    assert not any("bf16" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
 
 
 def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:
@@ -59,7 +57,8 @@ def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Pa
     (run / "recipe.yaml").write_text("{model: tiny, dtype: float16}")
     words = ["--model", "tiny", "--dtype", "fastest", "--device", "cpu", "--output_dir", str(run)]
     again = ["--resume_from_checkpoint", "auto"]
-    assert merge_recipe(command_line.parse([*words, *again])).recipe.dtype != "float16"  # it begins again
+    recipe = settings(words).recipe
+    assert with_dtype(recipe, parse([*words, *again])).dtype != "float16"  # it begins again
     (run / "checkpoint-3").mkdir()
-    assert merge_recipe(command_line.parse([*words, *again])).recipe.dtype == "float16"
-    assert merge_recipe(command_line.parse(words)).recipe.dtype in ("bfloat16", "float32")
+    assert with_dtype(recipe, parse([*words, *again])).dtype == "float16"
+    assert with_dtype(recipe, parse(words)).dtype in ("bfloat16", "float32")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import Key, UserError
 from milora_vl.plan import run_data
-from milora_vl.recipe.command_line import Request, parse
+from milora_vl.recipe.command_line import parse
 from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.places import at_their_places
 from milora_vl.train import main
@@ -77,32 +77,14 @@ def test_mistakes_that_need_no_data_are_found_before_the_records_are_read(
         main([*WORDS, "--data_path", str(file), *typed, "--output_dir", str(tmp_path / "run")])
 
 
-def test_a_recipe_that_has_changed_since_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run may end hours after its recipe was read; the exit code of SIGTERM stays 143 then."""
-    file = tmp_path / "recipe.yaml"
-    file.write_text("model: tiny\n")
-
-    @at_their_places
-    def action(_: Request) -> int:
-        file.write_text("model: [")
-        raise UserError("stopped", code="run-stopped-by-signal", exit_code=143)
-
-    with raises_code("run-stopped-by-signal") as error:
-        action(parse(["--recipe", str(file)]))
-    assert error.value.exit_code == 143
-
-
 def test_the_line_of_an_error_is_the_one_that_was_read(tmp_path: Path) -> None:
     """An edit while a run starts or trains moves lines; the run has the recipe of its start."""
     file = tmp_path / "recipe.yaml"
     file.write_text("model: tiny\ntrain:\n  max_steps: 2\n")
-
-    @at_their_places
-    def action(request: Request) -> int:
-        assert merge_recipe(request).recipe.train["max_steps"] == 2
-        file.write_text("# a comment\n\nmodel: tiny\ntrain:\n  max_steps: 3\n")
-        assert merge_recipe(request).recipe.train["max_steps"] == 2
-        raise UserError("too few", code="train-arguments", where="train.max_steps")
-
-    with raises_code("train-arguments", where=f"{file}:3: train.max_steps"):
-        action(parse(["--recipe", str(file)]))
+    request = parse(["--recipe", str(file)])
+    merge_recipe(request)
+    where = f"{file}:3: train.max_steps"
+    with raises_code("train-arguments", where=where) as error, at_their_places(request):
+        file.write_text("model: [")
+        raise UserError("too few", code="train-arguments", where=Key.of("train.max_steps"), exit_code=143)
+    assert error.value.exit_code == 143

@@ -7,7 +7,7 @@ import pytest
 from milora_vl.base.errors import UserError
 from milora_vl.recipe import command_line
 from milora_vl.recipe.command_line import parse
-from milora_vl.recipe.merge import merge_recipe
+from support.plans import settings
 from support.problems import raises_code
 
 
@@ -60,7 +60,7 @@ def test_learning_rate_is_for_the_rules_and_for_hf() -> None:
 )
 def test_a_mistake_is_named_by_its_code_its_flag_and_the_value(words: list[str], code: str, says: str) -> None:
     with raises_code(code, where=words[0]) as error:
-        merge_recipe(parse([*words, "--model", "tiny"]))
+        settings([*words, "--model", "tiny"])
     assert says in str(error.value)
     assert error.value.exit_code == 2
 
@@ -68,7 +68,7 @@ def test_a_mistake_is_named_by_its_code_its_flag_and_the_value(words: list[str],
 def test_all_wrong_values_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
     words = "--model tiny --max_length 0 --rank 0 --seed -1 --dropout 3 --learning_rate x --method foo --debug foo"
     with pytest.raises(UserError) as error:
-        merge_recipe(parse(words.split()))
+        settings(words)
     assert {problem.where for problem in error.value.problems} == {
         "--max_length", "--rank", "--seed", "--dropout", "--learning_rate", "--method", "--debug"
     }  # fmt: skip
@@ -77,7 +77,7 @@ def test_all_wrong_values_are_told_together(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(("flag", "value"), [("--method", "foo"), ("--device", "foo"), ("--format", "foo")])
 def test_the_place_is_the_flag_the_message_has_the_value_and_the_hint_what_to_do(flag: str, value: str) -> None:
     with pytest.raises(UserError) as error:
-        merge_recipe(parse([flag, value, "--model", "tiny"]))
+        settings([flag, value, "--model", "tiny"])
     (problem,) = error.value.problems
     assert (problem.code, problem.where) == ("flag-value", flag)
     assert repr(value) in problem.message

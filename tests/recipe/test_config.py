@@ -10,14 +10,15 @@ import pytest
 from pydantic import BaseModel
 
 from milora_vl.base.errors import UserError
-from milora_vl.recipe import schema, yaml_file
+from milora_vl.recipe import recipe_file, schema
+from milora_vl.recipe.recipe_file import RecipeFile
 from milora_vl.recipe.schema import Recipe, RecipeError
 from support.problems import raises_code
 
 
 def problems(content: dict) -> str:
     with pytest.raises(RecipeError) as error:
-        Recipe.parse(content, "my.yaml")
+        Recipe.parse(content, RecipeFile(source="my.yaml"))
     return str(error.value)
 
 
@@ -95,18 +96,18 @@ def test_a_recipe_given_back_is_the_same_recipe() -> None:
             "eval": {"suites": ["quick"], "limit": 10},
         }
     )
-    content, _ = yaml_file.read(recipe.to_yaml(), "again")
+    content, _ = recipe_file.read(recipe.to_yaml(), "again")
     assert Recipe.parse(content) == recipe
 
 
 def test_numbers_without_a_point_are_numbers() -> None:
-    content, lines = yaml_file.read("train:\n  learning_rate: 2e-5\n", "x")
+    content, lines = recipe_file.read("train:\n  learning_rate: 2e-5\n", "x")
     assert content == {"train": {"learning_rate": 2e-5}}
     assert lines["train.learning_rate"] == 2
 
 
 def test_a_folder_named_by_a_date_is_text() -> None:
-    assert yaml_file.read("{image_folder: 2026-11-25}", "x")[0] == {"image_folder": "2026-11-25"}
+    assert recipe_file.read("{image_folder: 2026-11-25}", "x")[0] == {"image_folder": "2026-11-25"}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_a_folder_named_by_a_date_is_text() -> None:
 )
 def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        yaml_file.read(text, "my.yaml")
+        recipe_file.read(text, "my.yaml")
     assert message in str(error.value)
 
 

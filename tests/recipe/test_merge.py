@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 
 from milora_vl.base.errors import UserError
-from milora_vl.plan.train_section import prepared
-from milora_vl.recipe.command_line import parse
-from milora_vl.recipe.merge import MergedRecipe, merge_recipe, require_fit
 from milora_vl.train.command import main as train
+from support.plans import fitted, plan, section, settings
 from support.problems import raises_code
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
@@ -26,10 +24,6 @@ FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_project
 
 
 FROZEN = "--freeze_mm_mlp_adapter True"
-
-
-def settings(words: str) -> MergedRecipe:
-    return merge_recipe(parse(words.split()))
 
 
 def test_flags_win_over_the_recipe() -> None:
@@ -116,7 +110,7 @@ def test_a_flag_that_is_not_about_what_trains_leaves_the_policy_and_the_pictures
 )
 def test_a_vision_tower_leaves_the_rules_of_a_recipe_and_their_flags_alone(source: tuple[str, str]) -> None:
     tower = "--model tiny --vision_tower openai/clip-vit-large-patch14-336 --rank 2 --alpha 4 --dropout 0.1"
-    rules = merge_recipe(parse([*source, *tower.split()])).recipe.policy
+    rules = settings([*source, *tower.split()]).recipe.policy
     assert rules is not None
     assert (rules[0]["method"], rules[0]["rank"], rules[0]["alpha"], rules[0]["dropout"]) == ("milora", 2, 4, 0.1)
 
@@ -163,7 +157,7 @@ def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
 )  # fmt: skip
 def test_what_cannot_be_is_an_error(words: str, code: str, where: str, text: str) -> None:
     with pytest.raises(UserError) as error:
-        settings(words)
+        settings(f"--model tiny {words}")
     assert [(problem.code, problem.where) for problem in error.value.problems] == [(code, where)]
     assert text in str(error.value)
 
@@ -191,13 +185,12 @@ def test_a_policy_that_is_no_text_is_told(tmp_path: Path) -> None:
 
 
 def test_a_policy_can_be_given_as_text() -> None:
-    request = parse(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
-    assert merge_recipe(request).recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+    found = settings(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
+    assert found.recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
     many = "{modules: language, method: milora, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
-    assert len(merge_recipe(parse(["--model", "tiny", "--policy", f"[{many}]"])).recipe.policy or ()) == 21
-    bad = parse(["--model", "tiny", "--policy", "[{modules: projector, method: fool}]"])
+    assert len(settings(["--model", "tiny", "--policy", f"[{many}]"]).recipe.policy) == 21
     with raises_code("policy-value", where="policy[0].method", message="expected one of"):
-        merge_recipe(bad)
+        settings(["--model", "tiny", "--policy", "[{modules: language, method: fool, rank: 4}]"])
 
 
 FAULTY = """
@@ -215,7 +208,7 @@ def test_all_faults_of_a_recipe_come_together(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(FAULTY, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        settings(f"--recipe {file}")
+        fitted(f"--recipe {file}")
     assert str(caught.value).startswith(f"3 problems in {file}:\n")
     for fault in (
         ":8: train.max_stepps: unknown key",
@@ -229,12 +222,13 @@ def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -
     file = tmp_path / "recipe.yaml"
     file.write_text(FAULTY.replace("tiny", str(tmp_path)), encoding="utf-8")
     with pytest.raises(UserError) as error:
-        settings(f"--recipe {file}")
-    assert len(error.value.problems) == 3
+        fitted(f"--recipe {file}")
+    assert [problem.code for problem in error.value.problems][:3] == [
+        "recipe-unknown-key", "policy-rank", "policy-unknown-key"
+    ]  # fmt: skip
+    assert error.value.problems[-1].code.startswith("model-")
     with pytest.raises(UserError) as error:
-        merge_recipe(
-            parse(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"])
-        )
+        fitted(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"])
     assert [problem.code for problem in error.value.problems] == ["policy-rank"]
     assert error.value.source == "--policy"
 
@@ -243,7 +237,7 @@ def test_flags_that_change_the_rules_hide_no_fault_of_theirs(tmp_path: Path) -> 
     file = tmp_path / "recipe.yaml"
     file.write_text(FAULTY, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        settings(f"--recipe {file} --rank 5000 --form odd --mm_projector_lr 1e-5")
+        fitted(f"--recipe {file} --rank 5000 --form odd --mm_projector_lr 1e-5")
     for fault in (
         f"{file}:8: train.max_stepps: unknown key",
         f"{file}:4: policy[0].rank: expected a positive integer",
@@ -251,11 +245,9 @@ def test_flags_that_change_the_rules_hide_no_fault_of_theirs(tmp_path: Path) -> 
     ):
         assert str(caught.value).count(fault) == 1
     with pytest.raises(UserError) as caught:
-        merge_recipe(
-            parse([*"--model tiny --method lora --policy".split(), "[{modules: language, method: frozen, alfa: 3}]"])
-        )
+        fitted([*"--model tiny --method lora --policy".split(), "[{modules: language, method: frozen, alfa: 3}]"])
     first, last = caught.value.problems[0], caught.value.problems[-1]
-    assert "alfa" in first.where
+    assert first.where == "--policy: policy[0].alfa"
     assert (last.code, last.where) == ("policy-no-adapter-rule", "--method")
 
 
@@ -268,34 +260,32 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     assert len(error.value.problems) == 3
     assert error.value.first.code == "policy-no-match"
     assert error.value.first.where == f"{file}:4: policy[0].modules"
-    fits, too_large = (parse(["--model", "tiny", "--rank", rank]) for rank in ("2", "4000"))
-    require_fit(fits, merge_recipe(fits).recipe)
+    fitted("--model tiny --rank 2")
     with pytest.raises(UserError) as error:
-        require_fit(too_large, merge_recipe(too_large).recipe)
+        fitted("--model tiny --rank 4000")
     assert {(problem.code, problem.where) for problem in error.value.problems} == {("policy-rank-too-large", "--rank")}
-    unsaid = parse(["--model", "tiny"])
     with raises_code(
         "policy-rank-too-large", message="the default rank 128 is too large", hint="use --rank 32, or less"
     ):
-        require_fit(unsaid, merge_recipe(unsaid).recipe)
+        fitted("--model tiny")
 
 
 def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told() -> None:
-    (said,) = settings("--model tiny --mm_vision_select_layer -1 --mm_vision_select_feature cls_patch").warnings
+    (said,) = fitted("--model tiny --rank 4 --mm_vision_select_layer -1 --mm_vision_select_feature cls_patch").warnings
     assert said.endswith("no effect: layer -1, feature cls_patch")
-    (said,) = settings("--model tiny-text --mm_vision_select_layer -1").warnings
+    (said,) = fitted("--model tiny-text --rank 4 --mm_vision_select_layer -1").warnings
     assert "without --vision_tower" in said
-    assert settings("--model tiny --mm_vision_select_layer -2").warnings == []
+    assert fitted("--model tiny --rank 4 --mm_vision_select_layer -2").warnings == ()
 
 
 @pytest.mark.parametrize(
     ("modules", "may_be"),
-    [("language", False), ("language.*", False), ("vision", True), ("model.vision_tower.encoder.layers.2", True)],
+    [("language", False), ("language.*", False), ("vision", True), ("model.vision_tower.encoder.layers.2.*", True)],
 )
 def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_train(modules: str, may_be: bool) -> None:
     """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
-    request = parse(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
-    assert prepared(merge_recipe(request).recipe)[0]["ddp_find_unused_parameters"] is may_be
+    found = section(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
+    assert found.arguments["ddp_find_unused_parameters"] is may_be
 
 
 RECIPE_WITH_EVALUATION = """\
@@ -314,7 +304,6 @@ def test_data_of_ones_own_comes_without_the_recipes_evaluation(tmp_path: Path) -
     (note,) = made.notes
     assert "held-out.json" in note
     assert "--eval_data_path" in note
-    prepared(made.recipe)
     demo = settings("--recipe smol-llava-demo --data_path mine.json --image_folder mine")
     assert demo.recipe.data.eval_path is None
     assert len(demo.notes) == 1
@@ -344,9 +333,8 @@ def test_the_evaluation_stays_where_its_data_does_or_another_is_named(
 def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE_WITH_EVALUATION)
-    made = settings(f"--recipe {recipe} --data_path mine.json {flag}")
-    with raises_code("eval-no-records", where="train.eval_strategy", hint="--eval_data_path"):
-        prepared(made.recipe)
+    with raises_code("eval-no-records", where=flag.split()[0], hint="--eval_data_path"):
+        plan(f"--recipe {recipe} --data_path mine.json {flag} --rank 4 --output_dir {tmp_path / 'run'}")
 
 
 @pytest.mark.parametrize(

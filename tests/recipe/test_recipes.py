@@ -15,16 +15,16 @@ import llava_recipes
 from milora_vl.base.errors import UserError
 from milora_vl.forecast import dry_run
 from milora_vl.models import loading, names
-from milora_vl.recipe import base_model, command_line, on_model
-from milora_vl.recipe.merge import merge_recipe
+from milora_vl.recipe import command_line
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main as train
+from support.plans import fitted, settings
 
 NAMES = llava_recipes.names()
 
 
 def recipe(name: str) -> Recipe:
-    return merge_recipe(command_line.parse(["--recipe", name])).recipe
+    return settings(["--recipe", name]).recipe
 
 
 def test_the_promised_recipes_are_there() -> None:
@@ -53,9 +53,7 @@ def test_it_is_valid_and_known_by_name(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if "smol" not in name])
 def test_its_policy_fits_its_model(name: str) -> None:
     """On the meta device: no weights."""
-    chosen = recipe(name)
-    base = loading.meta_model(base_model.config_for(chosen))
-    assert {target.tower for target in on_model.targets_of(chosen, base)} <= {"language", "projector"}
+    assert {target.tower for target in fitted(["--recipe", name]).targets} <= {"language", "projector"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,11 +88,9 @@ def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, pa
 )  # fmt: skip
 def test_vision_language_models_have_their_published_sizes_without_a_network(name: str, parameters: int) -> None:
     """As the weight files on the hub count them."""
-    config = loading.config_of(name)
-    model = loading.meta_model(config)
+    model = loading.meta_model(loading.config_of(name))
     assert dry_run.num_parameters(model) == parameters
-    chosen = merge_recipe(command_line.parse(["--model", name])).recipe
-    assert {target.tower for target in on_model.targets_of(chosen, model)} == {"language", "projector"}
+    assert {target.tower for target in fitted(["--model", name]).targets} == {"language", "projector"}
 
 
 def test_the_papers_recipe_is_that_of_table_11() -> None:

@@ -24,11 +24,10 @@ from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.models import loading
 from milora_vl.models.generate import Prompt, generate, prompt_ids
 from milora_vl.models.image_tokens import image_token_id, image_tokens
-from milora_vl.recipe.command_line import parse
-from milora_vl.recipe.merge import merge_recipe
 from milora_vl.train import collators
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
+from support.plans import fitted
 from support.problems import raises_code
 from support.train_runs import losses, training
 
@@ -77,7 +76,7 @@ def test_a_text_model_trains_and_resumes(text_run: Path, text_model: Path, text_
 def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     flags: list[str], text_model: Path, text_data: Path
 ) -> None:
-    recipe = merge_recipe(parse(text_words(text_model, text_data, Path("run"), *flags))).recipe
+    recipe = fitted(text_words(text_model, text_data, Path("run"), *flags)).recipe
     model, tokenizer = load_model(text_model)
     record = next(iter(load_records(text_data)))
     expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)

@@ -1,23 +1,16 @@
-"""What a resumed run may change: every key has its place in one table, and recipes are compared by it."""
+"""What a resumed run may change: recipes are compared key by key."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 import llava_recipes
-from milora_vl.base.strict_models import Strict
-from milora_vl.recipe import hf_flags
-from milora_vl.recipe.changes import Change, Side, changes, schedule_has_end, shown
-from milora_vl.recipe.command_line import parse
-from milora_vl.recipe.merge import merge_recipe
-from milora_vl.recipe.resume_table import EFFECTS, TABLE, effect_of
+from milora_vl.plan.changes import KEYS, Change, Side, changes, schedule_has_end, shown
 from milora_vl.recipe.schema import Recipe, load
+from support.plans import settings
 
 POLICY = [
     {"modules": "language", "method": "milora", "rank": 8, "alpha": 8, "learning_rate": 1e-3},
@@ -25,36 +18,10 @@ POLICY = [
 ]
 
 
-def keys_of(model: type[BaseModel], prefix: str = "") -> set[str]:
-    """Dotted names of all fields of a recipe; `train` is Hugging Face's, and `policy` one key."""
-    found = set()
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Strict):
-            found |= keys_of(kind, f"{prefix}{name}.")
-        elif name != "train" or prefix:
-            found.add(prefix + name)
-    return found
-
-
-def training_arguments() -> set[str]:
-    """Hugging Face's, of all supported versions and of the installed one, by the names that a recipe has for them."""
-    from transformers import TrainingArguments
-
-    installed = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    installed.add("parallelism_config")  # in some versions, and a flag in none
-    names = {hf_flags.RENAMED.get(name, name) for name in installed | set(hf_flags.flags())}
-    return {f"train.{name}" for name in names if name not in hf_flags.REFUSED}
-
-
-def test_every_key_of_a_recipe_and_every_training_argument_has_one_place() -> None:
-    listed = Counter(key for keys in TABLE.values() for key in keys.split())
-    assert [key for key, times in listed.items() if times > 1] == []
-    assert sorted((keys_of(Recipe) | training_arguments()) ^ set(EFFECTS)) == []
-
-
-def test_what_the_table_does_not_know_decides() -> None:
-    assert effect_of("train.invented_in_transformers_7") == "decides"
+def test_what_is_not_listed_decides() -> None:
+    listed = [key for keys in KEYS.values() for key in keys.split()]
+    assert len(listed) == len(set(listed))
+    assert "train.invented_in_transformers_7" not in listed
 
 
 def side(processes: int = 1, resolved: str = "float32", **content: Any) -> Side:
@@ -67,7 +34,11 @@ def found(before: Side, now: Side, *, identifies_records: bool = False) -> list[
 
 
 def refused(before: Side, now: Side, *, identifies_records: bool = False) -> list[str]:
-    return [change.key for change in found(before, now, identifies_records=identifies_records) if change.is_refused]
+    return [
+        change.key
+        for change in found(before, now, identifies_records=identifies_records)
+        if change.verdict == "refused"
+    ]
 
 
 def test_the_same_in_other_words_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +106,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("key", HARMLESS)
 def test_a_change_of_what_leaves_the_weights_alone_is_allowed_and_told(key: str) -> None:
     (change,) = found(side(), side(**HARMLESS[key]))
-    assert (change.key, change.is_refused) == (key, False)
+    assert (change.key, change.verdict) == (key, "allowed")
 
 
 def test_the_runs_rate_decides_where_a_rule_has_none() -> None:
@@ -162,7 +133,7 @@ def test_more_steps_go_with_a_schedule_that_has_no_end() -> None:
         assert refused(steps(10, schedule), steps(20, schedule)) == []
     for schedule in ("linear", "cosine", "polynomial", "warmup_stable_decay"):
         (change,) = found(steps(10, schedule), steps(20, schedule))
-        assert change.is_refused
+        assert change.verdict == "refused"
         assert schedule in change.why
     share = {"warmup_steps": 0.1}  # a share of all steps
     assert schedule_has_end(steps(10, "constant_with_warmup", **share))
@@ -198,7 +169,7 @@ def test_where_evaluations_choose_they_decide() -> None:
 
 def test_what_auto_means_is_compared() -> None:
     (change,) = found(side(), side(resolved="bfloat16"))
-    assert (change.key, change.before, change.now, change.is_refused) == ("dtype", "float32", "bfloat16", True)
+    assert (change.key, change.before, change.now, change.verdict) == ("dtype", "float32", "bfloat16", "refused")
     assert "--dtype float32" in change.why
     assert found(side(), side(dtype="float32")) == []
 
@@ -214,7 +185,7 @@ def test_other_files_may_hold_the_same_records() -> None:
 
 @pytest.mark.parametrize("name", llava_recipes.names())
 def test_a_packaged_recipe_comes_back_from_its_file_without_a_change(name: str, tmp_path: Path) -> None:
-    resolved = merge_recipe(parse(["--recipe", name, "--model", "tiny", "--device", "cpu"])).recipe
+    resolved = settings(["--recipe", name, "--model", "tiny", "--device", "cpu"]).recipe
     (tmp_path / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
     assert found(Side(load(tmp_path / "recipe.yaml"), 1, "float32"), Side(resolved, 1, "float32")) == []
 

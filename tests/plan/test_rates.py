@@ -9,24 +9,20 @@ from typing import Any
 import pytest
 
 import llava_recipes
-from milora_vl.models.loading import meta_model
+from milora_vl.plan import rates
 from milora_vl.policy import Target
-from milora_vl.recipe import base_model, on_model, rates
 from milora_vl.recipe.command_line import parse
-from milora_vl.recipe.merge import merge_recipe
 from milora_vl.train.command import main
+from support.plans import fitted
 
 BOTH = "[{modules: language, method: milora, rank: 4}, {modules: projector, method: full}]"
 
 
 def planned(*words: str) -> tuple[list[Target], list[str]]:
     """What trains, with its rates in force, and the warnings about them."""
-    chosen = merge_recipe(parse(words))
-    base = meta_model(base_model.config_for(chosen.recipe))
-    recipe = on_model.rules_for(chosen.recipe, base, implicit=chosen.implicit_policy)
-    targets = on_model.targets_of(recipe, base)
-    method = parse(words).edits.method
-    return rates.in_force(targets, recipe.train), rates.warnings(targets, recipe.train, method=method)
+    found, method = fitted(words), parse(words).edits.method
+    train = found.recipe.train
+    return rates.in_force(found.targets, train), rates.warnings(found.targets, train, method=method)
 
 
 def test_rules_without_a_rate_have_the_runs_whatever_their_method() -> None:
