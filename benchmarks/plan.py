@@ -25,7 +25,10 @@ from milora_vl.forecast.simulate import Shape, simulate
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
+from milora_vl.plan.base import find_base
 from milora_vl.plan.batching import Batching
+from milora_vl.plan.launch import Launch
+from milora_vl.plan.train_section import TrainSection
 from milora_vl.policy import Policy
 
 RULES = [
@@ -161,16 +164,14 @@ def needs() -> list[dict[str, Any]]:
     """Return GiB per device (rank 128, batch 1 and 16, checkpointing), and whether it fits 24, 40 and 80 GB."""
     rows = []
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
-        made = loading.config_of(name)
-        base = meta_model(made)
+        base = find_base(name)
         rules = [RULES[0] | {"rank": 128}, RULES[1]]
-        targets = Policy.parse(rules).resolve(base)
+        targets = Policy.parse(rules).resolve(base.meta)
         train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
         batching = Batching(num_records=1, per_device=16)
-        plan = workload_of(train, made, base, targets, MIX665K, batching, None)
+        plan = workload_of(TrainSection(train, Launch(), ()), base, targets, MIX665K, batching, None)
         small = replace(plan, records=1)
-        shape = shape_of(made, small, MIX665K, checkpointing=True)
-        small = replace(small, activations=activations(made, base, targets, shape))
+        small = replace(small, activations=activations(base, targets, shape_of(base, small, MIX665K)))
         for devices in (1, 2, 4, 8):
             for stage in (0,) if devices == 1 else (2, 3):
                 for chosen in (small, plan):

@@ -15,6 +15,7 @@ from pathlib import Path
 from milora_vl.adapter.folders import holds_adapter
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import command_line, run
+from milora_vl.cli.eval_command import eval_run
 from milora_vl.cli.flags import Command, flag, option, shared
 
 DATA = Path("data/emoji")  # where the recipe reads it
@@ -108,8 +109,8 @@ def _steps(recipe: str, folder: Path, *, quick: bool) -> Iterator[Step]:
     yield Step(
         _results_of(folder).is_file(),
         (
-            *("milora_eval", "run", *tuned, "--suite", "emoji", "--data", str(DATA), "--with_base"),
-            *("--dtype", "fastest", "--output_dir", str(folder)),
+            *eval_run(_base_of(folder), adapter=folder, suite="emoji", data=DATA, output_dir=folder),
+            *("--dtype", "fastest"),
             *(("--limit", "64", "--forgetting_tokens", "2048") if quick else ()),
         ),
     )

@@ -15,6 +15,7 @@ from milora_vl.adapter.folders import holds_adapter, newest_of_unfinished, requi
 from milora_vl.base.errors import UserError, at_flag
 from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.cli.command_line import above_zero, count, next_step, positive
+from milora_vl.cli.eval_command import eval_run
 from milora_vl.cli.flags import Command, flag, option, shared
 
 COMMAND = Command(
@@ -69,9 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     session.run(options, pictures, videos)
     if options.web or options.question is None:
         return 0
-    tuned = ("--adapter", options.adapter) if options.adapter else ("--base", options.base) if options.base else ()
-    words = ("--suite", "quick", "--data", "FOLDER", "--output_dir", options.adapter or "FOLDER")
-    next_step("milora_eval", "run", "--model", options.model, *tuned, *words)
+    next_step(
+        *eval_run(
+            options.model,
+            adapter=options.adapter,
+            base=None if options.adapter else options.base,
+            suite="quick",
+            data="FOLDER",
+            with_base=False,
+            output_dir=options.adapter or "FOLDER",
+        )
+    )
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._utils import ExceptionWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Object = TypeVar("Object")
 
@@ -37,6 +39,39 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     A public argument of DistributedDataParallel would replace it.
     """
     model._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
+
+
+class _AfterOperations(TorchDispatchMode):
+    def __init__(self, act: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.act = act
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                self.act(value)
+        return out
+
+
+def after_operations(act: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
+    """Call `act` with every tensor that an operation of the block returns.
+
+    torch's guide to extending it names this class; a public name of it would replace it.
+    """
+    return _AfterOperations(act)
+
+
+def without_data() -> AbstractContextManager[Any]:
+    """Let all operations of the block run on tensors that have a device, but no data.
+
+    On the meta device autocast has no kernels. A public name of FakeTensorMode would replace it.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def has_hooks(module: nn.Module) -> bool:

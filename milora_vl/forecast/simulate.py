@@ -1,4 +1,4 @@
-"""Measure the memory of a training step, above all activations, by running it without data (torch's FakeTensorMode).
+"""Measure the memory of a training step, above all activations, by running it without data (torch's fake tensors).
 
 It counts every storage when an operation allocates it and when it is freed. So the memory kept for the backward pass,
 with or without checkpointing and autocast, is measured instead of computed by a formula.
@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from milora_vl.adapter.config import make_lora
 from milora_vl.adapter.install import install_factors, lora_layer, set_dropout
+from milora_vl.compat.torch import after_operations, without_data
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
 from milora_vl.policy import Target
@@ -52,35 +51,24 @@ class Resident:
     with_gradients: int  # peak with the gradients allocated so far, each divided by `gradient_share`
 
 
-class _Ledger(TorchDispatchMode):
+class _Ledger:
     """Counts live bytes and their peak."""
 
     def __init__(self, gradient_share: int) -> None:
-        super().__init__()
         self.live = self.gradients = 0
         self.peak = self.peak_with_gradients = 0
         self.share = gradient_share
         self.seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run an operation and count the storages that it allocates."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.count(tensor)
-        self.note()
-        return out
-
     def count(self, tensor: Tensor) -> None:
-        """Count a new storage."""
+        """Count the storage of a tensor that an operation returns, if it is new."""
         storage = tensor.untyped_storage()
         if storage not in self.seen:
             size = storage.nbytes()
             self.seen[storage] = size
             self.live += size
             weakref.finalize(storage, self.release, size)
+        self.note()
 
     def release(self, size: int) -> None:
         """Subtract a freed storage."""
@@ -104,7 +92,7 @@ def simulate(config: Any, targets: Sequence[Target], shape: Shape, gradient_shar
     with torch.device("meta"):
         base = _model(config, shape.base_dtype)
         model = _adapted(base, targets)
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    with without_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _onto_cpu(model)
         anchors = sum(_size(buffer) for name, buffer in model.named_buffers() if name.endswith(".anchor"))
@@ -118,7 +106,7 @@ def simulate(config: Any, targets: Sequence[Target], shape: Shape, gradient_shar
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.seen[tensor.untyped_storage()] = 0  # resident, not part of the step
         autocast = torch.autocast("cpu", torch.bfloat16) if shape.half else nullcontext()
-        with _flash_attention(), ledger:
+        with _flash_attention(), after_operations(ledger.count):
             with autocast:
                 loss = _loss(base, shape)
             loss.backward()

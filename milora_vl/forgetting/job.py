@@ -18,6 +18,7 @@ from milora_vl.adapter.folders import CONFIG, base_of, holds_adapter, require_no
 from milora_vl.base.atomic_write import read_json, write_json
 from milora_vl.base.errors import UserError, at_flag
 from milora_vl.cli.command_line import beside
+from milora_vl.cli.eval_command import eval_run
 from milora_vl.foreign.load_model import load_by_flags
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
@@ -114,17 +115,20 @@ class Job:
 
     def scores(self, suite: str, data: Path | None) -> list[Results]:
         """Evaluate a suite for both models in a separate process, and return the change of its headline scores."""
-        models = ["--model", self.model, *(["--adapter", str(self.adapter)] if self.adapter else [])]
-        models += ["--base", self.base] if self.base else []
-        options = [*(["--data", str(data)] if data else []), *(["--limit", str(self.limit)] if self.limit else [])]
-        options += [
+        words = eval_run(
+            self.model,
+            adapter=self.adapter,
+            base=self.base or None,
+            suite=suite,
+            data=data,
+            limit=self.limit or None,
+            output_dir=self.folder,
+        )
+        options = [
             *(["--dtype", self.dtype] if self.dtype else []),
             *(["--device", self.device] if self.device else []),
         ]
-        command = [
-            sys.executable, "-m", "milora_eval", "run", *models, "--suite", suite, *options, "--with_base",
-            "--forgetting_tokens", "0", "--output_dir", str(self.folder), "--format", "json",
-        ]  # fmt: skip
+        command = [sys.executable, "-m", *words, *options, "--forgetting_tokens", "0", "--format", "json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode != 0:
             raise UserError(

@@ -10,23 +10,14 @@ from pathlib import Path
 
 from milora_vl.base.errors import Key, UserError
 from milora_vl.cli.command_line import suggest
+from milora_vl.cli.eval_command import eval_trained
 from milora_vl.recipe.schema import EvalConfig
 
 
 def commands(config: EvalConfig, *, model: str, output_dir: Path) -> list[list[str]]:
-    """Return one command per suite, without the interpreter, as a user would type it.
-
-    It evaluates the base model and the trained model.
-    """
-    is_whole_model = (output_dir / "config.json").is_file()
-    what = ["--model", str(output_dir), "--base", model]
-    if not is_whole_model:
-        what = ["--model", model, "--adapter", str(output_dir)]
-    options = [] if config.data is None else ["--data", config.data]
-    options += [] if config.limit is None else ["--limit", str(config.limit)]
+    """Return one command per suite, without the interpreter: it evaluates the base model and the trained model."""
     return [
-        ["-m", "milora_eval", "run", *what, "--suite", suite, *options, "--with_base", "--output_dir", str(output_dir)]
-        for suite in config.suites
+        ["-m", *eval_trained(output_dir, model, suite, data=config.data, limit=config.limit)] for suite in config.suites
     ]
 
 

@@ -82,6 +82,12 @@ def unlock(folder: Path, held: FileLock) -> None:
     held.release()
 
 
+def require_free(folder: Path) -> None:
+    """Raise UserError if a process trains in `folder` now."""
+    if (folder / LOCK).exists():  # a training that was killed leaves the file, without the lock
+        unlock(folder, lock(folder))
+
+
 def default_path(recipe: Recipe, now: datetime) -> Path:
     """Return runs/MODEL/METHOD/TIME, such as `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`.
 
@@ -106,8 +112,7 @@ def choose(path: Path, resume: str | None) -> RunFolder:
     Raises UserError, before anything is written, if a run would be overwritten or if there is nothing to resume.
     """
     require_folder(path)
-    if (path / LOCK).exists():  # a training that was killed leaves the file, without the lock
-        unlock(path, lock(path))
+    require_free(path)
     wanted = checkpoints.asked_for(resume)
     if wanted is None:
         _refuse_to_overwrite(path)

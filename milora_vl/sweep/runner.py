@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from filelock import FileLock, Timeout
 from milora_eval.scores.results import require_lines
 from milora_vl.base.atomic_write import read_json, write_json, write_text
 from milora_vl.base.errors import UserError
-from milora_vl.plan.run_lock import require_free
+from milora_vl.cli.eval_command import eval_trained
+from milora_vl.plan.run_folder import require_free
 from milora_vl.recipe.schema import Recipe
 from milora_vl.sweep.cells import Cell, recipe_of
 
@@ -86,14 +87,9 @@ class Sweep:
         return ["-m", "milora_vl.train", *words]
 
     def evaluating(self, cell: Cell) -> list[str]:
-        """Return the command that evaluates a trained cell; a config.json in its folder means a full training."""
-        run = str(self.run_folder(cell))
-        tuned = ["--model", self.recipe.model, "--adapter", run]
-        if (self.run_folder(cell) / "config.json").is_file():
-            tuned = ["--model", run, "--base", self.recipe.model]
-        command = ["-m", "milora_eval", "run", *tuned, "--suite", self.evaluation.suite, "--output_dir", run]
-        command += ["--data", self.evaluation.data] if self.evaluation.data else []
-        return command + (["--limit", str(self.evaluation.limit)] if self.evaluation.limit else [])
+        """Return the command that evaluates a trained cell."""
+        run, (suite, data, limit) = self.run_folder(cell), astuple(self.evaluation)
+        return ["-m", *eval_trained(run, self.recipe.model, suite, data=data, limit=limit, with_base=False)]
 
 
 def run_cells(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from milora_vl import apply_milora, keep_protected, load_adapter, load_model, save_adapter
+from milora_vl.plan.base import find_base
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main
 from milora_vl.train.model import load_base
@@ -72,13 +73,13 @@ def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
     """LLaVA's --bits, --quant_type and --double_quant; 4 bits are multiplied in the precision of the run."""
     content = {"model": str(folder), "quantization": "4bit", "quant_type": "fp4", "double_quant": False}
     for train, dtype in (({"bf16": True}, torch.bfloat16), ({}, torch.float32)):
-        model = load_base(Recipe.parse({**content, "train": train}), torch.float32, torch.device("cpu"))[0]
+        recipe = Recipe.parse({**content, "train": train})
+        model = load_base(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))[0]
         layer = model.get_submodule(Q)
         state = layer.weight.quant_state
         assert (state.quant_type, state.nested, layer.compute_dtype) == ("fp4", False, dtype)
-    default = load_base(
-        Recipe.parse({"model": str(folder), "quantization": "4bit"}), torch.float32, torch.device("cpu")
-    )
+    recipe = Recipe.parse({"model": str(folder), "quantization": "4bit"})
+    default = load_base(recipe, find_base(str(folder)), torch.float32, torch.device("cpu"))
     assert default[0].get_submodule(Q).weight.quant_state.nested
 
 

@@ -10,7 +10,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, dataloader
 
-from milora_vl.compat.torch import FailedBatch, call_on_plain_tensors, change_class, has_hooks
+from milora_vl.compat.torch import (
+    FailedBatch,
+    after_operations,
+    call_on_plain_tensors,
+    change_class,
+    has_hooks,
+    without_data,
+)
 
 
 class Strict(torch.Tensor):
@@ -53,3 +60,11 @@ def test_a_loader_raises_the_error_of_a_failed_batch() -> None:
     assert "ExceptionWrapper" in inspect.getsource(dataloader)
     with pytest.raises(KeyError, match="as it is"):
         next(iter(DataLoader([1], num_workers=1, collate_fn=fails)))
+
+
+def test_operations_without_data_are_seen_with_their_sizes() -> None:
+    shapes: list[tuple[int, ...]] = []
+    with without_data(), after_operations(lambda tensor: shapes.append(tuple(tensor.shape))):
+        product = torch.ones(3, 4) @ torch.ones(4, 5)
+    assert product.device.type == "cpu"
+    assert shapes[-1] == (3, 5)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, LlavaProcessor, ProcessorMixin, Trainer
+from transformers import LlamaForCausalLM, LlavaProcessor, ProcessorMixin, Trainer, TrainingArguments
 from transformers.integrations import deepspeed
 
 from milora_vl.compat.trainer import CheckpointTrainer
+from milora_vl.compat.transformers import unstarted_arguments, use_one_gpu
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,12 @@ def test_processors_expand_placeholders_and_count_tokens_as_before() -> None:
     assert "self.get_text_with_replacements(" in inspect.getsource(ProcessorMixin)
     counts = inspect.signature(LlavaProcessor._get_num_multimodal_tokens)
     assert "image_sizes" in counts.parameters
+
+
+def test_arguments_choose_no_device_and_one_gpu_can_be_set(tmp_path: Path) -> None:
+    assert "_setup_devices" in vars(TrainingArguments)
+    args = unstarted_arguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.device.type == "cpu"
+    assert args.n_gpu == 0
+    use_one_gpu(args)
+    assert args.n_gpu == 1
