@@ -23,6 +23,7 @@ from milora_vl.recipe.schema import Recipe
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
 LOCK = "_running.lock"  # the hub's upload leaves out names that begin with _
+WAIT = 8.0  # seconds for the lock: loader processes of a killed training notice its end, and leave, within five
 OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html")
 
 
@@ -64,7 +65,7 @@ def lock(folder: Path) -> FileLock:
     """
     held = FileLock(folder / LOCK)
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=WAIT)
     except Timeout:
         raise UserError(
             "another training runs in this folder",

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from milora_vl.adapter.apply import apply_milora
+from milora_vl.plan import rates
 from milora_vl.plan.screen import Screen, policy_rows, trainable_line, trained_sizes
 from milora_vl.policy import Policy
-from milora_vl.recipe import rates
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4},
