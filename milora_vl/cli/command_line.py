@@ -22,7 +22,7 @@ from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.errors import Key, Problem, UserError
 from milora_vl.base.secrets import without_secrets
 from milora_vl.cli.web import url_problem
 
@@ -61,7 +61,7 @@ def no_folder(path: Path, flag: str, what: str = "folder") -> Problem:
     return Problem(f"no such {what}: {path}", "path-missing", flag, beside(path))
 
 
-def require_folder(path: Path, flag: str = "--output_dir", *, is_written: bool = True) -> None:
+def require_folder(path: Path, flag: str | Key = "--output_dir", *, is_written: bool = True) -> None:
     """Raise UserError, at `flag`, if `path` is not a folder that can be written to, or created. Writes nothing.
 
     With `is_written` False, a folder that can only be read is accepted.

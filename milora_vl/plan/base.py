@@ -11,7 +11,7 @@ from torch import nn
 
 from milora_data.pictures.anyres import Tiling
 from milora_vl.base.errors import Key, UserError
-from milora_vl.cli.output import require_folder
+from milora_vl.cli.command_line import require_folder
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.image_tokens import image_tokens, tiling_of, uses_processor

@@ -195,18 +195,8 @@ def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[
 
     Unsupported names with their default value are dropped and not returned.
     """
-    out = dict(train)
-    if "activation_checkpointing" not in fields:
-        for new, old in (
-            ("activation_checkpointing", "gradient_checkpointing"),
-            ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
-        ):
-            if new in out:
-                out[old] = out.pop(new)
-    if "warmup_ratio" in fields and 0 < out.get("warmup_steps", 0) < 1:
-        out["warmup_ratio"] = out.pop("warmup_steps")
-    if "train_sampling_strategy" not in fields and "train_sampling_strategy" in out:
-        out["group_by_length"] = out.pop("train_sampling_strategy") == "group_by_length"
+    older = {name: f"gradient_{name.removeprefix('activation_')}" for name in train if name.startswith("activation_")}
+    out = {name if name in fields else older.get(name, name): value for name, value in train.items()}
     absent = sorted(name for name in out if name not in fields)
     unsupported = [name for name in absent if out[name] != flags()[name].default]
     return {name: value for name, value in out.items() if name in fields}, unsupported

@@ -46,9 +46,9 @@ def test_what_a_recipe_holds_is_what_training_arguments_take(tmp_path: Path) -> 
 
 
 def test_an_older_transformers_gets_its_own_names() -> None:
-    train = {"warmup_steps": 0.1, "activation_checkpointing": True, "train_sampling_strategy": "group_by_length"}
-    fields = dict.fromkeys(["warmup_steps", "warmup_ratio", "gradient_checkpointing", "group_by_length"])
-    expected = {"warmup_ratio": 0.1, "gradient_checkpointing": True, "group_by_length": True}
+    train = {"warmup_steps": 0.1, "activation_checkpointing": True}
+    fields = dict.fromkeys(["warmup_steps", "gradient_checkpointing"])
+    expected = {"warmup_steps": 0.1, "gradient_checkpointing": True}
     assert hf_flags.for_installed(train, fields) == (expected, [])
     assert hf_flags.for_installed({"use_cache": True, "ray_scope": "last"}, fields) == ({}, ["use_cache"])
 
