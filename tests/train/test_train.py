@@ -223,7 +223,7 @@ def test_a_mistake_is_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('[{"id": 1,\n "conversations": [}\n]')
     done = run_program(["milora_vl.train", *"--model tiny --rank 4 --data_path broken.json".split()], cwd=tmp_path)
     assert done.returncode == 2
-    assert "broken.json:record 2" in done.stderr
+    assert "broken.json:2" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
