@@ -30,7 +30,7 @@ from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
 from milora_vl.models.generate import require_askable
-from milora_vl.models.loading import load_processor, split_processor
+from milora_vl.models.loading import split_processor
 from milora_vl.plan.base import find_base
 from milora_vl.plan.prompts import prompts_of
 
