@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from milora_vl.forecast.simulate import Resident, Shape
     from milora_vl.policy import Target
 
-pytest_plugins = ["support.cpu_seconds"]
 Made = tuple[Any, Any]
 
 
