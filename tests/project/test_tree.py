@@ -87,7 +87,7 @@ def test_no_file_names(what: str) -> None:
 
 
 def inner_imports(path: Path) -> int:
-    """Imports of our own modules inside functions."""
+    """Imports of our own modules inside functions; those of `compat`, which belong there, do not count."""
     functions = (
         node
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -98,7 +98,7 @@ def inner_imports(path: Path) -> int:
     }
     ours = {package.strip("/").split("/")[-1] for package in PACKAGES}
     modules = ((node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports)
-    return sum(module.split(".")[0] in ours for module in modules)
+    return sum(module.split(".")[0] in ours for module in modules if not module.startswith("milora_vl.compat"))
 
 
 def test_imports_inside_functions_have_a_reason() -> None:
