@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from milora_vl.base.errors import UserError
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -62,13 +60,3 @@ def shuffled(num_records: int, batch_size: int, seed: int) -> Iterator[list[int]
         order: list[int] = torch.randperm(num_records, generator=generator).tolist()
         for start in range(0, num_records - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
-
-
-def no_calibration(task: str) -> UserError:
-    """Return the error of a task that has nothing general to calibrate with, except what it measures."""
-    return UserError(
-        f"task {task} has no calibration inputs",
-        code="study-no-calibration",
-        where="protect",
-        hint="remove  protect: {inputs: p}  from the arms of this study",
-    )

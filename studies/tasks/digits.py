@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from milora_vl.base.errors import UserError
 from studies.linear_gru import LinearGru
-from studies.task import Measured, no_calibration, shuffled
+from studies.task import Measured, shuffled
 
 NUM_TRAIN, NUM_VALIDATION = 1000, 300  # the other 497 digits are the test set
 BASE_BATCH, BASE_RATE, BASE_SEED = 64, 3e-3, 0
@@ -73,7 +74,12 @@ class _Digits(ABC):
 
     def calibration(self) -> NoReturn:
         """Raise UserError: the task and the measurement of forgetting use all pictures."""
-        raise no_calibration("digits")
+        raise UserError(
+            "the digits have no calibration inputs",
+            code="study-no-calibration",
+            where="protect",
+            hint="remove  protect: {inputs: p}  from the arms of this study",
+        )
 
     def measure(self, model: nn.Module) -> Measured:
         """Measure loss (300 digits) and accuracy (497) on held-out rotated digits, and forgetting on upright digits."""

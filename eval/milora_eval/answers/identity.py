@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from milora_data.encode.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, NON_LORA, PROJECTOR_FILES, holds_adapter, holds_residual
+from milora_vl.adapter.names import PREFIX
 
 FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
 # A residual adapter consists of its factors and of the residual base beside them.
@@ -80,4 +80,4 @@ def _base_name(name: str) -> str | None:
     """Return a weight's name without PEFT's prefixes and suffixes; None for a weight of an adapter."""
     if "lora_" in name or ".modules_to_save." in name:
         return None
-    return re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)", "", name)
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
