@@ -77,7 +77,8 @@ def _name_language_model(config: Any) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.model_type in ("llava", "llava_next") and not config.text_config.architectures:
-        config.text_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config.text_config)].__name__]
+        classes: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+        config.text_config.architectures = [classes[type(config.text_config)].__name__]
 
 
 def convert_model(

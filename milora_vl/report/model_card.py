@@ -6,20 +6,20 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from milora_vl.adapter.checkpoints import read_environment
 from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
 
 UNFINISHED = (
     "This training did not finish, so this folder has no final weights. To resume, repeat the command of\n"
     "`environment.json` with `--resume_from_checkpoint auto`."
 )
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FRONT = re.compile(r"---\n(.*?)^---$", re.DOTALL | re.MULTILINE)
 SCORES_BEGIN, SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
 
 
@@ -28,7 +28,7 @@ def render(path: Path, recipe: Recipe) -> str:
     environment = read_environment(path)
     base = str(environment.get("base", recipe.model))
     parts = [
-        _written(_front_matter(path, recipe, base)),
+        f"---\n{_front_matter(path, recipe, base).to_yaml()}\n---",
         f"# {path.resolve().name}",
         _summary(path, recipe, environment),
         "## Use\n\n" + (_usage(path, recipe, base) if environment.get("finished") else UNFINISHED),
@@ -40,50 +40,55 @@ def render(path: Path, recipe: Recipe) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(path: Path, recipe: Recipe, base: str) -> dict[str, Any]:
-    """Return the front matter in the hub's schema, where names of folders and of local files are invalid.
+def _front_matter(path: Path, recipe: Recipe, base: str) -> ModelCardData:
+    """Return the front matter for hubs, where names of folders and of local files are invalid.
 
     The license is the base model's, which the hub calls `other` with a name and a link.
     """
+    from huggingface_hub import ModelCardData
+
     is_adapter, is_on_hub = has_config(path), _HUB_ID.fullmatch(base) is not None and not Path(base).is_dir()
-    link = {"license_link": f"https://huggingface.co/{base}"} if is_on_hub and "/" in base else {}
     sets = [name.removeprefix("hub:").split(":")[0] for name in _data_files(recipe) if name.startswith("hub:")]
-    return {
-        **({"base_model": base} if is_on_hub else {}),
-        **({"base_model_relation": "adapter" if is_adapter else "finetune"} if is_on_hub else {}),
-        "library_name": "peft" if is_adapter else "transformers",
-        "license": "other",
-        "license_name": "license-of-the-base-model",
-        **link,
-        "pipeline_tag": _task(path),
-        "tags": sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
-        **({"datasets": sets} if sets else {}),
-        **_results(path),
-    }
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if is_adapter else "finetune"} if is_on_hub else {}
+    return ModelCardData(
+        base_model=base if is_on_hub else None,
+        library_name="peft" if is_adapter else "transformers",
+        license="other",
+        license_name="license-of-the-base-model",
+        license_link=f"https://huggingface.co/{base}" if is_on_hub and "/" in base else None,
+        pipeline_tag=_task(path),
+        tags=sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
+        datasets=sets or None,
+        model_name=path.resolve().name,
+        eval_results=_results(path) or None,
+        **relation,
+    )
 
 
 def _task(path: Path) -> str:
     return "text-generation" if holds_text_model(path) else "image-text-to-text"
 
 
-def _results(path: Path) -> dict[str, Any]:
-    """Return `metrics` and `model-index` with the headline of each benchmark of the finished model, if any."""
-    results, metrics = [], []
+def _results(path: Path) -> list[EvalResult]:
+    """Return the headline of each benchmark of the finished model."""
+    from huggingface_hub import EvalResult
+
+    results = []
     for file in sorted(path.glob("eval/*/final/results.json")):
         for benchmark in _json(file).get("benchmarks", []):
             for metric in benchmark["metrics"][:1]:
                 factor = 100 if metric.get("unit", "fraction") == "fraction" else 1
-                value = {"type": "accuracy", "name": metric["name"], "value": round(factor * metric["value"], 2)}
-                data = {"name": benchmark["name"], "type": benchmark["name"]}
-                results.append({"task": {"type": _task(path)}, "dataset": data, "metrics": [value]})
-                metrics.append("accuracy")
-    if not results:
-        return {}
-    return {"metrics": sorted(set(metrics)), "model-index": [{"name": path.resolve().name, "results": results}]}
-
-
-def _written(front: dict[str, Any]) -> str:
-    return "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---"
+                results.append(
+                    EvalResult(
+                        task_type=_task(path),
+                        dataset_type=benchmark["name"],
+                        dataset_name=benchmark["name"],
+                        metric_type="accuracy",
+                        metric_name=metric["name"],
+                        metric_value=round(factor * metric["value"], 2),
+                    )
+                )
+    return results
 
 
 def update_scores(path: Path) -> None:
@@ -91,22 +96,17 @@ def update_scores(path: Path) -> None:
 
     The rest, which users may edit, does not change.
     """
-    card = path / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    from huggingface_hub import ModelCard
+
+    file = path / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
     before, begin, tail = text.partition(SCORES_BEGIN)
     _, end, after = tail.partition(SCORES_END)
     if begin and end:
-        card.write_text(_with_results(before, _results(path)) + _scores(path) + after, encoding="utf-8")
-
-
-def _with_results(text: str, results: dict[str, Any]) -> str:
-    """Return the begin of a card with other results in its front matter; unchanged without front matter."""
-    found = _FRONT.match(text)
-    if found is None:
-        return text
-    front = yaml.safe_load(found[1]) or {}
-    kept = {key: value for key, value in front.items() if key not in ("metrics", "model-index")}
-    return _written(kept | results) + text[found.end() :]
+        card = ModelCard(before + _scores(path) + after, ignore_metadata_errors=True)
+        data: Any = card.data
+        data.model_name, data.eval_results = path.resolve().name, _results(path) or None
+        file.write_text(str(card), encoding="utf-8")
 
 
 def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
