@@ -5,6 +5,7 @@ Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from milora_vl.adapter.base_check import fitted, require_same_kind
@@ -85,6 +88,8 @@ class MiloraMixin(PeftModel):
             )
         self._require_halves()
         self._warn_of_overlap()
+        if save_embedding_layers == "auto":
+            save_embedding_layers = self._vocabulary_has_grown()
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = self._outside_inputs(joined_state(self._with_anchors(kwargs["state_dict"])))
         for name in selected_adapters or self.peft_config:
@@ -215,6 +220,15 @@ class MiloraMixin(PeftModel):
         }
         missing = {name for name, delta in halves.items() if delta in state and name not in state}
         return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
+
+    def _vocabulary_has_grown(self) -> bool:
+        """Return True if the embeddings were resized, compared with a locally available config of the base model.
+
+        PEFT would query the hub at every save, which costs half a minute of retries on a machine without network.
+        """
+        original = _local_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
+        current = BaseTuner.get_model_config(self.get_base_model())
+        return "vocab_size" in original and original["vocab_size"] != current.get("vocab_size")
 
     def add_adapter(
         self,
@@ -424,3 +438,13 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, replace(sidecar, anchors=()))
     return ours
+
+
+def _local_config(name: str) -> dict[str, Any]:
+    """Return config.json of a base model from its folder or the hub's cache; empty if it is in neither."""
+    file: Any = Path(name) / "config.json"
+    if not file.is_file() and name.count("/") <= 1:
+        file = try_to_load_from_cache(name, "config.json") if name else None
+    if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
+        return {}
+    return dict(json.loads(Path(file).read_text(encoding="utf-8")))
