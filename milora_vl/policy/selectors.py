@@ -119,7 +119,7 @@ class Selector:
         if not whole_modules and any(fnmatchcase(p, text) for p in self.modules):
             kinds = sorted({type(m).__name__ for p, m in self.modules.items() if fnmatchcase(p, text)})
             lines.append(f"it matches modules of type {', '.join(kinds[:4])}, which adapters do not support")
-        experts = [path for path in self.experts() if self._means_experts(text, path)]
+        experts = self.experts()
         if experts:
             lines.append(f"{experts[0]} holds its experts in 3-D weights, which adapters do not support")
             lines.append(f"to train them in full, select the module:  {{modules: {experts[0]}, method: full}}")
@@ -139,16 +139,6 @@ class Selector:
         if near:
             lines.append(f"did you mean  {'  or  '.join(near)}?")
         return "\n".join(lines)
-
-    def _means_experts(self, text: str, path: str) -> bool:
-        """Return True if `text` selects the experts at `path`, or one of their weights."""
-        names = [path, *(f"{path}.{name}" for name, _ in self.modules[path].named_parameters(recurse=False))]
-        selector = _TOWER_SELECTOR.fullmatch(text)
-        if selector is None:
-            return any(fnmatchcase(name, text) for name in names)
-        tail = selector["tail"]
-        in_tail = tail in (None, "mlp") or any(name.endswith(f".{tail}") for name in names)
-        return in_tail and self.towers.tower_of(path) == selector["tower"]
 
     def _names(self) -> list[str]:
         """Return tower selectors that match something in this model."""
