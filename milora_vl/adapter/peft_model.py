@@ -282,8 +282,9 @@ class MiloraMixin(PeftModel):
         with self._keeps_residual_anchor(adapter_name):
             with read_by_peft(self.get_base_model(), Path(model_id)):
                 result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-                if result.missing_keys:
-                    raise KeyError(result.missing_keys[0])
+                missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
+                if missing:
+                    raise KeyError(missing[0])
             if sidecar is not None:
                 restore(self, adapter_name, sidecar, anchors)
         if sidecar is not None and is_trainable and existing is None:
