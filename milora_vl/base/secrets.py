@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import json
 import os
 import re
 from functools import lru_cache
@@ -29,9 +27,9 @@ _BEARER = re.compile(r"(?P<start>\bAuthorization: *Bearer |\bBearer (?=\S*\d))[\
 def without_secrets(text: str) -> str:
     """Return `text` with secrets replaced by `***`.
 
-    Secrets are the values of environment variables whose names end with TOKEN, SECRET, API_KEY and the like, also as
-    JSON and HTML write them, users and passwords in URLs, their queries that are named so, and tokens of known form. A
-    value of letters alone is taken for a word (`WANDB_API_KEY=disabled`).
+    Secrets are the values of environment variables whose names end with TOKEN, SECRET, API_KEY and the like, users and
+    passwords in URLs, their queries that are named so, and tokens of known form. A value of letters alone is taken for
+    a word (`WANDB_API_KEY=disabled`).
 
     >>> without_secrets("https://me:pass@example.org/a?x=1&token=abc")
     'https://***@example.org/a?x=1&token=***'
@@ -55,11 +53,4 @@ def _secrets(environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
         if user is not None:
             found |= {part for part in (user[1], user[1].partition(":")[2]) if len(part) >= _LEAST}
     found = {secret for secret in found if not secret.isalpha()}
-    found |= {
-        form for secret in found for form in (_in_json(secret), html.escape(secret), _in_json(html.escape(secret)))
-    }
     return tuple(sorted(found, key=len, reverse=True))
-
-
-def _in_json(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]

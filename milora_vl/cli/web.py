@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from milora_vl.base.errors import Problem
 
@@ -23,16 +23,8 @@ def web_address(path: str | Path) -> str | None:
 
 
 def url_problem(path: str | Path) -> Problem | None:
-    """Return the problem of a web address or a file URL in place of a path; None for a path.
-
-    The hint is a command that downloads the file, or the path in the URL.
-    """
+    """Return the problem of a web address in place of a path; None for a path. The hint is a command to download it."""
     address = web_address(path)
-    local = re.match(r"file:/+(?:localhost/)?", str(path), re.IGNORECASE)
-    if local is not None:
-        name = "/" + unquote(str(path)[local.end() :])
-        message, hint = f"file://{name} is a URL; expected a path", f"use the path:  {shlex.quote(name)}"
-        return Problem(message, code="path-file-url", hint=hint)
     if address is None:
         return None
     name = Path(urlsplit(address).path).name

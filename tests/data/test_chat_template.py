@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.lengths import encoded_lengths
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
 from milora_data.records.record import Turn, parse_record
 from milora_vl import load_model
@@ -82,17 +81,6 @@ def test_what_a_template_puts_between_the_prompt_and_the_answer_is_learnt() -> N
     )
 
 
-def test_of_several_templates_the_default_one_is_taken() -> None:
-    several = with_template(BYTE_BPE, {"default": SMOLLM2, "tools": "{{ raise_exception('no') }}"})
-    one = with_template(BYTE_BPE, SMOLLM2)
-    made = [
-        encode(record(CONVERSATIONS[0]), each, template="chat_template", image_token_id=-1) for each in (several, one)
-    ]
-    assert made[0] == made[1]
-    with raises_code("template-missing", message="no chat template"):
-        ImageTextCollator(with_template(BYTE_BPE, {"tools": SMOLLM2}), template="chat_template")
-
-
 def test_the_collator_takes_it_and_refuses_a_tokenizer_without_one() -> None:
     tokenizer = with_template(BYTE_BPE, SMOLLM2)
     batch = ImageTextCollator(tokenizer, template="chat_template")([record(turns) for turns in CONVERSATIONS])
@@ -101,15 +89,6 @@ def test_the_collator_takes_it_and_refuses_a_tokenizer_without_one() -> None:
     assert learnt == ends
     with raises_code("template-missing"):
         ImageTextCollator(BYTE_BPE, template="chat_template")
-
-
-def test_lengths_are_counted_again_for_another_chat_template(tmp_path: Path) -> None:
-    records = [parse_record(record(turns)) for turns in CONVERSATIONS]
-    for template in (SMOLLM2, SMOLLM2.replace("You are", "You really are")):
-        tokenizer = with_template(BYTE_BPE, template)
-        settings: dict[str, Any] = {"template": "chat_template", "image_tokens": 0}
-        kept = encoded_lengths(records, tokenizer, beside=tmp_path / "data.json", **settings)
-        assert kept == encoded_lengths(records, tokenizer, **settings)
 
 
 def test_exact_prompts_keep_the_text_as_it_stands(tmp_path: Path) -> None:

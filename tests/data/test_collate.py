@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,11 +58,6 @@ def test_rows_are_padded_on_the_right_and_the_mask_comes_from_lengths(
         assert set(batch["labels"][row, length:].tolist()) <= {IGNORE}
 
 
-def test_width_can_be_a_multiple(make: Callable[..., Any], tiny_records: list[dict[str, Any]]) -> None:
-    assert make(pad_to_multiple_of=64)(tiny_records)["input_ids"].shape[1] % 64 == 0
-    assert make()(tiny_records)["input_ids"].shape[1] % 64 != 0
-
-
 def test_pictures_come_in_the_order_of_records_and_turns(make: Callable[..., Any]) -> None:
     records = [
         question("<image> or <image>?", image=["2.png", "0.png"]),
@@ -87,21 +81,6 @@ def test_pad_equals_the_processors_own_padding_and_is_not_done_twice(
     cropped = processor.image_processor(images=[picture], do_pad=False, return_tensors="pt")["pixel_values"]
     assert torch.equal(make(image_aspect_ratio="plain")(record)["pixel_values"], cropped)
     assert not torch.equal(theirs, cropped)
-
-
-def test_a_processor_that_cannot_pad_gets_a_padded_picture(make: Callable[..., Any], tiny_data: Path) -> None:
-    from transformers import CLIPImageProcessor
-
-    Image.new("RGB", (60, 20), (255, 0, 0)).save(tiny_data / "images" / "red.png")
-    clip = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30}, resample=0)
-    collator = make()
-    collator.image_processor = clip
-    pixels = collator([question("<image>", image="red.png")])["pixel_values"][0]
-    color = torch.tensor([int(255 * mean) / 255 for mean in clip.image_mean])
-    border = (color - torch.tensor(clip.image_mean)) / torch.tensor(clip.image_std)
-    assert torch.allclose(pixels[:, 0, 15], border, atol=1e-5)
-    assert torch.allclose(pixels[:, -1, 0], border, atol=1e-5)
-    assert pixels[0, 15, 15] > 1.5
 
 
 def test_a_batch_without_pictures_keeps_the_projector_in_the_graph(
@@ -129,12 +108,6 @@ def test_a_batch_without_pictures_keeps_the_projector_in_the_graph(
     assert torch.allclose(model(**text_only).loss, loss, atol=1e-6)
 
 
-def test_the_hidden_picture_uses_the_padding_that_is_there(make: Callable[..., Any]) -> None:
-    long = question("A question of some length, so that sixteen more fit behind the short one.", "Yes.")
-    both, one = make()([long, question("a", "b")]), make(image_tokens=0)([long])
-    assert both["input_ids"].shape[1] == one["input_ids"].shape[1]
-
-
 def test_a_text_only_model_gets_no_pixels_and_refuses_pictures(make: Callable[..., Any]) -> None:
     collator = make()
     collator.image_processor = None
@@ -149,16 +122,6 @@ def test_what_exceeds_max_length_is_cut_and_counted(make: Callable[..., Any]) ->
     batch = collator([record, question("a", "b")])
     assert int(batch["attention_mask"].sum(1).max()) == 250
     assert collator.counts()["cut"] == 1
-
-
-def test_a_picture_that_is_cut_off_is_not_loaded(make: Callable[..., Any]) -> None:
-    record = question("<image>\nWhat?", "Yes.", image=["0.png", "no such file.png"])
-    record["conversations"] += question("<image>\nAnd this?", "No.")["conversations"]
-    whole = encode(record, make().tokenizer, image_token_id=make().image_token_id, image_tokens=TOKENS)
-    second = [i for i, token in enumerate(whole.input_ids) if token == make().image_token_id][TOKENS]
-    batch = make(max_length=second + 3)([record])
-    assert batch["pixel_values"].shape[0] == 1
-    assert batch["input_ids"].shape[1] == second
 
 
 def test_a_record_with_nothing_to_learn_is_left_out_and_counted(
@@ -235,13 +198,6 @@ def test_the_picture_token_is_the_tokenizers_own_unless_given(
     assert make(image_token_id=None).image_token_id == image_id(processor)
     with raises_code("tokenizer-no-image-token", message="no <image> token", hint="image_token_id"):
         ImageTextCollator(llama_tokenizer("new"), processor.image_processor)
-
-
-def test_it_can_be_pickled(make: Callable[..., Any], tiny_records: list[dict[str, Any]]) -> None:
-    collator = make()
-    again = pickle.loads(pickle.dumps(collator))
-    ours, theirs = collator(tiny_records), again(tiny_records)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_the_stock_trainer_takes_it(

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from milora_data.pictures.files import StoredPicture
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import Record, Turn
 
@@ -32,15 +31,6 @@ def test_it_is_a_sequence_of_the_same_records() -> None:
     with pytest.raises(IndexError):
         compact[7]
     assert not CompactRecords([])
-
-
-def test_copies_by_weight_and_stored_pictures_are_kept_once() -> None:
-    record = Record("a", (StoredPicture("a.png", b"x" * MEGABYTE),), ())
-    compact = CompactRecords([record] * 5)
-    assert len(pickle.dumps(compact)) < 1.1 * MEGABYTE
-    picture = compact[4].images[0]
-    assert isinstance(picture, StoredPicture)
-    assert picture.content == b"x" * MEGABYTE
 
 
 def private() -> int:

@@ -212,27 +212,6 @@ def test_the_boxes_of_refcoco_are_those_that_its_benchmark_expects(tmp_path: Pat
     assert RefCOCO().score(asked[0], record.turns[1].text) == 1.0
 
 
-def test_files_without_a_record_for_us_are_no_data_set(tmp_path: Path) -> None:
-    with raises_code(
-        "convert-no-records", says=r"problems\.json: no record of split minival \(--split\)(.|\n)*nothing was written"
-    ):
-        convert("scienceqa", {"problems.json": {"1": {"split": "train"}}}, tmp_path, "--split", "minival")
-    assert not (tmp_path / "out").exists()
-
-
-def test_questions_without_an_annotation_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert("vqav2", VQA | {"a.json": {"annotations": VQA["a.json"]["annotations"][:1]}}, tmp_path)
-    assert "left out: 2 questions without an annotation" in capsys.readouterr().err
-
-
-def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
-    (tmp_path / "refs.p").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-    (tmp_path / "i.json").write_text(json.dumps(INSTANCES))
-    files = [str(tmp_path / "refs.p"), str(tmp_path / "i.json")]
-    with raises_code("data-unsafe-pickle", message="data alone", kind=DataError):
-        main(["convert", "--from", "refcoco", *files, "--output_dir", str(tmp_path / "out")])
-
-
 def test_tables_have_columns_of_many_names(tmp_path: Path) -> None:
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows(

@@ -64,21 +64,6 @@ def test_parquet_is_read_with_its_pictures_and_can_be_written_out(parquet: Path,
     assert main(["check", str(tmp_path / "out" / "data.json")]) == 0
 
 
-@pytest.mark.parametrize("name", ["n\0ul.png", "a" * 300 + ".png", "/", "..", "../../up.png", "a." + "b" * 300])
-def test_names_that_no_file_may_have_are_made_into_some(name: str, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
-    rows = pa.table({"image": [{"bytes": png("red"), "path": name}], "conversations": [turns]})
-    pq.write_table(rows, tmp_path / "rows.parquet")
-    out = tmp_path / "in" / "out"
-    assert main(["convert", "--from", "hub", str(tmp_path / "rows.parquet"), "--output_dir", str(out)]) == 0
-    assert main(["check", str(out / "data.json"), "--image_folder", str(out / "images")]) == 0
-    assert len(list((out / "images").iterdir())) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "rows.parquet"]
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_what_is_broken_off_leaves_nothing_in_the_way_of_the_next_try(
     error: type[BaseException], parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -94,16 +79,6 @@ def test_what_is_broken_off_leaves_nothing_in_the_way_of_the_next_try(
             main(words)
     assert not list((tmp_path / "out").iterdir())
     assert main(words) == 0
-
-
-def test_json_alone_is_on_stdout_with_held_out_records_too(
-    parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    words = ["convert", "--from", "hub", str(parquet), "--output_dir", str(out), "--hold_out", "1", "--format", "json"]
-    assert main(words) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said == {"file": str(out / "data.json"), "records": 1, "held_out": str(out / "eval.json")}
 
 
 def test_webdataset_shards_are_read(tmp_path: Path) -> None:

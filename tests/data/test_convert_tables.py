@@ -64,13 +64,6 @@ def test_a_table_in_another_encoding_is_said_to_be_one(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_captions_in_another_encoding_are_said_to_be_so(tmp_path: Path) -> None:
-    Image.new("RGB", (20, 10), "red").save(tmp_path / "a.jpg")
-    (tmp_path / "captions.json").write_bytes('{"a.jpg": "Grün"}'.encode("latin-1"))
-    with raises_code("data-not-utf8", where="captions.json", message="not UTF-8 (byte 0xfc)", kind=DataError):
-        convert_file(tmp_path, "folder", tmp_path / "out")
-
-
 def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my pictures"
     folder.mkdir()

@@ -17,20 +17,10 @@ from milora_data.records.record import parse_record
 from milora_data.show.preview import text_pieces, token_pieces
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import parser, suggest
+from milora_vl.cli.command_line import parser
 from support.problems import raises_code
 
 Out = pytest.CaptureFixture[str]
-
-
-def test_commands_need_neither_torch_nor_transformers(tiny_data: Path) -> None:
-    program = (
-        "import sys; from milora_data.__main__ import main\n"
-        f"main(['check', {str(tiny_data / 'train.json')!r}, '--image_folder', {str(tiny_data / 'images')!r}])\n"
-        f"main(['show', {str(tiny_data / 'train.json')!r}]); main(['stats', {str(tiny_data / 'train.json')!r}])\n"
-        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
 
 
 def test_a_mistake_is_a_few_lines_on_stderr_and_exit_2() -> None:
@@ -60,11 +50,6 @@ def test_flags_take_dashes_and_underscores_and_no_guesses() -> None:
         options.parse_args(["--output", "x"])
     with raises_code("command-line", where="--output_dir"):
         options.parse_args(["--output_dir"])
-
-
-def test_near_names_come_nearest_first() -> None:
-    assert suggest("vicuna_v2", ["plain", "vicuna", "vicuna_v1"]) == ["vicuna_v1", "vicuna"]
-    assert suggest("zzz", ["plain"]) == []
 
 
 def test_show_marks_what_is_learnt(tiny_data: Path, capsys: Out) -> None:
@@ -280,31 +265,3 @@ def make_lines(tmp_path: Path) -> Callable[..., Path]:
         return lines
 
     return make
-
-
-def test_a_prompt_without_folder_has_no_effect_and_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    with raises_code("flag-no-effect", where="--prompt"):
-        main(
-            [
-                "convert",
-                "--from",
-                "llava",
-                str(tiny_data / "train.json"),
-                "--output_dir",
-                str(tmp_path),
-                "--prompt",
-                "x",
-            ]
-        )
-
-
-def test_a_folder_of_pictures_is_told_how_it_becomes_records(tiny_data: Path) -> None:
-    with raises_code("data-folder", says=r"a folder(.|\n)*milora_data convert --from folder .*images --output_dir OUT"):
-        main(["check", str(tiny_data / "images")])
-
-
-def test_a_broken_parquet_file_is_an_error_of_ours_alone(tmp_path: Path) -> None:
-    (tmp_path / "l.parquet").write_bytes(b"PAR1 cut off")
-    command = [sys.executable, "-m", "milora_data", "check", str(tmp_path / "l.parquet")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "cannot be read from here on" in done.stdout + done.stderr

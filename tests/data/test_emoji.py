@@ -13,7 +13,7 @@ from PIL import Image
 
 from milora_data.assets import ASSETS, fetch
 from milora_data.emoji import catalogue, command, questions
-from milora_data.emoji.catalogue import KINDS, Emoji
+from milora_data.emoji.catalogue import Emoji
 from milora_data.emoji.questions import TYPES, Pool, a
 from support.problems import raises_code
 
@@ -75,18 +75,6 @@ def test_yes_and_no_are_equally_frequent_and_true(some):
     assert 0.45 < counts["Yes"] / counts.total() < 0.55
 
 
-def test_wrong_names_are_of_the_same_kind(some):
-    pool = Pool(some, random.Random(0))
-    names = pool.other_names(some[0], 3, hard=2)
-    kinds = {thing.name: thing.kind for thing in some}
-    assert [kinds[name] for name in names[:2]] == ["animal", "animal"]
-    assert kinds[names[2]] != "animal"
-
-
-def test_articles():
-    assert [a("dog"), a("owl"), a("grapes"), a("cactus")] == ["a dog", "an owl", "grapes", "a cactus"]
-
-
 def test_no_test_picture_is_shown_in_training(files):
     shown = {r["image"].split("/")[-1] for r in files["train"] + files["captions"] if "image" in r}
     tested = {r["image"] for r in files["test"] if "image" in r}
@@ -103,21 +91,6 @@ def test_a_name_of_two_emoji_is_learned_from_one_and_tested_on_the_other():
     named = [known.intersection(record["answers"]) for record in records if record["type"] == "naming"]
     assert all(named)
     assert len(named) >= 15
-
-
-def test_genders_of_one_emoji_stay_together():
-    places: dict[str, set[str]] = {}
-    for thing in catalogue.catalogue():
-        if thing.kind == "person":
-            places.setdefault(thing.group, set()).add(thing.split)
-    assert len(places) > 100
-    assert all(len(splits) == 1 for splits in places.values())
-
-
-def test_every_kind_is_in_every_split():
-    emojis = catalogue.catalogue()
-    for split in ("train", "val", "test"):
-        assert {thing.kind for thing in emojis if thing.split == split} == set(KINDS)
 
 
 def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, files):
@@ -142,13 +115,6 @@ def test_the_same_seed_gives_the_same_records(some):
     assert questions.training_records(some, 5) != questions.training_records(some, 6)
 
 
-def test_main_colours_of_known_pictures():
-    assert catalogue.main_colour("1F34E") == "red"  # an apple
-    assert catalogue.main_colour("1F438") == "green"  # a frog
-    assert catalogue.main_colour("1F600") == "yellow"  # a smiley
-    assert catalogue.main_colour("1F308") is None  # a rainbow
-
-
 def test_nothing_is_overwritten(folder, tmp_path, capsys):
     assert command.main(["--output_dir", str(folder)]) == 0
     assert "already" in capsys.readouterr().err
@@ -169,18 +135,6 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
 def test_a_mistake_is_told(arguments, code: str, message):
     with raises_code(code, says=message):
         command.main(arguments)
-
-
-def test_credits_stand_beside_the_pictures(folder):
-    readme = (folder / "README.md").read_text()
-    assert "OpenMoji" in readme
-    assert "CC BY-SA 4.0" in readme
-
-
-def test_a_missing_renderer_is_told_with_its_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with raises_code("package-missing", hint="milora-vl[demo]"):
-        catalogue.render("1F600", 13)
 
 
 def test_an_environment_without_pip_is_told_what_it_lacks(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from milora_data.encode.labels import IGNORE, NoSupervisedTokens, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES
 from milora_data.encode.words import words_of
-from milora_data.records.record import IMAGE, Turn, parse_record
+from milora_data.records.record import IMAGE, parse_record
 from milora_vl.base.errors import DataError
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
@@ -193,29 +193,9 @@ def test_the_prompt_is_the_conversation_up_to_its_last_answer(kind: str, value: 
         assert encode_prompt(turns, tokenizer, image_token_id=IMG, image_tokens=4) == prompt
 
 
-def test_a_system_turn_replaces_the_templates_own() -> None:
-    tokenizer = llama_tokenizer("new")
-    turns = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Hello"), Turn("user", "Bye")]
-    text = tokenizer.decode(encode_prompt(turns, tokenizer, image_token_id=IMG))
-    assert text == "<s> Be brief. USER: Hi ASSISTANT: Hello</s>USER: Bye ASSISTANT:"
-
-
 def test_a_prompt_must_end_with_a_question() -> None:
     with raises_code("record-turn-order", message="the last turn must be a question", kind=DataError):
         encode_prompt([], llama_tokenizer("new"), image_token_id=IMG)
-
-
-def test_what_earlier_calls_left_in_the_tokenizer_does_not_matter() -> None:
-    tokenizer = llama_tokenizer("new")
-    value = record("What?", "</s> That.")
-    before = encode(value, tokenizer, image_token_id=IMG)
-    for options in (
-        {"padding": "max_length", "max_length": 400},
-        {"truncation": True, "max_length": 12},
-        {"split_special_tokens": True},
-    ):
-        tokenizer("a b c d", **options)
-        assert encode(value, tokenizer, image_token_id=IMG) == before
 
 
 def test_mistakes_with_tokenizer_and_template_are_explained() -> None:

@@ -56,14 +56,6 @@ def test_cmyk_jpeg_keeps_its_colours(two_colours: Image.Image, tmp_path: Path) -
     assert near(load_image(tmp_path / "a.jpg").getpixel((2, 4)), RED)
 
 
-def test_a_palette_with_transparency_does_not_warn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    image = Image.new("P", (8, 8), 1)
-    image.putpalette([0, 0, 0, *RED])
-    image.save(tmp_path / "a.png", transparency=bytes([0, 128]))
-    assert load_image(tmp_path / "a.png").getpixel((1, 1)) == RED
-    assert not recwarn.list
-
-
 def test_alpha_is_dropped_as_llava_does(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (*RED, 10)).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png").getpixel((1, 1)) == RED
@@ -109,15 +101,6 @@ def test_a_square_has_the_picture_in_its_middle(size: tuple[int, int]) -> None:
     pixels = np.asarray(square)
     assert (pixels[top : top + size[1], left : left + size[0]] == RED).all()
     assert (pixels == (1, 2, 3)).all(-1).sum() == side * side - size[0] * size[1]
-
-
-@pytest.mark.parametrize(("largest", "expected"), [(1.0, 255), (200.0, 200), (5000.0, 255)])
-def test_floats_are_scaled_by_what_they_can_mean(largest: float, expected: int, tmp_path: Path) -> None:
-    shades = np.linspace(0, largest, 16, dtype=np.float32).reshape(4, 4)
-    Image.fromarray(shades).save(tmp_path / "a.tiff")
-    made = np.asarray(load_image(tmp_path / "a.tiff"))
-    assert made.max() == expected
-    assert len(np.unique(made)) == 16
 
 
 def test_names_stay_inside_the_image_folder_where_there_is_one(tmp_path: Path) -> None:

@@ -18,9 +18,6 @@ from milora_data.batches.pack import PackedRecords, fill, pack
 from milora_data.batches.rows import Row, joined
 from milora_data.encode.labels import IGNORE
 from milora_data.stream.sources import load_records
-from milora_vl.recipe.schema import Recipe
-from milora_vl.train import collators
-from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 
 
@@ -125,18 +122,3 @@ def test_lengths_are_those_of_batches_and_are_kept(
     assert max(encoded_lengths(records, processor.tokenizer, max_length=100, **given)) == 100
     with pytest.raises(TypeError):
         encoded_lengths(records[1:], processor.tokenizer, **given)  # other records, other lengths
-
-
-def test_llavas_own_classes_cannot_take_packs(parts: Any) -> None:
-    _, processor, options = parts
-    collator = ImageTextCollator(processor.tokenizer, processor.image_processor, layout="llava", **options)
-    with raises_code("collate-unsupported-layout", message="cannot take packed records"):
-        collator([[question("a"), question("b")]])
-
-
-def test_rows_are_drawn_with_the_seed_of_the_data_also_if_it_is_0() -> None:
-    lengths = [100] * 60
-    for train, seed in (({"data_seed": 0}, 0), ({"data_seed": 3, "seed": 5}, 3), ({"seed": 5}, 5), ({}, 42)):
-        recipe = Recipe.parse({"model": "tiny", "data": {"packing": True, "max_length": 200}, "train": train})
-        packs = collators.packed(recipe, [], lengths)[0]
-        assert [packs.indices(number) for number in range(len(packs))] == pack(lengths, 400, seed)

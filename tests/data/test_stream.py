@@ -6,7 +6,6 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main as command
-from milora_data.batches.collate import ImageTextCollator
 from milora_data.formats.jsonfile import parts_of, read_objects, read_part
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record
@@ -169,24 +167,6 @@ def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: in
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     found = list(islice(record_stream(tmp_path / "*.parquet", shuffle_buffer=0), 2))
     assert {type(item) for item in found} == {Record, DataError}
-
-
-def test_a_set_of_the_hub_that_breaks_off_is_told(tmp_path: Path, capsys: Any, tiny_llama: Callable[..., Any]) -> None:
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "train.jsonl").write_text("\n".join([json.dumps(ask("x"))] * 9 + ["{"]))
-    with raises_code(
-        "data-unreadable",
-        says=r"a source of the hub, after \d records: cannot be read from here on: JSON",
-        kind=DataError,
-    ):
-        list(islice(record_stream(f"hub:{tmp_path}/hub", shuffle_buffer=0), 20))
-    stream = record_stream(f"hub:{tmp_path}/hub", shuffle_buffer=0, num_workers=1)
-    collator = ImageTextCollator(tiny_llama()[1], bad_images="skip")  # what ends a stream is not skipped
-    with raises_code("data-unreadable") as error:
-        list(islice(loaders.StatefulDataLoader(stream, batch_size=2, num_workers=1, collate_fn=collator), 20))
-    assert (error.value.first.code, error.value.first.where[:20]) == ("data-unreadable", "a source of the hub,")
-    assert command(["check", f"hub:{tmp_path}/hub"]) == 1
-    assert "cannot be read from here on" in capsys.readouterr().out
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:

@@ -122,18 +122,6 @@ def test_a_tokenizer_without_processor_gets_its_bos_from_the_template(
         assert list(ids) == encode(record, tokenizer, image_token_id=-1).input_ids, record["id"]
 
 
-@pytest.mark.parametrize("kind", ["legacy", "new", "prepend", "byte BPE"])
-@pytest.mark.parametrize("caption", ["A cat.", " A cat.", "图"])
-def test_the_plain_chat_template_is_picture_and_caption(kind: str, caption: str) -> None:
-    tokenizer = with_image_token(byte_bpe() if kind == "byte BPE" else llama_tokenizer(kind))
-    template = render_chat_template("plain", tokenizer, bos=True)
-    turns = [{"role": "user", "content": "<image>\nDescribe."}, {"role": "assistant", "content": caption}]
-    ids = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=True, return_dict=True)["input_ids"]
-    record = {"image": "a", "conversations": [{"from": t["role"], "value": t["content"]} for t in turns]}
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    assert list(ids) == encode(record, tokenizer, template="plain", image_token_id=image_id, image_tokens=1).input_ids
-
-
 def test_system_turn_and_first_answer_are_treated_alike(processor: Any) -> None:
     turns = [("system", "Be brief."), ("assistant", "Hello!"), ("user", "Who?"), ("assistant", "Me.")]
     record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
@@ -145,13 +133,6 @@ def test_system_turn_and_first_answer_are_treated_alike(processor: Any) -> None:
 def test_the_chat_template_refuses_turns_out_of_order(processor: Any) -> None:
     with pytest.raises(Exception, match="must alternate"):
         processor.apply_chat_template([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
-
-
-def test_a_picture_token_that_eats_blanks_is_refused() -> None:
-    tokenizer = copy.deepcopy(llama_tokenizer("new"))
-    tokenizer.add_tokens([AddedToken("<image>", special=True, lstrip=True, rstrip=True)], special_tokens=True)
-    with raises_code("tokenizer-token-strips-text", message="changes the text around it", hint="AddedToken"):
-        render_chat_template("vicuna_v1", tokenizer)
 
 
 def test_segments_are_the_text_and_say_what_is_learnt() -> None:

@@ -13,13 +13,11 @@ from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.lengths import encoded_lengths
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.encode.labels import encode, encode_prompt
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
-from milora_vl.forecast import first_batch
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import BYTE_BPE
 from support.problems import raises_code
@@ -232,21 +230,6 @@ def text_tokenizer(form: str = QWEN) -> Any:
     return tokenizer
 
 
-def test_kept_lengths_are_of_the_same_tools_and_calls(tmp_path: Path) -> None:
-    first, other_call, other_tools = (text_only(dialogue()) for _ in range(3))
-    other_call["messages"][1]["tool_calls"][0]["function"]["arguments"] = json.dumps({"box": list(range(20))})
-    other_tools["tools"] = [*TOOLS, *TOOLS]
-    tokenizer, lengths = text_tokenizer(), []
-    for value in (first, other_call, other_tools):
-        kept = [
-            encoded_lengths([parse_record(value)], tokenizer, template="chat_template", image_tokens=0, beside=beside)
-            for beside in (tmp_path / "data.json", None)
-        ]
-        assert kept[0] == kept[1]
-        lengths += kept[0]
-    assert len(set(lengths)) == 3
-
-
 @pytest.mark.parametrize("kept", [2, 4, 6])
 @pytest.mark.parametrize("form", [QWEN, LLAMA])
 def test_a_prompt_offers_the_tools_and_ends_where_the_next_answer_begins(form: str, kept: int) -> None:
@@ -262,12 +245,6 @@ def test_a_prompt_offers_the_tools_and_ends_where_the_next_answer_begins(form: s
         assert prompt == expected["input_ids"]
     assert tokenizer.decode(prompt) == tokenizer.decode(expected["input_ids"])
     assert encode(parse_record(value), tokenizer, **settings).input_ids[: len(prompt)] == prompt
-
-
-def test_a_plan_shows_the_tools_of_the_first_records() -> None:
-    records = [parse_record(text_only(dialogue()))]
-    shown = first_batch.lines(records, template="chat_template", image_tokens=0, tokenizer=text_tokenizer())
-    assert '"description": "Zoom."' in "".join(shown)
 
 
 def test_a_tool_that_names_a_picture_marker_is_refused() -> None:

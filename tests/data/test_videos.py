@@ -12,13 +12,11 @@ import torch
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.pictures.files import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
-from milora_vl.tiny import tiny_tokenizer
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
@@ -210,16 +208,6 @@ def test_max_length_drops_a_video_as_a_whole(pictures: Path) -> None:
     assert len(batch["video_grid_thw"]) == 1
 
 
-@pytest.mark.parametrize("name", ["pixtral", "gemma3", "idefics3", "mllama"])
-def test_families_without_video_refuse_it_by_name(name: str, pictures: Path) -> None:
-    with raises_code("record-videos", says=r"Processor takes no videos|writes 0 of 1 videos", kind=DataError) as error:
-        collator(name, pictures)([asked(CLIP, "What?")])
-    assert error.value.first.code in ("record-videos", "chat-template-no-pictures")
-    fast = ImageTextCollator(tiny_tokenizer(), image_tokens=4, image_folder=pictures)
-    with raises_code("record-videos", kind=DataError):
-        fast([asked(CLIP, "What?")])
-
-
 @pytest.mark.parametrize(
     ("value", "code"),
     [
@@ -257,8 +245,3 @@ def test_a_missing_frame_is_replaced_or_its_record_skipped(pictures: Path) -> No
     assert replacing.counts()["replaced"] == 1
     skipping = collator("qwen2_5_vl", pictures, bad_images="skip")
     assert len(skipping([value, asked("Hi")])["input_ids"]) == 1
-
-
-def test_the_mark_of_videos_in_a_text_is_refused(pictures: Path) -> None:
-    with raises_code("record-image-token-in-text", kind=DataError):
-        collator("qwen2_vl", pictures)([asked("What \ue000video\ue001 is?")])

@@ -15,7 +15,6 @@ from milora_data.__main__ import main as data
 from milora_data.pictures.files import ImageError, load_image
 from milora_eval.__main__ import main as evaluate
 from milora_vl import chat, export, train
-from milora_vl.base.errors import UserError
 from milora_vl.cli.web import url_problem
 from milora_vl.forgetting.__main__ import main as forget
 from support.problems import raises_code
@@ -72,16 +71,6 @@ def test_a_conversation_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch:
     monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {PICTURE}\n/quit\n"))
     assert chat.main(["--model", "tiny"]) == 0
     assert f"{PICTURE} is a web address" in capsys.readouterr().err
-
-
-def test_a_file_url_is_refused_unchanged_with_its_path() -> None:
-    for words in ("--image file:///pictures/my%20cat.png hi", "--image file:/pictures/my%20cat.png hi"):
-        with pytest.raises(UserError) as error:
-            chat.main(["--model", "tiny", *shlex.split(words)])
-        problem = error.value.first
-        assert (problem.where, problem.code) == ("--image", "path-file-url")
-        assert problem.message.startswith("file:///pictures/my cat.png is a URL")
-        assert problem.hint == "use the path:  '/pictures/my cat.png'"
 
 
 def test_a_command_to_download_is_quoted_for_a_shell() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
 import subprocess
@@ -15,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milora_eval.commands.judge import Endpoint
-from milora_vl.base.atomic_write import write_json, write_text
 from milora_vl.base.errors import DataError, UserError, with_context
 from milora_vl.base.secrets import HIDDEN, without_secrets
 from milora_vl.train.command import main
@@ -71,24 +69,6 @@ def test_ordinary_words_are_not_taken_for_secrets(text: str, monkeypatch: pytest
     monkeypatch.setenv("KEY_FILE_TOKEN", "/data/me/key")
     assert without_secrets(text) == text
     assert without_secrets("/data/me/key") == "/data/me/key"
-
-
-@pytest.mark.parametrize("secret", ['pa"ss\\w&rd<1>é', "a'b&c<d>1"])
-def test_a_secret_is_hidden_as_json_and_html_write_it(
-    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MY_PASSWORD", secret)
-    written = write_json(tmp_path / "environment.json", {"command": f"train {secret}"}, hides_secrets=True)
-    assert json.loads(written.read_text(encoding="utf-8")) == {"command": "train ***"}
-    assert without_secrets(f"<td>{html.escape(secret)}</td>") == "<td>***</td>"
-
-
-def test_texts_of_users_are_written_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "https://a.org/?key=Main_Page1 Bearer 12345678 sk-wikipedia-2024-instructions.json"
-    assert write_text(tmp_path / "answers.txt", text).read_text() == text
-    monkeypatch.setenv("WANDB_API_KEY", "disabled")
-    for ordinary in ("wandb is disabled", "a Bearer Mountain", "data/sk-wikipedia-2024-instructions.json", "x;key=1"):
-        assert without_secrets(ordinary) == ordinary
 
 
 def test_no_file_and_no_line_of_a_run_has_a_secret(

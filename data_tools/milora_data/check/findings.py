@@ -46,15 +46,10 @@ KINDS: Mapping[str, Kind] = {
     "long_record": Kind("warning", "longer than 2,048 tokens, by estimate: max_length will cut it"),
     "duplicate_record": Kind("warning", "same pictures and same conversation as an earlier record"),
     "outside_folder": Kind("warning", "picture with an absolute path, or a path outside the folder"),
-    "wrong_suffix": Kind("warning", "picture whose format differs from its file name"),
     "animated_picture": Kind("warning", "animated picture: its first frame is used"),
     "rotated_picture": Kind("warning", "picture with an EXIF rotation: it is turned upright (LLaVA does not)"),
-    "cmyk_picture": Kind("warning", "picture in print colours (CMYK): converted"),
-    "deep_picture": Kind("warning", "picture with 16 or more bits, or floats: scaled to 8 bits"),
     "transparent_picture": Kind("warning", "picture with transparency, which is dropped as in LLaVA"),
     "long_picture": Kind("warning", "picture more than 10 times as long as wide: mostly padding"),
-    "tiny_picture": Kind("warning", "picture with less than 16 pixels per side"),
-    "huge_picture": Kind("warning", "picture with more than 40 megapixels: slow to decode (--jpeg_decoding draft)"),
 }
 # Special tokens of Llama, Vicuna, Qwen, SmolLM and GPT-2; a tokenizer has only some of them.
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")

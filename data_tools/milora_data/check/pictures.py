@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from milora_data.pictures.embedded import NOT_FETCHED, described
 from milora_data.pictures.files import (
     ORIENTATION,
-    SUFFIXES,
     ImageError,
     OutsidePicture,
     StoredPicture,
@@ -121,7 +120,7 @@ def faults(path: str | Path) -> Iterator[tuple[str, str]]:
     """Yield (kind of finding, details) for one picture file, which is decoded as in training."""
     try:
         with opened_picture(path) as image:
-            notes = list(_peculiarities(image, Path(path).suffix.lower()))
+            notes = list(_peculiarities(image))
         load_image(path)
     except ImageError as error:
         yield "corrupt_picture", _details(error)
@@ -139,25 +138,14 @@ def _details(error: ImageError) -> str:
     return "\n".join(filter(None, (error.reason, error.first.hint)))
 
 
-def _peculiarities(image: Image.Image, suffix: str) -> Iterator[tuple[str, str]]:
+def _peculiarities(image: Image.Image) -> Iterator[tuple[str, str]]:
     width, height = image.size
-    size = f"{width:,} x {height:,}"
-    if suffix in SUFFIXES and image.format not in SUFFIXES[suffix]:
-        yield "wrong_suffix", f"{image.format} inside"
     if image.getexif().get(ORIENTATION, 1) not in (0, 1):
         yield "rotated_picture", f"EXIF orientation {image.getexif()[ORIENTATION]}"
-    if image.mode == "CMYK":
-        yield "cmyk_picture", size
-    if image.mode.startswith(("I", "F")):
-        yield "deep_picture", f"mode {image.mode}"
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         yield "transparent_picture", f"mode {image.mode}"
     if max(width, height) > 10 * min(width, height):
-        yield "long_picture", size
-    if max(width, height) < 16:
-        yield "tiny_picture", size
-    if width * height > 40_000_000:
-        yield "huge_picture", size
+        yield "long_picture", f"{width:,} x {height:,}"
     if image.format != "MPO":
         with suppress(EOFError):
             image.seek(1)

@@ -1,9 +1,8 @@
 """Resize, crop and normalize pictures to a model's pixel values: equal to its image processor's, but faster.
 
 LLaVA pads a picture to a square and resizes the square. Here the two passes of the resizing (along the rows, then along
-the columns) run separately, and the padding is added after the pass that shrinks the picture. The numbers are the same
-for less work, and a picture of 1 x 60,000 pixels never becomes a square of 10 GB. A test at start decides whether the
-processor resizes in this way; if not, the square is resized.
+the columns) run separately, and the padding is added after the pass that shrinks the picture: the same numbers for
+less work. A test at start decides whether the processor resizes in this way; if not, the square is resized.
 """
 
 from __future__ import annotations
@@ -28,9 +27,6 @@ log = logging.getLogger(__name__)
 AspectRatio = Literal["pad", "plain", "anyres"]
 JpegDecoding = Literal["exact", "draft"]
 """`draft` decodes a large JPEG at a half, quarter or eighth of its size, never below twice the required size."""
-
-_STRIP = 16_000_000  # pixels of a tall picture that are padded at once
-_LONGEST = 20  # ratio of length to width; beyond it, only the middle of an unpadded picture is resized
 
 
 class PixelMaker:
@@ -69,10 +65,8 @@ class PixelMaker:
 
     def prepare(self, image: Image.Image) -> Any:
         """Return an RGB picture in the form that `inputs` expects."""
-        if self.aspect_ratio == "anyres":
+        if self.aspect_ratio != "pad":
             return image
-        if self.aspect_ratio == "plain":
-            return _middle(image)
         if self._two_passes:
             return shrink_to_square(image, self.side, self.color)
         return expand_to_square(image, self.color)
@@ -121,9 +115,7 @@ def shrink_to_square(image: Image.Image, side: int, color: tuple[int, int, int])
     left, top = (longest - width) // 2, (longest - height) // 2
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     if width < height:
-        rows = max(1, _STRIP // longest)
-        strips = (pixels[:, :, start : start + rows] for start in range(0, height, rows))
-        narrow = torch.cat([_resized(_framed(strip, longest, left, 3, color), side, 3) for strip in strips], dim=2)
+        narrow = _resized(_framed(pixels, longest, left, 3, color), side, 3)
     else:
         narrow = _framed(_resized(pixels, side, 3), longest, top, 2, color)
     return _resized(narrow, side, 2)[0].contiguous()
@@ -143,13 +135,3 @@ def _framed(pixels: Tensor, length: int, offset: int, dim: int, color: tuple[int
     frame = frame.contiguous(memory_format=torch.channels_last)
     frame.narrow(dim, offset, pixels.shape[dim]).copy_(pixels)
     return frame
-
-
-def _middle(image: Image.Image) -> Image.Image:
-    """Return the middle of a very long picture; the processor would resize it to a huge size and crop its ends."""
-    width, height = image.size
-    longest = _LONGEST * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-    return image.crop((left, top, min(width, left + longest), min(height, top + longest)))
