@@ -15,7 +15,7 @@ import yaml
 
 import llava_recipes
 from milora_vl.base.errors import Key, Problem, UserError
-from milora_vl.base.yaml_text import YamlTextError, errors_as_one, require_small
+from milora_vl.base.yaml_text import YamlTextError, errors_as_one
 from milora_vl.cli.command_line import suggest
 from milora_vl.recipe.hf_flags import RENAMED
 
@@ -118,7 +118,6 @@ def read(text: str, source: str, *, above: int = 0) -> tuple[dict[str, Any], dic
             node = loader.get_single_node()
             if node is None:
                 return {}, {}
-            require_small(node)
         if not isinstance(node, yaml.MappingNode):
             raise UserError(
                 "expected a mapping of keys (model, data, policy, train, ...)",
