@@ -22,6 +22,7 @@ from milora_vl.base.errors import UserError
 from milora_vl.models.devices import dtype_named
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.processors import limit_pixels
+from milora_vl.plan.base import Base
 from milora_vl.recipe.schema import Recipe, load
 from milora_vl.train.collators import collator
 
@@ -69,7 +70,7 @@ def trainer_of(recipe: Recipe, chosen: argparse.Namespace) -> DPOTrainer:
     )
     if uses_processor(model.config):
         limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
-    collate = PreferenceCollator(collator(recipe, model, processor))
+    collate = PreferenceCollator(collator(recipe, Base.of(recipe.model, model.config), processor))
     train = dict(recipe.train)
     if chosen.max_steps is not None:
         train["max_steps"] = chosen.max_steps

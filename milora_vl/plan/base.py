@@ -36,6 +36,14 @@ class Base:
     tiling: Tiling | None = None  # LLaVA-1.6 only
     parts: Parts | None = None  # what it is composed of before it loads; None for a model that exists
 
+    @classmethod
+    def of(cls, name: str, config: Any, parts: Parts | None = None) -> Base:
+        """Return the base with this config."""
+        kind: Kind = "text"
+        if "vision_config" in config.to_dict():
+            kind = "processor" if uses_processor(config) else "llava"
+        return cls(name, config, kind, tiling_of(config), parts)
+
     @cached_property
     def meta(self) -> nn.Module:
         """The model on the meta device, which allocates no memory."""
@@ -79,10 +87,7 @@ def find_base(name: str, named: PartsConfig | None = None, projector: str | None
             name, named.vision_tower, projector, named.select_layer, named.select_feature, named.vision_weights
         )
         config = composing.planned_config(parts)
-    kind: Kind = "text"
-    if "vision_config" in config.to_dict():
-        kind = "processor" if uses_processor(config) else "llava"
-    return Base(name, config, kind, tiling_of(config), parts)
+    return Base.of(name, config, parts)
 
 
 def require_usable(recipe: Recipe, base: Base) -> None:

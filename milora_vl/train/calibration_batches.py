@@ -34,9 +34,9 @@ from milora_vl.calibration.files import weights_digest
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.models import loading
 from milora_vl.models.generate import Prompt, generate
+from milora_vl.plan.base import Base
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Target
-from milora_vl.policy.towers import find_towers
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train import collators
 from milora_vl.weights.distributed import gather, rank_and_world_size
@@ -59,7 +59,7 @@ class _Sources:
     """What the sources of a run read and write."""
 
     recipe: Recipe
-    base: Any
+    model: Any
     processor: Any
     screen: Screen
 
@@ -71,7 +71,8 @@ class _Sources:
 
 def make_batches(
     recipe: Recipe,
-    base: nn.Module,
+    base: Base,
+    model: nn.Module,
     processor: Any,
     targets: Sequence[Target],
     records: Sequence[Record],
@@ -84,13 +85,13 @@ def make_batches(
     """
     if not any(target.protect is not None for target in targets):
         return None
-    settings, sources = recipe.calibration, _Sources(recipe, base, processor, screen)
+    settings, sources = recipe.calibration, _Sources(recipe, model, processor, screen)
     rows = _text_rows(sources)
     if settings.num_samples:
         rows += _written_rows(sources, settings.num_samples)
     collate = collators.collator(recipe, base, processor)
     found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(rows, ROWS, sources.tokenizer)]
-    if settings.num_pictures and find_towers(base).vision is not None:
+    if settings.num_pictures and base.reads_pictures:
         pictured = with_pictures(records, settings.num_pictures)
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has exactly one picture")
@@ -148,10 +149,10 @@ def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
 
 def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     """Return texts that the base model writes: (name, ids). Texts that it recites from the probe are left out."""
-    base, tokenizer = sources.base, sources.tokenizer
-    if not isinstance(base, GenerationMixin):
+    model, tokenizer = sources.model, sources.tokenizer
+    if not isinstance(model, GenerationMixin):
         raise UserError(
-            f"a {type(base).__name__} cannot write calibration texts",
+            f"a {type(model).__name__} cannot write calibration texts",
             code="calibration-cannot-generate",
             where=Key.of("calibration"),
             hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
@@ -161,7 +162,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     def write() -> list[list[int]]:
         with _bar("writing calibration texts", total, "texts") as update:
             return sampled_rows(
-                base,
+                model,
                 tokenizer,
                 count=total,
                 length=LENGTH,
@@ -191,7 +192,7 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
     def write() -> list[str]:
         with _bar("describing calibration pictures", len(records), "pictures") as update:
             return generate(
-                sources.base,
+                sources.model,
                 sources.processor,
                 [Prompt((turn,), paths) for paths in pictures],
                 template=recipe.template,
@@ -264,7 +265,7 @@ def _cached(sources: _Sources, settings: str, write: Callable[[], list[Any]]) ->
     stored = gather(_read(file) if is_whole and is_first else None)[0]
     if stored is not None:
         return list(stored)
-    with gathered_in_forward(sources.base):
+    with gathered_in_forward(sources.model):
         written = list(gather(write())[0])
     if is_whole and is_first:
         _store(file, written, sources.screen)
@@ -273,7 +274,7 @@ def _cached(sources: _Sources, settings: str, write: Callable[[], list[Any]]) ->
 
 def _cache_file(sources: _Sources, settings: str) -> Path:
     folder = Path(sources.recipe.factor_cache or cache_dir() / "calibration")
-    key = hashlib.sha256(f"{_VERSION} {weights_digest(sources.base)} {settings}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{_VERSION} {weights_digest(sources.model)} {settings}".encode()).hexdigest()[:32]
     return folder / f"calibration-{key}.json"
 
 

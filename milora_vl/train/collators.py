@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.lengths import encoded_lengths
 from milora_data.batches.pack import PackedRecords, fill, pack
@@ -15,8 +13,7 @@ from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.records.record import Record
 from milora_vl.models import loading
-from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
-from milora_vl.policy.towers import find_towers
+from milora_vl.plan.base import Base
 from milora_vl.recipe.schema import Recipe
 
 # The events that the collator counts, as text.
@@ -30,13 +27,13 @@ WHAT_HAPPENED = {
 
 
 def collator(
-    recipe: Recipe, base: nn.Module, processor: Any, substitutes: Sequence[Record] = ()
+    recipe: Recipe, base: Base, processor: Any, substitutes: Sequence[Record] = ()
 ) -> ImageTextCollator | ProcessorCollator:
     """Return the collator for this model: the fast one for LLaVA and text, else the one with the model's processor.
 
     It accepts no pictures for a text-only model.
     """
-    if uses_processor(base.config):
+    if base.own_pictures:
         return ProcessorCollator(
             processor,
             image_folder=recipe.data.image_folder,
@@ -45,13 +42,12 @@ def collator(
             substitutes=substitutes,
         )
     tokenizer, image_processor = loading.split_processor(processor)
-    reads_pictures = find_towers(base).vision is not None
     return ImageTextCollator(
         tokenizer,
         image_processor,
         template=recipe.template,
-        image_tokens=image_tokens(base.config) if reads_pictures else 0,
-        image_token_id=image_token_id(base.config) if reads_pictures else -1,
+        image_tokens=base.tokens_of_a_picture,
+        image_token_id=base.config.image_token_id if base.reads_pictures else -1,
         image_folder=recipe.data.image_folder,
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
@@ -59,7 +55,7 @@ def collator(
         jpeg_decoding=recipe.data.jpeg_decoding,
         packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
         substitutes=substitutes,
-        tiling=tiling_of(base.config),
+        tiling=base.tiling,
     )
 
 
@@ -70,11 +66,11 @@ def warnings_of(collator: RecordCollator[Any]) -> list[str]:
     ]
 
 
-def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[Record]) -> list[int] | None:
+def lengths(recipe: Recipe, base: Base, processor: Any, records: Sequence[Record]) -> list[int] | None:
     """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
     if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
-    if uses_processor(base.config):
+    if base.own_pictures:
         collate = collator(recipe, base, processor)
         assert isinstance(collate, ProcessorCollator)
         return collate.lengths(records)
@@ -82,9 +78,9 @@ def lengths(recipe: Recipe, base: nn.Module, processor: Any, records: Sequence[R
         records,
         loading.split_processor(processor)[0],
         template=recipe.template,
-        image_tokens=image_tokens(base.config) if find_towers(base).vision is not None else 0,
+        image_tokens=base.tokens_of_a_picture,
         max_length=recipe.data.max_length,
-        tiling=tiling_of(base.config),
+        tiling=base.tiling,
         image_folder=recipe.data.image_folder,
         beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
     )

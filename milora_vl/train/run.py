@@ -24,7 +24,7 @@ from milora_vl.adapter import checkpoints
 from milora_vl.adapter.checkpoints import step_of
 from milora_vl.base.errors import UserError, with_context
 from milora_vl.plan import eval_section, rates, record_checks, resuming, run_data
-from milora_vl.plan.base import compose, require_usable
+from milora_vl.plan.base import Base, compose, require_usable
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.fit import template_warnings
 from milora_vl.plan.plan import Plan, make_plan
@@ -148,7 +148,8 @@ class Loaded:
     """The base model, its processor, and the recipe that names it; the files of the run hold that one."""
 
     recipe: Recipe  # the plan's, with the folder of a composed model
-    base: Any
+    base: Base  # the plan's, or the composed one
+    model: Any
     processor: Any
     dtype: torch.dtype  # of the frozen weights
     probe: Probe | None  # the base's predictions, for forgetting during training
@@ -159,23 +160,23 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     """Load the base model and its processor."""
     args = inputs.args
     with args.main_process_first(desc="composing the base"):
-        recipe, named, line = compose(plan.recipe, plan.fitted.base)
+        recipe, base, line = compose(plan.recipe, plan.fitted.base)
     if line:
         screen.say(line)
     dtype = base_dtype(recipe)
     suites = suites_of(recipe)
-    for warning in record_checks.require_trainable(recipe, named, inputs.data.train, inputs.data.evaluation or ()):
+    for warning in record_checks.require_trainable(recipe, base, inputs.data.train, inputs.data.evaluation or ()):
         screen.warn(warning)
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)
-        base, processor = model.load_base(recipe, named, dtype, device)
+        loaded, processor = model.load_base(recipe, base, dtype, device)
     for warning in template_warnings(recipe, processor):
         screen.warn(warning)
     probe = None
     if recipe.eval.forgetting_every:
         with screen.step("keeping the base's predictions, for forgetting"):
-            probe = Probe(base, processor)
-    return Loaded(recipe, base, processor, dtype, probe, suites)
+            probe = Probe(loaded, processor)
+    return Loaded(recipe, base, loaded, processor, dtype, probe, suites)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,22 +216,22 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     from transformers import set_seed
 
     recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args
-    targets = plan.fitted.policy.resolve(loaded.base, cache_dir=recipe.factor_cache)  # ranks may depend on the weights
+    targets = plan.fitted.policy.resolve(loaded.model, cache_dir=recipe.factor_cache)  # ranks may depend on the weights
     for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
         screen.warn(warning)
     targets = rates.in_force(targets, recipe.train)
     spectra = None
     if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
-            spectra = layer_spectra(loaded.base, targets)
+            spectra = layer_spectra(loaded.model, targets)
     batches = None
     if checkpoint is None:  # a checkpoint refers to the protected inputs of its run
         batches = calibration_batches.make_batches(
-            recipe, loaded.base, loaded.processor, targets, inputs.data.train, screen
+            recipe, loaded.base, loaded.model, loaded.processor, targets, inputs.data.train, screen
         )
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
-        built = model.build(recipe, loaded.base, targets, checkpoint, batches, training_arguments.trained_dtype(args))
+        built = model.build(recipe, loaded.model, targets, checkpoint, batches, training_arguments.trained_dtype(args))
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return Adapted(built, spectra)
@@ -262,7 +263,7 @@ def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Ada
     environment = run_files.describe_environment(
         recipe,
         ["python", "-m", "milora_vl.train", *run_files.hidden_token(plan.request.words)],
-        base=run_files.base_name(loaded.base) or recipe.model,
+        base=run_files.base_name(loaded.model) or recipe.model,
         device=run_files.device_name(inputs.args.device),
         data=inputs.data,
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -301,7 +302,7 @@ def make_trainer(
         records = [*data.train, *(data.evaluation or ())]
         cache = Path(recipe.data.feature_cache)
         assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
-        collator.features = features.prepare(cache, loaded.base, collator, records, inputs.args, first_files.screen)
+        collator.features = features.prepare(cache, loaded.model, collator, records, inputs.args, first_files.screen)
     hub.open_repository(inputs.args)
     with refused(recipe.train, kinds=(ValueError, ImportError)):  # what no check of the plan knows
         trainer = MiloraTrainer(

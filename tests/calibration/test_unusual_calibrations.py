@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from milora_vl import apply_milora
+from milora_vl.plan.base import Base
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
@@ -165,7 +166,9 @@ def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
         }
     )
     targets = Policy.parse(RULES).resolve(base)
-    return calibration_batches.make_batches(settings, base, processor, targets, [], Screen())
+    return calibration_batches.make_batches(
+        settings, Base.of(settings.model, base.config), base, processor, targets, [], Screen()
+    )
 
 
 def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_path: Path, capfd: Any) -> None:

@@ -76,14 +76,14 @@ def test_a_text_model_trains_and_resumes(text_run: Path, text_model: Path, text_
 def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     flags: list[str], text_model: Path, text_data: Path
 ) -> None:
-    recipe = fitted(text_words(text_model, text_data, Path("run"), *flags)).recipe
-    model, tokenizer = load_model(text_model)
+    found = fitted(text_words(text_model, text_data, Path("run"), *flags))
+    recipe, base, tokenizer = found.recipe, found.base, found.base.processor
     record = next(iter(load_records(text_data)))
     expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)
-    batch = collators.collator(recipe, model, tokenizer)([record])
+    batch = collators.collator(recipe, base, tokenizer)([record])
     assert batch["input_ids"][0].tolist() == expected.input_ids
     assert batch["labels"][0].tolist() == expected.labels
-    assert collators.lengths(recipe, model, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
+    assert collators.lengths(recipe, base, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from milora_vl import load_adapter
 from milora_vl.forecast.estimate import distinct_inputs, protected_input_bytes
 from milora_vl.forgetting.answers import drawn_questions
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, sampled_batches
+from milora_vl.plan.base import Base, find_base
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
@@ -54,7 +55,12 @@ def recipe(tiny_data: Path, **keys: Any) -> Recipe:
 def calibrated(settings: Recipe, records: Any = ()) -> list[Any]:
     base, processor = tiny_llava()
     targets = Policy.parse(settings.policy or []).resolve(base)
-    return calibration_batches.make_batches(settings, base, processor, targets, records, Screen()) or []
+    return (
+        calibration_batches.make_batches(
+            settings, Base.of("tiny", base.config), base, processor, targets, records, Screen()
+        )
+        or []
+    )
 
 
 def test_a_run_calibrates_protects_resumes_and_shows_it(
@@ -193,7 +199,9 @@ def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:
     base, processor = tiny_llava()
     targets = Policy.parse(RULES).resolve(base)
     with raises_code("calibration-cannot-generate", hint="text: [FILE]"):
-        calibration_batches.make_batches(recipe(tiny_data), base.model, processor, targets, (), Screen())
+        calibration_batches.make_batches(
+            recipe(tiny_data), find_base("tiny"), base.model, processor, targets, (), Screen()
+        )
 
 
 def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
