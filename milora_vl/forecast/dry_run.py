@@ -256,8 +256,7 @@ def _with_processor(
         found = f"{read.describe()}, not checked: the processor of {recipe.model} is not on this machine"
         return _assumed(screen, recipe, found)
     collate = record_checks.collator_of(recipe, processor)
-    for warning in record_checks.check_with(collate, recipe, read.train, read.evaluation or ()):
-        screen.say(f"warning: {warning}")
+    record_checks.check_with(collate, recipe, read.train, read.evaluation or ())
     if recipe.data.bad_images != "raise":  # the run leaves out the others
         first = record_checks.usable(collate, read.train[: record_checks.FIRST])[: len(first)]
     counts = first_batch.count_with_processor(first, collate)

@@ -6,7 +6,6 @@ There may be millions of records: each is read once, and few are rendered or pro
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,21 +26,17 @@ from milora_vl.recipe.schema import Recipe
 
 FIRST = 100  # records that are checked before the model loads
 _MOST_FORMS = 1000  # of which a record is rendered: where pictures are in any turn, each record may have its own
-_MOST_REASONS = 3
 
 
-def require_trainable(
-    recipe: Recipe, base: Base, records: Sequence[Record], held_out: Sequence[Record] = ()
-) -> list[str]:
+def require_trainable(recipe: Recipe, base: Base, records: Sequence[Record], held_out: Sequence[Record] = ()) -> None:
     """Check the training and the held-out records with the processor of the base, before its weights load.
-
-    Return a warning for each kind of records that the run will leave out.
 
     Raises UserError if the model has no chat template or it rejects records, if records are of kinds that the processor
     cannot put into one batch, and if none of the training or of the held-out records has an answer.
     """
     if base.own_pictures:
-        return check_with(collator_of(recipe, base.processor), recipe, records, held_out)
+        check_with(collator_of(recipe, base.processor), recipe, records, held_out)
+        return
     tokenizer = split_processor(base.processor)[0]
     if recipe.template == OWN:
         first = [*records[:FIRST], *held_out[:FIRST]]
@@ -56,7 +51,6 @@ def require_trainable(
     )
     for checked in (records, held_out):
         _require_answers(read, checked)
-    return []
 
 
 def collator_of(recipe: Recipe, processor: Any) -> ProcessorCollator:
@@ -67,9 +61,8 @@ def collator_of(recipe: Recipe, processor: Any) -> ProcessorCollator:
 
 def check_with(
     collate: ProcessorCollator, recipe: Recipe, records: Sequence[Record], held_out: Sequence[Record]
-) -> list[str]:
+) -> None:
     """Check records as `require_trainable` does, for a model whose own processor prepares the pictures."""
-    warnings: list[str] = []
     for part, checked in (("train", records), ("eval", held_out)):
         kinds = _first_of_kinds(checked)
         _require_one_kind(recipe, collate.inputs, kinds, f"per_device_{part}_batch_size")
@@ -78,11 +71,9 @@ def check_with(
             _require_collated(collate, kinds)
         else:
             _require_usable(collate, [*kinds.values(), *checked[:FIRST]])
-            warnings += _kinds_left_out(collate, checked)
         # These records read pictures, so some stand for all: one in `step`.
         step = -(-len(checked) // FIRST) or 1
         _require_answers(collate.require_usable, checked[::step])
-    return warnings
 
 
 def usable(collate: ProcessorCollator, records: Sequence[Record]) -> list[Record]:
@@ -162,34 +153,6 @@ def _require_collated(collate: ProcessorCollator, kinds: Mapping[_Kind, Record])
     for record in grouped.values():
         with suppress(NoSupervisedTokens):
             collate.require_usable(record)
-
-
-def _kinds_left_out(collate: ProcessorCollator, records: Sequence[Record]) -> list[str]:
-    """Return a warning for each reason for which the chat template rejects all records of some form."""
-    counts: Counter[object] = Counter()
-    errors: dict[object, DataError] = {}
-    for record in records:
-        form = _form(record)
-        counts[form] += 1
-        # The first records of a form tell whether the form is rejected, or a text of one record.
-        is_new = counts[form] == 1 and len(counts) <= _MOST_FORMS
-        if is_new or (form in errors and counts[form] <= FIRST):
-            try:
-                collate.num_supervised(record)
-                errors.pop(form, None)
-            except NoSupervisedTokens:
-                errors.pop(form, None)
-            except DataError as error:
-                errors.setdefault(form, error)
-    totals: Counter[str] = Counter()
-    firsts: dict[str, str] = {}
-    for form, refused in errors.items():
-        totals[refused.first.message] += counts[form]
-        firsts.setdefault(refused.first.message, refused.first.where)
-    return [
-        f"{count:,} of {len(records):,} records will be left out: {message} (first: {firsts[message]})"
-        for message, count in totals.most_common(_MOST_REASONS)
-    ]
 
 
 def _require_usable(collate: ProcessorCollator, records: Sequence[Record]) -> None:

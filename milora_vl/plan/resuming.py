@@ -152,30 +152,8 @@ def continued(resumed: Resumed, run: RunFolder, environment: dict[str, Any]) -> 
 
 def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
     """Raise UserError if the run ends before its checkpoint, or if its schedule depends on a changed last step."""
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            "the checkpoint disappeared while it was read",
-            code="resume-other-writer",
-            where=str(checkpoint),
-            hint="another process may still train in this folder: stop it, then resume",
-        ) from None
-    except ValueError as error:
-        raise UserError(
-            f"trainer_state.json cannot be read: {error}",
-            code="checkpoint-unreadable",
-            where=str(checkpoint),
-            hint="resume from another checkpoint",
-        ) from None
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # `choose` has read it
     planned, now = state.get("max_steps", steps), Side(recipe, 1, "")
-    if not isinstance(planned, int):
-        raise UserError(
-            f"trainer_state.json has max_steps {planned!r:.40}, which is no number of steps",
-            code="checkpoint-unreadable",
-            where=str(checkpoint),
-            hint="resume from another checkpoint",
-        )
     if planned != steps and schedule_has_end(now):
         raise UserError(
             f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; {because_of_schedule(now)}",

@@ -165,8 +165,7 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
         screen.say(line)
     dtype = base_dtype(recipe)
     suites = suites_of(recipe)
-    for warning in record_checks.require_trainable(recipe, base, inputs.data.train, inputs.data.evaluation or ()):
-        screen.warn(warning)
+    record_checks.require_trainable(recipe, base, inputs.data.train, inputs.data.evaluation or ())
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)
         loaded, processor = model.load_base(recipe, base, dtype, device)
