@@ -38,6 +38,7 @@ from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.policy import Target
 from milora_vl.recipe.command_line import PROG, Request
+from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.places import at_their_places
 from milora_vl.recipe.schema import Recipe, RecipeError
@@ -131,12 +132,12 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
 def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batching:
     return Batching(
         num_records=num_rows,
-        per_device=train.get("per_device_train_batch_size", 8),
-        accumulation=train.get("gradient_accumulation_steps", 1),
+        per_device=value_of(train, "per_device_train_batch_size"),
+        accumulation=value_of(train, "gradient_accumulation_steps"),
         num_devices=devices,
-        epochs=train.get("num_train_epochs", 3.0),
-        max_steps=train.get("max_steps", -1),
-        drop_last=train.get("dataloader_drop_last", False),
+        epochs=value_of(train, "num_train_epochs"),
+        max_steps=value_of(train, "max_steps"),
+        drop_last=value_of(train, "dataloader_drop_last"),
     )
 
 
@@ -215,7 +216,7 @@ def data(screen: Screen, recipe: Recipe, base: Base) -> tuple[first_batch.Counts
     if recipe.data.path is None:
         return _assumed(screen, recipe, "none yet (--data_path)"), None
     read = run_data.read_records(recipe.data)
-    first = read.train[: recipe.train.get("per_device_train_batch_size", 8)]
+    first = read.train[: value_of(recipe.train, "per_device_train_batch_size")]
     if base.own_pictures:
         counts = _with_processor(screen, recipe, base, read, first)
         return counts, None if read.streamed else len(read.train)

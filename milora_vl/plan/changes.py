@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from milora_vl.base.strict_models import Strict
 from milora_vl.models.names import hub_id
+from milora_vl.plan.train_section import AUTOCAST
 from milora_vl.policy import Policy
 from milora_vl.recipe import hf_flags
+from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.schema import Recipe, same_data
 
 Effect = Literal["decides", "fallback", "dtype", "records", "batch", "length", "selection", "stream"]
@@ -70,10 +72,7 @@ class Side:
 
     def train(self, name: str) -> Any:
         """Return a training argument, or its default."""
-        half = {"bfloat16": "bf16", "float16": "fp16"}.get(self.recipe.dtype)
-        default = True if name == half else hf_flags.flags()[name].default
-        value = self.recipe.train.get(name)
-        return default if value is None else value
+        return value_of({AUTOCAST.get(self.recipe.dtype): True, **self.recipe.train}, name)
 
     @property
     def batch(self) -> tuple[int, int, int]:

@@ -15,7 +15,7 @@ HIGH_FULL_RATE = 5e-5
 
 def in_force(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target]:
     """Return the targets; the learning rate and weight decay of the run fill the gaps of the rules."""
-    rate, decay = (train.get(name, hf_flags.flags()[name].default) for name in ("learning_rate", "weight_decay"))
+    rate, decay = (hf_flags.value_of(train, name) for name in ("learning_rate", "weight_decay"))
     return [
         replace(
             target,

@@ -22,6 +22,7 @@ from milora_vl.models.loading import split_processor
 from milora_vl.models.processors import limit_pixels
 from milora_vl.plan.base import Base
 from milora_vl.plan.fit import require_template
+from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.schema import Recipe
 
 FIRST = 100  # records that are checked before the model loads
@@ -191,7 +192,7 @@ def _require_one_kind(recipe: Recipe, inputs: ProcessorInputs, kinds: Mapping[_K
         _first(kinds, lambda kind: kind.has_pictures and not kind.frames),
         _first(kinds, lambda kind: bool(kind.frames) and not kind.has_pictures),
     ]
-    if recipe.train.get(batch_size, 8) > 1:
+    if value_of(recipe.train, batch_size) > 1:
         if None not in apart and not inputs.takes_pictures_and_videos:
             raise _mixed(f"{name} cannot put records with pictures and with videos into one batch", apart, batch_size)
         if pictured and without and not inputs.takes_mixed_rows:

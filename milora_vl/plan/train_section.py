@@ -22,6 +22,7 @@ from milora_vl.models.devices import train_device
 from milora_vl.plan.fit import Fitted
 from milora_vl.plan.launch import Launch
 from milora_vl.recipe import hf_flags
+from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.schema import Recipe
 
 # The collator needs every field of a record, our loss needs the labels, and the log must show a NaN.
@@ -90,10 +91,10 @@ def derive(fitted: Fitted, launch: Launch) -> TrainSection:
         train.setdefault("metric_for_best_model", "loss")
     if recipe.data.eval_path is not None and "eval_strategy" not in train:
         # load_best_model_at_end compares checkpoints, so each of them needs an evaluation.
-        by_steps = train.get("load_best_model_at_end") and train.get("save_strategy", "steps") == "steps"
+        by_steps = train.get("load_best_model_at_end") and value_of(train, "save_strategy") == "steps"
         train["eval_strategy"] = "steps" if by_steps else "epoch"
         if by_steps:
-            train.setdefault("eval_steps", train.get("save_steps", 500))
+            train.setdefault("eval_steps", value_of(train, "save_steps"))
     return TrainSection(train, launch, tuple(warnings))
 
 
@@ -131,7 +132,7 @@ def conflicts(fitted: Fitted, section: TrainSection) -> list[Problem]:
         if train.get("save_strategy") == "best":
             message = "the best checkpoint is chosen by held-out records"
             found.append(Problem(message, "eval-no-records", Key.of("train.save_strategy"), hint))
-        if train.get("eval_strategy", "no") != "no":
+        if value_of(train, "eval_strategy") != "no":
             message = f"{train['eval_strategy']} needs held-out records"
             found.append(Problem(message, "eval-no-records", Key.of("train.eval_strategy"), hint))
     return found
@@ -158,7 +159,7 @@ def require_accepted(recipe: Recipe, section: TrainSection) -> None:
     with refused(train, "lr_scheduler_kwargs" if train.get("lr_scheduler_kwargs") else "lr_scheduler_type"):
         get_scheduler(
             args.lr_scheduler_type,
-            torch.optim.SGD([weight], lr=float(train.get("learning_rate") or 5e-5)),  # `lr_end` is compared with it
+            torch.optim.SGD([weight], lr=float(value_of(train, "learning_rate"))),  # `lr_end` is compared with it
             num_warmup_steps=1,
             num_training_steps=10,
             scheduler_specific_kwargs=train.get("lr_scheduler_kwargs") or {},

@@ -120,6 +120,16 @@ def newest() -> str:
     )
 
 
+def value_of(train: Mapping[str, Any], name: str) -> Any:
+    """Return a training argument, or Hugging Face's default.
+
+    >>> value_of({"seed": 7}, "seed"), value_of({}, "per_device_train_batch_size")
+    (7, 8)
+    """
+    value = train.get(name)
+    return flags()[name].default if value is None else value
+
+
 def boolean(text: str) -> bool:
     """Return the value of `True`, `yes`, `1`, ... as HF's parser does. Raises ValueError for any other text."""
     if text.lower() in TRUE:

@@ -12,7 +12,7 @@ from milora_vl.base.errors import Problem, UserError, collected
 from milora_vl.cli.command_line import beside
 from milora_vl.recipe import llava_flags
 from milora_vl.recipe.command_line import PROG, Request
-from milora_vl.recipe.hf_flags import overridden
+from milora_vl.recipe.hf_flags import overridden, value_of
 from milora_vl.recipe.llava_flags import Meaning
 from milora_vl.recipe.policy_edits import ADAPTERS, RuleDict, edited
 from milora_vl.recipe.recipe_file import TEXT, RecipeFile, read
@@ -115,7 +115,7 @@ def _batch(of_file: Recipe | None) -> tuple[int, int] | None:
     per_device = None if of_file is None else of_file.train.get("per_device_train_batch_size")
     if of_file is None or not per_device:
         return None
-    return int(per_device), int(of_file.train.get("gradient_accumulation_steps", 1))
+    return int(per_device), int(value_of(of_file.train, "gradient_accumulation_steps"))
 
 
 def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:

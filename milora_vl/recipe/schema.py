@@ -228,7 +228,7 @@ def conflicts(recipe: Recipe) -> list[Problem]:
 def _with_streaming(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]:
     unread = "which data.streaming does not read"
     found: list[tuple[str, str, str]] = []
-    if train.get("max_steps", -1) < 1:
+    if hf_flags.value_of(train, "max_steps") < 1:
         found.append(("data.streaming", "a stream has no known end", "set train.max_steps or --max_steps"))
     if data.packing:
         found.append(("data.packing", f"needs the lengths of all records, {unread}", ""))

@@ -10,7 +10,7 @@ from typing import Any
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import suggest
 from milora_vl.policy.methods import METHODS
-from milora_vl.recipe.hf_flags import overridden
+from milora_vl.recipe.hf_flags import overridden, value_of
 from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
 from milora_vl.recipe.recipe_file import RecipeFile
 from milora_vl.recipe.schema import EvalConfig, Recipe, SweepConfig
@@ -68,7 +68,7 @@ def make_cells(
                 where="--methods",
                 hint=f"{guess}\n(a recipe can define more in sweep.variants)",
             )
-    first = int(recipe.train.get("seed", 42))
+    first = int(value_of(recipe.train, "seed"))
     cells = []
     for seed, rate, method in product(range(first, first + seeds), rates, methods):
         has_rank = known[method].get("method") != "full" and "rank" not in known[method]

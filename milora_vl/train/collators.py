@@ -14,6 +14,7 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.records.record import Record
 from milora_vl.models import loading
 from milora_vl.plan.base import Base
+from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.schema import Recipe
 
 # The events that the collator counts, as text.
@@ -90,6 +91,6 @@ def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) ->
     """Pack the records into rows of 2 x max_length tokens, ordered by the data seed. Also return a summary line."""
     capacity = 2 * recipe.data.max_length
     seed = recipe.train.get("data_seed")
-    rows = pack(lengths, capacity, recipe.train.get("seed", 42) if seed is None else seed)
+    rows = pack(lengths, capacity, value_of(recipe.train, "seed") if seed is None else seed)
     share = fill(rows, lengths, capacity)
     return PackedRecords(records, rows), f"packed into {len(rows):,} rows of {capacity:,} tokens, {share:.1%} full"

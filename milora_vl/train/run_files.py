@@ -28,6 +28,7 @@ from milora_vl.models import loading
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder, lock, unlock
 from milora_vl.plan.screen import Screen
+from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.model import Built
 
@@ -50,7 +51,7 @@ def describe_environment(
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "finished": None,
         "seconds": 0.0,
-        "seed": recipe.train.get("seed", 42),
+        "seed": value_of(recipe.train, "seed"),
         "model": recipe.model,
         "base": base,
         "data": data.counts(),
