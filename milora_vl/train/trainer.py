@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -377,7 +378,7 @@ class MiloraTrainer(CheckpointTrainer):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as HF does, or the projector alone; under FSDP2 gather what trains, where HF would gather the base too.
+        """Save as HF does, but of shards gather only what trains, and ask no hub whether the vocabulary has grown.
 
         A checkpoint of a run with streamed records also gets the position of each process in its stream.
         """
@@ -385,10 +386,10 @@ class MiloraTrainer(CheckpointTrainer):
         is_checkpoint = step_of(folder) >= 0
         if is_checkpoint and self.args.should_save:
             (folder / STATE).unlink(missing_ok=True)  # of an earlier attempt; the new one marks a complete checkpoint
-        if self.checkpoint_kind == "projector" or self.is_fsdp_enabled:
-            self._save_trained(folder)
-        else:
+        if self.checkpoint_kind == "full" and not self.is_fsdp_enabled:
             super().save_model(str(folder), _internal_call)
+        else:
+            self._save_trained(folder)
         if not is_checkpoint:
             return
         if isinstance(self.train_dataset, RecordStream):
@@ -404,12 +405,17 @@ class MiloraTrainer(CheckpointTrainer):
             only_trained, is_writer = self.checkpoint_kind != "full", bool(self.args.should_save)
             state = fsdp.gathered_state(model, only_trained=only_trained, keep=is_writer)
         elif self.is_deepspeed_enabled:
-            state = self.accelerator.get_state_dict(self.deepspeed)
+            named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            with gather_params_ctx(list(named.values()), modifier_rank=None):  # does nothing but under ZeRO-3
+                state = {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint_kind == "projector":
             save_projector(model, folder, state)
+        elif self.checkpoint_kind == "adapter":
+            # The vocabulary never grows here; PEFT would ask the hub at every checkpoint.
+            cast("Any", model).save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
         else:
             cast("PreTrainedModel", model).save_pretrained(str(folder), state_dict=state)
         if self.processing_class is not None:
