@@ -66,7 +66,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
 # Regular expression -> why no test runs the commands that match. Flags of our own programs, extras named to pip and
 # files are checked all the same.
 EXCEPTIONS: dict[str, str] = {
-    r"(python3? -m )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
+    r"(python3? -m |uv )?pip (install|uninstall|download)|python3 -m venv": "changes an environment",
     r"git clone ": "needs the network; stand-ins are made by tests/support/documented_files.py",
     r"source ": "means the reader's own shell",
     r"hf download ": "needs the model hub; its files are made by tests/support/documented_files.py",
