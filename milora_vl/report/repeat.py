@@ -11,6 +11,7 @@ from typing import Any
 from milora_vl.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.adapter.folders import has_config, holds_text_model
 from milora_vl.cli.command_line import command_line
+from milora_vl.cli.eval_command import eval_run
 from milora_vl.report.run_page import Run
 
 
@@ -30,8 +31,10 @@ class Commands:
 def commands(run: Run) -> Commands:
     """Return the command of this run and the commands that use it."""
     recipe = run.folder / "recipe.yaml"
-    model, base = _model(run)
     weights = _weights(run)
+    model, adapter, base = _model(run, weights)
+    flags: list[str | Path] = ["--model", model, *(["--adapter", adapter] if adapter else [])]
+    of_base: list[str | Path] = ["--base", base] if base else []
     # This page would not find files beside a checkpoint, and they would be removed with it.
     apart = weights != run.folder
     into_run: list[str | Path] = ["--output_dir", run.folder] if apart else []
@@ -39,12 +42,10 @@ def commands(run: Run) -> Commands:
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
-        evaluate=command_line(
-            "milora_eval", "run", *model, *base, *_suite(run), "--with_base", "--output_dir", run.folder
-        ),
-        forgetting=command_line("milora_vl.forgetting", *model, *base, *into_run),
-        analyze=command_line("milora_vl.analyze", weights, *base, *into_analysis),
-        chat=command_line("milora_vl.chat", *model, *_question(run)),
+        evaluate=command_line(*eval_run(model, adapter=adapter, base=base, suite=_suite(run), output_dir=run.folder)),
+        forgetting=command_line("milora_vl.forgetting", *flags, *of_base, *into_run),
+        analyze=command_line("milora_vl.analyze", weights, *of_base, *into_analysis),
+        chat=command_line("milora_vl.chat", *flags, *_question(run)),
         report=command_line("milora_vl.report", run.folder),
     )
 
@@ -75,16 +76,15 @@ def _weights(run: Run) -> Path:
     return run.folder if holds_weights(run.folder) else newest_checkpoint(run.folder) or run.folder
 
 
-def _model(run: Run) -> tuple[list[str | Path], list[str | Path]]:
-    """Return the flags that load the model of this run, and the flags for its base model if that is a separate model.
+def _model(run: Run, weights: Path) -> tuple[str | Path, Path | None, str | None]:
+    """Return the model of this run, its adapter (or projector), and its base model if that is a separate model.
 
     A full fine-tuning is a complete model; an adapter or projector also needs its base model.
     """
     base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
-    weights = _weights(run)
     if (weights / "config.json").is_file() and not has_config(weights):
-        return ["--model", weights], ["--base", base]
-    return ["--model", base, "--adapter", weights], []
+        return weights, None, base
+    return base, weights, None
 
 
 def _suite(run: Run) -> list[str | Path]:
