@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
@@ -146,16 +145,10 @@ _FILES = (
 
 
 def copy_processor(source: Path, target: Path, base: Base) -> None:
-    """Copy the processor files of `source`. If it has none, write the base model's, or print why not."""
+    """Copy the processor files of `source`. If it has none, write the base model's."""
     present = [name for name in _FILES if (source / name).is_file()]
     for name in present:
         shutil.copyfile(source / name, target / name)
-    if present:
-        return
-    try:
-        processor = base.processor()
-    except UserError as error:
-        sys.stderr.write(f"no processor written: {error.problems[0].message}\n")
-        return
+    processor = None if present else base.processor()
     if processor is not None:
         processor.save_pretrained(target)

@@ -19,7 +19,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.base.errors import UserError
 from milora_vl.export import Options, export, main
-from milora_vl.models.loading import load_processor
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 from support.problems import raises_code
 
@@ -264,36 +263,6 @@ def test_the_command(run, capsys, monkeypatch) -> None:
             main([str(run.root / "adapter"), *arguments])
     with raises_code("adapter-missing", says="no adapter in this folder\nfound "):
         main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])
-
-
-@pytest.mark.parametrize("form", ["rank-2", "merged"])
-def test_damaged_files_are_refused_by_name(run, form: str) -> None:
-    weights, config = run.root / "adapter" / "adapter_model.safetensors", run.root / "adapter" / "adapter_config.json"
-    whole, good = weights.read_bytes(), config.read_text(encoding="utf-8")
-    for content in ("{", "[]"):
-        config.write_text(content, encoding="utf-8")
-        with raises_code("adapter-damaged-file", says=r"adapter_config.json: not a mapping in JSON"):
-            export(run.root / "adapter", form, run.root / "out")
-    config.write_text(good, encoding="utf-8")
-    weights.write_bytes(whole[:3000])
-    with raises_code("weights-unreadable", where="adapter_model.safetensors", message="cannot be read (cut off?)"):
-        export(run.root / "adapter", form, run.root / "out")
-    weights.write_bytes(whole)
-    base = run.root / "base" / "model.safetensors"
-    base.write_bytes(base.read_bytes()[:3000])
-    with raises_code("model-unreadable", message="cannot read the model"):
-        export(run.root / "adapter", "merged", run.root / "out")
-
-
-def test_a_base_without_its_tokenizer_costs_no_export(run, tiny_llama: Factory, capsys) -> None:
-    (run.root / "base" / "tokenizer.json").unlink()
-    export(run.root / "adapter", "merged", run.root / "merged")
-    assert (run.root / "merged" / "model.safetensors").is_file()
-    assert not (run.root / "merged" / "tokenizer_config.json").exists()
-    assert "no processor written: cannot read the model" in capsys.readouterr().err
-    tiny_llama()[0].save_pretrained(run.root / "text")
-    with raises_code("model-unreadable"):
-        load_processor(run.root / "text")
 
 
 def test_the_drift_of_a_residual_is_that_of_what_is_written(run) -> None:
