@@ -52,7 +52,7 @@ def test_a_plan_counts_the_steps_of_a_stream_and_no_epochs(tiny_data: Path, tmp_
 
 def test_by_default_the_first_broken_record_is_told_before_the_model_loads(tmp_path: Path) -> None:
     path = dirty_data.make(tmp_path / "dirty")
-    with raises_code("json-syntax", says=r"train.jsonl:\d+"):
+    with pytest.raises(DataError, match=r"train.jsonl:\d+"):
         main(training(path.parent, tmp_path / "run", "--data_path", str(path), "--rank", "4", "--streaming"))
     assert not (tmp_path / "run").exists()
 
