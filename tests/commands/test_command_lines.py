@@ -6,7 +6,6 @@ import argparse
 import errno
 import json
 import os
-import pty
 import shlex
 import subprocess
 import sys
@@ -19,8 +18,7 @@ from safetensors import SafetensorError
 
 from milora_vl.__main__ import MENU, main
 from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import CommandParser, Help, run
-from milora_vl.cli.flags import SHARED
+from milora_vl.cli.command_line import CommandParser, run
 from support import fake_run, programs
 from support.command_parsers import parser_of
 from support.problems import raises_code
@@ -62,18 +60,6 @@ def test_every_program_explains_itself(
     if words not in OF_OTHERS:
         assert set(grouped) <= {"input", "settings", "output"}
     assert ("--format" in flags_of(parser)) == (words not in LAUNCHERS)
-
-
-def test_flags_of_the_same_name_take_the_same_value(parsers: dict[tuple[str, ...], CommandParser]) -> None:
-    """`--limit`, `--device`, `--output_dir` ... are learnt once."""
-    kinds: dict[str, set[Any]] = {}
-    for words, parser in parsers.items():
-        for flag, action in flags_of(parser).items():
-            if words not in OF_OTHERS and flag != "--help":
-                metavar = action.metavar or Help("x")._get_default_metavar_for_optional(action)
-                kinds.setdefault(flag, set()).add(("choice" if action.choices else metavar, action.nargs))
-    assert {flag: found for flag, found in kinds.items() if len(found) > 1} == {}
-    assert {f"--{name}" for name in SHARED} <= set(kinds)
 
 
 @pytest.mark.parametrize("words", [words for words in PROGRAMS if words not in LAUNCHERS], ids=" ".join)
@@ -252,28 +238,6 @@ def test_our_warnings_are_lines_like_those_of_a_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stderr == "warning: a.png is left out\nwarning: two layers protect nothing\n"
-
-
-@pytest.mark.parametrize(("environment", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
-def test_no_color_is_honoured_on_a_terminal(environment: dict[str, str], coloured: bool, tiny_data: Path) -> None:
-    ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "milora_vl", "data", "show", str(tiny_data / "train.json")]
-    env = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
-    done = subprocess.run(command, stdout=theirs, stderr=theirs, env=env | {"TERM": "xterm"} | environment)
-    os.close(theirs)
-    text = b""
-    while True:
-        try:
-            more = os.read(ours, 1 << 16)
-        except OSError:  # the other side is closed and all is read
-            break
-        if not more:
-            break
-        text += more
-    os.close(ours)
-    assert done.returncode == 0
-    assert b"[[" in text  # the mask is seen without colours too
-    assert any(b"\x1b[%s%dm" % (bold, colour) in text for bold in (b"", b"1;") for colour in range(30, 38)) == coloured
 
 
 @pytest.mark.parametrize(

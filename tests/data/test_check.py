@@ -123,23 +123,6 @@ def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.
     assert lines[at + 1][lines[at + 2].index("^")] == '"'
 
 
-def test_bad_usage_is_told_from_bad_data(tiny_data: Path) -> None:
-    empty = tiny_data / "empty.json"
-    empty.write_text("[]")
-    for arguments, code, where, hint in [
-        (["check", "none.json"], "data-missing-file", "none.json", ""),
-        (["check", str(tiny_data)], "data-folder", str(tiny_data), ""),
-        (["check", str(tiny_data / "train.json"), "--image_folder", "none"], "path-missing", "--image_folder", ""),
-        (["check", str(tiny_data / "train.json"), "--imagefolder", "x"], "command-line", "", "--image_folder"),
-        (["chekc", "x"], "command-unknown", "", "did you mean check"),
-        ([], "command-missing", "", ""),
-        (["check", str(empty)], "data-no-records", "empty.json", ""),
-    ]:
-        with raises_code(code, where=where, hint=hint) as caught:
-            main(arguments)
-        assert caught.value.exit_code == 2
-
-
 def test_fix_writes_the_usable_records_repaired(
     write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,33 +214,6 @@ def test_training_counts_what_teaches_nothing(write: Callable[..., Path], tiny_d
     assert counts["unlearnable"] == 1
     with raises_code("data-no-records", where="empty.json", hint="at least one record"):
         check_for_training(write(name="empty.json"), tiny_data)
-
-
-def test_check_says_what_to_type_next(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data, images = str(tiny_data / "train.json"), str(tiny_data / "images")
-    assert main(["check", data, "--image_folder", images]) == 0
-    assert f"next: python -m milora_vl.train --model MODEL --data_path {data} --image_folder {images} --dry-run" in (
-        capsys.readouterr().err
-    )
-    rows = tiny_data / "my rows.json"
-    rows.write_text('[{"instruction": "Hi", "output": "Ho"}]')
-    assert main(["check", str(rows)]) == 1
-    said = capsys.readouterr()
-    assert "1 error, 0 warnings" in said.out
-    assert "next: python -m milora_data convert --help" in said.err
-    (tiny_data / "images" / "0.png").write_bytes(b"no picture")
-    assert main(["check", data, "--image_folder", images]) == 1
-    assert f"next: python -m milora_data check {data} --image_folder {images} --fix OUT" in capsys.readouterr().err
-    with raises_code("data-picture-file", message="this is a picture"):
-        main(["check", str(tiny_data / "images" / "1.png")])
-    leads_out = tiny_data / "out.json"
-    leads_out.write_text(json.dumps([turns((H, "<image>\na"), (G, "b")) | {"image": "../../passwd.png"}]))
-    main(["check", str(leads_out), "--image_folder", images])  # no folder mends that, and nothing would be left
-    assert f"next: python -m milora_data check {leads_out} --image_folder {images}\n" in capsys.readouterr().err
-    elsewhere = tiny_data / "elsewhere"
-    elsewhere.mkdir()
-    main(["check", str(data), "--image_folder", str(elsewhere)])  # no picture at all: it is the folder that is wrong
-    assert f"next: python -m milora_data check {data} --image_folder FOLDER\n" in capsys.readouterr().err
 
 
 def test_a_record_that_is_left_out_is_the_one_that_was_found(tiny_data: Path, capsys: Any) -> None:

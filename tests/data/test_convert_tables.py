@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.formats.captions import caption_records
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
 from support.problems import raises_code
@@ -83,10 +82,3 @@ def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.Cap
     (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))
     with raises_code("data-not-utf8", where="ä b.txt", message="not UTF-8 (byte 0xfc)", kind=DataError):
         convert_file(folder, "folder", tmp_path / "out2")
-
-
-def test_every_caption_of_a_picture_becomes_a_record(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "captions.csv").write_text("file,caption\na.png,A dot.\na.png,Black.\n")
-    made = [(record["id"], record["conversations"][1]["value"]) for record in caption_records(tmp_path, "What?")]
-    assert made == [("a", "A dot."), ("a-2", "Black.")]

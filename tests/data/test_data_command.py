@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.records.record import parse_record
-from milora_data.show.preview import text_pieces, token_pieces
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
 from milora_vl.cli.command_line import parser
@@ -92,21 +89,6 @@ def test_show_and_stats_count_tokens(tiny_data: Path, tmp_path: Path, capsys: Ou
         main(["show", str(tiny_data / "train.json"), "--tokenizer", str(tiny_data)])
 
 
-def test_pieces_from_ids_equal_pieces_from_text(tiny_llava: Any) -> None:
-    from milora_data.encode.labels import encode
-    from support.llava_oracle import byte_bpe, llama_tokenizer
-
-    turns = [{"from": "human", "value": "<image>\nWhat é?"}, {"from": "gpt", "value": "That 😀."}] * 2
-    record = parse_record({"image": ["a", "b"], "conversations": turns})
-    for tokenizer in (byte_bpe(), tiny_llava()[1].tokenizer, llama_tokenizer("new")):
-        made = encode(record, tokenizer, image_token_id=-200, image_tokens=3)
-        from_ids = [(kind, text.replace(" x 3", "")) for kind, text in token_pieces(made, tokenizer, -200)]
-        from_text = text_pieces(record, eos=tokenizer.eos_token)
-        assert [(kind, text.lstrip("<s>").strip(" ")) for kind, text in from_ids] == [
-            (kind, text.lstrip("<s>").strip(" ")) for kind, text in from_text
-        ]
-
-
 def test_stats_counts(tiny_data: Path, capsys: Out) -> None:
     assert main(["stats", str(tiny_data / "train.json"), "--format", "json"]) == 0
     content = json.loads(capsys.readouterr().out)
@@ -170,62 +152,8 @@ def test_a_folder_of_pictures_becomes_records(pictures: Path, tmp_path: Path, ta
         main(arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "code"),
-    [
-        ("nothing", "", "captions-missing"),
-        ("captions.csv", "a,b\n1,2\n", "table-missing-columns"),
-        ("captions.json", '{"a.jpg": "A.", "no.jpg": "B."}', "captions-without-picture"),
-        ("captions.json", '{"a.jpg": ', "json-syntax"),
-    ],
-)
-def test_captions_that_do_not_fit_are_refused(
-    pictures: Path, tmp_path: Path, name: str, content: str, code: str
-) -> None:
-    (pictures / name).write_text(content)
-    with pytest.raises(DataError) as error:
-        main(["convert", "--from", "folder", str(pictures), "--output_dir", str(tmp_path / "out")])
-    assert error.value.first.code == code
-    assert not (tmp_path / "out" / "data.json").exists()
-
-
 def said(*texts: str) -> list[dict[str, Any]]:
     return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
-
-
-MESSAGES: list[tuple[dict[str, Any], Any, list[str]]] = [
-    ({"messages": said("Hi", "Hello")}, None, ["Hi", "Hello"]),
-    ({"messages": said("<image>\nWhat?", "It."), "images": ["a.jpg"]}, "a.jpg", ["<image>\nWhat?", "It."]),
-    ({"messages": said("What?", "It."), "images": [{"path": "a.jpg"}]}, "a.jpg", ["<image>\nWhat?", "It."]),
-    (
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": "a.jpg"},
-                        {"type": "image", "image": "b.jpg"},
-                        {"type": "text", "text": "Same?"},
-                    ],
-                },
-                {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
-            ]
-        },
-        ["a.jpg", "b.jpg"],
-        ["<image>\n<image>\nSame?", "No."],
-    ),
-]
-
-
-@pytest.mark.parametrize(("value", "image", "texts"), MESSAGES)
-def test_messages_become_records(tmp_path: Path, value: dict[str, Any], image: Any, texts: list[str]) -> None:
-    (tmp_path / "m.jsonl").write_text(json.dumps(value | {"more": 1}) + "\n")
-    out = tmp_path / "out"
-    assert main(["convert", "--from", "messages", str(tmp_path / "m.jsonl"), "--output_dir", str(out)]) == 0
-    (record,) = json.loads((out / "data.json").read_text())
-    assert (record.get("image"), record["more"], record["id"]) == (image, 1, "1")
-    assert [turn["value"] for turn in record["conversations"]] == texts
-    assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt"]
 
 
 @pytest.mark.parametrize(
@@ -244,24 +172,3 @@ def test_messages_that_cannot_be_used_are_named(tmp_path: Path, value: dict[str,
         main(["convert", "--from", "messages", str(tmp_path / "m.jsonl"), "--output_dir", str(tmp_path / "out")])
     assert (error.value.first.code, error.value.first.where) == (code, f"{tmp_path / 'm.jsonl'}:2")
     assert not (tmp_path / "out" / "data.json").exists()
-
-
-@pytest.mark.parametrize("kind", ["llava", "jsonl"])
-def test_several_files_become_one(tiny_data: Path, tmp_path: Path, kind: str, make_lines: Callable[..., Path]) -> None:
-    source = tiny_data / "train.json" if kind == "llava" else make_lines(tiny_data / "train.json")
-    arguments = ["convert", "--from", kind, str(source), str(source), "--output_dir", str(tmp_path / "out")]
-    assert main(arguments) == 0
-    assert (
-        json.loads((tmp_path / "out" / "data.json").read_text())
-        == json.loads((tiny_data / "train.json").read_text()) * 2
-    )
-
-
-@pytest.fixture
-def make_lines(tmp_path: Path) -> Callable[..., Path]:
-    def make(path: Path) -> Path:
-        lines = tmp_path / "lines.jsonl"
-        lines.write_text("".join(json.dumps(record) + "\n" for record in json.loads(path.read_text())))
-        return lines
-
-    return make

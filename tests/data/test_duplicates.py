@@ -10,8 +10,6 @@ import pytest
 from PIL import Image, ImageFilter
 
 from milora_data.__main__ import main
-from milora_data.check.duplicates import duplicate_statistics
-from milora_data.records.record import Record, Turn, Video
 from support.problems import raises_code
 
 
@@ -48,21 +46,6 @@ def test_repeated_records_and_pictures_are_counted(folder: Path, capsys: pytest.
     exact = stats(folder, capsys, "--copies", "exact")["duplicates"]
     assert exact["exact_copies_of_pictures"] == 1
     assert exact["first_copies"] == [["0.png = same.png", 1]]
-
-
-def test_records_with_other_calls_tools_or_videos_are_not_repeated() -> None:
-    def turns(argument: str) -> tuple[Turn, ...]:
-        return Turn("user", "Zoom."), Turn("assistant", "", call=f'{{"tool_calls": ["{argument}"]}}')
-
-    records = [
-        Record("a", (), turns("1"), extra={"tools": [{"name": "zoom"}]}),
-        Record("b", (), turns("2"), extra={"tools": [{"name": "zoom"}]}),
-        Record("c", (), turns("1"), extra={"tools": [{"name": "crop"}]}),
-        Record("d", (), turns("1"), extra={"tools": [{"name": "zoom"}]}, videos=(Video(("0.png",)),)),
-        Record("e", (), turns("1"), extra={"tools": [{"name": "zoom"}]}, videos=(Video(("1.png",)),)),
-    ]
-    assert duplicate_statistics(records, Path(), None) == {"repeated_records": 0}
-    assert duplicate_statistics([*records, *records], Path(), None) == {"repeated_records": 5}
 
 
 def test_near_pictures_are_found_by_their_hash(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,9 +22,8 @@ from milora_data.encode.picture_template import VIDEO_MARK, parts_of
 from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.base.errors import DataError
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.models.processors import limit_pixels
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import VLM_FAMILIES, marked_template, model_of, processor_of
@@ -163,12 +162,6 @@ def test_the_loss_is_the_models_own(name: str, make: Any) -> None:
     assert torch.allclose(summed / count, own, rtol=1e-5)
 
 
-def test_a_template_without_an_end_token_gets_an_eos_after_the_last_answer(make: Any) -> None:
-    collator = make("glm4v")
-    turns = [("human", "<image>\nA?"), ("gpt", "One."), ("human", "B?"), ("gpt", "Two.")]
-    assert supervised(collator, collator([record(turns, ["0.png"])])) == ["One.Two.<|endoftext|>"]
-
-
 def test_a_plain_prompt_gives_what_the_processor_makes_of_question_and_answer(make: Any, pictures: Path) -> None:
     collator = make("paligemma")
     batch = collator([QUESTION])
@@ -208,25 +201,6 @@ def test_every_form_of_record_gives_the_same_batch(make: Any, pictures: Path, tm
     collator = make()
     expected = collator([QUESTION])
     for form in load_records(tmp_path / "data.json"):
-        batch = collator([form])
-        assert all(torch.equal(batch[key], expected[key]) for key in expected)
-
-
-def test_tables_with_pictures_give_the_same_batch(make: Any, pictures: Path, tmp_path: Path) -> None:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
-    images = [{"bytes": (pictures / "0.png").read_bytes(), "path": "0.png"}]
-    question, answer = {"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}
-    rows = {
-        "messages": [{"images": images, "messages": [question, answer]}],
-        "completion": [{"images": images, "prompt": [question], "completion": [answer]}],
-    }
-    collator = make()
-    expected = collator([QUESTION])
-    for name, table in rows.items():
-        parquet.write_table(arrow.Table.from_pylist(table), tmp_path / f"{name}.parquet")
-        (form,) = load_records(tmp_path / f"{name}.parquet")
         batch = collator([form])
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
@@ -433,20 +407,3 @@ def test_records_that_a_processor_cannot_mix_are_refused(make: Any) -> None:
         with raises_code("records-mixed", where, hint=hint, kind=DataError):
             make("mllama")(records)
     assert "pixel_values" not in make("mllama")([text, text])
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "glm4v"])
-def test_max_pixels_limits_the_tokens_of_a_picture(name: str, make: Any) -> None:
-    collator = make(name)
-    whole = collator([QUESTION])["image_grid_thw"].prod()
-    limit_pixels(collator.inputs.processor, None, 16 * 16)
-    assert collator([QUESTION])["image_grid_thw"].prod() == 4 < whole
-    limit_pixels(collator.inputs.processor, 32 * 32, 64 * 64)
-    assert collator([QUESTION])["image_grid_thw"].prod() > 4
-    with pytest.raises(UserError) as error:
-        limit_pixels(collator.inputs.processor, 99 * 99, None)
-    assert error.value.first.code == "pixels-contradiction"
-    with raises_code(
-        "pixels-unsupported", where="data.max_pixels", message="Gemma3ImageProcessor resizes pictures to fixed sizes"
-    ):
-        limit_pixels(processor_of("gemma3"), None, 400)

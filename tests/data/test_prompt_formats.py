@@ -10,14 +10,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AddedToken
 
-from milora_data.encode.conversation import segments_of
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES, get_template, render_chat_template, template_name
-from milora_data.records.record import Turn
 from milora_vl.base.errors import DataError
-from milora_vl.models.generate import Prompt, prompt_ids
 from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, record, supervised_text
-from support.llava_oracle import llama_tokenizer, llava_ids, llava_train
+from support.llava_oracle import llama_tokenizer, llava_ids
 from support.problems import raises_code
 from support.versions import RIGHT_ASSISTANT_MASKS
 
@@ -73,18 +70,6 @@ def test_any_well_formed_conversation_equals_llavas_llama_2(kind: str, template:
         assert set(labels) != {IGNORE}
     else:
         assert labels == their_labels
-
-
-@pytest.mark.parametrize("version", ["v1", "llava_llama_2", "mistral_instruct"])
-def test_exact_prompts_of_several_turns_are_llavas(version: str) -> None:
-    tokenizer = llama_tokenizer("legacy")
-    theirs = llava_train().conversation_lib.conv_templates[version].copy()
-    texts = ["Hi", "Ho", "And?"]
-    for number, text in enumerate([*texts, None]):
-        theirs.append_message(theirs.roles[number % 2], text)
-    turns = tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
-    made = prompt_ids(Prompt(turns, form="exact"), tokenizer, version, image_token_id=-200)
-    assert made == tokenizer(theirs.get_prompt())["input_ids"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,12 +216,3 @@ def test_mistakes_with_a_tokenizers_own_template() -> None:
 def test_templates_have_llavas_names_too(given_name: str, name: str) -> None:
     assert template_name(given_name) == name
     assert get_template(given_name) is TEMPLATES[name]
-
-
-def test_a_conversation_that_ends_in_a_question_teaches_the_answers_before() -> None:
-    tokenizer = own("chatml")
-    made = encode(record("a", "b", "c"), tokenizer, template="chat_template", image_token_id=IMG)
-    assert supervised_text(made, tokenizer) == "b<|im_end|>"
-    ids, segments = segments_of([], "vicuna_v1", tokenizer)
-    assert not ids
-    assert [segment.supervised for segment in segments] == [False]

@@ -11,12 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_data.__main__ import main
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.encode.labels import encode, encode_prompt
 from milora_data.records.record import parse_record
-from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
 from milora_vl.tiny import tiny_tokenizer
 from support.conversations import BYTE_BPE
@@ -144,25 +142,6 @@ def test_ids_and_masks_are_those_of_transformers(name: str, options: Any, pictur
     record = parse_record(value)
     assert collate.num_tokens(record) == batch["input_ids"].shape[1]
     assert "".join(one.text for one in collate.segments(record) if one.supervised) == text
-
-
-def test_every_form_of_record_gives_the_same_batch(pictures: Path, tmp_path: Path) -> None:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
-
-    collate, value = collator("qwen3_vl", pictures), dialogue()
-    expected = collate([value])
-    asked = [{"role": "user", "content": "Colour?"}, *value["messages"][1:]]  # one type of content per column
-    stored = {"images": ["0.png"], "messages": asked, "tools": json.dumps(value["tools"])}
-    parquet.write_table(arrow.Table.from_pylist([stored]), tmp_path / "rows.parquet")
-    (tmp_path / "rows.jsonl").write_text(json.dumps(value))
-    assert main(["convert", "--from", "messages", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path)]) == 0
-    for name in ("rows.jsonl", "rows.parquet", "data.json"):
-        (record,) = load_records(tmp_path / name)
-        batch = collate([record])
-        assert all(torch.equal(batch[key], expected[key]) for key in expected), name
-    command = ["check", str(tmp_path / "data.json"), "--image_folder", str(pictures)]
-    assert main(command) == 0
 
 
 @pytest.mark.parametrize(

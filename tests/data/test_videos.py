@@ -184,17 +184,6 @@ def test_every_form_of_record_gives_the_same_batch(pictures: Path, tmp_path: Pat
     assert main(["check", str(tmp_path / "data.json"), "--image_folder", str(pictures)]) == 0
 
 
-def test_time_stamps_follow_the_frames_per_second(pictures: Path) -> None:
-    collate = collator("qwen3_vl", pictures)
-    texts = [
-        collate.inputs.tokenizer.decode(collate([asked({**CLIP, "fps": fps}, "What?")])["input_ids"][0])
-        for fps in (1, 2)
-    ]
-    assert "<0.5 seconds>" in texts[0]
-    assert "<2.5 seconds>" in texts[0]
-    assert "<1.2 seconds>" in texts[1]
-
-
 def test_max_length_drops_a_video_as_a_whole(pictures: Path) -> None:
     turns = [*asked(CLIP, "A?")["messages"], *asked(CLIP, "B?", answer="Two.")["messages"]]
     value = {"messages": turns}
@@ -228,12 +217,6 @@ def test_what_is_no_video_is_named(value: dict[str, Any], code: str, pictures: P
     assert error.value.first.code == code
     assert "data.json:3" in str(error.value)
     assert "token=x" not in str(error.value)
-
-
-def test_a_video_file_is_named_with_the_command_that_makes_frames() -> None:
-    with raises_code("video-file", message="got the file 'clips/a.mp4'", kind=DataError) as error:
-        parse_record(asked({"type": "video", "video": "clips/a.mp4"}, "What?"))
-    assert "ffmpeg -i VIDEO" in error.value.first.hint
 
 
 def test_a_missing_frame_is_replaced_or_its_record_skipped(pictures: Path) -> None:
