@@ -30,12 +30,12 @@ KEYS: dict[Effect, str] = {
         data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels data.jpeg_decoding data.packing
         data.bad_images data.web_pictures data.streaming
         data.shuffle_buffer data.limit
-        train.accelerator_config train.adafactor train.adam_beta1 train.adam_beta2 train.adam_epsilon
+        train.accelerator_config train.adam_beta1 train.adam_beta2 train.adam_epsilon
         train.auto_find_batch_size train.average_tokens_across_devices train.bf16 train.data_seed
-        train.dataloader_drop_last train.dataloader_in_order train.fp16 train.fp16_backend train.fp16_opt_level
-        train.half_precision_backend train.ignore_data_skip train.load_best_model_at_end train.lr_scheduler_kwargs
-        train.lr_scheduler_type train.max_grad_norm train.mp_parameters train.neftune_noise_alpha train.optim
-        train.optim_args train.optim_target_modules train.parallelism_config train.past_index train.seed train.tf32
+        train.dataloader_drop_last train.dataloader_in_order train.fp16
+        train.ignore_data_skip train.load_best_model_at_end train.lr_scheduler_kwargs
+        train.lr_scheduler_type train.max_grad_norm train.neftune_noise_alpha train.optim
+        train.optim_args train.optim_target_modules train.parallelism_config train.seed train.tf32
         train.train_sampling_strategy train.warmup_steps
     """,
     "fallback": "train.learning_rate train.weight_decay",  # matter if a rule does not set them
@@ -58,7 +58,7 @@ SCHEDULES_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
 # Keys that hold a path: two spellings may name the same file or folder.
 PATHS = (
     "projector_weights", "parts.vision_tower", "parts.vision_weights", "factor_cache", "data.path", "data.image_folder",
-    "data.eval_path", "data.feature_cache", "eval.data", "sweep.data", "train.logging_dir",
+    "data.eval_path", "data.feature_cache", "eval.data", "sweep.data",
 )  # fmt: skip
 
 

@@ -172,8 +172,6 @@ def _require_fsdp_alone(train: Mapping[str, Any]) -> None:
         "deepspeed": "use one of both",
         "fp16": "use --bf16",
         "torch_compile": "train without --torch_compile",
-        "fsdp_min_num_params": "use --fsdp_config",
-        "fsdp_transformer_layer_cls_to_wrap": "use --fsdp_config",
     }
     for name, hint in refused.items():
         if train.get(name):

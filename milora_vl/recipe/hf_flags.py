@@ -1,7 +1,7 @@
 """The table of Hugging Face's training flags: types, old names, value ranges, conversion; imports no transformers.
 
-The flags are the union over supported versions (tests/reference/make_hf_flags.py writes `hf_flags.json`). A recipe
-holds the newest names; `for_installed` converts them for the installed TrainingArguments.
+tests/reference/make_hf_flags.py writes `hf_flags.json`, from the newest supported version. A recipe holds its names;
+`for_installed` leaves out what an older TrainingArguments does not take.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ RENAMED = {
     "push_to_hub_token": "hub_token",
     "torchdynamo": "torch_compile_backend",
 }
+# Names of transformers 4 that scripts still use, with their types.
+OLDER = {
+    "evaluation_strategy": "str", "group_by_length": "bool", "no_cuda": "bool", "overwrite_output_dir": "bool",
+    "per_gpu_eval_batch_size": "int", "per_gpu_train_batch_size": "int", "push_to_hub_model_id": "str",
+    "push_to_hub_token": "str", "save_safetensors": "bool", "torchdynamo": "str", "warmup_ratio": "float",
+}  # fmt: skip
 REFUSED = {
     "overwrite_output_dir": "a run never overwrites files: use another --output_dir, or --resume_from_checkpoint",
     "local_rank": None,  # old launchers pass it; torch reads the environment
@@ -97,27 +103,20 @@ class Flag:
     choices: tuple[str, ...]
     default: Any
     help: str
-    versions: tuple[str, ...]
 
 
 @cache
 def flags() -> Mapping[str, Flag]:
-    """Return all flags of every supported transformers version, by name."""
+    """Return all flags by name, those of older scripts included."""
     text = resources.files("milora_vl.recipe").joinpath("hf_flags.json").read_text(encoding="utf-8")
     known = {
-        name: Flag(name, f["type"], tuple(f["choices"]), f["default"], f["help"], tuple(f["versions"]))
+        name: Flag(name, f["type"], tuple(f["choices"]), f["default"], f["help"])
         for name, f in json.loads(text).items()
     }
-    strategy = known["eval_strategy"]
-    known["evaluation_strategy"] = Flag("evaluation_strategy", "str", strategy.choices, "no", strategy.help, ())
+    for name, type_ in OLDER.items():
+        choices = known["eval_strategy"].choices if name == "evaluation_strategy" else ()
+        known[name] = Flag(name, type_, choices, None, f"older name of {RENAMED.get(name, name)}")
     return known
-
-
-def newest() -> str:
-    """Return the newest transformers version in `hf_flags.json`."""
-    return max(
-        (flag.versions[-1] for flag in flags().values() if flag.versions), key=lambda v: tuple(map(int, v.split(".")))
-    )
 
 
 def value_of(train: Mapping[str, Any], name: str) -> Any:

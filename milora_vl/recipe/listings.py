@@ -47,8 +47,7 @@ def recipe_text(request: Request) -> str:
     others = [
         f"#  {flag.name}: {yaml.safe_dump(flag.default, default_flow_style=True).splitlines()[0]}\n"
         for flag in hf_flags.flags().values()
-        if flag.versions and flag.versions[-1] == hf_flags.newest() and flag.name not in recipe.train
-        and flag.name not in hf_flags.REFUSED and flag.name not in hf_flags.RENAMED
+        if flag.name not in {*recipe.train, *hf_flags.REFUSED, *hf_flags.RENAMED}
     ]  # fmt: skip
     return comment + recipe.to_yaml() + "# Defaults of train:\n" + "".join(others)
 

@@ -17,19 +17,13 @@ import make_hf_flags
 
 def test_the_list_is_that_of_the_installed_transformers() -> None:
     """If this fails: python tests/reference/make_hf_flags.py."""
-    import transformers
-
-    version = ".".join(transformers.__version__.split(".")[:2])
-    installed = make_hf_flags.flags()
-    known = hf_flags.flags()
+    installed, known = make_hf_flags.flags(), hf_flags.flags()
+    if not installed.keys() >= known.keys() - hf_flags.OLDER.keys():
+        pytest.skip("an older transformers is installed")
     assert installed.keys() <= known.keys()
     for name, flag in installed.items():
-        if known[name].versions[-1] == version:
-            assert (flag["type"], flag["choices"], flag["default"]) == (
-                known[name].type,
-                list(known[name].choices),
-                known[name].default,
-            ), name
+        listed = known[name].type, list(known[name].choices), known[name].default
+        assert (flag["type"], flag["choices"], flag["default"]) == listed, name
 
 
 def test_what_a_recipe_holds_is_what_training_arguments_take(tmp_path: Path) -> None:
@@ -50,7 +44,7 @@ def test_an_older_transformers_gets_its_own_names() -> None:
     fields = dict.fromkeys(["warmup_steps", "gradient_checkpointing"])
     expected = {"warmup_steps": 0.1, "gradient_checkpointing": True}
     assert hf_flags.for_installed(train, fields) == (expected, [])
-    assert hf_flags.for_installed({"use_cache": True, "ray_scope": "last"}, fields) == ({}, ["use_cache"])
+    assert hf_flags.for_installed({"use_cache": True, "log_level": "passive"}, fields) == ({}, ["use_cache"])
 
 
 @pytest.mark.parametrize(

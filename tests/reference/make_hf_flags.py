@@ -1,6 +1,6 @@
-"""Rewrite milora_vl/recipe/hf_flags.json: Hugging Face's training flags, the union over the versions it was run with.
+"""Rewrite milora_vl/recipe/hf_flags.json: Hugging Face's training flags.
 
-Run it in an environment with the transformers version to add:  python tests/reference/make_hf_flags.py
+Run it in an environment with the newest supported transformers:  python tests/reference/make_hf_flags.py
 """
 
 import dataclasses
@@ -58,20 +58,7 @@ def flags() -> dict[str, dict[str, Any]]:
     return out
 
 
-def merged(old: dict[str, dict[str, Any]], new: dict[str, dict[str, Any]], version: str) -> dict[str, dict[str, Any]]:
-    """Union; where both have a flag the newest version's text wins, and `versions` lists who has it."""
-    out = {}
-    for name in sorted({*old, *new}):
-        seen = [v for v in old.get(name, {}).get("versions", []) if v != version]
-        versions = sorted([*seen, version] if name in new else seen, key=lambda v: [int(n) for n in v.split(".")])
-        newest = name in new and versions[-1] == version
-        out[name] = {**(new[name] if newest else old.get(name) or new[name]), "versions": versions}
-    return out
-
-
 if __name__ == "__main__":
-    known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
-    version = ".".join(transformers.__version__.split(".")[:2])
-    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in merged(known, flags(), version).items()]
+    lines = [f"{json.dumps(name)}: {json.dumps(flag)}" for name, flag in sorted(flags().items())]
     TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    print(f"{TARGET.name}: {len(lines)} flags, transformers {version} added")
+    print(f"{TARGET.name}: {len(lines)} flags of transformers {transformers.__version__}")
