@@ -1,6 +1,6 @@
 """`Problem` (code, place, message, hint) and the error classes with problems; `render` turns them into text.
 
-The commands print them without a traceback (`command.run`); with `--format json` they print the data itself.
+The commands print them without a traceback (`cli.command_line.run`); with `--format json` they print the data itself.
 """
 
 from __future__ import annotations

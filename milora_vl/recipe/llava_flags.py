@@ -12,7 +12,7 @@ from typing import Any
 from milora_vl.base.errors import UserError
 from milora_vl.recipe.policy_edits import DEFAULT_RULES, without_projector
 
-# name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in arguments.py.
+# name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in command_line.py.
 FLAGS: dict[str, tuple[str, str]] = {
     "lora_enable": (
         "bool",
