@@ -33,7 +33,8 @@ def commands(run: Run) -> Commands:
     recipe = run.folder / "recipe.yaml"
     weights = _weights(run)
     model, adapter, base = _model(run, weights)
-    flags: list[str | Path] = ["--model", model, *(["--adapter", adapter] if adapter else [])]
+    flags: list[str | Path] = ["--model", model]
+    flags += ["--adapter", adapter] if adapter else []
     of_base: list[str | Path] = ["--base", base] if base else []
     # This page would not find files beside a checkpoint, and they would be removed with it.
     apart = weights != run.folder
