@@ -72,7 +72,9 @@ class Side:
 
     def train(self, name: str) -> Any:
         """Return a training argument, or its default."""
-        return value_of({AUTOCAST.get(self.recipe.dtype): True, **self.recipe.train}, name)
+        if name == AUTOCAST.get(self.recipe.dtype) and self.recipe.train.get(name) is None:
+            return True
+        return value_of(self.recipe.train, name)
 
     @property
     def batch(self) -> tuple[int, int, int]:
