@@ -143,5 +143,5 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
 
 
 def _placed(problems: Sequence[Problem], place: str) -> list[Problem]:
-    wheres = (": ".join(filter(None, (place, problem.where.removeprefix(".")))) for problem in problems)
+    wheres = (": ".join(filter(None, (place, str(problem.where).removeprefix(".")))) for problem in problems)
     return [replace(problem, where=where) for problem, where in zip(problems, wheres, strict=True)]

@@ -444,7 +444,7 @@ def _answer(
             ids[i, start : start + len(part)] = torch.tensor(part, dtype=torch.long)
             mask[i, start : start + len(part)] = 1
     device = reader.model.device
-    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     if prefix:
         inputs |= _shared_cache(reader, list(first.values()), rows, prefix)
     else:

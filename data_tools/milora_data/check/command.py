@@ -194,7 +194,7 @@ def readable(source: str | Path, report: Report) -> Iterator[Record]:
                 yield item
             else:
                 report.records += 1
-                report.findings.append(Finding("not_a_record", item.first.where, _without_place(item.first)))
+                report.findings.append(Finding("not_a_record", str(item.first.where), _without_place(item.first)))
 
 
 def _without_place(problem: Problem) -> str:
@@ -204,7 +204,7 @@ def _without_place(problem: Problem) -> str:
 def _readable_json(path: Path, report: Report) -> Iterator[Record]:
 
     def broken(error: DataError) -> None:
-        report.findings.append(Finding("broken_json", error.first.where, _without_place(error.first)))
+        report.findings.append(Finding("broken_json", str(error.first.where), _without_place(error.first)))
 
     objects = read_objects(path, on_error=broken)
     while True:
