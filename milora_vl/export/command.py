@@ -21,7 +21,7 @@ from milora_vl.cli.command_line import next_step
 from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.export.request import FORMS, Options, parse_form
 from milora_vl.models.quiet import silence_deepspeed
-from milora_vl.plan.prompts import trained_template
+from milora_vl.recipe.recipe_file import trained_template
 
 if TYPE_CHECKING:
     from milora_vl.export.job import Exported

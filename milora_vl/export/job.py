@@ -18,7 +18,7 @@ from milora_vl.foreign.arithmetic import combined, require_linear, require_scale
 from milora_vl.foreign.plain import read_plain
 from milora_vl.foreign.source import Source, find_source
 from milora_vl.models.quiet import quiet_bars
-from milora_vl.plan.prompts import trained_template
+from milora_vl.recipe.recipe_file import trained_template
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,10 @@ from milora_vl.adapter.folders import base_of, holds_adapter
 from milora_vl.base.errors import UserError, at_flag
 from milora_vl.models.processors import limit_pixels
 from milora_vl.plan.base import find_base
-from milora_vl.recipe.recipe_file import read_file
+from milora_vl.recipe.recipe_file import recipe_of_run, trained_template
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio
-
-DEFAULT = "vicuna_v1"  # as in LLaVA-1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
     """
     folder = adapter or Path(model)
     name = base_of(folder) if adapter is None and holds_adapter(folder) else model
-    data = _recipe_of(folder).get("data") or {}
+    data = recipe_of_run(folder).get("data") or {}
     with at_flag("--model"):
         base = find_base(name)
     if not base.own_pictures:
@@ -54,16 +52,3 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
             hint=f"use --template {OWN}, or remove the flag",
         )
     return Prompts(OWN, "pad", data.get("min_pixels"), data.get("max_pixels"))
-
-
-def trained_template(folder: Path) -> str:
-    """Return the template of a run, from the recipe.yaml of a run folder or of the folder above a checkpoint.
-
-    Raises UserError if the recipe cannot be read.
-    """
-    return _recipe_of(folder).get("template") or DEFAULT
-
-
-def _recipe_of(folder: Path) -> dict[str, Any]:
-    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    return {} if file is None else read_file(file).content

@@ -155,3 +155,17 @@ def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> Non
         for i, value in enumerate(node.value):
             lines[f"{path}[{i}]"] = value.start_mark.line + 1
             _walk(value, f"{path}[{i}]", lines, source)
+
+
+def recipe_of_run(folder: Path) -> dict[str, Any]:
+    """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one.
+
+    Raises UserError if the recipe cannot be read.
+    """
+    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    return {} if file is None else read_file(file).content
+
+
+def trained_template(folder: Path) -> str:
+    """Return the template of a run, by default that of LLaVA-1.5. `folder` is as in `recipe_of_run`."""
+    return recipe_of_run(folder).get("template") or "vicuna_v1"
