@@ -12,7 +12,7 @@ from typing import Any
 from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import UserError
 from milora_vl.cli.table import Table
-from milora_vl.report.plots import PlotStyle, png
+from milora_vl.report.plots import png
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import at_common_loss, curves_of
@@ -110,7 +110,7 @@ def redraw(name: str, study: Study, docs: Path) -> Path:
     text = file.read_text(encoding="utf-8")
     if _start(file.stem) in text:
         panels = [_task_panel(found) for found in _studies_of(file.stem, docs)]
-        (docs / f"{file.stem}.png").write_bytes(png(curves_figure(panels, PlotStyle())))
+        (docs / f"{file.stem}.png").write_bytes(png(curves_figure(panels)))
     else:
         _draw_curves(name, study, docs)
     write_text(file, documented(text, name, study, docs))
@@ -121,9 +121,8 @@ def _draw_curves(name: str, study: Study, docs: Path) -> None:
     """Draw NAME.png, forgetting over loss, and NAME.score.png, score over forgetting, from NAME.csv in `docs`."""
     cells, task = read_cells(docs / f"{name}.csv"), task_class(study.task)
     panels = page.panels(cells, list(cells), study.seeds, task.forgets, study.reference)
-    style = PlotStyle()
-    (docs / f"{name}.png").write_bytes(png(curves_figure(panels, style)))
-    scores = pareto_figure(panels[0].arms, task.metric, task.forgets, style)
+    (docs / f"{name}.png").write_bytes(png(curves_figure(panels)))
+    scores = pareto_figure(panels[0].arms, task.metric, task.forgets)
     (docs / f"{name}.score.png").write_bytes(png(scores))
 
 

@@ -44,7 +44,7 @@ def no_pictures_of_plots() -> None:
 
 @pytest.fixture
 def real_plots() -> Iterator[None]:
-    """Draw plots as for a user: all styles, at full size."""
+    """Draw plots as for a user, at full size."""
     quick_plots.restore()
     yield
     quick_plots.replace()

@@ -22,7 +22,7 @@ from milora_vl.foreign.load_any import require_scalable
 from milora_vl.foreign.load_model import load_by_flags
 from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.report.plots import PlotStyle, draw, styled
+from milora_vl.report.plots import WIDTH, draw, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def write(points: Sequence[Point], output_dir: Path, suite: str, which: str) -> 
     """Write scales.json and scales.png to the folder of the suite, and return it."""
     folder = output_dir / "eval" / suite
     write_json(folder / FILE, {"which": which, "points": [asdict(point) for point in points]})
-    draw(folder, PLOT.removesuffix(".png"), lambda style: figure(points, style), "score over forgetting by scale")
+    draw(folder, PLOT.removesuffix(".png"), figure(points), "score over forgetting by scale")
     return folder
 
 
@@ -101,12 +101,12 @@ def _nats(point: Point) -> str:
     return f"{point.forgetting:.4f}{error}"
 
 
-def figure(points: Sequence[Point], style: PlotStyle) -> Figure:
+def figure(points: Sequence[Point]) -> Figure:
     """Draw the score over forgetting, one line per benchmark, with the scale at each point."""
     from matplotlib.figure import Figure
 
-    with styled(style):
-        drawn = Figure(figsize=(style.width, 4.0), layout="constrained")
+    with styled():
+        drawn = Figure(figsize=(WIDTH, 4.0), layout="constrained")
         axis = drawn.subplots()
         x = [point.forgetting for point in points]
         for mark, name in zip("osD^vPX<>*" * 9, points[0].scores, strict=False):

@@ -1,10 +1,9 @@
-"""Write the files of an analysis: layers.csv, summary.json, figures with their CSV files, and one page."""
+"""Write the files of an analysis: layers.csv, summary.json, the figures, and one page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from milora_vl.analyze.rows import Row
 from milora_vl.base.atomic_write import write_json
 from milora_vl.cli import page as pages
 from milora_vl.cli.table import Table
-from milora_vl.report.plots import Plot, PlotStyle, draw, write_csv
+from milora_vl.report.plots import draw, write_csv
 
 # Heat maps: field -> (label of the colour bar, caption).
 BASE_MAPS = {
@@ -56,9 +55,6 @@ def write(folder: Path, kind: str, name: str, base: str, rows: Sequence[Row]) ->
     summary["figures"] = [{"name": figure["name"], "caption": figure["caption"]} for figure in figures]
     summary["table"] = asdict(table)
     write_json(folder / "summary.json", summary)
-    # In all styles of the page: the report of a run shows these plots too.
-    drawn = [{"plot": asdict(figure["plot"]), "caption": figure["caption"]} for figure in figures]
-    write_json(folder / "figures.json", drawn)
     title = f"{name}" if kind == "base" else f"{name} on {base}"
     content = {"title": title, "lede": lede(kind, rows), "figures": figures, "table": table}
     pages.write(folder / "analysis.html", pages.render(Path(__file__).with_name("analysis.html.j2"), content))
@@ -108,42 +104,27 @@ def _table(means: dict[str, dict[str, float]], fields: dict[str, str]) -> Table:
 
 def _figures(folder: Path, kind: str, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Draw the figures that the rows allow; return name, plot and caption of each in the order of the page."""
-    figures = []
-    curves: dict[str, tuple[Callable[[Sequence[Row], PlotStyle], Any], str]] = {
-        "spectra": (plots.spectra_figure, "Singular values of every layer. Darker lines are closer to the input."),
-        "minor-energy": (
-            plots.minor_energy_figure,
-            "Share of the last components in ‖W‖². The dotted line is a flat spectrum.",
-        ),
-    }
-    if kind == "update":
+    if kind == "base":
+        drawn = [
+            (
+                "spectra",
+                plots.spectra_figure(rows),
+                "Singular values of every layer. Darker lines are closer to the input.",
+            ),
+            (
+                "minor-energy",
+                plots.minor_energy_figure(rows),
+                "Share of the last components in ‖W‖². The dotted line is a flat spectrum.",
+            ),
+        ]
+    else:
         words = "Similarity between the left singular vectors of the update and of W, mean over the modules of a layer."
-        curves = {"similarity": (plots.similarity_figure, words)}
-    for name, (figure, caption) in curves.items():
-        _curve_csv(folder, name, rows)
-        figures.append({"name": name, "plot": _draw(folder, name, partial(figure, rows), caption), "caption": caption})
+        drawn = [("similarity", plots.similarity_figure(rows), words)]
     maps = BASE_MAPS if kind == "base" else UPDATE_MAPS
     for field, (label, caption) in maps.items() if plots.has_map(rows) else ():
         if len({row[field] for row in rows if row.get(field) is not None}) > 1:  # a map with one value shows nothing
-            name = f"heat-{field}"
-            keys = ("tower", "block", "module", field)
-            write_csv(folder / f"{name}.csv", keys, [[row.get(key) for key in keys] for row in rows])
-            plot = _draw(folder, name, partial(plots.heat_map, rows, field, label), caption)
-            figures.append({"name": name, "plot": plot, "caption": caption})
-    return figures
-
-
-def _draw(folder: Path, name: str, figure: Callable[[PlotStyle], Any], alt: str) -> Plot:
-    return draw(folder, name, figure, alt, with_pdf=True)
-
-
-def _curve_csv(folder: Path, name: str, rows: Sequence[Row]) -> None:
-    if name == "similarity":
-        keys = ("path", "tower", "family", "block", "similarity_top", "similarity_bottom", "similarity_random")
-        write_csv(folder / "similarity.csv", keys, [[row[key] for key in keys] for row in rows])
-    elif name == "spectra":
-        lines = [(row["path"], i, sigma) for row in rows for i, sigma in enumerate(row["sigma"], start=1)]
-        write_csv(folder / "spectra.csv", ("path", "component", "sigma"), lines)
-    else:
-        shares = [(row["path"], x, y) for row in rows for x, y in zip(*plots.minor_curve(row["sigma"]), strict=True)]
-        write_csv(folder / "minor-energy.csv", ("path", "last components, %", "share of energy, %"), shares)
+            drawn.append((f"heat-{field}", plots.heat_map(rows, field, label), caption))
+    return [
+        {"name": name, "plot": draw(folder, name, figure, caption, with_pdf=True), "caption": caption}
+        for name, figure, caption in drawn
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.analyze.rows import Row
-from milora_vl.report.plots import BLUE, GREEN, GREY, ORANGE, PlotStyle, styled
+from milora_vl.report.plots import BLUE, GREEN, GREY, ORANGE, WIDTH, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def has_map(rows: Sequence[Row]) -> list[str]:
     return sorted(towers)
 
 
-def heat_map(rows: Sequence[Row], field: str, label: str, style: PlotStyle) -> Figure:
+def heat_map(rows: Sequence[Row], field: str, label: str) -> Figure:
     """Draw `field` of every layer: modules across, blocks downward, one panel per tower. Missing cells stay empty."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
@@ -45,12 +45,10 @@ def heat_map(rows: Sequence[Row], field: str, label: str, style: PlotStyle) -> F
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     norm: Any = LogNorm(low, high) if low > 0 and high > 20 * low else Normalize(min(low, 0.0), high or 1.0)
     shapes = [_grid(rows, tower, field) for tower in towers]
-    with styled(style):
+    with styled():
         height = 1.3 + 0.11 * max(len(blocks) for _, blocks, _ in shapes)
-        size = (style.width, (height if not style.narrow else height * len(towers)) + 0.4)
-        figure = Figure(figsize=size, layout="constrained")
-        lines, columns = (len(towers), 1) if style.narrow else (1, len(towers))
-        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+        figure = Figure(figsize=(WIDTH, height + 0.4), layout="constrained")
+        axes = list(figure.subplots(1, len(towers), squeeze=False).flat)
         for axis, tower, (modules, blocks, cells) in zip(axes, towers, shapes, strict=True):
             image = axis.imshow(cells, norm=norm, cmap="viridis", aspect="auto", interpolation="none")
             axis.set_xticks(range(len(modules)), [_short(name) for name in modules], rotation=45, ha="right")
@@ -65,38 +63,36 @@ def heat_map(rows: Sequence[Row], field: str, label: str, style: PlotStyle) -> F
     return figure
 
 
-def spectra_figure(rows: Sequence[Row], style: PlotStyle) -> Figure:
+def spectra_figure(rows: Sequence[Row]) -> Figure:
     """Draw sigma_i / sigma_1 of every layer over its relative position, one panel per family, coloured by depth."""
-    return _panels(groups(rows), style, _spectra_panel, "position, largest first, %", "σ / σ₁")
+    return _panels(groups(rows), _spectra_panel, "position, largest first, %", "σ / σ₁")
 
 
-def minor_energy_figure(rows: Sequence[Row], style: PlotStyle) -> Figure:
+def minor_energy_figure(rows: Sequence[Row]) -> Figure:
     """Draw the share of ||W||_F^2 in the last r components over r / k, one line per layer, one panel per family."""
-    return _panels(groups(rows), style, _minor_panel, "last components, %", "share of ‖W‖², %")
+    return _panels(groups(rows), _minor_panel, "last components, %", "share of ‖W‖², %")
 
 
-def similarity_figure(rows: Sequence[Row], style: PlotStyle) -> Figure:
+def similarity_figure(rows: Sequence[Row]) -> Figure:
     """Draw the similarity of the update with W's top, bottom and random subspace, over the blocks (paper, Fig. 2)."""
     inside = {
         name: members for name, members in groups(rows).items() if any(row["block"] is not None for row in members)
     }
-    return _panels(inside or groups(rows), style, _similarity_panel, "layer", "subspace similarity", legend=True)
+    return _panels(inside or groups(rows), _similarity_panel, "layer", "subspace similarity", legend=True)
 
 
-def _panels(
-    rows_of: dict[str, list[Row]], style: PlotStyle, draw: Any, xlabel: str, ylabel: str, *, legend: bool = False
-) -> Figure:
+def _panels(rows_of: dict[str, list[Row]], draw: Any, xlabel: str, ylabel: str, *, legend: bool = False) -> Figure:
     from matplotlib.figure import Figure
 
-    columns = 1 if style.narrow else 2 if len(rows_of) == 4 else min(3, len(rows_of))
+    columns = 2 if len(rows_of) == 4 else min(3, len(rows_of))
     lines = -(-len(rows_of) // columns)
-    with styled(style):
-        figure = Figure(figsize=(style.width, 2.5 * lines + 0.2), layout="constrained")
+    with styled():
+        figure = Figure(figsize=(WIDTH, 2.5 * lines + 0.2), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis in axes.flat[len(rows_of) :]:
             axis.set_visible(False)
         for axis, (name, rows) in zip(axes.flat, rows_of.items(), strict=False):
-            draw(axis, rows, style)
+            draw(axis, rows)
             axis.set_title(name.replace("mlp", "MLP"), loc="left", fontsize=10, fontweight="bold")
         for axis in axes[:, 0]:
             axis.set_ylabel(ylabel)
@@ -105,11 +101,11 @@ def _panels(
                 axis.set_xlabel(xlabel)
         if legend:
             handles, labels = axes.flat[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper left", ncols=2 if style.narrow else 3, columnspacing=1.2)
+            figure.legend(handles, labels, loc="outside upper left", ncols=3, columnspacing=1.2)
     return figure
 
 
-def _spectra_panel(axis: Axes, rows: Sequence[Row], style: PlotStyle) -> None:
+def _spectra_panel(axis: Axes, rows: Sequence[Row]) -> None:
     for row, colour in zip(rows, _by_depth(rows), strict=True):
         count, first = len(row["sigma"]), row["sigma"][0] or 1.0
         share = [max(value / first, 1e-7) for value in row["sigma"]]
@@ -117,7 +113,7 @@ def _spectra_panel(axis: Axes, rows: Sequence[Row], style: PlotStyle) -> None:
     axis.set(yscale="log", xlim=(0, 100), ylim=(None, 1.2))
 
 
-def _minor_panel(axis: Axes, rows: Sequence[Row], style: PlotStyle) -> None:
+def _minor_panel(axis: Axes, rows: Sequence[Row]) -> None:
     for row, colour in zip(rows, _by_depth(rows), strict=True):
         x, y = minor_curve(row["sigma"])
         axis.plot(x, y, color=colour, lw=0.8, alpha=0.8)
@@ -138,11 +134,11 @@ def minor_curve(sigma: Sequence[float]) -> tuple[list[float], list[float]]:
     return [100 * i / len(sigma) for i in range(len(sigma) + 1)], shares
 
 
-def _similarity_panel(axis: Axes, rows: Sequence[Row], style: PlotStyle) -> None:
+def _similarity_panel(axis: Axes, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for field, name, colour, mark in (
-        ("similarity_top", "top", style.blue if style.dark else BLUE, "o"),
+        ("similarity_top", "top", BLUE, "o"),
         ("similarity_bottom", "bottom", ORANGE, "s"),
         ("similarity_random", "random", GREEN, None),
     ):

@@ -1,14 +1,13 @@
-"""The plots of one run: PNG and CSV files in plots/, and data URIs for the page (light or dark, wide or narrow)."""
+"""The plots of one run: PNG and CSV files in plots/, and data URIs for the page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milora_vl.report import plots, wording
-from milora_vl.report.plots import Plot, PlotStyle, draw
+from milora_vl.report.plots import Plot, draw
 from milora_vl.report.run_page import Comparison, Layer, Run
 
 if TYPE_CHECKING:
@@ -19,24 +18,24 @@ def make(run: Run) -> dict[str, Plot]:
     """Draw the plots that the run's files allow: `loss`, `forgetting`, `suite`, `spectrum` and `scores-SUITE`."""
     drawn = {}
 
-    def add(name: str, figure: Callable[[PlotStyle], Figure], words: str) -> None:
+    def add(name: str, figure: Figure, words: str) -> None:
         drawn[name] = draw(_folder(run), name, figure, words)
 
     if any("loss" in entry for entry in run.history):
         _loss_csv(run)
-        add("loss", lambda style: plots.loss_figure(run.history, style), wording.loss_words(run))
+        add("loss", plots.loss_figure(run.history), wording.loss_words(run))
     if any("forgetting" in entry for entry in run.history):
         _history_csv(run, "forgetting", ["forgetting", "forgetting_stderr", "forgetting_loss_change"])
-        add("forgetting", lambda style: plots.forgetting_figure(run.history, style), wording.forgetting_words(run))
+        add("forgetting", plots.forgetting_figure(run.history), wording.forgetting_words(run))
     names = plots.suites_of(run.history)
     if names:
         _history_csv(run, "suite", [f"{plots.SCORE}{name}{end}" for name in names for end in ("", "_stderr")])
-        add("suite", lambda style: plots.suite_figure(run.history, style), wording.suite_words(run))
+        add("suite", plots.suite_figure(run.history), wording.suite_words(run))
     layers = [layer for layer in run.layers if layer.sigma]
     if layers:
         _spectrum_csv(run, layers)
         words = "Singular values in descending order. " + " ".join(map(wording.layer_words, layers))
-        add("spectrum", lambda style: plots.spectrum_figure(layers, style), words)
+        add("spectrum", plots.spectrum_figure(layers), words)
     for comparison in run.comparisons:
         shown = [score for score in comparison.scores if score.any.unit == "fraction"]
         if shown:
@@ -46,7 +45,7 @@ def make(run: Run) -> dict[str, Plot]:
                 f"{score.label}: {wording.number(score.before)}, then {wording.number(score.after)}." for score in shown
             )
             names_of_both = ("base", "tuned" if after is None or after.which == "final" else after.which)
-            add(name, partial(plots.scores_figure, shown, names=names_of_both), words)
+            add(name, plots.scores_figure(shown, names_of_both), words)
     return drawn
 
 

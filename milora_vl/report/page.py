@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milora_data.pictures.thumbnails import data_uri
 from milora_vl.base.errors import UserError
 from milora_vl.cli import page as pages
 from milora_vl.cli.table import Table
@@ -93,10 +94,13 @@ def read_analysis(run: Path) -> Analysis | None:
     folder = run / "analysis"
     if not (folder / "summary.json").is_file():
         return None
-    summary, figures = (
-        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("summary.json", "figures.json")
-    )
-    return Analysis(Table(**summary["table"]), [(Plot(**figure["plot"]), figure["caption"]) for figure in figures])
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    figures = [(figure["name"], figure["caption"]) for figure in summary["figures"]]
+    drawn = [
+        (Plot(data_uri((folder / f"{name}.png").read_bytes(), "image/png"), caption), caption)
+        for name, caption in figures
+    ]
+    return Analysis(Table(**summary["table"]), drawn)
 
 
 def try_write_report(run: Path, warn: Callable[[str], object]) -> Path | None:

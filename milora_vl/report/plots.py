@@ -1,15 +1,14 @@
 """Draw the plots of a run: loss, spectrum with the trained band, forgetting, scores; colours and styles of all plots.
 
-The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. Each figure is
-drawn for light and dark, wide and narrow pages, so that its text always has the size of the surrounding text. Only
-Matplotlib's Agg backend is used.
+The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. A figure is as
+wide as the page, so that its text has the size of the surrounding text. Only Matplotlib's Agg backend is used.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,90 +22,43 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NARROW, _DARK = "(max-width: 600px)", "(prefers-color-scheme: dark)"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8a8a8a"
+INK, PAPER = "#24292f", "#ffffff"
+WIDTH = 8.6  # inches; a page shows an inch as 100 CSS pixels
+_DPI = 200  # twice the pixels of the page give sharp text on any screen
+History = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot in the page: the data URI for light, wide pages, (media query, data URI) for others, alternative text."""
+    """A plot in the page: its data URI and alternative text."""
 
     uri: str
-    sources: tuple[tuple[str, str], ...]
     alt: str
 
 
-def draw(folder: Path, name: str, figure: Callable[[PlotStyle], Figure], alt: str, *, with_pdf: bool = False) -> Plot:
-    """Draw a figure in all styles. Write the one for a light, wide page to `folder` as `name`.png (and .pdf)."""
-    images = png_of_each_style(figure)
-    (folder / f"{name}.png").write_bytes(images[PlotStyle()])
+def draw(folder: Path, name: str, figure: Figure, alt: str, *, with_pdf: bool = False) -> Plot:
+    """Write a figure to `folder` as `name`.png (and .pdf), and return it for the page."""
+    image = png(figure)
+    (folder / f"{name}.png").write_bytes(image)
     if with_pdf:
-        figure(PlotStyle()).savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
-    uris = {style: data_uri(image, "image/png") for style, image in images.items()}
-    sources = (
-        (f"{_NARROW} and {_DARK}", uris[PlotStyle(dark=True, narrow=True)]),
-        (_NARROW, uris[PlotStyle(narrow=True)]),
-        (_DARK, uris[PlotStyle(dark=True)]),
-    )
-    return Plot(uris[PlotStyle()], sources, alt)
+        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
+    return Plot(data_uri(image, "image/png"), alt)
 
 
-def png_of_each_style(figure: Callable[[PlotStyle], Figure]) -> dict[PlotStyle, bytes]:
-    """Return a figure as PNG for each kind of page."""
-    return {style: png(figure(style)) for style in PLOT_STYLES}
-
-
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8a8a8a"
-_SKY = "#56B4E9"  # a blue that is legible on dark pages
-_DPI = 200  # pages show an inch as 100 CSS pixels; twice that gives sharp text on any screen
-
-
-@dataclass(frozen=True, slots=True)
-class PlotStyle:
-    """The style of a figure: for dark or light pages, narrow or wide screens."""
-
-    dark: bool = False
-    narrow: bool = False
-
-    @property
-    def width(self) -> float:
-        """Return the width in inches; a page shows an inch as 100 CSS pixels."""
-        return 3.5 if self.narrow else 8.6
-
-    @property
-    def ink(self) -> str:
-        """Return the colour of text and axes."""
-        return "#d6d9de" if self.dark else "#24292f"
-
-    @property
-    def paper(self) -> str:
-        """Return the background colour, equal to the cards of the page."""
-        return "#171b21" if self.dark else "#ffffff"
-
-    @property
-    def blue(self) -> str:
-        """Return the colour for the tuned model."""
-        return _SKY if self.dark else BLUE
-
-
-PLOT_STYLES = (PlotStyle(), PlotStyle(dark=True), PlotStyle(narrow=True), PlotStyle(dark=True, narrow=True))
-History = Sequence[Mapping[str, Any]]
-
-
-def loss_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
+def loss_figure(history: History) -> Figure:
     """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
-    with styled(style):
-        figure = Figure(figsize=(style.width, 3.6), layout="constrained")
+    with styled():
+        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
         many = len(train[0]) > 30
-        top.plot(
-            *train, color=style.blue, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train"
-        )
+        top.plot(*train, color=BLUE, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train")
         if many:
-            top.plot(train[0], _smooth(train[1]), color=style.blue, lw=2, label="train, smoothed")
+            top.plot(train[0], _smooth(train[1]), color=BLUE, lw=2, label="train, smoothed")
         if evaluated[0]:
             top.plot(*evaluated, color=ORANGE, lw=1.4, marker="o", ms=5, label="evaluation")
         top.set_ylabel("loss")
@@ -117,45 +69,42 @@ def loss_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
         peak = max(rate[1], default=0.0) or 1.0
         strip.fill_between(*rate, color=GREY, alpha=0.35, lw=0)
         strip.set(xlabel="step", xlim=(0, None), ylim=(0, peak))
-        strip.xaxis.set_major_locator(MaxNLocator(4 if style.narrow else 8, integer=True))
+        strip.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         strip.set_yticks([0, peak], ["0", f"{peak:.0e}".replace("e-0", "e-")])
         strip.set_ylabel("learning\nrate", rotation=0, ha="right", va="center")
     return figure
 
 
-def spectrum_figure(layers: Sequence[Layer], style: PlotStyle = PLOT_STYLES[0]) -> Figure:
+def spectrum_figure(layers: Sequence[Layer]) -> Figure:
     """Draw the singular values of each layer on a log scale, with the trained band shaded."""
     from matplotlib.figure import Figure
 
     layers = [layer for layer in layers if layer.sigma]
-    rows, columns = (len(layers), 1) if style.narrow else (1, len(layers))
-    with styled(style):
-        figure = Figure(figsize=(style.width, 2.5 * rows + 0.1 if style.narrow else 3.1), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        for axis, layer in zip(axes.flat, layers, strict=True):
-            _spectrum_panel(axis, layer, style)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("singular value")
-        for axis in axes[-1]:
+    with styled():
+        figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+        axes = figure.subplots(1, len(layers), squeeze=False)[0]
+        for axis, layer in zip(axes, layers, strict=True):
+            _spectrum_panel(axis, layer)
             axis.set_xlabel("component, largest first")
+        axes[0].set_ylabel("singular value")
     return figure
 
 
-def forgetting_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
+def forgetting_figure(history: History) -> Figure:
     """Draw forgetting over steps with one standard error on either side. It is 0 at step 0."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
     steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
-    with styled(style):
-        figure = Figure(figsize=(style.width, 2.6), layout="constrained")
+    with styled():
+        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axis = figure.subplots()
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=ORANGE, alpha=0.25, lw=0)
         axis.plot(steps, values, color=ORANGE, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
         axis.set(xlabel="step", ylabel="forgetting, nats per token", xlim=(0, None), ylim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(4 if style.narrow else 8, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
 
 
@@ -168,15 +117,15 @@ def suites_of(history: History) -> list[str]:
     return [key.removeprefix(SCORE) for key in keys if not key.endswith("_stderr")]
 
 
-def suite_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
+def suite_figure(history: History) -> Figure:
     """Draw the scores during training over steps with one standard error on either side."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with styled(style):
-        figure = Figure(figsize=(style.width, 2.6), layout="constrained")
+    with styled():
+        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axis = figure.subplots()
-        colours = (style.blue, ORANGE, GREEN, GREY)
+        colours = (BLUE, ORANGE, GREEN, GREY)
         for number, name in enumerate(suites_of(history)):
             mark, colour = "osD^v"[number % 5], colours[number % 4]
             steps, values = _series(history, f"{SCORE}{name}")
@@ -186,18 +135,18 @@ def suite_figure(history: History, style: PlotStyle = PLOT_STYLES[0]) -> Figure:
                 lw=1.6, elinewidth=0.8, label=name,
             )  # fmt: skip
         axis.set(xlabel="step", ylabel="score", xlim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(4 if style.narrow else 8, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.legend(loc="best")
     return figure
 
 
-def _spectrum_panel(axis: Axes, layer: Layer, style: PlotStyle) -> None:
+def _spectrum_panel(axis: Axes, layer: Layer) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     count = len(layer.sigma)
     floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves no smaller values, and the log axis has no 0
     index, sigma = range(1, count + 1), [max(s, floor) for s in layer.sigma]
-    axis.plot(index, sigma, color=style.blue if layer.trained else GREY, lw=2)
+    axis.plot(index, sigma, color=BLUE if layer.trained else GREY, lw=2)
     axis.set(yscale="log", xlim=(1, max(count, 2)), ylim=(sigma[-1] / 1.6, sigma[0] * 1.6))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if sigma[0] < 30 * sigma[-1] else (1,)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -214,17 +163,15 @@ def _spectrum_panel(axis: Axes, layer: Layer, style: PlotStyle) -> None:
     axis.text(x, 0.97, layer.status, transform=axis.transAxes, ha=align, va="top")
 
 
-def scores_figure(
-    scores: Sequence[Score], style: PlotStyle = PLOT_STYLES[0], names: tuple[str, str] = ("base", "tuned")
-) -> Figure:
+def scores_figure(scores: Sequence[Score], names: tuple[str, str] = ("base", "tuned")) -> Figure:
     """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
     from matplotlib.figure import Figure
 
-    with styled(style):
-        figure = Figure(figsize=(style.width, 0.95 + 0.36 * len(scores)), layout="constrained")
+    with styled():
+        figure = Figure(figsize=(WIDTH, 0.95 + 0.36 * len(scores)), layout="constrained")
         axis = figure.subplots()
         for row, score in enumerate(scores):
-            _score_row(axis, row, score, style)
+            _score_row(axis, row, score)
         axis.set_yticks(range(len(scores)), [score.label for score in scores])
         axis.get_yticklabels()[0].set_fontweight("bold")
         axis.set(ylim=(len(scores) - 0.4, -0.6), xlim=(-2, 102), xlabel="correct answers, %")
@@ -233,26 +180,26 @@ def scores_figure(
         axis.spines["left"].set_visible(False)
         marks: Any = {"ls": "", "ms": 8}
         handles = [
-            axis.plot([], [], marker="o", mfc=style.paper, mec=GREY, mew=1.8, label=names[0], **marks)[0],
-            axis.plot([], [], marker="o", color=style.blue, label=names[1], **marks)[0],
-            axis.plot([], [], marker="|", color=style.ink, mew=1.8, ls="", ms=11, label="majority answer")[0],
+            axis.plot([], [], marker="o", mfc=PAPER, mec=GREY, mew=1.8, label=names[0], **marks)[0],
+            axis.plot([], [], marker="o", color=BLUE, label=names[1], **marks)[0],
+            axis.plot([], [], marker="|", color=INK, mew=1.8, ls="", ms=11, label="majority answer")[0],
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.3)
     return figure
 
 
-def _score_row(axis: Axes, row: int, score: Score, style: PlotStyle) -> None:
+def _score_row(axis: Axes, row: int, score: Score) -> None:
     before, after = score.before, score.after
     if before and after:
         axis.plot([100 * before.value, 100 * after.value], [row, row], color=GREY, alpha=0.45, lw=4, zorder=1)
-    for metric, face, edge in ((before, style.paper, GREY), (after, style.blue, style.blue)):
+    for metric, face, edge in ((before, PAPER, GREY), (after, BLUE, BLUE)):
         if metric:
             axis.errorbar(
                 100 * metric.value, row, xerr=100 * (metric.stderr or 0), fmt="o", ms=8, mfc=face, mec=edge, mew=1.8,
                 ecolor=edge, elinewidth=1.6, capsize=3, zorder=3,
             )  # fmt: skip
     if (baseline := score.any.baseline) is not None:
-        axis.plot(100 * baseline, row, marker="|", ms=15, mew=1.8, color=style.ink, zorder=2)
+        axis.plot(100 * baseline, row, marker="|", ms=15, mew=1.8, color=INK, zorder=2)
 
 
 def png(figure: Figure) -> bytes:
@@ -277,13 +224,13 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 @contextmanager
-def styled(style: PlotStyle) -> Iterator[None]:
+def styled() -> Iterator[None]:
     """Use our sizes and colours as defaults of matplotlib inside the block."""
     import matplotlib as mpl
 
     settings: dict[Any, Any] = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), style.ink),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), style.paper),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
         "figure.dpi": _DPI,
         "font.size": 9.5,

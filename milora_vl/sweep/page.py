@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def _curves_figure(compared: Compared) -> dict[str, Any]:
     )
     assert compared.reference is not None
     shown = panels(compared.results, compared.cells, compared.seeds, compared.forgets, compared.reference)
-    figure = partial(plots.curves_figure, shown)
+    figure = plots.curves_figure(shown)
     return {"plot": draw(compared.folder, "curves", figure, caption, with_pdf=True), "caption": caption}
 
 
@@ -123,11 +122,11 @@ def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]
             "Up and to the left is better. Open markers are learning rates that the validation loss did not select. "
             "Bars are 95 % intervals over seeds. The grey line is the Pareto front."
         )
-        figure = partial(plots.pareto_figure, all_arms, compared.metric, compared.forgets)
+        figure = plots.pareto_figure(all_arms, compared.metric, compared.forgets)
         figures.append({"plot": draw(compared.folder, "pareto", figure, caption, with_pdf=True), "caption": caption})
     if any(len(arm.points) > 1 for arm in all_arms):
         caption = "Each method over the learning rates. The validation loss alone selects the reported one."
-        figure = partial(plots.rates_figure, all_arms, compared.metric)
+        figure = plots.rates_figure(all_arms, compared.metric)
         figures.append({"plot": draw(compared.folder, "rates", figure, caption, with_pdf=True), "caption": caption})
     return figures
 

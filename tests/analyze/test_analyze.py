@@ -109,7 +109,7 @@ def test_a_text_only_base_and_its_figures(tmp_path: Path, capsys: pytest.Capture
     assert row["minor_energy"] == pytest.approx(float(sigma[-8:].square().sum() / sigma.square().sum()), rel=1e-4)
     assert {row["family"] for row in printed["rows"]} == {"attention", "mlp"}
     for name in ("spectra", "minor-energy", "heat-effective_rank", "heat-minor_energy"):
-        for suffix in ("png", "pdf", "csv"):
+        for suffix in ("png", "pdf"):
             assert (tmp_path / f"{name}.{suffix}").stat().st_size > 100
     with (tmp_path / "layers.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(printed["rows"])
