@@ -13,9 +13,8 @@ from itertools import islice
 from pathlib import Path
 
 from milora_data.check.command import check_for_training, readable
-from milora_data.check.findings import KINDS, Finding, examine
-from milora_data.check.pictures import find_missing, uses
-from milora_data.check.report import Report
+from milora_data.check.findings import KINDS, Finding, Report, examine
+from milora_data.check.pictures import find_missing
 from milora_data.formats.jsonfile import missing_file
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import Record, tools_of, uses_tools
@@ -169,7 +168,8 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     counts = check_for_training(records, config.image_folder, config.bad_images)
     missing: set[str] = set()
     if config.bad_images == "skip" and counts["missing_pictures"]:
-        missing.update(find_missing(uses(records), Path(config.image_folder or "")))
+        names = {name for record in records for name in record.files}
+        missing.update(find_missing(names, Path(config.image_folder or "")))
     kept, skipped = records, 0
     if missing or counts["unlearnable"]:
         complete = [place for place, record in enumerate(records) if missing.isdisjoint(record.files)]

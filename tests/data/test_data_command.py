@@ -100,8 +100,25 @@ def test_stats_counts(tiny_data: Path, capsys: Out) -> None:
     )
     assert content["questions_per_record"] == {"min": 1, "median": 1, "p95": 2, "max": 2, "sum": 15}
     assert content["most_frequent_answers"][0] == ["Yes, it is.", 3]
+    assert content["repeated_records"] == 0
     assert main(["stats", str(tiny_data / "train.json")]) == 0
     assert "Yes, it is." in capsys.readouterr().out
+
+
+def test_records_that_come_twice_or_in_the_test_set_too_are_counted(tmp_path: Path, capsys: Out) -> None:
+    def ask(image: str, question: str = "What?") -> dict[str, Any]:
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": "That."}]
+        return {"image": image, "conversations": turns}
+
+    train, test = tmp_path / "train.json", tmp_path / "test.json"
+    train.write_text(json.dumps([ask("0.png"), ask("1.png"), ask("1.png")]))
+    test.write_text(json.dumps([ask("t.jpg"), ask("0.png"), ask("0.png", "New?")]))
+    assert main(["stats", str(train), "--against", str(test), "--format", "json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["repeated_records"] == 1
+    assert content["leakage"] == {
+        "test_records": 3, "with_a_question_of_the_training": 1, "with_a_picture_name_of_the_training": 2
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -61,17 +61,14 @@ UNREADABLE: dict[str, Saver] = {
     "folder.png": lambda path: path.mkdir(),
     "pipe.png": lambda path: os.mkfifo(path),
 }
-# name -> what `check` calls it, and how the file is made
-PECULIAR: dict[str, tuple[str, Saver]] = {
-    "animated.gif": ("animated_picture", animated),
-    "rotated.jpg": ("rotated_picture", rotated),
-    "alpha.png": ("transparent_picture", lambda path: photo().convert("RGBA").save(path)),
-    "palette.png": (
-        "transparent_picture",
-        lambda path: photo().convert("P").save(path, transparency=bytes([0] * 100)),
-    ),
-    "long.png": ("long_picture", lambda path: Image.new("RGB", (5000, 1)).save(path)),
-    "tall.png": ("long_picture", lambda path: Image.new("L", (1, 5000)).save(path)),
+# name -> how the file is made, which can be read
+PECULIAR: dict[str, Saver] = {
+    "animated.gif": animated,
+    "rotated.jpg": rotated,
+    "alpha.png": lambda path: photo().convert("RGBA").save(path),
+    "palette.png": lambda path: photo().convert("P").save(path, transparency=bytes([0] * 100)),
+    "long.png": lambda path: Image.new("RGB", (5000, 1)).save(path),
+    "tall.png": lambda path: Image.new("L", (1, 5000)).save(path),
 }
 
 
@@ -108,17 +105,10 @@ LINES: list[bytes] = [
 ODD: list[tuple[str, Any]] = [
     ("empty_answer", ask("Nothing?", "")),
     ("empty_question", ask("", "Something.")),
-    ("duplicate_id", ask("Twice?", "Yes.", id="same")),
     ("answer_first", {"conversations": [{"from": "gpt", "value": "Hello!"}, *ask("Who?", "Me.")["conversations"]]}),
     ("unanswered", ask("One?", "Two.", "Three?")),
     ("special_token", ask("What is </s>?", "The end.")),
-    ("picture_in_answer", ask("Draw it.", "<image>", image="0.png")),
-    ("role_in_text", ask("Who?", "Me. USER: And you? ASSISTANT: Me too.")),
-    ("damaged_text", ask("Caf\ufffd?", "Yes.")),
     ("control_character", ask("Bell\x07?", "Yes.")),
-    ("long_record", ask("Long?", "word " * 3000)),
-    ("duplicate_record", ask("Is it so?", "It is.")),
-    ("outside_folder", ask("<image>\nOutside?", "No.", image="../images/0.png")),
     ("forgotten", ask("What is it?", "A thing.", image="1.png")),
     ("unanswered", {"messages": [{"role": role, "content": "Hm?"} for role in ("user", "assistant", "user")]}),
 ]
@@ -135,7 +125,7 @@ def make(folder: Path) -> Path:
     for name, save in UNREADABLE.items():
         save(images / name)
         lines.append(ask(f"<image>\n{name}?", "Unreadable.", image=name, id=name))
-    for name, (_, save) in PECULIAR.items():
+    for name, save in PECULIAR.items():
         save(images / name)
         lines.append(ask(f"<image>\n{name}?", "Peculiar.", image=name, id=name))
     lines += [record for _, record in [*BROKEN, *ODD]]

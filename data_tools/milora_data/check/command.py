@@ -12,10 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from milora_data.check.findings import Finding, examine
-from milora_data.check.pictures import MissingImages, add_use, elsewhere, find_faults, find_missing, is_empty
+from milora_data.check.findings import Finding, Report, as_json, as_text, examine
+from milora_data.check.pictures import MissingImages, elsewhere, find_faults, find_missing, is_empty
 from milora_data.check.repair import write_repaired
-from milora_data.check.report import Report, as_json, as_text
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
 from milora_data.pictures.embedded import convert_words, described
@@ -153,8 +152,6 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
     Raises `DataError` only if there is no such file.
     """
     report = Report(str(path), str(folder))
-    ids: dict[str, str] = {}
-    contents: dict[int, str] = {}
     used: dict[str, list[str]] = {}
     stored: dict[str, list[str]] = {}
     for record in readable(path, report):
@@ -164,14 +161,6 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
             report.has_embedded = True
             report.findings.append(Finding("embedded_picture", record.source, f"{len(first.content):,} bytes"))
-        repeated = bool(record.id) and record.id in ids
-        if repeated:
-            report.findings.append(Finding("duplicate_id", record.source, f"{record.id} (first at {ids[record.id]})"))
-        ids.setdefault(record.id, record.source)
-        content = hash((record.images, record.turns))
-        if content in contents and not repeated:
-            report.findings.append(Finding("duplicate_record", record.source, f"first at {contents[content]}"))
-        contents.setdefault(content, record.source)
         for name in record.files:
             (stored if isinstance(name, StoredPicture) else used).setdefault(name, []).append(record.source)
         if len(stored) >= _STORED_AT_ONCE:  # their contents are in memory
@@ -239,8 +228,8 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
         report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
     if how == "decode":
         gone = set(missing)
-        for name, kind, message in find_faults([name for name in used if name not in gone], folder):
-            report.findings += [Finding(kind, where, f"{name}: {message}") for where in used[name]]
+        for name, message in find_faults([name for name in used if name not in gone], folder):
+            report.findings += [Finding("corrupt_picture", where, f"{name}: {message}") for where in used[name]]
 
 
 def check_for_training(
@@ -259,13 +248,13 @@ def check_for_training(
         raise DataError(problems=[no_folder(folder)])
     number = with_pictures = 0
     errors: list[Finding] = []
-    used: dict[str, list[str]] = {}
+    used: dict[str, str] = {}
     for record in load_records(data) if isinstance(data, str | Path) else data:  # once: there may be millions
         number += 1
         with_pictures += bool(record.images)
         errors += [finding for finding in examine(record) if finding.severity == "error"]
         for name in record.files:
-            add_use(used, name, record.source)
+            used.setdefault(name, record.source)
     if not number:
         raise DataError(problems=[no_records(path or "the data")])
     unlearnable = [finding for finding in errors if finding.kind == "no_answer"]

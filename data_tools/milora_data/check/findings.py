@@ -1,14 +1,16 @@
-"""The kinds of errors and warnings that a record can have (`KINDS`), and the rules that detect them."""
+"""The kinds of errors and warnings of records (`KINDS`), the rules that detect them, and the report of a scan."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 from milora_data.encode.templates import place_images, split_tool_turns, split_turns
-from milora_data.records.record import IMAGE, Record, estimated_length, tools_of, uses_tools
+from milora_data.records.record import IMAGE, Record, tools_of, uses_tools
 from milora_vl.base.errors import DataError
 from milora_vl.cli.command_line import amount
 
@@ -34,22 +36,11 @@ KINDS: Mapping[str, Kind] = {
     "embedded_picture": Kind("warning", "picture embedded as base64, which a training keeps in memory"),
     "empty_answer": Kind("warning", "empty answer: the model learns to answer nothing"),
     "empty_question": Kind("warning", "empty question"),
-    "duplicate_id": Kind("warning", "id used before"),
     "answer_first": Kind("warning", "starts with an answer, which is dropped"),
     "unanswered": Kind("warning", "ends with a question, which has no effect on training"),
     "special_token": Kind("warning", "text contains a special token, which is encoded as such"),
     "several_placeholders": Kind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
-    "picture_in_answer": Kind("warning", f"answer contains {IMAGE}"),
-    "role_in_text": Kind("warning", "text contains a role marker such as USER:, as if an answer had not stopped"),
-    "damaged_text": Kind("warning", "text with characters that an encoding conversion has destroyed"),
     "control_character": Kind("warning", "text with control characters"),
-    "long_record": Kind("warning", "longer than 2,048 tokens, by estimate: max_length will cut it"),
-    "duplicate_record": Kind("warning", "same pictures and same conversation as an earlier record"),
-    "outside_folder": Kind("warning", "picture with an absolute path, or a path outside the folder"),
-    "animated_picture": Kind("warning", "animated picture: its first frame is used"),
-    "rotated_picture": Kind("warning", "picture with an EXIF rotation: it is turned upright (LLaVA does not)"),
-    "transparent_picture": Kind("warning", "picture with transparency, which is dropped as in LLaVA"),
-    "long_picture": Kind("warning", "picture more than 10 times as long as wide: mostly padding"),
 }
 # Special tokens of Llama, Vicuna, Qwen, SmolLM and GPT-2; a tokenizer has only some of them.
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
@@ -57,17 +48,9 @@ SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>",
 _LONGEST = 300
 # Kinds whose messages are complete without the title.
 _SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
-_ESTIMATED_TOKENS = 2048
-_ROLE = re.compile(r"(?:^|\n| )(?:ASSISTANT|USER|### ?(?:Human|Assistant)): ")
-_LOST = re.compile("\ufffd|\u00c3[\u0080-\u00bf]|\u00e2\u20ac")  # typical of UTF-8 text decoded as Latin-1
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_PATTERNS = {
-    "broken_text": _SURROGATE,
-    "role_in_text": _ROLE,
-    "damaged_text": _LOST,
-    "control_character": CONTROL,
-}
+_PATTERNS = {"broken_text": _SURROGATE, "control_character": CONTROL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +75,64 @@ class Finding:
     def severity(self) -> Severity:
         """Return `error` or `warning`."""
         return KINDS[self.kind].severity
+
+
+@dataclass(slots=True)
+class Report:
+    """Counts and findings of a scan."""
+
+    path: str
+    image_folder: str
+    records: int = 0
+    with_pictures: int = 0
+    picture_files: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    num_missing: int = 0  # picture names without a file
+    num_never_read: int = 0  # of these, names outside the image folder and web addresses
+    has_embedded: bool = False  # records of a JSON file have pictures in base64
+
+    def count(self, severity: str) -> int:
+        """Return the number of findings with a severity, `error` or `warning`."""
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """Return the findings of each kind that occurs, errors first."""
+        return {
+            kind: findings
+            for kind in KINDS
+            if (findings := [finding for finding in self.findings if finding.kind == kind])
+        }
+
+
+def as_json(report: Report) -> str:
+    """Return the report as one JSON object."""
+    content: dict[str, Any] = {
+        "path": report.path,
+        "image_folder": report.image_folder,
+        "records": report.records,
+        "with_pictures": report.with_pictures,
+        "picture_files": report.picture_files,
+        "errors": report.count("error"),
+        "warnings": report.count("warning"),
+        "kinds": Counter(finding.kind for finding in report.findings),
+        "findings": [{"severity": finding.severity, **asdict(finding)} for finding in report.findings],
+    }
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def as_text(report: Report, limit: int) -> str:
+    """Return the report as text: counts, then each kind of finding with its first cases."""
+    files = amount(report.picture_files, "file")
+    pictures = f"{report.with_pictures:,} with pictures ({files}, looked for in {report.image_folder})"
+    lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
+    for kind, findings in report.by_kind().items():
+        severity, title = KINDS[kind]
+        lines += ["", f"{severity:<8} {len(findings):>7,}  {title}"]
+        lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in findings[:limit]]
+        if len(findings) > limit:
+            lines.append(f"    ... and {len(findings) - limit:,} more (--limit {len(findings)} shows all)")
+    counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
+    return "\n".join([*lines, "", counts if lines[1:] else "no errors or warnings", ""])
 
 
 def examine(record: Record) -> Iterator[Finding]:
@@ -121,12 +162,6 @@ def examine(record: Record) -> Iterator[Finding]:
         yield finding("unanswered", exchange[-1].text)
     if len(exchange) < sum(turn.role != "system" for turn in record.turns):
         yield finding("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
-    tokens = estimated_length(record, 576)
-    if tokens > _ESTIMATED_TOKENS:
-        yield finding("long_record", f"about {tokens:,} tokens")
-    outside = [name for name in record.images if name.startswith(("/", "~", "\\")) or ".." in name.split("/")]
-    if outside:
-        yield finding("outside_folder", outside[0])
     yield from _texts(record)
 
 
@@ -138,8 +173,6 @@ def _texts(record: Record) -> Iterator[Finding]:
                 yield Finding("empty_answer", record.source, where)
             elif turn.role == "user" and IMAGE not in turn.text:
                 yield Finding("empty_question", record.source, where)
-        if turn.role == "assistant" and IMAGE in turn.text:
-            yield Finding("picture_in_answer", record.source, where)
         for kind, pattern in _PATTERNS.items():
             if (match := pattern.search(turn.text)) is not None:
                 excerpt = turn.text[max(0, match.start() - 20) : match.end() + 20]

@@ -6,18 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from milora_data.check.findings import CONTROL, KINDS, examine
+from milora_data.check.findings import CONTROL, KINDS, Report, examine
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.pictures.files import ImageError
 from milora_data.records.record import IMAGE, ROLES, from_messages, parse_record
 from milora_vl.base.errors import DataError, UserError
 from milora_vl.cli.command_line import amount
-
-if TYPE_CHECKING:
-    from milora_data.check.report import Report
-
 
 def write_repaired(report: Report, data: Path, out: Path) -> str:
     """Write the usable records of `data`, repaired, to `out`; return a text that lists the changes.

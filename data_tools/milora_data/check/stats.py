@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from array import array
@@ -10,18 +11,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.check.command import image_folder
-from milora_data.check.duplicates import duplicate_statistics, leakage
 from milora_data.encode.labels import encode
 from milora_data.encode.tokens import load_tokenizer
+from milora_data.pictures.files import StoredPicture
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError, UserError, no_records, with_context
+from milora_vl.base.errors import DataError, no_records, with_context
 from milora_vl.cli.command_line import count, next_step
 from milora_vl.cli.flags import DATA, Command, option, shared
 
-SECTIONS = ("tokens", "duplicates", "leakage")
+SECTIONS = ("tokens", "leakage")
 TITLES = {"learnt_per_record": "supervised_per_record"}  # titles that differ from the keys of the JSON output
 COMMAND = Command(
     "milora_data stats",
@@ -30,18 +30,13 @@ COMMAND = Command(
 examples:
   python -m milora_data stats train.json
   python -m milora_data stats train.json --tokenizer runs/demo --image_tokens 16 --max_length 2048
-  python -m milora_data stats train.json --image_folder images --copies near --against test.json
+  python -m milora_data stats train.json --against test.json
 """,
     inputs=(
         DATA,
-        shared("image_folder", about="folder of the pictures (default: beside DATA)"),
         option("--against", type=Path, metavar="TEST", help="count the overlap of this test set with DATA"),
-        option("--against_image_folder", type=Path, help="folder of its pictures (default: beside TEST)"),
     ),
     settings=(
-        option(
-            "--copies", choices=("exact", "near"), help="count copies of pictures; near: also in another size or format"
-        ),
         option("--tokenizer", help="folder or name of a tokenizer that counts tokens"),
         shared("template", default="vicuna_v1", about="prompt format (default: %(default)s)"),
         shared("image_tokens"),
@@ -62,13 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not records:
         raise DataError(problems=[no_records(chosen.data)])
     content = statistics(records)
-    folder = image_folder(chosen.data, chosen.image_folder)
-    content["duplicates"] = duplicate_statistics(records, folder, chosen.copies)
     if chosen.against is not None:
-        folders = (folder, image_folder(chosen.against, chosen.against_image_folder))
-        content["leakage"] = leakage(records, _read(chosen.against), folders, chosen.copies)
-    elif chosen.against_image_folder is not None:
-        raise UserError("--against_image_folder needs --against TEST", code="flag-needs-another")
+        content["leakage"] = leakage(records, _read(chosen.against))
     if tokenizer is not None:
         content["tokens"] = token_statistics(
             records,
@@ -82,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.format == "json"
         else f"{chosen.data}\n" + as_text(content, chosen.limit)
     )
-    pictures = ["--image_folder", folder] if chosen.image_folder else []
-    next_step("milora_data", "show", chosen.data, *pictures, "--limit", 50, "--html", "OUT.html")
+    next_step("milora_data", "show", chosen.data, "--limit", 50, "--html", "OUT.html")
     return 0
 
 
@@ -99,23 +88,18 @@ def _read(path: Path) -> CompactRecords:
 
 def statistics(records: Sequence[Record]) -> dict[str, Any]:
     """Return counts and distributions of `records`; lists start with the most frequent item."""
-    answers, types, pictures = Counter[str](), Counter[str](), Counter[str]()
+    answers, pictures = Counter[str](), Counter[str]()
     with_pictures = 0
     questions, question_words, answer_words = array("q"), array("q"), array("q")
     for record in records:  # once, because each may be unpickled
         with_pictures += bool(record.images)
         pictures.update(record.images)
-        if "type" in record.extra:
-            types[str(record.extra["type"])] += 1
         asked = [turn.text for turn in record.turns if turn.role == "user"]
         answered = [turn.text for turn in record.turns if turn.role == "assistant"]
         answers.update(answered)
         questions.append(len(asked))
         question_words.extend(len(text.replace(IMAGE, "").split()) for text in asked)
         answer_words.extend(len(text.split()) for text in answered)
-    folders = Counter[str]()
-    for name, number in pictures.items():
-        folders[str(Path(name).parent)] += number
     return {
         "records": len(records),
         "with_pictures": with_pictures,
@@ -126,8 +110,32 @@ def statistics(records: Sequence[Record]) -> dict[str, Any]:
         "words_per_question": spread(question_words),
         "words_per_answer": spread(answer_words),
         "most_frequent_answers": answers.most_common(),
-        "picture_folders": folders.most_common(),
-        "types": types.most_common(),
+        "repeated_records": len(records) - len({_content(record) for record in records}),
+    }
+
+
+def _content(record: Record) -> bytes:
+    """Return 16 bytes that differ for different pictures, videos, turns or tools; a million records need 100 MB."""
+    calls = [turn.call for turn in record.turns]  # the repr of a turn leaves its call out
+    parts = (record.images, record.videos, record.turns, calls, record.extra.get("tools"))
+    digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16)
+    for picture in record.files:
+        if isinstance(picture, StoredPicture):
+            digest.update(picture.content)
+    return digest.digest()
+
+
+def leakage(train: Sequence[Record], test: Sequence[Record]) -> dict[str, int]:
+    """Return how many records of `test` share questions or picture names with `train`."""
+    known = {(record.images, turn.text) for record in train for turn in record.turns if turn.role == "user"}
+    asked = [
+        any((record.images, turn.text) in known for turn in record.turns if turn.role == "user") for record in test
+    ]
+    names = {name for record in train for name in record.images}
+    return {
+        "test_records": len(test),
+        "with_a_question_of_the_training": sum(asked),
+        "with_a_picture_name_of_the_training": sum(any(name in names for name in record.images) for record in test),
     }
 
 

@@ -36,7 +36,6 @@ ROLES: dict[str, Role] = {
 }
 # What a message of OpenAI's form may have besides role and content, for chat templates that write tools.
 CALL_KEYS = ("tool_calls", "tool_call_id", "name")
-CHARACTERS_PER_TOKEN = 4
 IMAGE = "<image>"
 VIDEO = "<video>"  # marks a video in a record that has videos, and is a text like any other elsewhere
 # Characters without a width that are no white space to Python: zero-width space and joiners, word joiner, BOM.
@@ -123,15 +122,6 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         return record
     except DataError as error:
         raise with_context(error, source or "record") from None
-
-
-def estimated_length(record: Record, image_tokens: int) -> int:
-    """Return an estimate of the tokens of a record, without a tokenizer: for sorting, not for counting.
-
-    >>> estimated_length(Record("a", ("a.png",), (Turn("user", "<image>\\nWhat is it?"),), "x:1", {}), 576)
-    580
-    """
-    return sum(len(turn.text) for turn in record.turns) // CHARACTERS_PER_TOKEN + len(record.images) * image_tokens
 
 
 def _images(value: dict[str, Any]) -> tuple[str, ...]:
