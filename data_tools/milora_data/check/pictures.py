@@ -19,6 +19,7 @@ from milora_data.pictures.files import (
 from milora_vl.base.errors import DataError
 from milora_vl.cli.web import web_address
 
+
 class MissingImages(DataError):
     """Records name pictures that are missing or empty; the message has their number and the first few.
 

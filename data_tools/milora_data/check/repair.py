@@ -15,6 +15,7 @@ from milora_data.records.record import IMAGE, ROLES, from_messages, parse_record
 from milora_vl.base.errors import DataError, UserError
 from milora_vl.cli.command_line import amount
 
+
 def write_repaired(report: Report, data: Path, out: Path) -> str:
     """Write the usable records of `data`, repaired, to `out`; return a text that lists the changes.
 
