@@ -176,7 +176,7 @@ def said(*texts: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("value", "code"),
     [
-        ({"text": "x"}, "messages-missing"),
+        ({"text": "x"}, "record-no-conversations"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "record-unknown-role"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages-unsupported-part"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "record-image-count"),

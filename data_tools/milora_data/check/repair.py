@@ -11,7 +11,7 @@ from typing import Any
 from milora_data.check.findings import CONTROL, KINDS, Report, examine
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.pictures.files import ImageError
-from milora_data.records.record import IMAGE, ROLES, from_messages, parse_record
+from milora_data.records.record import IMAGE, ROLES, as_llava, parse_record
 from milora_vl.base.errors import DataError, UserError
 from milora_vl.cli.command_line import amount
 
@@ -68,9 +68,7 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
             kind = lost.get(f"{data}:{place}") or _fatal_kind(value)
             if kind is None:
                 assert isinstance(value, dict)
-                if "conversations" not in value:
-                    value = from_messages(value, number=number, web="keep")
-                repaired = repair(value, done)
+                repaired = repair(as_llava(value, number), done)
                 record = parse_record(repaired)
                 kind = next((f.kind for f in examine(record) if f.severity == "error"), None)
             if kind is not None:

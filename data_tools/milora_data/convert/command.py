@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from milora_data.convert.picture_folder import PictureFolder, output_exists
 from milora_data.formats.captions import caption_records
-from milora_data.formats.instructions import held_out, instructions
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.formats.other_files import DEFAULT_PROMPT, coco_captions, refcoco, sharegpt, table
+from milora_data.formats.other_files import DEFAULT_PROMPT, coco_captions, instructions, refcoco, sharegpt, table
 from milora_data.formats.stored import stored_items
 from milora_data.formats.vqa_files import (
     Converter,
@@ -30,10 +31,10 @@ from milora_data.formats.vqa_files import (
     vqa,
 )
 from milora_data.pictures.embedded import stored_pictures
-from milora_data.pictures.files import ImageError, StoredPicture
-from milora_data.records.record import SPEAKERS, Record, from_messages, parse_record, tools_of
+from milora_data.pictures.files import ImageError, StoredPicture, picture_suffix
+from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record, tools_of
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import MALFORMED, DataError, UserError, first_line, with_context
+from milora_vl.base.errors import MALFORMED, DataError, UserError, first_line
 from milora_vl.cli.command_line import amount, next_step, positive
 from milora_vl.cli.flags import Command, option, shared
 
@@ -111,6 +112,26 @@ def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> 
     yield from (value for number, value in enumerate(records) if number not in chosen)
 
 
+def held_out(num_records: int, count: int) -> frozenset[int]:
+    """Return the indices of the held-out records, equal to `train_test_split(count, seed=42)` of `datasets`.
+
+    Raises `DataError` if no record would be left for training.
+
+    >>> sorted(held_out(10, 3))
+    [0, 5, 6]
+    """
+    import numpy as np
+
+    if count >= num_records:
+        raise DataError(
+            f"{count:,} of {num_records:,} records leave none for training",
+            code="hold-out-too-large",
+            where="--hold_out",
+            hint="hold out fewer records",
+        )
+    return frozenset(np.random.default_rng(42).permutation(num_records)[:count].tolist())
+
+
 def _check_flags(chosen: argparse.Namespace) -> None:
     for flag in ("prompt", "split", "image_pattern"):
         if vars(chosen)[flag] is not None and flag not in KINDS[chosen.kind].flags:
@@ -151,39 +172,11 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
 
 def _llava(sources: Sequence[Path], options: Options) -> Records:
     """Records in LLaVA's form or in the form of `messages`, as every reader of records takes them."""
-    return _with_stored_pictures(sources, options, _checked)
-
-
-def _messages(sources: Sequence[Path], options: Options) -> Records:
-    return _with_stored_pictures(sources, options, lambda value, number: from_messages(value, number=number))
-
-
-def _checked(value: Any, number: int) -> dict[str, Any]:
-    parse_record(value, embedded="keep")
-    converted: dict[str, Any] = value if "conversations" in value else from_messages(value, number=number)
-    return converted
-
-
-def _with_stored_pictures(
-    sources: Sequence[Path], options: Options, convert: Callable[[Any, int], dict[str, Any]]
-) -> Records:
     for source in sources:
         for number, (place, value) in enumerate(read_objects(source), start=1):
-            where = f"{source}:{place}"
-            try:
-                converted = convert(value, number)
-            except DataError as error:
-                located = with_context(error, where)
-                if not _is_about_a_picture(located):
-                    raise located from None
-                options.left_out.append(str(located))
-                continue
-            yield from stored_pictures(converted, where, options.left_out)
-
-
-def _is_about_a_picture(error: DataError) -> bool:
-    """Whether a picture is broken or at a web address: its record is left out, and the conversion continues."""
-    return isinstance(error, ImageError) or error.problems[0].code == "image-web-address"
+            parse_record(value, source=f"{source}:{place}", embedded="keep")
+            assert isinstance(value, dict)  # else parse_record raises
+            yield from stored_pictures(as_llava(value, number), f"{source}:{place}", options.left_out)
 
 
 def _folder(sources: Sequence[Path], options: Options) -> Records:
@@ -194,11 +187,75 @@ def _stored(sources: Sequence[Any], options: Options) -> Records:
     for source in sources:
         for number, item in enumerate(stored_items(str(source), options)):
             if isinstance(item, DataError):
-                if not _is_about_a_picture(item):
+                if not isinstance(item, ImageError):  # a broken picture leaves out its record alone
                     raise item
                 options.left_out.append(str(item))
             else:
                 yield _as_llava(item, str(number))
+
+
+def output_exists(path: Path) -> UserError:
+    """Return the error for a file or folder that a conversion would overwrite."""
+    return UserError(
+        f"{path} exists already", code="output-exists", hint="nothing was written; name a new --output_dir"
+    )
+
+
+class PictureFolder:
+    """A folder that is created with the first picture. `num_elsewhere` counts the records that name other files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_mine = False  # created by this conversion
+        self.num_elsewhere = 0
+        self._used: Counter[str] = Counter()
+        self._names: dict[tuple[str, bytes], str] = {}
+
+    def filled(self, records: Records) -> Records:
+        """Yield the records after writing their stored pictures; equal names with equal content are written once.
+
+        Raises `UserError` if the folder exists before the first picture is written.
+        """
+        for value in records:
+            elsewhere = False
+            for key in ("image", "images"):
+                field = value.get(key)
+                for name in field if isinstance(field, list) else [field] if field else []:
+                    elsewhere |= not isinstance(name, StoredPicture)
+                if isinstance(field, list):
+                    value[key] = [self._written(name) for name in field]
+                elif field:
+                    value[key] = self._written(field)
+            self.num_elsewhere += elsewhere
+            yield value
+
+    def remove(self) -> None:
+        """Remove the folder if this conversion created it."""
+        if self.is_mine:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _written(self, picture: Any) -> Any:
+        if not isinstance(picture, StoredPicture):
+            return picture
+        known = (str(picture), hashlib.blake2b(picture.content, digest_size=16).digest())
+        if known not in self._names:
+            self._names[known] = self._write(picture)
+        return self._names[known]
+
+    def _write(self, picture: StoredPicture) -> str:
+        if not self.is_mine and self.path.exists():
+            raise output_exists(self.path)
+        original = Path(picture.replace("\0", ""))  # file systems allow no NUL and at most 255 bytes
+        stem, suffix = original.stem[:60] or "picture", original.suffix[:12] or picture_suffix(picture.content)
+        name = wanted = f"{stem}{suffix}"
+        while name in self._used:
+            self._used[wanted] += 1
+            name = f"{stem}-{self._used[wanted]}{suffix}"
+        self._used[name] = 1
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.is_mine = True
+        (self.path / name).write_bytes(picture.content)
+        return name
 
 
 def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
@@ -217,7 +274,7 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
 KINDS: dict[str, Kind] = {
     "llava": Kind(_llava),
     "jsonl": Kind(_llava),
-    "messages": Kind(_messages),
+    "messages": Kind(_llava),
     "folder": Kind(_folder, ("prompt",)),
     "table": Kind(table, ("prompt",)),
     "csv": Kind(table, ("prompt",)),

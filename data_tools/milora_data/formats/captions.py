@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.jsonfile import not_utf8, read_json
-from milora_data.formats.tables import read_rows
+from milora_data.formats.jsonfile import not_utf8, read_json, read_rows
 from milora_data.pictures.files import SUFFIXES
 from milora_data.records.record import IMAGE
 from milora_vl.base.errors import DataError

@@ -1,4 +1,8 @@
-"""Convert RefCOCO, COCO captions, ShareGPT, and tables with picture, question and answer to LLaVA records."""
+"""Convert RefCOCO, COCO captions, ShareGPT, tables and instructions of text alone to LLaVA records.
+
+Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), or of
+MetaMathQA; `system` and `history` are those of LLaMA-Factory's form of Alpaca.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.instructions import earlier, with_input, with_system
-from milora_data.formats.jsonfile import missing_file, read_json, read_objects
-from milora_data.formats.tables import read_rows
+from milora_data.formats.jsonfile import missing_file, read_json, read_objects, read_rows
 from milora_data.formats.vqa_files import Options, Records, record
 from milora_data.pictures.embedded import stored_pictures
 from milora_data.pictures.files import on_padded_square
@@ -28,6 +30,7 @@ COLUMNS = {
     "input": ("input",),
     "system": ("system", "system_prompt"),
 }
+FIELDS = (("instruction", "output"), ("query", "response"))
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt", "bard": "gpt"}
 
 
@@ -157,6 +160,56 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
         converted["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + converted["conversations"][0]["value"]
         converted = {"id": converted["id"], "image": images[0] if len(images) == 1 else images, **converted}
     return with_system(converted, cells["system"])
+
+
+def instructions(sources: Sequence[Path], options: Options) -> Records:
+    """{"instruction", "input"?, "output"} or {"query", "response"}, as a list or one per line; texts are not changed.
+
+    A `system` text and the exchanges of `history` come first. Raises `DataError` if the fields are missing.
+    """
+    for path in sources:
+        for number, (place, value) in enumerate(read_rows(path), start=1):
+            fields, where = value if isinstance(value, Mapping) else {}, f"{path}:{place}"
+            exchanges = [*earlier(fields, where), _exchange(fields, where)]
+            yield with_system(record(fields.get("id", number), None, exchanges), fields.get("system"))
+
+
+def with_input(instruction: str, text: str) -> str:
+    """Return the instruction, followed by the input `text` on a new line if there is one."""
+    return f"{instruction}\n{text}" if text else instruction
+
+
+def earlier(row: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
+    """Return the exchanges of `history`, a list of pairs; raises `DataError` for anything else."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError(
+            f"history must be a list of pairs [question, answer], got {str(history)[:80]}",
+            code="instructions-history",
+            where=place,
+        )
+    return [(str(question), str(answer)) for question, answer in history]
+
+
+def with_system(converted: dict[str, Any], text: object) -> dict[str, Any]:
+    """Insert a system turn at the start of a record if `text` is not empty."""
+    if text:
+        converted["conversations"].insert(0, {"from": "system", "value": str(text)})
+    return converted
+
+
+def _exchange(fields: Mapping[str, Any], place: str) -> tuple[str, str]:
+    text = fields.get("input") or ""
+    for names in FIELDS:
+        question, answer = (fields.get(name) for name in names)
+        if isinstance(question, str) and isinstance(answer, str) and isinstance(text, str):
+            return with_input(question, text), answer
+    expected = " or ".join(f"{first} and {second}" for first, second in FIELDS)
+    raise DataError(
+        f"expected an object with the texts {expected}; it has {', '.join(fields) or 'none'}",
+        code="table-missing-columns",
+        where=place,
+    )
 
 
 def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:

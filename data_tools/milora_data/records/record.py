@@ -14,15 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from milora_data.pictures.embedded import (
-    NOT_FETCHED,
-    decoded,
-    described,
-    is_embedded,
-)
+from milora_data.pictures.embedded import decoded, described, is_embedded
 from milora_data.pictures.files import StoredPicture
 from milora_vl.base.errors import DataError, with_context
-from milora_vl.cli.web import web_address
 
 Role = Literal["user", "assistant", "system", "tool"]
 
@@ -105,10 +99,7 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
     try:
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}", code="record-not-an-object")
-        if "prompt" in value and "completion" in value and "conversations" not in value and "messages" not in value:
-            value = from_completion(value)
-        if "messages" in value and "conversations" not in value:
-            value = from_messages(value, number=0, web="keep") | ({} if "id" in value else {"id": ""})
+        value = as_llava(value)
         record = Record(
             id=str(value.get("id", "")),
             images=_images(value),
@@ -266,16 +257,21 @@ def uses_tools(record: Record) -> bool:
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "tool"}
 
 
-def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] = "refuse") -> dict[str, Any]:
-    """Return the LLaVA record of {"messages": [...], "images"?: [...]}; other keys are kept.
+def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
+    """Return a record with `conversations`, from `messages` or from TRL's prompt and completion; others unchanged.
 
-    `number` is the default id.
-    Pictures are named by the parts of a message ({"type": "image", "image": path}) or, in order, by "images".
-    Base64 pictures are kept unchanged (embedded.py). Raises `DataError` if there are no messages, if a role or a part
-    is unknown, or, unless `web` is keep, if a picture is a web address.
+    `identifier` is the default id. Pictures are named by the parts of a message ({"type": "image", "image": path}) or,
+    in order, by "images". Base64 pictures are kept unchanged (embedded.py).
+    Raises `DataError` if a role or a part is unknown.
     """
-    if not isinstance(value, dict) or not isinstance(value.get("messages"), list):
-        raise DataError('expected an object with "messages", a list', code="messages-missing")
+    if "conversations" in value:
+        return value
+    if "prompt" in value and "completion" in value and "messages" not in value:
+        value = from_completion(value)
+    if "messages" not in value:
+        return value
+    if not isinstance(value["messages"], list):
+        raise DataError('"messages" must be a list', code="messages-missing")
     named: list[str] = []
     videos: list[Any] = []
     turns = [_message_turn(message, place, named, videos) for place, message in enumerate(value["messages"], start=1)]
@@ -286,8 +282,6 @@ def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] 
             'the messages and "images" both name pictures; expected only one of them', code="messages-images-twice"
         )
     images = named or listed
-    if web == "refuse" and (address := next(filter(web_address, images), "")):
-        raise DataError(f"a picture at a web address: {described(address)}", code="image-web-address", hint=NOT_FETCHED)
     missing = len(images) - sum(turn["value"].count(IMAGE) for turn in turns)
     first = next((turn for turn in turns if turn["from"] == "human"), None)
     if missing == len(images) and first is not None:
@@ -307,7 +301,7 @@ def from_messages(value: object, *, number: int, web: Literal["refuse", "keep"] 
         )
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
     shown = {"videos": own} if own else {}
-    return {"id": str(value.get("id", number)), **pictures, "conversations": turns, **others, **shown}
+    return {"id": str(value.get("id", identifier)), **pictures, "conversations": turns, **others, **shown}
 
 
 def from_completion(value: Mapping[str, Any]) -> dict[str, Any]:
