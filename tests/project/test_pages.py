@@ -181,14 +181,6 @@ def test_many_pictures_are_made_smaller_until_they_fit() -> None:
 
 
 def test_a_page_holds_what_5_mb_do_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    turns = [{"from": "human", "value": "Go on."}, {"from": "gpt", "value": "word " * 200_000}]
-    records = [{"id": str(number), "conversations": turns} for number in range(9)]
-    (tmp_path / "long.json").write_text(json.dumps(records))
-    out = tmp_path / "long.html"
-    assert data(["show", str(tmp_path / "long.json"), "--limit", "9", "--html", str(out)]) == 0
-    assert out.stat().st_size <= render.MAX_BYTES
-    assert "the page contains the first 4 of 9" in capsys.readouterr().err
-    assert "The first 4 of 9 records" in out.read_text()
     said = ["long " * 300_000] * 6
     base = write_answers(tmp_path, "base", said)
     assert evaluation(["view", str(base)]) == 0

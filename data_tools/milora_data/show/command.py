@@ -6,22 +6,29 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from milora_data.check.command import image_folder
-from milora_data.encode.labels import encode
+from milora_data.encode.labels import IGNORE, Encoded, encode
+from milora_data.encode.templates import get_template, place_images, render
 from milora_data.encode.tokens import load_tokenizer
 from milora_data.pictures.files import ImageError, load_image, place_of
-from milora_data.records.record import Record
-from milora_data.show.page import Shown, shown, write_page
-from milora_data.show.preview import COUNTS, Piece, as_rich, text_pieces, token_pieces
+from milora_data.pictures.thumbnails import credit_lines, fitting, small
+from milora_data.records.record import IMAGE, Record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import DataError, UserError, with_context
+from milora_vl.cli import page as html
 from milora_vl.cli.command_line import amount, count, next_step, positive
 from milora_vl.cli.flags import DATA, Command, option, shared
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
+STYLES = {"learnt": "bold green", "given": "", "picture": "magenta"}  # keys of the JSON output
+COUNTS = {"tokens": "tokens", "learnt": "supervised", "of_pictures": "of pictures", "cut": "cut"}
+"""Keys of the counts in the JSON output, and their names in texts."""
 COMMAND = Command(
     "milora_data show",
     "Print records as training sees them, with the loss mask.",
@@ -64,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number, record in enumerate(records[:limit]):
         pieces, counts = _pieces(record, tokenizer, chosen.template, chosen.image_tokens, chosen.max_length)
         if chosen.html is not None:
-            page.append(shown(record, pieces, counts, folder))
+            page.append(_card(record, pieces, counts, folder))
         elif chosen.format == "json":
             sys.stdout.write(json.dumps(_content(record, pieces, counts), ensure_ascii=False) + "\n")
         else:
@@ -76,14 +83,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _write_page(chosen: argparse.Namespace, records: Sequence[Shown], folder: Path, *, is_part: bool) -> None:
-    written = write_page(chosen.html, str(chosen.data), records, folder, is_part=is_part)
-    as_json = json.dumps({"page": str(chosen.html), "records": written})
-    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(written, 'record')}\n")
-    if written < len(records):
-        sys.stderr.write(
-            f"the page contains the first {written:,} of {len(records):,} records: pages are at most 5 MB\n"
+def _card(record: Record, pieces: Sequence[Piece], counts: dict[str, int], folder: Path) -> dict[str, Any]:
+    """Return what the page shows of a record; an unreadable picture has the reason as its note, and no JPEG."""
+    pictures = []
+    for name in record.images:
+        try:
+            image = load_image(place_of(folder, name))
+        except ImageError as error:
+            pictures.append({"name": str(name), "note": error.reason, "jpeg": None})
+        else:
+            pictures.append({"name": str(name), "note": "{} x {}".format(*image.size), "jpeg": small(image)})
+    kind = "with pictures" if pictures else "text only"
+    if any(picture["jpeg"] is None for picture in pictures):
+        kind = "with unreadable pictures"
+    return {
+        "id": record.id,
+        "source": record.source,
+        "kind": kind,
+        "counts": counts,
+        "pieces": pieces,
+        "pictures": pictures,
+    }
+
+
+def _write_page(chosen: argparse.Namespace, cards: Sequence[dict[str, Any]], folder: Path, *, is_part: bool) -> None:
+    """Write the page; its pictures take at most 5 MB. Raises `UserError` if the file exists."""
+    if chosen.html.exists():
+        raise UserError(
+            f"{chosen.html} exists already",
+            code="output-exists",
+            hint="nothing was written; name a new file with --html",
         )
+    pictures = [picture for card in cards for picture in card["pictures"]]
+    for picture, uri in zip(pictures, fitting([picture["jpeg"] for picture in pictures], html.MAX_BYTES), strict=True):
+        picture["uri"] = uri
+    count = amount(len(cards), "record") + (", not all of the file," if is_part else "")
+    content = {
+        "title": str(chosen.data),
+        "lede": f"{count} as training sees {'it' if len(cards) == 1 else 'them'}",
+        "records": cards,
+        "credits": credit_lines([chosen.data.parent, folder, folder.parent]),
+        "count_names": COUNTS,
+    }
+    html.write(chosen.html, html.render(Path(__file__).with_name("show.html.j2"), content))
+    as_json = json.dumps({"page": str(chosen.html), "records": len(cards)})
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(len(cards), 'record')}\n")
 
 
 def _select(data: Path, name: str | None, index: int, limit: int) -> list[Record]:
@@ -156,3 +200,63 @@ def _size(path: str | Path) -> str:
         return "{} x {}".format(*load_image(path).size)
     except ImageError as error:
         return error.reason
+
+
+class Piece(NamedTuple):
+    """A piece of text. The kinds are keys of the JSON output: supervised text, other text, and picture tokens."""
+
+    kind: Literal["learnt", "given", "picture"]
+    text: str
+
+
+def text_pieces(record: Record, *, template: str = "vicuna_v1", eos: str = "</s>") -> list[Piece]:
+    """Return the pieces of a record without a tokenizer. Raises `DataError` with file and line, like `encode`."""
+    try:
+        segments = render(place_images(record.turns, len(record.images)), get_template(template), eos, bos="<s>")
+    except DataError as error:
+        raise with_context(error, record.source or f"record {record.id!r}") from None
+    pieces = []
+    for text, supervised in segments:
+        for number, part in enumerate(text.split(IMAGE)):
+            pieces += [Piece("picture", IMAGE)] * bool(number)
+            pieces += [Piece("learnt" if supervised else "given", part)] * bool(part)
+    return _merged(pieces)
+
+
+def token_pieces(encoded: Encoded, tokenizer: Any, image_token_id: int) -> list[Piece]:
+    """Return the pieces of an encoded record, decoded from its token ids."""
+
+    def kind(pair: tuple[int, int]) -> Literal["learnt", "given", "picture"]:
+        token, label = pair
+        return "picture" if token == image_token_id else "given" if label == IGNORE else "learnt"
+
+    pieces, text_ids, before = [], [], ""
+    for name, group in groupby(zip(encoded.input_ids, encoded.labels, strict=True), key=kind):
+        ids = [token for token, _ in group]
+        if name == "picture":
+            pieces.append(Piece(name, f"<image x {len(ids)}>"))
+            continue
+        # Decoding a piece alone would drop its leading blank.
+        text_ids += ids
+        text = tokenizer.decode(text_ids)
+        pieces.append(Piece(name, text[len(before) :]))
+        before = text
+    return pieces
+
+
+def as_rich(pieces: Sequence[Piece]) -> Text:
+    """Return the pieces for a terminal; supervised text is in [[ ]], so that it is visible without colours too."""
+    from rich.text import Text
+
+    shown = [(f"[[{text}]]" if kind == "learnt" else text, STYLES[kind]) for kind, text in pieces]
+    return Text.assemble(*shown)
+
+
+def _merged(pieces: Sequence[Piece]) -> list[Piece]:
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and merged[-1].kind == piece.kind != "picture":
+            merged[-1] = Piece(piece.kind, merged[-1].text + piece.text)
+        else:
+            merged.append(piece)
+    return merged
