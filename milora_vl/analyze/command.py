@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from milora_vl.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step, positive
 from milora_vl.cli.flags import Command, option, shared
+from milora_vl.cli.table import Table, show
 from milora_vl.report.page import regenerate_report
 
 COMMAND = Command(
@@ -69,9 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
-        job.require_model(options.subject)
         raise UserError(
-            f"{options.subject} is a model, not the folder of a training: name a folder for its analysis",
+            f"{options.subject} is not the folder of a training: name a folder for the analysis",
             code="flag-required",
             where="--output_dir",
             hint="for example:  --output_dir analysis",
@@ -86,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         layers = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
         sys.stdout.write(json.dumps(summary | {"rows": layers}, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write(_as_text(summary["table"]))
+        header, *rows = zip(
+            summary["table"]["header"], *summary["table"]["rows"], strict=True
+        )  # few parts, many measures
+        show(Table(header, tuple(rows), summary["table"]["caption"]), options.format)
     sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
     regenerate_report(folder.parent)
     if is_trained:
@@ -97,11 +99,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         next_step("milora_vl.train", "--model", options.subject, "--dry-run")
     return 0
-
-
-def _as_text(table: Mapping[str, Any]) -> str:
-    """Return the transposed table of the page: a model has few parts and many measures."""
-    lines = list(zip(table["header"], *table["rows"], strict=True))
-    first, *others = (max(len(cell) for cell in column) for column in zip(*lines, strict=True))
-    shown = ("  ".join([f"{name:<{first}}", *map(str.rjust, cells, others)]) for name, *cells in lines)
-    return f"{table['caption']}\n" + "\n".join(line.rstrip() for line in shown) + "\n"

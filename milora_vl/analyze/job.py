@@ -29,8 +29,6 @@ from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import UserError
 from milora_vl.foreign.load_model import load_model
 from milora_vl.models.devices import device_named
-from milora_vl.models.hub import source_of
-from milora_vl.models.names import BUILT_IN_MODELS
 
 FILE = "layers.jsonl"
 
@@ -81,17 +79,11 @@ def plan(
             where=subject,
             hint="check --base: it should be the model before the training",
         )
-    key = _digest("update", subject, base, rank, modules, *_files(folder), *_stamps(Path(base)))
+    key = _digest("update", subject, base, rank, modules, _stamps(folder), _stamps(Path(base)))
     return AnalysisPlan(
         "update", subject, base, _chosen(list(changes), modules),
         lambda path: update_row(changes[path], weights, place, rank), key,
     )  # fmt: skip
-
-
-def require_model(name: str) -> None:
-    """Raise UserError if no folder, named model or hub id has this name; loads nothing."""
-    if name not in BUILT_IN_MODELS:
-        source_of(name)
 
 
 def rows_of(todo: AnalysisPlan, folder: Path) -> list[Row]:
@@ -168,23 +160,10 @@ def _tuned(subject: str, base: str) -> Weights:
     return open_weights(subject)
 
 
-def _files(folder: Path) -> list[tuple[str, str]]:
-    """Return name and hash of the files of a training. A longer training or another scale (config) changes them."""
-    names = ("*.safetensors", "*.bin", "*/adapter_model.*", CONFIG, f"*/{CONFIG}")
-    candidates = (file for name in names for file in folder.glob(name))
-    digests = []
-    for file in sorted(candidates):
-        content = hashlib.sha256()
-        with file.open("rb") as opened:
-            for chunk in iter(lambda: opened.read(1 << 20), b""):
-                content.update(chunk)
-        digests.append((file.name, content.hexdigest()))
-    return digests
-
-
 def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Return size and time of the files of a full model, which takes too long to hash."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    """Return name, size and time of the files of a model or training. Another training or scale changes them."""
+    names = ("*.safetensors", "*.bin", "*/adapter_model.*", CONFIG, f"*/{CONFIG}")
+    files = sorted(file for name in names for file in folder.glob(name))
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 

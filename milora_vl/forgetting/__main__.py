@@ -12,7 +12,10 @@ from milora_vl.adapter.folders import newest_of_unfinished, require_adapter
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step, positive, run
 from milora_vl.cli.flags import Command, option, shared
+from milora_vl.cli.table import show
 from milora_vl.report.page import regenerate_report
+from milora_vl.report.tables import forgetting_table
+from milora_vl.report.wording import score_changes
 
 PROBES = ("text", "samples", "pictures")
 
@@ -98,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.format == "json":
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
     else:
-        sys.stdout.write(job.table(results))
+        show(forgetting_table(results), options.format)
+        sys.stdout.write("".join(f"{line}\n" for line in score_changes(results)))
     sys.stderr.write(f"written: {todo.file}\n")
     regenerate_report(folder)
     base = ("--base", options.base) if options.base else ()

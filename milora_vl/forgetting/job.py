@@ -248,30 +248,3 @@ def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[R
             }
         )
     return changes
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """Return the results as lines for a terminal."""
-    lines = [
-        f"{'':<10} {'forgetting (KL)':>18} {'cross-entropy':>18} {'base entropy':>13} {'change of loss':>18} tokens"
-    ]
-    for name in ("text", "samples", "pictures"):
-        if probe := results.get(name):
-            cells = [
-                _with_error(probe["kl"], probe["kl_stderr"]), _with_error(probe["cross_entropy"], probe["stderr"]),
-                f"{probe['base_entropy']:.3f}", _with_error(probe["loss_change"], probe["loss_change_stderr"]),
-            ]  # fmt: skip
-            lines.append(
-                f"{name:<10} {cells[0]:>18} {cells[1]:>18} {cells[2]:>13} {cells[3]:>18} {probe['n_tokens']:,} "
-                f"in {probe['n_documents']} documents"
-            )
-    for score in results.get("scores", ()):
-        note = (
-            "" if score["was_good"] else "   (the base model was not good at it, so this does not measure forgetting)"
-        )
-        lines.append(f"{score['benchmark']} {score['metric']}: {score['before']:.3f} -> {score['after']:.3f}{note}")
-    return "\n".join(lines) + "\n"
-
-
-def _with_error(value: float, error: float | None) -> str:
-    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")

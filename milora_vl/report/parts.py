@@ -62,7 +62,8 @@ def questions(comparison: Comparison) -> list[Question]:
         line = after.get(key) or before[key]
         pair = [_answer(side.get(key)) for side in (before, after)]
         picture = Path(str(line["image_file"])) if line.get("image_file") else None
-        kind, answers = str(line.get("type") or line.get("benchmark", "")), tuple(map(str, line.get("answers", ())))
+        kind = label(str(line.get("type") or line.get("benchmark", "")))
+        answers = tuple(map(str, line.get("answers", ())))
         earlier = "\n".join(_asked(str(text)) for _, text in line.get("context", ()))
         rows.append(Question("/".join(key), kind, _asked(str(line["question"])), earlier, answers, picture, *pair))
     return rows
@@ -71,19 +72,12 @@ def questions(comparison: Comparison) -> list[Question]:
 def sample(items: Sequence[Question], count: int) -> list[Question]:
     """Return `count` representative questions; the choice is deterministic.
 
-    The questions are sorted by type and outcome and cut into `count` windows of equal length, and one is taken from the
-    middle of each. Every type and outcome then has about the same share as in all questions. A picture appears twice
-    only if its window has no other.
+    The questions are sorted by type and outcome, and taken at equal distances. Every type and outcome then has about
+    the same share as in all questions.
     """
     count = min(count, len(items))
     ordered = sorted(items, key=lambda item: (item.kind, _marks(item), _hash(item.key)))
-    chosen: list[Question] = []
-    for index in range(count):
-        window = ordered[index * len(items) // count : (index + 1) * len(items) // count]
-        outwards = sorted(range(len(window)), key=lambda place: abs(2 * place - len(window) + 1))
-        shown = {item.picture for item in chosen if item.picture}
-        unseen = (window[place] for place in outwards if window[place].picture not in shown)
-        chosen.append(next(unseen, window[outwards[0]]))
+    chosen = [ordered[(2 * index + 1) * len(items) // (2 * count)] for index in range(count)]
     return sorted(chosen, key=lambda item: _hash(item.key))
 
 
@@ -147,20 +141,11 @@ class Suite:
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """One question of the gallery; `uri` is its picture as a data URI."""
-
-    question: Question
-    kind: str
-    uri: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Gallery:
-    """The chosen questions and a sentence about how they were chosen."""
+    """The chosen questions, each with its picture as a data URI (None without one), and how they were chosen."""
 
     words: str
-    cards: list[Card]
+    cards: list[tuple[Question, str | None]]
 
 
 def facts(run: Run) -> list[Fact]:
@@ -216,27 +201,13 @@ def gallery(run: Run) -> Gallery | None:
         return None
     chosen = sample(items, GALLERY_SIZE)
     uris = fitting([thumbnail(item.picture) for item in chosen], _PICTURES)
-    cards = [Card(item, label(item.kind), uri or None) for item, uri in zip(chosen, uris, strict=True)]
-    return Gallery(_how_chosen(chosen, items), cards)
-
-
-def _how_chosen(chosen: Sequence[Question], items: Sequence[Question]) -> str:
-    """Return how the gallery was chosen, with the share of right answers in it and in all questions."""
     words = f"All {len(items):,} test questions."
     if len(chosen) < len(items):
         words = (
             f"{len(chosen)} of the {len(items):,} test questions, chosen automatically: sorted by type and outcome and "
             "taken at equal distances, so that every type and outcome has the same share as in the whole test."
         )
-    shown, whole = _share_right(chosen), _share_right(items)
-    if shown is None or whole is None:
-        return words
-    return f"{words} Right after fine-tuning: {percent(shown)} of these, {percent(whole)} of all questions."
-
-
-def _share_right(items: Sequence[Question]) -> float | None:
-    right = [item.after.is_right for item in items if item.after]
-    return sum(right) / len(right) if right else None
+    return Gallery(words, [(item, uri or None) for item, uri in zip(chosen, uris, strict=True)])
 
 
 def versions(run: Run) -> list[tuple[str, str]]:

@@ -27,11 +27,11 @@ _LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
 }
 
 
-def forgetting_table(run: Run) -> Table:
-    """Return a table with one row per probe of `python -m milora_vl.forgetting`."""
+def forgetting_table(forgetting: Json) -> Table:
+    """Return a table with one row per probe of `python -m milora_vl.forgetting`, from its forgetting.json."""
     header = ("probe", "forgotten (KL)", "cross-entropy", "base entropy", "change of loss", "tokens in documents")
     caption = "Compared with the predictions of the base model, in nats per token, ± one standard error over documents."
-    return Table(header, tuple(tuple(row) for row in forgetting_rows(run)), caption)
+    return Table(header, tuple(map(tuple, forgetting_rows(forgetting))), caption)
 
 
 def policy_table(run: Run) -> Table:

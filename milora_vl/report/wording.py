@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from milora_vl.policy.methods import label_of
 from milora_vl.report.plots import SCORE, suites_of
-from milora_vl.report.run_page import Comparison, Layer, Metric, Run, Score, label
+from milora_vl.report.run_page import Comparison, Json, Layer, Metric, Run, Score, label
 
 # Descriptions of questions, for suites whose name is not enough.
 _ABOUT = {"emoji": "questions about emoji that training did not contain"}
@@ -126,18 +126,8 @@ def forgetting(comparison: Comparison) -> dict[str, float | str] | None:
         "kl_stderr": float(measured.get("kl_stderr") or 0),
         "share": percent(divergence / cross if cross else 0.0),
         "tokens": int(measured.get("n_tokens", 0)),
-        "text": _titles(str(measured.get("text") or "")),
+        "text": str(measured.get("text") or "").replace("_", " "),
     }
-
-
-def _titles(names: str) -> str:
-    """Return the display names of texts.
-
-    >>> _titles("alice_in_wonderland + origin_of_species")
-    'Alice In Wonderland and Origin Of Species'
-    """
-    *others, last = [name.replace("_", " ").title() if "_" in name else name for name in names.split(" + ")]
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def loss_words(run: Run) -> str:
@@ -173,12 +163,12 @@ def suite_words(run: Run) -> str:
     return f"Scores of a small suite during training; at the last step: {scores}." if scores else ""
 
 
-def forgetting_rows(run: Run) -> list[list[str]]:
+def forgetting_rows(forgetting: Json) -> list[list[str]]:
     """Return the rows of `python -m milora_vl.forgetting`, one per probe: name, numbers with errors, size."""
     names = {"text": "general text", "samples": "the base model's own text", "pictures": "answers about pictures"}
     return [
         [
-            f"{names[name]}" if name != "pictures" else f"{names[name]} ({probe['text']})",
+            names[name] if name != "pictures" else f"{names[name]} ({probe['text']})",
             _with_error(probe["kl"], probe["kl_stderr"]),
             _with_error(probe["cross_entropy"], probe["stderr"]),
             f"{probe['base_entropy']:.3f}",
@@ -186,11 +176,11 @@ def forgetting_rows(run: Run) -> list[list[str]]:
             f"{probe['n_tokens']:,} in {probe['n_documents']:,}",
         ]
         for name in names
-        if (probe := run.forgetting.get(name))
+        if (probe := forgetting.get(name))
     ]
 
 
-def score_changes(run: Run) -> list[str]:
+def score_changes(forgetting: Json) -> list[str]:
     """Return one sentence per score of `python -m milora_vl.forgetting --suite`."""
     return [
         f"{score['benchmark']}, {label(score['metric'])}: {score['before']:.3f} before, {score['after']:.3f} after"
@@ -199,7 +189,7 @@ def score_changes(run: Run) -> list[str]:
             if score["was_good"]
             else "; the base model was no better than a fixed answer, so this score does not measure forgetting."
         )
-        for score in run.forgetting.get("scores", ())
+        for score in forgetting.get("scores", ())
     ]
 
 

@@ -20,7 +20,6 @@ from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
 FORGETS = "forgetting on general text, nats per token"
-_POINT = ("method", "rank", "learning_rate", "validation", "score", "score_half", "forgetting", "forgetting_half", "n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +195,6 @@ def _files(
     columns = list(dict.fromkeys(key for result in results for key in result))
     write_csv(folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
     write_csv(folder / "table.csv", table.header, table.rows)
-    points = [
-        (p.method, p.rank, p.learning_rate, p.validation.value, p.score.value, p.score.half, p.forgetting.value,
-         p.forgetting.half, p.score.n)
-        for arm in all_arms for p in arm.points
-    ]  # fmt: skip
-    write_csv(folder / "points.csv", _POINT, points)
     if at_equal_loss:
         write_csv(folder / "curves.csv", at_equal_loss.header, at_equal_loss.rows)
     content = {

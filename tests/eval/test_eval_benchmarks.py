@@ -15,7 +15,7 @@ from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Answer, MissingData
 from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.rules.math_answers import is_equivalent
-from milora_eval.suites import BENCHMARKS, SUITES, find_benchmark, folder_of, has_files
+from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of, has_files
 from milora_vl.models.generate import Prompt, prompt_ids
 from support import official_data
 from support.llava_oracle import llama_tokenizer, llava_train
@@ -36,13 +36,13 @@ PROMPTS: dict[str, tuple[int, str]] = {
     "gqa": (0, "What color is it?" + SHORT),
     "vizwiz": (0, "What is this? can i eat it? " + UNANSWERABLE + SHORT),
     "vizwiz-test": (0, "Which one?" + UNANSWERABLE + SHORT),
-    "scienceqa": (1, "Context: PlotStyle at it.\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
+    "scienceqa": (1, "Context: Look at it.\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
     "scienceqa-all": (0, "Context: N/A\nQuestion: Which color?\nOptions: (A) red (B) green (C) blue" + LETTER),
     "textvqa": (2, "what is written?\nReference OCR token: STOP, GREEN" + SHORT),
     "textvqa-no-ocr": (2, "what is written?" + SHORT),
     "pope": (0, "Is there a disc in the image?" + SHORT),
-    "mmbench": (0, "PlotStyle.\nWhich\tcolor?\nA. red\nB. green\nC. blue\nD. yellow, or = none" + LETTER),
-    "mmbench-cn": (1, "PlotStyle.\n哪种颜色?\nA. green\nB. blue\nC. yellow, or = none\nD. red\n请直接回答选项字母。"),
+    "mmbench": (0, "Look.\nWhich\tcolor?\nA. red\nB. green\nC. blue\nD. yellow, or = none" + LETTER),
+    "mmbench-cn": (1, "Look.\n哪种颜色?\nA. green\nB. blue\nC. yellow, or = none\nD. red\n请直接回答选项字母。"),
     "mmbench-test": (-1, "Which\tcolor?\nA. blue\nB. red\nC. green" + LETTER),  # an option "None" counts as missing
     "mme": (1, "Is it a dog?" + SHORT),
     "seed-bench": (2, "Which color?\nA. red\nB. green\nC. blue\nD. none" + LETTER),
@@ -144,7 +144,7 @@ def test_the_ids_are_those_of_llavas_evaluation(kind: str, data: Path) -> None:
     from llava.mm_utils import tokenizer_image_token
 
     tokenizer = llama_tokenizer(kind)
-    for name in ("vqav2", "mmbench-cn", "mm-vet", "mmmu", "textvqa"):
+    for name in PROMPTS:
         benchmark = find_benchmark(name)
         for item in benchmark.load(folder_of(benchmark, data)):
             conversation = conv_templates["vicuna_v1"].copy()
@@ -203,20 +203,6 @@ def test_missing_files_are_said_with_what_goes_where(name: str, tmp_path: Path) 
     assert len(lines) <= 6
 
 
-def test_every_suite_names_benchmarks_that_exist() -> None:
-    assert {name for suite in SUITES.values() for name in suite.benchmarks} <= set(BENCHMARKS)
-    assert SUITES["llava-paper"].mean == ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
-    assert list(SUITES) == ["llava-paper", "llava-1.5", "text", "commonsense", "mathematics", "quick", "emoji"]
-
-
-def test_mme_ids_are_the_places_of_the_pictures_as_in_llavas_questions(data: Path) -> None:
-    benchmark = find_benchmark("mme")
-    asked = [benchmark.llava_question(item) for item in benchmark.load(folder_of(benchmark, data))]
-    places = {"existence/0000.png", "artwork/images/0001.png", "code_reasoning/0000.png"}
-    assert places <= {line["question_id"] for line in asked}
-    assert all(line["question_id"] == line["image"] for line in asked)
-
-
 def test_vqa_is_scored_by_type_of_question_too(data: Path) -> None:
     benchmark = find_benchmark("vqav2@official")
     items = benchmark.load(folder_of(benchmark, data))
@@ -226,15 +212,6 @@ def test_vqa_is_scored_by_type_of_question_too(data: Path) -> None:
     assert found["question type: what"].value == pytest.approx(sum(values) / len(values))
     assert found["question type: what"].detail
     assert not found["other"].detail
-
-
-def test_seed_bench_is_scored_by_type_too(data: Path) -> None:
-    benchmark = find_benchmark("seed-bench")
-    items = benchmark.load(folder_of(benchmark, data))
-    found = {m.name: m for m in benchmark.summarise(Answer(item, "A", benchmark.score(item, "A")) for item in items)}
-    assert (found["type: Scene"].value, found["type: Scene"].n, found["type: Action"].value) == (0.5, 2, 0.0)
-    assert found["type: Scene"].detail
-    assert not found["image"].detail
 
 
 def test_a_question_of_mmbench_that_the_limit_cut_is_left_out(data: Path) -> None:

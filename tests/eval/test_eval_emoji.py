@@ -76,11 +76,6 @@ def test_an_answer_in_a_sentence_counts_in_the_lenient_mean_alone(data: Path) ->
     assert all_answered(data, "It is reddish.")[-1].value == 0
 
 
-def test_letters_are_said_to_stay_low(data: Path) -> None:
-    notes = {metric.name: metric.note for metric in all_answered(data, "red") if metric.note}
-    assert list(notes) == ["choice_letter", "mean, answer in first line"]
-
-
 def test_a_missing_data_set_says_how_to_make_it(tmp_path: Path) -> None:
     with raises_code(
         "eval-missing-files", message="nowhere", hint="python -m milora_data emoji --output_dir ", kind=MissingData

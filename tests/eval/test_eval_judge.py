@@ -81,14 +81,6 @@ def test_grades_come_from_a_server_and_are_kept(server: str, tmp_path: Path) -> 
     assert metrics == {"grade": 0.5, "rec": 0.5, "ocr": 0.5}
 
 
-def test_a_judgement_that_was_cut_off_does_not_take_the_next_with_it(tmp_path: Path) -> None:
-    folder = stored("mm-vet", tmp_path)
-    (folder / "judgements.jsonl").write_text('{"benchmark": "mm-vet", "id": "v1')
-    (tmp_path / "grades.json").write_text(json.dumps({"v1_0": "1.0", "v1_1": "0.0", "v1_2": "0.5"}))
-    assert main(["judge", str(folder), "--file", str(tmp_path / "grades.json")]) == 0
-    assert headline(folder)["n"] == 3
-
-
 @pytest.mark.parametrize(
     ("said", "grade"), [("0.5", 0.5), ("1", 1.0), (".7", 0.7), ("0.5 | What", 0.5), ("0.9\nas", 0.9), ("", None)]
 )
@@ -110,13 +102,6 @@ def test_llava_bench_is_the_ratio_of_the_marks(tmp_path: Path) -> None:
     assert main(["judge", str(folder), "--file", str(tmp_path / "reviews.jsonl")]) == 0
     assert headline(folder)["value"] == pytest.approx(15 / 18)
     assert headline(folder)["note"] == "1 reviews without two numbers are skipped"
-
-
-def test_the_judge_of_llava_bench_gets_a_system_message(server: str, tmp_path: Path) -> None:
-    folder = stored("llava-bench", tmp_path)
-    Judge.replies = ["8 7", "8 7", "8 7"]
-    assert main(["judge", str(folder), "--endpoint", server]) == 0
-    assert [message["role"] for message in Judge.asked[0]["messages"]] == ["system", "user"]
 
 
 def test_a_review_request_is_llavas(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from milora_eval.answers.store import Store, read_lines, to_answer, to_line
 from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.own_data import METRICS
 from milora_eval.data_files import load_items
-from milora_eval.rules import math_answers, mmmu
+from milora_eval.rules import math_answers
 from milora_eval.scores.results import numbers, read_results, score, write_results
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 from support import official_data
@@ -29,27 +27,18 @@ OFFICIAL = [name for name in BENCHMARKS if name != "emoji"]
 STRANGE = [
     "",
     " \n\t",
-    "no " * 5000,
     "9" * 10_000,
     "1/" + "9" * 9_998,
     "The answer is: " + "7" * 10_000,
     "The answer is: 1/" + "0" * 10_000,
-    "The answer is: " + "(" * 5_000,
-    "[" * 10_000,
     "[0.1, " * 2_000,
-    "." * 10_000,
-    "\\frac" * 2_000,
     "-1e999999",
     "٣٤٫٥%",
     "🦊" * 5_000,
-    "👩‍👩‍👧‍👦 yes",
-    "نعم، هذا صحيح",
     "\u202eכן\u202c",
     "a\u2028b\u0085c\x0bd\re\x00f",
     "\ud83d half a pair",
     "A" * 10_000,
-    "A. " * 3_000,
-    "<script>alert(1)</script>",
     "=1+1",
 ]
 
@@ -81,30 +70,11 @@ def test_strange_answers_are_scored_stored_and_read_back(name: str, data: Path, 
     assert time.process_time() - start < 20
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_the_order_of_the_answers_does_not_matter(name: str, data: Path) -> None:
-    benchmark, items = find_benchmark(name), items_of(name, data)
-    rng = random.Random(0)
-    texts = ["yes", "no", "red", "A", "B", "[0.2, 0.2, 0.6, 0.7]", "a red disc", "true", "stop"]
-    answers = [Answer(item, text, benchmark.score(item, text)) for item in items for text in [rng.choice(texts)]]
-    shuffled = random.Random(1).sample(answers, len(answers))
-    expected = {m.name: (pytest.approx(m.value), m.n) for m in benchmark.summarise(answers)}
-    assert {m.name: (m.value, m.n) for m in benchmark.summarise(shuffled)} == expected
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.text(max_size=60), st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=10))
 def test_the_metrics_of_own_data_give_a_value_for_any_text(text: str, answers: list[str]) -> None:
     for metric in METRICS.values():
         assert 0.0 <= metric(text, answers) <= 1.0
-
-
-@settings(deadline=None)
-@given(st.text(alphabet="0123456789.,eE+- a", max_size=40))
-def test_numbers_are_found_as_by_the_plain_patterns_of_the_script(text: str) -> None:
-    plain = [pattern.replace(r"(?<!\d)", "") for pattern in mmmu.NUMBERS]
-    assert plain != list(mmmu.NUMBERS)
-    assert [re.findall(pattern, text) for pattern in mmmu.NUMBERS] == [re.findall(pattern, text) for pattern in plain]
 
 
 @pytest.mark.parametrize("text", ["(x+y+z)**99", "9**(99*99*99*99*99)", "(99!)!"])
@@ -146,30 +116,14 @@ def stored(data: Path, folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def test_shuffled_predictions_score_the_same(data: Path, tmp_path: Path) -> None:
-    lines = stored(data, tmp_path)
-    before = read_results(tmp_path)["benchmarks"]
-    random.Random(5).shuffle(lines)
-    write(tmp_path, lines)
-    assert score(tmp_path)["benchmarks"] == before
-
-
-def test_a_doubled_id_is_named(data: Path, tmp_path: Path) -> None:
+def test_ids_that_are_doubled_or_missing_are_named(data: Path, tmp_path: Path) -> None:
     lines = stored(data, tmp_path)
     write(tmp_path, [*lines, lines[2]])
-    with raises_code("predictions-duplicate-id", says=f'''two answers for the id "{lines[2]["id"]}"''') as raised:
+    with raises_code("predictions-duplicate-id", says=f'two answers for the id "{lines[2]["id"]}"'):
         score(tmp_path)
-    assert raised.value.problems[0].code == "predictions-duplicate-id"
-
-
-def test_a_missing_id_is_named(data: Path, tmp_path: Path) -> None:
-    lines = stored(data, tmp_path)
     write(tmp_path, lines[:2] + lines[3:])
-    with raises_code(
-        "predictions-missing-ids", says=f"holds {len(lines) - 1} answers, expected {len(lines)}"
-    ) as raised:
+    with raises_code("predictions-missing-ids", says=f"holds {len(lines) - 1} answers, expected {len(lines)}"):
         score(tmp_path)
-    assert raised.value.problems[0].code == "predictions-missing-ids"
 
 
 def test_predictions_alone_are_enough(data: Path, tmp_path: Path) -> None:

@@ -6,15 +6,12 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
 from typing import Any
 
 import pytest
 
 from milora_eval import evaluate as evaluation
-from milora_eval.answers import runner
 from milora_eval.answers.questions import EvaluationPlan, read_items
 from milora_eval.answers.store import read_lines
 from milora_eval.benchmarks.emoji import Emoji
@@ -130,29 +127,6 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: 
 def test_shards_end_with_the_bytes_of_one_run(model: Made, data: Path, whole: Path, tmp_path: Path) -> None:
     done = [evaluate(model, data, tmp_path, shard=(number, 9)) for number in (3, 1, 2, 9, 8, 7, 6, 5, 4)]
     assert [result is not None for result in done] == [False] * 8 + [True]
-    assert answers(tmp_path) == answers(whole)
-
-
-def test_two_shards_that_end_at_one_moment_do_not_get_into_each_others_way(
-    model: Made, data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both_have_asked = Barrier(2, timeout=60)
-    ask, to_line = evaluation.ask, runner.to_line
-
-    def asked(*arguments: Any) -> Any:
-        outcome = ask(*arguments)
-        both_have_asked.wait()
-        return outcome
-
-    def slowly(*arguments: Any) -> Any:
-        time.sleep(0.01)
-        return to_line(*arguments)
-
-    monkeypatch.setattr(evaluation, "ask", asked)
-    monkeypatch.setattr(runner, "to_line", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        shards = [pool.submit(evaluate, model, data, tmp_path, shard=(number, 2)) for number in (1, 2)]
-    assert all(shard.result() is not None for shard in shards)
     assert answers(tmp_path) == answers(whole)
 
 

@@ -31,11 +31,6 @@ def test_the_standard_error_is_the_sample_deviation_over_the_root_of_n() -> None
     assert mean_stderr([1.0]) is None
 
 
-def test_clusters_of_one_are_no_clusters() -> None:
-    values = [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert clustered_stderr(values, range(5)) == pytest.approx(mean_stderr(values))
-
-
 def test_equal_answers_within_a_picture_count_once() -> None:
     """If every value appears twice, the naive error shrinks by sqrt(2), but the clustered error is about the same."""
     rng = random.Random(0)
@@ -130,11 +125,6 @@ def test_an_interval_needs_thirty_items_of_which_five_differ(items: int, unlike:
     assert (found.note == "") == has_interval
 
 
-def test_an_item_without_a_group_stands_alone() -> None:
-    answers = [Answer(Item(f"q{place}", ()), "x", float(place % 3 == 0)) for place in range(40)]
-    assert len({answer.item.group for answer in answers}) == 40
-
-
 def test_a_comparison_of_different_items_is_refused() -> None:
     with pytest.raises(ValueError, match="same items"):
         paired_difference([1.0], [1.0, 0.0])
@@ -143,11 +133,6 @@ def test_a_comparison_of_different_items_is_refused() -> None:
 @pytest.mark.parametrize(("only_a", "only_b", "p"), [(0, 0, 1.0), (3, 3, 1.0), (1, 9, 22 / 1024), (0, 10, 2 / 1024)])
 def test_mcnemar_is_the_exact_binomial_test(only_a: int, only_b: int, p: float) -> None:
     assert mcnemar(only_a, only_b) == pytest.approx(p)
-
-
-def test_mcnemar_takes_large_counts() -> None:
-    assert mcnemar(40_000, 40_000) == pytest.approx(1.0)
-    assert mcnemar(39_000, 41_000) < 1e-10
 
 
 def test_the_error_of_an_f1_is_that_of_drawing_pictures_again() -> None:

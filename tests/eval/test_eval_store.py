@@ -15,13 +15,6 @@ def stored(folder: Path) -> dict[str, str]:
     return Store(folder).known()
 
 
-def test_appended_lines_are_there_at_once(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.append(lines("a", "b"))
-    store.append(lines("c"))
-    assert sorted(stored(tmp_path)) == ["a", "b", "c"]
-
-
 def test_a_line_cut_off_by_a_kill_is_asked_again(tmp_path: Path) -> None:
     Store(tmp_path).append(lines("a", "b"))
     path = tmp_path / "predictions.jsonl"
@@ -49,15 +42,6 @@ def test_spare_answers_come_back_when_they_are_asked_for(tmp_path: Path) -> None
     store.finish(lines("a", "b", "c"))
     assert read_lines(tmp_path / "predictions.jsonl") == lines("a", "b", "c")
     assert set(stored(tmp_path)) == {"a", "b", "c"}
-
-
-def test_shards_write_side_by_side_and_end_in_one_file(tmp_path: Path) -> None:
-    first, second = Store(tmp_path, (1, 2)), Store(tmp_path, (2, 2))
-    first.append(lines("a"))
-    second.append(lines("b"))
-    assert set(stored(tmp_path)) == {"a", "b"}
-    second.finish(lines("a", "b"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["predictions.jsonl"]
 
 
 def test_the_last_of_equal_keys_counts_and_keys_may_be_any_text(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def scienceqa(folder: Path) -> None:
             "question": "Which color?",
             "choices": list(NAMES),
             "answer": i,
-            "hint": "PlotStyle  at it." if i else "",
+            "hint": "Look  at it." if i else "",
             "image": "image.png" if has_picture else None,
             "task": "closed choice",
             "grade": "grade2",
@@ -133,7 +133,7 @@ def mmbench_rows(chinese: bool, rotations: bool) -> list[dict[str, Any]]:
         for turn in range(4 if rotations else 1):
             shown = options[turn:] + options[:turn]
             row = {"index": i + turn * 1_000_000, "question": "哪种颜色?" if chinese else "Which\tcolor?"}
-            row |= {"hint": "PlotStyle." if i == 0 else "", **dict(zip("ABCD", shown, strict=True))}
+            row |= {"hint": "Look." if i == 0 else "", **dict(zip("ABCD", shown, strict=True))}
             row |= {"answer": "ABCD"[shown.index(name)], "category": "color", "image": str(i)}
             if turn == 0:
                 row["image"] = base64.b64encode(encoded(name)).decode()

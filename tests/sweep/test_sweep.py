@@ -109,7 +109,7 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
     assert "lora − milora" in text
     assert (pair.difference.low, pair.difference.p_bootstrap) == (None, None)
     assert "no interval and no p-value from 4 items" in text
-    for name in ("pareto.png", "pareto.pdf", "points.csv", "rates.png", "cells.csv", "results.json"):
+    for name in ("pareto.png", "pareto.pdf", "rates.png", "cells.csv", "results.json"):
         assert (sweep.folder / name).stat().st_size > 50
     with (sweep.folder / "cells.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12

@@ -5,11 +5,11 @@ Open and binary are properties of the question. Consistency and similar metrics 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
+from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find, write_rows
 from milora_eval.rules.short_rules import gqa_correct
@@ -49,10 +49,6 @@ class GQA(Benchmark):
         if not item.answers:
             return None
         return float(gqa_correct(text, item.answers[0]) if self.protocol == "llava" else text == item.answers[0])
-
-    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy over all, binary and open questions."""
-        return means(answers, self.metric)
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write [{questionId, prediction}] for eval.py."""

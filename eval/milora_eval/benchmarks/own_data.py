@@ -1,8 +1,7 @@
 """A user's own benchmark as a data file: records of training data, or rows with image, question, answer and a metric.
 
 `--benchmarks my.json` reads both. Pictures are searched for next to the file, in `images` and in `--data`. Each row may
-name a `metric`, or the file is {"metric": ..., "questions": [...]}. The default metric compares answers after a light
-normalisation.
+name a `metric`; the default compares answers after a light normalisation.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
 from milora_vl.base.errors import DataError, UserError
 from milora_vl.cli.command_line import suggest
-from milora_vl.cli.web import url_problem, web_address
+from milora_vl.cli.web import url_problem
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": lambda text, answers: float(exact_match(text, answers)),
@@ -76,9 +75,8 @@ class OwnData(Benchmark):
             if problem is not None:
                 raise UserError(problems=[problem])
             raise MissingData(f"no file {self.path}, and no file of that name in {data_dir}", code="data-missing-file")
-        rows, metric = _rows(path)
         # Training data may use one id for several records; the number of the record makes the id unique.
-        items = [_item(row, number, path, metric, data_dir) for number, row in enumerate(rows, start=1)]
+        items = [_item(row, number, path, data_dir) for number, row in enumerate(_rows(path), start=1)]
         times = Counter(item.id for item in items)
         return [
             replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
@@ -90,32 +88,22 @@ class OwnData(Benchmark):
         return METRICS[item.meta["metric"]](text, item.answers)
 
 
-def _rows(path: Path) -> tuple[list[Any], str]:
-    """Return the rows of a file, and its metric."""
-    if path.suffix == ".jsonl":
-        return list(read_jsonl(path)), "exact"
-    content = read_json(path)
-    if isinstance(content, list):
-        return content, "exact"
-    questions = content.get("questions") if isinstance(content, dict) else None
-    if not isinstance(questions, list) or set(content) - {"metric", "questions"}:
-        raise DataError(
-            'expected a list of questions, or {"metric": ..., "questions": [...]}',
-            code="own-data-format",
-            where=str(path),
-        )
-    return questions, content.get("metric", "exact")
+def _rows(path: Path) -> list[Any]:
+    rows = list(read_jsonl(path)) if path.suffix == ".jsonl" else read_json(path)
+    if not isinstance(rows, list):
+        raise DataError("expected a list of questions", code="own-data-format", where=str(path))
+    return rows
 
 
 def _id(row: Any, number: int) -> str:
     return str((row.get("id") or row.get("question_id") or number) if isinstance(row, dict) else number)
 
 
-def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Item:
+def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     place = f"{path}, question {number}"
     if not isinstance(row, dict):
         raise DataError(f"expected an object, got {type(row).__name__}", code="own-data-format", where=place)
-    metric = row.get("metric", metric)
+    metric = row.get("metric", "exact")
     if metric not in METRICS:
         near = suggest(str(metric), METRICS)
         raise DataError(
@@ -129,13 +117,6 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
     if not answers:
         raise DataError(
             "no answer to compare with", code="own-data-no-answer", where=place, hint='add "answer" to the question'
-        )
-    if address := next(filter(web_address, images), ""):
-        raise DataError(
-            f"a picture at a web address: {address[:80]}",
-            code="image-web-address",
-            where=place,
-            hint="download the picture and name its file",
         )
     if embedded := next(filter(is_embedded, images), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
@@ -156,9 +137,7 @@ def _item(row: Any, number: int, path: Path, metric: str, data_dir: Path) -> Ite
 def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
     """Return the turns up to the last answer, the pictures, and that answer (or the row's `answers`)."""
     record = parse_record(row, source=place, embedded="keep")
-    _refuse_videos(record.videos, place)
-    if uses_tools(record):
-        raise _tools(place)
+    _refuse_others(record.videos, uses_tools(record), place)
     turns, answers = record.turns, _answers(row)
     if turns and turns[-1].role == "assistant":
         answers = answers if row.get("answers") else (turns[-1].text,)
@@ -181,23 +160,14 @@ def _answers(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, answers))
 
 
-def _refuse_videos(videos: object, place: str) -> None:
-    if videos:
+def _refuse_others(videos: object, tools: object, place: str) -> None:
+    if videos or tools:
         raise DataError(
-            "questions about videos are not supported",
-            code="record-videos",
+            f"questions {'about videos' if videos else 'with tools'} are not supported",
+            code="own-data-not-supported",
             where=place,
-            hint="ask about its frames, as a list under images",
+            hint="remove the question; of a video, list its frames under images",
         )
-
-
-def _tools(place: str) -> DataError:
-    return DataError(
-        "questions with tools are not supported",
-        code="own-data-tools",
-        where=place,
-        hint="remove the question, or its tools, their calls and their results",
-    )
 
 
 def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
@@ -207,9 +177,7 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
             code="own-data-format",
             where=place,
         )
-    _refuse_videos(row.get("video") or row.get("videos"), place)
-    if row.get("tools"):
-        raise _tools(place)
+    _refuse_others(row.get("video") or row.get("videos"), row.get("tools"), place)
     value = row.get("images") or row.get("image") or []
     images = tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(name, str) for name in images):

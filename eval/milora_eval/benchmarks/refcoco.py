@@ -6,14 +6,13 @@ issues 606, 822); lmms-eval uses fractions of the unpadded picture, which is wro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_data.formats.other_files import read_plain_pickle
 from milora_data.pictures.files import on_padded_square
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
+from milora_eval.benchmark import Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.data_files import find
 from milora_eval.rules.refcoco import box_of, iou
@@ -49,10 +48,6 @@ class RefCOCO(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 for a box with an IoU of at least 0.5."""
         return float(iou(box_of(text), item.meta["box"]) >= 0.5)
-
-    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy, overall and per split."""
-        return means(answers, self.metric)
 
 
 class RefCOCOPlus(RefCOCO):

@@ -182,9 +182,5 @@ def _review(row: Any, path: Path) -> tuple[str, str]:
 def _store(line: Line, judgement: str, judge: str, folder: Path) -> None:
     entry = {name: line[name] for name in ("benchmark", "id", "prediction")}
     entry |= {"judgement": judgement, "judge": judge, "key": digest([entry, judge])}
-    path = folder / JUDGEMENTS
-    # If a kill has truncated the last line, start a new line: else this judgement would be lost too.
-    with path.open("ab+") as file:
-        file.seek(max(file.tell() - 1, 0))
-        start = "" if file.read() in (b"", b"\n") else "\n"
-        file.write(f"{start}{json.dumps(entry)}\n".encode())
+    with (folder / JUDGEMENTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

@@ -89,13 +89,8 @@ def join(benchmark: Benchmark, items: Sequence[Item], rows: Iterable[Mapping[str
     for row in rows:
         try:
             key = benchmark.llava_key(row)
-        except (KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"no question matches the answer {row['question_id']!r}: {error}",
-                code="predictions-unknown-id",
-                where=str(path),
-                hint="use the answers to these questions, or remove the line",
-            ) from None
+        except (KeyError, ValueError, TypeError):
+            key = None
         if key not in ids:
             raise UserError(
                 f"{benchmark.name} has no question {row['question_id']!r}",
