@@ -29,8 +29,6 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performan
 DEMO = "--recipe smol-llava-demo --max_steps 60 --logging_steps 1 --save_steps 5 --save_total_limit 3"
 PARTS = {
     "svd": "svd.py headline",
-    "svd_families": "svd.py families",
-    "svd_principal": "svd.py principal",
     "svd_llama": "svd.py llama",
     "smollm2": "init_model.py",
     "cache_7b": "init_model.py --model 7b-block --rank 128 --alone",

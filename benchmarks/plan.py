@@ -1,4 +1,4 @@
-"""The planned memory of a run against the memory of real runs and DeepSpeed's estimators.
+"""The planned memory of a run against the memory of real runs.
 
 Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the second step, each in its own
 process (glibc returns freed memory). Planned: the memory of 7B and 13B on 1, 2, 4 and 8 devices with 24, 40
@@ -20,9 +20,8 @@ from torch import nn
 
 from milora_vl.forecast import cost
 from milora_vl.forecast.cost import MIX665K, activations, shape_of, workload_of
-from milora_vl.forecast.estimate import GIB, memory
+from milora_vl.forecast.estimate import GIB
 from milora_vl.forecast.simulate import Shape, simulate
-from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.plan.base import find_base
@@ -125,41 +124,6 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     }  # fmt: skip
 
 
-def deepspeed_ratios() -> list[dict[str, Any]]:
-    """Return weights, gradients and Adam of full training by our plan and DeepSpeed's estimators, in GB per device."""
-    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as zero3
-    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as zero2
-
-    out = []
-    for name in ("llava-1.5-7b", "llava-1.5-13b"):
-        made = loading.config_of(name)
-        total = sum(p.numel() for p in meta_model(made).parameters())
-        largest = made.text_config.hidden_size * made.text_config.vocab_size
-        for devices in (1, 2, 4, 8):
-            plan = full_plan(total, devices)
-            theirs2 = zero2(
-                total, num_gpus_per_node=devices, num_nodes=1, cpu_offload=False, additional_buffer_factor=1
-            )
-            theirs3 = zero3(total, largest, num_gpus_per_node=devices, num_nodes=1, cpu_offload=False,
-                            cpu_offload_params=False, zero_init=True, additional_buffer_factor=1)  # fmt: skip
-            for stage, theirs in ((2, theirs2[1]), (3, theirs3[1])):
-                sizes = memory(replace(plan, stage=stage))
-                ours = sum(size for part, size in sizes.items() if part != "gathered layers")
-                out.append({"model": name, "devices": devices, "stage": stage, "ours_gb": round(ours / 1e9, 1),
-                            "deepspeed_gb": round(theirs / 1e9, 1)})  # fmt: skip
-    return out
-
-
-def full_plan(total: int, devices: int) -> Any:
-    """Return a plan in which everything trains in bf16."""
-    from milora_vl.forecast.estimate import Workload
-
-    return Workload(
-        total=total, adapters=0, anchors=0, full=total, base_bytes=2.0, stage=2, devices=devices, records=1, tokens=1,
-        accumulation=1, checkpointing=True, half=True, activations=0.0,
-    )  # fmt: skip
-
-
 def needs() -> list[dict[str, Any]]:
     """Return GiB per device (rank 128, batch 1 and 16, checkpointing), and whether it fits 24, 40 and 80 GB."""
     rows = []
@@ -183,7 +147,7 @@ def needs() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure every shape, compare with DeepSpeed, and print one JSON line."""
+    """Measure every shape and print one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", help="measure one run by its number (internal)")
     args = parser.parse_args()
@@ -197,7 +161,7 @@ def main() -> None:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
         print(json.dumps(runs[-1]), file=sys.stderr)
-    print(json.dumps({"benchmark": "plan", "runs": runs, "deepspeed": deepspeed_ratios(), "needs": needs()}))
+    print(json.dumps({"benchmark": "plan", "runs": runs, "needs": needs()}))
 
 
 if __name__ == "__main__":
