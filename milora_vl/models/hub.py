@@ -1,7 +1,6 @@
-"""Load weights, config and processor by hub id or folder, in Hugging Face's layout; missing fields of the processor.
+"""Where a named model is, its config, and `from_pretrained` with errors that a user can act on.
 
-The processor gets missing fields from the model's config: many published processors do not define the number of image
-tokens, and then LLaVA fails with a count mismatch. `loading` adds folders in LLaVA's original layout.
+Here a model is in Hugging Face's layout; `loading` adds folders in LLaVA's original layout.
 """
 
 from __future__ import annotations
@@ -9,124 +8,20 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
-from contextlib import nullcontext
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import nn
-
-from milora_data.encode.tokens import share_template
 from milora_vl import tiny
 from milora_vl.adapter.folders import newest_of_unfinished
 from milora_vl.base.errors import UserError, first_line
 from milora_vl.base.hub_host import hub_is_known
 from milora_vl.cli.command_line import suggest
-from milora_vl.compat.transformers import forget_conversions, whole_weights
-from milora_vl.models import original, smol_llava
-from milora_vl.models.image_tokens import complete_processor
-from milora_vl.models.names import (
-    BUILT_IN_MODELS,
-    MADE_IN_MEMORY,
-    NAMED_MODELS,
-    PART_OF,
-    SAME_WEIGHTS,
-    UnknownModelError,
-    hub_id,
-)
-from milora_vl.models.quantized import Quantization, quantization_config, unquantized
+from milora_vl.compat.transformers import whole_weights
+from milora_vl.models import smol_llava
+from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
 from milora_vl.models.quiet import quiet_bars
-from milora_vl.policy.towers import keep_weights_readable
-
-if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig
-
-
-def load_weights(
-    name_or_path: str | Path,
-    dtype: torch.dtype | None = None,
-    *,
-    quantization: Quantization | BitsAndBytesConfig | None = None,
-    device: torch.device | None = None,
-) -> nn.Module:
-    """Return a model without its processor, in `dtype` or the dtype it was saved in.
-
-    Raises UserError for an unknown name, a model that is not available, and a folder without a model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    name = str(name_or_path)
-    if name in MADE_IN_MEMORY:
-        if quantization is not None:
-            raise UserError(
-                f"{name} exists only in memory and cannot be quantised",
-                code="quantization-in-memory",
-                hint="save it to a folder and load that folder",
-            )
-        return _named(_tiny(name)[0].to(dtype or torch.float32), name)
-    source = source_of(name)
-    config = _read(AutoConfig.from_pretrained, source, name)
-    if original.MARK in config.to_dict():
-        raise UserError(
-            f"{name} is in the layout of the original LLaVA code, which only loads from a folder",
-            code="model-original-layout",
-            hint=f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER",
-        )
-    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
-    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
-    if quantization is not None:
-        chosen = quantization
-        if isinstance(chosen, str):
-            with whole_weights(), torch.device("meta"):
-                chosen = quantization_config(chosen, unquantized(auto.from_config(config)))
-        arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
-    with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
-        model = _read(auto.from_pretrained, source, name, **arguments)
-    if is_deepspeed_zero3_enabled():
-        forget_conversions(model)
-    keep_weights_readable(model)
-    vars(model.config).pop(
-        "auto_map", None
-    )  # the code in the folder was not used, so saved configs must not refer to it
-    return _named(model, name)
-
-
-def weights_folder(name: str) -> Path | None:
-    """Return the folder with a model's files, downloaded if needed; None for models in memory.
-
-    Raises UserError for an unknown name and a model that is not available.
-    """
-    from huggingface_hub import snapshot_download
-
-    if name in MADE_IN_MEMORY:
-        return None
-    source = source_of(name)
-    if Path(source).is_dir():
-        return Path(source)
-    return Path(_read(snapshot_download, source, name, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
-
-
-def load_processor(name: str | Path) -> Any:
-    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights.
-
-    Raises UserError for an unknown name and a processor that is not available.
-    """
-    from transformers import AutoProcessor, AutoTokenizer
-
-    name = str(name)
-    if name in MADE_IN_MEMORY:
-        return _tiny(name)[1]
-    config = config_of(name)
-    has_images = "vision_config" in config.to_dict()
-    processor = _read((AutoProcessor if has_images else AutoTokenizer).from_pretrained, source_of(name), name)
-    if has_images:
-        share_template(processor)
-        complete_processor(processor, config)
-    return processor
 
 
 def config_of(name: str) -> Any:
@@ -142,7 +37,7 @@ def config_of(name: str) -> Any:
     content = _packaged_config(name)
     if content is not None:
         return AutoConfig.for_model(content.pop("model_type"), **content)
-    return _read(AutoConfig.from_pretrained, source_of(name), name)
+    return read(AutoConfig.from_pretrained, source_of(name), name)
 
 
 def _packaged_config(name: str) -> dict[str, Any] | None:
@@ -152,33 +47,26 @@ def _packaged_config(name: str) -> dict[str, Any] | None:
 
 
 def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
-    """Call `from_pretrained` of a transformers class on a folder or hub id. Raises UserError if it fails."""
+    """Return what a class of transformers loads by name, folder or hub id. Raises UserError if it fails."""
     with quiet_bars():
-        return _read(load.from_pretrained, str(name), str(name), **arguments)
+        return read(load.from_pretrained, source_of(name), name, **arguments)
 
 
-def _tiny(name: str) -> tuple[Any, Any]:
+def made_in_memory(name: str) -> tuple[Any, Any]:
+    """Return model and processor of `tiny`, or model and tokenizer of `tiny-text`."""
     with whole_weights():  # ZeRO-3 would initialize shards, which gives other random weights
         return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
 
 @cache
 def _tiny_config(name: str) -> Any:
-    return _tiny(name)[0].config
-
-
-def _named(model: Any, name: str) -> nn.Module:
-    """Set the name that adapters record: the name that the user typed, not a cache folder."""
-    if name in BUILT_IN_MODELS:
-        model.name_or_path = name
-        model.config.name_or_path = name
-    return model
+    return made_in_memory(name)[0].config
 
 
 def source_of(name: str) -> str:
     """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use.
 
-    Raises UserError for a folder without a model, and UnknownModelError if the name is unknown.
+    Raises UserError for a folder without a model and for an unknown name.
     """
     if name.startswith("smol") and name in BUILT_IN_MODELS:
         return str(smol_llava.made_folder(name))
@@ -199,7 +87,7 @@ def source_of(name: str) -> str:
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return name
     near = suggest(name.lower(), NAMED_MODELS)
-    raise UnknownModelError(
+    raise UserError(
         f'unknown model "{name}"',
         code="model-unknown",
         hint=(f"did you mean: {', '.join(near)}\n" if near else "") + f"known:    {', '.join(NAMED_MODELS)}\n"
@@ -207,8 +95,11 @@ def source_of(name: str) -> str:
     )
 
 
-def _read(load: Any, source: str, name: str, **arguments: Any) -> Any:
-    """Call a `from_pretrained` without remote code. Raises UserError if it fails."""
+def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
+    """Return what `load`, a `from_pretrained` or `snapshot_download`, reads from `source`, without remote code.
+
+    Raises UserError, which names the model as the user did (`name`), if it fails.
+    """
     from safetensors import SafetensorError
 
     local = Path(source).is_dir()

@@ -1,21 +1,29 @@
 """Load any named model, config or processor: Hugging Face's or LLaVA's layout; models without weights (meta).
 
-Every model without a timm tower (`smol-llava` has one) also loads without this package.
+Every model without a timm tower (`smol-llava` has one) also loads without this package. A processor gets missing
+fields from the model's config: many published processors do not define the number of image tokens, and then LLaVA
+fails with a count mismatch.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from milora_vl.compat.transformers import whole_weights
+from milora_data.encode.tokens import share_template
+from milora_vl.base.errors import UserError
+from milora_vl.compat.transformers import forget_conversions, whole_weights
 from milora_vl.models import hub, original, parts
-from milora_vl.models.names import MADE_IN_MEMORY
-from milora_vl.models.quantized import Quantization
+from milora_vl.models.image_tokens import complete_processor
+from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
+from milora_vl.models.quantized import Quantization, quantization_config, unquantized
+from milora_vl.models.quiet import quiet_bars
+from milora_vl.policy.towers import keep_weights_readable
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -32,7 +40,42 @@ def load_weights(
 
     Raises UserError for an unknown name, a model that is not available, and a folder without a model.
     """
-    return hub.load_weights(in_hf_layout(name_or_path), dtype, quantization=quantization, device=device)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    name = in_hf_layout(name_or_path)
+    if name in MADE_IN_MEMORY:
+        if quantization is not None:
+            raise UserError(
+                f"{name} exists only in memory and cannot be quantised",
+                code="quantization-in-memory",
+                hint="save it to a folder and load that folder",
+            )
+        return _named(hub.made_in_memory(name)[0].to(dtype or torch.float32), name)
+    source = hub.source_of(name)
+    config = hub.read(AutoConfig.from_pretrained, source, name)
+    if original.MARK in config.to_dict():
+        raise UserError(
+            f"{name} is in the layout of the original LLaVA code, which only loads from a folder",
+            code="model-original-layout",
+            hint=f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER",
+        )
+    auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
+    arguments: dict[str, Any] = {"dtype": dtype or "auto"}
+    if quantization is not None:
+        chosen = quantization
+        if isinstance(chosen, str):
+            with whole_weights(), torch.device("meta"):
+                chosen = quantization_config(chosen, unquantized(auto.from_config(config)))
+        arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
+    with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
+        model = hub.read(auto.from_pretrained, source, name, **arguments)
+    if is_deepspeed_zero3_enabled():
+        forget_conversions(model)
+    keep_weights_readable(model)
+    # The code in the folder was not used, so saved configs must not refer to it.
+    vars(model.config).pop("auto_map", None)
+    return _named(model, name)
 
 
 def load_processor(name: str | Path) -> Any:
@@ -40,7 +83,18 @@ def load_processor(name: str | Path) -> Any:
 
     Raises UserError for an unknown name and a processor that is not available.
     """
-    return hub.load_processor(in_hf_layout(name))
+    from transformers import AutoProcessor, AutoTokenizer
+
+    name = in_hf_layout(name)
+    if name in MADE_IN_MEMORY:
+        return hub.made_in_memory(name)[1]
+    config = hub.config_of(name)
+    has_images = "vision_config" in config.to_dict()
+    processor = hub.read((AutoProcessor if has_images else AutoTokenizer).from_pretrained, hub.source_of(name), name)
+    if has_images:
+        share_template(processor)
+        complete_processor(processor, config)
+    return processor
 
 
 def config_of(name: str) -> Any:
@@ -73,7 +127,20 @@ def weights_folder(name: str) -> Path | None:
 
     Raises UserError for an unknown name and a model that is not available.
     """
-    return hub.weights_folder(in_hf_layout(name))
+    from huggingface_hub import snapshot_download
+
+    name = in_hf_layout(name)
+    if name in MADE_IN_MEMORY:
+        return None
+    source = hub.source_of(name)
+    if Path(source).is_dir():
+        return Path(source)
+
+    def load(source: str, *, local_files_only: bool, trust_remote_code: bool) -> str:
+        patterns = ["*.json", "*.safetensors", "tokenizer.model"]
+        return str(snapshot_download(source, local_files_only=local_files_only, allow_patterns=patterns))
+
+    return Path(hub.read(load, source, name))
 
 
 def in_hf_layout(name: str | Path) -> str:
@@ -94,3 +161,11 @@ def split_processor(processor: Any) -> tuple[Any, Any | None]:
     if isinstance(processor, ProcessorMixin):
         return processor.tokenizer, processor.image_processor
     return processor, None
+
+
+def _named(model: Any, name: str) -> nn.Module:
+    """Set the name that adapters record: the name that the user typed, not a cache folder."""
+    if name in BUILT_IN_MODELS:
+        model.name_or_path = name
+        model.config.name_or_path = name
+    return model

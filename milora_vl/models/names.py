@@ -1,8 +1,6 @@
-"""The short names of models (`llava-1.5-7b`, `smol-llava`, `tiny`) and their hub ids; the error for an unknown name."""
+"""The short names of models (`llava-1.5-7b`, `smol-llava`, `tiny`) and their hub ids."""
 
 from __future__ import annotations
-
-from milora_vl.base.errors import UserError
 
 # Name -> id on the model hub; models of BUILT_IN_MODELS need no hub.
 NAMED_MODELS: dict[str, str] = {
@@ -62,7 +60,3 @@ def hub_id(name: str) -> str:
 
 MADE_IN_MEMORY = ("tiny", "tiny-text")
 BUILT_IN_MODELS = ("smol-llava", "smol-llava-unaligned", "smollm2", "tiny", "tiny-text")
-
-
-class UnknownModelError(UserError):
-    """The name of a model is not a known name, a folder or a hub id."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from milora_vl.cli.command_line import beside
 from milora_vl.compat.transformers import whole_weights
 from milora_vl.models import hub, original, vision
 from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for
+from milora_vl.models.names import MADE_IN_MEMORY
 from milora_vl.models.projector import load_projector, projector_file
 
 
@@ -28,19 +30,19 @@ def load_language(name: str) -> tuple[Any, Any]:
     """Load a causal LM in the dtype it was saved in, and its tokenizer. Raises UserError if a LLaVA cannot use it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if original.is_original(Path(name)):
-        config = original.read_original(Path(name)).text_config()
-        language: Any = hub.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
-        tokenizer = hub.read_pretrained(AutoTokenizer, name)
-    else:
-        language, tokenizer = hub.load_weights(name), hub.load_processor(name)
-    if "vision_config" in language.config.to_dict():
+    config = language_config(name)
+    if "vision_config" in config.to_dict():
         raise UserError(
             "this is already a vision-language model; composing needs a text-only model",
             code="compose-not-text-only",
             where=name,
             hint="fine-tune it as it is:  python -m milora_vl.train --model NAME",
         )
+    if name in MADE_IN_MEMORY:
+        language, tokenizer = hub.made_in_memory(name)
+    else:
+        language = hub.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
+        tokenizer = hub.read_pretrained(AutoTokenizer, name)
     require_plain_head(language, name)
     return language.eval(), tokenizer
 
@@ -155,6 +157,9 @@ def write(parts: Parts, folder: Path) -> None:
     model.config.update({TOWER_NAME: name})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    sentencepiece = Path(parts.language) / "tokenizer.model"
+    if sentencepiece.is_file():  # transformers 5 does not save it, and llama.cpp needs it
+        shutil.copyfile(sentencepiece, folder / sentencepiece.name)
 
 
 def _tower(parts: Parts, plan: TowerPlan, dtype: torch.dtype) -> Any:
