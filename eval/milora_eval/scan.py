@@ -18,8 +18,7 @@ from milora_eval.scores.table import value
 from milora_vl.base.atomic_write import write_json
 from milora_vl.base.errors import at_flag
 from milora_vl.cli.table import Table
-from milora_vl.foreign.load_any import require_scalable
-from milora_vl.foreign.load_model import load_by_flags
+from milora_vl.foreign.load_model import load_by_flags, require_scalable
 from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.report.plots import WIDTH, draw, styled

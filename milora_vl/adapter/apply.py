@@ -190,23 +190,16 @@ def _project_plain_lora(tuned: PeftModel, protected: Mapping[str, Protected]) ->
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
-    protecting = [t.path for t in targets if t.protect is not None]
-    if protecting:
+    # With another sigma, W - s B0 A0 would not be W without its minor part.
+    anchored = [t.path for t in targets if t.protect is not None or t.sigma != "keep"]
+    if anchored:
         raise AdapterError(
-            "protect: {inputs: p} needs form anchored",
+            "protect, and sigma other than keep, need form anchored",
             code="adapter-residual-layer",
-            where=protecting[0],
-            hint="use form anchored, or remove protect",
+            where=anchored[0],
+            hint="use form anchored, or remove the field",
         )
     require_residual(model, [t.path for t in targets if t.has_anchor])
-    rescaled = [t.path for t in targets if t.sigma != "keep"]
-    if rescaled:
-        raise AdapterError(
-            "sigma other than keep needs form anchored, because W - s B0 A0 would not be W without its minor part",
-            code="adapter-residual-layer",
-            where=rescaled[0],
-            hint="use form anchored, or sigma: keep",
-        )
 
 
 def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:

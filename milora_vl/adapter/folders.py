@@ -77,17 +77,15 @@ def not_a_folder(folder: Path, flag: str = "") -> Problem | None:
     """Return the problem of the name of an adapter that is no folder, at `flag` (default: at the folder)."""
     if folder.is_dir():
         return None
-    named = f": {folder}" if flag else ""
-    where = flag or str(folder)
-    if folder.exists():
-        has_adapter = holds_adapter(folder.parent)
-        hint = f"use its folder: {folder.parent}" if has_adapter else EXPECTED
-        return Problem(f"this is a file, but an adapter is a folder{named}", "adapter-no-folder", where, hint)
-    beside = [path for path in sorted(folder.parent.glob("*")) if path.is_dir() and holds_adapter(path)]
-    near = difflib.get_close_matches(folder.name, [path.name for path in beside], n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(str(folder.parent / name) for name in near)}?" if near else ""
-    others = f"adapters beside it: {', '.join(map(str, beside[:3]))}" if beside else EXPECTED
-    return Problem(f"no such adapter folder{named}", "adapter-no-folder", where, hint or others)
+    message = "this is a file, but an adapter is a folder" if folder.exists() else "no such adapter folder"
+    beside = [folder.parent] if has_config(folder.parent) else adapters_inside(folder.parent)
+    names = [str(path) for path in sorted(beside, key=lambda path: _likeness(path, folder), reverse=True)]
+    hint = f"adapters there: {', '.join(names[:3])}" if names else EXPECTED
+    return Problem(f"{message}: {folder}" if flag else message, "adapter-no-folder", flag or str(folder), hint)
+
+
+def _likeness(path: Path, folder: Path) -> float:
+    return difflib.SequenceMatcher(None, path.name, folder.name).ratio()
 
 
 def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
@@ -95,24 +93,19 @@ def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
 
     `flag` and `call` are as in `require_adapter`; an empty flag means the folder itself.
     """
-    where, named = flag or str(folder), f": {folder}" if flag else ""
-    message = f"no adapter in this folder{named}"
-    newest = newest_of_unfinished(folder, *call)
+    message = f"no adapter in this folder{f': {folder}' if flag else ''}"
+    hint = newest_of_unfinished(folder, *call)
     inside = [str(path) for path in adapters_inside(folder)]
-    if newest:
-        return Problem(message, "adapter-missing", where, newest.lstrip())
-    if inside:
-        only = f"no adapter in this folder, only in subfolders{named}"
-        return Problem(only, "adapter-missing", where, f"use one:  {', '.join(inside[:6])}")
-    names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
-    hint = f"found {names}; {EXPECTED}"
-    if flag and (folder / "config.json").is_file():
+    if not hint and inside:
+        hint = f"use one of its subfolders:  {', '.join(inside[:6])}"
+    if not hint and flag and (folder / "config.json").is_file():
         hint = f"the folder holds a whole model: if it trained in full, use  --model {folder} --base MODEL"
-    return Problem(message, "adapter-missing", where, hint)
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    return Problem(message, "adapter-missing", flag or str(folder), hint or f"found {names}; {EXPECTED}")
 
 
 def newest_of_unfinished(folder: Path, *call: object) -> str:
-    """Return hint lines, each after a line break, for a run that has checkpoints but no result; else "".
+    """Return a hint for a run that has checkpoints but no result; else "".
 
     `call` comes before the newest checkpoint in the suggested command: a module and arguments, or only arguments.
     """
@@ -124,7 +117,7 @@ def newest_of_unfinished(folder: Path, *call: object) -> str:
     module, *words = *map(str, call), str(newest)
     typed = ("" if module.startswith("--") else "python -m ") + shlex.join([module, *words])
     return (
-        f"\nthe run in it has not finished; its newest checkpoint has step {step_of(newest):,}\n"
+        f"the run in it has not finished; its newest checkpoint has step {step_of(newest):,}\n"
         f"use it:    {typed}\n"
         "or resume: the training command with  --resume_from_checkpoint auto"
     )

@@ -120,18 +120,10 @@ def _the_adapter(model: PeftModel) -> str:
     unsupported = _unsupported(config)
     if unsupported:
         raise AdapterError(
-            f"expected a plain LoRA, got {unsupported}",
+            f"expected a plain LoRA that does not change the base weights, got {unsupported}",
             code="adapter-unsupported-kind",
             where=f"adapter {name!r}",
-            hint="call get_peft_model with a plain LoraConfig",
-        )
-    assert isinstance(config, LoraConfig)
-    if config.init_lora_weights not in _BASE_UNCHANGED:
-        raise AdapterError(
-            f"this initialization changes the base weights or is another method: {config.init_lora_weights!r}",
-            code="adapter-unsupported-kind",
-            where="init_lora_weights",
-            hint="reload the base model and call get_peft_model without this argument",
+            hint="reload the base model, and call get_peft_model with a plain LoraConfig",
         )
     return name
 
@@ -142,6 +134,8 @@ def _unsupported(config: Any) -> str:
         return type(config).__name__
     if config.use_dora:
         return "DoRA"
+    if config.init_lora_weights not in _BASE_UNCHANGED:
+        return f"init_lora_weights {config.init_lora_weights!r}"
     return "a LoRA that trains biases" if config.bias != "none" or config.lora_bias else ""
 
 

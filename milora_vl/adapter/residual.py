@@ -21,16 +21,10 @@ def require_residual(model: nn.Module, paths: list[str]) -> None:
     """Raise AdapterError for layers that the residual form does not support: quantized ones, and all but linear."""
     for path in paths:
         module = model.get_submodule(path)
-        if not isinstance(module, nn.Linear | Conv1D):
+        is_plain = type(module.weight) is nn.Parameter and module.weight.dtype.is_floating_point
+        if not is_plain or not isinstance(module, nn.Linear | Conv1D):
             raise AdapterError(
-                f"form residual supports linear layers only, this is a {type(module).__name__}",
-                code="adapter-residual-layer",
-                where=path,
-                hint="use form anchored",
-            )
-        if type(module.weight) is not nn.Parameter or not module.weight.dtype.is_floating_point:
-            raise AdapterError(
-                "form residual needs an unquantized base weight",
+                f"form residual supports unquantized linear layers only, this is a {type(module).__name__}",
                 code="adapter-residual-layer",
                 where=path,
                 hint="use form anchored",

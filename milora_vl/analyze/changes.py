@@ -82,7 +82,7 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
     names = canonical_names(base.model)
     if source.kind == "residual":
         base = base if base.stored is None else Weights.of(load_weights(base.name), base.name)
-        adapter = import_adapter(source, base.model, base.name).adapter
+        adapter, _ = import_adapter(source, base.model, base.name)
     elif source.kind == "llava":
         adapter = in_hf_layout(read_llava(source.folder), names)
     else:

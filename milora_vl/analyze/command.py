@@ -63,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = ("--base", options.base) if options.base else ()
     newest = newest_of_unfinished(subject, "milora_vl.analyze", *base)
     if newest:
-        raise UserError(
-            "contains no finished training", code="adapter-missing", where=str(subject), hint=newest.removeprefix("\n")
-        )
+        raise UserError("contains no finished training", code="adapter-missing", where=str(subject), hint=newest)
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:

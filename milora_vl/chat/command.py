@@ -6,6 +6,8 @@ Prompt format (`milora_data.encode.templates`) and greedy decoding are as in an 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,11 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(options)
     pictures = [open_picture(path) for path in options.image or ()]
     videos = [open_video(folder, options.fps) for folder in options.video or ()]
-    from milora_vl.chat import session
+    from milora_vl.chat import session, web
 
-    session.run(options, pictures, videos)
-    if options.web or options.question is None:
+    session.require_askable(options, pictures, videos)
+    chat = session.Chat.load(options)
+    if options.web:
+        about = " + ".join(str(part) for part in (options.model, options.adapter) if part)
+        web.serve(chat, pictures, about, options.port)
         return 0
+    if options.question is None:
+        session.converse(chat, pictures, videos, options.fps)
+        return 0
+    if options.format == "json":
+        sys.stdout.write(json.dumps(chat.answers(options.question, pictures, videos), ensure_ascii=False) + "\n")
+    else:
+        chat.start(pictures, videos)
+        chat.ask(options.question)
     next_step(
         *eval_run(
             options.model,
@@ -116,6 +129,5 @@ def _check(options: argparse.Namespace) -> None:
             "needs an adapter, or a fully trained model and its base: it shows the answers of both",
             code="flag-needs-another",
             where="--compare",
-            hint=newest_of_unfinished(Path(options.model), "--model").removeprefix("\n")
-            or "add:  --adapter FOLDER   or   --base MODEL",
+            hint=newest_of_unfinished(Path(options.model), "--model") or "add:  --adapter FOLDER   or   --base MODEL",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,15 +19,14 @@ from milora_data.records.record import IMAGE, VIDEO, Turn
 from milora_vl.adapter.folders import base_of, holds_adapter
 from milora_vl.base.errors import UserError, at_flag, with_context
 from milora_vl.chat.picture import open_picture, open_video
-from milora_vl.chat.web import serve
-from milora_vl.cli.command_line import report, suggest
+from milora_vl.cli.command_line import report
 from milora_vl.foreign.load_model import load_by_flags, update_since
 from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.models.generate import Prompt, generate, require_shown
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
-from milora_vl.plan.base import Base, find_base
+from milora_vl.plan.base import find_base
 from milora_vl.plan.prompts import prompts_of
 
 if TYPE_CHECKING:
@@ -41,30 +39,9 @@ COMMANDS = {
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
 }
-_SHOWING = {name.split()[0]: name for name in COMMANDS if " " in name}
 
 
-def run(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
-    """Load the model and do what the command line asks for: a page, a conversation, or one answer on stdout."""
-    _require_askable(options, pictures, videos)
-    chat = Chat.load(options)
-    if options.web:
-        serve(
-            chat,
-            pictures,
-            " + ".join(str(part) for part in (options.model, options.adapter) if part),
-            options.port,
-        )
-    elif options.question is None:
-        converse(chat, pictures, videos, options.fps)
-    elif options.format == "json":
-        sys.stdout.write(json.dumps(chat.answers(options.question, pictures, videos), ensure_ascii=False) + "\n")
-    else:
-        chat.start(pictures, videos)
-        chat.ask(options.question)
-
-
-def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+def require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
     """Raise UserError, before weights load, for a question, pictures or videos that the model does not take."""
     with at_flag("--model"):
         name = options.model
@@ -74,7 +51,15 @@ def _require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image
         processor = base.processor if base.own_pictures else None
     flag = "--video" if videos else "--image"
     if processor is None:
-        _require_taken(base, flag, bool(pictures), bool(videos))
+        if videos:
+            raise with_context(no_videos("this model"), flag)
+        if pictures and not base.reads_pictures:
+            raise UserError(
+                f"{base.name} reads only text",
+                code="model-reads-only-text",
+                where=flag,
+                hint="use a vision-language model, or remove the picture",
+            )
         return
     prompts_of(options.model, options.adapter, options.template).limit(processor)
     if options.question is None and not pictures and not videos:
@@ -87,19 +72,6 @@ def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Fram
     """Return the first question of a conversation, which errors name by `source`."""
     turn = Chat.user_turn(question, pictures, [], videos)
     return Prompt((turn,), tuple(pictures), videos=tuple(videos), source=source)
-
-
-def _require_taken(base: Base, flag: str, has_pictures: bool, has_videos: bool) -> None:
-    """Raise UserError for videos of a LLaVA, and for pictures or videos of a text-only model."""
-    if has_videos:
-        raise with_context(no_videos("this model"), flag)
-    if has_pictures and not base.reads_pictures:
-        raise UserError(
-            f"{base.name} reads only text",
-            code="model-reads-only-text",
-            where=flag,
-            hint="use a vision-language model, or remove the picture",
-        )
 
 
 @dataclass
@@ -278,8 +250,6 @@ def converse(
                 break
             if word == "/reset":
                 chat.start(chat.pictures, chat.videos)
-            elif word in _SHOWING and not argument.strip():
-                raise UserError(f"the name is missing; expected {_SHOWING[word]}", code="chat-unknown-command")
             elif word == "/image":
                 _show_instead(chat, line, [open_picture(Path(argument.strip()))], ())
             elif word == "/video":
@@ -289,7 +259,8 @@ def converse(
                 chat.require_shown(line, [*chat.pictures, picture], chat.videos)
                 chat.add(picture)
             elif line.startswith("/"):
-                raise _unknown_command(word)
+                known = f"known commands: {', '.join(COMMANDS)}"
+                raise UserError(f"unknown command {word}", code="chat-unknown-command", hint=known)
             else:
                 _ask_unless_stopped(chat, line)
         except UserError as error:
@@ -297,16 +268,9 @@ def converse(
 
 
 def _show_instead(chat: Chat, line: str, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
-    """Start a conversation about these, and say whether it lacks videos or pictures of the one before.
-
-    Raises UserError, at the `line` of the user, if the model does not take them; the old conversation then goes on.
-    """
+    """Start a conversation about these. Raises UserError, at the `line` of the user, if the model does not take them."""
     chat.require_shown(line, pictures, videos)
-    dropped = [name for name, old, new in (("videos", chat.videos, videos), ("pictures", chat.pictures, pictures))
-               if old and not new]  # fmt: skip
     chat.start(pictures, videos)
-    if dropped:
-        sys.stderr.write(f"the {dropped[0]} from before are no longer shown\n")
 
 
 def _ask_unless_stopped(chat: Chat, question: str) -> None:
@@ -346,10 +310,3 @@ class WordStreamer(TextStreamer):
         self.waiting, self.is_first = text[len(words) :], self.is_first and not words
         sys.stdout.write(words + "\n" if stream_end else words)
         sys.stdout.flush()
-
-
-def _unknown_command(word: str) -> UserError:
-    known = [name.split()[0] for name in COMMANDS]
-    near = suggest(word, known)
-    hint = f"did you mean {near[0]}?" if near else f"known commands: {', '.join(known)}"
-    return UserError(f"unknown command {word}", code="chat-unknown-command", hint=hint)

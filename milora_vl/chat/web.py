@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from milora_data.pictures.files import to_rgb
 from milora_data.records.record import Turn
 from milora_vl.base.errors import UserError
+from milora_vl.chat.session import Chat
 from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from milora_vl.chat.session import Chat
 
 HOST = "127.0.0.1"
 HEIGHT = "60vh"
@@ -49,20 +48,15 @@ def serve(chat: Chat, pictures: Sequence[Image.Image], about: str, port: int) ->
 def free_port(port: int) -> int:
     """Return `port` if it is free, or any free port for 0. gradio itself does not choose one or explain its error.
 
-    Raises UserError if the port is taken or not a valid port number.
+    Raises UserError if it cannot be used.
     """
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # otherwise a server that has just stopped blocks the port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a server that has just stopped blocks it
         try:
             probe.bind((HOST, port))
-        except OverflowError:
-            message = f"cannot use {port}: expected a number from 0 (any free port) to 65535"
-            raise UserError(message, code="port-invalid", where="--port") from None
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise UserError(
-                f"cannot use {port}: {error.strerror}",
+                f"cannot use {port}: {error}",
                 code="port-taken",
                 where="--port",
                 hint="choose another port, or 0 for any free one",

@@ -83,8 +83,7 @@ class Job:
         """
         is_foreign = self.source.kind in ("llava", "residual") or (self.source.kind == "plain" and needs_base)
         if is_foreign:
-            imported = import_adapter(self.source, base.model, base.name)
-            return imported.adapter, imported.drift
+            return import_adapter(self.source, base.model, base.name)
         if self.source.kind == "plain":
             refuse_mutating(self.source.folder)
         adapter = read_plain(self.source.folder)
@@ -105,7 +104,7 @@ class Job:
             on_residual = self.source.kind == "residual" and self.options.base is None
             if self.source.kind in ("llava", "residual") and not on_residual:
                 folder = Path(temporary)
-                write_ours(import_adapter(self.source, base.model, base.name).adapter, folder)
+                write_ours(import_adapter(self.source, base.model, base.name)[0], folder)
             dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
             tuned = load_adapter(base.model, folder, allow_base_mismatch=self.options.allow_base_mismatch)
             try:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from milora_vl.adapter.folders import CONFIG
 from milora_vl.adapter.layers import join
 from milora_vl.adapter.sidecar import Sidecar
 from milora_vl.base.errors import Problem, UserError
 from milora_vl.foreign.llava import in_hf_layout, read_llava
-from milora_vl.foreign.plain import LowRank, PlainAdapter, read_config, read_plain, whole_modules
+from milora_vl.foreign.plain import LowRank, PlainAdapter, read_plain, whole_modules
 from milora_vl.foreign.source import Source
 from milora_vl.models.loading import load_weights
 from milora_vl.policy.rules import RuleMethod, Target
@@ -27,16 +28,11 @@ from milora_vl.weights.matrices import as_matrix, is_adaptable, matrix_shape, re
 _LARGEST_DRIFT = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Imported:
-    """An adapter for the unchanged base. `drift`: distance of residual + initial factors from the base, per module."""
+def import_adapter(source: Source, base: nn.Module, base_name: str) -> tuple[PlainAdapter, Mapping[str, float]]:
+    """Read a folder of any kind as an adapter of `base`, with a sidecar, and the drift of each module.
 
-    adapter: PlainAdapter
-    drift: Mapping[str, float]
-
-
-def import_adapter(source: Source, base: nn.Module, base_name: str) -> Imported:
-    """Read a folder of any kind as an adapter of `base`, with a sidecar. Raises UserError if they do not fit."""
+    The drift is the distance of residual + initial factors from the base. Raises UserError if they do not fit.
+    """
     drift: Mapping[str, float] = {}
     methods: Mapping[str, RuleMethod] = {}
     if source.kind == "llava":
@@ -52,7 +48,7 @@ def import_adapter(source: Source, base: nn.Module, base_name: str) -> Imported:
         adapter = replace(adapter, sidecar=sidecar_of(adapter, base, methods))
     elif source.kind == "llava":  # trained by milora_vl in LLaVA's code, which stores the projector separately
         adapter = replace(adapter, sidecar=_with_whole(adapter.sidecar, adapter.whole, base))
-    return Imported(replace(adapter, base=base_name), drift)
+    return replace(adapter, base=base_name), drift
 
 
 def sidecar_of(adapter: PlainAdapter, base: nn.Module, methods: Mapping[str, RuleMethod]) -> Sidecar:
@@ -188,7 +184,7 @@ def refuse_mutating(folder: Path) -> None:
 
     These initializations change the base, so the adapter does not fit the unchanged base without its initial factors.
     """
-    start = read_config(folder, any_lora=True).init_lora_weights
+    start = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("init_lora_weights")
     if isinstance(start, str) and start.split("_")[0] in ("pissa", "olora", "corda", "lora", "loftq"):
         raise UserError(problems=[_no_initial(folder, f", with init_lora_weights {json.dumps(start)}")])
 
@@ -198,6 +194,7 @@ def _no_initial(folder: Path, detail: str = "") -> Problem:
         f"the adapter was trained on a residual base{detail}, and its initial factors are missing",
         "adapter-no-initial-factors",
         str(folder),
-        "set the initial factors:  --initial FOLDER   (PEFT and LLaMA-Factory write pissa_init)\n"
-        "or set both bases:        --residual FOLDER --base ORIGINAL",
+        "convert it:  python -m milora_vl.export FOLDER --to adapter\n"
+        "with         --initial FOLDER   (PEFT and LLaMA-Factory write pissa_init)\n"
+        "or with      --residual FOLDER --base ORIGINAL",
     )

@@ -1,18 +1,33 @@
-"""`load_model`: a model, its processor and optionally an adapter of any origin; the same by the flags of a command."""
+"""`load_model`: a model, its processor and optionally an adapter of any origin; the same by the flags of a command.
+
+The files of a folder, not its name, decide what it is: an adapter of ours or of PEFT, a LoRA folder of LLaVA, or an
+adapter trained on a residual base. The latter two are converted in memory.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from milora_vl.adapter.folders import base_of, holds_adapter, holds_projector_alone, require_no_base
-from milora_vl.base.errors import UserError
-from milora_vl.foreign.arithmetic import require_scale
-from milora_vl.foreign.load_any import load_any, require_scalable
+from milora_vl.adapter.files import load_adapter
+from milora_vl.adapter.folders import (
+    base_of,
+    has_config,
+    holds_adapter,
+    holds_projector_alone,
+    holds_residual,
+    require_no_base,
+)
+from milora_vl.base.errors import UserError, expected_format
+from milora_vl.foreign.arithmetic import require_linear, require_scale
+from milora_vl.foreign.imported import import_adapter, refuse_mutating
+from milora_vl.foreign.plain import write_plain
 from milora_vl.foreign.scale import Update
+from milora_vl.foreign.source import Source, find_source
 from milora_vl.models.devices import device_named, dtype_named
 from milora_vl.models.loading import load_processor, load_weights
 from milora_vl.models.projector import load_projector
@@ -97,9 +112,53 @@ def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
         load_projector(model, folder)
         Update(model, before).set(scale)
         return model
-    if scale == 1:
-        return load_any(model, folder)
-    require_scalable(model, folder)
-    tuned: nn.Module = load_any(model, folder)
-    Update(tuned).set(scale)
+    if scale != 1:
+        require_scalable(model, folder)
+    tuned: nn.Module = _load_any(model, folder)
+    if scale != 1:
+        Update(tuned).set(scale)
     return tuned
+
+
+def _load_any(model: nn.Module, folder: Path) -> Any:
+    """Return `model` with the adapter in `folder`, which may be of any kind.
+
+    Raises AdapterError and UserError for an adapter that does not fit, and UserError for an adapter that was
+    trained on a residual base and lacks its initial factors: it would load on the unchanged base and be wrong.
+    """
+    if not (has_config(folder) or holds_residual(folder)):
+        return load_adapter(model, folder)  # reports what is missing
+    message, hint = "the files of this adapter do not belong together", "restore the files of one save"
+    with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint):
+        source = find_source(folder)
+        if source.kind == "plain":
+            refuse_mutating(source.folder)
+        if source.kind in ("ours", "plain") or _is_residual_of(model, source):
+            return load_adapter(model, source.folder)
+        adapter, _ = import_adapter(source, model, str(model.name_or_path))
+        with tempfile.TemporaryDirectory() as scratch:
+            write_plain(adapter, Path(scratch))
+            if adapter.sidecar is not None:
+                adapter.sidecar.write(Path(scratch), adapter.anchors)
+            return load_adapter(model, scratch)
+
+
+def require_scalable(model: nn.Module, folder: Path) -> None:
+    """Raise UserError for an adapter whose update has no scale on this model.
+
+    On a residual base, the factors hold the start too: their scale is not the scale of the update.
+    """
+    source = find_source(folder)
+    if _is_residual_of(model, source):
+        raise UserError(
+            "the model is the residual base, so a scale would also change the components that it lacks",
+            code="adapter-not-scalable",
+            where="--scale",
+            hint="use the unchanged base model:  --model BASE",
+        )
+    require_linear(source.folder, "--scale")
+
+
+def _is_residual_of(model: nn.Module, source: Source) -> bool:
+    """Return whether the model is the residual base, which the trained factors fit without conversion."""
+    return source.residual is not None and Path(str(model.name_or_path)).resolve() == source.residual.resolve()

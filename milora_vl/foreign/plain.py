@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
 from torch import Tensor
 
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG
@@ -179,15 +182,8 @@ def from_state(
 
 def _scaling(config: LoraConfig, path: str, rank: int) -> float:
     patterns = config.alpha_pattern or {}
-    alpha = patterns.get(_pattern_key(list(patterns), path), config.lora_alpha)
+    alpha = patterns.get(get_pattern_key(list(patterns), path), config.lora_alpha)
     return float(alpha / rank**0.5 if config.use_rslora else alpha / rank)
-
-
-def _pattern_key(patterns: list[str], path: str) -> str:
-    """Return the key of alpha_pattern that matches a module by PEFT's rule; else the path."""
-    from peft.utils.other import get_pattern_key
-
-    return str(get_pattern_key(patterns, path))
 
 
 def write_plain(
@@ -198,8 +194,6 @@ def write_plain(
     With `uniform` all modules get the same rank and scale: factors are padded with zeros and multiplied by their scale.
     Programs without rank_pattern and alpha_pattern need this.
     """
-    from safetensors.torch import save_file
-
     adapter = _uniform(adapter) if uniform else adapter
     folder.mkdir(parents=True, exist_ok=True)
     state: dict[str, Tensor] = {PREFIX + name: tensor for name, tensor in adapter.whole.items()}
@@ -216,8 +210,6 @@ def write_plain(
 
 def lora_config_of(adapter: PlainAdapter) -> LoraConfig:
     """Return PEFT's config for the factors: full paths, the most common rank and alpha, patterns for the others."""
-    from collections import Counter
-
     ranks = {path: f.rank for path, f in adapter.factors.items()}
     alphas = {path: _number(f.scaling * f.rank) for path, f in adapter.factors.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]

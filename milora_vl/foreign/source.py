@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from milora_vl.adapter.files import require_adapter_files
 from milora_vl.adapter.folders import (
     CONFIG,
-    EXPECTED,
     adapters_inside,
     has_config,
     holds_llava_adapter,
-    holds_projector_alone,
     no_adapter_in,
     not_a_folder,
 )
 from milora_vl.adapter.sidecar import FILE_NAME
-from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import beside
 
 Kind = Literal["ours", "plain", "llava", "residual"]
@@ -52,14 +50,14 @@ def find_source(folder: Path, residual: Path | None = None, initial: Path | None
             raise UserError("no such folder", code="path-missing", where=str(path), hint=beside(path))
     trained = _trained(folder)
     if trained is None:
-        raise UserError(problems=[_no_adapter(folder)])
+        raise UserError(problems=[no_adapter_in(folder, "", "milora_vl.export", "--to", "FORM")])
     for path in (trained, initial):
         if path is not None:
             require_adapter_files(path)
     residual = residual or _residual_of(folder)
     if holds_llava_adapter(trained):
         return Source("llava", trained)
-    if residual is None and initial is None and _has(trained, FILE_NAME):
+    if residual is None and initial is None and (trained / FILE_NAME).is_file():
         return Source("ours", trained)
     initial = initial or _initial_of([folder, trained, *([residual] if residual else [])], trained)
     if residual is not None or initial is not None:
@@ -67,20 +65,9 @@ def find_source(folder: Path, residual: Path | None = None, initial: Path | None
     return Source("plain", trained)
 
 
-def _has(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
-
-
 def _holds_model(folder: Path) -> bool:
-    return _has(folder, "config.json") and any(
-        _has(folder, name)
-        for name in (
-            "model.safetensors",
-            "model.safetensors.index.json",
-            "pytorch_model.bin",
-            "pytorch_model.bin.index.json",
-        )
-    )
+    has_weights = any(folder.glob("model.safetensors*")) or any(folder.glob("pytorch_model.bin*"))
+    return has_weights and (folder / "config.json").is_file()
 
 
 def _trained(folder: Path) -> Path | None:
@@ -118,19 +105,3 @@ def _initial_of(folders: list[Path], trained: Path | None) -> Path | None:
     if trained is not None and trained.name == OFFICIAL_NAME and _holds_model(trained.parent):
         return trained
     return None
-
-
-def _no_adapter(folder: Path) -> Problem:
-    """Return the problem of a folder that this package converts no adapter from."""
-    if holds_projector_alone(folder):
-        return Problem(
-            "the folder holds a projector but no adapter",
-            "adapter-missing",
-            str(folder),
-            f"use it:  --model BASE --adapter {folder}",
-        )
-    problem = no_adapter_in(folder, "", "milora_vl.export", "--to", "FORM")
-    if EXPECTED not in problem.hint:
-        return problem
-    residual = f"or of a residual base with an adapter in one of {', '.join((OFFICIAL_NAME, *INITIAL_NAMES))}"
-    return replace(problem, hint=f"{problem.hint}\n{residual}")

@@ -136,8 +136,7 @@ def _require_trained(options: argparse.Namespace) -> None:
     base = ("--base", options.base) if options.base else ()
     newest = newest_of_unfinished(folder, "milora_vl.forgetting", *base, "--model")
     if newest:
-        hint = newest.removeprefix("\n")
-        raise UserError("contains no finished training", code="adapter-missing", where=str(folder), hint=hint)
+        raise UserError("contains no finished training", code="adapter-missing", where=str(folder), hint=newest)
 
 
 def _tuned_folder(options: argparse.Namespace) -> Path:

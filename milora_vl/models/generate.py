@@ -7,7 +7,7 @@ per picture, and its key-value cache is repeated for the questions. Their paddin
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby, takewhile
@@ -226,14 +226,23 @@ class ProcessorReader:
 
     def processed(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
         """Return the processor's tensors for prompts, padded on the left. Raises UserError if it refuses them."""
-        images = [[self._picture(image) for image in prompt.images] for _, prompt in batch]
+        images = [[_opened(image) for image in prompt.images] for _, prompt in batch]
         try:
             videos = [prompt.videos for _, prompt in batch]
             inputs = self.inputs([text for text, _ in batch], images, videos, padding_side="left")
         except UserError:
             raise
         except PROCESSOR_ERRORS as error:
-            raise self._refusal(batch, error) from None
+            for one in batch if len(batch) > 1 else ():
+                self.processed([one])  # names the prompt that is refused alone
+            prompt = batch[0][1]
+            paths = [str(image) for image in prompt.images if isinstance(image, str | Path)]
+            raise UserError(
+                f"the processor refuses this question or its picture: {first_line(error)}",
+                code="record-processor-refuses",
+                where=": ".join([prompt.source] * bool(prompt.source) + paths) or _named(prompt),
+                hint="use another picture, or leave the question out",
+            ) from None
         inputs.pop("labels", None)  # some processors add them
         return inputs
 
@@ -245,7 +254,7 @@ class ProcessorReader:
             rendered = Rendered(rendered.text + answer, ((start, start + len(answer)),))
         else:
             rendered = rendered._replace(suffix=answer)
-        images = [self._picture(image) for image in prompt.images]
+        images = [_opened(image) for image in prompt.images]
         inputs = labelled_inputs(self.inputs, rendered, images)
         return {name: self._placed(value) for name, value in inputs.items()}
 
@@ -262,11 +271,7 @@ class ProcessorReader:
         config = _greedy(self, max_new_tokens, num_beams)
         config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
         output = self.model.generate(**inputs, generation_config=config, streamer=streamer)
-        ends = set(config.eos_token_id)
-        return [
-            self.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
-            for row in output[:, width:].tolist()
-        ]
+        return _decoded(self.tokenizer, output[:, width:], config.eos_token_id)
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -274,39 +279,21 @@ class ProcessorReader:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
     def _length(self, text: Rendered, prompt: Prompt) -> int:
-        sizes = [
-            picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
-            for image in prompt.images
-        ]
-        count = self.inputs.num_text_tokens(text) + sum(self.inputs.num_picture_tokens(*size) for size in sizes)
+        count = self.inputs.num_text_tokens(text)
+        count += sum(self.inputs.num_picture_tokens(*_size(image)) for image in prompt.images)
         for video in prompt.videos:
             frame = video.frames[0]
             count += self.inputs.num_video_tokens(len(video.frames), video.fps, frame.height, frame.width)
         return count
 
-    def _refusal(self, batch: Sequence[tuple[Rendered, Prompt]], error: Exception) -> UserError:
-        """Return the error for a batch that the processor refuses, with the prompt that it refuses alone."""
-        for text, prompt in batch:
-            try:
-                images = [self._picture(image) for image in prompt.images]
-                self.inputs([text], [images], [prompt.videos], padding_side="left")
-            except PROCESSOR_ERRORS as own:
-                where = ", ".join(str(image) for image in prompt.images if isinstance(image, str | Path))
-                return UserError(
-                    f"the processor refuses this question or its picture: {first_line(own)}",
-                    code="record-processor-refuses",
-                    where=": ".join(filter(None, (prompt.source, where))) or _named(prompt),
-                    hint="use another picture, or leave the question out",
-                )
-        return UserError(
-            f"the processor refuses these prompts in one batch: {first_line(error)}",
-            code="record-processor-refuses",
-            hint="use --batch_size 1",
-        )
 
-    @staticmethod
-    def _picture(image: str | Path | Image.Image) -> Any:
-        return load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+def _opened(image: str | Path | Image.Image) -> Any:
+    return load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+
+
+def _size(image: str | Path | Image.Image) -> tuple[int, int]:
+    """Return height and width."""
+    return picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
 
 
 def _named(prompt: Prompt) -> str:
@@ -343,8 +330,7 @@ class Reader:
         self.image_token = None if images is None else image_token_id(model.config)
         self.image_tokens = 0 if images is None else image_tokens(model.config)
         self.tiling = None if images is None else tiling_of(model.config)
-        pad = self.tokenizer.pad_token_id
-        self.pad = self.tokenizer.eos_token_id if pad is None else pad
+        self.pad = pad_id_of(self.tokenizer)
 
     def row(self, prompt: Prompt) -> _Row:
         """Encode one prompt; each picture takes as many ids as the model needs for it."""
@@ -386,11 +372,10 @@ class Reader:
     def _num_tokens(self, image: str | Path | Image.Image) -> int:
         if self.tiling is None:
             return self.image_tokens
-        size = picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
-        return self.tiling.num_tokens(*size)
+        return self.tiling.num_tokens(*_size(image))
 
     def _picture(self, image: str | Path | Image.Image) -> Any:
-        picture = load_image(image) if isinstance(image, str | Path) else to_rgb(image)
+        picture = _opened(image)
         if self.tiling is not None or self.image_aspect_ratio == "plain":
             return picture
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
@@ -451,12 +436,14 @@ def _answer(
         inputs |= reader.pixels(rows)
     config = _greedy(reader, *decoding)
     inputs |= {"generation_config": config, "streamer": streamer}
-    output = reader.model.generate(**inputs)[:, width:].tolist()
-    ends = set(config.eos_token_id)
-    return [
-        reader.tokenizer.decode(list(takewhile(lambda t: t not in ends, row)), skip_special_tokens=True).strip()
-        for row in output
-    ]
+    output = reader.model.generate(**inputs)
+    return _decoded(reader.tokenizer, output[:, width:], config.eos_token_id)
+
+
+def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[str]:
+    """Return the texts of generated rows, each up to its first end token."""
+    ids = [list(takewhile(lambda token: token not in ends, row)) for row in rows.tolist()]
+    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
 
 
 def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:

@@ -79,7 +79,7 @@ def source_of(name: str) -> str:
                 "no model in this folder: it has no config.json",
                 code="model-not-in-folder",
                 where=name,
-                hint=newest.lstrip() or f"found: {names}",
+                hint=newest or f"found: {names}",
             )
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:

@@ -24,6 +24,14 @@ PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")
 TOWER = re.compile(r"^model\.vision_tower\.vision_tower\.(.+)")
 # model_type of LLaVA -> model_type of its language model in transformers.
 _LANGUAGE = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+# The values of LLaVA-1.5, which Hugging Face's LLaVA supports; None is a missing key.
+_SUPPORTED: dict[str, tuple[str | bool | None, ...]] = {
+    "model_type": tuple(_LANGUAGE),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_use_im_start_end": (False, None),
+    "mm_patch_merge_type": ("flat", None),
+    "image_aspect_ratio": ("pad", "square", None),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,22 +69,11 @@ def is_original(folder: Path) -> bool:
 def read_original(folder: Path) -> Original:
     """Read the config of such a folder. Raises UserError for settings that Hugging Face's LLaVA does not support."""
     config = _config(folder)
-    kind = str(config.get("model_type"))
-    unsupported = [
-        (kind not in _LANGUAGE, f"model_type {kind}", "Llama or Mistral"),
-        (config.get("mm_projector_type", "linear") != "mlp2x_gelu", _shown(config, "mm_projector_type"), "mlp2x_gelu"),
-        (bool(config.get("mm_use_im_start_end")), "mm_use_im_start_end true", "false"),
-        (
-            config.get("mm_patch_merge_type", "flat") != "flat",
-            _shown(config, "mm_patch_merge_type"),
-            "flat (LLaVA-1.5)",
-        ),
-        (config.get("image_aspect_ratio") == "anyres", "image_aspect_ratio anyres", "pad or square (LLaVA-1.5)"),
-    ]
-    for is_found, got, expected in unsupported:
-        if is_found:
+    for name, supported in _SUPPORTED.items():
+        if config.get(name) not in supported:
             raise UserError(
-                f"a LLaVA in its original layout that Hugging Face's LLaVA cannot hold: {got}, expected {expected}",
+                "a LLaVA in its original layout that Hugging Face's LLaVA cannot hold: "
+                f"{name} {config.get(name)}, expected {' or '.join(str(value) for value in supported if value)}",
                 code="model-original-unsupported",
                 where=str(folder),
                 hint="for LLaVA-1.6, use a model in Hugging Face's layout (llava-hf/llava-v1.6-...)",
@@ -89,7 +86,7 @@ def read_original(folder: Path) -> Original:
         str(config[MARK]),
         int(config.get("mm_vision_select_layer", -2)),
         str(config.get("mm_vision_select_feature", "patch")),
-        {"model_type": _LANGUAGE[kind], **text},
+        {"model_type": _LANGUAGE[config["model_type"]], **text},
     )
 
 
@@ -99,10 +96,6 @@ def _config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _shown(config: Mapping[str, Any], name: str) -> str:
-    return f"{name} {config.get(name, 'linear (not given)')}"
 
 
 def _weight_files(folder: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:

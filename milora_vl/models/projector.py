@@ -84,17 +84,11 @@ def read_projector(source: Path) -> dict[str, Tensor]:
         return {_inner(f"mm_projector.{name}"): tensor for name, tensor in inside.items()}
     file = projector_file(source)
     state = read_weights(file)
-    if not isinstance(state, dict):
-        raise UserError(
-            f"expected weights by name, found a {type(state).__name__}",
-            code="projector-file",
-            where=str(file),
-            hint="name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run",
-        )
-    weights = {_inner(name): t for name, t in state.items() if _OURS.match(name) or _LLAVA.match(name)}
+    names = list(state) if isinstance(state, dict) else []
+    weights = {_inner(name): state[name] for name in names if _OURS.match(name) or _LLAVA.match(name)}
     if not weights:
         raise UserError(
-            f"no projector weights in this file; found: {', '.join(list(state)[:3])}, ...",
+            f"no projector weights in this file; found: {', '.join(names[:3]) or type(state).__name__}, ...",
             code="projector-file",
             where=str(file),
             hint="name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run",
@@ -119,7 +113,7 @@ def projector_file(source: Path) -> Path:
             f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}",
             code="projector-file",
             where=str(source),
-            hint=hint.lstrip(),
+            hint=hint,
         )
     return files[0]
 

@@ -67,7 +67,7 @@ def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     with raises_code("adapter-already-trained", hint="restore_split"):
         reinit_peft(stock)
     for fields, message in [
-        ({"init_lora_weights": "pissa"}, "changes the base weights"),
+        ({"init_lora_weights": "pissa"}, "got init_lora_weights 'pissa'"),
         ({"use_dora": True}, "got DoRA"),
         ({"bias": "all"}, "trains biases"),
     ]:

@@ -36,20 +36,17 @@ def adapter(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_the_same_about_a_missing_adapter(command: str, adapter: Path) -> None:
     where = str(adapter.parent / "run9") if command == "export" else "--adapter"
-    with raises_code("adapter-no-folder", where, "no such adapter folder", f"did you mean {adapter}?"):
+    with raises_code("adapter-no-folder", where, "no such adapter folder", f"adapters there: {adapter}"):
         COMMANDS[command](adapter.parent / "run9")
-    with raises_code("adapter-no-folder", "", "this is a file", f"use its folder: {adapter}"):
+    with raises_code("adapter-no-folder", "", "this is a file", f"adapters there: {adapter}"):
         COMMANDS[command](adapter / "adapter_model.safetensors")
-    (adapter.parent / "train.json").write_text("[]")
-    with raises_code("adapter-no-folder", "", "this is a file", "expected a folder with adapter_config.json"):
-        COMMANDS[command](adapter.parent / "train.json")
     (adapter.parent / "empty").mkdir()
     with raises_code("adapter-missing", "", "no adapter in this folder", "found nothing; expected a folder with"):
         COMMANDS[command](adapter.parent / "empty")
 
 
 def test_the_adapters_beside_a_missing_one_are_named(adapter: Path) -> None:
-    with raises_code("adapter-no-folder", "--adapter", "no such adapter folder", f"adapters beside it: {adapter}"):
+    with raises_code("adapter-no-folder", "--adapter", "no such adapter folder", f"adapters there: {adapter}"):
         require_adapter(adapter.parent / "quite-another", "--adapter", "milora_vl.chat")
-    with raises_code("adapter-missing", "--adapter", "only in subfolders", f"use one:  {adapter}"):
+    with raises_code("adapter-missing", "--adapter", "no adapter", f"use one of its subfolders:  {adapter}"):
         require_adapter(adapter.parent, "--adapter", "milora_vl.chat")

@@ -250,7 +250,7 @@ def test_the_command(run, capsys, monkeypatch) -> None:
     assert main([str(run.root / "adapter"), "--to", "rank-r", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"][0]["rank"] > 0
     with raises_code(
-        "adapter-missing", says=r"no adapter in this folder, only in subfolders\nuse one:  .*/adapter, .*/adapter-rank"
+        "adapter-missing", says=r"no adapter in this folder\nuse one of its subfolders:  .*/adapter, .*/adapter-rank"
     ):
         main([str(run.root), "--to", "merged", "--output_dir", str(run.root / "x")])
     for arguments, code, says in (

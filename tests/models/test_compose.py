@@ -144,7 +144,7 @@ def test_timms_features_become_tokens_in_their_places(name: str) -> None:
         (
             ["--vision", "tiny", "--language", "tiny-text"],
             "vision-tower-unusable",
-            "tiny: a built-in model has no vision tower",
+            "tiny: not a vision tower that another model can use",
         ),
         (
             ["--vision", "timm/test_vit", "--language", "tiny"],
@@ -159,7 +159,7 @@ def test_timms_features_become_tokens_in_their_places(name: str) -> None:
         (
             ["--vision", "tiny-text", "--language", "tiny-text"],
             "vision-tower-unusable",
-            "tiny-text: not a vision tower: llama",
+            "tiny-text: not a vision tower that another model can use: llama",
         ),
     ],
 )
