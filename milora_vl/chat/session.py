@@ -268,7 +268,7 @@ def converse(
 
 
 def _show_instead(chat: Chat, line: str, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
-    """Start a conversation about these. Raises UserError, at the `line` of the user, if the model does not take them."""
+    """Start a conversation about these. Raises UserError, at `line`, if the model does not take them."""
     chat.require_shown(line, pictures, videos)
     chat.start(pictures, videos)
 
