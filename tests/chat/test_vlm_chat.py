@@ -251,8 +251,7 @@ def test_chat_shows_the_frames_of_a_folder_as_a_video(
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     assert asked(tmp_path, "--video", clip, "--fps", 2) == 0
     of_picture = generate(model, processor, [Prompt((Turn("user", "<image>\nWhat?"),), (picture,))], max_new_tokens=5)
-    out, err = capsys.readouterr()
-    assert out == f"{expected}\n{expected}\n{of_picture[0]}\n{expected}\n"
+    assert capsys.readouterr().out == f"{expected}\n{expected}\n{of_picture[0]}\n{expected}\n"
 
 
 def test_a_video_file_is_named_with_the_command_that_makes_frames(qwen: Path, tmp_path: Path) -> None:
