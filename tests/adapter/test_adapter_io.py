@@ -101,14 +101,6 @@ def test_an_adapter_of_a_float32_base_keeps_its_anchor_on_a_bfloat16_one(tiny_ll
     assert torch.equal(back(ids).logits, tiny_llama()[0].bfloat16()(ids).logits)
 
 
-def test_another_base_is_refused_unless_allowed(saved, tiny_llava) -> None:
-    _, folder = saved
-    with raises_code("adapter-wrong-base"):
-        load_adapter(tiny_llava(seed=1)[0], folder)
-    base, _ = tiny_llava(seed=1)
-    assert load_adapter(base, folder, allow_base_mismatch=True).peft_config
-
-
 def test_without_milora_json_the_folder_is_a_plain_lora(saved, tiny_llava, caplog) -> None:
     model, folder = saved
     (folder / "milora.json").unlink()

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 from milora_vl.adapter.apply import apply_milora
-from milora_vl.adapter.base_check import fitted, require_same_kind
+from milora_vl.adapter.base_check import fitted
 from milora_vl.adapter.sidecar import Sidecar
-from support.adapter_cases import LLAVA_POLICY, one_rule
+from support.adapter_cases import LLAVA_POLICY
 from support.problems import raises_code
 
 
@@ -47,22 +45,3 @@ def test_a_padded_vocabulary_is_the_same_base(tiny_llama) -> None:
     other, _ = tiny_llama()
     other.resize_token_embeddings(320)
     assert fitted(other, sidecar, allow_base_mismatch=False) == sidecar
-
-
-def test_a_model_without_the_modules_is_refused() -> None:
-    sidecar = sidecar_of(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), one_rule())
-    message, way_out = "lacks 1 of the 2 modules that the adapter trains: language.1", "load the base model that"
-    with raises_code("adapter-missing-modules", "", message, way_out):
-        fitted(nn.Sequential(nn.Linear(4, 4)), sidecar, allow_base_mismatch=False)
-
-
-def test_kinds_are_compared_by_module_and_rank(tiny_llama) -> None:
-    here, there = (sidecar_of(tiny_llama()[0], one_rule(rank=rank)) for rank in (2, 3))
-    require_same_kind(Path("a"), here, here)
-    differ = "in 14 modules, first language.layers.0.mlp.down_proj: saved rank 3, loaded rank 2"
-    way_out = "load it under another adapter name, or into the base model"
-    with raises_code("adapter-rank-mismatch", "runs/a", differ, way_out):
-        require_same_kind(Path("runs/a"), there, here)
-    plain = "has no milora.json: a plain LoRA would replace the anchor"
-    with raises_code("adapter-plain-lora", "runs/a", plain, way_out):
-        require_same_kind(Path("runs/a"), None, here)

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from milora_vl import apply_milora
 from milora_vl.policy import Policy
 from milora_vl.svd import decompose
 from milora_vl.weights import factor_cache
-from milora_vl.weights.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
+from milora_vl.weights.factor_cache import cache_key, read_factors, write_factors
 
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 
@@ -48,14 +46,6 @@ def test_damaged_and_missing_entries_are_none(tmp_path: Path) -> None:
         assert read_factors(tmp_path, "k") is None
 
 
-def test_others_can_read_an_entry_of_a_shared_folder(tmp_path: Path) -> None:
-    write_factors(tmp_path, "k", decompose(W, 2))
-    file = tmp_path / "k.safetensors"
-    umask = os.umask(0)
-    os.umask(umask)
-    assert file.stat().st_mode & 0o777 == 0o666 & ~umask
-
-
 def test_the_key_depends_on_everything_that_changes_the_factors() -> None:
     keys = [
         cache_key(W, 2, "minor", 0),
@@ -80,27 +70,3 @@ def test_a_rank_that_the_weights_decide_finds_their_spectrum_in_the_cache(
     assert len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(factor_cache, "singular_values", None)
     assert Policy.parse(rules).resolve(model, cache_dir=tmp_path) == plain
-
-
-def test_ranks_and_floors_of_an_adapter_find_their_spectra_in_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fields = {"method": "milora", "rank": {"energy": 0.2}, "alpha": 2, "sigma": {"floor": 0.5}}
-    rules = [{"modules": "*", **fields}, {"modules": "1", "rank": {"threshold": 0.9}}]
-    first = apply_milora(two_layers(), rules, cache_dir=tmp_path)
-    monkeypatch.setattr(factor_cache, "singular_values", None)
-    again = apply_milora(two_layers(), rules, cache_dir=tmp_path)
-    assert first.milora_targets == again.milora_targets
-    assert all(
-        torch.equal(again.state_dict()[name], tensor) for name, tensor in first.state_dict().items() if "lora" in name
-    )
-
-
-def test_a_damaged_spectrum_is_made_anew_and_a_place_that_is_a_file_is_warned_of(tmp_path: Path) -> None:
-    values = cached_singular_values(W, tmp_path)
-    next(tmp_path.iterdir()).write_bytes(b"junk")
-    for _ in range(2):
-        assert torch.equal(cached_singular_values(W, tmp_path), values)
-    (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match="factors are not cached in"):
-        assert torch.equal(cached_singular_values(W, tmp_path / "file"), values)

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -208,14 +205,6 @@ def test_anchors_keep_a_narrow_dtype_only_where_nothing_is_lost() -> None:
     assert A.anchor.dtype == torch.float32
     assert torch.equal(A.anchor, third[3:])
     assert lossless(torch.tensor([0.5]), torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_copies_and_pickles_are_whole() -> None:
-    A, _ = pair(moved=1.0)
-    for twin in (copy.deepcopy(A), pickle.loads(pickle.dumps(A))):
-        assert isinstance(twin, LinearA)
-        assert torch.equal(twin.weight, A.weight)
-        assert twin.anchor.data_ptr() != A.anchor.data_ptr()
 
 
 def test_the_residual_form_multiplies_a_and_b_and_saves_the_joined_factors() -> None:

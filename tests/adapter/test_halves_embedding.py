@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -55,10 +52,3 @@ def test_state_dicts_hold_the_joined_factor_and_load_it_back() -> None:
     assert (result.missing_keys, result.unexpected_keys) == (["default"], [])
     with pytest.raises(RuntimeError, match="rank 3, this model's has rank 2"):
         other.load_state_dict({"default": torch.zeros(6, 9)}, strict=False)
-
-
-def test_copies_and_pickles_are_whole() -> None:
-    ours = holder()
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert torch.equal(twin["default"], ours["default"])
-        assert twin.axis == 0

@@ -48,11 +48,6 @@ def test_the_report_tells_the_spectrum(method: str, part: str) -> None:
     assert report.seconds > 0
 
 
-def test_anchors_have_the_dtype_of_the_weight() -> None:
-    made = initial(linear(W).bfloat16(), one_rule())["0"]
-    assert made.A0.dtype == made.B0.dtype == torch.bfloat16
-
-
 def test_sigma_none_gives_orthonormal_factors() -> None:
     made = initial(linear(W), one_rule(sigma="none", alpha=8))["0"]
     assert torch.allclose(made.A0 @ made.A0.T, torch.eye(2), atol=1e-6)
@@ -163,15 +158,3 @@ def test_progress_goes_to_stderr_and_only_on_request(capfd) -> None:
     two = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
     initial(two, one_rule(), progress=True)
     assert "2/2 matrices [" in capfd.readouterr().err
-
-
-def test_no_progress_is_shown_where_nothing_is_decomposed(capfd) -> None:
-    initial(linear(W), one_rule(method="lora"), progress=True)
-    assert capfd.readouterr() == ("", "")
-
-
-def test_the_model_is_not_changed() -> None:
-    model = linear(W.clone())
-    initial(model, one_rule())
-    assert torch.equal(model[0].weight, W)
-    assert type(model[0]) is nn.Linear

@@ -5,7 +5,7 @@ import torch
 
 from milora_vl.adapter.apply import apply_milora
 from milora_vl.adapter.install import anchor_names, anchors_of, factors, has_halves, joined_state, lora_layer
-from support.adapter_cases import LLAVA_POLICY, Pictures, anchors, move, one_rule
+from support.adapter_cases import LLAVA_POLICY, Pictures, anchors, move
 
 EVERY_KIND = [{"modules": "*", "method": "milora", "rank": 2}]
 
@@ -25,11 +25,6 @@ def test_the_halves_of_every_kind_of_layer_are_found() -> None:
     assert set(anchor_names(model)) <= {name for name, _ in model.named_buffers()}
 
 
-def test_plain_lora_layers_have_no_halves(tiny_llava) -> None:
-    model = apply_milora(tiny_llava()[0], LLAVA_POLICY)
-    assert not has_halves(lora_layer(model, "model.language_model.layers.0.self_attn.q_proj"), "default")
-
-
 @pytest.mark.parametrize("prefix", ["", "_forward_module."])
 def test_raw_names_of_a_gathered_state_are_joined(prefix: str) -> None:
     """DeepSpeed and FSDP1 gather parameters and buffers by their own names."""
@@ -42,11 +37,6 @@ def test_raw_names_of_a_gathered_state_are_joined(prefix: str) -> None:
     assert all(torch.equal(joined[name], expected[name]) for name in expected)
 
 
-def test_joining_leaves_a_joined_state_alone() -> None:
-    state = apply_milora(Pictures(), EVERY_KIND).state_dict()
-    assert joined_state(state).keys() == state.keys()
-
-
 def test_differences_start_at_zero_in_float32_and_anchors_have_the_dtype_of_the_base(tiny_llava) -> None:
     model = apply_milora(tiny_llava()[0].bfloat16(), LLAVA_POLICY)
     for name, anchor in anchors(model).items():
@@ -54,10 +44,3 @@ def test_differences_start_at_zero_in_float32_and_anchors_have_the_dtype_of_the_
         assert anchor.dtype == torch.bfloat16
         assert delta.dtype == torch.float32
         assert not delta.any()
-
-
-def test_training_does_not_move_an_anchor() -> None:
-    model = apply_milora(Pictures(), one_rule(modules="head"))
-    before = anchors(model)
-    move(model)
-    assert all(torch.equal(before[name], anchor) for name, anchor in anchors(model).items())

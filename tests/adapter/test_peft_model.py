@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import socket
 from pathlib import Path
 
@@ -143,22 +142,6 @@ def test_a_gathered_state_dict_with_raw_names_is_saved_joined(tiny_llava, tmp_pa
 def test_only_the_main_process_writes(model, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "rank1"), is_main_process=False)
     assert not list((tmp_path / "rank1").glob("*"))
-
-
-def test_the_loaded_config_has_the_base_name_and_is_valid_for_stock_peft(model, tmp_path: Path) -> None:
-    model.save_pretrained(str(tmp_path))
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == "LORA"
-    assert config["inference_mode"] is True
-    assert config["modules_to_save"] is None
-
-
-def test_adapters_are_added_up_by_peft(model) -> None:
-    ids = token_batch(200)
-    expected = model(ids).logits
-    model.add_weighted_adapter(["default"], [1.0], "copy", combination_type="linear")
-    model.set_adapter("copy")
-    assert torch.allclose(model(ids).logits, expected, atol=1e-5)
 
 
 def test_saving_asks_no_hub_and_notices_a_grown_vocabulary(tiny_llama, tmp_path, monkeypatch) -> None:

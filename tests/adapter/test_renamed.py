@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.adapter.errors import AdapterError
-from milora_vl.adapter.names import moved
 from support.adapter_cases import LLAVA_POLICY, anchors, move, token_batch, train_steps
 from support.llava_oracle import original_llava
 from support.problems import raises_code
@@ -58,7 +57,3 @@ def test_weights_that_milora_json_does_not_tell_of_are_refused(adapted) -> None:
     save_file(weights, file)
     with raises_code("adapter-unlisted-weights", says=r"do not match milora.json: .* \(2 differ\)", kind=AdapterError):
         load_adapter(adapted.other, adapted.folder)
-
-
-def test_keys_outside_the_known_modules_stay() -> None:
-    assert moved("base_model.model.a.lora_A.weight", {"b": "c"}) == "base_model.model.a.lora_A.weight"

@@ -28,14 +28,6 @@ def model(tiny_llama) -> nn.Module:
     return made.eval()
 
 
-def test_loading_into_an_adapter_swaps_it(model, tiny_llama, tmp_path: Path) -> None:
-    other = apply_milora(tiny_llama()[0], one_rule(alpha=4))
-    move(other, 0.2)
-    save_adapter(other, tmp_path)
-    model.load_adapter(str(tmp_path), "default")
-    assert torch.allclose(model(IDS).logits, other.eval()(IDS).logits, atol=1e-5)
-
-
 def test_weight_surgery_on_the_joined_factor_is_refused(model) -> None:
     layer = lora_layer(model, Q)
     weight = layer.lora_A["default"].weight
@@ -72,25 +64,6 @@ def test_merging_and_unmerging_twice(model) -> None:
     with pytest.warns(UserWarning, match="(?i)already unmerged"):
         model.unmerge_adapter()
     assert torch.allclose(model(IDS).logits, expected, atol=1e-5)
-
-
-def test_several_adapters_switch_and_leave_each_other_alone(model, tiny_llama, tmp_path: Path) -> None:
-    base = tiny_llama()[0](IDS).logits
-    first = model(IDS).logits
-    save_adapter(model, tmp_path)
-    model.load_adapter(str(tmp_path), "second", is_trainable=True)
-    model.set_adapter("second")
-    train_steps(model, {"input_ids": IDS})
-    second = model(IDS).logits
-    assert not torch.allclose(second, first, atol=1e-3)
-    model.set_adapter("default")
-    assert torch.allclose(model(IDS).logits, first, atol=1e-6)
-    with model.disable_adapter():
-        assert torch.allclose(model(IDS).logits, base, atol=1e-6)
-        with model.disable_adapter():
-            assert torch.allclose(model(IDS).logits, base, atol=1e-6)
-    model.delete_adapter("default")
-    assert torch.allclose(model(IDS).logits, second, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

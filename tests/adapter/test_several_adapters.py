@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -94,10 +92,3 @@ def test_on_a_model_of_ours_full_modules_are_not_added_up(made: SimpleNamespace,
     with raises_code("adapter-full-modules", "default", "linear_1"):
         model.add_weighted_adapter(adapters, [1.0] * len(adapters), "sum", combination_type="cat")
     assert "sum" not in model.peft_config
-
-
-def test_nothing_is_added_up_on_a_residual_base(tiny_llama: Callable[..., Any]) -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 2}]
-    model = apply_milora(tiny_llama()[0], rules, form="residual")
-    with raises_code("adapter-residual-form"):
-        model.add_weighted_adapter(["default"], [1.0], "sum", combination_type="linear")

@@ -58,30 +58,17 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
     assert data["modules"]["lm_head"]["method"] == "full"
 
 
-def test_no_file_is_no_sidecar(tmp_path: Path) -> None:
-    assert read_sidecar(tmp_path) is None
-
-
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
         ('{"format_version": 1}', "adapter-other-format", "has format version 1, and only version 2"),
         ("{", "adapter-damaged-file", "is damaged"),
         ('{"format_version": 2, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
-        ('{"format_version": 2, "form": "anchored", "modules": {"a": {}}}', "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 2, "form": "anchored", "modules": []}', "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 2, "form": "odd", "modules": {}}', "adapter-damaged-file", "is damaged .*form 'odd'"),
         (
             '{"format_version": 2, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
             '"shape": [2, 2], "method": "odd"}}}',
             "adapter-damaged-file",
             "method 'odd'",
-        ),
-        (
-            '{"format_version": 2, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
-            '"method": "milora", "shape": [2, 2], "report": {"shape": [2, 2, 2]}}}}',
-            "adapter-damaged-file",
-            "is damaged .*too many values",
         ),
         ("[]", "adapter-damaged-file", "is damaged"),
     ],
