@@ -48,16 +48,15 @@ class Resident:
     anchors: int
     trained: int
     activations: int  # peak, without gradients
-    with_gradients: int  # peak with the gradients allocated so far, each divided by `gradient_share`
+    with_gradients: int  # peak with the gradients allocated so far
 
 
 class _Ledger:
     """Counts live bytes and their peak."""
 
-    def __init__(self, gradient_share: int) -> None:
+    def __init__(self) -> None:
         self.live = self.gradients = 0
         self.peak = self.peak_with_gradients = 0
-        self.share = gradient_share
         self.seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def count(self, tensor: Tensor) -> None:
@@ -77,9 +76,7 @@ class _Ledger:
     def note(self) -> None:
         """Update the peaks."""
         self.peak = max(self.peak, self.live - self.gradients)
-        self.peak_with_gradients = max(
-            self.peak_with_gradients, self.live - self.gradients + self.gradients // self.share
-        )
+        self.peak_with_gradients = max(self.peak_with_gradients, self.live)
 
     def gradient(self, parameter: Tensor) -> None:
         """Count a complete gradient, which is not an activation."""
@@ -87,7 +84,7 @@ class _Ledger:
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
 
-def simulate(config: Any, targets: Sequence[Target], shape: Shape, gradient_share: int = 1) -> Resident:
+def simulate(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
     """Run one forward and backward pass of the model of `config` with the targets, without data."""
     with torch.device("meta"):
         base = _model(config, shape.base_dtype)
@@ -98,7 +95,7 @@ def simulate(config: Any, targets: Sequence[Target], shape: Shape, gradient_shar
         anchors = sum(_size(buffer) for name, buffer in model.named_buffers() if name.endswith(".anchor"))
         trained = [p for p in model.parameters() if p.requires_grad]
         frozen = sum(_size(p) for p in model.parameters() if not p.requires_grad)
-        ledger = _Ledger(gradient_share)
+        ledger = _Ledger()
         hooks = [p.register_post_accumulate_grad_hook(ledger.gradient) for p in trained]
         model.train()
         if shape.checkpointing:

@@ -81,10 +81,10 @@ def read_launch(train: Mapping[str, Any]) -> Launch:
 
 def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
     """Return the DeepSpeed configuration of a packaged name (zero2, zero3, zero3_offload), a file or a mapping."""
-    content: Any = config
     if isinstance(config, str) and config in llava_recipes.names("deepspeed"):
-        content = json.loads(llava_recipes.read(config, "deepspeed"))
-    elif isinstance(config, str) and not Path(config).is_file():
+        packaged: Mapping[str, Any] = json.loads(llava_recipes.read(config, "deepspeed"))
+        return packaged
+    if isinstance(config, str) and not Path(config).is_file():
         near = suggest(Path(config).stem, llava_recipes.names("deepspeed"))
         raise UserError(
             f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}",
@@ -92,20 +92,25 @@ def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
             where=Key.of("train.deepspeed"),
             hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
         )
-    elif isinstance(config, str):
+    return _read_object(config, "deepspeed")
+
+
+def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]:
+    """Return a mapping of settings, read from a JSON file where it names one. Raises UserError at the key."""
+    content: Any = config
+    if isinstance(config, str):
         try:
             content = json.loads(Path(config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise _deepspeed_error(f"{config} is not a JSON file: {error}") from None
+            content = error
     if not isinstance(content, Mapping):
-        found = f"found {type(content).__name__} in {config}"
-        raise _deepspeed_error(f"expected a JSON object with zero_optimization, ..., {found}")
+        raise UserError(
+            f"expected a JSON object or the name of a file with one, got {config!r}: {content}",
+            code="launch-settings",
+            where=Key(("train", key)),
+            hint="correct the file or the value",
+        )
     return content
-
-
-def _deepspeed_error(message: str) -> UserError:
-    hint = "use zero2, zero3 or zero3_offload, or correct the file"
-    return UserError(message, code="deepspeed-settings", where=Key.of("train.deepspeed"), hint=hint)
 
 
 def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
@@ -130,16 +135,8 @@ def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict
 
     Raises UserError for settings that are not supported.
     """
-    content: Any = config or {}
-    if isinstance(config, str) and config:
-        try:
-            content = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _fsdp_error(f"{config} is not a JSON file: {error}", "correct the file") from None
-    if not isinstance(content, Mapping):
-        raise _fsdp_error(f"expected a JSON object, found {type(content).__name__}", "correct --fsdp_config")
     settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[_strategy(strategy)]}
-    for name, value in content.items():
+    for name, value in _read_object(config or {}, "fsdp_config").items():
         key = str(name).removeprefix("fsdp_")
         if key in FSDP_VALUES and str(value).lower() != str(FSDP_VALUES[key][0]).lower():
             raise _fsdp_error(f"{name}: {value} is not supported", FSDP_VALUES[key][1])
@@ -159,10 +156,9 @@ def _strategy(value: str | bool) -> Strategy:
     words = [word for word in str(value).replace(",", " ").split() if word != "auto_wrap"]
     if words and words[0].lower() in ("yes", "true", "1"):
         words[0] = "full_shard"
-    if words == ["full_shard"]:
-        return "full_shard"
-    if words == ["shard_grad_op"]:
-        return "shard_grad_op"
+    for strategy in RESHARDS:
+        if words == [strategy]:
+            return strategy
     raise _fsdp_error(f"expected {' or '.join(RESHARDS)}, got {value!r}", "use  --fsdp full_shard")
 
 

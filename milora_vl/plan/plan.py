@@ -51,7 +51,7 @@ def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
     launch = read_launch(recipe.train)
-    requirements.require_installed(recipe.train, recipe.quantization, recipe.attn_implementation)
+    requirements.require_installed(recipe)
     section = train_section.derive(fitted, launch)
     if problems := train_section.conflicts(fitted, section):
         raise UserError(problems=problems)

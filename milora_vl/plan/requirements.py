@@ -6,77 +6,48 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from milora_vl.base.errors import Key, UserError
-from milora_vl.cli.command_line import did_you_mean, suggest
+from milora_vl.base.errors import Key, UserError, first_line
+from milora_vl.recipe.schema import Recipe
 
-# --report_to NAME -> packages; one of them must be importable. pip installs the first.
-TRACKERS: dict[str, tuple[str, ...]] = {
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-    "mlflow": ("mlflow",),
-    "comet_ml": ("comet_ml",),
-    "neptune": ("neptune",),
-    "swanlab": ("swanlab",),
-    "clearml": ("clearml",),
-    "dvclive": ("dvclive",),
-    "codecarbon": ("codecarbon",),
-}
-# Other names of Hugging Face; each tracker then says itself what it lacks.
-OTHER_TRACKERS = ("all", "none", "azure_ml", "dagshub", "flyte", "kubeflow")
-ATTENTION = {"flash_attention_2": ("flash_attn", "flash-attn")}
 QUANT = 'pip install "milora-vl[quant]"'
 
 
-def require_installed(train: Mapping[str, Any], quantization: str, attn_implementation: str) -> None:
+def require_installed(recipe: Recipe) -> None:
     """Raise UserError for the first missing package, with the command to install it or an alternative."""
-    named = train.get("report_to") or []
-    for name in [named] if isinstance(named, str) else named:
-        if name not in TRACKERS and name not in OTHER_TRACKERS:
-            raise UserError(
-                f"unknown tracker {name}",
-                code="flag-value",
-                where=Key.of("train.report_to"),
-                hint=did_you_mean(suggest(name, TRACKERS)[:1])
-                or f"use one of {', '.join([*TRACKERS, *OTHER_TRACKERS])}; report.html shows the losses too",
-            )
-        if name in TRACKERS and not any(map(_is_installed, TRACKERS[name])):
-            raise UserError(
-                f"{name} needs the package {TRACKERS[name][0]}, which is not installed",
-                code="package-missing",
-                where=Key.of("train.report_to"),
-                hint=f"pip install {TRACKERS[name][0]}, or --report_to none: report.html shows the losses",
-            )
-    if train.get("use_liger_kernel") and not _is_installed("liger_kernel"):
-        raise UserError(
-            "the package liger-kernel is not installed",
-            code="package-missing",
-            where=Key.of("train.use_liger_kernel"),
-            hint="pip install liger-kernel, or remove the flag",
-        )
+    train = recipe.train
+    _require_trackers(train)
     optim = str(train.get("optim") or "")
-    if needs_bitsandbytes(optim) and not _is_installed("bitsandbytes"):
+    flash = recipe.attn_implementation == "flash_attention_2"
+    for is_needed, package, key, hint in (
+        (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
+        (needs_bitsandbytes(optim), "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
+        (recipe.quantization != "none", "bitsandbytes", "quantization", QUANT),
+        (flash, "flash_attn", "attn_implementation", "pip install flash-attn, or --attn_implementation sdpa"),
+    ):
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"the package {package} is not installed", code="package-missing", where=Key.of(key), hint=hint
+            )
+
+
+def _require_trackers(train: Mapping[str, Any]) -> None:
+    """Raise UserError for an unknown tracker, or one whose package is missing: each callback of HF looks for it."""
+    named = train.get("report_to") or []
+    trackers = [name for name in ([named] if isinstance(named, str) else named) if name not in ("all", "none")]
+    if not trackers:
+        return
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(trackers):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
         raise UserError(
-            f"{optim} needs the package bitsandbytes, which is not installed",
-            code="package-missing",
-            where=Key.of("train.optim"),
-            hint=f"{QUANT}, or --optim adamw_torch",
-        )
-    if quantization != "none" and not _is_installed("bitsandbytes"):
-        raise UserError(
-            "the package bitsandbytes is not installed",
-            code="package-missing",
-            where=Key.of("quantization"),
-            hint=QUANT,
-        )
-    if attn_implementation in ATTENTION and not _is_installed(ATTENTION[attn_implementation][0]):
-        package = ATTENTION[attn_implementation][1]
-        raise UserError(
-            f"{attn_implementation} needs the package {package}, which is not installed",
-            code="package-missing",
-            where=Key.of("attn_implementation"),
-            hint=f"pip install {package}, or --attn_implementation sdpa",
-        )
+            first_line(error),
+            code="tracker-unavailable",
+            where=Key.of("train.report_to"),
+            hint="install it, or use --report_to none: report.html shows the losses",
+        ) from None
 
 
 def needs_bitsandbytes(optim: str) -> bool:
@@ -86,7 +57,3 @@ def needs_bitsandbytes(optim: str) -> bool:
     [True, True, False, False]
     """
     return optim.startswith("paged_") or "bnb" in optim or optim in ("lion_8bit", "ademamix_8bit", "adamw_8bit")
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

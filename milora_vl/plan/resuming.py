@@ -17,7 +17,7 @@ from milora_vl.adapter.checkpoints import is_sharded, num_processes, step_of, ze
 from milora_vl.base.errors import Problem, UserError
 from milora_vl.cli.command_line import command_line
 from milora_vl.plan.base import named_as_composed
-from milora_vl.plan.changes import Change, Side, because_of_schedule, changes, schedule_has_end
+from milora_vl.plan.changes import Change, Side, changes, schedule_has_end, shown
 from milora_vl.plan.fit import Fitted
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, without_token
@@ -89,8 +89,8 @@ def resumed(earlier: Earlier, fitted: Fitted, processes: int) -> Resumed:
     # `warnings` compares the processes of a sharded checkpoint.
     wrote = processes if checkpoint is None or is_sharded(checkpoint) else num_processes(checkpoint)
     before = Side(earlier.recipe, wrote, dtype)
-    differences = changes(before, now, identifies_records="records" in earlier.environment)
-    if any(change.verdict == "refused" for change in differences):
+    differences = changes(before, now)
+    if any(change.is_refused for change in differences):
         raise UserError(problems=[_refusal(earlier, differences, wrote)])
     found = Resumed(earlier, tuple(differences))
     if found.gets_steps and earlier.checkpoint is None:
@@ -104,8 +104,8 @@ def resumed(earlier: Earlier, fitted: Fitted, processes: int) -> Resumed:
 
 
 def _refusal(earlier: Earlier, differences: Sequence[Change], processes: int) -> Problem:
-    refused = [change.row() for change in differences if change.verdict == "refused"]
-    rows = [("", "trained with", "now"), *refused]
+    refused = [change for change in differences if change.is_refused]
+    rows = [("", "trained with", "now"), *((c.key, shown(c.before), shown(c.now)) for c in refused)]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     table = "\n".join(f"  {key:<{widths[0]}}  {old:<{widths[1]}}  {new}" for key, old, new in rows)
     words = ("--recipe", earlier.folder, "--output_dir", earlier.folder, "--resume_from_checkpoint", "true")
@@ -156,7 +156,8 @@ def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
     planned, now = state.get("max_steps", steps), Side(recipe, 1, "")
     if planned != steps and schedule_has_end(now):
         raise UserError(
-            f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; {because_of_schedule(now)}",
+            f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; the learning rates of the "
+            f"{now.train('lr_scheduler_type')} schedule depend on the last step",
             code="resume-other-steps",
             where=str(checkpoint),
             hint=f"to resume:           --max_steps {planned}\n{NEW_RUN}",
@@ -205,14 +206,14 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
         return []
     if stage:
         raise UserError(
-            f"the optimizer state has {_count(wrote)}, one per process; this run has {_count(processes, 'process')}",
+            f"the optimizer state has one part for each of {wrote} processes, and this run has {processes}",
             code="resume-other-processes",
             where=str(checkpoint),
-            hint=f"to resume:  start {_count(wrote, 'process')} (torchrun --nproc_per_node {wrote} ...)",
+            hint=f"to resume:  torchrun --nproc_per_node {wrote} ...",
         )
     return [
-        f"{checkpoint.name} was written by {_count(wrote, 'process')}, now there are {processes}: the random states "
-        "are initialized again, so dropout differs from an uninterrupted run"
+        f"{checkpoint.name} was written by {wrote} processes, now there are {processes}: the random states are "
+        "initialized again, so dropout differs from an uninterrupted run"
     ]
 
 
@@ -222,8 +223,3 @@ def _dtype(recipe: Recipe) -> str:
 
 def _with(stage: int) -> str:
     return f"with ZeRO-{stage}" if stage else "without DeepSpeed"
-
-
-def _count(number: int, what: str = "part") -> str:
-    plural = what + ("es" if what.endswith("s") else "s")
-    return f"{number} {what if number == 1 else plural}"

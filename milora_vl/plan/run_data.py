@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +20,7 @@ from milora_data.records.compact import CompactRecords
 from milora_data.records.record import Record, tools_of, uses_tools
 from milora_data.stream.record_stream import record_stream
 from milora_data.stream.sources import Source, from_web, is_json, load_records, mixed_records
-from milora_vl.base.errors import DataError, Key, Problem, UserError, no_records
+from milora_vl.base.errors import DataError, Key, Problem, UserError, no_records, with_context
 from milora_vl.cli.command_line import amount, command_line
 from milora_vl.recipe.schema import DataConfig, SourceConfig
 
@@ -124,7 +124,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
     if config.bad_images != "raise":
         records = list(_usable(records, report))
     if not records:
-        raise errors[0] if errors else UserError(problems=[_no_records(source_text(config), report)])
+        raise errors[0] if errors else UserError(problems=[_none_left(source_text(config), report)])
     check_for_training(records, config.image_folder, config.bad_images)
     seen = _Seen()
     return RunData(
@@ -140,18 +140,16 @@ def _inspect_stream(config: DataConfig) -> RunData:
 
 def sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
     """Return the sources of a recipe in the form that `milora_data` takes."""
-    return path if isinstance(path, str) else _weighted(path)
-
-
-def _weighted(sources: list[SourceConfig]) -> list[Source]:
-    return [Source(source.path, source.weight, source.image_folder) for source in sources]
+    if isinstance(path, str):
+        return path
+    return [Source(source.path, source.weight, source.image_folder) for source in path]
 
 
 def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
     report = Report(str(path), str(config.image_folder))
     reader = load_records if config.bad_images == "raise" else partial(readable, report=report)
-    name = path if isinstance(path, str) else source_text(config)
-    stream = reader(path) if isinstance(path, str) else mixed_records(_weighted(path), read=reader)
+    name, sources = path if isinstance(path, str) else source_text(config), sources_of(path)
+    stream = reader(sources) if isinstance(sources, str) else mixed_records(sources, read=reader)
     if config.web_pictures == "download":
         stream = map(from_web, stream)
     if config.bad_images != "raise":
@@ -160,11 +158,13 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     try:
         records = CompactRecords(seen.passing(islice(stream, config.limit)))
     except DataError as error:
-        if not Path(name).is_file():  # it already has a hint
+        if error.first.hint or not Path(name).is_file():
             raise
-        raise DataError(problems=_with_hint(error, name)) from None
+        raise with_context(
+            error, hint=f"see: python -m milora_data check {name}; --fix OUT writes a file without such records"
+        ) from None
     if not records:
-        raise UserError(problems=[_no_records(name, report)])
+        raise UserError(problems=[_none_left(name, report)])
     counts = check_for_training(records, config.image_folder, config.bad_images)
     missing: set[str] = set()
     if config.bad_images == "skip" and counts["missing_pictures"]:
@@ -179,9 +179,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         for record in kept:
             seen.add(record)
     if not kept:
-        reasons = Counter(KINDS[finding.kind].title for finding in report.findings)
-        reasons.update({KINDS["missing_picture"].title: skipped, KINDS["no_answer"].title: len(records) - skipped})
-        raise UserError(problems=[_all_left_out(name, reasons)])
+        raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
     return RunData(
         kept,
         None,
@@ -241,25 +239,12 @@ def _identity(record: Record) -> bytes:
     return "\0".join([*parts, ""]).encode("utf-8", "surrogatepass")
 
 
-def _with_hint(error: DataError, path: str) -> list[Problem]:
-    """Return the problems of an error; the last one gets the command that checks the file, unless it has a hint."""
-    *others, last = error.problems
-    see = f"see: python -m milora_data check {path}; --fix OUT writes a file without such records"
-    return [*others, replace(last, hint=last.hint or see)]
-
-
-def _no_records(path: str, report: Report) -> Problem:
-    """Return the problem of data without usable records, with the first reason if there is one."""
-    if not report.findings:
+def _none_left(path: str, report: Report, **others: int) -> Problem:
+    """Return the problem of data without usable records; `others` counts those that the report does not have."""
+    reasons = Counter(finding.kind for finding in report.findings) + Counter(others)
+    if not reasons:
         return no_records(path)
-    first = report.findings[0]
-    problem = _all_left_out(path, Counter(KINDS[finding.kind].title for finding in report.findings))
-    return replace(problem, message=f"{problem.message}\nfirst: {first.where}: {first.sentence}")
-
-
-def _all_left_out(path: str, reasons: Mapping[str, int]) -> Problem:
-    """Return the problem of data whose records are all left out; `reasons` counts the records of each reason."""
-    counts = "; ".join(f"{amount(number, 'record')}: {reason}" for reason, number in reasons.items() if number)
+    counts = "; ".join(f"{amount(number, 'record')}: {KINDS[kind].title}" for kind, number in reasons.items())
     message = f"every record is left out: {counts}"
     return Problem(message, "data-all-records-left-out", path, f"see: {command_line('milora_data', 'check', path)}")
 

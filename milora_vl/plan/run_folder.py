@@ -34,20 +34,7 @@ class RunFolder:
     path: Path
     checkpoint: Path | None = None
     incomplete: tuple[tuple[Path, str], ...] = ()  # skipped checkpoints, with the reason
-    found: frozenset[tuple[str, int]] = frozenset()  # weights and checkpoints in it when it was chosen, see `_results`
-
-    def require_unchanged(self) -> None:
-        """Raise UserError if another training has saved weights here since this folder was chosen.
-
-        Loading a model takes minutes, and only the first step locks the folder.
-        """
-        if written := sorted(name for name, _ in _results(self.path) - self.found):
-            raise UserError(
-                f"another training has written to the folder meanwhile ({written[0]}); nothing is overwritten",
-                code="run-exists",
-                where=str(self.path),
-                hint=f"use another --output_dir\nsee it: python -m milora_vl.report {self.path}",
-            )
+    is_new: bool = True  # it holds no run, and must hold none when the first step begins
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file atomically: a killed process leaves the old file or the new one."""
@@ -116,13 +103,14 @@ def choose(path: Path, resume: str | None) -> RunFolder:
     require_free(path)
     wanted = checkpoints.asked_for(resume)
     if wanted is None:
-        _refuse_to_overwrite(path)
-        return RunFolder(path, found=_results(path))
+        refuse_to_overwrite(path)
+        return RunFolder(path)
     if not checkpoints.is_word(wanted):
         chosen = _require_complete(Path(wanted))
-        if chosen.resolve().parent != path.resolve():
-            _refuse_to_overwrite(path)
-        return RunFolder(path, chosen, found=_results(path))
+        is_new = chosen.resolve().parent != path.resolve()
+        if is_new:
+            refuse_to_overwrite(path)
+        return RunFolder(path, chosen, is_new=is_new)
     checkpoint, skipped = checkpoints.latest(path)
     if checkpoint is None and wanted.lower() != "auto":
         reasons = [f"{folder.name}: {reason}" for folder, reason in skipped] or ["the folder has no checkpoint"]
@@ -130,9 +118,12 @@ def choose(path: Path, resume: str | None) -> RunFolder:
             "nothing to resume from\n" + "\n".join(reasons), code="resume-no-checkpoint", where=str(path),
             hint="remove --resume_from_checkpoint to start, or use auto to resume only if there is a checkpoint",
         )  # fmt: skip
-    if checkpoint is None and checkpoints.holds_weights(path) and not checkpoints.read_environment(path):
-        _refuse_to_overwrite(path)
-    return RunFolder(path, checkpoint, tuple(skipped), _results(path))
+    # Weights of a run that was killed before its first complete checkpoint are overwritten.
+    restarts = bool(skipped) or (checkpoints.holds_weights(path) and bool(checkpoints.read_environment(path)))
+    is_new = checkpoint is None and not restarts
+    if is_new:
+        refuse_to_overwrite(path)
+    return RunFolder(path, checkpoint, tuple(skipped), is_new)
 
 
 def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
@@ -142,14 +133,8 @@ def without_token(recipe: Recipe) -> tuple[Recipe, str | None]:
     return recipe.model_copy(update={"train": train}), token
 
 
-def _results(path: Path) -> frozenset[tuple[str, int]]:
-    """Return the names of the weights and checkpoints of a folder; weights with their time of change (ns)."""
-    files = [path / name for name in checkpoints.WEIGHTS if (path / name).is_file()]
-    weights = {(file.name, file.stat().st_mtime_ns) for file in files}
-    return frozenset(weights | {(folder.name, 0) for folder in checkpoints.checkpoints(path)})
-
-
-def _refuse_to_overwrite(path: Path) -> None:
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise UserError for a folder that holds a run, or files of somebody else under the names of a run's files."""
     weights = [name for name in checkpoints.WEIGHTS if (path / name).is_file()]
     steps = [folder.name for folder in checkpoints.checkpoints(path)]
     if weights:
@@ -187,15 +172,6 @@ def _require_complete(folder: Path) -> Path:
             hint="expected true, auto or a checkpoint folder",
         )
     reason = checkpoints.why_incomplete(folder)
-    inside = [path.name for path in checkpoints.checkpoints(folder)]
-    if reason and inside and checkpoints.step_of(folder) < 0:
-        newest, _ = checkpoints.latest(folder)
-        raise UserError(
-            f"{folder} is the folder of a run, not a checkpoint; it holds {', '.join(inside[-3:])}",
-            code="resume-run-folder",
-            where="--resume_from_checkpoint",
-            hint=f"use  --resume_from_checkpoint {newest}" if newest else "none of its checkpoints is complete",
-        )
     if reason:
         raise UserError(
             f"cannot resume from {folder}: {reason}",

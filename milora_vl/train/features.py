@@ -5,7 +5,6 @@ The batches then hold features in place of pixels, and the tower returns its inp
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from milora_data.pictures.features import PLAIN, FeatureReader, Features
 from milora_data.pictures.files import ImageError, place_of
 from milora_data.pictures.pixels import PixelMaker
 from milora_data.records.record import Record
-from milora_vl.base.errors import Key, UserError
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.plan.screen import Screen
 from milora_vl.policy.towers import find_towers
@@ -43,8 +41,7 @@ def prepare(
 ) -> FeatureReader:
     """Compute the missing features of the records' pictures, a share per process, and return their reader.
 
-    It prints the size of the files before it writes them. Afterwards the tower returns its input (see `replay`).
-    Raises UserError if the disk has too little space or cannot be written to.
+    Afterwards the tower returns its input (see `replay`). Raises UserError if the disk is full.
     """
     assert isinstance(base, PreTrainedModel)
     tower = base.get_submodule(str(find_towers(base).vision))
@@ -112,7 +109,7 @@ def _fill(
         if entry not in seen and not reader.holds(entry):
             missing.append((entry, picture))
         seen.add(entry)
-    _announce(reader, len(missing), len(seen) - 1, screen)
+    screen.say(f"features of {len(seen) - 1 - len(missing):,} of {len(seen) - 1:,} pictures are in {reader.folder}")
     PartialState().wait_for_everyone()  # all processes list the same files before one of them writes
     mine = _Pictures(missing[args.process_index :: args.world_size], reader.maker)
     workers = args.dataloader_num_workers
@@ -152,24 +149,6 @@ def _write(reader: FeatureReader, compute: _Tower, pairs: Sequence[tuple[Path, A
         return
     for entry, tiles, size in zip(entries, pixels, inputs["image_sizes"].tolist(), strict=True):
         reader.write(entry, Features(compute(tiles[: reader.tiling.num_tiles(*size)]), *size))
-
-
-def _announce(reader: FeatureReader, missing: int, total: int, screen: Screen) -> None:
-    size = reader.file(PLAIN).stat().st_size * missing
-    free = shutil.disk_usage(reader.folder).free
-    stored = f"features of {total - missing:,} of {total:,} pictures are in {reader.folder}"
-    if not missing:
-        screen.say(stored)
-        return
-    at_least = "" if reader.tiling is None else " at least"
-    screen.say(f"{stored}; the others take{at_least} {size / 1e6:,.1f} MB ({free / 1e6:,.0f} MB are free)")
-    if size > free:
-        raise UserError(
-            f"{size / 1e9:,.1f} GB are needed in {reader.folder}, {free / 1e9:,.1f} are free",
-            code="disk-full",
-            where=Key.of("data.feature_cache"),
-            hint="free some space, or name a folder on another disk",
-        )
 
 
 def _key(tower: nn.Module, layers: Sequence[int], maker: PixelMaker, args: TrainingArguments) -> str:

@@ -18,24 +18,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from milora_vl.adapter.install import base_model_of
-from milora_vl.base.errors import UserError
 from milora_vl.compat.transformers import layer_kinds
-from milora_vl.policy.towers import find_towers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import TrainerControl, TrainerState, TrainingArguments
-
-
-def refuse_full_training_of_text(model: nn.Module) -> None:
-    """Raise UserError for a text model whose layers train in full: torch 2.13 ends the process with a fault on CPUs."""
-    if find_towers(model).vision is None:
-        raise UserError(
-            "FSDP2 trains adapters of a text model, not its layers in full",
-            code="launch-fsdp",
-            where="--fsdp",
-            hint="use --deepspeed zero3, or an adapter",
-        )
 
 
 class RequireShards(TrainerCallback):

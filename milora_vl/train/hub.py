@@ -7,21 +7,19 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from milora_vl.base.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 NOT_UPLOADED = ("_*", "checkpoint-*", "incomplete-checkpoint-*")
 WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf upload REPOSITORY FOLDER"
 
 
-def require_access(train: Mapping[str, Any], token: str | None) -> None:
-    """Raise UserError if a run with --push_to_hub could not push: no network, no token, or a read-only token.
+def open_repository(train: Mapping[str, Any], folder: Path, token: str | None) -> None:
+    """Create the repository of --push_to_hub if it is missing, before the model loads.
 
-    The token of --hub_token is put into HF_TOKEN of this process, so that no file contains it.
+    Raises UserError if the run could not push: no network, no token, or a token without the right to write. The token
+    of --hub_token is put into HF_TOKEN of this process, so that no file contains it.
     """
     if token:
         os.environ["HF_TOKEN"] = token
@@ -38,6 +36,9 @@ def require_access(train: Mapping[str, Any], token: str | None) -> None:
             where="--push_to_hub",
             hint=f"log in with another token:   hf auth login\n{WITHOUT}",
         )
+    name = train.get("hub_model_id") or folder.absolute().name
+    with hub_errors_explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
+        HfApi().create_repo(name, private=train.get("hub_private_repo"), exist_ok=True)
 
 
 @contextmanager
@@ -51,17 +52,6 @@ def hub_errors_explained(what: str, remedy: str, *, exit_code: int = 1) -> Itera
         raise UserError(
             first_line(error), code="hub-request-failed", where=what, hint=remedy, exit_code=exit_code
         ) from None
-
-
-def open_repository(args: TrainingArguments) -> None:
-    """Create the repository if it is missing, before the Trainer does. Raises UserError if the hub refuses."""
-    if not (args.push_to_hub and args.process_index == 0):
-        return
-    from huggingface_hub import HfApi
-
-    name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
-    with hub_errors_explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
-        HfApi().create_repo(name, private=args.hub_private_repo, exist_ok=True)
 
 
 def push(folder: Path, repository: str, revision: str | None) -> str:

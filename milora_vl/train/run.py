@@ -40,7 +40,6 @@ from milora_vl.train import (
     collators,
     failures,
     features,
-    header,
     hub,
     loaders,
     model,
@@ -72,11 +71,11 @@ def train(request: Request) -> int:
     if plan.resumed is not None and not plan.resumed.gets_steps:  # a requeued job has nothing left to do
         screen.say(f"{plan.folder.path} is finished; nothing to resume")
         return 0
-    hub.require_access(plan.recipe.train, plan.hub_token)
     eval_section.require_runnable(plan.recipe.eval)
     require_usable(plan.recipe, plan.fitted.base)
     inputs = read_inputs(plan, screen)
     require_template_for_tools(plan.recipe, inputs.data)
+    hub.open_repository(plan.recipe.train, plan.folder.path, plan.hub_token)
     loaded = load_base_model(plan, inputs, screen)
     rows = group_rows(plan, loaded, inputs, screen)
     adapted = adapt(plan, loaded, inputs, screen)
@@ -116,7 +115,7 @@ def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     if checkpoint is not None:
         stage = training_arguments.zero_stage(args)
         warnings += resuming.warnings(checkpoint, processes=args.world_size, stage=stage)
-    for warning in [*data.warnings(), *warnings, *header.warnings(args, batching)]:
+    for warning in [*data.warnings(), *warnings]:
         screen.warn(warning)
     return Inputs(data, args, batching)
 
@@ -245,8 +244,23 @@ def show_header_and_policy(
     plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, screen: Screen
 ) -> None:
     """Print what trains, on what, and for how many steps."""
-    built, model_name = adapted.built, loaded.recipe.model
-    screen.header(header.rows(plan, model_name, inputs.data, rows.batching, inputs.args, loaded.dtype))
+    built, batching, args, folder = adapted.built, rows.batching, inputs.args, plan.folder
+    stated, actual = plan.recipe_batch, (batching.per_device, batching.accumulation)
+    note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
+    source = f"   recipe {plan.request.recipe}" if plan.request.recipe else ""
+    precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+    resumed = [] if folder.checkpoint is None else [("resumed", folder.checkpoint.name)]
+    screen.header(
+        [
+            ("model", f"{loaded.recipe.model}{source}"),
+            ("data", inputs.data.describe()),
+            ("batch", batching.describe() + note),
+            ("steps", batching.describe_steps()),
+            ("dtype", f"{str(loaded.dtype).removeprefix('torch.')} base, {precision}, on {args.device}"),
+            ("run", str(folder.path)),
+            *resumed,
+        ]
+    )
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
     if built.checkpoint_kind == "adapter":
@@ -302,7 +316,6 @@ def make_trainer(
         cache = Path(recipe.data.feature_cache)
         assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
         collator.features = features.prepare(cache, loaded.model, collator, records, inputs.args, first_files.screen)
-    hub.open_repository(inputs.args)
     with refused(recipe.train, kinds=(ValueError, ImportError)):  # what no check of the plan knows
         trainer = MiloraTrainer(
             adapted.built.model,

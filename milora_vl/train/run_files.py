@@ -26,7 +26,7 @@ from milora_vl.adapter import checkpoints
 from milora_vl.adapter.peft_model import MiloraMixin
 from milora_vl.models import loading
 from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder, lock, unlock
+from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder, lock, refuse_to_overwrite, unlock
 from milora_vl.plan.screen import Screen
 from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.schema import Recipe
@@ -177,7 +177,8 @@ class FirstFiles:
         if self.is_writer:  # before has_begun: a run that another one locks out writes nothing
             self.folder.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.folder.path)
-            self.folder.require_unchanged()
+            if self.folder.is_new:  # loading takes minutes, and only this step locks the folder
+                refuse_to_overwrite(self.folder.path)
         self.has_begun = True
         if not self.is_writer:
             return

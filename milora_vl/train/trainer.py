@@ -9,7 +9,6 @@ import math
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,10 +206,7 @@ class MiloraTrainer(CheckpointTrainer):
         if self.args.fsdp:
             self.add_callback(fsdp.RequireShards())
         if self.is_fsdp_enabled:
-            if checkpoint_kind == "full":
-                fsdp.refuse_full_training_of_text(model)
             fsdp.prepare(self.accelerator, model)
-        self._has_warned = False  # of a gradient of 0
         self._eval_sums = torch.zeros(2, dtype=torch.float64)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -360,13 +356,6 @@ class MiloraTrainer(CheckpointTrainer):
             if self.is_fsdp_enabled:
                 self.norms.add_shards(self.accelerator)
             logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
-        if logs.get("grad_norm") == 0 and not self._has_warned and self.is_world_process_zero():
-            self._has_warned = True
-            warnings.warn(
-                f"the gradient of step {self.state.global_step} is exactly 0, so nothing is learned; the weights may "
-                "have become too large (a lower --learning_rate), or nothing that trains reaches the loss",
-                stacklevel=1,
-            )
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(

@@ -16,8 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl.base.errors import UserError
 from milora_vl.plan import launch
-from milora_vl.tiny import tiny_llama, tiny_llava, tiny_tokenizer
-from milora_vl.train import fsdp
+from milora_vl.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train.command import main
 from support.launched import ENVIRONMENT, FSDP, train_in_two
 from support.problems import raises_code
@@ -146,8 +145,6 @@ def test_accelerate_starts_the_processes(tiny_data: Path, tmp_path: Path) -> Non
         ("full_shard", {"fsdp_cpu_offload": True}, "zero3_offload"),
         ("full_shard", {"activation_checkpointing": "true"}, "--gradient_checkpointing"),
         ("full_shard", {"sync_module_states": True}, "unknown or unsupported key"),
-        ("full_shard", "missing.json", "missing.json is not a JSON file"),
-        ("full_shard", [1], "expected a JSON object"),
     ],
 )
 def test_settings_that_are_not_tested_are_refused(strategy: str, config: object, message: str) -> None:
@@ -177,13 +174,6 @@ def test_arguments_that_fsdp_does_not_support_are_refused(more: list[str], tiny_
     with raises_code("launch-fsdp", where="--fsdp", message="does not work together with"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *FSDP, *more))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_text_model_that_trains_in_full_is_refused() -> None:
-    with pytest.raises(UserError) as error:
-        fsdp.refuse_full_training_of_text(tiny_llama()[0])
-    assert error.value.problems[0].code == "launch-fsdp"
-    fsdp.refuse_full_training_of_text(tiny_llava()[0])
 
 
 def test_one_process_has_nothing_to_shard(tiny_data: Path, tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from milora_vl.base.errors import UserError
 from milora_vl.plan.run_folder import RunFolder, choose, default_path
 from milora_vl.recipe.schema import Recipe
 from support.checkpoint_files import write_checkpoint
-from support.problems import raises_code
 
 
 def refused(path: Path, resume: str | None = None) -> str:
@@ -78,14 +77,6 @@ def test_resume_without_anything_to_resume(tmp_path: Path) -> None:
     (broken / "trainer_state.json").unlink()
     assert "cannot resume from" in refused(tmp_path, str(broken))
     assert choose(tmp_path, "auto").checkpoint is None
-
-
-def test_a_run_in_place_of_its_checkpoint_is_answered_with_the_checkpoint(tmp_path: Path) -> None:
-    finish(tmp_path)
-    newest = write_checkpoint(tmp_path, 5)
-    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 5}))
-    with raises_code("resume-run-folder", "--resume_from_checkpoint", "it holds checkpoint-5", str(newest)):
-        choose(tmp_path, str(tmp_path))
 
 
 def test_auto_starts_again_what_was_killed_before_its_first_checkpoint(tmp_path: Path) -> None:

@@ -69,16 +69,6 @@ def test_a_loss_that_is_no_number_ends_the_run(make: Callable[..., MiloraTrainer
         trainer.train()
 
 
-def test_a_gradient_of_zero_is_told_once(make: Callable[..., MiloraTrainer]) -> None:
-    trainer = make([row(0, 5), row(1, 3)], max_steps=3)
-    for parameter in trainer.trained().parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(torch.zeros_like)
-    with pytest.warns(UserWarning, match="the gradient of step 1 is exactly 0") as told:
-        trainer.train()
-    assert sum("exactly 0" in str(warning.message) for warning in told) == 1
-
-
 def test_the_evaluation_loss_is_per_token_whatever_the_batch(make: Callable[..., MiloraTrainer]) -> None:
     rows = [row(1, 1), row(2, 9), row(3, 4)]
     losses = [make(rows, rows, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (1, 2, 3)]

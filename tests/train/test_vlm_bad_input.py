@@ -195,7 +195,7 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     pictured, video = record(ASKED, ["0.png"]), {"video": ["0.png"] * 2} | record(SEEN, [])
     words = words_of(glm, images, tmp_path, [*[pictured] * 120, video])
     for policy in ("raise", "skip"):
-        with raises_code("records-mixed", "train.jsonl:1 and ", "with pictures and with videos", "train_batch_size 1"):
+        with raises_code("records-mixed", "train.jsonl:1 and ", "no pictures beside videos", "train_batch_size 1"):
             train([*words, "--bad_images", policy])
     assert "loading" not in capsys.readouterr().err
     with pytest.raises(UserError) as error:  # a batch of one is of one kind: only the weights are missing
@@ -215,7 +215,7 @@ def test_a_template_that_refuses_every_record_is_refused_under_each_policy(
     model = without_weights("qwen2_5_vl", tmp_path / "model")  # its template here writes no videos
     video = {"video": ["0.png"] * 2} | record(SEEN, [])
     words = [*words_of(model, images, tmp_path, [video] * 3), "--bad_images", policy]
-    with raises_code("chat-template-no-pictures", "train.jsonl:1", hint="the first 3 records are all refused"):
+    with raises_code("chat-template-no-pictures", "train.jsonl:1", hint="none of the 3 records"):
         train(words)
 
 
@@ -251,5 +251,5 @@ def test_records_without_an_answer_within_max_length_are_refused(images: Path, t
     held = ["--eval_data_path", str(held_out), "--eval_strategy", "steps", "--eval_steps", "1"]
     with raises_code("record-no-answer", "held_out.jsonl:1"):
         train([*words, *held])
-    with raises_code("record-no-answer", "train.jsonl:1", hint="all 100 records"):
+    with raises_code("record-no-answer", "train.jsonl:1", hint="none of the 100 records"):
         train([*words_of(model, images, tmp_path, [long] * 200), "--max_length", "150"])
