@@ -1,6 +1,6 @@
 """Memory per device and time of a plan: how much is needed, whether it fits, and which flags make it fit.
 
-They show whether a plan fits a device, and which flags help if it does not.
+The plan of a run shows them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from milora_vl.forecast.estimate import (
     A100_FLOPS,
     GIB,
     Workload,
-    calibration_bytes,
-    calibration_flops,
     distinct_inputs,
     duration_text,
     expected_directions,
@@ -28,7 +26,6 @@ from milora_vl.forecast.estimate import (
     measured_flops,
     memory,
     protected_input_bytes,
-    svd_flops,
 )
 from milora_vl.forecast.first_batch import Counts
 from milora_vl.forecast.simulate import Shape, simulate
@@ -36,6 +33,7 @@ from milora_vl.models.quantized import bytes_per_number, quantized_layers
 from milora_vl.plan.base import Base
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.launch import strategy_of
+from milora_vl.plan.plan import Plan
 from milora_vl.plan.screen import trained_sizes
 from milora_vl.plan.train_section import TrainSection
 from milora_vl.policy import Target
@@ -53,19 +51,12 @@ class Costs:
     change: str | None = ""
 
 
-def costs_of(
-    section: TrainSection,
-    base: Base,
-    targets: Sequence[Target],
-    counts: Counts,
-    batching: Batching,
-    packed_bytes: float | None,
-    *,
-    has_steps: bool,
-    gpu_memory: float | None = None,
-    is_here: bool = True,
-) -> Costs:
-    """Return memory by purpose and the time of a run; `is_here` adds the time on the CPU of this machine."""
+def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
+    """Return memory by purpose and the time of a run; a plan for this machine has its time on the CPU, too."""
+    section, base, recipe, request = plan.section, plan.fitted.base, plan.recipe, plan.request
+    packed_bytes = None
+    if recipe.quantization != "none":
+        packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
     work = workload_of(section, base, targets, counts, batching, packed_bytes)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
@@ -87,37 +78,24 @@ def costs_of(
     if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
         out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
     change: str | None = ""
-    if gpu_memory is not None:
-        lines, change = verdict(work, lean, flags, gpu_memory)
+    if request.gpu_memory is not None:
+        lines, change = verdict(work, lean, flags, request.gpu_memory)
         out += lines
-    here, step = measured_flops(), flops_per_step(work)
-    rows = [("one A100 per device at 40 % of peak", A100_FLOPS), ("the CPU of this machine", here)]
-    for name, rate in rows if is_here else rows[:1]:
+    step, rates = flops_per_step(work), {"one A100 per device at 40 % of peak": A100_FLOPS}
+    if request.devices is None and request.gpu_memory is None:
+        rates["the CPU of this machine"] = measured_flops()
+    for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
-    if is_here and svd_flops(targets):
-        out.append(f"factors about {duration_text(svd_flops(targets) / here)} once, on the CPU of this machine")
-    out += calibration_lines(targets, work, here if is_here else None)
+    if inputs := distinct_inputs(targets):
+        share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
+        size = sum(4 * target.shape[1] * expected_directions(target) for target in inputs) / GIB
+        place = " of CPU memory" if all(t.protect is not None and t.protect.offload for t in inputs) else ""
+        out.append(
+            f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many), "
+            f"{size:.2g} GiB{place}"
+        )
     return Costs(out, change)
-
-
-def calibration_lines(targets: Sequence[Target], work: Workload, here: float | None) -> list[str]:
-    """Return the plan of the calibration; no lines without protected inputs. `here` is the speed of this CPU."""
-    inputs = distinct_inputs(targets)
-    if not inputs:
-        return []
-    share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
-    on_cpu = all(target.protect is not None and target.protect.offload for target in inputs)
-    lines = [
-        f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many), "
-        f"{sum(4 * t.shape[1] * expected_directions(t) for t in inputs) / GIB:.2g} GiB"
-        + (" of CPU memory" if on_cpu else "")
-    ]
-    if here is not None:
-        seconds = calibration_flops(targets, work.total) / here
-        memory_text = f"{calibration_bytes(targets) / GIB:.2g} GiB of memory"
-        lines.append(f"calibration about {duration_text(seconds)} and {memory_text} once, on the CPU of this machine")
-    return lines
 
 
 def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:

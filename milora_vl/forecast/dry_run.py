@@ -28,7 +28,6 @@ from milora_vl.forecast import first_batch
 from milora_vl.forecast.cost import MIX665K, Costs, costs_of
 from milora_vl.models.loading import split_processor
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
-from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.smol_llava import folder_of
 from milora_vl.plan import eval_section, rates, record_checks, run_data
 from milora_vl.plan.base import Base, require_usable
@@ -99,10 +98,7 @@ def work_out(request: Request, screen: Screen) -> Outlook:
     has_steps = recipe.data.streaming or num_records is not None
     unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
     screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
-    costs = costs_of(
-        section, base, targets, counts, batching, _packed_bytes(recipe), has_steps=has_steps,
-        gpu_memory=request.gpu_memory, is_here=request.devices is None and request.gpu_memory is None,
-    )  # fmt: skip
+    costs = costs_of(plan, targets, counts, batching, has_steps=has_steps)
     screen.say("\n".join(costs.lines))
     if problems:
         raise UserError(problems=problems)
@@ -191,12 +187,6 @@ def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
     return {"trained": sum(sizes.values()), "policy": rows}
 
 
-def _packed_bytes(recipe: Recipe) -> float | None:
-    if recipe.quantization == "none":
-        return None
-    return bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
-
-
 def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
     """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
     sizes = trained_sizes(targets, base)
@@ -222,13 +212,8 @@ def data(screen: Screen, recipe: Recipe, base: Base) -> tuple[first_batch.Counts
         return counts, None if read.streamed else len(read.train)
     num_tokens = base.tokens_of_a_picture
     tokenizer, template = tokenizer_at_hand(base.name), recipe.template
-    if template == OWN and base.parts is not None:
-        template = "vicuna_v1"  # a composed base has it
-    elif template == OWN and tokenizer is None:
-        screen.say("\nthe tokenizer with the chat template is not on this machine: counts below use vicuna_v1")
-        template = "vicuna_v1"
-    elif template == OWN and tokenizer is not None and not tokenizer.chat_template:  # `_missing` reports it
-        screen.say("\nthe model has no chat template: counts below use vicuna_v1")
+    if template == OWN and (base.parts is not None or tokenizer is None or not tokenizer.chat_template):
+        screen.say("\nno chat template is on this machine for this base: counts below use vicuna_v1")
         template = "vicuna_v1"
     counts = first_batch.count(
         first,

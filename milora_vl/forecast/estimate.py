@@ -1,4 +1,4 @@
-"""Formulas of memory and time: weights, gradients, optimizer states, FLOPs of a step, decompositions, calibration.
+"""Formulas of memory and time: weights, gradients, optimizer states, FLOPs of a step.
 
 Weights, gradients and optimizer follow the accounting of ZeRO (arXiv:1910.02054): 16 bytes per trained parameter,
 sharded by stage. simulate.py finds the memory that a step adds.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from milora_vl.calibration.activations import PASS_BYTES
 from milora_vl.plan.launch import Strategy
 from milora_vl.policy import Target
 
@@ -113,18 +112,8 @@ def flops_per_step(work: Workload) -> float:
     return tokens * (passes * through + 2 * work.trained)
 
 
-def svd_flops(targets: Sequence[Target]) -> float:
-    """Return operations for the initial factors, about 4 m n min(m, n) per matrix.
-
-    The factor 4 fits large matrices: 3.0 and 3.4 were measured at 4096 x 11008 and 4096 x 4096.
-    """
-    return float(sum(4 * t.shape[0] * t.shape[1] * min(t.shape[:2]) for t in targets if t.part is not None))
-
-
 # The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.
 DIRECTIONS = ((0.0, 0.0), (0.6, 0.06), (0.8, 0.18), (0.9, 0.36), (0.95, 0.54), (0.99, 0.82), (1.0, 1.0))
-CALIBRATION_TOKENS = 56 * 192  # the texts that the base model writes by default
-EIGH_FLOPS = 11  # n^3 operations for all eigenvectors of a matrix (n, n), at the speed of a product
 _SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
@@ -163,23 +152,6 @@ def protected_input_bytes(targets: Sequence[Target], base_bytes: float) -> float
     directions = sum(4 * t.shape[1] * expected_directions(t) for t in inputs)
     protecting = [t for t in targets if t.protect is not None and t.has_anchor]
     return directions + sum((4 - base_bytes) * (t.rank or 0) * t.shape[1] for t in protecting)
-
-
-def calibration_flops(targets: Sequence[Target], parameters: int) -> float:
-    """Return about the operations of the calibration: writing texts, running the model on them, and eigenvectors."""
-    sizes = [t.shape[1] for t in distinct_inputs(targets)]
-    if not sizes:
-        return 0.0
-    passes = math.ceil(sum(4 * size**2 for size in sizes) / PASS_BYTES)
-    forward = 2 * CALIBRATION_TOKENS * parameters
-    sums = sum(2 * CALIBRATION_TOKENS * size**2 + EIGH_FLOPS * size**3 for size in sizes)
-    return forward * (1 + (passes + 1) / 2) + sums
-
-
-def calibration_bytes(targets: Sequence[Target]) -> float:
-    """Return the largest memory of the sums C of one pass of the calibration."""
-    sizes = [4 * t.shape[1] ** 2 for t in distinct_inputs(targets)]
-    return float(min(sum(sizes), max(PASS_BYTES, *sizes))) if sizes else 0.0
 
 
 def measured_flops(size: int = 1024) -> float:

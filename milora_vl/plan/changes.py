@@ -40,8 +40,8 @@ OF_EVALUATION = frozenset(
     train.fp16_full_eval train.greater_is_better train.metric_for_best_model train.save_steps train.save_strategy
     """.split()
 )
-# Decisive for a stream, whose records have no fingerprint, and whose order depends on the batches.
-OF_STREAM = frozenset({"data.path", "train.per_device_train_batch_size", "train.dataloader_num_workers"})
+# Decisive for a stream, whose records have no fingerprint, and which is divided among processes.
+OF_STREAM = frozenset({"data.path", "train.per_device_train_batch_size", "train.dataloader_num_workers", "processes"})
 # Schedules whose rates do not depend on the last step, unless the warm-up is a share of all steps.
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 SCHEDULES_BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")
@@ -137,6 +137,8 @@ def _flat(side: Side) -> Iterator[tuple[str, Any]]:
     for name in hf_flags.flags():
         if name not in hf_flags.RENAMED and name not in hf_flags.REFUSED:
             yield f"train.{name}", side.train(name)
+    if side.recipe.data.streaming:
+        yield "processes", side.processes
 
 
 def _in_words(side: Side) -> str:

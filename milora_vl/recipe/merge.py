@@ -16,7 +16,7 @@ from milora_vl.recipe.hf_flags import overridden, value_of
 from milora_vl.recipe.llava_flags import Meaning
 from milora_vl.recipe.policy_edits import ADAPTERS, RuleDict, edited
 from milora_vl.recipe.recipe_file import TEXT, RecipeFile, read
-from milora_vl.recipe.schema import Recipe, conflicts, policy_problems, same_data, values_of
+from milora_vl.recipe.schema import Recipe, conflicts, policy_problems, values_of
 
 Default = Literal["policy", "rank", "template"]
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
@@ -122,7 +122,7 @@ def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
     """Drop the held-out records of a recipe if --data_path replaces its data. Return a note about it."""
     data, flags = content["data"], request.overrides.get("data", {})
     held_out = data["eval_path"]
-    if held_out is None or "eval_path" in flags or same_data(flags.get("path", data["path"]), data["path"]):
+    if held_out is None or "eval_path" in flags or flags.get("path", data["path"]) == data["path"]:
         return []
     data["eval_path"] = None
     for name in ("eval_strategy", "load_best_model_at_end"):

@@ -256,15 +256,3 @@ def load(path: Path) -> Recipe:
     """Return the recipe in a YAML file."""
     file = read_file(path)
     return Recipe.parse(file.content, file)
-
-
-def same_data(one: Any, other: Any) -> bool:
-    """Return whether two values of data.path name the same files; hub names are compared as they are."""
-    return _resolved(one) == _resolved(other)
-
-
-def _resolved(value: Any) -> Any:
-    if isinstance(value, list):
-        return [{**source, "path": _resolved(source["path"])} for source in value]
-    is_path = isinstance(value, str) and not value.startswith("hub:")
-    return str(Path(value).resolve()) if is_path else value

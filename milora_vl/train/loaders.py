@@ -86,7 +86,7 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
 def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
     """Return the loader of a stream; it continues at the position stored in `checkpoint`.
 
-    Raises UserError if the checkpoint has no position for this process or was written by other processes.
+    Raises UserError if the checkpoint has no position for this process.
     """
     from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -101,18 +101,17 @@ def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, 
             **process_settings(args),
         )
     if checkpoint is not None:
-        result.load_state_dict(_stored_position(checkpoint, _shape(args), args.process_index))
+        result.load_state_dict(_stored_position(checkpoint, args.process_index))
     return result
 
 
 def save_position(loader: Any, folder: Path, args: TrainingArguments) -> None:
     """Write the stream position of this process into the checkpoint `folder`."""
-    content = {"shape": _shape(args), "loader": loader.state_dict()}
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(content, folder / _name(args.process_index))
+    torch.save(loader.state_dict(), folder / _name(args.process_index))
 
 
-def _stored_position(checkpoint: Path, shape: dict[str, int], rank: int) -> Any:
+def _stored_position(checkpoint: Path, rank: int) -> Any:
     path = checkpoint / _name(rank)
     if not path.is_file():
         raise UserError(
@@ -121,20 +120,7 @@ def _stored_position(checkpoint: Path, shape: dict[str, int], rank: int) -> Any:
             where=str(checkpoint),
             hint="resume from another checkpoint, with as many processes as before",
         )
-    content = read_weights(path)
-    for name, before in content["shape"].items():
-        if before != shape[name]:
-            raise UserError(
-                f"the checkpoint was written with {name} {before}, this run has {shape[name]}",
-                code="resume-other-stream",
-                where=str(checkpoint),
-                hint="a stream is divided among processes: use as many as before",
-            )
-    return content["loader"]
-
-
-def _shape(args: TrainingArguments) -> dict[str, int]:
-    return {"number of devices": args.world_size, "dataloader_num_workers": args.dataloader_num_workers}
+    return read_weights(path)
 
 
 def _name(rank: int) -> str:

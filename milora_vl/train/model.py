@@ -13,7 +13,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.adapter.apply import apply_targets
 from milora_vl.adapter.files import load_adapter
-from milora_vl.adapter.folders import ADAPTER_FILES, PROJECTOR_FILES
 from milora_vl.adapter.sidecar import FILE_NAME
 from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.factors.initialize import LayerReport
@@ -26,8 +25,6 @@ from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.trainer import CheckpointKind
-
-WEIGHTS_FILE: dict[CheckpointKind, str] = {"adapter": ADAPTER_FILES[0], "projector": PROJECTOR_FILES[0]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +97,10 @@ def build(
     """
     checkpoint_kind = checkpoint_kind_of(targets)
     sizes = trained_sizes(targets, base)
-    if checkpoint is not None:
-        _require_same_kind(checkpoint, checkpoint_kind)
     frozen = frozen_towers(base, targets)
     if checkpoint_kind == "adapter" and checkpoint is not None:
+        _require_sidecar(checkpoint)
         model = load_adapter(base, checkpoint, is_trainable=True)
-        _require_same_adapter(checkpoint, model, targets, recipe.form)
     else:
         model = apply_targets(
             base,
@@ -131,39 +126,11 @@ def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> N
         model.load_state_dict(type(model).from_pretrained(checkpoint, dtype=torch.float32).state_dict())
 
 
-def _require_same_kind(checkpoint: Path, checkpoint_kind: CheckpointKind) -> None:
-    expected = WEIGHTS_FILE.get(checkpoint_kind, "model")
-    if not any(file.name.startswith(expected) for file in checkpoint.iterdir()):
-        found = ", ".join(sorted(f.name for f in checkpoint.glob("*.safetensors"))) or "no weights"
-        raise UserError(
-            f"the checkpoint is from a run with another method: expected {expected}*, found {found}",
-            code="resume-other-method",
-            where=str(checkpoint),
-            hint="repeat the --method of the run that wrote it",
-        )
-    if checkpoint_kind == "adapter" and not (checkpoint / FILE_NAME).is_file():
+def _require_sidecar(checkpoint: Path) -> None:
+    if not (checkpoint / FILE_NAME).is_file():
         raise UserError(
             f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor",
             code="checkpoint-incomplete",
             where=str(checkpoint),
             hint="restore the file, or resume from another checkpoint",
         )
-
-
-def _require_same_adapter(checkpoint: Path, model: Any, targets: Sequence[Target], form: str) -> None:
-    """Raise UserError if the rules describe another adapter than the checkpoint holds."""
-    stored, requested = (
-        {t.path: f"{t.method} of rank {t.rank}, scale {t.scaling:g}" if t.rank else t.method for t in adapted}
-        for adapted in (model.milora_targets, targets)
-    )
-    stored["form"], requested["form"] = model.sidecars["default"].form, form
-    for path in {**stored, **requested}:
-        before, now = stored.get(path, "frozen"), requested.get(path, "frozen")
-        if before != now:
-            raise UserError(
-                "the checkpoint was trained with other rules and cannot continue with these\n"
-                f"{path}: {before} -> {now}",
-                code="resume-other-rules",
-                where=str(checkpoint),
-                hint="to resume, repeat the --method, --rank, --alpha, --form or --policy of the run that wrote it",
-            )

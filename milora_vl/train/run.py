@@ -275,7 +275,7 @@ def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Ada
     recipe, folder = loaded.recipe, plan.folder
     environment = run_files.describe_environment(
         recipe,
-        ["python", "-m", "milora_vl.train", *run_files.hidden_token(plan.request.words)],
+        ["python", "-m", "milora_vl.train", *plan.request.words],
         base=run_files.base_name(loaded.model) or recipe.model,
         device=run_files.device_name(inputs.args.device),
         data=inputs.data,

@@ -34,7 +34,6 @@ from milora_vl.train.model import Built
 
 GIT_TIMEOUT = 10  # seconds
 PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")
-TOKEN_FLAGS = ("--hub_token", "--push_to_hub_token")
 
 
 def describe_environment(
@@ -57,24 +56,6 @@ def describe_environment(
         "data": data.counts(),
         "records": data.fingerprint,
     }
-
-
-def hidden_token(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with tokens replaced by TOKEN.
-
-    >>> hidden_token(["--hub_token", "hf_x", "--hub-token=hf_x", "--seed", "1"])
-    ['--hub_token', 'TOKEN', '--hub-token=TOKEN', '--seed', '1']
-    """
-    out = list(words)
-    for place, word in enumerate(words):
-        name, equals, _ = word.partition("=")
-        if name.replace("-", "_").replace("__", "--", 1) not in TOKEN_FLAGS:
-            continue
-        if equals:
-            out[place] = f"{name}=TOKEN"
-        elif place + 1 < len(words):
-            out[place + 1] = "TOKEN"
-    return out
 
 
 def policy_json(built: Built) -> dict[str, Any]:

@@ -209,7 +209,6 @@ def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path
     assert main(training(tiny_data, run, *PROTECT, "--dry-run")) == 0
     plan = capfd.readouterr().out
     assert "of the input directions protected" in plan
-    assert "calibration about" in plan
     assert main(training(tiny_data, run, *PROTECT, "--max_steps", "1")) == 0
     assert "protected inputs  projector: " in capfd.readouterr().err
     protected = read_json(run, "policy.json")["protected"]
