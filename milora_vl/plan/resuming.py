@@ -212,7 +212,7 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
             hint=f"to resume:  torchrun --nproc_per_node {wrote} ...",
         )
     return [
-        f"{checkpoint.name} was written by {wrote} processes, now there are {processes}: the random states are "
+        f"{checkpoint.name} was written with {wrote} processes, now there are {processes}: the random states are "
         "initialized again, so dropout differs from an uninterrupted run"
     ]
 

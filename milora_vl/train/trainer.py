@@ -36,7 +36,7 @@ from milora_vl.adapter.checkpoints import STATE, step_of
 from milora_vl.adapter.folders import PROJECTOR_FILES
 from milora_vl.adapter.install import base_model_of
 from milora_vl.adapter.keep_protected import FsdpProjection, ShardedProjection, keep_protected
-from milora_vl.adapter.parameter_groups import parameter_groups, target_path
+from milora_vl.adapter.parameter_groups import parameter_groups
 from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.base.errors import UserError
 from milora_vl.compat.accelerate import enable_fsdp_on_cpus
@@ -46,7 +46,7 @@ from milora_vl.models.projector import save_projector
 from milora_vl.policy import Target
 from milora_vl.train import fsdp, loaders
 from milora_vl.train.evaluation import SuiteCallback
-from milora_vl.train.meter import Meter, group_rates, tower_norms
+from milora_vl.train.meter import Meter
 from milora_vl.train.progress import Bars, Lines
 
 if TYPE_CHECKING:
@@ -79,30 +79,18 @@ class IntervalsOfThisRun(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
-class TowerNorms(TrainerCallback):
-    """Keep the gradient norm of each tower and the learning rate of each group for the next log line."""
+class RatesOfGroups(TrainerCallback):
+    """Keep the learning rate of each optimizer group for the next log line."""
 
-    def __init__(self, tower_of: dict[str, str]) -> None:
-        self.tower_of = tower_of
-        self.squares: dict[str, Tensor] = {}
+    def __init__(self) -> None:
         self.rates: dict[str, float] = {}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Measure: gradients are complete and clipped by one factor, and the rates apply to the coming step."""
-        self.squares = tower_norms(objects["model"].named_parameters(), self.tower_of)
-        self.rates = group_rates(objects["optimizer"].param_groups)
-
-    def entries(self, norm: float) -> dict[str, float]:
-        """Return the rates, and the norm of each tower from the total `norm` before clipping (not under ZeRO)."""
-        total = sum(float(square) for square in self.squares.values())
-        norms = {tower: norm * math.sqrt(float(s) / total) for tower, s in self.squares.items() if total > 0}
-        return {f"grad_norm/{tower}": norm for tower, norm in norms.items()} | self.rates
-
-    def add_shards(self, accelerator: Accelerator) -> None:
-        """Add the squares of all processes; each has measured its own shards of the gradients."""
-        self.squares = {tower: accelerator.reduce(square) for tower, square in self.squares.items()}
+        """Read them before the schedule moves on. Groups of the same name have one entry."""
+        groups = objects["optimizer"].param_groups
+        self.rates = {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups if "name" in group}
 
 
 class StopOnSignal(TrainerCallback):
@@ -198,10 +186,8 @@ class MiloraTrainer(CheckpointTrainer):
         self.resume_from = resume_from
         self.model_accepts_loss_kwargs = True  # compute_loss below divides by num_items_in_batch for every model
         self.meter = Meter(data_collator)
-        paths = {target.path: str(target.tower) for target in targets}
-        named = {name: target_path(name, paths) for name, p in model.named_parameters() if p.requires_grad}
-        self.norms = TowerNorms({name: paths[path] for name, path in named.items() if path})
-        self.add_callback(self.norms)
+        self.add_callback(rates := RatesOfGroups())
+        self.rates = rates
         self.suites: SuiteCallback | None = None  # scores during training
         if self.args.fsdp:
             self.add_callback(fsdp.RequireShards())
@@ -353,9 +339,7 @@ class MiloraTrainer(CheckpointTrainer):
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
             totals = self.accelerator.reduce(self.meter.counts.to(self.args.device, torch.float32))
-            if self.is_fsdp_enabled:
-                self.norms.add_shards(self.accelerator)
-            logs |= self.meter.take(totals.tolist()) | self.norms.entries(logs.get("grad_norm", 0.0))
+            logs |= self.meter.take(totals.tolist()) | self.rates.rates
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(

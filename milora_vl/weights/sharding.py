@@ -21,13 +21,6 @@ def is_fsdp_shard(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local_part(parameter: Tensor) -> Tensor:
-    """Return what this process holds of a parameter: its shard under ZeRO-3 and FSDP2, else all of it."""
-    if is_fsdp_shard(parameter):
-        return parameter.to_local()  # type: ignore[attr-defined]
-    return getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's attribute
-
-
 def uses_fsdp(model: nn.Module) -> bool:
     """Return True if FSDP2 shards modules of a model."""
     module = sys.modules.get(_FSDP)
