@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from milora_data.batches.processor_collate import ProcessorCollator
-from milora_data.encode.conversation import segments_of
+from milora_data.encode.chat_template import segments_of
 from milora_data.encode.labels import encode
 from milora_data.encode.templates import Segment, get_template, place_images, render
 from milora_data.encode.tokens import IGNORE

@@ -20,9 +20,8 @@ from torch import Tensor
 from milora_data.batches.processor_collate import labelled_inputs, marked, with_video_marks
 from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.record_collator import pad_id_of
-from milora_data.encode.conversation import segments_of
+from milora_data.encode.chat_template import Rendered, parts_of, segments_of
 from milora_data.encode.labels import encode_prompt
-from milora_data.encode.picture_template import Rendered, parts_of
 from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import bos_ids, fast_backend
 from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb

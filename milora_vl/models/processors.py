@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from milora_data.batches.processor_inputs import BLANK, PROCESSOR_ERRORS, ProcessorInputs
-from milora_data.encode.picture_template import Rendered
+from milora_data.encode.chat_template import Rendered
 from milora_vl.base.errors import Key, UserError, first_line
 
 # An image processor whose longest edge is by default larger than any side counts pixels of the whole picture there.

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import pipeline
 
 from milora_data.batches.processor_collate import ProcessorCollator
-from milora_data.encode.picture_template import parts_of
+from milora_data.encode.chat_template import parts_of
 from milora_data.records.record import Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter

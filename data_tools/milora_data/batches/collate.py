@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
 from milora_data.batches.rows import Row, joined, packed, padded, with_single_image_tokens
-from milora_data.encode.conversation import require_template
+from milora_data.encode.chat_template import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.features import FeatureReader

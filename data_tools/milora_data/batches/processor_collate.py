@@ -2,7 +2,7 @@
 
 The processor expands the placeholder of each picture and returns the tensors of its family; all of them are passed on
 under their own names, batched as the processor batches them. The loss mask is computed from characters: the chat
-template gives the supervised ranges of the text (picture_template.py), the processor the offsets of the tokens.
+template gives the supervised ranges of the text (chat_template.py), the processor the offsets of the tokens.
 
 A token is supervised if one of its characters is, and no token of a picture is.
 """
@@ -22,8 +22,8 @@ import torch
 
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, record_of
+from milora_data.encode.chat_template import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
-from milora_data.encode.picture_template import VIDEO_MARK, Rendered
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy, load_image, picture_size, place_of

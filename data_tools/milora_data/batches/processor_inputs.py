@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milora_data.encode.picture_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
+from milora_data.encode.chat_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Turn
