@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from milora_data.batches.processor_collate import labelled_inputs, marked, with_video_marks
+from milora_data.batches.processor_collate import labelled_inputs, with_video_marks
 from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.record_collator import pad_id_of
 from milora_data.encode.chat_template import Rendered, parts_of, segments_of
@@ -207,7 +207,7 @@ class ProcessorReader:
             if prompt.form == "raw":
                 text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
             else:
-                turns = with_video_marks(marked(prompt.turns, len(prompt.images)), len(prompt.videos))
+                turns = with_video_marks(prompt.turns, len(prompt.images), len(prompt.videos))
                 form = self.inputs.video_format if prompt.videos else self.inputs.format
                 text = form.render(turns, prompt=True)
             self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))

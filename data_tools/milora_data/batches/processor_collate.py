@@ -134,7 +134,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
 
     def _rendered(self, record: Record) -> Rendered:
         try:
-            turns = with_video_marks(marked(record.turns, len(record.images)), len(record.videos))
+            turns = with_video_marks(record.turns, len(record.images), len(record.videos))
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns, tools=tools_of(record))
             self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
@@ -412,39 +412,25 @@ def labelled_inputs(inputs: ProcessorInputs, rendered: Rendered, images: Sequenc
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}
 
 
-def with_video_marks(turns: Sequence[Turn], num_videos: int) -> list[Turn]:
+def with_video_marks(turns: Sequence[Turn], num_images: int, num_videos: int) -> list[Turn]:
     """Return the turns with a mark for each `<video>`, if the record has videos.
 
-    Raises `DataError` if their numbers differ, and for a text that has such a mark already.
+    Raises `DataError` if the numbers of `<image>` or `<video>` differ from those of pictures and videos (LLaVA's rule,
+    which merges several `<image>` of one turn into one, is for LLaVA alone), or if a text has such a mark already.
     """
-    if any(VIDEO_MARK in turn.text for turn in turns):
+    text = "\n".join(turn.text for turn in turns)
+    if VIDEO_MARK in text:
         raise DataError(
             f"a text contains {VIDEO_MARK!r}, which stands for a video here",
             code="record-image-token-in-text",
             hint="remove these characters of Unicode's private use area",
         )
-    if not num_videos:
-        return list(turns)
-    found = sum(turn.text.count(VIDEO) for turn in turns)
-    if found != num_videos:
-        raise DataError(
-            f"{found} {VIDEO} in the conversation, but {num_videos} videos in the record",
-            code="record-image-count",
-            hint="name every video once in the conversation",
-        )
-    return [replace(turn, text=turn.text.replace(VIDEO, VIDEO_MARK)) for turn in turns]
-
-
-def marked(turns: Sequence[Turn], num_images: int) -> list[Turn]:
-    """Return the turns, with one `<image>` per picture where it is shown. Raises `DataError` if the numbers differ.
-
-    LLaVA's rule, which merges several `<image>` of one turn into one, is for LLaVA alone.
-    """
-    found = sum(turn.text.count(IMAGE) for turn in turns)
-    if found != num_images:
-        raise DataError(
-            f"{found} {IMAGE} in the conversation, but {amount(num_images, 'picture')} in the record",
-            code="record-image-count",
-            hint="write <image> once for each picture",
-        )
-    return list(turns)
+    for marker, what, number in ((IMAGE, "picture", num_images), (VIDEO, "video", num_videos)):
+        found = text.count(marker)
+        if found != number and (number or marker == IMAGE):
+            raise DataError(
+                f"{found} {marker} in the conversation, but {amount(number, what)} in the record",
+                code="record-image-count",
+                hint=f"write {marker} once for each {what}",
+            )
+    return [replace(turn, text=turn.text.replace(VIDEO, VIDEO_MARK)) for turn in turns] if num_videos else list(turns)

@@ -233,39 +233,23 @@ class ProcessorInputs:
 
     def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
         """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
-        if self.num_videos(text) != num_videos and (num_videos or self.video_placeholder != self.placeholder):
-            if self.num_videos(text) > num_videos:
+        expected = [("picture", self.placeholder, num_images)]
+        if self.video_placeholder is not None and (num_videos or self.video_placeholder != self.placeholder):
+            expected.insert(0, ("video", self.video_placeholder, num_videos))
+        expected += [("part of a picture", token, 0) for token in self.expanded if token in text]
+        for what, token, number in expected:
+            found = text.count(token)
+            if found > number:
                 raise DataError(
-                    f"{self.num_videos(text)} video tokens, but {num_videos} videos: a text contains the video token "
-                    f"({self.video_placeholder})",
+                    f"{found} {what} tokens, but {number} {what}s: a text contains the {what} token ({token})",
                     code="record-image-token-in-text",
                     hint="remove the token from the text",
                 )
-            raise DataError(
-                f"the chat template writes {self.num_videos(text)} of {num_videos} videos of this record",
-                code="chat-template-no-pictures",
-                hint="it may take videos only in turns of the user, or none",
-            )
-        found = self.num_placeholders(text)
-        if found > num_images:
-            raise DataError(
-                f"{found} picture tokens, but {num_images} pictures: a text contains the picture token "
-                f"({self.placeholder})",
-                code="record-image-token-in-text",
-                hint="remove the token from the text",
-            )
-        if found < num_images:
-            raise DataError(
-                f"the chat template writes {found} of {num_images} pictures of this record",
-                code="chat-template-no-pictures",
-                hint="it may take pictures only in turns of the user",
-            )
-        for token in self.expanded:
-            if token in text:
+            if found < number:
                 raise DataError(
-                    f"a text contains the token of a part of a picture ({token})",
-                    code="record-image-token-in-text",
-                    hint="remove the token from the text",
+                    f"the chat template writes {found} of {number} {what}s of this record",
+                    code="chat-template-no-pictures",
+                    hint=f"it may take {what}s only in turns of the user, or none",
                 )
 
     def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:
