@@ -98,16 +98,6 @@ CASES: dict[str, tuple[dict[str, Any], Any, list[str], int]] = {
         {"c.json": {"images": INSTANCES["images"], "annotations": [{"id": 1, "image_id": 9, "caption": " A dog. "}]}},
         "COCO_9.jpg", ["<image>\nDescribe this picture.", "A dog."], 1,
     ),
-    "sharegpt": (
-        {"s.json": [
-            {"id": "s", "conversations": [
-                {"from": "gpt", "value": "Hi"}, {"from": "human", "value": "A"}, {"from": "chatgpt", "value": "B"},
-                {"from": "human", "value": "C"}, {"from": "human", "value": "D"},
-            ]},
-            {"id": "none", "conversations": []},
-        ]},
-        None, ["A", "B"], 1,
-    ),
     "alpaca": (
         {"c.json": [{"instruction": " True? ", "input": "", "output": "the answer is true", "answer": "true"}]},
         None, [" True? ", "the answer is true"], 1,

@@ -131,7 +131,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 TABLES: dict[str, str] = {
-    "captions.json": '{"a.jpg": "A cat.", "deep/b.PNG": "A dog, wet."}',
+    "captions.json": '[{"image": "a.jpg", "caption": "A cat."}, {"file": "deep/b.PNG", "text": "A dog, wet."}]',
     "captions.jsonl": '{"image": "a.jpg", "caption": "A cat."}\n{"image": "deep/b.PNG", "caption": "A dog, wet."}\n',
     "captions.csv": 'file,caption\na.jpg,A cat.\ndeep/b.PNG,"A dog, wet."\n',
     "metadata.csv": 'file_name,text\na.jpg,A cat.\ndeep/b.PNG,"A dog, wet."\n',

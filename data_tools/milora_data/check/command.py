@@ -95,23 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
-    if report.has_embedded:
+    kinds = report.by_kind()
+    if "embedded_picture" in kinds:
         next_step("milora_data", *convert_words(report.path, "llava"))
-    elif report.by_kind().keys() == {"not_a_record"} and len(report.findings) == report.records:
-        next_step("milora_data", "convert", "--help")
-    elif fixed is None and _is_wrong_folder(report):
-        next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
-    elif report.count("error") and not _num_usable(report):
-        next_step("milora_data", "check", report.path, *pictures)  # after a repair by hand
-    elif report.count("error") and fixed is None:
-        next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
-    else:
+    elif fixed is not None or not report.count("error"):
         next_step("milora_vl.train", "--model", "MODEL", "--data_path", fixed or report.path, *pictures, "--dry-run")
-
-
-def _is_wrong_folder(report: Report) -> bool:
-    """Return whether all pictures are missing, and some of them could be in another folder."""
-    return report.num_never_read < report.num_missing == report.picture_files
+    elif 0 < report.num_missing == report.picture_files:
+        next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
+    elif _num_usable(report):
+        next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
+    elif kinds.keys() == {"not_a_record"}:
+        next_step("milora_data", "convert", "--help")
 
 
 def _num_usable(report: Report) -> int:
@@ -159,7 +153,6 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         report.with_pictures += bool(record.images)
         report.findings += examine(record)
         if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
-            report.has_embedded = True
             report.findings.append(Finding("embedded_picture", record.source, f"{len(first.content):,} bytes"))
         for name in record.files:
             (stored if isinstance(name, StoredPicture) else used).setdefault(name, []).append(record.source)
@@ -224,7 +217,6 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
         if web_address(name) is not None:
             shown, why = described(name), WEB
         report.num_missing += 1
-        report.num_never_read += bool(why)
         report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
     if how == "decode":
         gone = set(missing)

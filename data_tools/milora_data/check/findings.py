@@ -88,8 +88,6 @@ class Report:
     picture_files: int = 0
     findings: list[Finding] = field(default_factory=list)
     num_missing: int = 0  # picture names without a file
-    num_never_read: int = 0  # of these, names outside the image folder and web addresses
-    has_embedded: bool = False  # records of a JSON file have pictures in base64
 
     def count(self, severity: str) -> int:
         """Return the number of findings with a severity, `error` or `warning`."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from milora_data.formats.captions import caption_records
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.formats.other_files import DEFAULT_PROMPT, coco_captions, instructions, refcoco, sharegpt, table
+from milora_data.formats.other_files import DEFAULT_PROMPT, coco_captions, instructions, refcoco, table
 from milora_data.formats.stored import stored_items
 from milora_data.formats.vqa_files import (
     Converter,
@@ -289,7 +289,6 @@ KINDS: dict[str, Kind] = {
     "scienceqa": Kind(scienceqa, ("image_pattern", "split")),
     "refcoco": Kind(refcoco, ("image_pattern", "split")),
     "coco": Kind(coco_captions, ("prompt", "image_pattern")),
-    "sharegpt": Kind(sharegpt),
     "alpaca": Kind(instructions),
 }
 COMMAND = Command(
@@ -309,7 +308,7 @@ formats (--from):
   vqav2, okvqa   the questions file and the annotations file
   gqa, textvqa, vizwiz, ocrvqa, aokvqa   the file with questions and answers
   scienceqa      problems.json            refcoco   refs(...).p and instances.json
-  coco           captions_....json        sharegpt  conversations without pictures
+  coco           captions_....json
 
 examples:
   python -m milora_data convert --from jsonl a.jsonl b.jsonl --output_dir data

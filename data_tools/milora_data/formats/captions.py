@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.jsonfile import not_utf8, read_json, read_rows
+from milora_data.formats.jsonfile import not_utf8, read_rows
 from milora_data.pictures.files import SUFFIXES
 from milora_data.records.record import IMAGE
 from milora_vl.base.errors import DataError
@@ -32,7 +32,7 @@ def caption_records(folder: Path, prompt: str) -> Iterator[dict[str, Any]]:
     pictures = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
     table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     captions: dict[str, list[str]] = {}
-    for name, text in _beside(folder, pictures) if table is None else _rows(table):
+    for name, text in _beside(folder, pictures) if table is None else (_row(row, table) for _, row in read_rows(table)):
         captions.setdefault(name, []).extend([text] if text else [])
     if not captions:
         raise DataError(
@@ -81,23 +81,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
-
-
-def _rows(table: Path) -> Iterator[tuple[str, str]]:
-    if _is_mapping(table):
-        yield from _mapping(table)
-    else:
-        yield from (_row(value, table) for _, value in read_rows(table))
-
-
-def _mapping(table: Path) -> Iterator[tuple[str, str]]:
-    for name, text in read_json(table).items():
-        yield _row({"file": name, "text": text}, table)
-
-
-def _is_mapping(table: Path) -> bool:
-    with table.open("rb") as file:
-        return table.suffix == ".json" and file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
 
 
 def _row(row: object, table: Path) -> tuple[str, str]:

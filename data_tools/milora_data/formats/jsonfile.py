@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ijson
 
-from milora_data.pictures.files import SUFFIXES
 from milora_vl.base.atomic_write import atomic_file
 from milora_vl.base.errors import DataError
 from milora_vl.cli.command_line import beside, command_line
@@ -194,19 +193,14 @@ def missing_file(path: Path) -> DataError:
     problem = url_problem(path)
     if problem is not None:
         return DataError(problems=[problem])
-    hints = []
+    code, message, hints = "data-missing-file", "no such file", [beside(path)]
     if path.is_dir():
-        folder, code, message = path, "data-folder", "this is a folder; expected a JSON or JSONL file"
-        for kind in (".parquet", ".tar"):
-            hints += [f"name its files: '{path}/*{kind}'"] if any(path.glob(f"*{kind}")) else []
-        if any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
-            call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
-            hints.append(f"convert its pictures and captions to records: {call}")
-    else:
-        folder, code, message = path.parent, "data-missing-file", "no such file"
-    names = sorted(p.name for p in folder.glob("*.json*"))[:5] if folder.is_dir() else []
-    hints += [f"in {folder}: {', '.join(names)}"] if names else []
-    hints = hints or [beside(path)]
+        call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
+        code, message = "data-folder", "this is a folder; expected a JSON or JSONL file"
+        hints = [f"name shards by a pattern: '{path}/*.parquet'; convert pictures with captions: {call}"]
+    folder = path if path.is_dir() else path.parent
+    if names := sorted(file.name for file in folder.glob("*.json*"))[:5]:
+        hints = [f"in {folder}: {', '.join(names)}"]
     return DataError(message, code=code, where=str(path), hint="\n".join(hints))
 
 

@@ -1,4 +1,4 @@
-"""Convert RefCOCO, COCO captions, ShareGPT, tables and instructions of text alone to LLaVA records.
+"""Convert RefCOCO, COCO captions, tables and instructions of text alone to LLaVA records.
 
 Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), or of
 MetaMathQA; `system` and `history` are those of LLaMA-Factory's form of Alpaca.
@@ -7,13 +7,11 @@ MetaMathQA; `system` and `history` are those of LLaMA-Factory's form of Alpaca.
 from __future__ import annotations
 
 import pickle
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.jsonfile import missing_file, read_json, read_objects, read_rows
+from milora_data.formats.jsonfile import missing_file, read_json, read_rows
 from milora_data.formats.vqa_files import Options, Records, record
 from milora_data.pictures.embedded import stored_pictures
 from milora_data.pictures.files import on_padded_square
@@ -31,7 +29,6 @@ COLUMNS = {
     "system": ("system", "system_prompt"),
 }
 FIELDS = (("instruction", "output"), ("query", "response"))
-_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "chatgpt": "gpt", "bing": "gpt", "bard": "gpt"}
 
 
 def coco_captions(sources: Sequence[Path], options: Options) -> Records:
@@ -97,26 +94,6 @@ def refcoco(sources: Sequence[Path], options: Options) -> Records:
         name = options.image(ref["image_id"], image["file_name"].replace("{", "{{").replace("}", "}}"))
         questions = dict.fromkeys(WHERE_IS.format(sentence["sent"]) for sentence in ref["sentences"])
         yield record(ref["ref_id"], name, [(question, box) for question in questions])
-
-
-def sharegpt(sources: Sequence[Path], options: Options) -> Records:
-    """ShareGPT: conversations between human and gpt; each is kept up to the first turn that does not alternate."""
-    short = 0
-    for path in sources:
-        for number, (place, value) in enumerate(read_objects(path), start=1):
-            turns = value.get("conversations", value.get("items")) if isinstance(value, dict) else None
-            if not isinstance(value, dict) or not isinstance(turns, list):
-                raise DataError(
-                    'expected an object with "conversations", a list',
-                    code="record-no-conversations",
-                    where=f"{path}:{place}",
-                )
-            kept = _alternating(turns)
-            short += len(kept) < len(turns)
-            if len(kept) >= 2:
-                yield {"id": str(value.get("id", number)), "conversations": kept}
-    if short:
-        sys.stderr.write(f"shortened or left out: {short:,} conversations whose turns do not alternate\n")
 
 
 def table(sources: Sequence[Path], options: Options) -> Records:
@@ -210,16 +187,3 @@ def _exchange(fields: Mapping[str, Any], place: str) -> tuple[str, str]:
         code="table-missing-columns",
         where=place,
     )
-
-
-def _alternating(turns: Sequence[Any]) -> list[dict[str, str]]:
-    kept: list[dict[str, str]] = []
-    for turn in turns:
-        role = _SPEAKERS.get(str(turn.get("from", turn.get("role")))) if isinstance(turn, dict) else None
-        text = turn.get("value", turn.get("content", turn.get("text"))) if isinstance(turn, dict) else None
-        if not kept and role == "gpt":
-            continue
-        if role != ("gpt" if len(kept) % 2 else "human") or not isinstance(text, str):
-            break
-        kept.append({"from": role, "value": re.sub(re.escape(IMAGE), "", text)})
-    return kept[: len(kept) - len(kept) % 2]
