@@ -243,9 +243,9 @@ def test_sources_are_mixed_by_weight_from_a_yaml(tiny_data: Path, tmp_path: Path
     assert all((tmp_path / name).is_file() for record in records for name in record.images)
     assert len(list(mixed_records([Source(str(tiny_data / "many.jsonl"), 0)]))) == 0
     for text, code in {
-        "sources: []": "mixture-format",
+        "sources: []": "mixture-value",
         "sources: [{path: a, wieght: 2}]": "mixture-unknown-key",
-        "sources: [{path: a, weight: -1}]": "mixture-weight",
+        "sources: [{path: a, weight: -1}]": "mixture-value",
         "sources: [": "yaml-syntax",
     }.items():
         (tiny_data / "bad.yaml").write_text(text)

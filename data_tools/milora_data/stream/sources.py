@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
 
 from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.formats.stored import is_saved, stored_records
 from milora_data.pictures.files import PlacedPicture, StoredPicture, WebPicture, leads_outside
 from milora_data.records.record import Record, parse_record, with_names
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.base.errors import DataError
+from milora_vl.base.strict_models import Strict, problems_of
 from milora_vl.base.yaml_text import YamlTextError, parse_yaml
 from milora_vl.cli.command_line import beside
 from milora_vl.cli.web import url_problem, web_address
-
-_KEYS = ("path", "weight", "image_folder")
-_MOST_COPIES = 10_000  # of each record, by the weight of its source
 
 
 def load_records(path: str | Path) -> Iterator[Record]:
@@ -53,6 +53,22 @@ class Source:
     image_folder: str | None = None
 
 
+class _Entry(Strict):
+    path: str
+    weight: float = Field(default=1.0, ge=0, le=10_000)  # copies of each record
+    image_folder: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class _Mixture(Strict):
+    sources: list[_Entry] = Field(min_length=1, examples=["[{path: ..., weight: ..., image_folder: ...}]"])
+    seed: int = 0
+
+
 def read_sources(path: Path) -> tuple[list[Source], int]:
     """Return the sources and the seed of a YAML file: `sources: [{path, weight, image_folder}]`, `seed`.
 
@@ -71,15 +87,21 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     except YamlTextError as error:
         line = f":{error.line}" if error.line else ""
         raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=f"{path}{line}") from None
-    seed = content.get("seed", 0) if isinstance(content, Mapping) else 0
-    entries = content.get("sources") if isinstance(content, Mapping) else content
-    if not isinstance(entries, list) or not entries or not isinstance(seed, int):
-        raise DataError(
-            "expected `sources:`, a list of {path: ..., weight: ..., image_folder: ...}",
-            code="mixture-format",
-            where=str(path),
-        )
-    return [_source(entry, path.parent, f"{path}: source {number}") for number, entry in enumerate(entries, 1)], seed
+    try:
+        mixture = _Mixture.model_validate({"sources": content} if isinstance(content, list) else content)
+    except ValidationError as error:
+        problems = [
+            replace(one, where=": ".join(filter(None, (str(path), str(one.where)))))
+            for one in problems_of(error, _Mixture, "mixture")
+        ]
+        raise DataError(problems=problems) from None
+    return [_placed(entry, path.parent) for entry in mixture.sources], mixture.seed
+
+
+def _placed(entry: _Entry, folder: Path) -> Source:
+    """Return a source whose paths are no longer relative to the folder of its mixture."""
+    path = entry.path if entry.path.startswith("hub:") else str(folder / entry.path)
+    return Source(path, entry.weight, None if entry.image_folder is None else str(folder / entry.image_folder))
 
 
 def mixed_records(
@@ -122,29 +144,3 @@ def from_web(record: Record) -> Record:
     if not any(map(web_address, record.files)):
         return record
     return with_names(record, lambda name: WebPicture(name) if web_address(name) else name)
-
-
-def _source(entry: Any, folder: Path, place: str) -> Source:
-    if isinstance(entry, str):
-        entry = {"path": entry}
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-        raise DataError(
-            f"expected {{path: ..., weight: ..., image_folder: ...}}, got {entry!r}", code="mixture-format", where=place
-        )
-    unknown = [key for key in entry if key not in _KEYS]
-    if unknown:
-        raise UserError(
-            f"unknown key {unknown[0]!r}; known: {', '.join(_KEYS)}", code="mixture-unknown-key", where=place
-        )
-    weight = entry.get("weight", 1)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MOST_COPIES:
-        message = f"weight must be a number from 0 to {_MOST_COPIES:,}, got {weight!r:.80}"
-        raise DataError(message, code="mixture-weight", where=place)
-    path, images = entry["path"], entry.get("image_folder")
-    if images is not None and not isinstance(images, str):
-        raise DataError(f"image_folder must be a path, got {images!r:.80}", code="mixture-format", where=place)
-    return Source(
-        path if path.startswith("hub:") else str(folder / path),
-        float(weight),
-        None if images is None else str(folder / images),
-    )
