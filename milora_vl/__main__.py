@@ -18,7 +18,7 @@ MENU = Menu(
         "train": {
             "train": ("milora_vl.train", "fine-tune a model with MiLoRA, LoRA and others, by flags or a recipe"),
             "compose": ("milora_vl.compose", "compose a LLaVA from a vision tower and a language model"),
-            "report": ("milora_vl.report", "regenerate the report of a run folder"),
+            "report": ("milora_vl.report.__main__", "regenerate the report of a run folder"),
             "sweep": ("milora_vl.sweep.__main__", "compare methods over learning rates, ranks and seeds"),
         },
         "use": {
@@ -33,7 +33,10 @@ MENU = Menu(
                 "milora_vl.forgetting.__main__",
                 "measure what a tuned model has forgotten, on text and pictures",
             ),
-            "analyze": ("milora_vl.analyze", "show spectra of a model, and what a training changed in its weights"),
+            "analyze": (
+                "milora_vl.analyze.__main__",
+                "show spectra of a model, and what a training changed in its weights",
+            ),
         },
         "integrations": {
             "llava": ("milora_vl.integrations.llava", "run LLaVA's own train.py with MiLoRA as its LoRA"),

@@ -1,7 +1,103 @@
-"""`python -m milora_vl.analyze`."""
+"""`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training changed in its weights.
 
-from milora_vl.analyze.command import main
-from milora_vl.cli.command_line import run
+Only one layer is in memory at a time. An interrupted analysis resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from milora_vl.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
+from milora_vl.base.errors import UserError
+from milora_vl.cli.command_line import next_step, positive, run
+from milora_vl.cli.flags import Command, option, shared
+from milora_vl.cli.table import Table, show
+from milora_vl.report.page import regenerate_report
+
+COMMAND = Command(
+    "milora_vl.analyze",
+    "Analyse the weights of a model, or what a training changed in them.",
+    """\
+model:         spectrum of each layer, the share of its energy in the minor part, effective rank (exp of the
+               entropy of sigma / sum sigma), stable rank, decay exponent, condition number
+training:      ||dW||, amplification factor, subspace similarity with W's top, bottom and random vectors
+               (arXiv:2406.09044), intruder dimensions (arXiv:2410.21228), distance of A and B from their start.
+               A lower amplification factor alone does not show that more was preserved.
+
+examples:
+  python -m milora_vl.analyze llava-1.5-7b --output_dir spectra --device cuda
+  python -m milora_vl.analyze runs/demo                                  # an adapter; files go to runs/demo/analysis
+  python -m milora_vl.analyze runs/full --base smol-llava --modules '*layers.1*'
+""",
+    inputs=(
+        option("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder"),
+        shared("base", about="base model; required for a full model (default: the one the adapter names)"),
+        option("--modules", metavar="GLOB", help="only layers whose path matches"),
+    ),
+    settings=(
+        option(
+            "--rank",
+            type=positive,
+            default=128,
+            help="rank of the minor part for modules without an adapter (default: %(default)s)",
+        ),
+        shared("device"),
+        shared("allow_base_mismatch"),
+    ),
+    outputs=(
+        shared("output_dir", about="output folder (default for a training: analysis/ in its folder)"),
+        shared("format"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
+    options = COMMAND.parse(argv)
+    from milora_vl.analyze import job, page
+
+    subject = Path(options.subject)
+    base = ("--base", options.base) if options.base else ()
+    newest = newest_of_unfinished(subject, "milora_vl.analyze", *base)
+    if newest:
+        raise UserError("contains no finished training", code="adapter-missing", where=str(subject), hint=newest)
+    is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
+    folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
+    if folder is None:
+        raise UserError(
+            f"{options.subject} is not the folder of a training: name a folder for the analysis",
+            code="flag-required",
+            where="--output_dir",
+            hint="for example:  --output_dir analysis",
+        )
+    todo = job.plan(
+        options.subject, options.base, rank=options.rank, device=options.device, modules=options.modules,
+        allow_base_mismatch=options.allow_base_mismatch,
+    )  # fmt: skip
+    rows = job.rows_of(todo, folder)
+    summary = page.write(folder, todo.kind, todo.name, todo.base, rows)
+    if options.format == "json":
+        layers = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
+        sys.stdout.write(json.dumps(summary | {"rows": layers}, ensure_ascii=False) + "\n")
+    else:
+        header, *rows = zip(
+            summary["table"]["header"], *summary["table"]["rows"], strict=True
+        )  # few parts, many measures
+        show(Table(header, tuple(rows), summary["table"]["caption"]), options.format)
+    sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
+    regenerate_report(folder.parent)
+    if is_trained:
+        adapter = ("--model", todo.base, "--adapter", subject)
+        next_step(
+            "milora_vl.forgetting", *(adapter if holds_adapter(subject) else ("--model", subject, "--base", todo.base))
+        )
+    else:
+        next_step("milora_vl.train", "--model", options.subject, "--dry-run")
+    return 0
+
 
 if __name__ == "__main__":
     run(main)

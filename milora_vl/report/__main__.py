@@ -1,7 +1,45 @@
-"""`python -m milora_vl.report`."""
+"""`python -m milora_vl.report RUN`: write the report of a run from the files in its folder, as one page.
 
+The page contains all pictures and plots; it loads no other file and runs no script. plots/ gets each plot.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from milora_vl.base.errors import expected_format
 from milora_vl.cli.command_line import run
-from milora_vl.report.command import main
+from milora_vl.cli.flags import Command, option, shared
+from milora_vl.report import run_page, wording
+from milora_vl.report.page import write_page
+from milora_vl.report.repeat import commands
+
+COMMAND = Command(
+    "milora_vl.report",
+    "Write report.html into a run folder from the files in it. It names the command of a missing evaluation.",
+    "examples:\n  python -m milora_vl.report runs/demo\n",
+    inputs=(option("run", type=Path, metavar="RUN", help="output_dir of a training"),),
+    outputs=(shared("format"),),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code. Raises UserError if the folder is not a run."""
+    chosen = COMMAND.parse(argv)
+    message = "a file does not have the format that a training writes"
+    with expected_format(message, code="run-folder-damaged", where=str(chosen.run), hint=run_page.RESTORE):
+        content = run_page.read_run(chosen.run)
+        page, summary = write_page(content), wording.summary(content)
+    sys.stderr.write(summary + "\n")
+    as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
+    sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")
+    is_evaluated, typed = any(comparison.after for comparison in content.comparisons), commands(content)
+    sys.stderr.write(f"next: {typed.chat if is_evaluated else typed.evaluate}\n")
+    return 0
+
 
 if __name__ == "__main__":
     run(main)

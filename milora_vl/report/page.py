@@ -80,7 +80,6 @@ def _content(content: Run) -> dict[str, Any]:
         "protection": tables.protection_table(content),
         "spectrum_words": wording.spectrum_words(content),
         "layers": [wording.layer_words(layer) for layer in content.layers],
-        "layer_table": tables.layer_table(content),
         "commands": typed,
         "versions": parts.versions(content),
         "steps": steps(typed),

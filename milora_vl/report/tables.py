@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,21 +10,6 @@ from milora_vl.cli.table import Table
 from milora_vl.policy.methods import METHODS, label_of
 from milora_vl.report.run_page import Comparison, Json, Run, Score
 from milora_vl.report.wording import amount, forgetting_rows, gain, number, percent
-
-# Columns of the layer table: heading -> function from an entry of `layers` in policy.json to the cell.
-_LAYER_COLUMNS: dict[str, Callable[[Json], str]] = {
-    "layer": lambda layer: str(layer["path"]),
-    "size": lambda layer: _cell(layer.get("shape")),
-    "method": lambda layer: label_of(_cell(layer.get("method"))),
-    "rank": lambda layer: _cell(layer.get("rank")),
-    "σ trained": lambda layer: _span([layer[key] for key in ("sigma_min", "sigma_max") if layer.get(key) is not None]),
-    "σ largest": lambda layer: _cell(layer.get("sigma_top")),
-    "share of ‖W‖²": lambda layer: "–" if layer.get("energy") is None else percent(layer["energy"]),
-    "excess": lambda layer: _cell(layer.get("excess")),
-    "step-0 drift": lambda layer: _cell(layer.get("drift")),
-    "SVD": lambda layer: _cell(layer.get("svd")),
-    "seconds": lambda layer: _cell(layer.get("seconds")),
-}
 
 
 def forgetting_table(forgetting: Json) -> Table:
@@ -94,14 +79,6 @@ def protection_table(run: Run) -> Table:
 
 def _mean_and_span(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.1f} % ({_span(values)})" if values else "–"
-
-
-def layer_table(run: Run) -> Table:
-    """Return a table with one row per layer and the measurements from its initialization."""
-    layers: Sequence[Json] = run.policy.get("layers", ())
-    return Table(
-        tuple(_LAYER_COLUMNS), tuple(tuple(cell(layer) for cell in _LAYER_COLUMNS.values()) for layer in layers)
-    )
 
 
 def score_tables(comparison: Comparison) -> list[Table]:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from milora_vl import Policy, apply_milora, load_model, merge
-from milora_vl.analyze.command import main
+from milora_vl.analyze.__main__ import main
 from milora_vl.analyze.job import plan, rows_of
 from milora_vl.analyze.page import lede
 from milora_vl.analyze.weights import Weights, open_weights

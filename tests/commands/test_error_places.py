@@ -14,7 +14,7 @@ from milora_vl.base.errors import UserError
 from milora_vl.chat.command import main as chat
 from milora_vl.compose.command import main as compose
 from milora_vl.forgetting.__main__ import main as forgetting
-from milora_vl.report.command import main as report
+from milora_vl.report.__main__ import main as report
 from milora_vl.sweep.__main__ import main as sweep
 from milora_vl.train import main as train
 from support.problems import raises_code

@@ -14,7 +14,7 @@ from PIL import Image
 from milora_data.__main__ import main as data
 from milora_data.pictures.thumbnails import fitting, small
 from milora_eval.__main__ import main as evaluation
-from milora_vl import analyze
+from milora_vl.analyze import __main__ as analyze
 from milora_vl.cli import page as render
 from milora_vl.recipe.schema import Recipe
 from milora_vl.report.page import write_report

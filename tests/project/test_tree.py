@@ -27,7 +27,7 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "eval/milora_eval/commands/scales.py": (1, QUICK_HELP),
     "eval/milora_eval/lm_eval.py": (2, QUICK_HELP),
     "eval/milora_eval/vlmevalkit.py": (2, "tables are read and written without torch"),
-    "milora_vl/analyze/command.py": (1, QUICK_HELP),
+    "milora_vl/analyze/__main__.py": (1, QUICK_HELP),
     "milora_vl/chat/command.py": (1, QUICK_HELP),
     "milora_vl/compose/command.py": (1, QUICK_HELP),
     "milora_vl/export/command.py": (1, QUICK_HELP),
