@@ -13,6 +13,7 @@ import pytest
 from milora_eval import stats
 from milora_eval.__main__ import main
 from milora_eval.answers.store import Store, to_line
+from milora_eval.benchmark import MissingData
 from milora_eval.scores.compare import compare
 from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import SUITES, find_benchmark, folder_of
@@ -70,8 +71,9 @@ def test_a_suite_says_of_all_benchmarks_whose_files_are_missing(data: Path, tmp_
     (tmp_path / "data" / "gqa" / "testdev_balanced_questions.json").unlink()
     (tmp_path / "data" / "vizwiz" / "val.json").unlink()
     flags = ["--suite", "llava-paper", "--data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
-    with raises_code("eval-missing-files", where="benchmark gqa", hint="the files of vizwiz are missing too"):
+    with pytest.raises(MissingData) as caught:
         main(["run", "--model", "tiny", *flags])
+    assert [problem.where for problem in caught.value.problems] == ["benchmark gqa", "benchmark vizwiz"]
 
 
 @pytest.mark.parametrize("form", ["human", "markdown", "latex", "json"])

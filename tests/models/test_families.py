@@ -18,8 +18,7 @@ from milora_vl.policy.towers import find_towers
 from milora_vl.train.command import main as train
 from milora_vl.weights.matrices import is_linear
 from support.adapter_cases import anchors, move
-from support.family_cases import batch, build
-from support.family_configs import FAMILIES, TEXT_ONLY
+from support.family_configs import FAMILIES, TEXT_ONLY, batch, build
 from support.programs import run as run_program
 from support.versions import CALLS_BY_KEYWORD, needs_places
 

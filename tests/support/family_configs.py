@@ -1,10 +1,63 @@
-"""The smallest config of every model family that transformers can build, and what its forward takes."""
+"""The smallest config of every model family that transformers can build, its tiny random model, and one batch."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
-from support.family_shapes import CLIP, IMAGE, QWEN_VISION, SIGLIP, Family, grid
+import torch
+from torch import Tensor, nn
+
+VOCABULARY, IMAGE = 64, 60
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 12,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2}
+CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build one family. `tokens`: image tokens of its one picture; `pixels`: the picture's shape, None for none.
+
+    `language`: what the paths of the language layers start with; `projector`: what those of the projector hold.
+    """
+
+    model_type: str
+    tokens: int
+    text: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    pixels: tuple[int, ...] | None = (1, 3, 16, 16)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    language: str = "model.language_model.layers."
+    projector: str = "multi_modal_projector"
+
+
+def grid(pixels: int) -> dict[str, Any]:
+    """Return the fields of a family whose picture comes as four patches of so many numbers."""
+    kinds = [[int(position == 2) for position in range(20)]]
+    return {"pixels": (4, pixels), "inputs": {"image_grid_thw": [[1, 2, 2]], "mm_token_type_ids": kinds}}
+
 
 LLAVA = {"image_token_index": IMAGE}
 PREFIX = {"token_type_ids": [[0] * 20]}  # transformers 5.6 asks for them when such a model trains
@@ -297,3 +350,41 @@ TEXT_ONLY: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 2},
     "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
 }
+
+
+def build(name: str) -> nn.Module:
+    """Return the tiny random model of a family, in eval mode; equal for equal names."""
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        VideoLlavaForConditionalGeneration,
+    )
+
+    torch.manual_seed(0)
+    if name in TEXT_ONLY:
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**TEXT, **TEXT_ONLY[name]})).eval()
+    family = FAMILIES[name]
+    config = AutoConfig.for_model(
+        family.model_type,
+        text_config={**TEXT, **family.text},
+        vision_config={**VISION, **(family.vision or {})},
+        tie_word_embeddings=False,
+        **family.config,
+    )
+    if name == "video_llava":  # transformers 4 has no auto class for it
+        return VideoLlavaForConditionalGeneration(config).float().eval()
+    return AutoModelForImageTextToText.from_config(config).float().eval()
+
+
+def batch(name: str) -> dict[str, Tensor]:
+    """Return one row: text, and a picture where the family's forward takes one without a processor."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, 50, (1, 20), generator=generator)
+    inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    family = FAMILIES.get(name)
+    if family is None or family.pixels is None:
+        return inputs
+    ids[0, 2 : 2 + family.tokens] = IMAGE
+    inputs["pixel_values"] = torch.randn(family.pixels, generator=generator)
+    return inputs | {key: torch.tensor(value) for key, value in family.inputs.items()}

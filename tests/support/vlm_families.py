@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
-from support.family_configs import FAMILIES
-from support.family_shapes import TEXT, VISION
+from support.family_configs import FAMILIES, TEXT, VISION
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 QWEN_PICTURES = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")

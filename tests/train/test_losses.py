@@ -12,9 +12,8 @@ from torch import nn
 from milora_vl.adapter.apply import apply_milora
 from milora_vl.models import losses
 from milora_vl.models.losses import add_chunked_loss, inner_model, summed_loss
-from support.family_cases import batch as family_batch
-from support.family_cases import build
-from support.family_configs import FAMILIES, TEXT_ONLY
+from support.family_configs import FAMILIES, TEXT_ONLY, build
+from support.family_configs import batch as family_batch
 
 
 def batch() -> dict[str, torch.Tensor]:

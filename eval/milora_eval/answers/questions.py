@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,12 +69,12 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     """
     _check_names(benchmarks)
     result: Items = {}
-    missing: dict[str, MissingData] = {}
+    missing: list[MissingData] = []
     for benchmark in benchmarks:
         try:
             items = select(load_items(benchmark, folder_of(benchmark, data_dir)), limit)
         except MissingData as error:
-            missing[benchmark.name] = error
+            missing.append(error)
             continue
         if not items:
             raise UserError(
@@ -87,14 +87,7 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
         _check_pictures(benchmark, items)
         result[benchmark.name] = items
     if missing:
-        first, *others = missing
-        problem, *further = missing[first].problems
-        hint = [problem.hint]
-        if others:
-            hint += [f"the files of {', '.join(others)} are missing too: python -m milora_eval ls --data {data_dir}"]
-        if available := ",".join(benchmark.name for benchmark in benchmarks if benchmark.name not in missing):
-            hint += [f"without them: --benchmarks {available}"]
-        raise MissingData(problems=[replace(problem, hint="\n".join(filter(None, hint))), *further])
+        raise MissingData(problems=[problem for error in missing for problem in error.problems])
     return result
 
 
