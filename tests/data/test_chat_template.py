@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -125,21 +124,6 @@ def test_ids_with_pictures_are_those_of_the_processor(tmp_path: Path) -> None:
     assert prompt == list(asked["input_ids"][0])
     exact = Prompt((Turn("user", "<image>\nWhat?"),), ("0.png",), form="exact")
     assert prompt_ids(exact, tokenizer, "chat_template", **settings) == prompt
-
-
-def test_the_default_model_sees_pictures_in_its_own_template(tiny_data: Path) -> None:
-    """Composing gave it the chat template of vicuna_v1, so both templates must give the same ids."""
-    from milora_data.encode.templates import render_chat_template
-
-    processor = load_processor("tiny")
-    tokenizer = with_template(processor.tokenizer, render_chat_template("vicuna_v1", processor.tokenizer))
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    for value in json.loads((tiny_data / "train.json").read_text()):
-        made = [
-            encode(value, tokenizer, template=name, image_token_id=image, image_tokens=16)
-            for name in ("vicuna_v1", "chat_template")
-        ]
-        assert made[0] == made[1]
 
 
 def test_answers_of_another_chat_template_are_not_taken_for_the_same(tmp_path: Path) -> None:

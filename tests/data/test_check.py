@@ -112,15 +112,6 @@ def test_a_broken_line_of_jsonl_does_not_hide_the_next_one(tiny_data: Path, caps
     assert f"{path}:4: broken JSON: expecting ','" in out
 
 
-def test_a_broken_list_is_an_error_with_a_caret(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tiny_data / "a.json"
-    path.write_text(f'[\n{json.dumps(GOOD)},\n{{"id": 1 "x": 2}}\n]')
-    assert main(["check", str(path)]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    at = next(i for i, line in enumerate(lines) if f"{path}:3: broken JSON: expecting ','" in line)
-    assert lines[at + 1][lines[at + 2].index("^")] == '"'
-
-
 def test_fix_writes_the_usable_records_repaired(
     write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,12 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.labels import IGNORE, encode
 from milora_data.pictures.files import ImageError
-from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
 from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
@@ -198,27 +196,3 @@ def test_the_picture_token_is_the_tokenizers_own_unless_given(
     assert make(image_token_id=None).image_token_id == image_id(processor)
     with raises_code("tokenizer-no-image-token", message="no <image> token", hint="image_token_id"):
         ImageTextCollator(llama_tokenizer("new"), processor.image_processor)
-
-
-def test_the_stock_trainer_takes_it(
-    make: Callable[..., Any], model_and_processor: tuple[Any, Any], tiny_data: Path, tmp_path: Path
-) -> None:
-    model, _ = model_and_processor
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=4,
-        per_device_train_batch_size=3,
-        dataloader_num_workers=2,
-        remove_unused_columns=False,
-        report_to="none",
-        logging_steps=1,
-        disable_tqdm=True,
-        learning_rate=1e-2,
-        use_cpu=True,
-    )
-    records = list(load_records(tiny_data / "train.json"))
-    trainer = Trainer(model, arguments, train_dataset=records, data_collator=make())  # type: ignore[arg-type]
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 4
-    assert losses[-1] < losses[0]

@@ -137,24 +137,6 @@ def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "data.json").exists()
 
 
-def test_instructions_have_other_names_and_inputs_too(tmp_path: Path) -> None:
-    rows = [
-        {"query": "1+1?", "response": "2\nThe answer is: 2", "type": "GSM", "original_question": "1+1?"},
-        {"instruction": "Translate.", "input": "Hund", "output": "dog", "id": "mine"},
-    ]
-    first, second = convert("alpaca", {"i.json": rows}, tmp_path)
-    assert [turn["value"] for turn in first["conversations"]] == ["1+1?", "2\nThe answer is: 2"]
-    assert [turn["value"] for turn in second["conversations"]] == ["Translate.\nHund", "dog"]
-    assert second["id"] == "mine"
-    (tmp_path / "n.json").write_text('[{"instruction": "a", "output": 3}]')
-    with raises_code(
-        "table-missing-columns",
-        says=r"n.json:record 1: expected .*instruction and output or query and response; it has",
-        kind=DataError,
-    ):
-        main(["convert", "--from", "alpaca", str(tmp_path / "n.json"), "--output_dir", str(tmp_path / "x")])
-
-
 def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) -> None:
     """finetune.py: `train_test_split(test_size=val_set_size, shuffle=True, seed=42)` of `datasets`."""
     import datasets
@@ -216,16 +198,6 @@ def test_tables_have_columns_of_many_names(tmp_path: Path) -> None:
         "table-missing-columns", says=r"b.csv:2: no question with an answer(.|\n)*columns: x, y", kind=DataError
     ):
         main(["convert", "--from", "csv", str(tmp_path / "b.csv"), "--output_dir", str(tmp_path / "out2")])
-
-
-def test_messages_are_read_where_records_are(tmp_path: Path) -> None:
-    value = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
-    (tmp_path / "m.jsonl").write_text(json.dumps(value) + "\n")
-    (record,) = load_records(tmp_path / "m.jsonl")
-    assert [turn.text for turn in record.turns] == ["Hi", "Ho"]
-    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [{"role": "cat", "content": "Miau"}]}))
-    with raises_code("record-unknown-role", where="m.jsonl:1", message="message 1: unknown role 'cat'", kind=DataError):
-        list(load_records(tmp_path / "m.jsonl"))
 
 
 def test_sources_are_mixed_by_weight_from_a_yaml(tiny_data: Path, tmp_path: Path) -> None:

@@ -106,15 +106,6 @@ def test_what_is_learnt_is_the_answers_and_nothing_else(turns: list[tuple[str, s
         assert tokenizer.decode(made.input_ids) == ("<s>" if tokenizer is TINY else "") + text
 
 
-def test_bos_stands_only_where_the_tokenizer_adds_one() -> None:
-    assert encode(record("a", "b"), llama_tokenizer("new"), image_token_id=IMG).input_ids[0] == 1
-    tokenizer = byte_bpe()
-    assert tokenizer.bos_token_id is not None
-    made = encode(record("a", "b"), tokenizer, image_token_id=IMG)
-    assert tokenizer.bos_token_id not in made.input_ids
-    assert made.labels[-1] == made.input_ids[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
-
-
 def test_each_picture_gets_its_own_number_of_tokens() -> None:
     tokenizer = llama_tokenizer("new")
     value = record("First <image> and second <image>?", "Both.", images=2)
@@ -127,11 +118,6 @@ def test_each_picture_gets_its_own_number_of_tokens() -> None:
         encode(value, tokenizer, image_token_id=IMG, image_tokens=[1, 1, 1])
 
 
-def test_pictures_that_llava_would_make_one_are_one_where_the_record_has_one() -> None:
-    made = encode(record("<image>\n<image>\nWhat?", "It.", images=1), llama_tokenizer("new"), image_token_id=IMG)
-    assert made.num_images == 1
-
-
 @pytest.mark.parametrize(("text", "images"), [("no placeholder", 1), ("<image> here", 0), ("<image><image>", 3)])
 def test_a_picture_too_many_or_too_few_is_named_with_file_and_line(text: str, images: int) -> None:
     value = parse_record(record(text, "Yes.", images=images), source="train.json:17")
@@ -142,15 +128,6 @@ def test_a_picture_too_many_or_too_few_is_named_with_file_and_line(text: str, im
     ) as error:
         encode(value, llama_tokenizer("new"), image_token_id=IMG)
     assert (error.value.first.code, error.value.first.where) == ("record-image-count", "train.json:17")
-
-
-def test_turns_out_of_order_are_named_with_file_and_line() -> None:
-    value = {"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}
-    with raises_code(
-        "record-turn-order", says=r"^x\.json:3: turn 2 is from user, expected assistant", kind=DataError
-    ) as error:
-        encode(parse_record(value, source="x.json:3"), llama_tokenizer("new"), image_token_id=IMG)
-    assert (error.value.first.code, error.value.first.where) == ("record-turn-order", "x.json:3")
 
 
 def test_cutting_keeps_a_prefix_and_never_a_part_of_a_picture() -> None:

@@ -51,11 +51,6 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
     assert np.abs(np.asarray(load_image(tmp_path / "a.png"))[..., 0].ravel() - np.arange(256.0)).max() <= 1
 
 
-def test_cmyk_jpeg_keeps_its_colours(two_colours: Image.Image, tmp_path: Path) -> None:
-    two_colours.convert("CMYK").save(tmp_path / "a.jpg", quality=95)
-    assert near(load_image(tmp_path / "a.jpg").getpixel((2, 4)), RED)
-
-
 def test_alpha_is_dropped_as_llava_does(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (*RED, 10)).save(tmp_path / "a.png")
     assert load_image(tmp_path / "a.png").getpixel((1, 1)) == RED

@@ -87,9 +87,3 @@ def test_tulu_learns_each_answer_and_its_end() -> None:
     text = "<|system|>\nS\n<|user|>\na\n<|assistant|>\nb</s>\n<|user|>\nc\n<|assistant|>\nd</s>"
     assert "".join(segment.text for segment in segments) == text
     assert [segment.text for segment in segments if segment.supervised] == ["b</s>", "d</s>"]
-
-
-def test_a_question_alone_teaches_nothing_where_the_prompt_is_learnt_too() -> None:
-    segments = render([Turn("user", QUESTION)], TEMPLATES["llm_adapters"], "</s>", prompt=True)
-    assert not any(segment.supervised for segment in segments)
-    assert "".join(segment.text for segment in segments) == TEXTS["llm_adapters"].removesuffix(f"{ANSWER}</s>")

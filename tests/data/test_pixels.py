@@ -84,12 +84,3 @@ def test_drafts_are_near_and_only_of_large_jpegs(tmp_path: Path) -> None:
     assert load_image(tmp_path / "large.jpg", shortest=168).size == (300, 200)
     difference = draft([draft.read(tmp_path / "large.jpg")]) - exact([exact.read(tmp_path / "large.jpg")])
     assert 0 < difference.abs().mean() * 0.27 < 1 / 255
-
-
-@pytest.mark.parametrize("processor", [CLIPImageProcessor, CLIPImageProcessorPil])
-def test_a_narrow_picture_among_others_changes_none_of_them(processor: Any) -> None:
-    make = PixelMaker(processor(**SIZE), aspect_ratio="plain")
-    pictures = [make.prepare(noise(size)) for size in ((40, 30), (2, 1), (3, 3), (50, 60))]
-    alone = torch.cat([make([picture]) for picture in pictures])
-    assert torch.equal(make(pictures), alone)
-    assert torch.equal(make(pictures[::-1]), alone.flip(0))

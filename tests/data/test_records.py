@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.records.record import Record, Turn, parse_record
@@ -85,13 +83,6 @@ def test_broken_json_is_shown_with_line_and_caret(tmp_path: Path, name: str) -> 
         assert excerpt[caret.index("^")] == under
 
 
-@pytest.mark.parametrize("text", ['[\n{"a": 1},\n{"b": [1, 2', '[{"id":1},\n', '[\n{"a": 1}\n', '[{"a": "b'])
-def test_a_list_that_is_cut_off_is_incomplete(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with raises_code("json-syntax", hint="incomplete", kind=DataError):
-        list(read_objects(tmp_path / "a.json"))
-
-
 def test_an_object_over_several_lines_is_neither_a_list_nor_lines(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{\n  "a": 1\n}')
     with raises_code("json-syntax", where="a.json:1", hint="one record per line", kind=DataError):
@@ -152,21 +143,6 @@ def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:
     assert sum(1 for _ in load_records(path)) == 8000
     assert tracemalloc.get_traced_memory()[1] < 15e6
     tracemalloc.stop()
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(values=st.lists(json_values, max_size=6), indent=st.sampled_from([None, 1]))
-def test_a_list_of_anything_is_read_as_json_reads_it(
-    tmp_path_factory: pytest.TempPathFactory, values: list[Any], indent: int | None
-) -> None:
-    path = tmp_path_factory.mktemp("any") / "a.json"
-    path.write_text(json.dumps(values, indent=indent))
-    assert [value for _, value in read_objects(path)] == values
 
 
 @pytest.mark.parametrize("name", ["a.json", "deep/er/a.jsonl"])

@@ -95,15 +95,6 @@ def test_apply_chat_template_makes_our_ids_and_mask(processor: Any) -> None:
     assert checked >= 2
 
 
-def test_rendered_text_given_to_the_processor_makes_our_ids_too(processor: Any) -> None:
-    record = SEVERAL
-    text = processor.apply_chat_template(messages(record))
-    theirs = processor(text=text, images=[Image.new("RGB", (32, 32))] * 3)
-    image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
-    made = encode(record, processor.tokenizer, image_token_id=image_id, image_tokens=16)
-    assert list(theirs["input_ids"][0]) == made.input_ids
-
-
 @pytest.mark.parametrize("kind", ["legacy", "new", "prepend", "byte BPE", "tiny"])
 def test_a_tokenizer_without_processor_gets_its_bos_from_the_template(
     kind: str, tiny_llama: Any, tmp_path: Path
@@ -133,16 +124,6 @@ def test_system_turn_and_first_answer_are_treated_alike(processor: Any) -> None:
 def test_the_chat_template_refuses_turns_out_of_order(processor: Any) -> None:
     with pytest.raises(Exception, match="must alternate"):
         processor.apply_chat_template([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
-
-
-def test_segments_are_the_text_and_say_what_is_learnt() -> None:
-    turns = [Turn("user", "What?"), Turn("assistant", "That."), Turn("user", "Why?"), Turn("assistant", "So.")]
-    segments = render(turns, TEMPLATES["vicuna_v1"], "</s>")
-    system = TEMPLATES["vicuna_v1"].system + " "
-    assert "".join(text for text, _ in segments) == (
-        f"{system}USER: What? ASSISTANT: That.</s>USER: Why? ASSISTANT: So.</s>"
-    )
-    assert [text for text, learnt in segments if learnt] == [" That.</s>", " So.</s>"]
 
 
 @pytest.mark.parametrize(
