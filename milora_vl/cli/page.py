@@ -30,7 +30,6 @@ def _environment(folder: Path) -> Environment:
         loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=_unbroken,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -40,12 +39,3 @@ def write(page: Path, text: str) -> None:
     """Write a page atomically: a reader sees the old page or the new one."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # captions may contain half a surrogate pair
     write_text(page, text, hides_secrets=True)
-
-
-def _unbroken(value: Any) -> Any:
-    """Keep a number and its percent sign on one line; text that is already marked as HTML is not changed."""
-    from markupsafe import Markup
-
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return value.replace(" %", "\N{NO-BREAK SPACE}%")
-    return value

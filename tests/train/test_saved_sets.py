@@ -89,7 +89,7 @@ def test_it_is_a_source_of_a_mixture_and_of_forgetting(saved: Path, tmp_path: Pa
 def test_of_several_splits_one_has_to_be_named(two_splits: Path, tmp_path: Path) -> None:
     for read in (lambda: list(load_records(two_splits)), lambda: data_main(["check", str(two_splits)])):
         with raises_code(
-            "data-several-splits", says=f"2 splits(.|\n)*{two_splits}/train or {two_splits}/test", kind=DataError
+            "data-several-splits", says=f"2 splits(.|\n)*{two_splits}/test or {two_splits}/train", kind=DataError
         ):
             read()
     flags = ["--data_path", str(two_splits), "--image_folder", str(tmp_path), "--rank", "4"]

@@ -18,12 +18,12 @@ from milora_data.check.repair import write_repaired
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
 from milora_data.pictures.embedded import convert_words, described
-from milora_data.pictures.files import SUFFIXES, ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
+from milora_data.pictures.files import ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
 from milora_data.records.record import Record, parse_record
 from milora_data.stream.sources import is_json, load_records, mixed_records, read_sources
 from milora_vl.base.errors import DataError, Problem, UserError, no_records
 from milora_vl.cli import command_line as cli
-from milora_vl.cli.command_line import command_line, count, next_step
+from milora_vl.cli.command_line import count, next_step
 from milora_vl.cli.flags import DATA, Command, option, shared
 from milora_vl.cli.web import url_problem, web_address
 
@@ -63,13 +63,6 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 1 if there are errors."""
     chosen = COMMAND.parse(argv)
-    if chosen.data.is_file() and chosen.data.suffix.lower() in SUFFIXES:
-        raise UserError(
-            "this is a picture; expected a JSON or JSONL file that names it",
-            code="data-picture-file",
-            where=str(chosen.data),
-            hint="name the JSON file of the records; the folder of the pictures is --image_folder",
-        )
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
         raise UserError(
@@ -78,11 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint="nothing was written; name a new file with --fix",
         )
     if chosen.fix is not None and not is_json(chosen.data):
-        call = command_line("milora_data", "convert", "--from", "hub", chosen.data, "--output_dir", "OUT")
-        is_mixture = chosen.data.suffix in (".yaml", ".yml")
-        hint = "repair its sources one by one" if is_mixture else f"convert it first: {call}"
         raise UserError(
-            f"--fix repairs JSON and JSON lines, not {chosen.data}", code="check-fix-unsupported", hint=hint
+            f"--fix repairs JSON and JSON lines, not {chosen.data}",
+            code="check-fix-unsupported",
+            hint="convert shards with milora_data convert --from hub; repair the sources of a mixture one by one",
         )
     report = scan(chosen.data, folder, pictures=chosen.pictures)
     if not report.records and not report.findings:

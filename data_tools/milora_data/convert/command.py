@@ -72,9 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     more |= {"left_out": len(conversion.left_out)} if conversion.left_out else {}
     as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
-    if images.is_mine and images.num_elsewhere:
-        number = amount(images.num_elsewhere, "record")
-        sys.stderr.write(f"{number} with picture files that are not embedded: copy these files to {images.path}\n")
     folder = sources[0] if chosen.kind == "folder" else images.path if images.is_mine else "FOLDER"
     has_pictures = any(record.images for record in load_records(out))
     next_step("milora_data", "check", out, *(["--image_folder", folder] if has_pictures else []))
@@ -202,12 +199,11 @@ def output_exists(path: Path) -> UserError:
 
 
 class PictureFolder:
-    """A folder that is created with the first picture. `num_elsewhere` counts the records that name other files."""
+    """A folder that is created with the first picture."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.is_mine = False  # created by this conversion
-        self.num_elsewhere = 0
         self._used: Counter[str] = Counter()
         self._names: dict[tuple[str, bytes], str] = {}
 
@@ -217,16 +213,12 @@ class PictureFolder:
         Raises `UserError` if the folder exists before the first picture is written.
         """
         for value in records:
-            elsewhere = False
             for key in ("image", "images"):
                 field = value.get(key)
-                for name in field if isinstance(field, list) else [field] if field else []:
-                    elsewhere |= not isinstance(name, StoredPicture)
                 if isinstance(field, list):
                     value[key] = [self._written(name) for name in field]
                 elif field:
                     value[key] = self._written(field)
-            self.num_elsewhere += elsewhere
             yield value
 
     def remove(self) -> None:

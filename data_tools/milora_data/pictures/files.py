@@ -176,14 +176,10 @@ def picture_size(path: str | Path) -> tuple[int, int]:
 
 def picture_suffix(content: bytes) -> str:
     """Return the suffix for the content of a picture file, such as ".png"; ".img" if it is not a picture."""
-    from PIL import Image
-
     try:
         with opened_picture(StoredPicture("", content)) as image:
-            known = [suffix for suffix, formats in SUFFIXES.items() if image.format in formats]
-            others = [suffix for suffix, kind in Image.registered_extensions().items() if kind == image.format]
-            plain = [suffix for suffix in others if suffix == f".{image.format}".lower()]
-            return [*known, *plain, *others, ".img"][0]
+            known = (suffix for suffix, formats in SUFFIXES.items() if image.format in formats)
+            return next(known, f".{image.format}".lower())
     except Exception:  # see _reason
         return ".img"
 
@@ -208,27 +204,12 @@ def content_of(path: str | Path) -> bytes:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB: grey of more than 8 bits is scaled to 8, alpha is dropped as in LLaVA.
-
-    Float values are multiplied by 255 if none is above 1, kept if none is above 255, and otherwise divided by the
-    largest.
-    """
-    if image.mode == "F":
-        scale = _levels(image)
-        image = image.point(lambda value: value * scale).convert("L")
+    """Return a picture of any mode as RGB: grey of more than 8 bits is scaled to 8, alpha is dropped as in LLaVA."""
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.mode == "P":
         image = image.convert("RGBA")  # avoids PIL's warning about palettes with transparency
     return image if image.mode == "RGB" else image.convert("RGB")  # PIL would copy it
-
-
-def _levels(image: Image.Image) -> float:
-    """Return the factor that converts the float values of a picture to grey levels from 0 to 255."""
-    import numpy as np
-
-    largest = float(np.nan_to_num(np.asarray(image), posinf=0.0).max())
-    return 255.0 if largest <= 1 else 1.0 if largest <= 255 else 255 / largest
 
 
 def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
