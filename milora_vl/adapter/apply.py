@@ -51,7 +51,7 @@ def apply_milora(
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
     Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
-    parameters are the differences D = A - A0 and E = B - B0, from zero on (`lora/layers.py`).
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`layers.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
     has the attributes `milora_targets` (one Target per trained module) and `milora_report` (one LayerReport per
     decomposed weight).
