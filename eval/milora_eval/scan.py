@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftModel
+
 from milora_eval.answers.questions import EvaluationPlan, Items
 from milora_eval.answers.target import EvalTarget, named
 from milora_eval.benchmark import Metric
@@ -48,7 +50,7 @@ def scan(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, 
     if not can_recover_base(model):
         with at_flag("--base" if target.base else "--model"):
             base, _ = load_by_flags(target.base or target.model, None, options.dtype, options.device)
-    elif target.adapter is not None:
+    if isinstance(model, PeftModel) and target.adapter is not None:
         require_scalable(model.get_base_model(), target.adapter)
     update = Update(model, None if base is None else base.state_dict())
     points = []

@@ -409,20 +409,6 @@ def _require_factors_alone(model: PeftModel, adapters: Sequence[str]) -> None:
             )
 
 
-@contextmanager
-def anchors_belong(file: str | Path) -> Iterator[None]:
-    """Raise AdapterError for `file` if an anchor in it does not belong to the factors."""
-    try:
-        yield
-    except ValueError as error:
-        raise AdapterError(
-            f"{error}: B0 + E is not B",
-            code="adapter-wrong-anchor",
-            where=str(file),
-            hint="restore the files of one save",
-        ) from error
-
-
 def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[str, Tensor]) -> MiloraMixin:
     """Split an adapter that was loaded as a stock LoRA into differences and anchors, and set each module's dropout.
 
@@ -434,8 +420,11 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
             continue
         layer = lora_layer(ours, target.path)
         if target.has_anchor:
-            with anchors_belong(ANCHORS_FILE):
+            try:
                 install_loaded(layer, adapter, anchors.get(target.path))
+            except ValueError as error:
+                message, hint = f"{error}: B0 + E is not B", "restore the files of one save"
+                raise AdapterError(message, code="adapter-wrong-anchor", where=ANCHORS_FILE, hint=hint) from error
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, replace(sidecar, anchors=()))
     return ours

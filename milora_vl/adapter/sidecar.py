@@ -30,7 +30,6 @@ from milora_vl.weights.torch_files import read_weights
 FILE_NAME = "milora.json"
 ANCHORS_FILE = "milora_anchors.safetensors"
 FORMAT_VERSION = 2
-FORMS = ("anchored", "residual")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +121,6 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 where=str(file),
                 hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
             )
-        if data["form"] not in FORMS:
-            raise KeyError(f"form {data['form']!r}")
         sidecar = _from_modules(data["form"], data["modules"])
         return dataclasses.replace(sidecar, anchors=tuple(data.get("anchors", ())), inputs=data.get("protected_inputs"))
     except AdapterError:

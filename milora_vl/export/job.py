@@ -73,26 +73,20 @@ def export(
 
 
 def _require_weights(sources: Sequence[Source], weights: Sequence[float] | None) -> None:
-    if weights is None and len(sources) > 1:
-        raise UserError(
-            f"{len(sources)} adapters need {len(sources)} weights",
-            code="flag-required",
-            where="--weights",
-            hint=f"add, for the sum of their updates:  --weights {','.join(['1'] * len(sources))}",
-        )
-    if weights is not None and len(sources) != len(weights):
-        raise UserError(
-            f"expected one weight per adapter, found {len(weights)} for {len(sources)} adapters",
-            code="flag-value",
-            where="--weights",
-            hint="for example  --weights 0.5,0.5  for two adapters",
-        )
     if weights is not None and len(sources) == 1:
         raise UserError(
             "adds the updates of several adapters, and there is one",
             code="flag-no-effect",
             where="--weights",
             hint=f"to scale its update:  --scale {weights[0]:g}",
+        )
+    found = len(weights or ())
+    if len(sources) > 1 and found != len(sources):
+        raise UserError(
+            f"{len(sources)} adapters need {len(sources)} weights, found {found}",
+            code="flag-required",
+            where="--weights",
+            hint=f"for example, for the sum of their updates:  --weights {','.join(['1'] * len(sources))}",
         )
 
 

@@ -152,15 +152,11 @@ def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
     """
     if base.model_type == "llava_llama":
         return dict(base.to_dict())
-    if base.model_type != "llava" or base.text_config.model_type != "llama":
+    is_llava = base.model_type == "llava" and base.text_config.model_type == "llama"
+    if not is_llava or not isinstance(base.vision_feature_layer, int):
+        found = f"joins layers {base.vision_feature_layer}" if is_llava else f"is {base.model_type}"
         raise UserError(
-            f"LLaVA's layout supports only LLaVA-1.5 models on Llama, this base is {base.model_type}",
-            code="export-llava-base",
-            hint="use --to adapter, merged or rank-r",
-        )
-    if not isinstance(base.vision_feature_layer, int):
-        raise UserError(
-            f"LLaVA reads the features of one layer of the tower, this base joins {base.vision_feature_layer}",
+            f"LLaVA's layout supports LLaVA-1.5 models on Llama with one layer of a CLIP tower, this base {found}",
             code="export-llava-base",
             hint="use --to adapter, merged or rank-r",
         )
@@ -218,19 +214,12 @@ def _vision_tower(base: Any, vision: Mapping[str, Any], name: str | None) -> str
 def in_hf_layout(adapter: PlainAdapter, names: Mapping[str, str]) -> PlainAdapter:
     """Return an adapter of LLaVA's layout with the paths of a model; `names` are its layout-free names, by path.
 
-    Raises UserError for modules that the model does not have.
+    Modules that the model does not have keep their paths.
     """
     path_by_name = {name: path for path, name in names.items()}
 
     def renamed(path: str) -> str:
-        name = canonical_of_original(path)
-        if name not in path_by_name:
-            raise UserError(
-                f"the base model has no {name} (LLaVA's {path})",
-                code="adapter-missing-modules",
-                hint="the base must be a LLaVA in Hugging Face's layout",
-            )
-        return path_by_name[name]
+        return path_by_name.get(canonical_of_original(path), path)
 
     sidecar = None if adapter.sidecar is None else locate(adapter.sidecar, names)
     return replace(adapter.moved(renamed), sidecar=sidecar)

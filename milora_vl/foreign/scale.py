@@ -18,14 +18,14 @@ class Update:
     """The update of a trained model: its LoRA layers, and the weights trained in full with their values before.
 
     `before` gives these values by name for a model without an adapter (a whole model, or one with another projector);
-    an adapter carries them itself. Raises UserError if they come from another kind of model.
+    an adapter carries them itself, if `require_scalable` accepts it. Raises UserError if they come from another kind of
+    model.
     """
 
     def __init__(self, model: nn.Module, before: Mapping[str, Tensor] | None = None) -> None:
         self._layers: list[LoraLayer] = []
         self._whole: list[tuple[Tensor, Tensor, Tensor]] = []  # in the model, as trained, in the base
         if isinstance(model, PeftModel):
-            _require_restorable(model)
             self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
             self._whole = [(now, now.clone(), W) for now, W in _saved_modules(model)]
         elif before is not None:
@@ -64,16 +64,3 @@ def _saved_modules(model: PeftModel) -> Iterator[tuple[Tensor, Tensor]]:
             for name in module.active_adapters:
                 for key, tensor in module.modules_to_save[name].state_dict().items():
                     yield tensor, before[key]
-
-
-def _require_restorable(model: PeftModel) -> None:
-    for config in model.peft_config.values():
-        content = config.to_dict()
-        if content.get("peft_type") != "LORA" or content.get("use_dora") or content.get("bias", "none") != "none":
-            what = "trained biases" if content.get("bias", "none") != "none" else "an update that is not linear"
-            raise UserError(
-                f"the adapter has {what}, so that it has no scale",
-                code="adapter-not-scalable",
-                where="--scale",
-                hint="remove --scale",
-            )

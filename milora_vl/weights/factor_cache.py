@@ -41,27 +41,14 @@ def read_factors(folder: Path, key: str) -> Factors | None:
     if entry is None:
         return None
     tensors, metadata = entry
-    try:
-        norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
-        return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
-    except (KeyError, TypeError, ValueError):
-        return None
+    norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
+    return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
 
 
 def write_factors(folder: Path, key: str, factors: Factors) -> None:
     """Store an entry atomically. Warns if it cannot be written."""
-    tensors = {
-        "U": factors.U.cpu().contiguous(),
-        "S": factors.S.cpu().contiguous(),
-        "Vh": factors.Vh.cpu().contiguous(),
-        "index": factors.index.cpu().contiguous(),
-    }
-    metadata = {
-        "norm": repr(factors.norm),
-        "sigma_max": repr(factors.sigma_max),
-        "excess": repr(factors.excess),
-        "method": factors.method,
-    }
+    tensors = {name: getattr(factors, name).cpu().contiguous() for name in _TENSORS}
+    metadata = {name: str(getattr(factors, name)) for name in ("norm", "sigma_max", "excess", "method")}
     _write(folder, key, tensors, metadata)
 
 
@@ -82,14 +69,10 @@ def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
 
 
 def _read(folder: Path, key: str, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    file = folder / f"{key}.safetensors"
     try:
-        if not file.is_file():
-            return None
-        with safe_open(file, framework="pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in names}
-            return tensors, stored.metadata() or {}
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        with safe_open(folder / f"{key}.safetensors", framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in names}, stored.metadata() or {}
+    except (SafetensorError, OSError):  # none, or damaged
         return None
 
 

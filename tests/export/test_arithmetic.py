@@ -179,7 +179,7 @@ def test_wrong_weights_are_refused(made, tmp_path: Path) -> None:
     out = ["--to", "adapter", "--output_dir", str(tmp_path / "out")]
     with raises_code("flag-required", where="--weights", hint="--weights 1,1"):
         main([a, b, *out])
-    with raises_code("flag-value", where="--weights", message="1 for 2 adapters"):
+    with raises_code("flag-required", where="--weights", message="need 2 weights, found 1"):
         main([a, b, *out, "--weights", "1"])
     with raises_code("flag-no-effect", where="--weights", hint="--scale 0.5"):
         main([a, *out, "--weights", "0.5"])
