@@ -78,23 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.output_dir or _tuned_folder(options)
     from milora_vl.forgetting import job
 
-    todo = job.Job(
-        model=options.model,
-        adapter=options.adapter,
-        base=options.base,
-        probes=options.on,
-        folder=folder,
-        texts=options.text,
-        data_path=options.data_path,
-        image_folder=options.image_folder,
-        num_tokens=options.num_tokens,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        template=options.template,
-        dtype=options.dtype,
-        device=options.device,
-    )
+    todo = job.Job(options, folder, options.model, options.adapter)
     results = todo.run()
     if options.suite:
         results["scores"] = todo.scores(options.suite, options.data)

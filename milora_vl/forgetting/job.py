@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -32,23 +33,12 @@ FILE = "forgetting.json"
 
 @dataclass
 class Job:
-    """The flags of the command. `run` writes the result of each probe to `file` when it is done."""
+    """The flags of the command, with the model and adapter that they mean; `run` writes each result to `file`."""
 
+    flags: argparse.Namespace
+    folder: Path
     model: str
     adapter: Path | None
-    base: str | None
-    probes: tuple[str, ...] | None
-    folder: Path
-    texts: list[Path] | None
-    data_path: Path | None
-    image_folder: Path | None
-    num_tokens: int
-    limit: int | None
-    batch_size: int
-    seed: int
-    template: str | None
-    dtype: str | None
-    device: str | None
 
     @property
     def file(self) -> Path:
@@ -59,23 +49,25 @@ class Job:
         """Measure the selected probes. Raises UserError for options that do not fit together."""
         if self.adapter is None and holds_adapter(Path(self.model)):
             self.model, self.adapter = base_of(Path(self.model)), Path(self.model)
-        if self.adapter is None and self.base is None:
+        if self.adapter is None and self.flags.base is None:
             raise UserError(
                 "forgetting needs a base model to compare with",
                 code="forgetting-no-base",
                 hint="add:  --adapter FOLDER, or --base MODEL for a fully trained --model",
             )
-        require_no_base(self.model, self.adapter, self.base)
-        missing = [path for path in (*(self.texts or ()), self.data_path) if path is not None and not _exists(path)]
+        require_no_base(self.model, self.adapter, self.flags.base)
+        missing = [
+            path for path in (*(self.flags.text or ()), self.flags.data_path) if path is not None and not _exists(path)
+        ]
         if missing:
-            path, flag = missing[0], "--data_path" if missing[0] == self.data_path else "--text"
+            path, flag = missing[0], "--data_path" if missing[0] == self.flags.data_path else "--text"
             raise UserError(f"{path}: no such file", code="data-missing-file", where=flag, hint=beside(path))
         measures: dict[str, Callable[[], Any]] = {
             "text": self._text, "samples": self._samples, "pictures": self._pictures
         }  # fmt: skip
-        probes = self.probes or tuple(measures)
+        probes = self.flags.on or tuple(measures)
         if "pictures" in probes and not self._has_vision:
-            if self.probes:
+            if self.flags.on:
                 raise UserError(
                     f"{self.model} reads only text",
                     code="model-reads-only-text",
@@ -103,7 +95,7 @@ class Job:
     def _kept_results(self, probes: Sequence[str]) -> Results:
         """Return the results in `file` except for `probes`, or none if weights or seed have changed."""
         identity: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
-        identity |= {"base": self.base, "seed": self.seed}
+        identity |= {"base": self.flags.base, "seed": self.flags.seed}
         tuned = self.adapter or Path(self.model)
         weights = [file for name in ("*.safetensors", "*.bin", CONFIG) for file in tuned.glob(name)]
         before = read_json(self.file) or {}
@@ -118,15 +110,15 @@ class Job:
         words = eval_run(
             self.model,
             adapter=self.adapter,
-            base=self.base or None,
+            base=self.flags.base,
             suite=suite,
             data=data,
-            limit=self.limit or None,
+            limit=self.flags.limit,
             output_dir=self.folder,
         )
         options = [
-            *(["--dtype", self.dtype] if self.dtype else []),
-            *(["--device", self.device] if self.device else []),
+            *(["--dtype", self.flags.dtype] if self.flags.dtype else []),
+            *(["--device", self.flags.device] if self.flags.device else []),
         ]
         command = [sys.executable, "-m", *words, *options, "--forgetting_tokens", "0", "--format", "json"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -146,37 +138,37 @@ class Job:
 
     def _text(self) -> Any:
         texts = None
-        if self.texts:
-            texts = {str(path): path.read_text(encoding="utf-8") for path in self.texts}
+        if self.flags.text:
+            texts = {str(path): path.read_text(encoding="utf-8") for path in self.flags.text}
         return measure_forgetting(
-            self._tuned, self._tokenizer, base=self._reference, texts=texts, num_tokens=self.num_tokens,
-            batch_size=self.batch_size,
+            self._tuned, self._tokenizer, base=self._reference, texts=texts, num_tokens=self.flags.num_tokens,
+            batch_size=self.flags.batch_size,
         )  # fmt: skip
 
     def _samples(self) -> Any:
         batches = sampled_batches(
             self._reference or self._tuned, self._tokenizer, without_adapter=self._reference is None,
-            num_tokens=self.num_tokens, batch_size=self.batch_size, seed=self.seed,
+            num_tokens=self.flags.num_tokens, batch_size=self.flags.batch_size, seed=self.flags.seed,
         )  # fmt: skip
         return compare_on(list(batches), self._tuned, base=self._reference, what="the base model's own text")
 
     def _pictures(self) -> Any:
-        prompts = prompts_of(self.model, self.adapter, self.template)
+        prompts = prompts_of(self.model, self.adapter, self.flags.template)
         prompts.limit(self._processor)
         with tempfile.TemporaryDirectory() as drawn:
-            if self.data_path is None:
+            if self.flags.data_path is None:
                 folder, records, what = Path(drawn), drawn_questions(Path(drawn)), "80 questions on 20 drawn shapes"
             else:
-                folder, what = self.image_folder or self.data_path.parent, str(self.data_path)
+                folder, what = self.flags.image_folder or self.flags.data_path.parent, str(self.flags.data_path)
                 records = self._records()
             batches = list(
                 answer_batches(
                     self._reference or self._tuned,
                     self._processor,
-                    records[: self.limit],
+                    records[: self.flags.limit],
                     image_folder=folder,
                     without_adapter=self._reference is None,
-                    batch_size=self.batch_size,
+                    batch_size=self.flags.batch_size,
                     template=prompts.template,
                     image_aspect_ratio=prompts.image_aspect_ratio,
                 )
@@ -184,10 +176,10 @@ class Job:
         return compare_on(batches, self._tuned, base=self._reference, what=what)
 
     def _records(self) -> list[Any]:
-        records = [r for r in load_records(str(self.data_path)) if any(turn.role == "user" for turn in r.turns)]
+        records = [r for r in load_records(str(self.flags.data_path)) if any(turn.role == "user" for turn in r.turns)]
         if not records:
             hint = "name records with a turn of the user, as for a training"
-            raise UserError("contains no question", code="data-no-question", where=str(self.data_path), hint=hint)
+            raise UserError("contains no question", code="data-no-question", where=str(self.flags.data_path), hint=hint)
         return records
 
     @property
@@ -211,11 +203,11 @@ class Job:
         """Return the base model, or None if switching off the adapter restores it."""
         if can_recover_base(self._tuned):
             return None
-        return self._load(self.base or self.model, None)  # a projector, the full model or biases trained
+        return self._load(self.flags.base or self.model, None)  # a projector, the full model or biases trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-        with at_flag("--base" if name == self.base else "--model"):
-            return load_by_flags(name, adapter, self.dtype, self.device)[0]
+        with at_flag("--base" if name == self.flags.base else "--model"):
+            return load_by_flags(name, adapter, self.flags.dtype, self.flags.device)[0]
 
 
 def _exists(path: Path) -> bool:

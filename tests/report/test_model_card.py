@@ -48,11 +48,6 @@ def test_a_folder_is_no_base_model_for_the_hub(tmp_path: Path) -> None:
     assert "base_model" not in yaml.safe_load(model_card.render(tmp_path, RECIPE).split("---")[1])
 
 
-def test_a_text_model_is_called_so(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert yaml.safe_load(model_card.render(tmp_path, RECIPE).split("---")[1])["pipeline_tag"] == "text-generation"
-
-
 def test_records_of_a_stream_are_not_counted(tmp_path: Path) -> None:
     for data, words in ({"eval": 0}, "`tiny` fine-tuned.\n"), ({"train": 12}, "`tiny` fine-tuned on 12 records.\n"):
         (tmp_path / "environment.json").write_text(json.dumps({"data": data}))

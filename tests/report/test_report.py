@@ -109,12 +109,6 @@ def test_what_the_files_say_is_escaped(run: Path) -> None:
     assert page.text.count("<script>alert(1)</script>") > 24
 
 
-@pytest.mark.parametrize("name", OPTIONAL[:3])
-def test_a_missing_file_leaves_a_whole_page(run: Path, name: str) -> None:
-    (run / name).unlink()
-    assert "Do it again" in page_of(run).text
-
-
 def test_without_an_evaluation_the_page_says_how_to_make_one(run: Path) -> None:
     shutil.rmtree(run / "eval")
     page = page_of(run)

@@ -112,13 +112,6 @@ def test_a_cell_that_another_study_has_is_not_trained_again(studies: Path) -> No
     assert len(list((studies / "shared").iterdir())) == 3
 
 
-def test_every_seed_draws_random_components_of_its_own() -> None:
-    study = small(arms={"random": {"method": "random"}, "milora": {}}, learning_rates=[1e-3], reference="milora")
-    keys = {study.rules("random", 1e-3, seed)[0]["seed"] for seed in range(3)}
-    assert keys == {0, 1, 2}
-    assert study.rules("milora", 1e-3, 1) == study.rules("milora", 1e-3, 2)
-
-
 def test_a_failed_cell_is_kept_and_tried_again_on_request(tmp_path: Path) -> None:
     study = small(arms={"milora": {}, "wrong": {"rank": 4000}}, reference="milora", **ONE_CELL)
     folder = Folder(tmp_path / "x", study)
@@ -182,11 +175,6 @@ def test_a_question_means_all_its_tasks() -> None:
         chosen("componets")
 
 
-def test_the_list_of_studies(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--list"]) == 0
-    assert "components.minilm" in capsys.readouterr().out
-
-
 def test_missing_data_is_told_before_any_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with raises_code("data-missing-file", hint="python -m milora_data emoji"):
@@ -208,10 +196,3 @@ def test_size_and_overlap_of_an_update() -> None:
         found = updates.measure(model)
         assert found["update"] == pytest.approx(1 / float(S.norm()), rel=1e-4)
         assert found["overlap"] == pytest.approx(overlap, abs=1e-4)
-
-
-def test_the_score_is_the_mean_over_the_items(trained: Path) -> None:
-    folder, cell = Folder(trained / "one", PAIR), Cell("a", 1e-3, None, 0)
-    result, items = folder.result(cell), folder.items(cell)
-    assert result is not None
-    assert result["score"] == pytest.approx(sum(items.values()) / len(items))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,7 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
         ({}, ["--methods", "mlora"], "sweep-unknown-method", "did you mean milora"),
         ({}, ["--lrs", "0"], "command-line", "--lrs: "),
         ({}, ["--lrs", "fast"], "command-line", "--lrs: "),
-        ({"data": {"path": "train.json"}}, [], "sweep-recipe-incomplete", "data.eval_path"),
-        ({"data": {"eval_path": "val.json"}}, [], "sweep-recipe-incomplete", "data.path"),
-        ({"sweep": {}}, [], "sweep-recipe-incomplete", "sweep.suite"),
+        ({"data": {"path": "train.json"}, "sweep": {}}, [], "sweep-recipe-incomplete", "data.eval_path"),
         ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "recipe-unknown-key", "max_step"),
         ({}, ["--plan"], "sweep-cell-cannot-run", "train.json"),
         ({}, ["--suite", "emojis"], "eval-unknown-suite", "emoji"),
@@ -289,3 +288,24 @@ def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
     same_sweep(sweep_with(16))
     with raises_code("sweep-variant-changed", where="sweep.variants.strong", message="in which strong was"):
         same_sweep(sweep_with(64))
+
+
+def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:
+    """The page of the other cells is still written."""
+    cells = make_cells(sweep.recipe, ["milora", "lora"], [1e-3], None, 1)
+    (sweep.folder / "cells").mkdir()
+    for cell in cells:
+        finish_cell(sweep, cell, loss=1.0, right=[True, False], forgetting=0.1)
+    shutil.rmtree(sweep.run_folder(cells[0]))
+    assert [sweep.result(cell) is not None for cell in cells] == [False, True]
+    _, table = page.write(page.of_sweep(sweep, cells, 1, "again"))
+    assert [row[0] for row in table.rows] == ["lora"]
+
+
+def test_a_killed_training_says_so(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = make_cells(sweep.recipe, ["milora"], [1e-3], None, 1)
+    monkeypatch.setattr(Sweep, "training", lambda *_: ["-c", "import os; os.kill(os.getpid(), 9)"])
+    run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
+    failure = sweep.failure(cell)
+    assert failure is not None
+    assert "memory ran out" in failure["said"]
