@@ -56,13 +56,6 @@ def test_a_table_of_captions_comes_in_many_forms(name: str, text: str, tmp_path:
     assert record.turns[1].text == "Ein Kreis, rot"
 
 
-def test_a_table_in_another_encoding_is_said_to_be_one(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes("file,caption\nä.jpg,Grün\n".encode("latin-1"))
-    with raises_code("data-not-utf8", says=r"a.csv: not UTF-8(.|\n)*iconv -f WINDOWS-1252", kind=DataError):
-        convert_file(tmp_path / "a.csv", "table", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my pictures"
     folder.mkdir()

@@ -37,8 +37,3 @@ def test_what_is_no_pickle_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "refs.p").write_bytes(content)
     with raises_code("data-unsafe-pickle", where="refs.p", message="cannot be read", kind=DataError):
         read_plain_pickle(tmp_path / "refs.p")
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with raises_code("data-missing-file", where="refs.p", kind=DataError):
-        read_plain_pickle(tmp_path / "refs.p")

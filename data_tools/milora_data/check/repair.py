@@ -10,10 +10,12 @@ from typing import Any
 
 from milora_data.check.findings import CONTROL, KINDS, Report, examine
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.pictures.files import ImageError
 from milora_data.records.record import IMAGE, ROLES, as_llava, parse_record
 from milora_vl.base.errors import DataError, UserError
 from milora_vl.cli.command_line import amount
+
+# Errors of a record that no repair fixes without guessing.
+_FATAL = ("not_a_record", "turn_order", "missing_picture", "corrupt_picture", "broken_text")
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> str:
@@ -22,7 +24,7 @@ def write_repaired(report: Report, data: Path, out: Path) -> str:
     Raises `UserError`, and writes nothing, if no record is usable.
     """
     done: Counter[str] = Counter()
-    lost = {f.where: f.kind for f in report.findings if f.kind in ("missing_picture", "corrupt_picture", "broken_text")}
+    lost = {finding.where: finding.kind for finding in report.findings if finding.kind in _FATAL}
     usable = _usable(data, lost, done)
     first = list(islice(usable, 1))
     if not first:
@@ -65,7 +67,7 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
 
     try:
         for number, (place, value) in enumerate(read_objects(data, on_error=broken), start=1):
-            kind = lost.get(f"{data}:{place}") or _fatal_kind(value)
+            kind = lost.get(f"{data}:{place}")
             if kind is None:
                 assert isinstance(value, dict)
                 repaired = repair(as_llava(value, number), done)
@@ -79,14 +81,3 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
                 yield repaired
     except DataError:
         done["broken JSON list: the records after the error could not be read"] += 1
-
-
-def _fatal_kind(value: object) -> str | None:
-    """Return the kind of an error that `repair` cannot fix, or None."""
-    try:
-        record = parse_record(value)
-    except ImageError:
-        return "corrupt_picture"
-    except DataError:
-        return "not_a_record"
-    return next((f.kind for f in examine(record) if f.kind == "turn_order"), None)
