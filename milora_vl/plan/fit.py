@@ -63,7 +63,7 @@ def _base_of(merged: Merged, problems: list[Problem]) -> Base | None:
     recipe = merged.recipe
     if merged.model is None:
         return None
-    with collected(problems), at_flag("--model"):
+    with collected(problems), at_flag(merged.model_at):
         if recipe is None:
             base = find_base(merged.model)
             return base if base.reads_pictures or not merged.names_tower else None  # with other problems: composed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_vl.base.errors import Problem, UserError, collected
+from milora_vl.base.errors import Key, Problem, UserError, collected
 from milora_vl.cli.command_line import beside
 from milora_vl.recipe import llava_flags
 from milora_vl.recipe.command_line import PROG, Request
@@ -33,6 +33,7 @@ class Merged:
     problems: list[Problem]
     source: str  # name or file of the recipe, or "the command line", for lists of problems
     model: str | None  # what the run names, even if other values are wrong
+    model_at: str  # where it does: the flag, or the line of the recipe
     rules: list[RuleDict] | None  # None if there is no list of rules to check
     names_tower: bool  # whether the recipe or a flag names a vision tower, to compose the base
     defaults: frozenset[Default]  # ours: neither the recipe nor a flag sets them
@@ -67,6 +68,7 @@ def merge_recipe(request: Request) -> Merged:
         problems += conflicts(recipe) if recipe is not None else []
         notes += more
     model = request.overrides.get("model") or file.content.get("model")
+    (in_file_model,) = file.located([Problem("", where=Key.of("model"))])
     if not model:
         problems.append(
             Problem(
@@ -86,6 +88,7 @@ def merge_recipe(request: Request) -> Merged:
         problems=problems,
         source=file.source if request.recipe else file_of_rules(request).source,
         model=str(model) if model else None,
+        model_at="--model" if "model" in request.overrides else str(in_file_model.where),
         rules=after_flags,
         names_tower=bool(request.llava.get("vision_tower") or (of_file is not None and of_file.parts.vision_tower)),
         defaults=frozenset(defaults),

@@ -33,7 +33,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "img").mkdir()
     (tmp_path / "cut.json").write_text('[{"id": "0", "conversations": [')
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "trainer_state.json").write_text('{"log_history": 3}')
     (tmp_path / "model.yaml").write_text("data: {path: train.json}\nmodel: tinny\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -63,7 +62,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (evaluate, "view nope", "path-missing", "nope", "check the path"),
         (data, "check train.json --image_folder igm", "path-missing", "--image_folder", "did you mean img?"),
         (data, "convert train.json --from gqa --output_dir out", "convert-wrong-format", "train.json", "--from llava"),
-        (report, "bad", "run-folder-damaged", "bad/trainer_state.json", "move the damaged one away"),
         (forgetting, "--model bad --base tiny --on text --text nope.txt", "data-missing-file", "--text", "check"),
     ],
 )  # fmt: skip
@@ -72,6 +70,12 @@ def test_an_error_has_the_place_of_the_mistake(main: Main, words: str, code: str
         main(words.split())
     assert error.value.first.where == where
     assert "' object " not in error.value.first.message  # no texts of Python's own errors
+
+
+def test_a_damaged_run_is_named(folder: Path) -> None:
+    (folder / "bad" / "trainer_state.json").write_text('{"log_history": 3}')
+    with raises_code("run-folder-damaged", "bad", hint="move the damaged one away"):
+        report(["bad"])
 
 
 def test_a_base_that_cannot_be_loaded_is_named_by_its_own_flag(folder: Path) -> None:
@@ -110,5 +114,9 @@ def test_a_cell_that_cannot_run_keeps_the_codes_of_its_problems(folder: Path) ->
     (folder / "img" / "gsm8k" / "test.jsonl").write_text("{}\n")
     with pytest.raises(UserError) as error:
         sweep("--recipe sweep.yaml --methods milora --lrs 1e-3 --output_dir out --plan".split())
-    assert [problem.code for problem in error.value.problems] == ["sweep-cell-cannot-run", "image-aspect-ratio"]
+    assert [problem.code for problem in error.value.problems] == [
+        "sweep-cell-cannot-run",
+        "image-aspect-ratio",
+        "data-missing-file",
+    ]
     assert error.value.problems[1].where.startswith("milora-")
