@@ -18,7 +18,7 @@ from milora_data.check.pictures import find_missing
 from milora_data.formats.jsonfile import missing_file
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import Record, tools_of, uses_tools
-from milora_data.stream.record_stream import record_stream
+from milora_data.stream.dataset import record_stream
 from milora_data.stream.sources import Source, from_web, is_json, load_records, mixed_records
 from milora_vl.base.errors import DataError, Key, Problem, UserError, no_records, with_context
 from milora_vl.cli.command_line import amount, command_line

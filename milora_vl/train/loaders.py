@@ -18,7 +18,7 @@ import torch
 from accelerate.data_loader import DataLoaderAdapter
 from transformers import TrainingArguments
 
-from milora_data.stream.record_stream import RecordStream, record_stream
+from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.base.errors import UserError
 from milora_vl.plan.run_data import sources_of
 from milora_vl.recipe.schema import Recipe

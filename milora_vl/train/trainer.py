@@ -31,7 +31,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.tokens import IGNORE
-from milora_data.stream.record_stream import RecordStream
+from milora_data.stream.dataset import RecordStream
 from milora_vl.adapter.checkpoints import STATE, step_of
 from milora_vl.adapter.folders import PROJECTOR_FILES
 from milora_vl.adapter.install import base_model_of

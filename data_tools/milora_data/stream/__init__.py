@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from milora_data.stream.sources import load_records
 
 if TYPE_CHECKING:
-    from milora_data.stream.record_stream import RecordStream, record_stream
+    from milora_data.stream.dataset import RecordStream, record_stream
 
 __all__ = ["RecordStream", "load_records", "record_stream"]
 
@@ -15,4 +15,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module("milora_data.stream.record_stream"), name)
+    return getattr(import_module("milora_data.stream.dataset"), name)
