@@ -63,7 +63,7 @@ from torch.autograd.function import once_differentiable
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.names import PREFIX
 from milora_vl.compat.torch import call_on_plain_tensors, change_class, has_hooks
-from milora_vl.weights.sharding import is_sharded
+from milora_vl.weights.distributed import is_sharded
 
 DELTA, ANCHOR = "delta", "anchor"
 

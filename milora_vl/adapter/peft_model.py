@@ -48,7 +48,7 @@ from milora_vl.compat.peft import keep_hooks_apart
 from milora_vl.compat.torch import change_class, ignore_in_ddp
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.policy.rules import Target
-from milora_vl.weights.sharding import is_sharded
+from milora_vl.weights.distributed import is_sharded
 
 
 class MiloraMixin(PeftModel):

@@ -18,7 +18,7 @@ from milora_vl.calibration.bases import ProtectedInputs
 from milora_vl.factors.initialize import Initial, LayerReport
 from milora_vl.policy.rules import Protect, Target
 from milora_vl.svd.precision import full_precision
-from milora_vl.weights.sharding import is_sharded
+from milora_vl.weights.distributed import is_sharded
 
 ROUNDING = 1e-4  # float32 training leaves at most this overlap; half precision leaves its own rounding error
 

@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from milora_vl.calibration.bases import InputBasis, ProtectedInputs, first_directions, first_tokens
-from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions, first_tokens
 from milora_vl.calibration.positions import Positions, positions_of
 from milora_vl.policy.rules import Protect, Target
 from milora_vl.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable

@@ -12,12 +12,16 @@ import torch
 import xxhash
 from torch import Tensor
 
-from milora_vl.calibration.errors import CalibrationError
+from milora_vl.base.errors import UserError
 from milora_vl.svd import decompose
 from milora_vl.svd.precision import full_precision
 
 FEW = 8  # a search for the first k of n eigenvectors is faster than a whole decomposition if n > FEW k
 LARGE = 2048  # and if n is larger than this
+
+
+class CalibrationError(UserError):
+    """A calibration that cannot find protected inputs. `where` is a module path or a file."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

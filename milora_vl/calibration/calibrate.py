@@ -11,8 +11,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.activations import find_inputs
-from milora_vl.calibration.bases import InputBasis, ProtectedInputs, require_free_directions
-from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, require_free_directions
 from milora_vl.calibration.files import cache_inputs, cached_inputs, calibration_key, require_shapes
 from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import canonical_names

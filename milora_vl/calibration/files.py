@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from milora_vl.base.atomic_write import atomic_file
 from milora_vl.calibration import VERSION
-from milora_vl.calibration.bases import InputBasis, ProtectedInputs
-from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs
 from milora_vl.policy.rules import Target
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.bases import CalibrationError
 
 
 @dataclass(frozen=True, slots=True)

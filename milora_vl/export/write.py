@@ -18,7 +18,7 @@ from milora_vl.adapter.base_check import fitted
 from milora_vl.adapter.files import load_adapter, new_paths
 from milora_vl.adapter.names import moved
 from milora_vl.base.errors import UserError
-from milora_vl.calibration.errors import CalibrationError
+from milora_vl.calibration.bases import CalibrationError
 from milora_vl.calibration.files import read_inputs, write_inputs
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.clip_pictures import has_clip_tower, require_gguf

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.encode.tokens import IGNORE
-from milora_vl.weights.sharding import uses_fsdp
+from milora_vl.weights.distributed import uses_fsdp
 
 CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
 Forward = Callable[..., Any]

@@ -14,9 +14,8 @@ from milora_vl.base.errors import Key, UserError
 from milora_vl.cli.command_line import require_folder
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
-from milora_vl.models.image_tokens import image_tokens, tiling_of, uses_processor
+from milora_vl.models.image_tokens import image_tokens, limit_pixels, tiling_of, usable_inputs, uses_processor
 from milora_vl.models.parts import Parts
-from milora_vl.models.processors import limit_pixels, usable_inputs
 from milora_vl.models.projector import projector_file
 from milora_vl.recipe.schema import PartsConfig, Recipe
 

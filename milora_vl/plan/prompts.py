@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from milora_data.encode.templates import OWN
 from milora_vl.adapter.folders import base_of, holds_adapter
 from milora_vl.base.errors import UserError, at_flag
-from milora_vl.models.processors import limit_pixels
+from milora_vl.models.image_tokens import limit_pixels
 from milora_vl.plan.base import find_base
 from milora_vl.recipe.recipe_file import recipe_of_run, trained_template
 

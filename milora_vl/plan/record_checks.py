@@ -17,8 +17,8 @@ from milora_data.encode.labels import NoSupervisedTokens, encode
 from milora_data.encode.templates import OWN
 from milora_data.records.record import IMAGE, Record, uses_tools
 from milora_vl.base.errors import DataError, Key, UserError, with_context
+from milora_vl.models.image_tokens import limit_pixels
 from milora_vl.models.loading import split_processor
-from milora_vl.models.processors import limit_pixels
 from milora_vl.plan.base import Base
 from milora_vl.plan.fit import require_template
 from milora_vl.recipe.hf_flags import value_of

@@ -17,7 +17,7 @@ from milora_vl.adapter.sidecar import FILE_NAME
 from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.foreign.load_model import load_model
-from milora_vl.models.processors import limit_pixels
+from milora_vl.models.image_tokens import limit_pixels
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config, unquantized
 from milora_vl.plan.base import Base

@@ -1,13 +1,14 @@
-"""Divide work among processes, one piece per process at a time, and broadcast or gather the results."""
+"""Divide work among processes, one piece per process at a time, and share the results; sharded weights."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Piece = TypeVar("Piece")
 
@@ -67,3 +68,24 @@ def from_first_rank(tensor: Tensor) -> Tensor:
     """Return the tensor of rank 0 in every process: signs and nearly equal components can differ between machines."""
     rank, _ = rank_and_world_size()
     return broadcast(tensor if rank == 0 else None, tuple(tensor.shape), tensor.dtype, tensor.device, owner=0)
+
+
+# FSDP2 imports these modules. Importing them here would take seconds at every start.
+_TENSOR, _FSDP = "torch.distributed.tensor", "torch.distributed.fsdp"
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return True if this process holds a shard of a parameter, or nothing of it."""
+    return parameter.numel() == 0 or is_fsdp_shard(parameter)
+
+
+def is_fsdp_shard(tensor: Tensor) -> bool:
+    """Return True for the shard of a tensor under FSDP2, a DTensor."""
+    module = sys.modules.get(_TENSOR)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def uses_fsdp(model: nn.Module) -> bool:
+    """Return True if FSDP2 shards modules of a model."""
+    module = sys.modules.get(_FSDP)
+    return module is not None and any(isinstance(child, module.FSDPModule) for child in model.modules())

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from PIL import Image
 from milora_data.records.record import Turn
 from milora_vl import chat
 from milora_vl.base.errors import UserError
-from milora_vl.chat.session import WordStreamer
 from milora_vl.foreign.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
@@ -104,23 +101,6 @@ def test_a_conversation_remembers_until_it_is_reset(
     assert "unknown command /imag" in err
     assert "9.png: no such picture" in err
     assert f"{picture.parent}: this is a folder; expected a picture" in err
-
-
-def test_words_are_streamed_as_they_come_without_the_first_space(
-    tiny_llama: Callable[..., Any], capsys: Captured
-) -> None:
-    import torch
-
-    tokenizer = tiny_llama()[1]
-    words, seen = WordStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), []
-    words.put(torch.tensor([[1, 2]]))  # the prompt, which is not shown
-    for word in (" red", " apple "):
-        for number in tokenizer(word, add_special_tokens=False).input_ids:
-            words.put(torch.tensor([number]))
-        seen.append(capsys.readouterr().out)
-    words.end()
-    assert "".join([*seen, capsys.readouterr().out]) == "red apple\n"
-    assert seen[1] != ""
 
 
 def test_prompt_and_pictures_are_those_of_the_training_also_with_a_checkpoint_of_it(

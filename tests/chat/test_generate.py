@@ -210,16 +210,3 @@ def test_a_streamer_takes_one_prompt(llava: Made) -> None:
     streamer = TextStreamer(llava[1].tokenizer)
     with pytest.raises(ValueError, match="one prompt, got 2"):
         generate(*llava, questions(2, True), streamer=streamer)
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16"])
-def test_pictures_of_any_mode_are_read(llava: Made, mode: str) -> None:
-    picture = Image.new(mode, (30, 20))
-    prompt = Prompt((Turn("user", "<image>\nWhat?"),), (picture,))
-    black = Prompt(prompt.turns, (Image.new("RGB", (30, 20)),))
-    assert generate(*llava, [prompt], max_new_tokens=3) == generate(*llava, [black], max_new_tokens=3)
-
-
-def test_no_hook_stays_behind(llava: Made) -> None:
-    generate(*llava, questions(1, True), max_new_tokens=1)
-    assert not llava[0].get_output_embeddings()._forward_pre_hooks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -51,9 +50,3 @@ def test_the_report_describes_the_initial_factors(tiny_llama, method: str) -> No
         energy = float((start.norm() / module.get_base_layer().weight.norm()) ** 2)
         assert layer.energy == pytest.approx(energy, rel=1e-4)
         assert layer.method == method
-
-
-def test_the_page_of_recipes_lists_every_method() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").partition("| `method` | trains |\n|---|---|\n")[2]
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.partition("\n\n")[0], re.MULTILINE)
-    assert rows == [(name, method.trains) for name, method in METHODS.items()]

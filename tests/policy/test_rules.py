@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from milora_vl.policy.methods import METHODS
-from milora_vl.policy.rules import PolicyError, Rule, Target
+from milora_vl.policy.rules import PolicyError, Rule
 from support.problems import raises_code
 
 
@@ -47,16 +47,3 @@ def test_a_rule_names_only_the_fields_it_was_given() -> None:
 def test_faults_of_a_rule_say_field_expected_and_got(fields, code: str, message: str) -> None:
     with raises_code(code, says=message, kind=PolicyError):
         Rule(**{"modules": "language", **fields})
-
-
-def test_all_faults_of_a_rule_come_together() -> None:
-    with pytest.raises(PolicyError) as caught:
-        Rule(modules="language", rank=0, alpha=-1, dropout=2)
-    assert [str(problem.where) for problem in caught.value.problems] == ["rank", "alpha", "dropout"]
-
-
-def test_the_method_fixes_the_part() -> None:
-    parts = {
-        m: Target(path="a", shape=(2, 2), tower=None, method=m).part for m in ("milora", "pissa", "random", "lora")
-    }
-    assert parts == {"milora": "minor", "pissa": "principal", "random": "random", "lora": None}
