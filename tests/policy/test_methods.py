@@ -13,7 +13,6 @@ from milora_vl.policy.methods import METHODS
 from support.adapter_cases import one_rule, token_batch, train_steps
 from support.versions import needs_mica
 
-ROOT = Path(__file__).resolve().parents[2]
 ADAPTERS = [name for name, method in METHODS.items() if "rank" in method.fields]
 IDS = token_batch(200)
 
