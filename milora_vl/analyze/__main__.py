@@ -83,10 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         layers = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
         sys.stdout.write(json.dumps(summary | {"rows": layers}, ensure_ascii=False) + "\n")
     else:
-        header, *rows = zip(
-            summary["table"]["header"], *summary["table"]["rows"], strict=True
-        )  # few parts, many measures
-        show(Table(header, tuple(rows), summary["table"]["caption"]), options.format)
+        table = summary["table"]
+        header, *columns = zip(table["header"], *table["rows"], strict=True)  # transposed: few parts, many measures
+        show(Table(header, tuple(columns), table["caption"]), options.format)
     sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
     regenerate_report(folder.parent)
     if is_trained:
