@@ -19,7 +19,7 @@ from milora_vl.base.errors import UserError
 from milora_vl.foreign.imported import import_adapter, refuse_mutating
 from milora_vl.foreign.llava import in_hf_layout, read_llava
 from milora_vl.foreign.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
-from milora_vl.foreign.source import INITIAL_NAMES, find_source
+from milora_vl.foreign.source import find_source
 from milora_vl.models.loading import load_weights
 from milora_vl.policy.towers import canonical_names
 from milora_vl.weights.fingerprint import distance
@@ -87,7 +87,7 @@ def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = Fal
         adapter = in_hf_layout(read_llava(source.folder), names)
     else:
         if source.kind == "plain":
-            _refuse_mutating(source.folder)
+            refuse_mutating(source.folder)
         adapter, magnitudes = _read(source.folder)
     if adapter.sidecar is not None and source.kind != "llava":
         saved, located = adapter.sidecar, locate(adapter.sidecar, names)
@@ -132,20 +132,6 @@ def changes_of_model(tuned: Weights, base: Weights) -> dict[str, Change]:
         for path in paths
         if not torch.equal(tuned.matrix(path).float(), base.matrix(path).float())
     }
-
-
-def _refuse_mutating(folder: Path) -> None:
-    """Raise UserError if the initial factors are missing, with a hint for this command, which has no flags for them."""
-    try:
-        refuse_mutating(folder)
-    except UserError:
-        raise UserError(
-            "the adapter was trained on a residual base, and its initial factors are missing",
-            code="adapter-no-initial-factors",
-            where=str(folder),
-            hint=f"put them into:  {folder}/{INITIAL_NAMES[0]}\n"
-            f"or first:       python -m milora_vl.export {folder} --to adapter --initial FOLDER --output_dir O",
-        ) from None
 
 
 def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:

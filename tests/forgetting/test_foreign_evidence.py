@@ -83,7 +83,7 @@ def edited(folder: Path, **fields: Any) -> None:
         (
             {"init_lora_weights": "pissa"},
             "adapter-no-initial-factors",
-            "milora_vl.export .* --to adapter --initial FOLDER",
+            "milora_vl.export FOLDER --to adapter",
         ),
         ({"alora_invocation_tokens": [1]}, "adapter-unsupported-kind", "an activated LoRA"),
         ({"trainable_token_indices": [1]}, "adapter-unsupported-kind", "trained rows of the embeddings"),

@@ -51,12 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint="nothing was written; choose another file with --output",
         )
     target = options.output or folders[-1] / "view.html"
-    answers = page(runs, options.limit)
-    write_text(target, answers.html)
-    summary = {"page": str(target), "questions": answers.shown, "of": answers.total}
+    html, shown, total = page(runs, options.limit)
+    write_text(target, html)
+    summary = {"page": str(target), "questions": shown, "of": total}
     sys.stdout.write(json.dumps(summary) + "\n" if options.format == "json" else f"{target}\n")
-    if answers.shown < min(answers.total, options.limit):
-        sys.stderr.write(f"the page holds {answers.shown:,} of {answers.total:,} questions: a page has at most 5 MB\n")
     next_step("milora_eval", "compare", options.folder, options.other or "OTHER")
     return 0
 

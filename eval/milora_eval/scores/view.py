@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,11 @@ from milora_vl.cli.page import MAX_BYTES, render
 Runs = Sequence[tuple[str, Sequence[Line]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
-    """The page, the number of questions on it, and the number of all questions."""
+def page(runs: Runs, limit: int) -> tuple[str, int, int]:
+    """Return the page, the number of questions on it (at most `limit`), and the number of all questions.
 
-    html: str
-    shown: int
-    total: int
-
-
-def page(runs: Runs, limit: int) -> Page:
-    """Return the page for one or two runs, each (name, lines), with at most `limit` questions and at most 5 MB.
-
-    The page shows the questions of the first run and compares the second run's answers to them.
+    The page shows the questions of the first run, one or two answers to each, and small copies of the pictures.
     """
-    while True:
-        result = _page(runs, limit)
-        size = len(result.html)  # all of it is ASCII
-        if size <= MAX_BYTES or result.shown <= 1:
-            return result
-        limit = max(1, result.shown * MAX_BYTES * 9 // (size * 10))
-
-
-def _page(runs: Runs, limit: int) -> Page:
     names = [name for name, _ in runs]
     lines = [{(line["benchmark"], line["id"]): line for line in run_lines} for _, run_lines in runs]
     items = [to_item(line) for line in lines[0].values()]
@@ -68,7 +49,7 @@ def _page(runs: Runs, limit: int) -> Page:
             "content": content.replace("<", "\\u003c"),
         },
     )
-    return Page(html, len(rows), len(items))
+    return html, len(rows), len(items)
 
 
 def _lede(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
