@@ -150,11 +150,6 @@ def test_a_gru_of_linear_layers_computes_what_torchs_does():
         torch.testing.assert_close(own, theirs)
 
 
-def test_a_gru_of_two_layers_is_refused():
-    with pytest.raises(ValueError, match="one layer and direction"):
-        LinearGru.of(nn.GRU(8, 16, num_layers=2, batch_first=True))
-
-
 def test_the_recurrent_weights_themselves_are_adapted():
     made = task("digits-rnn")
     model: Any = apply_milora(made.model(), read_study("elsewhere.digits-rnn").rules("milora", 1e-3))

@@ -1,14 +1,10 @@
-"""Write the files of a finished run (design section 8) without training anything: for the tests of the report.
-
-`python tests/support/fake_run.py FOLDER [PICTURES]` writes one to look at; PICTURES may hold PNG files and a meta.json.
-"""
+"""Write the files of a finished run (design section 8) without training anything: for the tests of the report."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +33,8 @@ SHAPES = {
 Json = dict[str, Any]
 
 
-def make_run(folder: Path, *, evaluated: bool = True, pictures: Path | None = None, num_questions: int = 216) -> Path:
-    """Fill `folder` with a run; without `evaluated`, as it stands when the training has just ended."""
+def make_run(folder: Path, *, num_questions: int = 216) -> Path:
+    """Fill `folder` with a run and its evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(
         "model: smol-llava\ntemplate: vicuna_v1\nform: anchored\n"
@@ -50,10 +46,9 @@ def make_run(folder: Path, *, evaluated: bool = True, pictures: Path | None = No
     dump(folder / "policy.json", policy())
     dump(folder / "spectrum.json", spectra())
     dump(folder / "trainer_state.json", {"global_step": 100, "max_steps": 100, "log_history": log_history()})
-    if evaluated:
-        images = meta_pictures(pictures) if pictures else drawn_pictures(folder.parent / "images")
-        for which in ("base", "final"):
-            evaluate(folder / "eval" / "emoji" / which, which, images, num_questions)
+    images = drawn_pictures(folder.parent / "images")
+    for which in ("base", "final"):
+        evaluate(folder / "eval" / "emoji" / which, which, images, num_questions)
     return folder
 
 
@@ -145,11 +140,6 @@ def drawn_pictures(folder: Path) -> list[Json]:
     return pictures
 
 
-def meta_pictures(folder: Path) -> list[Json]:
-    meta = json.loads((folder / "meta.json").read_text())
-    return [{"file": folder / m["image"], "name": m["name"], "category": m["category"]} for m in meta]
-
-
 def question(kind: str, truth: Json, other: Json) -> tuple[str, list[str], str]:
     """A question of that type: its text, the accepted answers, a wrong answer."""
     options = f"{other['name']}\n{truth['name']}\n"
@@ -213,7 +203,3 @@ def metric(name: str, marks: list[bool], baseline: float, note: str | None) -> J
         "name": name, "value": value, "stderr": stderr, "n": len(marks), "baseline": baseline,
         "higher_is_better": True, "note": note, "unit": "fraction",
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    make_run(Path(sys.argv[1]), pictures=Path(sys.argv[2]) if len(sys.argv) > 2 else None)
