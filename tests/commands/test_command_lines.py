@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -163,7 +164,8 @@ def test_looking_at_answers_reports_json_and_the_next_command(
     assert said(capsys, "eval", "score", answers[0])["which"] == "base"
     assert said(capsys, "eval", "compare", *answers)
     assert said(capsys, "eval", "view", *answers)["questions"] == 6
-    run = fake_run.make_run(tmp_path / "trained", evaluated=False)
+    run = fake_run.make_run(tmp_path / "trained")
+    shutil.rmtree(run / "eval")
     assert said(capsys, "report", str(run)) == {
         "page": str(run / "report.html"),
         "summary": "Trained for 100 steps on 1,600 records; not evaluated yet.",
