@@ -68,7 +68,6 @@ def merge_recipe(request: Request) -> Merged:
         problems += conflicts(recipe) if recipe is not None else []
         notes += more
     model = request.overrides.get("model") or file.content.get("model")
-    (in_file_model,) = file.located([Problem("", where=Key.of("model"))])
     if not model:
         problems.append(
             Problem(
@@ -88,7 +87,7 @@ def merge_recipe(request: Request) -> Merged:
         problems=problems,
         source=file.source if request.recipe else file_of_rules(request).source,
         model=str(model) if model else None,
-        model_at="--model" if "model" in request.overrides else str(in_file_model.where),
+        model_at="--model" if "model" in request.overrides else file.place_of(Key.of("model")),
         rules=after_flags,
         names_tower=bool(request.llava.get("vision_tower") or (of_file is not None and of_file.parts.vision_tower)),
         defaults=frozenset(defaults),

@@ -53,6 +53,11 @@ class RecipeFile:
         names = [str(key), *(f"train.{name}" for name in older)]
         return next((self.lines[name] for name in names if name in self.lines), None)
 
+    def place_of(self, key: Key) -> str:
+        """Return this file with the line of a key, and the key."""
+        line = self.line_of(key)
+        return f"{self.source}{'' if line is None else f':{line}'}: {key}"
+
     def located(self, problems: Sequence[Problem]) -> list[Problem]:
         """Return the problems with this file and the line in front of their keys; other places stay.
 
@@ -61,9 +66,7 @@ class RecipeFile:
         placed, last = list(problems), None
         for number, problem in enumerate(problems):
             if isinstance(problem.where, Key):
-                line = self.line_of(problem.where)
-                place = f"{self.source}{'' if line is None else f':{line}'}: {problem.where}"
-                placed[number], last = replace(problem, where=place), number
+                placed[number], last = replace(problem, where=self.place_of(problem.where)), number
         if self.packaged and last is not None:
             copy = f"make a copy to edit:  python -m milora_vl.train --print-recipe {self.packaged} > mine.yaml"
             placed[last] = replace(placed[last], hint="\n".join(filter(None, (placed[last].hint, copy))))

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _card(record: Record, pieces: Sequence[Piece], counts: dict[str, int], folder: Path) -> dict[str, Any]:
     """Return what the page shows of a record; an unreadable picture has the reason as its note, and no JPEG."""
-    pictures = []
+    pictures: list[dict[str, Any]] = []
     for name in record.images:
         try:
             image = load_image(place_of(folder, name))
