@@ -74,16 +74,6 @@ def test_all_wrong_values_are_told_together(capsys: pytest.CaptureFixture[str]) 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--method", "foo"), ("--device", "foo"), ("--format", "foo")])
-def test_the_place_is_the_flag_the_message_has_the_value_and_the_hint_what_to_do(flag: str, value: str) -> None:
-    with pytest.raises(UserError) as error:
-        settings([flag, value, "--model", "tiny"])
-    (problem,) = error.value.problems
-    assert (problem.code, problem.where) == ("flag-value", flag)
-    assert repr(value) in problem.message
-    assert problem.hint
-
-
 def test_a_gpu_that_is_not_here_is_refused_for_a_run_and_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError) as error:

@@ -81,14 +81,6 @@ def test_other_llava_scripts() -> None:
     assert settings("--model tiny --lora_enable True --bits 4").recipe.quantization == "4bit"
 
 
-def test_flags_of_llava_about_data_alone_leave_the_policy_as_it_is() -> None:
-    plain = settings("--model tiny --method lora --rank 4").recipe
-    beside = settings("--model tiny --method lora --rank 4 --group_by_modality_length True --lazy_preprocess True")
-    assert beside.recipe.policy == plain.policy
-    assert beside.notes == []
-    assert beside.recipe.train["train_sampling_strategy"] == "group_by_length"
-
-
 @pytest.mark.parametrize(
     "flag",
     [
@@ -103,16 +95,6 @@ def test_a_flag_that_is_not_about_what_trains_leaves_the_policy_and_the_pictures
     beside = settings(f"--model tiny --rank 8 {flag}")
     assert beside.recipe == plain.recipe
     assert beside.notes == []
-
-
-@pytest.mark.parametrize(
-    "source", [("--recipe", "tiny-test"), ("--policy", "[{modules: language, method: milora, rank: 8}]")]
-)
-def test_a_vision_tower_leaves_the_rules_of_a_recipe_and_their_flags_alone(source: tuple[str, str]) -> None:
-    tower = "--model tiny --vision_tower openai/clip-vit-large-patch14-336 --rank 2 --alpha 4 --dropout 0.1"
-    rules = settings([*source, *tower.split()]).recipe.policy
-    assert rules is not None
-    assert (rules[0]["method"], rules[0]["rank"], rules[0]["alpha"], rules[0]["dropout"]) == ("milora", 2, 4, 0.1)
 
 
 def test_bits_alone_mean_a_quantised_base() -> None:
@@ -175,13 +157,6 @@ def test_a_broken_policy_file_is_told_with_its_line(text: str, line: int, code: 
         settings(f"--model tiny --policy {tmp_path / 'rules.yaml'}")
     (problem,) = error.value.problems
     assert (problem.code, problem.where) == (code, f"{tmp_path / 'rules.yaml'}:{line}")
-
-
-def test_a_policy_that_is_no_text_is_told(tmp_path: Path) -> None:
-    (tmp_path / "rules.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError) as error:
-        settings(f"--model tiny --policy {tmp_path / 'rules.yaml'}")
-    assert [(p.code, p.where) for p in error.value.problems] == [("file-unreadable", str(tmp_path / "rules.yaml"))]
 
 
 def test_a_policy_can_be_given_as_text() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 import llava_recipes
 from milora_vl.base.errors import UserError
@@ -25,13 +24,6 @@ NAMES = llava_recipes.names()
 
 def recipe(name: str) -> Recipe:
     return settings(["--recipe", name]).recipe
-
-
-def test_the_promised_recipes_are_there() -> None:
-    assert set(NAMES) >= {
-        "milora-llava-1.5-7b", "lora-llava-1.5-7b", "milora-llava-1.5-13b", "pretrain-projector-llava",
-        "smol-llava-demo", "smol-llava-align", "tiny-test",
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,13 +109,3 @@ def test_deepspeed_files_are_json_with_a_stage(name: str) -> None:
     assert str(content["zero_optimization"]["stage"]) in name
     assert "optimizer" not in content  # HF's own, with one group per rule
     assert "scheduler" not in content  # one there would replace the cosine
-
-
-@pytest.mark.parametrize("name", llava_recipes.names("accelerate"))
-def test_accelerate_files_are_yaml(name: str) -> None:
-    assert yaml.safe_load(llava_recipes.read(name, "accelerate"))["num_processes"] == 8
-
-
-def test_an_unknown_name_is_a_key_error() -> None:
-    with pytest.raises(KeyError):
-        llava_recipes.read("nothing")

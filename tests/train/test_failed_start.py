@@ -31,24 +31,12 @@ def fails(data: Path, run: Path, *flags: str) -> str:
     return str(error.value)
 
 
-LATE = {
-    "a first batch without a picture that can be read": ([], "cannot read this picture"),
-    "a cache of features of a tower that trains": (
-        ["--feature_cache", "cache", "--policy", "[{modules: vision, method: full}]"],
-        "the vision tower trains",
-    ),
-}
-
-
-@pytest.mark.parametrize("reason", LATE)
 def test_nothing_is_left_of_a_run_that_made_no_step(
-    reason: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags, said = LATE[reason]
-    if not flags:
-        break_pictures(tiny_data)
-    assert said in fails(tiny_data, Path("runs/method/time"), *flags)
+    break_pictures(tiny_data)
+    assert "cannot read this picture" in fails(tiny_data, Path("runs/method/time"))
     assert not Path("runs").exists()
 
 

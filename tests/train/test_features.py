@@ -12,7 +12,6 @@ from PIL import Image
 
 from milora_vl.train.command import main
 from support.launched import FSDP, train_in_two
-from support.problems import raises_code
 from support.tiny_next import saved
 from support.train_runs import losses, training
 
@@ -44,12 +43,6 @@ def test_the_losses_are_those_without_it(model: str, tiny_data: Path, tmp_path: 
         # Some versions of transformers log losses with four decimals.
         found, expected = ([loss for _, loss in pairs] for pairs in (losses(tmp_path / run), whole))
         assert found == pytest.approx(expected, rel=1e-5, abs=3e-4)
-
-
-def test_zero3_is_refused_because_it_cuts_up_the_tower(tiny_data: Path, tmp_path: Path) -> None:
-    extra = ["--rank", "4", "--feature_cache", str(tmp_path / "cache"), "--deepspeed", "zero3", "--dry-run"]
-    with raises_code("feature-cache-zero3", where="--feature_cache", hint="--deepspeed zero2"):
-        main(training(tiny_data, tmp_path / "run", *extra))
 
 
 @pytest.mark.slow
@@ -102,23 +95,3 @@ def test_another_transform_or_precision_has_entries_of_its_own(tiny_data: Path, 
     for number, more in enumerate([[], ["--image_aspect_ratio", "plain"], ["--bf16", "True"]], start=1):
         assert main(training(tiny_data, tmp_path / f"run{number}", *extra, *more)) == 0
         assert len(list((tmp_path / "cache").iterdir())) == number
-
-
-def test_what_it_cannot_do_is_told(tiny_data: Path, tmp_path: Path) -> None:
-    extra = ["--feature_cache", str(tmp_path / "cache")]
-    policy = "[{modules: language, method: milora, rank: 4}, {modules: vision, method: milora, rank: 2}]"
-    with raises_code(
-        "feature-cache-trained-tower", where="--feature_cache", message="the vision tower trains (model.vision_tower"
-    ) as error:
-        main(training(tiny_data, tmp_path / "run", "--policy", policy, *extra))
-    problem = error.value.problems[0]
-    assert (problem.code, problem.where) == ("feature-cache-trained-tower", "--feature_cache")
-    text = [record for record in json.loads((tiny_data / "train.json").read_text()) if "image" not in record]
-    (tiny_data / "train.json").write_text(json.dumps(text))
-    with raises_code(
-        "feature-cache-unsupported-model", where="--feature_cache", message="supports LLaVA 1.5 and 1.6 only"
-    ):
-        main(training(tiny_data, tmp_path / "text", "--model", "tiny-text", "--rank", "4", *extra))
-    with raises_code("recipe-streaming", where="--feature_cache", message="needs all images before training"):
-        main(training(tiny_data, tmp_path / "stream", "--rank", "4", "--streaming", *extra))
-    assert not (tmp_path / "cache").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -212,30 +211,6 @@ def test_a_full_disk_is_named_and_other_errors_keep_their_traceback(tmp_path: Pa
     for error in (RuntimeError("shapes differ"), FileNotFoundError("x"), KeyError("y")):
         with pytest.raises(type(error)), failures.explained(args):
             raise error
-
-
-@pytest.mark.slow
-def test_a_run_on_a_full_disk_keeps_its_last_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands for the disk."""
-    import resource
-    import subprocess
-
-    run = tmp_path / "run"
-    flags = ["--rank", "4", "--lr_scheduler_type", "constant"]
-    assert main(training(tiny_data, run, *flags, "--max_steps", "2")) == 0
-    (run / "adapter_model.safetensors").unlink()
-    again = training(tiny_data, run, *flags, *RESUME)
-    done = subprocess.run(
-        [sys.executable, "-m", "milora_vl.train", *again],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert "cannot write: " in done.stderr
-    assert "Traceback" not in done.stderr
-    assert main(again) == 0
-    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_loss_that_becomes_nan_ends_the_run_before_a_checkpoint_of_it(

@@ -161,13 +161,6 @@ def test_a_constant_schedule_makes_more_steps(data: Path, tmp_path: Path) -> Non
     assert "it has no checkpoint to continue from" in more[0]
 
 
-def test_a_batch_of_the_same_size_in_total_is_allowed(whole: Path, data: Path, tmp_path: Path) -> None:
-    run = cut(whole, tmp_path / "run")
-    split = ["--rank", "8", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
-    assert main(training(data, run, *split, "--resume_from_checkpoint", "auto")) == 0
-    assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
-
-
 def test_records_are_told_by_their_contents(whole: Path, data: Path, tmp_path: Path) -> None:
     run = cut(whole, tmp_path / "run")
     records = json.loads((data / "train.json").read_text())

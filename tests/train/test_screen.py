@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from typing import Any
 
 from milora_vl.adapter.apply import apply_milora
 from milora_vl.plan import rates
-from milora_vl.plan.screen import Screen, policy_rows, trainable_line, trained_sizes
+from milora_vl.plan.screen import policy_rows, trainable_line, trained_sizes
 from milora_vl.policy import Policy
 
 RULES = [
@@ -42,16 +41,3 @@ def test_the_line_is_pefts_own(tiny_llava: Callable[..., Any], capsys: Any) -> N
     model = apply_milora(tiny_llava()[0], Policy.parse(RULES))
     model.print_trainable_parameters()
     assert capsys.readouterr().out.strip() == trainable_line(model)
-
-
-def test_no_colour_codes_without_a_terminal() -> None:
-    stream = io.StringIO()
-    screen = Screen(stream)
-    screen.header([("model", "[tiny]"), ("run", "r")])
-    screen.warn("careful")
-    screen.policy([("language", "1", "milora", "4", "4", "8", "1", "-", "-")], ["vision"])
-    text = stream.getvalue()
-    assert "\x1b" not in text
-    assert "model  [tiny]" in text
-    assert "warning: careful" in text
-    assert "frozen" in text

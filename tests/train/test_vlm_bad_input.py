@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from milora_eval.__main__ import main as evaluate
 from milora_vl.base.errors import UserError
@@ -140,16 +139,6 @@ def test_a_question_with_other_numbers_of_marks_and_pictures_is_named(
             asked(model, images, rows, tmp_path)
 
 
-def test_a_picture_below_the_least_size_is_named(tmp_path: Path) -> None:
-    """Qwen's processor refuses a picture 200 times as wide as high."""
-    model = without_weights("qwen2_5_vl", tmp_path / "model")
-    images = tmp_path / "images"
-    images.mkdir()
-    Image.new("RGB", (3000, 4)).save(images / "thin.png")
-    with raises_code("image-refused", says="thin.png"):
-        trained(model, images, record(ASKED, ["thin.png"]), tmp_path)
-
-
 SHOWN = {  # what the templates here write for a video
     "internvl": "<video>\n",
     "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
@@ -182,13 +171,6 @@ def internvl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_videos("internvl", tmp_path_factory.mktemp("internvl"))
 
 
-def test_videos_of_several_lengths_in_one_batch_are_refused(internvl: Path, images: Path, tmp_path: Path) -> None:
-    """InternVL's processor stacks the frames of all videos."""
-    words = words_of(internvl, images, tmp_path, [{"video": ["0.png"] * count} | record(SEEN, []) for count in (2, 3)])
-    with raises_code("records-mixed", "train.jsonl:1 and ", "videos of 2 and 3 frames", "train_batch_size 1"):
-        train(words)
-
-
 def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     glm: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,13 +190,10 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
         train(words)
 
 
-@pytest.mark.parametrize("policy", ["skip", "replace"])
-def test_a_template_that_refuses_every_record_is_refused_under_each_policy(
-    policy: str, images: Path, tmp_path: Path
-) -> None:
+def test_a_template_that_refuses_every_record_is_refused_under_each_policy(images: Path, tmp_path: Path) -> None:
     model = without_weights("qwen2_5_vl", tmp_path / "model")  # its template here writes no videos
     video = {"video": ["0.png"] * 2} | record(SEEN, [])
-    words = [*words_of(model, images, tmp_path, [video] * 3), "--bad_images", policy]
+    words = [*words_of(model, images, tmp_path, [video] * 3), "--bad_images", "skip"]
     with raises_code("chat-template-no-pictures", "train.jsonl:1", hint="none of the 3 records"):
         train(words)
 
