@@ -22,7 +22,7 @@ from milora_vl.plan.fit import Fitted
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import RunFolder, without_token
 from milora_vl.plan.train_section import base_dtype
-from milora_vl.recipe.schema import Recipe, RecipeError, load
+from milora_vl.recipe.schema import Recipe, load
 
 NEW_RUN = "to start a new run:  another --output_dir, without --resume_from_checkpoint"
 
@@ -73,11 +73,7 @@ def read_earlier(run: RunFolder, resume: str | None) -> Earlier | None:
             where=str(run.checkpoint or folder),
             hint=f"copy the run's recipe.yaml into {folder}",
         )
-    try:
-        recipe, _ = without_token(load(folder / "recipe.yaml"))
-    except RecipeError as error:
-        unreadable = Problem("its recipe is not valid", "resume-recipe", str(folder), NEW_RUN)
-        raise UserError(problems=[unreadable, *error.problems]) from None
+    recipe, _ = without_token(load(folder / "recipe.yaml"))
     return Earlier(folder, run.checkpoint, is_finished, recipe, checkpoints.read_environment(folder))
 
 

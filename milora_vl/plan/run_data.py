@@ -15,11 +15,10 @@ from pathlib import Path
 from milora_data.check.command import check_for_training, readable
 from milora_data.check.findings import KINDS, Finding, Report, examine
 from milora_data.check.pictures import find_missing
-from milora_data.formats.jsonfile import missing_file
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import Record, tools_of, uses_tools
 from milora_data.stream.dataset import record_stream
-from milora_data.stream.sources import Source, from_web, is_json, load_records, mixed_records
+from milora_data.stream.sources import Source, from_web, load_records, mixed_records
 from milora_vl.base.errors import DataError, Key, Problem, UserError, no_records, with_context
 from milora_vl.cli.command_line import amount, command_line
 from milora_vl.recipe.schema import DataConfig, SourceConfig
@@ -71,20 +70,14 @@ class RunData:
         return {**known, "eval": len(self.evaluation or ()), "skipped": self.skipped}
 
 
-def require_held_out(config: DataConfig) -> None:
-    """Raise DataError if the file of held-out records does not exist: reading the training records takes minutes."""
-    if config.eval_path is not None and is_json(config.eval_path) and not Path(config.eval_path).is_file():
-        raise missing_file(Path(config.eval_path))
-
-
 def read_records(config: DataConfig) -> RunData:
     """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
     if config.path is None:
         raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
+    held_out = None if config.eval_path is None else _load_checked(config.eval_path, config)  # it is small: first
     train = _inspect_stream(config) if config.streaming else _load_checked(config.path, config)
-    if config.eval_path is None:
+    if held_out is None:
         return train
-    held_out = _load_checked(config.eval_path, config)
     return replace(
         train,
         evaluation=held_out.train,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from milora_vl.policy.towers import TOWERS, find_towers
 
@@ -56,13 +56,12 @@ class Screen:
         if seconds >= 1:
             self.console.print(f"  done in {seconds:.0f} s", markup=False)
 
-    def header(self, rows: Rows) -> None:
-        """Print the panel that describes the run."""
-        from rich.panel import Panel
-
+    def block(self, rows: Rows) -> None:
+        """Print rows with a name each: what a run is at its start, and where everything is at its end."""
         width = max(len(name) for name, _ in rows)
-        text = "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-        self.console.print(Panel(_plain(text), title="milora_vl.train", title_align="left", expand=False))
+        self.console.print()
+        for name, value in rows:
+            self.say(f"{name:<{width}}  {value}")
 
     def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
         """Print the table of trained modules (see `policy_rows`), and the frozen towers."""
@@ -76,13 +75,6 @@ class Screen:
         for tower in frozen:
             table.add_row(tower, "-", "frozen")
         self.console.print(table)
-
-    def closing(self, rows: Rows) -> None:
-        """Print the last block: paths and the next commands."""
-        width = max(len(name) for name, _ in rows)
-        self.console.print()
-        for name, value in rows:
-            self.say(f"{name:<{width}}  {value}")
 
 
 def policy_rows(
@@ -118,29 +110,24 @@ def policy_rows(
 
 
 def protection_lines(targets: Sequence[Target], protected: Mapping[str, Protected]) -> list[str]:
-    """Return one line per tower about its protected inputs: their share of the directions, and of the energy.
-
-    The shares are means over layers, with the range over layers in brackets.
-    """
+    """Return one line per tower about its protected inputs: means over layers of their shares."""
     lines = []
     for tower in TOWERS:
-        paths = [t.path for t in targets if t.tower == tower and t.path in protected]
-        members = [protected[path] for path in paths]
+        sizes = {t.path: t.shape[1] for t in targets if t.tower == tower}
+        members = [entry for path, entry in protected.items() if path in sizes]
         if not members:
             continue
-        sizes = {t.path: t.shape[1] for t in targets}
-        shares = [100 * p.num_directions / sizes[p.path] for p in members]
-        held_out = [100 * p.held_out for p in members if p.held_out is not None]
+        held_out = [entry.held_out for entry in members if entry.held_out is not None]
         line = (
-            f"protected inputs  {tower}: {_mean(shares)} of the directions, {_mean([100 * p.energy for p in members])} "
+            f"protected inputs  {tower}: {_mean([p.num_directions / sizes[p.path] for p in members])} of the "
+            f"directions, {_mean([entry.energy for entry in members])} of the energy"
         )
-        line += "of the energy" + (f", {_mean(held_out)} on held-out text" if held_out else "")
-        lines.append(line)
+        lines.append(line + (f", {_mean(held_out)} on held-out text" if held_out else ""))
     return lines
 
 
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.1f} % ({_span(values, '{:.3g}')})"
+def _mean(shares: Sequence[float]) -> str:
+    return f"{sum(shares) / len(shares):.1%}"
 
 
 def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
@@ -196,9 +183,3 @@ def _span(values: Sequence[float], form: str, unit: str = "") -> str:
         return "-"
     low, high = form.format(min(values)), form.format(max(values))
     return (low if low == high else f"{low} - {high}") + unit
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -160,7 +159,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     total = count + HELD_OUT_TEXTS
 
     def write() -> list[list[int]]:
-        with _bar("writing calibration texts", total, "texts") as update:
+        with _bar("writing calibration texts", total) as bar:
             return sampled_rows(
                 model,
                 tokenizer,
@@ -168,7 +167,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
                 length=LENGTH,
                 batch_size=WRITTEN_AT_ONCE,
                 seed=CALIBRATION_SEED,
-                on_batch=update,
+                on_batch=lambda number: bar.update(number),
             )
 
     rows = _cached(sources, f"texts {total} {LENGTH}", write)
@@ -190,7 +189,7 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
 
     def write() -> list[str]:
-        with _bar("describing calibration pictures", len(records), "pictures") as update:
+        with _bar("describing calibration pictures", len(records)) as bar:
             return generate(
                 sources.model,
                 sources.processor,
@@ -198,7 +197,7 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
                 template=recipe.template,
                 max_new_tokens=CAPTION_TOKENS,
                 image_aspect_ratio=recipe.data.image_aspect_ratio,
-                on_batch=lambda places, _: update(len(places)),
+                on_batch=lambda places, _: bar.update(len(places)),
             )
 
     digests = [[_digest(path) for path in paths] for paths in pictures]
@@ -292,20 +291,7 @@ def _store(file: Path, written: list[Any], screen: Screen) -> None:
         screen.warn(f"calibration texts are not cached in {file.parent}: {error}")
 
 
-@contextmanager
-def _bar(what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar with the remaining time on stderr, and yield the function that advances it."""
-    with tqdm(
-        total=total,
-        desc=what,
-        unit=unit,
-        file=sys.stderr,
-        disable=rank_and_world_size()[0] != 0,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]",
-    ) as bar:
-
-        def advance(number: int) -> None:
-            bar.update(number)
-
-        yield advance
+def _bar(what: str, total: int) -> tqdm[Any]:
+    """Return a progress bar on stderr; into a log file it writes a line every ten seconds."""
+    is_hidden, interval = rank_and_world_size()[0] != 0, 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=what, file=sys.stderr, disable=is_hidden, mininterval=interval)

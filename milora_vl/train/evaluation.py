@@ -7,8 +7,6 @@ error, in percent or points as in tables. After it, `python -m milora_eval run` 
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -74,8 +72,3 @@ class SuiteCallback(TrainerCallback):
             due = control.should_log
             self.trainer.log(self.scores())
             control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
-
-
-def run_command(command: list[str]) -> bool:
-    """Run a command with its output on stderr. Return whether it succeeded."""
-    return subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode == 0

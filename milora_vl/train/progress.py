@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_vl.cli.command_line import amount
@@ -35,7 +36,7 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
 
     This process made `done` steps in `seconds`. `done` defaults to `step`; in a resumed run it is smaller.
 
-    >>> log_line({"loss": 1.25, "learning_rate": 2e-4, "grad_norm/language": 0.5, "epoch": 0.1}, 5, 20, seconds=10)
+    >>> log_line({"loss": 1.25, "learning_rate": 2e-4, "epoch": 0.1}, 5, 20, seconds=10)
     'step 5/20  loss 1.2500  rate 0.0002  epoch 0.1  30 s left'
     """
     done = step if done is None else done
@@ -50,7 +51,7 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
 
 
 class Lines(TrainerCallback):
-    """Write `log_line` for each entry, without a bar: for log files and `--disable_tqdm`."""
+    """Write `log_line` for each entry, above a bar if there is one."""
 
     def __init__(self) -> None:
         self.first, self.start = 0, time.monotonic()
@@ -66,25 +67,13 @@ class Lines(TrainerCallback):
         done, seconds = state.global_step - self.first, time.monotonic() - self.start
         line = log_line(objects["logs"], state.global_step, state.max_steps, done=done, seconds=seconds)
         if line and state.is_world_process_zero:
-            sys.stderr.write(line + "\n")
+            tqdm.write(line, file=sys.stderr)
 
 
 class Bars(ProgressCallback):
-    """HF's bars with the time left; `log_line` above them replaces HF's dictionaries."""
-
-    first = 0  # step at which this process began
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Count steps from here."""
-        super().on_train_begin(args, state, control, **objects)
-        self.first = state.global_step
+    """HF's bars, without its dictionaries of log entries."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **objects: Any
     ) -> None:
-        """Write the line above the bar."""
-        line = log_line(logs, state.global_step, state.max_steps, done=state.global_step - self.first)
-        if line and self.training_bar is not None:
-            self.training_bar.write(line, file=sys.stderr)
+        """Leave the entry to `Lines`."""

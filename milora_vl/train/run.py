@@ -8,8 +8,11 @@ What can be wrong is found before the model loads. Only caches are written befor
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,20 +24,24 @@ import torch
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.templates import OWN, no_tools
 from milora_vl.adapter import checkpoints
-from milora_vl.adapter.checkpoints import step_of
+from milora_vl.adapter.checkpoints import WEIGHTS, step_of
+from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.base.errors import UserError, with_context
+from milora_vl.cli.command_line import command_line
 from milora_vl.plan import eval_section, rates, record_checks, resuming, run_data
 from milora_vl.plan.base import Base, compose, require_usable
 from milora_vl.plan.batching import Batching
 from milora_vl.plan.fit import template_warnings
 from milora_vl.plan.plan import Plan, make_plan
 from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder
+from milora_vl.plan.run_folder import CARD, ENVIRONMENT, RunFolder
 from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
 from milora_vl.plan.train_section import base_dtype, refused
 from milora_vl.recipe.command_line import Request
 from milora_vl.recipe.merge import merge_recipe
 from milora_vl.recipe.schema import Recipe
+from milora_vl.report import model_card
+from milora_vl.report.page import try_write_report
 from milora_vl.train import (
     calibration_batches,
     collators,
@@ -46,8 +53,7 @@ from milora_vl.train import (
     run_files,
     training_arguments,
 )
-from milora_vl.train.evaluation import Scored, SuiteCallback, run_command, suites_of
-from milora_vl.train.finalize import show_results, write_pages
+from milora_vl.train.evaluation import Scored, SuiteCallback, suites_of
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
 from milora_vl.train.run_files import AtFirstStep, FirstFiles
@@ -104,7 +110,6 @@ class Inputs:
 def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     """Read and check the records, and work out the arguments and the number of steps."""
     recipe, checkpoint = plan.recipe, plan.folder.checkpoint
-    run_data.require_held_out(recipe.data)
     with screen.step(f"reading {run_data.source_text(recipe.data)}"):
         data = run_data.read_records(recipe.data)
     if plan.resumed is not None:
@@ -250,7 +255,7 @@ def show_header_and_policy(
     source = f"   recipe {plan.request.recipe}" if plan.request.recipe else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
     resumed = [] if folder.checkpoint is None else [("resumed", folder.checkpoint.name)]
-    screen.header(
+    screen.block(
         [
             ("model", f"{loaded.recipe.model}{source}"),
             ("data", inputs.data.describe()),
@@ -434,7 +439,7 @@ def evaluate(trained: Trained, screen: Screen) -> list[str]:
     failed = []
     for command in commands:
         screen.say("python " + " ".join(command))
-        if not run_command(command):
+        if subprocess.run([sys.executable, *command], stdout=sys.stderr).returncode:
             failed.append("python " + " ".join(command))
     return failed
 
@@ -461,3 +466,45 @@ def push_to_hub(trained: Trained, screen: Screen) -> bool:
         screen.warn(str(error))
         return False
     return True
+
+
+def show_results(folder: RunFolder, recipe: Recipe, screen: Screen, style: str = "human") -> None:
+    """Write README.md and report.html and print the closing block. A failed report does not fail the run.
+
+    With the style `json`, the last line of stdout is a JSON object with the block and the results of training.
+    """
+    page = write_pages(folder, recipe, screen)
+    weights = next((name for name in WEIGHTS if (folder.path / name).is_file()), "")
+    rows = [("weights", str(folder.path / weights))]
+    if page is not None:
+        rows.append(("report", str(page)))
+    rows.append(("recipe", str(folder.path / "recipe.yaml")))
+    rows.append(("next", next_command(folder.path, recipe)))
+    screen.block(rows)
+    if style == "json":
+        content = {"output_dir": str(folder.path), **dict(rows), "results": measured(folder.path)}
+        sys.stdout.write(json.dumps(content) + "\n")
+
+
+def measured(path: Path) -> dict[str, float]:
+    """Return the last logged value of each key (losses, speed, time); empty if nothing was logged."""
+    file = path / "trainer_state.json"
+    entries = json.loads(file.read_text(encoding="utf-8"))["log_history"] if file.is_file() else []
+    return {name: value for entry in entries for name, value in entry.items()}
+
+
+def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
+    """Write README.md and report.html. Return the path of report.html, or None if it could not be written."""
+    folder.write_text(CARD, model_card.render(folder.path, recipe))
+    return try_write_report(folder.path, screen.warn)
+
+
+def next_command(path: Path, recipe: Recipe) -> str:
+    """Return the command that a user most likely needs next."""
+    question = ["QUESTION"] if holds_text_model(path) else ["--image", "PICTURE", "What is this?"]
+    if has_config(path):
+        return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)
+    if holds_projector_alone(path):
+        words = ("--model", recipe.model, "--projector_weights", path, "--data_path", "DATA.json")
+        return command_line("milora_vl.train", *words)
+    return command_line("milora_vl.chat", "--model", path, *question)

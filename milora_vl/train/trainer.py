@@ -174,7 +174,9 @@ class MiloraTrainer(CheckpointTrainer):
         )
         self.stop_on_signal, stop.accelerator = stop, self.accelerator
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
-        self.add_callback(Bars if sys.stderr.isatty() and not self.args.disable_tqdm else Lines)
+        self.add_callback(Lines)
+        if sys.stderr.isatty() and not self.args.disable_tqdm:
+            self.add_callback(Bars)
         protecting = any(target.protect is not None for target in targets)
         if protecting and self.is_deepspeed_enabled:
             self.add_callback(ProjectShards(ShardedProjection(model)))
