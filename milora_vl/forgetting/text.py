@@ -108,7 +108,7 @@ def sampled_rows(
     length: int,
     batch_size: int,
     seed: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """Return the ids of `count` documents of at most `length` ids, sampled as in `sampled_batches`.
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers.generation.streamers import BaseStreamer
 
-OnBatch = Callable[[list[int], list[str]], None]
+OnBatch = Callable[[list[int], list[str]], object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
                 length=LENGTH,
                 batch_size=WRITTEN_AT_ONCE,
                 seed=CALIBRATION_SEED,
-                on_batch=lambda number: bar.update(number),
+                on_batch=bar.update,
             )
 
     rows = _cached(sources, f"texts {total} {LENGTH}", write)
