@@ -135,7 +135,7 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/sweeps.md", "sweep:"): (
         "sweep.yaml",
         DEMO + RULES,
-        "python -m milora_vl.sweep --recipe sweep.yaml --methods milora,lora-strong,milora-hard --lrs 1e-3 --plan",
+        "python -m milora_vl.sweep --recipe sweep.yaml --methods milora,lora-strong --lrs 1e-3 --plan",
     ),
 }
 # Page and first line of a change in Python -> the script before it, and replacements in it.
