@@ -1,6 +1,6 @@
 """Recognize by its files what a folder holds (adapter, projector, text model), with the errors for a wrong folder.
 
-Other modules ask here instead of looking for the files. `adapters/source.py` tells the kinds of adapters apart.
+Other modules ask here instead of looking for the files. `foreign/source.py` tells the kinds of adapters apart.
 """
 
 from __future__ import annotations
