@@ -141,6 +141,7 @@ def test_ids_and_masks_are_those_of_transformers(name: str, options: Any, pictur
     assert '"red"' not in text
     record = parse_record(value)
     assert collate.num_tokens(record) == batch["input_ids"].shape[1]
+    assert "".join(one.text for one in collate.segments(record) if one.supervised) == text
 
 
 @pytest.mark.parametrize(

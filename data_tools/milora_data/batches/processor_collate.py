@@ -24,6 +24,7 @@ from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, record_of
 from milora_data.encode.chat_template import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
+from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.pictures.videos import Frames, require_one_size
@@ -105,6 +106,19 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         if rendered.suffix is not None:
             answers.append(rendered.suffix)
         return sum(len(self.inputs.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
+
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not, with `<image>` in place of each picture."""
+        rendered, end, pieces = self._rendered(record), 0, []
+        for start, stop in rendered.supervised:
+            pieces += [Segment(rendered.text[end:start], False), Segment(rendered.text[start:stop], True)]
+            end = stop
+        pieces += [Segment(rendered.text[end:], False), Segment(rendered.suffix or "", True)]
+        shown = [piece._replace(text=piece.text.replace(self.inputs.placeholder, IMAGE)) for piece in pieces]
+        if record.videos:
+            token = str(self.inputs.video_placeholder)
+            shown = [piece._replace(text=piece.text.replace(token, VIDEO)) for piece in shown]
+        return [piece for piece in shown if piece.text]
 
     def lengths(self, records: Sequence[Record]) -> list[int]:
         """Return the number of tokens of each record; shows a progress bar. A record without answers counts 0."""
