@@ -56,18 +56,23 @@ class RunData:
         """Return warnings about skipped records and the reasons."""
         messages = []
         if self.skipped:
-            messages.append(f"{self.skipped:,} records skipped: images missing or empty (--bad_images skip)")
+            messages.append(f"{amount(self.skipped, 'record')} skipped: images missing or empty (--bad_images skip)")
         messages += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
         if self.broken:
-            messages.append(f"{len(self.broken):,} broken records skipped (python -m milora_data check)")
+            messages.append(f"{amount(len(self.broken), 'broken record')} skipped (python -m milora_data check)")
         if self.unlearnable:
-            messages.append(f"{self.unlearnable:,} records without an answer skipped")
+            messages.append(f"{amount(self.unlearnable, 'record')} without an answer skipped")
         return messages
+
+    @property
+    def num_skipped(self) -> int:
+        """Return the number of records that the run leaves out, for whatever reason."""
+        return self.skipped + self.unlearnable + len(self.broken)
 
     def counts(self) -> dict[str, int]:
         """Return the counts for environment.json; the length of a stream is unknown."""
         known = {} if self.streamed else {"train": len(self.train)}
-        return {**known, "eval": len(self.evaluation or ()), "skipped": self.skipped}
+        return {**known, "eval": len(self.evaluation or ()), "skipped": self.num_skipped}
 
 
 def read_records(config: DataConfig) -> RunData:

@@ -140,7 +140,7 @@ def within(record: Record, image_folder: str | None) -> Record:
 
 
 def from_web(record: Record) -> Record:
-    """Return a record whose pictures at web addresses are downloaded when they are read (images/download.py)."""
+    """Return a record whose pictures at web addresses are downloaded when they are read (pictures/download.py)."""
     if not any(map(web_address, record.files)):
         return record
     return with_names(record, lambda name: WebPicture(name) if web_address(name) else name)
