@@ -51,7 +51,7 @@ def test_training_survives_it_and_says_what_it_cost(
     assert state["global_step"] == 30
     if policy == "skip":
         assert "6 records skipped: images missing or empty" in said
-        assert json.loads((run / "environment.json").read_text())["data"]["skipped"] == 6
+        assert json.loads((run / "environment.json").read_text())["data"]["skipped"] == 6 + 15 + 2
     assert "times while training: " in said
 
 
