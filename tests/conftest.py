@@ -91,9 +91,9 @@ def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     from milora_vl import demo
     from milora_vl.forgetting import job
     from milora_vl.sweep import runner
-    from milora_vl.train import evaluation
+    from milora_vl.train import run
 
-    for module in (demo, job, evaluation, runner):
+    for module in (demo, job, run, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 

@@ -113,7 +113,7 @@ def protection_lines(targets: Sequence[Target], protected: Mapping[str, Protecte
     """Return one line per tower about its protected inputs: means over layers of their shares."""
     lines = []
     for tower in TOWERS:
-        sizes = {t.path: t.shape[1] for t in targets if t.tower == tower}
+        sizes = {t.path: t.shape[1] for t in targets if t.tower == tower and t.path in protected}
         members = [entry for path, entry in protected.items() if path in sizes]
         if not members:
             continue

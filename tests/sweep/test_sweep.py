@@ -220,7 +220,7 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
         ({}, ["--lrs", "fast"], "command-line", "--lrs: "),
         ({"data": {"path": "train.json"}, "sweep": {}}, [], "sweep-recipe-incomplete", "data.eval_path"),
         ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "recipe-unknown-key", "max_step"),
-        ({}, ["--plan"], "sweep-cell-cannot-run", "train.json"),
+        ({}, ["--plan"], "sweep-cell-cannot-run", "val.json"),
         ({}, ["--suite", "emojis"], "eval-unknown-suite", "emoji"),
         ({}, ["--data", "nowhere"], "eval-missing-files", "not in nowhere"),
     ],
