@@ -178,11 +178,3 @@ def test_many_pictures_are_made_smaller_until_they_fit() -> None:
     assert whole // 20 < sum(map(len, made)) <= whole // 3
     assert made[4] == ""
     assert len({uri[:40] for uri in made[:4]}) == 1
-
-
-def test_a_page_holds_what_5_mb_do_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = ["long " * 300_000] * 6
-    base = write_answers(tmp_path, "base", said)
-    assert evaluation(["view", str(base)]) == 0
-    assert (base / "view.html").stat().st_size <= render.MAX_BYTES
-    assert "of 6 questions: a page has at most 5 MB" in capsys.readouterr().err
