@@ -6,7 +6,14 @@ import inspect
 from pathlib import Path
 
 import pytest
-from transformers import LlamaForCausalLM, LlavaProcessor, ProcessorMixin, Trainer, TrainingArguments
+from transformers import (
+    LlamaForCausalLM,
+    LlavaProcessor,
+    ProcessorMixin,
+    Trainer,
+    TrainingArguments,
+    core_model_loading,
+)
 from transformers.integrations import deepspeed
 
 from milora_vl.compat.trainer import CheckpointTrainer
@@ -31,8 +38,7 @@ def test_deepspeeds_config_is_where_it_was() -> None:
 
 def test_models_name_their_renamings_and_layers_as_before() -> None:
     assert LlamaForCausalLM._no_split_modules == ["LlamaDecoderLayer"]
-    loading = pytest.importorskip("transformers.core_model_loading", reason="transformers 4 renames nothing")
-    assert "_weight_conversions" in inspect.getsource(loading)
+    assert "_weight_conversions" in inspect.getsource(core_model_loading)
 
 
 def test_processors_expand_placeholders_and_count_tokens_as_before() -> None:
