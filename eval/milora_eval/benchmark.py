@@ -130,6 +130,10 @@ class Benchmark:
         """Read the items from a folder. Raises MissingData (a UserError) if a file is missing."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method load(data_dir)")
 
+    def recognises(self, question: Any) -> bool:
+        """Return whether the first value in `files[0]`, which has a common name, is a question of this benchmark."""
+        return True
+
     def prompt(self, item: Item) -> tuple[Turn, ...]:
         """Return the conversation to show the model; its last turn is the user's."""
         return item.turns

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.assets import cache_dir
-from milora_data.formats.jsonfile import not_utf8
+from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_vl.base.atomic_write import atomic_file, write_text
 from milora_vl.base.errors import MALFORMED, DataError, UserError, with_context
@@ -42,6 +42,20 @@ def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
     )
 
 
+def other_questions(benchmark: Benchmark, data_dir: Path) -> Path | None:
+    """Return the file of a benchmark's questions if it has those of another data set, else None."""
+    if type(benchmark).recognises is Benchmark.recognises:
+        return None
+    path = next((data_dir / name for name in benchmark.files[0].split("|") if (data_dir / name).is_file()), None)
+    if path is None:
+        return None
+    try:
+        first = next((value for _, value in read_objects(path)), None)
+    except DataError:  # whoever reads the file reports it
+        return None
+    return None if benchmark.recognises(first) else path
+
+
 def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
     """Return the items of a benchmark. Raises DataError if its official files do not have the published format.
 
@@ -49,6 +63,13 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
     """
     if not type(benchmark).__module__.startswith("milora_eval."):
         return benchmark.load(data_dir)
+    if (path := other_questions(benchmark, data_dir)) is not None:
+        raise DataError(
+            "has other questions than this benchmark",
+            code="benchmark-file-format",
+            where=f"benchmark {benchmark.name}: {path}",
+            hint=f"ask them with  --benchmarks {path}",
+        )
     try:
         return benchmark.load(data_dir)
     except UserError:

@@ -7,49 +7,47 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from contextlib import redirect_stderr
-from pathlib import Path
 from typing import Any, Literal
 
-from milora_eval.answers.questions import EvaluationPlan, Items, read_items
+from milora_eval.answers.questions import EvaluationPlan, Items, read_chosen
 from milora_eval.evaluate import evaluate
 from milora_eval.scores.results import metrics_of
-from milora_eval.suites import find_benchmark, find_suite, has_files
+from milora_eval.suites import choose, data_folder
 
 BATCH_SIZE = 16
 
 
 class Suites:
-    """Benchmarks whose items are read once, when this is created. Raises UserError for missing data.
+    """Suites, or lists of benchmarks and files, whose items are read once, here. Raises UserError for missing data.
 
-    `names` has the names of the benchmarks; `measure` returns a score `eval_suite_NAME` for each.
+    `suites` has the data folder of each. `names` has the names of the benchmarks; `measure` returns a score
+    `eval_suite_NAME` for each.
     """
 
     def __init__(
         self,
-        suites: Sequence[str],
-        data: str | None,
+        suites: Mapping[str, str | None],
         limit: int,
         *,
         template: str,
         image_aspect_ratio: Literal["pad", "plain", "anyres"],
     ) -> None:
         self._planned: list[tuple[EvaluationPlan, Items]] = []
-        for name in suites:
-            folder = Path(data or f"data/{name}")
-            benchmarks = [find_benchmark(entry) for entry in find_suite(name).benchmarks]
-            benchmarks = [benchmark for benchmark in benchmarks if has_files(benchmark, folder)]
+        for value, data in suites.items():
+            folder, chosen = data_folder(value, data), choose(value)
+            items = read_chosen(chosen, folder, limit)
             plan = EvaluationPlan(
-                suite=name,
-                benchmarks=tuple(benchmarks),
+                suite=chosen.name,
+                benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
                 data_dir=folder,
                 template=template,
                 image_aspect_ratio=image_aspect_ratio,
                 limit=limit,
                 batch_size=BATCH_SIZE,
             )
-            self._planned.append((plan, read_items(benchmarks, folder, limit)))
+            self._planned.append((plan, items))
         self.names = tuple(benchmark.name for plan, _ in self._planned for benchmark in plan.benchmarks)
 
     def measure(self, model: Any, processor: Any) -> dict[str, float]:

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
+from milora_eval.data_files import other_questions
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import suggest
 
@@ -103,11 +104,52 @@ SUITES: dict[str, Suite] = {
 }
 
 
-def find_suite(name: str) -> Suite:
-    """Return a suite. Raises UserError with the known names if the name is unknown."""
-    if name not in SUITES:
-        raise _unknown("suite", name, SUITES)
-    return SUITES[name]
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The benchmarks of a suite or of a list. `name` is the folder of their results; the rest is as in `Suite`."""
+
+    name: str
+    benchmarks: tuple[Benchmark, ...]
+    limit: int | None = None
+    partial: bool = False
+
+
+def choose(value: str, protocol: str | None = None) -> Chosen:
+    """Return the benchmarks of a suite, or of a list with commas: names, FILE.json, FILE.py, module:Class.
+
+    Raises UserError for unknown names, and for a protocol that no benchmark has.
+    """
+    suite = SUITES.get(value) or Suite(_listed(value), "")
+    names = suite.benchmarks if protocol is None else _all_with_protocol(suite.benchmarks, protocol)
+    return Chosen(results_name(value), tuple(map(find_benchmark, names)), suite.limit, suite.partial)
+
+
+def results_name(value: str) -> str:
+    """Return the name of `choose(value)`: the suite's, or the names of the benchmarks."""
+    return value if value in SUITES else "+".join(find_benchmark(name).name for name in _listed(value))
+
+
+def _listed(value: str) -> tuple[str, ...]:
+    names = tuple(name for part in value.split(",") if (name := part.strip()))
+    if not names:
+        raise UserError("no benchmark name given", code="flag-value", hint="see: python -m milora_eval ls")
+    spec = names[0].partition("@")[0]
+    if len(names) == 1 and spec not in BENCHMARKS and ":" not in spec and not Path(spec).suffix:
+        near = suggest(value, {**SUITES, **BENCHMARKS})
+        raise UserError(
+            f'no suite or benchmark "{value}"; the suites: {", ".join(SUITES)}',
+            code="eval-unknown-suite",
+            hint=(f"did you mean {near[0]}?\n" if near else "") + "see: python -m milora_eval ls",
+        )
+    return names
+
+
+def data_folder(value: str, data: str | Path | None = None) -> Path:
+    """Return the folder of the benchmark files: `data`, else the folder of a FILE, else data/NAME of the first name."""
+    if data is not None:
+        return Path(data)
+    first = Path(value.partition(",")[0].strip())
+    return first.parent if first.suffix else Path("data") / first
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -121,7 +163,7 @@ def find_benchmark(name: str) -> Benchmark:
         return OwnData(place)
     module, _, attribute = place.partition(":")
     if not attribute and not module.endswith(".py"):
-        raise _unknown("benchmark", name, BENCHMARKS)
+        raise _unknown(name)
     try:
         holder = _import_file(Path(module)) if module.endswith(".py") else import_module(module)
         kind = getattr(holder, attribute) if attribute else _only_benchmark(holder)
@@ -179,6 +221,19 @@ def with_protocol(name: str, protocol: str) -> str:
     return f"{name}@{protocol}" if "@" not in name and protocol in known and len(known) > 1 else name
 
 
+def _all_with_protocol(names: Sequence[str], protocol: str) -> list[str]:
+    """Add the protocol to the names whose benchmark has it. Raises UserError if none has it."""
+    if not any(protocol in find_benchmark(name).protocols for name in names):
+        known = sorted({known for name in names for known in find_benchmark(name).protocols})
+        raise UserError(
+            f"none of these benchmarks has the protocol {protocol!r}",
+            code="eval-unknown-protocol",
+            where="--protocol",
+            hint=f"their protocols are: {', '.join(known)}",
+        )
+    return [with_protocol(name, protocol) for name in names]
+
+
 def reference(benchmark: Benchmark) -> str:
     """Return the name with which `find_benchmark` finds this benchmark, with its protocol unless it is the default."""
     path = f"{type(benchmark).__module__}:{type(benchmark).__qualname__}"
@@ -195,9 +250,10 @@ def folder_of(benchmark: Benchmark, data_dir: Path) -> Path:
 
 
 def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
-    """Return whether all files that the benchmark reads exist."""
+    """Return whether all files that the benchmark reads exist and have its questions."""
     folder = folder_of(benchmark, data_dir)
-    return all(any((folder / name).exists() for name in names.split("|")) for names in benchmark.files)
+    exist = all(any((folder / name).exists() for name in names.split("|")) for names in benchmark.files)
+    return exist and other_questions(benchmark, folder) is None
 
 
 def listing(data_dir: Path | None) -> dict[str, Any]:
@@ -250,11 +306,11 @@ def _only_benchmark(module: ModuleType) -> type[Benchmark]:
     return classes[0]
 
 
-def _unknown(what: Literal["suite", "benchmark"], name: str, known: Mapping[str, Any]) -> UserError:
-    near = suggest(name, known)
+def _unknown(name: str) -> UserError:
+    near = suggest(name, BENCHMARKS)
     guess = f"did you mean {near[0]}?\n" if near else ""
     return UserError(
-        f'unknown {what} "{name}"; expected one of: {", ".join(known)}',
-        code="eval-unknown-suite" if what == "suite" else "eval-unknown-benchmark",
+        f'unknown benchmark "{name}"; expected one of: {", ".join(BENCHMARKS)}',
+        code="eval-unknown-benchmark",
         hint=f"{guess}see: python -m milora_eval ls",
     )

@@ -160,15 +160,15 @@ def with_problems(error: ErrorT, problems: Sequence[Problem]) -> ErrorT:
 
 
 @contextmanager
-def at_flag(flag: str) -> Iterator[None]:
-    """Name the flag whose value the block rejects: in problems without a place, and in front of the name of a model."""
+def at_flag(flag: str | Key) -> Iterator[None]:
+    """Name the flag or key whose value the block rejects: in problems without a place, and before a model's name."""
     try:
         yield
     except UserError as error:
         raise with_problems(error, [_at_flag(problem, flag) for problem in error.problems]) from error
 
 
-def _at_flag(problem: Problem, flag: str) -> Problem:
+def _at_flag(problem: Problem, flag: str | Key) -> Problem:
     if not problem.where:
         return replace(problem, where=flag)
     is_named = str(problem.where).startswith("--") or not problem.code.startswith("model-")

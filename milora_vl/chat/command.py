@@ -19,6 +19,8 @@ from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.cli.command_line import above_zero, count, next_step, positive
 from milora_vl.cli.eval_command import eval_run
 from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.plan.eval_section import questions_of
+from milora_vl.recipe.recipe_file import recipe_of_run
 
 COMMAND = Command(
     "milora_vl.chat",
@@ -83,13 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         chat.start(pictures, videos)
         chat.ask(options.question)
+    folder = options.adapter or Path(options.model)
     next_step(
         *eval_run(
             options.model,
             adapter=options.adapter,
             base=None if options.adapter else options.base,
-            suite="quick",
-            data="FOLDER",
+            suite=questions_of(recipe_of_run(folder) if folder.is_dir() else {}) or ["--benchmarks", "FILE.json"],
             with_base=False,
             output_dir=options.adapter or "FOLDER",
         )

@@ -42,7 +42,7 @@ SHARED: dict[str, dict[str, Any]] = {
         "help": "size of the finished update: 1 as trained, 0.5 half of it, 0 none (default: 1)",
     },
     "image_folder": {"type": Path, "metavar": "FOLDER", "help": "folder that picture names are relative to"},
-    "suite": {"metavar": "NAME", "help": "list of benchmarks; see: python -m milora_eval ls"},
+    "suite": {"metavar": "NAME", "help": "list of benchmarks, or FILE.json; see: python -m milora_eval ls"},
     "data": {"type": Path, "metavar": "FOLDER", "help": "folder that contains the benchmark files"},
     "template": {"metavar": "NAME", "help": "prompt format (default: the format of the run, else vicuna_v1)"},
     "limit": {"type": positive, "help": "use only the first N items"},

@@ -146,7 +146,7 @@ def _plan_or_all_problems(request: Request) -> Plan:
         problems = list(error.problems)
         if merged.recipe is not None:
             with collected(problems):
-                eval_section.require_runnable(merged.recipe.eval)
+                eval_section.require_runnable(merged.recipe)
             with collected(problems):
                 if merged.recipe.data.path is not None:
                     run_data.read_records(merged.recipe.data)
@@ -168,7 +168,7 @@ def _missing(recipe: Recipe, base: Base) -> list[Problem]:
             if tokenizer is not None:
                 require_template(recipe, tokenizer)
     with collected(problems):
-        eval_section.require_runnable(recipe.eval)
+        eval_section.require_runnable(recipe)
     return problems
 
 

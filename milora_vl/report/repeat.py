@@ -12,6 +12,7 @@ from milora_vl.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.adapter.folders import has_config, holds_text_model
 from milora_vl.cli.command_line import command_line
 from milora_vl.cli.eval_command import eval_run
+from milora_vl.plan.eval_section import questions_of
 from milora_vl.report.run_page import Run
 
 
@@ -89,26 +90,24 @@ def _model(run: Run, weights: Path) -> tuple[str | Path, Path | None, str | None
 
 
 def _suite(run: Run) -> list[str | Path]:
-    """Return the flags of the suite and its data, from the last evaluation, the recipe or the training data."""
+    """Return the flags of the questions and their data, from the last evaluation or the recipe."""
     planned, data = run.recipe.get("eval") or {}, run.recipe.get("data") or {}
-    path = data.get("path") if isinstance(data.get("path"), str) else None
-    names = [comparison.suite for comparison in run.comparisons] + list(planned.get("suites") or ())
-    records = Path(path).parent if path else Path("DATA")
-    is_emoji = records.name == "emoji" or (records / "captions_val.json").is_file()
-    custom = _custom_benchmarks(run)
-    if custom or not (names or is_emoji):  # held-out records of the user serve as a benchmark
-        folder = ["--data", str(data["image_folder"])] if data.get("image_folder") else []
-        return ["--benchmarks", custom or str(data.get("eval_path") or "HELD_OUT.json"), *folder, *_settings(run)]
-    flags = ["--suite", names[0] if names else "emoji", "--data", str(planned.get("data") or records)]
-    return [*flags, *_settings(run)]
+    folder = ["--data", str(data["image_folder"])] if data.get("image_folder") else []
+    if custom := _custom_benchmarks(run):
+        return ["--benchmarks", custom, *folder, *_settings(run)]
+    if run.comparisons:
+        records = Path(data["path"]).parent if isinstance(data.get("path"), str) else "DATA"
+        return ["--suite", run.comparisons[0].suite, "--data", str(planned.get("data") or records), *_settings(run)]
+    return [*(questions_of(run.recipe) or ["--benchmarks", "HELD_OUT.json", *folder])]
 
 
 def _custom_benchmarks(run: Run) -> str:
     """Return the files of the user's benchmarks in the last evaluation. The results contain only their names."""
     entries = [entry for results in _results(run)[:1] for entry in results.get("benchmarks", ())]
     custom = [str(entry["name"]) for entry in entries if str(entry.get("reference", "")).startswith("data:")]
-    data = run.recipe.get("data") or {}
-    files = {Path(path).stem: path for path in (data.get("path"), data.get("eval_path")) if isinstance(path, str)}
+    data, planned = run.recipe.get("data") or {}, run.recipe.get("eval") or {}
+    paths = [data.get("path"), data.get("eval_path"), *(planned.get("suites") or ())]
+    files = {Path(path).stem: path for path in paths if isinstance(path, str)}
     return ",".join(files.get(name, f"{name}.json") for name in custom)
 
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from milora_eval.suites import find_benchmark, find_suite, has_files
+from milora_eval.answers.questions import require_questions
 from milora_vl.base.atomic_write import read_json, write_json
 from milora_vl.base.errors import Problem, UserError
 from milora_vl.cli.command_line import amount, next_step, positive, run
 from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.cli.table import show
+from milora_vl.plan.eval_section import data_of
 from milora_vl.recipe import command_line
 from milora_vl.recipe.policy_edits import ADAPTERS
 from milora_vl.recipe.recipe_file import read_recipe
@@ -66,7 +67,7 @@ examples:
 """,
     inputs=(
         option("--recipe", required=True, metavar="RECIPE", help="name or file, as for milora_vl.train"),
-        shared("suite", about="suite that scores the cells (default: sweep.suite of the recipe)"),
+        shared("suite", about="suite, or FILE.json with own questions (default: sweep.suite of the recipe)"),
         option("--data", metavar="FOLDER", help="folder with the files of the suite"),
     ),
     settings=(
@@ -99,11 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = COMMAND.parse(argv)
     file = read_recipe(options.recipe)
     recipe = Recipe.parse(file.content, file)
-    evaluation = Evaluation(
-        options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), ""),
-        options.data or recipe.sweep.data or recipe.eval.data,
-        options.limit or recipe.sweep.limit,
-    )
+    suite = options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), "")
+    data = data_of(suite, recipe, options.data or recipe.sweep.data or recipe.eval.data)
+    evaluation = Evaluation(suite, data, options.limit or recipe.sweep.limit)
     cells = _checked_cells(options, recipe, evaluation)
     folder = options.output_dir or Path("runs") / f"sweep-{Path(options.recipe).stem}"
     sweep = Sweep(folder, recipe, evaluation)
@@ -147,7 +146,7 @@ def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Eval
     problems, cells = _missing(options.recipe, recipe, evaluation), []
     try:
         if evaluation.suite:
-            _check_suite(evaluation)
+            require_questions(evaluation.suite, evaluation.data)
     except UserError as error:
         problems += error.problems
     try:
@@ -167,7 +166,7 @@ def _missing(name: str, recipe: Recipe, evaluation: Evaluation) -> list[Problem]
         "model: the base model": recipe.model,
         "data.path: the training records": recipe.data.path,
         "data.eval_path: held-out records that select the learning rate": recipe.data.eval_path,
-        "sweep.suite, or --suite: the suite that scores the cells (python -m milora_eval ls)": evaluation.suite,
+        "sweep.suite, or --suite: the suite or FILE.json that scores the cells": evaluation.suite,
     }
     missing = [what for what, value in needed.items() if not value]
     if not missing:
@@ -176,19 +175,6 @@ def _missing(name: str, recipe: Recipe, evaluation: Evaluation) -> list[Problem]
     hint = "" if Path(name).exists() else f"set this in a copy of the recipe:  {copy}"
     message = "\n  ".join(["missing settings that a sweep needs:", *missing])
     return [Problem(message, code="sweep-recipe-incomplete", where=f"recipe {name}", hint=hint)]
-
-
-def _check_suite(evaluation: Evaluation) -> None:
-    """Raise UserError if the suite is unknown or its files are missing: the cells would fail after training."""
-    data = Path(evaluation.data or f"data/{evaluation.suite}")
-    names = find_suite(evaluation.suite).benchmarks
-    if not any(has_files(find_benchmark(name), data) for name in names):
-        raise UserError(
-            f"the files of suite {evaluation.suite} are not in {data}",
-            code="eval-missing-files",
-            where="--data",
-            hint=f"see: python -m milora_eval ls --data {data}",
-        )
 
 
 def _jobs(cells: int) -> int:

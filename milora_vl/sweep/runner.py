@@ -23,6 +23,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from milora_eval.scores.results import require_lines
+from milora_eval.suites import results_name
 from milora_vl.base.atomic_write import read_json, write_json, write_text
 from milora_vl.base.errors import UserError
 from milora_vl.cli.eval_command import eval_trained
@@ -56,7 +57,7 @@ class Sweep:
 
     def results_folder(self, cell: Cell) -> Path:
         """Return the folder with the answers of a cell."""
-        return self.run_folder(cell) / "eval" / self.evaluation.suite / "final"
+        return self.run_folder(cell) / "eval" / results_name(self.evaluation.suite) / "final"
 
     def result(self, cell: Cell) -> Result | None:
         """Return the result of a cell; None if it is not finished, or if its answers have been deleted."""

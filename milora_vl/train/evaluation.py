@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_vl.base.errors import Key, UserError
+from milora_vl.plan import eval_section
 from milora_vl.recipe.schema import Recipe
 
 
@@ -33,8 +34,7 @@ def suites_of(recipe: Recipe) -> Scored | None:
     if config.suite_every is None:
         return None
     scored: Scored = importlib.import_module("milora_eval.during").Suites(
-        config.suites,
-        config.data,
+        eval_section.suites_of(recipe),
         config.suite_limit,
         template=recipe.template,
         image_aspect_ratio=recipe.data.image_aspect_ratio,

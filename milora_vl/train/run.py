@@ -77,7 +77,7 @@ def train(request: Request) -> int:
     if plan.resumed is not None and not plan.resumed.gets_steps:  # a requeued job has nothing left to do
         screen.say(f"{plan.folder.path} is finished; nothing to resume")
         return 0
-    eval_section.require_runnable(plan.recipe.eval)
+    eval_section.require_runnable(plan.recipe)
     require_usable(plan.recipe, plan.fitted.base)
     inputs = read_inputs(plan, screen)
     require_template_for_tools(plan.recipe, inputs.data)
@@ -431,7 +431,7 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: Fi
 
 def evaluate(trained: Trained, screen: Screen) -> list[str]:
     """Start each evaluation that the recipe asks for as a separate process. Returns the commands that failed."""
-    commands = eval_section.commands(trained.recipe.eval, model=trained.recipe.model, output_dir=trained.folder.path)
+    commands = eval_section.commands(trained.recipe, trained.folder.path)
     if not commands or not trained.args.should_save:
         return []
     gc.collect()  # the trainer holds itself in a circle

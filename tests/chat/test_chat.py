@@ -49,6 +49,23 @@ def test_the_answer_alone_is_on_stdout_and_is_what_an_evaluation_gets(picture: P
     assert capsys.readouterr().out == answer("What colour is it?", picture) + "\n"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "flags"),
+    [
+        ("data: {path: a/train.json, eval_path: a/val.json, image_folder: a/b}", "--benchmarks a/val.json --data a/b"),
+        ("data: {path: a.json, image_folder: a/b}\neval: {suites: [mine.json]}", "--suite mine.json --data a/b"),
+        ("data: {path: emoji/train.json, eval_path: emoji/val.json}", "--suite emoji --data emoji"),
+        ("data: {path: a.json, eval_path: 'hub:a/b'}", "--benchmarks FILE.json"),
+    ],
+)
+def test_the_next_command_asks_the_questions_of_the_run(
+    recipe: str, flags: str, adapter: Path, picture: Path, capsys: Captured
+) -> None:
+    (adapter / "recipe.yaml").write_text(f"model: tiny\n{recipe}\n")
+    ask("--adapter", adapter, "What is it?")
+    assert f"run --model tiny --adapter {adapter} {flags} --output_dir {adapter}" in capsys.readouterr().err
+
+
 def test_a_question_needs_no_picture(capsys: Captured) -> None:
     ask("What is 1 + 1?")
     assert capsys.readouterr().out == answer("What is 1 + 1?") + "\n"

@@ -12,7 +12,7 @@ import pytest
 
 from milora_data.__main__ import main as data_main
 from milora_data.stream.sources import load_records
-from milora_eval.suites import find_benchmark, find_suite
+from milora_eval.suites import choose, find_benchmark
 from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
 from support.plans import fitted, settings
@@ -94,5 +94,5 @@ def test_the_pages_conversions_make_what_its_recipes_read(tmp_path: Path, monkey
 
 
 def test_the_pages_suites_and_benchmarks_exist() -> None:
-    assert {find_suite(name) for name in re.findall(r"--suite (\S+)", PAGE)}
+    assert {choose(name) for name in re.findall(r"--suite (\S+)", PAGE)}
     assert [find_benchmark(name) for names in re.findall(r"--benchmarks (\S+)", PAGE) for name in names.split(",")]

@@ -150,7 +150,7 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--suite", "emoij"], ['unknown suite "emoij"', "emoji", "milora_eval ls"]),
+        (["--suite", "emoij"], ['no suite or benchmark "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
         (["--benchmarks", ","], ["--benchmarks: no benchmark name", "milora_eval ls"]),
         (["--benchmarks", "emoji,emoji"], ["emoji is listed twice", "--output_dir"]),
@@ -203,9 +203,26 @@ def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
     shutil.copy(copy / "test.json", copy / "val.json")
     flags = ["--suite", "quick", "--data", str(copy), "--limit", "2", "--output_dir", str(tmp_path)]
     assert main(["run", "--model", "tiny", *flags]) == 0
-    assert "skipped: benchmark vizwiz" in capsys.readouterr().err
+    skipped = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(skipped) == 1
+    assert f"val.json: other questions; ask them with --benchmarks {copy / 'val.json'}" in skipped[0]
     found = json.loads((tmp_path / "eval" / "quick" / "base" / "results.json").read_text())
     assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
+
+
+def test_a_users_own_test_json_is_no_benchmark_but_its_own(data: Path, tmp_path: Path) -> None:
+    records = json.loads((data / "test.json").read_text())
+    for folder, answers in (("mine", records), ("alpaca", [{"instruction": "Why?", "output": "x", "answer": "yes"}])):
+        shutil.copytree(data, tmp_path / folder)
+        for number, record in enumerate(answers):
+            record.pop("answers", None)
+            record["id"] = f"q{number}"
+        (tmp_path / folder / "test.json").write_text(json.dumps(answers))
+        asked = ["run", "--model", "tiny", "--data", str(tmp_path / folder), "--output_dir", str(tmp_path), "--suite"]
+        with raises_code("eval-missing-files", hint=f"--benchmarks {tmp_path / folder / 'test.json'}"):
+            main([*asked, "quick"])
+        with raises_code("benchmark-file-format", where="benchmark emoji", hint="--benchmarks"):
+            main([*asked, "emoji"])
 
 
 def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None
     (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
     with raises_code("benchmark-file-format", says=r"benchmark gqa: .* published format: no 'question'"):
         list(load_items(find_benchmark("gqa"), tmp_path))
-    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "two"}\n')
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### two"}\n')
     with raises_code("benchmark-file-format", says=r"benchmark gsm8k: .* published format: could not convert"):
         list(load_items(find_benchmark("gsm8k"), tmp_path))
 

@@ -164,7 +164,7 @@ def test_rules_that_do_not_fit_and_data_that_is_not_there_are_both_told_of() -> 
 def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: tiny\neval: {{suites: [emoji], data: {tmp_path}}}\n")
-    with raises_code("eval-missing-files", where="eval.data", message="the files of suite 'emoji' are not in"):
+    with raises_code("eval-missing-files", where="eval.data", message="the files of emoji are not in"):
         main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
 
 

@@ -21,6 +21,7 @@ from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
 from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
+from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.sweep_cells import RECIPE, finish_cell
 
@@ -179,6 +180,19 @@ def test_a_rate_that_lacks_a_seed_is_not_chosen(sweep: Sweep) -> None:
     assert (arm.best.learning_rate, arm.at_edge) == (1e-4, True)
 
 
+def test_own_questions_score_the_cells(tmp_path: Path) -> None:
+    """Their mistakes are found before a cell trains; the results are where the sweep reads them."""
+    questions, recipe = tmp_path / "mine.json", tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump({**RECIPE, "sweep": {}}))
+    questions.write_text(json.dumps([{"image": "cat.png", "question": "What?", "answer": "cat"}]))
+    with raises_code("benchmark-missing-pictures", where="--data"):
+        main(["--recipe", str(recipe), "--methods", "lora", "--lrs", "1e-3", "--suite", str(questions), "--plan"])
+    sweep = Sweep(tmp_path, Recipe.parse(RECIPE), Evaluation(str(questions), None, None))
+    cell = Cell("lora", 1e-3, None, 7)
+    assert sweep.results_folder(cell) == sweep.run_folder(cell) / "eval" / "mine" / "final"
+    assert f"--suite {questions} --output_dir" in " ".join(sweep.evaluating(cell))
+
+
 def test_the_front_keeps_what_none_beats_in_both() -> None:
     def point(score: float, forgetting: float) -> Point:
         return Point("m", None, 1.0, mean_of([0.0]), mean_of([score]), mean_of([forgetting]), (0,))
@@ -229,8 +243,7 @@ def test_mistakes_are_told_before_anything_runs(
     change: dict[str, Any], flags: list[str], code: str, value: str, tmp_path: Path
 ) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**RECIPE, **change}))
-    (tmp_path / "test.json").write_text("[]")
-    (tmp_path / "images").mkdir()
+    write_questions(tmp_path)
     given = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora", "--lrs", "1e-3", "--data", str(tmp_path)]
     given += flags
     with pytest.raises(UserError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from milora_vl.plan.eval_section import commands, require_runnable
-from milora_vl.recipe.schema import EvalConfig
+from milora_vl.recipe.schema import Recipe
 from milora_vl.train import run
 from milora_vl.train.command import main
 from support.problems import raises_code
@@ -20,28 +20,46 @@ from support.train_runs import training
 
 def test_unknown_suites_and_missing_files_are_found_early(tmp_path: Path) -> None:
     with raises_code("eval-unknown-suite", where="eval.suites", hint="did you mean emoji"):
-        require_runnable(EvalConfig(suites=["emojis"]))
+        require_runnable(Recipe.parse({"eval": {"suites": ["emojis"]}}))
     with raises_code("eval-missing-files", where="eval.data", message="(test.json"):
-        require_runnable(EvalConfig(suites=["emoji"], data=str(tmp_path)))
+        require_runnable(Recipe.parse({"eval": {"suites": ["emoji"], "data": str(tmp_path)}}))
+
+
+def test_own_questions_are_checked_before_the_training(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    recipe = Recipe.parse({"model": "tiny", "eval": {"suites": [str(file)]}, "data": {"image_folder": "photos"}})
+    with raises_code("data-missing-file", where="eval.data"):
+        require_runnable(recipe)
+    file.write_text(
+        json.dumps([{"question": "Why?", "answer": "no"}, {"question": "Why?", "answer": "no", "metric": "x"}])
+    )
+    with raises_code("own-data-unknown-metric", where="mine.json, question 2"):
+        require_runnable(recipe)
+    file.write_text(json.dumps([{"question": "Why?", "answer": "no"}]))
+    require_runnable(recipe)
+    (command,) = commands(recipe, tmp_path)
+    assert " ".join(command[command.index("--suite") :]).startswith(f"--suite {file} --data photos --with_base")
+    with raises_code("eval-duplicate-benchmark", where="eval.suites"):
+        require_runnable(Recipe.parse({"eval": {"suites": [str(file), str(tmp_path / "other" / "mine.json")]}}))
 
 
 def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:
-    config = EvalConfig(suites=["emoji"], data="d", limit=5)
+    recipe = Recipe.parse({"model": "tiny", "eval": {"suites": ["emoji"], "data": "d", "limit": 5}})
     run = str(tmp_path)
     tail = ["--suite", "emoji", "--data", "d", "--limit", "5", "--with_base", "--output_dir", run]
-    (adapter,) = commands(config, model="tiny", output_dir=tmp_path)
+    (adapter,) = commands(recipe, tmp_path)
     assert adapter == ["-m", "milora_eval", "run", "--model", "tiny", "--adapter", run, *tail]
     (tmp_path / "config.json").touch()
-    (full,) = commands(config, model="tiny", output_dir=tmp_path)
+    (full,) = commands(recipe, tmp_path)
     assert full == ["-m", "milora_eval", "run", "--model", run, "--base", "tiny", *tail]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [["--rank", "4"], ["--method", "projector"], ["--method", "full"]])
 def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data: Path, tmp_path: Path) -> None:
-    question = {"from": "human", "value": "<image>\nWhat colour is it?"}
+    turns = [{"from": "human", "value": "<image>\nWhat colour is it?"}, {"from": "gpt", "value": "red"}]
     records = [
-        {"id": f"{i}", "image": f"{i}.png", "conversations": [question], "type": "colour", "answers": ["red"]}
+        {"id": f"colour-{i}", "image": f"{i}.png", "conversations": turns, "type": "colour", "answers": ["red"]}
         for i in range(2)
     ]
     (tiny_data / "test.json").write_text(json.dumps(records))

@@ -12,7 +12,7 @@ import torch
 from milora_eval.during import Suites
 from milora_vl import load_model
 from milora_vl.plan.eval_section import require_runnable
-from milora_vl.recipe.schema import EvalConfig
+from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -39,7 +39,7 @@ def losses(run: Path) -> list[float]:
 
 def test_measuring_changes_nothing_of_the_model(tmp_path: Path) -> None:
     data = write_questions(tmp_path / "questions")
-    suites = Suites(["emoji"], str(data), 8, template="vicuna_v1", image_aspect_ratio="pad")
+    suites = Suites({"emoji": str(data)}, 8, template="vicuna_v1", image_aspect_ratio="pad")
     model, processor = load_model("tiny")
     model.train()
     before = torch.random.get_rng_state()
@@ -48,6 +48,21 @@ def test_measuring_changes_nothing_of_the_model(tmp_path: Path) -> None:
     assert 0 <= scores["eval_suite_emoji"] <= 100
     assert model.training
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.slow
+def test_own_questions_are_scored_during_and_after_the_training(tiny_data: Path, tmp_path: Path) -> None:
+    """Their pictures are in the image folder of the training, far from the file."""
+    questions, recipe = tmp_path / "mine.json", tmp_path / "recipe.yaml"
+    questions.write_text(json.dumps([{"image": "0.png", "question": "What is it?", "answer": "red"}]))
+    recipe.write_text(f"eval: {{suites: [{questions}]}}\n")
+    best = ["--metric_for_best_model", "suite_mine", "--load_best_model_at_end", "--eval_strategy", "steps"]
+    steps = ["--eval_steps", "1", "--save_steps", "1", "--max_steps", "2", "--eval_data_path", tiny_data / "val.json"]
+    words = [*best, *map(str, steps), "--eval_suite_every", "1"]
+    assert main(training(tiny_data, tmp_path / "run", "--recipe", str(recipe), "--rank", "4", *words)) == 0
+    assert [entry["step"] for entry in log_of(tmp_path / "run") if "eval_suite_mine" in entry][:2] == [1, 2]
+    results = json.loads((tmp_path / "run" / "eval" / "mine" / "final" / "results.json").read_text())
+    assert (results["suite"], results["benchmarks"][0]["reference"]) == ("mine", "data:mine")
 
 
 @pytest.mark.slow
@@ -90,4 +105,4 @@ def test_a_score_chooses_the_best_checkpoint(tiny_data: Path, recipe: Path, tmp_
 
 def test_a_suite_must_be_named(recipe: Path) -> None:
     with raises_code("flag-needs-another", where="eval.suite_every", hint="suites: [quick]"):
-        require_runnable(EvalConfig(suite_every=5))
+        require_runnable(Recipe.parse({"eval": {"suite_every": 5}}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import Any, Literal
 
 from milora_eval.answers.identity import answer_key
 from milora_eval.benchmark import Benchmark, Item, MissingData
-from milora_eval.data_files import load_items
-from milora_eval.suites import folder_of
-from milora_vl.base.errors import UserError
+from milora_eval.benchmarks.own_data import OwnData
+from milora_eval.data_files import load_items, other_questions
+from milora_eval.suites import Chosen, choose, data_folder, folder_of, has_files
+from milora_vl.base.errors import DataError, Key, UserError, at_flag
 
 Items = dict[str, list[Item]]
 """The items of each benchmark, by its name."""
@@ -89,6 +91,64 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     if missing:
         raise MissingData(problems=[problem for error in missing for problem in error.problems])
     return result
+
+
+def read_chosen(chosen: Chosen, data_dir: Path, limit: int | None = None) -> Items:
+    """Read the items of a suite or a list of benchmarks, at most `limit` of each (default: the suite's limit).
+
+    A partial suite skips benchmarks without files. One line counts them and names the files with other questions.
+    Raises UserError for missing data, or if all benchmarks are skipped.
+    """
+    read = _items_that_exist if chosen.partial else read_items
+    return read(chosen.benchmarks, data_dir, limit or chosen.limit)
+
+
+def require_questions(
+    value: str, data: str | None, *, at: str | Key = "--suite", data_at: str | Key = "--data"
+) -> None:
+    """Raise UserError, with the places `at` and `data_at`, for what an evaluation after a training would fail with.
+
+    That is unknown names, missing files, and mistakes in own files of questions, which are read.
+    """
+    folder = data_folder(value, data)
+    with at_flag(at):
+        chosen = choose(value)
+    own = [benchmark for benchmark in chosen.benchmarks if isinstance(benchmark, OwnData)]
+    with at_flag(data_at):
+        read_items(own, folder)
+        found = [has_files(benchmark, folder) for benchmark in chosen.benchmarks]
+        if not (any(found) if chosen.partial else all(found)):
+            files = ", ".join(chosen.benchmarks[found.index(False)].files)
+            raise UserError(
+                f"the files of {value} are not in {folder} ({files})",
+                code="eval-missing-files",
+                hint=f"see: python -m milora_eval ls --data {folder}",
+            )
+
+
+def _items_that_exist(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None) -> Items:
+    items: Items = {}
+    others: dict[Path, str] = {}  # files with the name of a benchmark's questions that it does not read -> the reason
+    for benchmark in benchmarks:
+        folder = folder_of(benchmark, data_dir)
+        if has_files(benchmark, data_dir):
+            try:
+                items |= read_items([benchmark], data_dir, limit)
+            except DataError as error:
+                others[folder] = error.first.message
+        elif (path := other_questions(benchmark, folder)) is not None:
+            others[path] = f"other questions; ask them with --benchmarks {path}"
+    if not items:
+        hints = [f"{path}: {reason}" for path, reason in others.items()]
+        raise UserError(
+            f"no benchmark's files are in {data_dir}",
+            code="eval-missing-files",
+            hint="\n".join([*hints, f"see: python -m milora_eval ls --data {data_dir}"]),
+        )
+    if len(items) < len(benchmarks):
+        reasons = "".join(f"; {path.name}: {reason}" for path, reason in others.items())
+        sys.stderr.write(f"skipped: {len(benchmarks) - len(items)} benchmarks without files in {data_dir}{reasons}\n")
+    return items
 
 
 def select(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -7,6 +7,7 @@ beams, 32 new tokens. The scores are not comparable with lm-evaluation-harness, 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_data.records.record import Turn
@@ -38,6 +39,13 @@ class BoolQ(Benchmark):
     def __init_subclass__(cls) -> None:
         """Set the file of each set: test.json in a folder with its name."""
         cls.files = (f"{cls.dataset}/test.json|dataset/{cls.dataset}/test.json|test.json",)
+
+    def recognises(self, question: Any) -> bool:
+        """Return whether the answer to an instruction is a label of this set."""
+        if not (isinstance(question, dict) and "instruction" in question):
+            return False
+        label = str(question.get("answer"))
+        return commonsense_label(label, self.dataset) == label
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read test.json: [{instruction, input, output, answer}]."""

@@ -11,7 +11,9 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from milora_data.emoji.questions import TYPES
 from milora_data.records.record import Record
 from milora_data.stream.sources import load_records
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData
@@ -35,6 +37,11 @@ class Emoji(Benchmark):
     form = "training"
     max_new_tokens = 12  # the longest accepted answer has 7 tokens of SmolLM2; a longer reply is wrong anyway
     files = ("test.json", "images")
+
+    def recognises(self, question: Any) -> bool:
+        """Return whether a record has accepted answers, and one of the demo's types in its id."""
+        kind = question.get("type") if isinstance(question, dict) else None
+        return kind in TYPES and "answers" in question and str(question.get("id")).startswith(f"{kind}-")
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read test.json."""

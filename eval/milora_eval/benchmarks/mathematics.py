@@ -36,6 +36,11 @@ class GSM8K(Benchmark):
     source = "github.com/meta-math/MetaMath (data/test) or github.com/openai/grade-school-math"
     questions: tuple[str, ...] = ("query", "question")
     solutions: tuple[str, ...] = ("response", "answer")
+    mark = "####"
+
+    def recognises(self, question: Any) -> bool:
+        """Return whether a solution marks its answer as this set does."""
+        return isinstance(question, dict) and any(self.mark in str(question.get(key)) for key in self.solutions)
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read one JSON object per line: query and response, or question and answer."""
@@ -79,6 +84,7 @@ class MATH(GSM8K):
     source = "github.com/meta-math/MetaMath (data/test)"
     questions = ("instruction", "query", "problem")
     solutions = ("output", "response", "solution")
+    mark = "\\boxed"
 
     def score(self, item: Item, text: str) -> float:
         """Return 1.0 for an equivalent answer."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item
@@ -26,6 +27,10 @@ class VizWiz(Benchmark):
     split = "val"
     files: tuple[str, ...] = ("val.json|Annotations/val.json", "val|images|.")
     source = "vizwiz.org/tasks-and-datasets/vqa"
+
+    def recognises(self, question: Any) -> bool:
+        """Return whether a question is about a picture of VizWiz."""
+        return isinstance(question, dict) and str(question.get("image")).startswith("VizWiz_")
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read the questions; the file name of the picture is the id."""

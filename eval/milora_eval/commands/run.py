@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from milora_data.encode.templates import template_name
-from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, read_items
+from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, read_chosen
 from milora_eval.answers.target import EvalTarget, eval_target
-from milora_eval.benchmark import Benchmark
 from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import write_table
-from milora_eval.suites import find_benchmark, find_suite, has_files, with_protocol
+from milora_eval.suites import choose, data_folder
 from milora_vl.adapter.folders import holds_adapter
-from milora_vl.base.errors import DataError, UserError, at_flag
+from milora_vl.base.errors import UserError, at_flag
 from milora_vl.cli.command_line import count, next_step
 from milora_vl.cli.flags import Command, flag, option, shared
 from milora_vl.cli.table import FORMATS, show
@@ -113,78 +112,27 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
 
     Raises UserError for missing data.
     """
-    if options.suite is not None:
-        with at_flag("--suite"):
-            suite = find_suite(options.suite)
-        names, name, limit, partial = suite.benchmarks, options.suite, options.limit or suite.limit, suite.partial
-    else:
-        names = tuple(part.strip() for part in options.benchmarks.split(",") if part.strip())
-        name, limit, partial = None, options.limit, False
-        if not names:
-            raise UserError(
-                "no benchmark name given",
-                code="flag-value",
-                where="--benchmarks",
-                hint="see: python -m milora_eval ls",
-            )
+    value, name = (options.suite, "suite") if options.suite is not None else (options.benchmarks, "benchmarks")
+    with at_flag(f"--{name}"):
+        chosen = choose(value, options.protocol)
     if options.template is not None:
         with at_flag("--template"):
             template_name(options.template)
-    data = options.data or Path("data") / (options.suite or names[0])
-    if options.protocol is not None:
-        names = tuple(_with_protocol(names, options.protocol))
-    with at_flag("--benchmarks"):
-        benchmarks = [find_benchmark(entry) for entry in names]
-    items = _items_that_exist(benchmarks, data, limit) if partial else read_items(benchmarks, data, limit)
-    benchmarks = [benchmark for benchmark in benchmarks if benchmark.name in items]
+    data = data_folder(value, options.data)
+    items = read_chosen(chosen, data, options.limit)
     from milora_vl.plan.prompts import prompts_of
 
     prompts = prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(
-        suite=name or "+".join(benchmark.name for benchmark in benchmarks),
-        benchmarks=tuple(benchmarks),
+        suite=chosen.name,
+        benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
         data_dir=data,
         template=prompts.template,
         image_aspect_ratio=prompts.image_aspect_ratio,
-        limit=limit,
+        limit=options.limit or chosen.limit,
         batch_size=options.batch_size,
     )
     return plan, items
-
-
-def _items_that_exist(benchmarks: Sequence[Benchmark], data: Path, limit: int | None) -> Items:
-    """Read the items of the benchmarks whose files exist; unrelated files with the same names (test.json) are skipped.
-
-    Raises UserError without such a benchmark.
-    """
-    items: Items = {}
-    for benchmark in benchmarks:
-        if has_files(benchmark, data):
-            try:
-                items |= read_items([benchmark], data, limit)
-            except DataError as error:
-                sys.stderr.write(f"skipped: {error}\n")
-    if not items:
-        raise UserError(
-            f"no benchmark's files are in {data}",
-            code="eval-missing-files",
-            hint=f"see: python -m milora_eval ls --data {data}",
-        )
-    return items
-
-
-def _with_protocol(names: Sequence[str], protocol: str) -> list[str]:
-    """Add the protocol to the names whose benchmark has it. Raises UserError if none has it."""
-    chosen = [with_protocol(name, protocol) for name in names]
-    if not any(protocol in find_benchmark(name).protocols for name in names):
-        known = sorted({known for name in names for known in find_benchmark(name).protocols})
-        raise UserError(
-            f"none of these benchmarks has the protocol {protocol!r}",
-            code="eval-unknown-protocol",
-            where="--protocol",
-            hint=f"their protocols are: {', '.join(known)}",
-        )
-    return chosen
 
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
