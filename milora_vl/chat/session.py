@@ -15,7 +15,7 @@ from transformers import TextStreamer
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames
-from milora_data.records.record import IMAGE, VIDEO, Turn
+from milora_data.records.record import IMAGE, VIDEO, Reply, Turn
 from milora_vl.adapter.folders import base_of, holds_adapter
 from milora_vl.base.errors import UserError, at_flag, with_context
 from milora_vl.chat.picture import open_picture, open_video
@@ -153,12 +153,13 @@ class Chat:
         self.turns.append(self.answer_turn(answer))
         return answer
 
-    def answers(self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> dict[str, str]:
-        """Return the question and its answer, and with `compare` the base model's answer."""
+    def answers(self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> dict[str, Any]:
+        """Return the question, its answer, and with `compare` the base model's answer; `truncated` marks cut ones."""
         self.start(pictures, videos)
         turns = [self.user_turn(question, pictures, [], videos)]
         base = {"base": self.reply(turns, pictures, None, base=True)} if self.compare else {}
-        return {"question": question, **base, "answer": self.reply(turns, pictures, None, base=False)}
+        replies = base | {"answer": self.reply(turns, pictures, None, base=False)}
+        return {"question": question, **replies, "truncated": any(reply.truncated for reply in replies.values())}
 
     @staticmethod
     def user_turn(
@@ -179,7 +180,7 @@ class Chat:
         """Return an answer as a turn. A mark in it is a text, not the place of a picture or a video."""
         return Turn("assistant", answer.replace(IMAGE, "[image]").replace(VIDEO, "[video]"))
 
-    def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> str:
+    def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> Reply:
         """Return the answer to the last turn, from the base model if `base`. `streamer` gets each new token."""
         prompt = Prompt(tuple(turns), tuple(pictures), videos=self.videos)
         with self._base_model() if base else nullcontext():
@@ -211,7 +212,10 @@ class Chat:
         sys.stdout.write(label)
         tokenizer = split_processor(self.processor)[0]
         streamer = WordStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return self.reply(self.turns, self.pictures, streamer, base=base)
+        reply = self.reply(self.turns, self.pictures, streamer, base=base)
+        if reply.truncated:
+            sys.stderr.write(f"(truncated at {self.max_new_tokens} tokens: use a larger --max_new_tokens)\n")
+        return reply
 
 
 def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Turn]) -> str:

@@ -13,7 +13,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from milora_data.pictures.files import to_rgb
-from milora_data.records.record import Turn
+from milora_data.records.record import Reply, Turn
 from milora_vl.base.errors import UserError
 from milora_vl.chat.session import Chat
 from milora_vl.models.loading import split_processor
@@ -129,6 +129,8 @@ def answers(
         for text in _partial_answers(chat, asked, pictures, base=base):
             log[-1] = {"role": "assistant", "content": escape(text)}
             yield turns, logs
+        if isinstance(text, Reply) and text.truncated:
+            log[-1]["content"] += f" (truncated at {chat.max_new_tokens} tokens)"
     yield [*asked, chat.answer_turn(text)], logs
 
 

@@ -26,7 +26,7 @@ from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import bos_ids, fast_backend
 from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
-from milora_data.records.record import IMAGE, VIDEO, Record, Turn
+from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn
 from milora_vl.base.errors import DataError, UserError, first_line, with_context
 from milora_vl.cli.command_line import amount
 from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers.generation.streamers import BaseStreamer
 
-OnBatch = Callable[[list[int], list[str]], object]
+OnBatch = Callable[[list[int], list[Reply]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def generate(
     share_pictures: bool = True,
     on_batch: OnBatch | None = None,
     streamer: BaseStreamer | None = None,
-) -> list[str]:
+) -> list[Reply]:
     """Return the answers in the order of `prompts`; they are equal at every batch size, up to rounding.
 
     `model` is a vision-language model or a text-only causal model, or a PeftModel of one. A model whose own processor
@@ -96,11 +96,11 @@ def generate(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if streamer is not None and len(prompts) != 1:
         raise ValueError(f"a streamer needs exactly one prompt, got {len(prompts)}")
-    answers = [""] * len(prompts)
+    answers = [Reply("")] * len(prompts)
     if not prompts:
         return answers
 
-    def keep(places: list[int], texts: list[str]) -> None:
+    def keep(places: list[int], texts: list[Reply]) -> None:
         for place, text in zip(places, texts, strict=True):
             answers[place] = text
         if on_batch is not None:
@@ -263,7 +263,7 @@ class ProcessorReader:
         max_new_tokens: int,
         num_beams: int,
         streamer: BaseStreamer | None = None,
-    ) -> list[str]:
+    ) -> list[Reply]:
         """Return the answers to the prompts of one batch."""
         inputs = {name: self._placed(value) for name, value in self.processed(batch).items()}
         width = inputs["input_ids"].shape[1]
@@ -417,7 +417,7 @@ def _answer(
     decoding: tuple[int, int],
     share_pictures: bool,
     streamer: BaseStreamer | None,
-) -> list[str]:
+) -> list[Reply]:
     first = {row.picture: row for row in reversed(rows)}
     prefix = _common_prefix(rows, reader.image_token) if share_pictures and len(first) < len(rows) else 0
     width = max(len(row.ids) for row in rows)
@@ -439,10 +439,14 @@ def _answer(
     return _decoded(reader.tokenizer, output[:, width:], config.eos_token_id)
 
 
-def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[str]:
+def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[Reply]:
     """Return the texts of generated rows, each up to its first end token."""
-    ids = [list(takewhile(lambda token: token not in ends, row)) for row in rows.tolist()]
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    generated = rows.tolist()
+    ids = [list(takewhile(lambda token: token not in ends, row)) for row in generated]
+    return [
+        Reply(tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept) == len(row))
+        for kept, row in zip(ids, generated, strict=True)
+    ]
 
 
 def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:

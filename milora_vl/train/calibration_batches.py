@@ -190,7 +190,7 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
 
     def write() -> list[str]:
         with _bar("describing calibration pictures", len(records)) as bar:
-            return generate(
+            captions = generate(
                 sources.model,
                 sources.processor,
                 [Prompt((turn,), paths) for paths in pictures],
@@ -199,6 +199,7 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
                 image_aspect_ratio=recipe.data.image_aspect_ratio,
                 on_batch=lambda places, _: bar.update(len(places)),
             )
+        return [*captions]
 
     digests = [[_digest(path) for path in paths] for paths in pictures]
     settings = f"captions {recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION} {digests}"

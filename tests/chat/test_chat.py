@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,15 @@ def test_pictures_and_videos_that_a_model_does_not_take_are_refused_before_its_w
     for model in ("tiny-text", "tiny"):
         with raises_code("record-videos", where="--video"):
             chat.main(["--model", model, "--video", str(tmp_path)])
+
+
+def test_a_truncated_answer_is_marked(picture: Path, capsys: Captured) -> None:
+    ask("--image", picture, "What?")
+    assert "(truncated at 8 tokens" in capsys.readouterr().err
+    ask("--image", picture, "--format", "json", "What?")
+    assert json.loads(capsys.readouterr().out) == {
+        "question": "What?", "answer": answer("What?", picture), "truncated": True
+    }  # fmt: skip
 
 
 def test_compare_shows_both_answers(adapter: Path, picture: Path, capsys: Captured) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from milora_data.encode.labels import encode_prompt
-from milora_data.records.record import Turn
+from milora_data.records.record import Reply, Turn
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from support.problems import raises_code
@@ -52,7 +52,7 @@ def llava(tiny_llava: Callable[..., Made]) -> Made:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(llava: Made) -> list[str]:
+def one_by_one(llava: Made) -> list[Reply]:
     return generate(*llava, questions(14, True), batch_size=1, max_new_tokens=12)
 
 
@@ -134,13 +134,14 @@ def test_each_batch_is_reported_with_the_places_of_its_prompts(llava: Made) -> N
     assert [seen[i] for i in range(9)] == got
 
 
-def test_generation_stops_at_the_end_of_sequence(tiny_llava: Callable[..., Made], one_by_one: list[str]) -> None:
+def test_generation_stops_at_the_end_of_sequence(tiny_llava: Callable[..., Made], one_by_one: list[Reply]) -> None:
     model, processor = tiny_llava()
     lively(model)
     letter = next(c for c in one_by_one[0][1:] if c.isascii() and c.isalnum())
     processor.tokenizer.eos_token = letter  # a prompt of one question holds no EOS, so it stays what it was
     got = generate(model, processor, questions(14, True)[:1], max_new_tokens=12)
     assert got == [one_by_one[0].split(letter)[0].strip()]
+    assert (got[0].truncated, one_by_one[0].truncated) == (False, True)
 
 
 def test_a_models_own_sampling_settings_do_not_matter(llava: Made, one_by_one: list[str]) -> None:

@@ -13,7 +13,7 @@ from transformers import pipeline
 
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.encode.chat_template import parts_of
-from milora_data.records.record import Turn
+from milora_data.records.record import Reply, Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
 from milora_vl.base.errors import UserError
@@ -150,7 +150,7 @@ def test_a_conversation_goes_on_after_a_picture_that_the_processor_refuses(
 
 
 def test_a_mark_in_an_answer_is_a_text(qwen: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("milora_vl.chat.session.generate", lambda *_, **__: ["Write <image> there."])
+    monkeypatch.setattr("milora_vl.chat.session.generate", lambda *_, **__: [Reply("Write <image> there.")])
     monkeypatch.setattr("sys.stdin", io.StringIO("How is a picture marked?\nThanks\n"))
     assert asked(qwen) == 0
     assert "error" not in capsys.readouterr().err

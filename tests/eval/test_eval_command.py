@@ -63,6 +63,7 @@ def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], ad
     final, base = results(folder, "final"), results(folder, "base")
     assert (base["adapter"], final["adapter"]) == (None, str(adapter))
     assert base["predictions"] != final["predictions"]
+    assert f"truncated: {final['benchmarks'][0]['truncated']} of 22 answers of final to emoji, at 12 tokens" in said
     assert final["forgetting"]["kl"] > 0
     assert final["forgetting"]["cross_entropy"] > final["forgetting"]["base_entropy"]
     assert f"next: python -m milora_eval view {folder / 'eval' / 'emoji' / 'base'}" in said

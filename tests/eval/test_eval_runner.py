@@ -67,6 +67,7 @@ def test_the_files_hold_every_answer_and_number(whole: Path, data: Path) -> None
     assert first["answers"] == ["red"]
     entry = results["benchmarks"][0]
     assert (entry["name"], entry["n"], entry["metrics"][0]["name"]) == ("emoji", 22, "mean over types")
+    assert entry["truncated"] == sum("truncated" in line for line in lines) > 0
     assert (results["suite"], results["which"], results["model"]) == ("emoji", "final", "tiny")
 
 

@@ -37,6 +37,19 @@ _ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 KNOWN_KEYS = ("id", "image", "images", "video", "videos", "conversations")
 
 
+class Reply(str):
+    """A model's answer. `truncated` is whether the model was stopped at its largest length, before it ended."""
+
+    __slots__ = ("truncated",)
+    truncated: bool
+
+    def __new__(cls, text: str, truncated: bool = False) -> Reply:
+        """Return the text with its mark."""
+        reply = super().__new__(cls, text)
+        reply.truncated = truncated
+        return reply
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One turn of a conversation; `text` has `<image>` at the position of each picture.

@@ -13,13 +13,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Question, select, shard_of
 from milora_eval.answers.store import Line, Store, to_line
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import folder_of
 from milora_vl.models.generate import Prompt, generate
 
-Keep = Callable[[Sequence[Question], Sequence[str]], None]
+Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ def ask(model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Qu
         total=len(todo), desc=f"{plan.suite} {plan.which}", unit="question", file=sys.stderr, mininterval=interval
     ) as bar:
 
-        def keep(done: Sequence[Question], answers: Sequence[str]) -> None:
+        def keep(done: Sequence[Question], answers: Sequence[Reply]) -> None:
             store.append([_line(plan, question, text) for question, text in zip(done, answers, strict=True)])
             bar.update(len(done))
 
@@ -76,7 +77,7 @@ def audit(
     again = [question for question in questions if id(question.item) in chosen]
     texts: dict[str, str] = {}
 
-    def keep(done: Sequence[Question], answers: Sequence[str]) -> None:
+    def keep(done: Sequence[Question], answers: Sequence[Reply]) -> None:
         texts.update(zip((question.key for question in done), answers, strict=True))
 
     _run_model(model, processor, plan, again, keep, batch_size=1, share_pictures=False)
@@ -104,7 +105,7 @@ def _run_model(
     for benchmark, group in groupby(todo, key=lambda question: question.benchmark):
         part = list(group)
 
-        def on_batch(numbers: list[int], texts: list[str], part: Sequence[Question] = part) -> None:
+        def on_batch(numbers: list[int], texts: list[Reply], part: Sequence[Question] = part) -> None:
             keep([part[number] for number in numbers], texts)
 
         generate(

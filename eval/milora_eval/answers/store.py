@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from milora_data.records.record import Turn
+from milora_data.records.record import Reply, Turn
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.suites import reference
 from milora_vl.base.atomic_write import atomic_file
@@ -79,9 +79,13 @@ class Store:
         number, count = shard
         self.path = folder / (PREDICTIONS if count == 1 else f"predictions.{number}-of-{count}.jsonl")
 
-    def known(self) -> dict[str, str]:
+    def known(self) -> dict[str, Reply]:
         """Return the texts of all answers in the folder by key, including other shards; of equal keys, the last."""
-        return {line["key"]: line["prediction"] for path in self._paths() for line in each_line(path)}
+        return {
+            line["key"]: Reply(line["prediction"], bool(line.get("truncated")))
+            for path in self._paths()
+            for line in each_line(path)
+        }
 
     def open(self) -> None:
         """Prepare for `append`: drop a truncated last line, so that the next line does not continue it."""
@@ -111,7 +115,10 @@ class Store:
 
 
 def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> Line:
-    """Return the scored line of one answer; `correct` stays empty (None) if a judge or a server scores it."""
+    """Return the scored line of one answer; `correct` stays empty (None) if a judge or a server scores it.
+
+    An answer that was stopped at `max_new_tokens` is marked as truncated.
+    """
     picture = item.images[0] if item.images else None
     turns = benchmark.prompt(item)
     line: Line = {
@@ -128,6 +135,8 @@ def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Pat
         "group": item.group,
         "key": key,
     }
+    if isinstance(text, Reply) and text.truncated:
+        line["truncated"] = True
     if len(turns) > 1:
         line["context"] = [[turn.role, turn.text] for turn in turns[:-1]]
     if len(item.images) > 1:

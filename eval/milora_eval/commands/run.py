@@ -145,6 +145,11 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
     else:
         show(table, options.format)
     for result in results:
+        for entry in result["benchmarks"]:
+            if entry["truncated"]:
+                limit = result["generation"]["max_new_tokens"][entry["name"]]
+                sys.stderr.write(f"truncated: {entry['truncated']:,} of {entry['n']:,} answers of {result['which']} ")
+                sys.stderr.write(f"to {entry['name']}, at {limit} tokens\n")
         if result.get("audit"):
             sys.stderr.write(f"audit of {result['which']}: {result['audit']['changed']} of {result['audit']['n']} ")
             sys.stderr.write("answers changed when asked one by one\n")

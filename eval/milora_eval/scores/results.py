@@ -189,5 +189,6 @@ def _entry(name: str, lines: Sequence[Line], reviews: Mapping[tuple[str, str, st
         "protocol": benchmark.protocol,
         "split": benchmark.split,
         "n": len(lines),
+        "truncated": sum(bool(line.get("truncated")) for line in lines),
         "metrics": metrics,
     }
