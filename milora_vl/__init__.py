@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from milora_vl.adapter.apply import apply_milora, merge
     from milora_vl.adapter.files import load_adapter, save_adapter
     from milora_vl.adapter.keep_protected import keep_protected
+    from milora_vl.adapter.parameter_groups import parameter_groups
     from milora_vl.adapter.reinit import reinit_peft, restore_split
     from milora_vl.foreign.load_model import load_model
     from milora_vl.policy import Policy, Rule
@@ -30,6 +31,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "merge",
+    "parameter_groups",
     "reinit_peft",
     "restore_split",
     "save_adapter",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "load_adapter": "adapter.files",
     "load_model": "foreign.load_model",
     "merge": "adapter.apply",
+    "parameter_groups": "adapter.parameter_groups",
     "reinit_peft": "adapter.reinit",
     "restore_split": "adapter.reinit",
     "save_adapter": "adapter.files",

@@ -25,6 +25,7 @@ from milora_vl.adapter.base_check import precision, require_readable
 from milora_vl.adapter.config import make_lora
 from milora_vl.adapter.errors import AdapterError, require_module
 from milora_vl.adapter.install import has_halves, install_factors, lora_layer, set_dropout, trained_factors
+from milora_vl.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.adapter.peft_model import adopt
 from milora_vl.adapter.protection import Protected, find_protected, kept_outside
 from milora_vl.adapter.residual import make_residual, require_residual
@@ -62,8 +63,8 @@ def apply_milora(
     Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
 
-    Weight decay pulls towards no update, that is towards W. `python -m milora_vl.train` uses the learning rates of the
-    rules; other trainers use their own.
+    Weight decay pulls towards no update, that is towards W. An optimizer uses the learning rates and weight decays of
+    the rules if it gets `parameter_groups(model, learning_rate=...)`; if not, a warning names them at its first step.
 
     Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed,
     CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an
@@ -113,7 +114,8 @@ def apply_targets(
         _require_residual(model, targets)
     inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
     if all(target.rank is None for target in targets):
-        return _train_in_full(model, targets)
+        check_rates_at_first_step(_train_in_full(model, targets))
+        return model
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
     protected = find_protected(targets, inputs)
     initial = kept_outside(initial, protected, targets)
@@ -131,6 +133,7 @@ def apply_targets(
         sidecar = replace(sidecar, reports=reports)
     tuned.remember("default", sidecar)
     tuned.protect("default", protected, inputs)
+    check_rates_at_first_step(tuned)
     return tuned
 
 

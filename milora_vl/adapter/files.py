@@ -24,6 +24,7 @@ from milora_vl.adapter.errors import AdapterError, require_module
 from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
 from milora_vl.adapter.install import lora_layer
 from milora_vl.adapter.names import moved
+from milora_vl.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.adapter.peft_model import restore
 from milora_vl.adapter.residual import make_residual
 from milora_vl.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, stored_tensors
@@ -105,6 +106,7 @@ def load_adapter(
     ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
         ours.protect_again("default", folder)
+        check_rates_at_first_step(ours, if_they_differ=True)
     if here.form == "residual" and is_trainable:
         for module in here.ranks:
             make_residual(lora_layer(ours, module), "default")

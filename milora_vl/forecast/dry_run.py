@@ -83,7 +83,8 @@ def work_out(request: Request, screen: Screen) -> Outlook:
     for line in [*plan.notes, *(f"warning: {warning}" for warning in warnings)]:
         screen.say(line)
     model = base.parts.describe() if base.parts else base.name
-    screen.say(f"model  {model}, {num_parameters(base.meta):,} parameters")
+    adapter = f", with the adapter {recipe.adapter}" if recipe.adapter else ""
+    screen.say(f"model  {model}, {num_parameters(base.meta):,} parameters{adapter}")
     screen.say(f"run    {plan.folder.path} (not created)\n")
     policy(screen, base.meta, targets)
     problems = _missing(recipe, base)  # raised at the end, after the plan is printed

@@ -18,7 +18,7 @@ from milora_vl.recipe.schema import Recipe
 # saving and speed. The records and the number of steps are compared when they are known: see resuming.py.
 DECISIVE = frozenset(
     """
-    model quantization quant_type double_quant projector_weights template form dtype
+    model adapter quantization quant_type double_quant projector_weights template form dtype
     parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
     calibration.samples calibration.pictures calibration.text calibration.data
     data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels data.jpeg_decoding data.packing

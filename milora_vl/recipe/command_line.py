@@ -30,6 +30,12 @@ LLaVA's scripts run with only their program name changed; all TrainingArguments 
 # flag -> (dotted path in the recipe, type, other spellings, help)
 RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "model": ("model", "str", ("model_name_or_path",), "a named model, a folder or a hub id; see --list-models"),
+    "adapter": (
+        "adapter",
+        "str",
+        ("lora_weight_path",),
+        "adapter to train further, such as the output_dir of a run; it decides rules, template and base",
+    ),
     "data_path": ("data.path", "str", (), RECORDS),
     "image_folder": ("data.image_folder", "str", (), "folder that the image paths of the records are relative to"),
     "eval_data_path": ("data.eval_path", "str", (), "held-out records for the evaluation loss"),

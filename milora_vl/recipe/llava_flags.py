@@ -18,7 +18,6 @@ FLAGS: dict[str, tuple[str, str]] = {
         "bool",
         "MiLoRA on the language tower (plain LoRA with --method lora), the projector in full",
     ),
-    "lora_weight_path": ("str", "refused: merge that adapter into the base first"),
     "lora_bias": ("str", "only none is supported: biases stay frozen"),
     "tune_mm_mlp_adapter": ("bool", "train the projector alone (stage 1, pretrain.sh)"),
     "freeze_mm_mlp_adapter": ("bool", "keep the projector frozen"),
@@ -54,7 +53,6 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
     "mm_projector_type": ("mlp2x_gelu",),
 }
 REFUSED: dict[str, str] = {
-    "lora_weight_path": "continuing from another adapter is not supported yet; merge it into the base first",
     "mm_use_im_start_end": "only False is supported: LLaVA-1.5 has no start and end tokens around images",
     "mm_use_im_patch_token": "only False is supported: LLaVA-1.5 has no patch token",
     "lora_bias": "only none is supported",

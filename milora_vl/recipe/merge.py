@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from milora_vl.base.errors import Key, Problem, UserError, collected
 from milora_vl.cli.command_line import beside
-from milora_vl.recipe import llava_flags
+from milora_vl.recipe import continued, llava_flags
 from milora_vl.recipe.command_line import PROG, Request
 from milora_vl.recipe.hf_flags import overridden, value_of
 from milora_vl.recipe.llava_flags import Meaning
@@ -44,13 +44,19 @@ class Merged:
 
 def merge_recipe(request: Request) -> Merged:
     """Merge recipe, flags and LLaVA's flags. Raises UserError only for files that cannot be read."""
-    file = request.recipe_file
+    problems = list(request.problems)
+    file, of_adapter = request.recipe_file, dict[str, Any]()
+    adapter = str(request.overrides.get("adapter") or file.content.get("adapter") or "")
+    if adapter:
+        with collected(problems):
+            of_adapter = continued.settings_of(Path(adapter))
+    file = replace(file, content=_merge(of_adapter, file.content))
     of_file, in_file = values_of(file.content)
     of_flags, in_flags = values_of(request.overrides)
-    problems = [*request.problems, *file.located(in_file), *in_flags]
+    problems += [*file.located(in_file), *in_flags]
     meaning, rules = Meaning([]), file.content.get("policy")
     with collected(problems):
-        meaning = _llava(request)
+        meaning = _llava(request, adapter)
         rules = meaning.rules or rules
     with collected(problems):
         rules = rules if request.policy is None else _read_policy(request.policy)
@@ -65,10 +71,12 @@ def merge_recipe(request: Request) -> Merged:
     if of_file is not None and of_flags is not None and after_flags is not None and not problems:
         content, more = _merged_content(of_file, request, meaning)
         recipe, problems = values_of({**content, "policy": after_flags})
-        problems += conflicts(recipe) if recipe is not None else []
+        if recipe is not None:
+            problems += conflicts(recipe)
+            problems += continued.contradictions(adapter, of_adapter, recipe) if of_adapter else []
         notes += more
     model = request.overrides.get("model") or file.content.get("model")
-    if not model:
+    if not model and (of_adapter or not adapter):  # else the adapter that would name it has a problem
         problems.append(
             Problem(
                 "no model: set --model NAME, or use a --recipe that names one",
@@ -107,7 +115,8 @@ def _merged_content(of_file: Recipe, request: Request, meaning: Meaning) -> tupl
     if request.llava.get("group_by_modality_length"):
         merged["train"].setdefault("train_sampling_strategy", "group_by_length")
     merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
-    if llava_flags.is_script(request.llava) and not request.recipe and not request.sets("data.image_aspect_ratio"):
+    has_ratio = request.recipe or merged["adapter"] or request.sets("data.image_aspect_ratio")
+    if llava_flags.is_script(request.llava) and not has_ratio:
         merged["data"]["image_aspect_ratio"] = "plain"
         notes.append("LLaVA flags: without --image_aspect_ratio images are cropped to a square")
     return merged, notes
@@ -132,19 +141,19 @@ def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
     return [f"--data_path replaces the data of the recipe, so {held_out} is not used (set --eval_data_path FILE)"]
 
 
-def _llava(request: Request) -> Meaning:
+def _llava(request: Request, adapter: str) -> Meaning:
     flags = dict(request.llava)
     if not flags:
         return Meaning([])
-    if request.recipe or request.policy:
-        clash = [f"--{name}" for name in DECIDES_POLICY if flags.get(name)]
+    if request.recipe or request.policy or adapter:
+        clash = [f"--{name}" for name in DECIDES_POLICY if flags.get(name) and not (adapter and name == "lora_enable")]
         if clash:
-            decided_by = "recipe" if request.recipe else "policy"
+            decided_by = "adapter" if adapter else "recipe" if request.recipe else "policy"
             raise UserError(
                 f"the {decided_by} already decides what trains",
                 code="flag-conflict",
                 where=" ".join(clash),
-                hint="use --method",
+                hint="remove the flags" if adapter else "use --method",
             )
         # --rank and the like change the rules given, not those that LLaVA's flags would mean.
         meaning = llava_flags.meaning(flags, rank=None, alpha=None, dropout=None)

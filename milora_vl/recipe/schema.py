@@ -132,6 +132,7 @@ class Recipe(Strict):
     """
 
     model: str = ""
+    adapter: str | None = None  # folder of an adapter that trains further; it decides the rules
     quantization: Literal["none", "4bit", "8bit"] = "none"
     quant_type: Literal["nf4", "fp4"] = "nf4"  # data type with 4bit
     double_quant: bool = True  # with 4bit: also quantise the quantisation constants

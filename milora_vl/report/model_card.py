@@ -115,9 +115,10 @@ def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
     records = environment.get("data", {}).get("train")
     data = "" if records is None else f" on {records:,} records"  # the length of a stream is unknown
     loss = _last_loss(path)
+    adapter = f" with the adapter `{recipe.adapter}`" if recipe.adapter else ""
     rules = "\n".join(f"- {_rule_text(rule)}" for rule in recipe.policy or ())
     return (
-        f"`{recipe.model}` fine-tuned{data}{trained}."
+        f"`{recipe.model}`{adapter} fine-tuned{data}{trained}."
         + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
         + f"\n\n{rules}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from milora_vl.adapter.apply import apply_targets
 from milora_vl.adapter.files import load_adapter
 from milora_vl.adapter.sidecar import FILE_NAME
 from milora_vl.base.errors import Key, UserError, first_line
+from milora_vl.cli.command_line import amount
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.foreign.load_model import load_model
 from milora_vl.models.image_tokens import limit_pixels
@@ -91,16 +92,19 @@ def build(
     calibration: Sequence[Mapping[str, Any]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Built:
-    """Apply the resolved policy, or load the adapter of `checkpoint` with its initial factors (without an SVD).
+    """Apply the resolved policy, or load the adapter of `checkpoint`, else of the recipe, with its initial factors.
 
     `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights.
     """
     checkpoint_kind = checkpoint_kind_of(targets)
+    adapter = checkpoint or (Path(recipe.adapter) if recipe.adapter else None)
     sizes = trained_sizes(targets, base)
     frozen = frozen_towers(base, targets)
-    if checkpoint_kind == "adapter" and checkpoint is not None:
-        _require_sidecar(checkpoint)
-        model = load_adapter(base, checkpoint, is_trainable=True)
+    if checkpoint_kind == "adapter" and adapter is not None:
+        _require_sidecar(adapter)
+        model = load_adapter(base, adapter, is_trainable=True)
+        _require_same_targets(adapter, targets, model.milora_targets)
+        model.remember("default", replace(model.sidecars["default"], targets=targets))  # the rates of this run
     else:
         model = apply_targets(
             base,
@@ -116,6 +120,19 @@ def build(
     if checkpoint is not None and not is_deepspeed_zero3_enabled():  # there DeepSpeed loads its own shards
         _restore(model, checkpoint, checkpoint_kind)
     return Built(model, targets, checkpoint_kind, sizes, model.milora_report, frozen)
+
+
+def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequence[Target]) -> None:
+    """Raise UserError if the rules of the recipe select other modules or settings than the adapter has."""
+    here, there = ({t.path: replace(t, learning_rate=None, weight_decay=None) for t in ts} for ts in (targets, stored))
+    differ = sorted(path for path in here | there if here.get(path) != there.get(path))
+    if differ:
+        raise UserError(
+            f"{FILE_NAME} and the rules of the recipe differ in {amount(len(differ), 'module')}, first {differ[0]}",
+            code="adapter-other-settings",
+            where=str(adapter),
+            hint="restore the recipe.yaml that belongs to the adapter",
+        )
 
 
 def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> None:

@@ -228,12 +228,13 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded.model, targets)
     batches = None
-    if checkpoint is None:  # a checkpoint refers to the protected inputs of its run
+    source = checkpoint or recipe.adapter
+    if source is None:  # an adapter refers to the protected inputs of its run
         batches = calibration_batches.make_batches(
             recipe, loaded.base, loaded.model, loaded.processor, targets, inputs.data.train, screen
         )
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
-    with screen.step("applying the policy" if checkpoint is None else f"restoring {checkpoint}"):
+    with screen.step("applying the policy" if source is None else f"restoring {source}"):
         built = model.build(recipe, loaded.model, targets, checkpoint, batches, training_arguments.trained_dtype(args))
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
@@ -254,10 +255,12 @@ def show_header_and_policy(
     note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
     source = f"   recipe {plan.request.recipe}" if plan.request.recipe else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
+    continued = [("adapter", str(loaded.recipe.adapter))] if loaded.recipe.adapter else []
     resumed = [] if folder.checkpoint is None else [("resumed", folder.checkpoint.name)]
     screen.block(
         [
             ("model", f"{loaded.recipe.model}{source}"),
+            *continued,
             ("data", inputs.data.describe()),
             ("batch", batching.describe() + note),
             ("steps", batching.describe_steps()),

@@ -36,11 +36,11 @@ from milora_vl.adapter.checkpoints import STATE, step_of
 from milora_vl.adapter.folders import PROJECTOR_FILES
 from milora_vl.adapter.install import base_model_of
 from milora_vl.adapter.keep_protected import FsdpProjection, ShardedProjection, keep_protected
-from milora_vl.adapter.parameter_groups import parameter_groups
 from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.base.errors import UserError
 from milora_vl.compat.accelerate import enable_fsdp_on_cpus
 from milora_vl.compat.trainer import CheckpointTrainer
+from milora_vl.integrations.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.models.projector import save_projector
 from milora_vl.policy import Target
@@ -139,7 +139,7 @@ class ProjectShards(TrainerCallback):
         self.projection.project()
 
 
-class MiloraTrainer(CheckpointTrainer):
+class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
     With `lengths` (one per training record), a batch has records of similar length and of one of `kinds`.
@@ -182,7 +182,6 @@ class MiloraTrainer(CheckpointTrainer):
             self.add_callback(ProjectShards(ShardedProjection(model)))
         elif protecting and self.is_fsdp_enabled:
             self.add_callback(ProjectShards(FsdpProjection(model)))
-        self.targets = targets
         self.checkpoint_kind = checkpoint_kind
         self.lengths, self.kinds = lengths, kinds
         self.resume_from = resume_from
@@ -210,25 +209,7 @@ class MiloraTrainer(CheckpointTrainer):
         return self.model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `--optim` with one group per learning rate and weight decay."""
-        if self.optimizer is None:
-            opt_model = self.trained() if model is None else model
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, cast("PreTrainedModel", opt_model))
-            if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
-                raise UserError(
-                    f"{self.args.optim} makes its own parameter groups, so learning rates per rule are not possible",
-                    code="optimizer-unsupported",
-                    where="--optim",
-                    hint="use another optimizer, for example  --optim adamw_torch",
-                )
-            groups = parameter_groups(
-                opt_model,
-                self.targets,
-                learning_rate=self.args.learning_rate,
-                weight_decay=self.args.weight_decay,
-                decays=set(self.get_decay_parameter_names(opt_model)),
-            )
-            self.optimizer_cls_and_kwargs = (cls, {**options, "params": groups})
+        """Create the optimizer of `--optim` with the rates of the rules, which keeps directions protected."""
         optimizer = super().create_optimizer(model)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             keep_protected(self.trained(), optimizer)

@@ -36,6 +36,7 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "milora_vl/integrations/replace.py": (1, QUICK_HELP),
     "milora_vl/models/auto_classes.py": (2, "transformers imports these classes, not the other way round"),
     "milora_vl/policy/policy.py": (1, "reading rules needs no PEFT"),
+    "milora_vl/recipe/continued.py": (1, QUICK_HELP),
     "milora_vl/sweep/__main__.py": (1, QUICK_HELP),
     "milora_vl/train/command.py": (3, QUICK_HELP),
     "studies/__main__.py": (1, QUICK_HELP),

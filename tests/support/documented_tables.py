@@ -97,6 +97,7 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),
     "docs/serving.md": ("runs/a",),
+    "docs/training.md": ("runs/a",),
 }
 # Pages whose trainings are alternatives with one output folder: it is removed before each of them.
 ALTERNATIVES = ("docs/scaling.md",)
