@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from milora_vl.base.secrets import without_secrets
 
 ErrorT = TypeVar("ErrorT", bound="UserError")
+SHOWN = 20  # problems of one error
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Problem:
 
 
 def render(problems: Sequence[Problem], source: str = "") -> str:
-    """Return the text of one problem, or of several with their number; `source` is the file that contains all of them.
+    """Return the text of one problem, or of several with their number, at most SHOWN; `source` contains all of them.
 
     >>> print(render([Problem("missing", where=Key(("policy", 0, "rank")), hint="for example  rank: 64")]))
     policy[0].rank: missing
@@ -86,8 +87,8 @@ def render(problems: Sequence[Problem], source: str = "") -> str:
     if len(problems) == 1:
         return str(problems[0])
     head = f"{len(problems)} problems{f' in {source}' if source else ''}:"
-    texts = (str(problem).removeprefix(f"{source}: ").replace("\n", "\n  ") for problem in problems)
-    return "\n".join([head, *texts])
+    texts = [str(problem).removeprefix(f"{source}: ").replace("\n", "\n  ") for problem in problems[:SHOWN]]
+    return "\n".join([head, *texts, *([f"... and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else [])])
 
 
 class UserError(ValueError):

@@ -145,7 +145,33 @@ def test_fix_drops_records_whose_answers_are_all_blank(
     out = tiny_data / "clean.json"
     main(["check", str(path), "--fix", str(out)])
     assert "2 left out: every answer is empty" in capsys.readouterr().err
-    assert json.loads(out.read_text()) == [GOOD, half]
+    assert json.loads(out.read_text()) == [GOOD, turns((H, "b"), (G, "c"))]
+
+
+def test_fix_removes_the_question_of_an_empty_answer_and_keeps_the_picture(
+    write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(turns((H, "<image>\na"), (G, ""), (H, "b"), (G, "c"), (H, "d"), (G, " ")) | {"image": "0.png"})
+    main(["check", str(path), "--fix", str(tiny_data / "clean.json")])
+    assert "2 questions with an empty answer removed" in capsys.readouterr().err
+    (fixed,) = json.loads((tiny_data / "clean.json").read_text())
+    assert fixed["conversations"] == turns((H, "<image>\nb"), (G, "c"))["conversations"]
+
+
+def test_a_name_in_another_case_and_a_broken_link_are_called_so(
+    write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_data / "images" / "link.png").symlink_to("gone/far.png")
+    ask = turns((H, "<image>\na"), (G, "b"))
+    (tiny_data / "images" / "Cat.png").write_bytes((tiny_data / "images" / "0.png").read_bytes())
+    path = write(*[ask | {"image": name} for name in ("cat.PNG", "link.png", "none.png")])
+    main(["check", str(path), "--image_folder", str(tiny_data / "images"), "--format", "json"])
+    messages = [finding["message"] for finding in json.loads(capsys.readouterr().out)["findings"]]
+    assert messages == [
+        "cat.PNG: the folder has Cat.png, in another case",
+        "link.png: a broken link to gone/far.png",
+        "none.png",
+    ]
 
 
 def test_training_is_told_of_all_missing_pictures_at_once(write: Callable[..., Path], tiny_data: Path) -> None:

@@ -39,6 +39,20 @@ def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> Non
         main(["convert", "--from", kind, str(tmp_path / "b.json"), "--output_dir", str(tmp_path / "out2")])
 
 
+def test_a_row_with_an_empty_cell_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer\nWhy?,Because\nHow?,\n,Yes\nHow many?, \nHow many?,0\n")
+    assert [record.turns[-1].text for record in convert_file(path, "table", tmp_path / "out")] == ["Because", "0"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
+    cells = ((3, "answer"), (4, "question"), (5, "answer"))
+    assert lines == [f'left out: {path}:{number}: nothing under "{name}"' for number, name in cells]
+    (tmp_path / "b.json").write_text('[{"question": "How many?", "answer": 0}]')
+    assert [record.turns[-1].text for record in convert_file(tmp_path / "b.json", "table", tmp_path / "out2")] == ["0"]
+    path.write_text("question,comment\nWhy?,x\n")
+    with raises_code("table-missing-columns", where="a.csv:2", kind=DataError):
+        main(["convert", "--from", "table", str(path), "--output_dir", str(tmp_path / "out3")])
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -181,9 +181,17 @@ def said(*texts: str) -> list[dict[str, Any]]:
         ({"messages": [{"role": "user", "content": None}]}, "messages-content"),
     ],
 )
-def test_messages_that_cannot_be_used_are_named(tmp_path: Path, value: dict[str, Any], code: str) -> None:
-    (tmp_path / "m.jsonl").write_text(json.dumps({"messages": said("a", "b")}) + "\n" + json.dumps(value))
-    with pytest.raises(DataError) as error:
-        main(["convert", "--from", "messages", str(tmp_path / "m.jsonl"), "--output_dir", str(tmp_path / "out")])
-    assert (error.value.first.code, error.value.first.where) == (code, f"{tmp_path / 'm.jsonl'}:2")
+def test_messages_that_cannot_be_used_are_named_and_left_out(
+    tmp_path: Path, value: dict[str, Any], code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad, path = json.dumps({"messages": said("a", "b")}), json.dumps(value), tmp_path / "m.jsonl"
+    words = ["convert", "--from", "messages", str(path), "--output_dir", str(tmp_path / "out"), "--format", "json"]
+    path.write_text(f"{bad}\n{bad}")
+    with raises_code(code, where=f"{path}:1", kind=DataError):
+        main(words)
     assert not (tmp_path / "out" / "data.json").exists()
+    path.write_text(f"{good}\n{bad}\n{{\n{good}")
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"file": str(tmp_path / "out" / "data.json"), "records": 2, "left_out": 2}
+    assert [line.split(": ")[1] for line in err.splitlines() if "left out" in line] == [f"{path}:2", f"{path}:3"]

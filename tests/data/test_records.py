@@ -35,6 +35,22 @@ def test_a_record_keeps_what_the_format_does_not_know() -> None:
     )
 
 
+def test_messages_under_conversations_and_ms_swifts_form_are_read() -> None:
+    turns = (Turn("user", "<image>\nHi?"), Turn("assistant", "Yes."))
+    said = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    marked = [said[0] | {"content": "<image>\nHi?"}, said[1]]
+    swift = {"query": "Hi?", "response": "Yes.", "images": ["a.jpg"]}
+    forms = [{"image": "a.jpg", "conversations": said}, {"images": ["a.jpg"], "conversations": marked}]
+    for value in (*forms, swift, swift | {"query": "<image>\nHi?", "history": []}):
+        record = parse_record(value)
+        assert (record.turns, record.images) == (turns, ("a.jpg",))
+    longer = parse_record(swift | {"images": [], "system": "Be short.", "history": [["A?", "B"]]})
+    assert [turn.role for turn in longer.turns] == ["system", *["user", "assistant"] * 2]
+    assert [turn.text for turn in longer.turns] == ["Be short.", "A?", "B", "Hi?", "Yes."]
+    with raises_code("instructions-history", where="m.json:2", kind=DataError):
+        parse_record(swift | {"history": ["A?"]}, source="m.json:2")
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_a_list_gives_each_record_with_its_number(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "a.json"

@@ -104,6 +104,10 @@ ASKED, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content
         ([{"answer": "a"}], ["question 1", '"question"']),
         (["x"], ["question 1", "expected an object"]),
         ([{"question": "?", "answer": "a", "image": 5}], ["question 1", '"image" must be a file name', "got 5"]),
+        (
+            [{"question": "?"}, {"question": "?", "answer": "a"}, *["x"] * 22],
+            ["23 problems", "question 1: no answer", "question 3: expected an object", "... and 3 more"],
+        ),
         ({"items": []}, ["expected a list of questions"]),
         ([{"question": "?", "answer": "a", "image": "nowhere.png"}], ["1 pictures", "nowhere.png"]),
         ([{"question": "?", "answer": "a", "image": "../../a.png"}], ["question 1", "../../a.png is outside"]),

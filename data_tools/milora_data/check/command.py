@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from milora_data.check.findings import Finding, Report, as_json, as_text, examine
-from milora_data.check.pictures import MissingImages, elsewhere, find_faults, find_missing, is_empty
+from milora_data.check.pictures import MissingImages, cause, elsewhere, find_faults, find_missing, is_empty
 from milora_data.check.repair import write_repaired
 from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
@@ -200,12 +200,13 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
 
 def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:
     report.picture_files += len(used)
-    missing = find_missing(used, folder)
+    missing, names = find_missing(used, folder), dict[Path, dict[str, str]]()
     for name in missing:
         if is_empty(place_of(folder, name)):
             report.findings += [Finding("corrupt_picture", where, f"{name}: the file is empty") for where in used[name]]
             continue
-        shown, why = name, OUTSIDE if isinstance(place_of(folder, name), OutsidePicture) else ""
+        place = place_of(folder, name)
+        shown, why = name, OUTSIDE if isinstance(place, OutsidePicture) else cause(place, names)
         if web_address(name) is not None:
             shown, why = described(name), WEB
         report.num_missing += 1

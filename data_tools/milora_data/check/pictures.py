@@ -60,6 +60,24 @@ def is_empty(path: str | Path) -> bool:
     return _num_bytes(path) == 0
 
 
+def cause(path: str | Path, names: dict[Path, dict[str, str]]) -> str:
+    """Return why there is no file at `path`, behind its name: a broken link, or another case; "" if neither.
+
+    `names` keeps the names in each folder for the next call.
+    """
+    try:
+        if not isinstance(path, Path):
+            return ""
+        if path.is_symlink():
+            return f": a broken link to {path.readlink()}"
+        if path.parent not in names:
+            names[path.parent] = {file.name.lower(): file.name for file in path.parent.iterdir()}
+    except (OSError, ValueError):  # no such folder, or a name that is too long for the file system
+        return ""
+    near = names[path.parent].get(path.name.lower())
+    return f": the folder has {near}, in another case" if near else ""
+
+
 def _num_bytes(path: str | Path) -> int | None:
     """Return the size of a picture file, or of a stored picture, in bytes; None if there is no file."""
     if isinstance(path, StoredPicture):

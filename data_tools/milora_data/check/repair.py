@@ -49,6 +49,7 @@ def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
     if turns and ROLES[turns[-1]["from"]] == "user" and IMAGE not in turns[-1]["value"]:
         del turns[-1]
         done["questions without answer removed"] += 1
+    turns = _without_empty_answers(turns, done)
     for turn in turns:
         clean = CONTROL.sub("", turn["value"])
         if clean != turn["value"]:
@@ -59,6 +60,21 @@ def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
         turns[start]["value"] = f"{IMAGE}\n" * len(pictures) + turns[start]["value"]
         done[f"missing {IMAGE} inserted at the start"] += 1
     return {**value, "conversations": turns}
+
+
+def _without_empty_answers(turns: list[dict[str, Any]], done: Counter[str]) -> list[dict[str, Any]]:
+    """Return the turns without the questions that have an empty answer; unchanged if all answers are empty."""
+    kept: list[dict[str, Any]] = []
+    record = parse_record({"conversations": turns})
+    if all(turn.is_blank for turn in record.turns if turn.role == "assistant"):
+        return turns
+    for turn, parsed in zip(turns, record.turns, strict=True):
+        if parsed.role == "assistant" and parsed.is_blank and kept and ROLES[kept[-1]["from"]] == "user":
+            del kept[-1]
+            done["questions with an empty answer removed"] += 1
+        else:
+            kept.append(turn)
+    return kept
 
 
 def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from milora_data.formats.captions import caption_records
 from milora_data.formats.jsonfile import read_objects, write_objects
-from milora_data.formats.other_files import DEFAULT_PROMPT, coco_captions, instructions, refcoco, table
+from milora_data.formats.other_files import DEFAULT_PROMPT, EMPTY_CELL, coco_captions, instructions, refcoco, table
 from milora_data.formats.stored import stored_items
 from milora_data.formats.vqa_files import (
     Converter,
@@ -83,7 +83,7 @@ def _log_left_out(lines: Sequence[str]) -> None:
     for line in lines[:5]:
         sys.stderr.write(f"left out: {line}\n")
     if len(lines) > 5:
-        sys.stderr.write(f"left out: {len(lines) - 5:,} more records with such pictures\n")
+        sys.stderr.write(f"left out: {len(lines) - 5:,} more records\n")
 
 
 def _require_records(records: Records, chosen: argparse.Namespace, left_out: Sequence[str]) -> Records:
@@ -168,12 +168,26 @@ def _read(kind: str, sources: Sequence[Any], options: Options) -> Records:
 
 
 def _llava(sources: Sequence[Path], options: Options) -> Records:
-    """Records in LLaVA's form or in the form of `messages`, as every reader of records takes them."""
+    """Records in LLaVA's form or in the form of `messages`, as every reader of records takes them.
+
+    Bad records are left out; if all are bad, the file has another format and the first error is raised.
+    """
+    errors: list[DataError] = []
+    num_usable = 0
     for source in sources:
-        for number, (place, value) in enumerate(read_objects(source), start=1):
-            parse_record(value, source=f"{source}:{place}", embedded="keep")
+        for number, (place, value) in enumerate(read_objects(source, on_error=errors.append), start=1):
+            try:
+                parse_record(value, source=f"{source}:{place}", embedded="keep")
+            except DataError as error:
+                errors.append(error)
+                continue
             assert isinstance(value, dict)  # else parse_record raises
+            num_usable += 1
             yield from stored_pictures(as_llava(value, number), f"{source}:{place}", options.left_out)
+    if errors and not num_usable:
+        raise errors[0]
+    for skipped in errors:
+        options.leave_out(skipped)
 
 
 def _folder(sources: Sequence[Path], options: Options) -> Records:
@@ -184,9 +198,9 @@ def _stored(sources: Sequence[Any], options: Options) -> Records:
     for source in sources:
         for number, item in enumerate(stored_items(str(source), options)):
             if isinstance(item, DataError):
-                if not isinstance(item, ImageError):  # a broken picture leaves out its record alone
+                if not isinstance(item, ImageError) and item.first.code != EMPTY_CELL:
                     raise item
-                options.left_out.append(str(item))
+                options.leave_out(item)
             else:
                 yield _as_llava(item, str(number))
 

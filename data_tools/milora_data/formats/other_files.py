@@ -15,7 +15,7 @@ from milora_data.formats.jsonfile import missing_file, read_json, read_rows
 from milora_data.formats.vqa_files import Options, Records, record
 from milora_data.pictures.embedded import stored_pictures
 from milora_data.pictures.files import on_padded_square
-from milora_data.records.record import IMAGE
+from milora_data.records.record import IMAGE, earlier
 from milora_vl.base.errors import MALFORMED, DataError, first_line
 
 DEFAULT_PROMPT = "Describe this picture."
@@ -28,6 +28,7 @@ COLUMNS = {
     "input": ("input",),
     "system": ("system", "system_prompt"),
 }
+EMPTY_CELL = "table-empty-cell"
 FIELDS = (("instruction", "output"), ("query", "response"))
 
 
@@ -97,7 +98,7 @@ def refcoco(sources: Sequence[Path], options: Options) -> Records:
 
 
 def table(sources: Sequence[Path], options: Options) -> Records:
-    """Rows with picture, question and answer, or picture and caption."""
+    """Rows with picture, question and answer, or picture and caption. Rows with an empty cell are left out."""
     for path in sources:
         for number, (place, row) in enumerate(read_rows(path)):
             if not isinstance(row, dict):
@@ -106,21 +107,40 @@ def table(sources: Sequence[Path], options: Options) -> Records:
                     code="record-not-an-object",
                     where=f"{path}:{place}",
                 )
-            converted = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+            try:
+                converted = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+            except DataError as error:
+                if error.first.code != EMPTY_CELL:
+                    raise
+                options.leave_out(error)
+                continue
             yield from stored_pictures(converted, f"{path}:{place}", options.left_out)
 
 
 def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
-    """Return the record of one row, whose columns are recognized by name. Raises `DataError` if columns are missing.
+    """Return the record of one row, whose columns are recognized by name.
 
+    Raises `DataError` with the code EMPTY_CELL if the row has the columns, but no text in one; else if it lacks them.
     `input`, `system` and `history` have the same meaning as in Alpaca (see `instructions`); an input without a question
     is used as the question.
     """
-    cells = {what: next((row[name] for name in names if row.get(name)), None) for what, names in COLUMNS.items()}
+    cells = {
+        what: next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+        for what, names in COLUMNS.items()
+    }
     answer = cells["answer"] if cells["question"] else cells["caption"] or cells["answer"]
     if isinstance(answer, list | tuple):
         answer = answer[0] if answer else None
-    if not isinstance(answer, str) or not (cells["question"] or cells["input"] or cells["image"]):
+    if isinstance(answer, int | float):
+        answer = str(answer)
+    asked = cells["question"] or cells["input"] or cells["image"]
+    if not isinstance(answer, str) or not answer.strip() or not asked:
+        columns = {what: next((name for name in names if name in row), "") for what, names in COLUMNS.items()}
+        question = columns["question"] or columns["input"] or columns["image"]
+        text = columns["answer"] if columns["question"] else columns["caption"] or columns["answer"]
+        if question and text and (not answer or isinstance(answer, str)):
+            empty = question if answer and not asked else text
+            raise DataError(f'nothing under "{empty}"', code=EMPTY_CELL, where=place, hint="remove or complete the row")
         expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in COLUMNS.items())
         raise DataError(
             f"no question with an answer, and no picture with a caption\ncolumns: {', '.join(map(str, row))}",
@@ -154,18 +174,6 @@ def instructions(sources: Sequence[Path], options: Options) -> Records:
 def with_input(instruction: str, text: str) -> str:
     """Return the instruction, followed by the input `text` on a new line if there is one."""
     return f"{instruction}\n{text}" if text else instruction
-
-
-def earlier(row: Mapping[str, Any], place: str) -> list[tuple[str, str]]:
-    """Return the exchanges of `history`, a list of pairs; raises `DataError` for anything else."""
-    history = row.get("history") or []
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise DataError(
-            f"history must be a list of pairs [question, answer], got {str(history)[:80]}",
-            code="instructions-history",
-            where=place,
-        )
-    return [(str(question), str(answer)) for question, answer in history]
 
 
 def with_system(converted: dict[str, Any], text: object) -> dict[str, Any]:

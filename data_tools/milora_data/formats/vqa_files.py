@@ -32,7 +32,11 @@ class Options:
     prompt: str | None = None  # question for a picture that has only a caption
     split: str = "train"  # split to convert, if a file contains all splits
     image_pattern: str | None = None  # file name of a picture from its id, such as coco/train2017/{:012d}.jpg
-    left_out: list[str] = field(default_factory=list)  # collects a line for each record with a broken embedded picture
+    left_out: list[str] = field(default_factory=list)  # collects a line for each record that is skipped
+
+    def leave_out(self, error: DataError) -> None:
+        """Skip the record of an error."""
+        self.left_out.append(f"{error.first.where}: {error.first.message}")
 
     def image(self, identifier: Any, default: str) -> str:
         """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""

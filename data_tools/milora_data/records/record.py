@@ -273,14 +273,21 @@ SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system", "tool": "to
 def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
     """Return a record with `conversations`, from `messages` or from TRL's prompt and completion; others unchanged.
 
+    Messages may also be under "conversations"; ms-swift's `query` and `response` are read with `history` and `system`.
     `identifier` is the default id. Pictures are named by the parts of a message ({"type": "image", "image": path}) or,
     in order, by "images". Base64 pictures are kept unchanged (embedded.py).
     Raises `DataError` if a role or a part is unknown.
     """
+    turns = value.get("conversations")
     if "conversations" in value:
-        return value
-    if "prompt" in value and "completion" in value and "messages" not in value:
-        value = from_completion(value)
+        if not (isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]):
+            return value
+        value = {**{key: item for key, item in value.items() if key != "conversations"}, "messages": turns}
+    elif "messages" not in value:
+        if "prompt" in value and "completion" in value:
+            value = from_completion(value)
+        elif "query" in value and "response" in value:
+            value = _from_query(value)
     if "messages" not in value:
         return value
     if not isinstance(value["messages"], list):
@@ -288,7 +295,7 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
     named: list[str] = []
     videos: list[Any] = []
     turns = [_message_turn(message, place, named, videos) for place, message in enumerate(value["messages"], start=1)]
-    field = value.get("images") or []
+    field = value.get("images") or value.get("image") or []
     listed = [_file(image) for image in (field if isinstance(field, list) else [field])]
     if named and listed:
         raise DataError(
@@ -299,7 +306,7 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
     first = next((turn for turn in turns if turn["from"] == "human"), None)
     if missing == len(images) and first is not None:
         first["value"] = f"{IMAGE}\n" * missing + first["value"]
-    others = {key: item for key, item in value.items() if key not in ("messages", "images", "id")}
+    others = {key: item for key, item in value.items() if key not in ("messages", "images", "image", "id")}
     own = [video for video in videos if video is not None]
     listed_videos = others.get("videos") or others.get("video")
     if own and listed_videos:
@@ -329,6 +336,31 @@ def from_completion(value: Mapping[str, Any]) -> dict[str, Any]:
         messages += turns if isinstance(turns, list) else [{"role": role, "content": turns}]
     others = {key: item for key, item in value.items() if key not in ("prompt", "completion")}
     return {**others, "messages": messages}
+
+
+def _from_query(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ms-swift's {"query", "response", "history"?, "system"?, "images"?} with `messages` instead."""
+    exchanges = [*earlier(value), (value["query"], value["response"])]
+    texts = [
+        {"role": role, "content": text}
+        for question, answer in exchanges
+        for role, text in (("user", question), ("assistant", answer))
+    ]
+    system = [{"role": "system", "content": value["system"]}] if value.get("system") else []
+    others = {key: item for key, item in value.items() if key not in ("query", "response", "history", "system")}
+    return {**others, "messages": system + texts}
+
+
+def earlier(row: Mapping[str, Any], place: str = "") -> list[tuple[str, str]]:
+    """Return the exchanges of `history`, a list of pairs; raises `DataError` for anything else."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise DataError(
+            f"history must be a list of pairs [question, answer], got {str(history)[:80]}",
+            code="instructions-history",
+            where=place,
+        )
+    return [(str(question), str(answer)) for question, answer in history]
 
 
 def _message_turn(message: object, place: int, named: list[str], videos: list[Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from milora_eval.rules.chartqa import chartqa_correct
 from milora_eval.rules.pope import pope_answer
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.base.errors import DataError, Problem, UserError, collected
 from milora_vl.cli.command_line import suggest
 from milora_vl.cli.web import url_problem
 
@@ -76,7 +76,13 @@ class OwnData(Benchmark):
                 raise UserError(problems=[problem])
             raise MissingData(f"no file {self.path}, and no file of that name in {data_dir}", code="data-missing-file")
         # Training data may use one id for several records; the number of the record makes the id unique.
-        items = [_item(row, number, path, data_dir) for number, row in enumerate(_rows(path), start=1)]
+        items: list[Item] = []
+        problems: list[Problem] = []
+        for number, row in enumerate(_rows(path), start=1):
+            with collected(problems):
+                items.append(_item(row, number, path, data_dir))
+        if problems:
+            raise DataError(problems=problems)
         times = Counter(item.id for item in items)
         return [
             replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
@@ -112,7 +118,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
             where=place,
             hint=f"did you mean {near[0]}?" if near else "",
         )
-    is_record = any(key in row for key in ("conversations", "messages", "completion"))
+    is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
     turns, images, answers = _conversation(row, place) if is_record else _question(row, place)
     if not answers:
         raise DataError(
