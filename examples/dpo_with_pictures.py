@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import logsigmoid
 
-from milora_data import ImageTextCollator
-from milora_vl import apply_milora, load_model, save_adapter
+from milora_vl import apply_milora, collator_for, load_model, save_adapter
 
 BETA = 0.1
 name = sys.argv[1] if len(sys.argv) > 1 else "tiny"
@@ -28,8 +27,7 @@ for colour, other in (("red", "green"), ("green", "blue"), ("blue", "red")):
 
 model, processor = load_model(name, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
 model = apply_milora(model, [{"modules": "language", "method": "milora", "rank": 64 if device == "cuda" else 4}])
-tokens = 16 if name == "tiny" else 576
-collate = ImageTextCollator(processor.tokenizer, processor.image_processor, image_tokens=tokens, image_folder=folder)
+collate = collator_for(model, processor, image_folder=folder)
 
 
 def batch_of(answers: list[str]) -> dict[str, torch.Tensor]:

@@ -4,15 +4,14 @@
 # MiLoRA trains the *minor* singular components of each weight and keeps the principal ones. This notebook trains a
 # small LLaVA on three drawn pictures, on a CPU, in seconds. The model has random weights, so its answers mean nothing.
 #
-# **On a GPU**, use `load_model("llava-1.5-7b", dtype=torch.bfloat16, device="cuda")`, rank 128, `image_tokens=576`,
-# your own records, and move each batch with `.to("cuda")`.
+# **On a GPU**, use `load_model("llava-1.5-7b", dtype=torch.bfloat16, device="cuda")`, rank 128, your own
+# records, and move each batch with `.to("cuda")`.
 
 # %%
 import torch
 from PIL import Image
 
-from milora_data import ImageTextCollator
-from milora_vl import apply_milora, load_adapter, load_model, merge, save_adapter
+from milora_vl import apply_milora, collator_for, load_adapter, load_model, merge, save_adapter
 
 model, processor = load_model("tiny")
 name = "model.language_model.layers.0.mlp.up_proj.weight"
@@ -39,7 +38,7 @@ for colour in ("red", "green", "blue"):
     Image.new("RGB", (64, 64), colour).save(f"{colour}.png")
     turns = [{"from": "human", "value": "<image>\nWhat colour is it?"}, {"from": "gpt", "value": colour}]
     records.append({"id": colour, "image": f"{colour}.png", "conversations": turns})
-collate = ImageTextCollator(processor.tokenizer, processor.image_processor, image_tokens=16, image_folder=".")
+collate = collator_for(model, processor, image_folder=".")
 batch = collate(records)
 {name: tuple(tensor.shape) for name, tensor in batch.items()}
 

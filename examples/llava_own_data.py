@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from transformers import Trainer, TrainingArguments
 
-from milora_data import ImageTextCollator, load_records
-from milora_vl import apply_milora, load_model, save_adapter
+from milora_data import load_records
+from milora_vl import apply_milora, collator_for, load_model, save_adapter
 
 
 def drawn(folder: Path) -> tuple[Path, Path]:
@@ -47,14 +47,7 @@ model = apply_milora(
 )
 model.print_trainable_parameters()
 
-collator = ImageTextCollator(
-    processor.tokenizer,
-    processor.image_processor,
-    template="vicuna_v1",
-    image_tokens=576 if is_gpu else 16,
-    image_folder=images,
-    max_length=2048,
-)
+collator = collator_for(model, processor, image_folder=images, max_length=2048)
 trainer = Trainer(
     model=model,
     args=TrainingArguments(

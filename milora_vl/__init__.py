@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from milora_vl.adapter.parameter_groups import parameter_groups
     from milora_vl.adapter.reinit import reinit_peft, restore_split
     from milora_vl.foreign.load_model import load_model
+    from milora_vl.models.collator import collator_for
     from milora_vl.policy import Policy, Rule
     from milora_vl.svd import Factors, decompose
 
@@ -26,6 +27,7 @@ __all__ = [
     "Policy",
     "Rule",
     "apply_milora",
+    "collator_for",
     "decompose",
     "keep_protected",
     "load_adapter",
@@ -42,6 +44,7 @@ _MODULE_OF = {
     "Policy": "policy",
     "Rule": "policy",
     "apply_milora": "adapter.apply",
+    "collator_for": "models.collator",
     "decompose": "svd",
     "keep_protected": "adapter.keep_protected",
     "load_adapter": "adapter.files",

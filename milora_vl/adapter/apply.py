@@ -42,7 +42,7 @@ Form = Literal["anchored", "residual"]
 
 def apply_milora(
     model: nn.Module,
-    policy: Policy | str | Sequence[Mapping[str, Any] | Rule],
+    policy: Policy | str | Path | Sequence[Mapping[str, Any] | Rule],
     *,
     form: Form = "anchored",
     calibration: Sequence[Mapping[str, Any]] | None = None,

@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import place_of
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_vl.forgetting.measure import Batch
+from milora_vl.models.collator import collator_for
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.models.image_tokens import image_token_id, image_tokens, uses_processor
-from milora_vl.models.loading import split_processor
+from milora_vl.models.image_tokens import uses_processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,21 +73,9 @@ def answer_batches(
             template=template, max_new_tokens=max_new_tokens, batch_size=batch_size,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip
-    tokenizer, image_processor = split_processor(processor)
-    has_vision = image_processor is not None
-    collate: Any
-    if has_vision and uses_processor(model.config):
-        collate = ProcessorCollator(processor, image_folder=image_folder)
-    else:
-        collate = ImageTextCollator(
-            tokenizer,
-            image_processor,
-            template=template,
-            image_tokens=image_tokens(model.config) if has_vision else 0,
-            image_token_id=image_token_id(model.config) if has_vision else -1,
-            image_folder=image_folder,
-            image_aspect_ratio=image_aspect_ratio,
-        )
+    own = uses_processor(model.config)
+    options: dict[str, Any] = {} if own else {"template": template, "image_aspect_ratio": image_aspect_ratio}
+    collate = collator_for(model, processor, image_folder=image_folder, **options)
     answered = [replace(r, turns=(*r.turns, Turn("assistant", a))) for r, a in zip(asked, answers, strict=True)]
     # Separate batches for records with and without pictures, because a batch has pictures in all rows or in none.
     for group in ([r for r in answered if r.images], [r for r in answered if not r.images]):

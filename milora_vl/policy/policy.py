@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,8 +35,8 @@ class Policy:
     rules: tuple[Rule, ...]
 
     @staticmethod
-    def parse(source: str | Sequence[Mapping[str, Any] | Rule] | Policy) -> Policy:
-        """Return the policy in a YAML text or in a list of mappings.
+    def parse(source: str | Path | Sequence[Mapping[str, Any] | Rule] | Policy) -> Policy:
+        """Return the policy in a YAML text, in a YAML file (*.yaml, *.yml) or in a list of mappings.
 
         Raises PolicyError with all problems: unknown keys, wrong types, values out of range.
 
@@ -44,7 +45,7 @@ class Policy:
         """
         if isinstance(source, Policy):
             return source
-        items = _load_yaml(source) if isinstance(source, str) else source
+        items = _load_yaml(_text_of(source)) if isinstance(source, str | Path) else source
         if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
             raise PolicyError(
                 f"expected a list of rules, got {type(items).__name__}",
@@ -90,6 +91,19 @@ class Policy:
     def to_list(self) -> list[dict[str, Any]]:
         """Return the rules as mappings, as in YAML."""
         return [rule.model_dump(exclude_defaults=True) for rule in self.rules]
+
+
+def _text_of(source: str | Path) -> str:
+    """Return the text of a YAML file, or `source` if it is the text."""
+    if isinstance(source, str) and not re.fullmatch(r".+\.ya?ml", source):
+        return source
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "expected rules as a YAML text, or the name of a YAML file"
+        raise PolicyError(
+            f"cannot read the file: {error}", code="file-unreadable", where=str(source), hint=hint
+        ) from None
 
 
 def _load_yaml(text: str) -> Any:

@@ -13,6 +13,7 @@ from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.records.record import Record
 from milora_vl.models import loading
+from milora_vl.models.collator import collator_for
 from milora_vl.plan.base import Base
 from milora_vl.recipe.hf_flags import value_of
 from milora_vl.recipe.schema import Recipe
@@ -30,25 +31,11 @@ WHAT_HAPPENED = {
 def collator(
     recipe: Recipe, base: Base, processor: Any, substitutes: Sequence[Record] = ()
 ) -> ImageTextCollator | ProcessorCollator:
-    """Return the collator for this model: the fast one for LLaVA and text, else the one with the model's processor.
-
-    It accepts no pictures for a text-only model.
-    """
-    if base.own_pictures:
-        return ProcessorCollator(
-            processor,
-            image_folder=recipe.data.image_folder,
-            max_length=recipe.data.max_length,
-            bad_images=recipe.data.bad_images,
-            substitutes=substitutes,
-        )
-    tokenizer, image_processor = loading.split_processor(processor)
-    return ImageTextCollator(
-        tokenizer,
-        image_processor,
+    """Return the collator of the run."""
+    return collator_for(
+        base,
+        processor,
         template=recipe.template,
-        image_tokens=base.tokens_of_a_picture,
-        image_token_id=base.config.image_token_id if base.reads_pictures else -1,
         image_folder=recipe.data.image_folder,
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
@@ -56,7 +43,6 @@ def collator(
         jpeg_decoding=recipe.data.jpeg_decoding,
         packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
         substitutes=substitutes,
-        tiling=base.tiling,
     )
 
 

@@ -219,6 +219,16 @@ def first_words(block: Block) -> list[str]:
     return new_side(block.text).splitlines()
 
 
+def test_the_reference_uses_every_public_call_in_an_example() -> None:
+    import milora_vl
+
+    of_others = "Record load_records encode encode_prompt ImageTextCollator Benchmark Item run score".split()
+    names = {*milora_vl.__all__, *of_others} - {"keep_protected"}
+    examples = "".join(block.text for block in blocks("python") if block.page == "docs/api.md")
+    uses = {name: len(re.findall(rf"\b{name}\b", examples)) for name in names}
+    assert [name for name, count in uses.items() if count < 2] == []  # the import, and a use
+
+
 def test_no_command_that_runs_loads_a_model_of_the_hub() -> None:
     """A missing substitution would download gigabytes where there is a network."""
     from milora_vl.models.names import BUILT_IN_MODELS, NAMED_MODELS, PART_OF, SAME_WEIGHTS

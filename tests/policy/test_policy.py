@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -25,6 +29,21 @@ def test_yaml_and_plain_data_give_the_same_policy() -> None:
     assert Policy.parse(policy.to_list()) == policy
     assert Policy.parse(policy) is policy
     assert Policy.parse(list(policy.rules)) == policy
+
+
+def test_a_policy_is_read_from_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(YAML)
+    assert Policy.parse(file) == Policy.parse(str(file)) == Policy.parse(YAML)
+    model = apply_milora(nn.Sequential(nn.Linear(4, 4)), _written(tmp_path / "small.yml", one_rule(rank=2)))
+    assert model.milora_targets[0].rank == 2
+    with raises_code("file-unreadable", where="none.yaml"):
+        Policy.parse("none.yaml")
+
+
+def _written(file: Path, rules: list[dict[str, Any]]) -> str:
+    file.write_text(json.dumps(rules))
+    return str(file)
 
 
 def problems(source) -> list[Problem]:

@@ -16,7 +16,7 @@ from milora_vl import Policy, apply_milora, load_adapter, parameter_groups, save
 from milora_vl.integrations.trainer import RatesOfRules
 from support.problems import raises_code
 
-RULES = [
+RULES: list[dict[str, Any]] = [
     {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4, "weight_decay": 0.1},
     {"modules": "language.layers[0].mlp", "learning_rate": 1e-4},
     {"modules": "projector", "method": "full"},
@@ -37,7 +37,7 @@ def test_groups_follow_the_rules(tiny_llava: Callable[..., Any]) -> None:
     assert sum(len(g["params"]) for g in groups) == len(trained)
 
 
-TWO_RATES = [
+TWO_RATES: list[dict[str, Any]] = [
     {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4},
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
 ]
@@ -69,7 +69,7 @@ def test_the_rates_come_from_the_model_and_the_arguments_fill_the_gaps(tiny_llav
 @pytest.mark.parametrize("method", ["full", "frozen"])
 def test_the_first_group_is_that_of_the_language_tower(tiny_llava: Callable[..., Any], method: str) -> None:
     """HF logs its learning rate, although vision tower and projector come first in the model."""
-    rules = [
+    rules: list[dict[str, Any]] = [
         {"modules": "vision", "method": "full", "learning_rate": 1e-6},
         {"modules": "projector", "method": "full", "learning_rate": 2e-5},
         {"modules": "language", "method": "full", "learning_rate": 3e-5},
@@ -89,7 +89,7 @@ def test_an_optimizer_without_the_rates_of_the_rules_warns_once_and_names_them(t
 
 
 def test_an_ignored_weight_decay_warns_too(tiny_llava: Callable[..., Any]) -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 4, "weight_decay": 0.1}]
+    rules: list[dict[str, Any]] = [{"modules": "language", "method": "milora", "rank": 4, "weight_decay": 0.1}]
     model = apply_milora(tiny_llava()[0], rules)
     [message] = first_step(torch.optim.AdamW(trained_parts(model), weight_decay=0.0))
     assert "weight_decay 0.1 of language (it has 0)" in message
@@ -121,9 +121,10 @@ def test_a_trainer_of_hugging_face_trains_with_two_rates(
     def rates(kind: type[Trainer]) -> set[float]:
         model = apply_milora(tiny_llava()[0], TWO_RATES)
         rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [5, 6, 7]}] * 4
-        arguments = TrainingArguments(tmp_path, max_steps=1, learning_rate=1e-3, report_to="none", use_cpu=True)
+        arguments = TrainingArguments(str(tmp_path), max_steps=1, learning_rate=1e-3, report_to="none", use_cpu=True)
         trainer = kind(model, arguments, train_dataset=rows)
         trainer.train()
+        assert trainer.optimizer is not None
         return {group["initial_lr"] for group in trainer.optimizer.param_groups}
 
     assert rates(MyTrainer) == {2e-4, 2e-5}

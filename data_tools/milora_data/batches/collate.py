@@ -26,6 +26,7 @@ from milora_vl.base.errors import DataError, UserError
 log = logging.getLogger(__name__)
 
 LLAVA_IMAGE_ID = -200
+LLAVA_SIDE, LLAVA_TOKENS = 336, 576  # of a picture in LLaVA-1.5
 
 
 class Sample(NamedTuple):
@@ -45,7 +46,8 @@ class ImageTextCollator(RecordCollator[Sample]):
     use_cache in place of attention_mask; `packing="flat"` joins all rows into one, which flash attention needs.
     `tiling` (anyres.py) cuts pictures into tiles as LLaVA-1.6 does: the number of tokens depends on the size of the
     picture, the batch also has image_sizes, and `image_tokens` and `image_aspect_ratio` are ignored.
-    `image_token_id` defaults to the tokenizer's `<image>`. With `image_folder` None, picture names are used as paths.
+    `image_tokens` defaults to the 576 of LLaVA-1.5, and `image_token_id` to the tokenizer's `<image>`. With
+    `image_folder` None, picture names are used as paths.
     `layout="llava"` is for LLaVA's own classes: one -200 per picture, and `images`, with a plain one for text alone.
 
     `RecordCollator` explains `bad_images` and `substitutes`.
@@ -65,7 +67,7 @@ class ImageTextCollator(RecordCollator[Sample]):
         image_processor: Any = None,
         *,
         template: str = "vicuna_v1",
-        image_tokens: int = 576,
+        image_tokens: int | None = None,
         image_token_id: int | None = None,
         image_folder: str | Path | None = None,
         max_length: int | None = None,
@@ -84,6 +86,13 @@ class ImageTextCollator(RecordCollator[Sample]):
                 code="collate-unsupported-layout",
                 hint="use image_aspect_ratio pad",
             )
+        if "image_processor" in dir(tokenizer):
+            raise UserError(
+                f"expected a tokenizer, got a {type(tokenizer).__name__}",
+                code="collate-no-tokenizer",
+                where="tokenizer",
+                hint="use  milora_vl.collator_for(model, processor)",
+            )
         super().__init__(bad_images, substitutes)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -96,13 +105,24 @@ class ImageTextCollator(RecordCollator[Sample]):
         if max_length is not None and max_length < 1:
             raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
         self.template = template
-        self.image_tokens = image_tokens
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
+        self.image_tokens = self._usual_tokens() if image_tokens is None else image_tokens
         self.image_folder = Path(image_folder or "")
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.layout = layout
         self.packing = packing
+
+    def _usual_tokens(self) -> int:
+        """Return the tokens of a picture in LLaVA-1.5. Raises UserError if the pictures have another size there."""
+        if self.image_processor is not None and self.tiling is None and self.maker().side != LLAVA_SIDE:
+            raise UserError(
+                f"is missing, and pictures of {self.maker().side} pixels do not take LLaVA-1.5's {LLAVA_TOKENS} tokens",
+                code="collate-image-tokens",
+                where="image_tokens",
+                hint="use  milora_vl.collator_for(model, processor)",
+            )
+        return LLAVA_TOKENS
 
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         packs = [[item] if isinstance(item, Record | Mapping | UserError) else list(item) for item in records]

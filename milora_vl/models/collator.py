@@ -1,0 +1,87 @@
+"""`collator_for`: the collator of any model that `train` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.record_collator import Item
+from milora_data.encode.templates import OWN
+from milora_data.pictures.files import ImagePolicy
+from milora_data.pictures.pixels import AspectRatio, JpegDecoding
+from milora_vl.base.errors import UserError
+from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, usable_inputs, uses_processor
+from milora_vl.models.loading import split_processor
+
+
+def collator_for(
+    model: Any,
+    processor: Any,
+    *,
+    template: str | None = None,
+    image_folder: str | Path | None = None,
+    max_length: int | None = None,
+    image_aspect_ratio: AspectRatio = "pad",
+    bad_images: ImagePolicy = "raise",
+    jpeg_decoding: JpegDecoding = "exact",
+    packing: Literal["rows", "flat"] = "rows",
+    substitutes: Sequence[Item] = (),
+) -> ImageTextCollator | ProcessorCollator:
+    """Return the collator that `train` uses for `model`: the fast one for LLaVA and text, else one with `processor`.
+
+    It is a `data_collator` for any trainer; records are `Record` or LLaVA's dicts, and the trainer needs
+    `remove_unused_columns=False`. The batch has input_ids, attention_mask, labels (batch, length) and what the model
+    needs for its pictures. `model` is a model of transformers or a PeftModel (only its config counts), `processor` its
+    processor, or the tokenizer of a text model.
+
+    `template` is by default that of LLaVA-1.5, vicuna_v1; other models with pictures have their own prompt format. The
+    other arguments are those of `ImageTextCollator`. Raises UserError for one that does not apply to this model.
+
+    >>> from milora_vl import load_model
+    >>> turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]
+    >>> batch = collator_for(*load_model("tiny"))([{"conversations": turns}])
+    >>> sorted(batch)
+    ['attention_mask', 'input_ids', 'labels', 'pixel_values']
+    """
+    config = model.config
+    if uses_processor(config):
+        refused = {
+            "template": template not in (None, OWN),
+            "image_aspect_ratio": image_aspect_ratio != "pad",
+            "jpeg_decoding": jpeg_decoding != "exact",
+        }
+        for name in (name for name, is_refused in refused.items() if is_refused):
+            raise UserError(
+                f"the processor of {config.model_type} decides how prompts and pictures are prepared",
+                code="collate-unsupported-layout",
+                where=name,
+                hint="remove the argument",
+            )
+        usable_inputs(processor, config.model_type)
+        return ProcessorCollator(
+            processor,
+            image_folder=image_folder,
+            max_length=max_length,
+            bad_images=bad_images,
+            substitutes=substitutes,
+        )
+    tokenizer, image_processor = split_processor(processor)
+    reads_pictures = is_llava(config)
+    return ImageTextCollator(
+        tokenizer,
+        image_processor if reads_pictures else None,
+        template=template or "vicuna_v1",
+        image_tokens=image_tokens(config) if reads_pictures else 0,
+        image_token_id=config.image_token_id if reads_pictures else -1,
+        image_folder=image_folder,
+        max_length=max_length,
+        image_aspect_ratio=image_aspect_ratio,
+        bad_images=bad_images,
+        jpeg_decoding=jpeg_decoding,
+        packing=packing,
+        substitutes=substitutes,
+        tiling=tiling_of(config),
+    )
