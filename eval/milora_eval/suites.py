@@ -136,6 +136,8 @@ def _listed(value: str) -> tuple[str, ...]:
     spec = names[0].partition("@")[0]
     if len(names) == 1 and spec not in BENCHMARKS and ":" not in spec and not Path(spec).suffix:
         near = suggest(value, {**SUITES, **BENCHMARKS})
+        if near and near[0] not in SUITES:
+            raise _unknown(value)
         raise UserError(
             f'no suite or benchmark "{value}"; the suites: {", ".join(SUITES)}',
             code="eval-unknown-suite",

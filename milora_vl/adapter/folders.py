@@ -144,6 +144,25 @@ def base_of(folder: Path) -> str:
     return str(name)
 
 
+def model_of(model: str | None, adapter: Path | None, *call: object) -> str:
+    """Return the value of --model; without it, the base that the adapter names.
+
+    `call` is as in `require_adapter`. Raises UserError without either, and for an adapter that names no base.
+    """
+    if model is not None:
+        return model
+    if adapter is not None:
+        require_adapter(adapter, "--adapter", *call)
+        if has_config(adapter):
+            return base_of(adapter)
+    raise UserError(
+        "required" if adapter is None else f"required: {adapter} names no base",
+        code="flag-required",
+        where="--model",
+        hint="for example  --model llava-1.5-7b" + (", or an adapter, which names its base" if adapter is None else ""),
+    )
+
+
 def holds_text_model(folder: Path) -> bool:
     """Return whether a run folder holds a tokenizer but no image processor."""
     processors = ("processor_config.json", "preprocessor_config.json")

@@ -13,12 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from milora_data.encode.templates import template_name
-from milora_vl.adapter.folders import holds_adapter, newest_of_unfinished, require_adapter, require_no_base
+from milora_vl.adapter.folders import holds_adapter, model_of, newest_of_unfinished, require_adapter, require_no_base
 from milora_vl.base.errors import UserError, at_flag
 from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.cli.command_line import above_zero, count, next_step, positive
 from milora_vl.cli.eval_command import eval_run
-from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.cli.flags import OR_ADAPTER, Command, flag, option, shared
 from milora_vl.plan.eval_section import questions_of
 from milora_vl.recipe.recipe_file import recipe_of_run
 
@@ -35,7 +35,7 @@ examples:
 """,
     inputs=(
         option("question", nargs="?", help="question to answer; without one, a conversation starts"),
-        shared("model", required=True),
+        shared("model", about=OR_ADAPTER),
         shared("adapter"),
         option("--image", type=Path, action="append", help="picture of the question; repeat it for several"),
         option("--video", type=Path, action="append", help="folder with the frames of a video; repeat it for several"),
@@ -66,6 +66,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Answer the question on stdout, or start a conversation without one. Return the exit code."""
     options = COMMAND.parse(argv)
+    options.model = model_of(options.model, options.adapter, "milora_vl.chat", "--adapter")
     _check(options)
     pictures = [open_picture(path) for path in options.image or ()]
     videos = [open_video(folder, options.fps) for folder in options.video or ()]

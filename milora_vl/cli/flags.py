@@ -32,6 +32,7 @@ def device(text: str) -> str:
 
 
 RECORDS = "JSON, JSONL, .parquet, .tar, a folder of save_to_disk, hub:OWNER/NAME, or a mixture (.yaml)"
+OR_ADAPTER = "named model, hub id or folder (default: the base of --adapter)"
 SHARED: dict[str, dict[str, Any]] = {
     "model": {"metavar": "MODEL", "help": "named model, hub id or folder"},
     "adapter": {"type": Path, "metavar": "FOLDER", "help": "adapter folder, for example the output_dir of a run"},

@@ -84,6 +84,21 @@ def test_pictures_and_videos_that_a_model_does_not_take_are_refused_before_its_w
             chat.main(["--model", model, "--video", str(tmp_path)])
 
 
+def test_the_base_of_an_adapter_is_the_default_model(adapter: Path, tmp_path: Path, capsys: Captured) -> None:
+    ask("--adapter", adapter, "What?")
+    expected = capsys.readouterr().out
+    assert chat.main(["--adapter", str(adapter), "--max_new_tokens", "8", "What?"]) == 0
+    assert capsys.readouterr().out == expected
+    with raises_code("flag-required", where="--model"):
+        chat.main(["What?"])
+    with raises_code("adapter-no-folder", where="--adapter"):
+        chat.main(["--adapter", str(tmp_path / "none"), "What?"])
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "mm_projector.bin").touch()
+    with raises_code("flag-required", where="--model", message="names no base"):
+        chat.main(["--adapter", str(tmp_path / "stage1"), "What?"])
+
+
 def test_a_truncated_answer_is_marked(picture: Path, capsys: Captured) -> None:
     ask("--image", picture, "What?")
     assert "(truncated at 8 tokens" in capsys.readouterr().err

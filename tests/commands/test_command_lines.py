@@ -225,7 +225,7 @@ def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny
     trained, chat, *_, exported = lines
     assert (trained["output_dir"], trained["weights"]) == (str(run), str(run / "adapter_model.safetensors"))
     assert trained["results"]["train_loss"] > 0
-    assert set(chat) == {"question", "base", "answer"}
+    assert set(chat) == {"question", "base", "answer", "truncated"}
     assert exported["form"] == "merged"
 
 

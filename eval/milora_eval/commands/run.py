@@ -16,17 +16,17 @@ from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import choose, data_folder
-from milora_vl.adapter.folders import holds_adapter
+from milora_vl.adapter.folders import holds_adapter, model_of
 from milora_vl.base.errors import UserError, at_flag
 from milora_vl.cli.command_line import count, next_step
-from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.cli.flags import OR_ADAPTER, Command, flag, option, shared
 from milora_vl.cli.table import FORMATS, show
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.page import regenerate_report
 
 # `scales` has these flags too.
 INPUTS = (
-    shared("model", required=True),
+    shared("model", about=OR_ADAPTER),
     shared("adapter"),
     shared("base"),
     (
@@ -82,6 +82,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
+    options.model = model_of(options.model, options.adapter, "milora_eval", "run", "--adapter")
     target = eval_target(options.model, options.adapter, options.base, options.scale)
     if options.with_base and not target.has_base:
         raise UserError(

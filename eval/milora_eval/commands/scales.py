@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from milora_eval.answers.target import eval_target
 from milora_eval.commands.run import ASKING, INPUTS, OUTPUTS, planned
+from milora_vl.adapter.folders import model_of
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step, positive
 from milora_vl.cli.flags import Command, option, shared
@@ -62,6 +63,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
+    options.model = model_of(options.model, options.adapter, "milora_eval", "scales", "--adapter")
     target = eval_target(options.model, options.adapter, options.base)
     if not target.has_base:
         raise UserError(
