@@ -11,8 +11,9 @@ import torch
 
 
 def device_named(name: str | None) -> torch.device:
-    """Return the device of that name; by default the first GPU, else the CPU."""
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device of that name; by default the GPU, else the CPU. Apple's GPU has to be named."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(name) if name else gpu if gpu is not None and gpu.type != "mps" else torch.device("cpu")
 
 
 def dtype_named(name: str | None, device: torch.device) -> torch.dtype | None:
@@ -52,4 +53,4 @@ def train_device(train: Mapping[str, Any]) -> torch.device:
     """Return the device type of a run with this `train:` section, before TrainingArguments exist."""
     if train.get("use_cpu"):
         return torch.device("cpu")
-    return torch.device("mps") if torch.backends.mps.is_available() else device_named(None)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -47,26 +47,42 @@ CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
 Forward = Callable[..., Any]
 
 
+def supervised_positions(labels: Tensor) -> Tensor:
+    """Return (2, supervised tokens): the positions in the flattened batch that predict a token, and these tokens.
+
+    `labels` is (batch, length), with -100 where a position is not supervised. Computed on the CPU, before a batch moves
+    to a GPU, it spares the step a wait for the GPU.
+
+    >>> supervised_positions(torch.tensor([[IGNORE, 5, 6], [IGNORE, IGNORE, 7]]))  # position i predicts token i + 1
+    tensor([[0, 1, 4],
+            [5, 6, 7]])
+    """
+    rows, columns = (labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+    return torch.stack([rows * labels.shape[1] + columns, labels[rows, columns + 1]])
+
+
 def summed_loss(model: nn.Module, inputs: dict[str, Any], *, chunked: bool) -> tuple[Tensor, int]:
     """Return the summed cross-entropy in float32 and the number of supervised tokens.
 
     `inputs` contains labels (batch, length), with -100 where a position is not supervised. The labels are not passed to
     the model, which would compute its own mean. `chunked` is the result of `add_chunked_loss`; the model may be wrapped
-    since. For a batch without supervised tokens the loss is zero and attached to the graph.
+    since. For a batch without supervised tokens the loss is zero and attached to the graph. `inputs` may contain
+    `supervised`, the `supervised_positions` of the labels.
 
     The sum and the count are returned separately, so that gradient accumulation and data parallelism can divide by the
     number of tokens of the whole step.
     """
     labels = inputs["labels"]
-    model_inputs = {name: value for name, value in inputs.items() if name != "labels"}
-    count = int((labels[:, 1:] != IGNORE).sum())  # position i predicts token i + 1
+    model_inputs = {name: value for name, value in inputs.items() if name not in ("labels", "supervised")}
+    supervised = inputs["supervised"] if "supervised" in inputs else supervised_positions(labels)
+    count = supervised.shape[1]
     if chunked:
-        return model(**model_inputs, supervised_labels=labels)["loss"], count
+        return model(**model_inputs, supervised=supervised)["loss"], count
     return _cross_entropy(model(**model_inputs)["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()), count
 
 
 def add_chunked_loss(model: nn.Module) -> bool:
-    """Add the argument `supervised_labels` to the forward of a Hugging Face model; with it, forward returns the loss.
+    """Add the argument `supervised` to the forward of a Hugging Face model; with it, forward returns the loss.
 
     Return False and change nothing if the model does not consist of an inner model and a head.
     """
@@ -77,12 +93,12 @@ def add_chunked_loss(model: nn.Module) -> bool:
     size = max(CHUNK // model.config.get_text_config().vocab_size, 1)  # type: ignore[operator, union-attr]
 
     @functools.wraps(stock_forward)
-    def forward(*args: Any, supervised_labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if supervised_labels is None:
+    def forward(*args: Any, supervised: Tensor | None = None, **kwargs: Any) -> Any:
+        if supervised is None:
             return stock_forward(*args, **kwargs)
         head = [p for child in model.children() if child is not inner for p in child.parameters() if p.requires_grad]
         run = functools.partial(stock_forward, *args, **kwargs | {"use_cache": False})  # packed batches pass it already
-        return {"loss": _chunked_loss(run, inner, head, supervised_labels, size)}
+        return {"loss": _chunked_loss(run, inner, head, supervised, size)}
 
     model.forward = forward  # type: ignore[method-assign]
     return True
@@ -103,26 +119,29 @@ def inner_model(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], labels: Tensor, size: int) -> Tensor:
+def _chunked_loss(
+    run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], supervised: Tensor, size: int
+) -> Tensor:
     """Return the summed loss, computed in chunks of `size` supervised positions.
 
-    `run` is the model's forward with its arguments bound, `head` the trained weights outside the inner model.
+    `run` is the model's forward with its arguments bound, `head` the trained weights outside the inner model, and
+    `supervised` (2, positions) as in `supervised_positions`.
     """
-    supervised = labels[:, 1:] != IGNORE
-    is_empty = not supervised.any()
-    if is_empty:
-        supervised[0, 0] = True  # cross-entropy ignores its target: the loss is zero, but attached to the graph
-    rows, columns = supervised.nonzero(as_tuple=True)
+    is_empty = supervised.shape[1] == 0
+    if is_empty:  # cross-entropy ignores the target: the loss is zero, but attached to the graph
+        supervised = supervised.new_zeros((2, 1))
+        supervised[1] = IGNORE
+    positions, tokens = supervised
     is_fsdp = uses_fsdp(inner)
-    sizes = _sizes(len(rows), size, labels.device, shared=is_fsdp or is_deepspeed_zero3_enabled())
-    targets = labels[rows, columns + 1].split(sizes)
+    sizes = _sizes(len(positions), size, positions.device, shared=is_fsdp or is_deepspeed_zero3_enabled())
+    targets = tokens.split(sizes)
     calls: list[tuple[Any, Tensor]] = []
     forward = inner.forward
 
     def first_position(*args: Any, **kwargs: Any) -> Any:
         # The head then runs on a single position, because the logits of this first pass are not needed.
         output = forward(*args, **kwargs)
-        calls.append((output, output[0][rows, columns]))
+        calls.append((output, output[0].flatten(0, 1)[positions]))
         return _with_hidden(output, calls[0][1][:1].detach())
 
     def logits_of(piece: Tensor) -> Tensor:
@@ -132,7 +151,7 @@ def _chunked_loss(run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], 
     with _replaced_forward(inner, first_position):
         logits = run()["logits"]
     if not calls:  # OPT's forward calls a child of its inner model, so these are the logits of all positions
-        return _cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return _cross_entropy(logits.flatten(0, 1)[positions], tokens)
     (output, hidden), *more = calls
     assert not more, f"{type(inner).__name__} is called more than once by its model"
     # ZeRO-3 reduces a gradient when autograd accumulates it in the weight. `torch.autograd.grad` would bypass that.
@@ -247,5 +266,5 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple
     torch.log_softmax(logits.float(), dim=-1, out=buffer)
     loss = nn.functional.nll_loss(buffer, targets, reduction="sum")
     columns = targets[:, None]
-    buffer.exp_().scatter_add_(1, columns, buffer.new_tensor(-1.0).expand(columns.shape))
+    buffer.exp_().scatter_add_(1, columns, buffer.new_full((1, 1), -1.0).expand(columns.shape))
     return loss, buffer.to(logits.dtype)

@@ -73,16 +73,18 @@ def derive(fitted: Fitted, launch: Launch) -> TrainSection:
         train |= {"fsdp": True, "fsdp_config": launch.fsdp}
     if autocast := AUTOCAST.get(recipe.dtype):
         train.setdefault(autocast, True)
-    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+    if train_device(train).type == "cpu":
         train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
     # A batch of LLaVA without images holds a placeholder image, so all trained parameters are used, except layers of
     # the vision tower that LLaVA does not read. Batches of other families hold none.
     trains_tower = any(target.tower == "vision" for target in fitted.targets)
     train.setdefault("ddp_find_unused_parameters", trains_tower or fitted.base.own_pictures)
-    if train_device(train).type != "cuda":
-        train.setdefault("dataloader_pin_memory", False)
-        if train.pop("tf32", None):
-            warnings.append("train.tf32 has no effect on a CPU")
+    device = train_device(train).type
+    train.setdefault("dataloader_pin_memory", device not in ("cpu", "mps"))
+    if train["dataloader_pin_memory"]:
+        train.setdefault("accelerator_config", {"non_blocking": True})  # batches move while the GPU computes
+    if device != "cuda" and train.pop("tf32", None):
+        warnings.append("train.tf32 has no effect on a CPU")
     if train.get("save_strategy") == "best":
         train.setdefault("metric_for_best_model", "loss")
     if recipe.data.eval_path is not None and "eval_strategy" not in train:
@@ -249,7 +251,7 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     """Return the dtype of the frozen weights: --dtype, else the half precision of a run on a GPU, else float32."""
     if recipe.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.dtype]
-    if train_device(recipe.train).type != "cuda":
+    if train_device(recipe.train).type in ("cpu", "mps"):
         return torch.float32
     if recipe.train.get("bf16"):
         return torch.bfloat16

@@ -22,6 +22,7 @@ from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.base.errors import UserError
 from milora_vl.plan.run_data import sources_of
 from milora_vl.recipe.schema import Recipe
+from milora_vl.train.meter import CountingCollator
 from milora_vl.weights.torch_files import read_weights
 
 TIMEOUT = 1800.0
@@ -42,8 +43,9 @@ def process_settings(args: TrainingArguments) -> dict[str, Any]:
 
 
 def guarded(loader: Any) -> Any:
-    """Return HF's loader with our timeout and our start of its processes."""
+    """Return HF's loader with our timeout, our start of its processes, and counts of its batches."""
     inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+    inner.collate_fn = CountingCollator(inner.collate_fn)
     if inner.num_workers:
         inner.timeout = TIMEOUT
         inner.worker_init_fn = partial(start_process, then=inner.worker_init_fn)
@@ -95,7 +97,7 @@ def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, 
         result = StatefulDataLoader(
             stream,
             batch_size=args.train_batch_size,
-            collate_fn=collator,
+            collate_fn=CountingCollator(collator),
             # A loader draws a seed when it starts. A resumed run has drawn it before its random states were saved.
             generator=None if checkpoint is None else torch.Generator(),
             **process_settings(args),

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.encode.tokens import IGNORE
+from milora_vl.models.losses import supervised_positions
 
 FIELDS = ("tokens", "positions", "supervised")
+
+
+class CountingCollator:
+    """Adds to the batches of a collator what a step would otherwise read from the GPU, and wait for.
+
+    `counts` are the numbers of FIELDS, `supervised` are the positions for the loss. LLaVA and text models lose an
+    attention mask that hides padding on the right alone, because no position of theirs sees a later one: transformers
+    would read it from the GPU, and without a mask sdpa has faster kernels.
+    """
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+        self.is_causal = isinstance(collator, ImageTextCollator)
+
+    def __call__(self, items: Any) -> dict[str, Any]:
+        """Return the batch."""
+        batch = dict(self.collator(items))
+        labels, mask = batch["labels"], batch.get("attention_mask")
+        supervised = supervised_positions(labels)
+        is_plain = mask is not None and mask.dim() == 2
+        tokens = int(mask.sum()) if is_plain else labels.numel()
+        if is_plain and self.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
+            del batch["attention_mask"]
+        return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
 
 
 class Meter:
@@ -19,22 +42,18 @@ class Meter:
 
     def __init__(self, collator: Any) -> None:
         self.collator = collator
-        self.counts = torch.zeros(len(FIELDS), dtype=torch.float64)
+        self.counts = [0] * len(FIELDS)
         self.start = time.perf_counter()
 
-    def add(self, inputs: Mapping[str, Any]) -> None:
-        """Count one batch."""
-        labels = inputs["labels"]
-        mask = inputs.get("attention_mask")
-        tokens = labels.numel() if mask is None or mask.dim() != 2 else int(mask.sum())
-        seen = (tokens, labels.numel(), int((labels != IGNORE).sum()))
-        self.counts += torch.tensor(seen, dtype=torch.float64)
+    def add(self, counts: Sequence[int]) -> None:
+        """Count one batch, by the `counts` of `CountingCollator`."""
+        self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
 
     def take(self, totals: Sequence[float]) -> dict[str, float]:
         """Return the log entries for `totals` (FIELDS, summed over processes) and reset the counts."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         self.start = time.perf_counter()
-        self.counts.zero_()
+        self.counts = [0] * len(FIELDS)
         tokens, positions, supervised = totals
         entries = {
             "tokens_per_second": round(tokens / seconds, 1),

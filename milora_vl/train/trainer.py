@@ -41,7 +41,7 @@ from milora_vl.base.errors import UserError
 from milora_vl.compat.accelerate import enable_fsdp_on_cpus
 from milora_vl.compat.trainer import CheckpointTrainer
 from milora_vl.integrations.trainer import RatesOfRules
-from milora_vl.models.losses import add_chunked_loss, summed_loss
+from milora_vl.models.losses import add_chunked_loss, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
 from milora_vl.policy import Target
 from milora_vl.train import fsdp, loaders
@@ -194,7 +194,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.add_callback(fsdp.RequireShards())
         if self.is_fsdp_enabled:
             fsdp.prepare(self.accelerator, model)
-        self._eval_sums = torch.zeros(2, dtype=torch.float64)
+        self._eval_sums: list[tuple[Tensor, int]] = []  # loss and number of tokens of each batch
 
     def create_accelerator_and_postprocess(self) -> None:
         """Create the accelerator as HF does; FSDP2 runs on CPUs too."""
@@ -233,7 +233,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             drop_last=args.dataloader_drop_last,
             **loaders.process_settings(args),
         )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(loaders.guarded(loader))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return HF's loader, which fails if its processes hang. No training record stands for a held-out one."""
@@ -256,13 +256,15 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
         Batch 1 x accumulation 8 therefore equals 8 x 1. Raises UserError if a training batch has no supervised tokens.
         """
-        if not model.training:
-            inputs = {**inputs, "labels": self._counted_once(inputs["labels"])}
+        inputs = dict(inputs)
+        counts = inputs.pop("counts")
+        if model.training:
+            self.meter.add(counts)
+        else:
+            inputs = self._counted_once(inputs)
         summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
         if not model.training:
-            self._eval_sums += torch.tensor([float(summed.detach()), num_tokens], dtype=torch.float64)
-        else:
-            self.meter.add(inputs)
+            self._eval_sums.append((summed.detach(), num_tokens))
         if model.training and num_tokens == 0:
             raise UserError(
                 "nothing in the batch is supervised",
@@ -276,16 +278,17 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         return (loss, {}) if return_outputs else loss
 
-    def _counted_once(self, labels: Tensor) -> Tensor:
+    def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Mask the labels (batch, length) of records that this evaluation has counted before.
 
         accelerate fills the last batches of several processes with records from the start, so that all are full.
         """
         state, args = self.accelerator.gradient_state, self.args
         if args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return labels
-        num_new = max(state.remainder - args.process_index * args.eval_batch_size, 0)
-        return torch.cat([labels[:num_new], torch.full_like(labels[num_new:], IGNORE)])
+            return inputs
+        labels, num_new = inputs["labels"], max(state.remainder - args.process_index * args.eval_batch_size, 0)
+        labels = torch.cat([labels[:num_new], torch.full_like(labels[num_new:], IGNORE)])
+        return {**inputs, "labels": labels, "supervised": supervised_positions(labels)}
 
     def evaluation_loop(
         self,
@@ -299,15 +302,23 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
         It keeps the random state: later dropout is the same whether or not a resumed run evaluates again.
         """
-        self._eval_sums.zero_()
+        self._eval_sums.clear()
         with torch.random.fork_rng():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        total, count = self.accelerator.reduce(self._eval_sums.to(self.args.device, torch.float32)).tolist()
+        losses = torch.stack([loss for loss, _ in self._eval_sums]).cpu() if self._eval_sums else torch.zeros(0)
+        total, count = self._over_processes((float(losses.double().sum()), sum(count for _, count in self._eval_sums)))
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
         return output
+
+    def _over_processes(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums over all processes. One process alone asks no GPU."""
+        if self.args.world_size == 1:
+            return list(numbers)
+        sums: Tensor = self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float32, device=self.args.device))
+        return sums.tolist()
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -321,8 +332,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
-            totals = self.accelerator.reduce(self.meter.counts.to(self.args.device, torch.float32))
-            logs |= self.meter.take(totals.tolist()) | self.rates.rates
+            logs |= self.meter.take(self._over_processes(self.meter.counts)) | self.rates.rates
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(

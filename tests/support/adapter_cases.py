@@ -72,7 +72,7 @@ def move(model: nn.Module, size: float = 0.05) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += size * torch.randn(parameter.shape, generator=generator)
+                parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
 def pissa_trained(base: nn.Module, root: Path) -> PeftModel:

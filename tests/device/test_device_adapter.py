@@ -1,0 +1,112 @@
+"""The Python API with a model on a device that is not the CPU: it computes what it computes on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from milora_vl import apply_milora, decompose, load_adapter, merge, reinit_peft, restore_split, save_adapter
+from milora_vl.adapter import apply
+from milora_vl.svd.decomposition import Part
+from support.adapter_cases import Pictures as PictureModel
+from support.adapter_cases import move, one_rule, picture_batch, tiny_gpt2, token_batch, train_steps
+from support.family_configs import batch, build
+from support.simulated_device import counted_waits
+
+FAMILIES = ("llama", "llava", "qwen2_5_vl", "gemma3")
+RULES = [*one_rule(), {"modules": "language.layers[0].mlp", "method": "lora", "rank": 3}]
+
+
+def on(device: torch.device | str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(**inputs).logits.cpu()
+
+
+def rules_for(name: str) -> list[dict[str, object]]:
+    return RULES if name == "llama" else [*RULES, {"modules": "projector", "method": "full"}]
+
+
+@pytest.mark.parametrize("form", ["anchored", "residual"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_apply_train_save_load_and_merge(
+    name: str, form: Any, sim: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apply, "_require_residual", lambda *_: None)  # which takes our tensors for quantised ones
+    inputs = batch(name)
+    here = on(sim, inputs)
+    before = logits(build(name), inputs)
+    tuned = apply_milora(build(name).to(sim), rules_for(name), form=form)
+    assert torch.allclose(logits(tuned, here), before, atol=1e-5)
+    steps = train_steps(tuned.train(), here)
+    assert steps == pytest.approx(
+        train_steps(apply_milora(build(name), rules_for(name), form=form).train(), inputs), rel=1e-3
+    )
+    save_adapter(tuned, tmp_path)
+    trained = logits(tuned, here)
+    assert not torch.allclose(trained, before, atol=1e-4)
+    for device in (sim, "cpu"):
+        loaded = load_adapter(build(name).to(device), tmp_path)
+        assert torch.allclose(logits(loaded, on(device, inputs)), trained, atol=1e-5)
+        assert torch.allclose(logits(merge(loaded), on(device, inputs)), trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["milora", "pissa", "random", "middle", "lora", "full", "dora", "olora"])
+def test_every_method_trains(method: str, sim: torch.device) -> None:
+    rank = {} if method == "full" else {"rank": 2}
+    rules = [{"modules": "language", "method": method, **rank}]
+    first, *_, last = train_steps(apply_milora(build("llama").to(sim), rules).train(), on(sim, batch("llama")))
+    assert last < first
+
+
+@pytest.mark.parametrize("made", [PictureModel, tiny_gpt2])
+def test_convolutions_embeddings_and_conv1d(made: Callable[[], nn.Module], sim: torch.device) -> None:
+    model = made()
+    inputs = picture_batch() if made is PictureModel else (token_batch(),)
+    output = lambda m, device: getattr(out := m(*(x.to(device) for x in inputs)), "logits", out)  # noqa: E731
+    before = output(model.eval(), "cpu")
+    tuned = apply_milora(model.to(sim), [{"modules": "*", "method": "milora", "rank": 2}]).eval()
+    assert torch.allclose(output(tuned, sim).cpu(), before, atol=1e-5)
+    move(tuned)
+    expected = output(tuned, sim).cpu()
+    assert torch.allclose(output(merge(tuned), sim).cpu(), expected, atol=1e-4)
+
+
+def test_calibration_on_the_device_protects_inputs(sim: torch.device) -> None:
+    rules = one_rule(protect={"inputs": 0.5})
+    tuned = apply_milora(build("llama").to(sim), rules, calibration=[on(sim, batch("llama"))] * 2)
+    assert tuned.protections["default"]
+    assert torch.allclose(logits(tuned, on(sim, batch("llama"))), logits(build("llama"), batch("llama")), atol=1e-5)
+
+
+def test_peft_models_are_reinitialized_and_restored(sim: torch.device, tmp_path: Path) -> None:
+    here, config = on(sim, batch("llama")), LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
+    tuned = reinit_peft(get_peft_model(build("llama").to(sim), config))
+    train_steps(tuned.train(), here)
+    save_adapter(tuned, tmp_path)
+    trained = logits(tuned, here)
+    stock = PeftModel.from_pretrained(build("llama").to(sim), str(tmp_path), is_trainable=True)
+    assert torch.allclose(logits(stock, here), trained, atol=1e-5)
+    train_steps(restore_split(stock, tmp_path).train(), here, steps=1)
+
+
+@pytest.mark.parametrize("shape", [(40, 96), (300, 280), (600, 500)])
+@pytest.mark.parametrize("part", get_args(Part))
+def test_decompose_gives_the_factors_of_the_cpu(part: Any, shape: tuple[int, int], sim: torch.device) -> None:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with counted_waits() as waits:
+        factors = decompose(W.to(sim), 4, part)
+    assert factors.U.device == factors.S.device == factors.Vh.device == sim
+    there = decompose(W, 4, part)
+    product = lambda f: (f.U * f.S) @ f.Vh  # noqa: E731
+    torch.testing.assert_close(product(factors).cpu(), product(there), atol=1e-4, rtol=1e-4)
+    assert sum(waits.lines.values()) < 100
