@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from milora_data.batches.collate import ImageTextCollator
@@ -25,15 +25,18 @@ class CountingCollator:
         self.collator = collator
         self.is_causal = isinstance(collator, ImageTextCollator)
 
-    def __call__(self, items: Any) -> dict[str, Any]:
-        """Return the batch."""
-        batch = dict(self.collator(items))
-        labels, mask = batch["labels"], batch.get("attention_mask")
-        supervised = supervised_positions(labels)
-        is_plain = mask is not None and mask.dim() == 2
-        tokens = int(mask.sum()) if is_plain else labels.numel()
-        if is_plain and self.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
-            del batch["attention_mask"]
+    def __call__(self, items: Any) -> Any:
+        """Return the batch; a loader process that made none returns its error in place of one."""
+        batch = self.collator(items)
+        if not isinstance(batch, Mapping):
+            return batch
+        batch, labels = dict(batch), batch["labels"]
+        supervised, tokens = supervised_positions(labels), labels.numel()
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            tokens = int(mask.sum())
+            if self.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
+                del batch["attention_mask"]
         return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
 
 

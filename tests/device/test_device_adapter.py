@@ -47,10 +47,8 @@ def test_apply_train_save_load_and_merge(
     before = logits(build(name), inputs)
     tuned = apply_milora(build(name).to(sim), rules_for(name), form=form)
     assert torch.allclose(logits(tuned, here), before, atol=1e-5)
-    steps = train_steps(tuned.train(), here)
-    assert steps == pytest.approx(
-        train_steps(apply_milora(build(name), rules_for(name), form=form).train(), inputs), rel=1e-3
-    )
+    on_cpu = apply_milora(build(name), rules_for(name), form=form)
+    assert train_steps(tuned.train(), here) == pytest.approx(train_steps(on_cpu.train(), inputs), rel=1e-3)
     save_adapter(tuned, tmp_path)
     trained = logits(tuned, here)
     assert not torch.allclose(trained, before, atol=1e-4)

@@ -67,7 +67,8 @@ def test_mixed_precision_checkpointing_accumulation_evaluation_and_resume(
 ) -> None:
     data = words("x")[words("x").index("--data_path") + 1]
     more = [
-        "--bf16", "--gradient_checkpointing", "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2",
+        "--bf16", "--gradient_checkpointing", "--gradient_accumulation_steps", "2",
+        "--per_device_train_batch_size", "2",
         "--eval_data_path", data, "--eval_strategy", "steps", "--eval_steps", "2", "--dropout", "0.1",
     ]  # fmt: skip
     assert main(on_device(words("whole", *more))) == 0
