@@ -1,15 +1,15 @@
 """A device that is not the CPU, without hardware: `sim`. Its tensors keep their data in memory and say `sim:0`.
 
-What an operation with tensors of `sim` and of the CPU does on CUDA, it does here: it raises. `counted_waits` counts what
-makes the CPU wait for the device, with the line of Python that asked for it.
+What an operation with tensors of `sim` and of the CPU does on CUDA, it does here: it raises. `counted_waits` counts
+what makes the CPU wait for the device, with the line of Python that asked for it.
 
-How it works: torch has a dispatch key for devices of others (PrivateUse1). `SimTensor` wraps a tensor of the CPU, `raw`,
-and says that it is on this device; `_run` computes every operation on `raw`. The private names of torch below are
-those of torch's own test of such a device; there is no public way to register one from Python.
+How it works: torch has a dispatch key for devices of others (PrivateUse1). `SimTensor` wraps a tensor of the CPU,
+`raw`, and says that it is on this device; `_run` computes every operation on `raw`. The private names of torch below
+are those of torch's own test of such a device; there is no public way to register one from Python.
 
 What it can't show: the memory and the speed of a device; streams, and copies beside the computation; kernels (their
-rounding, FlashAttention, Triton, bitsandbytes, fused and foreach optimizers); torch.compile; NCCL, and with it DDP, FSDP
-and DeepSpeed; fp16, which accelerate refuses for it; generators of the device (random numbers come from the CPU);
+rounding, FlashAttention, Triton, bitsandbytes, fused and foreach optimizers); torch.compile; NCCL, and with it DDP,
+FSDP and DeepSpeed; fp16, which accelerate refuses for it; generators of the device (random numbers come from the CPU);
 `parameter.data = tensor` with a tensor of another device, as PEFT's MiCA does. Autocast casts what `_CAST` multiplies
 to half precision and knows no operations that need float32. `torch.inference_mode` is `torch.no_grad`. A tensor in a
 file of torch.save loads on the CPU.
