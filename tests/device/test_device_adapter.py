@@ -97,14 +97,16 @@ def test_peft_models_are_reinitialized_and_restored(sim: torch.device, tmp_path:
     train_steps(restore_split(stock, tmp_path).train(), here, steps=1)
 
 
-@pytest.mark.parametrize("shape", [(40, 96), (300, 280), (600, 500)])
+@pytest.mark.parametrize(("shape", "method"), [((40, 96), "auto"), ((300, 280), "fast"), ((96, 40), "exact")])
 @pytest.mark.parametrize("part", get_args(Part))
-def test_decompose_gives_the_factors_of_the_cpu(part: Any, shape: tuple[int, int], sim: torch.device) -> None:
+def test_decompose_gives_the_factors_of_the_cpu(
+    part: Any, shape: tuple[int, int], method: Any, sim: torch.device
+) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with counted_waits() as waits:
-        factors = decompose(W.to(sim), 4, part)
+        factors = decompose(W.to(sim), 4, part, method=method)
     assert factors.U.device == factors.S.device == factors.Vh.device == sim
-    there = decompose(W, 4, part)
+    there = decompose(W, 4, part, method=method)
     product = lambda f: (f.U * f.S) @ f.Vh  # noqa: E731
     torch.testing.assert_close(product(factors).cpu(), product(there), atol=1e-4, rtol=1e-4)
     assert sum(waits.lines.values()) < 100
