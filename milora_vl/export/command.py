@@ -140,18 +140,22 @@ def _show(done: Exported, style: str) -> None:
     if style == "json":
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
-        sys.stdout.write(json.dumps({**content, "total": done.total, "loads_with": done.loads_with}) + "\n")
+        errors = {"total": done.total, "exact_rank": done.exact_rank}
+        sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with}) + "\n")
         return
-    measure = "drift" if done.form == "residual" or not done.form.startswith("rank") else "error"
+    measure = "drift" if done.form == "residual" or not done.form.startswith("rank") else "relative error"
     for path, (rank, error) in done.layers.items():
         sys.stdout.write(f"{path}  rank {rank}  {measure} {error:.3e}\n")
     if done.total is not None:
-        sys.stdout.write(f"total  error {done.total:.3e}\n")
+        sys.stdout.write(f"total  relative error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"read {_ORIGINS[done.origin]}, wrote {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
     requested, largest = parse_form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)
     if requested is not None and largest < requested:
         sys.stderr.write(f"no change has a rank above {largest}, so {done.form} keeps all of it\n")
+    if done.exact_rank is not None and (done.total or 0) > LOSSY:
+        lost = f"{100 * (done.total or 0):.0f} % of the update"
+        sys.stderr.write(f"warning: {done.form} loses {lost}; rank-{done.exact_rank} keeps all of it\n")
     if done.loads_with in _TO_LOAD:
         sys.stderr.write(_TO_LOAD[done.loads_with])
 
@@ -212,6 +216,7 @@ def _base_name(folder: Path) -> str:
         return "MODEL"
 
 
+LOSSY = 0.01  # relative error of rank-N above which the export warns
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 _TO_LOAD = {
     "transformers": "the model loads in plain transformers\n",

@@ -26,7 +26,8 @@ class Exported:
     """The result of an export. `layers`: rank per module, and the error of recompression or the drift of a residual.
 
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
-    what is needed to load the full model in the folder (merged, residual, base/); None without one.
+    what is needed to load the full model in the folder (merged, residual, base/); None without one. `exact_rank`: the N
+    at which rank-N keeps the whole change.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Exported:
     layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     total: float | None = None
     loads_with: LoadsWith | None = None
+    exact_rank: int | None = None
 
 
 def export(
@@ -69,7 +71,7 @@ def export(
             source = _changed(sources, options, Path(scratch))
         written = WRITERS[form](Job(source, options, partial, target, rank, trained_template(folders[0])))
     origin = sources[0].kind if len(sources) == 1 else "combined"
-    return Exported(target, to, origin, written.layers, written.total, written.loads_with)
+    return Exported(target, to, origin, written.layers, written.total, written.loads_with, written.exact_rank)
 
 
 def _require_weights(sources: Sequence[Source], weights: Sequence[float] | None) -> None:

@@ -39,11 +39,15 @@ LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """(rank, error) per layer, the total error, and what the full model in the folder needs to load."""
+    """(rank, error) per layer, the total error, and what the full model in the folder needs to load.
+
+    `exact_rank` is the rank at which rank-N keeps the whole change.
+    """
 
     layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     total: float | None = None
     loads_with: LoadsWith | None = None
+    exact_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +189,13 @@ def write_rank(job: Job) -> Written:
     """Write the nearest plain LoRA of a lower rank, and measure its error."""
     base = Base(job.base_for("rank"), job.options.dtype)
     adapter, _ = job.read(base, needs_base=job.options.with_base)
+    exact = max((low.rank for low in adapter.factors.values()), default=None)
     adapter, losses = recompress(adapter, job.rank, job.options.dtype)
     adapter, loads_with = _with_base(job, adapter, base)
     write_plain(adapter.cast(job.options.dtype), job.out, uniform=True)
     copy_processor(job.source.folder, job.out, base)
     layers = {path: (loss.rank, loss.error) for path, loss in losses.items()}
-    return Written(layers, total_error(losses), loads_with)
+    return Written(layers, total_error(losses), loads_with, exact)
 
 
 def write_gguf(job: Job) -> Written:

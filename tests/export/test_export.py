@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -240,13 +241,21 @@ def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
 def test_the_command(run, capsys, monkeypatch) -> None:
     monkeypatch.chdir(run.root / "adapter")
     assert main([".", "--to", "rank-2"]) == 0
-    out = capsys.readouterr().out.splitlines()
+    text, said = capsys.readouterr()
+    exact = re.search(r"warning: rank-2 loses \d+ % of the update; (rank-\d+) keeps all of it", said)
+    assert exact is not None
+    out = text.splitlines()
     assert out[-1] == str((run.root / "adapter-rank-2").resolve())
-    assert out[-2].startswith("total  error ")
+    assert out[-2].startswith("total  relative error ")
     assert len(out) == 17
     assert (run.root / "adapter-rank-2" / "adapter_model.safetensors").stat().st_mode & 0o777 == (
         run.root / "adapter-rank-2" / "adapter_config.json"
     ).stat().st_mode & 0o777
+    assert main([".", "--to", exact[1], "--format", "json"]) == 0
+    text, said = capsys.readouterr()
+    assert json.loads(text)["total"] < 1e-6
+    assert f"rank-{json.loads(text)['exact_rank']}" == exact[1]
+    assert "warning" not in said
     assert main([str(run.root / "adapter"), "--to", "rank-r", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["layers"][0]["rank"] > 0
     with raises_code(
