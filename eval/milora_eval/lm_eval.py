@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_vl.adapter.folders import model_of
 from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step, run
-from milora_vl.cli.flags import Command, option, shared
+from milora_vl.cli.flags import OR_ADAPTER, Command, option, shared
 
 COMMAND = Command(
     "milora_eval.lm_eval",
@@ -27,7 +28,7 @@ examples:
   python -m milora_eval.lm_eval --model smol-llava --tasks my_task --include_path my_tasks --output_dir out
 """,
     inputs=(
-        shared("model", required=True),
+        shared("model", about=OR_ADAPTER),
         shared("adapter"),
         option("--tasks", required=True, metavar="a,b", help="names of tasks of the harness"),
         option("--include_path", type=Path, help="folder with your own tasks"),
@@ -49,6 +50,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: the harness' table goes to stdout, its results to OUTPUT_DIR/lm_eval.json."""
     options = COMMAND.parse(argv)
+    options.model = model_of(options.model, options.adapter, "milora_eval.lm_eval", "--adapter")
     evaluator, tasks, harness, utils = _harness()
     manager = tasks.TaskManager(include_path=None if options.include_path is None else str(options.include_path))
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]

@@ -124,7 +124,7 @@ def newest_of_unfinished(folder: Path, *call: object) -> str:
 
 
 def base_of(folder: Path) -> str:
-    """Return the name of the base model that an adapter belongs to.
+    """Return the name of the base model that an adapter belongs to, as `from_there` finds it.
 
     Raises UserError if adapter_config.json does not name it or cannot be read.
     """
@@ -141,7 +141,18 @@ def base_of(folder: Path) -> str:
             where=str(file),
             hint=f"try: --model BASE --adapter {folder}",
         )
-    return str(name)
+    return from_there(folder, str(name))
+
+
+def from_there(folder: Path, name: str) -> str:
+    """Return the name of a model that was given where the adapter in `folder` was trained.
+
+    A relative path is looked up here, then in the folders above the adapter: the training ran in one of them.
+    """
+    if Path(name).is_dir():
+        return name
+    places = (parent / name for parent in folder.resolve().parents)
+    return next((str(place) for place in places if (place / "config.json").is_file()), name)
 
 
 def model_of(model: str | None, adapter: Path | None, *call: object) -> str:

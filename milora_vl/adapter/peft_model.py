@@ -291,11 +291,29 @@ class MiloraMixin(PeftModel):
             self.protect_again(adapter_name, Path(model_id))
         return result
 
-    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """Add adapters as PEFT does; the sum is a plain LoRA. Raises AdapterError for modules trained in full."""
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Add adapters as PEFT does; the sum is a plain LoRA.
+
+        Raises AdapterError for modules trained in full, and for a combination that adds factors instead of updates.
+        """
         self._refuse_residual("a second adapter would be added to the changed base weights")
         _require_factors_alone(self, adapters)
-        self.base_model.add_weighted_adapter(adapters, *args, **kwargs)  # type: ignore[operator]
+        if combination_type != "cat" and not combination_type.endswith("svd"):
+            raise AdapterError(
+                f"{combination_type} adds the factors and not their products, which are the updates",
+                code="adapter-unsupported-argument",
+                where="combination_type",
+                hint="use cat, which is exact, or svd",
+            )
+        self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)  # type: ignore[operator]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does, with its metadata."""

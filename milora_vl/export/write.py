@@ -16,6 +16,7 @@ from torch import nn
 from milora_vl.adapter.apply import merge
 from milora_vl.adapter.base_check import fitted
 from milora_vl.adapter.files import load_adapter, new_paths
+from milora_vl.adapter.folders import from_there
 from milora_vl.adapter.names import moved
 from milora_vl.base.errors import UserError
 from milora_vl.calibration.bases import CalibrationError
@@ -78,7 +79,7 @@ class Job:
                 hint="add:  --base NAME-OR-FOLDER   (not needed for --to merged)",
             )
         named = read_config(self.source.folder, any_lora=True).base_model_name_or_path
-        return SAME_WEIGHTS.get(str(named), named)
+        return from_there(self.source.folder, SAME_WEIGHTS.get(str(named), str(named))) if named else None
 
     def read(self, base: Base, needs_base: bool) -> tuple[PlainAdapter, Mapping[str, float]]:
         """Return the adapter for the unchanged base model and the drift per layer.

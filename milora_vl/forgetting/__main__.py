@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.adapter.folders import newest_of_unfinished, require_adapter
+from milora_vl.adapter.folders import model_of, newest_of_unfinished, require_adapter
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step, positive, run
-from milora_vl.cli.flags import Command, option, shared
+from milora_vl.cli.flags import OR_ADAPTER, Command, option, shared
 from milora_vl.cli.table import show
 from milora_vl.report.page import regenerate_report
 from milora_vl.report.tables import forgetting_table
@@ -44,7 +44,7 @@ examples:
   python -m milora_vl.forgetting --model llava-1.5-7b --adapter runs/a --data_path other.json --image_folder images
 """,
     inputs=(
-        shared("model", required=True),
+        shared("model", about=OR_ADAPTER),
         shared("adapter"),
         shared("base"),
         option("--text", type=Path, nargs="+", metavar="FILE", help="text files, one document each"),
@@ -73,6 +73,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if forgetting cannot be measured."""
     options = COMMAND.parse(argv)
+    options.model = model_of(options.model, options.adapter, "milora_vl.forgetting", "--adapter")
     _refuse_unused(options)
     _require_trained(options)
     folder = options.output_dir or _tuned_folder(options)

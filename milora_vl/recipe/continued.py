@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from milora_vl.adapter.folders import base_of, holds_projector_alone, holds_residual, require_adapter
+from milora_vl.adapter.folders import base_of, from_there, holds_projector_alone, holds_residual, require_adapter
 from milora_vl.base.errors import Key, Problem, UserError
 from milora_vl.cli.command_line import command_line
 from milora_vl.policy import Policy, Target
@@ -58,6 +58,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if "policy" not in run:  # saved in Python
         rules = [_rule_of(target) for target in sidecar.targets]
         return {"model": base_of(folder), "form": sidecar.form, "policy": rules}
+    run["model"] = from_there(folder, str(run["model"]))
     sections = {
         section: {name: value for name, value in run.get(section, {}).items() if name in names}
         for section, names in OF_SECTIONS.items()

@@ -92,3 +92,21 @@ def test_on_a_model_of_ours_full_modules_are_not_added_up(made: SimpleNamespace,
     with raises_code("adapter-full-modules", "default", "linear_1"):
         model.add_weighted_adapter(adapters, [1.0] * len(adapters), "sum", combination_type="cat")
     assert "sum" not in model.peft_config
+
+
+def test_on_a_model_of_ours_updates_are_added_and_not_factors() -> None:
+    rules = "[{modules: language.up_proj, method: milora, rank: 4}]"
+    model = apply_milora(load_model("tiny")[0], rules)
+    model.add_adapter("b", model.peft_config["default"])
+    layer = model.get_base_model().get_submodule("model.language_model.layers.0.mlp.up_proj")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.02)
+    expected = 0.3 * layer.get_delta_weight("default") + 0.7 * layer.get_delta_weight("b")
+    model.add_weighted_adapter(["default", "b"], [0.3, 0.7], "sum", "cat")
+    torch.testing.assert_close(layer.get_delta_weight("sum"), expected, atol=1e-6, rtol=0)
+    with raises_code("adapter-unsupported-argument", "combination_type", hint="cat"):
+        model.add_weighted_adapter(["default", "b"], [0.3, 0.7], "half", "linear")
+    assert "half" not in model.peft_config

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from milora_eval.answers.target import eval_target
-from milora_vl.adapter.folders import require_adapter
+from milora_vl.adapter.folders import base_of, require_adapter
 from milora_vl.chat import command as chat
 from milora_vl.foreign.source import find_source
 from milora_vl.forgetting import __main__ as forgetting
@@ -50,3 +50,18 @@ def test_the_adapters_beside_a_missing_one_are_named(adapter: Path) -> None:
         require_adapter(adapter.parent / "quite-another", "--adapter", "milora_vl.chat")
     with raises_code("adapter-missing", "--adapter", "no adapter", f"use one of its subfolders:  {adapter}"):
         require_adapter(adapter.parent, "--adapter", "milora_vl.chat")
+
+
+def test_a_relative_base_is_found_from_every_folder(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training ran in a folder above the adapter; a base in the present folder comes first, a hub id stays."""
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "models/base"}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert base_of(adapter) == "models/base"
+    for folder in (tmp_path, Path()):
+        (folder / "models" / "base").mkdir(parents=True)
+        (folder / "models" / "base" / "config.json").touch()
+        assert Path(base_of(adapter)).samefile(folder / "models" / "base")
+    assert base_of(adapter) == "models/base"

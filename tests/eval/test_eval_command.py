@@ -70,6 +70,15 @@ def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], ad
     assert "| text forgetting |" in (folder / "eval" / "emoji" / "final" / "table.md").read_text()
 
 
+def test_a_table_of_the_tuned_model_alone_has_its_forgetting(
+    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(arguments(adapter, data, tmp_path, "--limit", "2"))
+    change = results(tmp_path, "final")["forgetting"]["kl"]
+    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  text forgetting")]
+    assert row[3] == f"{change:.3f}"
+
+
 def test_scores_that_replace_another_adapters_are_warned_of(
     adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

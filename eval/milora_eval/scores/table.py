@@ -76,20 +76,20 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means
 
 def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table:
     """Return the table with the text-forgetting row and its note."""
-    if not forgetting or "difference" not in table.header:
+    if not forgetting:
         return table
-    row = (
-        "text forgetting",
-        f"{forgetting['n_tokens']:,}",
-        "",
-        _nats(forgetting["base_entropy"], None),
-        _nats(forgetting["cross_entropy"], forgetting["stderr"]),
-        "+" + _nats(forgetting["kl"], forgetting["kl_stderr"]),
-    )
-    note = (
-        "text forgetting: cross-entropy against the base model's predictions on general text, nats per token; "
-        "its minimum is the entropy of the base model"
-    )
+    change = _nats(forgetting["kl"], forgetting["kl_stderr"])
+    cells: tuple[str, ...] = (change,)
+    note = "text forgetting: KL divergence from the base model on general text, nats per token"
+    if "difference" in table.header:
+        tuned = _nats(forgetting["cross_entropy"], forgetting["stderr"])
+        cells = (_nats(forgetting["base_entropy"], None), tuned, "+" + change)
+        note = (
+            "text forgetting: cross-entropy against the base model's predictions on general text, nats per token; "
+            "its minimum is the entropy of the base model"
+        )
+    row = ("text forgetting", f"{forgetting['n_tokens']:,}", "", *cells)
+    row += ("",) * (len(table.header) - len(row))
     return replace(table, rows=(*table.rows, row), caption="\n".join(filter(None, (table.caption, note))))
 
 
