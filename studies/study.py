@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
@@ -22,15 +22,17 @@ from milora_vl.sweep.cells import Cell, arm_rules
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates")
+_OF_ARM = ("train", "learning_rates", "seeds", "fixed", "rival", "scale")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. `search_seeds` is the number of seeds for the search over learning rates; only the best rate by
-    validation loss runs all seeds.
+    rates of the study. An arm may have fewer `seeds`, a `fixed` A, a `rival`, and a `scale`, by which the finished
+    adapter is multiplied. `also` names arms whose cells are read from the CSV of another study with the same task and
+    settings. `search_seeds` is the number of seeds for the search over learning rates; only the best rate by validation
+    loss runs all seeds.
     """
 
     question: str
@@ -41,6 +43,7 @@ class Study(Strict):
     weight_decay: float = Field(0.0, ge=0)
     policy: list[dict[str, Any]]
     arms: dict[str, dict[str, Any]]
+    also: dict[str, list[str]] = Field(default_factory=dict)
     learning_rates: list[PositiveFloat]
     seeds: PositiveInt = 3
     search_seeds: PositiveInt | None = None  # None: all seeds
@@ -57,6 +60,14 @@ class Study(Strict):
         defaults = {name: getattr(self, name) for name in Training.model_fields}
         return Training.model_validate(defaults | self.arms[arm].get("train", {}))
 
+    def fixed(self, arm: str) -> Fixed | None:
+        """Return how the arm's fixed A is made; None if both factors train from the start of the method."""
+        return Fixed.model_validate(self.arms[arm]["fixed"]) if "fixed" in self.arms[arm] else None
+
+    def rival(self, arm: str) -> Rival | None:
+        """Return the term that the arm adds to its loss, if any."""
+        return Rival.model_validate(self.arms[arm]["rival"]) if "rival" in self.arms[arm] else None
+
     def rates(self, arm: str) -> list[float]:
         """Return the learning rates of an arm."""
         rates: list[float] = self.arms[arm].get("learning_rates", self.learning_rates)
@@ -64,15 +75,28 @@ class Study(Strict):
 
     def cells(self, seeds: range) -> list[Cell]:
         """Return the cells of all arms and learning rates for some seeds, seed by seed."""
-        return [Cell(arm, rate, None, seed) for seed in seeds for arm in self.arms for rate in self.rates(arm)]
+        return [
+            Cell(arm, rate, None, seed)
+            for seed in seeds
+            for arm in self.arms
+            if seed < self.arms[arm].get("seeds", self.seeds)
+            for rate in self.rates(arm)
+        ]
 
-    def key(self, cell: Cell) -> str:
-        """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them."""
+    def key(self, cell: Cell, *, of_training: bool = False) -> str:
+        """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them.
+
+        `of_training`: without the scale of the finished adapter.
+        """
         training = self.training(cell.method).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
-        if any((rule.get("protect") or {}).get("inputs") for rule in rules):
+        fixed, rival = self.fixed(cell.method), self.rival(cell.method)
+        content += [part.model_dump() for part in (fixed, rival) if part is not None]
+        if fixed is not None or any((rule.get("protect") or {}).get("inputs") for rule in rules):
             content.append(CALIBRATION_VERSION)
+        if "scale" in self.arms[cell.method] and not of_training:
+            content.append(self.arms[cell.method]["scale"])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -83,6 +107,49 @@ class Training(Strict):
     batch_size: PositiveInt
     warmup: float
     weight_decay: float
+
+
+class Fixed(Strict):
+    """How an A that does not train is made (key `fixed` of an arm whose method is lora).
+
+    - `start`: the directions of its rows. `minor`, `principal`, `middle`: right singular vectors of W. `unused`: the
+      last eigenvectors of C. `gradient`: the first right singular vectors of the task's gradient; `gradient-minor`: of
+      the gradient off the first half of W's right singular vectors; `generalized`: the most gradient for the least
+      disturbance, eigenvectors of (G'G, C + lambda_k I).
+    - `inputs`: the share p of the energy of the inputs that is protected; None: no cut.
+    - `soft`: None for the hard cut I - VV'; else tau / lambda_k of the cut (I + C / tau)^-1.
+    - `rows`: all of one length, or `own`: the length that the start gives them.
+    - `batches`, `sketch`: the batches of the gradient, and whether r + 8 random combinations of its rows stand for it.
+    - `trains`: A trains too, from this start.
+    """
+
+    start: Literal["minor", "principal", "middle", "random", "unused", "gradient", "gradient-minor", "generalized"]
+    inputs: float | None = Field(0.95, gt=0, lt=1)
+    soft: float | None = Field(None, gt=0)
+    rows: Literal["equal", "own"] = "equal"
+    batches: PositiveInt = 4
+    sketch: bool = False
+    trains: bool = False
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Return whether the start reads the gradient of the task."""
+        return self.start in ("gradient", "gradient-minor", "generalized")
+
+
+class Rival(Strict):
+    """The key `rival` of an arm, for tasks of language models.
+
+    - `kind`: `rest`: KL from the base to the model on the answer tokens, over all tokens but the right one
+      (arXiv:2605.29498). `own`: KL from the base on texts that the base wrote, those of the calibration. `mix`: these
+      texts as further records.
+    - `weight`: the factor of the term; the loss of the answers has factor 1. All are means over tokens.
+    - `texts`: the number of texts in each step, for `own` and `mix`.
+    """
+
+    kind: Literal["rest", "own", "mix"]
+    weight: PositiveFloat
+    texts: PositiveInt = 2
 
 
 def chosen(name: str) -> list[str]:
@@ -121,18 +188,19 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
     except ValidationError as error:
         raise UserError(problems=_placed(problems_of(error, Study, "study"), source), source=source) from None
     problems: list[Problem] = []
-    if study.reference not in study.arms:
+    named = [*study.arms, *(arm for arms in study.also.values() for arm in arms)]
+    if study.reference not in named:
         problems.append(
             Problem(
                 f"no arm has the name {study.reference!r}",
                 "study-reference",
                 where=f"{source}: reference",
-                hint=f"arms: {', '.join(study.arms)}",
+                hint=f"arms: {', '.join(named)}",
             )
         )
     for arm in study.arms:
         try:
-            study.training(arm)
+            study.training(arm), study.fixed(arm), study.rival(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
         except (ValidationError, UserError) as error:
             of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")

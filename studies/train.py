@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from milora_vl import apply_milora, keep_protected
+from milora_vl import Policy, apply_milora, keep_protected
+from milora_vl.adapter.install import lora_layer
 from milora_vl.adapter.parameter_groups import parameter_groups
 from milora_vl.sweep.cells import Cell
-from studies.study import Study, Training
+from studies.rivals import loss_with, pieces
+from studies.starts import install, starts
+from studies.study import Study
 from studies.task import Task
 from studies.update import Updates
 
 Result = dict[str, Any]
 _CLIP = 1.0  # HF's max_grad_norm
+_OTHER_ORDER = 1000  # added to the seed: the batches of a start's gradient come in another order than the training's
 
 
 def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Result, dict[str, float]]:
@@ -33,11 +38,10 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         base = task.model()
         updates = Updates.of(base, study.overlap, factors)
         rules = study.rules(cell.method, cell.learning_rate, cell.seed)
-        protects = any((rule.get("protect") or {}).get("inputs") is not None for rule in rules)
-        model = apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
+        model = _adapted(task, study, cell, base, rules, factors)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()  # half precision loses small Adam steps
-        last = _train(task, model, study.training(cell.method), cell)
+        last, step_seconds = _trained(task, study, cell, model, factors)
     model.eval()
     with torch.no_grad():
         measured = task.measure(model)
@@ -46,14 +50,59 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
         "validation_loss": measured.validation_loss, "score": measured.score, "forgetting": measured.forgetting,
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad), "train_loss": last,
-        **measured.more, **update, "seconds": round(time.monotonic() - began, 1),
+        **measured.more, **update, "step_seconds": step_seconds, "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     return numbers, dict(measured.items)
 
 
-def _train(task: Task, model: Any, training: Training, cell: Cell) -> float:
-    """Train with AdamW, linear warm-up, cosine decay and gradient clipping, like HF's Trainer; return the last loss."""
+def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
+    fixed = study.fixed(cell.method)
+    if fixed is None:
+        protects = any((rule.get("protect") or {}).get("inputs") is not None for rule in rules)
+        return apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
+    batches = task.batches(study.training(cell.method).batch_size, _OTHER_ORDER + cell.seed)
+    rows = starts(
+        base, Policy.parse(rules).resolve(base), fixed, calibration=task.calibration(), loss=task.loss,
+        batches=islice(batches, fixed.batches), seed=cell.seed, cache=factors, name=study.task,
+    )  # fmt: skip
+    model = apply_milora(base, rules)
+    install(model, rows, trains=fixed.trains)
+    return model
+
+
+def _trained(task: Task, study: Study, cell: Cell, model: Any, factors: Path) -> tuple[float, float]:
+    """Train the model; return the last loss and the seconds of a step.
+
+    Arms that scale the finished adapter share one training.
+    """
+    scale = study.arms[cell.method].get("scale")
+    if scale is None:
+        return _train(task, model, study, cell)
+    file = factors / "trained" / f"{study.key(cell, of_training=True)}.pt"
+    if not file.is_file():
+        numbers = _train(task, model, study, cell)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((numbers, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}), file)
+    numbers, state = torch.load(file)
+    model.load_state_dict(state, strict=False)
+    for target in model.milora_targets:
+        if target.rank is not None:
+            lora_layer(model, target.path).scale_layer(scale)
+    return numbers
+
+
+def _train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, float]:
+    """Train with AdamW, linear warm-up, cosine decay and gradient clipping, like HF's Trainer.
+
+    Return the last loss and the seconds of a step.
+    """
     from transformers import get_cosine_schedule_with_warmup
+
+    training, rival = study.training(cell.method), study.rival(cell.method)
+    texts = pieces(task.calibration(), rival.texts) if rival else iter(())
+
+    def loss_of(batch: Any) -> Tensor:
+        return task.loss(model, batch) if rival is None else loss_with(rival, task, model, batch, texts)
 
     groups = parameter_groups(
         model, model.milora_targets, learning_rate=cell.learning_rate, weight_decay=training.weight_decay,
@@ -65,12 +114,13 @@ def _train(task: Task, model: Any, training: Training, cell: Cell) -> float:
     batches = task.batches(training.batch_size, cell.seed)
     model.train()
     last = math.nan
+    began = time.monotonic()
     for _ in range(training.steps):
-        loss = task.loss(model, next(batches))
+        loss = loss_of(next(batches))
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], _CLIP)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         last = float(loss.detach())
-    return last
+    return last, round((time.monotonic() - began) / training.steps, 3)

@@ -81,6 +81,28 @@ class AnswerTask:
             loss, num_tokens = summed_loss(model, batch, chunked=True)
         return loss / num_tokens
 
+    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits (rows, length, vocabulary) of arguments of the model's forward."""
+        with _autocast(model):
+            logits: Tensor = model(**inputs).logits
+        return logits
+
+    def answer_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the logits (n, vocabulary) in float32 at the answer tokens of a batch, and these tokens (n,)."""
+        logits, labels = self._at_answers(model, batch)
+        supervised = labels != IGNORE
+        return logits[supervised].float(), labels[supervised]
+
+    @staticmethod
+    def _at_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return logits and labels at the positions where any row has an answer token."""
+        labels = batch["labels"][:, 1:]
+        positions = (labels != IGNORE).any(0).nonzero()[:, 0]
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with _autocast(model):
+            logits: Tensor = model(**inputs, logits_to_keep=positions).logits
+        return logits, labels[:, positions]
+
     @cached_property
     def _written(self) -> list[list[int]]:
         """Texts that the base model writes (ids), without those that it recites from the probe."""
@@ -116,12 +138,7 @@ class AnswerTask:
         losses: list[float] = []
         right: list[bool] = []
         for start in range(0, len(records), BATCH):
-            batch = self.collator(records[start : start + BATCH])
-            labels = batch.pop("labels")[:, 1:]
-            positions = (labels != IGNORE).any(0).nonzero()[:, 0]  # compute logits only at answer tokens
-            with _autocast(model):
-                logits = model(**batch, logits_to_keep=positions).logits
-            labels = labels[:, positions]
+            logits, labels = self._at_answers(model, self.collator(records[start : start + BATCH]))
             supervised = labels != IGNORE
             token_losses = torch.zeros(labels.shape)
             token_losses[supervised] = cross_entropy(logits[supervised].float(), labels[supervised], reduction="none")
