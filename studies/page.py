@@ -15,7 +15,7 @@ from milora_vl.cli.table import Table
 from milora_vl.report.plots import png
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import at_common_loss, curves_of
+from milora_vl.sweep.curves import about_pictures, at_common_loss, curves_of
 from milora_vl.sweep.plots import Panel, curves_figure, pareto_figure
 from milora_vl.sweep.results import Arm, Result, arms, mean_of
 from studies.runner import Folder, all_cells, finished
@@ -119,7 +119,7 @@ def redraw(name: str, study: Study, docs: Path) -> Path:
 
 def _draw_curves(name: str, study: Study, docs: Path) -> None:
     """Draw NAME.png, forgetting over loss, and NAME.score.png, score over forgetting, from NAME.csv in `docs`."""
-    cells, task = read_cells(docs / f"{name}.csv"), task_class(study.task)
+    cells, task = cells_of(name, study, docs), task_class(study.task)
     panels = page.panels(cells, list(cells), study.seeds, task.forgets, study.reference)
     (docs / f"{name}.png").write_bytes(png(curves_figure(panels)))
     scores = pareto_figure(panels[0].arms, task.metric, task.forgets)
@@ -141,7 +141,7 @@ def _studies_of(question: str, docs: Path) -> list[_Read]:
         study, file = read_study(name), docs / f"{name}.csv"
         if file.is_file():
             seeds = study.search_seeds or study.seeds
-            cells = {cell: result for cell, result in read_cells(file).items() if cell.seed < seeds}
+            cells = {cell: result for cell, result in cells_of(name, study, docs).items() if cell.seed < seeds}
             found.append(_Read(study, cells))
     return found
 
@@ -184,9 +184,51 @@ def documented(text: str, name: str, study: Study, docs: Path) -> str:
     question = name.partition(".")[0]
     if _start(question) in text:
         return with_block(text, question, question_table(_studies_of(question, docs)), _CURVES)
-    at_equal_loss = page.equal_loss_table(read_cells(docs / f"{name}.csv"), study.reference)
-    assert at_equal_loss is not None
-    return with_block(text, name, at_equal_loss, f"{_CURVES}, {study.task}")
+    cells = cells_of(name, study, docs)
+    filled = page.equal_loss_table(cells, study.reference) if study.second is None else two_references(cells, study)
+    assert filled is not None
+    return with_block(text, name, filled, f"{_CURVES}, {study.task}")
+
+
+def two_references(cells: Mapping[Cell, Mapping[str, Any]], study: Study) -> Table:
+    """Return a table of all arms with the ratio of forgetting to both references, at equal loss and at equal score."""
+    assert study.second is not None
+    readings = {"": cells}
+    if pictures := about_pictures(cells):
+        readings = {" on text": cells, " about pictures": pictures}
+    by_loss = curves_of(cells)
+    columns = {}
+    for about, results in readings.items():
+        at_score = {cell: {**row, "validation_loss": 1 - float(row["score"])} for cell, row in results.items()}
+        for name, reference in (("loss", study.reference), ("score", study.reference), ("loss", study.second)):
+            curves = curves_of(at_score if name == "score" else results)
+            columns[f"to {reference} at equal {name}{about}"] = {
+                arm: "1"
+                if arm == reference
+                else ratio.text
+                if (ratio := at_common_loss(fronts, curves[reference]))
+                else "–"
+                for arm, fronts in curves.items()
+            }
+    lowest = by_loss[study.reference]
+    rows = []
+    for arm, fronts in by_loss.items():
+        of_arm = [row for cell, row in cells.items() if cell.label == arm]
+        scores = [max(float(row["score"]) for row in of_arm if int(row["seed"]) == seed) for seed in fronts]
+        steps = [float(row["step_seconds"]) for row in of_arm if row.get("step_seconds")]
+        reached = sum(front[0].loss <= lowest[seed][0].loss for seed, front in fronts.items() if seed in lowest)
+        rows.append((
+            arm, mean_of([front[0].loss for front in fronts.values()]).text, mean_of(scores).text,
+            *(column[arm] for column in columns.values()), f"{reached} of {len(fronts)}",
+            f"{sum(steps) / len(steps):.2f}" if steps else "–",
+        ))  # fmt: skip
+    caption = (
+        "Ratios of forgetting, read at the lowest validation loss (or the highest score) that both reach with the same "
+        "seed: geometric means with 95 % intervals (Student’s t on the logarithms). ≥: in some seed the arm ends above "
+        f"the losses that the reference was trained to. “Seeds”: how many reach the lowest loss of {study.reference}. "
+        "Seconds a step on one core, beside other work."
+    )
+    return Table(("arm", "lowest loss", "best score", *columns, "seeds", "s a step"), tuple(rows), caption)
 
 
 def with_block(text: str, name: str, filled: Table, figure: str) -> str:
@@ -195,6 +237,14 @@ def with_block(text: str, name: str, filled: Table, figure: str) -> str:
     before, _, from_block = text.partition(start)
     _, _, after = from_block.partition("<!-- end -->")
     return f"{before}{start}\n{filled.markdown()}\n![{figure}]({name}.png)\n<!-- end -->{after}"
+
+
+def cells_of(name: str, study: Study, docs: Path) -> dict[Cell, dict[str, Any]]:
+    """Return the cells of a study from `docs`, with those of other studies that it names."""
+    cells = {}
+    for other, arms_of_it in study.also.items():
+        cells |= {cell: row for cell, row in read_cells(docs / f"{other}.csv").items() if cell.method in arms_of_it}
+    return cells | read_cells(docs / f"{name}.csv")
 
 
 def read_cells(file: Path) -> dict[Cell, dict[str, Any]]:

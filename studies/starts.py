@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from milora_vl.policy import Target
 from milora_vl.policy.towers import image_token_of
 from milora_vl.weights.matrices import read_matrix
 from studies.study import Fixed
+from studies.task import Task
 
 LENGTH = 3**-0.5  # of the rows: the mean length of the rows of PEFT's random A
+OTHER_ORDER = 1000  # added to the seed: the gradient's batches come in another order than the training's
 EXTRA = 8  # rows of a sketch beyond the rank
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -60,12 +63,15 @@ class Spectrum:
 
 @torch.no_grad()
 def input_spectra(
-    model: nn.Module, paths: Sequence[str], batches: Sequence[Mapping[str, Any]], cache: Path
+    model: nn.Module, paths: Sequence[str], batches: Callable[[], Sequence[Mapping[str, Any]]], cache: Path
 ) -> dict[str, Spectrum]:
-    """Return the spectrum of the inputs of each module; modules that read one tensor share it. Stored in `cache`."""
+    """Return the spectrum of the inputs of each module; modules that read one tensor share it. Stored in `cache`.
+
+    `batches` is called if it is not stored: the base may have to write them first.
+    """
     file = cache / f"inputs-{hashlib.sha256(' '.join(paths).encode()).hexdigest()[:12]}.pt"
     if not file.is_file():
-        sums, owner = _second_moments(model, paths, batches)
+        sums, owner = _second_moments(model, paths, batches())
         spectra = {path: Spectrum.of(C) for path, C in sums.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(({path: (s.values, s.vectors) for path, s in spectra.items()}, owner), file)
@@ -193,13 +199,15 @@ def _from_gradient(
 
 
 def starts(
-    model: nn.Module, targets: Sequence[Target], fixed: Fixed, *, calibration: Sequence[Mapping[str, Any]], loss: Loss,
-    batches: Iterable[Any], seed: int, cache: Path, name: str,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Return A (rank, in) for each target with a rank. `batches` are those of the gradient; `name` is the task's."""
+    model: nn.Module, targets: Sequence[Target], fixed: Fixed, task: Task, *, batch_size: int, seed: int, cache: Path
+) -> dict[str, Tensor]:
+    """Return A (rank, in) for each target with a rank. `seed` orders the batches of the gradient; `cache` stores C."""
     ranks = {target.path: target.rank for target in targets if target.rank is not None}
-    spectra = input_spectra(model, list(ranks), calibration, cache / "inputs" / name)
-    found = gradients(model, ranks, loss, batches, seed if fixed.sketch else None) if fixed.needs_gradient else {}
+    spectra = input_spectra(model, list(ranks), task.calibration, cache)
+    found: Mapping[str, Tensor] = {}
+    if fixed.needs_gradient:
+        batches = islice(task.batches(batch_size, OTHER_ORDER + seed), fixed.batches)
+        found = gradients(model, ranks, task.loss, batches, seed if fixed.sketch else None)
     return {
         path: rows_of(
             fixed, read_matrix(model.get_submodule(path)), rank, spectra[path], found.get(path), path=path, cache=cache
@@ -211,7 +219,7 @@ def starts(
 def install(model: Any, rows: Mapping[str, Tensor], *, trains: bool) -> None:
     """Put A into PEFT's layers, as a buffer unless it trains. PEFT's forward, state dict and merge read it as ever."""
     for path, A in rows.items():
-        half = lora_layer(model, path).lora_A["default"]
+        half: Any = lora_layer(model, path).lora_A["default"]
         if trains:
             half.weight.data.copy_(A)
         else:

@@ -48,6 +48,7 @@ class Study(Strict):
     seeds: PositiveInt = 3
     search_seeds: PositiveInt | None = None  # None: all seeds
     reference: str  # read the curves of all arms at the losses of this one (`milora_vl/sweep/curves.py`)
+    second: str | None = None  # a second reference, in the table of docs/studies
     overlap: PositiveInt | None = None  # measure the share of the update in this number of first singular directions
 
     def rules(self, arm: str, learning_rate: float, seed: int = 0) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from studies.update import Updates
 
 Result = dict[str, Any]
 _CLIP = 1.0  # HF's max_grad_norm
-_OTHER_ORDER = 1000  # added to the seed: the batches of a start's gradient come in another order than the training's
 
 
 def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Result, dict[str, float]]:
@@ -60,11 +58,9 @@ def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[
     if fixed is None:
         protects = any((rule.get("protect") or {}).get("inputs") is not None for rule in rules)
         return apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
-    batches = task.batches(study.training(cell.method).batch_size, _OTHER_ORDER + cell.seed)
-    rows = starts(
-        base, Policy.parse(rules).resolve(base), fixed, calibration=task.calibration(), loss=task.loss,
-        batches=islice(batches, fixed.batches), seed=cell.seed, cache=factors, name=study.task,
-    )  # fmt: skip
+    batch_size, cache = study.training(cell.method).batch_size, factors / study.task
+    targets = Policy.parse(rules).resolve(base)
+    rows = starts(base, targets, fixed, task, batch_size=batch_size, seed=cell.seed, cache=cache)
     model = apply_milora(base, rules)
     install(model, rows, trains=fixed.trains)
     return model

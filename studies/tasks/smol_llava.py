@@ -17,6 +17,7 @@ from milora_data.records.record import IMAGE, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.foreign.load_model import load_model
 from milora_vl.forgetting import answer_batches, drawn_questions
+from milora_vl.models.devices import fastest_dtype
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import split_processor
@@ -35,7 +36,7 @@ class EmojiQuestions(AnswerTask):
 
     def __init__(self) -> None:
         base: Any
-        base, processor = load_model("smol-llava", dtype=torch.bfloat16)
+        base, processor = load_model("smol-llava", dtype=fastest_dtype(torch.device("cpu")))
         base.set_attn_implementation("eager")  # fastest for short sequences on CPUs
         tokenizer, image_processor = split_processor(processor)
         collator = ImageTextCollator(

@@ -9,6 +9,7 @@ import torch
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.records.record import Record, Turn
 from milora_vl.foreign.load_model import load_model
+from milora_vl.models.devices import fastest_dtype
 from studies.tasks.answers import AnswerTask
 from studies.tasks.topics import named_topics
 
@@ -20,7 +21,7 @@ class NamedTopics(AnswerTask):
 
     def __init__(self, name: str = "smollm2") -> None:
         base: Any
-        base, tokenizer = load_model(name, dtype=torch.bfloat16)
+        base, tokenizer = load_model(name, dtype=fastest_dtype(torch.device("cpu")))
         base.set_attn_implementation("eager")  # fastest for short sequences on CPUs
         records = [_record(name, topic) for name, topic in named_topics()]
         test, validation = records[:NUM_TEST], records[NUM_TEST : NUM_TEST + NUM_VALIDATION]
