@@ -125,8 +125,8 @@ class Fixed(Strict):
     """
 
     start: Literal["minor", "principal", "middle", "random", "unused", "gradient", "gradient-minor", "generalized"]
-    inputs: float | None = Field(0.95, gt=0, lt=1)
-    soft: float | None = Field(None, gt=0)
+    inputs: float | None = Field(default=0.95, gt=0, lt=1)
+    soft: float | None = Field(default=None, gt=0)
     rows: Literal["equal", "own"] = "equal"
     batches: PositiveInt = 4
     sketch: bool = False

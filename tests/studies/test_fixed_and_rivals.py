@@ -110,7 +110,7 @@ def test_the_sketch_has_the_gradient_in_it(task: Any) -> None:
         assert torch.nn.functional.cosine_similarity(exact[path].flatten(), own.flatten(), dim=0) > 0.999
         assert sketches[path].shape == (12, own.shape[1])
         inside = torch.linalg.lstsq(exact[path].T, sketches[path].T).solution
-        assert torch.allclose(exact[path].T @ inside, sketches[path].T, atol=1e-3 * sketches[path].abs().max())
+        assert torch.allclose(exact[path].T @ inside, sketches[path].T, atol=1e-3 * float(sketches[path].abs().max()))
 
 
 def test_a_sketch_finds_the_row_space_of_a_low_rank_gradient() -> None:
