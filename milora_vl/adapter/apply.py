@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from milora_vl.adapter.base_check import precision, require_readable
 from milora_vl.adapter.config import make_lora
 from milora_vl.adapter.errors import AdapterError, require_module
-from milora_vl.adapter.install import has_halves, install_factors, lora_layer, set_dropout, trained_factors
+from milora_vl.adapter.install import fix_A, install_factors, lora_layer, set_dropout
 from milora_vl.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.adapter.peft_model import adopt
-from milora_vl.adapter.protection import Protected, find_protected, kept_outside
+from milora_vl.adapter.protection import Protection, fixed_factors
 from milora_vl.adapter.residual import make_residual, require_residual
 from milora_vl.adapter.sidecar import Sidecar
 from milora_vl.calibration.calibrate import protected_inputs
@@ -52,13 +52,14 @@ def apply_milora(
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
     Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
-    parameters are the differences D = A - A0 and E = B - B0, from zero on (`layers.py`).
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`layers.py`). With `protect` in its rule, a
+    layer computes y = W x + s E A x: A never changes and is zero on the protected inputs (`protection.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
-    has the attributes `milora_targets` (one Target per trained module) and `milora_report` (one LayerReport per
-    decomposed weight).
+    has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
+    decomposed weight) and `milora_protection` (one Protection per protected module, by path).
 
-    `calibration` is for rules with `protect: {inputs: p}`: arguments of the model's forward, one mapping per batch, for
-    example {"input_ids": ..., "attention_mask": ...}. The base model runs on them once.
+    `calibration` is for rules with `protect`: arguments of the model's forward, one mapping per batch, for example
+    {"input_ids": ..., "attention_mask": ...}. The base model runs on them once.
 
     Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
@@ -117,22 +118,21 @@ def apply_targets(
         check_rates_at_first_step(_train_in_full(model, targets))
         return model
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
-    protected = find_protected(targets, inputs)
-    initial = kept_outside(initial, protected, targets)
-    sidecar = replace(_describe(model, targets, initial, form), inputs=None if inputs is None else inputs.digest)
+    fixed, protection = fixed_factors(targets, initial, inputs)
+    sidecar = _describe(model, targets, initial, form, fixed, protection)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
         if target.rank is not None:
             set_dropout(lora_layer(tuned, target.path), "default", target.dropout)
-    for path, factors in initial.items():
-        install_factors(lora_layer(tuned, path), "default", factors.A0, factors.B0)
-    _project_plain_lora(tuned, protected)
+    for path in sidecar.ranks:
+        install_factors(lora_layer(tuned, path), "default", initial[path].A0, initial[path].B0)
+    for path, A in fixed.items():
+        fix_A(lora_layer(tuned, path), "default", A)
     if form == "residual":
         drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}
         reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
         sidecar = replace(sidecar, reports=reports)
     tuned.remember("default", sidecar)
-    tuned.protect("default", protected, inputs)
     check_rates_at_first_step(tuned)
     return tuned
 
@@ -168,7 +168,14 @@ def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
     return merged
 
 
-def _describe(model: nn.Module, targets: Sequence[Target], initial: Mapping[str, Initial], form: str) -> Sidecar:
+def _describe(
+    model: nn.Module,
+    targets: Sequence[Target],
+    initial: Mapping[str, Initial],
+    form: str,
+    fixed: Mapping[str, Tensor],
+    protection: Mapping[str, Protection],
+) -> Sidecar:
     """Return the content of milora.json. The sketches need the base weights, so call this before PEFT changes them."""
     names = canonical_names(model)
     sketches = {path: factors.sketch for path, factors in initial.items()}
@@ -181,20 +188,20 @@ def _describe(model: nn.Module, targets: Sequence[Target], initial: Mapping[str,
         eps = max(weight_sketch.eps, precision(model.get_submodule(path)))
         sketches[path] = replace(weight_sketch, eps=eps)
     reports = {path: factors.report for path, factors in initial.items()}
-    return Sidecar(form, targets, {t.path: names[t.path] for t in targets}, sketches, reports)
-
-
-def _project_plain_lora(tuned: PeftModel, protected: Mapping[str, Protected]) -> None:
-    """Remove the protected directions from PEFT's random A. Anchored factors have none, see `kept_outside`."""
-    for path, directions in protected.items():
-        layer = lora_layer(tuned, path)
-        if not has_halves(layer, "default"):
-            directions.remove(trained_factors(layer, "default")[0])
+    return Sidecar(
+        form,
+        targets,
+        {t.path: names[t.path] for t in targets},
+        sketches,
+        reports,
+        fixed={path: sketch(A) for path, A in fixed.items()},
+        protection=protection,
+    )
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
     # With another sigma, W - s B0 A0 would not be W without its minor part.
-    anchored = [t.path for t in targets if t.protect is not None or t.sigma != "keep"]
+    anchored = [t.path for t in targets if t.has_fixed_A or t.sigma != "keep"]
     if anchored:
         raise AdapterError(
             "protect, and sigma other than keep, need form anchored",
@@ -212,4 +219,5 @@ def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:
         model.get_submodule(target.path).requires_grad_(True)
     model.milora_targets = list(targets)  # type: ignore[assignment]
     model.milora_report = []  # type: ignore[assignment]
+    model.milora_protection = {}  # type: ignore[assignment]
     return model

@@ -105,7 +105,6 @@ def load_adapter(
     # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
     ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
     if is_trainable:
-        ours.protect_again("default", folder)
         check_rates_at_first_step(ours, if_they_differ=True)
     if here.form == "residual" and is_trainable:
         for module in here.ranks:

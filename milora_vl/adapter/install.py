@@ -22,9 +22,11 @@ from milora_vl.adapter.layers import (
     Conv2dA,
     Conv2dB,
     EmbeddingHalves,
+    FixedA,
     Halves,
     LinearA,
     LinearB,
+    TrainedE,
     join,
     lossless,
     recover,
@@ -74,6 +76,27 @@ def install_factors(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> N
         anchor = anchor.to(stock.device).reshape(shape).contiguous()
         pairs.append((torch.zeros_like(anchor, dtype=stock.dtype), anchor))
     _put(layer, adapter, pairs)
+
+
+def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
+    """Make the A of an adapter a buffer that never changes: `A` (r, in), or the A that the layer has. B stays as it is."""
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    stock = down.get_parameter("weight")
+    A = stock.detach() if A is None else A.to(stock).reshape(stock.shape).contiguous()
+    if not isinstance(down, nn.Linear):  # the kernels of a convolution
+        del down.weight
+        down.register_buffer("weight", A)
+        return
+    FixedA.take_over(down, A)
+    change_class(up, TrainedE)
+    if type(layer) is lora.Linear:
+        change_class(layer, AdaptedLinear)
+
+
+def has_fixed_A(layer: LoraLayer, adapter: str) -> bool:
+    """Return True if the A of `adapter` is a buffer in this layer."""
+    down = layer.lora_A[adapter] if adapter in layer.lora_A else None
+    return down is not None and not isinstance(down, Halves) and not isinstance(down.weight, nn.Parameter)
 
 
 def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
@@ -150,7 +173,7 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
     if isinstance(first, Halves) and isinstance(second, Halves):
         return first.joined, second.joined
-    return first.get_parameter("weight"), second.get_parameter("weight")
+    return first.weight, second.weight
 
 
 def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -191,12 +214,14 @@ def has_halves(layer: LoraLayer, adapter: str) -> bool:
     return isinstance(holder, EmbeddingHalves) and adapter in holder and holder.anchor_of(adapter) is not None
 
 
-def anchor_names(model: nn.Module) -> Iterator[str]:
-    """Yield the names of all anchor buffers of a model."""
+def fixed_names(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the buffers of a model that never change: anchors, and each fixed A."""
     for name, module in model.named_modules():
         if isinstance(module, Halves):
             yield f"{name}.{ANCHOR}"
         elif isinstance(module, EmbeddingHalves):
+            yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
+        elif ".lora_A." in name:
             yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
 
 

@@ -258,6 +258,43 @@ class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
         return out if self.bias is None else out + scaling * self.bias
 
 
+class FixedA(nn.Linear):
+    """A (r, in) of an adapter whose A never changes: `weight` is a buffer, so no optimizer and no PEFT call trains it."""
+
+    @classmethod
+    def take_over(cls, layer: nn.Linear, A: Tensor) -> FixedA:
+        """Change the class of PEFT's factor layer and replace its parameter by the buffer A."""
+        del layer.weight
+        fixed = change_class(layer, cls)
+        fixed.register_buffer("weight", A)
+        return fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return A x, (..., in) -> (..., r), in the data type of x or of autocast."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class TrainedE(nn.Linear):
+    """E (out, r) beside a fixed A: the parameter `weight` of a stock LoRA, which starts at zero."""
+
+    def forward(self, hidden: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """Return s E h, (..., r) -> (..., out), s = `scaling`. `onto` (..., out), the output W x, is added."""
+        E = self.weight
+        if onto is None:
+            return F.linear(hidden.to(E.dtype), E)
+        device = onto.device.type
+        is_autocast = torch.is_autocast_enabled(device)
+        # As in `_dtype`: PEFT would multiply in float32 beside a bfloat16 base, and round the sum anyway.
+        dtype = torch.get_autocast_dtype(device) if is_autocast else E.dtype
+        if not is_autocast and onto.dtype == torch.bfloat16:
+            dtype = torch.bfloat16
+        with autocast(device, enabled=False):
+            hidden, E = _rows(hidden).to(dtype), E.to(dtype)
+            if onto.dtype == dtype:
+                return torch.addmm(_rows(onto), hidden, E.T, alpha=scaling).view(onto.shape)
+            return (onto + scaling * F.linear(hidden, E).view(onto.shape)).to(onto.dtype)
+
+
 class AdaptedLinear(lora.Linear):  # type: ignore[misc]
     """PEFT's LoRA layer, with a faster sum of W x and the update of one adapter of ours.
 
@@ -277,7 +314,9 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         dropout = self.lora_dropout[adapter]
         # Autocast casts x anyway. Dropout needs more digits than bfloat16 has: it divides by 1 - p.
         drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
-        if drops or not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, down.delta.dtype):
+        if isinstance(down, FixedA):
+            x = x.float() if drops and x.dtype in (torch.bfloat16, torch.float16) else x
+        elif drops or not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, down.delta.dtype):
             x = x.to(down.delta.dtype)
         return self.lora_B[adapter](down(dropout(x)), base, self.scaling[adapter])  # type: ignore[no-any-return]
 
@@ -287,7 +326,9 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return None
         up = self.lora_B[active[0]]
-        is_ours = isinstance(up, LinearB) and up.bias is None and isinstance(self.scaling[active[0]], int | float)
+        is_ours = (
+            isinstance(up, LinearB | TrainedE) and up.bias is None and isinstance(self.scaling[active[0]], int | float)
+        )
         return active[0] if is_ours and self.cast_input_dtype_enabled and not has_hooks(up) else None
 
 
@@ -490,13 +531,10 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.dtypes = x.dtype, dtype
-        is_wide = x.dtype == delta.dtype == torch.float32 != dtype and not torch.is_autocast_enabled(x.device.type)
-        narrow = x.to(dtype)
-        ctx.save_for_backward(narrow, delta, anchor)
+        x = x.to(dtype)
+        ctx.save_for_backward(x, delta, anchor)
         with autocast(x.device.type, enabled=False):
-            if is_wide:  # rounding D would let D x reach into protected input directions
-                return torch.cat([F.linear(x, delta).to(dtype), F.linear(narrow, anchor)], dim=-1)
-            return F.linear(narrow, join(delta, anchor, 0, dtype))
+            return F.linear(x, join(delta, anchor, 0, dtype))
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""PEFT's model classes with our mixin: save, add, load, delete and disable adapters; state dicts; protection.
+"""PEFT's model classes with our mixin: save, add, load, delete and disable adapters; state dicts.
 
 Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
 """
@@ -24,45 +24,41 @@ from milora_vl.adapter.base_check import fitted, require_same_kind
 from milora_vl.adapter.config import read_by_peft
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.install import (
-    anchor_names,
     anchors_of,
     factors,
+    fix_A,
+    fixed_names,
+    has_fixed_A,
     has_halves,
     install_copy,
     install_loaded,
     joined_state,
     lora_layer,
     set_dropout,
-    trained_factors,
     unrecoverable,
 )
-from milora_vl.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA, join
+from milora_vl.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA
 from milora_vl.adapter.names import PREFIX
-from milora_vl.adapter.projection_hooks import guard
-from milora_vl.adapter.protection import Protected, find_protected
+from milora_vl.adapter.protection import Protection
 from milora_vl.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
 from milora_vl.base.atomic_write import atomic_folder
-from milora_vl.calibration.bases import ProtectedInputs
-from milora_vl.calibration.files import home_of, read_inputs, require_shapes, write_inputs
 from milora_vl.compat.peft import keep_hooks_apart
 from milora_vl.compat.torch import change_class, ignore_in_ddp
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.policy.rules import Target
-from milora_vl.weights.distributed import is_sharded
+from milora_vl.weights.fingerprint import distance
 
 
 class MiloraMixin(PeftModel):
     """The methods in which a PeftModel with trained differences and anchors differs from a stock one.
 
-    `sidecars` holds the metadata of each adapter, `protections` its protected directions by module path, and
-    `protected_inputs` the file content that the latter come from, for adapters that protect inputs.
+    `sidecars` holds the metadata of each adapter.
     """
 
     sidecars: dict[str, Sidecar]
-    protections: dict[str, dict[str, Protected]]
-    protected_inputs: dict[str, ProtectedInputs]
     milora_targets: list[Target]
     milora_report: list[LayerReport]
+    milora_protection: dict[str, Protection]
 
     def save_pretrained(
         self,
@@ -87,15 +83,11 @@ class MiloraMixin(PeftModel):
                 hint="remove the argument",
             )
         self._require_halves()
-        self._warn_of_overlap()
+        self._warn_of_changed_A()
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
         if kwargs.get("state_dict") is not None:
-            kwargs["state_dict"] = self._outside_inputs(joined_state(self._with_anchors(kwargs["state_dict"])))
-        for name in selected_adapters or self.peft_config:
-            if is_main_process and name in self.protected_inputs:  # first, since milora.json refers to it
-                own = Path(save_directory) if name == "default" else Path(save_directory) / name
-                write_inputs(home_of(own), self.protected_inputs[name], self.sidecars[name].names)
+            kwargs["state_dict"] = joined_state(self._with_buffers(kwargs["state_dict"]))
         with atomic_folder(Path(save_directory), is_main_process) as folder:
             super().save_pretrained(
                 str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
@@ -105,28 +97,6 @@ class MiloraMixin(PeftModel):
                     adapter_folder = folder if name == "default" else folder / name
                     anchors = self._unrecoverable(name, kwargs.get("state_dict") or {})
                     self.sidecars[name].write(adapter_folder, anchors)
-
-    def _outside_inputs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a gathered state dict whose half-precision input factors are float32 and outside the protected inputs.
-
-        DeepSpeed keeps D, and here the joined A0 too, in half precision; rounding puts a component along V inside
-        again.
-        """
-        out, plain = dict(state), {name.removeprefix("_forward_module."): name for name in state}
-        for adapter, protections in self.protections.items():
-            for path, protected in protections.items():
-                layer = lora_layer(self, path)
-                names = (f"lora_A.{adapter}.weight", f"lora_embedding_A.{adapter}")
-                key = next((plain[key] for name in names if (key := f"{PREFIX}{path}.{name}") in plain), None)
-                if key is None or out[key].dtype == torch.float32:
-                    continue
-                if has_halves(layer, adapter):
-                    A0 = anchors_of(layer, adapter)[0]
-                    delta = protected.outside(out[key].chunk(2)[0].to(A0.device))
-                    out[key] = join(delta, A0, axis=0, dtype=torch.float32)
-                else:
-                    out[key] = protected.outside(out[key])
-        return out
 
     def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
@@ -147,78 +117,50 @@ class MiloraMixin(PeftModel):
         return super().train(mode)
 
     def _require_halves(self) -> None:
-        """Raise AdapterError if stock factors have replaced ours, because then the anchor would train too.
+        """Raise AdapterError if stock factors have replaced ours: then the anchor or the fixed A would train too.
 
         PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
         """
         for adapter, sidecar in self.sidecars.items():
             replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
+            replaced += [path for path in sidecar.fixed if not has_fixed_A(lora_layer(self, path), adapter)]
             if replaced:
                 raise AdapterError(
-                    f"stock factors have replaced its anchors ({len(replaced):,} modules of adapter {adapter!r})",
+                    f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})",
                     code="adapter-replaced-factors",
                     where=replaced[0],
                     hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
                 )
 
-    def protect(self, adapter: str, protected: Mapping[str, Protected], inputs: ProtectedInputs | None = None) -> None:
-        """Register the protected directions of an adapter. Its backward fails until `keep_protected` is called."""
-        self.protections[adapter] = dict(protected)
-        if inputs is not None:
-            self.protected_inputs[adapter] = inputs
-        for path, directions in protected.items():
-            guard(directions, trained_factors(lora_layer(self, path), adapter)[0])
+    def changed_A(self) -> list[str]:
+        """Return the paths of the modules whose fixed A is no longer the one that was chosen at the start."""
+        return [
+            path
+            for adapter, sidecar in self.sidecars.items()
+            for path, start in sidecar.fixed.items()
+            if distance(start, factors(lora_layer(self, path), adapter)[0].detach().flatten(1)) > 1
+        ]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copied or unpickled model. Its factors lost their hooks, and no optimizer keeps them protected."""
-        super().__setstate__(state)
-        for adapter, protected in self.__dict__.get("protections", {}).items():
-            self.protect(adapter, {path: replace(p, is_kept=False) for path, p in protected.items()})
+    def _warn_of_changed_A(self) -> None:
+        changed = self.changed_A()
+        if changed:
+            warnings.warn(
+                f"{changed[0]}: A has changed, so its inputs are no longer protected ({len(changed):,} modules)",
+                stacklevel=3,
+            )
 
-    def protect_again(self, adapter: str, folder: Path) -> None:
-        """Restore the protected inputs of an adapter that was loaded from `folder` for training."""
-        sidecar = self.sidecars[adapter]
-        if sidecar.inputs is not None:
-            inputs = read_inputs(folder, sidecar.inputs, sidecar.names)
-            require_shapes(inputs, sidecar.targets)
-            self.protect(adapter, find_protected(sidecar.targets, inputs), inputs)
+    def _with_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state dict with our missing buffers added: LLaVA collects parameters only.
 
-    @torch.no_grad()
-    def overlaps_with_inputs(self, adapter: str) -> dict[str, float]:
-        """Return ||A' V|| / ||A'|| for each layer with protected inputs V, where A' is its input factor of rank 2r or
-        r.
-
-        The update answers protected inputs by rounding alone if that is rounding. Sharded layers (ZeRO-3, FSDP2)
-        are left out.
+        Anchors belong to the differences in `state`, and each fixed A to its E.
         """
-        overlaps = {}
-        for path, protected in self.protections.get(adapter, {}).items():
-            A = factors(lora_layer(self, path), adapter)[0].detach()
-            if not is_sharded(A):
-                overlaps[path] = protected.overlap(A)
-        return overlaps
-
-    def _warn_of_overlap(self) -> None:
-        """Warn about updates that reach into protected directions."""
-        for adapter, protected in self.protections.items():
-            inside = [
-                path
-                for path, directions in protected.items()
-                if directions.is_violated_by(trained_factors(lora_layer(self, path), adapter)[0])
-            ]
-            if inside:
-                warnings.warn(
-                    f"{inside[0]}: the update reaches into protected directions ({len(inside):,} modules of "
-                    f"adapter {adapter!r}). Was keep_protected called for the optimizer that trained it?",
-                    stacklevel=3,
-                )
-
-    def _with_anchors(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the state dict with missing anchors added: LLaVA collects parameters only, and no buffers."""
-        halves = {
-            name: name.replace(f".{ANCHOR}", f".{DELTA}").removesuffix(ANCHOR_SUFFIX) for name in anchor_names(self)
+        trained = {
+            name: name.replace(".lora_A.", ".lora_B.")
+            if name.endswith(".weight")
+            else name.replace(f".{ANCHOR}", f".{DELTA}").removesuffix(ANCHOR_SUFFIX)
+            for name in fixed_names(self)
         }
-        missing = {name for name, delta in halves.items() if delta in state and name not in state}
+        missing = {name for name, partner in trained.items() if partner in state and name not in state}
         return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
 
     def _vocabulary_has_grown(self) -> bool:
@@ -250,11 +192,10 @@ class MiloraMixin(PeftModel):
         if source is not None:
             for path in self.sidecars[source].ranks:
                 install_copy(lora_layer(self, path), adapter_name, source)
+            for path in self.sidecars[source].fixed:
+                layer = lora_layer(self, path)
+                fix_A(layer, adapter_name, factors(layer, source)[0].clone())
             self.remember(adapter_name, self.sidecars[source])
-            if source in self.protections:
-                # The directions are the same, but other optimizers may step the new factors.
-                own = {path: replace(p, is_kept=False) for path, p in self.protections[source].items()}
-                self.protect(adapter_name, own, self.protected_inputs.get(source))
 
     def load_adapter(  # type: ignore[override]
         self,
@@ -287,8 +228,6 @@ class MiloraMixin(PeftModel):
                     raise KeyError(missing[0])
             if sidecar is not None:
                 restore(self, adapter_name, sidecar, anchors)
-        if sidecar is not None and is_trainable and existing is None:
-            self.protect_again(adapter_name, Path(model_id))
         return result
 
     def add_weighted_adapter(
@@ -319,8 +258,6 @@ class MiloraMixin(PeftModel):
         """Delete an adapter as PEFT does, with its metadata."""
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
-        self.protections.pop(adapter_name, None)
-        self.protected_inputs.pop(adapter_name, None)
 
     def disable_adapter(self) -> Any:
         """Run the base model alone, as PEFT does. Raises AdapterError in the residual form."""
@@ -333,13 +270,14 @@ class MiloraMixin(PeftModel):
         return self.base_model.unload()  # type: ignore[operator]
 
     def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
-        """Store the metadata of an adapter. `milora_targets` and `milora_report` describe the first adapter."""
+        """Store the metadata of an adapter. The attributes named `milora_...` describe the first adapter."""
         self.sidecars[adapter_name] = sidecar
         if next(iter(self.sidecars)) == adapter_name:
             self.milora_targets = list(sidecar.targets)
             self.milora_report = list(sidecar.reports.values())
-        # Anchors are equal on all ranks and never change, but DDP would broadcast them in every forward.
-        ignore_in_ddp(self, anchor_names(self))
+            self.milora_protection = dict(sidecar.protection)
+        # They are equal on all ranks and never change, but DDP would broadcast them in every forward.
+        ignore_in_ddp(self, fixed_names(self))
 
     def _refuse_residual(self, reason: str, hint: str = "use form anchored") -> None:
         if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
@@ -406,7 +344,7 @@ def adopt(model: PeftModel) -> MiloraMixin:
     """Change the class of a stock PeftModel to the matching class above, in place."""
     if not isinstance(model, MiloraMixin):
         ours = change_class(model, _OURS[type(model)])
-        ours.sidecars, ours.protections, ours.protected_inputs = {}, {}, {}
+        ours.sidecars = {}
         keep_hooks_apart(ours)
         return ours
     return model
@@ -428,7 +366,7 @@ def _require_factors_alone(model: PeftModel, adapters: Sequence[str]) -> None:
 
 
 def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[str, Tensor]) -> MiloraMixin:
-    """Split an adapter that was loaded as a stock LoRA into differences and anchors, and set each module's dropout.
+    """Split an adapter that was loaded as a stock LoRA into differences and anchors, fix each A, set the dropout.
 
     `anchors` has the exact B0 by path, see `Sidecar.read_anchors`.
     """
@@ -443,6 +381,8 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
             except ValueError as error:
                 message, hint = f"{error}: B0 + E is not B", "restore the files of one save"
                 raise AdapterError(message, code="adapter-wrong-anchor", where=ANCHORS_FILE, hint=hint) from error
+        elif target.has_fixed_A and not has_fixed_A(layer, adapter):
+            fix_A(layer, adapter)
         set_dropout(layer, adapter, target.dropout)
     ours.remember(adapter, replace(sidecar, anchors=()))
     return ours

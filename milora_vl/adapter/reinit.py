@@ -72,12 +72,12 @@ def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "ancho
 
 
 def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:
-    """Restore the difference and the anchor of a MiLoRA adapter that stock PEFT has loaded from `folder`, in place.
+    """Restore what must not train in a MiLoRA adapter that stock PEFT has loaded from `folder`, in place.
 
-    PeftModel.from_pretrained(base, folder, is_trainable=True) loads the folder as a plain LoRA of rank 2r and would
-    train the anchor too. Call this function before the first step.
+    PeftModel.from_pretrained(base, folder, is_trainable=True) loads the folder as a plain LoRA, and would train the
+    anchor too, or the fixed A of protected layers. Call this function before the first step.
 
-    Raises AdapterError if the anchor has been trained already, and for a folder without milora.json.
+    Raises AdapterError if one of them has been trained already, and for a folder without milora.json.
     """
     adapter = _the_adapter(peft_model)
     saved = read_sidecar(Path(folder))
@@ -93,7 +93,14 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     for path in sidecar.ranks:
         _require_anchor(lora_layer(peft_model, path), adapter, path, stored)
     ours = restore(peft_model, adapter, sidecar, sidecar.read_anchors(Path(folder)))
-    ours.protect_again(adapter, Path(folder))
+    changed = ours.changed_A()
+    if changed:
+        raise AdapterError(
+            f"the A of {len(changed):,} modules has been trained already, so their inputs are no longer protected",
+            code="adapter-wrong-anchor",
+            where=changed[0],
+            hint="reload the folder and call restore_split before training, or save this one as a plain LoRA",
+        )
     return ours
 
 

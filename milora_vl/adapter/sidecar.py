@@ -1,7 +1,7 @@
 """milora.json, the sidecar file of an adapter: the settings of each module and a fingerprint of its base weight.
 
-Without this file the folder is still a correct LoRA of rank 2r for inference. With it, the trained difference and the
-anchor are known again, so training can continue.
+Without this file the folder is still a correct LoRA for inference. With it, the trained difference and the anchor, or
+the A that never changes, are known again, so training can continue.
 
 Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
 where it cannot be computed from them bit for bit, above all for float32 bases. Other versions are refused.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.folders import ADAPTER_FILES
+from milora_vl.adapter.protection import Protection
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.policy.methods import METHODS
-from milora_vl.policy.rules import FloorSigma, Protect, Target
+from milora_vl.policy.rules import FloorSigma, Target
 from milora_vl.weights.fingerprint import Sketch
 from milora_vl.weights.torch_files import read_weights
 
@@ -36,8 +37,8 @@ FORMAT_VERSION = 2
 class Sidecar:
     """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
 
-    `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE, and `inputs` the hash of the file with the
-    protected inputs, see `milora_vl/calibration/files.py`.
+    `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE. `fixed` holds the fingerprint of each A that
+    never changes, and `protection` what the calibration found for its layer.
     """
 
     form: str
@@ -46,14 +47,13 @@ class Sidecar:
     sketches: Mapping[str, Sketch]
     reports: Mapping[str, LayerReport]
     anchors: Sequence[str] = ()
-    inputs: str | None = None
+    fixed: Mapping[str, Sketch] = field(default_factory=dict)
+    protection: Mapping[str, Protection] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the file."""
         modules = {target.path: self._module(target) for target in self.targets}
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, "form": self.form, "anchors": list(self.anchors)}
-        if self.inputs is not None:
-            content["protected_inputs"] = self.inputs
         return json.dumps({**content, "modules": modules}, indent=1) + "\n"
 
     def _module(self, target: Target) -> dict[str, Any]:
@@ -64,6 +64,10 @@ class Sidecar:
             entry["fingerprint"] = dataclasses.asdict(self.sketches[target.path])
         if target.path in self.reports:
             entry["report"] = dataclasses.asdict(self.reports[target.path])
+        if target.path in self.fixed:
+            entry["fixed_A"] = dataclasses.asdict(self.fixed[target.path])
+        if target.path in self.protection:
+            entry["protection"] = dataclasses.asdict(self.protection[target.path])
         return entry
 
     @property
@@ -122,7 +126,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
             )
         sidecar = _from_modules(data["form"], data["modules"])
-        return dataclasses.replace(sidecar, anchors=tuple(data.get("anchors", ())), inputs=data.get("protected_inputs"))
+        return dataclasses.replace(sidecar, anchors=tuple(data.get("anchors", ())))
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -136,12 +140,11 @@ def read_sidecar(folder: Path) -> Sidecar | None:
 
 def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
     known = {field.name for field in dataclasses.fields(Target)}
-    targets, sketches, reports, names = [], {}, {}, {}
+    targets, sketches, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
     for path, entry in modules.items():
         fields = {name: value for name, value in entry.items() if name in known}
         sigma = fields.get("sigma", "keep")
         fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
-        fields["protect"] = Protect(**fields["protect"]) if fields.get("protect") else None
         fields["shape"] = tuple(fields["shape"])
         if fields["method"] not in METHODS:
             raise KeyError(f"method {fields['method']!r}")
@@ -152,7 +155,11 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
         if "report" in entry:
             rows, columns = entry["report"]["shape"]
             reports[path] = LayerReport(**{**entry["report"], "shape": (rows, columns)})
-    return Sidecar(form, targets, names, sketches, reports)
+        if "fixed_A" in entry:
+            fixed[path] = Sketch.from_dict(entry["fixed_A"])
+        if "protection" in entry:
+            protection[path] = Protection(**entry["protection"])
+    return Sidecar(form, targets, names, sketches, reports, fixed=fixed, protection=protection)
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -179,5 +186,6 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
         sidecar.anchors,
-        sidecar.inputs,
+        {path_of[path]: sketch for path, sketch in sidecar.fixed.items()},
+        {path_of[path]: protection for path, protection in sidecar.protection.items()},
     )

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions, first_tokens
-from milora_vl.calibration.positions import Positions, positions_of
-from milora_vl.policy.rules import Protect, Target
+from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions
+from milora_vl.calibration.positions import positions_of
+from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
 from milora_vl.svd.cholesky import add_to_lower, mirror
 from milora_vl.svd.precision import full_precision
@@ -41,12 +41,12 @@ class _Input:
     """One layer input: the modules that read it, and what is summed over its positions."""
 
     module: nn.Module  # the first of the modules
-    protect: Protect
+    protect: float
     has_positions: bool  # False in the vision tower and the projector, where every position counts
     size: int
     is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
-    total: Tensor | None = None  # C (in, in) below its diagonal, or for an embedding the counts (tokens,)
+    total: Tensor | None = None  # C (in, in) below its diagonal
     num_positions: int = 0  # in `total`
     basis: InputBasis | None = None
     held: list[float] = field(default_factory=lambda: [0.0, 0.0])  # energy along V and in total, held out
@@ -54,14 +54,14 @@ class _Input:
     @property
     def num_bytes(self) -> int:
         """Return the memory of the sum in float32."""
-        return 4 * self.size * (1 if isinstance(self.module, nn.Embedding) else self.size)
+        return 4 * self.size**2
 
 
 @torch.no_grad()
 def find_inputs(
     model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], *, is_shown: bool = False
 ) -> ProtectedInputs:
-    """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`.
+    """Return the protected inputs of all targets whose rule has `protect`.
 
     `batches` holds arguments of the model's forward, for example {"input_ids": ..., "attention_mask": ...}. One batch
     in eight is held out. All processes get identical bits from the first one.
@@ -111,7 +111,7 @@ def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return fit, held
 
 
-def _positions(model: nn.Module, batches: Sequence[Batch]) -> list[Positions | None]:
+def _positions(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor | None]:
     positions = positions_of(batches, image_token_of(model))
     # An encoder and its decoder read different ids: there every position counts.
     return [None] * len(batches) if is_encoder_decoder(model) else positions
@@ -179,7 +179,7 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     While layers are missing, other batches follow: an expert of a mixture sees no token of some batches. Linear layers
     that get the same tensor, one after the other and in every call, read one input: q, k and v, or gate and up.
     """
-    wanted = {model.get_submodule(t.path): t for t in targets if t.protect is not None}
+    wanted = {model.get_submodule(t.path): t for t in targets if t.protect}
     calls: dict[nn.Module, list[int]] = {}  # the numbers of the tensors that each module gets
     last: list[Any] = [None, 0]  # the last tensor, and its number
     ran: set[nn.Module] = set()  # in this forward
@@ -208,7 +208,6 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     inputs: dict[Any, _Input] = {}
     for module, numbers in calls.items():
         target = wanted[module]
-        assert target.protect is not None
         key = (tuple(numbers), target.protect, "" if is_linear(module) else target.path)
         if key not in inputs:
             has_positions = target.tower not in ("vision", "projector")
@@ -236,20 +235,17 @@ def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
     yield part
 
 
-def _rows(one: _Input, x: Tensor, positions: Positions | None) -> tuple[Tensor, Tensor]:
-    """Return the input vectors (positions, in), or the token ids (positions,) of an embedding, and their weights."""
-    module = one.module
-    is_embedding = isinstance(module, nn.Embedding)
-    if isinstance(module, nn.Conv2d):
-        x = _patches(module, x)
-    rows = x.detach().reshape(-1) if is_embedding else x.detach().reshape(-1, x.shape[-1])
-    given = None if positions is None else positions.tokens if is_embedding else positions.weights
-    if given is None or not one.has_positions or given.numel() != len(rows):
+def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the input vectors (positions, in), and their weights."""
+    if isinstance(one.module, nn.Conv2d):
+        x = _patches(one.module, x)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if positions is None or not one.has_positions or positions.numel() != len(rows):
         weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
     else:
-        weights = given.reshape(-1).to(rows.device)
+        weights = positions.reshape(-1).to(rows.device)
         rows, weights = rows[weights > 0], weights[weights > 0]
-    return rows, weights if is_embedding else weights * energy_limits(rows)
+    return rows, weights * energy_limits(rows)
 
 
 def energy_limits(rows: Tensor) -> Tensor:
@@ -270,15 +266,11 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
     return unfolded.transpose(1, 2)
 
 
-def _adder(one: _Input, positions: Positions | None) -> Hook:
+def _adder(one: _Input, positions: Tensor | None) -> Hook:
     def add(x: Tensor) -> None:
         rows, weights = _rows(one, x, positions)
         one.num_positions += len(rows)
         with full_precision(rows.device):
-            if isinstance(one.module, nn.Embedding):
-                one.total = rows.new_zeros(one.size, dtype=torch.float64) if one.total is None else one.total
-                one.total.index_add_(0, rows, weights.double())
-                return
             if one.total is None:
                 one.total = rows.new_zeros(one.size, one.size, dtype=torch.float32)
             scaled = rows.float() * weights.sqrt()[:, None]
@@ -291,14 +283,10 @@ def _basis(one: _Input) -> InputBasis:
     assert one.total is not None
     if not bool(torch.isfinite(one.total).all()):
         raise _not_finite(one)
-    share, limit = float(one.protect.inputs), one.protect.max
-    if isinstance(one.module, nn.Embedding):
-        V, held = first_tokens(one.total, share, limit)
-    else:
-        V, held = first_directions(mirror(one.total), share, limit)
+    V, held = first_directions(mirror(one.total), one.protect)
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
         V = _from_first_rank(V, one.module)
-    return InputBasis(V, one.size, held)
+    return InputBasis(V.cpu(), one.size, held)  # a 7B's are 5 to 7 GiB
 
 
 def _not_finite(one: _Input) -> CalibrationError:
@@ -318,18 +306,13 @@ def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
     return from_first_rank(V.contiguous())
 
 
-def _checker(one: _Input, positions: Positions | None) -> Hook:
+def _checker(one: _Input, positions: Tensor | None) -> Hook:
     def check(x: Tensor) -> None:
         assert one.basis is not None
         rows, weights = _rows(one, x, positions)
         with full_precision(rows.device):
-            if isinstance(one.module, nn.Embedding):
-                is_inside = torch.isin(rows, one.basis.V.to(rows.device))
-                one.held[0] += float(weights.double()[is_inside].sum())
-                one.held[1] += float(weights.double().sum())
-                return
             scaled = rows.float() * weights.sqrt()[:, None]
-            one.held[0] += float((scaled @ one.basis.V).double().square().sum())
+            one.held[0] += float((scaled @ one.basis.V.to(rows.device)).double().square().sum())
             one.held[1] += float(scaled.double().square().sum())
 
     return check

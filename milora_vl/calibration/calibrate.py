@@ -12,7 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.activations import find_inputs
 from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, require_free_directions
-from milora_vl.calibration.files import cache_inputs, cached_inputs, calibration_key, require_shapes
+from milora_vl.calibration.cache import cache_inputs, cached_inputs, calibration_key
 from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import canonical_names
 
@@ -28,13 +28,13 @@ def protected_inputs(
     cache_dir: str | Path | None = None,
     is_shown: bool = False,
 ) -> ProtectedInputs | None:
-    """Return the protected inputs of all targets whose rule has `protect: {inputs: p}`, or None without such rules.
+    """Return the protected inputs of all targets whose rule has `protect`, or None without such rules.
 
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
     protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs`,
     without batches, for batches that no rule needs, and for layers with fewer free directions than their rank.
     """
-    wanted = [t for t in targets if t.protect is not None]
+    wanted = [t for t in targets if t.protect]
     if not wanted:
         if batches is None:
             return None
@@ -42,11 +42,11 @@ def protected_inputs(
             "no rule protects inputs, so the calibration would have no effect",
             code="calibration-unused",
             where="calibration",
-            hint="add  protect: {inputs: 0.9}  to a rule, or remove the calibration",
+            hint="add  protect: 0.95  to a rule, or remove the calibration",
         )
     if batches is None:
         raise CalibrationError(
-            "protect: {inputs: p} needs calibration batches",
+            "protect needs calibration batches",
             code="calibration-missing",
             where="calibration",
             hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
@@ -74,7 +74,6 @@ def _found(
     key, names = calibration_key(model, wanted, batches), canonical_names(model)
     stored = cached_inputs(cache, key, names)
     if stored is not None:
-        require_shapes(stored, wanted)
         return stored
     found = find_inputs(model, wanted, batches, is_shown=is_shown)
     try:
@@ -91,7 +90,7 @@ def _warn_of_little(found: ProtectedInputs) -> None:
         warnings.warn(
             f"{len(few):,} of {len(found.numbers):,} layers protect almost nothing: {few[0]} protects "
             f"{basis.num_directions} of {basis.size} input directions, which hold {basis.share:.1%} of its activation "
-            "energy. A few directions dominate there; raise inputs for these layers.",
+            "energy. A few directions dominate there; raise protect for these layers.",
             stacklevel=3,
         )
 

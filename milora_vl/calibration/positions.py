@@ -8,7 +8,6 @@ each in total. The mean weight is 1; in batches without `input_ids`, every posit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,24 +16,13 @@ from torch import Tensor
 from milora_vl.calibration.bases import CalibrationError
 
 
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """The weights of the positions of one batch, each (rows, length), on the CPU.
-
-    `weights` is 0 for padding. `tokens`, for embeddings, is 0 at pictures too: their token is not text.
-    """
-
-    weights: Tensor
-    tokens: Tensor
-
-
-def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Positions | None]:
-    """Return the weights of each batch; None for a batch without `input_ids`, in which all positions count.
+def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Tensor | None]:
+    """Return the weights (rows, length) of each batch on the CPU, 0 for padding; None for a batch without `input_ids`, in which all positions count.
 
     Raises CalibrationError if no position counts.
 
     >>> batch = {"input_ids": torch.tensor([[1, 7, 5, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
-    >>> positions_of([batch], image_token=7)[0].weights
+    >>> positions_of([batch], image_token=7)[0]
     tensor([[0.7500, 1.5000, 0.7500, 0.0000]])
     """
     masks = [_masks(batch, image_token) for batch in batches]
@@ -48,7 +36,7 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
         )
     kinds = sum(number > 0 for number in numbers)
     scales = [sum(numbers) / (kinds * number) if number else 0.0 for number in numbers]
-    return [None if mask is None else _positions(mask, scales) for mask in masks]
+    return [None if mask is None else mask[0] * scales[0] + mask[1] * scales[1] for mask in masks]
 
 
 def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor] | None:
@@ -62,8 +50,3 @@ def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, T
     real = real.reshape(ids.shape).bool()
     is_picture = torch.zeros_like(real) if image_token is None else ids == image_token
     return real & ~is_picture, real & is_picture
-
-
-def _positions(masks: tuple[Tensor, Tensor], scales: Sequence[float]) -> Positions:
-    text, picture = masks
-    return Positions(text * scales[0] + picture * scales[1], text.float())

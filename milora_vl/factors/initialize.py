@@ -51,9 +51,6 @@ class LayerReport:
     - `energy`: the share of ||W||_F^2 in the trained components.
     - `excess`: a certified bound on the error of their norm, see `Factors`.
     - `drift`: ||W_0 - W||_F / ||W||_F for the weight W_0 at step 0; 0 in the anchored form.
-    - `protected`: the number of input directions that the update is orthogonal to.
-    - `kept`: the share of ||A0||_F^2 that is left outside the protected inputs; None if they are not protected. The
-      singular values and the energy then describe the projected factors.
     - `seconds`: the time of the decomposition.
     """
 
@@ -70,26 +67,22 @@ class LayerReport:
     svd: str
     drift: float
     seconds: float
-    protected: int = 0
-    kept: float | None = None
 
     def __str__(self) -> str:
         """Return one line for the terminal."""
         return (
             f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
             f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
-            f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s" + self._protection()
+            f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s"
         )
-
-    def _protection(self) -> str:
-        if self.kept is not None:
-            return f"  {self.protected} of {self.shape[1]} inputs protected, {self.kept:.0%} of the start kept"
-        return ""
 
 
 @dataclass(frozen=True, slots=True)
 class Initial:
-    """The anchor of one target, A0 (r, in) and B0 (out, r), with the fingerprint of its base weight and its report."""
+    """The initial factors A0 (r, in) and B0 (out, r) of a target, the fingerprint of its base weight and its report.
+
+    For a fixed A, the rows of A0 are the right singular vectors alone.
+    """
 
     A0: Tensor
     B0: Tensor
@@ -123,7 +116,7 @@ def initialize(
     >>> torch.allclose(initial.B0 @ initial.A0, torch.diag(torch.tensor([0.0, 0.0, 2.0, 1.0])), atol=1e-6)
     True
     """
-    wanted = [t for t in targets if t.has_anchor]
+    wanted = [t for t in targets if t.is_decomposed]
     cache = None if cache_dir is None else Path(cache_dir)
     rank, _ = rank_and_world_size()
     by_path: dict[str, Initial] = {}
@@ -211,7 +204,8 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
     else:
         salt = seed if target.part == "random" else 0
         factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=salt)
-        A0, B0 = _scaled(factors, W, target.sigma, target.scaling, cache)
+        sigma = "none" if target.has_fixed_A else target.sigma
+        A0, B0 = _scaled(factors, W, sigma, target.scaling, cache)
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), sketch(W), report)
 
@@ -294,7 +288,8 @@ def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) ->
     dead = []
     for target in targets:
         factors = initial[target.path]
-        if target.sigma != "none" and _smallest_sigma(factors, target) <= 1e-7 * factors.report.sigma_top:
+        has_sigma = target.has_anchor and target.sigma != "none"
+        if has_sigma and _smallest_sigma(factors, target) <= 1e-7 * factors.report.sigma_top:
             dead.append(target.path)
     if dead:
         warnings.warn(

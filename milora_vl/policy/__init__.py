@@ -2,6 +2,6 @@
 
 from milora_vl.policy.methods import RuleMethod
 from milora_vl.policy.policy import Policy
-from milora_vl.policy.rules import FloorSigma, PolicyError, Protect, Rule, SpectralRank, Target
+from milora_vl.policy.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
 
-__all__ = ["FloorSigma", "Policy", "PolicyError", "Protect", "Rule", "RuleMethod", "SpectralRank", "Target"]
+__all__ = ["FloorSigma", "Policy", "PolicyError", "Rule", "RuleMethod", "SpectralRank", "Target"]

@@ -211,8 +211,27 @@ def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> T
     rank = find_rank(fields["rank"], module, cache)
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
+    if fields.get("protect"):
+        _require_protectable(module, fields)
     alpha = _alpha(fields, plan, rank, module, cache)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
+
+
+def _require_protectable(module: nn.Module, fields: dict[str, Any]) -> None:
+    if isinstance(module, nn.Embedding):
+        raise PolicyError(
+            "an embedding has no input directions to protect",
+            code="policy-protect",
+            where=Key.of("protect"),
+            hint="set  protect: 0  for it, or do not select it",
+        )
+    if fields.get("sigma", "keep") != "keep":
+        raise PolicyError(
+            "sigma scales the start of A, whose rows have one length under protect",
+            code="policy-protect",
+            where=Key.of("sigma"),
+            hint="remove sigma, or set  protect: 0",
+        )
 
 
 def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, cache: Path | None) -> float:

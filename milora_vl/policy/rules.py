@@ -73,28 +73,6 @@ class FloorSigma(RulePart):
     floor: Number = Field(gt=0, le=1, description="a share of the median, up to 1")
 
 
-class Protect(RulePart):
-    """Keep the update orthogonal to the inputs of a layer that ordinary text and pictures use.
-
-    These are the input directions that hold the share `inputs` of the layer's activation energy on calibration data:
-    V (in, k) holds the first eigenvectors of C = E[x x'], and A V = 0 at the start and after every optimizer step.
-    Inputs along V then pass the layer unchanged. `max` is a limit for k. With `offload`, V stays in CPU memory, and
-    each projection copies the V of one layer to the device.
-    """
-
-    inputs: Number = Field(gt=0, lt=1, description="a share above 0, below 1", examples=[0.9])
-    max: int | None = Field(default=None, gt=0, description="a positive number of directions")
-    offload: bool = Field(default=False, description="true or false")
-
-    def __str__(self) -> str:
-        """Return the text for tables.
-
-        >>> str(Protect(inputs=0.9, max=512))
-        '90 % of the inputs, at most 512'
-        """
-        return f"{100 * self.inputs:g} % of the inputs" + ("" if self.max is None else f", at most {self.max}")
-
-
 Sigma = Literal["keep", "none"] | FloorSigma
 
 
@@ -113,7 +91,7 @@ class Rule(RulePart):
     seed: int | None = Field(
         default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1"
     )  # of method random
-    protect: Protect | None = Field(default=None, description="a mapping such as {inputs: 0.9}")
+    protect: Number | None = Field(default=None, ge=0, lt=1, description="a share from 0, below 1")
     learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
     weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
 
@@ -136,7 +114,7 @@ class Target:
     dropout: float = 0.0
     sigma: Sigma = "keep"
     seed: int = 0
-    protect: Protect | None = None
+    protect: float = 0.0  # the share of the layer's input energy that the update leaves alone; 0: not protected
     learning_rate: float | None = None
     weight_decay: float | None = None
 
@@ -160,6 +138,16 @@ class Target:
         return METHODS[self.method].part
 
     @property
+    def is_decomposed(self) -> bool:
+        """Return True if the adapter starts from factors of its weight."""
+        return METHODS[self.method].start is not None
+
+    @property
+    def has_fixed_A(self) -> bool:
+        """Return True if A stays at its start, off the protected inputs, and B trains from zero at PEFT's rank r."""
+        return self.protect > 0
+
+    @property
     def has_anchor(self) -> bool:
         """Return True if a frozen copy of the initial factors is subtracted, so that PEFT's rank is 2r."""
-        return METHODS[self.method].start is not None
+        return self.is_decomposed and not self.has_fixed_A
