@@ -14,7 +14,6 @@ from milora_vl.models import auto_classes
 if TYPE_CHECKING:
     from milora_vl.adapter.apply import apply_milora, merge
     from milora_vl.adapter.files import load_adapter, save_adapter
-    from milora_vl.adapter.keep_protected import keep_protected
     from milora_vl.adapter.parameter_groups import parameter_groups
     from milora_vl.adapter.reinit import reinit_peft, restore_split
     from milora_vl.foreign.load_model import load_model
@@ -29,7 +28,6 @@ __all__ = [
     "apply_milora",
     "collator_for",
     "decompose",
-    "keep_protected",
     "load_adapter",
     "load_model",
     "merge",
@@ -46,7 +44,6 @@ _MODULE_OF = {
     "apply_milora": "adapter.apply",
     "collator_for": "models.collator",
     "decompose": "svd",
-    "keep_protected": "adapter.keep_protected",
     "load_adapter": "adapter.files",
     "load_model": "foreign.load_model",
     "merge": "adapter.apply",

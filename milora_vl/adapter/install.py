@@ -79,7 +79,7 @@ def install_factors(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> N
 
 
 def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
-    """Make the A of an adapter a buffer that never changes: `A` (r, in), or the A that the layer has. B stays as it is."""
+    """Make the A of an adapter a buffer that never changes: `A` (r, in), or the A that the layer has."""
     down, up = layer.lora_A[adapter], layer.lora_B[adapter]
     stock = down.get_parameter("weight")
     A = stock.detach() if A is None else A.to(stock).reshape(stock.shape).contiguous()
@@ -95,8 +95,10 @@ def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
 
 def has_fixed_A(layer: LoraLayer, adapter: str) -> bool:
     """Return True if the A of `adapter` is a buffer in this layer."""
-    down = layer.lora_A[adapter] if adapter in layer.lora_A else None
-    return down is not None and not isinstance(down, Halves) and not isinstance(down.weight, nn.Parameter)
+    if adapter not in layer.lora_A:
+        return False
+    down = layer.lora_A[adapter]
+    return not isinstance(down, Halves) and not isinstance(down.weight, nn.Parameter)
 
 
 def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
@@ -173,7 +175,10 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
     if isinstance(first, Halves) and isinstance(second, Halves):
         return first.joined, second.joined
-    return first.weight, second.weight
+    A, B = first.weight, second.weight  # A is a buffer if it is fixed
+    assert isinstance(A, Tensor)
+    assert isinstance(B, Tensor)
+    return A, B
 
 
 def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -219,9 +224,7 @@ def fixed_names(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, Halves):
             yield f"{name}.{ANCHOR}"
-        elif isinstance(module, EmbeddingHalves):
-            yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
-        elif ".lora_A." in name:
+        elif isinstance(module, EmbeddingHalves) or ".lora_A." in name:
             yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
 
 

@@ -259,7 +259,7 @@ class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
 
 
 class FixedA(nn.Linear):
-    """A (r, in) of an adapter whose A never changes: `weight` is a buffer, so no optimizer and no PEFT call trains it."""
+    """A (r, in) that never changes: `weight` is a buffer, so no optimizer and no call of PEFT trains it."""
 
     @classmethod
     def take_over(cls, layer: nn.Linear, A: Tensor) -> FixedA:

@@ -17,8 +17,9 @@ from milora_vl.calibration.bases import CalibrationError
 
 
 def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Tensor | None]:
-    """Return the weights (rows, length) of each batch on the CPU, 0 for padding; None for a batch without `input_ids`, in which all positions count.
+    """Return the weights (rows, length) of each batch on the CPU, 0 for padding.
 
+    They are None for a batch without `input_ids`, in which all positions count.
     Raises CalibrationError if no position counts.
 
     >>> batch = {"input_ids": torch.tensor([[1, 7, 5, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}

@@ -19,8 +19,6 @@ from milora_vl.adapter.files import load_adapter, new_paths
 from milora_vl.adapter.folders import from_there
 from milora_vl.adapter.names import moved
 from milora_vl.base.errors import UserError
-from milora_vl.calibration.bases import CalibrationError
-from milora_vl.calibration.files import read_inputs, write_inputs
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.clip_pictures import has_clip_tower, require_gguf
 from milora_vl.export.llama_cpp import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
@@ -295,21 +293,11 @@ def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapte
     return replace(adapter, factors=factors, whole={}), list(dict.fromkeys(outside))
 
 
-def write_ours(adapter: PlainAdapter, folder: Path, source: Path | None = None) -> None:
-    """Write an adapter with its milora.json, and the protected inputs of `source`, which a continued training needs."""
+def write_ours(adapter: PlainAdapter, folder: Path) -> None:
+    """Write an adapter with its milora.json."""
     write_plain(adapter, folder)
-    sidecar = adapter.sidecar
-    if sidecar is None:
-        return
-    sidecar.write(folder, adapter.anchors)
-    if source is None or sidecar.inputs is None:
-        return
-    try:
-        inputs = read_inputs(source, sidecar.inputs, sidecar.names)
-    except CalibrationError as error:
-        sys.stderr.write(f"note: training cannot continue from this export: {error}\n")
-        return
-    write_inputs(folder, inputs, sidecar.names)
+    if adapter.sidecar is not None:
+        adapter.sidecar.write(folder, adapter.anchors)
 
 
 def _complete(job: Job, base: Base, folder: Path, loads_with: LoadsWith) -> None:

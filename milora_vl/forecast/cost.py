@@ -25,7 +25,6 @@ from milora_vl.forecast.estimate import (
     host_memory,
     measured_flops,
     memory,
-    protected_input_bytes,
 )
 from milora_vl.forecast.first_batch import Counts
 from milora_vl.forecast.simulate import Shape, simulate
@@ -89,12 +88,7 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
     if inputs := distinct_inputs(targets):
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
-        size = sum(4 * target.shape[1] * expected_directions(target) for target in inputs) / GIB
-        place = " of CPU memory" if all(t.protect is not None and t.protect.offload for t in inputs) else ""
-        out.append(
-            f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many), "
-            f"{size:.2g} GiB{place}"
-        )
+        out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
     return Costs(out, change)
 
 
@@ -166,13 +160,12 @@ def workload_of(
     half = bool(train.get("bf16") or train.get("fp16"))
     zero = (launch.deepspeed or {}).get("zero_optimization", {})
     fsdp = None if launch.fsdp is None else strategy_of(launch.fsdp)
-    anchor = 2.0 if half and packed_bytes is None else 4.0
     work = Workload(
         total=_numel(model),
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
-        protected_bytes=protected_input_bytes(targets, anchor),
+        fixed=sum((t.rank or 0) * t.shape[1] for t in targets if t.has_fixed_A),
         base_bytes=2.0 if half else 4.0,
         packable=0 if not adapters else sum(_numel(model.get_submodule(path)) for path in quantized_layers(model)),
         packed_bytes=packed_bytes,

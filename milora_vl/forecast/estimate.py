@@ -30,7 +30,7 @@ class Workload:
     adapters: int  # trained parameters in adapters
     anchors: int  # frozen copies of initial factors
     full: int  # parameters of modules that train in full
-    protected_bytes: float = 0.0  # of the protected directions
+    fixed: int = 0  # numbers in the factors that never change, in float32
     base_bytes: float  # per frozen parameter that is not packed
     packable: int = 0  # frozen parameters that quantisation packs
     packed_bytes: float | None = None  # per packed parameter; None: not quantised
@@ -73,7 +73,7 @@ def memory(work: Workload) -> dict[str, float]:
     sizes = {
         "frozen weights": frozen_weights(work) / share * weights_here,
         "anchors (never sharded)": work.anchors * anchor,
-        "protected directions": work.protected_bytes,
+        "fixed factors": 4 * work.fixed,
         "trained weights": work.trained * narrow / share * weights_here,
         "gradients": work.trained * narrow / grads,
         "buckets of DDP": work.trained * narrow * (work.stage == 0 and work.devices > 1),
@@ -108,7 +108,7 @@ def flops_per_step(work: Workload) -> float:
     """
     tokens = work.records * work.tokens * work.accumulation
     passes = 4 + 2 * work.checkpointing
-    through = work.total + work.adapters + work.anchors
+    through = work.total + work.adapters + work.anchors + work.fixed
     return tokens * (passes * through + 2 * work.trained)
 
 
@@ -120,38 +120,23 @@ _SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 def expected_directions(target: Target) -> int:
     """Return about how many input directions a target protects; only the calibration finds the number.
 
-    >>> from milora_vl.policy.rules import Protect
-    >>> expected_directions(Target(path="a", shape=(8, 100), tower=None, method="lora", protect=Protect(inputs=0.85)))
+    >>> expected_directions(Target(path="a", shape=(8, 100), tower=None, method="lora", protect=0.85))
     27
     """
-    if target.protect is None:
-        return 0
-    share = float(target.protect.inputs)
+    share = target.protect
     (low, few), (high, many) = next(pair for pair in itertools.pairwise(DIRECTIONS) if pair[1][0] >= share)
-    count = round((few + (many - few) * (share - low) / (high - low)) * target.shape[1])
-    return min(count, target.protect.max or count)
+    return round((few + (many - few) * (share - low) / (high - low)) * target.shape[1])
 
 
 def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
     """Return one target with protected inputs for each input that several layers read: q, k, v, and gate, up."""
     found: dict[tuple[str, str], Target] = {}
     for target in targets:
-        if target.protect is not None:
+        if target.protect:
             parent, _, leaf = target.path.rpartition(".")
             group = next((",".join(sorted(names)) for names in _SAME_INPUT if leaf in names), leaf)
             found.setdefault((parent, group), target)
     return list(found.values())
-
-
-def protected_input_bytes(targets: Sequence[Target], base_bytes: float) -> float:
-    """Return about the bytes of the directions of protected inputs, and of the anchors A0 that they keep in float32.
-
-    Directions that stay in CPU memory (`offload`) take none on the device.
-    """
-    inputs = [t for t in distinct_inputs(targets) if t.protect is not None and not t.protect.offload]
-    directions = sum(4 * t.shape[1] * expected_directions(t) for t in inputs)
-    protecting = [t for t in targets if t.protect is not None and t.has_anchor]
-    return directions + sum((4 - base_bytes) * (t.rank or 0) * t.shape[1] for t in protecting)
 
 
 def measured_flops(size: int = 1024) -> float:

@@ -127,7 +127,9 @@ def _adapted(base: nn.Module, targets: Sequence[Target]) -> nn.Module:
         for target in (t for t in targets if t.rank is not None):
             layer = lora_layer(tuned, target.path)
             set_dropout(layer, "default", target.dropout)
-            if target.has_anchor:
+            if target.has_fixed_A:
+                fix_A(layer, "default")
+            elif target.has_anchor:
                 dtype, rank = factor_dtype(layer.get_base_layer()), target.rank or 0
                 A0 = torch.empty(rank, target.shape[1], dtype=dtype)
                 B0 = torch.empty(target.shape[0], rank, dtype=dtype)

@@ -172,7 +172,7 @@ def _no_feature_cache(base: Base) -> UserError:
 def _require_protection(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
     if recipe.form == "residual" and _protects_inputs(recipe):
         raise UserError(
-            "protect: {inputs: p} needs form anchored",
+            "protect needs form anchored",
             code="adapter-residual-layer",
             where=Key.of("form"),
             hint="use form anchored, or remove protect",
@@ -226,7 +226,7 @@ def _warnings(recipe: Recipe, base: Base) -> list[str]:
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
     if recipe.calibration != CalibrationConfig() and not _protects_inputs(recipe):
-        messages.append("the calibration has no effect: no rule has  protect: {inputs: p}")
+        messages.append("the calibration has no effect: no rule has  protect")
     tiling, longest = base.tiling, recipe.data.max_length
     if tiling is not None and recipe.data.image_aspect_ratio == "pad":
         messages.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")

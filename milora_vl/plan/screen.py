@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from milora_vl.adapter.protection import Protected
+    from milora_vl.adapter.protection import Protection
     from milora_vl.factors.initialize import LayerReport
     from milora_vl.policy import Target
 
@@ -109,17 +109,16 @@ def policy_rows(
     return rows
 
 
-def protection_lines(targets: Sequence[Target], protected: Mapping[str, Protected]) -> list[str]:
+def protection_lines(targets: Sequence[Target], protection: Mapping[str, Protection]) -> list[str]:
     """Return one line per tower about its protected inputs: means over layers of their shares."""
     lines = []
     for tower in TOWERS:
-        sizes = {t.path: t.shape[1] for t in targets if t.tower == tower and t.path in protected}
-        members = [entry for path, entry in protected.items() if path in sizes]
+        members = [protection[t.path] for t in targets if t.tower == tower and t.path in protection]
         if not members:
             continue
         held_out = [entry.held_out for entry in members if entry.held_out is not None]
         line = (
-            f"protected inputs  {tower}: {_mean([p.num_directions / sizes[p.path] for p in members])} of the "
+            f"protected inputs  {tower}: {_mean([entry.directions / entry.inputs for entry in members])} of the "
             f"directions, {_mean([entry.energy for entry in members])} of the energy"
         )
         lines.append(line + (f", {_mean(held_out)} on held-out text" if held_out else ""))
@@ -140,7 +139,7 @@ def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
     """Return the number of trained parameters of each target by path: r (in + out) for an adapter, else all.
 
-    A tied head counts 0: it shares the weight of the embeddings.
+    With a fixed A they are r out. A tied head counts 0: it shares the weight of the embeddings.
     """
     from transformers.trainer_pt_utils import get_model_param_count
 
@@ -149,7 +148,7 @@ def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
     for target in targets:
         module = base.get_submodule(target.path)
         if target.rank:
-            sizes[target.path] = target.rank * sum(target.shape)
+            sizes[target.path] = target.rank * (target.shape[0] if target.has_fixed_A else sum(target.shape))
             continue
         weight = next(module.parameters())
         sizes[target.path] = 0 if weight in seen else get_model_param_count(module)
@@ -175,7 +174,12 @@ def trainable_text(trained: int, total: int) -> str:
 
 def _kind(target: Target) -> tuple[str, str, int, float, float, str]:
     numbers = (target.rank or 0, target.alpha or 0.0, target.learning_rate or 0.0)
-    return (target.tower or "", target.method, *numbers, str(target.protect or ""))
+    return (
+        target.tower or "",
+        target.method,
+        *numbers,
+        f"{target.protect:.0%} of the inputs" if target.protect else "",
+    )
 
 
 def _span(values: Sequence[float], form: str, unit: str = "") -> str:

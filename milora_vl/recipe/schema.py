@@ -73,7 +73,7 @@ class PartsConfig(Strict):
 
 
 class CalibrationConfig(Strict):
-    """What finds the protected inputs of rules with `protect: {inputs: p}`."""
+    """What finds the protected inputs of rules with `protect`."""
 
     samples: NonNegativeInt | None = None  # texts that the base model writes; default 48, or 0 beside text or data
     pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 64, or 0 beside data

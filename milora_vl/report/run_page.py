@@ -125,7 +125,6 @@ class Run:
     history: tuple[Json, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     forgetting: Json = field(default_factory=dict)
-    protection: Json = field(default_factory=dict)
 
 
 def label(name: str) -> str:
@@ -157,7 +156,6 @@ def read_run(folder: Path) -> Run:
         history=tuple(_json(folder / "trainer_state.json", {}).get("log_history", ())),
         comparisons=tuple(_comparisons(folder / "eval")),
         forgetting=_json(folder / "forgetting.json", {}),
-        protection=_json(folder / "protection.json", {}),
     )
 
 

@@ -49,30 +49,26 @@ def policy_table(run: Run) -> Table:
 
 def protection_table(run: Run) -> Table:
     """Return a table with one row per tower that protects inputs; without rows if none does."""
-    inputs = {t["path"]: t for t in run.policy.get("targets", ()) if t.get("protect")}
-    entries = [entry for entry in run.policy.get("protected", ()) if entry["path"] in inputs]
-    kept = {str(layer["path"]): layer.get("kept") for layer in run.policy.get("layers", ())}
+    towers = {str(t["path"]): str(t["tower"]) for t in run.policy.get("targets", ())}
+    entries = sorted(run.policy.get("protection", {}).items(), key=lambda entry: towers[entry[0]])
     rows = []
-    for tower, members in groupby(
-        sorted(entries, key=lambda e: str(inputs[e["path"]]["tower"])), key=lambda e: str(inputs[e["path"]]["tower"])
-    ):
-        group = list(members)
+    for tower, members in groupby(entries, key=lambda entry: towers[entry[0]]):
+        group = [protection for _, protection in members]
         columns = (
-            [100 * entry["directions"] / inputs[entry["path"]]["shape"][1] for entry in group],
+            [100 * entry["directions"] / entry["inputs"] for entry in group],
             [100 * entry["energy"] for entry in group],
-            [100 * entry["held_out"] for entry in group if entry.get("held_out") is not None],
-            [100 * share for entry in group if (share := kept.get(entry["path"])) is not None],
+            [100 * entry["held_out"] for entry in group if entry["held_out"] is not None],
+            [100 * entry["kept"] for entry in group],
         )
-        left = [run.protection[entry["path"]] for entry in group if entry["path"] in run.protection]
-        rows.append((tower, f"{len(group):,}", *map(_mean_and_span, columns), f"{max(left):.0e}" if left else "–"))
+        largest = max(entry["overlap"] for entry in group)
+        rows.append((tower, f"{len(group):,}", *map(_mean_and_span, columns), f"{largest:.0e}"))
     header = (
         *("tower", "layers", "directions protected", "their activation energy", "the same on held-out text"),
-        *("share of A₀ kept", "update along them"),
+        *("share of the start off them", "A along them"),
     )
     caption = (
-        "Protected inputs: means over layers, with the range over layers. The update is orthogonal to the protected "
-        "directions; the last column is what is left along them after training, relative to the update's input factor, "
-        "at most over layers (rounding)."
+        "Protected inputs: means over layers, with the range over layers. A is chosen off the protected directions and "
+        "never changes; the last column is what rounding leaves of it along them, at most over layers."
     )
     return Table(header, tuple(rows), caption)
 
@@ -123,16 +119,13 @@ def _treatment(target: Json) -> tuple[str, str, int, float, float, str]:
     return (str(target.get("tower") or "–"), str(target["method"]), *numbers, _protected(target.get("protect")))
 
 
-def _protected(protect: Json | None) -> str:
+def _protected(share: float | None) -> str:
     """Return the text that a rule's `protect` adds to its method.
 
-    >>> _protected({"inputs": 0.9, "max": 512})
-    ', outside 90 % of the inputs, at most 512 directions'
+    >>> _protected(0.95)
+    ', off 95 % of the inputs'
     """
-    if not protect:
-        return ""
-    limit = f", at most {protect['max']} directions" if protect.get("max") else ""
-    return f", outside {100 * protect['inputs']:g} % of the inputs{limit}"
+    return f", off {100 * share:g} % of the inputs" if share else ""
 
 
 def _span(values: Iterable[float]) -> str:

@@ -29,7 +29,7 @@ from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.base.atomic_write import write_json
 from milora_vl.base.errors import Key, UserError, first_line
-from milora_vl.calibration.files import weights_digest
+from milora_vl.calibration.cache import weights_digest
 from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
 from milora_vl.models import loading
 from milora_vl.models.generate import Prompt, generate
@@ -82,7 +82,7 @@ def make_batches(
     `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
-    if not any(target.protect is not None for target in targets):
+    if not any(target.protect for target in targets):
         return None
     settings, sources = recipe.calibration, _Sources(recipe, model, processor, screen)
     rows = _text_rows(sources)

@@ -229,7 +229,7 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
             spectra = layer_spectra(loaded.model, targets)
     batches = None
     source = checkpoint or recipe.adapter
-    if source is None:  # an adapter refers to the protected inputs of its run
+    if source is None:  # an adapter holds the factors that the calibration chose
         batches = calibration_batches.make_batches(
             recipe, loaded.base, loaded.model, loaded.processor, targets, inputs.data.train, screen
         )
@@ -271,9 +271,8 @@ def show_header_and_policy(
     )
     screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
     screen.say(trainable_line(built.model))
-    if built.checkpoint_kind == "adapter":
-        for line in protection_lines(built.targets, built.model.protections.get("default", {})):
-            screen.say(line)
+    for line in protection_lines(built.targets, built.model.milora_protection):
+        screen.say(line)
     if plan.resumed is not None and plan.resumed.changes:
         screen.say(f"changed since {plan.folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
 
@@ -423,9 +422,6 @@ def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: Fi
         if args.should_save:
             write_state(trainer, folder)
     if args.should_save:
-        overlaps = run_files.protection_json(trainer.trained())
-        if overlaps:
-            folder.write_json("protection.json", overlaps)
         first_files.environment["finished"] = datetime.now().astimezone().isoformat(timespec="seconds")
         first_files.environment["seconds"] = round(time.monotonic() - start, 1)
         folder.write_json(ENVIRONMENT, first_files.environment)

@@ -23,7 +23,6 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_vl.adapter import checkpoints
-from milora_vl.adapter.peft_model import MiloraMixin
 from milora_vl.models import loading
 from milora_vl.plan.run_data import RunData
 from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder, lock, refuse_to_overwrite, unlock
@@ -60,31 +59,13 @@ def describe_environment(
 
 def policy_json(built: Built) -> dict[str, Any]:
     """Return the content of policy.json: targets, measurements of layers, protections and parameter counts."""
-    protected = built.model.protections.get("default", {}).values() if built.checkpoint_kind == "adapter" else ()
     return {
         "targets": [target.to_dict() for target in built.targets],
         "layers": [asdict(layer) for layer in built.report],
-        "protected": [
-            {
-                "path": p.path,
-                "directions": p.num_directions,
-                "energy": p.energy,
-                "held_out": p.held_out,
-                "bytes": p.num_bytes,
-            }
-            for p in protected
-        ],
+        "protection": {path: asdict(protection) for path, protection in built.model.milora_protection.items()},
         "trainable": get_model_param_count(built.model, trainable_only=True),
         "total": get_model_param_count(built.model),
     }
-
-
-def protection_json(model: Any) -> dict[str, float]:
-    """Return the content of protection.json: what the update does on the protected inputs of each layer, by path.
-
-    That is ||A' V|| / ||A'|| for the input factor A' of the adapter: rounding alone. Empty without protected inputs.
-    """
-    return model.overlaps_with_inputs("default") if isinstance(model, MiloraMixin) else {}
 
 
 def base_name(base: nn.Module) -> str:

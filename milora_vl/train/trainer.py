@@ -35,7 +35,6 @@ from milora_data.stream.dataset import RecordStream
 from milora_vl.adapter.checkpoints import STATE, step_of
 from milora_vl.adapter.folders import PROJECTOR_FILES
 from milora_vl.adapter.install import base_model_of
-from milora_vl.adapter.keep_protected import FsdpProjection, ShardedProjection, keep_protected
 from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.base.errors import UserError
 from milora_vl.compat.accelerate import enable_fsdp_on_cpus
@@ -126,19 +125,6 @@ def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-class ProjectShards(TrainerCallback):
-    """Keep directions protected under DeepSpeed, which runs no hooks of the optimizer, and under FSDP2."""
-
-    def __init__(self, projection: ShardedProjection | FsdpProjection) -> None:
-        self.projection = projection
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Project after the step."""
-        self.projection.project()
-
-
 class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
@@ -177,11 +163,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         self.add_callback(Lines)
         if sys.stderr.isatty() and not self.args.disable_tqdm:
             self.add_callback(Bars)
-        protecting = any(target.protect is not None for target in targets)
-        if protecting and self.is_deepspeed_enabled:
-            self.add_callback(ProjectShards(ShardedProjection(model)))
-        elif protecting and self.is_fsdp_enabled:
-            self.add_callback(ProjectShards(FsdpProjection(model)))
         self.checkpoint_kind = checkpoint_kind
         self.lengths, self.kinds = lengths, kinds
         self.resume_from = resume_from
@@ -207,13 +188,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """Return the model without wrappers."""
         assert isinstance(self.model, nn.Module)
         return self.model
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `--optim` with the rates of the rules, which keeps directions protected."""
-        optimizer = super().create_optimizer(model)
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            keep_protected(self.trained(), optimizer)
-        return optimizer
 
     def get_train_dataloader(self) -> Any:
         """Return HF's loader, one that groups records by length, or one that reads this process's share of a stream."""
