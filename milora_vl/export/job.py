@@ -106,6 +106,6 @@ def _changed(sources: Sequence[Source], options: Options, folder: Path) -> Sourc
         adapter = scaled(adapter, weights[0], base.model if needs_base else None)
     else:
         adapter = combined([job.read(base, needs_base=True)[0] for job in jobs], weights, base.model)
-    write_ours(replace(adapter, base=base.name), folder, sources[0].folder)
+    write_ours(replace(adapter, base=base.name), folder)
     copy_processor(sources[0].folder, folder, base)
     return Source("ours", folder)

@@ -179,7 +179,7 @@ def write_adapter(job: Job) -> Written:
     if dtype is not None:
         total = total_error({path: loss_of(low, low.cast(dtype)) for path, low in adapter.factors.items()})
     adapter, loads_with = _with_base(job, adapter, base)
-    write_ours(adapter.cast(dtype), job.out, job.source.folder)
+    write_ours(adapter.cast(dtype), job.out)
     copy_processor(job.source.folder, job.out, base)
     return Written(layers, total, loads_with)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.adapter.config import make_lora
-from milora_vl.adapter.install import install_factors, lora_layer, set_dropout
+from milora_vl.adapter.install import fix_A, fixed_names, install_factors, lora_layer, set_dropout
 from milora_vl.compat.torch import after_operations, without_data
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
@@ -45,7 +45,7 @@ class Resident:
     """Bytes that stay between steps, without the optimizer, and the peak that a step adds."""
 
     frozen: int
-    anchors: int
+    anchors: int  # and factors that never change
     trained: int
     activations: int  # peak, without gradients
     with_gradients: int  # peak with the gradients allocated so far
@@ -92,7 +92,7 @@ def simulate(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
     with without_data(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _onto_cpu(model)
-        anchors = sum(_size(buffer) for name, buffer in model.named_buffers() if name.endswith(".anchor"))
+        anchors = sum(_size(model.get_buffer(name)) for name in fixed_names(model))
         trained = [p for p in model.parameters() if p.requires_grad]
         frozen = sum(_size(p) for p in model.parameters() if not p.requires_grad)
         ledger = _Ledger()

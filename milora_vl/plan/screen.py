@@ -97,7 +97,7 @@ def policy_rows(
             (
                 tower,
                 f"{len(group):,}",
-                "\n".join([method, *((f"outside {protected}",) if protected else ())]),
+                "\n".join([method, *((f"off {protected}",) if protected else ())]),
                 f"{rank}" if rank else "-",
                 f"{alpha:g}" if alpha else "-",
                 f"{sum(sizes[t.path] for t in group):,}",
@@ -174,12 +174,8 @@ def trainable_text(trained: int, total: int) -> str:
 
 def _kind(target: Target) -> tuple[str, str, int, float, float, str]:
     numbers = (target.rank or 0, target.alpha or 0.0, target.learning_rate or 0.0)
-    return (
-        target.tower or "",
-        target.method,
-        *numbers,
-        f"{target.protect:.0%} of the inputs" if target.protect else "",
-    )
+    protected = f"{target.protect:.0%} of the inputs" if target.protect else ""
+    return (target.tower or "", target.method, *numbers, protected)
 
 
 def _span(values: Sequence[float], form: str, unit: str = "") -> str:
