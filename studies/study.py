@@ -94,7 +94,7 @@ class Study(Strict):
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
         fixed, rival = self.fixed(cell.method), self.rival(cell.method)
         content += [part.model_dump() for part in (fixed, rival) if part is not None]
-        if fixed is not None or any((rule.get("protect") or {}).get("inputs") for rule in rules):
+        if fixed is not None or any(rule.get("protect") for rule in rules):
             content.append(CALIBRATION_VERSION)
         if "scale" in self.arms[cell.method] and not of_training:
             content.append(self.arms[cell.method]["scale"])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora_vl import Policy, apply_milora, keep_protected
+from milora_vl import Policy, apply_milora
 from milora_vl.adapter.install import lora_layer
 from milora_vl.adapter.parameter_groups import parameter_groups
 from milora_vl.sweep.cells import Cell
@@ -105,7 +105,6 @@ def _train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, flo
         decays={name for name, p in model.named_parameters() if p.ndim > 1},
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=cell.learning_rate)
-    keep_protected(model, optimizer)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(training.warmup * training.steps), training.steps)
     batches = task.batches(training.batch_size, cell.seed)
     model.train()

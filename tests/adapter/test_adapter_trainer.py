@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from milora_vl import apply_milora, keep_protected, load_adapter
+from milora_vl import apply_milora, load_adapter
 from support.adapter_cases import anchors, one_rule
-from support.calibrated import leaks, text_batches
 
 RULES = [*one_rule(dropout=0.1), {"modules": "language.mlp", "rank": 3}, {"modules": "model.norm", "method": "full"}]
 
@@ -106,18 +105,3 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny_llama, tmp_path: Path) ->
     ids = Tokens().rows[:2]
     assert torch.allclose(run.model.eval()(ids).logits, expected(ids).logits, atol=1e-6)
     assert {n.split(".")[-1] for n, p in run.model.named_parameters() if p.requires_grad} == {"delta", "weight"}
-
-
-def test_protected_inputs_stay_out_of_it_and_of_a_resumed_run(tiny_llama, tmp_path: Path) -> None:
-    rules, texts = one_rule(dropout=0.1, protect={"inputs": 0.6}), text_batches(vocabulary=200)
-
-    def run(folder: Path, *callbacks: TrainerCallback) -> Trainer:
-        made = trainer(apply_milora(tiny_llama()[0], rules, calibration=texts), folder, *callbacks)
-        keep_protected(made.model, made.create_optimizer())
-        return made
-
-    (whole := run(tmp_path / "whole")).train()
-    run(tmp_path / "part", StopAt(3)).train()
-    (second := run(tmp_path / "part")).train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
-    assert losses(second) == losses(whole)
-    assert max(leaks(second.model, second.model.protections["default"])) < 1e-5

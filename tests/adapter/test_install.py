@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from milora_vl.adapter.apply import apply_milora
-from milora_vl.adapter.install import anchor_names, anchors_of, factors, has_halves, joined_state, lora_layer
+from milora_vl.adapter.install import fixed_names, anchors_of, factors, has_halves, joined_state, lora_layer
 from support.adapter_cases import LLAVA_POLICY, Pictures, anchors, move
 
 EVERY_KIND = [{"modules": "*", "method": "milora", "rank": 2}]
@@ -21,8 +21,8 @@ def test_the_halves_of_every_kind_of_layer_are_found() -> None:
         assert has_halves(layer, "default")
         assert tuple(tuple(f.shape) for f in factors(layer, "default")) == shapes
         assert [a.numel() * 2 for a in anchors_of(layer, "default")] == [f.numel() for f in factors(layer, "default")]
-    assert len(list(anchor_names(model))) == 6
-    assert set(anchor_names(model)) <= {name for name, _ in model.named_buffers()}
+    assert len(list(fixed_names(model))) == 6
+    assert set(fixed_names(model)) <= {name for name, _ in model.named_buffers()}
 
 
 @pytest.mark.parametrize("prefix", ["", "_forward_module."])

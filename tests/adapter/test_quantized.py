@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl import apply_milora, keep_protected, load_adapter, load_model, save_adapter
+from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.plan.base import find_base
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.command import main
 from milora_vl.train.model import load_base
 from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps
-from support.calibrated import leaks, llava_batches
+from support.calibrated import directions, leaks, llava_batches
 from support.problems import raises_code
 
 pytest.importorskip("bitsandbytes")
@@ -108,13 +108,13 @@ def test_a_model_made_in_memory_is_not_silently_left_unquantised() -> None:
 def test_inputs_of_quantised_layers_are_protected(folder: Path, bits) -> None:
     base = load_model(folder, quantization=bits)[0]
     batches = llava_batches(base)
-    rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": {"inputs": 0.6}}]
+    rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": 0.6}]
+    protected = directions(base, rules, batches)
     model = apply_milora(base, rules, calibration=batches)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    keep_protected(model, optimizer)
     for _ in range(2):
         model(**batches[0], labels=batches[0]["input_ids"]).loss.backward()
         optimizer.step()
     save_adapter(model, folder / "adapter")
     again = load_adapter(load_model(folder, quantization=bits)[0], folder / "adapter", is_trainable=True)
-    assert max(leaks(again, again.protections["default"])) < 1e-5
+    assert max(leaks(again, protected)) < 1e-5

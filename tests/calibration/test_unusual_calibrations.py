@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from milora_vl import apply_milora
+from milora_vl.calibration.bases import InputBasis
+from milora_vl.calibration.calibrate import protected_inputs
 from milora_vl.plan.base import Base
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
@@ -21,7 +22,7 @@ from milora_vl.train import calibration_batches
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 
-RULES = one_rule(rank=2, protect={"inputs": 0.5})
+RULES = one_rule(rank=2, protect=0.5)
 NOISE = torch.Generator().manual_seed(0)
 
 
@@ -42,9 +43,13 @@ def share(x: Tensor, V: Tensor) -> float:
     return float((x @ V).square().sum() / x.square().sum())
 
 
-def calibrated(model: nn.Module, batches: Any, inputs: float = 0.9, **options: Any) -> Any:
-    rules = one_rule(rank=2, protect={"inputs": inputs})
-    return apply_milora(model, rules, calibration=batches, **options).protections["default"]
+def calibrated(
+    model: nn.Module, batches: Any, protect: float = 0.9, modules: str = "language"
+) -> dict[str, InputBasis]:
+    targets = Policy.parse(one_rule(modules=modules, protect=protect)).resolve(model)
+    found = protected_inputs(model, targets, batches)
+    assert found is not None
+    return {path: found.of(path) for path in found.numbers}
 
 
 class Twice(nn.Module):
@@ -65,8 +70,8 @@ def test_every_call_of_a_module_that_runs_twice_counts() -> None:
     for batch in batches[:7]:
         model(**batch)
     handle.remove()
-    protected = calibrated(model, batches)["layer"]
-    assert share(torch.cat(seen), protected.V) == pytest.approx(protected.energy, abs=0.02)
+    basis = calibrated(model, batches)["layer"]
+    assert share(torch.cat(seen), basis.V) == pytest.approx(basis.share, abs=0.02)
 
 
 class Experts(nn.Module):
@@ -121,18 +126,10 @@ def test_a_position_without_ids_weighs_as_much_as_one_with_ids() -> None:
     vectors = torch.zeros(1, 3, 16)
     vectors[..., 1] = 1.0
     batches = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}, {"x": vectors}]
-    (protected,) = (
-        apply_milora(
-            model,
-            [{"modules": "layer", "method": "milora", "rank": 2, "protect": {"inputs": 0.5}}],
-            calibration=batches,
-        )
-        .protections["default"]
-        .values()
-    )
-    assert protected.num_directions == 1
-    assert protected.V[0].abs() == pytest.approx(1.0)
-    assert protected.energy == pytest.approx(8 / 11), "eight positions of eleven"
+    basis = calibrated(model, batches, 0.5, "layer")["layer"]
+    assert basis.num_directions == 1
+    assert basis.V[0].abs() == pytest.approx(1.0)
+    assert basis.share == pytest.approx(8 / 11), "eight positions of eleven"
 
 
 @pytest.mark.parametrize(("share", "held", "directions"), [(0.6, 19 / 29, [1]), (0.7, 1.0, [1, 0])])
@@ -140,10 +137,9 @@ def test_an_attention_sink_counts_as_ten_positions(share, held, directions) -> N
     vectors = torch.zeros(1, 20, 16)
     vectors[0, 0, 0] = 100.0  # the first position, with 10,000 times the energy of each other
     vectors[0, 1:, 1] = 1.0
-    rules = [{"modules": "layer", "method": "milora", "rank": 2, "protect": {"inputs": share}}]
-    (protected,) = apply_milora(Either(), rules, calibration=[{"x": vectors}]).protections["default"].values()
-    assert protected.energy == pytest.approx(held)
-    assert protected.V.abs().argmax(dim=0).tolist() == directions
+    basis = calibrated(Either(), [{"x": vectors}], share, "layer")["layer"]
+    assert basis.share == pytest.approx(held)
+    assert basis.V.abs().argmax(dim=0).tolist() == directions
 
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -188,9 +184,9 @@ def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_pa
 def test_too_little_data_gets_a_warning() -> None:
     x = torch.randn(18, 512, generator=NOISE)
     with pytest.warns(UserWarning, match="1 of 1 layers: 0 has 512 inputs and 16 positions; .* on held-out data"):
-        protected = calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:16]}, {"input": x[16:]}])["0"]
-    assert protected.held_out == pytest.approx(share(x[-2:], protected.V), rel=1e-4)
-    assert protected.held_out < 0.2 < 0.9 < protected.energy
+        basis = calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:16]}, {"input": x[16:]}])["0"]
+    assert basis.held_out == pytest.approx(share(x[-2:], basis.V), rel=1e-4)
+    assert basis.held_out < 0.2 < 0.9 < basis.share
     with pytest.warns(UserWarning, match="0 has 512 inputs and 1 positions; .* nothing was held out"):
         calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:1]}])
 
@@ -201,9 +197,8 @@ def test_every_position_of_an_encoder_and_a_decoder_counts() -> None:
     base = T5ForConditionalGeneration(T5Config(vocab_size=99, decoder_start_token_id=0, **sizes)).eval()
     ids, answers = (torch.randint(2, 99, (24, 20), generator=NOISE) for _ in range(2))
     batches = [{"input_ids": a, "labels": b} for a, b in zip(ids.split(4), answers.split(4), strict=True)]
-    rules = [{"modules": "*Attention.[qk]", "method": "milora", "rank": 2, "protect": {"inputs": 0.5}}]
-    found = apply_milora(base, rules, calibration=batches).protected_inputs["default"]
-    assert {found.of(path).num_positions for path in found.numbers} == {20 * 20}
+    found = calibrated(base, batches, 0.5, "*Attention.[qk]")
+    assert {basis.num_positions for basis in found.values()} == {20 * 20}
 
 
 def test_enough_data_gets_no_warning() -> None:

@@ -42,7 +42,7 @@ DECISIVE = {
     "data.max_length": {"data": {"max_length": 256}},
     "policy[0].rank": {"policy": [POLICY[0] | {"rank": 4}, POLICY[1]]},
     "policy[0].method": {"policy": [POLICY[0] | {"method": "lora"}, POLICY[1]]},
-    "policy[0].protect": {"policy": [POLICY[0] | {"protect": {"inputs": 0.5}}, POLICY[1]]},
+    "policy[0].protect": {"policy": [POLICY[0] | {"protect": 0.5}, POLICY[1]]},
     "policy[1].method": {"policy": [POLICY[0], POLICY[1] | {"method": "frozen"}]},
     **{
         f"train.{name}": {"train": {name: value}}

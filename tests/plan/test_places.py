@@ -26,7 +26,7 @@ WORDS = ["--model", "tiny", "--rank", "4", "--device", "cpu"]
         ("--max_pixels 9", "pixels-unsupported", "--max_pixels"),
         ("--eval_strategy steps", "eval-no-records", "--eval_strategy"),
         ("--evaluation_strategy steps", "eval-no-records", "--evaluation_strategy"),
-        ("--form residual --policy '[{modules: language, method: milora, rank: 4, protect: {inputs: 0.9}}]'",
+        ("--form residual --policy '[{modules: language, method: milora, rank: 4, protect: 0.9}]'",
          "adapter-residual-layer", "--form"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 
 from milora_vl import apply_milora
 from milora_vl.base.errors import Problem
-from milora_vl.policy import FloorSigma, Policy, PolicyError, Protect, Rule, SpectralRank
+from milora_vl.policy import FloorSigma, Policy, PolicyError, Rule, SpectralRank
 from milora_vl.recipe.schema import Recipe, RecipeError
 from support.adapter_cases import one_rule
 from support.problems import raises_code
@@ -93,14 +93,14 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
         "modules": "language",
         "method": "mlora",
         "rank": {"energie": 0.1},
-        "protect": {"inputs": 2},
+        "protect": 2,
         "alpha": 0,
     }
     found = problems([wrong])
     assert {(str(problem.where), problem.code) for problem in found} == {
         ("policy[0].method", "policy-value"),
         ("policy[0].rank.energie", "policy-unknown-key"),
-        ("policy[0].protect.inputs", "policy-protect"),
+        ("policy[0].protect", "policy-protect"),
         ("policy[0].alpha", "policy-value"),
     }
     with pytest.raises(PolicyError) as in_python:
@@ -112,29 +112,27 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
     with pytest.raises(PolicyError) as applied:
         apply_milora(nn.Sequential(nn.Linear(4, 4)), [wrong])
     assert set(found) <= set(applied.value.problems)
-    with raises_code(
-        "policy-value", where="max", message="expected a positive number of directions, got 0", kind=PolicyError
-    ):
-        Protect(inputs=0.5, max=0)
 
 
-@pytest.mark.parametrize(
-    ("protect", "code", "where", "says"),
-    [
-        (3, "policy-protect", "", r"a mapping such as \{inputs: 0.9\}"),
-        ({}, "policy-protect", ".inputs", "missing: a share above 0, below 1"),
-        ({"inputs": 1}, "policy-protect", ".inputs", "got 1"),
-        ({"inputs": 0.5, "top": 3}, "policy-unknown-key", ".top", "known keys: inputs, max, offload"),
-    ],
-)
-def test_what_is_no_protection_is_refused(protect, code: str, where: str, says: str) -> None:
-    with raises_code(code, where=f"policy[0].protect{where}", says=says, kind=PolicyError):
+@pytest.mark.parametrize("protect", [1, -0.1, "much", {"inputs": 0.9}])
+def test_what_is_no_protection_is_refused(protect) -> None:
+    with raises_code("policy-protect", where="policy[0].protect", says="a share from 0, below 1", kind=PolicyError):
         Policy.parse(one_rule(protect=protect))
+
+
+def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_llama) -> None:
+    rules = [*one_rule(protect=0.9), {"modules": "language.mlp", "protect": 0}]
+    targets = Policy.parse(rules).resolve(tiny_llama()[0])
+    assert {target.protect for target in targets if ".mlp." in target.path} == {0}
+    assert {target.has_anchor for target in targets if ".mlp." in target.path} == {True}
+    assert {target.has_fixed_A for target in targets if ".mlp." not in target.path} == {True}
+    with raises_code("policy-protect", where="policy[0].sigma"):
+        Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
 
 
 @pytest.mark.parametrize("method", ["dora", "olora", "mica", "full", "frozen"])
 def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
-    rule = {"modules": "language", "method": method, "protect": {"inputs": 0.5}}
+    rule = {"modules": "language", "method": method, "protect": 0.5}
     rule |= {} if method in ("full", "frozen") else {"rank": 2}
     says = rf"policy\[0\]\.protect: method {method} cannot use it"
     with raises_code("policy-unused-field", says=says, kind=PolicyError):

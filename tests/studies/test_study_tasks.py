@@ -179,8 +179,8 @@ def test_the_calibration_of_a_task_shares_nothing_with_its_measurement(name: str
     assert not set(task.sentences) & set(task.other_sentences)
     model = apply_milora(
         task.model(),
-        [{"modules": "encoder.encoder.layer.0.*", "method": "milora", "rank": 4, "protect": {"inputs": 0.8}}],
+        [{"modules": "encoder.encoder.layer.0.*", "method": "milora", "rank": 4, "protect": 0.8}],
         calibration=task.calibration(),
     )
-    shares = [protected.held_out for protected in model.protections["default"].values()]
+    shares = [protection.held_out for protection in model.milora_protection.values()]
     assert min(shares) > 0.6

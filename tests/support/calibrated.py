@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from milora_vl.adapter.install import lora_layer
+from milora_vl.calibration.activations import find_inputs
+from milora_vl.policy import Policy
 from milora_vl.weights.matrices import is_linear
 from support.adapter_cases import llava_batch, picture_batch, token_batch
 
@@ -26,27 +29,28 @@ def picture_batches() -> list[dict[str, Tensor]]:
     return [{"pixels": pixels, "words": words}, {"pixels": pixels + 0.1, "words": words}]
 
 
+def directions(base: nn.Module, rules: list[dict[str, Any]], batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return the protected directions V (in, k) of each layer of a base model, by path."""
+    inputs = find_inputs(base, Policy.parse(rules).resolve(base), batches)
+    return {path: inputs.of(path).V for path in inputs.numbers}
+
+
 @torch.no_grad()
-def leaks(tuned: Any, protections: Any) -> list[float]:
+def leaks(tuned: Any, protected: Mapping[str, Tensor]) -> list[float]:
     """Of each protected layer: its adapter's largest answer to protected inputs, as a share of that to any input.
 
     It asks the layers of `tuned`, of any PEFT, as the model does: the answer with the adapter minus the one without.
     """
     found = []
-    for path, protected in protections.items():
+    for path, V in protected.items():
         layer = lora_layer(tuned, path)
-        V = protected.V
-        if V.dim() == 1:
-            delta = layer.get_delta_weight("default").float()  # (tokens, dim)
-            found.append(float(delta[V].norm() / delta.norm()))
-            continue
         if not is_linear(layer.get_base_layer()):
             delta = layer.get_delta_weight("default").float().flatten(1)
             found.append(float((delta @ V).norm() / delta.norm()))
             continue
-        adapters = [layer.lora_A["default"], layer.lora_B["default"]]
-        dtype = next(adapters[0].parameters()).dtype
-        answer = lambda x: adapters[1](adapters[0](x.to(dtype))).float()  # noqa: E731, B023
+        down, up = layer.lora_A["default"], layer.lora_B["default"]
+        dtype = down.weight.dtype
+        answer = lambda x: up(down(x.to(dtype))).float()  # noqa: E731, B023
         any_input = torch.randn(64, V.shape[0], generator=torch.Generator().manual_seed(0))
         scale = answer(any_input / any_input.norm(dim=1, keepdim=True)).norm(dim=1).mean()
         found.append(float(answer(V.T).norm(dim=1).max() / scale))

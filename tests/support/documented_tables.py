@@ -130,7 +130,7 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ),
     ("docs/protection.md", "calibration: {samples: 48, text: [notes.txt]}"): (
         "calibrated.yaml",
-        DEMO + RULES.replace("learning_rate", "protect: {inputs: 0.9}, learning_rate"),
+        DEMO + RULES.replace("learning_rate", "protect: 0.95, learning_rate"),
         "python -m milora_vl.train --recipe calibrated.yaml --dry-run",
     ),
     ("docs/sweeps.md", "sweep:"): (

@@ -71,12 +71,13 @@ def test_a_model_of_another_family_describes_pictures_for_its_calibration(
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("milora_vl.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
     monkeypatch.setattr("milora_vl.calibration.calibrate.LEAST_HELD_OUT", 0.0)  # and few texts
-    rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": {"inputs": 0.5}}]
+    rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": 0.5}]
     words = [*flags(qwen, data, steps=2), "--policy", json.dumps(rules)]
     words[words.index("--rank") : words.index("--rank") + 2] = []
     assert main([*words, "--output_dir", str(tmp_path / "run")]) == 0
     assert "describing calibration pictures" in capfd.readouterr().err
-    assert max(json.loads((tmp_path / "run" / "protection.json").read_text()).values()) < 1e-5
+    protection = json.loads((tmp_path / "run" / "policy.json").read_text())["protection"]
+    assert max(layer["overlap"] for layer in protection.values()) < 1e-5
 
 
 def test_a_run_learns_and_a_resumed_one_ends_the_same(qwen: Path, data: Path, tmp_path: Path) -> None:
