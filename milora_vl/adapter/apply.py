@@ -30,7 +30,7 @@ from milora_vl.adapter.peft_model import adopt
 from milora_vl.adapter.protection import Protection, fixed_factors
 from milora_vl.adapter.residual import make_residual, require_residual
 from milora_vl.adapter.sidecar import Sidecar
-from milora_vl.calibration.calibrate import protected_inputs
+from milora_vl.calibration.calibrate import protected_inputs, task_sketches
 from milora_vl.factors.initialize import Initial, Progress, initialize
 from milora_vl.policy import Policy, Rule, Target
 from milora_vl.policy.towers import can_save, canonical_names, is_wrapped_by_peft
@@ -46,6 +46,7 @@ def apply_milora(
     *,
     form: Form = "anchored",
     calibration: Sequence[Mapping[str, Any]] | None = None,
+    task: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
@@ -59,7 +60,8 @@ def apply_milora(
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).
 
     `calibration` is for rules with `protect`: arguments of the model's forward, one mapping per batch, for example
-    {"input_ids": ..., "attention_mask": ...}. The base model runs on them once.
+    {"input_ids": ..., "attention_mask": ...}. The base model runs on them once. `task` is for rules with
+    `method: gradient`: a few training batches of the same kind, with labels; the base model runs forward and backward.
 
     Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
@@ -93,6 +95,7 @@ def apply_milora(
         Policy.parse(policy).resolve(model, cache_dir=cache_dir),
         form=form,
         calibration=calibration,
+        task=task,
         cache_dir=cache_dir,
         progress=progress,
     )
@@ -104,6 +107,7 @@ def apply_targets(
     *,
     form: Form = "anchored",
     calibration: Sequence[Mapping[str, Any]] | None = None,
+    task: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
@@ -114,11 +118,12 @@ def apply_targets(
     if form == "residual":
         _require_residual(model, targets)
     inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
+    sketches = task_sketches(model, targets, task, is_shown=bool(progress))
     if all(target.rank is None for target in targets):
         check_rates_at_first_step(_train_in_full(model, targets))
         return model
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
-    fixed, protection = fixed_factors(targets, initial, inputs)
+    fixed, protection = fixed_factors(targets, initial, sketches, inputs)
     sidecar = _describe(model, targets, initial, form, fixed, protection)
     tuned = adopt(make_lora(model, targets))
     for target in targets:

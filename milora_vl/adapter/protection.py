@@ -32,7 +32,7 @@ class Protection:
     - `directions`: the number k of protected input directions, of `inputs` in total.
     - `energy`: the share of the layer's input energy that they hold on calibration data.
     - `held_out`: the same on calibration data that did not choose them; None without such data.
-    - `kept`: the mean share of the start's rows that lies off the protected directions.
+    - `kept`: the mean share of the start's rows, or of the task's gradient, that lies off the protected directions.
     - `overlap`: ||A V|| / ||A|| at the start; rounding alone.
     """
 
@@ -45,22 +45,30 @@ class Protection:
 
 
 def fixed_factors(
-    targets: Sequence[Target], initial: Mapping[str, Initial], inputs: ProtectedInputs | None
+    targets: Sequence[Target],
+    initial: Mapping[str, Initial],
+    sketches: Mapping[str, Tensor],
+    inputs: ProtectedInputs | None,
 ) -> tuple[dict[str, Tensor], dict[str, Protection]]:
-    """Return A (r, in) in float32 and the protection of every target with a fixed A, by path.
+    """Return A (r, in) in float32 of every target with a fixed A, and the protection of each with protected inputs.
 
-    The rows start as the right singular vectors in `initial`, or at random for a method that has none.
+    The rows are the right singular vectors in `initial`, the first ones of the task's gradient in `sketches`, or random
+    for a method that has neither.
     """
     factors, protections = {}, {}
     for target in targets:
         if not target.has_fixed_A:
             continue
-        assert inputs is not None
-        basis = inputs.of(target.path)
-        start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
-        V = basis.V.to(start.device)
-        A, kept = off_inputs(start, V)
+        start = sketches.get(target.path)
+        if start is None:
+            start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
+        basis = inputs.of(target.path) if inputs is not None and target.protect else None
+        V = start.new_zeros(target.shape[1], 0) if basis is None else basis.V
+        V = V.to(start.device, torch.float32)
+        A, kept = first_rows_off(start, V, target.rank) if target.path in sketches else off_inputs(start, V)
         factors[target.path] = A
+        if basis is None:
+            continue
         protections[target.path] = Protection(
             directions=basis.num_directions,
             inputs=basis.size,
@@ -70,6 +78,18 @@ def fixed_factors(
             overlap=overlap(A, V),
         )
     return factors, protections
+
+
+def first_rows_off(sketch: Tensor, V: Tensor, rank: int | None) -> tuple[Tensor, float]:
+    """Return the first `rank` right singular vectors of a sketch (m, in) times I - V V', of length ROW_LENGTH.
+
+    The second value is the share of the sketch's energy off V.
+    """
+    rows = sketch.float()
+    with full_precision(rows.device):
+        left = rows - (rows @ V) @ V.T
+        A, _ = off_inputs(torch.linalg.svd(left, full_matrices=False).Vh[:rank], V)
+    return A, float(left.square().sum() / rows.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:

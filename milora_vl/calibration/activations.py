@@ -144,7 +144,6 @@ def _ends(inputs: Sequence[_Input]) -> bool:
 
 def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: bool) -> None:
     """Call the model on a batch, and each hook with the input of its module. `ends`: stop after the last module."""
-    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     left = set(hooks)
     handles = []
 
@@ -158,7 +157,7 @@ def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: 
     try:
         with gathered_in_forward(model):
             handles += [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
-            model(**{name: _like(value, first) for name, value in batch.items()})
+            model(**model_inputs(model, batch))
     except _AllSeen:
         pass
     finally:
@@ -166,11 +165,17 @@ def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: 
             handle.remove()
 
 
-def _like(value: Any, weight: Tensor) -> Any:
-    """Return a tensor on the device of the model, pixels in its data type too; other values are unchanged."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.to(weight) if value.is_floating_point() else value.to(weight.device)
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return a batch on the device of the model, with pixels in its data type."""
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return {
+        name: value
+        if not isinstance(value, Tensor)
+        else value.to(first)
+        if value.is_floating_point()
+        else value.to(first.device)
+        for name, value in batch.items()
+    }
 
 
 def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
@@ -235,11 +240,16 @@ def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
     yield part
 
 
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Return the vectors (positions, in) that the matrix of a layer is multiplied with."""
+    if isinstance(module, nn.Conv2d):
+        x = _patches(module, x)
+    return x.detach().reshape(-1, x.shape[-1])
+
+
 def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the input vectors (positions, in), and their weights."""
-    if isinstance(one.module, nn.Conv2d):
-        x = _patches(one.module, x)
-    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = input_rows(one.module, x)
     if positions is None or not one.has_positions or positions.numel() != len(rows):
         weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
     else:

@@ -1,4 +1,4 @@
-"""Protected inputs of a model, from the cache or computed; warnings about too little calibration data."""
+"""Protected inputs of a model, from the cache or computed, and the task's gradient; too little data gets a warning."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.calibration.activations import find_inputs
 from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, require_free_directions
 from milora_vl.calibration.cache import cache_inputs, cached_inputs, calibration_key
+from milora_vl.calibration.gradients import gradient_sketches
 from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import canonical_names
 
@@ -51,19 +52,49 @@ def protected_inputs(
             where="calibration",
             hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
         )
-    if isinstance(batches, Mapping) or not all(isinstance(batch, Mapping) for batch in batches):
-        raise CalibrationError(
-            f"expected a list of batches, got a {type(batches).__name__}",
-            code="calibration-batch",
-            where="calibration",
-            hint='pass  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with tensors (rows, length)',
-        )
+    _require_batches(batches, "calibration")
     cache = None if cache_dir is None else Path(cache_dir)
     found = _found(model, wanted, batches, cache, is_shown)
     require_free_directions({t.path: t.rank for t in wanted if t.rank is not None}, found)
     _warn_of_little(found)
     _warn_of_little_data(found)
     return found
+
+
+def task_sketches(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Mapping[str, Any]] | None,
+    *,
+    is_shown: bool = False,
+) -> dict[str, Tensor]:
+    """Return the gradient sketches of all targets of `method: gradient`, see `gradient_sketches`.
+
+    Raises CalibrationError without batches, and for batches that no rule needs.
+    """
+    wanted = [t for t in targets if t.method == "gradient"]
+    if bool(wanted) != bool(batches):
+        raise CalibrationError(
+            "method gradient needs batches of the task" if wanted else "no rule has method gradient",
+            code="task-missing" if wanted else "task-unused",
+            where="task",
+            hint='pass  task=[{"input_ids": ..., "labels": ...}, ...]  to apply_milora' if wanted else "remove task",
+        )
+    if batches is None:
+        return {}
+    _require_batches(batches, "task")
+    return gradient_sketches(model, wanted, batches, is_shown=is_shown)
+
+
+def _require_batches(batches: object, name: str) -> None:
+    is_list = isinstance(batches, Sequence) and all(isinstance(batch, Mapping) for batch in batches)
+    if not is_list:
+        raise CalibrationError(
+            f"expected a list of batches, got a {type(batches).__name__}",
+            code="calibration-batch",
+            where=name,
+            hint=f'pass  {name}=[{{"input_ids": ids, "attention_mask": mask}}, ...]  with tensors (rows, length)',
+        )
 
 
 def _found(

@@ -16,7 +16,9 @@ if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     # on the module and on the field `seed`.
     Start = Callable[[Tensor, int, float, Generator], tuple[Tensor, Tensor]]
 
-RuleMethod = Literal["milora", "lora", "pissa", "random", "middle", "dora", "olora", "mica", "full", "frozen"]
+RuleMethod = Literal[
+    "milora", "gradient", "lora", "pissa", "random", "middle", "dora", "olora", "mica", "full", "frozen"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,7 @@ class Method:
       ("minor", "principal", "random", "middle"), or a function that returns them, see `Start`. A frozen copy of both,
       the anchor, is subtracted, so that step 0 equals the base. None: PEFT initializes the adapter, or there is no
       adapter.
+    - `fixes_A`: A never changes, with or without protected inputs. Other methods fix it where a rule has `protect`.
     - `is_baseline`: all adapters of a policy use this method, or none does.
     """
 
@@ -37,6 +40,7 @@ class Method:
     trains: str
     fields: frozenset[str]
     start: Part | Start | None = None
+    fixes_A: bool = False
     is_baseline: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +67,12 @@ METHODS: dict[str, Method] = {
         trains="the minor singular components: the last r singular triplets of the weight (arXiv:2406.09044)",
         fields=_ADAPTER | {"sigma", "protect"},
         start="minor",
+    ),
+    "gradient": Method(
+        label="gradient",
+        trains="B from zero; A stays fixed at the input directions in which the task's gradient is largest",
+        fields=_ADAPTER | {"protect"},
+        fixes_A=True,
     ),
     "lora": Method(
         label="LoRA",

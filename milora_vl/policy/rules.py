@@ -145,7 +145,7 @@ class Target:
     @property
     def has_fixed_A(self) -> bool:
         """Return True if A stays at its start, off the protected inputs, and B trains from zero at PEFT's rank r."""
-        return self.protect > 0
+        return self.protect > 0 or METHODS[self.method].fixes_A
 
     @property
     def has_anchor(self) -> bool:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from milora_vl.adapter.apply import apply_milora
-from milora_vl.adapter.install import fixed_names, anchors_of, factors, has_halves, joined_state, lora_layer
+from milora_vl.adapter.install import anchors_of, factors, fixed_names, has_halves, joined_state, lora_layer
 from support.adapter_cases import LLAVA_POLICY, Pictures, anchors, move
 
 EVERY_KIND = [{"modules": "*", "method": "milora", "rank": 2}]

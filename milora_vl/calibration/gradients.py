@@ -1,0 +1,127 @@
+"""The input directions of a layer in which the gradient of a task's loss is largest, without a weight's gradient.
+
+The gradient of a weight W (out, in) is G = sum g x' over the positions of a batch, with the layer's input x (in) and
+the gradient g (out) of its output. A small change of W lowers the loss most along the first right singular vectors of
+G. G is as large as W; a sketch Y = Omega G with a few more rows than the wanted rank has nearly the same row space
+(Halko, Martinsson and Tropp, arXiv:0909.4061) and is summed while the model runs backward. Related work: LoRA-GA
+(arXiv:2407.05000), KeepLoRA (arXiv:2601.19659).
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from milora_vl.calibration.activations import input_rows, model_inputs
+from milora_vl.calibration.bases import CalibrationError
+from milora_vl.policy.rules import Target
+from milora_vl.policy.towers import keep_weights_readable
+from milora_vl.svd.precision import full_precision
+from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
+
+OVERSAMPLED = 8  # rows of a sketch beyond the rank
+
+
+def gradient_sketches(
+    model: nn.Module, targets: Sequence[Target], batches: Sequence[Mapping[str, Any]], *, is_shown: bool = False
+) -> dict[str, Tensor]:
+    """Return a sketch (r + 8, in) in float32 of the gradient of each target's weight, by path.
+
+    `batches` holds arguments of the model's forward, whose output has a `loss` (pass `labels`). Each batch runs forward
+    and backward once; no weight gets a gradient. All processes get the sketches of the first one.
+
+    Raises CalibrationError without batches, for a model whose output has no loss, for a layer that no batch reaches and
+    for gradients that are not finite.
+    """
+    sketches = {target.path: _Sketch(target) for target in targets}
+    handles = []
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    model.eval()  # no dropout
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for target in targets:
+            module = model.get_submodule(target.path)
+            handles.append(module.register_forward_pre_hook(_tracked))
+            handles.append(module.register_forward_hook(sketches[target.path].watch))
+        # DeepSpeed frees a gathered weight after its forward, so the backward needs all of them.
+        with gather_params_ctx(list(model.parameters()), modifier_rank=None), torch.enable_grad():
+            is_hidden = not is_shown or rank_and_world_size()[0] > 0
+            for batch in tqdm(batches, "task gradient", file=sys.stderr, disable=is_hidden, unit="batch"):
+                loss = getattr(model(**model_inputs(model, batch)), "loss", None)
+                if not isinstance(loss, Tensor):
+                    raise CalibrationError(
+                        f"the output of {type(model).__name__} has no loss",
+                        code="task-no-loss",
+                        where="task",
+                        hint='pass batches with labels:  task=[{"input_ids": ..., "labels": ...}]',
+                    )
+                loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        model.train(was_training)
+        keep_weights_readable(model)
+    return {path: one.finished() for path, one in sketches.items()}
+
+
+def _tracked(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Let gradients flow to the output of a layer although no weight before it trains."""
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad:
+        return (x.detach().requires_grad_(), *args[1:])
+    return None
+
+
+class _Sketch:
+    """The sum Omega G of one layer, with a random Omega (r + 8, out) that depends on its path alone."""
+
+    def __init__(self, target: Target) -> None:
+        assert target.rank is not None
+        self.path = target.path
+        generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
+        rows = min(target.rank + OVERSAMPLED, target.shape[0])
+        self.omega = torch.randn(rows, target.shape[0], generator=generator)
+        self.total: Tensor | None = None
+
+    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            x = args[0].detach()
+            output.register_hook(lambda gradient: self._add(module, x, gradient))
+
+    def _add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+        rows = input_rows(module, x).float()
+        if isinstance(module, nn.Conv2d):
+            gradient = gradient.flatten(2).transpose(1, 2)
+        gradient = gradient.reshape(-1, gradient.shape[-1]).float()
+        with full_precision(rows.device), torch.no_grad():
+            self.omega = self.omega.to(rows.device)
+            part = (gradient @ self.omega.T).T @ rows
+            self.total = part if self.total is None else self.total.add_(part)
+
+    def finished(self) -> Tensor:
+        if self.total is None:
+            raise CalibrationError(
+                "no task batch reaches this layer",
+                code="task-unreached-layer",
+                where=self.path,
+                hint="add batches that reach it (with pictures), or use another method for it",
+            )
+        if not bool(torch.isfinite(self.total).all()):
+            raise CalibrationError(
+                "the task's gradient contains NaN or infinite values",
+                code="task-not-finite",
+                where=self.path,
+                hint="load the base model in bfloat16 or float32, and check its weights and the task batches",
+            )
+        return from_first_rank(self.total) if rank_and_world_size()[1] > 1 else self.total
