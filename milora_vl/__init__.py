@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from milora_vl.adapter.files import load_adapter, save_adapter
     from milora_vl.adapter.parameter_groups import parameter_groups
     from milora_vl.adapter.reinit import reinit_peft, restore_split
+    from milora_vl.calibration.texts import calibration_texts
     from milora_vl.foreign.load_model import load_model
     from milora_vl.models.collator import collator_for
     from milora_vl.policy import Policy, Rule
@@ -26,6 +27,7 @@ __all__ = [
     "Policy",
     "Rule",
     "apply_milora",
+    "calibration_texts",
     "collator_for",
     "decompose",
     "load_adapter",
@@ -42,6 +44,7 @@ _MODULE_OF = {
     "Policy": "policy",
     "Rule": "policy",
     "apply_milora": "adapter.apply",
+    "calibration_texts": "calibration.texts",
     "collator_for": "models.collator",
     "decompose": "svd",
     "load_adapter": "adapter.files",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from milora_data.encode.tokens import bos_ids
-
-CALIBRATION_SEED = 1_651_272_809  # of the texts that protected inputs are found on, which no probe may measure with
+from milora_vl.calibration.texts import SEED, padded, sampled_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,76 +88,25 @@ def sampled_batches(
     All ids but the first count. `without_adapter` samples from the base model of a PeftModel. The random state of the
     caller does not change. Raises ValueError for the seed of the calibration texts, which would be measured again.
     """
-    if seed & 0xFFFFFFFF == CALIBRATION_SEED:  # torch's generator of the CPU uses 32 bits
+    if seed & 0xFFFFFFFF == SEED:  # torch's generator of the CPU uses 32 bits
         raise ValueError(f"seed {seed} gives the calibration texts of protected inputs; use another seed")
     count = max(2, -(-num_tokens // (length - 1)))  # a single document has no standard error
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
     with context:
-        rows = sampled_rows(model, tokenizer, count=count, length=length, batch_size=batch_size, seed=seed)
+        rows = sampled_rows(model, *ends_of(tokenizer), count=count, length=length, batch_size=batch_size, seed=seed)
     written = [(f"sample {i}", row) for i, row in enumerate(rows)]
     yield from padded_batches(sorted(written, key=lambda pair: len(pair[1])), batch_size, tokenizer)
 
 
-def sampled_rows(
-    model: Any,
-    tokenizer: Any,
-    *,
-    count: int,
-    length: int,
-    batch_size: int,
-    seed: int,
-    on_batch: Callable[[int], object] | None = None,
-) -> list[list[int]]:
-    """Return the ids of `count` documents of at most `length` ids, sampled as in `sampled_batches`.
-
-    `on_batch` is called with the number of new documents after each batch.
-    """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    ends = tokenizer.eos_token_id
-    written: list[list[int]] = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(seed)
-            for begin in range(0, count, batch_size):
-                first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
-                rows = model.generate(
-                    input_ids=first,
-                    attention_mask=torch.ones_like(first),
-                    generation_config=_sampling(length - 1, ends),
-                )
-                written += [_ended(row, ends) for row in rows.tolist()]
-                if on_batch is not None:
-                    on_batch(len(first))
-    finally:
-        model.train(training)
-    return written
-
-
-def _sampling(num_tokens: int, ends: int) -> Any:
-    from transformers import GenerationConfig
-
-    return GenerationConfig(
-        max_new_tokens=num_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        repetition_penalty=1.0, eos_token_id=ends, pad_token_id=ends,
-    )  # fmt: skip
-
-
-def _ended(ids: Sequence[int], end: int) -> list[int]:
-    """Return the ids up to and including the first generated EOS."""
-    generated = list(ids[1:])
-    return [ids[0], *(generated[: generated.index(end) + 1] if end in generated else generated)]
+def ends_of(tokenizer: Any) -> tuple[int, int]:
+    """Return the ids that start and end a text: BOS, or EOS without a BOS, and EOS."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return (eos if bos is None else bos), eos
 
 
 def padded_batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, tokenizer: Any) -> Iterator[Batch]:
     """Yield rows of ids, each with the name of its document, in batches padded on the right."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        width = max(len(ids) for _, ids in part)
-        ids = torch.full((len(part), width), tokenizer.eos_token_id or 0)
-        mask = torch.zeros(len(part), width, dtype=torch.long)
-        for i, (_, row) in enumerate(part):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        yield Batch({"input_ids": ids, "attention_mask": mask}, mask[:, 1:].bool(), [name for name, _ in part])
+        inputs = padded([ids for _, ids in part], tokenizer.eos_token_id or 0)
+        yield Batch(inputs, inputs["attention_mask"][:, 1:].bool(), [name for name, _ in part])

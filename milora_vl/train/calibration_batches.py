@@ -30,7 +30,8 @@ from milora_data.stream.sources import load_records
 from milora_vl.base.atomic_write import write_json
 from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.calibration.cache import weights_digest
-from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, padded_batches, sampled_rows, text_blocks
+from milora_vl.calibration.texts import LENGTH, ROWS, SEED, sampled_rows
+from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.plan.base import Base
@@ -41,8 +42,6 @@ from milora_vl.train import collators
 from milora_vl.weights.distributed import gather, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward
 
-LENGTH = 192  # tokens of a text
-ROWS = 8  # rows of a batch
 WRITTEN_AT_ONCE = 32
 HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
@@ -162,11 +161,11 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
         with _bar("writing calibration texts", total) as bar:
             return sampled_rows(
                 model,
-                tokenizer,
+                *ends_of(tokenizer),
                 count=total,
                 length=LENGTH,
                 batch_size=WRITTEN_AT_ONCE,
-                seed=CALIBRATION_SEED,
+                seed=SEED,
                 on_batch=bar.update,
             )
 

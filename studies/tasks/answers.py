@@ -20,15 +20,15 @@ from milora_data.batches.lengths import encoded_lengths
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
+from milora_vl.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
 from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
-from milora_vl.forgetting.text import CALIBRATION_SEED, padded_batches, sampled_rows, text_batches
+from milora_vl.forgetting.text import padded_batches, text_batches
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.calibration_batches import shares_probe_text
 from studies.task import Measured
 
 BATCH, TOKENS = 16, 1536
-CALIBRATION_TEXTS, CALIBRATION_TOKENS = 56, 192  # as in milora_vl.train; one batch in eight checks the shares
 
 
 class AnswerTask:
@@ -110,10 +110,10 @@ class AnswerTask:
         rows = sampled_rows(
             self.base,
             tokenizer,
-            count=CALIBRATION_TEXTS,
-            length=CALIBRATION_TOKENS,
-            batch_size=CALIBRATION_TEXTS,
-            seed=CALIBRATION_SEED,
+            count=COUNT,
+            length=LENGTH,
+            batch_size=COUNT,
+            seed=SEED,
         )
         return [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
 

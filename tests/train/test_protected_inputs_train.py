@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl import load_adapter
+from milora_vl.calibration.texts import SEED
 from milora_vl.forecast.estimate import distinct_inputs
 from milora_vl.forgetting.answers import drawn_questions
-from milora_vl.forgetting.text import CALIBRATION_SEED, general_text, sampled_batches
+from milora_vl.forgetting.text import general_text, sampled_batches
 from milora_vl.plan.base import Base, find_base
 from milora_vl.plan.screen import Screen
 from milora_vl.policy import Policy
@@ -167,7 +168,7 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
     for batch_size in (1, 8, 16, 24, 32):
         probe = sampled_batches(base, processor.tokenizer, num_tokens=480, length=16, batch_size=batch_size)
         assert not starts & {tuple(row.tolist()) for batch in probe for row in batch.inputs["input_ids"]}
-    for seed in (CALIBRATION_SEED, CALIBRATION_SEED + 2**32):
+    for seed in (SEED, SEED + 2**32):
         with pytest.raises(ValueError, match="use another seed"):
             next(sampled_batches(base, processor.tokenizer, seed=seed))
 
