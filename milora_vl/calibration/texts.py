@@ -27,10 +27,9 @@ def calibration_texts(
     >>> batches[0]["input_ids"].shape[0], batches[0]["attention_mask"].dtype
     (8, torch.int64)
     """
-    rows = sampled_rows(
-        model, *text_ends(model), count=count, length=length, batch_size=32, seed=SEED, on_batch=on_batch
-    )
-    return [padded(rows[start : start + ROWS], rows[0][0]) for start in range(0, count, ROWS)]
+    start, end = text_ends(model)
+    rows = sampled_rows(model, start, end, count=count, length=length, batch_size=32, seed=SEED, on_batch=on_batch)
+    return [padded(rows[first : first + ROWS], end) for first in range(0, count, ROWS)]
 
 
 def text_ends(model: Any) -> tuple[int, int]:
@@ -38,7 +37,7 @@ def text_ends(model: Any) -> tuple[int, int]:
 
     Raises CalibrationError for a model that cannot write text.
     """
-    config = getattr(model, "generation_config", None)
+    config: Any = getattr(model, "generation_config", None)
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
     if not hasattr(model, "generate") or end is None:

@@ -109,7 +109,7 @@ class AnswerTask:
         tokenizer = self.collator.tokenizer
         rows = sampled_rows(
             self.base,
-            tokenizer,
+            *ends_of(tokenizer),
             count=COUNT,
             length=LENGTH,
             batch_size=COUNT,
