@@ -16,7 +16,7 @@ from milora_vl.base.errors import Problem, UserError
 from milora_vl.cli import command_line as cli
 from milora_vl.cli.flags import RECORDS
 from milora_vl.recipe import hf_flags, llava_flags
-from milora_vl.recipe.policy_edits import METHODS, PolicyEdits
+from milora_vl.recipe.policy_edits import METHODS, PROTECTED, PROTECTING, PolicyEdits
 from milora_vl.recipe.recipe_file import RecipeFile, read_recipe
 
 PROG = "python -m milora_vl.train"
@@ -102,7 +102,14 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
 # flag -> (field of PolicyEdits, type, other spellings, help)
 POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "method": ("method", "str", (), f"method of the adapter rules: {', '.join(METHODS)}"),
-    "rank": ("rank", "int", ("lora_r",), "rank of the adapter rules"),
+    "protect": (
+        "protect",
+        "float",
+        (),
+        "share of the input energy of ordinary text and pictures that updates leave alone; 0: none "
+        f"[{PROTECTED} for {' and '.join(PROTECTING)} without a policy]",
+    ),
+    "rank": ("rank", "int", ("lora_r",), "rank of the adapter rules, as PEFT stores it; doubled by an anchor"),
     "alpha": ("alpha", "float", ("lora_alpha",), "alpha of the adapter rules; the scale is alpha/rank"),
     "dropout": ("dropout", "float", ("lora_dropout",), "dropout of the adapter rules"),
     "mm_projector_lr": ("projector_learning_rate", "float", (), "learning rate of the projector"),

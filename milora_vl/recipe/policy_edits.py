@@ -1,4 +1,4 @@
-"""Apply `--method`, `--rank`, `--alpha`, `--dropout` and the learning-rate flags to the rules of a recipe."""
+"""Apply `--method`, `--protect`, `--rank`, `--alpha`, `--dropout` and the learning-rate flags to the rules of a recipe."""
 
 from __future__ import annotations
 
@@ -15,9 +15,21 @@ METHODS = (*ADAPTERS, "full", "projector")
 ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
 RuleDict = dict[str, Any]
 
-# The paper's choice for LLaVA-1.5-7B (arXiv:2406.09044, Table 11); the projector trains as in LLaVA's LoRA script.
+PROTECTED = 0.95  # docs/studies/keep.md
+# `protect` goes with these methods; others are compared with them as they are known elsewhere.
+PROTECTING = ("milora", "gradient")
+
+# Rank and rates as in the paper's run of LLaVA-1.5-7B (arXiv:2406.09044, Table 11); the projector as in LLaVA's script.
 DEFAULT_RULES: tuple[RuleDict, ...] = (
-    {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
+    {
+        "modules": "language",
+        "method": "milora",
+        "rank": 128,
+        "alpha": 128,
+        "dropout": 0.05,
+        "learning_rate": 2e-4,
+        "protect": PROTECTED,
+    },
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
 )
 
@@ -27,6 +39,7 @@ class PolicyEdits:
     """Flags that replace a field in the rules; None keeps the field."""
 
     method: str | None = None
+    protect: float | None = None
     rank: int | None = None
     alpha: float | None = None
     dropout: float | None = None
@@ -36,6 +49,8 @@ class PolicyEdits:
 
 def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDict]:
     """Return the rules after the flags; `full` and `frozen` rules keep their fields.
+
+    Another method than ours drops `protect`, unless the flag sets it: `--method lora` is the LoRA of PEFT.
 
     Raises UserError for a flag without effect.
 
@@ -76,7 +91,7 @@ def is_adapter(rule: RuleDict) -> bool:
 
 
 def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
-    flags = [f"--{name}" for name in ("rank", "alpha", "dropout") if asdict(edits)[name] is not None]
+    flags = [f"--{name}" for name in ("protect", "rank", "alpha", "dropout") if asdict(edits)[name] is not None]
     if edits.method in ("full", "projector"):
         if flags:
             raise UserError(
@@ -98,8 +113,13 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
     if edits.method in ADAPTERS:
         if "method" in rule:
             rule["method"] = edits.method
-        for name in {"sigma", "seed"} - RULE_METHODS[edits.method].fields:  # of the initial factors of the old method
+        dropped = {"sigma", "seed"} - RULE_METHODS[edits.method].fields  # of the initial factors of the old method
+        for name in dropped | (set() if edits.method in PROTECTING else {"protect"}):
             rule.pop(name, None)
+    if edits.protect is not None:
+        rule.pop("protect", None)
+        if edits.protect and "method" in rule:
+            rule["protect"] = edits.protect
     if edits.rank is not None:
         old, alpha = rule.get("rank"), rule.get("alpha")
         rule["rank"] = edits.rank

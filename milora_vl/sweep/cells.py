@@ -21,7 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "minor-flat": {"method": "milora", "sigma": "none"},  # the minor directions without their singular values
     "lora-decay": {"method": "lora", "train": {"weight_decay": 0.1}},
 }
-_EDITS = ("method", "rank", "alpha", "dropout")
+_EDITS = ("method", "protect", "rank", "alpha", "dropout")
 
 
 @dataclass(frozen=True, slots=True)
