@@ -6,6 +6,7 @@ of a MiLoRA adapter that stock PEFT has loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,19 @@ assert all(METHODS[method].part == part for part, method in _METHOD_OF_PART.item
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 
 
-def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "anchored") -> Any:
+def reinit_peft(
+    peft_model: PeftModel,
+    part: Part = "minor",
+    form: Form = "anchored",
+    *,
+    protect: float = 0.0,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+) -> Any:
     """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
 
     Modules, ranks, scales, dropout and modules_to_save come from the given LoraConfig. The given object cannot be
-    used afterwards.
+    used afterwards. With `protect`, the share of the rules of the same name, and `calibration` batches (see
+    `apply_milora`) the updates leave ordinary inputs alone.
 
     Raises AdapterError if the adapter has been trained already, is no plain LoRA, or has an initialization that changes
     the base weights. Raises PolicyError for ranks larger than a matrix.
@@ -60,7 +69,7 @@ def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "ancho
     adapter = _the_adapter(peft_model)
     layers = {p: m for p, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     _require_fresh(layers, adapter)
-    rules = [_rule(path, layer, adapter, _METHOD_OF_PART[part]) for path, layer in layers.items()]
+    rules = [_rule(path, layer, adapter, _METHOD_OF_PART[part], protect) for path, layer in layers.items()]
     rules += [
         Rule(modules=path, method="full")
         for path, module in peft_model.get_base_model().named_modules()
@@ -68,7 +77,7 @@ def reinit_peft(peft_model: PeftModel, part: Part = "minor", form: Form = "ancho
     ]
     base = peft_model.unload()
     forget_peft(base)
-    return apply_milora(base, rules, form=form)
+    return apply_milora(base, rules, form=form, calibration=calibration)
 
 
 def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:
@@ -160,10 +169,11 @@ def _require_fresh(layers: dict[str, LoraLayer], adapter: str) -> None:
             )
 
 
-def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod) -> Rule:
+def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect: float) -> Rule:
     rank, dropout = layer.r[adapter], layer.lora_dropout[adapter]
     probability = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
-    return Rule(modules=path, method=method, rank=rank, alpha=layer.scaling[adapter] * rank, dropout=probability)
+    alpha = layer.scaling[adapter] * rank
+    return Rule(modules=path, method=method, rank=rank, alpha=alpha, dropout=probability, protect=protect)
 
 
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:

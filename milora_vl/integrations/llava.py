@@ -33,10 +33,13 @@ RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "
 
 
 @contextmanager
-def milora_in_llava(part: Part = "minor", form: Form = "anchored", modules: Sequence[str] = ()) -> Iterator[None]:
+def milora_in_llava(
+    part: Part = "minor", form: Form = "anchored", modules: Sequence[str] = (), protect: float | None = None
+) -> Iterator[None]:
     """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.
+    `protect` is that of `get_peft_model_replaced`.
 
     Raises UserError if llava is not installed.
     """
@@ -48,7 +51,7 @@ def milora_in_llava(part: Part = "minor", form: Form = "anchored", modules: Sequ
         )
     from milora_vl.compat.llava import llava_on_new_transformers
 
-    with llava_on_new_transformers(), get_peft_model_replaced(*modules, part=part, form=form):
+    with llava_on_new_transformers(), get_peft_model_replaced(*modules, part=part, form=form, protect=protect):
         yield
 
 
@@ -102,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = renamed_flags(given)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
         sys.stderr.write("milora: warning: --lora_enable is missing, so this run trains without an adapter\n")
-    with configs_trimmed(_output_dirs(arguments)), milora_in_llava(chosen.part, chosen.form, chosen.modules):
+    with (
+        configs_trimmed(_output_dirs(arguments)),
+        milora_in_llava(chosen.part, chosen.form, chosen.modules, chosen.protect),
+    ):
         launch(chosen.script, arguments)
     return 0
 

@@ -9,34 +9,42 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from milora_vl.adapter.apply import Form
 from milora_vl.adapter.reinit import reinit_peft, restore_split
 from milora_vl.adapter.sidecar import FILE_NAME
 from milora_vl.base.errors import UserError
+from milora_vl.calibration.bases import CalibrationError
+from milora_vl.calibration.texts import calibration_texts
 from milora_vl.cli.command_line import amount
 from milora_vl.policy.towers import find_towers
 from milora_vl.svd import Part
 
 
-def replacement(stock: Callable[..., Any], part: Part, form: Form) -> Callable[..., Any]:
-    """Return `get_peft_model` for MiLoRA: it calls PEFT's function `stock`, then initializes the LoRA."""
+def replacement(stock: Callable[..., Any], part: Part, form: Form, protect: float) -> Callable[..., Any]:
+    """Return `get_peft_model` for MiLoRA: it calls PEFT's function `stock`, then initializes the LoRA.
+
+    With `protect`, the base model writes the texts that calibrate it. Protection needs the anchored form.
+    """
 
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
+        texts = _texts(model, protect) if isinstance(peft_config, LoraConfig) else None
         adapted = stock(model, peft_config, *args, **kwargs)
         if not isinstance(peft_config, LoraConfig):
             sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
             return adapted
         _remove_vision_adapters(adapted)
         try:
-            tuned = reinit_peft(adapted, part, form)
+            tuned = reinit_peft(adapted, part, form, protect=protect if texts else 0.0, calibration=texts)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
         method = tuned.milora_targets[0].method
-        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_report), 'module')}\n")
+        protected = f", off {protect:.0%} of the inputs of ordinary text" if texts else ""
+        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_report), 'module')}{protected}\n")
         return tuned
 
     return get_peft_model
@@ -56,6 +64,17 @@ def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
         return loaded
 
     return from_pretrained
+
+
+def _texts(model: Any, protect: float) -> list[dict[str, Tensor]] | None:
+    if not protect:
+        return None
+    sys.stderr.write("milora: the base model writes texts, to find the inputs of ordinary text\n")
+    try:
+        return calibration_texts(model)
+    except CalibrationError as error:
+        sys.stderr.write(f"milora: inputs are not protected: {error.first.message}\n")
+        return None
 
 
 def _remove_vision_adapters(model: Any) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import beside, run
 from milora_vl.cli.flags import Command, option
+from milora_vl.recipe.policy_edits import PROTECTED
 
 if TYPE_CHECKING:
     from milora_vl.adapter.apply import Form
@@ -26,12 +27,16 @@ PARTS, FORMS = ("minor", "principal", "random", "middle"), ("anchored", "residua
 
 
 @contextmanager
-def get_peft_model_replaced(*modules: str, part: Part = "minor", form: Form = "anchored") -> Iterator[None]:
+def get_peft_model_replaced(
+    *modules: str, part: Part = "minor", form: Form = "anchored", protect: float | None = None
+) -> Iterator[None]:
     """Inside this context `get_peft_model` creates the same LoRA with MiLoRA's initialization and anchor.
 
     The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
     imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
     `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
+    `protect` is the share of the input energy of ordinary text that updates leave alone; 0 for none, and None for 0.95
+    if minor components train in the anchored form. A model that cannot write text protects nothing, and says so.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced():
@@ -46,9 +51,11 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", form: Form = "a
     from milora_vl.compat.peft import calls_replaced
     from milora_vl.integrations.peft_calls import replacement, restoring_loader  # before: they need the stock functions
 
+    if protect is None:
+        protect = PROTECTED if (part, form) == ("minor", "anchored") else 0.0
     namespaces = [peft, *(import_module(name) for name in modules)]
     loader = restoring_loader(peft.PeftModel.from_pretrained)
-    with calls_replaced(namespaces, replacement(peft.get_peft_model, part, form), loader):
+    with calls_replaced(namespaces, replacement(peft.get_peft_model, part, form, protect), loader):
         yield
 
 
@@ -71,6 +78,13 @@ def launcher(name: str, about: str, example: str) -> Command:
         settings=(
             option("--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"),
             option("--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 replaces the base weight"),
+            option(
+                "--protect",
+                type=float,
+                metavar="SHARE",
+                help="share of the input energy of ordinary text that updates leave alone; 0: none "
+                f"(default: {PROTECTED} for minor components in the anchored form)",
+            ),
             option(
                 "--in",
                 dest="modules",
@@ -98,7 +112,7 @@ COMMAND = launcher(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return the exit code."""
     chosen, arguments = parse(COMMAND, argv)
-    with get_peft_model_replaced(*chosen.modules, part=chosen.part, form=chosen.form):
+    with get_peft_model_replaced(*chosen.modules, part=chosen.part, form=chosen.form, protect=chosen.protect):
         launch(chosen.script, arguments)
     return 0
 

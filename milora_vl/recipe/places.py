@@ -85,11 +85,8 @@ def _typed(request: Request) -> dict[str, str]:
 def _rule_flags(request: Request) -> dict[str, str]:
     """Return the flag that has set each key of the rules; a key that two flags set in different rules is left out."""
     edits = asdict(request.edits)
-    flags = {
-        name: name
-        for name in ("method", "protect", "rank", "alpha", "dropout", "learning_rate")
-        if edits[name] is not None
-    }
+    of_rules = ("method", "protect", "rank", "alpha", "dropout", "learning_rate")
+    flags = {name: name for name in of_rules if edits[name] is not None}
     if edits["projector_learning_rate"] is None:
         return flags
     if "learning_rate" in flags:

@@ -1,4 +1,4 @@
-"""Apply `--method`, `--protect`, `--rank`, `--alpha`, `--dropout` and the learning-rate flags to the rules of a recipe."""
+"""Apply the flags of the policy (`--method`, `--protect`, `--rank`, ...) to the rules of a recipe."""
 
 from __future__ import annotations
 
