@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -45,6 +46,7 @@ from milora_vl.weights.matrices import gathered_in_forward
 WRITTEN_AT_ONCE = 32
 HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
+TASK_RECORDS, TASK_ROWS = 64, 4  # of the task's gradient: docs/studies/keep.md; few rows, since a backward needs memory
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
@@ -107,6 +109,18 @@ def make_batches(
     if not found:
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
     return found
+
+
+def task_batches(
+    recipe: Recipe, base: Base, processor: Any, targets: Sequence[Target], records: Sequence[Record]
+) -> list[Mapping[str, Tensor]] | None:
+    """Return batches of training records with labels, drawn at random; None if no rule has `method: gradient`."""
+    if not any(target.method == "gradient" for target in targets):
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+    chosen = [records[place] for place in torch.randperm(len(records), generator=generator)[:TASK_RECORDS].tolist()]
+    collate = collators.collator(recipe, base, processor, records[:100])
+    return [collate(chosen[start : start + TASK_ROWS]) for start in range(0, len(chosen), TASK_ROWS)]
 
 
 def _empty(message: str, where: Key) -> UserError:

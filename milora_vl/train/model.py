@@ -90,11 +90,13 @@ def build(
     targets: list[Target],
     checkpoint: Path | None,
     calibration: Sequence[Mapping[str, Any]] | None = None,
+    task: Sequence[Mapping[str, Any]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Built:
     """Apply the resolved policy, or load the adapter of `checkpoint`, else of the recipe, with its initial factors.
 
-    `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights.
+    `calibration` and `task` hold the batches for protected inputs and for the task's gradient. `dtype` is the data type
+    of the trained weights.
     """
     checkpoint_kind = checkpoint_kind_of(targets)
     adapter = checkpoint or (Path(recipe.adapter) if recipe.adapter else None)
@@ -111,6 +113,7 @@ def build(
             targets,
             form=recipe.form,
             calibration=calibration,
+            task=task,
             cache_dir=recipe.factor_cache,
             progress=True,
         )

@@ -227,15 +227,17 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded.model, targets)
-    batches = None
+    batches, task = None, None
     source = checkpoint or recipe.adapter
     if source is None:  # an adapter holds the factors that the calibration chose
         batches = calibration_batches.make_batches(
             recipe, loaded.base, loaded.model, loaded.processor, targets, inputs.data.train, screen
         )
+        task = calibration_batches.task_batches(recipe, loaded.base, loaded.processor, targets, inputs.data.train)
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if source is None else f"restoring {source}"):
-        built = model.build(recipe, loaded.model, targets, checkpoint, batches, training_arguments.trained_dtype(args))
+        dtype = training_arguments.trained_dtype(args)
+        built = model.build(recipe, loaded.model, targets, checkpoint, batches, task, dtype)
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return Adapted(built, spectra)
