@@ -1,6 +1,6 @@
 """Memory and time of protected inputs for one block, by default of a 7B Llama (hidden 4096, MLP 11008).
 
-python benchmarks/protected_inputs.py [--hidden 4096] [--mlp 11008] [--tokens 10752] [--share 0.9] [--rank 128]
+python benchmarks/protected_inputs.py [--hidden 4096] [--mlp 11008] [--tokens 10752] [--share 0.95]
 
 A block has four distinct inputs: of q, k, v; of o; of gate, up; and of down. Their activations are Gaussian with the
 spectrum 1/i, whose first 40 % of the directions hold 90 % of the energy (SmolLM2: 36 %). Prints one JSON line:
@@ -9,8 +9,6 @@ spectrum 1/i, whose first 40 % of the directions hold 90 % of the energy (SmolLM
     vectors     seconds for the eigenvectors of all four C
     directions  protected directions by input size
     bytes_C     memory of the four C, which one pass of the calibration holds at most 2 GiB of, and of the largest one
-    bytes_V     memory of V for the block, which stays during the training
-    project     seconds to project the seven factors of the block, once per optimizer step
     product     seconds of one product (hidden, hidden) x (hidden, hidden), the unit to compare machines with
 
 Times are CPU times of this process: other processes on the machine do not count.
@@ -27,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.adapter.protection import Directions
 from milora_vl.calibration.bases import first_directions
 
 
@@ -44,7 +41,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def measure(hidden: int, mlp: int, tokens: int, share: float, rank: int, seed: int) -> dict[str, Any]:
+def measure(hidden: int, mlp: int, tokens: int, share: float, seed: int) -> dict[str, Any]:
     """Return the measurements of one block."""
     generator = torch.Generator().manual_seed(seed)
     product, _ = timed(lambda: torch.randn(hidden, hidden) @ torch.randn(hidden, hidden))
@@ -52,14 +49,11 @@ def measure(hidden: int, mlp: int, tokens: int, share: float, rank: int, seed: i
     for size in (hidden, mlp):  # the inputs of q, o and gate have one size
         x = activations(tokens, size, generator)
         sums, C = timed(lambda x=x: x.T @ x / len(x))  # type: ignore[misc]
-        vectors, (V, held) = timed(lambda C=C: first_directions(C, share, None))  # type: ignore[misc]
-        A = torch.randn(rank, size, generator=generator)
-        project, _ = timed(lambda V=V, A=A: A - Directions(V).component(A))  # type: ignore[misc]
-        found[size] = {"sums": sums, "vectors": vectors, "project": project, "C": C.nbytes, "V": V.nbytes}
-        found[size] |= {"directions": V.shape[1], "held": held}
+        vectors, (V, held) = timed(lambda C=C: first_directions(C, share))  # type: ignore[misc]
+        found[size] = {"sums": sums, "vectors": vectors, "C": C.nbytes, "directions": V.shape[1], "held": held}
     small, large = found[hidden], found[mlp]
     return {
-        "hidden": hidden, "mlp": mlp, "tokens": tokens, "share": share, "rank": rank,
+        "hidden": hidden, "mlp": mlp, "tokens": tokens, "share": share,
         "threads": torch.get_num_threads(),
         "product": round(product, 2),
         "sums": round(3 * small["sums"] + large["sums"], 2),
@@ -67,8 +61,6 @@ def measure(hidden: int, mlp: int, tokens: int, share: float, rank: int, seed: i
         "vectors_by_size": {size: round(found[size]["vectors"], 2) for size in found},
         "directions": {size: found[size]["directions"] for size in found},
         "bytes_C": {"all": 3 * small["C"] + large["C"], "largest": large["C"]},
-        "bytes_V": 3 * small["V"] + large["V"],
-        "project": round(6 * small["project"] + large["project"], 3),
     }  # fmt: skip
 
 
@@ -78,8 +70,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--mlp", type=int, default=11008)
     parser.add_argument("--tokens", type=int, default=56 * 192)
-    parser.add_argument("--share", type=float, default=0.9)
-    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--share", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     print(json.dumps(measure(**vars(parser.parse_args()))))
 
