@@ -56,7 +56,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
 def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
     fixed = study.fixed(cell.method)
     if fixed is None:
-        protects = any((rule.get("protect") or {}).get("inputs") is not None for rule in rules)
+        protects = any(rule.get("protect") for rule in rules)
         return apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
     batch_size, cache = study.training(cell.method).batch_size, factors / study.task
     targets = Policy.parse(rules).resolve(base)

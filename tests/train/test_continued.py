@@ -20,7 +20,7 @@ from support.problems import raises_code
 from support.train_runs import losses, read_json, training
 
 MIXED = (
-    "[{modules: language, method: milora, rank: 4, protect: {inputs: 0.5}, learning_rate: 0.002, dropout: 0.1}, "
+    "[{modules: language, method: milora, rank: 4, protect: 0.5, learning_rate: 0.002, dropout: 0.1}, "
     "{modules: vision.q_proj, method: lora, rank: 2}, {modules: projector, method: full, learning_rate: 0.003}]"
 )
 POLICIES = {
