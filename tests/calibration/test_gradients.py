@@ -1,0 +1,130 @@
+"""`method: gradient`: A starts at the input directions in which the task's gradient is largest."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from milora_vl import apply_milora, load_adapter, save_adapter
+from milora_vl.adapter.install import lora_layer
+from milora_vl.calibration.gradients import gradient_sketches
+from milora_vl.policy import Policy
+from support.adapter_cases import one_rule, token_batch
+from support.calibrated import directions, leaks, llava_batches, text_batches
+from support.problems import raises_code
+
+RULES = one_rule(method="gradient", rank=4)
+IDS = token_batch(200, 12, 20)
+TASK = [{"input_ids": rows, "labels": rows} for rows in IDS.split(4)]
+
+
+def gradients(base: nn.Module, batches: Any, paths: list[str]) -> dict[str, Tensor]:
+    """The whole gradient of each weight, by torch."""
+    twin = copy.deepcopy(base).requires_grad_(True)
+    for batch in batches:
+        twin(**batch).loss.backward()
+    return {path: twin.get_submodule(path).weight.grad.flatten(1) for path in paths}
+
+
+def test_the_rows_hold_most_of_the_gradient_that_any_rows_could(tiny_llama) -> None:
+    base = tiny_llama()[0]
+    model = apply_milora(copy.deepcopy(base), RULES, task=TASK)
+    paths = [target.path for target in model.milora_targets]
+    for path, G in gradients(base, TASK, paths).items():
+        A = lora_layer(model, path).lora_A["default"].weight
+        found = torch.linalg.qr(A.T).Q  # (in, r)
+        most = torch.linalg.svdvals(G)[:4].square().sum()
+        assert (G @ found).square().sum() > 0.5 * most, path
+
+
+def test_a_gradient_of_low_rank_is_found_exactly() -> None:
+    torch.manual_seed(0)
+
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+            self.head = nn.Linear(8, 40)
+
+        def forward(self, pixels: Tensor, wanted: Tensor) -> Any:
+            out = self.head(self.patch(pixels).mean((2, 3)))
+            return type("Output", (), {"loss": (out * wanted).sum()})()
+
+    base = Scored()
+    batch = {"pixels": torch.randn(2, 3, 8, 8), "wanted": torch.randn(2, 40)}  # two records: rank 2
+    targets = Policy.parse([{"modules": "*", "method": "gradient", "rank": 2}]).resolve(base)
+    for path, sketch in gradient_sketches(base, targets, [batch]).items():
+        G = gradients(base, [batch], [path])[path]
+        rows = torch.linalg.svd(sketch, full_matrices=False).Vh[:2]
+        torch.testing.assert_close(G @ rows.T @ rows, G, atol=1e-5, rtol=1e-4)
+
+
+def test_nothing_of_the_model_changes(tiny_llama) -> None:
+    base = tiny_llama()[0].train()
+    before = {name: (p.clone(), p.requires_grad) for name, p in base.named_parameters()}
+    gradient_sketches(base, Policy.parse(RULES).resolve(base), TASK)
+    assert base.training
+    for name, parameter in base.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+
+
+@pytest.mark.parametrize("protect", [0, 0.6])
+def test_it_starts_at_the_base_learns_and_stays_off_protected_inputs(tiny_llama, tmp_path: Path, protect) -> None:
+    rules = one_rule(method="gradient", rank=4, protect=protect)
+    base = tiny_llama()[0]
+    texts = text_batches(vocabulary=200) if protect else None
+    model = apply_milora(tiny_llama()[0], rules, calibration=texts, task=TASK)
+    assert torch.equal(model(IDS).logits, base(IDS).logits)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    save_adapter(model, tmp_path)
+    stock = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path))
+    torch.testing.assert_close(stock(IDS).logits, model(IDS).logits)
+    again = load_adapter(tiny_llama()[0], tmp_path, is_trainable=True)
+    assert not any("lora_A" in name for name, p in again.named_parameters() if p.requires_grad)
+    if texts:
+        assert max(leaks(stock, directions(base, rules, texts))) < 1e-5
+
+
+def test_pictures_reach_the_projector_and_a_frozen_tower_is_no_obstacle(tiny_llava) -> None:
+    base = tiny_llava()[0]
+    rules = [
+        {"modules": name, "method": "gradient", "rank": 2} for name in ("language", "projector", "vision.layers[0]")
+    ]
+    task = [{**batch, "labels": batch["input_ids"]} for batch in llava_batches(base) if "pixel_values" in batch]
+    model = apply_milora(base, rules, task=task)
+    assert {target.tower for target in model.milora_targets} == {"language", "projector", "vision"}
+
+
+def test_bad_task_batches_are_refused(tiny_llama, tiny_llava) -> None:
+    with raises_code("task-missing", hint="task=["):
+        apply_milora(tiny_llama()[0], RULES)
+    with raises_code("task-unused"):
+        apply_milora(tiny_llama()[0], one_rule(), task=TASK)
+    with raises_code("calibration-batch", where="task"):
+        apply_milora(tiny_llama()[0], RULES, task=["hello"])  # type: ignore[list-item]
+    with raises_code("task-no-loss", hint="labels"):
+        apply_milora(tiny_llama()[0], RULES, task=[{"input_ids": IDS}])
+    rules = [{"modules": "projector", "method": "gradient", "rank": 2}]
+    with raises_code("task-unreached-layer", hint="pictures"):
+        apply_milora(tiny_llava()[0], rules, task=TASK)
+    broken = tiny_llama()[0]
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with raises_code("task-not-finite"):
+        apply_milora(broken, RULES, task=TASK)
