@@ -14,7 +14,7 @@ from milora_vl.recipe import continued, llava_flags
 from milora_vl.recipe.command_line import PROG, Request
 from milora_vl.recipe.hf_flags import overridden, value_of
 from milora_vl.recipe.llava_flags import Meaning
-from milora_vl.recipe.policy_edits import ADAPTERS, RuleDict, edited
+from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, RuleDict, edited
 from milora_vl.recipe.recipe_file import TEXT, RecipeFile, read
 from milora_vl.recipe.schema import Recipe, conflicts, policy_problems, values_of
 
@@ -65,7 +65,7 @@ def merge_recipe(request: Request) -> Merged:
         wrong = policy_problems(rules)
         problems += file_of_rules(request).located(wrong)
         with collected(problems):
-            after_flags = edited(rules, request.edits)
+            after_flags = edited(rules, _without_default_protection(request, file, rules))
             problems += [problem for problem in policy_problems(after_flags) if problem not in wrong]
     recipe, notes = None, [meaning.line] if meaning.line else []
     if of_file is not None and of_flags is not None and after_flags is not None and not problems:
@@ -103,6 +103,13 @@ def merge_recipe(request: Request) -> Merged:
         notes=notes,
         warnings=meaning.warnings,
     )
+
+
+def _without_default_protection(request: Request, file: RecipeFile, rules: list[RuleDict] | None) -> PolicyEdits:
+    """Return the edits of the flags; without a policy, the residual form ends the protection that is our default."""
+    form = request.overrides.get("form") or file.content.get("form")
+    is_default = request.edits.protect is None and (rules is None or request.llava)
+    return replace(request.edits, protect=0.0) if form == "residual" and is_default else request.edits
 
 
 def _merged_content(of_file: Recipe, request: Request, meaning: Meaning) -> tuple[dict[str, Any], list[str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from milora_vl.base.errors import UserError
+from milora_vl.recipe.policy_edits import DEFAULT_RULES, PROTECTED
 from milora_vl.train.command import main as train
 from support.plans import fitted, plan, section, settings
 from support.problems import raises_code
@@ -59,9 +60,12 @@ def test_methods_differ_only_by_their_name(method: str) -> None:
 def test_a_llava_script_means_milora_with_its_rank_and_its_projector_rate() -> None:
     chosen = settings(FINETUNE_LORA)
     assert chosen.recipe.policy == [
-        {"modules": "language", "method": "milora", "rank": 128, "alpha": 256, "dropout": 0.05, "learning_rate": 2e-4},
+        {
+            "modules": "language", "method": DEFAULT_RULES[0]["method"], "protect": PROTECTED,
+            "rank": 128, "alpha": 256, "dropout": 0.05, "learning_rate": 2e-4,
+        },
         {"modules": "projector", "method": "full", "learning_rate": 2e-5},
-    ]
+    ]  # fmt: skip
     assert chosen.notes == [
         "LLaVA flags: --lora_enable True trains MiLoRA of rank 128 on the language tower and the projector in full"
     ]
@@ -116,7 +120,7 @@ def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
     assert frozen.recipe.policy == plain[:1]
     assert frozen.recipe.data.image_aspect_ratio == "pad"
     lora = settings("--model tiny --method lora --rank 8 --freeze_mm_mlp_adapter True").recipe.policy
-    assert lora == [plain[0] | {"method": "lora"}]
+    assert lora == [{name: value for name, value in plain[0].items() if name != "protect"} | {"method": "lora"}]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ MIXED = (
     "{modules: vision.q_proj, method: lora, rank: 2}, {modules: projector, method: full, learning_rate: 0.003}]"
 )
 POLICIES = {
-    "milora": ["--rank", "4"],
+    "milora": ["--rank", "4", "--protect", "0"],
+    "protected": ["--rank", "4"],
     "lora": ["--rank", "4", "--method", "lora"],
     "residual": ["--policy", "[{modules: language, method: milora, rank: 4}]", "--form", "residual"],
     "mixed": ["--policy", MIXED],
