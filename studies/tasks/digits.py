@@ -78,7 +78,7 @@ class _Digits(ABC):
             "the digits have no calibration inputs",
             code="study-no-calibration",
             where="protect",
-            hint="remove  protect: {inputs: p}  from the arms of this study",
+            hint="remove  protect  from the arms of this study",
         )
 
     def measure(self, model: nn.Module) -> Measured:

@@ -80,9 +80,11 @@ def test_convolutions_embeddings_and_conv1d(made: Callable[[], nn.Module], sim: 
 
 
 def test_calibration_on_the_device_protects_inputs(sim: torch.device) -> None:
-    rules = one_rule(protect={"inputs": 0.5})
-    tuned = apply_milora(build("llama").to(sim), rules, calibration=[on(sim, batch("llama"))] * 2)
-    assert tuned.protections["default"]
+    inputs = on(sim, batch("llama"))
+    task = [{**inputs, "labels": inputs["input_ids"]}]
+    rules = [*one_rule(protect=0.5), {"modules": "language.mlp", "method": "gradient"}]
+    tuned = apply_milora(build("llama").to(sim), rules, calibration=[inputs] * 2, task=task)
+    assert len(tuned.milora_protection) == 14
     assert torch.allclose(logits(tuned, on(sim, batch("llama"))), logits(build("llama"), batch("llama")), atol=1e-5)
 
 
