@@ -21,8 +21,9 @@ from milora_vl.factors.initialize import Initial
 from milora_vl.policy.rules import Target
 from milora_vl.svd.precision import full_precision
 
-# PEFT's LoRA starts with rows of this length in every layer, so a learning rate that suits it suits a fixed A.
-ROW_LENGTH = 3**-0.5
+# Twice the length that PEFT's LoRA starts with in every layer: a fixed A learns best at twice the learning rate
+# (docs/studies/keep.md), so that the rate of a LoRA suits it.
+ROW_LENGTH = 2 * 3**-0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,7 @@ def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
 
     >>> A, kept = off_inputs(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     >>> A, round(kept, 2)
-    (tensor([[0.0000, 0.5774]]), 0.64)
+    (tensor([[0.0000, 1.1547]]), 0.64)
     """
     rows = rows.float()
     with full_precision(rows.device):

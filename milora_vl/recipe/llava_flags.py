@@ -16,7 +16,7 @@ from milora_vl.recipe.policy_edits import DEFAULT_RULES, PROTECTED, without_proj
 FLAGS: dict[str, tuple[str, str]] = {
     "lora_enable": (
         "bool",
-        "MiLoRA on the language tower (plain LoRA with --method lora), the projector in full",
+        "an adapter on the language tower (LoRA with --method lora), the projector in full",
     ),
     "lora_bias": ("str", "only none is supported: biases stay frozen"),
     "tune_mm_mlp_adapter": ("bool", "train the projector alone (stage 1, pretrain.sh)"),
@@ -145,7 +145,7 @@ def _rules(
         rule = {"rank": rank, "alpha": 16 if alpha is None else alpha, "dropout": 0.05 if dropout is None else dropout}
         language = {"modules": "language", "method": DEFAULT_RULES[0]["method"], "protect": PROTECTED, **rule}
         return [language, *projector], (
-            f"--lora_enable True trains MiLoRA of rank {rank} on the language tower {of_projector}"
+            f"--lora_enable True trains an adapter of rank {rank} on the language tower {of_projector}"
         )
     if flags.get("freeze_backbone"):
         return projector, "--freeze_backbone True trains only the projector"

@@ -65,7 +65,7 @@ def merge_recipe(request: Request) -> Merged:
         wrong = policy_problems(rules)
         problems += file_of_rules(request).located(wrong)
         with collected(problems):
-            after_flags = edited(rules, _without_default_protection(request, file, rules))
+            after_flags = edited(rules, _edits(request, file, rules))
             problems += [problem for problem in policy_problems(after_flags) if problem not in wrong]
     recipe, notes = None, [meaning.line] if meaning.line else []
     if of_file is not None and of_flags is not None and after_flags is not None and not problems:
@@ -105,11 +105,13 @@ def merge_recipe(request: Request) -> Merged:
     )
 
 
-def _without_default_protection(request: Request, file: RecipeFile, rules: list[RuleDict] | None) -> PolicyEdits:
-    """Return the edits of the flags; without a policy, the residual form ends the protection that is our default."""
+def _edits(request: Request, file: RecipeFile, rules: list[RuleDict] | None) -> PolicyEdits:
+    """Return the edits of the flags. Without a policy, the residual form means MiLoRA as in the paper."""
     form = request.overrides.get("form") or file.content.get("form")
     is_default = request.edits.protect is None and (rules is None or request.llava)
-    return replace(request.edits, protect=0.0) if form == "residual" and is_default else request.edits
+    if form != "residual" or not is_default:
+        return request.edits
+    return replace(request.edits, protect=0.0, method=request.edits.method or "milora")
 
 
 def _merged_content(of_file: Recipe, request: Request, meaning: Meaning) -> tuple[dict[str, Any], list[str]]:

@@ -125,7 +125,7 @@ class SweepConfig(Strict):
 
 
 class Recipe(Strict):
-    """One run. `policy: null` is MiLoRA on the language tower and the projector in full.
+    """One run. `policy: null` is a protected adapter on the language tower and the projector in full.
 
     >>> Recipe.parse({"model": "tiny", "train": {"warmup_ratio": 0.03}}).train["warmup_steps"]
     0.03

@@ -86,7 +86,7 @@ def test_vision_language_models_have_their_published_sizes_without_a_network(nam
 
 
 def test_the_papers_recipe_is_that_of_table_11() -> None:
-    chosen = recipe("milora-llava-1.5-7b")
+    chosen = recipe("paper-visual")
     assert chosen.policy == [
         {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
         {"modules": "projector", "method": "full", "learning_rate": 2e-5},
@@ -95,12 +95,14 @@ def test_the_papers_recipe_is_that_of_table_11() -> None:
     assert (train["lr_scheduler_type"], train["warmup_steps"], train["num_train_epochs"]) == ("cosine", 0.03, 1)
 
 
-def test_lora_and_milora_differ_in_method_and_alpha_alone() -> None:
-    lora, milora = recipe("lora-llava-1.5-7b"), recipe("milora-llava-1.5-7b")
+def test_the_recipe_of_lora_trains_on_the_same_data_at_the_same_rates() -> None:
+    lora, ours = recipe("lora-llava-1.5-7b"), recipe("milora-llava-1.5-7b")
     assert lora.policy is not None
-    assert milora.policy is not None
-    assert lora.policy[0] == milora.policy[0] | {"method": "lora", "alpha": 256}
-    assert lora.model_copy(update={"policy": milora.policy}) == milora
+    assert ours.policy is not None
+    kept = {name: value for name, value in ours.policy[0].items() if name != "protect"}
+    assert lora.policy == [kept | {"method": "lora", "alpha": 256}, ours.policy[1]]
+    assert lora.data == ours.data
+    assert lora.train | {"deepspeed": "zero2"} == ours.train
 
 
 @pytest.mark.parametrize("name", llava_recipes.names("deepspeed"))
