@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from milora_vl.calibration.texts import LENGTH
 from milora_vl.forecast.estimate import (
     A100_FLOPS,
     GIB,
     Workload,
+    calibration_seconds,
     distinct_inputs,
     duration_text,
     expected_directions,
@@ -89,6 +91,12 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     if inputs := distinct_inputs(targets):
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
+        settings = recipe.calibration
+        tokens = (settings.num_samples + 8) * LENGTH + settings.num_pictures * min(work.tokens, 700)
+        planned = calibration_seconds(work.total, inputs, tokens)
+        out.append(
+            f"        finding them takes about {duration_text(planned)} on one A100 (planned, not measured), once"
+        )
     return Costs(out, change)
 
 

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
+from milora_vl.calibration.activations import PASS_BYTES
 from milora_vl.plan.launch import Strategy
 from milora_vl.policy import Target
 
 GIB = 1024**3
 A100_FLOPS = 312e12 * 0.4  # bf16 peak times the utilization of LLaVA's scripts
+FLOAT32_FLOPS = 15e12  # A100 without TF32
+EIGEN_FLOPS = 1.5e12  # of its symmetric eigenvalue solver in float32, for matrices of 10,000 rows
 LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters gathered, or stepped, at once
 
 
@@ -137,6 +140,19 @@ def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
             group = next((",".join(sorted(names)) for names in _SAME_INPUT if leaf in names), leaf)
             found.setdefault((parent, group), target)
     return list(found.values())
+
+
+def calibration_seconds(parameters: int, inputs: Sequence[Target], tokens: int) -> float:
+    """Return about the seconds that an A100 needs to find the protected directions of these inputs, by a plan alone.
+
+    Each pass over the calibration runs the model and sums C of 2 GiB of inputs; a pass ends at its last layer, so it
+    runs half of the model on average. Sums and eigenvectors are in float32.
+    """
+    sizes = [float(target.shape[1]) for target in inputs]
+    passes = math.ceil(4 * sum(size**2 for size in sizes) / PASS_BYTES)
+    forward = 2 * parameters * tokens * (passes + 1) / 2
+    sums = sum(2 * size**2 * tokens for size in sizes)
+    return forward / A100_FLOPS + sums / FLOAT32_FLOPS + sum(9 * size**3 for size in sizes) / EIGEN_FLOPS
 
 
 def measured_flops(size: int = 1024) -> float:
