@@ -25,7 +25,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.pictures.files import content_of, place_of
+from milora_data.pictures.files import ImageError, content_of, load_image, place_of
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.base.atomic_write import write_json
@@ -95,7 +95,8 @@ def make_batches(
         pictured = with_pictures(records, settings.num_pictures)
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has exactly one picture")
-        found += _collated(collate, _captioned(sources, pictured, collate.image_folder))
+        readable = [record for record in pictured if _is_readable(collate.image_folder, record)]
+        found += _collated(collate, _captioned(sources, readable, collate.image_folder))
     elif settings.pictures:
         screen.warn("calibration.pictures has no effect: this model has no vision tower")
     if settings.data is not None:
@@ -193,6 +194,14 @@ def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
     by_picture = {record.images: record for record in records if len(record.images) == 1}
     unique = list(by_picture.values())
     return unique[:: max(1, len(unique) // count)][:count]
+
+
+def _is_readable(folder: Path, record: Record) -> bool:
+    """Return whether the picture of a record can be read; the training handles others as `bad_images` says."""
+    try:
+        return all(load_image(place_of(folder, name)) for name in record.images)
+    except ImageError:
+        return False
 
 
 def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
