@@ -108,7 +108,7 @@ def _second_moments(
 
     handles = [model.get_submodule(path).register_forward_pre_hook(hook_of(path)) for path in paths]
     for batch, positions in zip(batches, positions_of(batches, image_token_of(model)), strict=True):
-        weights = None if positions is None else positions.weights
+        weights = positions
         model(
             **{name: value.to(_dtype(model)) if value.is_floating_point() else value for name, value in batch.items()}
         )

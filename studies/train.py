@@ -100,10 +100,7 @@ def _train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, flo
     def loss_of(batch: Any) -> Tensor:
         return task.loss(model, batch) if rival is None else loss_with(rival, task, model, batch, texts)
 
-    groups = parameter_groups(
-        model, model.milora_targets, learning_rate=cell.learning_rate, weight_decay=training.weight_decay,
-        decays={name for name, p in model.named_parameters() if p.ndim > 1},
-    )  # fmt: skip
+    groups = parameter_groups(model, learning_rate=cell.learning_rate, weight_decay=training.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cell.learning_rate)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(training.warmup * training.steps), training.steps)
     batches = task.batches(training.batch_size, cell.seed)
