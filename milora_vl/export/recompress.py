@@ -32,12 +32,14 @@ def recompress(
 ) -> tuple[PlainAdapter, dict[str, Loss]]:
     """Return the adapter with factors of `rank`, and the loss per module.
 
-    None means half the rank of each module's joined factors, its r. Modules of lower rank keep their rank. The loss
-    includes the rounding of the stored factors to `dtype`.
+    None means the r of each module: that of its rule, else half the rank of its joined factors. Modules of lower rank
+    keep their rank. The loss includes the rounding of the stored factors to `dtype`.
     """
+    targets = adapter.sidecar.targets if adapter.sidecar is not None else ()
+    own = {target.path: target.rank for target in targets}
     factors, losses = {}, {}
     for path, low in adapter.factors.items():
-        small = _truncate(low, rank if rank is not None else max(1, low.rank // 2))
+        small = _truncate(low, rank or own.get(path) or max(1, low.rank // 2))
         factors[path] = small if dtype is None else small.cast(dtype)
         losses[path] = loss_of(low, factors[path])
     return replace(adapter, factors=factors, sidecar=None), losses

@@ -229,6 +229,15 @@ def test_unconverted_starts_of_peft_are_refused_where_they_would_be_wrong(run) -
     assert not (run.root / "out").exists()
 
 
+def test_rank_r_keeps_the_rank_of_each_rule(run) -> None:
+    """A module whose stored factors have its r, such as a plain LoRA, loses nothing."""
+    done = export(run.root / "adapter", "rank-r", run.root / "out")
+    ranks = {t.path: t.rank for t in run.model.milora_targets if t.rank is not None}
+    assert {path: rank for path, (rank, _) in done.layers.items()} == ranks
+    losses = {t.method: done.layers[t.path][1] for t in run.model.milora_targets if t.rank is not None}
+    assert losses["lora"] < 1e-6 < 1e-2 < losses["milora"]
+
+
 def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
     for form in ("merged", "residual"):
         with raises_code("adapter-wrong-base"):
