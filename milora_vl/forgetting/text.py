@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from milora_data.encode.tokens import bos_ids
-from milora_vl.calibration.texts import SEED, padded, sampled_rows
+from milora_vl.calibration.texts import RESERVED, SEED, padded, sampled_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def sampled_batches(
     All ids but the first count. `without_adapter` samples from the base model of a PeftModel. The random state of the
     caller does not change. Raises ValueError for the seed of the calibration texts, which would be measured again.
     """
-    if seed & 0xFFFFFFFF == SEED:  # torch's generator of the CPU uses 32 bits
+    if 0 <= (seed & 0xFFFFFFFF) - SEED < RESERVED:  # torch's generator of the CPU uses 32 bits
         raise ValueError(f"seed {seed} gives the calibration texts of protected inputs; use another seed")
     count = max(2, -(-num_tokens // (length - 1)))  # a single document has no standard error
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()

@@ -92,6 +92,13 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     ),
     "eval_suite_limit": ("eval.suite_limit", "int", (), "questions per benchmark during training"),
     "forgetting_every": ("eval.forgetting_every", "int", (), "measure forgetting every N steps and at the last step"),
+    "calibration_samples": (
+        "calibration.samples",
+        "int",
+        (),
+        "texts that the base writes to find protected inputs [48]",
+    ),
+    "calibration_pictures": ("calibration.pictures", "int", (), "pictures that the base describes for it [64]"),
     "projector_weights": (
         "projector_weights",
         "str",

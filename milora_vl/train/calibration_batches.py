@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ from milora_vl.train import collators
 from milora_vl.weights.distributed import gather, rank_and_world_size
 from milora_vl.weights.matrices import gathered_in_forward
 
-WRITTEN_AT_ONCE = 32
+PART = 16  # texts or captions that are cached together: what an interrupted calibration does not write again
 HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
 TASK_RECORDS, TASK_ROWS = 64, 4  # of the task's gradient: docs/studies/keep.md; few rows, since a backward needs memory
@@ -51,10 +51,10 @@ QUESTION = "Write a short summary of the picture."  # no question of the picture
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
-_VERSION = 2  # increase it if equal settings can give other texts
+_VERSION = 3  # increase it if equal settings can give other texts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Sources:
     """What the sources of a run read and write."""
 
@@ -67,6 +67,11 @@ class _Sources:
     def tokenizer(self) -> Any:
         """Return the tokenizer of the model."""
         return loading.split_processor(self.processor)[0]
+
+    @cached_property
+    def weights(self) -> str:
+        """Return the hash of the weights."""
+        return weights_digest(self.model)
 
 
 def make_batches(
@@ -171,20 +176,19 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
             hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
         )
     total = count + HELD_OUT_TEXTS
+    rows: list[list[int]] = []
+    with _bar("writing calibration texts", total) as bar:
+        for number, begin in enumerate(range(0, total, PART)):
+            part = min(PART, total - begin)
 
-    def write() -> list[list[int]]:
-        with _bar("writing calibration texts", total) as bar:
-            return sampled_rows(
-                model,
-                *ends_of(tokenizer),
-                count=total,
-                length=LENGTH,
-                batch_size=WRITTEN_AT_ONCE,
-                seed=SEED,
-                on_batch=bar.update,
-            )
+            def write(seed: int = SEED + number, part: int = part) -> list[list[int]]:
+                ends = ends_of(tokenizer)
+                return sampled_rows(
+                    model, *ends, count=part, length=LENGTH, batch_size=part, seed=seed, on_text=bar.update
+                )
 
-    rows = _cached(sources, f"texts {total} {LENGTH}", write)
+            rows += _cached(sources, f"texts {number} {part} {LENGTH}", write)
+            bar.update(begin + part - bar.n)
     kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 
@@ -210,22 +214,27 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
     turn = Turn("user", f"{IMAGE}\n{QUESTION}")
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
 
-    def write() -> list[str]:
-        with _bar("describing calibration pictures", len(records)) as bar:
-            captions = generate(
-                sources.model,
-                sources.processor,
-                [Prompt((turn,), paths) for paths in pictures],
-                template=recipe.template,
-                max_new_tokens=CAPTION_TOKENS,
-                image_aspect_ratio=recipe.data.image_aspect_ratio,
-                on_batch=lambda places, _: bar.update(len(places)),
-            )
-        return [*captions]
+    captions: list[str] = []
+    with _bar("describing calibration pictures", len(records)) as bar:
+        for begin in range(0, len(pictures), PART):
+            part = pictures[begin : begin + PART]
 
-    digests = [[_digest(path) for path in paths] for paths in pictures]
-    settings = f"captions {recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION} {digests}"
-    captions = _cached(sources, settings, write)
+            def write(part: Sequence[tuple[str | Path, ...]] = part) -> list[str]:
+                answers = generate(
+                    sources.model,
+                    sources.processor,
+                    [Prompt((turn,), paths) for paths in part],
+                    template=recipe.template,
+                    max_new_tokens=CAPTION_TOKENS,
+                    image_aspect_ratio=recipe.data.image_aspect_ratio,
+                    on_batch=lambda places, _: bar.update(len(places)),
+                )
+                return [*answers]
+
+            digests = [[_digest(path) for path in paths] for paths in part]
+            asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
+            captions += _cached(sources, f"captions {asked} {digests}", write)
+            bar.update(begin + len(part) - bar.n)
     return [
         replace(record, turns=(turn, Turn("assistant", caption)))
         for record, caption in zip(records, captions, strict=True)
@@ -296,7 +305,7 @@ def _cached(sources: _Sources, settings: str, write: Callable[[], list[Any]]) ->
 
 def _cache_file(sources: _Sources, settings: str) -> Path:
     folder = Path(sources.recipe.factor_cache or cache_dir() / "calibration")
-    key = hashlib.sha256(f"{_VERSION} {weights_digest(sources.model)} {settings}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{_VERSION} {sources.weights} {settings}".encode()).hexdigest()[:32]
     return folder / f"calibration-{key}.json"
 
 

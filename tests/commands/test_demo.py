@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import llava_recipes
-from milora_vl.demo import main
+from milora_vl.demo import FULL, QUICK, fitted, main
 from support.eval_questions import write_questions
 from support.problems import raises_code
 
@@ -21,7 +21,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("train.json", "val.json"):
         shutil.copy(questions / "test.json", questions / name)
     recipe = llava_recipes.read("smol-llava-demo").replace("model: smol-llava", "model: tiny")
-    recipe = recipe.replace("rank: 32, alpha: 32", "rank: 4, alpha: 4").replace("max_steps: 150", "max_steps: 2")
+    recipe = recipe.replace("rank: 64, alpha: 64", "rank: 4, alpha: 4").replace("max_steps: 150", "max_steps: 2")
     (tmp_path / "tiny.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -48,5 +48,14 @@ def test_a_step_that_fails_stops_the_demo(place: Path, capfd, forked_programs: N
         main(["--recipe", "no-such-recipe"])
     err = capfd.readouterr().err
     assert "no-such-recipe" in err
-    assert err.startswith("5 steps, about six minutes on two free cores")  # before anything is imported or downloaded
+    assert err.startswith("5 parts: ")  # the size, before anything is downloaded
     assert "[2/5] Fine-tune." in err
+
+
+@pytest.mark.parametrize("seconds", [60, 290, 700, 1500, 9000, 1e7])
+def test_a_slower_machine_does_less_and_never_less_than_quick(seconds: float) -> None:
+    chosen = fitted(seconds)
+    for name in ("steps", "texts", "pictures", "forgetting_tokens"):
+        assert getattr(QUICK, name) <= getattr(chosen, name) <= getattr(FULL, name)
+    assert chosen.steps == max(20, min(150, round(150 * 300 / seconds)))
+    assert (chosen.questions is None) == (seconds <= 300)

@@ -79,12 +79,13 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
     shown = capfd.readouterr().err
     assert "writing calibration texts" in shown
     assert "describing calibration pictures" in shown
-    assert len(list(cache.glob("calibration-*.json"))) == 2
+    assert len(list(cache.glob("calibration-*.json"))) == 5  # four parts of the texts, one of the captions
     protected = protected_by(recipe(tiny_data))
     assert max(leaks(PeftModel.from_pretrained(tiny_llava()[0], str(whole)), protected)) < 1e-5
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoint-6")
     (part / "adapter_model.safetensors").unlink()
+    capfd.readouterr()
     assert main(training(tiny_data, part, *PROTECT, "--save_steps", "3", "--resume_from_checkpoint", "true")) == 0
     assert "calibration" not in capfd.readouterr().err
     assert losses(part) == losses(whole)
@@ -168,9 +169,30 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
     for batch_size in (1, 8, 16, 24, 32):
         probe = sampled_batches(base, processor.tokenizer, num_tokens=480, length=16, batch_size=batch_size)
         assert not starts & {tuple(row.tolist()) for batch in probe for row in batch.inputs["input_ids"]}
-    for seed in (SEED, SEED + 2**32):
+    for seed in (SEED, SEED + 3, SEED + 2**32):
         with pytest.raises(ValueError, match="use another seed"):
             next(sampled_batches(base, processor.tokenizer, seed=seed))
+
+
+def test_an_interrupted_calibration_does_not_write_its_parts_again(tiny_data: Path, monkeypatch) -> None:
+    settings, sampled = recipe(tiny_data, samples=40, pictures=0), calibration_batches.sampled_rows
+    left = [0, 0]  # calls until Ctrl-C
+    seeds: list[int] = []
+
+    def interrupted(*arguments: Any, seed: int, **options: Any) -> Any:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        seeds.append(seed)
+        return sampled(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(calibration_batches, "sampled_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(settings)
+    left.extend([0])
+    batches = calibrated(settings)
+    assert seeds == [SEED, SEED + 1, SEED + 2]
+    assert sum(len(batch["input_ids"]) for batch in batches) == 48
 
 
 def test_files_and_records_calibrate_without_the_model_writing(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
