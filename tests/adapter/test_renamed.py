@@ -40,6 +40,7 @@ def test_it_gives_the_same_logits_and_the_same_projector(adapted, is_trainable: 
     assert any(p.requires_grad for p in loaded.parameters()) is is_trainable
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer ignores rules")
 def test_it_trains_on_there_and_comes_back(adapted, tiny_llava) -> None:
     ids = token_batch(200)
     loaded = load_adapter(adapted.other, adapted.folder, is_trainable=True)

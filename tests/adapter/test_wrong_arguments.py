@@ -28,8 +28,8 @@ def test_none_is_no_folder(tiny_llama: Callable[..., Any], tmp_path: Path, monke
 
 
 def test_a_collator_refuses_at_once_what_it_would_trip_over(tiny_llava: Callable[..., Any]) -> None:
-    processor = tiny_llava()[1]
+    tokenizer = tiny_llava()[1].tokenizer
     with raises_code("template-unknown", hint="did you mean vicuna_v1?"):
-        ImageTextCollator(processor, template="vicunna")
+        ImageTextCollator(tokenizer, template="vicunna")
     with raises_code("flag-value", message="max_length must be at least 1, got 0"):
-        ImageTextCollator(processor, max_length=0)
+        ImageTextCollator(tokenizer, max_length=0)
