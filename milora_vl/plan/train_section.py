@@ -52,6 +52,7 @@ class TrainSection:
     arguments: dict[str, Any]
     launch: Launch
     warnings: tuple[str, ...]
+    compiled: dict[str, str] | None  # arguments of torch.compile for the blocks of the language tower
 
 
 def derive(fitted: Fitted, launch: Launch) -> TrainSection:
@@ -93,7 +94,21 @@ def derive(fitted: Fitted, launch: Launch) -> TrainSection:
         train["eval_strategy"] = "steps" if by_steps else "epoch"
         if by_steps:
             train.setdefault("eval_steps", value_of(train, "save_steps"))
-    return TrainSection(train, launch, tuple(warnings))
+    if train.get("use_liger_kernel"):
+        # Liger's fused loss would replace the forward that computes our loss in chunks. Its other kernels stay.
+        kernels = train.get("liger_kernel_config") or {}
+        if kernels.get("fused_linear_cross_entropy"):
+            warnings.append("train.liger_kernel_config: fused_linear_cross_entropy has no effect; it is always off")
+        train["liger_kernel_config"] = {**kernels, "fused_linear_cross_entropy": False}
+    return TrainSection(train, launch, tuple(warnings), _compiled(train))
+
+
+def _compiled(train: dict[str, Any]) -> dict[str, str] | None:
+    """Take the settings of torch.compile out of the arguments: HF would compile the whole model, without our loss."""
+    is_on = train.pop("torch_compile", False)
+    named = {name: train.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
+    options = {name: value for name, value in named.items() if value is not None}
+    return options if is_on or options else None
 
 
 def conflicts(fitted: Fitted, section: TrainSection) -> list[Problem]:
@@ -107,6 +122,13 @@ def conflicts(fitted: Fitted, section: TrainSection) -> list[Problem]:
         message = "ZeRO-3 shards the vision tower, and the cache needs its complete weights"
         hint = "use --deepspeed zero2, or remove the cache"
         found.append(Problem(message, "feature-cache-zero3", Key.of("data.feature_cache"), hint))
+    if (train.get("activation_checkpointing_kwargs") or {}).get("offload") and train_device(train).type == "cpu":
+        message = "offload moves activations from a GPU to the CPU, and this run is on a CPU"
+        key = Key.of("train.activation_checkpointing_kwargs")
+        found.append(Problem(message, "offload-no-gpu", key, "leave offload out"))
+    if section.compiled is not None and launch.zero_stage == 3:
+        message = "ZeRO-3 gathers weights in hooks, which torch.compile can't trace"
+        found.append(Problem(message, "compile-zero3", Key.of("train.torch_compile"), "use --deepspeed zero2"))
     if recipe.quantization != "none" and launch.zero_stage == 3:
         hint = "use --deepspeed zero2, as LLaVA's finetune_qlora.sh does"
         message = "ZeRO-3 cannot shard a quantised base"

@@ -83,7 +83,12 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "quant_type": ("quant_type", "str", (), "4-bit data type of the base: nf4 or fp4"),
     "double_quant": ("double_quant", "bool", (), "also quantise the constants of a 4-bit base"),
     "dtype": ("dtype", "str", (), "data type of the frozen weights: auto, float32, bfloat16, float16 or fastest"),
-    "attn_implementation": ("attn_implementation", "str", (), "sdpa (default), eager or flash_attention_2"),
+    "attn_implementation": (
+        "attn_implementation",
+        "str",
+        (),
+        "attention by its name in transformers: sdpa (default), eager, flash_attention_2, ...; or one per tower",
+    ),
     "eval_suite_every": (
         "eval.suite_every",
         "int",

@@ -137,7 +137,7 @@ class Recipe(Strict):
     quant_type: Literal["nf4", "fp4"] = "nf4"  # data type with 4bit
     double_quant: bool = True  # with 4bit: also quantise the quantisation constants
     dtype: Literal["auto", "float32", "bfloat16", "float16", "fastest"] = "auto"  # data type of the frozen weights
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attn_implementation: str | dict[Literal["language", "vision"], str] = "sdpa"  # a name, or one per tower
     parts: PartsConfig = PartsConfig()
     projector_weights: str | None = None  # file or folder with initial weights of the projector
     template: str = "vicuna_v1"
@@ -154,6 +154,17 @@ class Recipe(Strict):
     @classmethod
     def _known_template(cls, value: str) -> str:
         return template_name(value)
+
+    @field_validator("attn_implementation", mode="before")
+    @classmethod
+    def _by_tower(cls, value: Any) -> Any:
+        """Read a mapping from the text of a flag."""
+        return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
+
+    def attention_of(self, tower: Literal["language", "vision"]) -> str:
+        """Return the name of the attention implementation of a tower, as transformers knows it."""
+        named = self.attn_implementation
+        return named if isinstance(named, str) else named.get(tower, "sdpa")
 
     @classmethod
     def parse(cls, content: Mapping[str, Any], file: RecipeFile | None = None) -> Recipe:

@@ -41,7 +41,7 @@ def collator(
         image_aspect_ratio=recipe.data.image_aspect_ratio,
         bad_images=recipe.data.bad_images,
         jpeg_decoding=recipe.data.jpeg_decoding,
-        packing="flat" if recipe.attn_implementation == "flash_attention_2" else "rows",
+        packing="flat" if "flash" in recipe.attention_of("language") else "rows",
         substitutes=substitutes,
     )
 

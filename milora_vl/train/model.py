@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.adapter.apply import apply_targets
 from milora_vl.adapter.files import load_adapter
+from milora_vl.adapter.install import base_model_of
 from milora_vl.adapter.sidecar import FILE_NAME
 from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.cli.command_line import amount
@@ -24,6 +25,7 @@ from milora_vl.models.quantized import quantization_config, unquantized
 from milora_vl.plan.base import Base
 from milora_vl.plan.screen import frozen_towers, trained_sizes
 from milora_vl.policy import Target
+from milora_vl.policy.towers import find_towers
 from milora_vl.recipe.schema import Recipe
 from milora_vl.train.trainer import CheckpointKind
 
@@ -44,7 +46,7 @@ def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.devi
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe, base))
     limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
-    _set_attention(model, recipe.attn_implementation)
+    _set_attention(model, recipe)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
     return model, processor
@@ -64,13 +66,20 @@ def _quantization(recipe: Recipe, base: Base) -> Any:
     )
 
 
-def _set_attention(model: Any, name: str) -> None:
+def _set_attention(model: Any, recipe: Recipe) -> None:
+    """Set the implementations of the towers. transformers names them by the parts of the config."""
+    name: Any = recipe.attn_implementation
+    if not isinstance(name, str):
+        config, language = model.config, recipe.attention_of("language")
+        text = config.get_text_config()
+        name = {key: recipe.attention_of("vision") for key in config.sub_configs if key.startswith("vision")}
+        name |= {key: language for key in config.sub_configs if getattr(config, key) is text} | {"": language}
     try:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         reason = first_line(error)
         raise UserError(
-            f"{name} is not available here: {reason}",
+            f"{recipe.attn_implementation} is not available here: {reason}",
             code="attention-unavailable",
             where=Key.of("attn_implementation"),
             hint="use sdpa or eager",
@@ -136,6 +145,17 @@ def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequ
             where=str(adapter),
             hint="restore the recipe.yaml that belongs to the adapter",
         )
+
+
+def compile_blocks(model: nn.Module, options: Mapping[str, str]) -> None:
+    """Compile each block of the language tower by itself; equal blocks share their code.
+
+    The loss in chunks, the vision tower and checkpointing stay outside. `options` are arguments of torch.compile.
+    """
+    base = base_model_of(model)
+    for path in find_towers(base).stacks.get("language", ()):
+        for block in base.get_submodule(path).children():
+            block.compile(**options)
 
 
 def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> None:

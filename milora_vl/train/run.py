@@ -238,6 +238,8 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     with screen.step("applying the policy" if source is None else f"restoring {source}"):
         dtype = training_arguments.trained_dtype(args)
         built = model.build(recipe, loaded.model, targets, checkpoint, batches, task, dtype)
+    if plan.section.compiled is not None:
+        model.compile_blocks(built.model, plan.section.compiled)
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
     return Adapted(built, spectra)

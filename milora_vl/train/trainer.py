@@ -147,8 +147,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         kinds: Sequence[object] | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        # Before anything wraps its forward. torch.compile cannot trace the chunks: it compiles the plain loss.
-        self.chunked = not args.torch_compile and add_chunked_loss(base_model_of(model))
+        self.chunked = add_chunked_loss(base_model_of(model))  # before anything wraps its forward
         super().__init__(
             model,
             args,

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AttentionInterface
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.lengths import encoded_lengths
@@ -90,6 +93,28 @@ def test_packed_equals_unpacked(
     together = summed_losses(model, batch)
     alone = sum(summed_losses(model, collator([record])) for record in records)
     assert torch.allclose(together, alone, rtol=1e-4, atol=1e-4)
+
+
+def varlen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> tuple[Tensor, None]:
+    """Attention within the borders of the records, as flash attention computes it."""
+    assert mask is None
+    lengths = options["cu_seq_lens_q"].diff().tolist()
+    assert torch.equal(options["cu_seq_lens_q"], options["cu_seq_lens_k"])
+    assert max(lengths) == options["max_length_q"] == options["max_length_k"]
+    parts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def test_flash_attention_gets_the_borders_of_packed_texts(tiny_llama: Callable[..., Any]) -> None:
+    AttentionInterface.register("varlen", varlen)
+    model, tokenizer = tiny_llama()
+    records = [question("a", "b"), question("What?", "That."), question("And?", "So.")]
+    batch = ImageTextCollator(tokenizer, packing="flat")([records[:2], records[2:]])
+    del batch["labels"]
+    expected = model(**{name: batch[name] for name in ("input_ids", "position_ids", "use_cache")}).logits
+    model.set_attn_implementation("varlen")
+    assert torch.allclose(model(**batch).logits, expected, atol=1e-5)
 
 
 def test_a_row_of_texts_gets_a_hidden_picture_and_nothing_is_predicted_across_records(parts: Any) -> None:

@@ -253,8 +253,9 @@ def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path
 
 
 @pytest.mark.slow  # torch.compile
-def test_a_training_may_be_compiled(tiny_data: Path, tmp_path: Path) -> None:
-    flags = ["--rank", "4", "--lora_dropout", "0"]
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]])
+def test_a_training_may_be_compiled(more: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    flags = ["--rank", "4", "--lora_dropout", "0", *more]
     assert main(training(tiny_data, tmp_path / "plain", *flags)) == 0
     compiled = ["--torch_compile", "True", "--torch_compile_backend", "eager"]
     assert main(training(tiny_data, tmp_path / "compiled", *flags, *compiled)) == 0

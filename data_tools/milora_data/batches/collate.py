@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
-from milora_data.batches.rows import Row, joined, packed, padded, with_single_image_tokens
+from milora_data.batches.rows import Row, joined, packed, packed_flat, padded, with_single_image_tokens
 from milora_data.encode.chat_template import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode
 from milora_data.pictures.anyres import Tiling
@@ -43,7 +43,8 @@ class ImageTextCollator(RecordCollator[Sample]):
     (num_images, 3, H, W): the pictures of all records in order. Labels of unsupervised tokens are -100.
 
     A list of records in place of a record is packed into one row (pack.py). The batch then has position_ids and
-    use_cache in place of attention_mask; `packing="flat"` joins all rows into one, which flash attention needs.
+    use_cache in place of attention_mask; `packing="flat"` joins all rows into one, which flash attention needs, and for
+    text models adds cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k.
     `tiling` (anyres.py) cuts pictures into tiles as LLaVA-1.6 does: the number of tokens depends on the size of the
     picture, the batch also has image_sizes, and `image_tokens` and `image_aspect_ratio` are ignored.
     `image_tokens` defaults to the 576 of LLaVA-1.5, and `image_token_id` to the tokenizer's `<image>`. With
@@ -218,7 +219,8 @@ class ImageTextCollator(RecordCollator[Sample]):
     def _batch(self, samples: Sequence[Sequence[Sample]], is_packed: bool) -> dict[str, Any]:
         images = [image for row in samples for sample in row for image in sample.images]
         rows = [joined([_row(sample) for sample in row]) if is_packed else _row(row[0]) for row in samples]
-        if is_packed and self.packing == "flat":
+        is_flat = is_packed and self.packing == "flat"
+        if is_flat:
             rows = [joined(rows)]
         if self.layout == "llava":
             return self._llava_batch(rows, [row[0].images for row in samples])
@@ -226,7 +228,11 @@ class ImageTextCollator(RecordCollator[Sample]):
             # Keep tower and projector in the graph (see the module's docstring).
             images = [self._pixels().plain_image()]
             rows = self._with_hidden_image(rows, self._num_tokens(images[0]))
-        batch = (packed if is_packed else padded)(rows, pad_id_of(self.tokenizer), self.pad_to_multiple_of)
+        pad_id, multiple = pad_id_of(self.tokenizer), self.pad_to_multiple_of
+        if is_flat and self.image_processor is None:
+            batch = packed_flat(rows[0], pad_id, multiple)
+        else:
+            batch = (packed if is_packed else padded)(rows, pad_id, multiple)
         if images:
             batch |= self._pixels().inputs(images)
             num_tokens = int((batch["input_ids"] == self.image_token_id).sum())

@@ -65,6 +65,29 @@ def packed(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, Any
     return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "use_cache": False}
 
 
+def packed_flat(row: Row, pad_id: int, multiple: int = 1) -> dict[str, Any]:
+    """Return `packed` of one row, with the borders of its records, as flash attention takes them.
+
+    Without these arguments transformers reads them from `position_ids`, on the GPU and in each layer. They are for text
+    models: LLaVA passes them on to its vision tower too, whose sequences have other borders.
+
+    >>> batch = packed_flat(Row([1, 5, 1, 6, 7], [-100, 5, -100, 6, 7], [2, 3]), pad_id=0)
+    >>> batch["cu_seq_lens_q"].tolist(), batch["max_length_q"]
+    ([0, 2, 5], 3)
+    """
+    batch = packed([row], pad_id, multiple)
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
+    borders = torch.cat([starts, starts.new_tensor([batch["input_ids"].shape[1]])]).int()
+    longest = int(borders.diff().max())
+    return {
+        **batch,
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def with_single_image_tokens(row: Row, image_token_id: int, image_tokens: int, llava_id: int) -> Row:
     """Return a row in LLaVA's layout: one `llava_id` per picture, which LLaVA replaces by the picture's features."""
     kept, num_image_tokens = [], 0
