@@ -79,15 +79,23 @@ def _run_one(options: Any, arm: str, seed: int) -> bool:
     """Run one arm with one seed in a new process, unless its result is there, and return True if it has succeeded."""
     rate = f"-lr_{options.learning_rate:g}" if options.learning_rate else ""
     folder: Path = options.output_dir / f"{arm.replace('/', '--')}{rate}" / f"seed-{seed}"
+    settings, chosen = _settings(options, arm, seed), folder / "training_params.json"
     if _status(folder / RESULT) == "success":
+        if read_json(chosen) != settings:
+            raise UserError(
+                f"{folder} has a result with other settings",
+                code="study-other-settings",
+                where="--output_dir",
+                hint="use another folder, or delete this one",
+            )
         sys.stderr.write(f"done    {folder}\n")
         return True
-    settings = _settings(options, arm, seed)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
     experiment = options.peft_checkout / SCRIPT / "experiments" / (LORA if arm in OURS else arm)
     adapter = (experiment / "adapter_config.json").read_text(encoding="utf-8")
     write_text(folder / "adapter_config.json", adapter)
-    write_json(folder / "training_params.json", settings)
+    write_json(chosen, settings)
     log = folder / "log.txt"
     sys.stderr.write(f"running {folder}; log: {log}\n")
     words = [sys.executable, "-m", "studies.peft_metamath.one_run", str(options.peft_checkout), arm, str(folder)]

@@ -33,6 +33,7 @@ def result(folder: Path, arm: str, seed: int = 0) -> dict[str, Any]:
     return json.loads((folder / arm.replace("/", "--") / f"seed-{seed}" / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_all_arms_train_as_many_numbers_start_at_the_base_and_resume(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +68,8 @@ def test_other_seeds_read_the_records_in_another_order_and_options_reach_the_scr
     first, second = (result(tmp_path, "milora-lr_0.001", seed)["run_info"] for seed in (0, 1))
     assert first["losses"] != second["losses"]
     assert first["max_steps"] == 1
+    with raises_code("study-other-settings", "--output_dir"):
+        run(tmp_path, "--arms", "milora", "--learning_rate", "1e-3")
     settings = json.loads((tmp_path / "milora-lr_0.001" / "seed-1" / "training_params.json").read_text())
     assert settings["optimizer_kwargs"] == {"lr": 1e-3, "weight_decay": 0.1}
     row = next(line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| milora-lr"))
