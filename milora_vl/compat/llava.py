@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
 from inspect import signature
@@ -21,7 +22,7 @@ from transformers import Trainer, trainer
 def llava_on_new_transformers() -> Iterator[None]:
     """Inside this context LLaVA's `train()` runs on the installed transformers."""
     with ExitStack() as shims:
-        for shim in (_layernorm_layers, _tokenizer_argument, _sampler_and_optimizer, _without_deepspeed):
+        for shim in (_layernorm_layers, _tokenizer_argument, _sampler_and_optimizer, _without_deepspeed, _cache):
             shim(shims)
         yield
 
@@ -56,6 +57,22 @@ def _sampler_and_optimizer(shims: ExitStack) -> None:
     sampler = Trainer._get_train_sampler
     if len(signature(sampler).parameters) > 1:  # LLaVA calls super()._get_train_sampler()
         shims.enter_context(patch.object(Trainer, "_get_train_sampler", _on_train_dataset(sampler)))
+
+
+def _cache(shims: ExitStack) -> None:
+    """Accept `forward(cache=...)`, once `past_key_values`: `generate`, which writes calibration texts, passes it."""
+    llava = import_module("llava.model.language_model.llava_llama").LlavaLlamaForCausalLM
+    stock = llava.forward
+    if "cache" in signature(stock).parameters:
+        return
+
+    @wraps(stock)  # `generate` reads the signature
+    def forward(self: Any, *args: Any, cache: Any = None, **kwargs: Any) -> Any:
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        return stock(self, *args, **kwargs)
+
+    shims.enter_context(patch.object(llava, "forward", forward))
 
 
 def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -182,16 +182,19 @@ def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_pat
         --logging_steps 1 --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True
         --report_to none --use_cpu True""".split()
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "milora_vl.integrations.llava", str(tmp_path / "train.py"), *flags],
+        [
+            *(sys.executable, "-W", "ignore", "-m", "milora_vl.integrations.llava", "--protect", "0.5"),
+            *(str(tmp_path / "train.py"), *flags),
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "milora: method milora on 14 modules" in done.stderr
+    assert "milora: method milora on 14 modules, off 50% of the inputs of ordinary text" in done.stderr
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
-    assert config["r"] == 8
+    assert config["r"] == 4
     assert torch.allclose(_as_llava_loads(tmp_path, out), torch.load(tmp_path / "train.py.logits"), atol=1e-4)
 
 
