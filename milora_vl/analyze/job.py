@@ -27,6 +27,7 @@ from milora_vl.analyze.rows import Row, base_row, update_row
 from milora_vl.analyze.weights import Weights, open_weights
 from milora_vl.base.atomic_write import write_text
 from milora_vl.base.errors import UserError
+from milora_vl.base.progress import progress_bar
 from milora_vl.foreign.load_model import load_model
 from milora_vl.models.devices import device_named
 
@@ -91,25 +92,24 @@ def rows_of(todo: AnalysisPlan, folder: Path) -> list[Row]:
 
     Raises UserError if the folder contains another analysis.
     """
-    from tqdm import tqdm
-
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / FILE
     done = {row["path"]: row for row in _read(file, todo)}
     remaining = [path for path in todo.paths if path not in done]
     if done and remaining:
         sys.stderr.write(f"{len(done):,} of {len(todo.paths):,} layers are already analysed\n")
-    with file.open("a", encoding="utf-8") as out, torch.inference_mode():
+    bar = progress_bar("analysing", len(remaining), "layers", is_shown=bool(remaining))
+    with file.open("a", encoding="utf-8") as out, torch.inference_mode(), bar:
         if not done and file.stat().st_size == 0:
             out.write(json.dumps({"analysis": todo.key, "of": todo.name, "base": todo.base}) + "\n")
-        interval = 0.1 if sys.stderr.isatty() else 10.0  # log files do not need every layer
-        for path in tqdm(remaining, desc="layers", unit="layer", disable=not remaining, mininterval=interval):
+        for path in remaining:
             start = time.perf_counter()
             row = todo.row(path)
             row["seconds"] = round(time.perf_counter() - start, 3)
             out.write(json.dumps(row) + "\n")
             out.flush()
             done[path] = row
+            bar.update()
     return [done[path] for path in todo.paths]
 
 

@@ -7,7 +7,6 @@ blocks of a large one. A pass ends at its last layer. Nothing of the model chang
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from milora_vl.base.progress import progress_bar
 from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions
 from milora_vl.calibration.positions import positions_of
 from milora_vl.policy.rules import Target
@@ -76,7 +75,8 @@ def find_inputs(
     try:
         inputs = _inputs_in_order(model, targets, fit)
         passes = list(_passes(inputs))
-        with _bar(len(passes) * len(fit) + len(held), is_shown=is_shown) as bar:
+        shown = is_shown and rank_and_world_size()[0] == 0
+        with progress_bar("calibrating", len(passes) * len(fit) + len(held), "batches", is_shown=shown) as bar:
             for part in passes:
                 for batch, positions in zip(fit, fit_positions, strict=True):
                     _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
@@ -119,18 +119,6 @@ def _positions(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor | None
 
 def _kind(batch: Batch) -> tuple[str, ...]:
     return tuple(sorted(batch))
-
-
-def _bar(total: int, *, is_shown: bool) -> tqdm:
-    return tqdm(
-        total=total,
-        desc="calibrating",
-        unit="batches",
-        file=sys.stderr,
-        disable=not (is_shown and rank_and_world_size()[0] == 0),
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]",
-    )
 
 
 class _AllSeen(Exception):

@@ -9,7 +9,6 @@ G. G is as large as W; a sketch Y = Omega G with a few times as many rows as the
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from milora_vl.base.progress import progress_bar
 from milora_vl.calibration.activations import input_rows, model_inputs
 from milora_vl.calibration.bases import CalibrationError
 from milora_vl.policy.rules import Target
@@ -53,9 +52,11 @@ def gradient_sketches(
             handles.append(module.register_forward_pre_hook(_tracked))
             handles.append(module.register_forward_hook(sketches[target.path].watch))
         # DeepSpeed frees a gathered weight after its forward, so the backward needs all of them.
-        with gather_params_ctx(list(model.parameters()), modifier_rank=None), torch.enable_grad():
-            is_hidden = not is_shown or rank_and_world_size()[0] > 0
-            for batch in tqdm(batches, "task gradient", file=sys.stderr, disable=is_hidden, unit="batch"):
+        bar = progress_bar(
+            "task gradient", len(batches), "batches", is_shown=is_shown and rank_and_world_size()[0] == 0
+        )
+        with gather_params_ctx(list(model.parameters()), modifier_rank=None), torch.enable_grad(), bar:
+            for batch in batches:
                 loss = getattr(model(**model_inputs(model, batch)), "loss", None)
                 if not isinstance(loss, Tensor):
                     raise CalibrationError(
@@ -66,6 +67,7 @@ def gradient_sketches(
                     )
                 if loss.requires_grad:  # not if the batch reaches no target
                     loss.backward()
+                bar.update()
     finally:
         for handle in handles:
             handle.remove()

@@ -27,10 +27,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.base.errors import Problem, UserError
+from milora_vl.base.progress import progress_bar
 from milora_vl.policy.methods import METHODS
 from milora_vl.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.svd import Factors, Part, decompose
@@ -120,7 +120,7 @@ def initialize(
     cache = None if cache_dir is None else Path(cache_dir)
     rank, _ = rank_and_world_size()
     by_path: dict[str, Initial] = {}
-    with matrix_bar("decomposing", len(wanted), is_shown=bool(progress) and rank == 0) as bar:
+    with progress_bar("decomposing", len(wanted), "matrices", is_shown=bool(progress and wanted) and rank == 0) as bar:
         batches = assign_work([(_cost(target), target) for target in wanted])
         for batch in batches:
             for initial in _decompose_batch(model, batch, cache):
@@ -130,19 +130,6 @@ def initialize(
             bar.update(len(batch))
     _warn_of_zeros(by_path, wanted)
     return {target.path: by_path[target.path] for target in wanted}
-
-
-def matrix_bar(what: str, total: int, *, is_shown: bool) -> tqdm:
-    """Return a progress bar on stderr that counts matrices. It is hidden if `total` is 0."""
-    return tqdm(
-        total=total,
-        desc=what,
-        unit="matrix" if total == 1 else "matrices",
-        file=sys.stderr,
-        disable=not (is_shown and total),
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-        bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]",
-    )
 
 
 def _cost(target: Target) -> float:

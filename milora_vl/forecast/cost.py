@@ -51,6 +51,11 @@ class Costs:
     lines: list[str]
     change: str | None = ""
 
+    @property
+    def fits(self) -> bool:
+        """Return whether the run fits --gpu-memory as it is."""
+        return self.change == ""
+
 
 def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
     """Return memory by purpose and the time of a run; a plan for this machine has its time on the CPU, too."""

@@ -58,13 +58,15 @@ class Outlook:
 
 
 def show(request: Request) -> int:
-    """Print the plan of a run and return 0. Raises UserError with everything that would stop the run.
+    """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory.
 
-    With --format json the plan goes to stderr and a JSON summary to stdout.
+    Raises UserError with everything that would stop the run. With --format json the plan goes to stderr and a JSON
+    summary to stdout.
     """
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
-    _show_next(work_out(request, screen), request, screen)
-    return 0
+    run = work_out(request, screen)
+    _show_next(run, request, screen)
+    return 0 if run.costs.fits else 1
 
 
 def outlook(request: Request) -> Outlook:
@@ -120,7 +122,7 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
         content = {
             "model": recipe.model, "parameters": num_parameters(base.meta), **_trained(base.meta, run.targets),
             "records": run.num_records, "batch": batching.total,
-            "steps": batching.steps if run.has_steps else None, "cost": costs.lines,
+            "steps": batching.steps if run.has_steps else None, "cost": costs.lines, "fits": costs.fits,
             "output_dir": str(run.plan.folder.path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")

@@ -77,8 +77,8 @@ class RunData:
 
 def read_records(config: DataConfig) -> RunData:
     """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
-    if config.path is None:
-        raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
+    require_named(config)
+    assert config.path is not None
     held_out = None if config.eval_path is None else _load_checked(config.eval_path, config)  # it is small: first
     train = _inspect_stream(config) if config.streaming else _load_checked(config.path, config)
     if held_out is None:
@@ -91,6 +91,12 @@ def read_records(config: DataConfig) -> RunData:
         broken=train.broken + held_out.broken,
         tools_at=train.tools_at or held_out.tools_at,
     )
+
+
+def require_named(config: DataConfig) -> None:
+    """Raise UserError if the recipe names no training data."""
+    if config.path is None:
+        raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
 
 
 def source_text(config: DataConfig) -> str:

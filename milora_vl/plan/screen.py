@@ -137,9 +137,9 @@ def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
 
 
 def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
-    """Return the number of trained parameters of each target by path: r (in + out) for an adapter, else all.
+    """Return the number of trained parameters of each target by path: those of its adapter, else all.
 
-    With a fixed A they are r out. A tied head counts 0: it shares the weight of the embeddings.
+    A tied head counts 0: it shares the weight of the embeddings.
     """
     from transformers.trainer_pt_utils import get_model_param_count
 
@@ -148,12 +148,26 @@ def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
     for target in targets:
         module = base.get_submodule(target.path)
         if target.rank:
-            sizes[target.path] = target.rank * (target.shape[0] if target.has_fixed_A else sum(target.shape))
+            sizes[target.path] = adapter_size(target)
             continue
         weight = next(module.parameters())
         sizes[target.path] = 0 if weight in seen else get_model_param_count(module)
         seen.add(weight)
     return sizes
+
+
+def adapter_size(target: Target) -> int:
+    """Return the number of trained parameters of an adapter: r (in + out), with exceptions.
+
+    A fixed A leaves B, MiCA trains A alone, and DoRA one more number for each row of the weight.
+    """
+    rows, columns = target.shape
+    assert target.rank is not None
+    if target.has_fixed_A:
+        return target.rank * rows
+    if target.method == "mica":
+        return target.rank * columns
+    return target.rank * (rows + columns) + (rows if target.method == "dora" else 0)
 
 
 def trainable_line(model: nn.Module) -> str:

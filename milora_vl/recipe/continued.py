@@ -11,7 +11,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from milora_vl.adapter.folders import base_of, from_there, holds_projector_alone, holds_residual, require_adapter
+from milora_vl.adapter.folders import (
+    base_of,
+    from_there,
+    holds_llava_adapter,
+    holds_projector_alone,
+    holds_residual,
+    require_adapter,
+)
 from milora_vl.base.errors import Key, Problem, UserError
 from milora_vl.cli.command_line import command_line
 from milora_vl.policy import Policy, Target
@@ -46,19 +53,21 @@ def settings_of(folder: Path) -> dict[str, Any]:
             where="--adapter",
             hint=f"use  --projector_weights {folder}",
         )
-    sidecar = None if holds_residual(folder) else read_sidecar(folder)
+    is_other = holds_residual(folder) or holds_llava_adapter(folder)
+    sidecar = None if is_other else read_sidecar(folder)
     if sidecar is None:
+        why = "is in the layout of another program" if is_other else f"has no {FILE_NAME}, which says what trains"
         raise UserError(
-            f"{folder} has no {FILE_NAME}, which says what trains: it is an adapter of another program",
+            f"{folder} {why}",
             code="adapter-plain-lora",
             where="--adapter",
             hint=to_merge(folder),
         )
     run = recipe_of_run(folder)
-    if "policy" not in run:  # saved in Python
+    if not run.get("policy"):  # saved in Python
         rules = [_rule_of(target) for target in sidecar.targets]
         return {"model": base_of(folder), "form": sidecar.form, "policy": rules}
-    run["model"] = from_there(folder, str(run["model"]))
+    run["model"] = from_there(folder, str(run.get("model") or base_of(folder)))
     sections = {
         section: {name: value for name, value in run.get(section, {}).items() if name in names}
         for section, names in OF_SECTIONS.items()

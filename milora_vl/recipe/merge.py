@@ -61,7 +61,9 @@ def merge_recipe(request: Request) -> Merged:
     with collected(problems):
         rules = rules if request.policy is None else _read_policy(request.policy)
     after_flags: list[RuleDict] | None = None
-    if rules is None or (isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules)):
+    is_known = bool(of_adapter) or not adapter  # what an adapter with a problem names is not
+    is_list = isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules)
+    if is_known and (rules is None or is_list):
         wrong = policy_problems(rules)
         problems += file_of_rules(request).located(wrong)
         with collected(problems):
@@ -76,7 +78,7 @@ def merge_recipe(request: Request) -> Merged:
             problems += continued.contradictions(adapter, of_adapter, recipe) if of_adapter else []
         notes += more
     model = request.overrides.get("model") or file.content.get("model")
-    if not model and (of_adapter or not adapter):  # else the adapter that would name it has a problem
+    if not model and is_known:
         problems.append(
             Problem(
                 "no model: set --model NAME, or use a --recipe that names one",

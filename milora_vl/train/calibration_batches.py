@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -30,6 +29,7 @@ from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.base.atomic_write import write_json
 from milora_vl.base.errors import Key, UserError, first_line
+from milora_vl.base.progress import progress_bar
 from milora_vl.calibration.cache import weights_digest
 from milora_vl.calibration.texts import LENGTH, ROWS, SEED, sampled_rows
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
@@ -177,7 +177,7 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
         )
     total = count + HELD_OUT_TEXTS
     rows: list[list[int]] = []
-    with _bar("writing calibration texts", total) as bar:
+    with _bar("writing calibration texts", total, "texts") as bar:
         for number, begin in enumerate(range(0, total, PART)):
             part = min(PART, total - begin)
 
@@ -215,7 +215,7 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
 
     captions: list[str] = []
-    with _bar("describing calibration pictures", len(records)) as bar:
+    with _bar("describing calibration pictures", len(records), "pictures") as bar:
         for begin in range(0, len(pictures), PART):
             part = pictures[begin : begin + PART]
 
@@ -323,7 +323,5 @@ def _store(file: Path, written: list[Any], screen: Screen) -> None:
         screen.warn(f"calibration texts are not cached in {file.parent}: {error}")
 
 
-def _bar(what: str, total: int) -> tqdm[Any]:
-    """Return a progress bar on stderr; into a log file it writes a line every ten seconds."""
-    is_hidden, interval = rank_and_world_size()[0] != 0, 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=what, file=sys.stderr, disable=is_hidden, mininterval=interval)
+def _bar(what: str, total: int, unit: str) -> tqdm[Any]:
+    return progress_bar(what, total, unit, is_shown=rank_and_world_size()[0] == 0)

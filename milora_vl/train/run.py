@@ -110,6 +110,7 @@ class Inputs:
 def read_inputs(plan: Plan, screen: Screen) -> Inputs:
     """Read and check the records, and work out the arguments and the number of steps."""
     recipe, checkpoint = plan.recipe, plan.folder.checkpoint
+    run_data.require_named(recipe.data)
     with screen.step(f"reading {run_data.source_text(recipe.data)}"):
         data = run_data.read_records(recipe.data)
     if plan.resumed is not None:

@@ -211,3 +211,10 @@ def test_a_tower_whose_layers_are_joined_is_planned(tmp_path: Path, capsys: Any)
     processor.save_pretrained(tmp_path / "joined")
     assert main(["--model", str(tmp_path / "joined"), "--rank", "4", "--dry-run"]) == 0
     assert "memory" in capsys.readouterr().out
+
+
+def test_a_plan_that_does_not_fit_the_memory_exits_with_1(capsys: Any) -> None:
+    words = ["--model", "llava-1.5-7b", "--bf16", "--gradient_checkpointing", "--dry-run", "--format", "json"]
+    for gib, fits in (("24", False), ("40", True)):
+        assert main([*words, "--gpu-memory", gib]) == (0 if fits else 1)
+        assert json.loads(capsys.readouterr().out)["fits"] is fits

@@ -140,8 +140,11 @@ def test_what_is_no_adapter_of_ours_and_an_output_folder_in_use_are_refused(
         plan(["--adapter", str(first), "--freeze_backbone", "True", *words, "new"])
     stock = tmp_path / "stock"
     shutil.copytree(first, stock, ignore=shutil.ignore_patterns("milora*", "checkpoint-*"))
-    with raises_code("adapter-plain-lora", where="--adapter", hint="--to merged"):
-        plan(["--adapter", str(stock), *words, "new"])
+    for _ in range(2):  # without milora.json, and with it in a folder of LLaVA
+        with raises_code("adapter-plain-lora", where="--adapter", hint="--to merged"):
+            plan(["--adapter", str(stock), "--model", "tiny", *words, "new"])
+        (stock / "milora.json").write_text((first / "milora.json").read_text())
+        (stock / "non_lora_trainables.bin").touch()
     edited = tmp_path / "edited"
     shutil.copytree(first, edited, ignore=shutil.ignore_patterns("checkpoint-*"))
     recipe = (edited / "recipe.yaml").read_text()

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from milora_vl.base import progress
+from milora_vl.train.command import main
 from milora_vl.train.progress import log_line
+from support.problems import raises_code
 from support.programs import run as run_program
 
 
@@ -27,6 +32,28 @@ def test_a_log_entry_is_one_short_line() -> None:
     assert "left" not in log_line({"eval_loss": 1.0}, 60, 150, done=10, seconds=20)
 
 
+def test_a_bar_in_a_log_file_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def advance() -> list[str]:
+        with progress.progress_bar("decomposing", 3, "matrices") as bar:
+            for _ in range(3):
+                bar.update()
+        return capsys.readouterr().err.splitlines(keepends=True)
+
+    assert advance() == []  # it is done before the first line
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    lines = advance()
+    assert [line.split(" [")[0] for line in lines] == [f"decomposing: {n}/3 matrices" for n in range(4)]
+    assert all(line.endswith("]\n") for line in lines)
+
+
+def test_a_training_without_data_says_only_that(capsys: pytest.CaptureFixture[str]) -> None:
+    with raises_code("data-no-path"):
+        main(["--model", "tiny", "--rank", "4", "--output_dir", "none"])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_training_into_a_pipe_writes_plain_lines_to_stderr(tiny_data: Path, tmp_path: Path) -> None:
     done = run_program(
         [
@@ -38,6 +65,7 @@ def test_a_training_into_a_pipe_writes_plain_lines_to_stderr(tiny_data: Path, tm
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "")
     assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr
     assert "Warning" not in done.stderr
     shown = done.stderr.splitlines()
     assert any(line.startswith("step 1/2  loss ") and line.endswith(" s left") for line in shown)

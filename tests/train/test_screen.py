@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+from transformers.trainer_pt_utils import get_model_param_count
+
 from milora_vl.adapter.apply import apply_milora
 from milora_vl.plan import rates
 from milora_vl.plan.screen import policy_rows, trainable_line, trained_sizes
 from milora_vl.policy import Policy
+from milora_vl.policy.methods import METHODS
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4},
@@ -35,6 +39,14 @@ def test_one_row_for_what_is_alike(tiny_llava: Callable[..., Any]) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(sizes.values()) == trained
     assert trainable_line(model).startswith(f"trainable params: {trained:,d} || all params: ")
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rank" in method.fields])
+def test_the_table_counts_what_trains(tiny_llava: Callable[..., Any], method: str) -> None:
+    base = tiny_llava()[0]
+    rules = [{"modules": "language", "method": method, "rank": 4}]
+    sizes = trained_sizes(Policy.parse(rules).resolve(base), base)
+    assert sum(sizes.values()) == get_model_param_count(apply_milora(base, rules), trainable_only=True)
 
 
 def test_the_line_is_pefts_own(tiny_llava: Callable[..., Any], capsys: Any) -> None:

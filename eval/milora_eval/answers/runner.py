@@ -18,6 +18,7 @@ from milora_eval.answers.questions import EvaluationPlan, Question, select, shar
 from milora_eval.answers.store import Line, Store, to_line
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import folder_of
+from milora_vl.base.progress import progress_bar
 from milora_vl.models.generate import Prompt, generate
 
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
@@ -33,8 +34,6 @@ class Outcome:
 
 def ask(model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> Outcome:
     """Generate the answers of the plan's shard that are missing in `folder`."""
-    from tqdm import tqdm
-
     store, start = Store(folder, plan.shard), time.perf_counter()
     # POPE repeats some questions in its sets. The same question about the same picture is asked once.
     own = {question.key: question for question in reversed(shard_of(questions, plan.shard))}
@@ -45,10 +44,7 @@ def ask(model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Qu
     if len(todo) < len(own):
         sys.stderr.write(f"{len(own) - len(todo):,} of {len(own):,} answers are stored already\n")
     store.open()
-    interval = 0.5 if sys.stderr.isatty() else 10.0
-    with tqdm(
-        total=len(todo), desc=f"{plan.suite} {plan.which}", unit="question", file=sys.stderr, mininterval=interval
-    ) as bar:
+    with progress_bar(f"{plan.suite} {plan.which}", len(todo), "questions") as bar:
 
         def keep(done: Sequence[Question], answers: Sequence[Reply]) -> None:
             store.append([_line(plan, question, text) for question, text in zip(done, answers, strict=True)])
