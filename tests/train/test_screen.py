@@ -41,7 +41,9 @@ def test_one_row_for_what_is_alike(tiny_llava: Callable[..., Any]) -> None:
     assert trainable_line(model).startswith(f"trainable params: {trained:,d} || all params: ")
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "rank" in method.fields])
+@pytest.mark.parametrize(
+    "method", sorted({name for name, method in METHODS.items() if "rank" in method.fields} - {"gradient"})
+)
 def test_the_table_counts_what_trains(tiny_llava: Callable[..., Any], method: str) -> None:
     base = tiny_llava()[0]
     rules = [{"modules": "language", "method": method, "rank": 4}]
