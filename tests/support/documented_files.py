@@ -57,7 +57,7 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     (made(folder / "some") / "module.py").write_text("from peft import get_peft_model\n")
     (made(folder / "llava" / "train") / "train_mem.py").write_text(STOOD_IN)
     recipe = llava_recipes.read("smol-llava-demo").replace("model: smol-llava", "model: tiny")
-    (folder / "tiny-demo.yaml").write_text(recipe.replace("rank: 32, alpha: 32", "rank: 4, alpha: 4"))
+    (folder / "tiny-demo.yaml").write_text(recipe.replace("rank: 64, alpha: 64", "rank: 4, alpha: 4"))
     launcher = llava_recipes.read("zero3", "accelerate")
     (folder / "zero3.yaml").write_text(launcher.replace("num_processes: 8", "num_processes: 2"))
 

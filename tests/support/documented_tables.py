@@ -45,7 +45,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(sweep --recipe) smol-llava-demo", r"\1 tiny-demo.yaml"),
     # Sizes.
     (r"(\btrain .*)(--rank|--lora_r) (?:32|128)", r"\1\2 4"),
-    (r"(\btrain (?!.*(?:--rank |--lora_r |--tune_)).* .*)", r"\1 --rank 4"),
+    (r"(\btrain (?!.*(?:--rank |--lora_r |--tune_)).* .*)", r"\1 --rank 2"),
     (r"(\btrain (?!.*--max_steps ).* .*)", r"\1 --max_steps 2"),
     (r"(\btrain --recipe paper-visual .*)", r"\1 --dataloader_num_workers 0"),
     (r"(\btrain --recipe paper-commonsense .*)", r"\1 --fp16 False"),

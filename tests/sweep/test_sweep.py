@@ -273,7 +273,7 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
 @pytest.mark.parametrize(
     ("name", "fields", "code", "words"),
     [
-        ("whole", {"method": "full", "protect": 0.5}, "policy-unused-field", "protect: no effect"),
+        ("whole", {"method": "full", "protect": 0.5}, "flag-no-effect", "--protect: no effect"),
         ("whole", {"method": "full", "weight_deca": 0.1}, "policy-unused-field", "weight_deca: no effect"),
         ("a/b", {"method": "lora"}, "sweep-variant-name", "cannot hold a /"),
     ],

@@ -116,7 +116,7 @@ def test_half_precision_of_deepspeed_rounds_and_no_more(tiny_data: Path, tiny_fo
     for kind in kinds:
         model = load_adapter(tiny_llava()[0], tmp_path / kind, is_trainable=True)
         assert model.changed_A() == [], kind
-        assert max(leaks(model, protected_by(recipe(tiny_data)))) < 0.01, kind
+        assert {p.dtype for name, p in model.named_buffers() if ".lora_A." in name} == {torch.float32}, kind
 
 
 def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
