@@ -215,6 +215,6 @@ def test_a_tower_whose_layers_are_joined_is_planned(tmp_path: Path, capsys: Any)
 
 def test_a_plan_that_does_not_fit_the_memory_exits_with_1(capsys: Any) -> None:
     words = ["--model", "llava-1.5-7b", "--bf16", "--gradient_checkpointing", "--dry-run", "--format", "json"]
-    for gib, fits in (("24", False), ("40", True)):
+    for gib, fits in (("8", False), ("40", True)):
         assert main([*words, "--gpu-memory", gib]) == (0 if fits else 1)
         assert json.loads(capsys.readouterr().out)["fits"] is fits
