@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-extras check format peers bench bench-full bench-quick docs wheel clean
+.PHONY: help setup demo test test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
 # If a command is interrupted, make must not delete its finished output files.
 .PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
@@ -40,10 +40,10 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 # Packages that no extra names: TRL, transformers' server, the notebook, SmolVLM's numbers.
-EXTRAS_PACKAGES := trl "transformers[serving]" nbclient nbformat ipykernel num2words
+EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" nbclient nbformat ipykernel num2words
 EXTRAS_TESTS := tests/adapter/test_quantized.py tests/chat/test_chat_web.py tests/chat/test_vlm_chat.py tests/integrations/test_trl.py \
     tests/integrations/test_trl_collator.py tests/recipe/test_llava_scripts.py tests/export/test_serving.py \
-    tests/docs/test_examples.py tests/train/test_vlm_train.py tests/data/test_videos.py
+    tests/docs/test_examples.py tests/train/test_vlm_train.py tests/data/test_videos.py tests/train/test_gpu_options.py
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment
 	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-extras
@@ -72,6 +72,9 @@ bench-full: peers $(DATA)/test.json  ## Also run a 7B at full size and kills (tw
 
 bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training
 	$(BIN)/python benchmarks/all.py --quick
+
+gpu: peers  ## Test and measure on this machine's GPU (ten minutes on an H100), write benchmarks/gpu.json
+	$(BIN)/python -m benchmarks.gpu
 
 docs: $(INSTALLED)  ## Build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+import gpu
 from goals import GOALS
+
+GPU = Path(__file__).with_name("gpu.json")
 
 KILLS = (
     ("kills", "`smol-llava`, one process"),
@@ -36,6 +40,7 @@ def page(results: dict[str, Any], sets: dict[str, Iterable[str]]) -> str:
         goals=GOALS,
         minutes={name: sum(results[part]["seconds"] for part in parts) for name, parts in sets.items()},
         kills=KILLS,
+        gpu=list(gpu.rows(json.loads(GPU.read_text()))) if GPU.is_file() else [],
     )
 
 

@@ -1,0 +1,200 @@
+"""What only a real card can show. `make gpu` runs it; `MILORA_GPU_TESTS_ON=cpu pytest -m gpu tests/gpu` tries it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from milora_vl import apply_milora, decompose, load_adapter, load_model, merge, save_adapter
+from milora_vl.models.generate import generate
+from milora_vl.train.command import main
+from support.adapter_cases import LLAVA_POLICY, llava_batch, move, train_steps
+from support.train_runs import losses, training
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
+RULES = [{"modules": "language", "method": "milora", "rank": 4}]
+PLAIN = ("--rank", "4", "--dropout", "0")
+
+
+def here(batch: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
+
+
+def needs(package: str, device: torch.device) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+
+
+def run(data: Path, folder: Path, on_device: list[str], *more: str) -> list[tuple[int, float]]:
+    words = [word for word in training(data, folder, *PLAIN, *more) if word != "--use_cpu"]
+    assert main([*words, *on_device]) == 0
+    return losses(folder)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "pure"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_step_0_is_exact(
+    dtype: torch.dtype, autocast: bool, attention: str, device: torch.device, tiny_llava: Any
+) -> None:
+    if attention.startswith("flash"):
+        needs("flash_attn", device)
+    base = tiny_llava()[0].to(device, dtype)
+    base.set_attn_implementation(attention)
+    batch = here(llava_batch(base), device, dtype)
+    context = torch.autocast(device.type, dtype) if autocast else nullcontext()
+    with torch.no_grad(), context:
+        before = base(**batch).logits
+        assert torch.equal(apply_milora(base, RULES)(**batch).logits, before)
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantised_bases_train(bits: Any, device: torch.device, tiny_llava: Any, tmp_path: Path) -> None:
+    needs("bitsandbytes", device)
+    for part in tiny_llava():
+        part.save_pretrained(tmp_path)
+    base = load_model(tmp_path, quantization=bits, device=device)[0]
+    batch = here(llava_batch(base), device, base.dtype)
+    with torch.no_grad():
+        before = base(**batch).logits
+    model = apply_milora(base, LLAVA_POLICY)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(**batch).logits, before, atol=1e-5)
+    first, *_, last = train_steps(model.train(), batch)
+    assert last < first
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (1024, 2752)])
+@pytest.mark.parametrize("part", ["minor", "principal", "random", "middle"])
+def test_decompose_is_as_exact_as_on_the_cpu(
+    part: Any, shape: tuple[int, int], device: torch.device, record_property: Callable[[str, object], None]
+) -> None:
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    there, start = decompose(W, 32, part), time.perf_counter()
+    factors = decompose(W.to(device), 32, part)
+    record_property("seconds", round(time.perf_counter() - start, 3))
+    assert factors.U.device.type == device.type
+    assert factors.excess <= 1e-3
+    torch.testing.assert_close(factors.S.cpu(), there.S, rtol=1e-3, atol=1e-4)
+
+
+def test_it_learns_what_a_cpu_learns(
+    device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    trained = run(tiny_data, tmp_path / "a", on_device)
+    on_cpu = run(tiny_data, tmp_path / "b", ["--use_cpu"])
+    assert [loss for _, loss in trained] == pytest.approx([loss for _, loss in on_cpu], rel=2e-2)
+
+
+def test_loader_processes_with_pinned_memory(
+    device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    run(tiny_data, tmp_path / "a", on_device, "--dataloader_num_workers", "2", "--bf16")
+
+
+def test_compiled_blocks(device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    backend = [] if device.type == "cuda" else ["--torch_compile_backend", "aot_eager"]
+    plain = run(tiny_data, tmp_path / "plain", on_device)
+    compiled = run(tiny_data, tmp_path / "compiled", on_device, "--torch_compile", *backend)
+    assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in plain], rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
+def test_a_resumed_run_has_the_losses_of_one_in_one_piece(
+    precision: str, device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    if device.type == "cpu" and precision == "--fp16":
+        pytest.skip("accelerate trains in fp16 on GPUs alone")
+    whole = run(tiny_data, tmp_path / "whole", on_device, precision)
+    run(tiny_data, tmp_path / "cut", on_device, precision)
+    for name in ("checkpoint-6", "checkpoint-4"):
+        subprocess.run(["rm", "-r", str(tmp_path / "cut" / name)], check=True)
+    again = run(tiny_data, tmp_path / "cut", on_device, precision, "--resume_from_checkpoint", "auto")
+    assert [loss for _, loss in again] == pytest.approx([loss for _, loss in whole], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+def test_one_process_of_a_launcher(
+    kind: str, device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    """NCCL on a card, gloo on a CPU. FSDP2 has nothing to shard in one process, which the command refuses."""
+    if kind != "ddp":
+        needs("deepspeed", device)
+    words = [word for word in training(tiny_data, tmp_path / "run", *PLAIN) if word != "--use_cpu"]
+    words += on_device + ([] if kind == "ddp" else ["--deepspeed", kind])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    done = subprocess.run([*launch, "-m", "milora_vl.train", *words], env=os.environ, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = run(tiny_data, tmp_path / "alone", on_device)
+    assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx([loss for _, loss in expected], rel=1e-2)
+
+
+def test_batches_of_questions_get_the_answers_of_one_by_one(device: torch.device, tiny_llava: Any) -> None:
+    from PIL import Image
+
+    from milora_data.records.record import Turn
+    from milora_vl.models.generate import Prompt
+
+    model, processor = tiny_llava()
+    pictures = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
+    texts = ["What is it?", "And what is this one here?", "Why?"]
+    prompts = [Prompt((Turn("user", f"<image>\n{text}"),), (picture,)) for picture in pictures for text in texts]
+    model = model.to(device)
+    one_by_one = generate(model, processor, prompts, batch_size=1, max_new_tokens=8)
+    assert generate(model, processor, prompts, batch_size=6, max_new_tokens=8) == one_by_one
+
+
+def test_merged_equals_unmerged_and_comes_back(device: torch.device, tiny_llava: Any, tmp_path: Path) -> None:
+    base = tiny_llava()[0].to(device)
+    batch = here(llava_batch(base), device)
+    model = apply_milora(base, RULES).eval()
+    move(model)
+    save_adapter(model, tmp_path)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        loaded = load_adapter(tiny_llava()[0].to(device), tmp_path).eval()
+        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(merge(model)(**batch).logits, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_step_waits_for_nothing_of_ours(
+    device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    """CUDA itself names the lines that wait; the counts of the simulated device are checked without a card."""
+    run(tiny_data, tmp_path / "first", on_device, "--bf16")
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run(tiny_data, tmp_path / "run", on_device, "--bf16", "--save_strategy", "no", "--logging_steps", "100")
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing CUDA" in str(w.message)]
+    for file in (
+        "milora_vl/models/losses.py",
+        "milora_vl/train/trainer.py",
+        "milora_vl/train/meter.py",
+        "adapter/layers.py",
+    ):
+        assert not [line for line in waits if file in line]
+
+
+def test_the_run_names_the_card(device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_data, tmp_path / "run", on_device)
+    named = json.loads((tmp_path / "run" / "environment.json").read_text())["device"]
+    assert named == ("cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))
