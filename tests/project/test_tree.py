@@ -22,6 +22,7 @@ TEXTS = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".jinja", ".txt", ".cf
 # Where functions import modules of ours, and why. The numbers may only shrink.
 QUICK_HELP = "--help answers before torch is imported"
 INNER_IMPORTS: dict[str, tuple[int, str]] = {
+    "milora_vl/demo.py": (1, "torch, which --help does not wait for"),
     "data_tools/milora_data/__init__.py": (1, "the collator needs torch"),
     "eval/milora_eval/commands/run.py": (2, QUICK_HELP),
     "eval/milora_eval/commands/scales.py": (1, QUICK_HELP),
