@@ -124,9 +124,12 @@ def task_batches(
     if not any(target.method == "gradient" for target in targets):
         return None
     generator = torch.Generator().manual_seed(SEED)
-    chosen = [records[place] for place in torch.randperm(len(records), generator=generator)[:TASK_RECORDS].tolist()]
     collate = collators.collator(recipe, base, processor, records[:100])
-    return [collate(chosen[start : start + TASK_ROWS]) for start in range(0, len(chosen), TASK_ROWS)]
+    chosen = [records[place] for place in torch.randperm(len(records), generator=generator)[:TASK_RECORDS].tolist()]
+    chosen = [record for record in chosen if _is_readable(collate.image_folder, record)]
+    # Some processors refuse a batch with and without pictures.
+    kinds = [record for record in chosen if record.images], [record for record in chosen if not record.images]
+    return [collate(kind[start : start + TASK_ROWS]) for kind in kinds for start in range(0, len(kind), TASK_ROWS)]
 
 
 def _empty(message: str, where: Key) -> UserError:

@@ -147,7 +147,8 @@ def test_lines_tell_of_every_layer(capfd) -> None:
     assert "1  4x6  milora rank 2  sigma" in err
 
 
-def test_progress_goes_to_stderr_and_only_on_request(capfd) -> None:
+def test_progress_goes_to_stderr_and_only_on_request(capfd, monkeypatch) -> None:
+    monkeypatch.setattr("milora_vl.base.progress.INTERVAL", 0.0)  # a log file has no lines of what ends sooner
     initial(linear(W), one_rule())
     assert capfd.readouterr() == ("", "")
     initial(linear(W), one_rule(), progress=True)

@@ -23,7 +23,7 @@ def trained(data: Path, run: Path, *more: str) -> list[dict[str, Any]]:
     return log
 
 
-@pytest.mark.parametrize("method", [["milora", "--rank", "4"], ["full"]])
+@pytest.mark.parametrize("method", [["milora", "--rank", "4", "--protect", "0"], ["full"]])
 def test_forgetting_grows_in_the_log(method: list[str], tiny_data: Path, tmp_path: Path) -> None:
     log = trained(tiny_data, tmp_path / "with", "--method", *method, "--forgetting_every", "2")
     measured = [entry for entry in log if "forgetting" in entry]

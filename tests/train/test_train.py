@@ -44,7 +44,7 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     assert environment["base"] == "tiny"
     policy = read_json(run, "policy.json")
     assert len(policy["targets"]) == 16
-    assert len(policy["layers"]) == 14
+    assert len(policy["protection"]) == 14
     assert {entry["tower"] for entry in read_json(run, "spectrum.json")} == {"language", "projector", "vision"}
     log = read_json(run, "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
@@ -55,7 +55,7 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "factors"
-    extra = ["--rank", "4", "--max_steps", "1", "--factor_cache", str(cache)]
+    extra = ["--rank", "4", "--max_steps", "1", "--factor_cache", str(cache), "--method", "milora", "--protect", "0"]
     assert main(training(tiny_data, tmp_path / "a", *extra)) == 0
     made = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
     assert len(made) == 14

@@ -48,7 +48,7 @@ def test_llavas_flag_makes_batches_of_one_kind(
         turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "word " * (60 if number < 2 else 1)}]
         records.append({"id": f"t{number}", "conversations": turns})
     (tiny_data / "train.json").write_text(json.dumps(records))
-    flags = "--lora_enable True --lora_r 4 --group_by_modality_length True --max_steps 4".split()
+    flags = "--lora_enable True --lora_r 4 --method lora --group_by_modality_length True --max_steps 4".split()
     assert main(training(tiny_data, tmp_path / "run", *flags)) == 0
     assert sorted(kinds, key=str) == [{False}, {False}, {True}, {True}]  # an epoch
 
