@@ -155,7 +155,7 @@ def test_progress_goes_to_stderr_and_only_on_request(capfd, monkeypatch) -> None
     out, err = capfd.readouterr()
     assert out == ""
     assert "decomposing" in err
-    assert "1/1 matrix [" in err
+    assert "1/1 matrices [" in err
     two = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
     initial(two, one_rule(), progress=True)
     assert "2/2 matrices [" in capfd.readouterr().err
