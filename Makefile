@@ -12,7 +12,6 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
 # If a command is interrupted, make must not delete its finished output files.
-.PRECIOUS: $(DATA)/test.json $(RUN)/adapter_model.safetensors $(RUN)/eval/emoji/final/results.json
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,8 +22,8 @@ setup: $(INSTALLED)  ## Create the virtual environment and install everything
 	@echo "ready:  source $(BIN)/activate      (or type $(BIN)/python for python)"
 	@echo "next:   make demo, or  milora --help"
 
-demo: $(RUN)/.demo-finished  ## Fine-tune a small LLaVA with MiLoRA, evaluate it before and after, write a report
-	@echo "report: $(abspath $(RUN))/report.html"
+demo: $(INSTALLED)  ## Fine-tune a small LLaVA, evaluate it before and after, write a report, in about five minutes
+	$(BIN)/python -m milora_vl.demo --output_dir $(RUN)
 	@echo "again:  make demo RUN=runs/another     (or remove $(RUN) first)"
 
 test: $(INSTALLED)  ## Run the tests (minutes on a CPU)
@@ -101,20 +100,5 @@ $(INSTALLED): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --no-deps llava-torch
 	@touch $@
 
-# The demo runs only public commands. Each step writes a file, so an interrupted demo continues where it stopped.
-# Order-only prerequisites (|): a step runs once, regardless of file times.
 $(DATA)/test.json: | $(INSTALLED)
 	$(BIN)/python -m milora_data emoji --output_dir $(DATA)
-
-$(RUN)/adapter_model.safetensors: | $(DATA)/test.json
-	$(BIN)/python -m milora_vl.train --recipe smol-llava-demo --output_dir $(RUN) --resume_from_checkpoint auto
-
-$(RUN)/eval/emoji/final/results.json: | $(RUN)/adapter_model.safetensors
-	$(BIN)/python -m milora_eval run --model smol-llava --adapter $(RUN) --suite emoji --data $(DATA) --with_base --dtype fastest --output_dir $(RUN)
-
-$(RUN)/.demo-finished: | $(RUN)/eval/emoji/final/results.json
-	$(BIN)/python -m milora_vl.chat --model smol-llava --adapter $(RUN) --image $(DATA)/images/$(FIRST_PICTURE) "What is this?"
-	$(BIN)/python -m milora_vl.report $(RUN)
-	@touch $@
-
-FIRST_PICTURE = $(shell $(BIN)/python -c "import json; print(next(r['image'] for r in json.load(open('$(DATA)/test.json')) if 'image' in r))")

@@ -120,9 +120,11 @@ class Step:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the steps that are not done yet. Return 1 if one of them fails, after its own message."""
     options = COMMAND.parse(argv)
-    full = seconds_of_full_demo()
-    size = QUICK if options.quick else FULL if options.full else fitted(full)
-    whole = "" if size == FULL else f" The full demo (--full) takes about {full / 60:.0f} minutes on this machine."
+    size, whole = QUICK if options.quick else FULL, ""
+    if not (options.quick or options.full):
+        full = seconds_of_full_demo()
+        size = fitted(full)
+        whole = "" if size == FULL else f" The full demo (--full) takes about {full / 60:.0f} minutes on this machine."
     sys.stderr.write(
         f"{len(ABOUT)} parts: {size}. The first time, 140 MB to download.{whole}\n"
         "Ctrl-C stops; the same command continues.\n"

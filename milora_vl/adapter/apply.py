@@ -192,7 +192,8 @@ def _describe(
     for path, weight_sketch in sketches.items():
         eps = max(weight_sketch.eps, precision(model.get_submodule(path)))
         sketches[path] = replace(weight_sketch, eps=eps)
-    reports = {path: factors.report for path, factors in initial.items()}
+    # A layer with a fixed A starts at directions of its triplets, but does not train these components.
+    reports = {t.path: initial[t.path].report for t in targets if t.has_anchor}
     return Sidecar(
         form,
         targets,

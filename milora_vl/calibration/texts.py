@@ -15,14 +15,11 @@ RESERVED = 1024
 COUNT, LENGTH, ROWS = 56, 192, 8  # one batch of seven checks what the others chose
 
 
-def calibration_texts(
-    model: Any, *, count: int = COUNT, length: int = LENGTH, on_text: Callable[[float], object] | None = None
-) -> list[dict[str, Tensor]]:
+def calibration_texts(model: Any, *, count: int = COUNT, length: int = LENGTH) -> list[dict[str, Tensor]]:
     """Return calibration batches of texts that the model writes at temperature 1, for `apply_milora`.
 
     A batch holds `input_ids` and `attention_mask` (8, up to `length`). Equal weights give equal texts on one machine.
-    `on_text` is called after each token, with the fraction of texts that is new. Raises CalibrationError for a model
-    that cannot write text.
+    Raises CalibrationError for a model that cannot write text.
 
     >>> from milora_vl.tiny import tiny_llama
     >>> batches = calibration_texts(tiny_llama()[0], count=8, length=6)
@@ -30,7 +27,7 @@ def calibration_texts(
     (8, torch.int64)
     """
     start, end = text_ends(model)
-    rows = sampled_rows(model, start, end, count=count, length=length, batch_size=32, seed=SEED, on_text=on_text)
+    rows = sampled_rows(model, start, end, count=count, length=length, batch_size=32, seed=SEED)
     return [padded(rows[first : first + ROWS], end) for first in range(0, count, ROWS)]
 
 
@@ -62,12 +59,13 @@ def sampled_rows(
     length: int,
     batch_size: int,
     seed: int,
-    on_text: Callable[[float], object] | None = None,
+    on_tokens: Callable[[int], object] = lambda _: None,
 ) -> list[list[int]]:
     """Return the ids of `count` texts of at most `length` ids, sampled at temperature 1.
 
-    Each text begins with the id `start` and stops after the id `end`. `on_text` is called after each token with the
-    fraction of texts that is new; the fractions sum to `count`. The random state of the caller does not change.
+    Each text begins with the id `start` and stops after the id `end`. `on_tokens` is called with the
+    number of new tokens, `count * (length - 1)` in all: a text that ends early counts as a whole one. The random state
+    of the caller does not change.
     """
     written: list[list[int]] = []
     training = model.training
@@ -77,14 +75,14 @@ def sampled_rows(
             torch.manual_seed(seed)
             for begin in range(0, count, batch_size):
                 first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
-                progress = _Progress(len(first), length - 1, on_text or (lambda _: None))
+                counter = _TokenCounter(len(first), length - 1, on_tokens)
                 rows = model.generate(
                     first,
                     attention_mask=torch.ones_like(first),
                     generation_config=_sampling(length - 1, end),
-                    stopping_criteria=[progress],
+                    stopping_criteria=[counter],
                 )
-                progress.finish()
+                on_tokens(counter.left)
                 if not bool((rows[:, :1] == first).all()):  # LLaVA's own class returns the new ids alone
                     rows = torch.cat([first, rows], dim=1)
                 written += [_ended(row, end) for row in rows.tolist()]
@@ -93,25 +91,17 @@ def sampled_rows(
     return written
 
 
-class _Progress:
-    """A stopping criterion of `generate` that never stops it: it counts the tokens."""
+class _TokenCounter:
+    """A stopping criterion of `generate` that never stops it: it counts the tokens of `rows` texts."""
 
-    def __init__(self, rows: int, length: int, on_text: Callable[[float], object]) -> None:
-        self.left, self.of_token, self.on_text = float(rows), rows / length, on_text
+    def __init__(self, rows: int, length: int, on_tokens: Callable[[int], object]) -> None:
+        self.rows, self.left, self.on_tokens = rows, rows * length, on_tokens
 
     def __call__(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
         """Count one token of each row."""
-        self._count(self.of_token)
+        self.left -= self.rows
+        self.on_tokens(self.rows)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-    def finish(self) -> None:
-        """Count what is left of rows that ended early."""
-        self._count(self.left)
-
-    def _count(self, part: float) -> None:
-        part = min(part, self.left)
-        self.left -= part
-        self.on_text(part)
 
 
 def _sampling(num_tokens: int, end: int) -> Any:

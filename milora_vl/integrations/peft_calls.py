@@ -44,7 +44,7 @@ def replacement(stock: Callable[..., Any], part: Part, form: Form, protect: floa
             raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
         method = tuned.milora_targets[0].method
         protected = f", off {protect:.0%} of the inputs of ordinary text" if texts else ""
-        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_report), 'module')}{protected}\n")
+        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_targets), 'module')}{protected}\n")
         return tuned
 
     return get_peft_model

@@ -43,6 +43,8 @@ def policy_table(run: Run) -> Table:
     header = ("tower", "modules", "method", "rank", "alpha", "learning rate", "share of ‖W‖² in the adapter")
     names = dict.fromkeys(str(target["method"]) for target in targets)
     trains = [f"{METHODS[name].label}: {METHODS[name].trains}." for name in names if name in METHODS]
+    if any(target.get("protect") for target in targets):
+        trains.append("Off the protected inputs, A stays at its start, and B trains from zero.")
     caption = " ".join(["Trained modules by rule; all other modules are frozen.", *trains, share]).strip()
     return Table(header, tuple(rows), caption)
 

@@ -180,18 +180,18 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
         )
     total = count + HELD_OUT_TEXTS
     rows: list[list[int]] = []
-    with _bar("writing calibration texts", total, "texts") as bar:
+    with _bar("writing calibration texts", total * (LENGTH - 1), "tokens") as bar:
         for number, begin in enumerate(range(0, total, PART)):
             part = min(PART, total - begin)
 
             def write(seed: int = SEED + number, part: int = part) -> list[list[int]]:
                 ends = ends_of(tokenizer)
                 return sampled_rows(
-                    model, *ends, count=part, length=LENGTH, batch_size=part, seed=seed, on_text=bar.update
+                    model, *ends, count=part, length=LENGTH, batch_size=part, seed=seed, on_tokens=bar.update
                 )
 
             rows += _cached(sources, f"texts {number} {part} {LENGTH}", write)
-            bar.update(begin + part - bar.n)
+            bar.update((begin + part) * (LENGTH - 1) - bar.n)  # what the cache had
     kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 

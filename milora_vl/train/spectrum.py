@@ -84,7 +84,7 @@ def _measure(path: str, tower: str, module: nn.Module, target: Target | None) ->
         tower=tower,
         shape=list(shape),
         sigma=[float(f"{value:.6g}") for value in sigma],
-        trained=_trained(method, rank, min(shape)),
+        trained=None if target and target.has_fixed_A else _trained(method, rank, min(shape)),
         method=method,
         rank=rank,
         note=note,
