@@ -11,7 +11,6 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
-# If a command is interrupted, make must not delete its finished output files.
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
