@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora_vl.adapter.install import lora_layer
+from milora_vl.adapter.install import fix_A, lora_layer
 from milora_vl.calibration.activations import energy_limits
 from milora_vl.calibration.positions import positions_of
 from milora_vl.factors.initialize import cached_factors
@@ -217,11 +217,10 @@ def starts(
 
 
 def install(model: Any, rows: Mapping[str, Tensor], *, trains: bool) -> None:
-    """Put A into PEFT's layers, as a buffer unless it trains. PEFT's forward, state dict and merge read it as ever."""
+    """Put A into PEFT's layers, as a buffer unless it trains."""
     for path, A in rows.items():
-        half: Any = lora_layer(model, path).lora_A["default"]
+        layer = lora_layer(model, path)
         if trains:
-            half.weight.data.copy_(A)
+            layer.lora_A["default"].get_parameter("weight").data.copy_(A)
         else:
-            del half.weight
-            half.register_buffer("weight", A.contiguous())
+            fix_A(layer, "default", A)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from milora_vl.adapter.install import lora_layer
 from milora_vl.adapter.parameter_groups import parameter_groups
 from milora_vl.sweep.cells import Cell
 from studies.rivals import loss_with, pieces
-from studies.starts import install, starts
+from studies.starts import OTHER_ORDER, install, starts
 from studies.study import Study
 from studies.task import Task
 from studies.update import Updates
@@ -54,11 +55,15 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
 
 
 def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
-    fixed = study.fixed(cell.method)
+    fixed, batch_size = study.fixed(cell.method), study.training(cell.method).batch_size
     if fixed is None:
         protects = any(rule.get("protect") for rule in rules)
-        return apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects else None)
-    batch_size, cache = study.training(cell.method).batch_size, factors / study.task
+        texts = task.calibration() if protects else None
+        batches = None
+        if any(rule.get("method") == "gradient" for rule in rules):
+            batches = list(islice(task.batches(batch_size, OTHER_ORDER + cell.seed), 4))
+        return apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
+    cache = factors / study.task
     targets = Policy.parse(rules).resolve(base)
     rows = starts(base, targets, fixed, task, batch_size=batch_size, seed=cell.seed, cache=cache)
     model = apply_milora(base, rules)

@@ -2,7 +2,7 @@
 
 The gradient of a weight W (out, in) is G = sum g x' over the positions of a batch, with the layer's input x (in) and
 the gradient g (out) of its output. A small change of W lowers the loss most along the first right singular vectors of
-G. G is as large as W; a sketch Y = Omega G with a few times as many rows as the rank has nearly the same first rows
+G. G is as large as W; a sketch Y = Omega G with a few more rows than the rank has nearly the same row space
 (Halko, Martinsson and Tropp, arXiv:0909.4061) and is summed while the model runs backward. Related work: LoRA-GA
 (arXiv:2407.05000), KeepLoRA (arXiv:2601.19659).
 """
@@ -25,13 +25,13 @@ from milora_vl.policy.towers import keep_weights_readable
 from milora_vl.svd.precision import full_precision
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 
-OVERSAMPLED = 8  # rows of a sketch beyond twice the rank
+OVERSAMPLED = 8  # rows of a sketch beyond the rank
 
 
 def gradient_sketches(
     model: nn.Module, targets: Sequence[Target], batches: Sequence[Mapping[str, Any]], *, is_shown: bool = False
 ) -> dict[str, Tensor]:
-    """Return a sketch (2r + 8, in) in float32 of the gradient of each target's weight, by path.
+    """Return a sketch (r + 8, in) in float32 of the gradient of each target's weight, by path.
 
     `batches` holds arguments of the model's forward, whose output has a `loss` (pass `labels`). Each batch runs forward
     and backward once; no weight gets a gradient. All processes get the sketches of the first one.
@@ -87,13 +87,13 @@ def _tracked(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None
 
 
 class _Sketch:
-    """The sum Omega G of one layer, with a random Omega (2r + 8, out) that depends on its path alone."""
+    """The sum Omega G of one layer, with a random Omega (r + 8, out) that depends on its path alone."""
 
     def __init__(self, target: Target) -> None:
         assert target.rank is not None
         self.path = target.path
         generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
-        rows = min(2 * target.rank + OVERSAMPLED, target.shape[0])
+        rows = min(target.rank + OVERSAMPLED, target.shape[0])
         self.omega = torch.randn(rows, target.shape[0], generator=generator)
         self.total: Tensor | None = None
 

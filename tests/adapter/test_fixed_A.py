@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +27,11 @@ TEXT = text_batches(vocabulary=200)
 Q = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(autouse=True)
-def no_hint_about_few_directions_and_data() -> Iterator[None]:
-    """The layers of tiny models have so few inputs that one direction can hold the share, and few batches."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*protect almost nothing|too little calibration data")
-        yield
+# The layers of tiny models have so few inputs that one direction can hold the share, and few batches.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*protect almost nothing"),
+    pytest.mark.filterwarnings("ignore:too little calibration data"),
+]
 
 
 def protecting(**fields: Any) -> list[dict[str, Any]]:
