@@ -14,7 +14,7 @@ from torch import Tensor
 from milora_vl.adapter.apply import Form
 from milora_vl.adapter.reinit import reinit_peft, restore_split
 from milora_vl.adapter.sidecar import FILE_NAME
-from milora_vl.base.errors import UserError
+from milora_vl.base.errors import UserError, first_line
 from milora_vl.calibration.bases import CalibrationError
 from milora_vl.calibration.texts import calibration_texts
 from milora_vl.cli.command_line import amount
@@ -72,8 +72,9 @@ def _texts(model: Any, protect: float) -> list[dict[str, Tensor]] | None:
     sys.stderr.write("milora: the base model writes texts, to find the inputs of ordinary text\n")
     try:
         return calibration_texts(model)
-    except CalibrationError as error:
-        sys.stderr.write(f"milora: inputs are not protected: {error.first.message}\n")
+    except (CalibrationError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        # A class of the calling code may have a `generate` that the installed transformers cannot call.
+        sys.stderr.write(f"milora: inputs are not protected, since the base model cannot write: {first_line(error)}\n")
         return None
 
 

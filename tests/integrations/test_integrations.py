@@ -214,3 +214,18 @@ def _as_llava_loads(root: Path, folder: Path) -> torch.Tensor:
     ids[0, 3] = -200
     images = torch.ones(1, 3, 32, 32)
     return tuned(input_ids=ids, attention_mask=torch.ones_like(ids), images=images).logits
+
+
+def test_a_base_whose_class_cannot_write_is_not_protected_and_says_so(tiny_llama, capsys, monkeypatch) -> None:
+    base = tiny_llama()[0]
+
+    def generate(*_: object, **__: object) -> None:
+        raise TypeError("forward() got an unexpected keyword argument 'cache'")
+
+    monkeypatch.setattr(base, "generate", generate)
+    with get_peft_model_replaced():
+        model = peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.milora_protection == {}
+    assert "inputs are not protected" in capsys.readouterr().err
+    with get_peft_model_replaced():
+        assert peft.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"])).milora_protection
