@@ -69,7 +69,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Run one part in a process of its own, which frees the card; return its `result`, or the end of its `error`."""
+    """Run one part in a separate process, which frees the card; return its `result`, or the end of its `error`."""
     words = ["--part", name, "--device", chosen.device, *["--tiny"] * chosen.tiny]
     command = [sys.executable, "-m", "benchmarks.gpu", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -121,7 +121,7 @@ class Memory:
         self.device = device
 
     def reset(self) -> None:
-        """Forget the peak so far; that of a process stays."""
+        """Forget the card's peak so far; a process keeps its peak."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -247,6 +247,8 @@ def train(way: str, model: str, chosen: argparse.Namespace) -> dict[str, Any]:
             import trl
             from datasets import Dataset
 
+            from milora_vl.tiny import tiny_tokenizer  # TRL asks for a tokenizer and does not use it here
+
             config = trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
             data, tokenizer = Dataset.from_list(rows), tiny_tokenizer()
             trainer = trl.SFTTrainer(
@@ -257,13 +259,6 @@ def train(way: str, model: str, chosen: argparse.Namespace) -> dict[str, Any]:
     seconds = (Clock.ends[-1] - Clock.ends[WARM - 1]) / STEPS
     speed = batch["input_ids"].numel() / seconds
     return {"tokens_per_second": round(speed), "peak_gb": memory.peak_gb(), **share(base, speed), **start}
-
-
-def tiny_tokenizer() -> Any:
-    """Return a tokenizer, which TRL asks for and does not use here."""
-    from milora_vl.tiny import tiny_tokenizer as make
-
-    return make()
 
 
 def share(base: Any, tokens_per_second: float) -> dict[str, float]:
@@ -298,7 +293,7 @@ def questions(chosen: argparse.Namespace) -> dict[str, Any]:
         model, count = tiny.to(chosen.device), 12
     else:
         model, count = shaped("llava-1.5-7b", chosen)[0].eval(), 500
-        model.config.image_token_id = tiny.config.image_token_id  # the tokenizer is that of `tiny`
+        model.config.image_token_id = tiny.config.image_token_id  # the tokenizer is `tiny`'s
         size = model.config.vision_config.image_size
         processor.image_processor.size = {"shortest_edge": size}
         processor.image_processor.crop_size = {"height": size, "width": size}
