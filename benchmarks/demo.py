@@ -1,14 +1,12 @@
-"""The demo in the README: the time of `make demo` on this machine, and its output.
+"""The demo in docs/quickstart.md: the time of `make demo` on this machine, and its output.
 
-python benchmarks/demo.py            # takes minutes: runs the demo, writes the README's section, prints a JSON line
-python benchmarks/demo.py --readme   # writes the README's section from benchmarks/results.json
+python benchmarks/demo.py      # takes minutes: runs the demo, writes the section of the page, prints a JSON line
 
 Run `make demo` once before, so that downloads and the creation of smol-llava are not measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from all import RESULTS, ROOT, machine
+from all import ROOT, machine
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "quickstart.md"
 PRINTED = """\
 `make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}), in {dtype}. It printed
 
@@ -60,29 +58,26 @@ def table(printed: str) -> list[str]:
 
 
 def block(found: dict[str, Any]) -> str:
-    """Return the README's section."""
+    """Return the section of the page."""
     minutes, seconds = divmod(found["seconds"], 60)
     lines = "\n".join(found["table"])
     return PRINTED.format(minutes=minutes, seconds=seconds, cpu=found["cpu"], dtype=found["dtype"], table=lines)
 
 
-def written(readme: str, found: dict[str, Any]) -> str:
-    """Return the README's text with a new section. Raises ValueError if it has no markers."""
+def written(page: str, found: dict[str, Any]) -> str:
+    """Return the text of the page with a new section. Raises ValueError if it has no markers."""
     start = "<!-- demo -->\n"
-    before, found_start, rest = readme.partition(start)
+    before, found_start, rest = page.partition(start)
     _, found_end, after = rest.partition("<!-- end -->")
     if not (found_start and found_end):
-        raise ValueError(f"README.md has no part between  {start.strip()}  and  <!-- end -->")
+        raise ValueError(f"{PAGE.name} has no part between  {start.strip()}  and  <!-- end -->")
     return f"{before}{start}{block(found)}<!-- end -->{after}"
 
 
 def main() -> int:
-    """Measure, update the README, and print the result."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--readme", action="store_true", help="only write the README's section from results.json")
-    stored = options.parse_args().readme
-    found = json.loads(RESULTS.read_text(encoding="utf-8"))["demo"]["result"] if stored else measure()
-    README.write_text(written(README.read_text(encoding="utf-8"), found), encoding="utf-8")
+    """Measure, update the page, and print the result."""
+    found = measure()
+    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
     print(json.dumps(found))
     return 0
 

@@ -120,6 +120,8 @@ def redraw(name: str, study: Study, docs: Path) -> Path:
 def _draw_curves(name: str, study: Study, docs: Path) -> None:
     """Draw NAME.png, forgetting over loss, and NAME.score.png, score over forgetting, from NAME.csv in `docs`."""
     cells, task = cells_of(name, study, docs), task_class(study.task)
+    if study.figure is not None:
+        cells = {cell: row for cell, row in cells.items() if cell.method in study.figure}
     panels = page.panels(cells, list(cells), study.seeds, task.forgets, study.reference)
     (docs / f"{name}.png").write_bytes(png(curves_figure(panels)))
     scores = pareto_figure(panels[0].arms, task.metric, task.forgets)

@@ -42,6 +42,10 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
         picture("red").save(made((folder / place).parent) / Path(place).name)
     (folder / "my pictures" / "cat.txt").write_text("A cat.")
     dump(folder / "llava.json", records)
+    drawn = sorted(path.name for path in (folder / "images").iterdir())
+    (folder / "answers.csv").write_text(
+        "image,question,answer\n" + "".join(f"{n},What is this?,It is {n}.\n" for n in drawn)
+    )
     dump_lines(folder / "mine.jsonl", [record for record in records if "image" not in record or record["id"] == "p0"])
     dump(folder / "llava_v1_5_mix665k.json", [record for record in records if record["id"] in ("p0", "t0", "t1")])
     for rows in ASKED:
@@ -163,11 +167,17 @@ def demo() -> None:
          "--output_dir", "runs/demo")  # fmt: skip
 
 
+def quickstart() -> None:
+    shutil.copy("val.json", made(Path("data")) / "eval.json")
+    call(*TINY, "--eval_data_path", "data/eval.json", "--output_dir", "runs/mine")
+
+
 # What a page may presume -> the function that makes it, in a folder with the files above.
 PRESUMED: dict[str, Callable[[], None]] = {
     "runs/a": lambda: call(*TINY, "--output_dir", "runs/a"),
     "runs/b": lambda: call(*TINY, "--seed", "1", "--output_dir", "runs/b"),
     "runs/demo": demo,
+    "runs/mine": quickstart,
     "runs/full": lambda: call(*TINY[:-2], "--method", "full", "--output_dir", "runs/full"),
     "vicuna-clip": composed,
     "llava-v1.5-7b-lora": llava_lora,

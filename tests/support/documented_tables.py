@@ -51,6 +51,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(\btrain --recipe paper-visual .*)", r"\1 --dataloader_num_workers 0"),
     (r"(\btrain --recipe paper-commonsense .*)", r"\1 --fp16 False"),
     (r"emoji --output_dir data/emoji", "emoji --output_dir data/emoji-made --per_type 2"),
+    (r"--hold_out 100", "--hold_out 2"),
     (r"(milora_vl\.chat .*)", r"\1 --max_new_tokens 4"),
     (r"(forgetting --.*?)(?: --num_tokens 300000)?$", r"\1 --num_tokens 64"),
     (r"(forgetting --(?!.*--on).*)", r"\1 --limit 2"),
@@ -93,6 +94,7 @@ SLOW: dict[str, str] = {
 }
 # Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
 PAGES_PRESUME: dict[str, tuple[str, ...]] = {
+    "docs/choose.md": ("runs/mine",),
     "docs/evaluation.md": ("runs/a", "runs/demo"),
     "docs/exporting.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
     "docs/forgetting.md": ("runs/demo", "runs/full"),
@@ -143,10 +145,6 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
 }
 # Page and first line of a change in Python -> the script before it, and replacements in it.
 CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
-    ("README.md", "- model = get_peft_model(model, LoraConfig("): (
-        "from milora_vl import apply_milora, load_model\nmodel, _ = load_model('tiny')\n",
-        (("rank: 128", "rank: 4"),),
-    ),
     ("docs/integrations.md", '+ model = apply_milora(model, "[{modules: language'): (
         "from milora_vl import apply_milora, load_model\n"
         "from transformers import Trainer, TrainingArguments\n"
@@ -163,7 +161,7 @@ CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
 # Page and language of blocks that no test runs -> why.
 NO_CODE: dict[tuple[str, str], str] = {
     ("docs/scaling.md", ""): "needs two machines",
-    ("README.md", ""): "what the demo prints",
+    ("docs/quickstart.md", ""): "what the demo prints",
     ("docs/install.md", "bibtex"): "a citation",
     ("docs/upstream.md", ""): "a proposal for another library",
     ("docs/data-format.md", "text"): "records with shortened parts; tests/data reads records of each form",
