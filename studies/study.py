@@ -31,8 +31,8 @@ class Study(Strict):
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
     rates of the study. An arm may have fewer `seeds`, a `fixed` A, a `rival`, and a `scale`, by which the finished
     adapter is multiplied. `also` names arms whose cells are read from the CSV of another study with the same task and
-    settings. `figure` names the arms that are drawn (all, without it); the table has them all. `search_seeds` is the number of seeds for the search over learning rates; only the best rate by validation
-    loss runs all seeds.
+    settings. `figure` names the arms that are drawn (all, without it); the table has them all. `search_seeds` is the
+    number of seeds for the search over learning rates; only the best rate by validation loss runs all seeds.
     """
 
     question: str
