@@ -1,4 +1,4 @@
-"""The command `python -m milora_eval`: run, ls, score, judge, scales, compare, view.
+"""The command `python -m milora_eval`: run, ls, score, judge, scales, compare, tradeoff, view.
 
 It imports torch only when it loads a model.
 """
@@ -23,6 +23,7 @@ MENU = Menu(
         "look": {
             "scales": ("milora_eval.commands.scales", "scan sizes of an update: score against forgetting"),
             "compare": ("milora_eval.commands.compare", "compute paired differences of two evaluations"),
+            "tradeoff": ("milora_eval.commands.tradeoff", "weigh the gain on targets against the change elsewhere"),
             "view": ("milora_eval.commands.view", "write one HTML page to browse the answers of one or two runs"),
         },
     },

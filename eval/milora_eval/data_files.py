@@ -1,4 +1,8 @@
-"""Find, read and write the official files of benchmarks (`--data`); errors say where to download missing ones."""
+"""Find, read and write the official files of benchmarks (`--data`); errors say where to download missing ones.
+
+Names of files may be patterns (`data/test-*.parquet`). A table (`.parquet` of a data set of the hub, `.tsv` of
+VLMEvalKit) holds the questions and their pictures.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from typing import Any
 
 from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8, read_objects
+from milora_data.pictures.files import ImageError, picture_size
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_vl.base.atomic_write import atomic_file, write_text
-from milora_vl.base.errors import MALFORMED, DataError, UserError, with_context
+from milora_vl.base.errors import MALFORMED, DataError, Problem, UserError, collected, with_context
 
 # Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
 NOT_A_NUMBER = frozenset(
@@ -24,13 +29,25 @@ NOT_A_NUMBER = frozenset(
 )
 
 
+def existing(data_dir: Path, names: str) -> list[Path]:
+    """Return the files or the folder of the first of `names` ("a|b") that exists; of a pattern all files, sorted."""
+    for name in names.split("|"):
+        paths = sorted(data_dir.glob(name)) if "*" in name else [data_dir / name]
+        if paths and paths[0].exists():
+            return paths
+    return []
+
+
 def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
     """Return the first existing file or folder of `names` ("a|b"). Raises MissingData with the expected files."""
-    for name in names.split("|"):
-        if (data_dir / name).exists():
-            return data_dir / name
-    specs = [spec.removesuffix("|.").replace("|", "  or  ") for spec in benchmark.files[:4]]
+    if paths := existing(data_dir, names):
+        return paths[0]
+    # A table stands in every entry of `files`, for it replaces them all: it is named once.
+    tables = [name for name in benchmark.files[0].split("|") if is_table(Path(name))]
+    parts = [[name for name in spec.removesuffix("|.").split("|") if name not in tables] for spec in benchmark.files]
+    specs = ["  or  ".join(part) for part in parts[:4] if part]
     wanted = "\n".join(f"  {spec}" for spec in [*specs[:2], *([";  ".join(specs[2:])] if specs[2:] else [])])
+    wanted += ("\nor alone:" if specs and tables else "") + "  " * bool(tables) + "  or  ".join(tables)
     source = f"\nthey come from: {benchmark.source}" if benchmark.source else ""
     raise MissingData(
         f"no {names.removesuffix('|.').replace('|', ' or ')} in {data_dir}"
@@ -46,12 +63,15 @@ def other_questions(benchmark: Benchmark, data_dir: Path) -> Path | None:
     """Return the file of a benchmark's questions if it has those of another data set, else None."""
     if type(benchmark).recognises is Benchmark.recognises:
         return None
-    path = next((data_dir / name for name in benchmark.files[0].split("|") if (data_dir / name).is_file()), None)
+    path = next((path for path in existing(data_dir, benchmark.files[0]) if path.is_file()), None)
     if path is None:
         return None
     try:
-        first = next((value for _, value in read_objects(path)), None)
-    except DataError:  # whoever reads the file reports it
+        if is_table(path):
+            first: Any = next(_rows(path, without="image"), {})
+        else:
+            first = next((value for _, value in read_objects(path)), None)
+    except UserError:  # whoever reads the file reports it
         return None
     return None if benchmark.recognises(first) else path
 
@@ -110,16 +130,78 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return write_text(path, json.dumps(rows, ensure_ascii=False))
 
 
+def is_table(path: Path) -> bool:
+    """Return whether a file is a table: a file of questions with their pictures."""
+    return path.suffix in (".parquet", ".tsv")
+
+
+def table_rows(benchmark: Benchmark, data_dir: Path) -> list[dict[str, Any]]:
+    """Return the rows of the tables in `files[0]`, with `picture`, a file in the user's cache, in place of `image`.
+
+    Raises MissingData without files, and DataError that names every row without a readable picture.
+    """
+    find(benchmark, data_dir, benchmark.files[0])
+    problems: list[Problem] = []
+    rows = []
+    for path in existing(data_dir, benchmark.files[0]):
+        found = read_table(path) if path.suffix == ".tsv" else _rows(path)  # a row of a .tsv may name a later one
+        pictures = {row["index"]: row.get("image") for row in found} if isinstance(found, list) else {}
+        for number, row in enumerate(found, start=1):
+            with collected(problems):
+                picture = _unpacked(row.get("image"), pictures, f"{path}, row {number}")
+                rows.append({name: value for name, value in row.items() if name != "image"} | {"picture": picture})
+    if problems:
+        raise DataError(problems=problems)
+    return rows
+
+
+def _rows(path: Path, without: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table, of a parquet file without one of its columns."""
+    if path.suffix == ".tsv":
+        yield from _lines(path)
+        return
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        columns = [name for name in file.schema_arrow.names if name != without]
+        for batch in file.iter_batches(64, columns=columns):  # a file may hold a gigabyte of pictures
+            yield from batch.to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"cannot be read: {error}", code="table-syntax", where=str(path), hint="download the file again"
+        ) from None
+
+
+def _unpacked(image: Any, pictures: Mapping[str, Any], place: str) -> Path:
+    """Unpack the picture of a row: {bytes}, base64, or at most 64 characters, the index of the row that has it."""
+    content = image.get("bytes") if isinstance(image, dict) else image
+    if isinstance(content, str) and len(content) <= 64:
+        content = pictures.get(content)
+    hint = "download the file again"
+    if not content:
+        raise DataError("the row has no picture", code="data-picture-base64", where=place, hint=hint)
+    path = unpack_picture(content, place)
+    try:
+        picture_size(path)
+    except ImageError as error:
+        message = f"cannot read the picture: {error.reason}"
+        raise DataError(message, code="image-unreadable", where=place, hint=hint) from None
+    return path
+
+
 def read_table(path: Path) -> list[dict[str, str]]:
     """Return the rows of a tab-separated file with a header, as text; values that pandas reads as NaN are omitted."""
+    return list(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[dict[str, str]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t", restkey="")
-            return [
-                {key: text for key, text in row.items() if isinstance(text, str) and text not in NOT_A_NUMBER}
-                for row in rows
-            ]
+            for row in csv.DictReader(file, delimiter="\t", restkey=""):
+                yield {key: text for key, text in row.items() if isinstance(text, str) and text not in NOT_A_NUMBER}
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except csv.Error as error:

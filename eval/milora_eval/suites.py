@@ -16,7 +16,7 @@ from typing import Any
 
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
-from milora_eval.data_files import other_questions
+from milora_eval.data_files import existing, other_questions
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import suggest
 
@@ -44,6 +44,11 @@ BENCHMARKS: dict[str, str] = {
     "docvqa": f"{_HERE}.docvqa:DocVQA",
     "infovqa": f"{_HERE}.docvqa:InfoVQA",
     "okvqa": f"{_HERE}.okvqa:OKVQA",
+    "ai2d": f"{_HERE}.ai2d:AI2D",
+    "realworldqa": f"{_HERE}.realworldqa:RealWorldQA",
+    "mmstar": f"{_HERE}.mmstar:MMStar",
+    "pathvqa": f"{_HERE}.pathvqa:PathVQA",
+    "cub200": f"{_HERE}.cub200:CUB200",
     "refcoco": f"{_HERE}.refcoco:RefCOCO",
     "refcoco+": f"{_HERE}.refcoco:RefCOCOPlus",
     "refcocog": f"{_HERE}.refcoco:RefCOCOg",
@@ -63,6 +68,7 @@ BENCHMARKS: dict[str, str] = {
 }
 LLAVA_PAPER = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
 MATHEMATICS = ("gsm8k", "math")
+HELD_OUT = ("ai2d", "chartqa", "docvqa", "infovqa", "realworldqa", "seed-bench", "scienceqa", "mmstar")
 COMMONSENSE = ("boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-e", "arc-c", "obqa")
 
 
@@ -94,6 +100,7 @@ SUITES: dict[str, Suite] = {
     ),
     "commonsense": Suite(COMMONSENSE, "the eight commonsense sets of `text` alone, and their mean", mean=COMMONSENSE),
     "mathematics": Suite(MATHEMATICS, "GSM8K and MATH of `text` alone, and their mean", mean=MATHEMATICS),
+    "held-out": Suite(HELD_OUT, "what a new skill should not cost: eight sets of arXiv:2510.08564", mean=HELD_OUT),
     "quick": Suite(
         tuple(name for name in BENCHMARKS if not name.endswith(("-test", "-testdev"))),
         "200 items each of all benchmarks whose files exist",
@@ -254,7 +261,7 @@ def folder_of(benchmark: Benchmark, data_dir: Path) -> Path:
 def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
     """Return whether all files that the benchmark reads exist and have its questions."""
     folder = folder_of(benchmark, data_dir)
-    exist = all(any((folder / name).exists() for name in names.split("|")) for names in benchmark.files)
+    exist = all(existing(folder, names) for names in benchmark.files)
     return exist and other_questions(benchmark, folder) is None
 
 

@@ -13,12 +13,16 @@ import pytest
 from milora_eval import run
 from milora_eval.answers.store import read_lines
 from milora_eval.benchmark import Answer, MissingData
+from milora_eval.benchmarks.cub200 import QUESTIONS
 from milora_eval.benchmarks.xlsx import read_xlsx
+from milora_eval.data_files import load_items
 from milora_eval.rules.math_answers import is_equivalent
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of, has_files
+from milora_vl.base.errors import DataError
 from milora_vl.models.generate import Prompt, prompt_ids
 from support import official_data
 from support.llava_oracle import llama_tokenizer, llava_train
+from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 Made = tuple[Any, Any]
@@ -27,6 +31,10 @@ SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+MEDICAL = (
+    "\nFor questions that can be answered with a yes or no, just answer yes or no."
+    " Otherwise, provide an answer in the medical domain."
+)
 REGION = "Please provide the bounding box coordinate of the region this sentence describes: red disc"
 
 # The text that LLaVA's scripts append to "<image>\n", for the last item unless another one is named.
@@ -53,6 +61,10 @@ PROMPTS: dict[str, tuple[int, str]] = {
     "docvqa": (0, "What title?" + SHORT),
     "infovqa": (0, "What title?" + SHORT),
     "okvqa": (0, "What color is the disc?" + SHORT),
+    "ai2d": (1, "Which color?\nA. red\nB. green\nC. blue" + LETTER),
+    "realworldqa": (0, f"Which color?\n\nA. red\nB. green\n{official_data.ASKED}"),
+    "mmstar": (0, "Which color?\nOptions: A: red, B: green, C: blue, D: none" + LETTER.removesuffix(".")),
+    "pathvqa": (1, f"Look at the medical image and answer the following question: is it red?{MEDICAL}"),
     "refcoco": (0, REGION),
     "refcoco+": (0, REGION),
     "refcocog": (0, REGION),
@@ -109,6 +121,90 @@ def test_prompts_are_llavas_byte_for_byte(name: str, data: Path) -> None:
     turns = benchmark.prompt(benchmark.load(folder_of(benchmark, data))[number])
     assert [turn.text for turn in turns] == ["<image>\n" + expected]
     assert benchmark.form == "exact"
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name, forms in official_data.OTHER_FORMS.items() for form in range(len(forms))]
+)
+def test_the_same_questions_are_read_from_every_form_of_the_files(
+    name: str, form: int, data: Path, tmp_path: Path
+) -> None:
+    official_data.OTHER_FORMS[name][form](tmp_path / name)
+    benchmark = find_benchmark(name)
+    expected = benchmark.load(folder_of(benchmark, data))
+    assert has_files(benchmark, tmp_path)
+    items = load_items(benchmark, folder_of(benchmark, tmp_path))[: len(expected)]
+    assert [(item.question, item.answers, item.kind) for item in items] == [
+        (item.question, item.answers, item.kind) for item in expected
+    ]
+    right = [benchmark.score(item, item.answers[0]) for item in items]
+    assert right == [benchmark.score(item, item.answers[0]) for item in expected]
+    assert all(Path(item.images[0]).is_file() for item in items)
+
+
+def test_birds_are_asked_among_26_species_always_the_same(data: Path, tmp_path: Path) -> None:
+    benchmark = find_benchmark("cub200")
+    items = benchmark.load(folder_of(benchmark, data))
+    assert items == benchmark.load(folder_of(benchmark, data))
+    assert [item.id for item in items] == ["1", "3"]  # the test pictures
+    for number, item in zip((0, 2), items, strict=True):
+        question, *lines = item.question.split("\n")[1:]
+        assert question in QUESTIONS
+        assert [line[0] for line in lines[1:]] == list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        assert f"{item.answers[0]}. Bird number {number}" in lines
+        assert len({line[3:] for line in lines[1:]}) == 26
+    official_data.cub200_hub(tmp_path)
+    hub = benchmark.load(tmp_path)
+    assert [item.answers for item in hub] == [("A",), ("B",), ("C",)]
+    assert hub[0].question.endswith("\nA. Bird A\nB. Bird B\nC. Bird C")
+
+
+def test_tables_with_the_same_names_are_told_apart_by_their_content(tmp_path: Path) -> None:
+    for name in ("ai2d", "realworldqa", "pathvqa", "chartqa"):
+        folder = tmp_path / name
+        (official_data.OTHER_FORMS[name][0] if name == "chartqa" else official_data.WRITERS[name])(folder)
+        found = [
+            other for other in ("ai2d", "realworldqa", "pathvqa", "chartqa") if has_files(find_benchmark(other), folder)
+        ]
+        assert found == [name]
+    with raises_code("benchmark-file-format", says="has other questions"):
+        load_items(find_benchmark("pathvqa"), tmp_path / "ai2d")
+
+
+def test_every_row_without_a_readable_picture_is_named(tmp_path: Path) -> None:
+    official_data.ai2d_table(tmp_path)
+    path = tmp_path / "AI2D_TEST.tsv"
+    head, *rows = path.read_text().splitlines()
+    broken = [
+        rows[0].rsplit("\t", 1)[0] + "\tbm90IGEgcGljdHVyZQ" + "=" * 2 + "A" * 60,
+        rows[1],
+        rows[2].rsplit("\t", 1)[0] + "\t77",
+    ]
+    path.write_text("\n".join([head, *broken]))
+    with pytest.raises(DataError) as caught:
+        load_items(find_benchmark("ai2d"), tmp_path)
+    assert [str(problem.where) for problem in caught.value.problems] == [f"{path}, row 1", f"{path}, row 3"]
+    (tmp_path / "test-0.parquet").write_bytes(b"PAR1 cut")
+    with raises_code("table-syntax", where=str(tmp_path / "test-0.parquet")):
+        load_items(find_benchmark("ai2d"), tmp_path)
+
+
+def test_mmstar_has_its_capabilities_and_axes(data: Path) -> None:
+    benchmark = find_benchmark("mmstar")
+    items = benchmark.load(folder_of(benchmark, data))
+    answers = [Answer(item, "a", benchmark.score(item, "a")) for item in items]
+    found = {metric.name: (metric.value, metric.detail) for metric in benchmark.summarise(answers)}
+    assert found["accuracy"] == (pytest.approx(1 / 3), False)
+    assert found["axis: geometry"] == (0.5, True)
+
+
+def test_pathvqa_reports_both_types_and_f1(data: Path) -> None:
+    benchmark = find_benchmark("pathvqa")
+    items = benchmark.load(folder_of(benchmark, data))
+    texts = ("liver", "No.", "a kidney")
+    answers = [Answer(item, text, benchmark.score(item, text)) for item, text in zip(items, texts, strict=True)]
+    found = {metric.name: metric.value for metric in benchmark.summarise(answers)}
+    assert found == {"exact match": pytest.approx(2 / 3), "open": 0.5, "yes/no": 1.0, "F1": pytest.approx(5 / 9)}
 
 
 @pytest.mark.parametrize("name", ["boolq", "obqa"])
@@ -200,7 +296,7 @@ def test_missing_files_are_said_with_what_goes_where(name: str, tmp_path: Path) 
     assert str(tmp_path) in lines[0]
     assert "put there:" in lines
     assert "they come from: " in lines[-1]
-    assert len(lines) <= 6
+    assert len(lines) <= 7
 
 
 def test_vqa_is_scored_by_type_of_question_too(data: Path) -> None:

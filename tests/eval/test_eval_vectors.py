@@ -1,4 +1,4 @@
-"""Every case of reference/eval-vectors.json, most of them results of the official scripts, one test per case."""
+"""Results of the official scripts: one test per case of reference/eval-vectors.json, per rule of skill-vectors.json."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from milora_eval.rules import (
     mmbench,
     mme,
     mmmu,
+    multiple_choice,
+    pathvqa,
     pope,
     refcoco,
     scienceqa,
@@ -84,3 +86,29 @@ def test_vector(vector: dict[str, Any]) -> None:
         expected = pytest.approx(expected, abs=TOLERANCE.get(vector["metric"], 1e-5))
     assert got == expected, vector["why"]
     assert isinstance(got, bool) == isinstance(vector["expected"], bool) or vector["expected"] in (0, 1)
+
+
+SKILLS: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parents[1] / "reference" / "skill-vectors.json").read_text(encoding="utf-8")
+)
+RULES: dict[str, Callable[[str, Any], Any]] = {
+    "ai2d": multiple_choice.ai2d_correct,
+    "mmstar": multiple_choice.mmstar_correct,
+    "mcq_letter": multiple_choice.mcq_letter,
+    "realworldqa": multiple_choice.realworldqa_correct,
+    "cub200": multiple_choice.cub200_correct,
+    "pathvqa_exact_match": pathvqa.pathvqa_exact_match,
+    "pathvqa_f1": pathvqa.pathvqa_f1,
+    "chartqa": chartqa.chartqa_correct,
+    "anls": anls.anls,
+}
+
+
+@pytest.mark.parametrize("rule", SKILLS)
+def test_a_rule_agrees_with_its_script(rule: str) -> None:
+    cases = SKILLS[rule]["cases"]
+    got = [(text, reference, RULES[rule](text, reference)) for text, reference, _ in cases]
+    assert got == [
+        (text, reference, pytest.approx(expected) if isinstance(expected, float) else expected)
+        for text, reference, expected in cases
+    ]

@@ -231,6 +231,120 @@ def chartqa(folder: Path) -> None:
         dump(folder / "test" / f"test_{half}.json", rows)
 
 
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as the hub stores them; a text `image` names the colour of a picture."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    stored = [row | {"image": {"bytes": encoded(row["image"]), "path": f"{i}.png"}} for i, row in enumerate(rows)]
+    parquet.write_table(arrow.Table.from_pylist(stored), made(path.parent) / path.name)
+
+
+def tabular(name: str) -> str:
+    """Return a picture as VLMEvalKit's tables store it."""
+    return base64.b64encode(encoded(name)).decode()
+
+
+ASKED = " Please answer directly with only the letter of the correct option and nothing else."
+
+
+def ai2d(folder: Path) -> None:
+    rows = [{"question": "Which color?", "options": list(NAMES), "answer": str(i)} for i in range(3)]
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", with_pictures(rows))
+
+
+def ai2d_table(folder: Path) -> None:
+    about = dict(zip("ABC", NAMES, strict=True)) | {"category": "colors"}
+    rows = [{"index": i, "question": "Which color?", "answer": "ABC"[i]} | about for i in range(3)]
+    rows = [row | {"image": tabular(name)} for row, name in zip(rows, NAMES, strict=True)]
+    write_table(folder / "AI2D_TEST.tsv", [*rows, rows[0] | {"index": 3, "image": "1", "answer": "B"}])
+
+
+def realworldqa(folder: Path) -> None:
+    rows = [{"question": f"Which color?\n\nA. red\nB. green\n{ASKED}\n", "answer": "AB"[i]} for i in range(2)]
+    rows.append({"question": "How many? Please answer directly with a single word or number.", "answer": "1"})
+    for i, row in enumerate(with_pictures(rows)):
+        write_parquet(folder / "data" / f"test-{i:05d}-of-00003.parquet", [row])
+
+
+def mmstar(folder: Path) -> None:
+    text = "Which color? Please answer yes or no.\nOptions: A: red, B: green, C: blue, D: none"
+    rows = [{"index": i, "question": text, "answer": "ABC"[i], "category": "math"} for i in range(3)]
+    rows = [row | {"l2_category": ("geometry", "statistical reasoning")[i % 2]} for i, row in enumerate(rows)]
+    rows = [row | {"meta_info": {"source": "x", "split": "val", "image_path": "x.jpg"}} for row in rows]
+    write_parquet(folder / "mmstar.parquet", with_pictures(rows))
+
+
+def pathvqa(folder: Path) -> None:
+    rows = [{"question": "what is shown?", "answer": "the liver"}, {"question": "is it red?", "answer": "no"}]
+    write_parquet(folder / "data" / "test-00000-of-00001.parquet", with_pictures([*rows, rows[0]]))
+
+
+def pathvqa_original(folder: Path) -> None:
+    for i, name in enumerate(NAMES):
+        draw(folder / "pvqa" / "images" / "test" / f"test_{i:04d}.jpg", name)
+    rows = [("test_0000", "what is shown?", "the liver"), ("test_0001", "is it red?", "no")]
+    rows.append(("test_0002", "what is shown?", "the liver"))
+    stored = [dict(zip(("image", "question", "answer"), row, strict=True)) for row in rows]
+    (made(folder / "pvqa" / "qas" / "test") / "test_qa.pkl").write_bytes(pickle.dumps(stored))
+
+
+def cub200(folder: Path) -> None:
+    root = made(folder / "CUB_200_2011")
+    species = [f"{i + 1:03d}.Bird_number_{i}" for i in range(30)]
+    files = [f"{species[i]}/Bird_{i:04d}.jpg" for i in range(3)]
+    for path, name in zip(files, NAMES, strict=True):
+        draw(root / "images" / path, name)
+    columns = {"classes": species, "images": files, "image_class_labels": (1, 2, 3), "train_test_split": (0, 1, 0)}
+    for name, values in columns.items():
+        (root / f"{name}.txt").write_text("".join(f"{i} {value}\n" for i, value in enumerate(values, start=1)))
+
+
+def cub200_hub(folder: Path) -> None:
+    options = "".join(f"\n{letter}. Bird {letter}" for letter in "ABC")
+    letter = "Answer with the option's letter from the given choices directly."
+    text = f"What species is the bird in this photo?\n{letter}{options}"
+    rows = with_pictures([{"question": text, "answer": "ABC"[i]} for i in range(3)])
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", rows)
+
+
+def with_pictures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"image": name} for row, name in zip(rows, NAMES, strict=True)]
+
+
+def chartqa_hub(folder: Path) -> None:
+    for i, half in enumerate(("human_test", "augmented_test")):
+        rows = [{"type": half, "question": "How many?", "answer": str(10 * j)} for j in range(3)]
+        write_parquet(folder / "data" / f"test-{i:05d}-of-00002.parquet", with_pictures(rows))
+
+
+def chartqa_table(folder: Path) -> None:
+    halves = [("test_human", j) for j in range(3)] + [("test_augmented", j) for j in range(3)]
+    rows = [{"index": i, "question": "How many?", "answer": 10 * j, "split": s} for i, (s, j) in enumerate(halves)]
+    write_table(folder / "ChartQA_TEST.tsv", [row | {"image": tabular("red")} for row in rows])
+
+
+def docvqa_hub(folder: Path, name: str = "DocVQA") -> None:
+    about = {"question": "What title?", "data_split": "val"}
+    rows = [about | {"questionId": str(i), "answers": [name, name.upper()]} for i, name in enumerate(NAMES)]
+    write_parquet(folder / name / "validation-00000-of-00001.parquet", with_pictures(rows))
+
+
+def docvqa_table(folder: Path, file: str = "DocVQA_VAL.tsv") -> None:
+    rows = [{"index": i, "question": "What title?", "answer": str([n, n.upper()])} for i, n in enumerate(NAMES)]
+    write_table(folder / file, [row | {"image": tabular(name)} for row, name in zip(rows, NAMES, strict=True)])
+
+
+def textvqa_hub(folder: Path) -> None:
+    rows = []
+    for i, name in enumerate(NAMES):
+        for j, text in enumerate(["what is written?", "What color is this?"]):
+            tokens = ["STOP", name.upper()] if i else []
+            row = {"image_id": f"img{i}", "question_id": 100 * i + j, "question": text, "image": name}
+            rows.append(row | {"answers": [name] * 6 + ["stop"] * 4, "ocr_tokens": tokens})
+    write_parquet(folder / "data" / "validation-00000-of-00001.parquet", rows)
+
+
 def document_questions(folder: Path, file: str, pictures: str, key: str) -> None:
     rows = []
     for i, name in enumerate(NAMES):
@@ -288,6 +402,7 @@ def mathematics(folder: Path) -> None:
 WRITERS: dict[str, Callable[[Path], None]] = {
     **{writer.__name__: writer for writer in (vqav2, okvqa, gqa, vizwiz, scienceqa, textvqa, pope, mmbench, chartqa)},
     **{writer.__name__: writer for writer in (mmmu, refcoco, nocaps)},
+    **{writer.__name__: writer for writer in (ai2d, realworldqa, mmstar, pathvqa, cub200)},
     "MME": mme,
     "seed_bench": seed_bench,
     "mm-vet": mm_vet,
@@ -299,6 +414,18 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "refcoco+": refcoco,
     "refcocog": lambda folder: refcoco(folder, "refs(umd).p"),
     "coco-captions": captions,
+}
+
+
+# The same questions in the other forms in which users have them.
+OTHER_FORMS: dict[str, tuple[Callable[[Path], None], ...]] = {
+    "ai2d": (ai2d_table,),
+    "pathvqa": (pathvqa_original,),
+    "chartqa": (chartqa_hub, chartqa_table),
+    "docvqa": (docvqa_hub, docvqa_table),
+    "infovqa": (lambda f: docvqa_hub(f, "InfographicVQA"), lambda f: docvqa_table(f, "InfoVQA_VAL.tsv")),
+    "textvqa": (textvqa_hub,),
+    "textvqa-no-ocr": (textvqa_hub,),
 }
 
 

@@ -1,19 +1,24 @@
-"""ChartQA, test: relaxed accuracy (5 % tolerance for numbers) on the human and the augmented half, and their mean."""
+"""ChartQA, test: relaxed accuracy (5 % tolerance for numbers) on the human and the augmented half, and their mean.
+
+The files are the official ones, lmms-lab's of the hub (column `type`), or VLMEvalKit's table (column `split`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.data_files import find
+from milora_eval.data_files import find, is_table, table_rows
 from milora_eval.rules.chartqa import chartqa_correct
 from milora_eval.stats import stratified_mean, stratified_stderr
 
 HALVES = ("human", "augmented")
+TABLES = "data/test-*.parquet|test-*.parquet|ChartQA_TEST.tsv"
 
 
 class ChartQA(Benchmark):
@@ -21,14 +26,20 @@ class ChartQA(Benchmark):
 
     name = "chartqa"
     files = (
-        *(f"test/test_{half}.json|test_{half}.json|ChartQA Dataset/test/test_{half}.json" for half in HALVES),
-        "test/png|png|ChartQA Dataset/test/png",
+        *(f"test/test_{half}.json|test_{half}.json|ChartQA Dataset/test/test_{half}.json|{TABLES}" for half in HALVES),
+        f"test/png|png|ChartQA Dataset/test/png|{TABLES}",
     )
-    source = "github.com/vis-nlp/ChartQA"
+    source = "github.com/vis-nlp/ChartQA, or huggingface.co/datasets/lmms-lab/ChartQA"
     metric = "mean of halves"
+
+    def recognises(self, question: Any) -> bool:
+        """Return whether a question is one of the official files, or a row that names its half."""
+        return isinstance(question, dict) and any(key in question for key in ("imgname", "type", "split"))
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read both halves."""
+        if is_table(find(self, data_dir, self.files[0])):
+            return [_row_item(number, row) for number, row in enumerate(table_rows(self, data_dir))]
         pictures = find(self, data_dir, self.files[2])
         return [
             picture_item(
@@ -56,6 +67,12 @@ class ChartQA(Benchmark):
         headline = Metric(self.metric, value, stderr, len(values), mean_of="types")
         halves = [_half(name, scored) for name in HALVES if name in kinds]
         return [headline, *halves]
+
+
+def _row_item(number: int, row: dict[str, Any]) -> Item:
+    half = "human" if "human" in (row["type"] if "type" in row else row["split"]) else "augmented"
+    text = row["question"] + SHORT
+    return picture_item(f"{half}/{number}", text, row["picture"], answers=[row["answer"]], kind=half)
 
 
 def _half(name: str, scored: list[tuple[float, str, str]]) -> Metric:

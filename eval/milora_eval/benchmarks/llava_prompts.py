@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from milora_eval.benchmark import Item
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTER_CN = "\n请直接回答选项字母。"
+LETTERS = string.ascii_uppercase
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 
 
@@ -37,6 +39,18 @@ def picture_item(
         group=group or picture.name,
         meta={"question_id": question_id, **(meta or {})},
     )
+
+
+def choices_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options of a row by letter: its list `options`, or as in VLMEvalKit's tables its columns A, B, ..."""
+    if "options" in row:
+        return {LETTERS[place]: str(option) for place, option in enumerate(row["options"])}
+    return {letter: row[letter] for letter in LETTERS if letter in row}
+
+
+def asked_for_letter(question: str, choices: Mapping[str, str]) -> str:
+    """Return a question, its options as lines "A. ...", and the request for a letter."""
+    return question + "".join(f"\n{letter}. {option}" for letter, option in choices.items()) + LETTER
 
 
 def lettered(options: Sequence[str]) -> str:

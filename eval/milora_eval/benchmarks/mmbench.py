@@ -16,7 +16,7 @@ from typing import Any
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means, plain_text
 from milora_eval.benchmarks.llava_prompts import LETTER, LETTER_CN, lettered, picture_item
 from milora_eval.benchmarks.xlsx import write_xlsx
-from milora_eval.data_files import find, read_table, table_columns, unpack_picture
+from milora_eval.data_files import find, read_table, table_columns, table_rows
 from milora_eval.rules.mmbench import mmbench_option
 
 ROTATION = 1_000_000
@@ -37,15 +37,14 @@ class MMBench(Benchmark):
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read the table and unpack its pictures into the user's cache."""
-        rows = read_table(find(self, data_dir, self.files[0]))
-        pictures = _pictures(rows)
+        rows = table_rows(self, data_dir)
         num_rows = Counter(int(row["index"]) % ROTATION for row in rows)
         rotated = len(num_rows) < len(rows)
         items = []
         for row in rows:
             turns = 1 if rotated else max(1, len(_options(row)))
             count = num_rows[int(row["index"]) % ROTATION] if rotated else turns
-            items += [self._item(row, pictures[row["index"]], turn, count) for turn in range(turns)]
+            items += [self._item(row, turn, count) for turn in range(turns)]
         return items
 
     def score(self, item: Item, text: str) -> float | None:
@@ -95,7 +94,7 @@ class MMBench(Benchmark):
         ]
         return [write_xlsx(folder / f"{self.name}_{self.split}.xlsx", names, table)]
 
-    def _item(self, row: dict[str, str], picture: Path, turn: int, rotations: int) -> Item:
+    def _item(self, row: dict[str, Any], turn: int, rotations: int) -> Item:
         options = _options(row)
         turned = options[turn:] + options[:turn]
         question = f"{row['hint']}\n{row['question']}" if _is_there(row.get("hint")) else row["question"]
@@ -106,7 +105,7 @@ class MMBench(Benchmark):
         return picture_item(
             index,
             question + lettered(turned) + self.suffix,
-            picture,
+            row["picture"],
             answers=[answer] if answer else [],
             kind=row.get("l2-category", row.get("category", "")),
             meta={
@@ -162,14 +161,6 @@ def _options(row: Mapping[str, str]) -> list[str]:
 
 def _is_there(text: str | None) -> bool:
     return text is not None and text.lower() not in ("nan", "none")
-
-
-def _pictures(rows: Iterable[Mapping[str, str]]) -> dict[str, Path]:
-    """Return the picture of each row; a text of at most 64 characters is the index of the row with the picture."""
-    data = {row["index"]: row["image"] for row in rows}
-    return {
-        index: unpack_picture(data[text] if len(text) <= 64 else text, f"row {index}") for index, text in data.items()
-    }
 
 
 def _cell(name: str, text: str | None) -> str | int | None:

@@ -13,30 +13,36 @@ from typing import Any
 from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.data_files import find, read_jsonl, write_rows
+from milora_eval.data_files import find, is_table, read_jsonl, table_rows, write_rows
 from milora_eval.rules.textvqa import question_of, textvqa_accuracy
 from milora_vl.base.errors import DataError
 
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
+TABLE = "data/validation-*.parquet|validation-*.parquet"
 
 
 class TextVQA(Benchmark):
-    """With OCR tokens: verbatim from LLaVA's question file if it exists, else from the Rosetta file."""
+    """With OCR tokens: verbatim from LLaVA's question file if it exists, else Rosetta's."""
 
     name = "textvqa"
     version = "0.5.1"
     split = "val"
     files: tuple[str, ...] = (
-        "TextVQA_0.5.1_val.json",
-        "train_images|train_val_images/train_images",
-        f"{LLAVA_FILE}|TextVQA_Rosetta_OCR_v0.2_val.json",
+        f"TextVQA_0.5.1_val.json|{TABLE}",
+        f"train_images|train_val_images/train_images|{TABLE}",
+        f"{LLAVA_FILE}|TextVQA_Rosetta_OCR_v0.2_val.json|{TABLE}",
     )
-    source = "textvqa.org/dataset"
+    source = "textvqa.org/dataset, or huggingface.co/datasets/lmms-lab/textvqa"
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read the questions and their tokens."""
-        entries = read_json(find(self, data_dir, self.files[0]))["data"]
-        pictures = find(self, data_dir, self.files[1])
+        path = find(self, data_dir, self.files[0])
+        if is_table(path):
+            entries = table_rows(self, data_dir)
+        else:
+            pictures = find(self, data_dir, self.files[1])
+            data = read_json(path)["data"]
+            entries = [entry | {"picture": pictures / f"{entry['image_id']}.jpg"} for entry in data]
         texts = self._texts(data_dir, entries)
         odd = next((entry for entry in entries if len(entry.get("answers", range(10))) != 10), None)
         if odd is not None:
@@ -50,7 +56,7 @@ class TextVQA(Benchmark):
             picture_item(
                 entry["image_id"],
                 text,
-                pictures / f"{entry['image_id']}.jpg",
+                entry["picture"],
                 name=str(entry["question_id"]),
                 answers=entry.get("answers", ()),
                 meta={"server_id": entry["question_id"]},
@@ -80,6 +86,8 @@ class TextVQA(Benchmark):
         if path.name == LLAVA_FILE:
             known = {(line["question_id"], question_of(line["text"])): line["text"] for line in read_jsonl(path)}
             return [known[entry["image_id"], entry["question"].lower()] for entry in entries]
+        if is_table(path):
+            return [_with_tokens(entry["question"], entry["ocr_tokens"]) for entry in entries]
         tokens = {entry["image_id"]: entry["ocr_tokens"] for entry in read_json(path)["data"]}
         return [_with_tokens(entry["question"], tokens.get(entry["image_id"], ())) for entry in entries]
 

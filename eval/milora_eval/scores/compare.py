@@ -44,6 +44,12 @@ def compare(a: Sequence[Line], b: Sequence[Line]) -> list[Pair]:
     return pairs
 
 
+def headline(a: Sequence[Line], b: Sequence[Line]) -> Pair | None:
+    """Return the first metric of two sides with the answers to one benchmark; None if it has no score yet."""
+    name = a[0]["benchmark"]
+    return next(iter(_pairs(name, *_common(name, a, b), count=1)), None)
+
+
 def num_common(a: Sequence[Line], b: Sequence[Line]) -> int:
     """Return the number of common items."""
     return len({(line["benchmark"], line["id"]) for line in a} & {(line["benchmark"], line["id"]) for line in b})
@@ -58,10 +64,11 @@ def _common(name: str, a: Sequence[Line], b: Sequence[Line]) -> tuple[list[Answe
     ]
 
 
-def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer]) -> list[Pair]:
+def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer], count: int | None = None) -> list[Pair]:
+    """Return the first `count` metrics that both sides have (default: all)."""
     benchmark = stored_benchmark(name)
     right = {metric.name: metric for metric in benchmark.summarise(b)}
-    pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right]
+    pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right][:count]
     resampled = _resampled(benchmark, pairs, a, b)
     units = benchmark.units(a), benchmark.units(b)
     return [Pair(name, left, other, resampled.get(left.name) or _difference(left, *units)) for left, other in pairs]

@@ -1,0 +1,140 @@
+"""A trade-off as a table, as rows of a .csv, and as a plot: gain over what changed elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from milora_eval.scores.table import difference, value
+from milora_eval.scores.tradeoff import Mean, Tradeoff, change
+from milora_vl.cli.command_line import amount
+from milora_vl.cli.table import Table
+from milora_vl.report.plots import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CSV_HEADER = ("run", "part", "benchmark", "metric", "n", "base", "score", "change", "stderr", "low", "high")
+_COLOURS, _MARKS = (BLUE, ORANGE, GREEN, INK, "#CC79A7", "#56B4E9"), "osD^vP"
+
+
+def table(result: Tradeoff) -> Table:
+    """Return one row per benchmark: its score on the base, and the change of each run; then the means."""
+    first = result.stages[0]
+    rows = []
+    for part, names in (("target", result.targets), ("held out", result.held_out)):
+        for name in names:
+            changes = (difference(stage.pairs[name]) for stage in result.stages)
+            label = f"{part}: {name}, {first.pairs[name].b.name}"
+            rows.append((label, f"{first.pairs[name].b.n:,}", value(first.pairs[name].a), *changes))
+    so_far = " learned so far" if result.sequence else ""
+    rows.append((f"mean of targets{so_far}", "", "", *(_text(stage.gain) for stage in result.stages)))
+    held_out = f"mean of {len(result.held_out)} held out"
+    rows.append((held_out, "", "", *(_text(stage.held_out) for stage in result.stages)))
+    notes = ["± is the standard error of the paired difference, [ ] the 95 % interval of a mean"]
+    means = [each for stage in result.stages for each in (stage.gain, stage.held_out)]
+    if result.sequence is not None:
+        blank = ("",) * (len(result.stages) + 1)
+        final, average, backward = result.sequence.final, result.sequence.average, result.sequence.backward
+        error = "" if final.stderr is None else f" ± {final.stderr:.1f}"
+        rows.append(("final accuracy", *blank, f"{final.value:.1f}{error}"))
+        rows.append(("average over the stages", *blank, f"{average:.1f}"))
+        rows.append(("backward transfer", *blank, _text(backward)))
+        notes.append(
+            "final accuracy and backward transfer: arXiv:1706.08840; average over the stages: arXiv:1611.07725"
+        )
+        means.append(backward)
+    notes += dict.fromkeys(each.note for each in means if each.note)
+    header = ("", "n", "base", *(stage.name for stage in result.stages))
+    title = f"change against the base: {amount(len(result.targets), 'target')}, {len(result.held_out)} held out"
+    return Table(header, tuple(rows), "\n".join([*notes, *result.notes]), title)
+
+
+def csv_rows(result: Tradeoff) -> Iterator[tuple[object, ...]]:
+    """Yield the rows of the .csv, in percent or points; the benchmark of a mean is empty."""
+    for stage in result.stages:
+        for part, names in (("target", result.targets), ("held out", result.held_out)):
+            for name in names:
+                pair = stage.pairs[name]
+                scale, paired = 100.0 if pair.b.unit == "fraction" else 1.0, pair.difference
+                low_high = (None,) * 3 if paired is None else (paired.stderr, paired.low, paired.high)
+                numbers = (pair.a.value, pair.b.value, pair.b.value - pair.a.value, *low_high)
+                scaled = (None if number is None else scale * number for number in numbers)
+                yield stage.name, part, name, pair.b.name, pair.b.n, *scaled
+        for part, each in (("target", stage.gain), ("held out", stage.held_out)):
+            yield stage.name, part, "", "mean", "", "", "", each.value, each.stderr, each.low, each.high
+
+
+def figure(result: Tradeoff) -> Figure:
+    """Draw the mean gain over the mean change elsewhere, one mark per run, and the change of every benchmark."""
+    from matplotlib.figure import Figure
+
+    names = (*result.targets, *result.held_out)
+    with styled():
+        drawn = Figure(figsize=(WIDTH, max(3.4, 1.0 + 0.3 * len(names))), layout="constrained")
+        means, each = drawn.subplots(1, 2, width_ratios=(1, 1.15))
+        _means_panel(means, result)
+        for place, stage in enumerate(result.stages):
+            colour, mark = _style(place)
+            rows = [row + 0.12 * (place - (len(result.stages) - 1) / 2) for row in range(len(names))]
+            pairs = [stage.pairs[name] for name in names]
+            errors = [_scale(pair.b.unit) * ((pair.difference.stderr if pair.difference else 0) or 0) for pair in pairs]
+            each.errorbar(
+                [change(pair) for pair in pairs], rows, xerr=errors, fmt=mark, color=colour, ms=5, elinewidth=1,
+                label=stage.name,
+            )  # fmt: skip
+        each.axvline(0, color=GREY, lw=0.8)
+        each.axhline(len(result.targets) - 0.5, color=GREY, lw=0.8, ls=":")
+        each.set_yticks(range(len(names)), names)
+        for label in each.get_yticklabels()[: len(result.targets)]:
+            label.set_fontweight("bold")
+        each.set(ylim=(len(names) - 0.4, -0.6), xlabel="change against the base, % or points (bold: targets)")
+        each.tick_params(axis="y", length=0)
+        if len(result.stages) > 1:
+            drawn.legend(*each.get_legend_handles_labels(), loc="outside upper left", ncols=4)
+    return drawn
+
+
+def _means_panel(axis: Axes, result: Tradeoff) -> None:
+    places = [(_place(stage.held_out), _place(stage.gain)) for stage in result.stages]
+    if result.sequence is not None:
+        axis.plot(*zip(*places, strict=True), color=GREY, lw=1, zorder=1)
+    for place, stage in enumerate(result.stages):
+        colour, mark = _style(place)
+        axis.errorbar(
+            *places[place], xerr=_reach(stage.held_out), yerr=_reach(stage.gain), fmt=mark, color=colour, ms=7,
+            elinewidth=1,
+        )  # fmt: skip
+    axis.plot(0, 0, marker="+", color=INK, ms=9)
+    axis.annotate("base", (0, 0), xytext=(5, -11), textcoords="offset points", fontsize=8)
+    axis.axhline(0, color=GREY, lw=0.8, zorder=0)
+    axis.axvline(0, color=GREY, lw=0.8, zorder=0)
+    axis.margins(0.12)
+    gain = "gain on the targets so far, %" if result.sequence else "gain on the targets, %"
+    axis.set(xlabel="change on what is held out, %", ylabel=gain)
+
+
+def _style(place: int) -> tuple[str, str]:
+    return _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
+
+
+def _scale(unit: str) -> float:
+    return 100.0 if unit == "fraction" else 1.0
+
+
+def _place(each: Mean) -> float:
+    """Return the value; nan, which is not drawn, without one."""
+    return math.nan if each.value is None else each.value
+
+
+def _reach(each: Mean) -> float:
+    """Return half of the 95 % interval, 0 without one."""
+    return 0.0 if each.low is None or each.value is None else each.value - each.low
+
+
+def _text(each: Mean) -> str:
+    if each.value is None:
+        return ""
+    return f"{each.value:+.1f}" + ("" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]")

@@ -1,0 +1,192 @@
+"""`milora_eval tradeoff`: gain on targets against the change elsewhere, from stored answers, and sequences of tasks."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from milora_eval.__main__ import main
+from milora_eval.answers.store import Store, to_line
+from milora_eval.scores.results import numbers, write_results
+from milora_eval.stats import clustered_stderr
+from milora_eval.suites import find_benchmark
+from support.problems import raises_code
+
+SETTINGS = {"base": "w", "template": "vicuna_v1", "decoding": "greedy", "dtype": "float32", "key": "k"}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of 60 questions each, which are benchmarks."""
+    folder = tmp_path_factory.mktemp("questions")
+    for name in ("birds", "cells", "signs", "charts", "maps", "tiny"):
+        rows = [{"id": f"{i}", "question": f"{name} {i}?", "answer": "yes"} for i in range(8 if name == "tiny" else 60)]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return folder
+
+
+def evaluated(folder: Path, questions: Path, right: dict[str, int], *, skip: int = 0, **settings: Any) -> Path:
+    """Return a results folder in which the first N answers to each benchmark are right."""
+    lines = []
+    for name, num_right in right.items():
+        benchmark = find_benchmark(str(questions / f"{name}.json"))
+        items = benchmark.load(questions)[skip:]
+        texts = ["yes" if place < num_right else "no" for place in range(len(items))]
+        lines += [to_line(benchmark, item, text, item.id, questions) for item, text in zip(items, texts, strict=True)]
+    Store(folder).finish(lines)
+    limits = {"max_new_tokens": dict.fromkeys(right, 128)}
+    about = {"suite": "s", "which": folder.name, "generation": SETTINGS | limits | settings}
+    write_results(folder, about | numbers(folder, "s"))
+    return folder
+
+
+def read(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["tradeoff", *map(str, arguments), "--format", "json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_gain_and_change_are_means_of_paired_differences(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], real_plots: None
+) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "maps": 48})
+    a = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 24, "maps": 48})
+    b = evaluated(tmp_path / "b", questions, {"birds": 30, "charts": 36, "maps": 42})
+    found = read([base, a, b, "--targets", "birds"], capsys)
+    assert (found["targets"], found["held_out"], found["notes"]) == (["birds"], ["charts", "maps"], [])
+    assert [stage["name"] for stage in found["stages"]] == ["a", "b"]
+    assert [stage["gain"]["value"] for stage in found["stages"]] == pytest.approx([50, 30])
+    kept = [stage["held_out"] for stage in found["stages"]]
+    assert [each["value"] for each in kept] == pytest.approx([-5, 0])
+    # charts: 6 of 60 lost by a; 6 won by b, which lost 6 of maps
+    lost = clustered_stderr([-1.0] * 6 + [0.0] * 54, range(60))
+    assert lost is not None
+    assert [each["stderr"] for each in kept] == pytest.approx([100 * lost / 2, 100 * math.hypot(lost, lost) / 2])
+    assert kept[0]["high"] - kept[0]["low"] == pytest.approx(2 * 1.96 * 100 * lost / 2)
+    pair = found["stages"][0]["pairs"]["charts"]
+    assert (pair["a"]["value"], pair["b"]["value"], pair["difference"]["only_a"]) == (0.5, 0.4, 6)
+
+    arguments = ["tradeoff", base, a, b, "--targets", "birds", "--output_dir", tmp_path / "out"]
+    assert main([str(each) for each in arguments]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("target: birds", "+50.0 ± ", "held out: charts", "mean of 2 held out"))
+    assert (tmp_path / "out" / "tradeoff.png").read_bytes()[1:4] == b"PNG"
+    with (tmp_path / "out" / "tradeoff.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["run"] == "a"]
+    assert [(row["part"], row["benchmark"]) for row in rows] == [
+        ("target", "birds"), ("held out", "charts"), ("held out", "maps"), ("target", ""), ("held out", ""),
+    ]  # fmt: skip
+    assert [float(row["change"]) for row in rows] == pytest.approx([50, -10, 0, 50, -5])
+
+
+def test_a_sequence_has_the_numbers_of_gem(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stage(name: str, birds: int, cells: int, signs: int) -> Path:
+        scores = {"birds": birds, "cells": cells, "signs": signs, "charts": 30}
+        return evaluated(tmp_path / name, questions, scores)
+
+    folders = [stage("0", 6, 6, 6), stage("1", 48, 6, 12), stage("2", 36, 54, 12), stage("3", 42, 30, 60)]
+    found = read([*folders, "--sequence", "--targets", "birds", "cells", "signs"], capsys)
+    after = {(1, 1): 80, (2, 1): 60, (2, 2): 90, (3, 1): 70, (3, 2): 50, (3, 3): 100}
+    assert found["sequence"]["final"]["value"] == pytest.approx((70 + 50 + 100) / 3)
+    stages = [80, (60 + 90) / 2, (70 + 50 + 100) / 3]
+    assert found["sequence"]["average"] == pytest.approx(sum(stages) / 3)
+    backward = found["sequence"]["backward"]
+    assert backward["value"] == pytest.approx(((after[3, 1] - after[1, 1]) + (after[3, 2] - after[2, 2])) / 2)
+    assert backward["low"] < backward["value"] < backward["high"]
+    gains = [stage["gain"]["value"] for stage in found["stages"]]  # over the tasks so far, against 10 % before
+    assert gains == pytest.approx([70, (50 + 80) / 2, (60 + 40 + 90) / 3])
+    assert main(["tradeoff", *map(str, folders), "--sequence", "--targets", "birds", "cells", "signs"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("final accuracy", "average over the stages", "backward transfer", "-25.0"))
+    with raises_code("flag-conflict", where="--sequence"):
+        main(["tradeoff", *map(str, folders), "--sequence", "--targets", "birds", "cells"])
+
+
+def test_a_run_folder_stands_for_all_its_suites(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for which, birds, maps in (("base", 0, 60), ("final", 60, 30), ("checkpoint-5", 30, 45)):
+        evaluated(tmp_path / "run" / "eval" / "birds" / which, questions, {"birds": birds})
+        evaluated(tmp_path / "run" / "eval" / "rest" / which, questions, {"maps": maps, "charts": 30})
+    run = tmp_path / "run"
+    found = read([run, run / "checkpoint-5", run, "--targets", "birds"], capsys)
+    assert [stage["gain"]["value"] for stage in found["stages"]] == pytest.approx([50, 100])
+    assert [stage["held_out"]["value"] for stage in found["stages"]] == pytest.approx([-12.5, -25])
+    evaluated(run / "eval" / "again" / "final", questions, {"maps": 29})
+    with raises_code("tradeoff-two-evaluations", says="two evaluations of data:maps"):
+        main(["tradeoff", str(run), str(run), "--targets", "birds"])
+    with raises_code("eval-no-answers"):
+        main(["tradeoff", str(tmp_path / "run" / "checkpoint-6"), str(run), "--targets", "birds"])
+
+
+def test_what_one_evaluation_lacks_is_left_out_of_all_and_said(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "maps": 48})
+    a = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 24, "signs": 3}, dtype="bfloat16")
+    b = evaluated(tmp_path / "b", questions, {"birds": 42, "charts": 30}, skip=10)
+    found = read([base, a, b, "--targets", "birds"], capsys)
+    assert found["held_out"] == ["charts"]
+    assert found["notes"] == [
+        "left out: maps is not in a, b",
+        "left out: signs is not in the base, b",
+        "a was evaluated with another dtype than the base",
+        "birds: compared on the 50 questions that all have (the base 60, a 60, b 50)",
+        "charts: compared on the 50 questions that all have (the base 60, a 60, b 50)",
+    ]
+    assert {pair["a"]["n"] for stage in found["stages"] for pair in stage["pairs"].values()} == {50}
+
+
+def test_few_questions_or_no_changes_give_no_interval(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "tiny": 4})
+    run = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 30, "tiny": 3})
+    (stage,) = read([base, run, "--targets", "birds"], capsys)["stages"]
+    assert stage["held_out"]["low"] is None
+    assert stage["held_out"]["note"] == "no interval: 30 independent questions are needed of tiny"
+    (stage,) = read([base, run, "--targets", "birds", "tiny"], capsys)["stages"]
+    assert (stage["held_out"]["low"], stage["held_out"]["note"]) == (
+        None,
+        "no interval: only 0 answers changed in value",
+    )
+
+
+def test_what_cannot_be_compared_is_refused(questions: Path, tmp_path: Path) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30})
+    run = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 24})
+    with raises_code("tradeoff-missing-target", where="--targets", says="did you mean birds"):
+        main(["tradeoff", str(base), str(run), "--targets", "bird"])
+    with raises_code("tradeoff-nothing-held-out", where="--targets"):
+        main(["tradeoff", str(base), str(run), "--targets", "birds", "charts"])
+    sampled = evaluated(tmp_path / "sampled", questions, {"birds": 42, "charts": 24}, decoding="sampled")
+    with raises_code("tradeoff-different-settings", says="decoding is greedy in the base, sampled in"):
+        main(["tradeoff", str(base), str(sampled), "--targets", "birds"])
+    path = run / "predictions.jsonl"
+    path.write_text(path.read_text().replace("charts 7?", "charts seven?"))
+    with raises_code("tradeoff-other-questions", says='the first is "7"'):
+        main(["tradeoff", str(base), str(run), "--targets", "birds"])
+
+
+def test_other_rules_are_refused(data_of_gqa: list[Path]) -> None:
+    with raises_code("tradeoff-different-rules", says="gqa in the base, gqa@official in"):
+        main(["tradeoff", *map(str, data_of_gqa), "--targets", "gqa"])
+
+
+@pytest.fixture
+def data_of_gqa(tmp_path: Path) -> list[Path]:
+    from support import official_data
+
+    official_data.gqa(tmp_path / "gqa")
+    folders = []
+    for name in ("gqa", "gqa@official"):
+        benchmark = find_benchmark(name)
+        lines = [to_line(benchmark, item, "red", item.id, tmp_path) for item in benchmark.load(tmp_path / "gqa")]
+        Store(tmp_path / name).finish(lines)
+        write_results(tmp_path / name, {"suite": "gqa", "which": name} | numbers(tmp_path / name, "gqa"))
+        folders.append(tmp_path / name)
+    return folders
