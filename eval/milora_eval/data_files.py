@@ -30,7 +30,7 @@ NOT_A_NUMBER = frozenset(
 
 
 def existing(data_dir: Path, names: str) -> list[Path]:
-    """Return the files or the folder of the first of `names` ("a|b") that exists; of a pattern all files, sorted."""
+    """Return the first file or folder of `names` ("a|b") that exists, or the sorted files of a pattern."""
     for name in names.split("|"):
         paths = sorted(data_dir.glob(name)) if "*" in name else [data_dir / name]
         if paths and paths[0].exists():
@@ -42,7 +42,7 @@ def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
     """Return the first existing file or folder of `names` ("a|b"). Raises MissingData with the expected files."""
     if paths := existing(data_dir, names):
         return paths[0]
-    # A table stands in every entry of `files`, for it replaces them all: it is named once.
+    # A table replaces all other files, so every entry of `files` has it; the message names it once.
     tables = [name for name in benchmark.files[0].split("|") if is_table(Path(name))]
     parts = [[name for name in spec.removesuffix("|.").split("|") if name not in tables] for spec in benchmark.files]
     specs = ["  or  ".join(part) for part in parts[:4] if part]

@@ -66,6 +66,12 @@ def test_the_papers_suite_runs_whole_and_prints_its_mean_unrounded(
         assert word in shown
 
 
+def test_the_held_out_suite_has_a_mean_of_eight(data: Path, tmp_path: Path) -> None:
+    results = read_results(stored("held-out", data, tmp_path, 1))
+    assert len(results["mean"]["of"]) == len(results["benchmarks"]) == 8
+    assert results["mean"]["value"] == pytest.approx(100)
+
+
 def test_a_suite_says_of_all_benchmarks_whose_files_are_missing(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "gqa" / "testdev_balanced_questions.json").unlink()

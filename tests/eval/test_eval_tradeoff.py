@@ -168,7 +168,7 @@ def test_what_cannot_be_compared_is_refused(questions: Path, tmp_path: Path) -> 
         main(["tradeoff", str(base), str(sampled), "--targets", "birds"])
     path = run / "predictions.jsonl"
     path.write_text(path.read_text().replace("charts 7?", "charts seven?"))
-    with raises_code("tradeoff-other-questions", says='the first is "7"'):
+    with raises_code("tradeoff-other-questions", says='the first id is "7"'):
         main(["tradeoff", str(base), str(run), "--targets", "birds"])
 
 

@@ -27,7 +27,7 @@ COMMANDS = [
     "milora_vl.integrations.llava",
     "milora_vl.integrations.replace",
     *(f"milora_data {name}" for name in "check convert show stats emoji easy-vqa".split()),
-    *(f"milora_eval {name}" for name in "run ls score scales judge compare view".split()),
+    *(f"milora_eval {name}" for name in "run ls score scales judge compare tradeoff view".split()),
     "milora_eval.lm_eval",
     "studies",
 ]

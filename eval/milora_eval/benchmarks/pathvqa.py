@@ -1,6 +1,6 @@
 """PathVQA, test: pathology. Exact match and F1 of words follow its script (UCSD-AI4H/PathVQA).
 
-The prompt is that of jessemelpolio/LMM_CL (arXiv:2510.08564; lmms-eval/lmms_eval/tasks/pathvqa). A question is yes/no
+The prompt follows jessemelpolio/LMM_CL (arXiv:2510.08564; lmms-eval/lmms_eval/tasks/pathvqa). A question is yes/no
 if its reference is.
 """
 

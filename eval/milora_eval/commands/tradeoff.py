@@ -22,8 +22,9 @@ COMMAND = Command(
     "milora_eval tradeoff",
     "Compare the gain on the targets of a training with the change on everything held out.",
     """\
-The answers must exist: `run` writes them. BASE and RUN are results folders (eval/SUITE/WHICH), or run folders, of which
-all eval/*/base and all eval/*/final are read; of a checkpoint those with its name.
+The command reads the answers that `run` has stored. BASE and RUN are results folders (eval/SUITE/WHICH) or run folders.
+In a run folder it reads all eval/*/base for BASE and all eval/*/final for RUN; for runs/a/checkpoint-50 it reads all
+runs/a/eval/*/checkpoint-50.
 
 examples:
   python -m milora_eval tradeoff runs/a runs/a --targets cub200
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw(options.output_dir, FILE, figure(result), "gain on the targets over the change on what is held out")
         written = (options.output_dir / f"{FILE}{ending}" for ending in (".csv", ".png"))
         sys.stderr.write(f"written: {', '.join(map(str, written))}\n")
-    next_step("milora_eval", "view", options.base, options.runs[-1])
+    next_step("milora_eval", "view", base.folders[0], runs[-1].folders[0])
     return 0
 
 

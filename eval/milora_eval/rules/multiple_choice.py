@@ -1,4 +1,4 @@
-"""AI2D, MMStar, CUB-200 and RealWorldQA: is the letter of an answer right? Four scripts, four rules, kept as they are.
+"""AI2D, MMStar, CUB-200 and RealWorldQA: is the letter of an answer right? Four scripts have four rules.
 
 AI2D and RealWorldQA follow EvolvingLMMs-Lab/lmms-eval at 75571cf (tasks/ai2d/utils.py, tasks/realworldqa/utils.py and
 tasks/_task_utils/mcq_extract.py). MMStar follows MMStar-Benchmark/MMStar (eval/vlmeval/evaluate/mmstar.py), CUB-200

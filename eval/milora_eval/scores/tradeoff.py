@@ -1,8 +1,8 @@
 """What training gained on its targets and changed elsewhere, from stored answers; sequences of tasks.
 
-Every number compares two models on the same questions. Final accuracy and backward transfer are those of GEM
-(Lopez-Paz & Ranzato 2017, arXiv:1706.08840, section 2), the average over the stages is iCaRL's average incremental
-accuracy (Rebuffi et al. 2017, arXiv:1611.07725, section 4).
+Every number compares two models on the same questions. GEM defines final accuracy and backward transfer (Lopez-Paz &
+Ranzato 2017, arXiv:1706.08840, section 2), iCaRL the average over the stages, its average incremental accuracy
+(Rebuffi et al. 2017, arXiv:1611.07725, section 4).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from milora_vl.adapter.checkpoints import step_of
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import amount, suggest
 
-# Settings that name the weights, or that leave the answers as they are; all others are compared.
+# Settings that name the weights or do not change the answers; all others are compared.
 WEIGHTS = ("base", "adapter", "scale", "key", "batch_size")
 MUST_AGREE = ("decoding", "max_new_tokens")
 
@@ -33,6 +33,7 @@ class Evaluation:
     """The stored answers of one model: the lines of each benchmark and the settings they were generated with."""
 
     name: str
+    folders: list[Path]
     lines: dict[str, list[Line]]
     settings: dict[str, Mapping[str, Any]]
 
@@ -73,7 +74,7 @@ class Sequential:
 
 @dataclass(frozen=True, slots=True)
 class Tradeoff:
-    """All stages, over the benchmarks that every evaluation has. `notes` says what was left out or differs."""
+    """All stages, over the benchmarks that every evaluation has. `notes` lists what was left out and what differs."""
 
     targets: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -93,7 +94,7 @@ def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
         folders = [folder]
     elif not folders:
         require_answers(run)
-    found = Evaluation(name, {}, {})
+    found = Evaluation(name, folders, {}, {})
     for each in folders:
         lines, results = require_lines(each), read_results(each)
         check_ids(each, results)
@@ -250,7 +251,7 @@ def _shared(everyone: Sequence[Evaluation]) -> tuple[list[str], list[str]]:
 def _common(everyone: Sequence[Evaluation], name: str, notes: list[str]) -> list[list[Line]]:
     """Return, per evaluation, the answers to the questions that all have, in the order of the base's.
 
-    Adds a note if some have more. Raises UserError if there are none, or if one id belongs to different questions.
+    Adds a note if some have more. Raises UserError without common questions, and if one id belongs to two questions.
     """
     by_id = [{line["id"]: line for line in each.lines[name]} for each in everyone]
     ids = [key for key in by_id[0] if all(key in lines for lines in by_id[1:])]
@@ -263,8 +264,8 @@ def _common(everyone: Sequence[Evaluation], name: str, notes: list[str]) -> list
     for each, lines in zip(everyone[1:], by_id[1:], strict=True):
         if other := [key for key in ids if _asked(lines[key]) != _asked(by_id[0][key])]:
             raise UserError(
-                f"{amount(len(other), 'question')} of {name} in {each.name} differ from those of the base with the "
-                f'same id, the first is "{other[0]}"',
+                f"{amount(len(other), 'question')} of {name} in {each.name} differ from the base's with that id, "
+                f'the first id is "{other[0]}"',
                 code="tradeoff-other-questions",
                 hint="evaluate both with the same files",
             )

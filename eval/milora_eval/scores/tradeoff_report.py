@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from milora_eval.scores.table import difference, value
@@ -23,25 +23,22 @@ _COLOURS, _MARKS = (BLUE, ORANGE, GREEN, INK, "#CC79A7", "#56B4E9"), "osD^vP"
 def table(result: Tradeoff) -> Table:
     """Return one row per benchmark: its score on the base, and the change of each run; then the means."""
     first = result.stages[0]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for part, names in (("target", result.targets), ("held out", result.held_out)):
         for name in names:
             changes = (difference(stage.pairs[name]) for stage in result.stages)
-            label = f"{part}: {name}, {first.pairs[name].b.name}"
-            rows.append((label, f"{first.pairs[name].b.n:,}", value(first.pairs[name].a), *changes))
-    so_far = " learned so far" if result.sequence else ""
-    rows.append((f"mean of targets{so_far}", "", "", *(_text(stage.gain) for stage in result.stages)))
-    held_out = f"mean of {len(result.held_out)} held out"
-    rows.append((held_out, "", "", *(_text(stage.held_out) for stage in result.stages)))
-    notes = ["± is the standard error of the paired difference, [ ] the 95 % interval of a mean"]
+            rows.append((f"{part}: {name}", f"{first.pairs[name].b.n:,}", value(first.pairs[name].a), *changes))
+    so_far = " so far" if result.sequence else ""
+    rows += _mean_rows(f"mean of targets{so_far}", [stage.gain for stage in result.stages])
+    rows += _mean_rows(f"mean of {len(result.held_out)} held out", [stage.held_out for stage in result.stages])
+    notes = ["±: standard error of the paired difference. The errors of the means treat the benchmarks as independent."]
     means = [each for stage in result.stages for each in (stage.gain, stage.held_out)]
     if result.sequence is not None:
-        blank = ("",) * (len(result.stages) + 1)
-        final, average, backward = result.sequence.final, result.sequence.average, result.sequence.backward
-        error = "" if final.stderr is None else f" ± {final.stderr:.1f}"
-        rows.append(("final accuracy", *blank, f"{final.value:.1f}{error}"))
-        rows.append(("average over the stages", *blank, f"{average:.1f}"))
-        rows.append(("backward transfer", *blank, _text(backward)))
+        blank = [Mean(None)] * (len(result.stages) - 1)
+        final, average, backward = result.sequence.final, Mean(result.sequence.average), result.sequence.backward
+        rows += _mean_rows("final accuracy", [*blank, final], sign="")
+        rows += _mean_rows("average over the stages", [*blank, average], sign="")
+        rows += _mean_rows("backward transfer", [*blank, backward])
         notes.append(
             "final accuracy and backward transfer: arXiv:1706.08840; average over the stages: arXiv:1611.07725"
         )
@@ -78,7 +75,8 @@ def figure(result: Tradeoff) -> Figure:
         _means_panel(means, result)
         for place, stage in enumerate(result.stages):
             colour, mark = _style(place)
-            rows = [row + 0.12 * (place - (len(result.stages) - 1) / 2) for row in range(len(names))]
+            apart = min(0.2, 0.6 / len(result.stages))
+            rows = [row + apart * (place - (len(result.stages) - 1) / 2) for row in range(len(names))]
             pairs = [stage.pairs[name] for name in names]
             errors = [_scale(pair.b.unit) * ((pair.difference.stderr if pair.difference else 0) or 0) for pair in pairs]
             each.errorbar(
@@ -100,7 +98,7 @@ def figure(result: Tradeoff) -> Figure:
 def _means_panel(axis: Axes, result: Tradeoff) -> None:
     places = [(_place(stage.held_out), _place(stage.gain)) for stage in result.stages]
     if result.sequence is not None:
-        axis.plot(*zip(*places, strict=True), color=GREY, lw=1, zorder=1)
+        axis.plot(*zip((0, 0), *places, strict=True), color=GREY, lw=1, zorder=1)
     for place, stage in enumerate(result.stages):
         colour, mark = _style(place)
         axis.errorbar(
@@ -134,7 +132,14 @@ def _reach(each: Mean) -> float:
     return 0.0 if each.low is None or each.value is None else each.value - each.low
 
 
-def _text(each: Mean) -> str:
+def _mean_rows(name: str, means: Sequence[Mean], sign: str = "+") -> list[tuple[str, ...]]:
+    """Return a row of means with their errors, and one of their intervals if there are any."""
+    cells = [_cell(each, sign) for each in means]
+    spans = ["" if each.low is None else f"{each.low:+.1f} to {each.high:+.1f}" for each in means]
+    return [(name, "", "", *cells), *([("  95 % interval", "", "", *spans)] if any(spans) else [])]
+
+
+def _cell(each: Mean, sign: str) -> str:
     if each.value is None:
         return ""
-    return f"{each.value:+.1f}" + ("" if each.low is None else f" [{each.low:+.1f}, {each.high:+.1f}]")
+    return f"{each.value:{sign}.1f}" + (f" ± {each.stderr:.1f}" if each.stderr else "")
