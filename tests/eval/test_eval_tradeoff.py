@@ -148,7 +148,7 @@ def test_few_questions_or_no_changes_give_no_interval(
     run = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 30, "tiny": 3})
     (stage,) = read([base, run, "--targets", "birds"], capsys)["stages"]
     assert stage["held_out"]["low"] is None
-    assert stage["held_out"]["note"] == "no interval: 30 independent questions are needed of tiny"
+    assert stage["held_out"]["note"] == "no interval: fewer than 30 independent questions in tiny"
     (stage,) = read([base, run, "--targets", "birds", "tiny"], capsys)["stages"]
     assert (stage["held_out"]["low"], stage["held_out"]["note"]) == (
         None,

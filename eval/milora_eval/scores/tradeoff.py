@@ -139,7 +139,10 @@ def tradeoff(base: Evaluation, runs: Sequence[Evaluation], targets: Sequence[str
             hint="evaluate the base and the runs on more benchmarks, for example --suite held-out",
         )
     if points := [name for name in (*targets, *held_out) if pairs[name][0].b.unit == "points"]:
-        notes.append(f"not in the means, for they are no fractions: {', '.join(points)}")
+        notes.append(f"not in the means, because their unit is points: {', '.join(points)}")
+        if sequence and points[0] in targets:
+            message = f"{points[0]} is measured in points, which cannot be averaged with fractions"
+            raise UserError(message, code="flag-conflict", where="--sequence")
     groups = {name: len({line["group"] for line in lines[0]}) for name, lines in shared.items()}
     stages = []
     for place, run in enumerate(runs):
@@ -153,10 +156,10 @@ def tradeoff(base: Evaluation, runs: Sequence[Evaluation], targets: Sequence[str
 
 
 def mean_change(pairs: Sequence[Pair], groups: Mapping[str, int]) -> Mean:
-    """Return the mean paired difference of the benchmarks whose headline is a fraction, in percent; up is better.
+    """Return the mean paired difference of the benchmarks whose headline is a fraction, in percent.
 
-    The standard errors are combined as of independent benchmarks, and the interval is 1.96 of the result. `groups` is
-    the number of independent questions by the name of the benchmark.
+    The standard error treats the benchmarks as independent; the interval is 1.96 standard errors on each side. `groups`
+    is the number of independent questions of each benchmark.
     """
     pairs = [pair for pair in pairs if pair.b.unit == "fraction"]
     if not pairs:
@@ -170,7 +173,7 @@ def mean_change(pairs: Sequence[Pair], groups: Mapping[str, int]) -> Mean:
     small = [name for name in map(_name, pairs) if groups[name] < MIN_GROUPS]
     changed = sum(each.only_a + each.only_b for each in differences)
     if small:
-        note = f"no interval: {MIN_GROUPS} independent questions are needed of {', '.join(small)}"
+        note = f"no interval: fewer than {MIN_GROUPS} independent questions in {', '.join(small)}"
         return Mean(value, stderr, note=note)
     if changed < MIN_UNLIKE:
         return Mean(value, stderr, note=f"no interval: only {amount(changed, 'answer')} changed in value")
@@ -178,9 +181,8 @@ def mean_change(pairs: Sequence[Pair], groups: Mapping[str, int]) -> Mean:
 
 
 def change(pair: Pair) -> float:
-    """Return b minus a in percent or points; up is better."""
-    sign = 1 if pair.b.higher_is_better else -1
-    return sign * (100 if pair.b.unit == "fraction" else 1) * (pair.b.value - pair.a.value)
+    """Return b minus a, in percent or points."""
+    return (100 if pair.b.unit == "fraction" else 1) * (pair.b.value - pair.a.value)
 
 
 def _sequence(
