@@ -99,7 +99,14 @@ def test_a_sequence_has_the_numbers_of_gem(questions: Path, tmp_path: Path, caps
     assert backward["low"] < backward["value"] < backward["high"]
     gains = [stage["gain"]["value"] for stage in found["stages"]]  # over the tasks so far, against 10 % before
     assert gains == pytest.approx([70, (50 + 80) / 2, (60 + 40 + 90) / 3])
-    assert main(["tradeoff", *map(str, folders), "--sequence", "--targets", "birds", "cells", "signs"]) == 0
+    arguments = [*folders, "--sequence", "--targets", "birds", "cells", "signs", "--output_dir", tmp_path]
+    assert main(["tradeoff", *map(str, arguments)]) == 0
+    with (tmp_path / "tradeoff.csv").open() as file:
+        rows = {
+            row["metric"]: row["score"] or row["change"] for row in csv.DictReader(file) if row["part"] == "sequence"
+        }
+    assert [*rows] == ["final accuracy", "average over the stages", "backward transfer"]
+    assert float(rows["backward transfer"]) == pytest.approx(backward["value"])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("final accuracy", "average over the stages", "backward transfer", "-25.0"))
     with raises_code("flag-conflict", where="--sequence"):

@@ -62,6 +62,11 @@ def csv_rows(result: Tradeoff) -> Iterator[tuple[object, ...]]:
                 yield stage.name, part, name, pair.b.name, pair.b.n, *scaled
         for part, each in (("target", stage.gain), ("held out", stage.held_out)):
             yield stage.name, part, "", "mean", "", "", "", each.value, each.stderr, each.low, each.high
+    if result.sequence is not None:
+        last, final, moved = result.stages[-1].name, result.sequence.final, result.sequence.backward
+        yield last, "sequence", "", "final accuracy", "", "", final.value, "", final.stderr, "", ""
+        yield last, "sequence", "", "average over the stages", "", "", result.sequence.average, "", "", "", ""
+        yield last, "sequence", "", "backward transfer", "", "", "", moved.value, moved.stderr, moved.low, moved.high
 
 
 def figure(result: Tradeoff) -> Figure:
