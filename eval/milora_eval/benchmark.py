@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.records.record import Turn
+from milora_data.records.record import Turn, Video
 from milora_eval.stats import clustered_stderr, mean
 from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import suggest
@@ -29,7 +29,7 @@ Form = Literal["exact", "training", "raw"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: the conversation up to it, its pictures (absolute paths) and the reference answers.
+    """One question: the conversation up to it, its pictures and videos (absolute paths) and the reference answers.
 
     `kind` is the question type. `group` is the cluster for the error bars, usually the picture (default: the item's
     own id). `baseline` is the score of a model that never looks at the picture. `source` names the question in errors,
@@ -45,6 +45,7 @@ class Item:
     baseline: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: str = field(default="", compare=False)
+    videos: tuple[Video, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.group:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from peft import PeftModel
 
-from milora_data.encode.templates import OWN, template_name
+from milora_data.batches.processor_inputs import takes_videos
+from milora_data.encode.templates import OWN, no_videos, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_items
@@ -24,7 +25,7 @@ from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, numbers, read_results, write_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark
-from milora_vl.base.errors import at_flag
+from milora_vl.base.errors import at_flag, with_context
 from milora_vl.foreign.load_model import load_by_flags
 from milora_vl.foreign.scale import Update
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
@@ -115,6 +116,7 @@ def settings(
         "adapter": None if adapter is None else adapter_digest(Path(adapter)),
         "tokenizer": tokenizer_digest(tokenizer),
         "pictures": None if image_processor is None else digest([image_processor.to_dict(), image_aspect_ratio]),
+        **({"videos": digest(processor.video_processor.to_dict())} if takes_videos(processor) else {}),
         "template": template,
         **own,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -169,8 +171,11 @@ def run_job(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPla
         named = find_base(target.model)
     if named.own_pictures:
         processor = named.processor
+        prompts_of(target.model, target.adapter).limit(processor)
         for benchmark in plan.benchmarks:
             require_askable(processor, (prompt_of(benchmark, item) for item in items[benchmark.name]))
+    elif shown := [item for asked in items.values() for item in asked if item.videos]:
+        raise with_context(no_videos(target.model), shown[0].source)
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     with at_flag("--model"):
         model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)

@@ -29,7 +29,7 @@ COMMAND = Command(
 examples:
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png "What is this?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --image cat.png --compare "What is this?"
-  python -m milora_vl.chat --model qwen2.5-vl-3b --video frames --fps 2 "What happens?"
+  python -m milora_vl.chat --model qwen2.5-vl-3b --video clip.mp4 --fps 2 "What happens?"
   python -m milora_vl.chat --model smol-llava --adapter runs/demo        # a conversation; /quit to quit
   python -m milora_vl.chat --model smol-llava --adapter runs/demo --web --compare
 """,
@@ -38,8 +38,14 @@ examples:
         shared("model", about=OR_ADAPTER),
         shared("adapter"),
         option("--image", type=Path, action="append", help="picture of the question; repeat it for several"),
-        option("--video", type=Path, action="append", help="folder with the frames of a video; repeat it for several"),
-        option("--fps", type=above_zero, help="frames per second of --video (default: the processor's)"),
+        option(
+            "--video",
+            type=Path,
+            action="append",
+            help="video file, or folder with the frames of a video; repeat it for several",
+        ),
+        option("--fps", type=above_zero, help="frames per second of --video (default: as in the training, or 2)"),
+        option("--num_frames", type=positive, help="frames to read of each file of --video, in place of --fps"),
     ),
     settings=(
         shared("base"),
@@ -69,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.model = model_of(options.model, options.adapter, "milora_vl.chat", "--adapter")
     _check(options)
     pictures = [open_picture(path) for path in options.image or ()]
-    videos = [open_video(folder, options.fps) for folder in options.video or ()]
+    videos = [open_video(place, options.fps, options.num_frames) for place in options.video or ()]
     from milora_vl.chat import session, web
 
     session.require_askable(options, pictures, videos)
@@ -79,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         web.serve(chat, pictures, about, options.port)
         return 0
     if options.question is None:
-        session.converse(chat, pictures, videos, options.fps)
+        session.converse(chat, pictures, videos, (options.fps, options.num_frames))
         return 0
     if options.format == "json":
         sys.stdout.write(json.dumps(chat.answers(options.question, pictures, videos), ensure_ascii=False) + "\n")
@@ -113,10 +119,13 @@ def _check(options: argparse.Namespace) -> None:
             hint="type the question on the page, or remove --web to get the answer here",
         )
     if options.web and options.video:
-        hint = "ask in the terminal:  --video FOLDER without --web"
+        hint = "ask in the terminal:  --video FILE without --web"
         raise UserError("the page shows no videos", code="flag-conflict", where="--video", hint=hint)
-    if options.fps and not options.video:
-        raise UserError("needs --video", code="flag-needs-another", where="--fps", hint="add --video FOLDER")
+    for flag_name, value in (("--fps", options.fps), ("--num_frames", options.num_frames)):
+        if value and not options.video:
+            raise UserError("needs --video", code="flag-needs-another", where=flag_name, hint="add --video FILE")
+    if options.fps and options.num_frames:
+        raise UserError("not beside --fps", code="flag-conflict", where="--num_frames", hint="remove one of them")
     if options.web and find_spec("gradio") is None:
         hint = "pip install 'milora-vl[web]'"
         raise UserError("needs gradio, which is not installed", code="package-missing", where="--web", hint=hint)

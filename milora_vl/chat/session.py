@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TextStreamer
 
+from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames
-from milora_data.records.record import IMAGE, VIDEO, Reply, Turn
+from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
 from milora_vl.adapter.folders import base_of, holds_adapter
 from milora_vl.base.errors import UserError, at_flag, with_context
 from milora_vl.chat.picture import open_picture, open_video
@@ -34,14 +35,16 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "/image FILE": "ask about another picture alone (starts a new conversation)",
-    "/video FOLDER": "ask about a video alone, the frames in a folder (starts a new conversation)",
+    "/video FILE": "ask about a video alone, or the frames in a folder (starts a new conversation)",
     "/add FILE": "show one more picture with the next question",
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
 }
 
 
-def require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+def require_askable(
+    options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video]
+) -> None:
     """Raise UserError, before weights load, for a question, pictures or videos that the model does not take."""
     with at_flag("--model"):
         name = options.model
@@ -68,7 +71,7 @@ def require_askable(options: argparse.Namespace, pictures: Sequence[Image.Image]
     require_shown(processor, _about(options.question or "What?", pictures, videos, flag))
 
 
-def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames], source: str) -> Prompt:
+def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video], source: str) -> Prompt:
     """Return the first question of a conversation, which errors name by `source`."""
     turn = Chat.user_turn(question, pictures, [], videos)
     return Prompt((turn,), tuple(pictures), videos=tuple(videos), source=source)
@@ -128,11 +131,15 @@ class Chat:
             scale=options.scale,
         )
 
-    def start(self, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
-        """Clear the conversation; the next question is about `pictures` and `videos`."""
-        self.pictures, self.videos, self.turns = tuple(pictures), tuple(videos), []
+    def start(self, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()) -> None:
+        """Clear the conversation; the next question is about `pictures` and `videos`. Files are read here, once."""
+        inputs = ProcessorInputs(self.processor) if videos else None
+        frames = () if inputs is None else tuple(inputs.frames(video) for video in videos)
+        self.pictures, self.videos, self.turns = tuple(pictures), frames, []
 
-    def require_shown(self, source: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> None:
+    def require_shown(
+        self, source: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
+    ) -> None:
         """Raise UserError, at `source`, for pictures or videos that the processor of the model refuses."""
         if uses_processor(self.model.config):
             require_shown(self.processor, _about("What?", pictures, videos, source))
@@ -153,7 +160,9 @@ class Chat:
         self.turns.append(self.answer_turn(answer))
         return answer
 
-    def answers(self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames] = ()) -> dict[str, Any]:
+    def answers(
+        self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
+    ) -> dict[str, Any]:
         """Return the question, its answer, and with `compare` the base model's answer; `truncated` marks cut ones."""
         self.start(pictures, videos)
         turns = [self.user_turn(question, pictures, [], videos)]
@@ -163,7 +172,7 @@ class Chat:
 
     @staticmethod
     def user_turn(
-        question: str, pictures: Sequence[Image.Image], turns: Sequence[Turn], videos: Sequence[Frames] = ()
+        question: str, pictures: Sequence[Image.Image], turns: Sequence[Turn], videos: Sequence[Frames | Video] = ()
     ) -> Turn:
         """Return the question as a turn.
 
@@ -224,7 +233,7 @@ def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Tur
     if found <= num_shown:
         return f"{mark}\n" * (num_shown - found)
     thing = "picture" if mark == IMAGE else "video"
-    more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FOLDER"
+    more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FILE"
     raise UserError(
         f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
         code="prompt-image-count",
@@ -238,11 +247,14 @@ def _named(question: str) -> str:
 
 
 def converse(
-    chat: Chat, pictures: Sequence[Image.Image] = (), videos: Sequence[Frames] = (), fps: float | None = None
+    chat: Chat,
+    pictures: Sequence[Image.Image] = (),
+    videos: Sequence[Frames | Video] = (),
+    sampling: tuple[float | None, int | None] = (None, None),
 ) -> None:
     """Read questions and /commands until /quit or the end of the input. Errors are printed and do not end it.
 
-    `fps` is the number of frames per second of the videos that are opened in the conversation.
+    `sampling` is `fps` and `num_frames` of `open_video`, for the videos that are opened in the conversation.
     """
     chat.start(pictures, videos)
     width = max(map(len, COMMANDS))
@@ -257,7 +269,7 @@ def converse(
             elif word == "/image":
                 _show_instead(chat, line, [open_picture(Path(argument.strip()))], ())
             elif word == "/video":
-                _show_instead(chat, line, (), [open_video(Path(argument.strip()), fps)])
+                _show_instead(chat, line, (), [open_video(Path(argument.strip()), *sampling)])
             elif word == "/add":
                 picture = open_picture(Path(argument.strip()))
                 chat.require_shown(line, [*chat.pictures, picture], chat.videos)
@@ -271,7 +283,7 @@ def converse(
             report(error)
 
 
-def _show_instead(chat: Chat, line: str, pictures: Sequence[Image.Image], videos: Sequence[Frames]) -> None:
+def _show_instead(chat: Chat, line: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video]) -> None:
     """Start a conversation about these. Raises UserError, at `line`, if the model does not take them."""
     chat.require_shown(line, pictures, videos)
     chat.start(pictures, videos)

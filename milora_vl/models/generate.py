@@ -26,7 +26,7 @@ from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import bos_ids, fast_backend
 from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
-from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn
+from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
 from milora_vl.base.errors import DataError, UserError, first_line, with_context
 from milora_vl.cli.command_line import amount
 from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
@@ -43,7 +43,8 @@ OnBatch = Callable[[list[int], list[Reply]], object]
 class Prompt:
     """A conversation up to a question, and its pictures: paths or PIL images, one for each `<image>` in the turns.
 
-    `videos` has the frames of each `<video>`, for models whose processor takes videos.
+    `videos` has the frames of each `<video>`, or the files (`Video`, with paths), for models whose processor takes
+    videos.
 
     form: `training` encodes the turns like training (pictures first, text stripped); `exact` keeps them unchanged, like
     LLaVA's evaluation; `raw` uses the text of the last turn without a template.
@@ -54,7 +55,7 @@ class Prompt:
     turns: tuple[Turn, ...]
     images: tuple[str | Path | Image.Image, ...] = ()
     form: Literal["training", "exact", "raw"] = "training"
-    videos: tuple[Frames, ...] = ()
+    videos: tuple[Frames | Video, ...] = ()
     source: str = ""
 
 
@@ -211,7 +212,7 @@ class ProcessorReader:
                 form = self.inputs.video_format if prompt.videos else self.inputs.format
                 text = form.render(turns, prompt=True)
             self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))
-            self.inputs.require_one_kind(len(prompt.images), [len(video.frames) for video in prompt.videos])
+            self.inputs.require_one_kind(len(prompt.images), [self.inputs.num_frames(video) for video in prompt.videos])
         except DataError as error:
             raise with_context(error, _named(prompt)) from None
         return text
@@ -219,15 +220,22 @@ class ProcessorReader:
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
         """Yield batches of prompts, as places in the caller's list, longest first."""
         lengths = [self._length(self.rendered(prompt), prompt) for prompt in prompts]
-        alone = [not self.inputs.takes_mixed_rows and bool(prompt.images) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda place: (alone[place], lengths[place]), reverse=True)
-        yield from _in_batches(order, alone.__getitem__, batch_size)
+        kinds = [self._kind(prompt) for prompt in prompts]
+        order = sorted(range(len(prompts)), key=lambda place: (kinds[place], lengths[place]), reverse=True)
+        yield from _in_batches(order, kinds.__getitem__, batch_size)
+
+    def _kind(self, prompt: Prompt) -> tuple[bool, bool, tuple[int, ...]]:
+        """Return what the prompts of one batch have in common."""
+        alone = not self.inputs.takes_mixed_rows and bool(prompt.images)
+        is_counted = bool(prompt.videos) and not self.inputs.takes_mixed_videos
+        counts = tuple(self.inputs.num_frames(video) for video in prompt.videos) if is_counted else ()
+        return alone, bool(prompt.videos), counts
 
     def processed(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
         """Return the processor's tensors for prompts, padded on the left. Raises UserError if it refuses them."""
         images = [[_opened(image) for image in prompt.images] for _, prompt in batch]
         try:
-            videos = [prompt.videos for _, prompt in batch]
+            videos = [self._frames(prompt) for _, prompt in batch]
             inputs = self.inputs([text for text, _ in batch], images, videos, padding_side="left")
         except UserError:
             raise
@@ -237,7 +245,7 @@ class ProcessorReader:
             prompt = batch[0][1]
             paths = [str(image) for image in prompt.images if isinstance(image, str | Path)]
             raise UserError(
-                f"the processor refuses this question or its picture: {first_line(error)}",
+                f"the processor refuses this question, or a picture or video of it: {first_line(error)}",
                 code="record-processor-refuses",
                 where=": ".join([prompt.source] * bool(prompt.source) + paths) or _named(prompt),
                 hint="use another picture, or leave the question out",
@@ -254,7 +262,7 @@ class ProcessorReader:
         else:
             rendered = rendered._replace(suffix=answer)
         images = [_opened(image) for image in prompt.images]
-        inputs = labelled_inputs(self.inputs, rendered, images)
+        inputs = labelled_inputs(self.inputs, rendered, images, self._frames(prompt))
         return {name: self._placed(value) for name, value in inputs.items()}
 
     def answers(
@@ -280,10 +288,13 @@ class ProcessorReader:
     def _length(self, text: Rendered, prompt: Prompt) -> int:
         count = self.inputs.num_text_tokens(text)
         count += sum(self.inputs.num_picture_tokens(*_size(image)) for image in prompt.images)
-        for video in prompt.videos:
-            frame = video.frames[0]
-            count += self.inputs.num_video_tokens(len(video.frames), video.fps, frame.height, frame.width)
-        return count
+        return count + sum(self.inputs.num_video_tokens(video) for video in prompt.videos)
+
+    def _frames(self, prompt: Prompt) -> list[Frames]:
+        try:
+            return [self.inputs.frames(video) for video in prompt.videos]
+        except DataError as error:
+            raise with_context(error, prompt.source) from None
 
 
 def _opened(image: str | Path | Image.Image) -> Any:
@@ -340,7 +351,7 @@ class Reader:
     def length(self, prompt: Prompt) -> int:
         """Return the number of ids of a prompt. Raises `DataError` for a prompt with a video."""
         if prompt.videos:
-            raise no_videos("this model")
+            raise with_context(no_videos("this model"), prompt.source)
         return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
 
     def _ids(self, prompt: Prompt) -> list[int]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milora_data.batches.processor_inputs import BLANK, PROCESSOR_ERRORS, ProcessorInputs
+from milora_data.batches.processor_inputs import BLANK, PROCESSOR_ERRORS, ProcessorInputs, takes_videos
 from milora_data.encode.chat_template import Rendered
+from milora_data.encode.templates import no_videos
 from milora_data.pictures.anyres import Tiling
-from milora_vl.base.errors import Key, UserError, first_line
+from milora_data.pictures.videos import sampler
+from milora_vl.base.errors import Key, UserError, at_flag, first_line
+
+if TYPE_CHECKING:
+    from milora_vl.recipe.schema import DataConfig
 
 LLAVAS = ("llava", "llava_next")
 # Common towers; the tokens of others are counted on the meta device.
@@ -134,30 +139,49 @@ def usable_inputs(processor: Any, name: str) -> ProcessorInputs:
     return inputs
 
 
+def configure_processor(processor: Any, data: DataConfig) -> None:
+    """Set what a recipe says about the sizes of pictures and videos, and about the frames of video files.
+
+    Raises UserError for a setting that the processor cannot follow.
+    """
+    limit_pixels(processor, data.min_pixels, data.max_pixels)
+    if data.of_videos and not takes_videos(processor):
+        with at_flag(Key.of(f"data.{next(iter(data.of_videos))}")):
+            raise no_videos(type(processor).__name__)
+    if data.video_min_pixels is not None or data.video_max_pixels is not None:
+        _limit(processor.video_processor, data.video_min_pixels, data.video_max_pixels, "video_")
+    if data.fps is not None or data.num_frames is not None:
+        with at_flag(Key.of("data.num_frames" if data.fps is None else "data.fps")):
+            processor.video_processor = sampler(processor.video_processor, data.fps, data.num_frames)
+
+
 def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
     """Set how many pixels a picture has at least and at most after the processor has resized it.
 
     Raises UserError if the limits contradict each other, or for a processor that resizes to fixed sizes.
     """
-    if min_pixels is None and max_pixels is None:
-        return
-    pictures = processor.image_processor
-    kind = type(pictures)
+    if min_pixels is not None or max_pixels is not None:
+        _limit(processor.image_processor, min_pixels, max_pixels)
+
+
+def _limit(part: Any, min_pixels: int | None, max_pixels: int | None, prefix: str = "") -> None:
+    """Set the limits in an image processor, or (with the prefix of its keys) in a video processor."""
+    kind, what = type(part), "videos" if prefix else "pictures"
     usual = dict(kind.size or {}) if "size" in dir(kind) else {}
     if (usual.get("longest_edge") or 0) < _LONGEST_SIDE or "shortest_edge" not in usual:
         raise UserError(
-            f"{kind.__name__} resizes pictures to fixed sizes ({dict(pictures.size)})",
+            f"{kind.__name__} resizes {what} to fixed sizes ({dict(part.size)})",
             code="pixels-unsupported",
-            where=Key.of("data.min_pixels" if max_pixels is None else "data.max_pixels"),
+            where=Key.of(f"data.{prefix}min_pixels" if max_pixels is None else f"data.{prefix}max_pixels"),
             hint="remove the limit; models of the Qwen-VL and GLM-V families have one",
         )
-    size = dict(pictures.size)
+    size = dict(part.size)
     least, most = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
     if least > most:
         raise UserError(
-            f"pictures of at least {least:,} and at most {most:,} pixels",
+            f"{what} of at least {least:,} and at most {most:,} pixels",
             code="pixels-contradiction",
-            where=Key.of("data.min_pixels"),
-            hint="set both --min_pixels and --max_pixels",
+            where=Key.of(f"data.{prefix}min_pixels"),
+            hint=f"set both --{prefix}min_pixels and --{prefix}max_pixels",
         )
-    pictures.size = type(pictures.size)(shortest_edge=least, longest_edge=most)
+    part.size = type(part.size)(shortest_edge=least, longest_edge=most)

@@ -14,7 +14,7 @@ from milora_vl.base.errors import Key, UserError
 from milora_vl.cli.command_line import require_folder
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
-from milora_vl.models.image_tokens import image_tokens, limit_pixels, tiling_of, usable_inputs, uses_processor
+from milora_vl.models.image_tokens import configure_processor, image_tokens, tiling_of, usable_inputs, uses_processor
 from milora_vl.models.parts import Parts
 from milora_vl.models.projector import projector_file
 from milora_vl.recipe.schema import PartsConfig, Recipe
@@ -95,7 +95,7 @@ def require_usable(recipe: Recipe, base: Base) -> None:
         if cache:  # a complete cache may be on a disk that is read-only
             require_folder(Path(cache), Key.of(key), is_written=False)
     if base.own_pictures:
-        limit_pixels(base.processor, recipe.data.min_pixels, recipe.data.max_pixels)
+        configure_processor(base.processor, recipe.data)
         usable_inputs(base.processor, base.name)
     if base.parts is not None:
         composing.require_parts(base.parts)

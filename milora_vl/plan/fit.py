@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.encode.labels import NoSupervisedTokens, encode
-from milora_data.encode.templates import OWN, TEMPLATES
+from milora_data.encode.templates import OWN, TEMPLATES, no_videos
 from milora_data.encode.tokens import own_template
 from milora_data.records.record import Record
 from milora_vl.base.errors import Key, Problem, UserError, at_flag, collected
@@ -106,6 +106,9 @@ def _require_prepared(recipe: Recipe, base: Base, targets: Sequence[Target]) -> 
             where=Key.of("data.min_pixels" if data.max_pixels is None else "data.max_pixels"),
             hint="remove the limit",
         )
+    for key in data.of_videos:
+        with at_flag(Key.of(f"data.{key}")):
+            raise no_videos(base.name)
     ratio = data.image_aspect_ratio
     if (ratio == "anyres" and tiling is None) or (ratio == "plain" and tiling is not None):
         raise UserError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_data.encode.templates import OWN
 from milora_vl.adapter.folders import base_of, holds_adapter
 from milora_vl.base.errors import UserError, at_flag
-from milora_vl.models.image_tokens import limit_pixels
+from milora_vl.models.image_tokens import configure_processor
 from milora_vl.plan.base import find_base
 from milora_vl.recipe.recipe_file import recipe_of_run, trained_template
+from milora_vl.recipe.schema import OF_PROCESSOR, DataConfig
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio
@@ -23,12 +24,11 @@ class Prompts:
 
     template: str
     image_aspect_ratio: AspectRatio
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)
 
     def limit(self, processor: Any) -> None:
-        """Set the limits of pixels of the training in a processor."""
-        limit_pixels(processor, self.min_pixels, self.max_pixels)
+        """Set the limits of pixels of the training, and its choice of frames, in a processor."""
+        configure_processor(processor, self.data)
 
 
 def prompts_of(model: str, adapter: Path | None, template: str | None = None) -> Prompts:
@@ -51,4 +51,4 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
             where="--template",
             hint=f"use --template {OWN}, or remove the flag",
         )
-    return Prompts(OWN, "pad", data.get("min_pixels"), data.get("max_pixels"))
+    return Prompts(OWN, "pad", DataConfig(**{key: data[key] for key in OF_PROCESSOR if key in data}))

@@ -17,7 +17,7 @@ from milora_data.encode.labels import NoSupervisedTokens, encode
 from milora_data.encode.templates import OWN
 from milora_data.records.record import IMAGE, Record, uses_tools
 from milora_vl.base.errors import DataError, Key, UserError, with_context
-from milora_vl.models.image_tokens import limit_pixels
+from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.plan.base import Base
 from milora_vl.plan.fit import require_template
@@ -54,7 +54,7 @@ def require_trainable(recipe: Recipe, base: Base, records: Sequence[Record], hel
 
 def collator_of(recipe: Recipe, processor: Any) -> ProcessorCollator:
     """Return a collator that raises the error of every record, for checks and counts."""
-    limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+    configure_processor(processor, recipe.data)
     return ProcessorCollator(processor, image_folder=recipe.data.image_folder, max_length=recipe.data.max_length)
 
 
@@ -63,7 +63,7 @@ def check_with(
 ) -> None:
     """Check records as `require_trainable` does, for a model whose own processor prepares the pictures."""
     for part, checked in (("train", records), ("eval", held_out)):
-        kinds = _first_of_kinds(checked)
+        kinds = _first_of_kinds(collate, checked)
         _require_one_kind(recipe, collate.inputs, kinds, f"per_device_{part}_batch_size")
         if recipe.data.bad_images == "raise":
             _require_written(collate, checked)
@@ -108,11 +108,11 @@ class _Kind(NamedTuple):
     has_tools: bool
 
 
-def _first_of_kinds(records: Sequence[Record]) -> dict[_Kind, Record]:
+def _first_of_kinds(collate: ProcessorCollator, records: Sequence[Record]) -> dict[_Kind, Record]:
     """Return the first record of each kind. There may be millions of records: they are read once."""
     kinds: dict[_Kind, Record] = {}
     for record in records:
-        frames = tuple(sorted({len(video.frames) for video in record.videos}))
+        frames = tuple(sorted(set(collate.num_frames(record))))
         kinds.setdefault(_Kind(bool(record.images), frames, uses_tools(record)), record)
     return kinds
 

@@ -236,6 +236,7 @@ def _identity(record: Record) -> bytes:
     True
     """
     parts = [*record.files, ""]
+    parts += [f"{video.fps} {video.num_frames}" for video in record.videos if video.file is not None]
     for turn in record.turns:
         parts += (turn.role, turn.text, *filter(None, [turn.call]))
     if record.extra.get("tools"):

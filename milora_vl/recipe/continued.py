@@ -32,7 +32,16 @@ TAKEN = (
     "attn_implementation", "policy", *FIXED,
 )  # fmt: skip
 OF_SECTIONS = {
-    "data": ("max_length", "image_aspect_ratio", "min_pixels", "max_pixels"),
+    "data": (
+        "max_length",
+        "image_aspect_ratio",
+        "min_pixels",
+        "max_pixels",
+        "video_min_pixels",
+        "video_max_pixels",
+        "fps",
+        "num_frames",
+    ),
     "train": ("bf16", "fp16"),
 }
 RATES = ("learning_rate", "weight_decay")

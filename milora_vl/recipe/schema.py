@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -40,6 +41,11 @@ class SourceConfig(Strict):
     image_folder: str | None = None
 
 
+# The keys of `data` that the processor of a model follows.
+OF_VIDEOS = ("video_min_pixels", "video_max_pixels", "fps", "num_frames")
+OF_PROCESSOR = ("min_pixels", "max_pixels", *OF_VIDEOS)
+
+
 class DataConfig(Strict):
     """The training and evaluation data."""
 
@@ -53,6 +59,10 @@ class DataConfig(Strict):
     image_aspect_ratio: Literal["pad", "plain", "anyres"] = "pad"  # LLaVA-1.6 models use anyres
     min_pixels: PositiveInt | None = None  # of a picture after resizing, for models with pictures of any size
     max_pixels: PositiveInt | None = None
+    video_min_pixels: PositiveInt | None = None  # as the video processor counts: per frame, or of all frames
+    video_max_pixels: PositiveInt | None = None
+    fps: PositiveFloat | None = None  # frames per second that are read of video files; default: the processor's, or 2
+    num_frames: PositiveInt | None = None  # frames that are read of each video file, in place of fps
     jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: decode large photos at reduced size, much faster
     feature_cache: str | None = None  # folder for the features of a frozen vision tower
     packing: bool = False  # pack several records into a row of 2 * max_length
@@ -61,6 +71,17 @@ class DataConfig(Strict):
     streaming: bool = False  # read records while training; weights are shares of the records
     shuffle_buffer: NonNegativeInt = 1000  # number of streamed records that are shuffled at a time
     limit: PositiveInt | None = None  # the first N records only
+
+    @model_validator(mode="after")
+    def _samples_in_one_way(self) -> DataConfig:
+        if self.fps is not None and self.num_frames is not None:
+            raise ValueError("expected fps or num_frames, got both")
+        return self
+
+    @property
+    def of_videos(self) -> dict[str, Any]:
+        """The settings of videos that have a value."""
+        return {key: value for key, value in self.model_dump(include={*OF_VIDEOS}).items() if value is not None}
 
 
 class PartsConfig(Strict):

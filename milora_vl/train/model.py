@@ -19,7 +19,7 @@ from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.cli.command_line import amount
 from milora_vl.factors.initialize import LayerReport
 from milora_vl.foreign.load_model import load_model
-from milora_vl.models.image_tokens import limit_pixels
+from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config, unquantized
 from milora_vl.plan.base import Base
@@ -45,7 +45,7 @@ class Built:
 def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe, base))
-    limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+    configure_processor(processor, recipe.data)
     _set_attention(model, recipe)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,11 @@ from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
 from support.problems import raises_code
 from support.versions import needs_places
-from support.vlm_families import VLM_FAMILIES, model_of, processor_of
+from support.videos import VIDEO_PARTS, asked, video_template
+from support.vlm_families import model_of, processor_of
 from support.vlm_runs import write_pictures
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
-# What the published templates write for a video.
-VIDEO_PARTS = {
-    "qwen2_vl": "<|vision_start|><|video_pad|><|vision_end|>",
-    "qwen2_5_vl": "<|vision_start|><|video_pad|><|vision_end|>",
-    "qwen3_vl": "<|vision_start|><|video_pad|><|vision_end|>",
-    "internvl": "<video>\n",
-    "llava_onevision": "<video>\n",
-    "glm4v": "<|begin_of_video|><|video|><|end_of_video|>",
-    "smolvlm": "<video>",
-}
-if find_spec("num2words") is None:
-    del VIDEO_PARTS["smolvlm"]
 FRAMES = [f"f{number}.png" for number in range(4)]
 
 
@@ -46,25 +34,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def template(name: str) -> str:
-    """The template of a family, marks included, which writes videos too."""
-    family = VLM_FAMILIES[name]
-    written = f"{{% elif part.type == 'video' %}}{VIDEO_PARTS[name]}{{% elif 'text' in part %}}"
-    assert "{% elif 'text' in part %}" in family.template
-    return family.template.replace("{% elif 'text' in part %}", written)
-
-
 def collator(name: str, pictures: Path, **options: Any) -> ProcessorCollator:
     processor = processor_of(name)
     if name in VIDEO_PARTS:
-        marked = template(name)
-        processor.chat_template = marked.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+        processor.chat_template = video_template(name)
     return ProcessorCollator(processor, image_folder=pictures, **options)
-
-
-def asked(*parts: Any, answer: str = "A cat.") -> dict[str, Any]:
-    content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
 
 
 CLIP = {"type": "video", "video": FRAMES}
@@ -200,8 +174,11 @@ def test_max_length_drops_a_video_as_a_whole(pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "code"),
     [
-        (asked({"type": "video", "video": "clip.mp4"}, "What?"), "video-file"),
-        (asked({"type": "video_url", "video_url": {"url": "https://example.org/a.mp4?token=x"}}, "?"), "video-file"),
+        (asked({"type": "video", "video": "clip.mp4"}, "What?"), "video-unreadable"),
+        (
+            asked({"type": "video_url", "video_url": {"url": "https://a.org/a.mp4?token=x"}}, "?"),
+            "video-unreadable",
+        ),
         (asked({"type": "video", "video": []}, "What?"), "record-video-field"),
         (asked({**CLIP, "fps": 0}, "What?"), "record-video-field"),
         (asked({"type": "video"}, "What?"), "record-image-count"),

@@ -94,9 +94,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         count = self.inputs.num_text_tokens(rendered) + sum(
             self.inputs.num_picture_tokens(*_size(place_of(self.image_folder, name))) for name in record.images
         )
-        for video in record.videos:
-            size = _size(place_of(self.image_folder, video.frames[0]))
-            count += self.inputs.num_video_tokens(len(video.frames), video.fps, *size)
+        count += sum(self.inputs.num_video_tokens(video, self._place) for video in record.videos)
         return count if self.max_length is None else min(count, self.max_length)
 
     def num_supervised(self, record: Record) -> int:
@@ -138,7 +136,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns, tools=tools_of(record))
             self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
-            self.inputs.require_one_kind(len(record.images), [len(video.frames) for video in record.videos])
+            self.inputs.require_one_kind(len(record.images), self.num_frames(record))
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
@@ -181,7 +179,22 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         images = tuple(self._image(record, name) for name in record.images)
         return PictureSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
 
+    def num_frames(self, record: Record) -> list[int]:
+        """Return the number of frames of each video of a record, where it decides which videos fit into one batch."""
+        return [self.inputs.num_frames(video, self._place) for video in record.videos]
+
+    def _place(self, name: str) -> str | Path:
+        return place_of(self.image_folder, name)
+
     def _frames(self, record: Record, video: Video) -> Frames:
+        if video.file is not None:
+            try:
+                return self.inputs.frames(video, self._place)
+            except ImageError as error:
+                self._replaced(error)
+                return self.inputs.plain_video(video)
+            except DataError as error:
+                raise with_context(error, record.source or record.id) from None
         frames: list[Any] = []
         for name in video.frames:
             try:
@@ -404,10 +417,12 @@ def _size(place: str | Path) -> tuple[int, int]:
         return BLANK
 
 
-def labelled_inputs(inputs: ProcessorInputs, rendered: Rendered, images: Sequence[Any]) -> dict[str, Any]:
-    """Return the model's inputs for one text with its pictures, and its labels, as in a batch of the collator."""
-    sample = PictureSample(Record("", (), ()), rendered, tuple(images))
-    batch = inputs([rendered], [images], padding_side="right", with_places=True)
+def labelled_inputs(
+    inputs: ProcessorInputs, rendered: Rendered, images: Sequence[Any], videos: Sequence[Frames] = ()
+) -> dict[str, Any]:
+    """Return the model's inputs for one text with its pictures and videos, and its labels, as in a batch."""
+    sample = PictureSample(Record("", (), ()), rendered, tuple(images), tuple(videos))
+    batch = inputs([rendered], [images], [videos], padding_side="right", with_places=True)
     labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}
 

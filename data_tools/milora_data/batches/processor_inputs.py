@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import torch
 
 from milora_data.encode.chat_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
-from milora_data.pictures.videos import Frames
-from milora_data.records.record import IMAGE, VIDEO, Turn
+from milora_data.pictures.files import ImageError, load_image, picture_size
+from milora_data.pictures.videos import Frames, planned_video, read_video, require_one_size, sampler
+from milora_data.records.record import IMAGE, VIDEO, Turn, Video
 from milora_vl.base.errors import DataError, UserError
 from milora_vl.compat.transformers import count_picture_tokens, recorded_places
 
@@ -21,6 +23,7 @@ from milora_vl.compat.transformers import count_picture_tokens, recorded_places
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_pictures"
 BLANK = (64, 64)  # height and width of the picture that replaces one without pixels
+_PLAIN_FRAMES = 4  # of the video that replaces a file without pixels
 
 
 def _video_token(processor: Any) -> str | None:
@@ -29,6 +32,11 @@ def _video_token(processor: Any) -> str | None:
         return str(processor.video_token) if processor.video_processor is not None else None
     except AttributeError:
         return None
+
+
+def takes_videos(processor: Any) -> bool:
+    """Return whether a processor takes videos."""
+    return _video_token(processor) is not None
 
 
 def _tokens_of_pictures(processor: Any) -> set[str]:
@@ -59,7 +67,7 @@ class ProcessorInputs:
         self.video_placeholder = _video_token(processor)
         self.expanded = _tokens_of_pictures(processor) - {self.placeholder, str(self.video_placeholder)}
         self._counts: dict[tuple[int, int], int] = {}
-        self._video_counts: dict[tuple[int, float | None, int, int], int] = {}
+        self._video_counts: dict[tuple[Any, ...], int] = {}
 
     @cached_property
     def video_format(self) -> PictureTemplate | PlainPrompt:
@@ -110,7 +118,7 @@ class ProcessorInputs:
         shown = [video for row in videos for video in row]
         if shown:
             options |= {"videos": [list(video.frames) for video in shown], "do_sample_frames": False}
-            if any(video.fps for video in shown):
+            if any(video.fps or video.file for video in shown):
                 options["video_metadata"] = [video.metadata() for video in shown]
         if shown and any(images) and not self.takes_pictures_and_videos:
             raise DataError(
@@ -285,18 +293,74 @@ class ProcessorInputs:
             self._counts[size] = self._measured(size) if counted is None else counted + self._frame
         return self._counts[size]
 
-    def num_video_tokens(self, num_frames: int, fps: float | None, height: int, width: int) -> int:
-        """Return the number of tokens of a video with frames of this size, as the processor counts grey frames."""
-        key = (num_frames, fps, height, width)
+    def frames(self, video: Frames | Video, place: Callable[[str], str | Path] = Path) -> Frames:
+        """Return the frames of a video whose files are at `place(name)`. Raises `ImageError` for a broken one."""
+        if isinstance(video, Frames):
+            return video
+        if video.file is not None:
+            return read_video(place(video.file), self._sampler(video))
+        places = [place(name) for name in video.frames]
+        return Frames(require_one_size([load_image(path) for path in places], str(places[0])), video.fps)
+
+    def num_frames(self, video: Frames | Video, place: Callable[[str], str | Path] = Path) -> int:
+        """Return the number of frames of a video, where it decides which videos fit into one batch, else 1 of a file.
+
+        A file is opened only if its own length decides.
+        """
+        if isinstance(video, Frames) or video.file is None:
+            return len(video.frames)
+        if self.takes_mixed_videos:
+            return 1
+        chooser = self._sampler(video)
+        if chooser.num_frames is not None:
+            return int(chooser.num_frames)
+        try:
+            return len(planned_video(place(video.file), chooser).indices)
+        except ImageError:  # the collator reports it
+            return 1
+
+    def num_video_tokens(self, video: Frames | Video, place: Callable[[str], str | Path] = Path) -> int:
+        """Return the number of tokens of a video, as the processor counts grey frames of its size.
+
+        A video that cannot be read counts as a small one.
+        """
+        try:
+            grey = self._grey(video, place)
+        except ImageError:  # the collator skips the record, or replaces the video by a plain one
+            grey = self.plain_video(video)
+        first = grey.frames[0]
+        key = (len(grey.frames), first.size, repr(grey.metadata()))
         if key not in self._video_counts:
             text = Rendered((self.tokenizer.bos_token or "") + str(self.video_placeholder), ())
-            video = Frames((self.blank(height, width),) * num_frames, fps)
             try:
-                batch = self([text], [[]], [[video]], padding_side="right")
+                batch = self([text], [[]], [[grey]], padding_side="right")
                 self._video_counts[key] = len(batch["input_ids"][0]) - self.num_text_tokens(text)
             except PROCESSOR_ERRORS:
                 self._video_counts[key] = 1  # the collator reports the video
         return self._video_counts[key]
+
+    def plain_video(self, video: Frames | Video) -> Frames:
+        """Return small grey frames in place of a video without pixels."""
+        count = len(video.frames)
+        if isinstance(video, Video) and video.file is not None:
+            count = self._sampler(video).num_frames or _PLAIN_FRAMES
+        return Frames((self.blank(*BLANK),) * count, video.fps)
+
+    def _grey(self, video: Frames | Video, place: Callable[[str], str | Path]) -> Frames:
+        """Return a video of the same size with grey frames. Raises `ImageError` for a broken one."""
+        if isinstance(video, Frames):
+            return video._replace(frames=(self.blank(*video.frames[0].size[::-1]),) * len(video.frames))
+        if video.file is None:
+            return Frames((self.blank(*picture_size(place(video.frames[0]))),) * len(video.frames), video.fps)
+        plan = planned_video(place(video.file), self._sampler(video))
+        size = plan.metadata.height or 0, plan.metadata.width or 0
+        return Frames((self.blank(*size),) * len(plan.indices), None, dict(plan.metadata))
+
+    def _sampler(self, video: Video) -> Any:
+        """Return what chooses the frames of a video file. Raises `UserError` for a processor that cannot."""
+        if self.video_placeholder is None:
+            raise no_videos(type(self.processor).__name__)
+        return sampler(self.processor.video_processor, video.fps, video.num_frames)
 
     def _counted(self, size: tuple[int, int]) -> int | None:
         """Return the processor's own count, which serving engines use; None if it has none."""

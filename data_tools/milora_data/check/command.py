@@ -6,7 +6,7 @@ Training calls `check_for_training` before it loads a model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from milora_data.formats.jsonfile import read_objects
 from milora_data.formats.stored import stored_items
 from milora_data.pictures.embedded import convert_words, described
 from milora_data.pictures.files import ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
+from milora_data.pictures.videos import require_pyav
 from milora_data.records.record import Record, parse_record
 from milora_data.stream.sources import is_json, load_records, mixed_records, read_sources
 from milora_vl.base.errors import DataError, Problem, UserError, no_records
@@ -117,7 +118,7 @@ def image_folder(data: Path, option: Path | None) -> Path:
             raise UserError(problems=[no_folder(option)])
         return option
     try:
-        first = next((record.images[0] for record in load_records(data) if record.images), "")
+        first = next((record.files[0] for record in load_records(data) if record.files), "")
     except DataError:
         return data.parent  # the command itself reports the error
     places = (data.parent, data.parent / "images")
@@ -140,19 +141,22 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
     report = Report(str(path), str(folder))
     used: dict[str, list[str]] = {}
     stored: dict[str, list[str]] = {}
+    videos: set[str] = set()
     for record in readable(path, report):
         report.records += 1
         report.with_pictures += bool(record.images)
+        report.with_videos += bool(record.videos)
         report.findings += examine(record)
+        videos.update(record.video_files)
         if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
             report.findings.append(Finding("embedded_picture", record.source, f"{len(first.content):,} bytes"))
         for name in record.files:
             (stored if isinstance(name, StoredPicture) else used).setdefault(name, []).append(record.source)
         if len(stored) >= _STORED_AT_ONCE:  # their contents are in memory
-            _scan_pictures(stored, folder, pictures, report)
-            stored = {}
+            _scan_pictures(stored, folder, pictures, videos, report)
+            stored, videos = {}, {name for name in videos if not isinstance(name, StoredPicture)}
     for names in (stored, used):
-        _scan_pictures(names, folder, pictures, report)
+        _scan_pictures(names, folder, pictures, videos, report)
     return report
 
 
@@ -198,12 +202,15 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
             report.findings.append(Finding(kind, f"{path}:{place}", _without_place(error.first)))
 
 
-def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report: Report) -> None:
+def _scan_pictures(
+    used: Mapping[str, list[str]], folder: Path, how: str, videos: Collection[str], report: Report
+) -> None:
     report.picture_files += len(used)
     missing, names = find_missing(used, folder), dict[Path, dict[str, str]]()
     for name in missing:
         if is_empty(place_of(folder, name)):
-            report.findings += [Finding("corrupt_picture", where, f"{name}: the file is empty") for where in used[name]]
+            kind = "corrupt_video" if name in videos else "corrupt_picture"
+            report.findings += [Finding(kind, where, f"{name}: the file is empty") for where in used[name]]
             continue
         place = place_of(folder, name)
         shown, why = name, OUTSIDE if isinstance(place, OutsidePicture) else cause(place, names)
@@ -213,8 +220,9 @@ def _scan_pictures(used: Mapping[str, list[str]], folder: Path, how: str, report
         report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
     if how == "decode":
         gone = set(missing)
-        for name, message in find_faults([name for name in used if name not in gone], folder):
-            report.findings += [Finding("corrupt_picture", where, f"{name}: {message}") for where in used[name]]
+        for name, message in find_faults([name for name in used if name not in gone], folder, videos):
+            kind = "corrupt_video" if name in videos else "corrupt_picture"
+            report.findings += [Finding(kind, where, f"{name}: {message}") for where in used[name]]
 
 
 def check_for_training(
@@ -232,6 +240,7 @@ def check_for_training(
     if not folder.is_dir():
         raise DataError(problems=[no_folder(folder)])
     number = with_pictures = 0
+    has_video_files = False
     errors: list[Finding] = []
     used: dict[str, str] = {}
     for record in load_records(data) if isinstance(data, str | Path) else data:  # once: there may be millions
@@ -240,6 +249,9 @@ def check_for_training(
         errors += [finding for finding in examine(record) if finding.severity == "error"]
         for name in record.files:
             used.setdefault(name, record.source)
+        has_video_files = has_video_files or bool(record.video_files)
+    if has_video_files:
+        require_pyav()
     if not number:
         raise DataError(problems=[no_records(path or "the data")])
     unlearnable = [finding for finding in errors if finding.kind == "no_answer"]

@@ -30,8 +30,9 @@ KINDS: Mapping[str, Kind] = {
     "turn_order": Kind("error", "questions and answers do not alternate"),
     "no_answer": Kind("error", "no supervised tokens: no answer to a question"),
     "placeholders": Kind("error", f"the number of {IMAGE} differs from the number of pictures"),
-    "missing_picture": Kind("error", "missing picture"),
+    "missing_picture": Kind("error", "missing picture or video"),
     "corrupt_picture": Kind("error", "picture that cannot be read"),
+    "corrupt_video": Kind("error", "video that cannot be read"),
     "broken_text": Kind("error", "text that is not valid Unicode (half of a surrogate pair)"),
     "embedded_picture": Kind("warning", "picture embedded as base64, which a training keeps in memory"),
     "empty_answer": Kind("warning", "empty answer: the model learns to answer nothing"),
@@ -85,7 +86,8 @@ class Report:
     image_folder: str
     records: int = 0
     with_pictures: int = 0
-    picture_files: int = 0
+    with_videos: int = 0
+    picture_files: int = 0  # and video files
     findings: list[Finding] = field(default_factory=list)
     num_missing: int = 0  # picture names without a file
 
@@ -109,6 +111,7 @@ def as_json(report: Report) -> str:
         "image_folder": report.image_folder,
         "records": report.records,
         "with_pictures": report.with_pictures,
+        "with_videos": report.with_videos,
         "picture_files": report.picture_files,
         "errors": report.count("error"),
         "warnings": report.count("warning"),
@@ -121,8 +124,10 @@ def as_json(report: Report) -> str:
 def as_text(report: Report, limit: int) -> str:
     """Return the report as text: counts, then each kind of finding with its first cases."""
     files = amount(report.picture_files, "file")
-    pictures = f"{report.with_pictures:,} with pictures ({files}, looked for in {report.image_folder})"
-    lines = [f"{report.path}: {amount(report.records, 'record')}, {pictures if report.with_pictures else 'text only'}"]
+    kinds = (("pictures", report.with_pictures), ("videos", report.with_videos))
+    counts = ", ".join(f"{number:,} with {what}" for what, number in kinds if number)
+    about = f"{counts} ({files}, looked for in {report.image_folder})" if counts else "text only"
+    lines = [f"{report.path}: {amount(report.records, 'record')}, {about}"]
     for kind, findings in report.by_kind().items():
         severity, title = KINDS[kind]
         lines += ["", f"{severity:<8} {len(findings):>7,}  {title}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from milora_data.pictures.files import (
     load_image,
     place_of,
 )
+from milora_data.pictures.videos import require_whole_video
 from milora_vl.base.errors import DataError
 from milora_vl.cli.web import web_address
 
@@ -91,19 +92,27 @@ def _num_bytes(path: str | Path) -> int | None:
     return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
 
 
-def find_faults(names: Sequence[str], folder: Path, *, threads: int = 8) -> Iterator[tuple[str, str]]:
-    """Yield (name, details) of each picture that cannot be decoded; shows a progress bar on a terminal."""
+def find_faults(
+    names: Sequence[str], folder: Path, videos: Collection[str] = (), *, threads: int = 8
+) -> Iterator[tuple[str, str]]:
+    """Yield (name, details) of each picture that cannot be decoded; shows a progress bar on a terminal.
+
+    Of each of the `videos`, the header is read and the first frame decoded.
+    """
     from tqdm import tqdm
 
     with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(lambda name: _fault(place_of(folder, name)), names)
+        results = pool.map(lambda name: _fault(place_of(folder, name), name in videos), names)
         bar = tqdm(results, "pictures", len(names), disable=None, leave=False)
         yield from ((name, fault) for name, fault in zip(names, bar, strict=True) if fault)
 
 
-def _fault(path: str | Path) -> str:
+def _fault(path: str | Path, is_video: bool) -> str:
     try:
-        load_image(path)
+        if is_video:
+            require_whole_video(path)
+        else:
+            load_image(path)
     except ImageError as error:
         return "\n".join(filter(None, (error.reason, error.first.hint)))
     return ""

@@ -15,7 +15,7 @@ from milora_vl.base.errors import DataError, UserError
 from milora_vl.cli.command_line import amount
 
 # Errors of a record that no repair fixes without guessing.
-_FATAL = ("not_a_record", "turn_order", "missing_picture", "corrupt_picture", "broken_text")
+_FATAL = ("not_a_record", "turn_order", "missing_picture", "corrupt_picture", "corrupt_video", "broken_text")
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> str:

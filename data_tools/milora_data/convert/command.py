@@ -271,9 +271,10 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
         for turn in record.turns
     ]
     tools = {"tools": tools_of(record)} if record.extra.get("tools") else {}
-    videos = {"videos": [video._asdict() for video in record.videos]} if record.videos else {}
-    if any(isinstance(frame, StoredPicture) for video in record.videos for frame in video.frames):
-        raise DataError("frames of a video inside a table are not written to files", code="record-videos")
+    shown = [{key: part for key, part in video._asdict().items() if part} for video in record.videos]
+    videos = {"videos": shown} if shown else {}
+    if any(isinstance(name, StoredPicture) for video in record.videos for name in video.files):
+        raise DataError("videos inside a table, or frames of them, are not written to files", code="record-videos")
     return {"id": record.id or identifier, **images, **videos, "conversations": turns, **tools}
 
 

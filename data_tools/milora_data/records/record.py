@@ -72,10 +72,21 @@ class Turn:
 
 
 class Video(NamedTuple):
-    """A video as the picture files of its frames in order; `fps` is their number per second, if it is known."""
+    """A video: the picture files of its frames in order, or a video file (`file`, without `frames`).
 
-    frames: tuple[str, ...]
+    `fps` is the number of frames per second, if it is known. Of a file, it is the number to read per second, and
+    `num_frames` the number to read in all; without both, the settings of the training or of the processor count.
+    """
+
+    frames: tuple[str, ...] = ()
     fps: float | None = None
+    file: str | None = None
+    num_frames: int | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files of the video."""
+        return self.frames if self.file is None else (self.file,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +102,25 @@ class Record:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The names of all pictures, with the frames of videos."""
-        return self.images + tuple(frame for video in self.videos for frame in video.frames)
+        """The names of all pictures and videos, with the frames of videos."""
+        return self.images + tuple(name for video in self.videos for name in video.files)
+
+    @property
+    def video_files(self) -> tuple[str, ...]:
+        """The names of the video files."""
+        return tuple(video.file for video in self.videos if video.file is not None)
 
 
 def with_names(record: Record, new_name: Callable[[str], str]) -> Record:
-    """Return a record with other names of its pictures and frames."""
-    videos = tuple(video._replace(frames=tuple(map(new_name, video.frames))) for video in record.videos)
+    """Return a record with other names of its pictures, frames and videos."""
+    videos = tuple(renamed_video(video, new_name) for video in record.videos)
     return replace(record, images=tuple(map(new_name, record.images)), videos=videos)
+
+
+def renamed_video(video: Video, new_name: Callable[[str], str]) -> Video:
+    """Return a video with other names of its files."""
+    file = None if video.file is None else new_name(video.file)
+    return video._replace(frames=tuple(map(new_name, video.frames)), file=file)
 
 
 def parse_record(value: object, *, source: str = "", embedded: Literal["read", "keep"] = "read") -> Record:
@@ -113,13 +135,14 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         if not isinstance(value, dict):
             raise DataError(f"expected a record (an object), got {type(value).__name__}", code="record-not-an-object")
         value = as_llava(value)
+        images, turns, videos = _images(value), _turns(value), _videos(value)
         record = Record(
             id=str(value.get("id", "")),
-            images=_images(value),
-            turns=_turns(value),
+            images=images,
+            turns=turns if images else _with_video_marks(turns, len(videos)),
             source=source,
             extra={key: item for key, item in value.items() if key not in KNOWN_KEYS},
-            videos=_videos(value),
+            videos=videos,
         )
         if embedded == "read" and any(map(is_embedded, record.files)):
             return with_names(record, lambda name: decoded(name) if is_embedded(name) else name)
@@ -148,23 +171,41 @@ def _videos(value: dict[str, Any]) -> tuple[Video, ...]:
     return tuple(map(_video, listed if isinstance(listed, list) else [listed]))
 
 
+def _with_video_marks(turns: tuple[Turn, ...], num_videos: int) -> tuple[Turn, ...]:
+    """Return the turns of a record without pictures; LLaVA-Video marks its videos with `<image>`."""
+    text = "".join(turn.text for turn in turns)
+    if not num_videos or VIDEO in text or text.count(IMAGE) != num_videos:
+        return turns
+    return tuple(replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns)
+
+
 def _video(value: object) -> Video:
-    """Return a video from a list of frames, or {"frames": [...], "fps": ...}."""
-    frames = value.get("frames") if isinstance(value, Mapping) else value
-    fps = value.get("fps") if isinstance(value, Mapping) else None
-    if isinstance(frames, str):
-        raise DataError(
-            f"a video is a list of its frames in picture files, got the file {described(frames)!r}",
-            code="video-file",
-            hint="write them to pictures, for example two per second:  ffmpeg -i VIDEO -vf fps=2 frames/%04d.jpg",
-        )
-    if not isinstance(frames, list) or not frames:
-        raise DataError(
-            f"a video must be a list of picture files, its frames, got {_short(value)}", code="record-video-field"
-        )
+    """Return a video from a file or a list of frames, which may stand in an object with "fps" and "num_frames"."""
+    field: Mapping[str, Any] = value if isinstance(value, Mapping) else {"frames": value}
+    fps, num_frames = field.get("fps"), field.get("num_frames")
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
         raise DataError(f'"fps" of a video must be a number above 0, got {_short(fps)}', code="record-video-field")
-    return Video(tuple(map(_file, frames)), None if fps is None else float(fps))
+    if num_frames is not None and (isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1):
+        raise DataError(
+            f'"num_frames" of a video must be a whole number above 0, got {_short(num_frames)}',
+            code="record-video-field",
+        )
+    fps = None if fps is None else float(fps)
+    shown = next((field[key] for key in ("frames", "file", "video", "path", "url") if field.get(key) is not None), None)
+    if isinstance(field.get("bytes"), bytes):  # a video of a table
+        shown = StoredPicture(Path(str(shown or "video")).name, field["bytes"])
+    if isinstance(shown, str) and shown and not is_embedded(shown):
+        if fps is not None and num_frames is not None:
+            raise DataError('a video has "fps" and "num_frames", expected one of them', code="record-video-field")
+        return Video((), fps, shown, num_frames)
+    if not isinstance(shown, list) or not shown:
+        found = described(shown) if isinstance(shown, str) and shown else _short(value)
+        raise DataError(
+            f"a video must be a file, or a list of picture files, its frames; got {found}", code="record-video-field"
+        )
+    if num_frames is not None:
+        raise DataError('"num_frames" is for a video file; all frames of a list are used', code="record-video-field")
+    return Video(tuple(map(_file, shown)), fps)
 
 
 def _short(value: object) -> str:
@@ -317,7 +358,7 @@ def as_llava(value: dict[str, Any], identifier: object = "") -> dict[str, Any]:
         raise DataError(
             "a part of type video names no video, and the record lists none",
             code="record-image-count",
-            hint='name the frames in the record\'s "videos", or remove the part',
+            hint='name it in the record\'s "videos", or remove the part',
         )
     pictures = {"image": images[0] if len(images) == 1 else images} if images else {}
     shown = {"videos": own} if own else {}
@@ -394,8 +435,10 @@ def _part(part: object, place: int, named: list[str], videos: list[Any]) -> str:
         return f"{IMAGE}\n"
     if kind in ("video", "video_url"):
         shown = next((part[key] for key in ("video", "video_url", "path", "url") if part.get(key) is not None), None)
-        shown = shown.get("url") if isinstance(shown, dict) and "url" in shown else shown
-        videos.append({"frames": shown, "fps": part.get("fps")} if isinstance(shown, list) else shown)
+        sampled = {key: part[key] for key in ("fps", "num_frames") if part.get(key) is not None}
+        if shown is not None:
+            shown = {**(shown if isinstance(shown, dict) else {"frames": shown}), **sampled}
+        videos.append(shown)
         return f"{VIDEO}\n"
     raise DataError(
         f"message {place}: unsupported part of type {kind!r}; expected text, an image or a video",

@@ -66,14 +66,18 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item) -> str:
-    """Return the key of one answer: a digest of the settings, the prompt, and the names and sizes of the pictures."""
-    pictures = []
-    for image in item.images:
-        path = Path(image)
-        pictures.append([path.name, path.stat().st_size if path.is_file() else None])
+    """Return the key of one answer: a digest of the settings, the prompt, and the names and sizes of its files."""
+    pictures = [_name_and_size(image) for image in item.images]
+    for video in item.videos:
+        pictures.append([*map(_name_and_size, video.files), video.fps, video.num_frames])
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
     decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
     return digest([settings, benchmark.name, decoding, turns, pictures])
+
+
+def _name_and_size(file: str) -> list[Any]:
+    path = Path(file)
+    return [path.name, path.stat().st_size if path.is_file() else None]
 
 
 def _base_name(name: str) -> str | None:

@@ -85,7 +85,7 @@ def audit(
 def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
     """Return what the model is asked; errors name the question by its file and number, or by benchmark and id."""
     source = item.source or f"benchmark {benchmark.name}, question {item.id}"
-    return Prompt(benchmark.prompt(item), item.images, benchmark.form, source=source)
+    return Prompt(benchmark.prompt(item), item.images, benchmark.form, item.videos, source)
 
 
 def _run_model(

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from milora_data.records.record import Reply, Turn
+from milora_data.records.record import Reply, Turn, Video
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.suites import reference
 from milora_vl.base.atomic_write import atomic_file
@@ -141,6 +141,8 @@ def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Pat
         line["context"] = [[turn.role, turn.text] for turn in turns[:-1]]
     if len(item.images) > 1:
         line["more_images"] = list(item.images[1:])
+    if item.videos:
+        line["videos"] = [video._asdict() for video in item.videos]
     if item.meta:
         line["meta"] = dict(item.meta)
     return line
@@ -168,6 +170,7 @@ def to_item(line: Mapping[str, Any]) -> Item:
             group=line["group"],
             baseline=line["baseline"],
             meta=line.get("meta", {}),
+            videos=tuple(Video(**{**video, "frames": tuple(video["frames"])}) for video in line.get("videos", ())),
         )
 
 

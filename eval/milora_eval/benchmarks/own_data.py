@@ -15,7 +15,7 @@ from typing import Any
 from milora_data.formats.jsonfile import read_json
 from milora_data.pictures.embedded import is_embedded, refusal
 from milora_data.pictures.files import place_of
-from milora_data.records.record import Turn, parse_record, uses_tools
+from milora_data.records.record import IMAGE, VIDEO, Turn, Video, parse_record, renamed_video, uses_tools
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
@@ -119,7 +119,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
             hint=f"did you mean {near[0]}?" if near else "",
         )
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
-    turns, images, answers = _conversation(row, place) if is_record else _question(row, place)
+    turns, images, videos, answers = _conversation(row, place) if is_record else _question(row, place)
     if not answers:
         raise DataError(
             "no answer to compare with", code="own-data-no-answer", where=place, hint='add "answer" to the question'
@@ -128,22 +128,31 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
         raise DataError(problems=[replace(problem, where=place) for problem in problems])
+
+    def found(name: str) -> str:
+        return str(_picture(name, path.parent, data_dir, place))
+
+    files = (*images, *(name for video in videos for name in video.files))
     return Item(
         id=_id(row, number),
         turns=turns,
-        images=tuple(str(_picture(name, path.parent, data_dir, place)) for name in images),
+        images=tuple(map(found, images)),
+        videos=tuple(renamed_video(video, found) for video in videos),
         answers=answers,
         kind=str(row.get("type") or row.get("category") or ""),
-        group=images[0] if images else f"{number}",
+        group=files[0] if files else f"{number}",
         meta={"metric": metric},
         source=place,
     )
 
 
-def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return the turns up to the last answer, the pictures, and that answer (or the row's `answers`)."""
+_Asked = tuple[tuple[Turn, ...], tuple[str, ...], tuple[Video, ...], tuple[str, ...]]
+
+
+def _conversation(row: dict[str, Any], place: str) -> _Asked:
+    """Return the turns up to the last answer, pictures and videos, and that answer (or the row's `answers`)."""
     record = parse_record(row, source=place, embedded="keep")
-    _refuse_others(record.videos, uses_tools(record), place)
+    _refuse_tools(uses_tools(record), place)
     turns, answers = record.turns, _answers(row)
     if turns and turns[-1].role == "assistant":
         answers = answers if row.get("answers") else (turns[-1].text,)
@@ -156,7 +165,7 @@ def _conversation(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tu
             where=place,
             hint="end the conversation with a question of the user, and its answer",
         )
-    return turns, record.images, answers
+    return turns, record.images, record.videos, answers
 
 
 def _answers(row: dict[str, Any]) -> tuple[str, ...]:
@@ -166,24 +175,24 @@ def _answers(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, answers))
 
 
-def _refuse_others(videos: object, tools: object, place: str) -> None:
-    if videos or tools:
+def _refuse_tools(tools: object, place: str) -> None:
+    if tools:
         raise DataError(
-            f"questions {'about videos' if videos else 'with tools'} are not supported",
+            "questions with tools are not supported",
             code="own-data-not-supported",
             where=place,
-            hint="remove the question; of a video, list its frames under images",
+            hint="remove the question",
         )
 
 
-def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[str, ...], tuple[str, ...]]:
+def _question(row: dict[str, Any], place: str) -> _Asked:
     if not isinstance(row.get("question"), str):
         raise DataError(
             f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}',
             code="own-data-format",
             where=place,
         )
-    _refuse_others(row.get("video") or row.get("videos"), row.get("tools"), place)
+    _refuse_tools(row.get("tools"), place)
     value = row.get("images") or row.get("image") or []
     images = tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(name, str) for name in images):
@@ -192,8 +201,12 @@ def _question(row: dict[str, Any], place: str) -> tuple[tuple[Turn, ...], tuple[
             code="own-data-format",
             where=place,
         )
-    text = row["question"] if "<image>" in row["question"] else "<image>\n" * len(images) + row["question"]
-    return (Turn("user", text),), images, _answers(row)
+    shown = {key: row[key] for key in ("video", "videos") if row.get(key)}
+    videos = parse_record({"conversations": [], **shown}, source=place, embedded="keep").videos
+    text = row["question"]
+    for mark, number in ((VIDEO, len(videos)), (IMAGE, len(images))):
+        text = text if mark in text else f"{mark}\n" * number + text
+    return (Turn("user", text),), images, videos, _answers(row)
 
 
 def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:

@@ -1,0 +1,320 @@
+"""Video files: frames and tensors are those of transformers for the same file; broken, short, long files are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("av")
+
+from transformers.video_processing_utils import BaseVideoProcessor
+from transformers.video_utils import load_video
+
+from milora_data.__main__ import main
+from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.pictures import videos
+from milora_data.pictures.files import ImageError, StoredPicture
+from milora_data.pictures.videos import planned_video, read_video, sampler
+from milora_data.records.record import parse_record
+from milora_data.stream.sources import load_records
+from milora_vl.base.errors import DataError, UserError
+from milora_vl.models.image_tokens import configure_processor
+from milora_vl.recipe.schema import DataConfig
+from support.problems import raises_code
+from support.versions import needs_places
+from support.videos import VIDEO_PARTS, asked, video_template, write_video
+from support.vlm_families import model_of, processor_of
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+SETTINGS = [{"fps": 2.0}, {"fps": 5.0}, {"num_frames": 4}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for name in ("a.mp4", "b.mkv", "c.webm"):
+        write_video(folder / name)
+    write_video(folder / "turned.mp4", size=(64, 32), rotation=90)
+    write_video(folder / "short.mp4", 2)
+    whole = (folder / "a.mp4").read_bytes()
+    early = write_video(folder / "early.mp4", faststart=True)
+    early.write_bytes(early.read_bytes()[: early.stat().st_size * 2 // 3])
+    (folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty.mp4").touch()
+    return folder
+
+
+def with_template(name: str, **settings: Any) -> Any:
+    """The processor of a family, whose template writes videos, with settings of a recipe."""
+    processor = processor_of(name)
+    processor.chat_template = video_template(name)
+    if name == "smolvlm":  # as published
+        processor.video_processor.fps, processor.video_processor.num_frames = 1, 64
+    configure_processor(processor, DataConfig(**settings))
+    return processor
+
+
+def own_call(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a call of the processor; Qwen3-VL has a number of frames per second that forbids `num_frames`."""
+    return {**settings, "fps": None} if name == "qwen3_vl" and "num_frames" in settings else settings
+
+
+def is_refused(name: str, settings: dict[str, Any]) -> bool:
+    return name == "glm4v" and "num_frames" in settings
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", VIDEO_PARTS)
+def test_the_frames_are_those_that_the_processor_samples(name: str, settings: dict[str, Any], folder: Path) -> None:
+    if is_refused(name, settings):
+        with raises_code("video-sampling-unsupported", where="data.num_frames"):
+            with_template(name, **settings)
+        return
+    frames = read_video(folder / "a.mp4", with_template(name, **settings).video_processor)
+    decoded, metadata = load_video(str(folder / "a.mp4"), backend="pyav")  # all frames
+    untouched = with_template(name).video_processor
+    expected = untouched(
+        [decoded], video_metadata=[metadata], do_sample_frames=True, return_metadata=True, **own_call(name, settings)
+    )["video_metadata"][0]
+    indices = [int(index) for index in expected.frames_indices]
+    assert frames.metadata()["frames_indices"] == indices
+    assert 2 <= len(indices) < 30
+    assert np.array_equal(np.stack(frames.frames), decoded[indices])
+
+
+def read_by_pyav(self: Any, files: Any, sample_indices_fn: Any = None) -> Any:
+    """`fetch_videos` of transformers, with its reader for PyAV in place of torchcodec, which needs FFmpeg."""
+    if isinstance(files, list):
+        return list(zip(*[read_by_pyav(self, file, sample_indices_fn) for file in files], strict=True))
+    return load_video(files, backend="pyav", sample_indices_fn=sample_indices_fn)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", VIDEO_PARTS)
+def test_the_batch_is_that_of_apply_chat_template_for_the_file(
+    name: str, settings: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_refused(name, settings):
+        return
+    processor = with_template(name, **settings)
+    collate = ProcessorCollator(processor, image_folder=folder)
+    value = asked({"type": "video", "video": "a.mp4"}, "What?")
+    batch = collate([value, asked("Hi")])
+    monkeypatch.setattr(BaseVideoProcessor, "fetch_videos", read_by_pyav)
+    messages = asked({"type": "video", "video": str(folder / "a.mp4")}, "What?")["messages"]
+    messages[1]["content"] = [{"type": "text", "text": messages[1]["content"]}]
+    expected = with_template(name).apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=dict(own_call(name, settings))
+    )
+    end = [processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")] if name == "glm4v" else []
+    length = expected["input_ids"].shape[1] + len(end)
+    assert batch["input_ids"][0, :length].tolist() == [*expected["input_ids"][0].tolist(), *end]
+    for key in expected.keys() - {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}:
+        assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(expected[key])), key
+    labels = batch["labels"][0]
+    assert processor.tokenizer.decode(labels[labels != -100]).lstrip().startswith("A cat.")
+    assert collate.num_tokens(parse_record(value)) == length
+    assert model_of(name, processor)(**batch).loss.isfinite()
+
+
+def test_containers_without_a_number_of_frames_are_read_too(folder: Path) -> None:
+    chosen = sampler(with_template("qwen2_5_vl").video_processor, num_frames=6)
+    read = [read_video(folder / name, chosen) for name in ("a.mp4", "b.mkv", "c.webm")]
+    assert {str(frames.metadata()["frames_indices"]) for frames in read} == {"[0, 5, 10, 15, 20, 25]"}
+    assert {frames.metadata()["total_num_frames"] for frames in read} == {30}
+
+
+def test_a_video_of_a_turned_phone_is_shown_upright(folder: Path) -> None:
+    chosen = sampler(with_template("internvl").video_processor, num_frames=2)
+    plan, frames = planned_video(folder / "turned.mp4", chosen), read_video(folder / "turned.mp4", chosen)
+    assert (plan.metadata.width, plan.metadata.height) == frames.frames[0].size == (32, 64)
+    first = np.asarray(frames.frames[0]).mean(2)  # bright at the right; turned counterclockwise: at the top
+    assert first[:20].mean() > 140 > 60 > first[-20:].mean()
+
+
+def test_the_default_is_the_setting_of_the_processor_else_two_frames_per_second(folder: Path) -> None:
+    def num_read(name: str, **settings: Any) -> int:
+        processor = with_template(name)
+        for key, value in settings.items():
+            setattr(processor.video_processor, key, value)
+        collate = ProcessorCollator(processor, image_folder=folder)
+        return len(
+            collate.inputs.frames(
+                parse_record({"video": "a.mp4", "conversations": []}).videos[0], collate._place
+            ).frames
+        )
+
+    assert num_read("internvl") == num_read("qwen3_vl") == 6  # of 3 seconds; Qwen3-VL has its own 2
+    assert num_read("internvl", num_frames=8) == 8
+    assert num_read("qwen3_vl", fps=4) == 12
+
+
+def test_every_form_of_record_gives_the_same_batch(folder: Path, tmp_path: Path) -> None:
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    def turns(mark: str) -> list[dict[str, str]]:
+        return [{"from": "human", "value": f"{mark}\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+
+    messages = [{"role": "user", "content": "<video>\nWhat?"}, {"role": "assistant", "content": "A cat."}]
+    forms = [
+        asked({"type": "video", "video": "a.mp4"}, "What?"),
+        asked({"type": "video_url", "video_url": {"url": "a.mp4"}}, "What?"),
+        asked({"type": "video", "path": "a.mp4"}, "What?"),
+        asked({"type": "video"}, "What?") | {"videos": ["a.mp4"]},
+        {"conversations": turns("<video>"), "video": "a.mp4"},
+        {"conversations": turns("<image>"), "video": "a.mp4"},  # LLaVA-Video
+        {"conversations": turns("<video>"), "videos": [{"file": "a.mp4"}]},
+        {"messages": messages, "videos": ["a.mp4"]},
+        {"query": "<video>\nWhat?", "response": "A cat.", "videos": ["a.mp4"]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(forms))
+    content = {"bytes": (folder / "a.mp4").read_bytes(), "path": "a.mp4"}
+    parquet.write_table(arrow.Table.from_pylist([{"messages": messages, "videos": [content]}]), tmp_path / "d.parquet")
+    collate = ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder)
+    expected = collate([forms[0]])
+    assert expected["video_grid_thw"][0][0] == 3  # 2 frames per second of 3 seconds, in pairs
+    for form in [*load_records(tmp_path / "data.json"), *load_records(tmp_path / "d.parquet")]:
+        batch = collate([form])
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
+    out = tmp_path / "out"
+    assert main(["convert", "--from", "messages", str(tmp_path / "data.json"), "--output_dir", str(out)]) == 0
+    (converted,) = out.glob("*.json*")
+    assert [record.videos for record in load_records(converted)] == [
+        record.videos for record in load_records(tmp_path / "data.json")
+    ]
+
+
+def test_a_record_may_choose_its_own_frames(folder: Path) -> None:
+    collate = ProcessorCollator(with_template("qwen2_5_vl", fps=2), image_folder=folder)
+    grids = [
+        collate([asked({"type": "video", "video": "a.mp4", **own}, "What?")])["video_grid_thw"].tolist()[0][0]
+        for own in ({}, {"fps": 4}, {"num_frames": 10})
+    ]
+    assert grids == [3, 6, 5]
+
+
+def test_limits_of_pixels_count_for_videos(folder: Path) -> None:
+    few, more = (
+        ProcessorCollator(with_template("qwen2_5_vl", video_min_pixels=16, video_max_pixels=most), image_folder=folder)
+        for most in (512, 2048)
+    )
+    value = asked({"type": "video", "video": "a.mp4"}, "What?")
+    for collate, most in ((few, 512), (more, 2048)):
+        _, height, width = collate([value])["video_grid_thw"].tolist()[0]
+        patch = collate.inputs.processor.video_processor.patch_size
+        assert height * width * patch**2 <= most
+    assert few.num_tokens(parse_record(value)) < more.num_tokens(parse_record(value))
+    with raises_code("pixels-unsupported", where="data.video_max_pixels"):
+        with_template("internvl", video_max_pixels=9)
+    with raises_code("record-videos", where="data.fps"):
+        configure_processor(processor_of("gemma3"), DataConfig(fps=2))
+
+
+BROKEN = [
+    ("missing.mp4", {}, "video-unreadable", "no such file"),
+    ("text.mp4", {}, "video-unreadable", "no video is in it"),
+    ("empty.mp4", {}, "video-unreadable", "the file is empty"),
+    ("half.mp4", {}, "video-unreadable", "no video is in it"),
+    ("early.mp4", {"fps": 5}, "video-unreadable", "it ends early, before frame"),
+    ("short.mp4", {"num_frames": 8}, "video-too-short", "which has 2 in 0.20 seconds"),
+    ("../a.mp4", {}, "video-unreadable", "outside the image folder"),
+]
+
+
+@pytest.mark.parametrize(("file", "own", "code", "words"), BROKEN)
+def test_a_file_that_gives_no_frames_is_named_with_its_record(
+    file: str, own: dict[str, Any], code: str, words: str, folder: Path
+) -> None:
+    value = parse_record(asked({"type": "video", "video": file, **own}, "What?"), source="data.json:3")
+    for name in ("qwen2_5_vl", "internvl"):
+        with raises_code(code, message=words, kind=ImageError) as error:
+            ProcessorCollator(with_template(name), image_folder=folder)([value])
+        assert file in str(error.value)
+        assert "data.json:3" in str(error.value)
+    good = asked({"type": "video", "video": "a.mp4"}, "What?")
+    skipping = ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images="skip")
+    assert len(skipping([value, good])["video_grid_thw"]) == 1
+    assert skipping.counts()["skipped"] == 1
+    replacing = ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images="replace")
+    assert len(replacing([value, good])["video_grid_thw"]) == 2
+    assert replacing.counts()["replaced"] == 1
+
+
+def test_a_file_that_is_too_long_is_named_before_it_is_decoded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(videos, "MOST_PIXELS", 10 * 64 * 48)
+    collate = ProcessorCollator(with_template("internvl", fps=5), image_folder=folder)
+    value = parse_record(asked({"type": "video", "video": "a.mp4"}, "What?"), source="data.json:3")
+    with raises_code("video-too-long", "a.mp4", "15 frames of 64 x 48", hint="num_frames"):
+        collate([value])
+    assert len(collate([asked({"type": "video", "video": "a.mp4", "fps": 3}, "What?")])["pixel_values"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"video": "data:video/mp4;base64,AAAA"}, "got data:video/mp4;base64, 4 characters"),
+        ({"video": "a.mp4", "fps": 2, "num_frames": 2}, "one of them"),
+        ({"video": "a.mp4", "num_frames": 0}, "above 0"),
+        ({"video": ["0.png"], "num_frames": 2}, "all frames of a list are used"),
+    ],
+)
+def test_what_a_record_cannot_ask_of_a_video_is_named(part: dict[str, Any], words: str) -> None:
+    with raises_code("record-video-field", "data.json:3", words, kind=DataError):
+        parse_record(asked({"type": "video", **part}, "What?"), source="data.json:3")
+
+
+def test_a_setting_that_a_processor_does_not_know_is_named_with_the_record(folder: Path) -> None:
+    collate = ProcessorCollator(with_template("glm4v"), image_folder=folder)
+    value = parse_record(asked({"type": "video", "video": "a.mp4", "num_frames": 4}, "?"), source="data.json:3")
+    with raises_code("video-sampling-unsupported", where="data.json:3", hint="use fps"):
+        collate([value])
+
+
+def test_videos_of_several_lengths_are_refused_where_a_processor_cannot_mix_them(folder: Path) -> None:
+    other = write_video(folder / "longer.mp4", 60).name
+    value = asked({"type": "video", "video": "a.mp4"}, {"type": "video", "video": other}, "What?")
+    with raises_code("records-mixed", "data.json:2", "videos of 6 and 12 frames"):
+        ProcessorCollator(with_template("internvl"), image_folder=folder)([parse_record(value, source="data.json:2")])
+    collate = ProcessorCollator(with_template("internvl", num_frames=4), image_folder=folder)
+    assert len(collate([value])["pixel_values"]) == 8
+    assert len(ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder)([value])["video_grid_thw"]) == 2
+
+
+def test_without_pyav_the_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(videos, "find_spec", lambda name: None)
+    value = asked({"type": "video", "video": "a.mp4"}, "What?")
+    (tmp_path / "data.json").write_text(json.dumps([value]))
+    for bad_images in ("raise", "skip"):
+        with raises_code("package-missing", message="PyAV", hint="pip install 'milora-vl[video]'", kind=UserError):
+            ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images=bad_images)([value])
+    with raises_code("package-missing"):
+        main(["check", str(tmp_path / "data.json"), "--image_folder", str(folder)])
+
+
+def test_check_names_broken_and_missing_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a.mp4", "c.webm", "missing.mp4", "text.mp4", "empty.mp4", "half.mp4", "early.mp4"]
+    rows = [{"video": name, "conversations": asked("<video>")["messages"]} for name in names]
+    data, fixed = tmp_path / "data.json", tmp_path / "fixed.json"
+    data.write_text(json.dumps(rows))
+    words = ["check", str(data), "--image_folder", str(folder), "--fix", str(fixed)]
+    assert main([*words, "--format", "json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["kinds"] == {"missing_picture": 1, "corrupt_video": 4}
+    assert report["with_videos"] == 7
+    assert all(finding["where"].startswith(f"{data}:") for finding in report["findings"])
+    assert "early.mp4: it ends early, before frame" in str(report["findings"])
+    assert [record.videos[0].file for record in load_records(fixed)] == ["a.mp4", "c.webm"]
+
+
+def test_a_video_inside_a_table_is_checked(folder: Path) -> None:
+    chosen = sampler(with_template("internvl").video_processor, num_frames=3)
+    assert len(read_video(StoredPicture("a.mp4", (folder / "a.mp4").read_bytes()), chosen).frames) == 3
+    with raises_code("video-unreadable", where="t.mp4", kind=ImageError):
+        read_video(StoredPicture("t.mp4", b"no video"), chosen)
