@@ -13,6 +13,7 @@ from transformers import pipeline
 
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.encode.chat_template import parts_of
+from milora_data.pictures.videos import read_video, sampler
 from milora_data.records.record import Reply, Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
@@ -25,6 +26,7 @@ from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.losses import summed_loss
 from support.problems import raises_code
 from support.versions import needs_places
+from support.videos import video_template, write_video
 from support.vlm_families import VLM_FAMILIES, model_of, processor_of
 from support.vlm_runs import record, write_model, write_pictures
 
@@ -254,18 +256,46 @@ def test_chat_shows_the_frames_of_a_folder_as_a_video(
     assert capsys.readouterr().out == f"{expected}\n{expected}\n{of_picture[0]}\n{expected}\n"
 
 
-def test_a_video_file_is_named_with_the_command_that_makes_frames(qwen: Path, tmp_path: Path) -> None:
+def test_chat_shows_a_video_file(qwen: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    film, other = write_video(tmp_path / "film.mp4"), write_video(tmp_path / "other.mp4", 50)
+    model, processor = load_model(qwen)
+    processor.chat_template = video_template("qwen2_5_vl")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    expected = [
+        generate(model, processor, [Prompt((Turn("user", "<video>\nWhat?"),), videos=(video,))], max_new_tokens=5)[0]
+        for video in (
+            read_video(film, sampler(processor.video_processor, num_frames=4)),
+            read_video(other, sampler(processor.video_processor, num_frames=4)),
+        )
+    ]
+    words = ("--video", film, "--num_frames", 4)
+    assert asked(tmp_path / "model", *words, "What?") == 0
+    assert capsys.readouterr().out == expected[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(["What?", f"/video {other}", "What?", "/quit"])))
+    assert asked(tmp_path / "model", *words) == 0
+    assert capsys.readouterr().out == f"{expected[0]}\n{expected[1]}\n"
+    film.write_bytes(b"\0")
+    with raises_code("video-unreadable", where=f"--video: {film}"):
+        asked(tmp_path / "model", *words, "What?")
+
+
+def test_a_video_file_in_place_of_a_picture_is_named(qwen: Path, clip: Path, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
     film.write_bytes(b"\0")
-    for flag in ("--image", "--video"):
-        with raises_code("video-file", hint="ffmpeg -i", where=str(film)):
-            asked(qwen, flag, film, "What?")
+    with raises_code("video-file", hint=f"--video {film}", where=str(film)):
+        asked(qwen, "--image", film, "What?")
+    with raises_code("flag-conflict", where="--num_frames"):
+        asked(qwen, "--video", clip, "--num_frames", 2, "What?")
+    with raises_code("flag-conflict", where="--num_frames"):
+        asked(qwen, "--video", film, "--num_frames", 2, "--fps", 2, "What?")
 
 
 def test_frames_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for number in (1, 2, 10, 9):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"frame{number}.png")
-    assert [frame.getpixel((0, 0))[0] for frame in open_video(tmp_path, None).frames] == [1, 2, 9, 10]
+    video = open_video(tmp_path)
+    assert [frame.getpixel((0, 0))[0] for frame in video.frames] == [1, 2, 9, 10]
 
 
 def test_a_folder_without_frames_of_one_size_is_no_video(qwen: Path, pictures: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import load_video
@@ -39,7 +39,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
     for name in ("a.mp4", "b.mkv", "c.webm"):
         write_video(folder / name)
-    write_video(folder / "turned.mp4", size=(64, 32), rotation=90)
     write_video(folder / "short.mp4", 2)
     whole = (folder / "a.mp4").read_bytes()
     early = write_video(folder / "early.mp4", faststart=True)
@@ -131,6 +130,9 @@ def test_containers_without_a_number_of_frames_are_read_too(folder: Path) -> Non
 
 
 def test_a_video_of_a_turned_phone_is_shown_upright(folder: Path) -> None:
+    if "set_display_rotation" not in dir(av.VideoStream):
+        pytest.skip("this version of PyAV writes no rotation")
+    write_video(folder / "turned.mp4", size=(64, 32), rotation=90)
     chosen = sampler(with_template("internvl").video_processor, num_frames=2)
     plan, frames = planned_video(folder / "turned.mp4", chosen), read_video(folder / "turned.mp4", chosen)
     assert (plan.metadata.width, plan.metadata.height) == frames.frames[0].size == (32, 64)
@@ -222,7 +224,7 @@ BROKEN = [
     ("text.mp4", {}, "video-unreadable", "no video is in it"),
     ("empty.mp4", {}, "video-unreadable", "the file is empty"),
     ("half.mp4", {}, "video-unreadable", "no video is in it"),
-    ("early.mp4", {"fps": 5}, "video-unreadable", "it ends early, before frame"),
+    ("early.mp4", {"fps": 5}, "video-unreadable", "ends early"),
     ("short.mp4", {"num_frames": 8}, "video-too-short", "which has 2 in 0.20 seconds"),
     ("../a.mp4", {}, "video-unreadable", "outside the image folder"),
 ]

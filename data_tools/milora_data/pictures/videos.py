@@ -5,6 +5,7 @@ The model's own video processor decides which frames of a file are read (`sample
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from copy import copy
 from importlib.util import find_spec
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_FPS = 2.0  # where the processor names no number of its own; Qwen-VL and GLM-4V have it too
 MOST_PIXELS = 2**29  # of all frames that are read of one file: 1.6 GB, or 259 frames of 1920 x 1080
+_DAMAGED = "it is damaged, or it ends early"
 # What samplers of transformers raise for a video that is too short for them, or for a setting that they do not take.
 _SAMPLER_ERRORS = (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
 
@@ -184,8 +186,8 @@ def read_video(place: str | Path, video_processor: Any) -> Frames:
     try:
         file: Any = opened(place)  # the reader is typed for paths, and PyAV takes the bytes of a file too
         video, _ = read_video_pyav(file, lambda metadata: places)
-    except Exception as error:  # PyAV raises errors of many types, as Pillow does
-        raise _unreadable(place, error) from None
+    except Exception:  # PyAV raises errors of many types, as Pillow does
+        raise _unreadable(place, _DAMAGED) from None
     if len(video) < len(places):
         reason = f"it ends early, before frame {places[len(video)]} of {plan.metadata.total_num_frames}"
         raise _unreadable(place, reason)
@@ -199,8 +201,8 @@ def require_whole_video(place: str | Path) -> None:
     expected = video_header(place).metadata.total_num_frames
     try:
         found = _num_packets(place)
-    except Exception as error:  # as in `read_video`
-        raise _unreadable(place, error) from None
+    except Exception:  # as in `read_video`
+        raise _unreadable(place, _DAMAGED) from None
     if found < expected:
         raise _unreadable(place, f"it ends early, before frame {found} of {expected}")
 
@@ -239,7 +241,7 @@ def video_header(place: str | Path) -> VideoPlan:
 
 
 def _shown(place: str | Path) -> str:
-    return str(place).partition("?")[0]  # without tokens of a web address
+    return re.sub(r"(https?:/[^?]*)\?.*", r"\1", str(place))  # without tokens
 
 
 def _unreadable(place: str | Path, error: Exception | str) -> ImageError:
