@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
-
-av = pytest.importorskip("av")
-
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import load_video
 

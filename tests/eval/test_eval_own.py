@@ -135,8 +135,9 @@ def test_a_mistake_in_the_file_is_named(content: Any, words: list[str], tmp_path
     ],
 )
 def test_a_question_about_a_video_is_not_asked_without_it(row: dict[str, Any], tmp_path: Path) -> None:
+    draw(tmp_path / "a.png", "red")
     (tmp_path / "mine.json").write_text(json.dumps([row]))
-    with raises_code("own-data-not-supported", where="question 1"):
+    with raises_code("record-videos", where="question 1", message="tiny takes no videos"):
         evaluate(str(tmp_path / "mine.json"), tmp_path / "out")
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 
 from support.vlm_families import VLM_FAMILIES
@@ -49,8 +50,6 @@ def write_video(
     faststart: bool = False,
 ) -> Path:
     """Write a video whose frames all differ; the right half of each is bright. Returns `path`."""
-    import av
-
     width, height = size
     codec = "libvpx-vp9" if path.suffix == ".webm" else "mpeg4"
     options = {"movflags": "faststart"} if faststart else {}  # what describes the frames comes before them

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import yaml
 
-pytest.importorskip("av")
-
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.pictures import videos
 from milora_data.records.record import Turn, Video

@@ -19,7 +19,7 @@ from milora_vl.cli.web import url_problem
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
-DEFAULT_FPS = 2.0  # where the processor names no number of its own; Qwen-VL and GLM-4V have it too
+DEFAULT_FPS = 2.0  # if the processor has no default; Qwen3-VL and GLM-4V have the same
 MOST_PIXELS = 2**29  # of all frames that are read of one file: 1.6 GB, or 259 frames of 1920 x 1080
 _DAMAGED = "it is damaged, or it ends early"
 # What samplers of transformers raise for a video that is too short for them, or for a setting that they do not take.
@@ -78,8 +78,8 @@ def sampler(video_processor: Any, fps: float | None = None, num_frames: int | No
         fps = DEFAULT_FPS
     name, value = ("num_frames", num_frames) if fps is None else ("fps", fps)
     assert value is not None
-    # A setting of its own would overrule this one, or be refused beside it. SmolVLM needs both: it reads `fps` frames
-    # per second, and `num_frames` at most.
+    # The default of the processor for the other setting would overrule this one, or be refused beside it. SmolVLM
+    # needs both: it reads `fps` frames per second, and `num_frames` at most.
     for others in ({"fps": None, "num_frames": None}, {}):
         once, twice = (
             _with_settings(video_processor, {**others, name: times * value, "do_sample_frames": True})
@@ -124,7 +124,7 @@ def _sampled(video_processor: Any, metadata: VideoMetadata) -> list[int]:
 class VideoPlan(NamedTuple):
     """What is read of a video file: its metadata with the places of the frames, and how far frames are turned.
 
-    `rotation` is in degrees counterclockwise; the sizes of the metadata are those of the upright frames.
+    `rotation` is in degrees counterclockwise; the metadata has the size of the upright frames.
     """
 
     metadata: VideoMetadata

@@ -74,7 +74,7 @@ class Turn:
 class Video(NamedTuple):
     """A video: the picture files of its frames in order, or a video file (`file`, without `frames`).
 
-    `fps` is the number of frames per second, if it is known. Of a file, it is the number to read per second, and
+    `fps` is the number of frames per second, if it is known. For a file, `fps` is the number to read per second and
     `num_frames` the number to read in all; without both, the settings of the training or of the processor count.
     """
 
@@ -180,7 +180,7 @@ def _with_video_marks(turns: tuple[Turn, ...], num_videos: int) -> tuple[Turn, .
 
 
 def _video(value: object) -> Video:
-    """Return a video from a file or a list of frames, which may stand in an object with "fps" and "num_frames"."""
+    """Return a video from a file or a list of frames, or from an object with one of them, "fps" and "num_frames"."""
     field: Mapping[str, Any] = value if isinstance(value, Mapping) else {"frames": value}
     fps, num_frames = field.get("fps"), field.get("num_frames")
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf):
