@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import place_of
 from milora_data.pictures.pixels import AspectRatio
-from milora_data.records.record import IMAGE, Record, Turn
+from milora_data.records.record import IMAGE, Record, Turn, renamed_video
 from milora_vl.forgetting.measure import Batch
 from milora_vl.models.collator import collator_for
 from milora_vl.models.generate import Prompt, generate
@@ -64,12 +64,19 @@ def answer_batches(
     Questions about one picture belong to one document, because they are not independent. A record without a picture is
     a separate document. `without_adapter` asks the base model of a PeftModel. The answers in the records are ignored.
     """
+
+    def path_of(name: str) -> str:
+        place = place_of(image_folder, name)
+        return str(place) if isinstance(place, Path) else place
+
     asked = [replace(record, turns=(*_until_question(record),)) for record in records]
     paths = [tuple(place_of(image_folder, name) for name in record.images) for record in asked]
+    videos = [tuple(renamed_video(video, path_of) for video in record.videos) for record in asked]
     context: AbstractContextManager[None] = model.disable_adapter() if without_adapter else nullcontext()
     with context:
         answers = generate(
-            model, processor, [Prompt(r.turns, p) for r, p in zip(asked, paths, strict=True)],
+            model, processor,
+            [Prompt(r.turns, p, videos=v) for r, p, v in zip(asked, paths, videos, strict=True)],
             template=template, max_new_tokens=max_new_tokens, batch_size=batch_size,
             image_aspect_ratio=image_aspect_ratio,
         )  # fmt: skip

@@ -34,6 +34,10 @@ def _video_token(processor: Any) -> str | None:
         return None
 
 
+def _as_named(name: str) -> str:
+    return name
+
+
 def takes_videos(processor: Any) -> bool:
     """Return whether a processor takes videos."""
     return _video_token(processor) is not None
@@ -293,7 +297,7 @@ class ProcessorInputs:
             self._counts[size] = self._measured(size) if counted is None else counted + self._frame
         return self._counts[size]
 
-    def frames(self, video: Frames | Video, place: Callable[[str], str | Path] = Path) -> Frames:
+    def frames(self, video: Frames | Video, place: Callable[[str], str | Path] = _as_named) -> Frames:
         """Return the frames of a video whose files are at `place(name)`. Raises `ImageError` for a broken one."""
         if isinstance(video, Frames):
             return video
@@ -302,7 +306,7 @@ class ProcessorInputs:
         places = [place(name) for name in video.frames]
         return Frames(require_one_size([load_image(path) for path in places], str(places[0])), video.fps)
 
-    def num_frames(self, video: Frames | Video, place: Callable[[str], str | Path] = Path) -> int:
+    def num_frames(self, video: Frames | Video, place: Callable[[str], str | Path] = _as_named) -> int:
         """Return the number of frames of a video, where it decides which videos fit into one batch, else 1 of a file.
 
         A file is opened only if its own length decides.
@@ -319,7 +323,7 @@ class ProcessorInputs:
         except ImageError:  # the collator reports it
             return 1
 
-    def num_video_tokens(self, video: Frames | Video, place: Callable[[str], str | Path] = Path) -> int:
+    def num_video_tokens(self, video: Frames | Video, place: Callable[[str], str | Path] = _as_named) -> int:
         """Return the number of tokens of a video, as the processor counts grey frames of its size.
 
         A video that cannot be read counts as a small one.
@@ -357,7 +361,7 @@ class ProcessorInputs:
         return Frames((self.blank(*size),) * len(plan.indices), None, dict(plan.metadata))
 
     def _sampler(self, video: Video) -> Any:
-        """Return what chooses the frames of a video file. Raises `UserError` for a processor that cannot."""
+        """Return what chooses the frames of a video file. Raises `DataError` for a processor that cannot."""
         if self.video_placeholder is None:
             raise no_videos(type(self.processor).__name__)
         return sampler(self.processor.video_processor, video.fps, video.num_frames)

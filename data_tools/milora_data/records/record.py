@@ -139,7 +139,7 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         record = Record(
             id=str(value.get("id", "")),
             images=images,
-            turns=turns if images else _with_video_marks(turns, len(videos)),
+            turns=_with_video_marks(turns, len(videos)) if videos and not images else turns,
             source=source,
             extra={key: item for key, item in value.items() if key not in KNOWN_KEYS},
             videos=videos,
@@ -174,7 +174,7 @@ def _videos(value: dict[str, Any]) -> tuple[Video, ...]:
 def _with_video_marks(turns: tuple[Turn, ...], num_videos: int) -> tuple[Turn, ...]:
     """Return the turns of a record without pictures; LLaVA-Video marks its videos with `<image>`."""
     text = "".join(turn.text for turn in turns)
-    if not num_videos or VIDEO in text or text.count(IMAGE) != num_videos:
+    if VIDEO in text or text.count(IMAGE) != num_videos:
         return turns
     return tuple(replace(turn, text=turn.text.replace(IMAGE, VIDEO)) for turn in turns)
 

@@ -124,7 +124,8 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
         raise DataError(
             "no answer to compare with", code="own-data-no-answer", where=place, hint='add "answer" to the question'
         )
-    if embedded := next(filter(is_embedded, images), ""):
+    files = (*images, *(name for video in videos for name in video.files))
+    if embedded := next(filter(is_embedded, files), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
         raise DataError(problems=[replace(problem, where=place) for problem in problems])
@@ -132,7 +133,6 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     def found(name: str) -> str:
         return str(_picture(name, path.parent, data_dir, place))
 
-    files = (*images, *(name for video in videos for name in video.files))
     return Item(
         id=_id(row, number),
         turns=turns,
