@@ -121,6 +121,9 @@ def _merged_content(of_file: Recipe, request: Request, meaning: Meaning) -> tupl
     content = of_file.model_dump() | {"train": overridden(of_file.train, request.overrides.get("train", {}))}
     notes = _without_evaluation(content, request)
     merged = _merge(content, request.overrides)
+    sampled = {"fps", "num_frames"} & request.overrides.get("data", {}).keys()
+    if len(sampled) == 1:  # the flag replaces either setting of the recipe
+        merged["data"][({"fps", "num_frames"} - sampled).pop()] = None
     if meaning.quantization:
         merged["quantization"] = meaning.quantization
     if request.llava.get("group_by_modality_length"):

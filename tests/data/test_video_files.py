@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     early.write_bytes(early.read_bytes()[: early.stat().st_size * 2 // 3])
     (folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
     (folder / "text.mp4").write_text("no video")
+    (folder / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")  # FFmpeg would open the file in it
     (folder / "empty.mp4").touch()
     return folder
 
@@ -219,9 +220,10 @@ def test_limits_of_pixels_count_for_videos(folder: Path) -> None:
 
 BROKEN = [
     ("missing.mp4", {}, "video-unreadable", "no such file"),
-    ("text.mp4", {}, "video-unreadable", "no video is in it"),
+    ("text.mp4", {}, "video-unreadable", "not a video"),
+    ("list.mp4", {}, "video-unreadable", "not a video"),
     ("empty.mp4", {}, "video-unreadable", "the file is empty"),
-    ("half.mp4", {}, "video-unreadable", "no video is in it"),
+    ("half.mp4", {}, "video-unreadable", "not a video"),
     ("early.mp4", {"fps": 5}, "video-unreadable", "ends early"),
     ("short.mp4", {"num_frames": 8}, "video-too-short", "which has 2 in 0.20 seconds"),
     ("../a.mp4", {}, "video-unreadable", "outside the image folder"),

@@ -17,6 +17,8 @@ from milora_vl.chat.command import main as chat
 from milora_vl.foreign.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.plan.prompts import prompts_of
+from milora_vl.recipe.command_line import parse
+from milora_vl.recipe.merge import merge_recipe
 from milora_vl.train.command import main
 from support.problems import raises_code
 from support.train_runs import losses
@@ -163,6 +165,13 @@ def test_settings_that_contradict_each_other_are_named(
 ) -> None:
     with raises_code(code, where=where):
         main([*words(model, data), *flags, "--dry-run"])
+
+
+def test_a_flag_replaces_either_way_of_the_recipe_to_choose_frames(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("{model: tiny, data: {path: a.json, fps: 1}}")
+    merged = merge_recipe(parse(["--recipe", str(tmp_path / "recipe.yaml"), "--num_frames", "4"]))
+    assert merged.recipe is not None
+    assert (merged.recipe.data.fps, merged.recipe.data.num_frames) == (None, 4)
 
 
 def test_a_model_without_videos_takes_no_setting_of_them(data: Path) -> None:

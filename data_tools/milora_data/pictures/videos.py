@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 DEFAULT_FPS = 2.0  # if the processor has no default; Qwen3-VL and GLM-4V have the same
 MOST_PIXELS = 2**29  # of all frames that are read of one file: 1.6 GB, or 259 frames of 1920 x 1080
+# What a file may contain, by FFmpeg's names. A list of other files (ffconcat, a playlist) would open these.
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,ogg,flv,asf,gif"
 _DAMAGED = "it is damaged, or it ends early"
 # What samplers of transformers raise for a video that is too short for them, or for a setting that they do not take.
 _SAMPLER_ERRORS = (ValueError, TypeError, IndexError, ZeroDivisionError, RuntimeError)
@@ -211,7 +213,7 @@ def _num_packets(place: str | Path) -> int:
     """Return the number of compressed frames in a video file."""
     import av
 
-    with av.open(opened(place)) as container:
+    with av.open(opened(place), options={"format_whitelist": _FORMATS}) as container:
         return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
@@ -225,7 +227,7 @@ def video_header(place: str | Path) -> VideoPlan:
     from transformers.video_utils import VideoMetadata
 
     try:
-        with av.open(opened(place)) as container:
+        with av.open(opened(place), options={"format_whitelist": _FORMATS}) as container:
             stream = container.streams.video[0]
             first = next(container.decode(stream))
             rate, total = float(stream.average_rate), stream.frames
@@ -246,20 +248,28 @@ def _shown(place: str | Path) -> str:
 
 def _unreadable(place: str | Path, error: Exception | str) -> ImageError:
     """Return the error for a video file: why it cannot be read, and what to do."""
+    if isinstance(error, FileNotFoundError) and (problem := url_problem(place)) is not None:
+        return ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint)
+    reason = error if isinstance(error, str) else _reason(place, error)
+    return ImageError(
+        f"cannot read this video: {reason}",
+        reason,
+        code="video-unreadable",
+        where=_shown(place),
+        hint="" if isinstance(error, FileNotFoundError | PermissionError) else "copy or download the file again",
+    )
+
+
+def _reason(place: str | Path, error: Exception) -> str:
+    """Return why PyAV cannot open a file."""
     import av
 
     if isinstance(error, FileNotFoundError):
-        problem = None if isinstance(place, StoredPicture) else url_problem(place)
-        if problem is not None:
-            return ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint)
-        reason, hint = "no such file", ""
-    elif isinstance(error, str):
-        reason, hint = error, "copy or download the file again"
-    else:
-        empty = isinstance(place, Path) and place.is_file() and not place.stat().st_size
-        no_video = isinstance(error, IndexError | StopIteration | av.error.InvalidDataError | TypeError)
-        reason = "the file is empty" if empty else "no video is in it" if no_video else first_line(error)
-        hint = "copy or download the file again"
-    return ImageError(
-        f"cannot read this video: {reason}", reason, code="video-unreadable", where=_shown(place), hint=hint
-    )
+        return "no such file"
+    if not isinstance(place, StoredPicture) and Path(place).is_file() and not Path(place).stat().st_size:
+        return "the file is empty"
+    if isinstance(error, av.error.InvalidDataError | av.error.ArgumentError):
+        return "not a video, or in an unusual format"
+    if isinstance(error, IndexError | StopIteration | TypeError):
+        return "no video is in it"
+    return first_line(error)
