@@ -15,6 +15,7 @@ from transformers.video_utils import load_video
 
 from milora_data.__main__ import main
 from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.check.command import check_for_training
 from milora_data.pictures import videos
 from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.pictures.videos import planned_video, read_video, sampler
@@ -297,6 +298,8 @@ def test_without_pyav_the_package_is_named(folder: Path, monkeypatch: pytest.Mon
         with raises_code("package-missing", message="PyAV", hint="pip install 'milora-vl[video]'", kind=UserError):
             ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images=bad_images)([value])
     with raises_code("package-missing"):
+        check_for_training(tmp_path / "data.json", folder, "skip")
+    with raises_code("package-missing"):
         main(["check", str(tmp_path / "data.json"), "--image_folder", str(folder)])
 
 
@@ -313,6 +316,11 @@ def test_check_names_broken_and_missing_files(folder: Path, tmp_path: Path, caps
     assert all(finding["where"].startswith(f"{data}:") for finding in report["findings"])
     assert "early.mp4: it ends early, before frame" in str(report["findings"])
     assert [record.videos[0].file for record in load_records(fixed)] == ["a.mp4", "c.webm"]
+    assert main(["stats", str(fixed), "--format", "json"]) == main(["show", str(fixed)]) == 0
+    out = capsys.readouterr().out
+    assert '"with_videos": 2' in out
+    assert '"text_only": 0' in out
+    assert "video: a.mp4" in out
 
 
 def test_a_video_inside_a_table_is_checked(folder: Path) -> None:

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(as_json(report) if chosen.format == "json" else as_text(report, chosen.limit))
     if chosen.fix is not None:
         sys.stderr.write(write_repaired(report, chosen.data, chosen.fix))
-    _print_next_step(report, chosen.fix, ["--image_folder", folder] if report.with_pictures else [])
+    _print_next_step(report, chosen.fix, ["--image_folder", folder] if report.picture_files else [])
     return 1 if report.count("error") else 0
 
 

@@ -89,10 +89,12 @@ def _read(path: Path) -> CompactRecords:
 def statistics(records: Sequence[Record]) -> dict[str, Any]:
     """Return counts and distributions of `records`; lists start with the most frequent item."""
     answers, pictures = Counter[str](), Counter[str]()
-    with_pictures = 0
+    with_pictures = with_videos = text_only = 0
     questions, question_words, answer_words = array("q"), array("q"), array("q")
     for record in records:  # once, because each may be unpickled
         with_pictures += bool(record.images)
+        with_videos += bool(record.videos)
+        text_only += not record.files
         pictures.update(record.images)
         asked = [turn.text for turn in record.turns if turn.role == "user"]
         answered = [turn.text for turn in record.turns if turn.role == "assistant"]
@@ -103,7 +105,8 @@ def statistics(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "records": len(records),
         "with_pictures": with_pictures,
-        "text_only": len(records) - with_pictures,
+        "with_videos": with_videos,
+        "text_only": text_only,
         "pictures": pictures.total(),
         "picture_files": len(pictures),
         "questions_per_record": spread(questions),

@@ -173,6 +173,7 @@ def _content(record: Record, pieces: Sequence[Piece], counts: dict[str, int]) ->
         "id": record.id,
         "source": record.source,
         "images": record.images,
+        **({"videos": [video._asdict() for video in record.videos]} if record.videos else {}),
         "pieces": [piece._asdict() for piece in pieces],
         **({"tokens": counts} if counts else {}),
         **({"extra": dict(record.extra)} if record.extra else {}),
@@ -188,6 +189,8 @@ def _print(record: Record, pieces: Sequence[Piece], counts: dict[str, int], fold
     console.print(f"{record.id or '(no id)'}   {record.source}", style="bold")
     for name in record.images:
         console.print(f"picture: {name} ({_size(place_of(folder, name))})", style="dim")
+    for video in record.videos:
+        console.print(f"video: {video.file or amount(len(video.frames), 'frame')}", style="dim")
     if record.extra:
         console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
     if counts:

@@ -216,14 +216,14 @@ def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
 
 def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
     pictures = {image for item in items for image in item.images}
-    pictures |= {name for item in items for video in item.videos for name in video.files}
-    missing = sorted(image for image in pictures if not Path(image).is_file())
+    videos = {name for item in items for video in item.videos for name in video.files}
+    missing = sorted(name for name in pictures | videos if not Path(name).is_file())
     if missing:
         shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
         folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
         shown += [f"put their folder next to the questions: {names.replace('|', ' or ')}" for names in folders]
         raise UserError(
-            f"{len(missing)} pictures or videos of benchmark {benchmark.name} are missing",
+            f"{len(missing)} pictures{' or videos' if videos else ''} of benchmark {benchmark.name} are missing",
             code="benchmark-missing-pictures",
             where="--data",
             hint="\n".join([*shown, "or name the folder with the pictures:  --data FOLDER"]),
