@@ -15,6 +15,7 @@ from transformers.video_utils import load_video
 
 from milora_data.__main__ import main
 from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.check.command import check_for_training
 from milora_data.pictures import videos
 from milora_data.pictures.files import ImageError, StoredPicture
@@ -30,7 +31,7 @@ from support.videos import VIDEO_PARTS, asked, video_template, write_video
 from support.vlm_families import model_of, processor_of
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
-SETTINGS = [{"fps": 2.0}, {"fps": 5.0}, {"num_frames": 4}]
+SETTINGS = [{"fps": 2.0}, {"fps": 5.0}, {"num_frames": 5}]
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +117,11 @@ def test_the_batch_is_that_of_apply_chat_template_for_the_file(
     assert batch["input_ids"][0, :length].tolist() == [*expected["input_ids"][0].tolist(), *end]
     for key in expected.keys() - {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}:
         assert torch.equal(torch.as_tensor(batch[key]), torch.as_tensor(expected[key])), key
+    again = ProcessorInputs(processor)
+    shown = again.frames(parse_record(value).videos[0], lambda name: folder / name)
+    before = str(shown.metadata())
+    again.num_video_tokens(shown)
+    assert str(shown.metadata()) == before
     labels = batch["labels"][0]
     assert processor.tokenizer.decode(labels[labels != -100]).lstrip().startswith("A cat.")
     assert collate.num_tokens(parse_record(value)) == length

@@ -39,9 +39,14 @@ class Frames(NamedTuple):
     file: dict[str, Any] | None = None
 
     def metadata(self) -> dict[str, Any]:
-        """Return what processors write time stamps from; without a file, the frames are all there are."""
+        """Return what processors write time stamps from; without a file, the frames are all there are.
+
+        The list of places is a new one: Qwen3-VL's processor lengthens it.
+        """
+        if self.file is not None:
+            return {**self.file, "frames_indices": list(self.file["frames_indices"])}
         count = len(self.frames)
-        return self.file or {"total_num_frames": count, "fps": self.fps, "frames_indices": list(range(count))}
+        return {"total_num_frames": count, "fps": self.fps, "frames_indices": list(range(count))}
 
 
 def require_one_size(frames: Sequence[Any], where: str) -> tuple[Any, ...]:
