@@ -253,7 +253,7 @@ def _with_processor(
     screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
     for line in first_batch.lines_with_processor(first, collate):
         screen.say(line)
-    return counts
+    return _packed(screen, recipe, counts) if recipe.data.packing else counts
 
 
 def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:

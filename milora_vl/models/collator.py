@@ -67,6 +67,8 @@ def collator_for(
             max_length=max_length,
             bad_images=bad_images,
             substitutes=substitutes,
+            model_config=config,
+            packing=packing,
         )
     tokenizer, image_processor = split_processor(processor)
     reads_pictures = is_llava(config)

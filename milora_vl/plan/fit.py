@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from milora_data.batches.processor_pack import require_packable
 from milora_data.encode.labels import NoSupervisedTokens, encode
 from milora_data.encode.templates import OWN, TEMPLATES, no_videos
 from milora_data.encode.tokens import own_template
@@ -94,7 +95,10 @@ def _of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
 
 
 def _require_prepared(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    """Raise UserError if the model does not take pictures as the recipe prepares them."""
+    """Raise UserError if the model does not take pictures, or packed records, as the recipe prepares them."""
+    if recipe.data.packing:
+        with at_flag(Key.of("data.packing")):
+            require_packable(base.config)
     if base.own_pictures:
         _require_for_processor(recipe, base)
         return
@@ -151,13 +155,6 @@ def _require_for_processor(recipe: Recipe, base: Base) -> None:
             code="image-draft-tiles",
             where=Key.of("data.jpeg_decoding"),
             hint="use exact; --max_pixels limits the tokens of the Qwen-VL and GLM-V families",
-        )
-    if data.packing:
-        raise UserError(
-            f"positions of packed records are not computed for {kind}, which counts them by pictures",
-            code="packing-unsupported-model",
-            where=Key.of("data.packing"),
-            hint="use --group_by_length True to reduce padding",
         )
     if data.feature_cache:
         raise _no_feature_cache(base)

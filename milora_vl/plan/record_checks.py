@@ -144,8 +144,10 @@ def _require_one_kind(recipe: Recipe, inputs: ProcessorInputs, kinds: Mapping[_K
     """
     pictured = [record for kind, record in kinds.items() if kind.has_pictures]
     without = [record for kind, record in kinds.items() if not kind.has_pictures]
-    if value_of(recipe.train, batch_size) > 1 and len(kinds) > 1:
-        hint = f"use --{batch_size} 1, or records of one kind"
+    packing = recipe.data.packing and batch_size == "per_device_train_batch_size"
+    if (packing or value_of(recipe.train, batch_size) > 1) and len(kinds) > 1:
+        fix = f"--{batch_size} 1 without --packing" if packing else f"--{batch_size} 1"
+        hint = f"use {fix}, or records of one kind"
         if pictured and without and not inputs.takes_mixed_rows:
             raise DataError(
                 f"{type(inputs.processor).__name__} cannot put records with and without pictures into one batch",

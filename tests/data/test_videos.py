@@ -16,6 +16,7 @@ from milora_data.pictures.files import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
 from milora_vl.base.errors import DataError
+from milora_vl.models.losses import summed_loss
 from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import VIDEO_PARTS, asked, video_template
@@ -42,6 +43,16 @@ def collator(name: str, pictures: Path, **options: Any) -> ProcessorCollator:
 
 
 CLIP = {"type": "video", "video": FRAMES}
+
+
+@pytest.mark.parametrize("name", VIDEO_PARTS)
+def test_videos_in_a_packed_row_have_the_loss_of_their_records(name: str, pictures: Path) -> None:
+    model = model_of(name, processor_of(name))
+    collate = collator(name, pictures, model_config=model.config)
+    values = [asked(CLIP, "What?"), asked("Hi"), asked("Like", CLIP | {"fps": 2}, "this?", answer="No, a dog.")]
+    together = summed_loss(model, collate([values]), chunked=False)[0]
+    alone = torch.stack([summed_loss(model, collate([value]), chunked=False)[0] for value in values]).sum()
+    torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.parametrize("name", VIDEO_PARTS)

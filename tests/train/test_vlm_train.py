@@ -80,8 +80,9 @@ def test_a_model_of_another_family_describes_pictures_for_its_calibration(
     assert max(layer["overlap"] for layer in protection.values()) < 1e-5
 
 
-def test_a_run_learns_and_a_resumed_one_ends_the_same(qwen: Path, data: Path, tmp_path: Path) -> None:
-    words = [*flags(qwen, data), "--save_steps", "2", "--max_pixels", "512", "--group_by_length", "True"]
+@pytest.mark.parametrize("how", [["--group_by_length", "True"], ["--packing", "True", "--max_length", "100"]], ids=str)
+def test_a_run_learns_and_a_resumed_one_ends_the_same(how: list[str], qwen: Path, data: Path, tmp_path: Path) -> None:
+    words = [*flags(qwen, data), "--save_steps", "2", "--max_pixels", "512", *how]
     assert main([*words, "--output_dir", str(tmp_path / "whole")]) == 0
     recipe = yaml.safe_load((tmp_path / "whole" / "recipe.yaml").read_text())
     assert (recipe["template"], recipe["data"]["max_pixels"]) == ("chat_template", 512)
@@ -122,7 +123,6 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
         (["--template", "vicuna_v1"], "template-not-for-model"),
         (["--image_aspect_ratio", "anyres"], "image-aspect-ratio"),
         (["--jpeg_decoding", "draft"], "image-draft-tiles"),
-        (["--packing", "True"], "packing-unsupported-model"),
         (["--feature_cache", "cache"], "feature-cache-unsupported-model"),
         (["--min_pixels", "999999"], "pixels-contradiction"),
     ],
@@ -134,6 +134,19 @@ def test_what_does_not_fit_the_model_is_refused_before_weights_load(
         with pytest.raises(UserError) as error:
             main([*flags(qwen, data), *words, *more, "--output_dir", str(tmp_path / "run")])
         assert code in [problem.code for problem in error.value.problems]
+
+
+def test_packing_is_planned_in_rows_and_refused_for_a_family_that_cannot(
+    qwen: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--packing", "True", "--max_length", "256", "--dry-run"]
+    assert main([*flags(qwen, data), *words]) == 0
+    assert "packed into rows of 512 tokens, ~8 records each" in capsys.readouterr().out
+    model = write_model("mllama", tmp_path / "model")
+    (model / "model.safetensors").unlink()
+    for more in (words, words[:-1]):
+        with raises_code("packing-unsupported-model", where="--packing"):
+            main([*flags(model, data, "single.json"), *more, "--output_dir", str(tmp_path / "run")])
 
 
 def test_records_that_a_processor_cannot_mix_need_a_batch_of_one(data: Path, tmp_path: Path) -> None:

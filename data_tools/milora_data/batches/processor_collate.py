@@ -13,15 +13,16 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
-from milora_data.batches.record_collator import Item, RecordCollator, needed_by, record_of
+from milora_data.batches.processor_pack import RowPacker
+from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
 from milora_data.encode.chat_template import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
@@ -36,18 +37,24 @@ log = logging.getLogger(__name__)
 
 _NOT_FOR_THE_MODEL = ("offset_mapping", PLACES)
 _NUM_CUTS = 16
-BATCH_OF_ONE = "use --per_device_train_batch_size 1 and --gradient_accumulation_steps, or records of one kind"
+BATCH_OF_ONE = (
+    "use --per_device_train_batch_size 1 and --gradient_accumulation_steps without --packing, or records of one kind"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class PictureSample:
-    """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it."""
+    """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it.
+
+    `row` is the number of its row in a packed batch.
+    """
 
     record: Record
     rendered: Rendered
     images: tuple[Any, ...]
     videos: tuple[Frames, ...] = ()
     is_cut: bool = False
+    row: int = 0
 
     @property
     def where(self) -> str:
@@ -63,6 +70,9 @@ class ProcessorCollator(RecordCollator[PictureSample]):
     A record beyond `max_length` is cut at its end, never within a picture. `RecordCollator` explains `bad_images` and
     `substitutes`; a picture that the processor refuses counts as unreadable.
 
+    A list of records in place of a record is packed into one row (processor_pack.py), if `model_config`, the config of
+    the model, is given; `packing` is its layout.
+
     Raises `UserError` for a processor without a chat template or a documented plain prompt, and for a version of
     transformers whose processors do not return the places of pictures.
     """
@@ -76,6 +86,8 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         bad_images: ImagePolicy = "raise",
         pad_to_multiple_of: int | None = None,
         substitutes: Sequence[Item] = (),
+        model_config: Any = None,
+        packing: Literal["rows", "flat"] = "rows",
     ) -> None:
         super().__init__(bad_images, substitutes)
         if max_length is not None and max_length < 1:
@@ -84,6 +96,8 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         self.image_folder = Path(image_folder or "")
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.model_config = model_config
+        self.packing = packing
 
     def num_tokens(self, record: Record) -> int:
         """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its pictures.
@@ -221,13 +235,28 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         return self.inputs.blank(*(BLANK if like is None else (like.height, like.width)))
 
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
-        if any(isinstance(item, Sequence) for item in records):
+        if not any(isinstance(item, Sequence) for item in records):
+            return self._padded(self._samples(records))[0]  # type: ignore[arg-type]
+        packer = self._packer  # raises for a model that cannot, before pictures are read
+        packs = [item if isinstance(item, Sequence) else [item] for item in records]
+        samples = [replace(sample, row=row) for row, pack in enumerate(packs) for sample in self._samples(pack)]
+        batch, samples = self._padded(samples)
+        rows = [sample.row for sample in samples]
+        return packer(batch, rows, pad_id=pad_id_of(self.inputs.tokenizer), multiple=self.pad_to_multiple_of)
+
+    @cached_property
+    def _packer(self) -> RowPacker:
+        if self.model_config is None:
             raise UserError(
-                "packed records need positions for each record, which this model computes from its pictures",
+                "the records of a row need positions, which depend on the model",
                 code="collate-unsupported-layout",
-                hint="remove data.packing; --group_by_length also reduces padding",
+                where="model_config",
+                hint="use  milora_vl.collator_for(model, processor)",
             )
-        samples = self._samples(records)  # type: ignore[arg-type]
+        return RowPacker(self.model_config, self.packing)
+
+    def _padded(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
+        """Return the batch of the samples, one row each, and the samples that are in it."""
         for spare in range(_NUM_CUTS):  # a shortened text may have one token more than the cut counted
             samples = samples or [self._substitute()]
             batch, samples = self._processed(samples)
@@ -260,7 +289,8 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         # A processor that takes the answer apart labels it itself.
         labels = batch["labels"] if rows[0].sample.rendered.suffix is not None else _labels(batch, rows)
         first = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-        return first | {name: value for name, value in batch.items() if name not in (*first, *_NOT_FOR_THE_MODEL)}
+        others = {name: value for name, value in batch.items() if name not in (*first, *_NOT_FOR_THE_MODEL)}
+        return first | others, samples
 
     def _processed(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
         """Return the processor's output for the samples, and the samples without those that it refuses."""

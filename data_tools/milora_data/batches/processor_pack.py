@@ -1,0 +1,148 @@
+"""Pack what a model's own processor returns: several records in one row, which attention does not cross.
+
+transformers does the separation. Without an attention mask it finds the records of a row in the positions: where they
+do not grow by one, a new record begins. It builds the block mask of sdpa, eager and flex attention from that, and the
+sequence borders of flash attention. Pictures are not touched: a model puts their features into the places of their
+tokens in order, row after row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from milora_data.encode.tokens import IGNORE
+from milora_vl.base.errors import UserError
+
+# What the positions of a record are in its row:
+# "restart": 0, 1, 2, ... in each record.
+# "rope": the same in the first of four rows; the three others are those of the model, which follow the pictures.
+# "place": the places in the row. Rotary attention depends on differences alone, and Gemma 3 looks up in its sliding
+# window which tokens belong to a picture by their positions. A separator after each record makes the gap.
+Positions = Literal["restart", "rope", "place"]
+PACKED: dict[str, Positions] = {
+    "aya_vision": "restart",
+    "gemma3": "place",
+    "glm4v": "rope",
+    "idefics3": "restart",
+    "internvl": "restart",
+    "llava": "restart",  # Pixtral
+    "llava_onevision": "restart",
+    "mistral3": "restart",
+    "paligemma": "restart",
+    "qwen2_5_vl": "rope",
+    "qwen2_vl": "rope",
+    "qwen3_vl": "rope",
+    "smolvlm": "restart",
+}
+_REASONS = {
+    "mllama": "a text before its picture attends to all pictures of the row, also to those of other records",
+}
+_SEPARATED = {"full_attention", "sliding_attention", "chunked_attention"}  # layers, by what transformers calls them
+_PADDED = ("input_ids", "attention_mask", "labels")
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+_OF_ROPE = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
+def require_packable(config: Any) -> None:
+    """Raise `UserError` with the reason if records cannot share a row of the model with this config.
+
+    The model may also be a text model or a LLaVA, whose collator is another one.
+    """
+    from transformers import MODEL_MAPPING
+
+    text, reason = config.get_text_config(), ""
+    others = set(text.layer_types or ()) - _SEPARATED if "layer_types" in dir(text) else ()
+    kind = MODEL_MAPPING.get(type(config), None)
+    if others:
+        reason = f"its layers of type {min(others)} carry a state from one record to the next"
+    elif kind is not None and "position_ids" not in signature(kind.forward).parameters:
+        reason = "it takes no positions, which separate the records"
+    elif "vision_config" in config.to_dict() and config.model_type not in (*PACKED, "llava_next"):
+        reason = _REASONS.get(config.model_type, "no test compares packed rows of this family with its records")
+    if reason:
+        raise UserError(
+            f"records of {config.model_type} cannot share a row: {reason}",
+            code="packing-unsupported-model",
+            hint="use --group_by_length True to reduce padding",
+        )
+
+
+class RowPacker:
+    """Packs batches of one model. Raises `UserError` if the model cannot take packed records.
+
+    With `layout` "flat" all rows become one, which flash attention needs.
+    """
+
+    def __init__(self, config: Any, layout: Literal["rows", "flat"]) -> None:
+        require_packable(config)
+        self.positions = PACKED[config.model_type]
+        self.layout = layout
+        self._model = _without_layers(config) if self.positions == "rope" else None
+
+    def __call__(
+        self, batch: Mapping[str, Any], rows: Sequence[int], *, pad_id: int, multiple: int | None
+    ) -> dict[str, Any]:
+        """Return the batch with its records packed: record i, padded on the right, goes to the row with number rows[i].
+
+        `rows` does not decrease. What has a number per token becomes (rows, width); position_ids, (rows, width) or
+        (4, rows, width), and use_cache replace attention_mask. Everything else, pictures above all, is unchanged.
+        """
+        lengths = batch["attention_mask"].sum(1).tolist()
+        numbers = [0] * len(rows) if self.layout == "flat" else rows
+        members = [[record for record, _ in group] for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1])]
+        gap = int(self.positions == "place")
+        longest = max(sum(lengths[record] + gap for record in row) for row in members)
+        width = longest if multiple is None else -(-longest // multiple) * multiple
+
+        def packed(tensor: Tensor, fill: int = 0) -> Tensor:
+            """Return a tensor (..., records, length) as (..., rows, width)."""
+            out = tensor.new_full((*tensor.shape[:-2], len(members), width), fill)
+            for number, row in enumerate(members):
+                parts = [F.pad(tensor[..., record, : lengths[record]], (0, gap), value=fill) for record in row]
+                joined = torch.cat(parts, dim=-1)
+                out[..., number, : joined.shape[-1]] = joined
+            return out
+
+        labels = batch["labels"].clone()
+        labels[:, 0] = IGNORE  # the first token of a record has no context
+        if self.positions == "place":
+            positions = torch.arange(width) * packed(batch["attention_mask"])
+        else:
+            positions = packed(self._positions(batch))
+        return {
+            "input_ids": packed(batch["input_ids"], pad_id),
+            "position_ids": positions,
+            "labels": packed(labels, IGNORE),
+            "use_cache": False,  # with a cache, transformers separates no records
+            **{name: packed(batch[name]) for name in _TYPES if name in batch},
+            **{name: value for name, value in batch.items() if name not in (*_PADDED, *_TYPES)},
+        }
+
+    def _positions(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the positions of each record, (records, length) or (4, records, length)."""
+        restarting = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        if self._model is None:
+            return restarting
+        mine, _ = self._model.get_rope_index(**{name: batch[name] for name in _OF_ROPE if name in batch})
+        return torch.cat([restarting[None], mine])
+
+
+def _without_layers(config: Any) -> Any:
+    """Return the model of a config without its layers: its `get_rope_index` reads the config alone.
+
+    The model itself would have to be built, and to travel to the loader processes.
+    """
+    from transformers import MODEL_MAPPING
+
+    kind = MODEL_MAPPING[type(config)]
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.config = config
+    return model
