@@ -176,9 +176,8 @@ def test_a_family_that_cannot_is_refused_with_the_reason(make: Any, pictures: Pa
         collate([mixed_records(single=True)[:2]])
     for kind, reason in {
         "idefics2": "no test compares packed rows",
-        "lfm2": "its layers of type conv carry a state",
-        "qwen3_5": "its layers of type linear_attention carry a state",
-        "bloom": "takes no positions",
+        "qwen3_5": "it has layers of type linear_attention",
+        "bloom": "it takes no positions",
     }.items():
         with raises_code("packing-unsupported-model", message=reason):
             require_packable(AutoConfig.for_model(kind))

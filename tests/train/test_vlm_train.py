@@ -164,11 +164,15 @@ def test_every_family_is_planned_and_trained(name: str, data: Path, tmp_path: Pa
         pytest.importorskip("num2words")
     model = write_model(name, tmp_path / "model")
     words = flags(model, data, "single.json" if name in ONE_KIND else "mixed.json")
-    assert main([*words, "--dry-run"]) == 0
-    assert main([*words, "--output_dir", str(tmp_path / "run")]) == 0
-    values = [loss for _, loss in losses(tmp_path / "run")]
-    assert len(values) == 5
-    assert all(0 < value < 20 for value in values)
+    runs = {"run": [], "packed": ["--packing", "True", "--max_length", "256"]}
+    if name == "mllama":
+        del runs["packed"]
+    for run, more in runs.items():
+        assert main([*words, *more, "--dry-run"]) == 0
+        assert main([*words, *more, "--output_dir", str(tmp_path / run)]) == 0
+        values = [loss for _, loss in losses(tmp_path / run)]
+        assert len(values) == 5
+        assert all(0 < value < 20 for value in values)
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])

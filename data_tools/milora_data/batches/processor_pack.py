@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 from milora_data.encode.tokens import IGNORE
 from milora_vl.base.errors import UserError
 
-# What the positions of a record are in its row:
+# The positions of a record in its row:
 # "restart": 0, 1, 2, ... in each record.
-# "rope": the same in the first of four rows; the three others are those of the model, which follow the pictures.
-# "place": the places in the row. Rotary attention depends on differences alone, and Gemma 3 looks up in its sliding
-# window which tokens belong to a picture by their positions. A separator after each record makes the gap.
+# "rope": the same in the first of four rows. The three others are those of the model, which follow the pictures.
+# "place": places in the row, with a separator after each record, whose position makes the gap. The mask of Gemma 3's
+# sliding window takes a token's position for its place when it looks up which tokens belong to a picture. Rotary
+# embeddings depend on differences alone, so a record may begin anywhere.
 Positions = Literal["restart", "rope", "place"]
 PACKED: dict[str, Positions] = {
     "aya_vision": "restart",
@@ -47,7 +49,7 @@ _REASONS = {
 _SEPARATED = {"full_attention", "sliding_attention", "chunked_attention"}  # layers, by what transformers calls them
 _PADDED = ("input_ids", "attention_mask", "labels")
 _TYPES = ("token_type_ids", "mm_token_type_ids")
-_OF_ROPE = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+_OF_ROPE = "input_ids attention_mask mm_token_type_ids image_grid_thw video_grid_thw second_per_grid_ts".split()
 
 
 def require_packable(config: Any) -> None:
@@ -58,10 +60,10 @@ def require_packable(config: Any) -> None:
     from transformers import MODEL_MAPPING
 
     text, reason = config.get_text_config(), ""
-    others = set(text.layer_types or ()) - _SEPARATED if "layer_types" in dir(text) else ()
-    kind = MODEL_MAPPING.get(type(config), None)
+    others = set(getattr(text, "layer_types", None) or ()) - _SEPARATED  # some configs have another name for it
+    kind: Any = MODEL_MAPPING.get(type(text), None)
     if others:
-        reason = f"its layers of type {min(others)} carry a state from one record to the next"
+        reason = f"only attention separates them, and it has layers of type {min(others)}"
     elif kind is not None and "position_ids" not in signature(kind.forward).parameters:
         reason = "it takes no positions, which separate the records"
     elif "vision_config" in config.to_dict() and config.model_type not in (*PACKED, "llava_next"):
@@ -96,7 +98,7 @@ class RowPacker:
         """
         lengths = batch["attention_mask"].sum(1).tolist()
         numbers = [0] * len(rows) if self.layout == "flat" else rows
-        members = [[record for record, _ in group] for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1])]
+        members = [[record for record, _ in group] for _, group in groupby(enumerate(numbers), itemgetter(1))]
         gap = int(self.positions == "place")
         longest = max(sum(lengths[record] + gap for record in row) for row in members)
         width = longest if multiple is None else -(-longest // multiple) * multiple
@@ -141,7 +143,7 @@ def _without_layers(config: Any) -> Any:
     """
     from transformers import MODEL_MAPPING
 
-    kind = MODEL_MAPPING[type(config)]
+    kind: Any = MODEL_MAPPING[type(config)]
     model = kind.__new__(kind)
     nn.Module.__init__(model)
     model.config = config
