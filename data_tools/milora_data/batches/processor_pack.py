@@ -23,7 +23,7 @@ from milora_vl.base.errors import UserError
 
 # The positions of a record in its row:
 # "restart": 0, 1, 2, ... in each record.
-# "rope": the same in the first of four rows. The three others are those of the model, which follow the pictures.
+# "rope": the same in the first of four rows. The model computes the three others, which follow the pictures.
 # "place": places in the row, with a separator after each record, whose position makes the gap. The mask of Gemma 3's
 # sliding window takes a token's position for its place when it looks up which tokens belong to a picture. Rotary
 # embeddings depend on differences alone, so a record may begin anywhere.
@@ -44,7 +44,7 @@ PACKED: dict[str, Positions] = {
     "smolvlm": "restart",
 }
 _REASONS = {
-    "mllama": "a text before its picture attends to all pictures of the row, also to those of other records",
+    "mllama": "a text before its picture attends to all pictures of the row, also of other records",
 }
 _SEPARATED = {"full_attention", "sliding_attention", "chunked_attention"}  # layers, by what transformers calls them
 _PADDED = ("input_ids", "attention_mask", "labels")
