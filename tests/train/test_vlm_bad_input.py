@@ -179,6 +179,8 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     for policy in ("raise", "skip"):
         with raises_code("records-mixed", "train.jsonl:1 and ", "no pictures beside videos", "train_batch_size 1"):
             train([*words, "--bad_images", policy])
+    with raises_code("records-mixed", hint="without --packing"):  # a row is no batch of one record
+        train([*words, "--packing", "True", "--per_device_train_batch_size", "1"])
     assert "loading" not in capsys.readouterr().err
     with pytest.raises(UserError) as error:  # a batch of one is of one kind: only the weights are missing
         train([*words, "--per_device_train_batch_size", "1"])
