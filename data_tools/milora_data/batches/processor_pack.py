@@ -21,28 +21,14 @@ from torch import Tensor, nn
 from milora_data.encode.tokens import IGNORE
 from milora_vl.base.errors import UserError
 
-# The positions of a record in its row:
-# "restart": 0, 1, 2, ... in each record.
-# "rope": the same in the first of four rows. The model computes the three others, which follow the pictures.
-# "place": places in the row, with a separator after each record, whose position makes the gap. The mask of Gemma 3's
-# sliding window takes a token's position for its place when it looks up which tokens belong to a picture. Rotary
-# embeddings depend on differences alone, so a record may begin anywhere.
-Positions = Literal["restart", "rope", "place"]
-PACKED: dict[str, Positions] = {
-    "aya_vision": "restart",
-    "gemma3": "place",
-    "glm4v": "rope",
-    "idefics3": "restart",
-    "internvl": "restart",
-    "llava": "restart",  # Pixtral
-    "llava_onevision": "restart",
-    "mistral3": "restart",
-    "paligemma": "restart",
-    "qwen2_5_vl": "rope",
-    "qwen2_vl": "rope",
-    "qwen3_vl": "rope",
-    "smolvlm": "restart",
-}
+# Families whose packed rows a test compares with their records.
+PACKED = frozenset(
+    "aya_vision gemma3 glm4v idefics3 internvl llava llava_onevision mistral3 paligemma qwen2_5_vl qwen2_vl qwen3_vl "
+    "smolvlm".split()
+)
+# The mask of their sliding window takes a token's position for its place in the row, when it looks up which tokens
+# belong to a picture.
+_PLACES = ("gemma3",)
 _REASONS = {
     "mllama": "a text before its picture attends to all pictures of the row, also of other records",
 }
@@ -84,9 +70,9 @@ class RowPacker:
 
     def __init__(self, config: Any, layout: Literal["rows", "flat"]) -> None:
         require_packable(config)
-        self.positions = PACKED[config.model_type]
         self.layout = layout
-        self._model = _without_layers(config) if self.positions == "rope" else None
+        self._by_place = config.model_type in _PLACES
+        self._model = _without_layers(config)
 
     def __call__(
         self, batch: Mapping[str, Any], rows: Sequence[int], *, pad_id: int, multiple: int | None
@@ -99,7 +85,7 @@ class RowPacker:
         lengths = batch["attention_mask"].sum(1).tolist()
         numbers = [0] * len(rows) if self.layout == "flat" else rows
         members = [[record for record, _ in group] for _, group in groupby(enumerate(numbers), itemgetter(1))]
-        gap = int(self.positions == "place")
+        gap = int(self._by_place)  # a separator, whose position is not the next one
         longest = max(sum(lengths[record] + gap for record in row) for row in members)
         width = longest if multiple is None else -(-longest // multiple) * multiple
 
@@ -114,7 +100,7 @@ class RowPacker:
 
         labels = batch["labels"].clone()
         labels[:, 0] = IGNORE  # the first token of a record has no context
-        if self.positions == "place":
+        if self._by_place:  # rotary embeddings depend on differences alone: a record may begin anywhere
             positions = torch.arange(width) * packed(batch["attention_mask"])
         else:
             positions = packed(self._positions(batch))
@@ -128,19 +114,20 @@ class RowPacker:
         }
 
     def _positions(self, batch: Mapping[str, Any]) -> Tensor:
-        """Return the positions of each record, (records, length) or (4, records, length)."""
+        """Return the positions of each record: from 0 on, (records, length).
+
+        For a model with rotary embeddings in three dimensions (4, records, length): it takes the masks from the first
+        row, and computes the others, which follow the pictures.
+        """
         restarting = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
-        if self._model is None:
+        if "get_rope_index" not in dir(self._model):
             return restarting
         mine, _ = self._model.get_rope_index(**{name: batch[name] for name in _OF_ROPE if name in batch})
         return torch.cat([restarting[None], mine])
 
 
 def _without_layers(config: Any) -> Any:
-    """Return the model of a config without its layers: its `get_rope_index` reads the config alone.
-
-    The model itself would have to be built, and to travel to the loader processes.
-    """
+    """Return the model of a config without its layers, as light as its config: `get_rope_index` needs no more."""
     from transformers import MODEL_MAPPING
 
     kind: Any = MODEL_MAPPING[type(config)]
