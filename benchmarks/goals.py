@@ -55,14 +55,14 @@ def _off(result: Any) -> float:
     return abs(float(result["planned_over_measured"]) - 1)
 
 
-LORA = "stock PEFT LoRA of rank r"
+LORA = "PEFT LoRA of rank r"
 GOALS = (
     Goal(
-        "minor factors, 4096 x 4096, r = 128, Gaussian, in products W Wᵀ", "one product", "svd",
+        "minor factors, 4096 x 4096, r = 128, Gaussian", "one product W Wᵀ", "svd",
         _row("products", "4096x4096", "gaussian", 128), 1.5, at_most=True,
     ),
     Goal(
-        "minor factors, 4096 x 11008, r = 128, with a strong rank-64 part, in products W Wᵀ", "one product", "svd",
+        "minor factors, 4096 x 11008, r = 128, strong part of rank 64", "one product W Wᵀ", "svd",
         _row("products", "4096x11008", "low-rank", 128), 1.5, at_most=True,
     ),
     Goal("factors from the cache, 7B shapes, float32", "the first time", "cache_7b", _cached, 1 / 20, at_most=True),
@@ -78,11 +78,11 @@ GOALS = (
     Goal("the loss with all tokens, time", "the model's own loss", "loss", _full("time"), 1, at_most=True),
     Goal("the loss with all tokens, memory", "the model's own loss", "loss", _full("memory"), 0.4, at_most=True),
     Goal(
-        "a whole training, smol-llava, samples a second", "HF Trainer + PEFT LoRA", "whole_training",
+        "a whole training, smol-llava", "HF Trainer + PEFT LoRA", "whole_training",
         lambda r: r["pictures"]["milora_over_hf"], 1.5,
     ),
     Goal(
-        "a whole training, smol-llava, against TRL", "TRL's SFTTrainer", "whole_training",
+        "the same", "TRL's SFTTrainer", "whole_training",
         lambda r: r["pictures"]["milora_over_trl"], 1.5,
     ),
     Goal(
@@ -90,7 +90,7 @@ GOALS = (
         lambda r: r["text"]["milora_over_hf"], 1.5,
     ),
     Goal(
-        "a whole training, SmolLM2 with text, against TRL", "TRL's SFTTrainer", "whole_training_text",
+        "the same", "TRL's SFTTrainer", "whole_training_text",
         lambda r: r["text"]["milora_over_trl"], 1.5,
     ),
     Goal("`make demo` after setup", "", "demo", lambda r: r["seconds"] / 60, 6, " min", True),

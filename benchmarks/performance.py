@@ -32,7 +32,7 @@ def page(results: dict[str, Any], sets: dict[str, Iterable[str]]) -> str:
     dates = sorted({entry["date"] for entry in results.values()})
     loader = FileSystemLoader(Path(__file__).resolve().parent)
     environment = Environment(loader=loader, undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    environment.filters.update(figure=figure, time=duration, power=power)
+    environment.filters.update(figure=figure, time=duration)
     return environment.get_template("performance.md.j2").render(
         results=results,
         machine=described[0],
@@ -53,10 +53,3 @@ def duration(seconds: float) -> str:
     """Return seconds, or minutes and seconds."""
     minutes, left = divmod(round(seconds), 60)
     return f"{minutes} min {left} s" if minutes else f"{seconds:.3g} s"
-
-
-def power(value: float | None) -> str:
-    """Return an excess: 3e-4, 0, or a dash if it is unknown."""
-    if value is None:
-        return "–"
-    return f"{value:.0e}" if value else "0"
