@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,24 @@ from milora_vl.policy import Policy
 from milora_vl.recipe.schema import Recipe
 from support.plans import fitted, settings
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
-TRAININGS = [
-    (int(devices or 1), flags.split())
-    for devices, flags in re.findall(
-        r"^(?:torchrun --nproc_per_node (\d+)|python) -m milora_vl\.train (.+)$", PAGE, re.MULTILINE
-    )
-]
+PAGE = re.sub(
+    r"\\\n\s*", "", (Path(__file__).resolve().parents[2] / "docs" / "reproduce.md").read_text(encoding="utf-8")
+)
+
+
+def trainings() -> Iterator[tuple[int, list[str]]]:
+    """Yield devices and flags of each row: of its command, or of the command above `Other rows` with the flags there."""
+    devices, flags = 0, ""
+    command = r"(?:torchrun --nproc_per_node (\d+)|python) -m milora_vl\.train (.+)"
+    for match in re.finditer(rf"^{command}$|^Other rows: ((?:.+\n)+)", PAGE, re.MULTILINE):
+        if match[2]:
+            devices, flags = int(match[1] or 1), match[2]
+            yield devices, flags.split()
+        else:
+            yield from ((devices, f"{flags} {more}".split()) for more in re.findall(r"`([^`]+)`", match[3]))
+
+
+TRAININGS = list(trainings())
 # The paper's tables of hyperparameters: r, alpha (of LoRA: twice r), dropout, rate, schedule, warm-up, records a step,
 # epochs, the linear layers of a block that train.
 PAPER = {

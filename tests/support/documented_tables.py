@@ -6,7 +6,6 @@ from __future__ import annotations
 LEFT_OPEN: tuple[tuple[str, str], ...] = (
     (r"FOLDER --to FORM .*", "runs/a --to adapter --output_dir O --base tiny --dtype bfloat16 --with_base"),
     (r"(train) \.\.\. (--forgetting_every) 50", r"\1 --model tiny --data_path train.json --image_folder images \2 1"),
-    (r"(export) \.\.\. (--to merged)", r"\1 runs/paper/math-milora \2"),
     (r"(--adapter served) \.\.\.", r"\1 --suite emoji --output_dir out"),
     (r"(--data_path captions\.json) \.\.\.", r"\1 --image_folder images --output_dir runs/stage1"),
     (r"(runs/stage1 --data_path train\.json) \.\.\.", r"\1 --image_folder images --output_dir runs/stage2"),
