@@ -242,7 +242,7 @@ def with_block(text: str, name: str, filled: Table, figure: str) -> str:
 
 
 def cells_of(name: str, study: Study, docs: Path) -> dict[Cell, dict[str, Any]]:
-    """Return the cells of a study from `docs`, with those of other studies that it names."""
+    """Return the cells of a study from `docs`, and cells of other studies that it names."""
     cells: dict[Cell, dict[str, Any]] = {}
     for other, arms_of_it in study.also.items():
         cells |= {cell: row for cell, row in read_cells(docs / f"{other}.csv").items() if cell.method in arms_of_it}

@@ -121,7 +121,7 @@ class Fixed(Strict):
     - `inputs`: the share p of the energy of the inputs that is protected; None: no cut.
     - `soft`: None for the hard cut I - VV'; else tau / lambda_k of the cut (I + C / tau)^-1.
     - `rows`: all of one length, or `own`: the length that the start gives them.
-    - `batches`, `sketch`: the batches of the gradient, and whether r + 8 random combinations of its rows stand for it.
+    - `batches`, `sketch`: the batches of the gradient, and whether r + 8 random combinations of its rows replace it.
     - `trains`: A trains too, from this start.
     """
 
@@ -143,7 +143,7 @@ class Rival(Strict):
     """The key `rival` of an arm, for tasks of language models.
 
     - `kind`: `rest`: KL from the base to the model on the answer tokens, over all tokens but the right one
-      (arXiv:2605.29498). `own`: KL from the base on texts that the base wrote, those of the calibration. `mix`: these
+      (arXiv:2605.29498). `own`: KL from the base on texts that the base wrote for the calibration. `mix`: these
       texts as further records.
     - `weight`: the factor of the term; the loss of the answers has factor 1. All are means over tokens.
     - `texts`: the number of texts in each step, for `own` and `mix`.

@@ -60,7 +60,7 @@ def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
 
 
 def other_questions(benchmark: Benchmark, data_dir: Path) -> Path | None:
-    """Return the file of a benchmark's questions if it has those of another data set, else None."""
+    """Return the file of a benchmark's questions if it belongs to another data set, else None."""
     if type(benchmark).recognises is Benchmark.recognises:
         return None
     path = next((path for path in existing(data_dir, benchmark.files[0]) if path.is_file()), None)

@@ -8,7 +8,7 @@ A0 and B0 hold the initial factors: s B0 A0 is the part of W that trains, its r 
 starts at A0 and B at B0, so the layer starts at y = W x. W, A0 and B0 never change. The paper writes W_p + s B A with
 W_p = W - s B0 A0, which is the same function; here the base weight stays as the user loaded it.
 
-The layer holds neither A nor B, but the differences D = A - A0 and E = B - B0, which train from zero. With them
+The layer does not hold A and B, but the differences D = A - A0 and E = B - B0, which train from zero. With them
 
     B A - B0 A0 = (B0 + E) D + E A0 = B' A'          A' = [D; A0],  B' = [B0 + E, E]
 
@@ -99,7 +99,7 @@ def recover(B: Tensor, E: Tensor, dtype: torch.dtype) -> Tensor:
     """Return B0 from B = B0 + E and E, in `dtype` if B0 + E then gives B again, else in float32.
 
     The sum was rounded. For a B0 in half precision and E in float32 that is undone by rounding, except where an entry
-    of E is thousands of times larger than that of B0. `install.unrecoverable` finds the anchors that are not undone.
+    of E is thousands of times larger than B0's. `install.unrecoverable` finds the anchors that are not undone.
     """
     wide = torch.promote_types(B.dtype, torch.float32)
     difference = B.to(wide) - E.to(wide)
@@ -506,7 +506,7 @@ def multiply_up(
 
 
 def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:
-    """Return the dtype of the products: autocast's, without it bfloat16 if the base is bfloat16, else that of `delta`.
+    """Return the dtype of the products: autocast's, without it bfloat16 if the base is bfloat16, else `delta`'s.
 
     PEFT trains float32 adapters on a bfloat16 base, and would multiply in float32. The sum with W x is rounded to
     bfloat16 anyway, so the products round no more than autocast does.

@@ -67,7 +67,7 @@ def parameter_groups(
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Target | None]]:
     """Yield the name of every parameter that trains, the parameter, and its target if a rule selects it.
 
-    Raises AdapterError if neither `model` nor a module inside it has rules.
+    Raises AdapterError if no rules are found in `model` and its modules.
     """
     owner = next((module for module in model.modules() if "milora_targets" in vars(module)), None)
     if owner is None:

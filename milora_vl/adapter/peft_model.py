@@ -133,7 +133,7 @@ class MiloraMixin(PeftModel):
                 )
 
     def changed_A(self) -> list[str]:
-        """Return the paths of the modules whose fixed A is no longer the one that was chosen at the start."""
+        """Return the paths of the modules whose fixed A has changed since the start."""
         return [
             path
             for adapter, sidecar in self.sidecars.items()
@@ -179,13 +179,13 @@ class MiloraMixin(PeftModel):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add an adapter as PEFT does. With the config object of a MiLoRA adapter, it gets the same anchor.
+        """Add an adapter as PEFT does. The config object of a MiLoRA adapter gives it the same anchor.
 
         TRL's trainers create their reference adapter this way, `add_adapter("ref", model.peft_config["default"])`, and
         then copy the differences into it.
         """
         self._refuse_residual("a second adapter would be added to the changed base weights")
-        # PEFT's load_adapter comes here too, with a config of its own.
+        # PEFT's load_adapter comes here too, with another config.
         source = next((name for name in self.sidecars if self.peft_config[name] is peft_config), None)
         extra = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}  # PEFT has it since 0.19
         super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, **extra)

@@ -11,7 +11,7 @@ INTERVAL = 10.0  # seconds between the lines of a log file
 
 
 def progress_bar(what: str, total: int, unit: str, *, is_shown: bool = True) -> tqdm:
-    """Return a bar of tqdm that counts `total` units. A log file has no lines of what ends within INTERVAL."""
+    """Return a bar of tqdm that counts `total` units. A log file has no lines for work that ends within INTERVAL."""
     count = "{n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}]"
     if sys.stderr.isatty():
         bar_format = f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {count}"

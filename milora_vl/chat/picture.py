@@ -66,6 +66,6 @@ def open_video(place: Path, fps: float | None = None, num_frames: int | None = N
 
 
 def _by_numbers(path: Path) -> tuple[list[tuple[int, str]], str]:
-    """Return the key that sorts names with their numbers as numbers, whatever the number of digits."""
+    """Return the key that sorts names with their numbers as numbers, with any number of digits."""
     parts = re.split(r"([0-9]+)", path.name)
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts], path.name

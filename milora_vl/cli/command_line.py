@@ -294,7 +294,7 @@ _PATH_ERRORS = frozenset(
 def _path_error(error: Exception) -> UserError | None:
     """Return an error of a path or of a full disk as the user's; None for any other error."""
     text = str(error)
-    if "No space left" in text or "Disk quota" in text:  # safetensors has an exception class of its own
+    if "No space left" in text or "Disk quota" in text:  # safetensors raises its own exception class
         message = f"a file cannot be written: {text}"
         return UserError(message, code="disk-full", hint="free some space, or use another disk", exit_code=1)
     if isinstance(error, OSError) and error.errno in _PATH_ERRORS:

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 def enable_fsdp_on_cpus(state: AcceleratorState, plugin_args: dict[str, Any] | None) -> None:
-    """Make accelerate shard on CPUs too. By itself it enables FSDP on GPUs alone, and trains with DDP on CPUs.
+    """Make accelerate shard on CPUs too. Its default enables FSDP on GPUs alone, and trains with DDP on CPUs.
 
     Every new AcceleratorState takes its type from the shared state of PartialState, which accelerate writes like this
     on GPUs. Support of FSDP2 on CPUs in accelerate would replace it.

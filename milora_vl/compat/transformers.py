@@ -1,4 +1,4 @@
-"""Private interfaces of transformers, except those of its Trainer."""
+"""Private interfaces of transformers, without its Trainer."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def require_scripts(llama_cpp: str | Path | None) -> Path:
 def write_model_folder(model: Any, folder: Path, base: Base, processor: Path) -> None:
     """Write a model for the script: weights, and the processor of `processor` (a run folder), else of the base.
 
-    Raises UserError for a tokenizer that the script would convert to one that splits texts differently.
+    Raises UserError for a tokenizer that would split texts differently after the conversion.
     """
     _name_language_model(model.config)
     save_model(model, folder)

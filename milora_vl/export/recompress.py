@@ -32,7 +32,7 @@ def recompress(
 ) -> tuple[PlainAdapter, dict[str, Loss]]:
     """Return the adapter with factors of `rank`, and the loss per module.
 
-    None means the r of each module: that of its rule, else half the rank of its joined factors. Modules of lower rank
+    None means the r of each module: its rule's rank, else half the rank of its joined factors. Modules of lower rank
     keep their rank. The loss includes the rounding of the stored factors to `dtype`.
     """
     targets = adapter.sidecar.targets if adapter.sidecar is not None else ()

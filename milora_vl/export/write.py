@@ -51,7 +51,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to write. `out` is the folder to write, `target` its final path, `rank` that of rank-N."""
+    """One adapter to write. `out` is the folder to write, `target` its final path, `rank` the N of rank-N."""
 
     source: Source
     options: Options

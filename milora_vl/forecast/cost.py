@@ -53,7 +53,7 @@ class Costs:
 
     @property
     def fits(self) -> bool:
-        """Return whether the run fits --gpu-memory as it is."""
+        """Return whether the run fits --gpu-memory without changes."""
         return self.change == ""
 
 

@@ -49,7 +49,7 @@ def _require_same_shapes(state: Mapping[str, Tensor], before: Mapping[str, Tenso
         found = tuple(state[name].shape) if name in state else "nothing"
         if found != tuple(W.shape):
             raise UserError(
-                f"the base is another kind of model: its {name} is {tuple(W.shape)}, that of the trained model {found}",
+                f"the base is another kind of model: its {name} is {tuple(W.shape)}, in the trained model {found}",
                 code="base-differs",
                 where="--base",
                 hint="name the model that the training started from",

@@ -39,7 +39,7 @@ def milora_in_llava(
     """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.
-    `protect` is that of `get_peft_model_replaced`.
+    `protect` is as in `get_peft_model_replaced`.
 
     Raises UserError if llava is not installed.
     """

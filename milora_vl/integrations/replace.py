@@ -36,7 +36,7 @@ def get_peft_model_replaced(
     imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
     `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
     `protect` is the share of the input energy of ordinary text that updates leave alone; 0 for none, and None for 0.95
-    if minor components train in the anchored form. A model that cannot write text protects nothing, and says so.
+    if minor components train in the anchored form. A model that cannot write text protects nothing, and prints that.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced():

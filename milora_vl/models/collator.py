@@ -37,8 +37,8 @@ def collator_for(
     needs for its pictures. `model` is a model of transformers or a PeftModel (only its config counts), `processor` its
     processor, or the tokenizer of a text model.
 
-    `template` is by default that of LLaVA-1.5, vicuna_v1; other models with pictures have their own prompt format. The
-    other arguments are those of `ImageTextCollator`. Raises UserError for one that does not apply to this model.
+    `template` is vicuna_v1 by default, as in LLaVA-1.5; other models with pictures have their own prompt format. The
+    other arguments are as in `ImageTextCollator`. Raises UserError for an argument that does not apply to this model.
 
     >>> from milora_vl import load_model
     >>> turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]

@@ -36,7 +36,7 @@ def load_language(name: str) -> tuple[Any, Any]:
             "this is already a vision-language model; composing needs a text-only model",
             code="compose-not-text-only",
             where=name,
-            hint="fine-tune it as it is:  python -m milora_vl.train --model NAME",
+            hint="fine-tune it unchanged:  python -m milora_vl.train --model NAME",
         )
     if name in MADE_IN_MEMORY:
         language, tokenizer = hub.made_in_memory(name)

@@ -123,7 +123,7 @@ assert tuple(METHODS) == get_args(RuleMethod)
 
 
 def label_of(method: str) -> str:
-    """Return the name of a method for a reader. A name that this version does not know stays as it is.
+    """Return the name of a method for a reader. A name that this version does not know stays unchanged.
 
     >>> label_of("pissa"), label_of("newer")
     ('PiSSA', 'newer')

@@ -187,7 +187,7 @@ def _resolve_targets(
         if isinstance(problem, RankTooLarge):
             if problem.largest != smallest[problem.where]:
                 continue
-            smallest[problem.where] = 0  # one of its shapes stands for all
+            smallest[problem.where] = 0  # one of its shapes represents all
         more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
         problems.append(replace(problem, message=f"{problem.message}: {', '.join(paths[:2])}{more}"))
     return resolved

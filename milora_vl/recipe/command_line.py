@@ -204,7 +204,7 @@ class Request:
 
     @cached_property
     def recipe_file(self) -> RecipeFile:
-        """The recipe, read once: an edit during the run changes neither its settings nor the lines in its errors."""
+        """The recipe, read once: an edit during the run does not change its settings and the lines in its errors."""
         return read_recipe(self.recipe)
 
     def sets(self, path: str) -> bool:

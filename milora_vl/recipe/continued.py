@@ -1,6 +1,6 @@
 """`--adapter FOLDER`: what a run takes from the adapter that it trains further, and what cannot differ from it.
 
-The adapter decides what trains and on which base. The data, the schedule and the rates are those of the new run.
+The adapter decides what trains and on which base. The data, the schedule and the rates come from the new run.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     is_other = holds_residual(folder) or holds_llava_adapter(folder)
     sidecar = None if is_other else read_sidecar(folder)
     if sidecar is None:
-        why = "is in the layout of another program" if is_other else f"has no {FILE_NAME}, which says what trains"
+        why = "is in the layout of another program" if is_other else f"has no {FILE_NAME}, which lists what trains"
         raise UserError(
             f"{folder} {why}",
             code="adapter-plain-lora",
@@ -97,7 +97,7 @@ def _rule_of(target: Target) -> dict[str, Any]:
 
 
 def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) -> list[Problem]:
-    """Return the settings of a recipe that contradict `settings`, those of the adapter; other rates do not."""
+    """Return the settings of a recipe that contradict the adapter's `settings`; other rates do not."""
     before = Recipe.parse(settings)
     pairs = [(Key.of(name), getattr(before, name), getattr(recipe, name)) for name in FIXED if name in settings]
     old, new = (_without_rates(rules.policy or []) for rules in (before, recipe))

@@ -107,7 +107,7 @@ class Flag:
 
 @cache
 def flags() -> Mapping[str, Flag]:
-    """Return all flags by name, those of older scripts included."""
+    """Return all flags by name, also of older scripts."""
     text = resources.files("milora_vl.recipe").joinpath("hf_flags.json").read_text(encoding="utf-8")
     known = {
         name: Flag(name, f["type"], tuple(f["choices"]), f["default"], f["help"])

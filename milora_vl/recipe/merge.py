@@ -36,7 +36,7 @@ class Merged:
     model_at: str  # where it does: the flag, or the line of the recipe
     rules: list[RuleDict] | None  # None if there is no list of rules to check
     names_tower: bool  # whether the recipe or a flag names a vision tower, to compose the base
-    defaults: frozenset[Default]  # ours: neither the recipe nor a flag sets them
+    defaults: frozenset[Default]  # ours: the recipe and the flags do not set them
     batch_in_recipe: tuple[int, int] | None = None  # what the recipe itself says: per device, accumulation
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

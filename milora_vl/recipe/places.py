@@ -32,7 +32,7 @@ def placed(problems: Sequence[Problem], request: Request) -> list[Problem]:
     """Return the problems; a key is where the user has set it, or at the flag that would set it.
 
     A flag changes several rules, so it may have the same problem several times: one stays. An alpha that follows from
-    --rank has no problem of its own.
+    --rank has no separate problem.
     """
     typed, of_rules = _typed(request), _rule_flags(request)
     ranks = {p.where.parts[:2] for p in problems if isinstance(p.where, Key) and p.where.parts[2:] == ("rank",)}
@@ -51,7 +51,7 @@ def placed(problems: Sequence[Problem], request: Request) -> list[Problem]:
                 problem = replace(problem, where=f"--{flag}")
         moved.append(problem)
     file = file_of_rules(request)
-    if request.policy is not None:  # the rules have a file of their own
+    if request.policy is not None:  # the rules have a separate file
         moved = [file.located([problem])[0] if _is_of_rules(problem) else problem for problem in moved]
         file = request.recipe_file
     return list(dict.fromkeys(file.located(moved)))
@@ -62,7 +62,7 @@ def _is_of_rules(problem: Problem) -> bool:
 
 
 def _flag_of(key: Key) -> str | None:
-    """Return the flag that sets a key, None if there is none."""
+    """Return the flag that sets a key, None without such a flag."""
     if key.parts[0] == "train" and len(key.parts) == 2 and key.parts[1] in hf_flags.flags():
         return str(key.parts[1])
     return FLAGS.get(str(key))

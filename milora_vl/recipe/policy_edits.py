@@ -16,10 +16,10 @@ ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protec
 RuleDict = dict[str, Any]
 
 PROTECTED = 0.95  # docs/studies/keep.md
-# `protect` goes with these methods; others are compared with them as they are known elsewhere.
+# `protect` goes with these methods; others are compared with them in their usual form.
 PROTECTING = ("milora", "gradient")
 
-# What forgets least at equal loss: docs/studies/keep.md. Rank and rates are those of the paper's LLaVA-1.5-7B (arXiv:
+# What forgets least at equal loss: docs/studies/keep.md. Rank and rates are from the paper's LLaVA-1.5-7B (arXiv:
 # 2406.09044, Table 11), and the projector trains as in LLaVA's script.
 DEFAULT_RULES: tuple[RuleDict, ...] = (
     {

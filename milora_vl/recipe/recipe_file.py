@@ -40,7 +40,7 @@ for _first in "-+.0123456789":
 
 @dataclass(frozen=True, slots=True)
 class RecipeFile:
-    """A recipe as it was read: unchecked content, the line of each dotted key, and the name of its source."""
+    """A recipe before its checks: the content, the line of each dotted key, and the name of its source."""
 
     content: dict[str, Any] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class RecipeFile:
     packaged: str = ""  # name, if it is one of ours
 
     def line_of(self, key: Key) -> int | None:
-        """Return the line of a key, which may stand there by an older name of the setting."""
+        """Return the line of a key, which may have an older name of the setting."""
         older = [old for old, new in RENAMED.items() if key.parts == ("train", new)]
         names = [str(key), *(f"train.{name}" for name in older)]
         return next((self.lines[name] for name in names if name in self.lines), None)
@@ -170,5 +170,5 @@ def recipe_of_run(folder: Path) -> dict[str, Any]:
 
 
 def trained_template(folder: Path) -> str:
-    """Return the template of a run, by default that of LLaVA-1.5. `folder` is as in `recipe_of_run`."""
+    """Return the template of a run, by default LLaVA-1.5's. `folder` is as in `recipe_of_run`."""
     return recipe_of_run(folder).get("template") or "vicuna_v1"

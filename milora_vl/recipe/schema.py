@@ -206,7 +206,7 @@ class Recipe(Strict):
 
 
 def values_of(content: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
-    """Return the recipe of some keys, None if a value is wrong; and the problems of each value by itself."""
+    """Return the recipe of some keys, None if a value is wrong; and the problems of each single value."""
     train, problems = train_section(content.get("train"))
     try:
         recipe = Recipe.model_validate({**content, "train": {}})

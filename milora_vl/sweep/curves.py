@@ -41,7 +41,7 @@ Curves = Mapping[str, Mapping[int, Sequence[Spot]]]
 class Ratio:
     """A geometric mean over seeds with its 95 % interval (Student's t on the logarithms); one seed has no interval.
 
-    `is_lower_bound`: in some seed the loss lies above the curve of the reference, whose last training stands for it. A
+    `is_lower_bound`: in some seed the loss is above the curve of the reference, whose last training is used instead. A
     training of the reference at a lower rate might forget less there, and the true ratio is at least this one.
     """
 

@@ -148,7 +148,7 @@ def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequ
 
 
 def compile_blocks(model: nn.Module, options: Mapping[str, str]) -> None:
-    """Compile each block of the language tower by itself; equal blocks share their code.
+    """Compile each block of the language tower separately; equal blocks share their code.
 
     The loss in chunks, the vision tower and checkpointing stay outside. `options` are arguments of torch.compile.
     """

@@ -189,7 +189,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         return self.model
 
     def get_train_dataloader(self) -> Any:
-        """Return HF's loader, one that groups records by length, or one that reads this process's share of a stream."""
+        """Return HF's loader, a loader that groups by length, or a loader of this process's share of a stream."""
         args, dataset, collator = self.args, self.train_dataset, self.data_collator
         if isinstance(dataset, RecordStream):
             self._stream = loaders.stream_loader(dataset, collator, args, self.resume_from)
@@ -209,7 +209,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         return self.accelerator.prepare(loaders.guarded(loader))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Return HF's loader, which fails if its processes hang. No training record stands for a held-out one."""
+        """Return HF's loader, which fails if its processes hang. No training record replaces a held-out one."""
         collator = self.data_collator
         if isinstance(collator, RecordCollator):
             self.data_collator = collator.for_evaluation()

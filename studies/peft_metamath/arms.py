@@ -10,7 +10,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 LORA, OSF = "lora/llama-3.2-3B-rank32", "osf/llama-3.2-3B-rank128"
-# PEFT's other adapters with one fixed factor. Their published results stand in the table; as arms they run too.
+# PEFT's other adapters with one fixed factor. The table has their published results; as arms they run too.
 FIXED = ("lora/llama-3.2-3B-rank32-lorafa", "lora/llama-3.2-3B-rank32-mica")
 OURS: Mapping[str, Mapping[str, Any]] = {
     "gradient": {"method": "gradient", "protect": 0.95},  # our default
@@ -24,7 +24,7 @@ def rules(arm: str, model: nn.Module, lora: LoraConfig) -> list[dict[str, Any]]:
     """Return the policy of one of our arms: the modules and the trained parameters of PEFT's LoRA.
 
     `milora` has the rank of the LoRA and scale 1, as in the paper's table of settings. The others train one factor, so
-    at equal trained parameters their rank is larger (80 for rank 32 on Llama-3.2-3B); their scale is that of the LoRA.
+    at equal trained parameters their rank is larger (80 for rank 32 on Llama-3.2-3B); their scale is the LoRA's.
     """
     kind: str = model.config.model_type  # type: ignore[assignment, union-attr]
     names = sorted(lora.target_modules or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])

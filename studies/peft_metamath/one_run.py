@@ -1,10 +1,10 @@
-"""One arm and seed, in a process of its own: `python -m studies.peft_metamath.one_run CHECKOUT ARM FOLDER`.
+"""One arm and seed, in a separate process: `python -m studies.peft_metamath.one_run CHECKOUT ARM FOLDER`.
 
 PEFT's run.py trains and measures. Replaced in it are:
 
 - `get_model`: it returns the base with our adapter for our arms.
 - `get_train_valid_test_datasets`: PEFT reads MetaMathQA in its order, and its `init_accelerator` seeds torch with 0
-  whatever the seed. With seed 0 that stays, so the run equals PEFT's; other seeds shuffle the training set and seed the
+  for any seed. With seed 0 that stays, so the run equals PEFT's; other seeds shuffle the training set and seed the
   start of the adapter.
 - `get_peft_branch`: it needs a PEFT that is installed from a git repository.
 - `log_to_file`: PEFT's log goes to FOLDER/result.json, with our policy beside its settings.

@@ -24,7 +24,7 @@ PAGE = re.sub(
 
 
 def trainings() -> Iterator[tuple[int, list[str]]]:
-    """Yield devices and flags of each row: of its command, or of the command above `Other rows` with the flags there."""
+    """Yield devices and flags of each row: of its command, or of the command above `Other rows` with more flags."""
     devices, flags = 0, ""
     command = r"(?:torchrun --nproc_per_node (\d+)|python) -m milora_vl\.train (.+)"
     for match in re.finditer(rf"^{command}$|^Other rows: ((?:.+\n)+)", PAGE, re.MULTILINE):

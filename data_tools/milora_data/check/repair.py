@@ -29,7 +29,7 @@ def write_repaired(report: Report, data: Path, out: Path) -> str:
     first = list(islice(usable, 1))
     if not first:
         message = "\n".join([f"no record of {data} is usable; nothing was written", *_changes(done)])
-        hint = "repair the records by hand, or copy or download the file again"
+        hint = "edit the records, or copy or download the file again"
         raise UserError(message, code="data-no-usable-record", where=str(data), hint=hint)
     count = write_objects(out, chain(first, usable))
     return "\n".join([f"{out}: {amount(count, 'record')}", *_changes(done)]) + "\n"

@@ -71,7 +71,7 @@ def segments_of(
         segments = own_segments(turns, tokenizer, prompt=prompt, tools=tools)
         if with_tools and any(IMAGE in segment.text for segment in segments):
             raise DataError(
-                f'a tool, a call or a result contains "{IMAGE}", which stands for a picture',
+                f'a tool, a call or a result contains "{IMAGE}", the mark of a picture',
                 code="record-tools-picture",
                 hint="remove the marker from the text of the tool",
             )
@@ -100,7 +100,7 @@ def own_segments(
     """Return the segments of a conversation, with or without tools, in the tokenizer's own chat template.
 
     Supervised are the assistant's texts and calls with the token that ends each of them, also of earlier turns of a
-    `prompt`: their tokens have to be those of the training.
+    `prompt`: their tokens have to equal those in the training.
     Raises `UserError` without a chat template, and `DataError` if it refuses the turns, rewrites their texts, or does
     not write the tools.
     """
@@ -133,7 +133,7 @@ def _chat_template(tokenizer: Any, template: str) -> TextTemplate:
 class Rendered(NamedTuple):
     """A conversation as the processor reads it: each picture is the template's placeholder.
 
-    `supervised` has the ranges of characters (start, end) on which the loss is computed. With a plain prompt,
+    `supervised` has the ranges of characters (start, end) on which the loss is computed. In a plain prompt,
     `suffix` is the whole answer, and all of it is supervised; other prompts have no suffix (None).
     """
 
@@ -308,7 +308,7 @@ class PictureTemplate:
             written = written[: written.rindex(self.end) + len(self.end)]
         if not written or not text.startswith(before + written):
             raise DataError(
-                "the model's chat template writes a call of this record in another way when the conversation goes on, "
+                "the model's chat template writes a call of this record differently when the conversation continues, "
                 "so the supervised part is unknown",
                 code="chat-template-rewrites-text",
                 hint="split the record after the call, or use another model",

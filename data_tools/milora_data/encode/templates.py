@@ -245,7 +245,7 @@ def no_tools() -> DataError:
     return DataError(
         "this template writes no tools, their calls and their results",
         code="record-tools",
-        hint="use a chat template that writes tools: that of a text model (--template chat_template) or of a\n"
+        hint="use a chat template that writes tools: a text model's (--template chat_template) or of a\n"
         "vision-language model other than LLaVA (docs/data-format.md)",
     )
 

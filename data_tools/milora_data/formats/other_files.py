@@ -1,7 +1,7 @@
 """Convert RefCOCO, COCO captions, tables and instructions of text alone to LLaVA records.
 
 Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), or of
-MetaMathQA; `system` and `history` are those of LLaMA-Factory's form of Alpaca.
+MetaMathQA; `system` and `history` are as in LLaMA-Factory's form of Alpaca.
 """
 
 from __future__ import annotations
