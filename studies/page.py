@@ -165,11 +165,8 @@ def question_table(found: Sequence[_Read]) -> Table:
     rows = tuple((label, *(column.get(label, "") for column in columns)) for label in labels)
     seeds = ", ".join(f"{one.study.task} {one.study.search_seeds or one.study.seeds}" for one in found)
     caption = (
-        "What an arm forgets, divided by what the reference (1) forgets, both read at the lowest validation loss that "
-        "both reach with the same seed. Seeds with several learning rates, which a curve needs: "
-        f"{seeds}. One seed has no interval; several have 95 % intervals (Student’s t on the logarithms). "
-        "≥: in some seed the arm ends above the losses that the reference was trained to, and a lower rate of the "
-        "reference might forget less there."
+        "Forgetting divided by the reference’s (1), at [equal loss](index.md#how-they-are-read). "
+        f"Seeds: {seeds}. ≥: a lower bound."
     )
     return Table(("arm", *(one.study.task for one in found)), rows, caption)
 
