@@ -22,7 +22,7 @@ from milora_vl.models.losses import add_chunked_loss, summed_loss
 from plan import status
 
 WORDS, LENGTH, WIDTH = 32000, 2048, 256
-LEARNT = (60, LENGTH - 1)  # of a LLaVA record, and of a text record
+SUPERVISED = (60, LENGTH - 1)  # of a LLaVA record, and of a text record
 WAYS = ("own", "chunked")
 
 
@@ -39,11 +39,11 @@ def model() -> Any:
     return made
 
 
-def batch(learnt: int) -> dict[str, torch.Tensor]:
-    """Return one row in which the last `learnt` positions are supervised."""
+def batch(supervised: int) -> dict[str, torch.Tensor]:
+    """Return one row with labels at its last `supervised` positions."""
     ids = torch.randint(0, WORDS, (1, LENGTH))
     labels = ids.clone()
-    labels[:, :-learnt] = -100
+    labels[:, :-supervised] = -100
     return {"input_ids": ids, "labels": labels}
 
 
@@ -59,9 +59,9 @@ def step(made: Any, inputs: dict[str, torch.Tensor], way: str) -> float:
     return float(loss.detach())
 
 
-def memory(way: str, learnt: int) -> int:
+def memory(way: str, supervised: int) -> int:
     """Return the bytes that the third step needs at its peak."""
-    made, inputs = model(), batch(learnt)
+    made, inputs = model(), batch(supervised)
     for _ in range(2):
         step(made, inputs, way)
     start = status("VmRSS")
@@ -71,10 +71,10 @@ def memory(way: str, learnt: int) -> int:
     return status("VmHWM") - start
 
 
-def seconds(learnt: int, rounds: int) -> dict[str, float]:
+def seconds(supervised: int, rounds: int) -> dict[str, float]:
     """Return the median processor time of a step per method, with one thread: more threads wait for each other."""
     torch.set_num_threads(1)
-    made, inputs = model(), batch(learnt)
+    made, inputs = model(), batch(supervised)
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     losses = {way: step(made, inputs, way) for way in WAYS}
     assert abs(losses["own"] - losses["chunked"]) < 1e-5 * losses["own"], losses
@@ -89,7 +89,7 @@ def seconds(learnt: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     """Measure both methods at both numbers of supervised positions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", nargs=2, metavar=("WAY", "LEARNT"), help="measure the memory of one method (internal)")
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "NUMBER"), help="measure the memory of one method (internal)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     if args.one:
@@ -97,15 +97,15 @@ def main() -> None:
         return
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     rows = []
-    for learnt in LEARNT:
+    for supervised in SUPERVISED:
         peaks = {}
         for way in WAYS:
-            command = [sys.executable, __file__, "--one", way, str(learnt)]
+            command = [sys.executable, __file__, "--one", way, str(supervised)]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
             peaks[way] = int(done.stdout.split()[-1])
-        times = seconds(learnt, args.rounds)
+        times = seconds(supervised, args.rounds)
         rows.append({
-            "supervised": learnt, "own_mb": round(peaks["own"] / 1e6), "chunked_mb": round(peaks["chunked"] / 1e6),
+            "supervised": supervised, "own_mb": round(peaks["own"] / 1e6), "chunked_mb": round(peaks["chunked"] / 1e6),
             "memory": round(peaks["chunked"] / peaks["own"], 3), "own_s": round(times["own"], 3),
             "chunked_s": round(times["chunked"], 3), "time": round(times["chunked"] / times["own"], 3),
         })  # fmt: skip

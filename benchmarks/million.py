@@ -2,7 +2,7 @@
 
 python benchmarks/million.py --records 1000000 --output_dir FOLDER
 
-Each command runs in a process of its own. A line has its elapsed and processor time, and the peak of its resident
+Each command runs in a separate process. A line has its elapsed and processor time, and the peak of its resident
 memory, alone and with its loader processes. A training makes 200 short steps of the tiny model with batches of similar
 lengths; it is killed at step 150 and resumed. Prints a JSON line.
 """
