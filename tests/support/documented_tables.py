@@ -14,8 +14,8 @@ LEFT_OPEN: tuple[tuple[str, str], ...] = (
     (
         r"(llava/train/train_mem\.py .*)\.\.\.",
         r"--protect 0.5 \1--model_name_or_path vicuna --version v1 --data_path train.json --image_folder images "
-        "--vision_tower clip --mm_projector_type mlp2x_gelu --image_aspect_ratio pad --bf16 False --max_steps 1 --report_to none "
-        "--use_cpu True --save_strategy no --lora_r 4 --output_dir runs/llava-lora",
+        "--vision_tower clip --mm_projector_type mlp2x_gelu --image_aspect_ratio pad --bf16 False --max_steps 1 "
+        "--report_to none --use_cpu True --save_strategy no --lora_r 4 --output_dir runs/llava-lora",
     ),
     (r"milora demo(?: --quick)?$", "milora demo --recipe tiny-demo.yaml --quick"),
     (r"milora_vl\.train --method$", "milora_vl.train --model tiny --rank 4 --method lora --dry-run"),
