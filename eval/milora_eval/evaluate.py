@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ from milora_data.encode.templates import OWN, no_videos, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_items
-from milora_eval.answers.runner import Outcome, ask, audit, finish, prompt_of
+from milora_eval.answers.runner import Asker, Outcome, ask, ask_model, audit, finish, prompt_of
+from milora_eval.answers.served import ask_server, require_servable, served_name, served_settings
 from milora_eval.answers.store import alone
 from milora_eval.answers.target import EvalTarget
 from milora_eval.benchmark import Benchmark
+from milora_eval.chat_server import ChatServer
 from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, numbers, read_results, write_results
 from milora_eval.scores.table import write_table
@@ -78,13 +81,31 @@ def evaluate(model: Any, processor: Any, plan: EvaluationPlan, items: Items, out
     """
     keys = settings(model, processor, plan.adapter, plan.template, plan.image_aspect_ratio)
     plan = replace(plan, settings=keys if plan.scale == 1 else keys | {"scale": plan.scale})
+    return _evaluate(partial(ask_model, model, processor, plan), plan, items, output_dir)
+
+
+def evaluate_served(
+    server: ChatServer, model: str, plan: EvaluationPlan, items: Items, output_dir: Path
+) -> Path | None:
+    """Evaluate the model of this name on a server; return the folder of its results, None while shards are missing.
+
+    Raises UserError for benchmarks that it cannot be asked, and (exit code 1) if the server stops answering.
+    """
+    require_servable(plan, items)
+    server.require(model)
+    plan = replace(plan, which=served_name(model), model_name=model, settings=served_settings(model))
+    done = _evaluate(partial(ask_server, server, plan), plan, items, output_dir)
+    return None if done is None else results_folder(output_dir, plan.suite, plan.which)
+
+
+def _evaluate(asker: Asker, plan: EvaluationPlan, items: Items, output_dir: str | Path) -> Results | None:
     folder = results_folder(output_dir, plan.suite, plan.which)
     questions = questions_of(plan, items)
-    outcome = ask(model, processor, plan, questions, folder)
+    outcome = ask(asker, plan, questions, folder)
     with nullcontext() if plan.shard[1] == 1 else alone(folder):
         if not finish(plan, questions, folder):
             return None
-        return _write(plan, outcome, audit(model, processor, plan, questions, folder) if plan.audit else None, folder)
+        return _write(plan, outcome, audit(asker, plan, questions, folder) if plan.audit else None, folder)
 
 
 def _write(plan: EvaluationPlan, outcome: Outcome, checked: dict[str, Any] | None, folder: Path) -> Results:

@@ -65,6 +65,11 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": "NAME",
         "help": "own benchmark that the answers name: module:Class or file.py:Class. Its code runs.",
     },
+    "key_variable": {
+        "default": "OPENAI_API_KEY",
+        "metavar": "NAME",
+        "help": "environment variable with the API key (default: %(default)s)",
+    },
     "protocol": {"metavar": "NAME", "help": "official or llava, for benchmarks that have both"},
     "image_tokens": {"type": count, "default": 576, "help": "tokens per picture (default: %(default)s)"},
     "allow_base_mismatch": {"action": "store_true", "help": "continue with another base model"},

@@ -1,4 +1,4 @@
-"""Free-form answers and their judge: from a file or an OpenAI-compatible server, one request per answer."""
+"""Free-form answers and their judge: from a file or an OpenAI-compatible server, one question per answer."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from milora_eval.__main__ import main
 from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmark import Item
+from milora_eval.chat_server import PAUSES
 from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import find_benchmark, folder_of
 from support import official_data
@@ -29,7 +30,9 @@ class Judge(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         if not self.replies:
-            self.send_error(503)
+            self.send_response(503)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
             return
         body = json.dumps({"choices": [{"message": {"content": self.replies.pop(0)}}]}).encode()
         self.send_response(200)
@@ -68,12 +71,12 @@ def headline(folder: Path) -> dict[str, Any]:
 def test_grades_come_from_a_server_and_are_kept(server: str, tmp_path: Path) -> None:
     folder = stored("mm-vet", tmp_path)
     Judge.replies = ["0.5", " 1.0\n"]
-    with raises_code("judge-no-answer", message="503") as caught:
+    with raises_code("server-no-answer", message="503") as caught:
         main(["judge", str(folder), "--endpoint", server])
     assert caught.value.exit_code == 1
     Judge.replies = ["0.0"]
     assert main(["judge", str(folder), "--endpoint", server, "--judge_model", "other"]) == 0
-    assert [request["model"] for request in Judge.asked] == ["gpt-4-0613"] * 3 + ["other"]
+    assert [request["model"] for request in Judge.asked] == ["gpt-4-0613"] * (2 + 1 + len(PAUSES)) + ["other"]
     prompt = Judge.asked[0]["messages"][0]["content"]
     assert prompt.endswith("What is it?  | red <OR> a disc | It is v1_0. | ")
     assert prompt.startswith("Compare the ground truth and prediction from AI models")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Question, select, shard_of
@@ -24,6 +24,16 @@ from milora_vl.models.generate import Prompt, generate
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
 
 
+class Asker(Protocol):
+    """Asks a model questions and passes each batch of answers to `keep`; `one_by_one`, so that no answer depends on it.
+
+    `ask_model` is one after its first arguments, `ask_server` of `served` another.
+    """
+
+    def __call__(self, todo: Sequence[Question], keep: Keep, *, one_by_one: bool = False) -> None:
+        """Ask the questions, in any order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How many questions the model answered, and how many seconds that took."""
@@ -32,7 +42,7 @@ class Outcome:
     seconds: float
 
 
-def ask(model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> Outcome:
+def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> Outcome:
     """Generate the answers of the plan's shard that are missing in `folder`."""
     store, start = Store(folder, plan.shard), time.perf_counter()
     # POPE repeats some questions in its sets. The same question about the same picture is asked once.
@@ -50,7 +60,7 @@ def ask(model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Qu
             store.append([_line(plan, question, text) for question, text in zip(done, answers, strict=True)])
             bar.update(len(done))
 
-        _run_model(model, processor, plan, todo, keep, batch_size=plan.batch_size, share_pictures=True)
+        asker(todo, keep)
     return Outcome(len(todo), time.perf_counter() - start)
 
 
@@ -65,10 +75,8 @@ def finish(plan: EvaluationPlan, questions: Sequence[Question], folder: Path) ->
     return True
 
 
-def audit(
-    model: Any, processor: Any, plan: EvaluationPlan, questions: Sequence[Question], folder: Path
-) -> dict[str, Any]:
-    """Ask `plan.audit` questions again, one by one without shared pictures, and report which answers changed."""
+def audit(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
+    """Ask `plan.audit` questions again, one by one, and report which answers changed."""
     chosen = {id(item) for item in select([question.item for question in questions], plan.audit)}
     again = [question for question in questions if id(question.item) in chosen]
     texts: dict[str, str] = {}
@@ -76,7 +84,7 @@ def audit(
     def keep(done: Sequence[Question], answers: Sequence[Reply]) -> None:
         texts.update(zip((question.key for question in done), answers, strict=True))
 
-    _run_model(model, processor, plan, again, keep, batch_size=1, share_pictures=False)
+    asker(again, keep, one_by_one=True)
     stored = Store(folder).known()
     changed = [question.item.id for question in again if stored[question.key] != texts[question.key]]
     return {"n": len(again), "changed": len(changed), "ids": changed}
@@ -88,16 +96,16 @@ def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
     return Prompt(benchmark.prompt(item), item.images, benchmark.form, item.videos, source)
 
 
-def _run_model(
+def ask_model(
     model: Any,
     processor: Any,
     plan: EvaluationPlan,
     todo: Sequence[Question],
     keep: Keep,
     *,
-    batch_size: int,
-    share_pictures: bool,
+    one_by_one: bool = False,
 ) -> None:
+    """Ask a loaded model, in batches of `plan.batch_size`, or one by one without shared pictures."""
     for benchmark, group in groupby(todo, key=lambda question: question.benchmark):
         part = list(group)
 
@@ -111,9 +119,9 @@ def _run_model(
             template=plan.template,
             max_new_tokens=benchmark.max_new_tokens,
             num_beams=benchmark.num_beams,
-            batch_size=batch_size,
+            batch_size=1 if one_by_one else plan.batch_size,
             image_aspect_ratio=plan.image_aspect_ratio,
-            share_pictures=share_pictures,
+            share_pictures=not one_by_one,
             on_batch=on_batch,
         )
 

@@ -1,24 +1,21 @@
 """`python -m milora_eval judge FOLDER`: grade free-form answers (MM-Vet, LLaVA-Bench) with a judge model, then score.
 
-The judgements come from a file or an OpenAI-compatible server (timeout, no retry). They are stored one per line in
-judgements.jsonl, in the folder of the answers. No answer is judged twice.
+The judgements come from a file or an OpenAI-compatible server. They are stored one per line in judgements.jsonl, in the
+folder of the answers. No answer is judged twice.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_eval.answers.identity import digest
 from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, to_item
+from milora_eval.chat_server import ChatServer, api_key
 from milora_eval.data_files import read_jsonl
 from milora_eval.scores.results import judgements, require_answers, review_of, score
 from milora_eval.scores.table import write_table
@@ -27,8 +24,6 @@ from milora_vl.base.errors import UserError
 from milora_vl.cli.command_line import next_step
 from milora_vl.cli.flags import Command, option, shared
 from milora_vl.cli.table import FORMATS, show
-
-Ask = Callable[[str, str, str], str]  # (model, system message or "", prompt) -> text of the judge
 
 COMMAND = Command(
     "milora_eval judge",
@@ -48,12 +43,7 @@ examples:
     settings=(
         shared("plugin"),
         option("--judge_model", metavar="NAME", help="judge model (default: set by the benchmark)"),
-        option(
-            "--key_variable",
-            default="OPENAI_API_KEY",
-            metavar="NAME",
-            help="environment variable with the API key (default: %(default)s)",
-        ),
+        shared("key_variable"),
     ),
     outputs=(shared("format", choices=FORMATS),),
 )
@@ -70,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{judge_from_file(options.file, options.folder)} judgements read from {options.file}\n")
     else:
         waiting = list(unjudged(options.folder))
-        server = Endpoint(options.endpoint, os.environ.get(options.key_variable, ""))
+        server = ChatServer(options.endpoint, api_key(options.key_variable), flag="--endpoint")
         for line in tqdm(waiting, desc="judge", unit="answer", file=sys.stderr, disable=None):
-            judge_by(server.ask, line, options.judge_model, options.folder)
+            judge_by(server, line, options.judge_model, options.folder)
     missing = sum(1 for _ in unjudged(options.folder))
     results = score(options.folder)
     table = write_table(options.folder)
@@ -91,35 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """A chat-completions server: `url` up to and including /v1; `key` goes into the Authorization header."""
-
-    url: str
-    key: str = ""
-    timeout: float = 120.0
-
-    def ask(self, model: str, system: str, prompt: str) -> str:
-        """Return the answer at temperature 0. Raises UserError (exit code 1) if the server does not answer."""
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": prompt})
-        body = {"model": model, "temperature": 0, "messages": messages}
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                answer = json.load(response)["choices"][0]["message"]["content"]
-        except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(
-                f"the judge at {address} did not answer: {error}",
-                code="judge-no-answer",
-                hint="the judgements so far are saved; run the same command again to continue",
-                exit_code=1,
-            ) from None
-        return str(answer)
-
-
 def unjudged(folder: Path) -> Iterator[Line]:
     """Yield the answers that need a judge and have no judgement yet."""
     reviews = judgements(folder)
@@ -128,11 +89,12 @@ def unjudged(folder: Path) -> Iterator[Line]:
             yield line
 
 
-def judge_by(ask: Ask, line: Line, model: str | None, folder: Path) -> None:
+def judge_by(server: ChatServer, line: Line, model: str | None, folder: Path) -> None:
     """Ask the judge about one answer and store the judgement."""
     benchmark = stored_benchmark(line["benchmark"])
     prompt = benchmark.judge_prompt(to_item(line), line["prediction"])
-    judgement = ask(model or benchmark.judge, benchmark.judge_system, prompt)
+    system = [{"role": "system", "content": benchmark.judge_system}] if benchmark.judge_system else []
+    judgement = server.chat(model or benchmark.judge, [*system, {"role": "user", "content": prompt}])
     _store(line, judgement, model or benchmark.judge, folder)
 
 

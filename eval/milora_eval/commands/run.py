@@ -5,25 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from milora_data.encode.templates import template_name
+from milora_data.encode.templates import OWN, template_name
 from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, read_chosen
 from milora_eval.answers.target import EvalTarget, eval_target
+from milora_eval.chat_server import KEY_VARIABLE, ChatServer, api_key
 from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import choose, data_folder
 from milora_vl.adapter.folders import holds_adapter, model_of
-from milora_vl.base.errors import UserError, at_flag
-from milora_vl.cli.command_line import count, next_step
+from milora_vl.base.errors import Problem, UserError, at_flag
+from milora_vl.cli.command_line import count, next_step, positive
 from milora_vl.cli.flags import OR_ADAPTER, Command, flag, option, shared
 from milora_vl.cli.table import FORMATS, show
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.page import regenerate_report
 
+BATCH_SIZE, CONCURRENCY, FORGETTING_TOKENS = 32, 16, 8192
 # `scales` has these flags too.
 INPUTS = (
     shared("model", about=OR_ADAPTER),
@@ -42,7 +44,7 @@ ASKING = (
     shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
     shared("protocol"),
     shared("template"),
-    shared("batch_size", default=32, about="questions per batch (default: %(default)s)"),
+    shared("batch_size", default=BATCH_SIZE, about="questions per batch (default: %(default)s)"),
 )
 OUTPUTS = (
     shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
@@ -58,8 +60,13 @@ examples:
   python -m milora_eval run --model llava-1.5-7b --suite llava-paper --data playground/data/eval --output_dir out
   python -m milora_eval run --model llava-1.5-7b --benchmarks pope,gqa@official --data data --limit 100 --output_dir out
   python -m milora_eval run --model llava-1.5-7b --benchmarks my_questions.json --output_dir out
+  python -m milora_eval run --server http://localhost:8000/v1 --served_model merged --suite emoji --output_dir out
 """,
-    inputs=INPUTS,
+    inputs=(
+        *INPUTS,
+        option("--server", metavar="URL", help="ask a server with OpenAI's interface; up to and including /v1"),
+        option("--served_model", metavar="NAME", help="name of the model on the --server"),
+    ),
     settings=(
         shared("scale"),
         flag("--with_base", "also evaluate the base model"),
@@ -68,20 +75,57 @@ examples:
         option(
             "--forgetting_tokens",
             type=count,
-            default=8192,
+            default=FORGETTING_TOKENS,
             help="tokens of general text to measure forgetting on; 0 skips it (default: %(default)s)",
         ),
         option("--shard", default="1/1", metavar="i/n", help="evaluate part i of n; all parts write to one folder"),
         shared("device"),
         shared("dtype"),
+        option(
+            "--concurrency",
+            type=positive,
+            metavar="N",
+            help=f"questions that the --server gets at once (default: {CONCURRENCY})",
+        ),
+        shared("key_variable"),
     ),
     outputs=OUTPUTS,
 )
 
 
+# Flags of a model that this program loads -> what they are without a value.
+OF_LOADED = {
+    "--model": None,
+    "--adapter": None,
+    "--base": None,
+    "--template": None,
+    "--device": None,
+    "--dtype": None,
+    "--with_base": False,
+    "--scale": 1.0,
+    "--batch_size": BATCH_SIZE,
+    "--forgetting_tokens": FORGETTING_TOKENS,
+}
+OF_SERVED = {"--served_model": None, "--concurrency": None, "--key_variable": KEY_VARIABLE}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
+    folders = _of_loaded(options) if options.server is None else _of_served(options)
+    if folders is None:
+        sys.stderr.write(f"shard {options.shard} is complete; the last shard to finish writes the results\n")
+        return 0
+    _print(options, folders)
+    if options.server is None:
+        _report(options.output_dir)
+    next_step("milora_eval", "view", *folders)
+    return 0
+
+
+def _of_loaded(options: argparse.Namespace) -> list[Path] | None:
+    """Load a model and evaluate it; return the folders of its results and its base's, None while shards are missing."""
+    _refuse(options, OF_SERVED, "belongs to a --server", "add:  --server URL")
     options.model = model_of(options.model, options.adapter, "milora_eval", "run", "--adapter")
     target = eval_target(options.model, options.adapter, options.base, options.scale)
     if options.with_base and not target.has_base:
@@ -98,18 +142,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr.write(f"loading {options.model}" + (f" with {target.adapter}\n" if target.adapter else "\n"))
     from milora_eval.evaluate import run_job
 
-    folders = run_job(options, target, plan, items)
-    if folders is None:
-        sys.stderr.write(f"shard {options.shard} is complete; the last shard to finish writes the results\n")
-        return 0
-    _print(options, folders)
-    _report(options.output_dir)
-    next_step("milora_eval", "view", *folders)
-    return 0
+    return run_job(options, target, plan, items)
 
 
-def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[EvaluationPlan, Items]:
+def _of_served(options: argparse.Namespace) -> list[Path] | None:
+    """Evaluate a model on a server; return the folder of its results, None while shards are missing."""
+    _refuse(options, OF_LOADED, "has no effect on a model on a server", "remove it, or --server")
+    server = ChatServer(options.server, api_key(options.key_variable))
+    plan, items = planned(options, None)
+    plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
+    from milora_eval.evaluate import evaluate_served
+
+    folder = evaluate_served(server, options.served_model, plan, items, options.output_dir)
+    return folder and [folder]
+
+
+def _refuse(options: argparse.Namespace, flags: Mapping[str, object], why: str, hint: str) -> None:
+    """Raise UserError with a problem for each of these flags that has another value than this one."""
+    typed = [flag for flag, default in flags.items() if getattr(options, flag[2:]) != default]
+    if typed:
+        raise UserError(problems=[Problem(why, "flag-conflict", flag, hint) for flag in typed])
+
+
+def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[EvaluationPlan, Items]:
     """Return the plan of --suite or --benchmarks, and the items of its benchmarks, which are read once.
+
+    Without a target, a server answers, in the chat template of its model.
 
     Raises UserError for missing data.
     """
@@ -121,9 +179,11 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
             template_name(options.template)
     data = data_folder(value, options.data)
     items = read_chosen(chosen, data, options.limit)
-    from milora_vl.plan.prompts import prompts_of
+    from milora_vl.plan.prompts import Prompts, prompts_of
 
-    prompts = prompts_of(target.model, target.adapter, options.template)
+    prompts = Prompts(OWN, "plain")
+    if target is not None:
+        prompts = prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(
         suite=chosen.name,
         benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
@@ -131,7 +191,7 @@ def planned(options: argparse.Namespace, target: EvalTarget) -> tuple[Evaluation
         template=prompts.template,
         image_aspect_ratio=prompts.image_aspect_ratio,
         limit=options.limit or chosen.limit,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size if target else options.concurrency or CONCURRENCY,
     )
     return plan, items
 

@@ -1,0 +1,263 @@
+"""`milora_eval run --server`: a real HTTP server answers, fails and dies; answers and tables are as of a local run.
+
+Its equality with the local run is tested with the server of transformers, in tests/export/test_serving.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from milora_data.pictures.files import ImageError, load_image
+from milora_eval import chat_server
+from milora_eval.__main__ import main
+from milora_eval.answers.served import picture_url
+from milora_eval.answers.store import read_lines
+from milora_vl.base.errors import UserError
+from support import official_data
+from support.chat_server import Answers, answer, answering
+from support.eval_questions import write_questions
+from support.problems import raises_code
+
+NUM = 22  # questions of the fixture
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_server, "PAUSES", (0.01, 0.02, 0.04))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("emoji"))
+
+
+def run(address: str, data: Path, output: Path, *more: str, model: str = "mine") -> int:
+    flags = ["--server", address, "--served_model", model, "--suite", "emoji", "--data", str(data)]
+    return main(["run", *flags, "--output_dir", str(output), *more])
+
+
+def folder(output: Path, model: str = "mine") -> Path:
+    return output / "eval" / "emoji" / f"served-{model}"
+
+
+def results(output: Path, model: str = "mine") -> dict[str, Any]:
+    return dict(json.loads((folder(output, model) / "results.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an evaluation without faults; read it."""
+    output = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch, answering(Answers()) as address:
+        patch.setenv("no_proxy", "*")
+        assert run(address, data, output) == 0
+    return output
+
+
+def predictions(output: Path) -> bytes:
+    return (folder(output) / "predictions.jsonl").read_bytes()
+
+
+def test_answers_scores_and_table_are_stored_as_for_a_loaded_model(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = Answers()
+    with answering(answers) as address:
+        assert run(address, data, tmp_path, "--audit", "5", "--concurrency", "4") == 0
+    shown = capsys.readouterr()
+    found, lines = results(tmp_path), read_lines(folder(tmp_path) / "predictions.jsonl")
+    assert (found["model"], found["asked"], found["audit"]) == ("mine", NUM, {"n": 5, "changed": 0, "ids": []})
+    said = {json.dumps(body["messages"]): answer(body) for _, body in answers.asked[:NUM]}
+    assert sorted(line["prediction"] for line in lines) == sorted(text for text, _ in said.values())
+    truncated = sum(reason == "length" for _, reason in said.values())
+    assert found["benchmarks"][0]["truncated"] == truncated > 0
+    assert f"truncated: {truncated} of {NUM} answers of served-mine to emoji, at 12 tokens" in shown.err
+    assert "mean over types" in shown.out
+    assert 1 < answers.most_at_once <= 4
+    assert (folder(tmp_path) / "table.md").is_file()
+
+
+def test_a_request_has_the_turns_the_picture_and_greedy_settings(data: Path, tmp_path: Path) -> None:
+    answers = Answers()
+    with answering(answers) as address:
+        run(address, data, tmp_path)
+    bodies = [body for _, body in answers.asked]
+    settings = {"model": "mine", "temperature": 0, "frequency_penalty": 0, "max_tokens": 12}
+    assert all({name: body[name] for name in settings} == settings for body in bodies)
+    assert {"role": "user", "content": "Is red a color?"} in [body["messages"][0] for body in bodies]
+    [turns] = [body["messages"] for body in bodies if _pixels(body) == (240, 240, 240) and len(body["messages"]) == 3]
+    assert [turn["role"] for turn in turns] == ["user", "assistant", "user"]
+    assert turns[0]["content"][1] == {"type": "text", "text": "What kind?"}
+    assert [turn["content"] for turn in turns[1:]] == ["square", "And its color?"]
+
+
+def _pixels(body: dict[str, Any]) -> Any:
+    """Return the first pixel of the picture of a question."""
+    content = body["messages"][0]["content"]
+    if isinstance(content, str):
+        return None
+    file = base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])
+    return Image.open(io.BytesIO(file)).getpixel((0, 0))
+
+
+def test_answers_belong_to_the_name_of_the_model_and_not_to_the_address(data: Path, tmp_path: Path) -> None:
+    for models, model, asked in ((["mine"], "mine", NUM), (["mine", "b"], "mine", 0), (["mine", "b"], "b", NUM)):
+        with answering(Answers(models)) as address:
+            assert run(address, data, tmp_path, model=model) == 0
+        assert results(tmp_path, model)["asked"] == asked
+    keys = [
+        {line["key"] for line in read_lines(folder(tmp_path, name) / "predictions.jsonl")} for name in ("mine", "b")
+    ]
+    assert not keys[0] & keys[1]
+
+
+def test_a_question_is_asked_again_after_503_429_and_a_dropped_connection(
+    data: Path, tmp_path: Path, whole: Path
+) -> None:
+    answers = Answers(faults=(503, None, 429))
+    with answering(answers) as address:
+        assert run(address, data, tmp_path) == 0
+    assert len(answers.asked) == 4 * NUM
+    assert predictions(tmp_path) == predictions(whole)
+
+
+@pytest.mark.parametrize("value", ["0", format_datetime(datetime.now(timezone.utc) - timedelta(hours=1), usegmt=True)])
+def test_the_time_that_the_server_asks_for_replaces_the_pause(
+    value: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_server, "PAUSES", (60.0,))
+    start = time.monotonic()
+    with answering(Answers(faults=(503,), retry_after=value)) as address:
+        run(address, data, tmp_path, "--limit", "2")
+    assert time.monotonic() - start < 30
+    with answering(Answers(faults=(503,), retry_after="86400")) as address, raises_code("server-no-answer"):
+        run(address, data, tmp_path / "other")
+
+
+def test_a_server_that_dies_ends_the_run_and_the_same_command_continues(
+    data: Path, tmp_path: Path, whole: Path
+) -> None:
+    with (
+        answering(Answers(dies=9)) as address,
+        raises_code("server-no-answer", where=address, hint="run the same command again") as error,
+    ):
+        run(address, data, tmp_path, "--concurrency", "3")
+    assert error.value.exit_code == 1
+    stored = read_lines(folder(tmp_path) / "predictions.jsonl")
+    assert len(stored) == 9
+    again = Answers()
+    with answering(again) as address:
+        assert run(address, data, tmp_path) == 0
+    assert len(again.asked) == NUM - 9
+    assert predictions(tmp_path) == predictions(whole)
+
+
+def test_a_refused_question_is_named_with_the_servers_words_and_without_the_key(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_LOGIN", "word-of-mine")
+    answers = Answers(refuses="Is red a color?")
+    with (
+        answering(answers) as address,
+        raises_code("server-refuses", where="benchmark emoji, question text_only-red", message="too long for") as error,
+    ):
+        run(address, data, tmp_path, "--key_variable", "MY_LOGIN", "--concurrency", "1")
+    assert error.value.exit_code == 1
+    assert "word-of-mine" not in str(error.value)
+    assert answers.headers[0]["Authorization"] == "Bearer word-of-mine"
+    assert len([body for _, body in answers.asked if "Is red a color?" in json.dumps(body)]) == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"word-of-mine" in path.read_bytes()]
+
+
+def test_pictures_travel_as_their_own_bytes_or_else_as_the_pixels_of_the_local_run(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (6, 8, 4), dtype=np.uint8)
+    upright, turned = Image.Exif(), Image.Exif()
+    upright[0x0112], turned[0x0112] = 1, 6
+    for name, mode, more in (
+        ("rgb.png", "RGB", {}),
+        ("grey.jpg", "L", {}),
+        ("upright.jpg", "RGB", {"exif": upright}),
+        ("turned.jpg", "RGB", {"exif": turned}),
+        ("alpha.png", "RGBA", {}),
+        ("few.gif", "P", {}),
+        ("plain.webp", "RGB", {"lossless": True}),
+        ("print.jpg", "CMYK", {}),
+    ):
+        path = tmp_path / name
+        Image.fromarray(noise).convert(mode).save(path, **more)
+        kind, _, text = picture_url(str(path)).partition(";base64,")
+        content = base64.b64decode(text)
+        is_own = name in ("rgb.png", "grey.jpg", "upright.jpg")
+        assert (content == path.read_bytes()) is is_own, name
+        assert kind == ("data:image/jpeg" if is_own and name.endswith("jpg") else "data:image/png")
+        read = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+        assert np.array_equal(read, np.asarray(load_image(path))), name
+    (tmp_path / "cut.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:60])
+    with pytest.raises(ImageError, match=r"cut\.png"):
+        picture_url(str(tmp_path / "cut.png"))
+
+
+def test_a_prompt_without_a_template_goes_to_completions(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    official_data.mathematics(data)
+    answers = Answers()
+    flags = ["--served_model", "mine", "--benchmarks", "gsm8k", "--data", str(data), "--output_dir", str(tmp_path)]
+    with answering(answers) as address:
+        assert main(["run", "--server", address, *flags]) == 0
+    assert {path for path, _ in answers.asked} == {"/v1/completions"}
+    assert all(body["prompt"].endswith("Let's think step by step.") for _, body in answers.asked)
+
+
+def test_a_benchmark_with_beams_is_refused_with_the_reason(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    official_data.commonsense(data)
+    flags = ["--served_model", "mine", "--benchmarks", "boolq", "--data", str(data), "--output_dir", str(tmp_path)]
+    answers = Answers()
+    with (
+        answering(answers) as address,
+        raises_code("server-benchmark", where="--server", message="boolq asks with 4 beams"),
+    ):
+        main(["run", "--server", address, *flags])
+    assert not answers.asked
+
+
+SERVED = "--server ADDRESS --served_model mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--server ADDRESS --served_model mime", ["--served_model: ", "no model 'mime'", "did you mean mine?"]),
+        ("--server ADDRESS", ["--served_model: required", "it lists: mine"]),
+        ("--server ADDRESS/v2 --served_model mine", ["/v1/v2/models: ", "404", "ends with /v1"]),
+        ("--server http://127.0.0.1:9/v1 --served_model mine", ["127.0.0.1:9/v1/models: no server answers"]),
+        ("--server localhost:8000 --served_model mine", ["--server: expected an address", "http://"]),
+        (f"{SERVED} --model tiny", ["--model: has no effect"]),
+        (f"{SERVED} --adapter a --dtype float32", ["2 problems", "--adapter", "--dtype"]),
+        (f"{SERVED} --with_base", ["--with_base: has no effect"]),
+        (f"{SERVED} --key_variable NO_KEY", ["--key_variable: ", "NO_KEY"]),
+        ("--model tiny --served_model mine --concurrency 2", ["2 problems", "--served_model", "--concurrency"]),
+    ],
+)
+def test_a_mistake_is_a_few_lines_with_the_way_out(flags: str, words: list[str], data: Path, tmp_path: Path) -> None:
+    asked = ["--suite", "emoji", "--data", str(data), "--output_dir", str(tmp_path / "out")]
+    with answering(Answers()) as address, pytest.raises(UserError) as caught:
+        main(["run", *flags.replace("ADDRESS", address).split(), *asked])
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) <= 7
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
