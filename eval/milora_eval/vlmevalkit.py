@@ -40,7 +40,7 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
         raise UserError(
             f"VLMEvalKit is not installed: {error}",
             code="package-missing",
-            hint="install it from its repository, then try again",
+            hint="pip install nvidia-vlmeval, or install it from its repository",
         ) from None
 
     def build(*, use_vllm: bool = False) -> Any:  # VLMEvalKit passes it for names with Qwen2-VL or Llama-4
@@ -49,7 +49,8 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
                 f"{name} answers with transformers, not with vLLM",
                 code="flag-conflict",
                 where="--use-vllm",
-                hint="remove the flag, or serve a merged model: docs/serving.md",
+                hint="remove the flag; or serve a merged model with vLLM, and let VLMEvalKit's GPT4V ask it: "
+                "docs/evaluation.md#other-suites",
             )
         return milora_vlm(base, model, adapter, template)
 

@@ -1,10 +1,8 @@
-"""The real lmms-eval and lm_eval, each in a separate environment, run a local task through our plug-ins (slow).
-
-VLMEvalKit's tables are read without VLMEvalKit.
-"""
+"""lmms-eval, lm_eval and VLMEvalKit run a local task through our plug-ins, each in its own environment (slow)."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -24,6 +22,7 @@ from milora_eval.benchmarks.xlsx import write_xlsx
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.suites import find_benchmark, folder_of
 from milora_eval.vlmevalkit import milora_vlm, read_predictions, register
+from milora_vl.foreign.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support import official_data
 from support.drawn import dump_lines, encoded
@@ -57,14 +56,21 @@ generation_kwargs: {{max_new_tokens: 4, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1}}
 """
+KIT = """
+import sys
+from milora_eval.vlmevalkit import register
+
+register("mine", "tiny", sys.argv.pop(1))
+from vlmeval.run import main
+
+main()
+"""
 VISUAL = "from PIL import Image\n\n\ndef visual(doc):\n    return [Image.new('RGB', (40, 30), doc['color'])]\n"
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from peft import LoraConfig, get_peft_model
-
-    from milora_vl.foreign.load_model import load_model
 
     folder = tmp_path_factory.mktemp("adapter")
     config = LoraConfig(r=4, target_modules=r".*language_model.*proj", init_lora_weights=False)
@@ -83,9 +89,9 @@ def environment(folder: Path, *packages: str) -> Path:
     return folder / "bin" / "python"
 
 
-def run_offline(command: list[Any]) -> str:
+def run_offline(command: list[Any], **more: str) -> str:
     offline = {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline, **more})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -114,6 +120,29 @@ def test_lmms_eval_finds_the_model_by_its_entry_point(adapter: Path, tmp_path: P
     flags = ["--tasks", "milora_colours", "--include_path", tmp_path / "tasks", "--batch_size", "2"]
     chosen = ["--model", "milora", "--model_args", f"pretrained=tiny,adapter={adapter}"]
     assert "milora_colours" in run_offline([python, "-m", "lmms_eval", *chosen, *flags])
+
+
+@pytest.mark.slow
+def test_vlmevalkit_runs_a_local_table_on_base_and_adapter(adapter: Path, tmp_path: Path) -> None:
+    python = environment(tmp_path / "env", "nvidia-vlmeval>=26.3")
+    colors = ("red", "blue", "green")
+    images = [base64.b64encode(encoded(color)).decode() for color in colors]
+    rows = [
+        {"index": index, "image": image, "question": "Which?", "A": "red", "B": "blue", "answer": "AB"[index % 2]}
+        for index, image in enumerate(images)
+    ]
+    official_data.write_table(tmp_path / "Colours.tsv", rows)
+    (tmp_path / "kit.py").write_text(KIT)
+    flags = ["--data", "Colours", "--judge", "exact_matching", "--work-dir", tmp_path / "out"]
+    run_offline([python, tmp_path / "kit.py", adapter, *flags, "--model", "mine"], LMUData=str(tmp_path))
+    assert (tmp_path / "out" / "mine" / "mine_Colours_acc.csv").is_file()
+    found = [row["text"] for row in read_predictions(tmp_path / "out" / "mine" / "mine_Colours.xlsx")]
+    loaded = load_model("tiny", adapter=adapter)
+    text = "Question: Which?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above. \n"
+    turn = Turn("user", f"<image>\n{text}")
+    pictures = sorted((tmp_path / "images" / "Colours").iterdir())  # it has written the table's as JPEG
+    assert len(pictures) == len(colors)
+    assert found == generate(*loaded, [Prompt((turn,), (picture,), "exact") for picture in pictures])
 
 
 def test_a_harness_that_is_not_installed_is_said() -> None:
