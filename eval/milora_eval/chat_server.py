@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from milora_data.records.record import Reply
-from milora_vl.base.errors import UserError, expected_format, first_line
+from milora_vl.base.errors import MALFORMED, UserError, first_line
 from milora_vl.base.secrets import HIDDEN
 from milora_vl.cli.command_line import suggest
 
@@ -36,9 +36,11 @@ _CONNECTION = (OSError, HTTPException)  # URLError and HTTPError are OSErrors
 
 def api_key(variable: str) -> str:
     """Return the key in an environment variable; empty without OPENAI_API_KEY, because many servers need no key."""
-    if variable != KEY_VARIABLE and not os.environ.get(variable):
-        raise UserError(f"the environment variable {variable} is not set", code="flag-value", where="--key_variable")
-    return os.environ.get(variable, "")
+    key = os.environ.get(variable, "").strip()
+    if (variable != KEY_VARIABLE and not key) or not (key.isascii() and key.isprintable()):
+        message = f"the environment variable {variable} {'has no key of ASCII characters' if key else 'is not set'}"
+        raise UserError(message, code="flag-value", where="--key_variable")
+    return key
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +68,14 @@ class ChatServer:
                 hint=f"for example  {self.flag} http://localhost:8000/v1",
             )
 
-    def require(self, model: str | None) -> None:
-        """Raise UserError (exit code 2) if no server answers, or if it does not list this model."""
-        with expected_format("the list of models has another format", code="server-format", where=self._place(LISTING)):
-            names = [str(model["id"]) for model in self._request(LISTING)["data"]]
-        if model not in names:
+    def listed(self, model: str | None) -> str:
+        """Return the name of a model that the server lists. Raises UserError for another name, or if none answers."""
+        listing = self._request(LISTING)
+        try:
+            names = [str(entry["id"]) for entry in listing["data"]]
+        except MALFORMED:
+            raise self._error(f"this is no list of models: {listing!r:.200}", "server-format", LISTING) from None
+        if model is None or model not in names:
             near = suggest(model or "", names)
             raise UserError(
                 f"the server has no model {model!r}" if model else "required: the name of the model on the server",
@@ -78,6 +83,7 @@ class ChatServer:
                 where="--served_model",
                 hint=(f"did you mean {near[0]}?\n" if near else "") + f"it lists: {', '.join(names) or 'no model'}",
             )
+        return model
 
     def chat(self, model: str, messages: Sequence[dict[str, Any]], max_tokens: int | None = None) -> Reply:
         """Return the greedy answer to a conversation. Raises UserError (exit code 1) without one."""
@@ -93,11 +99,13 @@ class ChatServer:
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
         answer = self._request(path, body)
-        with expected_format("the answer has another format", code="server-format", where=self._place(path)):
+        try:
             [choice] = answer["choices"]
-            text = choice["text"] if "text" in choice else choice["message"].get("content")
             # The content is missing if a model was stopped while it reasoned.
-            return Reply(str(text or "").strip(), choice.get("finish_reason") == "length")
+            text = choice["text"] if "text" in choice else choice["message"].get("content") or ""
+            return Reply(str(text).strip(), choice.get("finish_reason") == "length")
+        except MALFORMED:
+            raise self._error(f"this is no answer: {answer!r:.200}", "server-format", path) from None
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the JSON that answers a request: POST if it has a body."""
@@ -117,25 +125,30 @@ class ChatServer:
                 if wait is None or self.stopped.wait(wait):
                     raise self._failed(error, path) from None
             except ValueError:
-                raise UserError("the answer is not JSON", code="server-format", where=self._place(path)) from None
+                raise self._error("the answer is not JSON", "server-format", path) from None
         raise AssertionError("the last try has no pause")
 
     def _failed(self, error: Exception, path: str) -> UserError:
-        """Return the error of a request; one that ends a run has the exit code 1."""
+        """Return the error of a request."""
         status = error.code if isinstance(error, HTTPError) else None
         if isinstance(error, HTTPError):
             message = f"the server answers {error.code} {error.reason}: {_said(error)}"
         elif isinstance(error, TimeoutError):
             message = "the server gives no answer in time; ask fewer questions at once"
         else:
-            message = f"no server answers: {first_line(error.reason if isinstance(error, URLError) else error)}"
-        is_running = self.reached.is_set() and path != LISTING
+            message = f"no server answers: {error.reason if isinstance(error, URLError) else first_line(error)}"
+        code = "server-refuses" if status and _is_refusal(status) else "server-no-answer"
         hints = {404: "the address ends with /v1 at most servers", 401: "the key comes from --key_variable"}
+        return self._error(message, code, path, hints.get(status or 0, ""))
+
+    def _error(self, message: str, code: str, path: str, hint: str = "") -> UserError:
+        """Return an error without the key; the exit code is 1 if it ends a run."""
+        is_running = self.reached.is_set() and path != LISTING
         return UserError(
             message.replace(self.key, HIDDEN) if self.key else message,
-            code="server-refuses" if status and _is_refusal(status) else "server-no-answer",
+            code=code,
             where=self._place(path),
-            hint="\n".join(filter(None, [hints.get(status or 0, ""), CONTINUE if is_running else ""])),
+            hint="\n".join(filter(None, [hint, CONTINUE if is_running else ""])),
             exit_code=1 if is_running else 2,
         )
 

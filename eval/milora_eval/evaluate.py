@@ -84,20 +84,6 @@ def evaluate(model: Any, processor: Any, plan: EvaluationPlan, items: Items, out
     return _evaluate(partial(ask_model, model, processor, plan), plan, items, output_dir)
 
 
-def evaluate_served(
-    server: ChatServer, model: str, plan: EvaluationPlan, items: Items, output_dir: Path
-) -> Path | None:
-    """Evaluate the model of this name on a server; return the folder of its results, None while shards are missing.
-
-    Raises UserError for benchmarks that it cannot be asked, and (exit code 1) if the server stops answering.
-    """
-    require_servable(plan, items)
-    server.require(model)
-    plan = replace(plan, which=served_name(model), model_name=model, settings=served_settings(model))
-    done = _evaluate(partial(ask_server, server, plan), plan, items, output_dir)
-    return None if done is None else results_folder(output_dir, plan.suite, plan.which)
-
-
 def _evaluate(asker: Asker, plan: EvaluationPlan, items: Items, output_dir: str | Path) -> Results | None:
     folder = results_folder(output_dir, plan.suite, plan.which)
     questions = questions_of(plan, items)
@@ -223,3 +209,18 @@ def run_job(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPla
         key = str((done[-1] or {})["generation"]["key"])
         add_forgetting(folders[-1], model, processor, base, key, options.forgetting_tokens)
     return folders
+
+
+def run_served(
+    server: ChatServer, model: str | None, plan: EvaluationPlan, items: Items, output_dir: Path
+) -> list[Path] | None:
+    """Evaluate the model of this name on a server; return its results folder, None while shards are missing.
+
+    Raises UserError for benchmarks that it cannot be asked, for a name that the server does not list, and (exit code 1)
+    if the server stops answering.
+    """
+    require_servable(plan, items)
+    model = server.listed(model)
+    plan = replace(plan, which=served_name(model), model_name=model, settings=served_settings(model))
+    done = _evaluate(partial(ask_server, server, plan), plan, items, output_dir)
+    return None if done is None else [results_folder(output_dir, plan.suite, plan.which)]

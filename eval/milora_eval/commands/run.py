@@ -112,19 +112,35 @@ OF_SERVED = {"--served_model": None, "--concurrency": None, "--key_variable": KE
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
-    folders = _of_loaded(options) if options.server is None else _of_served(options)
+    server = None if options.server is None else _server(options)
+    target = _target(options) if server is None else None
+    plan, items = planned(options, target)
+    plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
+    if target is not None:
+        _announce(options, target)
+    from milora_eval.evaluate import run_job, run_served
+
+    if target is not None:
+        folders = run_job(options, target, plan, items)
+    else:
+        assert server is not None
+        folders = run_served(server, options.served_model, plan, items, options.output_dir)
     if folders is None:
         sys.stderr.write(f"shard {options.shard} is complete; the last shard to finish writes the results\n")
         return 0
     _print(options, folders)
-    if options.server is None:
+    if target is not None:
         _report(options.output_dir)
     next_step("milora_eval", "view", *folders)
     return 0
 
 
-def _of_loaded(options: argparse.Namespace) -> list[Path] | None:
-    """Load a model and evaluate it; return the folders of its results and its base's, None while shards are missing."""
+def _server(options: argparse.Namespace) -> ChatServer:
+    _refuse(options, OF_LOADED, "has no effect on a model on a server", "remove it, or --server")
+    return ChatServer(options.server, api_key(options.key_variable))
+
+
+def _target(options: argparse.Namespace) -> EvalTarget:
     _refuse(options, OF_SERVED, "belongs to a --server", "add:  --server URL")
     options.model = model_of(options.model, options.adapter, "milora_eval", "run", "--adapter")
     target = eval_target(options.model, options.adapter, options.base, options.scale)
@@ -134,27 +150,14 @@ def _of_loaded(options: argparse.Namespace) -> list[Path] | None:
             code="flag-conflict",
             where="--with_base",
         )
-    plan, items = planned(options, target)
-    plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
+    return target
+
+
+def _announce(options: argparse.Namespace, target: EvalTarget) -> None:
     run_folders = (target.folder.resolve(), target.folder.resolve().parent)  # a checkpoint is evaluated into its run
     if holds_adapter(options.output_dir) and options.output_dir.resolve() not in run_folders:
         sys.stderr.write(f"warning: {options.output_dir} holds another adapter; its scores and report are replaced\n")
     sys.stderr.write(f"loading {options.model}" + (f" with {target.adapter}\n" if target.adapter else "\n"))
-    from milora_eval.evaluate import run_job
-
-    return run_job(options, target, plan, items)
-
-
-def _of_served(options: argparse.Namespace) -> list[Path] | None:
-    """Evaluate a model on a server; return the folder of its results, None while shards are missing."""
-    _refuse(options, OF_LOADED, "has no effect on a model on a server", "remove it, or --server")
-    server = ChatServer(options.server, api_key(options.key_variable))
-    plan, items = planned(options, None)
-    plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
-    from milora_eval.evaluate import evaluate_served
-
-    folder = evaluate_served(server, options.served_model, plan, items, options.output_dir)
-    return folder and [folder]
 
 
 def _refuse(options: argparse.Namespace, flags: Mapping[str, object], why: str, hint: str) -> None:
@@ -181,9 +184,7 @@ def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[Eva
     items = read_chosen(chosen, data, options.limit)
     from milora_vl.plan.prompts import Prompts, prompts_of
 
-    prompts = Prompts(OWN, "plain")
-    if target is not None:
-        prompts = prompts_of(target.model, target.adapter, options.template)
+    prompts = Prompts(OWN, "plain") if target is None else prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(
         suite=chosen.name,
         benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
