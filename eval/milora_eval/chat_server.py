@@ -94,7 +94,7 @@ class ChatServer:
         return self._answer("completions", {"model": model, "prompt": prompt}, max_tokens)
 
     def _answer(self, path: str, body: dict[str, Any], max_tokens: int | None) -> Reply:
-        # transformers serve takes the repetition penalty of the model unless this penalty is given; 0 is none.
+        # transformers serve applies the repetition penalty of the model, unless a request has this one.
         body |= {"temperature": 0, "frequency_penalty": 0}
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
@@ -157,7 +157,7 @@ class ChatServer:
 
 
 def _pause(error: Exception, pause: float | None) -> float | None:
-    """Return how long to wait before the next try, or None if there is none.
+    """Return how long to wait before the next try; None if this was the last one.
 
     A request that got no answer in time is not sent again: the server still computes its answer.
     """

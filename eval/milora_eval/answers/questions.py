@@ -26,9 +26,8 @@ class EvaluationPlan:
     """The benchmarks and the generation settings. `suite` names the results; `shard` is (number from 1, count).
 
     `batch_size` is the number of questions that are asked at once. `audit` is the number of items that are asked a
-    second time, one by one. `which` (base, final, checkpoint-N),
-    `model_name`, `adapter` and `scale` (of its update) name the weights that answer; `settings` is everything except
-    the question that their answers depend on.
+    second time, one by one. `which` (base, final, checkpoint-N, served-NAME), `model_name`, `adapter` and `scale` (of
+    its update) name the weights that answer; `settings` is everything except the question that their answers depend on.
     """
 
     suite: str

@@ -38,7 +38,7 @@ def served_name(model: str) -> str:
 
 
 def served_settings(model: str) -> dict[str, Any]:
-    """Return everything except the question that an answer depends on, as far as a server tells; not its address."""
+    """Return what an answer depends on besides the question: the name on the server, not its address."""
     return {"served_model": model, "decoding": "temperature 0"}
 
 
