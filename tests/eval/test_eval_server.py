@@ -234,6 +234,16 @@ def test_a_benchmark_with_beams_is_refused_with_the_reason(tmp_path: Path) -> No
     assert not answers.asked
 
 
+def test_a_question_about_a_video_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"video")
+    (tmp_path / "mine.json").write_text(json.dumps([{"video": "a.mp4", "question": "What is it?", "answer": "a cat"}]))
+    flags = ["--served_model", "mine", "--benchmarks", str(tmp_path / "mine.json"), "--output_dir", str(tmp_path)]
+    answers = Answers()
+    with answering(answers) as address, raises_code("record-videos", where="mine.json, question 1"):
+        main(["run", "--server", address, *flags])
+    assert not answers.asked
+
+
 SERVED = "--server ADDRESS --served_model mine"
 
 

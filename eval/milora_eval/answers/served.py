@@ -44,6 +44,8 @@ def served_settings(model: str) -> dict[str, Any]:
 
 def require_servable(plan: EvaluationPlan, items: Items) -> None:
     """Raise UserError for benchmarks that cannot be asked through OpenAI's interface, before anything is asked."""
+    for shown in (item for asked in items.values() for item in asked if item.videos):
+        raise with_context(no_videos("OpenAI's interface"), shown.source)
     reasons = {
         benchmark.name: f"asks with {benchmark.num_beams} beams, which OpenAI's interface does not offer"
         if benchmark.num_beams > 1
@@ -110,11 +112,8 @@ def _reply(server: ChatServer, model: str, question: Question) -> Reply:
 def messages_of(prompt: Prompt) -> list[dict[str, Any]]:
     """Return a prompt as the messages of OpenAI's interface, with its pictures where the turns have `<image>`.
 
-    Raises DataError for a video and for another number of `<image>` than of pictures, and ImageError for a picture that
-    cannot be read.
+    Raises DataError for another number of `<image>` than of pictures, and ImageError for a picture that cannot be read.
     """
-    if prompt.videos:
-        raise no_videos("a server")
     turns, pictures = with_video_marks(prompt.turns, len(prompt.images), 0), iter(prompt.images)
     return [{"role": turn.role, "content": _content(turn.text, pictures)} for turn in turns]
 
