@@ -4,6 +4,7 @@ VENV ?= .venv
 DATA ?= data/emoji
 RUN ?= runs/demo
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin
@@ -72,7 +73,8 @@ bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (five minut
 	$(BIN)/python benchmarks/all.py --quick
 
 gpu: peers  ## Test and measure on this machine's GPU (ten minutes on an H100), write benchmarks/gpu.json
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m pip install --quiet -e ".[quant]" liger-kernel
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 docs: $(INSTALLED)  ## Build the documentation site in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

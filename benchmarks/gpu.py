@@ -1,27 +1,29 @@
 """What a machine with one GPU shows in ten minutes, without a hub: `make gpu`.
 
-python -m benchmarks.gpu [--device cuda] [--tiny] [--only PART ...] [--again] [--output benchmarks/gpu.json]
+python benchmarks/gpu.py [--device cuda] [--tiny] [--only PART ...] [--again] [--output benchmarks/gpu.json]
 
-The parts, most important first: the tests with the marker `gpu`; training of LLaVA-1.5-7B and Qwen2.5-VL-7B shapes with
-random weights, against HF's Trainer + PEFT LoRA and TRL's SFTTrainer at the same batch, precision, attention and
-checkpointing; 500 questions; the demo with its score. Each result is written when its part ends. A part that fails is
-recorded with its error, and the others run; the same command runs what is missing. `--device cpu --tiny` tries all of
-it in minutes, with tiny models.
+The parts, most important first: the tests with the marker `gpu`; LLaVA-1.5-7B and Qwen2.5-VL-7B shapes with random
+weights, trained by us with and without protected inputs, by HF's Trainer + PEFT LoRA and by TRL's SFTTrainer, on the
+same batch with the same precision, attention and checkpointing; 500 questions; the demo with its score. Each part runs
+in its own process, and its result is written when it ends. A part that fails is recorded with its error, and the others
+run; the same command runs what is missing. `--device cpu --tiny` tries all of it in minutes, with tiny models.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,20 @@ from xml.etree import ElementTree
 
 import torch
 
+from milora_vl.base.atomic_write import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
-RANK, WARM, STEPS, SUPERVISED = 16, 3, 10, 60
+MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b")
+RANK, RECORDS, TEXT, SUPERVISED, WARM, STEPS = 16, 4, 124, 60, 3, 10
+RULE = {"modules": "language", "method": "milora", "rank": RANK, "alpha": RANK}
+OURS = {"milora": [RULE], "protected": [RULE | {"method": "gradient", "protect": 0.95}]}
+PEERS = ("hf", "trl")
+NO_CARD = "none, tried on a CPU"
 # Dense bf16 operations a second, from the data sheets.
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-RULES = [{"modules": "language", "method": "milora", "rank": RANK, "alpha": RANK}]
-LAYERS = r"(.*language_model.*|model\.layers.*)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+PEAKS = {
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "RTX 4090": 165e12,
+}  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> int:
@@ -48,108 +58,96 @@ def main(words: list[str] | None = None) -> int:
     options.add_argument("--part", choices=PARTS, help="run one part in this process (internal)")
     chosen = options.parse_args(words)
     if chosen.part:
-        print(json.dumps(PARTS[chosen.part](chosen)))
-        return 0
+        return run_here(chosen)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         options.error("no CUDA device; to try the command without one:  --device cpu --tiny")
     results: dict[str, Any] = json.loads(chosen.output.read_text()) if chosen.output.is_file() else {}
     where = machine(chosen)
+    if any(entry["machine"] != where for entry in results.values()):
+        options.error(
+            f"{chosen.output} has results of another machine or of other versions: rename it, or use --output"
+        )
     for name in chosen.only:
-        before = results.get(name, {})
-        if "result" in before and before["machine"] == where and not chosen.again:
+        if "result" in results.get(name, {}) and not chosen.again:
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         entry = {"date": date.today().isoformat(), "machine": where, **measured(name, chosen)}
         results[name] = {**entry, "seconds": round(time.perf_counter() - start, 1)}
-        chosen.output.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(chosen.output, results)
     for name, row in rows(results):
-        print(f"{name:45} {row}")
+        print(f"{name:28} {row}")
     return int(any("error" in results[name] for name in chosen.only))
 
 
+def run_here(chosen: argparse.Namespace) -> int:
+    """Run a part in this process; the last line of stdout is its `result` or its `error`."""
+    try:
+        outcome = {"result": PARTS[chosen.part](chosen)}
+    except Exception as error:
+        traceback.print_exc()
+        outcome = {"error": f"{type(error).__name__}: {error}"[:300]}
+    print(json.dumps(outcome))
+    return 0
+
+
 def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Run one part in a separate process, which frees the card; return its `result`, or the end of its `error`."""
+    """Run a part in a separate process, which frees the card; return its `result` or its `error`."""
     words = ["--part", name, "--device", chosen.device, *["--tiny"] * chosen.tiny]
-    command = [sys.executable, "-m", "benchmarks.gpu", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return {"result": json.loads(done.stdout.splitlines()[-1])}
-    print(done.stderr, file=sys.stderr)
-    return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]}
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return {"error": f"the process ended with {done.returncode}"}
+    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return outcome
 
 
 def machine(chosen: argparse.Namespace) -> dict[str, Any]:
     """Return what the figures depend on."""
-    card = torch.cuda.get_device_name() if chosen.device == "cuda" else "none, tried on a CPU"
+    card = torch.cuda.get_device_name() if chosen.device == "cuda" else NO_CARD
     return {"card": card, "tiny": chosen.tiny} | {name: version(name) for name in ("torch", "transformers", "peft")}
 
 
 def rows(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the lines of the table: what was measured, and the figures."""
+    """Yield the lines of the table: a part and its figures; after the trainings of a model, the ratios of speed."""
     for name, entry in results.items():
-        if "error" in entry:
-            yield name, f"failed: {entry['error']}"
-        for what, value in entry.get("result", {}).items():
-            figures = value if isinstance(value, dict) else {what: value}
-            label = f"{name} {what}" if isinstance(value, dict) else name
-            yield label, "  ".join(f"{key} {figure}" for key, figure in figures.items())
+        figures = entry.get("result", {"failed": entry.get("error")})
+        yield name, ", ".join(f"{key} {figure}" for key, figure in figures.items())
+    trained = {
+        name: entry["result"]["tokens_per_second"]
+        for name, entry in results.items()
+        if "/" in name and "result" in entry
+    }
+    for model in MODELS:
+        speed = {way: trained[f"{model}/{way}"] for way in (*OURS, *PEERS) if f"{model}/{way}" in trained}
+        ratios = [
+            f"{way} over {peer} {speed[way] / speed[peer]:.2f}"
+            for way in OURS
+            for peer in PEERS
+            if {way, peer} <= speed.keys()
+        ]
+        if ratios:
+            yield f"{model}, speed", ", ".join(ratios)
 
 
 def tests(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Run the tests with the marker `gpu`; return the failed and skipped ones, and what tests have recorded."""
+    """Run the tests with the marker `gpu`; return the number, the skipped ones, and what tests have recorded.
+
+    Raises RuntimeError that names the failed ones.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--junitxml={file}"]
-        command += ["-k", "step_0 or merged or batches"] * chosen.tiny
         environment = {**os.environ, "MILORA_GPU_TESTS_ON": chosen.device}
         subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr, check=False)
         cases = list(ElementTree.parse(file).iter("testcase"))  # written by the line before
-    by_outcome = {kind: [case.get("name") for case in cases if case.find(kind) is not None] for kind in OUTCOMES}
-    seconds = {f"{case.get('name')}": p.get("value") for case in cases for p in case.iter("property")}
-    named = {kind: ", ".join(map(str, names)) or "none" for kind, names in by_outcome.items()}
-    return {"tests": len(cases), **named, **seconds}
-
-
-OUTCOMES = ("failure", "error", "skipped")
-
-
-class Memory:
-    """The peak of the card's memory, or of this process without a card."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def reset(self) -> None:
-        """Forget the card's peak so far; a process keeps its peak."""
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak_gb(self) -> float:
-        """Return the peak in GB."""
-        peak = (
-            torch.cuda.max_memory_allocated()
-            if self.device == "cuda"
-            else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        )
-        return round(peak / 1e9, 2)
-
-
-def training(model: str) -> Callable[[argparse.Namespace], dict[str, Any]]:
-    """Return the part that trains a model in three ways, in turns, on the same batch."""
-
-    def part(chosen: argparse.Namespace) -> dict[str, Any]:
-        results: dict[str, Any] = {}
-        for way in ("milora", "hf", "trl"):
-            try:
-                results[way] = train(way, model, chosen)
-            except ImportError as error:
-                results[way] = {"not measured": str(error)}
-        speeds = {way: row["tokens_per_second"] for way, row in results.items() if "tokens_per_second" in row}
-        ratios = {f"over {way}": round(speeds["milora"] / speed, 2) for way, speed in speeds.items() if way != "milora"}
-        return {**results, "ratio": ratios}
-
-    return part
+    failed, skipped = (
+        [str(case.get("name")) for case in cases if any(case.find(kind) is not None for kind in kinds)]
+        for kinds in (("failure", "error"), ("skipped",))
+    )
+    if failed or not cases:
+        raise RuntimeError(f"failed: {', '.join(failed) or 'no test ran'}")
+    recorded = {str(p.get("name")): p.get("value") for case in cases for p in case.iter("property")}
+    return {"passed": len(cases) - len(skipped), "skipped": ", ".join(skipped) or "none", **recorded}
 
 
 def shaped(model: str, chosen: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
@@ -157,171 +155,223 @@ def shaped(model: str, chosen: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     from transformers import AutoModelForImageTextToText
 
     from milora_vl.models.loading import config_of
-    from milora_vl.tiny import tiny_llava
 
-    records, text = (2, 20) if chosen.tiny else (4, 64 + SUPERVISED)
-    config = tiny_llava()[0].config if chosen.tiny else config_of(model)
-    if chosen.tiny and model.startswith("qwen"):
-        raise ImportError("a tiny Qwen is part of the tests only")
+    config = config_of(model)
+    if chosen.tiny:
+        shrink(config)
     dtype = torch.float32 if chosen.tiny else torch.bfloat16
+    torch.manual_seed(0)
     with torch.device(chosen.device):
         base = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    picture, extra = pictures(config, records, dtype)
-    ids = torch.randint(5, 200, (records, picture + text))
+    picture, extra = pictures(config, dtype, 112 if chosen.tiny else 448)
+    ids = torch.randint(5, 200, (RECORDS, picture + TEXT))
     ids[:, 1 : 1 + picture] = config.image_token_id
     labels = ids.clone()
-    labels[:, : -min(SUPERVISED, text // 2)] = -100
-    kinds = {"mm_token_type_ids": (ids == config.image_token_id).long()} if "image_grid_thw" in extra else {}
-    return base, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **extra, **kinds}
+    labels[:, :-SUPERVISED] = -100
+    return base, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, **extra}
 
 
-def pictures(config: Any, records: int, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
-    """Return the tokens of a picture, and pixels for one per record: LLaVA's square, or Qwen's patches of 448 x 448."""
+def shrink(config: Any) -> None:
+    """Make a config small: two layers, and heads as wide as before."""
+    text, vision = config.get_text_config(), config.vision_config
+    text.update({"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1})
+    text.update({"intermediate_size": 320, "vocab_size": 300})
+    config.update({"image_token_id": 260})
+    if hasattr(vision, "depth"):  # Qwen
+        vision.update({"depth": 2, "hidden_size": 160, "num_heads": 2, "intermediate_size": 192})
+        vision.update({"out_hidden_size": 256, "fullatt_block_indexes": [1]})
+    else:
+        vision.update({"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 2, "image_size": 56})
+
+
+def pictures(config: Any, dtype: torch.dtype, size: int) -> tuple[int, dict[str, Any]]:
+    """Return the tokens of a picture, and one per record: LLaVA's square, or Qwen's patches of `size` x `size`."""
     vision = config.vision_config
-    if hasattr(vision, "image_size"):
+    if not hasattr(vision, "depth"):
         size = vision.image_size
-        return (size // vision.patch_size) ** 2, {"pixel_values": torch.randn(records, 3, size, size, dtype=dtype)}
-    side = 448 // vision.patch_size
+        return (size // vision.patch_size) ** 2, {"pixel_values": torch.randn(RECORDS, 3, size, size, dtype=dtype)}
+    side, tokens = size // vision.patch_size, (size // vision.patch_size // vision.spatial_merge_size) ** 2
+    kinds = torch.zeros(RECORDS, tokens + TEXT, dtype=torch.long)
+    kinds[:, 1 : 1 + tokens] = 1
     width = 3 * vision.temporal_patch_size * vision.patch_size**2
-    grid = torch.tensor([[1, side, side]] * records)
-    return side**2 // vision.spatial_merge_size**2, {
-        "pixel_values": torch.randn(records * side**2, width, dtype=dtype),
-        "image_grid_thw": grid,
+    return tokens, {
+        "pixel_values": torch.randn(RECORDS * side**2, width, dtype=dtype),
+        "image_grid_thw": torch.tensor([[1, side, side]] * RECORDS),
+        "mm_token_type_ids": kinds,
     }
 
 
-def train(way: str, model: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Train WARM + STEPS steps on one batch; return the speed after the first WARM, the peak, and the start."""
+def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Train WARM + STEPS steps on one batch; return the speed and the peak after the first WARM, and the start."""
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from milora_vl import apply_milora
     from milora_vl.policy import Policy
     from milora_vl.train.trainer import MiloraTrainer
 
-    torch.manual_seed(0)
     base, batch = shaped(model, chosen)
-    memory, records = Memory(chosen.device), len(batch["input_ids"])
-    start: dict[str, float] = {}
-    if way == "milora":
-        with clocked(start, "factors_s"):
-            tuned = apply_milora(base, RULES)
+    targets = Policy.parse(OURS.get(way, [RULE])).resolve(base)
+    figures: dict[str, Any] = {}
+    if way in OURS:
+        tuned = started(way, base, batch, figures)
     else:
-        tuned = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS))
+        tuned = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[t.path for t in targets]))
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    tuned.enable_input_require_grads()
+    ends: list[float] = []
 
     class Clock(TrainerCallback):
         """The time after each step, when the card has finished it."""
 
-        ends: list[float] = []  # noqa: RUF012 - one training for each definition
-
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if chosen.device == "cuda":
                 torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
-            if len(self.ends) == WARM:
-                memory.reset()
+                if len(ends) == WARM - 1:
+                    torch.cuda.reset_peak_memory_stats()
+            ends.append(time.perf_counter())
 
-    common: dict[str, Any] = {
-        "max_steps": WARM + STEPS, "per_device_train_batch_size": records, "bf16": not chosen.tiny,
-        "learning_rate": 1e-4,
-        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "report_to": "none",
-        "logging_steps": 100, "save_strategy": "no", "use_cpu": chosen.device == "cpu", "disable_tqdm": True,
-        "remove_unused_columns": False, "dataloader_pin_memory": chosen.device == "cuda",
-    }  # fmt: skip
-    rows = [{"row": number} for number in range(records * (WARM + STEPS))]
-    tuned.enable_input_require_grads()
+    is_card = chosen.device == "cuda"
+    collate: Any = lambda _: dict(batch)  # noqa: E731
+    data = [{"row": number} for number in range(RECORDS * (WARM + STEPS))]
     with tempfile.TemporaryDirectory() as folder:
-        common["output_dir"] = folder
-        collate: Any = lambda _: dict(batch)  # noqa: E731
-        if way == "milora":
+        common: dict[str, Any] = {
+            "output_dir": folder, "max_steps": WARM + STEPS, "per_device_train_batch_size": RECORDS,
+            "bf16": not chosen.tiny, "learning_rate": 1e-4, "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False}, "label_names": ["labels"], "report_to": "none",
+            "logging_steps": 100, "save_strategy": "no", "use_cpu": not is_card, "disable_tqdm": True,
+            "remove_unused_columns": False, "dataloader_pin_memory": is_card,
+        }  # fmt: skip
+        if way in OURS:
             trainer: Any = MiloraTrainer(
-                tuned, TrainingArguments(**common, label_names=["labels"]), targets=Policy.parse(RULES).resolve(base),
-                checkpoint_kind="adapter", data_collator=collate, train_dataset=rows,
+                tuned, TrainingArguments(**common), targets=targets, checkpoint_kind="adapter",
+                data_collator=collate, train_dataset=data,
             )  # fmt: skip
         elif way == "hf":
-            trainer = Trainer(tuned, TrainingArguments(**common), data_collator=collate, train_dataset=rows)
+            trainer = Trainer(tuned, TrainingArguments(**common), data_collator=collate, train_dataset=data)
         else:
             import trl
             from datasets import Dataset
 
             from milora_vl.tiny import tiny_tokenizer  # TRL asks for a tokenizer and does not use it here
 
-            config = trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None)
-            data, tokenizer = Dataset.from_list(rows), tiny_tokenizer()
             trainer = trl.SFTTrainer(
-                tuned, config, data_collator=collate, train_dataset=data, processing_class=tokenizer
-            )
+                tuned, trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
+                data_collator=collate, train_dataset=Dataset.from_list(data), processing_class=tiny_tokenizer(),
+            )  # fmt: skip
         trainer.add_callback(Clock)
         trainer.train()
-    seconds = (Clock.ends[-1] - Clock.ends[WARM - 1]) / STEPS
-    speed = batch["input_ids"].numel() / seconds
-    return {"tokens_per_second": round(speed), "peak_gb": memory.peak_gb(), **share(base, speed), **start}
+    speed = batch["input_ids"].numel() * STEPS / (ends[-1] - ends[WARM - 1])
+    figures["tokens_per_second"] = round(speed)
+    if is_card:
+        figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        name = torch.cuda.get_device_name()
+        peak = next((peak for card, peak in PEAKS.items() if card in name), None)
+        # Forward, forward again (checkpointing) and backward to the inputs: each two operations for a weight and token.
+        operations = 6 * speed * sum(math.prod(target.shape) for target in targets)
+        figures |= {} if peak is None else {"mfu": round(operations / peak, 3)}
+    if way in OURS:
+        figures["planned_gb"] = planned(model, base.config, targets, batch["input_ids"].shape[1], common)
+    return figures
 
 
-def share(base: Any, tokens_per_second: float) -> dict[str, float]:
-    """Return the share of the card's peak (MFU): forward, backward to the inputs, and forward again (checkpointing).
+def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any]) -> Any:
+    """Return the base with our adapter; add the seconds of its start to the figures.
 
-    Each costs two operations for each weight of the language model and each token.
+    With protected inputs it starts as the default of `milora_vl.train` does: 56 texts of the model itself, 64 records
+    with pictures, and the gradient of 64 training records.
     """
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
-    weights = sum(p.numel() for name, p in base.named_parameters() if "vision" not in name and "lora" not in name)
-    return {} if peak is None else {"mfu": round(6 * weights * tokens_per_second / peak, 3)}
+    from milora_vl import apply_milora
+    from milora_vl.calibration.texts import COUNT, LENGTH, ROWS, SEED, padded, sampled_rows
+
+    if way == "milora":
+        with clocked(figures, "factors_s"):
+            return apply_milora(base, OURS[way])
+    with clocked(figures, "texts_s"):
+        texts = sampled_rows(base, 1, 2, count=COUNT, length=LENGTH, batch_size=32, seed=SEED)
+    texts = [[id_ % 200 for id_ in row] for row in texts]  # random weights write image tokens, too
+    seen = {name: value for name, value in batch.items() if name != "labels"}
+    calibration = [padded(texts[first : first + ROWS], 2) for first in range(0, COUNT, ROWS)]
+    batches = 64 // RECORDS
+    with clocked(figures, "calibration_s"):
+        return apply_milora(base, OURS[way], calibration=[*[seen] * batches, *calibration], task=[batch] * batches)
+
+
+def planned(model: str, config: Any, targets: Sequence[Any], tokens: int, train: dict[str, Any]) -> float:
+    """Return the GB that a dry run plans for such a step, without those of CUDA itself and of Qwen's vision tower."""
+    from milora_vl.forecast.cost import workload_of
+    from milora_vl.forecast.estimate import memory
+    from milora_vl.forecast.first_batch import Counts
+    from milora_vl.plan.base import Base
+    from milora_vl.plan.batching import Batching
+    from milora_vl.plan.launch import Launch
+    from milora_vl.plan.train_section import TrainSection
+
+    section = TrainSection(train | {"activation_checkpointing": True}, Launch(), (), None)
+    counts, batching = (
+        Counts(tokens=tokens, supervised=SUPERVISED, exact=True),
+        Batching(num_records=1, per_device=RECORDS),
+    )
+    work = workload_of(section, Base.of(model, config), targets, counts, batching, None)
+    return round(sum(memory(work).values()) / 1e9, 2)
 
 
 @contextmanager
-def clocked(into: dict[str, float], name: str) -> Iterator[None]:
+def clocked(into: dict[str, Any], name: str) -> Iterator[None]:
     """Write the seconds of the block into a mapping."""
     start = time.perf_counter()
     yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     into[name] = round(time.perf_counter() - start, 1)
 
 
 def questions(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Ask questions about pictures, six about each, in batches: 500 to the 7B shape, or a few to `tiny`."""
+    """Ask LLaVA 500 questions about pictures, six about each, in batches; twelve if it is tiny."""
     from PIL import Image
 
     from milora_data.records.record import Turn
     from milora_vl.models.generate import Prompt, generate
     from milora_vl.tiny import tiny_llava
 
+    model, vision = (base := shaped(MODELS[0], chosen)[0].eval()), base.config.vision_config
     tiny, processor = tiny_llava()
-    if chosen.tiny:
-        model, count = tiny.to(chosen.device), 12
-    else:
-        model, count = shaped("llava-1.5-7b", chosen)[0].eval(), 500
-        model.config.image_token_id = tiny.config.image_token_id  # the tokenizer is `tiny`'s
-        size = model.config.vision_config.image_size
-        processor.image_processor.size = {"shortest_edge": size}
-        processor.image_processor.crop_size = {"height": size, "width": size}
+    model.config.image_token_id = tiny.config.image_token_id  # the tokenizer is `tiny`'s
+    processor.patch_size = vision.patch_size
+    processor.image_processor.size = {"shortest_edge": vision.image_size}
+    processor.image_processor.crop_size = {"height": vision.image_size, "width": vision.image_size}
+    count = 12 if chosen.tiny else 500
     images = [Image.new("RGB", (640, 480), (n % 256, 90, 120)) for n in range(count // 6 + 1)]
     prompts = [Prompt((Turn("user", f"<image>\nIs there a thing {n}?"),), (images[n // 6],)) for n in range(count)]
-    start: dict[str, float] = {}
-    with clocked(start, "seconds"):
+    figures: dict[str, Any] = {"questions": count}
+    with clocked(figures, "seconds"):
         generate(model, processor, prompts, batch_size=32, max_new_tokens=8)
-    return {"questions": count, "per_second": round(count / max(start["seconds"], 0.1), 1)}
+    return figures
 
 
 def demo(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Run `milora demo` on the device; return its time and its score."""
+    """Run the whole `milora demo` on the device; return its time and the scores of the base and of the tuned model."""
+    figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--output_dir", f"{folder}/run", *(["--quick", "--recipe", "tiny-test"] if chosen.tiny else [])]
-        start: dict[str, float] = {}
-        with clocked(start, "seconds"):
+        words = [
+            "--output_dir",
+            folder + "/run",
+            *(("--quick", "--recipe", "tiny-test") if chosen.tiny else ("--full",)),
+        ]
+        with clocked(figures, "seconds"):
             command = [sys.executable, "-m", "milora_vl.demo", *words]
             subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=True)
-        scores = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("run/eval/emoji/*/results.json"))]
-    values = [{m["name"]: m["value"] for b in score["benchmarks"] for m in b["metrics"]} for score in scores]
-    return {**start, "base": values[0], "final": values[-1]}
+        for name in ("base", "final"):
+            file = Path(folder) / "run" / "eval" / "emoji" / name / "results.json"
+            for benchmark in json.loads(file.read_text())["benchmarks"]:
+                figures |= {f"{name} {m['name']}": m["value"] for m in benchmark["metrics"]}
+    return figures
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "tests": tests,
-    "llava-1.5-7b": training("llava-1.5-7b"),
-    "qwen2.5-vl-7b": training("qwen2.5-vl-7b"),
+    **{f"{model}/{way}": partial(train, model, way) for model in MODELS for way in (*OURS, *PEERS)},
     "questions": questions,
     "demo": demo,
 }

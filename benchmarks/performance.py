@@ -40,8 +40,14 @@ def page(results: dict[str, Any], sets: dict[str, Iterable[str]]) -> str:
         goals=GOALS,
         minutes={name: sum(results[part]["seconds"] for part in parts) for name, parts in sets.items()},
         kills=KILLS,
-        gpu=list(gpu.rows(json.loads(GPU.read_text()))) if GPU.is_file() else [],
+        **of_a_card(json.loads(GPU.read_text()) if GPU.is_file() else {}),
     )
+
+
+def of_a_card(measured: dict[str, Any]) -> dict[str, Any]:
+    """Return the rows of `make gpu` and the card's name; none of a run that tried it on a CPU."""
+    found = {name: entry for name, entry in measured.items() if entry["machine"]["card"] != gpu.NO_CARD}
+    return {"gpu": list(gpu.rows(found)), "card": next((entry["machine"]["card"] for entry in found.values()), "")}
 
 
 def figure(value: float) -> str:

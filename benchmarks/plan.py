@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,14 +64,18 @@ def config(layers: int, width: int) -> Any:
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000)
 
 
-def status(name: str) -> int:
-    """Return VmRSS or VmHWM in bytes."""
-    with open("/proc/self/status") as lines:  # noqa: PTH123
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+def memory(device: str, name: str) -> int:
+    """Return VmRSS (now) or VmHWM (the peak) of this process in bytes, or the same of the tensors on a card."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def measure(layers: int, width: int, records: int, tokens: int, checkpointing: bool, half: bool) -> dict[str, Any]:
-    """Return the predicted and the measured peak of one shape, in bytes."""
+def measure(
+    layers: int, width: int, records: int, tokens: int, checkpointing: bool, half: bool, *, device: str = "cpu"
+) -> dict[str, Any]:
+    """Return the predicted and the measured peak of one shape, in MB: of this process, or of the card."""
     from peft.helpers import disable_input_dtype_casting
     from transformers import LlavaForConditionalGeneration
 
@@ -85,11 +90,14 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
     )  # fmt: skip
     found = simulate(made, targets, shape)
     predicted = found.frozen + found.anchors + 3 * found.trained + found.with_gradients
-    nn.Linear(64, 64)(torch.randn(4, 64)).sum().backward()  # exclude the memory of the first use of the kernels
-    start = status("VmRSS")
-    torch.set_default_dtype(dtype)
-    base = LlavaForConditionalGeneration(made)
-    torch.set_default_dtype(torch.float32)
+    with torch.device(device):
+        # Exclude the memory of the first use of the kernels.
+        for kind in (torch.float32, dtype):
+            nn.Linear(64, 64, dtype=kind)(torch.randn(4, 64, dtype=kind)).sum().backward()
+        start = memory(device, "VmRSS")
+        torch.set_default_dtype(dtype)
+        base = LlavaForConditionalGeneration(made)
+        torch.set_default_dtype(torch.float32)
     model = apply_milora(base, RULES).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
@@ -99,24 +107,25 @@ def measure(layers: int, width: int, records: int, tokens: int, checkpointing: b
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     optimizer = torch.optim.AdamW(trained, fused=True)
-    ids = torch.randint(5, 30000, (records, tokens))
+    ids = torch.randint(5, 30000, (records, tokens), device=device)
     ids[:, 1:65] = 32000
     labels = ids.clone()
     labels[:, :-60] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    batch["pixel_values"] = torch.randn(records, 3, 112, 112)
+    batch["pixel_values"] = torch.randn(records, 3, 112, 112, device=device)
     for step in range(2):
-        if step == 1:
-            with open("/proc/self/clear_refs", "w") as file:  # noqa: PTH123 - the kernel's peak counter
-                file.write("5")
+        if step == 1 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif step == 1:
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak counter
         with disable_input_dtype_casting(model, active=half):  # recompute checkpoints under the same autocast
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast(device, torch.bfloat16, enabled=half):
                 loss, count = summed_loss(model, dict(batch), chunked=True)
             (loss / count).backward()
         if step == 0:
             optimizer.step()
             optimizer.zero_grad()
-    taken = status("VmHWM") - start
+    taken = memory(device, "VmHWM") - start
     return {
         "layers": layers, "width": width, "records": records, "tokens": tokens, "checkpointing": checkpointing,
         "bf16": half, "predicted_mb": round(predicted / 1e6), "measured_mb": round(taken / 1e6),
@@ -133,7 +142,7 @@ def needs() -> list[dict[str, Any]]:
         targets = Policy.parse(rules).resolve(base.meta)
         train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
         batching = Batching(num_records=1, per_device=16)
-        plan = workload_of(TrainSection(train, Launch(), ()), base, targets, MIX665K, batching, None)
+        plan = workload_of(TrainSection(train, Launch(), (), None), base, targets, MIX665K, batching, None)
         small = replace(plan, records=1)
         small = replace(small, activations=activations(base, targets, shape_of(base, small, MIX665K)))
         for devices in (1, 2, 4, 8):

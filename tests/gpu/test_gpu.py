@@ -16,10 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.plan import RUNS, measure
 from milora_vl import apply_milora, decompose, load_adapter, load_model, merge, save_adapter
+from milora_vl.adapter.install import base_model_of
 from milora_vl.models.generate import generate
+from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.command import main
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, train_steps
 from support.train_runs import losses, training
@@ -33,7 +37,7 @@ def here(batch: dict[str, Tensor], device: torch.device, dtype: torch.dtype | No
     return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in batch.items()}
 
 
-def needs(package: str, device: torch.device) -> None:
+def needs(package: str) -> None:
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
 
@@ -51,7 +55,7 @@ def test_step_0_is_exact(
     dtype: torch.dtype, autocast: bool, attention: str, device: torch.device, tiny_llava: Any
 ) -> None:
     if attention.startswith("flash"):
-        needs("flash_attn", device)
+        needs("flash_attn")
     base = tiny_llava()[0].to(device, dtype)
     base.set_attn_implementation(attention)
     batch = here(llava_batch(base), device, dtype)
@@ -63,7 +67,7 @@ def test_step_0_is_exact(
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_quantised_bases_train(bits: Any, device: torch.device, tiny_llava: Any, tmp_path: Path) -> None:
-    needs("bitsandbytes", device)
+    needs("bitsandbytes")
     for part in tiny_llava():
         part.save_pretrained(tmp_path)
     base = load_model(tmp_path, quantization=bits, device=device)[0]
@@ -91,6 +95,29 @@ def test_decompose_is_as_exact_as_on_the_cpu(
     torch.testing.assert_close(factors.S.cpu(), there.S, rtol=1e-3, atol=1e-4)
 
 
+def test_a_7b_weight_is_decomposed_on_the_card(
+    device: torch.device, record_property: Callable[[str, object], None]
+) -> None:
+    """Its time there and on the CPU; the first call also loads the libraries of the card."""
+    W = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    decompose(W[:512, :512].to(device), 128)
+    for where in (device.type, "cpu"):
+        weight, start = W.to(where), time.perf_counter()
+        excess = decompose(weight, 128).excess
+        record_property(f"4096 x 4096, r 128, on {where} (s)", round(time.perf_counter() - start, 3))
+        assert excess <= 1e-3
+    record_property("excess", excess)
+
+
+@pytest.mark.parametrize("shape", RUNS)
+def test_a_step_takes_the_memory_that_the_plan_says(shape: tuple[Any, ...], device: torch.device) -> None:
+    if device.type == "cpu":
+        shape = (1, 256, *shape[2:])  # the memory of a process also holds other tests'
+    found = measure(*shape, device=device.type)
+    if device.type == "cuda":
+        assert found["ratio"] == pytest.approx(1, abs=0.1)
+
+
 def test_it_learns_what_a_cpu_learns(
     device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +139,26 @@ def test_compiled_blocks(device: torch.device, on_device: list[str], tiny_data: 
     assert [loss for _, loss in compiled] == pytest.approx([loss for _, loss in plain], rel=1e-2)
 
 
+SWITCHES = {  # package, flags of both runs, flag of one
+    "liger": ("liger_kernel", [], ["--use_liger_kernel"]),
+    "offload": ("torch", ["--gradient_checkpointing"], ["--gradient_checkpointing_kwargs", '{"offload": true}']),
+    "paged": ("bitsandbytes", [], ["--optim", "paged_adamw_8bit"]),
+    "packed": ("flash_attn", ["--packing", "--bf16"], ["--attn_implementation", "{language: flash_attention_2}"]),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_what_users_switch_on_leaves_the_losses(
+    name: str, device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    package, common, flag = SWITCHES[name]
+    needs(package)
+    if device.type == "cpu" and name != "paged":
+        pytest.skip("needs a card")
+    plain, switched = (run(tiny_data, tmp_path / str(len(more)), on_device, *common, *more) for more in ([], flag))
+    assert [loss for _, loss in switched] == pytest.approx([loss for _, loss in plain], rel=2e-2)
+
+
 @pytest.mark.parametrize("precision", ["--bf16", "--fp16"])
 def test_a_resumed_run_has_the_losses_of_one_in_one_piece(
     precision: str, device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
@@ -130,16 +177,47 @@ def test_a_resumed_run_has_the_losses_of_one_in_one_piece(
 def test_one_process_of_a_launcher(
     kind: str, device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
 ) -> None:
-    """NCCL on a card, gloo on a CPU. FSDP2 has nothing to shard in one process, which the command refuses."""
+    """NCCL on a card, gloo on a CPU."""
     if kind != "ddp":
-        needs("deepspeed", device)
+        needs("deepspeed")
     words = [word for word in training(tiny_data, tmp_path / "run", *PLAIN) if word != "--use_cpu"]
-    words += on_device + ([] if kind == "ddp" else ["--deepspeed", kind])
+    words += [*on_device, *([] if kind == "ddp" else ["--deepspeed", kind])]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
     done = subprocess.run([*launch, "-m", "milora_vl.train", *words], env=os.environ, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     expected = run(tiny_data, tmp_path / "alone", on_device)
     assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx([loss for _, loss in expected], rel=1e-2)
+
+
+def test_fsdp2_in_one_process(device: torch.device, tiny_llava: Any) -> None:
+    """The command refuses it, since nothing is shared; torch shards a model for one process, and gathers its layers."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for is_sharded in (False, True):
+            model = apply_milora(tiny_llava()[0].to(device), RULES).train()
+            base = base_model_of(model)
+            batch = here(llava_batch(base), device)
+            assert add_chunked_loss(base)
+            if is_sharded:
+                mesh = init_device_mesh(device.type, (1,))
+                for module in (*base.model.language_model.layers, model):
+                    fully_shard(module, mesh=mesh)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+            for _ in range(3):
+                loss, count = summed_loss(model, {**batch, "labels": batch["input_ids"]}, chunked=True)
+                (loss / count).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(loss.item() / count)
+        assert found[3:] == pytest.approx(found[:3], rel=1e-4)
+        assert found[2] < found[0]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_batches_of_questions_get_the_answers_of_one_by_one(device: torch.device, tiny_llava: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,25 @@ import pytest
 
 from benchmarks import gpu
 
+TRY = ["--device", "cpu", "--tiny", "--output"]
+
 
 @pytest.mark.slow
 def test_all_parts_run_without_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "gpu.json"
-    words = ["--device", "cpu", "--tiny", "--output", str(file), "--only", "tests", "llava-1.5-7b", "questions"]
-    assert gpu.main(words) == 0
-    found = json.loads(file.read_text())
-    assert found["tests"]["result"]["failure"] == found["tests"]["result"]["error"] == "none"
-    assert found["llava-1.5-7b"]["result"]["milora"]["tokens_per_second"] > 0
-    assert found["questions"]["result"]["per_second"] > 0
-    assert "tokens_per_second" in capsys.readouterr().out
+    parts = [name for name in gpu.PARTS if find_spec("trl") or not name.endswith("/trl")]
+    assert gpu.main([*TRY, str(file), "--only", *parts]) == 0
+    found = {name: entry["result"] for name, entry in json.loads(file.read_text()).items()}
+    assert list(found) == parts
+    for model in gpu.MODELS:
+        for way in (*gpu.OURS, "hf"):
+            assert found[f"{model}/{way}"]["tokens_per_second"] > 0
+        assert found[f"{model}/milora"]["planned_gb"] > 0
+        assert found[f"{model}/protected"].keys() >= {"texts_s", "calibration_s"}
+    assert found["demo"].keys() >= {"base emoji_exact", "final emoji_exact"}
+    table = capsys.readouterr().out
+    assert f"{gpu.MODELS[0]}, speed" in table
+    assert "milora over hf" in table
 
 
 def test_a_failed_part_is_recorded_and_finished_ones_stay(
@@ -32,13 +41,33 @@ def test_a_failed_part_is_recorded_and_finished_ones_stay(
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         asked.append(name := command[command.index("--part") + 1])
         if name == "questions":
-            return subprocess.CompletedProcess(command, 1, "", "Traceback\nValueError: too many questions\n")
-        return subprocess.CompletedProcess(command, 0, '{"milora": {"tokens_per_second": 5}}\n', "")
+            return subprocess.CompletedProcess(command, -9, "", "")
+        return subprocess.CompletedProcess(command, 0, 'noise\n{"result": {"tokens_per_second": 5}}\n', "")
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     file = tmp_path / "gpu.json"
-    words = ["--device", "cpu", "--tiny", "--output", str(file), "--only", "questions", "llava-1.5-7b"]
+    words = [*TRY, str(file), "--only", "questions", "llava-1.5-7b/hf"]
     assert [gpu.main(words), gpu.main(words)] == [1, 1]
-    assert asked == ["questions", "llava-1.5-7b", "questions"]
-    assert json.loads(file.read_text())["questions"]["error"] == "ValueError: too many questions"
-    assert "failed: ValueError" in capsys.readouterr().out
+    assert asked == ["questions", "llava-1.5-7b/hf", "questions"]
+    assert json.loads(file.read_text())["questions"]["error"] == "the process ended with -9"
+    assert "failed the process ended with -9" in capsys.readouterr().out
+
+
+def test_results_of_another_machine_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "gpu.json"
+    file.write_text(stored := json.dumps({"demo": {"machine": {"card": "NVIDIA H100"}, "result": {"seconds": 1.0}}}))
+    with pytest.raises(SystemExit):
+        gpu.main([*TRY, str(file)])
+    assert "another machine" in capsys.readouterr().err
+    assert file.read_text() == stored
+
+
+def test_an_error_of_a_part_is_its_last_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_: object) -> dict[str, Any]:
+        raise ValueError("too many questions")
+
+    monkeypatch.setitem(gpu.PARTS, "questions", fails)
+    gpu.main([*TRY, "unused", "--part", "questions"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"error": "ValueError: too many questions"}
