@@ -101,7 +101,7 @@ def test_a_7b_weight_is_decomposed_on_the_card(
     """Its time there and on the CPU; the first call also loads the libraries of the card."""
     W = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     decompose(W[:512, :512].to(device), 128)
-    for where in (device.type, "cpu"):
+    for where in {device.type, "cpu"}:
         weight, start = W.to(where), time.perf_counter()
         excess = decompose(weight, 128).excess
         record_property(f"4096 x 4096, r 128, on {where} (s)", round(time.perf_counter() - start, 3))
