@@ -6,7 +6,7 @@ The parts, most important first: the tests with the marker `gpu`; LLaVA-1.5-7B a
 weights, trained by us with and without protected inputs, by HF's Trainer + PEFT LoRA and by TRL's SFTTrainer, on the
 same batch with the same precision, attention and checkpointing; 500 questions; the demo with its score. Each part runs
 in its own process, and its result is written when it ends. A part that fails is recorded with its error, and the others
-run; the same command runs what is missing. `--device cpu --tiny` tries all of it in minutes, with tiny models.
+run; the same command runs what is missing. `--device cpu` tries all of it in minutes, with tiny models.
 """
 
 from __future__ import annotations
@@ -52,16 +52,17 @@ def main(words: list[str] | None = None) -> int:
     """Run the parts that have no result yet, and print the table. Returns 1 if a part failed."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    options.add_argument("--tiny", action="store_true", help="tiny models, to try the command itself")
+    options.add_argument("--tiny", action="store_true", help="tiny models, as always on a CPU, to try the command")
     options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
     options.add_argument("--again", action="store_true", help="measure finished parts again")
     options.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     options.add_argument("--part", choices=PARTS, help="run one part in this process (internal)")
     chosen = options.parse_args(words)
+    chosen.tiny |= chosen.device == "cpu"
     if chosen.part:
         return run_here(chosen)
     if chosen.device == "cuda" and not torch.cuda.is_available():
-        options.error("no CUDA device; to try the command without one:  --device cpu --tiny")
+        options.error("no CUDA device; to try the command without one:  --device cpu")
     results: dict[str, Any] = json.loads(chosen.output.read_text()) if chosen.output.is_file() else {}
     where = machine(chosen)
     if any(entry["machine"] != where for entry in results.values()):
@@ -113,13 +114,9 @@ def rows(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, entry in results.items():
         figures = entry.get("result", {"failed": entry.get("error")})
         yield name, ", ".join(f"{key} {figure}" for key, figure in figures.items())
-    trained = {
-        name: entry["result"]["tokens_per_second"]
-        for name, entry in results.items()
-        if "/" in name and "result" in entry
-    }
     for model in MODELS:
-        speed = {way: trained[f"{model}/{way}"] for way in (*OURS, *PEERS) if f"{model}/{way}" in trained}
+        names = {way: f"{model}/{way}" for way in (*OURS, *PEERS) if "result" in results.get(f"{model}/{way}", {})}
+        speed = {way: results[name]["result"]["tokens_per_second"] for way, name in names.items()}
         ratios = [
             f"{way} over {peer} {speed[way] / speed[peer]:.2f}"
             for way in OURS

@@ -80,12 +80,19 @@ def test_convolutions_embeddings_and_conv1d(made: Callable[[], nn.Module], sim: 
 
 
 def test_calibration_on_the_device_protects_inputs(sim: torch.device) -> None:
-    inputs = on(sim, batch("llama"))
-    task = [{**inputs, "labels": inputs["input_ids"]}]
     rules = [*one_rule(protect=0.5), {"modules": "language.mlp", "method": "gradient"}]
-    tuned = apply_milora(build("llama").to(sim), rules, calibration=[inputs] * 2, task=task)
+    here, there = on(sim, batch("llama")), batch("llama")
+    tuned, on_cpu = (
+        apply_milora(
+            build("llama").to(device), rules, calibration=[inputs] * 2, task=[{**inputs, "labels": inputs["input_ids"]}]
+        )
+        for device, inputs in ((sim, here), ("cpu", there))
+    )
     assert len(tuned.milora_protection) == 14
-    assert torch.allclose(logits(tuned, on(sim, batch("llama"))), logits(build("llama"), batch("llama")), atol=1e-5)
+    assert torch.allclose(logits(tuned, here), logits(build("llama"), there), atol=1e-5)
+    losses = train_steps(on_cpu.train(), there)
+    assert losses[-1] < losses[0]
+    assert train_steps(tuned.train(), here) == pytest.approx(losses, rel=1e-3)
 
 
 def test_peft_models_are_reinitialized_and_restored(sim: torch.device, tmp_path: Path) -> None:
