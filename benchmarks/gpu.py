@@ -1,6 +1,6 @@
 """What a machine with one GPU shows in ten minutes, without a hub: `make gpu`.
 
-python benchmarks/gpu.py [--device cuda] [--tiny] [--only PART ...] [--again] [--output benchmarks/gpu.json]
+python benchmarks/gpu.py [--device cuda] [--tiny] [--only PART ...] [--output benchmarks/gpu.json]
 
 The parts, most important first: the tests with the marker `gpu`; LLaVA-1.5-7B and Qwen2.5-VL-7B shapes with random
 weights, trained by us with and without protected inputs, by HF's Trainer + PEFT LoRA and by TRL's SFTTrainer, on the
@@ -53,8 +53,7 @@ def main(words: list[str] | None = None) -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     options.add_argument("--tiny", action="store_true", help="tiny models, as always on a CPU, to try the command")
-    options.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
-    options.add_argument("--again", action="store_true", help="measure finished parts again")
+    options.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="measure these, also again")
     options.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     options.add_argument("--part", choices=PARTS, help="run one part in this process (internal)")
     chosen = options.parse_args(words)
@@ -69,9 +68,7 @@ def main(words: list[str] | None = None) -> int:
         options.error(
             f"{chosen.output} has results of another machine or of other versions: rename it, or use --output"
         )
-    for name in chosen.only:
-        if "result" in results.get(name, {}) and not chosen.again:
-            continue
+    for name in chosen.only or [part for part in PARTS if "result" not in results.get(part, {})]:
         print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
         entry = {"date": date.today().isoformat(), "machine": where, **measured(name, chosen)}
@@ -79,7 +76,7 @@ def main(words: list[str] | None = None) -> int:
         write_json(chosen.output, results)
     for name, row in rows(results):
         print(f"{name:28} {row}")
-    return int(any("error" in results[name] for name in chosen.only))
+    return int(any("error" in entry for entry in results.values()))
 
 
 def run_here(chosen: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import gpu
 
-TRY = ["--device", "cpu", "--tiny", "--output"]
+TRY = ["--device", "cpu", "--output"]
 
 
 @pytest.mark.slow
@@ -46,9 +46,8 @@ def test_a_failed_part_is_recorded_and_finished_ones_stay(
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     file = tmp_path / "gpu.json"
-    words = [*TRY, str(file), "--only", "questions", "llava-1.5-7b/hf"]
-    assert [gpu.main(words), gpu.main(words)] == [1, 1]
-    assert asked == ["questions", "llava-1.5-7b/hf", "questions"]
+    assert [gpu.main([*TRY, str(file)]), gpu.main([*TRY, str(file)])] == [1, 1]
+    assert asked == [*gpu.PARTS, "questions"]
     assert json.loads(file.read_text())["questions"]["error"] == "the process ended with -9"
     assert "failed the process ended with -9" in capsys.readouterr().out
 
