@@ -102,9 +102,10 @@ def waits_of(words: list[str]) -> tuple[Counter[str], Counter[str]]:
 def test_a_step_waits_for_nothing_of_ours(words: Callable[..., list[str]], sim: torch.device) -> None:
     """The difference between six steps and two; transformers itself reads from the device what its models check."""
     more = ["--logging_steps", "100", "--save_strategy", "no", "--bf16", "--gradient_accumulation_steps", "2"]
-    more += ["--calibration_pictures", "0"]  # the first run would write captions, the second one finds them
-    many, uploads = waits_of(on_device(words("many", *more)))
+    more += ["--calibration_pictures", "0"]
+    # The first run writes the texts of the calibration, the second one finds them.
     few, fewer = waits_of(on_device(words("few", *more, "--max_steps", "2")))
+    many, uploads = waits_of(on_device(words("many", *more)))
     assert not [line for line in many - few if line.startswith(OURS)]
     assert not [line for line in uploads - fewer if line.startswith(OURS)]
     of_others = {line.partition(":")[0] for line in many - few}
