@@ -6,7 +6,8 @@ The parts, most important first: the tests with the marker `gpu`; LLaVA-1.5-7B a
 weights, trained by us with and without protected inputs, by HF's Trainer + PEFT LoRA and by TRL's SFTTrainer, on the
 same batch with the same precision, attention and checkpointing; 500 questions; the demo with its score. Each part runs
 in its own process, and its result is written when it ends. A part that fails is recorded with its error, and the others
-run; the same command runs what is missing. `--device cpu` tries all of it in minutes, with tiny models.
+run; the same command runs what is missing. `--device cpu` (make gpu GPU_ARGS="--device cpu") tries all of it in
+minutes, with tiny models.
 """
 
 from __future__ import annotations
@@ -304,10 +305,8 @@ def planned(model: str, config: Any, targets: Sequence[Any], tokens: int, train:
     from milora_vl.plan.train_section import TrainSection
 
     section = TrainSection(train | {"activation_checkpointing": True}, Launch(), (), None)
-    counts, batching = (
-        Counts(tokens=tokens, supervised=SUPERVISED, exact=True),
-        Batching(num_records=1, per_device=RECORDS),
-    )
+    counts = Counts(tokens=tokens, supervised=SUPERVISED, exact=True)
+    batching = Batching(num_records=1, per_device=RECORDS)
     work = workload_of(section, Base.of(model, config), targets, counts, batching, None)
     return round(sum(memory(work).values()) / 1e9, 2)
 
