@@ -218,7 +218,7 @@ def _num_packets(place: str | Path) -> int:
     """Return the number of compressed frames in a video file."""
     import av
 
-    with av.open(opened(place), options={"format_whitelist": _FORMATS}) as container:
+    with av.open(opened(place), mode="r", options={"format_whitelist": _FORMATS}) as container:
         return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
@@ -232,10 +232,12 @@ def video_header(place: str | Path) -> VideoPlan:
     from transformers.video_utils import VideoMetadata
 
     try:
-        with av.open(opened(place), options={"format_whitelist": _FORMATS}) as container:
+        with av.open(opened(place), mode="r", options={"format_whitelist": _FORMATS}) as container:
             stream = container.streams.video[0]
             first = next(container.decode(stream))
-            rate, total = float(stream.average_rate), stream.frames
+            rate, total = stream.average_rate, stream.frames
+            if not rate:
+                raise ValueError("it does not say how many frames a second has")
         total = total or _num_packets(place)  # .mkv and .webm do not say it
     except UserError:
         raise
@@ -243,7 +245,9 @@ def video_header(place: str | Path) -> VideoPlan:
         raise _unreadable(place, error) from None
     turned = first.rotation % 180 != 0
     height, width = (first.width, first.height) if turned else (first.height, first.width)
-    metadata = VideoMetadata(total, rate, duration=total / rate, video_backend="pyav", height=height, width=width)
+    metadata = VideoMetadata(
+        total, float(rate), duration=total / float(rate), video_backend="pyav", height=height, width=width
+    )
     return VideoPlan(metadata, first.rotation)
 
 
