@@ -156,7 +156,9 @@ def _onto_cpu(model: nn.Module) -> None:
 
 def _loss(base: Any, shape: Shape) -> Tensor:
     inner = inner_model(base)
-    language = base.get_submodule(find_towers(base).language) if shape.pictures else inner
+    text = base.config.get_text_config().to_dict()
+    width = text.get("hidden_size_per_layer_input")  # Gemma 4 has embeddings of the ids in each layer
+    language = base.get_submodule(find_towers(base).language) if shape.pictures or width else inner
     assert language is not None
     ids = torch.zeros(shape.records, shape.tokens, dtype=torch.long)
     embeds = base.get_input_embeddings()(ids)
@@ -164,7 +166,10 @@ def _loss(base: Any, shape: Shape) -> Tensor:
         embeds.requires_grad_(True)
     if shape.pictures:
         embeds = _with_pictures(base, embeds, shape)
-    hidden = language(inputs_embeds=embeds, use_cache=False)[0].flatten(0, 1)
+    inputs = {"inputs_embeds": embeds}
+    if width:
+        inputs["per_layer_inputs"] = embeds.new_zeros(*ids.shape, text["num_hidden_layers"], width)
+    hidden = language(**inputs, use_cache=False)[0].flatten(0, 1)
     head = base.get_output_embeddings()
     piece = max(CHUNK // base.config.get_text_config().vocab_size, 1)
     count = max(min(shape.supervised, shape.records * shape.tokens), 1)

@@ -29,8 +29,9 @@ from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
 from milora_vl.base.errors import DataError, UserError, first_line, with_context
 from milora_vl.cli.command_line import amount
-from milora_vl.models.image_tokens import image_token_id, image_tokens, tiling_of, uses_processor
+from milora_vl.models.image_tokens import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
+from milora_vl.policy.towers import is_wrapped_by_peft
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -274,6 +275,9 @@ class ProcessorReader:
     ) -> list[Reply]:
         """Return the answers to the prompts of one batch."""
         inputs = {name: self._placed(value) for name, value in self.processed(batch).items()}
+        base = self.model.get_base_model() if is_wrapped_by_peft(self.model) else self.model
+        if "mm_token_type_ids" not in inspect.signature(base.forward).parameters:
+            inputs.pop("mm_token_type_ids", None)  # `generate` refuses what a model does not take
         width = inputs["input_ids"].shape[1]
         config = _greedy(self, max_new_tokens, num_beams)
         config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
@@ -334,6 +338,12 @@ class Reader:
     def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
         self.model = model
         self.tokenizer, images = split_processor(processor)
+        if images is not None and not is_llava(model.config):
+            raise UserError(
+                f"{model.config.model_type} reads only text here: its config has no vision_config",
+                code="model-reads-only-text",
+                hint="pass its tokenizer in place of the processor, and no pictures",
+            )
         self.template = template
         self.image_aspect_ratio = image_aspect_ratio
         self.image_processor: Any = images

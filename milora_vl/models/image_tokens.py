@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milora_data.batches.processor_inputs import BLANK, PROCESSOR_ERRORS, ProcessorInputs, takes_videos
+from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs, takes_videos
 from milora_data.encode.chat_template import Rendered
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.videos import sampler
-from milora_vl.base.errors import Key, UserError, at_flag, first_line
+from milora_data.records.record import IMAGE, Turn
+from milora_vl.base.errors import DataError, Key, UserError, at_flag, first_line
 
 if TYPE_CHECKING:
     from milora_vl.recipe.schema import DataConfig
@@ -126,17 +127,39 @@ def usable_inputs(processor: Any, name: str) -> ProcessorInputs:
     """
     try:
         inputs = ProcessorInputs(processor)
-        blank = Rendered(inputs.placeholder, (), None if inputs.format.takes_conversations else "")
-        inputs([blank], [[inputs.blank(*BLANK)]], padding_side="right", with_places=True)
+        prompt = _asked(inputs)
+        batch = inputs([prompt], [[inputs.blank(*BLANK)]], padding_side="right", with_places=True)
+        if "offset_mapping" not in batch:
+            raise ValueError("it returns no character offsets, which the loss mask needs")
+        expanded, is_reported = batch["offset_mapping"].shape[1] - inputs.num_text_tokens(prompt), any(batch[PLACES])
     except UserError:
         raise
     except (AttributeError, *PROCESSOR_ERRORS) as error:
-        raise UserError(
-            f"pictures of {name} cannot be prepared with {type(processor).__name__}: {first_line(error)}",
-            code="model-pictures-unsupported",
-            hint="apply_milora still works, with your own batches and trainer\nsee: docs/other-models.md",
-        ) from None
+        raise _unsupported(processor, name, first_line(error)) from None
+    if len(batch[PLACES]) != 1:
+        raise _unsupported(processor, name, f"it makes {len(batch[PLACES])} texts of one")
+    if expanded > 2 and not is_reported:  # more than a BOS and a token: answers would be looked for in the wrong places
+        raise _unsupported(processor, name, "it does not report where in a text it puts the tokens of a picture")
     return inputs
+
+
+def _asked(inputs: ProcessorInputs) -> Rendered:
+    """Return a question about a picture in the model's template; the placeholder alone if it writes no pictures."""
+    if not inputs.format.takes_conversations:
+        return Rendered(inputs.placeholder, (), "")
+    try:
+        asked = inputs.format.render([Turn("user", f"{IMAGE}\na")], prompt=True)
+    except DataError:  # the records may have no pictures
+        asked = Rendered("", ())
+    return asked if inputs.num_placeholders(asked.text) else Rendered(inputs.placeholder, ())
+
+
+def _unsupported(processor: Any, name: str, reason: str) -> UserError:
+    return UserError(
+        f"pictures of {name} cannot be prepared with {type(processor).__name__}: {reason}",
+        code="model-pictures-unsupported",
+        hint="apply_milora still works, with your own batches and trainer\nsee: docs/other-models.md",
+    )
 
 
 def configure_processor(processor: Any, data: DataConfig) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from milora_vl.policy.rules import PolicyError
 from milora_vl.policy.towers import TOWERS, Towers, output_head
-from milora_vl.weights.matrices import is_adaptable, is_linear
+from milora_vl.weights.matrices import is_adaptable, is_linear, matrix_shape
 
 _TOWER_SELECTOR = re.compile(
     rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>\d+)(?:-(?P<last>\d+))?\])?(?:\.(?P<tail>[\w.]+|\*))?"
@@ -109,7 +109,10 @@ class Selector:
         """Return True if the name of a tower alone selects the module: linear layers in blocks, all of a projector."""
         if tower == "projector" and whole_modules:
             return self._is_selectable(path, True)
-        if not is_linear(self.modules[path]) or path == self.head:
+        module = self.modules[path]
+        if not is_linear(module) or path == self.head:
+            return False
+        if min(matrix_shape(module)) == 1 and not whole_modules:  # a gate: one component is all of it
             return False
         return tower not in self.towers.stacks or self.towers.block_of(path) is not None
 
@@ -123,7 +126,7 @@ class Selector:
         if experts:
             lines.append(f"{experts[0]} holds its experts in 3-D weights, which adapters do not support")
             lines.append(f"to train them in full, select the module:  {{modules: {experts[0]}, method: full}}")
-        if self.towers.layout in ("unknown", "decoder alone"):
+        if self.towers.layout == "unknown":
             lines.append("this model has a vision part but no known layout: select its modules by full path or glob")
         for tower in self.towers.stacks:
             lines.append(f"this model's {tower} blocks are {_listed(self._blocks(tower))}")

@@ -71,8 +71,9 @@ _HEAD = "lm_head"  # belongs to the language tower, but is not one of its submod
 
 # A model outside the table with such a module is not a text-only model. Rules must select its modules by full path.
 _LOOKS_MULTIMODAL = re.compile(
-    r"(^|\.)(vision|visual|image|video|audio|mm_projector|vqmodel|speech)(_|\.|$)", re.IGNORECASE
+    r"(^|[._])(vision|visual|image|video|audio|mm_projector|vqmodel|speech)(_|\.|$)", re.IGNORECASE
 )
+_SOUND = re.compile(r"(^|[._])(audio|speech)(_|\.|$)", re.IGNORECASE)
 _ATTENTION = re.compile(r"att(n|ention)", re.IGNORECASE)
 # A list of modules with a smaller share of the weights than this is not a list of blocks (a few heads or adapters).
 _SMALLEST_STACK = 0.1
@@ -161,7 +162,7 @@ def find_towers(model: nn.Module) -> Towers:
     """Return the towers of `model`. A model without a vision module is one language tower.
 
     For a multimodal model outside the table, the language tower is the decoder that `get_decoder` returns, if it
-    contains no vision modules. Otherwise the layout is `unknown`.
+    contains no vision modules; the modules beside it are the others (`_beside`). Otherwise the layout is `unknown`.
 
     >>> find_towers(nn.Sequential(nn.Linear(2, 2))).tower_of("0")
     'language'
@@ -176,8 +177,46 @@ def find_towers(model: nn.Module) -> Towers:
         return _with_stacks(modules, Towers("text", {"language": ("",)}))
     decoder = _decoder_path(model, modules)
     if decoder is not None:
-        return _with_stacks(modules, Towers("decoder alone", {"language": (decoder,)}))
+        beside = {} if is_encoder_decoder(model) else _beside(modules, decoder)
+        return _with_stacks(modules, Towers("by shape", {"language": (decoder,), **beside}))
     return Towers("unknown", {})
+
+
+def _beside(modules: Mapping[str, nn.Module], decoder: str) -> dict[Tower, tuple[str, ...]]:
+    """Return projector and vision tower of a model whose parts are modules beside its decoder.
+
+    A part with blocks is a vision tower, and one without maps from it to the language model; parts for sounds are
+    neither. If there is no such map, it is inside the vision tower: what comes after its blocks and has as many outputs
+    as the decoder's embedding (mergers).
+    """
+    parent = decoder.rpartition(".")[0]
+    parts = [
+        path
+        for path, module in _children(modules, parent)
+        if path not in (decoder, _HEAD) and _size(module.parameters()) and not _SOUND.search(path)
+    ]
+    vision = tuple(path for path in parts if _stacks_in(modules, path))
+    projector = tuple(path for path in parts if path not in vision)
+    if not projector:
+        width = next((m.embedding_dim for m in modules[decoder].modules() if isinstance(m, nn.Embedding)), None)
+        for tower in vision:
+            inside = [path for path, _ in _children(modules, tower)]
+            last = max((place for place, path in enumerate(inside) if _stacks_in(modules, path)), default=-1)
+            projector += tuple(path for path in inside[last + 1 :] if width in _output_widths(modules[path]))
+    return {tower: paths for tower, paths in (("projector", projector), ("vision", vision)) if paths}  # type: ignore[misc]
+
+
+def _children(modules: Mapping[str, nn.Module], parent: str) -> list[tuple[str, nn.Module]]:
+    prefix = f"{parent}." if parent else ""
+    return [(prefix + name, module) for name, module in modules[parent].named_children()]
+
+
+def _stacks_in(modules: Mapping[str, nn.Module], root: str) -> list[str]:
+    return [path for path, module in modules.items() if _inside(path, root) and _is_stack(path, module)]
+
+
+def _output_widths(module: nn.Module) -> set[int]:
+    return {layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear)}
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -257,9 +296,11 @@ def _decoder_path(model: nn.Module, modules: Mapping[str, nn.Module]) -> str | N
     get = getattr(model, "get_decoder", None)
     decoder = get() if callable(get) else None
     path = next((name for name, module in modules.items() if module is decoder and name), None)
-    if path is None or any(_inside(name, path) and _LOOKS_MULTIMODAL.search(name) for name in modules):
+    if path is None:
         return None
-    return path
+    inside = [name for name in modules if _inside(name, path) and _LOOKS_MULTIMODAL.search(name.removeprefix(path))]
+    # A vision tower contains blocks. Experts for the tokens of pictures (Ernie 4.5) contain none.
+    return None if any(_stacks_in(modules, name) for name in inside) else path
 
 
 def _with_stacks(modules: Mapping[str, nn.Module], towers: Towers) -> Towers:

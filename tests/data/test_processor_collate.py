@@ -210,6 +210,8 @@ ANSWERS: dict[str, Callable[[str], str]] = {
     "qwen2_vl": lambda text: f"{text}<|im_end|>",
     "qwen2_5_vl": lambda text: f"{text}<|im_end|>",
     "qwen3_vl": lambda text: f"{text}<|im_end|>",
+    "qwen3_5": lambda text: f"{text.strip()}<|im_end|>",
+    "gemma4": lambda text: f"{text.strip()}<turn|>",
     "internvl": lambda text: f"{text}<|im_end|>",
     "llava_onevision": lambda text: f"{text}<|im_end|>",
     "gemma3": lambda text: f"{text.strip()}<end_of_turn>",

@@ -122,16 +122,37 @@ def test_an_audio_tower_is_none_of_the_three() -> None:
     assert towers.tower_of("lm_head") == "language"
 
 
-def test_outside_the_table_a_model_that_names_its_decoder_has_a_language_tower() -> None:
-    class Named(nn.Module):
-        def get_decoder(self) -> nn.Module:
-            return self.get_submodule("core.text")
+class Named(nn.Module):
+    """A model outside the table that names its decoder."""
 
-    paths = ("core.text.layers.0.self_attn.q_proj", "core.visual_embedder.proj")
-    model = tree(*paths)
+    def get_decoder(self) -> nn.Module:
+        return self.get_submodule("core.text")
+
+
+OUTSIDE = {
+    "pixels mapped without blocks": {"core.embed_vision.proj": "projector"},
+    "a tower, and two maps beside it": {
+        "core.vision_part.layers.0.q_proj": "vision",
+        "core.vision_adapter.fc1": "projector",
+        "core.vision_map": "projector",
+    },
+    "a map after the blocks of the tower": {
+        "core.visual.patches.proj": "vision",
+        "core.visual.encoder.layers.0.q_proj": "vision",
+        "core.visual.merging.proj": "projector",
+    },
+    "sounds": {"core.audio_part.layers.0.q_proj": None, "core.embed_audio.proj": None, "core.vision_map": "projector"},
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_outside_the_table_the_parts_are_found_beside_the_decoder(case: str) -> None:
+    expected = {"core.text.layers.0.self_attn.q_proj": "language", **OUTSIDE[case]}
+    model = tree(*expected)
+    model.core.text.embed_tokens = nn.Embedding(3, 2)  # type: ignore[union-attr]
     model.__class__ = Named
     towers = find_towers(model)
-    assert [towers.tower_of(path) for path in paths] == ["language", None]
+    assert {path: towers.tower_of(path) for path in expected} == expected
 
 
 def test_encoder_and_decoder_are_both_blocks() -> None:

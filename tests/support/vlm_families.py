@@ -82,6 +82,18 @@ MISTRAL = (
     + "[/INST]{% endif %}{% endfor %}"
 )
 
+# Without thoughts, as the published template of Qwen3.5 has it: the last answer gets an empty block of them.
+QWEN_THINKS = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
+    "{% endif %}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if loop.index0 > ns.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% generation %}"
+    + parts("<|vision_start|><|image_pad|><|vision_end|>", "{{ part.text | trim }}")
+    + "<|im_end|>{% endgeneration %}{{ '\n' }}{% else %}"
+    + parts("<|vision_start|><|image_pad|><|vision_end|>", "{{ part.text | trim }}")
+    + "<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+
 
 @dataclass(frozen=True)
 class VlmFamily:
@@ -268,6 +280,25 @@ def _aya(tokenizer: PreTrainedTokenizerFast, template: str) -> Any:
     )
 
 
+def _gemma4(tokenizer: PreTrainedTokenizerFast, template: str) -> Any:
+    from transformers import (
+        Gemma4AudioFeatureExtractor,
+        Gemma4ImageProcessor,
+        Gemma4Processor,
+        Gemma4VideoProcessor,
+    )
+
+    sizes = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    return Gemma4Processor(
+        Gemma4AudioFeatureExtractor(),
+        Gemma4ImageProcessor(**sizes),
+        tokenizer,
+        Gemma4VideoProcessor(**sizes),
+        chat_template=template,
+        image_seq_length=70,
+    )
+
+
 QWEN_CONFIG = {
     "image_token_id": "<|image_pad|>",
     "video_token_id": "<|video_pad|>",
@@ -295,6 +326,45 @@ VLM_FAMILIES: dict[str, VlmFamily] = {
     "qwen2_vl": qwen("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": qwen("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    "qwen3_5": VlmFamily(
+        QWEN_THINKS,
+        _qwen("Qwen2VLImageProcessor", "Qwen3VLVideoProcessor", "Qwen3VLProcessor"),
+        (*CHATML, *QWEN_PICTURES, "<think>", "</think>"),
+        QWEN_CONFIG,
+        bos="<|endoftext|>",
+        eos="<|im_end|>",
+    ),
+    "gemma4": VlmFamily(
+        turns(
+            "<|image|>",
+            "<|turn>{{ m.role }}\n",
+            "<|turn>model\n",
+            start="{{ bos_token }}",
+            text="{{ part.text | trim }}",
+            end="<turn|>\n",
+        ),
+        _gemma4,
+        ("<|turn>", "<turn|>"),
+        {
+            "image_token_id": "<|image|>",
+            "video_token_id": "<|video|>",
+            "audio_token_id": "<|audio|>",
+            "boi_token_id": "<|image>",
+            "eoi_token_id": "<image|>",
+        },
+        {
+            "image_token": "<|image|>",
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "video_token": "<|video|>",
+            "audio_token": "<|audio|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+        },
+        text={"vocab_size_per_layer_input": 512},
+        bos="<bos>",
+        eos="<eos>",
+    ),
     "gemma3": VlmFamily(
         turns(
             "<start_of_image>",

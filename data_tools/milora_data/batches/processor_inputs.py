@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,13 @@ def takes_videos(processor: Any) -> bool:
     return _video_token(processor) is not None
 
 
+def _placeholder(processor: Any) -> str:
+    """Return the placeholder of a picture in texts. A few processors replace it by another token."""
+    return str(
+        processor.image_placeholder_token if "image_placeholder_token" in dir(processor) else processor.image_token
+    )
+
+
 def _tokens_of_pictures(processor: Any) -> set[str]:
     """Return the tokens that a processor or its tokenizer names as that of a picture: in texts, and in ids."""
     tokenizer, named = processor.tokenizer, {str(processor.image_token)}
@@ -51,6 +58,15 @@ def _tokens_of_pictures(processor: Any) -> set[str]:
     if "image_token_id" in dir(processor):
         named.add(str(tokenizer.convert_ids_to_tokens(processor.image_token_id)))
     return named
+
+
+def _in_float32(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of a processor; pixels in a half type (Llama 4) become float32, as for all other families."""
+    halves = (torch.float16, torch.bfloat16)
+    return {
+        name: value.float() if isinstance(value, torch.Tensor) and value.dtype in halves else value
+        for name, value in batch.items()
+    }
 
 
 class ProcessorInputs:
@@ -67,7 +83,7 @@ class ProcessorInputs:
                 hint="load the fast tokenizer: AutoProcessor.from_pretrained(..., use_fast=True)",
             )
         self.format = prompt_format(processor)
-        self.placeholder = str(processor.image_token)
+        self.placeholder = _placeholder(processor)
         self.video_placeholder = _video_token(processor)
         self.expanded = _tokens_of_pictures(processor) - {self.placeholder, str(self.video_placeholder)}
         self._counts: dict[tuple[int, int], int] = {}
@@ -117,6 +133,8 @@ class ProcessorInputs:
         }
         if pad_to_multiple_of:
             options["pad_to_multiple_of"] = pad_to_multiple_of
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            options["return_mm_token_type_ids"] = True  # a few processors return it only if it is asked for
         if rendered[0].suffix is not None:
             options["suffix"] = [str(one.suffix) for one in rendered]
         shown = [video for row in videos for video in row]
@@ -138,9 +156,9 @@ class ProcessorInputs:
                 hint="make batches of one kind",
             )
         if not with_places:
-            return dict(self.processor(text=texts, images=pictures, **options))
+            return _in_float32(self.processor(text=texts, images=pictures, **options))
         with recorded_places(self.processor) as places:
-            batch = dict(self.processor(text=texts, images=pictures, return_offsets_mapping=True, **options))
+            batch = _in_float32(self.processor(text=texts, images=pictures, return_offsets_mapping=True, **options))
         return batch | {PLACES: places or [[] for _ in texts]}  # none: this family expands no placeholder
 
     def pixels(self, image: Any) -> Any:

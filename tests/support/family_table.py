@@ -1,0 +1,296 @@
+"""What works with every family that transformers registers for pictures and text: docs/families.md.
+
+    python tests/support/family_table.py [--only NAME ...] [--seconds 300]
+
+Each family runs in a process of its own, on a tiny random model (`support.any_family`), with a time limit. The results
+go to tests/reference/families.json, and the page is made of that file. A column has "yes", or the reason why not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import select
+import signal
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests")]
+
+from milora_data.records.record import Turn  # noqa: E402
+from milora_eval import run as evaluate  # noqa: E402
+from milora_vl import Policy, apply_milora, collator_for, load_adapter, merge, save_adapter  # noqa: E402
+from milora_vl.base.errors import UserError  # noqa: E402
+from milora_vl.models.generate import Prompt, generate  # noqa: E402
+from milora_vl.plan import fit  # noqa: E402
+from milora_vl.plan.base import Base  # noqa: E402
+from milora_vl.policy.rules import Target  # noqa: E402
+from milora_vl.policy.towers import find_towers  # noqa: E402
+from milora_vl.recipe.policy_edits import PolicyEdits, edited, without_projector  # noqa: E402
+from milora_vl.recipe.schema import DataConfig, Recipe  # noqa: E402
+from support import any_family, official_data  # noqa: E402
+from support.vlm_runs import record, write_pictures  # noqa: E402
+
+PAGE, RESULTS = ROOT / "docs" / "families.md", ROOT / "tests" / "reference" / "families.json"
+COLUMNS = ("adapter", "train", "chat", "evaluate", "pack")
+FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+ASKED = record([("human", "<image>\nWhat is it?"), ("gpt", "A cat.")], ["0.png"])
+Result = dict[str, str]
+
+
+def check(family: str, folder: Path) -> Result:
+    """Return what works with one family: for each column "yes", or the reason why not."""
+    try:
+        config, processor = any_family.tiny_family(family)
+        any_family.tiny_model(config)
+    except Exception as error:
+        return dict.fromkeys(COLUMNS, f"no tiny model: {_phrase(error)}")
+    pictures = write_pictures(folder / "pictures")
+    official_data.write(folder / "benchmarks", "pope")
+    made: dict[str, Any] = {}
+
+    def train() -> None:
+        collate = collator_for(any_family.tiny_model(config), processor, image_folder=pictures)
+        made["batch"] = collate([ASKED])
+        model = _adapted(any_family.tiny_model(config))
+        first = _step(model, made["batch"])
+        assert model(**made["batch"]).loss != first, "the loss is the same after a step"
+
+    def adapter() -> None:
+        batch = made.get("batch") or _plain_batch(processor, pictures / "0.png") or _text_batch(config)
+        _check_adapter(config, batch, folder / "adapter")
+
+    def chat() -> None:
+        prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (pictures / "0.png",))
+        assert len(generate(any_family.tiny_model(config), processor, [prompt], max_new_tokens=3)) == 1
+
+    def scored() -> None:
+        model = any_family.tiny_model(config)
+        results = evaluate(
+            model, processor, ["pope"], data_dir=folder / "benchmarks", output_dir=folder / "run", limit=1
+        )
+        assert results["benchmarks"]
+
+    result = {"train": _tried(train)}
+    if processor is None:
+        result["train"] = "transformers registers no processor for it"
+    else:
+        result |= {"chat": _tried(chat), "evaluate": _tried(scored)}
+    result["adapter"] = _tried(adapter)
+    if result["train"] == "yes":
+        result["pack"] = packs(config)
+    return {column: result.get(column, result["train"]) for column in COLUMNS}
+
+
+def packs(config: Any) -> str:
+    """Return "yes", or the reason why the plan refuses packed records."""
+    return _tried(lambda: _require_packable(config))
+
+
+def _require_packable(config: Any) -> None:
+    """Raise UserError with the plan's reason if it refuses packed records of this model."""
+    base = Base.of(config.model_type, config)
+    ratio = "pad" if base.tiling is None else "anyres"
+    data = DataConfig(packing=True, image_aspect_ratio=ratio)
+    recipe = Recipe(template="chat_template" if base.own_pictures else "vicuna_v1", data=data)
+    fit._require_prepared(recipe, base, [])
+
+
+def _tried(action: Callable[[], None]) -> str:
+    try:
+        action()
+    except Exception as error:
+        return _phrase(error)
+    return "yes"
+
+
+def _phrase(error: Exception) -> str:
+    """Return an error as a phrase: a message of ours, or that of another library with its kind."""
+    text = error.first.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    line = " ".join(text.split())
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def _rules(model: Any) -> list[dict[str, Any]]:
+    """Return the default rules for a model, with MiLoRA of rank 2 and without protected inputs."""
+    rules = edited(None, PolicyEdits(method="milora", rank=2))
+    rules = [{key: value for key, value in rule.items() if key not in ("protect", "dropout")} for rule in rules]
+    return rules if find_towers(model).projector else without_projector(rules)
+
+
+def targets_of(model: Any) -> list[Target]:
+    """Return the targets of `_rules`."""
+    return Policy.parse(_rules(model)).resolve(model)
+
+
+def _adapted(model: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # experts as 3-D weights
+        return apply_milora(model, _rules(model))
+
+
+def _step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Make one step of AdamW, in eval mode, and return the loss before it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = model(**batch).loss
+    loss.backward()
+    torch.optim.AdamW(trained, lr=0.02).step()
+    return loss.detach()
+
+
+@torch.no_grad()
+def _logits(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    return model.eval()(**batch).logits
+
+
+def _plain_batch(processor: Any, picture: Path) -> dict[str, Any] | None:
+    """Return what a processor makes of a picture and a text without a template; None if it refuses them."""
+    try:
+        batch = dict(processor(images=Image.open(picture), text="a cat", return_tensors="pt"))
+    except Exception:
+        return None
+    return batch | {"labels": batch.get("labels", batch["input_ids"])} if "input_ids" in batch else None
+
+
+def _text_batch(config: Any) -> dict[str, Any]:
+    """Return a row of random text tokens, for a family without a processor."""
+    ids = torch.randint(3, 200, (1, 20), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def _check_adapter(config: Any, batch: dict[str, Any], folder: Path) -> None:
+    """Check step 0, a step, saving and loading, and merging."""
+    base = any_family.tiny_model(config)
+    expected = _logits(base, batch)
+    assert torch.isfinite(expected).all(), "the tiny model has no finite logits"
+    model = _adapted(base)
+    towers = {target.tower for target in model.milora_targets}
+    assert "language" in towers, "no language tower"
+    assert torch.equal(_logits(model, batch), expected), "step 0 differs from the base"
+    before = _step(model, batch)
+    trained = _logits(model, batch)
+    assert model(**batch).loss != before, "the loss is the same after a step"
+    save_adapter(model, folder)
+    reloaded = load_adapter(any_family.tiny_model(config), folder)
+    for how, logits in {"reloaded": _logits(reloaded, batch), "merged": _logits(merge(model), batch)}.items():
+        assert torch.allclose(logits, trained, atol=1e-4), (
+            f"{how} logits differ by {(logits - trained).abs().max():.1e}"
+        )
+
+
+def run_alone(family: str, seconds: int) -> Result:
+    """Return the result of `check` from a process of its own, which ends after so many seconds."""
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(seconds + 5)
+        warnings.simplefilter("ignore")
+        with tempfile.TemporaryDirectory() as folder:
+            result = check(family, Path(folder))
+        os.write(there, json.dumps(result).encode())
+        os._exit(0)
+    os.close(there)
+    ready, _, _ = select.select([here], [], [], seconds)
+    text = b"".join(iter(lambda: os.read(here, 65536), b"")) if ready else b""
+    os.close(here)
+    if not text:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if text:
+        return dict(json.loads(text))
+    return dict.fromkeys(COLUMNS, "the process died" if ready else f"not done after {seconds} s")
+
+
+def page(results: dict[str, Any]) -> str:
+    """Return docs/families.md."""
+    families: dict[str, Result] = results["families"]
+    counts = ", ".join(f"{column} {sum(row[column] == 'yes' for row in families.values())}" for column in COLUMNS)
+    lines = [HEAD.format(version=results["transformers"], number=len(families), counts=counts)]
+    lines += [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    for name, row in families.items():
+        lines.append(f"| {name} | {' | '.join('yes' if row[column] == 'yes' else 'no' for column in COLUMNS)} |")
+    lines += ["", "## Why not", ""]
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for name, row in families.items():
+        for column in (column for column in COLUMNS if row[column] != "yes"):
+            reason = re.sub(rf"(?<![-\w.]){re.escape(name)}(?![-\w.])", "this family", row[column])
+            reasons.setdefault(reason, {}).setdefault(name, []).append(column)
+    for reason, who in reasons.items():
+        text = f"- {reason}: " + "; ".join(f"**{name}** ({', '.join(columns)})" for name, columns in who.items())
+        lines += textwrap.wrap(text, 98, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Every family that transformers registers
+
+This page lists the {number} families that transformers {version} loads with
+`AutoModelForImageTextToText`, and what works with each of them. Working families by column:
+{counts}.
+
+Each family is checked in a process of its own, with a tiny model of random weights and the
+family's own processor classes. The tokenizer is a byte-level one, and the chat template is ChatML.
+No published weights are loaded. [Other models](other-models.md) lists the families that are also
+tested with templates like the published ones.
+
+- **adapter**: the rules of the default policy find their modules, with MiLoRA of rank 2 and
+  without protected inputs. Step 0 equals the base, a step changes the loss, and the logits are the
+  same after saving and loading, and after merging.
+- **train**: a step on a record with a picture. `collator_for` makes the batch.
+- **chat**: an answer to a question about a picture, by the function that `chat` calls.
+- **evaluate**: `milora_eval` asks and scores a question of POPE.
+- **pack**: what the plan says about `--packing True`, for families that train.
+
+A reason that begins with the name of an error is what transformers or PEFT raised for the tiny
+model. `no tiny model` and sizes that do not match say nothing about the published models.
+
+Adapters that train with your own batches need the first column alone. The command
+`python tests/support/family_table.py` of a source checkout writes this page.
+"""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Check families, and write results and page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, help="Families to check again; others keep their rows.")
+    parser.add_argument("--seconds", type=int, default=300, help="Time limit for each family.")
+    parser.add_argument("--pack", action="store_true", help="Ask the plan again about packing, and check nothing else.")
+    options = parser.parse_args(words)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    known: dict[str, Result] = json.loads(RESULTS.read_text())["families"] if options.only or options.pack else {}
+    for family in options.only or FAMILIES:
+        if not options.pack:
+            known[family] = run_alone(family, options.seconds)
+        elif known[family]["train"] == "yes":
+            known[family]["pack"] = packs(any_family.tiny_family(family)[0])
+        else:
+            known[family]["pack"] = known[family]["train"]
+        print(family, {column: known[family][column][:100] for column in COLUMNS}, flush=True)
+        write(known)
+
+
+def write(known: dict[str, Result]) -> None:
+    """Write the results and the page, in the order of transformers."""
+    results = {
+        "transformers": transformers.__version__,
+        "families": {name: known[name] for name in FAMILIES if name in known},
+    }
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
