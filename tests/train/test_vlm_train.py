@@ -166,7 +166,7 @@ def test_every_family_is_planned_and_trained(name: str, data: Path, tmp_path: Pa
     words = flags(model, data, "single.json" if name in ONE_KIND else "mixed.json")
     words[words.index("--rank") + 1] = "1"  # the default protects all but few inputs of layers as tiny as these
     runs = {"run": [], "packed": ["--packing", "True", "--max_length", "256"]}
-    if name == "mllama":
+    if name in ("mllama", "gemma4", "qwen3_5"):  # refused
         del runs["packed"]
     for run, more in runs.items():
         assert main([*words, *more, "--dry-run"]) == 0
