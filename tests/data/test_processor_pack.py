@@ -21,6 +21,7 @@ from milora_data.batches.processor_pack import PACKED, require_packable
 from milora_data.records.record import parse_record
 from milora_vl import collator_for
 from milora_vl.models.losses import summed_loss
+from support import any_family
 from support.family_configs import FAMILIES
 from support.problems import raises_code
 from support.versions import needs_places
@@ -28,6 +29,8 @@ from support.vlm_families import VLM_FAMILIES, model_of, processor_of
 from support.vlm_runs import mixed_records, record, write_pictures
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
+# Without scores' scale, the tiny Gemma 4 shows how float32 rounds the angles of later places.
+ROUNDED = {"gemma4": 1e-3}
 LACKS = {"smolvlm": find_spec("num2words") is None}
 KINDS = {name: FAMILIES[family.config_of or name].model_type for name, family in VLM_FAMILIES.items()}
 ALL = [name for name, kind in KINDS.items() if kind in PACKED and not LACKS.get(name)]
@@ -59,15 +62,32 @@ def loss_and_gradients(model: Any, batches: list[dict[str, Any]]) -> dict[str, T
     return {"loss": torch.stack(losses).sum().detach(), **gradients}
 
 
-def require_equal(together: dict[str, Tensor], alone: dict[str, Tensor]) -> None:
+def require_equal(together: dict[str, Tensor], alone: dict[str, Tensor], tolerance: float = 1e-4) -> None:
     assert together.keys() == alone.keys()
     for name, value in alone.items():
-        scale = float(value.abs().max())
-        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-5 * max(scale, 1), msg=name)
+        atol = tolerance * max(float(value.abs().max()), 0.1)
+        torch.testing.assert_close(together[name], value, rtol=0, atol=atol, msg=name)
 
 
-def test_every_packed_family_is_tested() -> None:
-    assert {kind for kind in KINDS.values() if kind in PACKED} == set(PACKED)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PACKED - set(KINDS.values())))
+def test_a_tiny_model_of_a_family_packs_like_its_records(name: str, pictures: Path) -> None:
+    config, processor = any_family.tiny_family(name)
+    model = any_family.tiny_model(config).eval()
+    collate = collator_for(model, processor, image_folder=pictures)
+    values = mixed_records()[:4]
+    together = loss_and_gradients(model, [collate([values])])
+    require_equal(together, loss_and_gradients(model, [collate([value]) for value in values]))
+
+
+def test_gemma_4_packs_with_pictures_that_see_all_of_themselves(make: Any) -> None:
+    model, collate = make("gemma4")
+    text = model.config.get_text_config()
+    text.use_bidirectional_attention, text.sliding_window = "vision", 16
+    records = mixed_records()
+    together = loss_and_gradients(model, [collate([records[:3], records[3:]])])
+    alone = loss_and_gradients(model, [collate([value]) for value in records])
+    require_equal(together, alone, ROUNDED["gemma4"])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -80,7 +100,8 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_records(name: str, atten
     assert len(batch["input_ids"]) == 2
     assert "attention_mask" not in batch
     together = loss_and_gradients(model, [batch])
-    require_equal(together, loss_and_gradients(model, [collate([value]) for value in records]))
+    alone = loss_and_gradients(model, [collate([value]) for value in records])
+    require_equal(together, alone, ROUNDED.get(name, 1e-4))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v"])
@@ -100,7 +121,10 @@ def test_a_record_keeps_the_positions_of_its_pictures(name: str, make: Any) -> N
 
 
 def varlen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> tuple[Tensor, None]:
-    """Attention within the borders that transformers gives flash attention for positions; windows are longer here."""
+    """Attention within the borders that transformers gives flash attention for positions; windows are longer here.
+
+    The families that are left out refuse flash attention.
+    """
     assert mask is None
     assert len(query) == 1
     (borders, _), _ = prepare_fa_kwargs_from_position_ids(options["position_ids"])
@@ -110,7 +134,9 @@ def varlen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, *
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("gemma3", "paligemma")])  # these refuse flash
+@pytest.mark.parametrize(
+    "name", [name for name in ALL if name not in ("gemma3", "gemma4", "paligemma")]
+)  # these refuse flash
 def test_flash_attention_finds_the_records_of_a_flat_row(name: str, make: Any) -> None:
     AttentionInterface.register("varlen", varlen)
     model, collate = make(name, packing="flat")

@@ -23,12 +23,15 @@ from milora_vl.base.errors import UserError
 
 # Families whose packed rows a test compares with their records.
 PACKED = frozenset(
-    "aya_vision gemma3 glm4v idefics3 internvl llava llava_onevision mistral3 paligemma qwen2_5_vl qwen2_vl qwen3_vl "
-    "smolvlm".split()
+    "aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl deepseek_vl_hybrid "
+    "exaone4_5 fast_vlm gemma3 gemma4 glm46v glm4v glm4v_moe glm_ocr glmga granite4_vision granite_docling "
+    "hyperclovax_vision_v2 idefics3 internvl janus kimi_k25 lighton_ocr llava llava_next_video llava_onevision "
+    "mistral3 muse_glimmer muse_spark ovis2 paddleocr_vl paligemma qianfan_ocr qwen2_5_vl qwen2_vl qwen3_vl "
+    "qwen3_vl_moe smolvlm step3p7 video_llama_3 video_llava vipllava".split()
 )
 # The mask of their sliding window takes a token's position for its place in the row, when it looks up which tokens
 # belong to a picture.
-_PLACES = ("gemma3",)
+_PLACES = ("gemma3", "gemma4")
 _REASONS = {
     "mllama": "a text before its picture attends to all pictures of the row, also of other records",
 }
