@@ -16,6 +16,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from milora_data.batches.preferences import PreferenceCollator, pair_of
+from milora_data.encode.templates import OWN
 from milora_data.formats.jsonfile import read_objects
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.base.errors import UserError
@@ -69,6 +70,7 @@ def trainer_of(recipe: Recipe, chosen: argparse.Namespace) -> DPOTrainer:
     )
     if uses_processor(model.config):
         limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
+        recipe = recipe.model_copy(update={"template": OWN})  # the processor writes the prompts
     collate = PreferenceCollator(collator(recipe, Base.of(recipe.model, model.config), processor))
     train = dict(recipe.train)
     if chosen.max_steps is not None:
@@ -83,13 +85,16 @@ def trainer_of(recipe: Recipe, chosen: argparse.Namespace) -> DPOTrainer:
         **train,
     )
     model = apply_milora(model, recipe.policy)
-    return DPOTrainer(
+    trainer = DPOTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(pairs),
         data_collator=collate,
         processing_class=processor,
     )
+    if "ref" in model.peft_config:
+        model.delete_adapter("ref")  # TRL's copy of the adapter; without it, TRL switches the adapter off
+    return trainer
 
 
 if __name__ == "__main__":

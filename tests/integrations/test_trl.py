@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import runpy
@@ -17,12 +18,14 @@ from PIL import Image
 
 from milora_data.batches.preferences import PreferenceCollator
 from milora_data.batches.processor_collate import ProcessorCollator
-from milora_vl import apply_milora, load_adapter, load_model
-from support.adapter_cases import anchors, one_rule
+from milora_data.encode.templates import render_chat_template
+from milora_vl import apply_milora, calibration_texts, load_adapter, load_model, save_adapter
+from support.adapter_cases import anchors, move, one_rule
+from support.calibrated import directions, leaks
 from support.documented import ROOT
 from support.versions import needs_places
-from support.vlm_families import processor_of
-from support.vlm_runs import write_model, write_pictures
+from support.vlm_families import model_of, processor_of
+from support.vlm_runs import record, write_model, write_pictures
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 trl = pytest.importorskip("trl")
@@ -139,6 +142,171 @@ def test_dpo_on_pictures_from_a_recipe(name: str, tiny_llava, tmp_path: Path, mo
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert losses[-1] < losses[0]
     load_model(folder, adapter=tmp_path / "out")
+
+
+FAMILIES = ["llava", pytest.param("qwen2_vl", marks=needs_places)]
+LETTERS = "the quick brown fox jumps over the lazy dog"  # random answers share some of them
+RULES = "[{modules: language, method: milora, rank: 2, protect: 0.6}]"
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> list[str]:
+    """Two records with pictures of two sizes, as flags of the examples."""
+    records = [
+        record([("human", f"<image>\n{question}?"), ("gpt", answer)], [f"{n}.png"], n)
+        for n, (question, answer) in enumerate([("What is it", LETTERS), ("Where", LETTERS[::-1])])
+    ]
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    pictures = write_pictures(tmp_path / "images")
+    return ["--data_path", str(tmp_path / "train.json"), "--image_folder", str(pictures), "--policy", RULES]
+
+
+def write_chat_model(name: str, folder: Path, tiny_llava: Any) -> Path:
+    """Write a tiny model that listens to its question; its processor has a chat template, as TRL needs for pictures."""
+    if name == "llava":
+        model, processor = tiny_llava()
+        processor.chat_template = render_chat_template("vicuna_v1", processor.tokenizer)
+    else:
+        processor = processor_of(name)
+        model = model_of(name, processor)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight *= 4 if weight.ndim == 2 else 1  # with its small random weights, any prompt gives nearly one answer
+    for part in (model, processor):
+        part.save_pretrained(folder)
+    return folder
+
+
+def run_example(name: str, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
+    """Run a script of examples/ with small settings; return its trainer and what it logged."""
+    flags = settings(folder, **{"max_completion_length": 6, "max_steps": 3, **more})
+    words = [*words, *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    trainer = runpy.run_path(str(ROOT / "examples" / name))["main"]()
+    return trainer, [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def live_weights() -> dict[int, int]:
+    """Return the bytes of every storage that some parameter uses."""
+    gc.collect()
+    parameters = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.nn.Parameter)]
+    return {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+
+
+def check_memory(before: dict[int, int], folder: Path, model: Any) -> None:
+    """Check that since `before` there are the weights of one base model and what trains, and nothing else."""
+    new = sum(size for place, size in live_weights().items() if place not in before)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained
+    weights = sum(p.numel() for p in load_model(folder)[0].parameters())
+    assert new == 4 * (weights + trained)
+
+
+def check_adapter(model: Any, folder: Path, output: Path) -> None:
+    """Check that the update has grown and left the protected inputs alone, and that the saved adapter loads."""
+    assert any(p.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    base, _ = load_model(folder)
+    rules = yaml.safe_load(RULES)
+    assert max(leaks(model, directions(base, rules, calibration_texts(base)))) < 1e-5
+    load_model(folder, adapter=output)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_grpo_on_pictures(name: str, questions, tiny_llava, tmp_path: Path, monkeypatch) -> None:
+    """The documented script: the reference is the base without the adapter, and no second model is in memory."""
+    folder, output = write_chat_model(name, tmp_path / "model", tiny_llava), tmp_path / "out"
+    before = live_weights()
+    more = {"beta": 0.1, "num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 24}
+    trainer, history = run_example("grpo_trl.py", ["--model", str(folder), *questions], output, monkeypatch, **more)
+    model = trainer.model
+    assert history[0]["kl"] == 0
+    assert history[-1]["kl"] > 0
+    assert trainer.ref_model is None
+    assert list(model.peft_config) == ["default"]
+    check_memory(before, folder, model)
+    check_adapter(model, folder, output)
+
+
+def test_the_reward_of_grpo() -> None:
+    similarity = runpy.run_path(str(ROOT / "examples" / "grpo_trl.py"))["similarity"]
+    said = [[{"role": "assistant", "content": text}] for text in ("A cat.", "a car", "xyz")]
+    right, near, wrong = similarity(completions=said, answer=["a cat"] * 3)
+    assert (right, wrong) == (1, 0)
+    assert 0 < near < 1
+
+
+@torch.no_grad()
+def divergence(student: Any, teacher: Any, processor: Any, records: list[Any], images: Path, hint: str) -> float:
+    """Return the reverse KL of the student's greedy answers, a mean over tokens; only the teacher reads the hint."""
+
+    def inputs_of(value: Any, more: str) -> Any:
+        text = value["conversations"][0]["value"].removeprefix("<image>\n") + more
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        picture = Image.open(images / value["image"][0]).convert("RGB")
+        return processor(text=prompt, images=[picture], return_tensors="pt")
+
+    found = []
+    for value in records:
+        plain = inputs_of(value, "")
+        done = student.generate(
+            **plain, max_new_tokens=6, do_sample=False, suppress_tokens=[student.config.image_token_id]
+        )
+        answer = done[:, plain["input_ids"].shape[1] :]
+        logs = []
+        for model, inputs in ((student, plain), (teacher, inputs_of(value, f" {hint}" if hint else ""))):
+            whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer], dim=1)}
+            for name in {"attention_mask", "mm_token_type_ids"} & inputs.keys():
+                whole[name] = torch.cat([inputs[name], torch.full_like(answer, name == "attention_mask")], dim=1)
+            logits = model(**whole).logits[:, -answer.shape[1] - 1 : -1]
+            logs.append(logits.log_softmax(-1))
+        found.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1).flatten())
+    return float(torch.cat(found).mean())
+
+
+@pytest.mark.parametrize("way", ["hint", "adapter"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_self_distillation_on_pictures(
+    name: str, way: str, questions, tiny_llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented script: the teacher has the weights of the student's base, and the first loss is their KL."""
+    folder, output = write_chat_model(name, tmp_path / "model", tiny_llava), tmp_path / "out"
+    teacher, processor = load_model(folder)
+    student, hint = teacher, "One word!"
+    if way == "adapter":
+        base, hint = load_model(folder)[0], ""
+        student = apply_milora(base, RULES, calibration=calibration_texts(base))
+        move(student, 0.5)
+        save_adapter(student, tmp_path / "adapter")
+    records = json.loads((tmp_path / "train.json").read_text())
+    expected = divergence(student, teacher, processor, records, tmp_path / "images", hint)
+    before = live_weights()
+    words = ["--hint", hint] if hint else ["--adapter", str(tmp_path / "adapter")]
+    words += ["--model", str(folder), *questions]
+    more = {"top_k": 1, "max_steps": 8, "learning_rate": 2e-3}  # greedy answers
+    trainer, history = run_example("distillation_trl.py", words, output, monkeypatch, **more)
+    assert history[0]["loss"] == pytest.approx(expected, rel=1e-3)
+    assert history[-1]["loss"] < history[0]["loss"]
+    model, shared = trainer.model, trainer.teacher_model
+    assert {p.data_ptr() for p in shared.parameters()} <= {p.data_ptr() for p in model.parameters()}
+    check_memory(before, folder, model)
+    check_adapter(model, folder, output)
+
+
+@pytest.mark.parametrize(
+    ("name", "question", "message"),
+    [
+        ("distillation_trl.py", {"from": "human", "value": "<image>\nWhat?"}, "nothing to learn from its own base"),
+        ("grpo_trl.py", {"from": "human", "value": "<image>\nWhat?"}, "record 1: .*a question and its answer"),
+        ("grpo_trl.py", {"from": "nobody", "value": "What?"}, "nobody"),
+    ],
+)
+def test_a_mistake_is_a_message(name: str, question: Any, message: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "train.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": [question]}]))
+    words = ["--data_path", str(tmp_path / "train.json"), "--image_folder", ".", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [name, *words, "--use_cpu", "True", "--bf16", "False"])
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
 @needs_places

@@ -40,7 +40,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     # Recipes: their models.
     (r"(\btrain --recipe paper-visual .*)", r"\1 --model language --vision_tower tower"),
     (r"(\btrain --recipe paper-(?!visual)(?!.*--model).*)", r"\1 --model tiny-text"),
-    (r"(\btrain --recipe (?:smol-llava-demo|mine\.yaml) .*)", r"\1 --model tiny"),
+    (r"(\btrain --recipe (?:smol-llava-demo|smol-llava-easy-vqa|mine\.yaml) .*)", r"\1 --model tiny"),
     (r"(sweep --recipe) smol-llava-demo", r"\1 tiny-demo.yaml"),
     # Sizes.
     (r"(\btrain .*)(--rank|--lora_r) (?:32|128)", r"\1\2 4"),
@@ -55,6 +55,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(forgetting --.*?)(?: --num_tokens 300000)?$", r"\1 --num_tokens 64"),
     (r"(forgetting --(?!.*--on).*)", r"\1 --limit 2"),
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
+    (r"(milora_eval run .*--limit) 1000", r"\1 8"),
     (r"(--methods milora,lora --lrs) 1e-4,3e-4,1e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
     (r"(studies [\w.]+) --docs", r"\1 --plan --docs"),
     # An output folder that the page's other way to the same result has filled.
@@ -72,7 +73,7 @@ EXCEPTIONS: dict[str, str] = {
     r"vllm serve |python -m (sglang|vllm)": "need a separate environment, where tests/export/test_vllm.py starts vLLM",
     r"transformers serve |curl ": "the server runs until it is stopped; tests/export/test_serving.py starts it",
     r"llama-server |ollama ": "not from the package index",
-    r"python examples/dpo_trl\.py ": "trl is optional; tests/integrations/test_trl.py runs the script with tiny models",
+    r"python examples/\w+_trl\.py ": "trl is optional; tests/integrations/test_trl.py runs these with tiny models",
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
