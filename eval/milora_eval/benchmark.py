@@ -208,4 +208,6 @@ def means(
 def _mean(name: str, answers: Sequence[Answer], *, detail: bool = False) -> Metric:
     values = [answer.worth for answer in answers]
     stderr = clustered_stderr(values, [answer.item.group for answer in answers])
-    return Metric(name, mean(values), stderr, len(values), mean_of="items", detail=detail)
+    baselines = [answer.item.baseline for answer in answers if answer.item.baseline is not None]
+    baseline = mean(baselines) if len(baselines) == len(values) else None
+    return Metric(name, mean(values), stderr, len(values), baseline, mean_of="items", detail=detail)

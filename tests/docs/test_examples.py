@@ -29,6 +29,18 @@ def test_a_script_runs_and_saves_an_adapter(name: str, tmp_path: Path, monkeypat
     assert list(tmp_path.glob("*-adapter/adapter_model.safetensors"))
 
 
+def test_easy_vqa_stands_beside_two_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--questions", "8", "--model", "tiny", "--rank", "4", "--max_steps", "2"]
+    monkeypatch.setattr(sys, "argv", ["easy_vqa.py", *words])
+    runpy.run_path(str(EXAMPLES / "easy_vqa.py"), run_name="__main__")
+    (results,) = tmp_path.glob("runs/easy-vqa/eval/test/final/results.json")
+    metrics = json.loads(results.read_text())["benchmarks"][0]["metrics"]
+    assert metrics[0]["name"] == "accuracy"
+    assert all(0 <= metric["baseline"] <= 1 for metric in metrics)
+    assert "network: 93.8" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def maker() -> Any:
     spec = importlib.util.spec_from_file_location("make_notebook", EXAMPLES / "make_notebook.py")

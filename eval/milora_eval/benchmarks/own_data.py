@@ -6,7 +6,7 @@ name a `metric`; the default compares answers after a light normalisation.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -84,14 +84,27 @@ class OwnData(Benchmark):
         if problems:
             raise DataError(problems=problems)
         times = Counter(item.id for item in items)
+        frequent = _frequent_answers(items)
         return [
-            replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
+            replace(
+                item,
+                id=f"{item.id}#{number}" if times[item.id] > 1 else item.id,
+                baseline=self.score(item, frequent[item.kind]) if item.kind else None,
+            )
             for number, item in enumerate(items, start=1)
         ]
 
     def score(self, item: Item, text: str) -> float:
         """Return the value by the metric of the row."""
         return METRICS[item.meta["metric"]](text, item.answers)
+
+
+def _frequent_answers(items: Sequence[Item]) -> dict[str, str]:
+    """Return the most frequent answer to the questions of each type."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in items:
+        answers[item.kind][item.answers[0]] += 1
+    return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
 
 def _rows(path: Path) -> list[Any]:
