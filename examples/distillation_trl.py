@@ -73,7 +73,9 @@ def read_hint(teacher: Any, processor: Any, text: str) -> None:
 
 def main() -> DistillationTrainer:
     """Train, save the adapter to the output folder, and return the trainer."""
-    chosen, arguments = TrlParser((Chosen, DistillationConfig)).parse_args_and_config()
+    parser = TrlParser((Chosen, DistillationConfig))
+    parser.set_defaults(bf16=torch.cuda.is_available())
+    chosen, arguments = parser.parse_args_and_config()
     if not (chosen.hint or chosen.adapter):
         sys.exit("error: a new adapter has nothing to learn from its own base\ntry:   --hint TEXT, or --adapter FOLDER")
     data = questions(chosen)

@@ -57,7 +57,9 @@ def questions(chosen: Chosen) -> Dataset:
 
 def main() -> GRPOTrainer:
     """Train, save the adapter to the output folder, and return the trainer."""
-    chosen, arguments = TrlParser((Chosen, GRPOConfig)).parse_args_and_config()
+    parser = TrlParser((Chosen, GRPOConfig))
+    parser.set_defaults(bf16=torch.cuda.is_available())
+    chosen, arguments = parser.parse_args_and_config()
     data = questions(chosen)
     dtype = torch.bfloat16 if arguments.bf16 else None
     model, processor = load_model(chosen.model, device=arguments.device, dtype=dtype)

@@ -14,6 +14,7 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from milora_vl.adapter.errors import AdapterError
 from milora_vl.adapter.layers import (
     ANCHOR,
     ANCHOR_SUFFIX,
@@ -42,9 +43,15 @@ _KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
 
 
 def lora_layer(model: PeftModel, path: str) -> LoraLayer:
-    """Return PEFT's LoRA layer at a module path of the base model."""
+    """Return PEFT's LoRA layer at a module path of the base model. Raises AdapterError if it has been merged."""
     layer = model.get_base_model().get_submodule(path)
-    assert isinstance(layer, LoraLayer), f"{path} is a {type(layer).__name__}"
+    if not isinstance(layer, LoraLayer):
+        raise AdapterError(
+            f"this layer has no adapter any more: it is a {type(layer).__name__}",
+            code="adapter-merged",
+            where=path,
+            hint="after merge(model), save what it returned with its save_pretrained",
+        )
     return layer
 
 

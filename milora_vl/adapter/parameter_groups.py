@@ -136,7 +136,8 @@ def _warn_of_other_rates(stepped: Sequence[tuple[nn.Parameter, Target, Mapping[s
                 ignored[f"{name} {wanted:g} of {target.tower or target.path} (it has {float(rate):g})"] = None
     if ignored:
         warnings.warn(
-            f"the optimizer ignores rules: {', '.join(ignored)}. Pass it parameter_groups(model, learning_rate=...)",
+            f"the optimizer ignores rules: {', '.join(ignored)}. Pass it parameter_groups(model, learning_rate=...), "
+            "or put milora_vl.integrations.trainer.RatesOfRules before your Trainer's class",
             stacklevel=2,
         )
 

@@ -87,13 +87,15 @@ def task_sketches(
 
 
 def _require_batches(batches: object, name: str) -> None:
-    is_list = isinstance(batches, Sequence) and all(isinstance(batch, Mapping) for batch in batches)
-    if not is_list:
+    others = () if not isinstance(batches, Sequence) else [batch for batch in batches if not isinstance(batch, Mapping)]
+    if others or not isinstance(batches, Sequence):
+        of = f" of {type(others[0]).__name__}" if others else ""
         raise CalibrationError(
-            f"expected a list of batches, got a {type(batches).__name__}",
+            f"expected a list of batches, got a {type(batches).__name__}{of}",
             code="calibration-batch",
             where=name,
-            hint=f'pass  {name}=[{{"input_ids": ids, "attention_mask": mask}}, ...]  with tensors (rows, length)',
+            hint=f'pass  {name}=[{{"input_ids": ids, "attention_mask": mask}}, ...]  with tensors (rows, length); '
+            "list(loader) makes it from a DataLoader",
         )
 
 

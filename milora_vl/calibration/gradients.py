@@ -37,7 +37,7 @@ def gradient_sketches(
     and backward once; no weight gets a gradient. All processes get the sketches of the first one.
 
     Raises CalibrationError without batches, for a model whose output has no loss, for a layer that no batch reaches and
-    for gradients that are not finite.
+    for gradients that are not finite, or zero everywhere.
     """
     sketches = {target.path: _Sketch(target) for target in targets}
     handles = []
@@ -75,7 +75,15 @@ def gradient_sketches(
             parameter.requires_grad_(True)
         model.train(was_training)
         keep_weights_readable(model)
-    return {path: one.finished() for path, one in sketches.items()}
+    found = {path: one.finished() for path, one in sketches.items()}
+    if not any(bool(sketch.any()) for sketch in found.values()):
+        raise CalibrationError(
+            "the task's gradient is zero in every layer",
+            code="task-no-gradient",
+            where="task",
+            hint="pass batches with supervised tokens: labels other than -100",
+        )
+    return found
 
 
 def _tracked(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -49,7 +49,9 @@ class RunData:
         """Return the data as the header shows it."""
         if self.streamed:
             return f"a stream; the first {len(self.train):,} records were checked"
-        images = f"{self.num_with_images:,} with images" if self.num_with_images else "text only"
+        has_videos = any(record.videos for record in self.train[:1])
+        none = "the first with a video" if has_videos else "text only"
+        images = f"{self.num_with_images:,} with images" if self.num_with_images else none
         return f"{amount(len(self.train), 'record')}, {images}"
 
     def warnings(self) -> list[str]:

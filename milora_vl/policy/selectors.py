@@ -112,9 +112,10 @@ class Selector:
         module = self.modules[path]
         if not is_linear(module) or path == self.head:
             return False
-        if min(matrix_shape(module)) == 1 and not whole_modules:  # a gate: one component is all of it
-            return False
-        return tower not in self.towers.stacks or self.towers.block_of(path) is not None
+        if tower not in self.towers.stacks:
+            return True
+        is_gate = min(matrix_shape(module)) == 1 and not whole_modules  # one component is all of it
+        return not is_gate and self.towers.block_of(path) is not None
 
     def _hint(self, text: str, whole_modules: bool) -> str:
         """Return why nothing matches, and candidates that would."""

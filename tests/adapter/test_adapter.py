@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl import apply_milora, merge
+from milora_vl import apply_milora, merge, save_adapter
 from milora_vl.policy import Policy, PolicyError
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule, token_batch
 from support.problems import raises_code
@@ -104,3 +104,6 @@ def test_merging_what_cannot_be_merged_is_refused_before_anything_happens() -> N
     with raises_code("adapter-cannot-save", "", "Sequential has no save_pretrained"):
         merge(model, "somewhere")
     assert model.peft_config
+    merge(model)
+    with raises_code("adapter-merged"):
+        save_adapter(model, "somewhere")

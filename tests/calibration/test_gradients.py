@@ -121,6 +121,8 @@ def test_bad_task_batches_are_refused(tiny_llama, tiny_llava) -> None:
         apply_milora(tiny_llama()[0], RULES, task=["hello"])  # type: ignore[list-item]
     with raises_code("task-no-loss", hint="labels"):
         apply_milora(tiny_llama()[0], RULES, task=[{"input_ids": IDS}])
+    with raises_code("task-no-gradient", hint="-100"):
+        apply_milora(tiny_llama()[0], RULES, task=[{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}])
     rules = [{"modules": "projector", "method": "gradient", "rank": 2}]
     with raises_code("task-unreached-layer", hint="pictures"):
         apply_milora(tiny_llava()[0], rules, task=TASK)

@@ -137,6 +137,15 @@ def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "data.json").exists()
 
 
+def test_held_out_records_with_pictures_of_the_training_are_counted(tmp_path: Path, capsys: Any) -> None:
+    rows = [{"image": f"{n // 2}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
+    convert("table", {"i.json": rows}, tmp_path, "--hold_out", "10")
+    held = json.loads((tmp_path / "out" / "eval.json").read_text())
+    kept = {record["image"] for record in json.loads((tmp_path / "out" / "data.json").read_text())}
+    shared = sum(record["image"] in kept for record in held)
+    assert f"note: {shared} of them show a picture" in capsys.readouterr().err
+
+
 def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) -> None:
     """finetune.py: `train_test_split(test_size=val_set_size, shuffle=True, seed=42)` of `datasets`."""
     import datasets

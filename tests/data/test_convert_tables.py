@@ -46,6 +46,9 @@ def test_a_row_with_an_empty_cell_is_left_out(tmp_path: Path, capsys: pytest.Cap
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out")]
     cells = ((3, "answer"), (4, "question"), (5, "answer"))
     assert lines == [f'left out: {path}:{number}: nothing under "{name}"' for number, name in cells]
+    pictured = tmp_path / "p.csv"  # no question is asked that the row does not have
+    pictured.write_text("image,question,answer\na.png,,red\nb.png,What is this?,A disc.\n")
+    assert [record.images for record in convert_file(pictured, "table", tmp_path / "out4")] == [("b.png",)]
     (tmp_path / "b.json").write_text('[{"question": "How many?", "answer": 0}]')
     assert [record.turns[-1].text for record in convert_file(tmp_path / "b.json", "table", tmp_path / "out2")] == ["0"]
     path.write_text("question,comment\nWhy?,x\n")

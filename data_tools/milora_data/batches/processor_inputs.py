@@ -279,7 +279,7 @@ class ProcessorInputs:
                 raise DataError(
                     f"the chat template writes {found} of {number} {what}s of this record",
                     code="chat-template-no-pictures",
-                    hint=f"it may take {what}s only in turns of the user, or none",
+                    hint=f"it may take {what}s only in turns of the user, or take no {what}s",
                 )
 
     def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:

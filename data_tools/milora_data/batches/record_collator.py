@@ -140,7 +140,10 @@ class RecordCollator(ABC, Generic[Sample]):
 
 def needed_by(error: ImageError, record: str) -> ImageError:
     """Return an error that names a picture with the record to fix."""
-    return with_context(error, hint=f"needed by {record}; --bad_images skip leaves it out")
+    return with_context(
+        error,
+        hint=f'needed by {record or "a record without an id"}; --bad_images skip leaves it out (bad_images="skip")',
+    )
 
 
 def record_of(item: Item) -> Record:

@@ -8,7 +8,7 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -106,7 +106,15 @@ def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> 
     chosen = held_out(len(records), count)
     write_objects(path, (value for number, value in enumerate(records) if number in chosen))
     sys.stderr.write(f"{path}: {amount(count, 'record')}\n")
+    shown = {name for number, value in enumerate(records) if number not in chosen for name in _pictures(value)}
+    if shared := sum(not shown.isdisjoint(_pictures(records[number])) for number in chosen):
+        sys.stderr.write(f"note: {shared} of them show a picture that training records show too\n")
     yield from (value for number, value in enumerate(records) if number not in chosen)
+
+
+def _pictures(value: Mapping[str, Any]) -> list[str]:
+    found = value.get("image") or []
+    return [found] if isinstance(found, str) else found
 
 
 def held_out(num_records: int, count: int) -> frozenset[int]:

@@ -134,6 +134,9 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
     if isinstance(answer, int | float):
         answer = str(answer)
     asked = cells["question"] or cells["input"] or cells["image"]
+    lacks = next((name for name in COLUMNS["question"] if name in row), "") if cells["image"] else ""
+    if lacks and answer and not (cells["question"] or cells["input"] or cells["caption"]):
+        raise DataError(f'nothing under "{lacks}"', code=EMPTY_CELL, where=place, hint="remove or complete the row")
     if not isinstance(answer, str) or not answer.strip() or not asked:
         columns = {what: next((name for name in names if name in row), "") for what, names in COLUMNS.items()}
         question = columns["question"] or columns["input"] or columns["image"]
