@@ -163,6 +163,8 @@ def facts(run: Run) -> list[Fact]:
     records = run.environment.get("data", {})
     if records.get("train"):
         skipped = f", {records['skipped']:,} skipped" if records.get("skipped") else ""
+        if later := max((int(entry.get("skipped_records", 0)) for entry in run.history), default=0):
+            skipped += f", {later:,} more while training"
         figures.append(
             Fact("training records", f"{records['train']:,}", f"{records.get('eval') or 0:,} for evaluation{skipped}")
         )
