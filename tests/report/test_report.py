@@ -129,11 +129,6 @@ def test_records_that_the_training_skipped_are_counted(run: Path) -> None:
     assert ", 3 more while training" in page_of(run).text
 
 
-def test_records_that_the_training_skipped_are_counted(run: Path) -> None:
-    (run / "trainer_state.json").write_text(json.dumps({"log_history": [{"step": 10, "skipped_records": 3.0}]}))
-    assert ", 3 more while training" in page_of(run).text
-
-
 @pytest.mark.parametrize("only", OPTIONAL)
 def test_one_file_alone_makes_a_page(finished: Path, tmp_path: Path, only: str) -> None:
     run, source = tmp_path / "young", finished / only
