@@ -93,7 +93,7 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
-    if inputs := distinct_inputs(targets):
+    if recipe.adapter is None and (inputs := distinct_inputs(targets)):  # a finished adapter has its A
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
         settings = recipe.calibration
