@@ -145,8 +145,7 @@ def _rules(
         rule = {"rank": rank, "alpha": 16 if alpha is None else alpha, "dropout": 0.05 if dropout is None else dropout}
         language = {"modules": "language", "method": DEFAULT_RULES[0]["method"], "protect": PROTECTED, **rule}
         return [language, *projector], (
-            f"--lora_enable True trains an adapter of rank {rank} on the language tower {of_projector}: method "
-            f"{language['method']}, protected; --method lora is LLaVA's own"
+            f"--lora_enable True trains an adapter of rank {rank} on the language tower {of_projector}"
         )
     if flags.get("freeze_backbone"):
         return projector, "--freeze_backbone True trains only the projector"
