@@ -39,6 +39,7 @@ class RunData:
     fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
     tools_at: str = ""  # place of the first record that uses tools
     with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
+    num_with_videos: int = 0  # of `train`
 
     @property
     def num_with_images(self) -> int:
@@ -49,10 +50,9 @@ class RunData:
         """Return the data as the header shows it."""
         if self.streamed:
             return f"a stream; the first {len(self.train):,} records were checked"
-        has_videos = any(record.videos for record in self.train[:1])
-        none = "the first with a video" if has_videos else "text only"
-        images = f"{self.num_with_images:,} with images" if self.num_with_images else none
-        return f"{amount(len(self.train), 'record')}, {images}"
+        kinds = (("images", self.num_with_images), ("videos", self.num_with_videos))
+        shown = ", ".join(f"{number:,} with {what}" for what, number in kinds if number)
+        return f"{amount(len(self.train), 'record')}, {shown or 'text only'}"
 
     def warnings(self) -> list[str]:
         """Return warnings about skipped records and the reasons."""
@@ -141,6 +141,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
         fingerprint=seen.fingerprint(),
         tools_at=seen.tools_at,
         with_images=bytes(seen.with_images),
+        num_with_videos=seen.num_with_videos,
     )
 
 
@@ -195,6 +196,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         fingerprint=seen.fingerprint(),
         tools_at=seen.tools_at,
         with_images=bytes(seen.with_images),
+        num_with_videos=seen.num_with_videos,
     )
 
 
@@ -209,6 +211,7 @@ class _Seen:
         self._digest = hashlib.blake2b(digest_size=16)
         self.tools_at = ""
         self.with_images = bytearray()
+        self.num_with_videos = 0
 
     def passing(self, records: Iterable[Record]) -> Iterator[Record]:
         """Yield the records, and add each of them."""
@@ -219,6 +222,7 @@ class _Seen:
     def add(self, record: Record) -> None:
         """Add a record. One whose tools are broken is left out: `check_for_training`, which comes next, reports it."""
         self.with_images.append(bool(record.images))
+        self.num_with_videos += bool(record.videos)
         try:
             self._digest.update(_identity(record))
             if not self.tools_at and uses_tools(record):
