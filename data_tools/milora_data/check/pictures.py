@@ -97,7 +97,7 @@ def find_faults(
 ) -> Iterator[tuple[str, str]]:
     """Yield (name, details) of each picture that cannot be decoded; shows a progress bar on a terminal.
 
-    Of each of the `videos`, the header is read and the first frame decoded.
+    Each of the `videos` is read to its end, and its first frame is decoded.
     """
     from tqdm import tqdm
 

@@ -133,10 +133,8 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
         answer = answer[0] if answer else None
     if isinstance(answer, int | float):
         answer = str(answer)
-    asked = cells["question"] or cells["input"] or cells["image"]
-    lacks = next((name for name in COLUMNS["question"] if name in row), "") if cells["image"] else ""
-    if lacks and answer and not (cells["question"] or cells["input"] or cells["caption"]):
-        raise DataError(f'nothing under "{lacks}"', code=EMPTY_CELL, where=place, hint="remove or complete the row")
+    asks_nothing = cells["caption"] or not any(name in row for name in COLUMNS["question"])  # a picture to describe
+    asked = cells["question"] or cells["input"] or (cells["image"] if asks_nothing else None)
     if not isinstance(answer, str) or not answer.strip() or not asked:
         columns = {what: next((name for name in names if name in row), "") for what, names in COLUMNS.items()}
         question = columns["question"] or columns["input"] or columns["image"]
