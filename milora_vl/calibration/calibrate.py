@@ -87,11 +87,11 @@ def task_sketches(
 
 
 def _require_batches(batches: object, name: str) -> None:
-    others = () if not isinstance(batches, Sequence) else [batch for batch in batches if not isinstance(batch, Mapping)]
-    if others or not isinstance(batches, Sequence):
-        of = f" of {type(others[0]).__name__}" if others else ""
+    rows: Sequence[object] = batches if isinstance(batches, Sequence) else ()
+    wrong = next((row for row in rows if not isinstance(row, Mapping)), None if rows is batches else batches)
+    if wrong is not None:
         raise CalibrationError(
-            f"expected a list of batches, got a {type(batches).__name__}{of}",
+            f"expected a list of batches (mappings of tensors), found {type(wrong).__name__}",
             code="calibration-batch",
             where=name,
             hint=f'pass  {name}=[{{"input_ids": ids, "attention_mask": mask}}, ...]  with tensors (rows, length); '

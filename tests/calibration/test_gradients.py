@@ -119,6 +119,8 @@ def test_bad_task_batches_are_refused(tiny_llama, tiny_llava) -> None:
         apply_milora(tiny_llama()[0], one_rule(), task=TASK)
     with raises_code("calibration-batch", where="task"):
         apply_milora(tiny_llama()[0], RULES, task=["hello"])  # type: ignore[list-item]
+    with raises_code("calibration-batch", where="task", message="found dict"):
+        apply_milora(tiny_llama()[0], RULES, task=TASK[0])  # type: ignore[arg-type]
     with raises_code("task-no-loss", hint="labels"):
         apply_milora(tiny_llama()[0], RULES, task=[{"input_ids": IDS}])
     with raises_code("task-no-gradient", hint="-100"):
