@@ -14,10 +14,11 @@ from milora_vl.cli.command_line import suggest
 if TYPE_CHECKING:
     from studies.task import Task
 
-EMOJI = Path("data/emoji")  # the demo's data set
+EMOJI, EASY_VQA = Path("data/emoji"), Path("data/easy-vqa")
 # Name -> module and class.
 TASKS = {
     "smol-llava": ("smol_llava", "EmojiQuestions"),
+    "easy-vqa": ("smol_llava", "EasyVqa"),
     "smollm2": ("smollm2", "NamedTopics"),
     "minilm": ("sentences", "SentenceTopics"),
     "lite0": ("pictures", "TurnedEmoji"),
@@ -43,11 +44,12 @@ def task_class(name: str) -> type[Task]:
             code="package-missing",
             hint='pip install "milora-vl[studies]"',
         )
-    if name == "smol-llava" and not (EMOJI / "train.json").is_file():
+    folder = {"smol-llava": EMOJI, "easy-vqa": EASY_VQA}.get(name)
+    if folder and not (folder / "train.json").is_file():
         raise UserError(
-            f"no file {EMOJI / 'train.json'}",
+            f"no file {folder / 'train.json'}",
             code="data-missing-file",
-            hint=f"create it:  python -m milora_data emoji --output_dir {EMOJI}",
+            hint=f"create it:  python -m milora_data {folder.name} --output_dir {folder}",
         )
     task: type[Task] = getattr(import_module(f"studies.tasks.{module}"), class_name)
     return task
