@@ -22,7 +22,7 @@ from milora_vl.sweep.cells import Cell, arm_rules
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "fixed", "rival", "scale")
+_OF_ARM = ("train", "learning_rates", "seeds", "fixed", "rival", "scale", "osf")
 
 
 class Study(Strict):
@@ -30,9 +30,10 @@ class Study(Strict):
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
     rates of the study. An arm may have fewer `seeds`, a `fixed` A, a `rival`, and a `scale`, by which the finished
-    adapter is multiplied. `also` names arms whose cells are read from the CSV of another study with the same task and
-    settings. `figure` names the arms that are drawn (all, without it); the table has them all. `search_seeds` is the
-    number of seeds for the search over learning rates; only the best rate by validation loss runs all seeds.
+    adapter is multiplied; with `osf: true`, PEFT's OSF adapts the layers of its rules. `also` names arms whose cells
+    are read from the CSV of another study with the same task and settings. `figure` names the arms that are drawn (all,
+    without it); the table has them all. `search_seeds` is the number of seeds for the search over learning rates; only
+    the best rate by validation loss runs all seeds.
     """
 
     question: str
@@ -97,8 +98,9 @@ class Study(Strict):
         content += [part.model_dump() for part in (fixed, rival) if part is not None]
         if fixed is not None or any(rule.get("protect") for rule in rules):
             content.append(CALIBRATION_VERSION)
-        if "scale" in self.arms[cell.method] and not of_training:
-            content.append(self.arms[cell.method]["scale"])
+        arm = self.arms[cell.method]
+        content += ["osf"] if arm.get("osf") else []
+        content += [arm["scale"]] if "scale" in arm and not of_training else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 

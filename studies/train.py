@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import OSFConfig, get_peft_model
 from torch import Tensor, nn
 
 from milora_vl import Policy, apply_milora
@@ -55,6 +56,8 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
 
 
 def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
+    if study.arms[cell.method].get("osf"):
+        return _osf(base, rules)
     fixed, batch_size = study.fixed(cell.method), study.training(cell.method).batch_size
     if fixed is None:
         protects = any(rule.get("protect") for rule in rules)
@@ -68,6 +71,14 @@ def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[
     rows = starts(base, targets, fixed, task, batch_size=batch_size, seed=cell.seed, cache=cache)
     model = apply_milora(base, rules)
     install(model, rows, trains=fixed.trains)
+    return model
+
+
+def _osf(base: nn.Module, rules: list[dict[str, Any]]) -> Any:
+    """Adapt the layers of the rules by PEFT's OSF: the minor half of each trains off the principal one."""
+    paths = [target.path for target in Policy.parse(rules).resolve(base) if target.rank is not None]
+    model: Any = get_peft_model(base, OSFConfig(target_modules=paths))
+    model.milora_targets = []  # no rule has a rate of its own, and no layer is a LoRA whose update is measured
     return model
 
 

@@ -169,6 +169,8 @@ class AnswerTask:
 @contextmanager
 def _autocast(model: nn.Module) -> Iterator[None]:
     """Use bfloat16 autocast with float32 trainable weights, like the demo's training; none on a base in float32."""
-    is_half = next(model.parameters()).dtype == torch.bfloat16
-    with torch.autocast("cpu", torch.bfloat16, enabled=is_half), disable_input_dtype_casting(model):
+    if next(model.parameters()).dtype != torch.bfloat16:
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), disable_input_dtype_casting(model):
         yield
