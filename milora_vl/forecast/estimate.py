@@ -21,7 +21,7 @@ from milora_vl.policy import Target
 GIB = 1024**3
 A100_FLOPS = 312e12 * 0.4  # bf16 peak times the utilization of LLaVA's scripts
 FLOAT32_FLOPS = 15e12  # A100 without TF32
-EIGEN_FLOPS = 1.5e12  # of its symmetric eigenvalue solver in float32, for matrices of 10,000 rows
+BANDWIDTH = 1.55e12 * 0.6  # bytes a second of an A100 with 40 GB, times the share that matrix-vector products reach
 LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters gathered, or stepped, at once
 
 
@@ -147,12 +147,17 @@ def calibration_seconds(parameters: int, inputs: Sequence[Target], tokens: int) 
 
     Each pass over the calibration runs the model and sums C of 2 GiB of inputs; a pass ends at its last layer, so it
     runs half of the model on average. Sums and eigenvectors are in float32.
+
+    The eigenvalue solver first makes C tridiagonal. This reads the rest of C once for each column: 4/3 n^3 bytes, and
+    memory, not arithmetic, limits it (Wang et al., "Extracting the Potential of Emerging Hardware Accelerators for
+    Symmetric Eigenvalue Decomposition"). The other steps are products with about 6 n^3 operations.
     """
     sizes = [float(target.shape[1]) for target in inputs]
     passes = math.ceil(4 * sum(size**2 for size in sizes) / PASS_BYTES)
     forward = 2 * parameters * tokens * (passes + 1) / 2
-    sums = sum(2 * size**2 * tokens for size in sizes)
-    return forward / A100_FLOPS + sums / FLOAT32_FLOPS + sum(9 * size**3 for size in sizes) / EIGEN_FLOPS
+    products = sum(size**2 * tokens + 6 * size**3 for size in sizes)  # half of C suffices: it is symmetric
+    read = sum(4 / 3 * size**3 for size in sizes)
+    return forward / A100_FLOPS + products / FLOAT32_FLOPS + read / BANDWIDTH
 
 
 def measured_flops(size: int = 1024) -> float:
