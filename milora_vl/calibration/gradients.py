@@ -10,12 +10,18 @@ G. G is as large as W; a sketch Y = Omega G with a few more rows than the rank h
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from milora_vl.base.progress import progress_bar
 from milora_vl.calibration.activations import input_rows, model_inputs
@@ -26,6 +32,7 @@ from milora_vl.svd.precision import full_precision
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 
 OVERSAMPLED = 8  # rows of a sketch beyond the rank
+RECORDS = 64  # of the training data, in a run of milora_vl.train: docs/studies/keep.md
 
 
 def gradient_sketches(
@@ -34,7 +41,9 @@ def gradient_sketches(
     """Return a sketch (r + 8, in) in float32 of the gradient of each target's weight, by path.
 
     `batches` holds arguments of the model's forward, whose output has a `loss` (pass `labels`). Each batch runs forward
-    and backward once; no weight gets a gradient. All processes get the sketches of the first one.
+    and backward once and counts by its number of labels other than -100; no weight gets a gradient. On accelerators and
+    under ZeRO-3 the blocks of the model run a second time in the backward, so that only their inputs stay in memory.
+    All processes get the sketches of the first one.
 
     Raises CalibrationError without batches, for a model whose output has no loss, for a layer that no batch reaches and
     for gradients that are not finite, or zero everywhere.
@@ -50,12 +59,11 @@ def gradient_sketches(
         for target in targets:
             module = model.get_submodule(target.path)
             handles.append(module.register_forward_pre_hook(_tracked))
-            handles.append(module.register_forward_hook(sketches[target.path].watch))
-        # DeepSpeed frees a gathered weight after its forward, so the backward needs all of them.
+            handles.append(module.register_forward_hook(partial(_watched, sketches[target.path])))
         bar = progress_bar(
             "task gradient", len(batches), "batches", is_shown=is_shown and rank_and_world_size()[0] == 0
         )
-        with gather_params_ctx(list(model.parameters()), modifier_rank=None), torch.enable_grad(), bar:
+        with _little_memory(model), torch.enable_grad(), bar:
             for batch in batches:
                 loss = getattr(model(**model_inputs(model, batch)), "loss", None)
                 if not isinstance(loss, Tensor):
@@ -66,7 +74,7 @@ def gradient_sketches(
                         hint='pass batches with labels:  task=[{"input_ids": ..., "labels": ...}]',
                     )
                 if loss.requires_grad:  # not if the batch reaches no target
-                    loss.backward()
+                    (loss * _weight(batch)).backward()
                 bar.update()
     finally:
         for handle in handles:
@@ -94,6 +102,78 @@ def _tracked(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None
     return None
 
 
+def _weight(batch: Mapping[str, Any]) -> int:
+    """Return the number of labels whose mean is the loss of a batch: the division into batches has no effect."""
+    labels = batch.get("labels")
+    return int((labels != -100).sum()) if isinstance(labels, Tensor) else 1
+
+
+@contextmanager
+def _little_memory(model: nn.Module) -> Iterator[None]:
+    """Keep of each block only its input for the backward, and gather one block at a time under ZeRO-3.
+
+    A 7B holds 6 MB of activations a token otherwise. On a CPU time counts more, so blocks run once.
+    """
+    is_sharded = is_deepspeed_zero3_enabled()
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    blocks = [] if on_cpu and not is_sharded else _outermost(model)
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    own = {block: vars(block).get("forward") for block in blocks}
+    with gather_params_ctx(outside, modifier_rank=None), ExitStack() as opened:
+        for block in blocks:
+            block.forward = partial(_checkpointed, partial(_gathered, opened, block, block.forward))
+        try:
+            yield
+        finally:
+            for block, forward in own.items():
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+
+def _outermost(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model of transformers that are not inside another block."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found += [child] if isinstance(child, GradientCheckpointingLayer) else _outermost(child)
+    return found
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # A cache would grow again in the second run.
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _gathered(opened: ExitStack, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a block with its own parameters in place of the last block's, which has finished, also in the backward."""
+    opened.close()
+    opened.enter_context(gather_params_ctx(list(block.parameters()), modifier_rank=None))
+    return forward(*args, **kwargs)
+
+
+class _Watch(torch.autograd.Function):
+    """The output of a layer; in the backward, a sketch reads the input, which a checkpointed block computes again."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, add: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.add = add
+        return output.clone()  # the model may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ctx.add(*ctx.saved_tensors, gradient)
+        return gradient, None, None
+
+
+def _watched(sketch: _Sketch, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+    return _Watch.apply(output, args[0], partial(sketch.add, module)) if output.requires_grad else None
+
+
 class _Sketch:
     """The sum Omega G of one layer, with a random Omega (r + 8, out) that depends on its path alone."""
 
@@ -105,17 +185,12 @@ class _Sketch:
         self.omega = torch.randn(rows, target.shape[0], generator=generator)
         self.total: Tensor | None = None
 
-    def watch(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            x = args[0].detach()
-            output.register_hook(lambda gradient: self._add(module, x, gradient))
-
-    def _add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+    def add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
         rows = input_rows(module, x).float()
         if isinstance(module, nn.Conv2d):
             gradient = gradient.flatten(2).transpose(1, 2)
         gradient = gradient.reshape(-1, gradient.shape[-1]).float()
-        with full_precision(rows.device), torch.no_grad():
+        with full_precision(rows.device):
             self.omega = self.omega.to(rows.device)
             part = (gradient @ self.omega.T).T @ rows
             self.total = part if self.total is None else self.total.add_(part)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milora_vl.calibration.gradients import RECORDS
 from milora_vl.calibration.texts import LENGTH
 from milora_vl.forecast.estimate import (
     A100_FLOPS,
@@ -24,6 +25,7 @@ from milora_vl.forecast.estimate import (
     duration_text,
     expected_directions,
     flops_per_step,
+    gradient_seconds,
     host_memory,
     measured_flops,
     memory,
@@ -99,6 +101,8 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
         settings = recipe.calibration
         tokens = (settings.num_samples + 8) * LENGTH + settings.num_pictures * min(work.tokens, 700)
         planned = calibration_seconds(work.total, inputs, tokens)
+        if any(target.method == "gradient" for target in targets):
+            planned += gradient_seconds(work.total, RECORDS * work.tokens)
         out.append(
             f"        finding them takes about {duration_text(planned)} on one A100 (planned, not measured), once"
         )

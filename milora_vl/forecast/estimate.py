@@ -160,6 +160,11 @@ def calibration_seconds(parameters: int, inputs: Sequence[Target], tokens: int) 
     return forward / A100_FLOPS + products / FLOAT32_FLOPS + read / BANDWIDTH
 
 
+def gradient_seconds(parameters: int, tokens: int) -> float:
+    """Return about the seconds that an A100 needs for the task's gradient over `tokens`: two forwards, a backward."""
+    return 6 * parameters * tokens / A100_FLOPS
+
+
 def measured_flops(size: int = 1024) -> float:
     """Return the float32 operations per second of this CPU, measured with a matrix product."""
     a = torch.ones(size, size)

@@ -31,6 +31,7 @@ from milora_vl.base.atomic_write import write_json
 from milora_vl.base.errors import Key, UserError, first_line
 from milora_vl.base.progress import progress_bar
 from milora_vl.calibration.cache import weights_digest
+from milora_vl.calibration.gradients import RECORDS
 from milora_vl.calibration.texts import LENGTH, ROWS, SEED, sampled_rows
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
@@ -46,7 +47,6 @@ from milora_vl.weights.matrices import gathered_in_forward
 PART = 16  # texts or captions that are cached together: what an interrupted calibration does not write again
 HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
-TASK_RECORDS, TASK_ROWS = 64, 4  # of the task's gradient: docs/studies/keep.md; few rows, since a backward needs memory
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
@@ -120,16 +120,16 @@ def make_batches(
 def task_batches(
     recipe: Recipe, base: Base, processor: Any, targets: Sequence[Target], records: Sequence[Record]
 ) -> list[Mapping[str, Tensor]] | None:
-    """Return batches of training records with labels, drawn at random; None if no rule has `method: gradient`."""
+    """Return training records with labels, drawn at random; None if no rule has `method: gradient`.
+
+    Each is a batch of its own: a backward of the base needs no more memory than any training step.
+    """
     if not any(target.method == "gradient" for target in targets):
         return None
     generator = torch.Generator().manual_seed(SEED)
     collate = collators.collator(recipe, base, processor, records[:100])
-    chosen = [records[place] for place in torch.randperm(len(records), generator=generator)[:TASK_RECORDS].tolist()]
-    chosen = [record for record in chosen if _is_readable(collate.image_folder, record)]
-    # Some processors refuse a batch with and without pictures.
-    kinds = [record for record in chosen if record.images], [record for record in chosen if not record.images]
-    return [collate(kind[start : start + TASK_ROWS]) for kind in kinds for start in range(0, len(kind), TASK_ROWS)]
+    chosen = [records[place] for place in torch.randperm(len(records), generator=generator)[:RECORDS].tolist()]
+    return [collate([record]) for record in chosen if _is_readable(collate.image_folder, record)]
 
 
 def _empty(message: str, where: Key) -> UserError:

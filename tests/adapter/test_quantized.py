@@ -108,9 +108,13 @@ def test_a_model_made_in_memory_is_not_silently_left_unquantised() -> None:
 def test_inputs_of_quantised_layers_are_protected(folder: Path, bits) -> None:
     base = load_model(folder, quantization=bits)[0]
     batches = llava_batches(base)
-    rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": 0.6}]
+    rules = [
+        {"modules": "language", "method": "milora", "rank": 2, "protect": 0.6},
+        {"modules": "language.mlp", "method": "gradient", "rank": 2, "protect": 0.6},
+    ]
     protected = directions(base, rules, batches)
-    model = apply_milora(base, rules, calibration=batches)
+    task = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    model = apply_milora(base, rules, calibration=batches, task=task)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(2):
         model(**batches[0], labels=batches[0]["input_ids"]).loss.backward()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,16 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.adapter.install import lora_layer
+from milora_vl.calibration import gradients as module
 from milora_vl.calibration.gradients import gradient_sketches
 from milora_vl.policy import Policy
 from support.adapter_cases import one_rule, token_batch
 from support.calibrated import directions, leaks, llava_batches, text_batches
+from support.family_configs import batch, build
 from support.problems import raises_code
 
 RULES = one_rule(method="gradient", rank=4)
@@ -27,8 +32,8 @@ TASK = [{"input_ids": rows, "labels": rows} for rows in IDS.split(4)]
 def gradients(base: nn.Module, batches: Any, paths: list[str]) -> dict[str, Tensor]:
     """The whole gradient of each weight, by torch."""
     twin = copy.deepcopy(base).requires_grad_(True)
-    for batch in batches:
-        twin(**batch).loss.backward()
+    for inputs in batches:
+        twin(**inputs).loss.backward()
     return {path: twin.get_submodule(path).weight.grad.flatten(1) for path in paths}
 
 
@@ -65,7 +70,63 @@ def test_a_gradient_of_low_rank_is_found_exactly() -> None:
         torch.testing.assert_close(G @ rows.T @ rows, G, atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_of_the_model_changes(tiny_llama) -> None:
+def test_the_division_into_batches_has_no_effect(tiny_llama) -> None:
+    base = tiny_llama()[0]
+    targets = Policy.parse(RULES).resolve(base)
+    labels = IDS.clone()
+    for row, cut in enumerate(range(1, 13)):  # no model predicts the first label
+        labels[row, :cut] = -100
+    together = gradient_sketches(base, targets, [{"input_ids": IDS, "labels": labels}])
+    alone = [{"input_ids": a, "labels": b} for a, b in zip(IDS.split(1), labels.split(1), strict=True)]
+    for path, sketch in gradient_sketches(base, targets, alone).items():
+        torch.testing.assert_close(sketch, together[path], rtol=1e-3, atol=1e-5 * float(sketch.abs().max()))
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Take the path of ZeRO-3; return how many parameters are gathered, after each change."""
+    open_now, counts = [0], []
+
+    @contextmanager
+    def gather(parameters: list[nn.Parameter], modifier_rank: int | None) -> Iterator[None]:
+        open_now[0] += len(parameters)
+        counts.append(open_now[0])
+        yield
+        open_now[0] -= len(parameters)
+
+    monkeypatch.setattr(module, "gather_params_ctx", gather)
+    monkeypatch.setattr(module, "is_deepspeed_zero3_enabled", lambda: True)
+    return counts
+
+
+@pytest.mark.parametrize("family", ["llama", "llava", "qwen2_5_vl", "gemma3"])
+def test_blocks_that_run_twice_need_less_memory_and_find_the_same(family, gathered, monkeypatch) -> None:
+    base, inputs = build(family), batch(family)
+    task = [{**inputs, "labels": inputs["input_ids"]}]
+    targets = Policy.parse([{"modules": "language", "method": "gradient", "rank": 4}]).resolve(base)
+    saved = [0]
+
+    def measured() -> dict[str, Tensor]:
+        def pack(tensor: Tensor) -> Tensor:
+            saved[-1] += tensor.nbytes
+            return tensor
+
+        saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return gradient_sketches(base, targets, task)
+
+    found = measured()
+    blocks = max(sum(1 for _ in b.parameters()) for b in base.modules() if isinstance(b, GradientCheckpointingLayer))
+    assert max(gathered) == gathered[0] + blocks, "one block at a time, and what is in no block"
+    assert gathered[0] + blocks < sum(1 for _ in base.parameters())
+    monkeypatch.undo()
+    for path, sketch in measured().items():
+        torch.testing.assert_close(found[path], sketch)
+    assert saved[1] < saved[2] / 2
+    assert not any("forward" in vars(block) for block in base.modules())
+
+
+def test_nothing_of_the_model_changes(tiny_llama, gathered) -> None:
     base = tiny_llama()[0].train()
     before = {name: (p.clone(), p.requires_grad) for name, p in base.named_parameters()}
     gradient_sketches(base, Policy.parse(RULES).resolve(base), TASK)

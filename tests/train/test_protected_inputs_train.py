@@ -35,6 +35,7 @@ from support.train_runs import losses, read_json, training
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 3, "protect": 0.5},
+    {"modules": "language.mlp", "method": "gradient", "rank": 3, "protect": 0.5},
     {"modules": "projector", "method": "milora", "rank": 2, "protect": 0.5},
 ]
 PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
