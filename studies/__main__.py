@@ -75,7 +75,6 @@ def _list(as_json: bool) -> None:
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     from studies import page, runner
 
-    task_class(study.task)  # raises UserError for missing packages or data before the workers start
     folder = runner.Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
     cells = runner.all_cells(folder)
@@ -87,6 +86,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     if options.plan:
         next_step("studies", name)
         return 0
+    task_class(study.task)  # raises UserError for missing packages or data before the workers start
     command = f"python -m studies {name}"
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:
