@@ -33,6 +33,7 @@ from milora_vl.adapter.sidecar import Sidecar
 from milora_vl.calibration.calibrate import protected_inputs, task_sketches
 from milora_vl.factors.initialize import Initial, Progress, initialize
 from milora_vl.policy import Policy, Rule, Target
+from milora_vl.policy.rules import NEEDS_ANCHORED
 from milora_vl.policy.towers import can_save, canonical_names, is_wrapped_by_peft
 from milora_vl.weights.fingerprint import sketch
 from milora_vl.weights.matrices import read_matrix
@@ -206,14 +207,13 @@ def _describe(
 
 
 def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
-    # With another sigma, W - s B0 A0 would not be W without its minor part.
-    anchored = [t.path for t in targets if t.has_fixed_A or t.sigma != "keep"]
+    anchored = [t.path for t in targets if t.needs_anchored_form]
     if anchored:
         raise AdapterError(
-            "protect, and sigma other than keep, need form anchored",
+            NEEDS_ANCHORED,
             code="adapter-residual-layer",
             where=anchored[0],
-            hint="use form anchored, or remove the field",
+            hint="use form anchored, or method milora without these fields",
         )
     require_residual(model, [t.path for t in targets if t.has_anchor])
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from milora_vl.adapter.errors import AdapterError
 from milora_vl.calibration.bases import ProtectedInputs
 from milora_vl.factors.initialize import Initial
 from milora_vl.policy.rules import Target
@@ -24,6 +25,7 @@ from milora_vl.svd.precision import full_precision
 # Twice the length that PEFT's LoRA starts with in every layer: a fixed A learns best at twice the learning rate
 # (docs/studies/keep.md), so that the rate of a LoRA suits it.
 ROW_LENGTH = 2 * 3**-0.5
+LARGEST_OVERLAP = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,13 +72,21 @@ def fixed_factors(
         factors[target.path] = A
         if basis is None:
             continue
+        inside = overlap(A, V)
+        if inside > LARGEST_OVERLAP:
+            raise AdapterError(
+                f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5",
+                code="protect-overlap",
+                where=target.path,
+                hint="lower protect, or the rank",
+            )
         protections[target.path] = Protection(
             directions=basis.num_directions,
             inputs=basis.size,
             energy=basis.share,
             held_out=basis.held_out,
             kept=kept,
-            overlap=overlap(A, V),
+            overlap=inside,
         )
     return factors, protections
 

@@ -23,6 +23,7 @@ from milora_vl.adapter.install import factors, has_halves, lora_layer
 from milora_vl.adapter.names import PREFIX
 from milora_vl.adapter.peft_model import MiloraMixin, restore
 from milora_vl.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
+from milora_vl.factors.initialize import Progress
 from milora_vl.policy.methods import METHODS, RuleMethod
 from milora_vl.policy.rules import Rule
 from milora_vl.policy.towers import forget_peft
@@ -46,12 +47,13 @@ def reinit_peft(
     *,
     protect: float = 0.0,
     calibration: Sequence[Mapping[str, Any]] | None = None,
+    progress: Progress = False,
 ) -> Any:
     """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
 
     Modules, ranks, scales, dropout and modules_to_save come from the given LoraConfig. The given object cannot be
     used afterwards. With `protect`, the share of the rules of the same name, and `calibration` batches (see
-    `apply_milora`) the updates leave ordinary inputs alone.
+    `apply_milora`) the updates leave ordinary inputs alone. `progress` shows a progress bar on stderr.
 
     Raises AdapterError if the adapter has been trained already, is no plain LoRA, or has an initialization that changes
     the base weights. Raises PolicyError for ranks larger than a matrix.
@@ -77,7 +79,7 @@ def reinit_peft(
     ]
     base = peft_model.unload()
     forget_peft(base)
-    return apply_milora(base, rules, form=form, calibration=calibration)
+    return apply_milora(base, rules, form=form, calibration=calibration, progress=progress)
 
 
 def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:

@@ -30,7 +30,7 @@ from milora_vl.weights.torch_files import read_weights
 
 FILE_NAME = "milora.json"
 ANCHORS_FILE = "milora_anchors.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from milora_vl.base.progress import progress_bar
 from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions
+from milora_vl.calibration.modes import evaluated, without_caches
 from milora_vl.calibration.positions import positions_of
 from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
@@ -70,12 +71,10 @@ def find_inputs(
     """
     fit, held = _split(batches)
     fit_positions, held_positions = _positions(model, fit), _positions(model, held) if held else []
-    was_training = model.training
-    model.eval()
-    try:
+    shown = is_shown and rank_and_world_size()[0] == 0
+    with evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, targets, fit)
         passes = list(_passes(inputs))
-        shown = is_shown and rank_and_world_size()[0] == 0
         with progress_bar("calibrating", len(passes) * len(fit) + len(held), "batches", is_shown=shown) as bar:
             for part in passes:
                 for batch, positions in zip(fit, fit_positions, strict=True):
@@ -87,9 +86,7 @@ def find_inputs(
             for batch, positions in zip(held, held_positions, strict=True):
                 _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
                 bar.update()
-    finally:
-        model.train(was_training)
-        keep_weights_readable(model)
+    keep_weights_readable(model)
     return ProtectedInputs(
         [_checked(one) for one in inputs],
         {path: number for number, one in enumerate(inputs) for path in one.paths},

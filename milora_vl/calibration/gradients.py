@@ -9,6 +9,7 @@ G. G is as large as W; a sketch Y = Omega G with a few more rows than the rank h
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,13 +20,13 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from milora_vl.base.progress import progress_bar
 from milora_vl.calibration.activations import input_rows, model_inputs
 from milora_vl.calibration.bases import CalibrationError
+from milora_vl.calibration.modes import evaluated, without_caches
 from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import keep_weights_readable
 from milora_vl.svd.precision import full_precision
@@ -45,25 +46,21 @@ def gradient_sketches(
     under ZeRO-3 the blocks of the model run a second time in the backward, so that only their inputs stay in memory.
     All processes get the sketches of the first one.
 
-    Raises CalibrationError without batches, for a model whose output has no loss, for a layer that no batch reaches and
-    for gradients that are not finite, or zero everywhere.
+    Warns about layers without a gradient, whose sketch is random. Raises CalibrationError without batches, for a model
+    whose output has no loss, and for gradients that are not finite, or zero everywhere.
     """
     sketches = {target.path: _Sketch(target) for target in targets}
-    handles = []
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    was_training = model.training
-    model.eval()  # no dropout
+    handles = []
+    for target in targets:
+        layer = model.get_submodule(target.path)
+        handles.append(layer.register_forward_pre_hook(_tracked))
+        handles.append(layer.register_forward_hook(partial(_watched, sketches[target.path])))
+    bar = progress_bar("task gradient", len(batches), "batches", is_shown=is_shown and rank_and_world_size()[0] == 0)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        for target in targets:
-            module = model.get_submodule(target.path)
-            handles.append(module.register_forward_pre_hook(_tracked))
-            handles.append(module.register_forward_hook(partial(_watched, sketches[target.path])))
-        bar = progress_bar(
-            "task gradient", len(batches), "batches", is_shown=is_shown and rank_and_world_size()[0] == 0
-        )
-        with _little_memory(model), torch.enable_grad(), bar:
+        with evaluated(model), without_caches(model), _little_memory(model), torch.enable_grad(), bar:
             for batch in batches:
                 loss = getattr(model(**model_inputs(model, batch)), "loss", None)
                 if not isinstance(loss, Tensor):
@@ -81,17 +78,24 @@ def gradient_sketches(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-        model.train(was_training)
         keep_weights_readable(model)
-    found = {path: one.finished() for path, one in sketches.items()}
-    if not any(bool(sketch.any()) for sketch in found.values()):
+    device = next(model.parameters()).device
+    found = {path: one.finished(device) for path, one in sketches.items()}
+    without = [path for path, sketch in found.items() if not bool(sketch.any())]
+    if len(without) == len(found):
         raise CalibrationError(
             "the task's gradient is zero in every layer",
             code="task-no-gradient",
             where="task",
             hint="pass batches with supervised tokens: labels other than -100",
         )
-    return found
+    if without:
+        warnings.warn(
+            f"{len(without):,} of {len(found):,} layers get no gradient from the task's batches, for example "
+            f"{without[0]}: their A is random, and they learn only if the training reaches them",
+            stacklevel=3,
+        )
+    return {path: sketches[path].filled(sketch) for path, sketch in found.items()}
 
 
 def _tracked(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -122,7 +126,8 @@ def _little_memory(model: nn.Module) -> Iterator[None]:
     own = {block: vars(block).get("forward") for block in blocks}
     with gather_params_ctx(outside, modifier_rank=None), ExitStack() as opened:
         for block in blocks:
-            block.forward = partial(_checkpointed, partial(_gathered, opened, block, block.forward))
+            run = partial(_gathered, opened, block, block.forward)
+            block.forward = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         try:
             yield
         finally:
@@ -139,13 +144,6 @@ def _outermost(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         found += [child] if isinstance(child, GradientCheckpointingLayer) else _outermost(child)
     return found
-
-
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # A cache would grow again in the second run.
-    args = tuple(None if isinstance(value, Cache) else value for value in args)
-    kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _gathered(opened: ExitStack, block: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -180,9 +178,9 @@ class _Sketch:
     def __init__(self, target: Target) -> None:
         assert target.rank is not None
         self.path = target.path
-        generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
-        rows = min(target.rank + OVERSAMPLED, target.shape[0])
-        self.omega = torch.randn(rows, target.shape[0], generator=generator)
+        self.width = target.shape[1]
+        self.generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
+        self.omega = torch.randn(target.rank + OVERSAMPLED, target.shape[0], generator=self.generator)
         self.total: Tensor | None = None
 
     def add(self, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
@@ -195,19 +193,19 @@ class _Sketch:
             part = (gradient @ self.omega.T).T @ rows
             self.total = part if self.total is None else self.total.add_(part)
 
-    def finished(self) -> Tensor:
-        if self.total is None:
-            raise CalibrationError(
-                "no task batch reaches this layer",
-                code="task-unreached-layer",
-                where=self.path,
-                hint="add batches that reach it (with pictures), or use another method for it",
-            )
-        if not bool(torch.isfinite(self.total).all()):
+    def finished(self, device: torch.device) -> Tensor:
+        total = torch.zeros(len(self.omega), self.width, device=device) if self.total is None else self.total
+        if not bool(torch.isfinite(total).all()):
             raise CalibrationError(
                 "the task's gradient contains NaN or infinite values",
                 code="task-not-finite",
                 where=self.path,
                 hint="load the base model in bfloat16 or float32, and check its weights and the task batches",
             )
-        return from_first_rank(self.total) if rank_and_world_size()[1] > 1 else self.total
+        return from_first_rank(total) if rank_and_world_size()[1] > 1 else total
+
+    def filled(self, total: Tensor) -> Tensor:
+        """Add noise of a millionth of the norm: rows that a gradient of low rank leaves open become random."""
+        noise = torch.randn(total.shape, generator=self.generator).to(total.device)
+        norm = torch.linalg.vector_norm(total)
+        return noise if norm == 0 else total + noise * (1e-6 * norm / total.numel() ** 0.5)

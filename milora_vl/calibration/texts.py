@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from milora_vl.calibration.bases import CalibrationError
+from milora_vl.calibration.modes import evaluated
+from milora_vl.policy.towers import is_encoder_decoder
+from milora_vl.weights.matrices import gathered_in_forward
 
 SEED = 1_651_272_809  # of the calibration texts; no probe of forgetting may measure with it or those after it
 RESERVED = 1024
@@ -27,19 +30,20 @@ def calibration_texts(model: Any, *, count: int = COUNT, length: int = LENGTH) -
     (8, torch.int64)
     """
     start, end = text_ends(model)
-    rows = sampled_rows(model, start, end, count=count, length=length, batch_size=32, seed=SEED)
+    with gathered_in_forward(model):
+        rows = sampled_rows(model, start, end, count=count, length=length, batch_size=32, seed=SEED)
     return [padded(rows[first : first + ROWS], end) for first in range(0, count, ROWS)]
 
 
 def text_ends(model: Any) -> tuple[int, int]:
     """Return the ids that start and end a text: BOS, or EOS without a BOS, and EOS.
 
-    Raises CalibrationError for a model that cannot write text.
+    Raises CalibrationError for a model that cannot write text, or whose encoder needs an input of its own.
     """
     config: Any = getattr(model, "generation_config", None)
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
-    if not hasattr(model, "generate") or end is None:
+    if not hasattr(model, "generate") or end is None or is_encoder_decoder(model):
         raise CalibrationError(
             f"a {type(model).__name__} cannot write calibration texts",
             code="calibration-cannot-generate",
@@ -68,26 +72,21 @@ def sampled_rows(
     of the caller does not change.
     """
     written: list[list[int]] = []
-    training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(seed)
-            for begin in range(0, count, batch_size):
-                first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
-                counter = _TokenCounter(len(first), length - 1, on_tokens)
-                rows = model.generate(
-                    first,
-                    attention_mask=torch.ones_like(first),
-                    generation_config=_sampling(length - 1, end),
-                    stopping_criteria=[counter],
-                )
-                on_tokens(counter.left)
-                if not bool((rows[:, :1] == first).all()):  # LLaVA's own class returns the new ids alone
-                    rows = torch.cat([first, rows], dim=1)
-                written += [_ended(row, end) for row in rows.tolist()]
-    finally:
-        model.train(training)
+    with evaluated(model), torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        for begin in range(0, count, batch_size):
+            first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
+            counter = _TokenCounter(len(first), length - 1, on_tokens)
+            rows = model.generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                generation_config=_sampling(length - 1, end),
+                stopping_criteria=[counter],
+            )
+            on_tokens(counter.left)
+            if not bool((rows[:, :1] == first).all()):  # LLaVA's own class returns the new ids alone
+                rows = torch.cat([first, rows], dim=1)
+            written += [_ended(row, end) for row in rows.tolist()]
     return written
 
 

@@ -95,17 +95,19 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
-    if recipe.adapter is None and (inputs := distinct_inputs(targets)):  # a finished adapter has its A
+    if recipe.adapter is not None:  # its A is known
+        return Costs(out, change)
+    planned = 0.0
+    if inputs := distinct_inputs(targets):
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
         settings = recipe.calibration
         tokens = (settings.num_samples + 8) * LENGTH + settings.num_pictures * min(work.tokens, 700)
         planned = calibration_seconds(work.total, inputs, tokens)
-        if any(target.method == "gradient" for target in targets):
-            planned += gradient_seconds(work.total, RECORDS * work.tokens)
-        out.append(
-            f"        finding them takes about {duration_text(planned)} on one A100 (planned, not measured), once"
-        )
+    if any(target.method == "gradient" for target in targets):
+        planned += gradient_seconds(work.total, RECORDS * work.tokens)
+    if planned:
+        out.append(f"        choosing A takes about {duration_text(planned)} on one A100 (planned, not measured), once")
     return Costs(out, change)
 
 

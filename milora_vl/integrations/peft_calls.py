@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -37,7 +38,9 @@ def replacement(stock: Callable[..., Any], part: Part, form: Form, protect: floa
             return adapted
         _remove_vision_adapters(adapted)
         try:
-            tuned = reinit_peft(adapted, part, form, protect=protect if texts else 0.0, calibration=texts)
+            tuned = reinit_peft(
+                adapted, part, form, protect=protect if texts else 0.0, calibration=texts, progress=True
+            )
         except UserError:
             raise
         except ValueError as error:
@@ -69,7 +72,9 @@ def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
 def _texts(model: Any, protect: float) -> list[dict[str, Tensor]] | None:
     if not protect:
         return None
-    sys.stderr.write("milora: the base model writes texts, to find the inputs of ordinary text\n")
+    is_slow = torch.accelerator.is_available() and next(model.parameters()).device.type == "cpu"
+    where = " on the CPU, which takes hours for a 7B: load the model on its GPU, or pass protect=0" if is_slow else ""
+    sys.stderr.write(f"milora: the base model writes texts, to find the inputs of ordinary text{where}\n")
     try:
         return calibration_texts(model)
     except (CalibrationError, AttributeError, NotImplementedError, TypeError, ValueError) as error:

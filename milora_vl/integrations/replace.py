@@ -53,6 +53,13 @@ def get_peft_model_replaced(
 
     if protect is None:
         protect = PROTECTED if (part, form) == ("minor", "anchored") else 0.0
+    if not 0 <= protect < 1 or (protect and form == "residual"):
+        raise UserError(
+            f"expected a share from 0 to below 1, and 0 for the residual form, got {protect}",
+            code="protect-value",
+            where="protect",
+            hint="for example  0.95",
+        )
     namespaces = [peft, *(import_module(name) for name in modules)]
     loader = restoring_loader(peft.PeftModel.from_pretrained)
     with calls_replaced(namespaces, replacement(peft.get_peft_model, part, form, protect), loader):

@@ -21,6 +21,7 @@ from milora_vl.plan import base as bases
 from milora_vl.plan.base import Base, find_base
 from milora_vl.policy import Policy, PolicyError, Target
 from milora_vl.policy.resolve import RankTooLarge
+from milora_vl.policy.rules import NEEDS_ANCHORED
 from milora_vl.policy.towers import find_towers
 from milora_vl.recipe.merge import Merged
 from milora_vl.recipe.policy_edits import without_projector
@@ -51,7 +52,7 @@ def fit(merged: Merged) -> Fitted:
     if recipe is not None and base is not None:
         template = OWN if "template" in merged.defaults and base.own_pictures else recipe.template
         recipe = recipe.model_copy(update={"policy": rules, "template": template})
-        for check in (_require_prepared, _require_protection, _require_calibration_files, _require_trained_parts):
+        for check in (_require_prepared, _require_form, _require_calibration_files, _require_trained_parts):
             with collected(problems):
                 check(recipe, base, targets)
     if recipe is None or base is None or problems:
@@ -169,13 +170,13 @@ def _no_feature_cache(base: Base) -> UserError:
     )
 
 
-def _require_protection(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    if recipe.form == "residual" and _protects_inputs(recipe):
+def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
+    if recipe.form == "residual" and any(target.needs_anchored_form for target in targets):
         raise UserError(
-            "protect needs form anchored",
+            NEEDS_ANCHORED,
             code="adapter-residual-layer",
             where=Key.of("form"),
-            hint="use form anchored, or remove protect",
+            hint="use form anchored, or method milora without these fields",
         )
 
 

@@ -20,7 +20,7 @@ from milora_vl.recipe.policy_edits import METHODS, PROTECTED, PROTECTING, Policy
 from milora_vl.recipe.recipe_file import RecipeFile, read_recipe
 
 PROG = "python -m milora_vl.train"
-DESCRIPTION = "Fine-tune a LLaVA-style or text-only model with MiLoRA. Flags override the recipe."
+DESCRIPTION = "Fine-tune a vision-language or text model and keep what it knows. Flags override the recipe."
 EPILOG = f"""examples:
   {PROG} --recipe smol-llava-demo --output_dir runs/demo
   {PROG} --model llava-1.5-7b --data_path train.json --image_folder images --output_dir runs/a

@@ -50,7 +50,7 @@ def test_exact_anchors_are_stored_beside_it_and_found_by_path(tmp_path: Path) ->
 
 def test_the_file_says_for_every_module_what_it_is() -> None:
     data = json.loads(sidecar().to_json())
-    assert (data["format_version"], data["form"]) == (2, "anchored")
+    assert (data["format_version"], data["form"]) == (3, "anchored")
     module = data["modules"][PATH]
     assert (module["rank"], module["alpha"], module["part"], module["sigma"]) == (2, 2.0, "minor", {"floor": 0.1})
     assert module["report"]["svd"] == "exact"
@@ -61,11 +61,11 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
-        ('{"format_version": 1}', "adapter-other-format", "has format version 1, and only version 2"),
+        ('{"format_version": 1}', "adapter-other-format", "has format version 1, and only version 3"),
         ("{", "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 2, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
+        ('{"format_version": 3, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
         (
-            '{"format_version": 2, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
+            '{"format_version": 3, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
             '"shape": [2, 2], "method": "odd"}}}',
             "adapter-damaged-file",
             "method 'odd'",

@@ -22,6 +22,7 @@ from milora_vl.policy import Policy
 from support.adapter_cases import one_rule, token_batch
 from support.calibrated import directions, leaks, llava_batches, text_batches
 from support.family_configs import batch, build
+from support.launched import needs_deepspeed, results_of_two
 from support.problems import raises_code
 
 RULES = one_rule(method="gradient", rank=4)
@@ -128,9 +129,12 @@ def test_blocks_that_run_twice_need_less_memory_and_find_the_same(family, gather
 
 def test_nothing_of_the_model_changes(tiny_llama, gathered) -> None:
     base = tiny_llama()[0].train()
+    base.model.layers[0].mlp.eval()
     before = {name: (p.clone(), p.requires_grad) for name, p in base.named_parameters()}
     gradient_sketches(base, Policy.parse(RULES).resolve(base), TASK)
     assert base.training
+    assert not base.model.layers[0].mlp.training
+    assert base.config.use_cache
     for name, parameter in base.named_parameters():
         assert parameter.grad is None
         assert torch.equal(parameter, before[name][0])
@@ -173,11 +177,72 @@ def test_pictures_reach_the_projector_and_a_frozen_tower_is_no_obstacle(tiny_lla
     assert {target.tower for target in model.milora_targets} == {"language", "projector", "vision"}
 
 
+def test_layers_without_a_gradient_are_counted_and_get_random_rows(tiny_llava, tiny_llama) -> None:
+    """LLaVA reads the vision tower before its last block, and text reaches no projector."""
+    base = tiny_llava()[0]
+    rules = [{"modules": name, "method": "gradient", "rank": 2} for name in ("language", "projector", "vision")]
+    task = [{**batch, "labels": batch["input_ids"]} for batch in llava_batches(base) if "pixel_values" in batch]
+    with pytest.warns(UserWarning, match=r"6 of 34 layers get no gradient.*vision_tower.*layers\.2"):
+        apply_milora(base, rules, task=task)
+    with pytest.warns(UserWarning, match="2 of 16 layers get no gradient.*projector"):
+        model = apply_milora(tiny_llava()[0], rules[:2], task=TASK)
+    A = [lora_layer(model, t.path).lora_A["default"].weight for t in model.milora_targets if t.tower == "projector"]
+    assert all(rows.count_nonzero() == rows.numel() for rows in A)
+    one = [{"input_ids": IDS[:1, :3], "labels": IDS[:1, :3]}]  # two tokens give a gradient of rank two
+    model = apply_milora(tiny_llama()[0], one_rule(method="gradient", rank=8), task=one)
+    for target in model.milora_targets:
+        rows = lora_layer(model, target.path).lora_A["default"].weight
+        assert (rows.abs() > 1e-3 * rows.abs().max()).float().mean() > 0.9, "no row is a unit vector"
+
+
+ZERO3 = """
+import json, os, sys
+os.environ["DS_ACCELERATOR"] = "cpu"
+import torch
+import torch.distributed as dist
+import deepspeed
+from transformers import AutoModelForCausalLM
+from transformers.integrations import HfDeepSpeedConfig
+from milora_vl import apply_milora, calibration_texts
+from milora_vl.policy import Policy
+from milora_vl.calibration.gradients import gradient_sketches
+
+folder = sys.argv[1]
+whole = AutoModelForCausalLM.from_pretrained(folder)
+deepspeed.init_distributed("gloo")
+config = HfDeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}})
+ids = torch.randint(5, 200, (4, 12), generator=torch.Generator().manual_seed(0))
+task = [{"input_ids": ids, "labels": ids}]
+targets = Policy.parse([{"modules": "language", "method": "gradient", "rank": 4}]).resolve(whole)
+model = AutoModelForCausalLM.from_pretrained(folder)
+parts = gradient_sketches(model, targets, task)
+held = sum(p.numel() for p in model.parameters())
+texts = calibration_texts(model, count=8, length=8)
+del config
+expected = gradient_sketches(whole, targets, task)
+same = all(torch.allclose(parts[path], expected[path], rtol=1e-4, atol=1e-6) for path in expected)
+print("RESULT" + json.dumps([same, held, [row["input_ids"].tolist() for row in texts]]))
+dist.barrier()
+"""
+
+
+@needs_deepspeed
+def test_zero3_finds_what_a_whole_model_finds_and_writes_texts(tiny_llama, tmp_path: Path) -> None:
+    tiny_llama()[0].save_pretrained(tmp_path / "base")
+    first, second = results_of_two(ZERO3, tmp_path, str(tmp_path / "base"))
+    assert first == second
+    assert first[:2] == [True, 0], "nothing stays gathered"
+
+
 def test_bad_task_batches_are_refused(tiny_llama, tiny_llava) -> None:
     with raises_code("task-missing", hint="task=["):
         apply_milora(tiny_llama()[0], RULES)
     with raises_code("task-unused"):
         apply_milora(tiny_llama()[0], one_rule(), task=TASK)
+    with raises_code("task-unused"):
+        apply_milora(tiny_llama()[0], one_rule(), task=[])
+    with raises_code("policy-no-adapter", message="embedding"):
+        apply_milora(tiny_llama()[0], [{"modules": "model.embed_tokens", "method": "gradient", "rank": 2}], task=TASK)
     with raises_code("calibration-batch", where="task"):
         apply_milora(tiny_llama()[0], RULES, task=["hello"])  # type: ignore[list-item]
     with raises_code("calibration-batch", where="task", message="found dict"):
@@ -186,9 +251,6 @@ def test_bad_task_batches_are_refused(tiny_llama, tiny_llava) -> None:
         apply_milora(tiny_llama()[0], RULES, task=[{"input_ids": IDS}])
     with raises_code("task-no-gradient", hint="-100"):
         apply_milora(tiny_llama()[0], RULES, task=[{"input_ids": IDS, "labels": torch.full_like(IDS, -100)}])
-    rules = [{"modules": "projector", "method": "gradient", "rank": 2}]
-    with raises_code("task-unreached-layer", hint="pictures"):
-        apply_milora(tiny_llava()[0], rules, task=TASK)
     broken = tiny_llama()[0]
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with raises_code("task-not-finite"):

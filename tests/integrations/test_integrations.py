@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
+from transformers import T5Config, T5ForConditionalGeneration
 
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.base.errors import UserError
@@ -21,6 +22,7 @@ from milora_vl.integrations.llava import renamed_flags
 from milora_vl.integrations.replace import get_peft_model_replaced, main
 from support.adapter_cases import anchors, one_rule, train_steps
 from support.llava_parts import small_vicuna_and_clip
+from support.problems import raises_code
 
 SCRIPT = """
 import sys
@@ -227,5 +229,13 @@ def test_a_base_whose_class_cannot_write_is_not_protected_and_says_so(tiny_llama
         model = peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.milora_protection == {}
     assert "inputs are not protected" in capsys.readouterr().err
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    with get_peft_model_replaced():  # an encoder needs an input of its own
+        base = T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes))
+        model = peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q"]))
+    assert model.milora_protection == {}
+    assert "T5ForConditionalGeneration cannot write" in capsys.readouterr().err
+    with raises_code("protect-value"), get_peft_model_replaced(protect=95):
+        pass
     with get_peft_model_replaced():
         assert peft.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"])).milora_protection

@@ -84,3 +84,13 @@ def test_learning_rates_go_where_they_belong() -> None:
 def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, code: str, message: str) -> None:
     with raises_code(code, says=message):
         edited(rules, edits)
+
+
+def test_protect_sets_the_share_of_every_adapter_rule_and_ends_with_zero() -> None:
+    assert edited(None, PolicyEdits(protect=0.9))[0]["protect"] == 0.9
+    assert "protect" not in edited(None, PolicyEdits(protect=0.0))[0]
+    own = [RULES[0] | {"protect": 0.5}, {"modules": "language.mlp", "protect": 0.7}, PROJECTOR]
+    out = edited(own, PolicyEdits(protect=0.9))
+    assert out == [RULES[0] | {"protect": 0.9}, PROJECTOR], "a refinement that set protect alone is gone"
+    assert "protect" not in edited(None, PolicyEdits(method="lora"))[0]
+    assert edited(None, PolicyEdits(method="milora"))[0]["protect"] == 0.95
