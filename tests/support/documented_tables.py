@@ -146,14 +146,14 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
 }
 # Page and first line of a change in Python -> the script before it, and replacements in it.
 CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
-    ("docs/integrations.md", '+ model = apply_milora(model, "[{modules: language'): (
-        "from milora_vl import apply_milora, load_model\n"
+    ("docs/integrations.md", '+ rules = "[{modules: language'): (
+        "from milora_vl import apply_milora, calibration_texts, load_model\n"
         "from transformers import Trainer, TrainingArguments\n"
         "model, _ = load_model('tiny-text')\n"
         "arguments = TrainingArguments('trained', max_steps=1, report_to='none')\n"
         "rows = [{'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}] * 8\n",
         (
-            ("rank: 64", "rank: 4"),
+            ("rank: 64, protect: 0.95", "rank: 4, protect: 0.8"),
             ("model=model, ...)", "model=model, args=arguments, train_dataset=rows)"),
             ("resume_from_checkpoint=...", "resume_from_checkpoint=None"),
         ),
