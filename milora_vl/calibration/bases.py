@@ -50,11 +50,6 @@ class ProtectedInputs:
         """Return the basis of the module at `path`."""
         return self.bases[self.numbers[path]]
 
-    @property
-    def num_bytes(self) -> int:
-        """Return the memory of all bases in bytes."""
-        return sum(basis.V.nbytes for basis in self.bases)
-
 
 def first_directions(C: Tensor, share: float) -> tuple[Tensor, float]:
     """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and the share they hold.
