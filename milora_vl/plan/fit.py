@@ -171,7 +171,7 @@ def _no_feature_cache(base: Base) -> UserError:
 
 
 def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    if recipe.form == "residual" and any(target.needs_anchored_form for target in targets):
+    if recipe.adapter is None and recipe.form == "residual" and any(target.needs_anchored_form for target in targets):
         raise UserError(
             NEEDS_ANCHORED,
             code="adapter-residual-layer",
