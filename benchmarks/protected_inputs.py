@@ -10,7 +10,7 @@ spectrum 1/i, whose first 40 % of the directions hold 90 % of the energy (SmolLM
     directions  protected directions by input size
     bytes_C     memory of the four C, which one pass of the calibration holds at most 2 GiB of, and of the largest one
     gradient    seconds of the sketches of one record of 700 tokens at rank 64, and of forward and backward alone; bytes
-                that the backward keeps for a token, and those of the block's input, which remain if blocks run twice
+                that the backward keeps for a token
     product     seconds of one product (hidden, hidden) x (hidden, hidden), the unit to compare machines with
 
 Times are CPU times of this process: other processes on the machine do not count.
@@ -102,7 +102,7 @@ def gradient(hidden: int, mlp: int, seed: int) -> dict[str, Any]:
         sketches, _ = timed(lambda: gradient_sketches(base, targets, [{"input_ids": ids, "labels": ids}]))
     return {
         "sketches": round(sketches, 2), "alone": round(alone, 2),
-        "bytes_per_token": sum(kept.values()) // RECORD, "bytes_of_input": 4 * hidden,
+        "bytes_per_token": sum(kept.values()) // RECORD,
     }  # fmt: skip
 
 

@@ -78,7 +78,7 @@ def fixed_factors(
                 f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5",
                 code="protect-overlap",
                 where=target.path,
-                hint="lower protect, or the rank",
+                hint="calibrate without cache_dir: the cached directions are damaged",
             )
         protections[target.path] = Protection(
             directions=basis.num_directions,

@@ -20,7 +20,7 @@ from milora_vl.calibration.bases import CalibrationError, InputBasis, ProtectedI
 from milora_vl.calibration.modes import evaluated, without_caches
 from milora_vl.calibration.positions import positions_of
 from milora_vl.policy.rules import Target
-from milora_vl.policy.towers import image_token_of, is_encoder_decoder, keep_weights_readable
+from milora_vl.policy.towers import image_token_of, is_encoder_decoder
 from milora_vl.svd.cholesky import add_to_lower, mirror
 from milora_vl.svd.precision import full_precision
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
@@ -86,7 +86,6 @@ def find_inputs(
             for batch, positions in zip(held, held_positions, strict=True):
                 _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
                 bar.update()
-    keep_weights_readable(model)
     return ProtectedInputs(
         [_checked(one) for one in inputs],
         {path: number for number, one in enumerate(inputs) for path in one.paths},

@@ -73,7 +73,7 @@ def task_sketches(
     Raises CalibrationError without batches, and for batches that no rule needs.
     """
     wanted = [t for t in targets if t.method == "gradient"]
-    if bool(wanted) != bool(batches) or (batches is not None and not wanted):
+    if not batches if wanted else batches is not None:
         raise CalibrationError(
             "method gradient needs batches of the task" if wanted else "no rule has method gradient",
             code="task-missing" if wanted else "task-unused",

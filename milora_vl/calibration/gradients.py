@@ -28,7 +28,6 @@ from milora_vl.calibration.activations import input_rows, model_inputs
 from milora_vl.calibration.bases import CalibrationError
 from milora_vl.calibration.modes import evaluated, without_caches
 from milora_vl.policy.rules import Target
-from milora_vl.policy.towers import keep_weights_readable
 from milora_vl.svd.precision import full_precision
 from milora_vl.weights.distributed import from_first_rank, rank_and_world_size
 
@@ -78,7 +77,6 @@ def gradient_sketches(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-        keep_weights_readable(model)
     device = next(model.parameters()).device
     found = {path: one.finished(device) for path, one in sketches.items()}
     without = [path for path, sketch in found.items() if not bool(sketch.any())]
@@ -116,7 +114,7 @@ def _weight(batch: Mapping[str, Any]) -> int:
 def _little_memory(model: nn.Module) -> Iterator[None]:
     """Keep of each block only its input for the backward, and gather one block at a time under ZeRO-3.
 
-    A 7B holds 6 MB of activations a token otherwise. On a CPU time counts more, so blocks run once.
+    A 7B in half precision holds 5 MB of activations a token otherwise. On a CPU time counts more, so blocks run once.
     """
     is_sharded = is_deepspeed_zero3_enabled()
     on_cpu = next(model.parameters()).device.type == "cpu"

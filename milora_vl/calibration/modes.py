@@ -8,10 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from milora_vl.policy.towers import keep_weights_readable
+
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode; afterwards each module is in its own mode, such as a frozen batch norm."""
+    """Put a model into evaluation mode; afterwards each module is in its own mode, such as a frozen batch norm.
+
+    Quantised weights, which a forward in this mode can repack, stay readable, after an error too.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -19,6 +24,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        keep_weights_readable(model)
 
 
 @contextmanager

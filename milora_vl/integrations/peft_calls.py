@@ -73,7 +73,7 @@ def _texts(model: Any, protect: float) -> list[dict[str, Tensor]] | None:
     if not protect:
         return None
     is_slow = torch.accelerator.is_available() and next(model.parameters()).device.type == "cpu"
-    where = " on the CPU, which takes hours for a 7B: load the model on its GPU, or pass protect=0" if is_slow else ""
+    where = " on the CPU (hours for a 7B: move the model to its GPU first, or pass protect=0)" if is_slow else ""
     sys.stderr.write(f"milora: the base model writes texts, to find the inputs of ordinary text{where}\n")
     try:
         return calibration_texts(model)

@@ -16,7 +16,9 @@ from transformers import Trainer, TrainingArguments
 
 from milora_vl import apply_milora, load_adapter, merge, restore_split, save_adapter
 from milora_vl.adapter.install import lora_layer
-from milora_vl.adapter.protection import ROW_LENGTH, off_inputs, overlap
+from milora_vl.adapter.protection import ROW_LENGTH, fixed_factors, off_inputs, overlap
+from milora_vl.calibration.bases import InputBasis, ProtectedInputs
+from milora_vl.policy import Policy
 from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import directions, leaks, llava_batches, picture_batches, text_batches
 from support.problems import raises_code
@@ -271,3 +273,11 @@ def test_rows_off_the_inputs_have_one_length_and_no_part_along_them(
     assert overlap(A, V) < 1e-5
     assert torch.allclose(A.norm(dim=1), torch.tensor(ROW_LENGTH))
     assert 0 <= kept <= 1
+
+
+def test_damaged_directions_are_noticed_before_the_first_step() -> None:
+    base = nn.Sequential(nn.Linear(6, 4))
+    targets = Policy.parse([{"modules": "0", "method": "lora", "rank": 2, "protect": 0.5}]).resolve(base)
+    V = torch.full((6, 2), 0.7)  # neither orthogonal nor of length 1
+    with raises_code("protect-overlap", where="0"):
+        fixed_factors(targets, {}, {}, ProtectedInputs([InputBasis(V, 6, 0.5)], {"0": 0}))

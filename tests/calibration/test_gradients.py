@@ -203,7 +203,7 @@ import torch.distributed as dist
 import deepspeed
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
-from milora_vl import apply_milora, calibration_texts
+from milora_vl import calibration_texts
 from milora_vl.policy import Policy
 from milora_vl.calibration.gradients import gradient_sketches
 
