@@ -87,7 +87,7 @@ def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
     ("flags", "code", "message"),
     [
         (["--deepspeed", "zero3"], "quantization-zero3", ""),
-        (["--policy", "[{modules: language, method: full}]"], "quantization-full", "14 quantised modules"),
+        (["--policy", "[{modules: language, method: full}]"], "quantization-full-training", "14 quantised modules"),
     ],
 )
 def test_what_a_quantised_base_cannot_do_is_told_before_it_loads(
