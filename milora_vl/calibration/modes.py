@@ -1,4 +1,4 @@
-"""The state of a model during a calibration: no dropout and no caches. Afterwards it is as the user left it."""
+"""The state of a model that is read, not trained: no dropout, no caches. Afterwards it is as the user left it."""
 
 from __future__ import annotations
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from milora_vl.calibration.modes import evaluated
 from milora_vl.forgetting.text import Batch, general_text, text_batches
 
 # Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.
@@ -75,7 +76,7 @@ def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None,
     reference = model if base is None else base
     rows: list[Tensor] = []
     documents: list[str] = []
-    with torch.inference_mode(), evaluating(model, reference):
+    with torch.inference_mode(), evaluated(model), evaluated(reference):
         for batch in batches:
             logits = logits_of(model, batch)
             with without():
@@ -108,19 +109,6 @@ def can_recover_base(model: Any) -> bool:
 
     configs = model.peft_config.values() if isinstance(model, PeftModel) else ()
     return bool(configs) and all(config.to_dict().get("bias", "none") == "none" for config in configs)
-
-
-@contextmanager
-def evaluating(*models: Any) -> Iterator[None]:
-    """Put the models into eval mode inside the block, and restore the mode of each afterwards."""
-    before = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, before, strict=True):
-            model.train(mode)
 
 
 def logits_of(model: Any, batch: Batch) -> Tensor:

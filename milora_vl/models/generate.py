@@ -28,6 +28,7 @@ from milora_data.pictures.files import expand_to_square, load_image, picture_siz
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
 from milora_vl.base.errors import DataError, UserError, first_line, with_context
+from milora_vl.calibration.modes import evaluated
 from milora_vl.cli.command_line import amount
 from milora_vl.models.image_tokens import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
@@ -111,13 +112,13 @@ def generate(
     decoding = max_new_tokens, num_beams
     if split_processor(processor)[1] is not None and uses_processor(model.config):
         asker = ProcessorReader(model, processor)
-        with torch.inference_mode(), _evaluating(model), _memory_explained():
+        with torch.inference_mode(), _evaluated(model), _memory_explained():
             for places in asker.batches(prompts, batch_size):
                 batch = [(asker.rendered(prompts[place]), prompts[place]) for place in places]
                 keep(places, asker.answers(batch, *decoding, streamer))
         return answers
     reader = Reader(model, processor, template, image_aspect_ratio)
-    with torch.inference_mode(), _evaluating(model), _memory_explained():
+    with torch.inference_mode(), _evaluated(model), _memory_explained():
         for places in _batches(prompts, reader.length, batch_size):
             rows = [reader.row(prompts[place]) for place in places]
             keep(places, _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer))
@@ -521,14 +522,12 @@ def _greedy(reader: Reader | ProcessorReader, max_new_tokens: int, num_beams: in
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
+def _evaluated(model: Any) -> Iterator[None]:
     # The last position is a strided slice of the hidden states. For its product with a frozen head, torch would use a
     # batched product, in which CPUs copy the head once per row.
     contiguous = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
-        yield
+        with evaluated(model):
+            yield
     finally:
         contiguous.remove()
-        model.train(training)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_vl.forgetting.measure import evaluating, logits_of, summary, token_sums
+from milora_vl.calibration.modes import evaluated
+from milora_vl.forgetting.measure import logits_of, summary, token_sums
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.loading import split_processor
 
@@ -30,14 +31,14 @@ class Probe:
         self.batches = list(
             text_batches(texts, tokenizer, num_tokens=NUM_TOKENS, block_length=BLOCK_LENGTH, batch_size=BATCH_SIZE)
         )
-        with torch.inference_mode(), evaluating(base):
+        with torch.inference_mode(), evaluated(base):
             self.targets = [logits_of(base, batch).cpu() for batch in self.batches]
 
     def measure(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
         """Return the log entry of the current model. Its forward runs in `context`, like a training step."""
         rows: list[Tensor] = []
         documents: list[str] = []
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluated(model):
             for batch, target in zip(self.batches, self.targets, strict=True):
                 with context():
                     logits = logits_of(model, batch)

@@ -193,9 +193,12 @@ def test_through_an_adapter_and_around_it(tiny_llava: Callable[..., Made]) -> No
 def test_the_training_mode_is_left_as_it_was(llava: Made) -> None:
     model, processor = llava
     model.train()
+    frozen = next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
+    frozen.eval()
     try:
         generate(model, processor, questions(2, True), max_new_tokens=1)
         assert model.training
+        assert not frozen.training
     finally:
         model.eval()
 

@@ -67,6 +67,18 @@ def test_a_model_has_forgotten_nothing_of_itself(pair: tuple[Any, Any, Any]) -> 
     assert got.loss_change == 0
 
 
+def test_each_module_keeps_its_mode(pair: tuple[Any, Any, Any]) -> None:
+    tuned, base, tokenizer = pair
+    tuned.train()
+    frozen = tuned.model.layers[0].eval()
+    try:
+        measure_forgetting(tuned, tokenizer, base=base, **SMALL)
+        assert tuned.training
+        assert not frozen.training
+    finally:
+        tuned.eval()
+
+
 def test_the_numbers_are_those_of_the_definition(pair: tuple[Any, Any, Any]) -> None:
     tuned, base, tokenizer = pair
     got = measure_forgetting(tuned, tokenizer, base=base, **SMALL)
