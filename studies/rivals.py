@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from milora_vl.policy.towers import image_token_of
 from studies.study import Rival
 
 Batch = Mapping[str, Tensor]
 
 
 def pieces(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
-    """Yield `rows` rows of the batches at a time, in an endless stream."""
-    parts = [
-        {name: value[start : start + rows] for name, value in batch.items()}
-        for batch in batches
-        for start in range(0, len(batch["attention_mask"]), rows)
-    ]
-    return cycle(parts)
+    """Yield `rows` rows of the batches at a time, in an endless stream. Texts and pictures take turns."""
+    kinds: dict[bool, list[Batch]] = {}
+    for batch in batches:
+        for start in range(0, len(batch["attention_mask"]), rows):
+            part = {name: value[start : start + rows] for name, value in batch.items()}
+            kinds.setdefault("pixel_values" in batch, []).append(part)
+    return chain.from_iterable(zip(*map(cycle, kinds.values()), strict=True))
 
 
 def loss_with(rival: Rival, task: Any, model: Any, batch: Any, texts: Iterator[Batch]) -> Tensor:
@@ -35,10 +36,11 @@ def loss_with(rival: Rival, task: Any, model: Any, batch: Any, texts: Iterator[B
         term = _kl(*(part[others].view(len(labels), -1) for part in (before, logits)))
         return cross_entropy(logits, labels) + rival.weight * term
     text = next(texts)
-    is_real = text["attention_mask"][:, 1:].bool()
+    ids, picture = text["input_ids"][:, 1:], image_token_of(model)
+    is_real = text["attention_mask"][:, 1:].bool() & (ids != (-1 if picture is None else picture))
     logits = task.logits(model, text)[:, :-1][is_real].float()
     if rival.kind == "mix":
-        term = cross_entropy(logits, text["input_ids"][:, 1:][is_real])
+        term = cross_entropy(logits, ids[is_real])
     else:
         with torch.no_grad(), model.disable_adapter():
             before = task.logits(model, text)[:, :-1][is_real].float()
