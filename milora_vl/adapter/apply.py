@@ -30,7 +30,7 @@ from milora_vl.adapter.peft_model import adopt
 from milora_vl.adapter.protection import Protection, fixed_factors
 from milora_vl.adapter.residual import make_residual, require_residual
 from milora_vl.adapter.sidecar import Sidecar
-from milora_vl.calibration.calibrate import protected_inputs, task_sketches
+from milora_vl.calibration.calibrate import protected_inputs, require_task, task_sketches
 from milora_vl.factors.initialize import Initial, Progress, initialize
 from milora_vl.policy import Policy, Rule, Target
 from milora_vl.policy.rules import NEEDS_ANCHORED
@@ -118,6 +118,7 @@ def apply_targets(
     """
     if form == "residual":
         _require_residual(model, targets)
+    require_task(targets, task)  # before the calibration, which takes minutes
     inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
     sketches = task_sketches(model, targets, task, is_shown=bool(progress))
     if all(target.rank is None for target in targets):

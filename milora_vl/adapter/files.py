@@ -104,6 +104,7 @@ def load_adapter(
         model = _load_stock(base, folder, is_trainable)
     # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
     ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
+    ours.warn_of_changed_A()  # stock PEFT may have trained it, and saved into this folder
     if is_trainable:
         check_rates_at_first_step(ours, if_they_differ=True)
     if here.form == "residual" and is_trainable:

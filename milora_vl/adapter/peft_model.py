@@ -83,7 +83,7 @@ class MiloraMixin(PeftModel):
                 hint="remove the argument",
             )
         self._require_halves()
-        self._warn_of_changed_A()
+        self.warn_of_changed_A()
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
         if kwargs.get("state_dict") is not None:
@@ -141,7 +141,8 @@ class MiloraMixin(PeftModel):
             if distance(start, factors(lora_layer(self, path), adapter)[0].detach().flatten(1)) > 1
         ]
 
-    def _warn_of_changed_A(self) -> None:
+    def warn_of_changed_A(self) -> None:
+        """Warn if the fixed A of any module has changed since the start."""
         changed = self.changed_A()
         if changed:
             warnings.warn(
@@ -227,7 +228,7 @@ class MiloraMixin(PeftModel):
                 if missing:
                     raise KeyError(missing[0])
             if sidecar is not None:
-                restore(self, adapter_name, sidecar, anchors)
+                restore(self, adapter_name, sidecar, anchors).warn_of_changed_A()
         return result
 
     def add_weighted_adapter(

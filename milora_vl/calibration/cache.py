@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from milora_vl.base.atomic_write import atomic_file
 from milora_vl.calibration import VERSION
@@ -65,10 +67,13 @@ def calibration_key(model: nn.Module, targets: Sequence[Target], batches: Sequen
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a hash of all weights of a model."""
+    """Return a hash of all weights and buffers of a model, and of its config, which decides what they compute."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode() + _digest(parameter))
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        digest.update(name.encode() + _digest(tensor))
+    if isinstance(model, PreTrainedModel):
+        settings = {**model.config.to_dict(), "_name_or_path": None}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from milora_vl.calibration.cache import cache_inputs, cached_inputs, calibration
 from milora_vl.calibration.gradients import gradient_sketches
 from milora_vl.policy.rules import Target
 from milora_vl.policy.towers import canonical_names
+from milora_vl.weights.distributed import gather
 
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
 FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
@@ -68,22 +69,23 @@ def task_sketches(
     *,
     is_shown: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the gradient sketches of all targets of `method: gradient`, see `gradient_sketches`.
-
-    Raises CalibrationError without batches, and for batches that no rule needs.
-    """
+    """Return the gradient sketches of all targets of `method: gradient`, see `gradient_sketches`."""
     wanted = [t for t in targets if t.method == "gradient"]
-    if not batches if wanted else batches is not None:
+    return {} if batches is None else gradient_sketches(model, wanted, batches, is_shown=is_shown)
+
+
+def require_task(targets: Sequence[Target], batches: Sequence[Mapping[str, Any]] | None) -> None:
+    """Raise CalibrationError for batches of the task that are missing, that no rule needs, or that are no list."""
+    is_needed = any(t.method == "gradient" for t in targets)
+    if not batches if is_needed else batches is not None:
         raise CalibrationError(
-            "method gradient needs batches of the task" if wanted else "no rule has method gradient",
-            code="task-missing" if wanted else "task-unused",
+            "method gradient needs batches of the task" if is_needed else "no rule has method gradient",
+            code="task-missing" if is_needed else "task-unused",
             where="task",
-            hint='pass  task=[{"input_ids": ..., "labels": ...}, ...]  to apply_milora' if wanted else "remove task",
+            hint='pass  task=[{"input_ids": ..., "labels": ...}, ...]  to apply_milora' if is_needed else "remove task",
         )
-    if batches is None:
-        return {}
-    _require_batches(batches, "task")
-    return gradient_sketches(model, wanted, batches, is_shown=is_shown)
+    if batches is not None:
+        _require_batches(batches, "task")
 
 
 def _require_batches(batches: object, name: str) -> None:
@@ -106,7 +108,8 @@ def _found(
         return find_inputs(model, wanted, batches, is_shown=is_shown)
     key, names = calibration_key(model, wanted, batches), canonical_names(model)
     stored = cached_inputs(cache, key, names)
-    if stored is not None:
+    is_everywhere = all(gather(stored is not None))  # each node may have a cache of its own
+    if stored is not None and is_everywhere:
         return stored
     found = find_inputs(model, wanted, batches, is_shown=is_shown)
     try:

@@ -53,8 +53,8 @@ def gradient_sketches(
     handles = []
     for target in targets:
         layer = model.get_submodule(target.path)
-        handles.append(layer.register_forward_pre_hook(_tracked))
-        handles.append(layer.register_forward_hook(partial(_watched, sketches[target.path])))
+        handles.append(layer.register_forward_pre_hook(_tracked, with_kwargs=True))
+        handles.append(layer.register_forward_hook(partial(_watched, sketches[target.path]), with_kwargs=True))
     bar = progress_bar("task gradient", len(batches), "batches", is_shown=is_shown and rank_and_world_size()[0] == 0)
     try:
         for parameter in trained:
@@ -96,12 +96,16 @@ def gradient_sketches(
     return {path: sketches[path].filled(sketch) for path, sketch in found.items()}
 
 
-def _tracked(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _tracked(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Let gradients flow to the output of a layer although no weight before it trains."""
-    x = args[0] if args else None
-    if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad:
-        return (x.detach().requires_grad_(), *args[1:])
-    return None
+    return tuple(map(_with_gradient, args)), {name: _with_gradient(value) for name, value in kwargs.items()}
+
+
+def _with_gradient(x: Any) -> Any:
+    is_constant = isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad
+    return x.detach().requires_grad_() if is_constant else x
 
 
 def _weight(batch: Mapping[str, Any]) -> int:
@@ -166,8 +170,11 @@ class _Watch(torch.autograd.Function):
         return gradient, None, None
 
 
-def _watched(sketch: _Sketch, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-    return _Watch.apply(output, args[0], partial(sketch.add, module)) if output.requires_grad else None
+def _watched(
+    sketch: _Sketch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor | None:
+    x = (*args, *kwargs.values())[0]
+    return _Watch.apply(output, x, partial(sketch.add, module)) if output.requires_grad else None
 
 
 class _Sketch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -28,15 +28,18 @@ def find_rank(rank: int | SpectralRank, module: nn.Module, cache: Path | None = 
     return max(min(_count_minor(_ascending(module, cache), rank), largest), min(rank.min, largest))
 
 
-def share_budget(rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Path | None = None) -> dict[str, int]:
+def share_budget(
+    rank: SpectralRank, modules: Mapping[str, nn.Module], cache: Path | None = None, *, fixed: Collection[str] = ()
+) -> dict[str, int]:
     """Distribute `rank.budget` trainable parameters over the modules, and return the ranks by path.
 
-    Each unit of rank costs out + in parameters. Components are added in ascending order of sigma/sigma_max, so all
-    modules end at about the same threshold. Every rank stays within `min` and `max`. On the meta device all ranks are
-    equal. Raises PolicyError if the budget is smaller than `min` requires.
+    Each unit of rank costs out + in parameters, and out in the modules `fixed`, whose A does not train. Components are
+    added in ascending order of sigma/sigma_max, so all modules end at about the same threshold. Every rank stays within
+    `min` and `max`. On the meta device all ranks are equal. Raises PolicyError if the budget is smaller than `min`
+    requires.
     """
     assert rank.budget is not None
-    cost = {path: sum(matrix_shape(module)) for path, module in modules.items()}
+    cost = {path: sum(matrix_shape(module)[: 1 if path in fixed else 2]) for path, module in modules.items()}
     largest = {path: _largest(rank, module) for path, module in modules.items()}
     ranks = {path: min(rank.min, largest[path]) for path in modules}
     left = rank.budget - sum(ranks[path] * cost[path] for path in modules)

@@ -57,6 +57,11 @@ class _Plan:
     rank_from: int = -1
     rules: list[int] = field(default_factory=list)
 
+    @property
+    def has_fixed_A(self) -> bool:
+        """Return True if only B trains, as `Target.has_fixed_A` says."""
+        return bool(self.fields.get("protect")) or METHODS[self.fields["method"]].fixes_A
+
     def apply(self, number: int, named: dict[str, Any]) -> None:
         """Apply the fields of rule `number`. A new method drops earlier fields that it does not use."""
         method = named.get("method", self.fields.get("method"))
@@ -152,7 +157,8 @@ def _share_budgets(
     for number, members in sharing.items():
         budget = plans[members[0]].fields["rank"]
         try:
-            ranks = share_budget(budget, {path: selector.modules[path] for path in members}, cache)
+            fixed = {path for path in members if plans[path].has_fixed_A}
+            ranks = share_budget(budget, {path: selector.modules[path] for path in members}, cache, fixed=fixed)
         except PolicyError as error:
             problems += [problem.inside("policy", number) for problem in error.problems]
             ranks = dict.fromkeys(members, budget.min)

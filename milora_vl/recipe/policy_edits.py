@@ -117,7 +117,8 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
         dropped = {"sigma", "seed"} - RULE_METHODS[edits.method].fields  # of the initial factors of the old method
         for name in dropped | (set() if edits.method in PROTECTING else {"protect"}):
             rule.pop(name, None)
-    if edits.protect is not None:
+    is_exception = "method" not in rule and rule.get("protect") == 0  # such as {modules: language.mlp, protect: 0}
+    if edits.protect is not None and not is_exception:
         rule.pop("protect", None)
         if edits.protect and "method" in rule:
             rule["protect"] = edits.protect

@@ -99,7 +99,7 @@ def make_batches(
     if settings.num_pictures and base.reads_pictures:
         pictured = with_pictures(records, settings.num_pictures)
         if settings.pictures and not pictured:
-            screen.warn("calibration.pictures has no effect: no training record has exactly one picture")
+            screen.warn("calibration.pictures has no effect: no training record has a picture")
         readable = [record for record in pictured if _is_readable(collate.image_folder, record)]
         found += _collated(collate, _captioned(sources, readable, collate.image_folder))
     elif settings.pictures:
@@ -197,8 +197,11 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
 
 
 def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
-    """Return `count` records with a picture, evenly spread over the training set; fewer if it has fewer pictures."""
-    by_picture = {record.images: record for record in records if len(record.images) == 1}
+    """Return `count` records with a picture each, evenly spread over the training set; fewer if it has fewer.
+
+    Of a record with several pictures the first one counts.
+    """
+    by_picture = {record.images[:1]: replace(record, images=record.images[:1]) for record in records if record.images}
     unique = list(by_picture.values())
     return unique[:: max(1, len(unique) // count)][:count]
 

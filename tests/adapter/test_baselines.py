@@ -124,6 +124,12 @@ def test_a_budget_goes_to_the_smallest_shares_first(rank, expected: list[int]) -
     assert sum(t.rank * sum(t.shape) for t in targets) <= rank["budget"]
 
 
+def test_a_budget_counts_what_trains_where_a_is_fixed() -> None:
+    rule = {"modules": "language", "method": "milora", "rank": {"budget": 6 * 22}, "protect": 0.5}
+    targets = Policy.parse([rule]).resolve(Spectra())
+    assert 5 * 22 < sum(t.rank * t.shape[0] for t in targets) <= 6 * 22
+
+
 def test_a_budget_covers_the_modules_whose_rank_it_decides() -> None:
     rules = [{"modules": "language", "method": "milora", "rank": {"budget": 44}}, {"modules": "b", "rank": 7}]
     assert [t.rank for t in Policy.parse(rules).resolve(Spectra())] == [1, 7, 1]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,6 +70,23 @@ def test_a_gradient_of_low_rank_is_found_exactly() -> None:
         G = gradients(base, [batch], [path])[path]
         rows = torch.linalg.svd(sketch, full_matrices=False).Vh[:2]
         torch.testing.assert_close(G @ rows.T @ rows, G, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_that_is_called_by_keyword_is_seen() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 7), nn.Linear(7, 3)
+
+        def forward(self, x: Tensor) -> Any:
+            return SimpleNamespace(loss=self.last(input=self.first(input=x)).square().sum())
+
+    net, x = Net(), torch.randn(4, 5)
+    targets = Policy.parse([{"modules": "first", "method": "gradient", "rank": 2}]).resolve(net)
+    sketch = gradient_sketches(net, targets, [{"x": x}])["first"]
+    whole = gradients(net, [{"x": x}], ["first"])["first"]
+    rows = torch.linalg.svd(sketch, full_matrices=False).Vh[:3]
+    assert torch.linalg.norm(whole - whole @ rows.T @ rows) < 1e-4 * torch.linalg.norm(whole)
 
 
 def test_the_division_into_batches_has_no_effect(tiny_llama) -> None:
@@ -237,6 +255,8 @@ def test_zero3_finds_what_a_whole_model_finds_and_writes_texts(tiny_llama, tmp_p
 def test_bad_task_batches_are_refused(tiny_llama, tiny_llava) -> None:
     with raises_code("task-missing", hint="task=["):
         apply_milora(tiny_llama()[0], RULES)
+    with raises_code("task-missing"):  # before a calibration, which would fail here
+        apply_milora(tiny_llama()[0], [RULES[0] | {"protect": 0.5}], calibration=[{"input_ids": None}])
     with raises_code("task-unused"):
         apply_milora(tiny_llama()[0], one_rule(), task=TASK)
     with raises_code("task-unused"):

@@ -14,6 +14,7 @@ from torch import nn
 from milora_vl import apply_milora
 from milora_vl.calibration.activations import find_inputs
 from milora_vl.calibration.bases import ProtectedInputs, first_directions
+from milora_vl.calibration.cache import calibration_key
 from milora_vl.policy import Policy
 from support.adapter_cases import one_rule
 from support.calibrated import text_batches
@@ -96,6 +97,11 @@ def test_protected_inputs_are_cached_by_weights_rules_and_batches(tiny_llama, tm
 
     first = tuned()
     count = len(list(tmp_path.glob("calibration-*")))
+    same = tiny_llama()[0]
+    same.config.rms_norm_eps *= 2
+    assert calibration_key(same, first.milora_targets, TEXT) != calibration_key(
+        tiny_llama()[0], first.milora_targets, TEXT
+    )
     for other in (tuned(seed=1), tuned(batches=TEXT[1:]), tuned(protect=0.5)):
         assert other.milora_protection != first.milora_protection
     assert len(list(tmp_path.glob("calibration-*"))) == count + 3

@@ -92,5 +92,7 @@ def test_protect_sets_the_share_of_every_adapter_rule_and_ends_with_zero() -> No
     own = [RULES[0] | {"protect": 0.5}, {"modules": "language.mlp", "protect": 0.7}, PROJECTOR]
     out = edited(own, PolicyEdits(protect=0.9))
     assert out == [RULES[0] | {"protect": 0.9}, PROJECTOR], "a refinement that set protect alone is gone"
+    own[1]["protect"] = 0
+    assert edited(own, PolicyEdits(protect=0.9))[1] == own[1], "an exception stays one"
     assert "protect" not in edited(None, PolicyEdits(method="lora"))[0]
     assert edited(None, PolicyEdits(method="milora"))[0]["protect"] == 0.95
