@@ -61,7 +61,7 @@ def supervised_positions(labels: Tensor) -> Tensor:
     return torch.stack([rows * labels.shape[1] + columns, labels[rows, columns + 1]])
 
 
-def summed_loss(model: nn.Module, inputs: dict[str, Any], *, chunked: bool) -> tuple[Tensor, int]:
+def summed_loss(model: Forward, inputs: dict[str, Any], *, chunked: bool) -> tuple[Tensor, int]:
     """Return the summed cross-entropy in float32 and the number of supervised tokens.
 
     `inputs` contains labels (batch, length), with -100 where a position is not supervised. The labels are not passed to

@@ -52,7 +52,8 @@ def fit(merged: Merged) -> Fitted:
     if recipe is not None and base is not None:
         template = OWN if "template" in merged.defaults and base.own_pictures else recipe.template
         recipe = recipe.model_copy(update={"policy": rules, "template": template})
-        for check in (_require_prepared, _require_form, _require_calibration_files, _require_trained_parts):
+        checks = _require_prepared, _require_form, _require_base, _require_calibration_files, _require_trained_parts
+        for check in checks:
             with collected(problems):
                 check(recipe, base, targets)
     if recipe is None or base is None or problems:
@@ -180,8 +181,20 @@ def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None
         )
 
 
-def _protects_inputs(recipe: Recipe) -> bool:
-    return any(rule.get("protect") for rule in recipe.policy or ())
+def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
+    """Raise UserError if the training changes the base, whose answers `keep` compares with."""
+    only_full = bool(targets) and all(target.rank is None for target in targets)
+    if recipe.keep.weight and (recipe.form == "residual" or only_full):
+        raise UserError(
+            "compares with the base, which this training changes",
+            code="keep-needs-base",
+            where=Key.of("keep.weight"),
+            hint="train an adapter in the anchored form, or set the weight to 0",
+        )
+
+
+def _reads_texts(recipe: Recipe) -> bool:
+    return bool(recipe.keep.weight) or any(rule.get("protect") for rule in recipe.policy or ())
 
 
 def _require_calibration_files(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -226,8 +239,8 @@ def _warnings(recipe: Recipe, base: Base) -> list[str]:
     messages = bases.warnings(recipe.parts, base)
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
-    if recipe.calibration != CalibrationConfig() and not _protects_inputs(recipe):
-        messages.append("the calibration has no effect: no rule has  protect")
+    if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe):
+        messages.append("the calibration has no effect: no rule has  protect,  and keep has no weight")
     tiling, longest = base.tiling, recipe.data.max_length
     if tiling is not None and recipe.data.image_aspect_ratio == "pad":
         messages.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")

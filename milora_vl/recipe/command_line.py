@@ -113,6 +113,12 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "texts that the base writes to find protected inputs [48]",
     ),
     "calibration_pictures": ("calibration.pictures", "int", (), "pictures that the base describes for it [64]"),
+    "keep_weight": (
+        "keep.weight",
+        "float",
+        (),
+        "weight of a term of the loss that keeps the base's answers on texts that it wrote; needs more time a step [0]",
+    ),
     "projector_weights": (
         "projector_weights",
         "str",

@@ -122,6 +122,13 @@ class CalibrationConfig(Strict):
         return self.pictures if self.pictures is not None else PICTURES if self.data is None else 0
 
 
+class KeepConfig(Strict):
+    """A term of the loss: KL from the base to the model on texts of the calibration, which the base wrote."""
+
+    weight: NonNegativeFloat = 0.0  # of the term; 0: none. The task's loss has weight 1
+    texts: PositiveInt = 2  # that a device reads in each forward
+
+
 class EvalConfig(Strict):
     """Evaluation: suites after training, in a separate process; small suites and forgetting during training."""
 
@@ -166,6 +173,7 @@ class Recipe(Strict):
     factor_cache: str | None = None  # folder that caches initial factors for all runs on the same weights
     data: DataConfig = DataConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+    keep: KeepConfig = KeepConfig()
     policy: list[dict[str, Any]] | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     eval: EvalConfig = EvalConfig()

@@ -74,34 +74,42 @@ class _Sources:
         return weights_digest(self.model)
 
 
-def make_batches(
-    recipe: Recipe,
-    base: Base,
-    model: nn.Module,
-    processor: Any,
-    targets: Sequence[Target],
-    records: Sequence[Record],
-    screen: Screen,
-) -> list[Mapping[str, Tensor]] | None:
-    """Return the calibration batches of a run, arguments of the model's forward; None if no rule protects inputs.
+@dataclass(frozen=True)
+class Texts:
+    """What the base knows: rows of ids, each with the name of its text, and records, each list with its collator."""
+
+    rows: list[tuple[str, list[int]]]
+    records: list[tuple[RecordCollator[Any], Sequence[Record]]]
+    tokenizer: Any
+
+    def batches(self, size: int = ROWS) -> list[Mapping[str, Tensor]]:
+        """Return batches of at most `size`, arguments of the model's forward."""
+        found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(self.rows, size, self.tokenizer)]
+        for collate, records in self.records:
+            found += _collated(collate, records, size)
+        return found
+
+
+def make_texts(
+    recipe: Recipe, base: Base, model: nn.Module, processor: Any, records: Sequence[Record], screen: Screen
+) -> Texts:
+    """Return the calibration texts and captions of a run.
 
     `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
-    if not any(target.protect for target in targets):
-        return None
     settings, sources = recipe.calibration, _Sources(recipe, model, processor, screen)
     rows = _text_rows(sources)
     if settings.num_samples:
         rows += _written_rows(sources, settings.num_samples)
     collate = collators.collator(recipe, base, processor)
-    found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(rows, ROWS, sources.tokenizer)]
+    found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     if settings.num_pictures and base.reads_pictures:
         pictured = with_pictures(records, settings.num_pictures)
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has a picture")
         readable = [record for record in pictured if _is_readable(collate.image_folder, record)]
-        found += _collated(collate, _captioned(sources, readable, collate.image_folder))
+        found.append((collate, _captioned(sources, readable, collate.image_folder)))
     elif settings.pictures:
         screen.warn("calibration.pictures has no effect: this model has no vision tower")
     if settings.data is not None:
@@ -110,11 +118,10 @@ def make_batches(
             raise _empty(f"{settings.data} has no records to calibrate with", Key.of("calibration.data"))
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
-        collate = collators.collator(_with_images_of(recipe, settings.image_folder), base, processor)
-        found += _collated(collate, own)
-    if not found:
+        found.append((collators.collator(_with_images_of(recipe, settings.image_folder), base, processor), own))
+    if not rows and not any(records for _, records in found):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
-    return found
+    return Texts(rows, found, sources.tokenizer)
 
 
 def task_batches(
@@ -255,12 +262,12 @@ def _digest(path: str | Path) -> str:
         return f"unreadable {path}"
 
 
-def _collated(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Mapping[str, Tensor]]:
+def _collated(collate: RecordCollator[Any], records: Sequence[Record], size: int) -> list[Mapping[str, Tensor]]:
     """Return batches of the records, those with pictures first. The collator gives text a blank picture: not here."""
     found: list[Mapping[str, Tensor]] = []
     for group in ([r for r in records if r.images], [r for r in records if not r.images]):
-        for start in range(0, len(group), ROWS):
-            batch: dict[str, Tensor] = collate(group[start : start + ROWS])
+        for start in range(0, len(group), size):
+            batch: dict[str, Tensor] = collate(group[start : start + size])
             unused = {"labels"} if group[0].images else {"labels", "pixel_values", "image_sizes"}
             found.append({name: value for name, value in batch.items() if name not in unused})
     return found

@@ -55,6 +55,7 @@ from milora_vl.train import (
 )
 from milora_vl.train.evaluation import Scored, SuiteCallback, suites_of
 from milora_vl.train.forgetting import ForgettingCallback, Probe
+from milora_vl.train.keep import Kept
 from milora_vl.train.model import Built
 from milora_vl.train.run_files import AtFirstStep, FirstFiles
 from milora_vl.train.spectrum import layer_spectra
@@ -213,6 +214,7 @@ class Adapted:
 
     built: Built
     spectra: Any
+    kept: Kept | None  # texts whose answers stay as the base's
 
 
 def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted:
@@ -228,12 +230,16 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded.model, targets)
-    batches, task = None, None
+    batches, task, kept = None, None, None
     source = checkpoint or recipe.adapter
-    if source is None:  # an adapter holds the factors that the calibration chose
-        batches = calibration_batches.make_batches(
-            recipe, loaded.base, loaded.model, loaded.processor, targets, inputs.data.train, screen
+    protects = source is None and any(target.protect for target in targets)  # an adapter holds what a calibration chose
+    if protects or recipe.keep.weight:
+        texts = calibration_batches.make_texts(
+            recipe, loaded.base, loaded.model, loaded.processor, inputs.data.train, screen
         )
+        batches = texts.batches() if protects else None
+        kept = Kept(texts.batches(recipe.keep.texts), recipe.keep.weight) if recipe.keep.weight else None
+    if source is None:
         task = calibration_batches.task_batches(recipe, loaded.base, loaded.processor, targets, inputs.data.train)
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if source is None else f"restoring {source}"):
@@ -243,7 +249,7 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
         model.compile_blocks(built.model, plan.section.compiled)
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
-    return Adapted(built, spectra)
+    return Adapted(built, spectra, kept)
 
 
 def writes_policy_files(folder: RunFolder) -> bool:
@@ -341,6 +347,7 @@ def make_trainer(
             lengths=rows.lengths,
             kinds=None if rows.lengths is None else data.with_images,
             resume_from=plan.folder.checkpoint,
+            kept=adapted.kept,
         )
     trainer.add_callback(AtFirstStep(first_files.write))
     if loaded.probe is not None and recipe.eval.forgetting_every:

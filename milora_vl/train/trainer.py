@@ -9,7 +9,7 @@ import math
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -45,11 +45,13 @@ from milora_vl.models.projector import save_projector
 from milora_vl.policy import Target
 from milora_vl.train import fsdp, loaders
 from milora_vl.train.evaluation import SuiteCallback
+from milora_vl.train.keep import Kept, add_kept_term
 from milora_vl.train.meter import Meter
 from milora_vl.train.progress import Bars, Lines
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from peft import PeftModel
 
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
 CheckpointKind = Literal["adapter", "projector", "full"]
@@ -129,7 +131,8 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
     With `lengths` (one per training record), a batch has records of similar length and of one of `kinds`.
-    A `RecordStream` as data set continues at its position in the checkpoint `resume_from`.
+    A `RecordStream` as data set continues at its position in the checkpoint `resume_from`. `kept` adds a term to the
+    loss.
     """
 
     def __init__(
@@ -146,8 +149,12 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         lengths: Sequence[int] | None = None,
         kinds: Sequence[object] | None = None,
         resume_from: Path | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.chunked = add_chunked_loss(base_model_of(model))  # before anything wraps its forward
+        self.kept = kept
+        if kept is not None:
+            add_kept_term(cast("PeftModel", model))
         super().__init__(
             model,
             args,
@@ -218,6 +225,12 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         finally:
             self.data_collator = collator
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Train on a batch as HF does, with texts of the base beside it."""
+        if self.kept is not None:
+            inputs = {**inputs, "kept": self.kept.next_batch(self.state.global_step, self.args)}
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -235,7 +248,13 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.meter.add(counts)
         else:
             inputs = self._counted_once(inputs)
-        summed, num_tokens = summed_loss(model, inputs, chunked=self.chunked)
+        outputs: list[Mapping[str, Any]] = []
+
+        def forward(**arguments: Any) -> Mapping[str, Any]:
+            outputs.append(model(**arguments))
+            return outputs[0]
+
+        summed, num_tokens = summed_loss(forward, inputs, chunked=self.chunked)
         if not model.training:
             self._eval_sums.append((summed.detach(), num_tokens))
         if model.training and num_tokens == 0:
@@ -249,6 +268,10 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
+        if self.kept is not None and "kept" in inputs:
+            term = outputs[0]["kept"]
+            self.kept.terms.append(term.detach())
+            loss = loss + self.kept.weight * term / self.current_gradient_accumulation_steps
         return (loss, {}) if return_outputs else loss
 
     def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -306,6 +329,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
             logs |= self.meter.take(self._over_processes(self.meter.counts)) | self.rates.rates
+            if self.kept is not None:
+                (total,) = self._over_processes([self.kept.taken()])
+                logs["kept_kl"] = total / self.args.world_size
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(

@@ -161,10 +161,9 @@ def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
             "factor_cache": str(folder),
         }
     )
-    targets = Policy.parse(RULES).resolve(base)
-    return calibration_batches.make_batches(
-        settings, Base.of(settings.model, base.config), base, processor, targets, [], Screen()
-    )
+    return calibration_batches.make_texts(
+        settings, Base.of(settings.model, base.config), base, processor, [], Screen()
+    ).batches()
 
 
 def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_path: Path, capfd: Any) -> None:

@@ -57,13 +57,9 @@ def recipe(tiny_data: Path, **keys: Any) -> Recipe:
 
 def calibrated(settings: Recipe, records: Any = ()) -> list[Any]:
     base, processor = tiny_llava()
-    targets = Policy.parse(settings.policy or []).resolve(base)
-    return (
-        calibration_batches.make_batches(
-            settings, Base.of("tiny", base.config), base, processor, targets, records, Screen()
-        )
-        or []
-    )
+    return calibration_batches.make_texts(
+        settings, Base.of("tiny", base.config), base, processor, records, Screen()
+    ).batches()
 
 
 def protected_by(settings: Recipe) -> dict[str, torch.Tensor]:
@@ -223,11 +219,8 @@ def test_bad_calibrations_of_a_recipe_are_refused(tiny_data: Path, tmp_path: Pat
 
 def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:
     base, processor = tiny_llava()
-    targets = Policy.parse(RULES).resolve(base)
     with raises_code("calibration-cannot-generate", hint="text: [FILE]"):
-        calibration_batches.make_batches(
-            recipe(tiny_data), find_base("tiny"), base.model, processor, targets, (), Screen()
-        )
+        calibration_batches.make_texts(recipe(tiny_data), find_base("tiny"), base.model, processor, (), Screen())
 
 
 def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:

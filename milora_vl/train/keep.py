@@ -1,0 +1,75 @@
+"""The key `keep` of a recipe: a term of the loss that keeps the answers of the base on texts that the base wrote.
+
+In every forward of a training the model also reads a few calibration texts and captions, with its adapter and, without
+gradients, without it:
+
+    loss = cross-entropy of the task + weight * mean over the tokens of KL(base || model)
+
+Both are parts of one forward, so that DDP, DeepSpeed and FSDP2 see one forward and one backward a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import TrainingArguments
+
+from milora_vl.adapter.install import base_model_of
+from milora_vl.policy.towers import image_token_of
+
+
+class Kept:
+    """The texts, with the weight of their term. Batches with pictures and without take turns."""
+
+    def __init__(self, batches: Sequence[Mapping[str, Tensor]], weight: float) -> None:
+        with_pictures = [batch for batch in batches if "pixel_values" in batch]
+        without = [batch for batch in batches if "pixel_values" not in batch]
+        self.kinds = [kind for kind in (without, with_pictures) if kind]
+        self.weight = weight
+        self.place = -1, 0  # step, and batches of it so far
+        self.terms: list[Tensor] = []  # since the last log line
+
+    def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor]:
+        """Return the next batch of this process in a step; a resumed run goes on where the run before it stopped."""
+        self.place = step, self.place[1] + 1 if self.place[0] == step else 0
+        number = step * args.gradient_accumulation_steps + self.place[1]
+        number = number * args.world_size + args.process_index
+        turn, kind = divmod(number, len(self.kinds))
+        return self.kinds[kind][turn % len(self.kinds[kind])]
+
+    def taken(self) -> float:
+        """Return the mean of the term in this process since the last call."""
+        mean = float(torch.stack(self.terms).mean()) if self.terms else 0.0
+        self.terms.clear()
+        return mean
+
+
+def add_kept_term(model: PeftModel) -> None:
+    """Add the argument `kept`, a batch, to the forward of the base; with it, the output has the term as `kept`."""
+    base: Any = base_model_of(model)
+    picture = image_token_of(base)
+    own_forward = base.forward
+
+    @functools.wraps(own_forward)
+    def forward(*args: Any, kept: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
+        output = own_forward(*args, **kwargs)
+        if kept is None:
+            return output
+        ids, mask = kept["input_ids"][:, 1:], kept["attention_mask"][:, 1:].bool()
+        counted = mask if picture is None else mask & (ids != picture)
+
+        def logits() -> Tensor:
+            found: Tensor = own_forward(**kept, use_cache=False)["logits"]
+            return found[:, :-1][counted].float().log_softmax(-1)
+
+        with torch.no_grad(), model.disable_adapter():
+            before = logits()
+        after = logits()
+        return {**output, "kept": (before.exp() * (before - after)).sum(-1).mean()}
+
+    base.forward = forward
