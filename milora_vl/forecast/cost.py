@@ -16,6 +16,7 @@ from torch import nn
 
 from milora_vl.calibration.gradients import RECORDS
 from milora_vl.calibration.texts import LENGTH
+from milora_vl.cli.command_line import amount
 from milora_vl.forecast.estimate import (
     A100_FLOPS,
     GIB,
@@ -65,14 +66,16 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     packed_bytes = None
     if recipe.quantization != "none":
         packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
-    work = workload_of(section, base, targets, counts, batching, packed_bytes)
+    pictures = base.reads_pictures and recipe.calibration.num_pictures > 0
+    kept = recipe.keep.texts * max(LENGTH, min(int(counts.tokens), 700) * pictures) if recipe.keep.weight else 0
+    work = workload_of(section, base, targets, counts, batching, packed_bytes, kept)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
     flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
     lean = work
     if frugal:
         leaner = replace(section, arguments=section.arguments | frugal)
-        lean = workload_of(leaner, base, targets, counts, batching, packed_bytes)
+        lean = workload_of(leaner, base, targets, counts, batching, packed_bytes, kept)
     sizes, leanest = memory(work), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
@@ -95,6 +98,11 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
+    if kept:
+        share = step / flops_per_step(replace(work, kept=0)) - 1
+        out.append(
+            f"keep   reads {amount(recipe.keep.texts, 'text')} of the base in each forward: {share:.0%} more time"
+        )
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change)
     planned = 0.0
@@ -168,10 +176,12 @@ def workload_of(
     counts: Counts,
     batching: Batching,
     packed_bytes: float | None,
+    kept: int = 0,
 ) -> Workload:
     """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
 
-    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised.
+    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised. `kept` counts the
+    tokens of the base's texts in a micro-step.
     """
     train, launch, model = section.arguments, section.launch, base.meta
     sizes = trained_sizes(targets, model)
@@ -197,6 +207,7 @@ def workload_of(
         checkpointing=bool(train.get("activation_checkpointing")),
         half=half,
         activations=0.0,
+        kept=kept,
         optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_weights=_offloads(zero, "offload_param"),
@@ -205,6 +216,9 @@ def workload_of(
     step = activations(base, targets, shape)
     if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
         step += 2 * 4 * shape.supervised * base.config.get_text_config().vocab_size
+    if kept:  # activations in proportion; logits and probabilities of model and base in float32, with their gradients
+        step *= 1 + kept / (shape.records * shape.tokens)
+        step += 5 * 4 * kept * base.config.get_text_config().vocab_size
     return replace(work, activations=step)
 
 

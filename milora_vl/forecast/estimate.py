@@ -46,6 +46,7 @@ class Workload:
     checkpointing: bool
     half: bool  # activations in 16 bits
     activations: float  # peak bytes that a micro-step adds
+    kept: int = 0  # tokens of texts of the base that each micro-step reads too
     optimizer_bytes: float = 8.0  # per trained parameter: two moments of Adam; 2.0 with 8 bits
     offload_optimizer: bool = False
     offload_weights: bool = False
@@ -107,12 +108,13 @@ def flops_per_step(work: Workload) -> float:
     """Return the floating-point operations of one optimizer step on one device.
 
     Per parameter and token: 2 in forward, 2 in backward for activations, 2 more if the parameter trains. The anchor of
-    an adapter runs forward and backward too. Checkpointing repeats the forward pass.
+    an adapter runs forward and backward too. Checkpointing repeats the forward pass. Texts of the base also run through
+    the base alone, forward.
     """
-    tokens = work.records * work.tokens * work.accumulation
     passes = 4 + 2 * work.checkpointing
     through = work.total + work.adapters + work.anchors + work.fixed
-    return tokens * (passes * through + 2 * work.trained)
+    token = passes * through + 2 * work.trained
+    return work.accumulation * (work.records * work.tokens * token + work.kept * (token + 2 * work.total))
 
 
 # The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.

@@ -35,12 +35,13 @@ class Kept:
         self.terms: list[Tensor] = []  # since the last log line
 
     def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor]:
-        """Return the next batch of this process in a step; a resumed run goes on where the run before it stopped."""
+        """Return the next batch of this process in a step; a resumed run goes on where the run before it stopped.
+
+        All processes read pictures at the same time: they gather the weights of a sharded vision tower together.
+        """
         self.place = step, self.place[1] + 1 if self.place[0] == step else 0
-        number = step * args.gradient_accumulation_steps + self.place[1]
-        number = number * args.world_size + args.process_index
-        turn, kind = divmod(number, len(self.kinds))
-        return self.kinds[kind][turn % len(self.kinds[kind])]
+        turn, kind = divmod(step * args.gradient_accumulation_steps + self.place[1], len(self.kinds))
+        return self.kinds[kind][(turn * args.world_size + args.process_index) % len(self.kinds[kind])]
 
     def taken(self) -> float:
         """Return the mean of the term in this process since the last call."""

@@ -1,0 +1,140 @@
+"""The key `keep`: the model also reads texts of the base, and the KL from the base on them is a part of the loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import kl_div
+
+from milora_vl import apply_milora
+from milora_vl.adapter.install import base_model_of
+from milora_vl.tiny import tiny_llava
+from milora_vl.train.command import main
+from milora_vl.train.keep import Kept, add_kept_term
+from support.calibrated import llava_batches
+from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.problems import raises_code
+from support.train_runs import losses, read_json, training
+
+FULL = {"modules": "projector", "method": "full"}
+RULES: dict[str, list[dict[str, Any]]] = {
+    "anchored": [{"modules": "language", "method": "milora", "rank": 3}, FULL],
+    "fixed": [{"modules": "language", "method": "milora", "rank": 3, "protect": 0.5}, FULL],
+    "lora": [
+        {"modules": "language", "method": "lora", "rank": 3},
+        {"modules": "projector", "method": "lora", "rank": 2},
+    ],
+}
+LORA = ["--policy", json.dumps(RULES["lora"]), "--dropout", "0"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("milora_vl.calibration.calibrate.FEWEST", 0.0)
+    monkeypatch.setattr("milora_vl.calibration.calibrate.LEAST_HELD_OUT", 0.0)
+
+
+def log(run: Path) -> list[dict[str, float]]:
+    entries: list[dict[str, float]] = read_json(run, "trainer_state.json")["log_history"]
+    return entries
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: str) -> None:
+    base, batches = tiny_llava()[0], llava_batches(tiny_llava()[0])
+    calibration = batches if rules == "fixed" else None
+    model = apply_milora(tiny_llava()[0], RULES[rules], calibration=calibration)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    add_kept_term(model)
+    ids = batches[0]["input_ids"]
+    assert model(**batches[0], kept=batches[0])["kept"] == 0, "at the start the model is the base"
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    alone = model(**batches[0]).logits
+    output = model(**batches[0], kept=batches[0])
+    assert torch.equal(output["logits"], alone)
+    real = batches[0]["attention_mask"][:, 1:].bool() & (ids[:, 1:] != base.config.image_token_id)
+    before, after = (m(**batches[0]).logits[:, :-1][real].log_softmax(-1) for m in (base, model))
+    expected = kl_div(after, before, log_target=True, reduction="batchmean")
+    assert float(output["kept"]) == pytest.approx(float(expected), rel=1e-4)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
+    output["kept"].backward()
+    names = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert names <= {name for name, trains in trained.items() if trains}
+    assert any("language" in name for name in names)
+    assert any("projector" in name for name in names)
+    assert base_model_of(model)(**batches[0]).logits.shape == alone.shape
+
+
+def test_texts_and_pictures_take_turns_and_every_process_has_its_own() -> None:
+    class Arguments:
+        gradient_accumulation_steps, world_size, process_index = 2, 2, 0
+
+    def read(process: int, steps: range) -> list[str]:
+        args: Any = Arguments()
+        args.process_index = process
+        text: list[Any] = [{"name": f"text {i}"} for i in range(3)]
+        pictures: list[Any] = [{"name": f"picture {i}", "pixel_values": None} for i in range(2)]
+        kept = Kept([*text, *pictures], 1.0)
+        return [kept.next_batch(step, args)["name"] for step in steps for _ in range(2)]  # type: ignore[misc]
+
+    first, second = read(0, range(4)), read(1, range(4))
+    kinds = [name.split()[0] for name in first]
+    assert kinds == [name.split()[0] for name in second] == ["text", "picture"] * 4
+    assert not any(a == b for a, b in zip(first, second, strict=True))
+    assert set(first + second) == {"text 0", "text 1", "text 2", "picture 0", "picture 1"}
+    assert read(0, range(2, 4)) == first[4:], "a resumed run goes on"
+
+
+def test_a_run_keeps_the_answers_of_the_base_and_resumes(tiny_data: Path, tmp_path: Path) -> None:
+    extra = [*LORA, "--learning_rate", "0.02", "--gradient_accumulation_steps", "2", "--max_steps", "6"]
+    extra += ["--calibration_samples", "4", "--calibration_pictures", "4", "--save_steps", "3"]
+    kl = {}
+    for weight in ("0.01", "20"):
+        assert main(training(tiny_data, tmp_path / weight, *extra, "--keep_weight", weight)) == 0
+        kl[weight] = [entry["kept_kl"] for entry in log(tmp_path / weight) if "kept_kl" in entry]
+    assert len(kl["20"]) == 6
+    assert kl["20"][0] == 0
+    assert 0 < kl["20"][-1] < 0.5 * kl["0.01"][-1]
+    whole = losses(tmp_path / "20")
+    (tmp_path / "20" / "adapter_model.safetensors").unlink()
+    resume = ["--resume_from_checkpoint", str(tmp_path / "20" / "checkpoint-3")]
+    assert main(training(tiny_data, tmp_path / "20", *extra, "--keep_weight", "20", *resume)) == 0
+    assert losses(tmp_path / "20") == whole
+    with raises_code("resume-other-settings", message="keep.weight"):
+        main(training(tiny_data, tmp_path / "20", *extra, "--keep_weight", "1", *resume))
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_every_kind_of_run_has_the_same_loss(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 200)
+    common = [*LORA, "--model", str(tiny_folder), "--max_steps", "4", "--learning_rate", "0.02", "--keep_weight", "5"]
+    sources = {"text": f"{{text: [{tmp_path / 'a.txt'}], pictures: 0}}", "pictures": "{samples: 0, pictures: 8}"}
+
+    def words(name: str, source: str, texts: int, more: list[str]) -> list[str]:
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(f"calibration: {sources[source]}\nkeep: {{texts: {texts}}}\n")
+        return training(tiny_data, tmp_path / name, *common, "--recipe", str(recipe), *more)
+
+    assert main(words("one", "text", 2, [])) == 0
+    two = ["--per_device_train_batch_size", "2"]
+    lines = [words(f"{source} {kind}", source, 1, [*two, *KINDS[kind]]) for kind in KINDS for source in sources]
+    train_in_two(lines, tmp_path)
+    for source, first in (("text", "one"), ("pictures", "pictures ddp")):  # captions differ in length
+        expected = torch.tensor(losses(tmp_path / first))
+        for kind in KINDS:
+            found = torch.tensor(losses(tmp_path / f"{source} {kind}"))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_training_that_changes_the_base_has_nothing_to_compare_with(tiny_data: Path, tmp_path: Path) -> None:
+    for extra in (["--method", "full"], ["--method", "milora", "--protect", "0", "--rank", "4", "--form", "residual"]):
+        with raises_code("keep-needs-base", where="--keep_weight"):
+            main(training(tiny_data, tmp_path / "run", *extra, "--keep_weight", "1"))
