@@ -34,6 +34,11 @@ class Kept:
         self.place = -1, 0  # step, and batches of it so far
         self.terms: list[Tensor] = []  # since the last log line
 
+    @property
+    def num_texts(self) -> int:
+        """Return the number of texts, with and without pictures."""
+        return sum(len(batch["input_ids"]) for kind in self.kinds for batch in kind)
+
     def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor]:
         """Return the next batch of this process in a step; a resumed run goes on where the run before it stopped.
 
