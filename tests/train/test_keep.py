@@ -115,7 +115,8 @@ def test_a_run_keeps_the_answers_of_the_base_and_resumes(tiny_data: Path, tmp_pa
 @needs_deepspeed
 def test_every_kind_of_run_has_the_same_loss(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 200)
-    common = [*LORA, "--model", str(tiny_folder), "--max_steps", "4", "--learning_rate", "0.02", "--keep_weight", "5"]
+    policy = ["--policy", json.dumps([{"modules": "language", "method": "lora", "rank": 3}, FULL]), "--dropout", "0"]
+    common = [*policy, "--model", str(tiny_folder), "--max_steps", "4", "--learning_rate", "0.02", "--keep_weight", "5"]
     sources = {"text": f"{{text: [{tmp_path / 'a.txt'}], pictures: 0}}", "pictures": "{samples: 0, pictures: 8}"}
 
     def words(name: str, source: str, texts: int, more: list[str]) -> list[str]:
