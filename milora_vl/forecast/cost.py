@@ -42,6 +42,7 @@ from milora_vl.plan.screen import trained_sizes
 from milora_vl.plan.train_section import TrainSection
 from milora_vl.policy import Target
 from milora_vl.policy.towers import find_towers
+from milora_vl.recipe.schema import Recipe
 
 MIX665K = Counts(tokens=700, supervised=60, exact=False)  # approximate, per record
 FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the third added
@@ -66,8 +67,7 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     packed_bytes = None
     if recipe.quantization != "none":
         packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
-    pictures = base.reads_pictures and recipe.calibration.num_pictures > 0
-    kept = recipe.keep.texts * max(LENGTH, min(int(counts.tokens), 700) * pictures) if recipe.keep.weight else 0
+    kept = kept_tokens(recipe, base, counts)
     work = workload_of(section, base, targets, counts, batching, packed_bytes, kept)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
@@ -98,11 +98,9 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
-    if kept:
-        share = step / flops_per_step(replace(work, kept=0)) - 1
-        out.append(
-            f"keep   reads {amount(recipe.keep.texts, 'text')} of the base in each forward: {share:.0%} more time"
-        )
+    if work.kept:
+        share = step / flops_per_step(replace(work, kept=0.0)) - 1
+        out.append(f"keep   reads {amount(recipe.keep.texts, 'text')} in each forward: {share:.0%} more time")
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change)
     planned = 0.0
@@ -176,12 +174,12 @@ def workload_of(
     counts: Counts,
     batching: Batching,
     packed_bytes: float | None,
-    kept: int = 0,
+    kept: tuple[float, int] = (0.0, 0),
 ) -> Workload:
     """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
 
-    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised. `kept` counts the
-    tokens of the base's texts in a micro-step.
+    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised. `kept` has the
+    `kept_tokens`.
     """
     train, launch, model = section.arguments, section.launch, base.meta
     sizes = trained_sizes(targets, model)
@@ -207,7 +205,7 @@ def workload_of(
         checkpointing=bool(train.get("activation_checkpointing")),
         half=half,
         activations=0.0,
-        kept=kept,
+        kept=kept[0],
         optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_weights=_offloads(zero, "offload_param"),
@@ -216,10 +214,23 @@ def workload_of(
     step = activations(base, targets, shape)
     if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
         step += 2 * 4 * shape.supervised * base.config.get_text_config().vocab_size
-    if kept:  # activations in proportion; logits and probabilities of model and base in float32, with their gradients
-        step *= 1 + kept / (shape.records * shape.tokens)
-        step += 5 * 4 * kept * base.config.get_text_config().vocab_size
-    return replace(work, activations=step)
+    # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
+    extra = step * kept[1] / (shape.records * shape.tokens) + 5 * 4 * kept[1] * base.config.get_text_config().vocab_size
+    return replace(work, activations=step, kept_activations=extra)
+
+
+def kept_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, int]:
+    """Return the tokens of the kept texts in a micro-step, on average and at most: texts and captions take turns.
+
+    A caption has its picture, and about 80 tokens of system text, question and answer.
+    """
+    if not recipe.keep.weight:
+        return 0.0, 0
+    longest = LENGTH
+    if base.reads_pictures and recipe.calibration.num_pictures:
+        largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
+        longest = max(LENGTH, (largest or int(counts.tokens)) + 80)
+    return recipe.keep.texts * (LENGTH + longest) / 2, recipe.keep.texts * longest
 
 
 def _numel(module: nn.Module) -> int:

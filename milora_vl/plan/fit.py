@@ -25,7 +25,7 @@ from milora_vl.policy.rules import NEEDS_ANCHORED
 from milora_vl.policy.towers import find_towers
 from milora_vl.recipe.merge import Merged
 from milora_vl.recipe.policy_edits import without_projector
-from milora_vl.recipe.schema import CalibrationConfig, Recipe, RecipeError, policy_problems
+from milora_vl.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError, policy_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None
 
 
 def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    """Raise UserError if the training changes the base, whose answers `keep` compares with."""
+    """Raise UserError if `keep` cannot compare with the base, because the training changes it or its tower is gone."""
     only_full = bool(targets) and all(target.rank is None for target in targets)
     if recipe.keep.weight and (recipe.form == "residual" or only_full):
         raise UserError(
@@ -190,6 +190,13 @@ def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None
             code="keep-needs-base",
             where=Key.of("keep.weight"),
             hint="train an adapter in the anchored form, or set the weight to 0",
+        )
+    if recipe.keep.weight and recipe.data.feature_cache:
+        raise UserError(
+            "reads other pictures than those whose features are cached",
+            code="keep-feature-cache",
+            where=Key.of("keep.weight"),
+            hint="remove data.feature_cache, or set the weight to 0",
         )
 
 
@@ -241,6 +248,8 @@ def _warnings(recipe: Recipe, base: Base) -> list[str]:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
     if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe):
         messages.append("the calibration has no effect: no rule has  protect,  and keep has no weight")
+    if recipe.keep != KeepConfig() and not recipe.keep.weight:
+        messages.append("keep.texts has no effect: keep.weight is 0")
     tiling, longest = base.tiling, recipe.data.max_length
     if tiling is not None and recipe.data.image_aspect_ratio == "pad":
         messages.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")

@@ -117,7 +117,7 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "keep.weight",
         "float",
         (),
-        "weight of a term of the loss that keeps the base's answers on texts that it wrote; needs more time a step [0]",
+        "weight of a term of the loss that keeps the base's answers on the calibration texts; a step takes longer [0]",
     ),
     "projector_weights": (
         "projector_weights",

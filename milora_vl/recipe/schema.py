@@ -123,7 +123,7 @@ class CalibrationConfig(Strict):
 
 
 class KeepConfig(Strict):
-    """A term of the loss: KL from the base to the model on texts of the calibration, which the base wrote."""
+    """A term of the loss: KL from the base to the model on the texts of the calibration."""
 
     weight: NonNegativeFloat = 0.0  # of the term; 0: none. The task's loss has weight 1
     texts: PositiveInt = 2  # that a device reads in each forward

@@ -1,7 +1,7 @@
-"""The key `keep` of a recipe: a term of the loss that keeps the answers of the base on texts that the base wrote.
+"""The key `keep` of a recipe: a term of the loss that keeps the answers of the base on the calibration texts.
 
-In every forward of a training the model also reads a few calibration texts and captions, with its adapter and, without
-gradients, without it:
+In every forward of a training the model also reads a few texts, or captions, with its adapter and, without gradients,
+without it:
 
     loss = cross-entropy of the task + weight * mean over the tokens of KL(base || model)
 
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import TrainingArguments
 
 from milora_vl.adapter.install import base_model_of
+from milora_vl.calibration.modes import evaluated
 from milora_vl.policy.towers import image_token_of
 
 
@@ -32,7 +34,8 @@ class Kept:
         self.kinds = [kind for kind in (without, with_pictures) if kind]
         self.weight = weight
         self.place = -1, 0  # step, and batches of it so far
-        self.terms: list[Tensor] = []  # since the last log line
+        self.terms: list[Tensor] = []  # since the last log line; the terms of a step add up to their mean
+        self.num_steps = 0
 
     @property
     def num_texts(self) -> int:
@@ -44,14 +47,17 @@ class Kept:
 
         All processes read pictures at the same time: they gather the weights of a sharded vision tower together.
         """
-        self.place = step, self.place[1] + 1 if self.place[0] == step else 0
+        is_first = self.place[0] != step
+        self.num_steps += is_first
+        self.place = step, 0 if is_first else self.place[1] + 1
         turn, kind = divmod(step * args.gradient_accumulation_steps + self.place[1], len(self.kinds))
         return self.kinds[kind][(turn * args.world_size + args.process_index) % len(self.kinds[kind])]
 
     def taken(self) -> float:
-        """Return the mean of the term in this process since the last call."""
-        mean = float(torch.stack(self.terms).mean()) if self.terms else 0.0
+        """Return the mean of the term over the steps of this process since the last call."""
+        mean = float(torch.stack(self.terms).sum()) / self.num_steps if self.terms else 0.0
         self.terms.clear()
+        self.num_steps = 0
         return mean
 
 
@@ -73,9 +79,8 @@ def add_kept_term(model: PeftModel) -> None:
             found: Tensor = own_forward(**kept, use_cache=False)["logits"]
             return found[:, :-1][counted].float().log_softmax(-1)
 
-        with torch.no_grad(), model.disable_adapter():
+        with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
             before = logits()
-        after = logits()
-        return {**output, "kept": (before.exp() * (before - after)).sum(-1).mean()}
+        return {**output, "kept": kl_div(logits(), before, log_target=True, reduction="batchmean")}
 
     base.forward = forward

@@ -269,9 +269,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         if self.kept is not None and "kept" in inputs:
-            term = outputs[0]["kept"]
+            term = outputs[0]["kept"] / self.current_gradient_accumulation_steps
             self.kept.terms.append(term.detach())
-            loss = loss + self.kept.weight * term / self.current_gradient_accumulation_steps
+            loss = loss + self.kept.weight * term
         return (loss, {}) if return_outputs else loss
 
     def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:

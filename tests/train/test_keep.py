@@ -135,7 +135,26 @@ def test_every_kind_of_run_has_the_same_loss(tiny_data: Path, tiny_folder: Path,
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+def test_the_log_adds_up_and_noise_of_the_training_is_not_in_the_base(tiny_data: Path, tmp_path: Path) -> None:
+    extra = [*LORA, "--learning_rate", "0.02", "--max_steps", "4", "--calibration_samples", "4"]
+    extra += ["--calibration_pictures", "0", "--gradient_accumulation_steps", "2", "--logging_steps", "4"]
+    extra += ["--save_steps", "4"]
+    for weight in ("0", "1e-6"):  # twelve records: the second step of each epoch has one batch
+        assert main(training(tiny_data, tmp_path / weight, *extra, "--keep_weight", weight)) == 0
+    assert losses(tmp_path / "1e-6")[0] == pytest.approx(losses(tmp_path / "0")[0], rel=1e-4)
+    single = [*extra, "--logging_steps", "1", "--keep_weight", "1e-6"]
+    assert main(training(tiny_data, tmp_path / "single", *single)) == 0
+    whole, each = ([e["kept_kl"] for e in log(tmp_path / run) if "kept_kl" in e] for run in ("1e-6", "single"))
+    assert whole == pytest.approx([sum(each) / 4], rel=1e-3)
+    noisy = ["--learning_rate", "1e-9", "--neftune_noise_alpha", "5", "--keep_weight", "1"]
+    assert main(training(tiny_data, tmp_path / "noisy", *extra, *noisy)) == 0
+    (first,) = [e["kept_kl"] for e in log(tmp_path / "noisy") if "kept_kl" in e]
+    assert first > 0, "noise on the embeddings of the model, not of the base"
+
+
 def test_a_training_that_changes_the_base_has_nothing_to_compare_with(tiny_data: Path, tmp_path: Path) -> None:
     for extra in (["--method", "full"], ["--method", "milora", "--protect", "0", "--rank", "4", "--form", "residual"]):
         with raises_code("keep-needs-base", where="--keep_weight"):
             main(training(tiny_data, tmp_path / "run", *extra, "--keep_weight", "1"))
+    with raises_code("keep-feature-cache", where="--keep_weight"):
+        main(training(tiny_data, tmp_path / "run", *LORA, "--keep_weight", "1", "--feature_cache", str(tmp_path / "f")))
