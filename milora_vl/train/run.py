@@ -285,7 +285,8 @@ def show_header_and_policy(
     for line in protection_lines(built.targets, built.model.milora_protection):
         screen.say(line)
     if adapted.kept is not None:
-        screen.say(f"keep  {adapted.kept.weight:g} x KL from the base on {adapted.kept.num_texts} rows of the calibration")
+        kept = adapted.kept
+        screen.say(f"keep  {kept.weight:g} x KL from the base on {kept.num_texts} rows of the calibration")
     if plan.resumed is not None and plan.resumed.changes:
         screen.say(f"changed since {plan.folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
 
