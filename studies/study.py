@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from milora_vl.base.errors import Problem, UserError
-from milora_vl.base.strict_models import Strict, problems_of
-from milora_vl.calibration import VERSION as CALIBRATION_VERSION
-from milora_vl.cli.command_line import suggest
-from milora_vl.policy import Policy
-from milora_vl.recipe import recipe_file
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.strict_models import Strict, problems_of
+from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
+from milora_vl.core.policy import Policy
 from milora_vl.sweep.cells import Cell, arm_rules
+from milora_vl.train.recipe import recipe_file
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change

@@ -12,10 +12,10 @@ from milora_data.encode.templates import no_videos
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.videos import sampler
 from milora_data.records.record import IMAGE, Turn
-from milora_vl.base.errors import DataError, Key, UserError, at_flag, first_line
+from milora_vl.common.errors import DataError, Key, UserError, at_flag, first_line
 
 if TYPE_CHECKING:
-    from milora_vl.recipe.schema import DataConfig
+    from milora_vl.train.recipe.schema import DataConfig
 
 LLAVAS = ("llava", "llava_next")
 # Common towers; the tokens of others are counted on the meta device.

@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.adapter.checkpoints import read_environment
-from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.recipe.schema import Recipe
+from milora_vl.core.adapter.checkpoints import read_environment
+from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.train.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -22,9 +22,9 @@ from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.pictures.videos import planned_video, read_video, sampler
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 from milora_vl.models.image_tokens import configure_processor
-from milora_vl.recipe.schema import DataConfig
+from milora_vl.train.recipe.schema import DataConfig
 from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import VIDEO_PARTS, asked, video_template, write_video

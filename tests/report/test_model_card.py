@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from milora_vl.recipe.schema import Recipe
 from milora_vl.report import model_card
+from milora_vl.train.recipe.schema import Recipe
 
 RECIPE = Recipe.parse({"model": "tiny", "policy": [{"modules": "language", "method": "milora", "rank": 4}]})
 
