@@ -33,10 +33,10 @@ from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
 from milora_vl.interop.adapters.load_model import load_by_flags
 from milora_vl.interop.adapters.scale import Update
+from milora_vl.models.base import find_base
 from milora_vl.models.generate import require_askable
 from milora_vl.models.loading import split_processor
-from milora_vl.train.plan.base import find_base
-from milora_vl.train.plan.prompts import prompts_of
+from milora_vl.models.prompts import prompts_of
 
 
 def run(

@@ -25,8 +25,8 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
     require_no_base,
 )
-from milora_vl.train.plan.eval_section import questions_of
-from milora_vl.train.recipe.recipe_file import recipe_of_run
+from milora_vl.models.prompts import recipe_of_run
+from milora_vl.report.repeat import questions_of
 
 COMMAND = Command(
     "milora_vl.chat",

@@ -24,11 +24,11 @@ from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.interop.adapters.load_model import load_by_flags, update_since
 from milora_vl.interop.adapters.scale import Update
+from milora_vl.models.base import find_base
 from milora_vl.models.generate import Prompt, generate, require_shown
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
-from milora_vl.train.plan.base import find_base
-from milora_vl.train.plan.prompts import prompts_of
+from milora_vl.models.prompts import prompts_of
 
 if TYPE_CHECKING:
     from PIL import Image

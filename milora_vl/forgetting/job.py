@@ -25,7 +25,7 @@ from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_f
 from milora_vl.forgetting.text import sampled_batches
 from milora_vl.interop.adapters.load_model import load_by_flags
 from milora_vl.models.loading import load_processor, split_processor
-from milora_vl.train.plan.prompts import prompts_of
+from milora_vl.models.prompts import prompts_of
 
 Results = dict[str, Any]
 FILE = "forgetting.json"

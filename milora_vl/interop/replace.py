@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from milora_vl.common.cli.command_line import beside, run
 from milora_vl.common.cli.flags import Command, option
 from milora_vl.common.errors import UserError
-from milora_vl.train.recipe.policy_edits import PROTECTED
+from milora_vl.core.policy.default import PROTECTED
 
 if TYPE_CHECKING:
     from milora_vl.core.adapter.apply import Form

@@ -38,9 +38,9 @@ from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.core.weights.matrices import gathered_in_forward
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
+from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.train import collators
-from milora_vl.train.plan.base import Base
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 

@@ -29,6 +29,7 @@ from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.weights.distributed import gather
+from milora_vl.models.base import Base
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.train import (
@@ -47,7 +48,7 @@ from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.keep import Kept
 from milora_vl.train.model import Built
 from milora_vl.train.plan import eval_section, rates, record_checks, resuming, run_data
-from milora_vl.train.plan.base import Base, compose, require_usable
+from milora_vl.train.plan.base import compose, require_usable
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.fit import template_warnings
 from milora_vl.train.plan.plan import Plan, make_plan
@@ -509,7 +510,7 @@ def measured(path: Path) -> dict[str, float]:
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
     """Write README.md and report.html. Return the path of report.html, or None if it could not be written."""
-    folder.write_text(CARD, model_card.render(folder.path, recipe))
+    folder.write_text(CARD, model_card.render(folder.path, recipe.model_dump()))
     return try_write_report(folder.path, screen.warn)
 
 

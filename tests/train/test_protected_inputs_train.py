@@ -19,13 +19,13 @@ from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
 from milora_vl.forgetting.text import general_text, sampled_batches
+from milora_vl.models.base import Base, find_base
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.run_page import read_run
 from milora_vl.report.tables import protection_table
 from milora_vl.train import calibration_batches
 from milora_vl.train.command import main
 from milora_vl.train.dry_run.estimate import distinct_inputs
-from milora_vl.train.plan.base import Base, find_base
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 from support.calibrated import directions, leaks

@@ -182,7 +182,7 @@ def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[Eva
             template_name(options.template)
     data = data_folder(value, options.data)
     items = read_chosen(chosen, data, options.limit)
-    from milora_vl.train.plan.prompts import Prompts, prompts_of
+    from milora_vl.models.prompts import Prompts, prompts_of
 
     prompts = Prompts(OWN, "plain") if target is None else prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(

@@ -19,6 +19,7 @@ from milora_vl.core.calibration.gradients import RECORDS
 from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
+from milora_vl.models.base import Base
 from milora_vl.models.quantized import bytes_per_number, quantized_layers
 from milora_vl.train.dry_run.estimate import (
     A100_FLOPS,
@@ -36,7 +37,6 @@ from milora_vl.train.dry_run.estimate import (
 )
 from milora_vl.train.dry_run.first_batch import Counts
 from milora_vl.train.dry_run.simulate import Shape, simulate
-from milora_vl.train.plan.base import Base
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.launch import strategy_of
 from milora_vl.train.plan.plan import Plan

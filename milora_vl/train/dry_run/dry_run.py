@@ -25,6 +25,7 @@ from milora_data.records.record import Record
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.core.policy import Target
+from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, hub_id
 from milora_vl.models.smol_llava import folder_of
@@ -32,7 +33,7 @@ from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train.dry_run import first_batch
 from milora_vl.train.dry_run.cost import MIX665K, Costs, costs_of
 from milora_vl.train.plan import eval_section, rates, record_checks, run_data
-from milora_vl.train.plan.base import Base, require_usable
+from milora_vl.train.plan.base import require_usable
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.fit import require_template
 from milora_vl.train.plan.plan import Plan, make_plan

@@ -1,92 +1,33 @@
-"""The base model of a run, looked up once by its name: config, kind, parts, meta model, processor."""
+"""The base model of a run: composed of parts where the recipe names a vision tower, checked before weights load."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from torch import nn
-
-from milora_data.pictures.anyres import Tiling
 from milora_vl.common.cli.command_line import require_folder
 from milora_vl.common.errors import Key, UserError
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
-from milora_vl.models.image_tokens import configure_processor, image_tokens, tiling_of, usable_inputs, uses_processor
+from milora_vl.models.base import Base, find_base
+from milora_vl.models.image_tokens import configure_processor, usable_inputs
 from milora_vl.models.parts import Parts
 from milora_vl.models.projector import projector_file
 from milora_vl.train.recipe.schema import PartsConfig, Recipe
 
 # Name of the feature selection in LLaVA -> in Hugging Face.
 FEATURES = {"patch": "default", "cls_patch": "full"}
-# text: no pictures. llava: our collator prepares the pictures. processor: the model's own processor prepares them.
-Kind = Literal["text", "llava", "processor"]
 
 
-@dataclass(frozen=True)
-class Base:
-    """A base model without its weights. Its meta model and its processor are made when they are first needed."""
-
-    name: str
-    config: Any
-    kind: Kind
-    tiling: Tiling | None = None  # LLaVA-1.6 only
-    parts: Parts | None = None  # what it is composed of before it loads; None for a model that exists
-
-    @classmethod
-    def of(cls, name: str, config: Any, parts: Parts | None = None) -> Base:
-        """Return the base with this config."""
-        kind: Kind = "text"
-        if "vision_config" in config.to_dict():
-            kind = "processor" if uses_processor(config) else "llava"
-        return cls(name, config, kind, tiling_of(config), parts)
-
-    @cached_property
-    def meta(self) -> nn.Module:
-        """The model on the meta device, which allocates no memory."""
-        return loading.meta_model(self.config)
-
-    @cached_property
-    def processor(self) -> Any:
-        """The processor, or the tokenizer of a text-only model. Raises UserError if it is not available."""
-        return loading.load_processor(self.name)
-
-    @property
-    def reads_pictures(self) -> bool:
-        """Return whether the model takes pictures."""
-        return self.kind != "text"
-
-    @property
-    def own_pictures(self) -> bool:
-        """Return whether the model's own processor prepares its pictures, by its own prompt format."""
-        return self.kind == "processor"
-
-    @property
-    def tokens_of_a_picture(self) -> int:
-        """Return the tokens of a picture for a LLaVA, 0 for a text-only model."""
-        return image_tokens(self.config) if self.kind == "llava" else 0
-
-    @property
-    def fewest_tokens_of_a_picture(self) -> int:
-        """Return the tokens of a picture of any size: with tiles at least those of the whole picture."""
-        return self.tokens_of_a_picture if self.tiling is None else self.tiling.side**2
-
-
-def find_base(name: str, named: PartsConfig | None = None, projector: str | None = None) -> Base:
+def base_of_run(name: str, named: PartsConfig, projector: str | None) -> Base:
     """Return the base of a run: a model by its name, composed with the tower in `named` if it reads no images itself.
 
     Loads no weights. Raises UserError for an unknown name, or a config that is not available.
     """
-    config = loading.config_of(name)
-    parts = None
-    if named is not None and named.vision_tower is not None and "vision_config" not in config.to_dict():
-        parts = Parts(
-            name, named.vision_tower, projector, named.select_layer, named.select_feature, named.vision_weights
-        )
-        config = composing.planned_config(parts)
-    return Base.of(name, config, parts)
+    if named.vision_tower is None:
+        return find_base(name)
+    parts = Parts(name, named.vision_tower, projector, named.select_layer, named.select_feature, named.vision_weights)
+    return find_base(name, parts)
 
 
 def require_usable(recipe: Recipe, base: Base) -> None:
@@ -95,7 +36,7 @@ def require_usable(recipe: Recipe, base: Base) -> None:
         if cache:  # a complete cache may be on a disk that is read-only
             require_folder(Path(cache), Key.of(key), is_written=False)
     if base.own_pictures:
-        configure_processor(base.processor, recipe.data)
+        configure_processor(base.processor, recipe.data.processor)
         usable_inputs(base.processor, base.name)
     if base.parts is not None:
         composing.require_parts(base.parts)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from milora_vl.common.cli.eval_command import eval_trained
 from milora_vl.common.errors import Key, UserError
+from milora_vl.report.repeat import is_file
 from milora_vl.train.recipe.schema import Recipe
 
 
@@ -31,27 +30,7 @@ def suites_of(recipe: Recipe) -> dict[str, str | None]:
 
 def data_of(suite: str, recipe: Recipe, data: str | None) -> str | None:
     """Return `data`; without it, the pictures of own questions (FILE.json) are in the folder of the training's."""
-    return data or (recipe.data.image_folder if _is_file(suite) else None)
-
-
-def questions_of(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the flags of `milora_eval run` for the questions that the recipe of a run names; [] if it names none.
-
-    These are its suites, else the test set of the demo's data, else the held-out records.
-    """
-    config, data = recipe.get("eval") or {}, recipe.get("data") or {}
-    pictures = ["--data", data["image_folder"]] if data.get("image_folder") else []
-    for suite in (config.get("suites") or [])[:1]:
-        folder = ["--data", config["data"]] if config.get("data") else pictures if _is_file(suite) else []
-        return ["--suite", suite, *folder]
-    path, held_out = str(data.get("path")), str(data.get("eval_path"))
-    if Path(path).parent.name == "emoji" or Path(path).with_name("captions_val.json").is_file():
-        return ["--suite", "emoji", "--data", str(Path(path).parent)]
-    return ["--benchmarks", held_out, *pictures] if _is_file(held_out) else []
-
-
-def _is_file(suite: str) -> bool:
-    return Path(suite).suffix in (".json", ".jsonl")
+    return data or (recipe.data.image_folder if is_file(suite) else None)
 
 
 def require_runnable(recipe: Recipe) -> None:

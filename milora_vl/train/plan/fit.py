@@ -16,15 +16,15 @@ from milora_data.records.record import Record
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
+from milora_vl.core.policy.default import without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.rules import NEEDS_ANCHORED
 from milora_vl.core.policy.towers import find_towers
+from milora_vl.models.base import Base, find_base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.quantized import quantized_layers
 from milora_vl.train.plan import base as bases
-from milora_vl.train.plan.base import Base, find_base
 from milora_vl.train.recipe.merge import Merged
-from milora_vl.train.recipe.policy_edits import without_projector
 from milora_vl.train.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError, policy_problems
 
 
@@ -70,7 +70,7 @@ def _base_of(merged: Merged, problems: list[Problem]) -> Base | None:
         if recipe is None:
             base = find_base(merged.model)
             return base if base.reads_pictures or not merged.names_tower else None  # with other problems: composed
-        return find_base(merged.model, recipe.parts, recipe.projector_weights)
+        return bases.base_of_run(merged.model, recipe.parts, recipe.projector_weights)
     return None
 
 
@@ -112,7 +112,7 @@ def _require_prepared(recipe: Recipe, base: Base, targets: Sequence[Target]) -> 
             where=Key.of("data.min_pixels" if data.max_pixels is None else "data.max_pixels"),
             hint="remove the limit",
         )
-    for key in data.of_videos:
+    for key in data.processor.of_videos:
         with at_flag(Key.of(f"data.{key}")):
             raise no_videos(base.name)
     ratio = data.image_aspect_ratio

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from milora_vl.common.errors import UserError
+from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.train.plan import requirements, resuming, run_folder, train_section
@@ -17,7 +18,6 @@ from milora_vl.train.plan.run_folder import RunFolder
 from milora_vl.train.plan.train_section import TrainSection
 from milora_vl.train.recipe.command_line import Request
 from milora_vl.train.recipe.merge import Merged
-from milora_vl.train.recipe.recipe_file import read_file
 from milora_vl.train.recipe.schema import Recipe
 
 
@@ -76,6 +76,6 @@ def with_dtype(recipe: Recipe, request: Request) -> Recipe:
     run = checkpoints.resumed_run(request.output_dir, request.resume)
     before = None
     if run is not None and (run / "recipe.yaml").is_file():  # else nothing was saved: the run starts again
-        before = read_file(run / "recipe.yaml").content.get("dtype")
+        before = read_file(run / "recipe.yaml")[0].get("dtype")
     fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
     return recipe.model_copy(update={"dtype": before or fastest})

@@ -17,9 +17,9 @@ from milora_data.encode.labels import NoSupervisedTokens, encode
 from milora_data.encode.templates import OWN
 from milora_data.records.record import IMAGE, Record, uses_tools
 from milora_vl.common.errors import DataError, Key, UserError, with_context
+from milora_vl.models.base import Base
 from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.loading import split_processor
-from milora_vl.train.plan.base import Base
 from milora_vl.train.plan.fit import require_template
 from milora_vl.train.recipe.hf_flags import value_of
 from milora_vl.train.recipe.schema import Recipe
@@ -54,7 +54,7 @@ def require_trainable(recipe: Recipe, base: Base, records: Sequence[Record], hel
 
 def collator_of(recipe: Recipe, processor: Any) -> ProcessorCollator:
     """Return a collator that raises the error of every record, for checks and counts."""
-    configure_processor(processor, recipe.data)
+    configure_processor(processor, recipe.data.processor)
     return ProcessorCollator(processor, image_folder=recipe.data.image_folder, max_length=recipe.data.max_length)
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli.flags import RECORDS
 from milora_vl.common.errors import Problem, UserError
+from milora_vl.core.policy.default import PROTECTED
 from milora_vl.train.recipe import hf_flags, llava_flags
-from milora_vl.train.recipe.policy_edits import METHODS, PROTECTED, PROTECTING, PolicyEdits
+from milora_vl.train.recipe.policy_edits import METHODS, PROTECTING, PolicyEdits
 from milora_vl.train.recipe.recipe_file import RecipeFile, read_recipe
 
 PROG = "python -m milora_vl.train"

@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import Key, Problem, UserError, collected
+from milora_vl.common.yaml_text import TEXT, read_mapping
+from milora_vl.core.policy.default import RuleDict
 from milora_vl.train.recipe import continued, llava_flags
 from milora_vl.train.recipe.command_line import PROG, Request
 from milora_vl.train.recipe.hf_flags import overridden, value_of
 from milora_vl.train.recipe.llava_flags import Meaning
-from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, RuleDict, edited
-from milora_vl.train.recipe.recipe_file import TEXT, RecipeFile, read
+from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited
+from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, conflicts, policy_problems, values_of
 
 Default = Literal["policy", "rank", "template"]
@@ -203,7 +205,7 @@ def _read_policy(text: str) -> list[RuleDict]:
     if not is_file and text.endswith((".yaml", ".yml")):
         raise UserError(f"no such file: {text}", code="path-missing", where="--policy", hint=beside(Path(text)))
     indented = "\n".join("  " + line for line in body.splitlines())
-    rules = read(f"policy:\n{indented}", source, above=1)[0]["policy"]
+    rules = read_mapping(f"policy:\n{indented}", source, above=1)[0]["policy"]
     if isinstance(rules, Mapping):
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from milora_vl.common.errors import UserError
+from milora_vl.core.policy.default import DEFAULT_RULES, RuleDict
 from milora_vl.core.policy.methods import METHODS as RULE_METHODS
 
 ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
 METHODS = (*ADAPTERS, "full", "projector")
 ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
-RuleDict = dict[str, Any]
 
-PROTECTED = 0.95  # docs/studies/keep.md
 # `protect` goes with these methods; others are compared with them in their usual form.
 PROTECTING = ("milora", "gradient")
-
-# What forgets least at equal loss: docs/studies/keep.md. Rank and rates are from the paper's LLaVA-1.5-7B (arXiv:
-# 2406.09044, Table 11), and the projector trains as in LLaVA's script.
-DEFAULT_RULES: tuple[RuleDict, ...] = (
-    {
-        "modules": "language",
-        "method": "gradient",
-        "rank": 128,
-        "alpha": 128,
-        "dropout": 0.05,
-        "learning_rate": 2e-4,
-        "protect": PROTECTED,
-    },
-    {"modules": "projector", "method": "full", "learning_rate": 2e-5},
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,15 +58,6 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
     if edits.projector_learning_rate is not None:
         _set_projector_rate(out, edits.projector_learning_rate)
     return out
-
-
-def without_projector(rules: Sequence[Mapping[str, Any]]) -> list[RuleDict]:
-    """Return the default rules for a model without a projector.
-
-    >>> [rule["modules"] for rule in without_projector(DEFAULT_RULES)]
-    ['language']
-    """
-    return [dict(rule) for rule in rules if rule["modules"] != "projector"]
 
 
 def is_adapter(rule: RuleDict) -> bool:

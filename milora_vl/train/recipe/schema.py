@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +22,11 @@ from pydantic import (
 from milora_data.encode.templates import template_name
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.strict_models import Strict, problems_of, unknown_key
+from milora_vl.common.yaml_text import read_file
 from milora_vl.core.policy import Policy, PolicyError
+from milora_vl.models.processor_settings import ProcessorSettings
 from milora_vl.train.recipe import hf_flags
-from milora_vl.train.recipe.recipe_file import RecipeFile, read_file
+from milora_vl.train.recipe.recipe_file import RecipeFile
 
 SAMPLES, PICTURES = 48, 64  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
@@ -42,8 +45,6 @@ class SourceConfig(Strict):
 
 
 # The keys of `data` that the processor of a model follows.
-OF_VIDEOS = ("video_min_pixels", "video_max_pixels", "fps", "num_frames")
-OF_PROCESSOR = ("min_pixels", "max_pixels", *OF_VIDEOS)
 
 
 class DataConfig(Strict):
@@ -79,9 +80,9 @@ class DataConfig(Strict):
         return self
 
     @property
-    def of_videos(self) -> dict[str, Any]:
-        """The settings of videos that have a value."""
-        return {key: value for key, value in self.model_dump(include={*OF_VIDEOS}).items() if value is not None}
+    def processor(self) -> ProcessorSettings:
+        """The keys that the processor of a model follows."""
+        return ProcessorSettings(**{key.name: getattr(self, key.name) for key in fields(ProcessorSettings)})
 
 
 class PartsConfig(Strict):
@@ -295,5 +296,5 @@ def policy_problems(rules: Any) -> list[Problem]:
 
 def load(path: Path) -> Recipe:
     """Return the recipe in a YAML file."""
-    file = read_file(path)
+    file = RecipeFile(*read_file(path), str(path))
     return Recipe.parse(file.content, file)

@@ -15,8 +15,8 @@ from transformers import T5Config, T5ForConditionalGeneration
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.calibration.calibrate import protected_inputs
 from milora_vl.core.policy import Policy
+from milora_vl.models.base import Base
 from milora_vl.train import calibration_batches
-from milora_vl.train.plan.base import Base
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 from support.adapter_cases import one_rule

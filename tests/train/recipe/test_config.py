@@ -10,7 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from milora_vl.common.errors import UserError
-from milora_vl.train.recipe import recipe_file, schema
+from milora_vl.common.yaml_text import read_mapping
+from milora_vl.train.recipe import schema
 from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 from support.problems import raises_code
@@ -96,18 +97,18 @@ def test_a_recipe_given_back_is_the_same_recipe() -> None:
             "eval": {"suites": ["quick"], "limit": 10},
         }
     )
-    content, _ = recipe_file.read(recipe.to_yaml(), "again")
+    content, _ = read_mapping(recipe.to_yaml(), "again")
     assert Recipe.parse(content) == recipe
 
 
 def test_numbers_without_a_point_are_numbers() -> None:
-    content, lines = recipe_file.read("train:\n  learning_rate: 2e-5\n", "x")
+    content, lines = read_mapping("train:\n  learning_rate: 2e-5\n", "x")
     assert content == {"train": {"learning_rate": 2e-5}}
     assert lines["train.learning_rate"] == 2
 
 
 def test_a_folder_named_by_a_date_is_text() -> None:
-    assert recipe_file.read("{image_folder: 2026-11-25}", "x")[0] == {"image_folder": "2026-11-25"}
+    assert read_mapping("{image_folder: 2026-11-25}", "x")[0] == {"image_folder": "2026-11-25"}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_folder_named_by_a_date_is_text() -> None:
 )
 def test_broken_yaml_is_named_with_its_line(text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        recipe_file.read(text, "my.yaml")
+        read_mapping(text, "my.yaml")
     assert message in str(error.value)
 
 

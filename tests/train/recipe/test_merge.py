@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from milora_vl.common.errors import UserError
+from milora_vl.core.policy.default import DEFAULT_RULES, PROTECTED
 from milora_vl.train.command import main as train
-from milora_vl.train.recipe.policy_edits import DEFAULT_RULES, PROTECTED
 from support.plans import fitted, plan, section, settings
 from support.problems import raises_code
 

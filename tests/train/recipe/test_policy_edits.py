@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.train.recipe.policy_edits import DEFAULT_RULES, PolicyEdits, edited
+from milora_vl.core.policy.default import DEFAULT_RULES
+from milora_vl.train.recipe.policy_edits import PolicyEdits, edited
 from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}

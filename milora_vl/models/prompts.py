@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_data.encode.templates import OWN
 from milora_vl.common.errors import UserError, at_flag
+from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter.folders import base_of, holds_adapter
+from milora_vl.models.base import find_base
 from milora_vl.models.image_tokens import configure_processor
-from milora_vl.train.plan.base import find_base
-from milora_vl.train.recipe.recipe_file import recipe_of_run, trained_template
-from milora_vl.train.recipe.schema import OF_PROCESSOR, DataConfig
+from milora_vl.models.processor_settings import ProcessorSettings
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio
@@ -24,11 +24,11 @@ class Prompts:
 
     template: str
     image_aspect_ratio: AspectRatio
-    data: DataConfig = field(default_factory=DataConfig)
+    settings: ProcessorSettings = field(default_factory=ProcessorSettings)
 
     def limit(self, processor: Any) -> None:
         """Set the limits of pixels of the training, and its choice of frames, in a processor."""
-        configure_processor(processor, self.data)
+        configure_processor(processor, self.settings)
 
 
 def prompts_of(model: str, adapter: Path | None, template: str | None = None) -> Prompts:
@@ -51,4 +51,19 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
             where="--template",
             hint=f"use --template {OWN}, or remove the flag",
         )
-    return Prompts(OWN, "pad", DataConfig(**{key: data[key] for key in OF_PROCESSOR if key in data}))
+    named = {key.name: data[key.name] for key in fields(ProcessorSettings) if key.name in data}
+    return Prompts(OWN, "pad", ProcessorSettings(**named))
+
+
+def recipe_of_run(folder: Path) -> dict[str, Any]:
+    """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one.
+
+    Raises UserError if the recipe cannot be read.
+    """
+    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    return {} if file is None else read_file(file)[0]
+
+
+def trained_template(folder: Path) -> str:
+    """Return the template of a run, by default LLaVA-1.5's. `folder` is as in `recipe_of_run`."""
+    return recipe_of_run(folder).get("template") or "vicuna_v1"
