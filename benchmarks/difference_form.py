@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milora_vl.adapter.layers import LinearA, LinearB
-from milora_vl.svd import decompose
+from milora_vl.core.adapter.layers import LinearA, LinearB
+from milora_vl.core.svd import decompose
 
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)
 

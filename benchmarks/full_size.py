@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from milora_vl.adapter.apply import apply_milora
-from milora_vl.forecast.simulate import Shape, simulate
+from milora_vl.core.adapter.apply import apply_milora
+from milora_vl.core.policy import Policy
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.policy import Policy
+from milora_vl.train.dry_run.simulate import Shape, simulate
 
 RULES = [{"modules": "language", "method": "milora", "rank": 16}]
 PICTURE, ANSWER = 576, 60

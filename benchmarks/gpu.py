@@ -33,7 +33,7 @@ from xml.etree import ElementTree
 import torch
 
 import llava_recipes
-from milora_vl.base.atomic_write import write_json
+from milora_vl.common.atomic_write import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b")
@@ -202,7 +202,7 @@ def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from milora_vl.policy import Policy
+    from milora_vl.core.policy import Policy
     from milora_vl.train.trainer import MiloraTrainer
 
     base, batch = shaped(model, chosen)
@@ -250,7 +250,7 @@ def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
             import trl
             from datasets import Dataset
 
-            from milora_vl.tiny import tiny_tokenizer  # TRL asks for a tokenizer and does not use it here
+            from milora_vl.models.tiny import tiny_tokenizer  # TRL asks for a tokenizer and does not use it here
 
             trainer = trl.SFTTrainer(
                 tuned, trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
@@ -279,7 +279,7 @@ def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any])
     with pictures, and the gradient of 64 training records.
     """
     from milora_vl import apply_milora
-    from milora_vl.calibration.texts import COUNT, LENGTH, ROWS, SEED, padded, sampled_rows
+    from milora_vl.core.calibration.texts import COUNT, LENGTH, ROWS, SEED, padded, sampled_rows
 
     if way == "milora":
         with clocked(figures, "factors_s"):
@@ -296,13 +296,13 @@ def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any])
 
 def planned(model: str, config: Any, targets: Sequence[Any], tokens: int, train: dict[str, Any]) -> float:
     """Return the GB that a dry run plans for such a step, without those of CUDA itself and of Qwen's vision tower."""
-    from milora_vl.forecast.cost import workload_of
-    from milora_vl.forecast.estimate import memory
-    from milora_vl.forecast.first_batch import Counts
-    from milora_vl.plan.base import Base
-    from milora_vl.plan.batching import Batching
-    from milora_vl.plan.launch import Launch
-    from milora_vl.plan.train_section import TrainSection
+    from milora_vl.models.base import Base
+    from milora_vl.train.dry_run.cost import workload_of
+    from milora_vl.train.dry_run.estimate import memory
+    from milora_vl.train.dry_run.first_batch import Counts
+    from milora_vl.train.plan.batching import Batching
+    from milora_vl.train.plan.launch import Launch
+    from milora_vl.train.plan.train_section import TrainSection
 
     section = TrainSection(train | {"activation_checkpointing": True}, Launch(), (), None)
     counts = Counts(tokens=tokens, supervised=SUPERVISED, exact=True)
@@ -327,7 +327,7 @@ def questions(chosen: argparse.Namespace) -> dict[str, Any]:
 
     from milora_data.records.record import Turn
     from milora_vl.models.generate import Prompt, generate
-    from milora_vl.tiny import tiny_llava
+    from milora_vl.models.tiny import tiny_llava
 
     model, vision = (base := shaped(MODELS[0], chosen)[0].eval()), base.config.vision_config
     tiny, processor = tiny_llava()

@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from milora_vl.forecast import cost
-from milora_vl.forecast.cost import MIX665K, activations, shape_of, workload_of
-from milora_vl.forecast.estimate import GIB
-from milora_vl.forecast.simulate import Shape, simulate
+from milora_vl.core.policy import Policy
+from milora_vl.models.base import find_base
 from milora_vl.models.loading import meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.plan.base import find_base
-from milora_vl.plan.batching import Batching
-from milora_vl.plan.launch import Launch
-from milora_vl.plan.train_section import TrainSection
-from milora_vl.policy import Policy
+from milora_vl.train.dry_run import cost
+from milora_vl.train.dry_run.cost import MIX665K, activations, shape_of, workload_of
+from milora_vl.train.dry_run.estimate import GIB
+from milora_vl.train.dry_run.simulate import Shape, simulate
+from milora_vl.train.plan.batching import Batching
+from milora_vl.train.plan.launch import Launch
+from milora_vl.train.plan.train_section import TrainSection
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 16, "dropout": 0.05},
@@ -79,7 +79,7 @@ def measure(
     from peft.helpers import disable_input_dtype_casting
     from transformers import LlavaForConditionalGeneration
 
-    from milora_vl.adapter.apply import apply_milora
+    from milora_vl.core.adapter.apply import apply_milora
 
     made = config(layers, width)
     dtype = torch.bfloat16 if half else torch.float32

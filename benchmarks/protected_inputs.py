@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl import Policy
-from milora_vl.calibration.bases import first_directions
-from milora_vl.calibration.gradients import gradient_sketches
+from milora_vl.core.calibration.bases import first_directions
+from milora_vl.core.calibration.gradients import gradient_sketches
 
 RECORD = 700  # tokens: the picture of LLaVA-1.5 and its text
 

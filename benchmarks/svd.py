@@ -1,4 +1,4 @@
-"""Time and error of `milora_vl.svd.decompose` against torch.linalg.svd, measured alternately in one process.
+"""Time and error of `milora_vl.core.svd.decompose` against torch.linalg.svd, measured alternately in one process.
 
 python benchmarks/svd.py headline [--repeats 1]    r = 128 at 4096 x 4096 and 4096 x 11008, two spectra
 python benchmarks/svd.py llama                     every shape of LLaMA-7B, measured once, multiplied by its count
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.svd import Factors, decompose
+from milora_vl.core.svd import Factors, decompose
 
 BLOCKS, HIDDEN, MLP = 32, 4096, 11008  # of LLaMA-7B
 OURS = 3  # how often ours runs for each full SVD

@@ -19,12 +19,12 @@ from milora_data.batches.preferences import PreferenceCollator, pair_of
 from milora_data.encode.templates import OWN
 from milora_data.formats.jsonfile import read_objects
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
+from milora_vl.models.base import Base
 from milora_vl.models.devices import dtype_named
 from milora_vl.models.image_tokens import limit_pixels, uses_processor
-from milora_vl.plan.base import Base
-from milora_vl.recipe.schema import Recipe, load
 from milora_vl.train.collators import collator
+from milora_vl.train.recipe.schema import Recipe, load
 
 
 def main() -> None:

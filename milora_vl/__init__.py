@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from milora_vl.models import auto_classes
 
 if TYPE_CHECKING:
-    from milora_vl.adapter.apply import apply_milora, merge
-    from milora_vl.adapter.files import load_adapter, save_adapter
-    from milora_vl.adapter.parameter_groups import parameter_groups
-    from milora_vl.adapter.reinit import reinit_peft, restore_split
-    from milora_vl.calibration.texts import calibration_texts
-    from milora_vl.foreign.load_model import load_model
+    from milora_vl.core.adapter.apply import apply_milora, merge
+    from milora_vl.core.adapter.files import load_adapter, save_adapter
+    from milora_vl.core.adapter.parameter_groups import parameter_groups
+    from milora_vl.core.adapter.reinit import reinit_peft, restore_split
+    from milora_vl.core.calibration.texts import calibration_texts
+    from milora_vl.core.policy import Policy, Rule
+    from milora_vl.core.svd import Factors, decompose
+    from milora_vl.interop.adapters.load_model import load_model
     from milora_vl.models.collator import collator_for
-    from milora_vl.policy import Policy, Rule
-    from milora_vl.svd import Factors, decompose
 
 __all__ = [
     "Factors",
@@ -40,20 +40,20 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "Factors": "svd",
-    "Policy": "policy",
-    "Rule": "policy",
-    "apply_milora": "adapter.apply",
-    "calibration_texts": "calibration.texts",
+    "Factors": "core.svd",
+    "Policy": "core.policy",
+    "Rule": "core.policy",
+    "apply_milora": "core.adapter.apply",
+    "calibration_texts": "core.calibration.texts",
     "collator_for": "models.collator",
-    "decompose": "svd",
-    "load_adapter": "adapter.files",
-    "load_model": "foreign.load_model",
-    "merge": "adapter.apply",
-    "parameter_groups": "adapter.parameter_groups",
-    "reinit_peft": "adapter.reinit",
-    "restore_split": "adapter.reinit",
-    "save_adapter": "adapter.files",
+    "decompose": "core.svd",
+    "load_adapter": "core.adapter.files",
+    "load_model": "interop.adapters.load_model",
+    "merge": "core.adapter.apply",
+    "parameter_groups": "core.adapter.parameter_groups",
+    "reinit_peft": "core.adapter.reinit",
+    "restore_split": "core.adapter.reinit",
+    "save_adapter": "core.adapter.files",
 }
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from milora_vl.cli.command_line import run
-from milora_vl.cli.menu import Menu
+from milora_vl.common.cli.command_line import run
+from milora_vl.common.cli.menu import Menu
 
 MENU = Menu(
     "milora",
@@ -39,9 +39,9 @@ MENU = Menu(
             ),
         },
         "integrations": {
-            "llava": ("milora_vl.integrations.llava", "run LLaVA's own train.py with MiLoRA as its LoRA"),
+            "llava": ("milora_vl.interop.llava", "run LLaVA's own train.py with MiLoRA as its LoRA"),
             "replace": (
-                "milora_vl.integrations.replace",
+                "milora_vl.interop.replace",
                 "run a script in which get_peft_model creates MiLoRA adapters",
             ),
         },

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_vl.adapter.folders import holds_adapter
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import command_line, run
-from milora_vl.cli.eval_command import eval_run
-from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.command_line import command_line, run
+from milora_vl.common.cli.eval_command import eval_run
+from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import holds_adapter
 
 DATA = Path("data/emoji")  # where the recipe reads it
 ABOUT = (  # what each step does, in the order of `_steps`

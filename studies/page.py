@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_vl.base.atomic_write import write_text
-from milora_vl.base.errors import UserError
-from milora_vl.cli.table import Table
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.cli.table import Table
+from milora_vl.common.errors import UserError
 from milora_vl.report.plots import png
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from milora_vl.policy.towers import image_token_of
+from milora_vl.core.policy.towers import image_token_of
 from studies.study import Rival
 
 Batch = Mapping[str, Tensor]

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from milora_vl.base.atomic_write import read_json, write_json
-from milora_vl.base.errors import UserError
+from milora_vl.common.atomic_write import read_json, write_json
+from milora_vl.common.errors import UserError
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import arms
 from studies.study import Study

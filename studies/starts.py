@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora_vl.adapter.install import fix_A, lora_layer
-from milora_vl.calibration.activations import energy_limits
-from milora_vl.calibration.positions import positions_of
-from milora_vl.factors.initialize import cached_factors
-from milora_vl.policy import Target
-from milora_vl.policy.towers import image_token_of
-from milora_vl.weights.matrices import read_matrix
+from milora_vl.core.adapter.install import fix_A, lora_layer
+from milora_vl.core.calibration.activations import energy_limits
+from milora_vl.core.calibration.positions import positions_of
+from milora_vl.core.init.initialize import cached_factors
+from milora_vl.core.policy import Target
+from milora_vl.core.policy.towers import image_token_of
+from milora_vl.core.weights.matrices import read_matrix
 from studies.study import Fixed
 from studies.task import Task
 
@@ -84,7 +84,7 @@ def _second_moments(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return C of each distinct input by the first module that reads it, and that module for every module.
 
-    Positions weigh as in `milora_vl.calibration`, but no batch is held out.
+    Positions weigh as in `milora_vl.core.calibration`, but no batch is held out.
     """
     sums: dict[str, Tensor] = {}
     owner: dict[str, str] = {}

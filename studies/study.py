@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
 
-from milora_vl.base.errors import Problem, UserError
-from milora_vl.base.strict_models import Strict, problems_of
-from milora_vl.calibration import VERSION as CALIBRATION_VERSION
-from milora_vl.cli.command_line import suggest
-from milora_vl.policy import Policy
-from milora_vl.recipe import recipe_file
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.strict_models import Strict, problems_of
+from milora_vl.common.yaml_text import read_mapping
+from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
+from milora_vl.core.policy import Policy
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies
@@ -181,7 +181,7 @@ def study_names() -> list[str]:
 def read_study(name: str) -> Study:
     """Read a study by name. Raises UserError with all problems in its file."""
     source = f"study {name}"
-    content, _ = recipe_file.read((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), source)
+    content, _ = read_mapping((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), source)
     return parse_study(content, source)
 
 

@@ -13,8 +13,8 @@ from peft import OSFConfig, get_peft_model
 from torch import Tensor, nn
 
 from milora_vl import Policy, apply_milora
-from milora_vl.adapter.install import lora_layer
-from milora_vl.adapter.parameter_groups import parameter_groups
+from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.parameter_groups import parameter_groups
 from milora_vl.sweep.cells import Cell
 from studies.rivals import loss_with, pieces
 from studies.starts import OTHER_ORDER, install, starts

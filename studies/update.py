@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from milora_vl.adapter.install import base_layer, lora_layer
-from milora_vl.factors.initialize import cached_factors
-from milora_vl.weights.matrices import as_matrix, is_adaptable
+from milora_vl.core.adapter.install import base_layer, lora_layer
+from milora_vl.core.init.initialize import cached_factors
+from milora_vl.core.weights.matrices import as_matrix, is_adaptable
 
 
 @dataclass(frozen=True, slots=True)

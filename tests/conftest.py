@@ -15,8 +15,8 @@ from support import programs, quick_plots
 from support.drawn import write_tiny_data
 
 if TYPE_CHECKING:
-    from milora_vl.forecast.simulate import Resident, Shape
-    from milora_vl.policy import Target
+    from milora_vl.core.policy import Target
+    from milora_vl.train.dry_run.simulate import Resident, Shape
 
 Made = tuple[Any, Any]
 
@@ -59,7 +59,7 @@ def known_costs() -> Iterator[None]:
     if "transformers" not in sys.modules:
         yield
         return
-    from milora_vl.forecast import cost
+    from milora_vl.train.dry_run import cost
 
     simulate, known = cost.simulate, {}
 
@@ -100,7 +100,7 @@ def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def tiny_llava() -> Callable[..., Made]:
     """A factory: each call gives a fresh (LlavaForConditionalGeneration, LlavaProcessor), equal for equal seeds."""
-    from milora_vl.tiny import tiny_llava
+    from milora_vl.models.tiny import tiny_llava
 
     return tiny_llava
 
@@ -108,7 +108,7 @@ def tiny_llava() -> Callable[..., Made]:
 @pytest.fixture(scope="session")
 def tiny_llama() -> Callable[..., Made]:
     """A factory: each call gives a fresh text-only (LlamaForCausalLM, tokenizer)."""
-    from milora_vl.tiny import tiny_llama
+    from milora_vl.models.tiny import tiny_llama
 
     return tiny_llama
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_vl.base.atomic_write import complete_folder
-from milora_vl.base.errors import UserError
+from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.errors import UserError
 
 
 def create(folder: Path, output_format: str, write: Callable[[Path], dict[str, int]]) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 from milora_data.assets import fetch
 from milora_data.data_sets import create
 from milora_data.formats.vqa_files import SHORT, record
-from milora_vl.base.atomic_write import complete_folder
-from milora_vl.cli.flags import Command, shared
+from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.cli.flags import Command, shared
 
 VAL_PICTURES = 200
 TURNS = 4  # questions per training record; one picture has about ten

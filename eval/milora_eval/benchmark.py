@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from milora_data.records.record import Turn, Video
 from milora_eval.stats import clustered_stderr, mean
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import suggest
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.errors import UserError
 
 
 class MissingData(UserError):

@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from milora_data.records.record import Reply
-from milora_vl.base.errors import MALFORMED, UserError, first_line
-from milora_vl.base.secrets import HIDDEN
-from milora_vl.cli.command_line import suggest
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.errors import MALFORMED, UserError, first_line
+from milora_vl.common.secrets import HIDDEN
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds before each further try
 LONGEST_PAUSE = 600.0  # of those that a server asks for

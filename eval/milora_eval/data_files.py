@@ -20,8 +20,8 @@ from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.pictures.files import ImageError, picture_size
 from milora_eval.benchmark import Benchmark, Item, MissingData
-from milora_vl.base.atomic_write import atomic_file, write_text
-from milora_vl.base.errors import MALFORMED, DataError, Problem, UserError, collected, with_context
+from milora_vl.common.atomic_write import atomic_file, write_text
+from milora_vl.common.errors import MALFORMED, DataError, Problem, UserError, collected, with_context
 
 # Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
 NOT_A_NUMBER = frozenset(

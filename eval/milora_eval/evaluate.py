@@ -28,15 +28,15 @@ from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, numbers, read_results, write_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark
-from milora_vl.base.errors import at_flag, with_context
-from milora_vl.foreign.load_model import load_by_flags
-from milora_vl.foreign.scale import Update
+from milora_vl.common.errors import at_flag, with_context
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
+from milora_vl.interop.adapters.load_model import load_by_flags
+from milora_vl.interop.adapters.scale import Update
+from milora_vl.models.base import find_base
 from milora_vl.models.generate import require_askable
 from milora_vl.models.loading import split_processor
-from milora_vl.plan.base import find_base
-from milora_vl.plan.prompts import prompts_of
+from milora_vl.models.prompts import prompts_of
 
 
 def run(

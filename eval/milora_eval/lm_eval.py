@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_vl.adapter.folders import model_of
-from milora_vl.base.atomic_write import write_text
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step, run
-from milora_vl.cli.flags import OR_ADAPTER, Command, option, shared
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.cli.command_line import next_step, run
+from milora_vl.common.cli.flags import OR_ADAPTER, Command, option, shared
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import model_of
 
 COMMAND = Command(
     "milora_eval.lm_eval",
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
     """Return the harness' wrapper (HFLM) around base + adapter, loaded with `load_model`."""
-    from milora_vl.foreign.load_model import load_by_flags
+    from milora_vl.interop.adapters.load_model import load_by_flags
     from milora_vl.models.loading import split_processor
 
     loaded, processor = load_by_flags(name, adapter, dtype, device)

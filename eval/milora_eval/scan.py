@@ -17,12 +17,12 @@ from milora_eval.benchmark import Metric
 from milora_eval.evaluate import add_forgetting, evaluate, results_folder
 from milora_eval.scores.results import Results, metrics_of
 from milora_eval.scores.table import value
-from milora_vl.base.atomic_write import write_json
-from milora_vl.base.errors import at_flag
-from milora_vl.cli.table import Table
-from milora_vl.foreign.load_model import load_by_flags, require_scalable
-from milora_vl.foreign.scale import Update
+from milora_vl.common.atomic_write import write_json
+from milora_vl.common.cli.table import Table
+from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base
+from milora_vl.interop.adapters.load_model import load_by_flags, require_scalable
+from milora_vl.interop.adapters.scale import Update
 from milora_vl.report.plots import WIDTH, draw, styled
 
 if TYPE_CHECKING:

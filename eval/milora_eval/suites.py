@@ -17,8 +17,8 @@ from typing import Any
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import existing, other_questions
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import suggest
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.errors import UserError
 
 _HERE = "milora_eval.benchmarks"
 BENCHMARKS: dict[str, str] = {

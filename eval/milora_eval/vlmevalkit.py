@@ -14,7 +14,7 @@ from typing import Any
 from milora_data.records.record import Turn
 from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.data_files import read_table
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
 
 def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> Any:
     """Return an instance of a subclass of VLMEvalKit's BaseModel that answers with base + adapter, greedily."""
-    from milora_vl.foreign.load_model import load_model
+    from milora_vl.interop.adapters.load_model import load_model
     from milora_vl.models.generate import Prompt, generate
 
     loaded, processor = load_model(model, adapter=adapter)

@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step, positive, run
-from milora_vl.cli.flags import Command, option, shared
-from milora_vl.cli.table import Table, show
+from milora_vl.common.cli.command_line import next_step, positive, run
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.table import Table, show
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
 from milora_vl.report.page import regenerate_report
 
 COMMAND = Command(

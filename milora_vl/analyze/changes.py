@@ -10,19 +10,19 @@ import torch
 from peft.utils import load_peft_weights
 from torch import Tensor
 
-from milora_vl.adapter.files import new_paths
-from milora_vl.adapter.names import moved as moved_name
-from milora_vl.adapter.sidecar import Sidecar, locate, read_sidecar
 from milora_vl.analyze.measures import Update, moved
 from milora_vl.analyze.weights import Weights
-from milora_vl.base.errors import UserError
-from milora_vl.foreign.imported import import_adapter, refuse_mutating
-from milora_vl.foreign.llava import in_hf_layout, read_llava
-from milora_vl.foreign.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
-from milora_vl.foreign.source import find_source
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.files import new_paths
+from milora_vl.core.adapter.names import moved as moved_name
+from milora_vl.core.adapter.sidecar import Sidecar, locate, read_sidecar
+from milora_vl.core.policy.towers import canonical_names
+from milora_vl.core.weights.fingerprint import distance
+from milora_vl.interop.adapters.imported import import_adapter, refuse_mutating
+from milora_vl.interop.adapters.llava import in_hf_layout, read_llava
+from milora_vl.interop.adapters.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
+from milora_vl.interop.adapters.source import find_source
 from milora_vl.models.loading import load_weights
-from milora_vl.policy.towers import canonical_names
-from milora_vl.weights.fingerprint import distance
 
 _MAGNITUDE = ".lora_magnitude_vector"
 

@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 
-from milora_vl.adapter.folders import (
+from milora_vl.analyze.changes import changes_of_model, read_changes
+from milora_vl.analyze.rows import Row, base_row, update_row
+from milora_vl.analyze.weights import Weights, open_weights
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.errors import UserError
+from milora_vl.common.progress import progress_bar
+from milora_vl.core.adapter.folders import (
     CONFIG,
     adapters_inside,
     base_of,
@@ -22,13 +28,7 @@ from milora_vl.adapter.folders import (
     holds_projector_alone,
     holds_residual,
 )
-from milora_vl.analyze.changes import changes_of_model, read_changes
-from milora_vl.analyze.rows import Row, base_row, update_row
-from milora_vl.analyze.weights import Weights, open_weights
-from milora_vl.base.atomic_write import write_text
-from milora_vl.base.errors import UserError
-from milora_vl.base.progress import progress_bar
-from milora_vl.foreign.load_model import load_model
+from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.devices import device_named
 
 FILE = "layers.jsonl"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_vl.svd import Factors, decompose
+from milora_vl.core.svd import Factors, decompose
 
 
 def minor_energy(sigma: Tensor, rank: int) -> float:

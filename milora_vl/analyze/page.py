@@ -9,9 +9,9 @@ from typing import Any
 
 from milora_vl.analyze import plots
 from milora_vl.analyze.rows import Row
-from milora_vl.base.atomic_write import write_json
-from milora_vl.cli import page as pages
-from milora_vl.cli.table import Table
+from milora_vl.common.atomic_write import write_json
+from milora_vl.common.cli import page as pages
+from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import draw, write_csv
 
 # Heat maps: field -> (label of the colour bar, caption).

@@ -9,7 +9,7 @@ import torch
 from milora_vl.analyze import measures
 from milora_vl.analyze.changes import Change
 from milora_vl.analyze.weights import Weights
-from milora_vl.svd import decompose, singular_values
+from milora_vl.core.svd import decompose, singular_values
 
 Row = dict[str, Any]
 

@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from milora_vl.core.policy.towers import Towers, canonical_names, find_towers
+from milora_vl.core.weights.matrices import as_matrix, is_adaptable, is_linear, matrix_shape, read_matrix
 from milora_vl.models import loading
-from milora_vl.policy.towers import Towers, canonical_names, find_towers
-from milora_vl.weights.matrices import as_matrix, is_adaptable, is_linear, matrix_shape, read_matrix
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,14 +13,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from milora_data.encode.templates import template_name
-from milora_vl.adapter.folders import holds_adapter, model_of, newest_of_unfinished, require_adapter, require_no_base
-from milora_vl.base.errors import UserError, at_flag
 from milora_vl.chat.picture import open_picture, open_video
-from milora_vl.cli.command_line import above_zero, count, next_step, positive
-from milora_vl.cli.eval_command import eval_run
-from milora_vl.cli.flags import OR_ADAPTER, Command, flag, option, shared
-from milora_vl.plan.eval_section import questions_of
-from milora_vl.recipe.recipe_file import recipe_of_run
+from milora_vl.common.cli.command_line import above_zero, count, next_step, positive
+from milora_vl.common.cli.eval_command import eval_run, questions_of
+from milora_vl.common.cli.flags import OR_ADAPTER, Command, flag, option, shared
+from milora_vl.common.errors import UserError, at_flag
+from milora_vl.core.adapter.folders import (
+    holds_adapter,
+    model_of,
+    newest_of_unfinished,
+    require_adapter,
+    require_no_base,
+)
+from milora_vl.models.recipe_of_run import recipe_of_run
 
 COMMAND = Command(
     "milora_vl.chat",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from milora_data.pictures.files import SUFFIXES, load_image
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import Video
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import beside
-from milora_vl.cli.web import url_problem
+from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.web import url_problem
+from milora_vl.common.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,18 +17,18 @@ from milora_data.encode.templates import no_videos
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
-from milora_vl.adapter.folders import base_of, holds_adapter
-from milora_vl.base.errors import UserError, at_flag, with_context
 from milora_vl.chat.picture import open_picture, open_video
-from milora_vl.cli.command_line import report
-from milora_vl.foreign.load_model import load_by_flags, update_since
-from milora_vl.foreign.scale import Update
+from milora_vl.common.cli.command_line import report
+from milora_vl.common.errors import UserError, at_flag, with_context
+from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
+from milora_vl.interop.adapters.load_model import load_by_flags, update_since
+from milora_vl.interop.adapters.scale import Update
+from milora_vl.models.base import find_base
 from milora_vl.models.generate import Prompt, generate, require_shown
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
-from milora_vl.plan.base import find_base
-from milora_vl.plan.prompts import prompts_of
+from milora_vl.models.prompts import prompts_of
 
 if TYPE_CHECKING:
     from PIL import Image

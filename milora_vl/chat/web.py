@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.pictures.files import to_rgb
 from milora_data.records.record import Reply, Turn
-from milora_vl.base.errors import UserError
 from milora_vl.chat.session import Chat
+from milora_vl.common.errors import UserError
 from milora_vl.models.loading import split_processor
 
 if TYPE_CHECKING:

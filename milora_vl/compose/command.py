@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.base.errors import UserError, at_flag
-from milora_vl.cli import command_line as cli
-from milora_vl.cli.flags import Command, option, shared
+from milora_vl.common.cli import command_line as cli
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.errors import UserError, at_flag
 
 NAME = "milora_vl.compose"
 COMMAND = Command(

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from milora_vl.base.atomic_write import atomic_file
-from milora_vl.base.errors import UserError, at_flag
+from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.errors import UserError, at_flag
 from milora_vl.models import loading
 from milora_vl.models.timm_tower_config import TimmTowerConfig
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 
 PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 

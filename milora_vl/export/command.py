@@ -14,14 +14,14 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_vl.adapter.checkpoints import step_of
-from milora_vl.adapter.folders import base_of, holds_text_model
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step
-from milora_vl.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.checkpoints import step_of
+from milora_vl.core.adapter.folders import base_of, holds_text_model
 from milora_vl.export.request import FORMS, Options, parse_form
 from milora_vl.models.quiet import silence_deepspeed
-from milora_vl.recipe.recipe_file import trained_template
+from milora_vl.models.recipe_of_run import trained_template
 
 if TYPE_CHECKING:
     from milora_vl.export.job import Exported

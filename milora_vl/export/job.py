@@ -9,16 +9,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from milora_vl.base.atomic_write import complete_folder
-from milora_vl.base.errors import UserError
+from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.errors import UserError
 from milora_vl.export.base import Base, copy_processor
 from milora_vl.export.request import Options, parse_form, require_fitting
 from milora_vl.export.write import WRITERS, Job, LoadsWith, write_ours
-from milora_vl.foreign.arithmetic import combined, require_linear, require_scale, same_base, scaled
-from milora_vl.foreign.plain import read_plain
-from milora_vl.foreign.source import Source, find_source
+from milora_vl.interop.adapters.arithmetic import combined, require_linear, require_scale, same_base, scaled
+from milora_vl.interop.adapters.plain import read_plain
+from milora_vl.interop.adapters.source import Source, find_source
 from milora_vl.models.quiet import quiet_bars
-from milora_vl.recipe.recipe_file import trained_template
+from milora_vl.models.recipe_of_run import trained_template
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from milora_data.encode.templates import BOS, EOS, OWN, TEMPLATES, Template, template_name
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.export.base import Base, copy_processor, save_model
 from milora_vl.export.clip_pictures import has_clip_tower, why_no_pictures, write_pictures
 from milora_vl.export.request import OutType

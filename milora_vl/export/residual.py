@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from milora_vl.adapter.layers import recover
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.layers import recover
+from milora_vl.core.weights.matrices import as_matrix, factor_dtype
 from milora_vl.export.base import save_model
-from milora_vl.foreign.plain import LowRank, PlainAdapter, write_plain
-from milora_vl.foreign.source import OFFICIAL_NAME
-from milora_vl.weights.matrices import as_matrix, factor_dtype
+from milora_vl.interop.adapters.plain import LowRank, PlainAdapter, write_plain
+from milora_vl.interop.adapters.source import OFFICIAL_NAME
 
 INITIAL = "lora_init"
 

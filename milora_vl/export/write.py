@@ -13,24 +13,24 @@ from typing import Literal
 
 from torch import nn
 
-from milora_vl.adapter.apply import merge
-from milora_vl.adapter.base_check import fitted
-from milora_vl.adapter.files import load_adapter, new_paths
-from milora_vl.adapter.folders import from_there
-from milora_vl.adapter.names import moved
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.apply import merge
+from milora_vl.core.adapter.base_check import fitted
+from milora_vl.core.adapter.files import load_adapter, new_paths
+from milora_vl.core.adapter.folders import from_there
+from milora_vl.core.adapter.names import moved
+from milora_vl.core.policy.towers import find_towers
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.clip_pictures import has_clip_tower, require_gguf
 from milora_vl.export.llama_cpp import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
 from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.request import Options, OutType
 from milora_vl.export.residual import write_residual
-from milora_vl.foreign.imported import import_adapter, refuse_mutating, require_copies
-from milora_vl.foreign.llava import config_for_llava, read_llava, write_llava
-from milora_vl.foreign.plain import PlainAdapter, read_config, read_plain, write_plain
-from milora_vl.foreign.source import Source
+from milora_vl.interop.adapters.imported import import_adapter, refuse_mutating, require_copies
+from milora_vl.interop.adapters.llava import config_for_llava, read_llava, write_llava
+from milora_vl.interop.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
+from milora_vl.interop.adapters.source import Source
 from milora_vl.models.names import SAME_WEIGHTS
-from milora_vl.policy.towers import find_towers
 
 # What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
 LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]

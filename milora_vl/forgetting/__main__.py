@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.adapter.folders import model_of, newest_of_unfinished, require_adapter
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step, positive, run
-from milora_vl.cli.flags import OR_ADAPTER, Command, option, shared
-from milora_vl.cli.table import show
+from milora_vl.common.cli.command_line import next_step, positive, run
+from milora_vl.common.cli.flags import OR_ADAPTER, Command, option, shared
+from milora_vl.common.cli.table import show
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import model_of, newest_of_unfinished, require_adapter
 from milora_vl.report.page import regenerate_report
 from milora_vl.report.tables import forgetting_table
 from milora_vl.report.wording import score_changes

@@ -15,17 +15,17 @@ from typing import Any
 
 from milora_data import load_records
 from milora_data.formats.stored import is_saved
-from milora_vl.adapter.folders import CONFIG, base_of, holds_adapter, require_no_base
-from milora_vl.base.atomic_write import read_json, write_json
-from milora_vl.base.errors import UserError, at_flag
-from milora_vl.cli.command_line import beside
-from milora_vl.cli.eval_command import eval_run
-from milora_vl.foreign.load_model import load_by_flags
+from milora_vl.common.atomic_write import read_json, write_json
+from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.eval_command import eval_run
+from milora_vl.common.errors import UserError, at_flag
+from milora_vl.core.adapter.folders import CONFIG, base_of, holds_adapter, require_no_base
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
+from milora_vl.interop.adapters.load_model import load_by_flags
 from milora_vl.models.loading import load_processor, split_processor
-from milora_vl.plan.prompts import prompts_of
+from milora_vl.models.prompts import prompts_of
 
 Results = dict[str, Any]
 FILE = "forgetting.json"

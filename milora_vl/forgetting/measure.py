@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.calibration.modes import evaluated
+from milora_vl.core.calibration.modes import evaluated
 from milora_vl.forgetting.text import Batch, general_text, text_batches
 
 # Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.
@@ -56,7 +56,7 @@ def measure_forgetting(
     The base model is the PeftModel without its adapter, or a second model `base` with the same vocabulary. A LLaVA
     gets no pictures. Raises ValueError if there is no base model or no text.
 
-    >>> from milora_vl.tiny import tiny_llama
+    >>> from milora_vl.models.tiny import tiny_llama
     >>> model, tokenizer = tiny_llama()
     >>> same = measure_forgetting(model, tokenizer, base=model, num_tokens=64, block_length=32)
     >>> abs(same.kl) < 1e-6

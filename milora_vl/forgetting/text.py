@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from milora_data.encode.tokens import bos_ids
-from milora_vl.calibration.texts import RESERVED, SEED, padded, sampled_rows
+from milora_vl.core.calibration.texts import RESERVED, SEED, padded, sampled_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Batch:
 
 def general_text() -> dict[str, str]:
     """Return the texts of the package by name: parts of three public-domain books (general_text/)."""
-    folder = files("milora_vl") / "general_text"
+    folder = files("milora_vl.forgetting") / "general_text"
     names = ("alice_in_wonderland", "news_from_nowhere", "origin_of_species")
     return {name: (folder / f"{name}.txt").read_text(encoding="utf-8") for name in names}
 

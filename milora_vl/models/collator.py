@@ -12,7 +12,7 @@ from milora_data.batches.record_collator import Item
 from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio, JpegDecoding
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, usable_inputs, uses_processor
 from milora_vl.models.loading import split_processor
 

@@ -27,12 +27,12 @@ from milora_data.encode.tokens import bos_ids, fast_backend
 from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
-from milora_vl.base.errors import DataError, UserError, first_line, with_context
-from milora_vl.calibration.modes import evaluated
-from milora_vl.cli.command_line import amount
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import DataError, UserError, first_line, with_context
+from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.models.image_tokens import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
-from milora_vl.policy.towers import is_wrapped_by_peft
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,13 +13,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from milora_vl import tiny
-from milora_vl.adapter.folders import newest_of_unfinished
-from milora_vl.base.errors import UserError, first_line
-from milora_vl.base.hub_host import hub_is_known
-from milora_vl.cli.command_line import suggest
-from milora_vl.compat.transformers import whole_weights
-from milora_vl.models import smol_llava
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.errors import UserError, first_line
+from milora_vl.common.hub_host import hub_is_known
+from milora_vl.core.adapter.folders import newest_of_unfinished
+from milora_vl.models import smol_llava, tiny
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
 from milora_vl.models.quiet import quiet_bars
 
@@ -42,7 +41,7 @@ def config_of(name: str) -> Any:
 
 def _packaged_config(name: str) -> dict[str, Any] | None:
     """Return the content of a named model's config in this package, or None."""
-    file = files("milora_vl") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
+    file = files("milora_vl.models") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 

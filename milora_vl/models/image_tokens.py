@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,10 +12,8 @@ from milora_data.encode.templates import no_videos
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.videos import sampler
 from milora_data.records.record import IMAGE, Turn
-from milora_vl.base.errors import DataError, Key, UserError, at_flag, first_line
-
-if TYPE_CHECKING:
-    from milora_vl.recipe.schema import DataConfig
+from milora_vl.common.errors import DataError, Key, UserError, at_flag, first_line
+from milora_vl.models.processor_settings import ProcessorSettings
 
 LLAVAS = ("llava", "llava_next")
 # Common towers; the tokens of others are counted on the meta device.
@@ -162,14 +160,14 @@ def _unsupported(processor: Any, name: str, reason: str) -> UserError:
     )
 
 
-def configure_processor(processor: Any, data: DataConfig) -> None:
+def configure_processor(processor: Any, data: ProcessorSettings) -> None:
     """Set what a recipe says about the sizes of pictures and videos, and about the frames of video files.
 
     Raises UserError for a setting that the processor cannot follow.
     """
     limit_pixels(processor, data.min_pixels, data.max_pixels)
     if data.of_videos and not takes_videos(processor):
-        with at_flag(Key.of(f"data.{next(iter(data.of_videos))}")):
+        with at_flag(Key.of(f"data.{data.of_videos[0]}")):
             raise no_videos(type(processor).__name__)
     if data.video_min_pixels is not None or data.video_max_pixels is not None:
         _limit(processor.video_processor, data.video_min_pixels, data.video_max_pixels, "video_")

@@ -16,7 +16,7 @@ How it works, for a model that consists of an inner model and a head:
 
 If the head trains under ZeRO-3, and always under FSDP2, step 3 is left to autograd, which keeps the logits.
 
->>> from milora_vl.tiny import tiny_llama
+>>> from milora_vl.models.tiny import tiny_llama
 >>> model, tokenizer = tiny_llama()
 >>> ids = torch.tensor([[1, 5, 6, 7]])
 >>> batch = {"input_ids": ids, "labels": torch.tensor([[IGNORE, IGNORE, 6, 7]])}
@@ -41,7 +41,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.encode.tokens import IGNORE
-from milora_vl.weights.distributed import uses_fsdp
+from milora_vl.core.weights.distributed import uses_fsdp
 
 CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
 Forward = Callable[..., Any]

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from milora_vl.adapter.folders import has_config
-from milora_vl.base.errors import UserError
-from milora_vl.weights.torch_files import read_weights
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import has_config
+from milora_vl.core.weights.torch_files import read_weights
 
 MARK = "mm_vision_tower"
 PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from milora_data.assets import cache_dir
-from milora_vl.base.atomic_write import complete_folder
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import beside
-from milora_vl.compat.transformers import whole_weights
+from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.cli.command_line import beside
+from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.errors import UserError
 from milora_vl.models import hub, original, vision
 from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for
 from milora_vl.models.names import MADE_IN_MEMORY

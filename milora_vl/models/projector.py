@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from milora_vl.adapter.checkpoints import newest_checkpoint
-from milora_vl.adapter.folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.checkpoints import newest_checkpoint
+from milora_vl.core.adapter.folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.weights.torch_files import read_weights
 from milora_vl.models import original
-from milora_vl.policy.towers import find_towers
-from milora_vl.weights.torch_files import read_weights
 
 PREFIX = "multi_modal_projector."
 _OURS = re.compile(r"(?:^|.*\.)multi_modal_projector\.(.+)")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milora_vl.policy.towers import find_towers
-from milora_vl.weights.matrices import is_linear
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.weights.matrices import is_linear
 
 Quantization = Literal["4bit", "8bit"]
 QuantType = Literal["nf4", "fp4"]
@@ -31,7 +31,7 @@ def unquantized(model: nn.Module) -> tuple[str, ...]:
 def quantized_layers(model: nn.Module) -> list[str]:
     """Return the paths of the layers of a model that quantisation packs.
 
-    >>> from milora_vl.tiny import tiny_llava
+    >>> from milora_vl.models.tiny import tiny_llava
     >>> quantized_layers(tiny_llava()[0])[0]
     'model.language_model.layers.0.self_attn.q_proj'
     """

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from milora_data.assets import cache_dir, fetch
-from milora_vl.base.atomic_write import complete_folder
-from milora_vl.base.errors import UserError
-from milora_vl.compat.transformers import whole_weights
+from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.errors import UserError
 from milora_vl.models.assemble import compose, processor_for
 from milora_vl.models.quiet import quiet_bars, silence_deepspeed
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, register
@@ -28,7 +28,7 @@ TOWER_WEIGHTS = "efficientnet-lite0-57934424.pth"
 MEAN = STD = (0.5, 0.5, 0.5)
 IMAGE_SIZE, GRID = 224, 4
 LEVELS = (2, 3)  # strides 8 and 16: colours and shapes, which the last layer lacks
-PROJECTOR = files("milora_vl") / "assets" / "smol_llava_projector.safetensors"
+PROJECTOR = files("milora_vl.models") / "assets" / "smol_llava_projector.safetensors"
 
 
 def folder_of(name: str) -> Path:

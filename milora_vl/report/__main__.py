@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from milora_vl.base.errors import expected_format
-from milora_vl.cli.command_line import run
-from milora_vl.cli.flags import Command, option, shared
+from milora_vl.common.cli.command_line import run
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.errors import expected_format
 from milora_vl.report import run_page, wording
 from milora_vl.report.page import write_page
 from milora_vl.report.repeat import commands

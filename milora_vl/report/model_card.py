@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.adapter.checkpoints import read_environment
-from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.recipe.schema import Recipe
+from milora_vl.core.adapter.checkpoints import read_environment
+from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -23,10 +22,13 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SCORES_BEGIN, SCORES_END = "<!-- scores -->", "<!-- end of scores -->"
 
 
-def render(path: Path, recipe: Recipe) -> str:
-    """Return the card of the run in `path`: summary, how to load it, scores, how to repeat it."""
+def render(path: Path, recipe: Mapping[str, Any]) -> str:
+    """Return the card of the run in `path`: summary, how to load it, scores, how to repeat it.
+
+    `recipe` has a value for each key, like that of `Recipe.model_dump()`.
+    """
     environment = read_environment(path)
-    base = str(environment.get("base", recipe.model))
+    base = str(environment.get("base", recipe["model"]))
     parts = [
         f"---\n{_front_matter(path, recipe, base).to_yaml()}\n---",
         f"# {path.resolve().name}",
@@ -40,7 +42,7 @@ def render(path: Path, recipe: Recipe) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(path: Path, recipe: Recipe, base: str) -> ModelCardData:
+def _front_matter(path: Path, recipe: Mapping[str, Any], base: str) -> ModelCardData:
     """Return the front matter for hubs, where names of folders and of local files are invalid.
 
     The license is the base model's, which the hub calls `other` with a name and a link.
@@ -57,7 +59,7 @@ def _front_matter(path: Path, recipe: Recipe, base: str) -> ModelCardData:
         license_name="license-of-the-base-model",
         license_link=f"https://huggingface.co/{base}" if is_on_hub and "/" in base else None,
         pipeline_tag=_task(path),
-        tags=sorted({"milora"} | {str(rule["method"]) for rule in recipe.policy or () if "method" in rule}),
+        tags=sorted({"milora"} | {str(rule["method"]) for rule in recipe["policy"] or () if "method" in rule}),
         datasets=sets or None,
         model_name=path.resolve().name,
         eval_results=_results(path) or None,
@@ -109,16 +111,16 @@ def update_scores(path: Path) -> None:
         file.write_text(str(card), encoding="utf-8")
 
 
-def _summary(path: Path, recipe: Recipe, environment: dict[str, Any]) -> str:
+def _summary(path: Path, recipe: Mapping[str, Any], environment: dict[str, Any]) -> str:
     policy = _json(path / "policy.json")
     trained = f", {policy['trainable']:,} of {policy['total']:,} parameters trained" if "trainable" in policy else ""
     records = environment.get("data", {}).get("train")
     data = "" if records is None else f" on {records:,} records"  # the length of a stream is unknown
     loss = _last_loss(path)
-    adapter = f" with the adapter `{recipe.adapter}`" if recipe.adapter else ""
-    rules = "\n".join(f"- {_rule_text(rule)}" for rule in recipe.policy or ())
+    adapter = f" with the adapter `{recipe['adapter']}`" if recipe["adapter"] else ""
+    rules = "\n".join(f"- {_rule_text(rule)}" for rule in recipe["policy"] or ())
     return (
-        f"`{recipe.model}`{adapter} fine-tuned{data}{trained}."
+        f"`{recipe['model']}`{adapter} fine-tuned{data}{trained}."
         + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
         + f"\n\n{rules}"
     )
@@ -128,11 +130,12 @@ def _rule_text(rule: dict[str, Any]) -> str:
     return f"`{rule.get('modules')}`: " + ", ".join(f"{k} {v}" for k, v in rule.items() if k != "modules")
 
 
-def _usage(path: Path, recipe: Recipe, base: str) -> str:
+def _usage(path: Path, recipe: Mapping[str, Any], base: str) -> str:
+    model = recipe["model"]
     if has_config(path):
         code = (
             "from milora_vl import load_model\n\n"
-            f'model, processor = load_model("{recipe.model}", adapter="PATH_OF_THIS_FOLDER")'
+            f'model, processor = load_model("{model}", adapter="PATH_OF_THIS_FOLDER")'
         )
         return (
             f"```python\n{code}\n```\n\n"
@@ -140,7 +143,7 @@ def _usage(path: Path, recipe: Recipe, base: str) -> str:
             "works without `milora_vl`."
         )
     if holds_projector_alone(path):
-        return f"```\npython -m milora_vl.train --model {recipe.model} --projector_weights PATH_OF_THIS_FOLDER ...\n```"
+        return f"```\npython -m milora_vl.train --model {model} --projector_weights PATH_OF_THIS_FOLDER ...\n```"
     return '```python\nfrom milora_vl import load_model\n\nmodel, processor = load_model("PATH_OF_THIS_FOLDER")\n```'
 
 
@@ -171,6 +174,6 @@ def _json(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _data_files(recipe: Recipe) -> list[str]:
-    path = recipe.data.path
-    return [source.path for source in path] if isinstance(path, list) else [path] if path else []
+def _data_files(recipe: Mapping[str, Any]) -> list[str]:
+    path = recipe["data"]["path"]
+    return [source["path"] for source in path] if isinstance(path, list) else [path] if path else []

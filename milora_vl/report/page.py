@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.pictures.thumbnails import data_uri
-from milora_vl.base.errors import UserError
-from milora_vl.cli import page as pages
-from milora_vl.cli.table import Table
+from milora_vl.common.cli import page as pages
+from milora_vl.common.cli.table import Table
+from milora_vl.common.errors import UserError
 from milora_vl.report import figures, parts, run_page, tables, wording
 from milora_vl.report.plots import Plot
 from milora_vl.report.repeat import commands, steps

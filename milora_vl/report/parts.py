@@ -13,7 +13,7 @@ from textwrap import shorten
 from typing import Any
 
 from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
-from milora_vl.cli.table import Table
+from milora_vl.common.cli.table import Table
 from milora_vl.report.run_page import Comparison, Evaluation, Json, Run, Score, label
 from milora_vl.report.tables import score_tables
 from milora_vl.report.wording import amount, duration, forgetting, gain, headline, percent

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milora_data.pictures.thumbnails import data_uri
-from milora_vl.base.atomic_write import write_text
+from milora_vl.common.atomic_write import write_text
 from milora_vl.report.run_page import Layer, Score
 
 if TYPE_CHECKING:

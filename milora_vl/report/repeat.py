@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from milora_vl.adapter.checkpoints import holds_weights, newest_checkpoint
-from milora_vl.adapter.folders import has_config, holds_text_model
-from milora_vl.cli.command_line import command_line
-from milora_vl.cli.eval_command import eval_run
-from milora_vl.plan.eval_section import questions_of
+from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.cli.eval_command import eval_run, questions_of
+from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
+from milora_vl.core.adapter.folders import has_config, holds_text_model
 from milora_vl.report.run_page import Run
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_vl.base.errors import UserError
-from milora_vl.base.yaml_text import parse_yaml
+from milora_vl.common.errors import UserError
+from milora_vl.common.yaml_text import parse_yaml
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"

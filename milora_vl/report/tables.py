@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
-from milora_vl.cli.table import Table
-from milora_vl.policy.methods import METHODS, label_of
+from milora_vl.common.cli.table import Table
+from milora_vl.core.policy.methods import METHODS, label_of
 from milora_vl.report.run_page import Comparison, Json, Run, Score
 from milora_vl.report.wording import amount, forgetting_rows, gain, number, percent
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from milora_vl.policy.methods import label_of
+from milora_vl.core.policy.methods import label_of
 from milora_vl.report.plots import SCORE, suites_of
 from milora_vl.report.run_page import Comparison, Json, Layer, Metric, Run, Score, label
 

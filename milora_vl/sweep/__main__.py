@@ -15,19 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from milora_eval.answers.questions import require_questions
-from milora_vl.base.atomic_write import read_json, write_json
-from milora_vl.base.errors import Problem, UserError
-from milora_vl.cli.command_line import amount, next_step, positive, run
-from milora_vl.cli.flags import Command, flag, option, shared
-from milora_vl.cli.table import show
-from milora_vl.plan.eval_section import data_of
-from milora_vl.recipe import command_line
-from milora_vl.recipe.policy_edits import ADAPTERS
-from milora_vl.recipe.recipe_file import read_recipe
-from milora_vl.recipe.schema import Recipe
+from milora_vl.common.atomic_write import read_json, write_json
+from milora_vl.common.cli.command_line import amount, next_step, positive, run
+from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.table import show
+from milora_vl.common.errors import Problem, UserError
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
+from milora_vl.train.plan.eval_section import data_of
+from milora_vl.train.recipe import command_line
+from milora_vl.train.recipe.policy_edits import ADAPTERS
+from milora_vl.train.recipe.recipe_file import read_recipe
+from milora_vl.train.recipe.schema import Recipe
 
 
 def _words(text: str) -> list[str]:
@@ -235,7 +235,7 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
 
 def _cost(recipe: Recipe, cell: Cell, left: int, jobs: int) -> str:
     """Return the cost of one cell as text. Raises UserError with the problems of the cell if it cannot run."""
-    from milora_vl.forecast import dry_run
+    from milora_vl.train.dry_run import dry_run
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, f"{cell.name}.yaml")

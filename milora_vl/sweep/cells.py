@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import suggest
-from milora_vl.policy.methods import METHODS
-from milora_vl.recipe.hf_flags import overridden, value_of
-from milora_vl.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
-from milora_vl.recipe.recipe_file import RecipeFile
-from milora_vl.recipe.schema import EvalConfig, Recipe, SweepConfig
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.errors import UserError
+from milora_vl.core.policy.methods import METHODS
+from milora_vl.train.recipe.hf_flags import overridden, value_of
+from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
+from milora_vl.train.recipe.recipe_file import RecipeFile
+from milora_vl.train.recipe.schema import EvalConfig, Recipe, SweepConfig
 
 # Names for --methods, with fields of the adapter rules and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from milora_vl.cli.table import Table
+from milora_vl.common.cli.table import Table
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.results import Mean, mean_of
 

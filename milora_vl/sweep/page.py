@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from milora_eval.stats import Difference
-from milora_vl.base.atomic_write import write_json
-from milora_vl.cli import page as pages
-from milora_vl.cli.table import Table
+from milora_vl.common.atomic_write import write_json
+from milora_vl.common.cli import page as pages
+from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import draw, write_csv
 from milora_vl.sweep import plots
 from milora_vl.sweep.cells import Cell

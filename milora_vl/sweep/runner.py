@@ -24,12 +24,12 @@ from filelock import FileLock, Timeout
 
 from milora_eval.scores.results import require_lines
 from milora_eval.suites import results_name
-from milora_vl.base.atomic_write import read_json, write_json, write_text
-from milora_vl.base.errors import UserError
-from milora_vl.cli.eval_command import eval_trained
-from milora_vl.plan.run_folder import require_free
-from milora_vl.recipe.schema import Recipe
+from milora_vl.common.atomic_write import read_json, write_json, write_text
+from milora_vl.common.cli.eval_command import eval_trained
+from milora_vl.common.errors import UserError
 from milora_vl.sweep.cells import Cell, recipe_of
+from milora_vl.train.plan.run_folder import require_free
+from milora_vl.train.recipe.schema import Recipe
 
 Result = dict[str, Any]
 

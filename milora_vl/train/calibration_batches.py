@@ -27,22 +27,22 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.pictures.files import ImageError, content_of, load_image, place_of
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
-from milora_vl.base.atomic_write import write_json
-from milora_vl.base.errors import Key, UserError, first_line
-from milora_vl.base.progress import progress_bar
-from milora_vl.calibration.cache import weights_digest
-from milora_vl.calibration.gradients import RECORDS
-from milora_vl.calibration.texts import LENGTH, ROWS, SEED, sampled_rows
+from milora_vl.common.atomic_write import write_json
+from milora_vl.common.errors import Key, UserError, first_line
+from milora_vl.common.progress import progress_bar
+from milora_vl.core.calibration.cache import weights_digest
+from milora_vl.core.calibration.gradients import RECORDS
+from milora_vl.core.calibration.texts import LENGTH, ROWS, SEED, sampled_rows
+from milora_vl.core.policy import Target
+from milora_vl.core.weights.distributed import gather, rank_and_world_size
+from milora_vl.core.weights.matrices import gathered_in_forward
 from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
 from milora_vl.models import loading
+from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.plan.base import Base
-from milora_vl.plan.screen import Screen
-from milora_vl.policy import Target
-from milora_vl.recipe.schema import Recipe
 from milora_vl.train import collators
-from milora_vl.weights.distributed import gather, rank_and_world_size
-from milora_vl.weights.matrices import gathered_in_forward
+from milora_vl.train.plan.screen import Screen
+from milora_vl.train.recipe.schema import Recipe
 
 PART = 16  # texts or captions that are cached together: what an interrupted calibration does not write again
 HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares

@@ -13,10 +13,10 @@ from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.records.record import Record
 from milora_vl.models import loading
+from milora_vl.models.base import Base
 from milora_vl.models.collator import collator_for
-from milora_vl.plan.base import Base
-from milora_vl.recipe.hf_flags import value_of
-from milora_vl.recipe.schema import Recipe
+from milora_vl.train.recipe.hf_flags import value_of
+from milora_vl.train.recipe.schema import Recipe
 
 # The events that the collator counts, as text.
 WHAT_HAPPENED = {

@@ -7,10 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from milora_vl.base.errors import UserError
-from milora_vl.recipe import command_line
-from milora_vl.recipe.command_line import Request
-from milora_vl.recipe.places import at_their_places
+from milora_vl.common.errors import UserError
+from milora_vl.train.recipe import command_line
+from milora_vl.train.recipe.command_line import Request
+from milora_vl.train.recipe.places import at_their_places
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _act(request: Request) -> int:
     if request.action in ("print_recipe", "list_models", "list_recipes"):
-        from milora_vl.recipe import listings
+        from milora_vl.train.recipe import listings
 
         if request.problems:
             raise UserError(problems=request.problems)
         return listings.show(request)
     if request.action == "dry_run":
-        from milora_vl.forecast import dry_run
+        from milora_vl.train.dry_run import dry_run
 
         return dry_run.show(request)
     from milora_vl.train.run import train

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_vl.base.errors import Key, UserError
-from milora_vl.plan import eval_section
-from milora_vl.recipe.schema import Recipe
+from milora_vl.common.errors import Key, UserError
+from milora_vl.train.plan import eval_section
+from milora_vl.train.recipe.schema import Recipe
 
 
 class Scored(Protocol):

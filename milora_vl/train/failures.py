@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from milora_vl.base.errors import Problem, UserError
-from milora_vl.weights.torch_files import unreadable
+from milora_vl.common.errors import Problem, UserError
+from milora_vl.core.weights.torch_files import unreadable
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

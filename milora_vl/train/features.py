@@ -21,11 +21,11 @@ from milora_data.pictures.features import PLAIN, FeatureReader, Features
 from milora_data.pictures.files import ImageError, place_of
 from milora_data.pictures.pixels import PixelMaker
 from milora_data.records.record import Record
+from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.image_tokens import layers_of
-from milora_vl.plan.screen import Screen
-from milora_vl.policy.towers import find_towers
 from milora_vl.train.failures import explained
 from milora_vl.train.loaders import TIMEOUT
+from milora_vl.train.plan.screen import Screen
 
 VERSION = 1  # increase it when the same tower and picture may give other features
 BATCH = 16  # pictures

@@ -17,8 +17,8 @@ from accelerate.utils import get_mixed_precision_context_manager
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from milora_vl.adapter.install import base_model_of
-from milora_vl.compat.transformers import layer_kinds
+from milora_vl.common.compat.transformers import layer_kinds
+from milora_vl.core.adapter.install import base_model_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import TrainingArguments
 
-from milora_vl.adapter.install import base_model_of
-from milora_vl.calibration.modes import evaluated
-from milora_vl.policy.towers import image_token_of
+from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.policy.towers import image_token_of
 
 
 class Kept:

@@ -19,11 +19,11 @@ from accelerate.data_loader import DataLoaderAdapter
 from transformers import TrainingArguments
 
 from milora_data.stream.dataset import RecordStream, record_stream
-from milora_vl.base.errors import UserError
-from milora_vl.plan.run_data import sources_of
-from milora_vl.recipe.schema import Recipe
+from milora_vl.common.errors import UserError
+from milora_vl.core.weights.torch_files import read_weights
 from milora_vl.train.meter import CountingCollator
-from milora_vl.weights.torch_files import read_weights
+from milora_vl.train.plan.run_data import sources_of
+from milora_vl.train.recipe.schema import Recipe
 
 TIMEOUT = 1800.0
 """Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""

@@ -11,22 +11,22 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from milora_vl.adapter.apply import apply_targets
-from milora_vl.adapter.files import load_adapter
-from milora_vl.adapter.install import base_model_of
-from milora_vl.adapter.sidecar import FILE_NAME
-from milora_vl.base.errors import Key, UserError, first_line
-from milora_vl.cli.command_line import amount
-from milora_vl.factors.initialize import LayerReport
-from milora_vl.foreign.load_model import load_model
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import Key, UserError, first_line
+from milora_vl.core.adapter.apply import apply_targets
+from milora_vl.core.adapter.files import load_adapter
+from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.sidecar import FILE_NAME
+from milora_vl.core.init.initialize import LayerReport
+from milora_vl.core.policy import Target
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.models.base import Base
 from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config, unquantized
-from milora_vl.plan.base import Base
-from milora_vl.plan.screen import frozen_towers, trained_sizes
-from milora_vl.policy import Target
-from milora_vl.policy.towers import find_towers
-from milora_vl.recipe.schema import Recipe
+from milora_vl.train.plan.screen import frozen_towers, trained_sizes
+from milora_vl.train.recipe.schema import Recipe
 from milora_vl.train.trainer import CheckpointKind
 
 
@@ -45,7 +45,7 @@ class Built:
 def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
     model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe, base))
-    configure_processor(processor, recipe.data)
+    configure_processor(processor, recipe.data.processor)
     _set_attention(model, recipe)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))

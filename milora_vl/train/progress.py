@@ -13,8 +13,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_vl.cli.command_line import amount
-from milora_vl.forecast.estimate import duration_text
+from milora_vl.common.cli.command_line import amount
+from milora_vl.train.dry_run.estimate import duration_text
 
 # Format of each log key, in the order of the line.
 SHOWN = {

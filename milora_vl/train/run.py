@@ -23,23 +23,13 @@ import torch
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.templates import OWN, no_tools
-from milora_vl.adapter import checkpoints
-from milora_vl.adapter.checkpoints import WEIGHTS, step_of
-from milora_vl.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.base.errors import UserError, with_context
-from milora_vl.cli.command_line import command_line
-from milora_vl.plan import eval_section, rates, record_checks, resuming, run_data
-from milora_vl.plan.base import Base, compose, require_usable
-from milora_vl.plan.batching import Batching
-from milora_vl.plan.fit import template_warnings
-from milora_vl.plan.plan import Plan, make_plan
-from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import CARD, ENVIRONMENT, RunFolder
-from milora_vl.plan.screen import Screen, policy_rows, protection_lines, trainable_line
-from milora_vl.plan.train_section import base_dtype, refused
-from milora_vl.recipe.command_line import Request
-from milora_vl.recipe.merge import merge_recipe
-from milora_vl.recipe.schema import Recipe
+from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.errors import UserError, with_context
+from milora_vl.core.adapter import checkpoints
+from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
+from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.weights.distributed import gather
+from milora_vl.models.base import Base
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.train import (
@@ -57,10 +47,21 @@ from milora_vl.train.evaluation import Scored, SuiteCallback, suites_of
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.keep import Kept
 from milora_vl.train.model import Built
+from milora_vl.train.plan import eval_section, rates, record_checks, resuming, run_data
+from milora_vl.train.plan.base import compose, require_usable
+from milora_vl.train.plan.batching import Batching
+from milora_vl.train.plan.fit import template_warnings
+from milora_vl.train.plan.plan import Plan, make_plan
+from milora_vl.train.plan.run_data import RunData
+from milora_vl.train.plan.run_folder import CARD, ENVIRONMENT, RunFolder
+from milora_vl.train.plan.screen import Screen, policy_rows, protection_lines, trainable_line
+from milora_vl.train.plan.train_section import base_dtype, refused
+from milora_vl.train.recipe.command_line import Request
+from milora_vl.train.recipe.merge import merge_recipe
+from milora_vl.train.recipe.schema import Recipe
 from milora_vl.train.run_files import AtFirstStep, FirstFiles
 from milora_vl.train.spectrum import layer_spectra
 from milora_vl.train.trainer import MiloraTrainer, calls_on_sigterm
-from milora_vl.weights.distributed import gather
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -509,7 +510,7 @@ def measured(path: Path) -> dict[str, float]:
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
     """Write README.md and report.html. Return the path of report.html, or None if it could not be written."""
-    folder.write_text(CARD, model_card.render(folder.path, recipe))
+    folder.write_text(CARD, model_card.render(folder.path, recipe.model_dump()))
     return try_write_report(folder.path, screen.warn)
 
 

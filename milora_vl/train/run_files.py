@@ -22,14 +22,14 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_data.encode.templates import OWN, render_chat_template
 from milora_data.encode.tokens import remember_legacy
-from milora_vl.adapter import checkpoints
+from milora_vl.core.adapter import checkpoints
 from milora_vl.models import loading
-from milora_vl.plan.run_data import RunData
-from milora_vl.plan.run_folder import ENVIRONMENT, RunFolder, lock, refuse_to_overwrite, unlock
-from milora_vl.plan.screen import Screen
-from milora_vl.recipe.hf_flags import value_of
-from milora_vl.recipe.schema import Recipe
 from milora_vl.train.model import Built
+from milora_vl.train.plan.run_data import RunData
+from milora_vl.train.plan.run_folder import ENVIRONMENT, RunFolder, lock, refuse_to_overwrite, unlock
+from milora_vl.train.plan.screen import Screen
+from milora_vl.train.recipe.hf_flags import value_of
+from milora_vl.train.recipe.schema import Recipe
 
 GIT_TIMEOUT = 10  # seconds
 PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")

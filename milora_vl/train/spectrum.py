@@ -12,12 +12,12 @@ from typing import TypedDict
 
 from torch import nn
 
-from milora_vl.adapter.install import base_model_of
-from milora_vl.policy import Target
-from milora_vl.policy.methods import METHODS
-from milora_vl.policy.towers import TOWERS, find_towers
-from milora_vl.svd import singular_values
-from milora_vl.weights.matrices import is_linear, matrix_shape, read_matrix
+from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.policy import Target
+from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.towers import TOWERS, find_towers
+from milora_vl.core.svd import singular_values
+from milora_vl.core.weights.matrices import is_linear, matrix_shape, read_matrix
 
 # The output matrix of a block's MLP, by its names in Llama, GPT-2, CLIP and related models.
 _MLP_OUT = re.compile(r"(mlp|feed_forward|ffn|output)\.(down_proj|c_proj|fc2|w2|dense|dense_4h_to_h)$")

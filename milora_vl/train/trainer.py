@@ -32,17 +32,17 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.tokens import IGNORE
 from milora_data.stream.dataset import RecordStream
-from milora_vl.adapter.checkpoints import STATE, step_of
-from milora_vl.adapter.folders import PROJECTOR_FILES
-from milora_vl.adapter.install import base_model_of
-from milora_vl.adapter.sidecar import ANCHORS_FILE, FILE_NAME
-from milora_vl.base.errors import UserError
-from milora_vl.compat.accelerate import enable_fsdp_on_cpus
-from milora_vl.compat.trainer import CheckpointTrainer
-from milora_vl.integrations.trainer import RatesOfRules
+from milora_vl.common.compat.accelerate import enable_fsdp_on_cpus
+from milora_vl.common.compat.trainer import CheckpointTrainer
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.checkpoints import STATE, step_of
+from milora_vl.core.adapter.folders import PROJECTOR_FILES
+from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME
+from milora_vl.core.policy import Target
+from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
-from milora_vl.policy import Target
 from milora_vl.train import fsdp, loaders
 from milora_vl.train.evaluation import SuiteCallback
 from milora_vl.train.keep import Kept, add_kept_term

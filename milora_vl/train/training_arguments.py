@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from milora_vl.models.devices import fastest_dtype, train_device
-from milora_vl.plan.launch import require_processes_for_fsdp
-from milora_vl.plan.train_section import TrainSection, accepted_fields, refused
-from milora_vl.recipe import hf_flags
+from milora_vl.train.plan.launch import require_processes_for_fsdp
+from milora_vl.train.plan.train_section import TrainSection, accepted_fields, refused
+from milora_vl.train.recipe import hf_flags
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -26,7 +26,7 @@ def for_this_process(section: TrainSection, output_dir: Path) -> tuple[TrainingA
     """Return the arguments, and warnings about settings without effect. Raises UserError if HF rejects a value."""
     from transformers import TrainingArguments
 
-    from milora_vl.compat.transformers import use_one_gpu
+    from milora_vl.common.compat.transformers import use_one_gpu
 
     train, warnings = deepcopy(section.arguments), list(section.warnings)  # HF writes into the settings of DeepSpeed
     device = train_device(train)

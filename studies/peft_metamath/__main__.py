@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_vl.base.atomic_write import read_json, write_json, write_text
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import did_you_mean, from_zero, no_folder, positive, run, suggest
-from milora_vl.cli.flags import Command, option, shared
-from milora_vl.cli.table import Table
+from milora_vl.common.atomic_write import read_json, write_json, write_text
+from milora_vl.common.cli.command_line import did_you_mean, from_zero, no_folder, positive, run, suggest
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.table import Table
+from milora_vl.common.errors import UserError
 from milora_vl.sweep.runner import alone
 from studies.peft_metamath.arms import ARMS, FIXED, LORA, OSF, OURS
 from studies.peft_metamath.one_run import RESULT, SCRIPT

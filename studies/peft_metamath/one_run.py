@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from milora_vl import apply_milora, calibration_texts
-from milora_vl.base.atomic_write import write_json
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import run as run_command
+from milora_vl.common.atomic_write import write_json
+from milora_vl.common.cli.command_line import run as run_command
+from milora_vl.common.errors import UserError
 from studies.peft_metamath.arms import OURS, rules
 
 SCRIPT = Path("method_comparison", "MetaMathQA")

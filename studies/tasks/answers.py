@@ -20,7 +20,7 @@ from milora_data.batches.lengths import encoded_lengths
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
-from milora_vl.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
+from milora_vl.core.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
 from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
 from milora_vl.forgetting.text import ends_of, padded_batches, text_batches

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from studies.linear_gru import LinearGru
 from studies.task import Measured, shuffled
 

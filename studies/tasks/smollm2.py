@@ -8,7 +8,7 @@ import torch
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.records.record import Record, Turn
-from milora_vl.foreign.load_model import load_model
+from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.devices import fastest_dtype
 from studies.tasks.answers import AnswerTask
 from studies.tasks.topics import named_topics

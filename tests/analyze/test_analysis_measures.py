@@ -12,7 +12,7 @@ from torch import Tensor
 
 from milora_vl.analyze import measures
 from milora_vl.analyze.measures import Update
-from milora_vl.svd import decompose
+from milora_vl.core.svd import decompose
 
 SHAPES = st.tuples(st.integers(3, 12), st.integers(3, 12))
 SEEDS = st.integers(0, 2**31)

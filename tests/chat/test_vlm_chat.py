@@ -17,11 +17,11 @@ from milora_data.pictures.videos import read_video, sampler
 from milora_data.records.record import Reply, Turn
 from milora_eval.answers.likelihood import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
-from milora_vl.base.errors import UserError
 from milora_vl.chat.command import main as chat
 from milora_vl.chat.picture import open_video
 from milora_vl.chat.session import Chat
-from milora_vl.foreign.load_model import load_model
+from milora_vl.common.errors import UserError
+from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.losses import summed_loss
 from support.problems import raises_code

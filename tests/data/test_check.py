@@ -14,7 +14,7 @@ from milora_data.check.command import check_for_training, scan
 from milora_data.check.pictures import MissingImages, find_missing
 from milora_data.pictures.files import place_of
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
 H, G = "human", "gpt"

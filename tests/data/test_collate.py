@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.labels import IGNORE, encode
 from milora_data.pictures.files import ImageError
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 

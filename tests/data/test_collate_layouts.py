@@ -12,7 +12,7 @@ import torch
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.labels import IGNORE
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.llava_oracle import llava_train, original_llava
 from support.problems import raises_code
 from support.questions import TOKENS, image_id, question

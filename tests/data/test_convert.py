@@ -13,7 +13,7 @@ import pytest
 from milora_data.__main__ import main
 from milora_data.stream.sources import Source, load_records, mixed_records
 from milora_eval.benchmarks.refcoco import RefCOCO
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 from support import official_data
 from support.problems import raises_code
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import parser
+from milora_vl.common.cli.command_line import parser
+from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
 Out = pytest.CaptureFixture[str]

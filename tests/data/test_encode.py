@@ -15,8 +15,8 @@ from milora_data.encode.labels import IGNORE, NoSupervisedTokens, encode, encode
 from milora_data.encode.templates import TEMPLATES
 from milora_data.encode.words import words_of
 from milora_data.records.record import IMAGE, parse_record
-from milora_vl.base.errors import DataError
-from milora_vl.tiny import tiny_tokenizer
+from milora_vl.common.errors import DataError
+from milora_vl.models.tiny import tiny_tokenizer
 from support.conversations import KINDS, answers, as_llava, conversations, record, supervised_text, texts
 from support.llava_oracle import byte_bpe, llama_tokenizer, llava_ids
 from support.problems import raises_code

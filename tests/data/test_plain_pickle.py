@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from milora_data.formats.other_files import read_plain_pickle
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
 

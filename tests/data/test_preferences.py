@@ -14,7 +14,7 @@ from milora_data.batches.preferences import PreferenceCollator, pair_of
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.records.record import Turn
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of

@@ -12,7 +12,7 @@ from transformers import AddedToken
 
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES, get_template, render_chat_template, template_name
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, record, supervised_text
 from support.llava_oracle import llama_tokenizer, llava_ids
 from support.problems import raises_code

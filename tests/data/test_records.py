@@ -12,7 +12,7 @@ import pytest
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.records.record import Record, Turn, parse_record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
 RECORD = {

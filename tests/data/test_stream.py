@@ -19,7 +19,7 @@ from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record
 from milora_data.stream.dataset import record_stream
 from milora_data.stream.sources import Source
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
 loaders = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)

@@ -15,7 +15,7 @@ from milora_data.encode.labels import IGNORE, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES, place_images, render, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_data.records.record import ROLES, Turn
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from support.llava_oracle import byte_bpe, llama_tokenizer
 from support.problems import raises_code
 from support.versions import RIGHT_ASSISTANT_MASKS

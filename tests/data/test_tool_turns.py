@@ -15,8 +15,8 @@ from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.encode.labels import encode, encode_prompt
 from milora_data.records.record import parse_record
-from milora_vl.base.errors import DataError
-from milora_vl.tiny import tiny_tokenizer
+from milora_vl.common.errors import DataError
+from milora_vl.models.tiny import tiny_tokenizer
 from support.conversations import BYTE_BPE
 from support.problems import raises_code
 from support.versions import needs_places

@@ -22,9 +22,9 @@ from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.pictures.videos import planned_video, read_video, sampler
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 from milora_vl.models.image_tokens import configure_processor
-from milora_vl.recipe.schema import DataConfig
+from milora_vl.models.processor_settings import ProcessorSettings
 from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import VIDEO_PARTS, asked, video_template, write_video
@@ -56,7 +56,7 @@ def with_template(name: str, **settings: Any) -> Any:
     processor.chat_template = video_template(name)
     if name == "smolvlm":  # as published
         processor.video_processor.fps, processor.video_processor.num_frames = 1, 64
-    configure_processor(processor, DataConfig(**settings))
+    configure_processor(processor, ProcessorSettings(**settings))
     return processor
 
 
@@ -222,7 +222,7 @@ def test_limits_of_pixels_count_for_videos(folder: Path) -> None:
     with raises_code("pixels-unsupported", where="data.video_max_pixels"):
         with_template("internvl", video_max_pixels=9)
     with raises_code("record-videos", where="data.fps"):
-        configure_processor(processor_of("gemma3"), DataConfig(fps=2))
+        configure_processor(processor_of("gemma3"), ProcessorSettings(fps=2))
 
 
 BROKEN = [

@@ -15,7 +15,7 @@ from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.pictures.files import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from milora_vl.models.losses import summed_loss
 from support.problems import raises_code
 from support.versions import needs_places

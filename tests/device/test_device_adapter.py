@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from milora_vl import apply_milora, decompose, load_adapter, merge, reinit_peft, restore_split, save_adapter
-from milora_vl.adapter import apply
-from milora_vl.svd.decomposition import Part
+from milora_vl.core.adapter import apply
+from milora_vl.core.svd.decomposition import Part
 from support.adapter_cases import Pictures as PictureModel
 from support.adapter_cases import move, one_rule, picture_batch, tiny_gpt2, token_batch, train_steps
 from support.family_configs import batch, build

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from milora_vl import smol_llava
-from milora_vl.models import generate
-from milora_vl.tiny import tiny_llama
+from milora_vl.models import generate, smol_llava
+from milora_vl.models.tiny import tiny_llama
 from support import documented_files
 from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side
 from support.documented_run import flags_of, in_one, in_two, launch_of, run_here, run_outside, run_together, substituted

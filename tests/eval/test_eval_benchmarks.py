@@ -18,7 +18,7 @@ from milora_eval.benchmarks.xlsx import read_xlsx
 from milora_eval.data_files import load_items
 from milora_eval.rules.math_answers import is_equivalent
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of, has_files
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from milora_vl.models.generate import Prompt, prompt_ids
 from support import official_data
 from support.llava_oracle import llama_tokenizer, llava_train

@@ -10,7 +10,7 @@ import pytest
 from milora_eval.answers.store import to_line
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.scores.compare import compare, num_common
-from milora_vl.cli.table import Table, show
+from milora_vl.common.cli.table import Table, show
 from support.eval_questions import write_questions
 from support.problems import raises_code
 

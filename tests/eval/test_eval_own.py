@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from milora_eval.__main__ import main
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from support.drawn import draw
 from support.problems import raises_code
 

@@ -97,7 +97,7 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: 
         import sys, time
         from milora_eval import run
         from milora_eval.benchmarks.emoji import Emoji
-        from milora_vl.tiny import tiny_llava
+        from milora_vl.models.tiny import tiny_llava
 
         class Slow(Emoji):
             asked = 0

@@ -23,7 +23,7 @@ from milora_eval import chat_server
 from milora_eval.__main__ import main
 from milora_eval.answers.served import picture_url
 from milora_eval.answers.store import read_lines
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from support import official_data
 from support.chat_server import Answers, answer, answering
 from support.eval_questions import write_questions

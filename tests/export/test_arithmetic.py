@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import Options, export, main
-from milora_vl.foreign.scale import Update
+from milora_vl.interop.adapters.scale import Update
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule
 from support.calibrated import directions, leaks, text_batches
 from support.problems import raises_code

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.export import Options, export, main
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 from support.problems import raises_code

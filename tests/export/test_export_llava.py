@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import Options, export
-from milora_vl.foreign.llava import KNOWN_KEYS
+from milora_vl.interop.adapters.llava import KNOWN_KEYS
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move
 from support.llava_oracle import llava_train, original_llava
 from support.problems import raises_code

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from milora_vl.chat import main as chat
 from milora_vl.export import Options, export
-from milora_vl.tiny import tiny_llama, tiny_llava
+from milora_vl.models.tiny import tiny_llama, tiny_llava
 from milora_vl.train.command import main as train
 from support.served import ask, serving
 

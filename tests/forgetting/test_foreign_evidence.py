@@ -14,7 +14,7 @@ from milora_vl import load_model
 from milora_vl.analyze.job import plan, rows_of
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.forgetting.measure import measure_forgetting
-from milora_vl.tiny import tiny_llama
+from milora_vl.models.tiny import tiny_llama
 from support.problems import raises_code
 from support.versions import SAVES_BIASES
 

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor
 from milora_data import ImageTextCollator
 from milora_data.batches.processor_collate import ProcessorCollator
 from milora_vl import apply_milora, collator_for
-from milora_vl.tiny import tiny_llama, tiny_llava
+from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.problems import raises_code
 from support.tiny_next import tiny_next
 from support.versions import needs_places

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from milora_vl import chat, compose, train
+from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.models.vision import tower_config
-from milora_vl.tiny import tiny_tokenizer
 from support.problems import raises_code
 
 WIDTHS: dict[str, int] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

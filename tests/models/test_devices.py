@@ -9,9 +9,9 @@ import torch
 
 from milora_vl.models import devices
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
-from milora_vl.plan.plan import with_dtype
-from milora_vl.recipe.command_line import parse
 from milora_vl.train import training_arguments
+from milora_vl.train.plan.plan import with_dtype
+from milora_vl.train.recipe.command_line import parse
 from support.plans import plan, section, settings
 
 CPU = torch.device("cpu")

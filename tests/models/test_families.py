@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milora_vl import Policy, apply_milora, load_adapter, merge, save_adapter
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.weights.matrices import is_linear
 from milora_vl.export import Options, export
-from milora_vl.policy.towers import find_towers
 from milora_vl.train.command import main as train
-from milora_vl.weights.matrices import is_linear
 from support.adapter_cases import anchors, move
 from support.family_configs import FAMILIES, TEXT_ONLY, batch, build
 from support.programs import run as run_program

@@ -108,7 +108,7 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 import torch
-from milora_vl.svd import decompose
+from milora_vl.core.svd import decompose
 weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 factors = decompose(weight, 4)
 error = (factors.U * factors.S @ factors.Vh - weight).abs().max()
@@ -120,7 +120,7 @@ print(*sys.modules)
 def test_the_svd_works_with_torch_alone() -> None:
     """Every other installed package is hidden, numpy too."""
     loaded = set(python(f"import warnings; warnings.simplefilter('ignore')\n{WITH_TORCH_ALONE}").split())
-    assert "milora_vl.svd" in loaded
+    assert "milora_vl.core.svd" in loaded
     assert not {"numpy", "peft", "transformers", "pydantic", "yaml"} & loaded
 
 

@@ -33,11 +33,11 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "milora_vl/compose/command.py": (1, QUICK_HELP),
     "milora_vl/export/command.py": (1, QUICK_HELP),
     "milora_vl/forgetting/__main__.py": (1, QUICK_HELP),
-    "milora_vl/integrations/llava.py": (1, QUICK_HELP),
-    "milora_vl/integrations/replace.py": (1, QUICK_HELP),
+    "milora_vl/interop/llava.py": (1, QUICK_HELP),
+    "milora_vl/interop/replace.py": (1, QUICK_HELP),
     "milora_vl/models/auto_classes.py": (2, "transformers imports these classes, not the other way round"),
-    "milora_vl/policy/policy.py": (1, "reading rules needs no PEFT"),
-    "milora_vl/recipe/continued.py": (1, QUICK_HELP),
+    "milora_vl/core/policy/policy.py": (1, "reading rules needs no PEFT"),
+    "milora_vl/train/recipe/continued.py": (1, QUICK_HELP),
     "milora_vl/sweep/__main__.py": (1, QUICK_HELP),
     "milora_vl/train/command.py": (3, QUICK_HELP),
     "studies/__main__.py": (1, QUICK_HELP),
@@ -100,7 +100,7 @@ def inner_imports(path: Path) -> int:
     }
     ours = {package.strip("/").split("/")[-1] for package in PACKAGES}
     modules = ((node.module or "") if isinstance(node, ast.ImportFrom) else node.names[0].name for node in imports)
-    return sum(module.split(".")[0] in ours for module in modules if not module.startswith("milora_vl.compat"))
+    return sum(module.split(".")[0] in ours for module in modules if not module.startswith("milora_vl.common.compat"))
 
 
 def test_imports_inside_functions_have_a_reason() -> None:

@@ -1,4 +1,4 @@
-"""Rewrite milora_vl/recipe/hf_flags.json: Hugging Face's training flags.
+"""Rewrite milora_vl/train/recipe/hf_flags.json: Hugging Face's training flags.
 
 Run it in an environment with the newest supported transformers:  python tests/reference/make_hf_flags.py
 """
@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 from transformers import TrainingArguments
 
-TARGET = Path(__file__).parents[2] / "milora_vl" / "recipe" / "hf_flags.json"
+TARGET = Path(__file__).parents[2] / "milora_vl" / "train" / "recipe" / "hf_flags.json"
 SCALARS = {bool: "bool", int: "int", float: "float", str: "str"}
 NOT_FLAGS = {"_n_gpu", "parallelism_config"}  # an internal counter; a Python object
 

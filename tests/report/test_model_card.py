@@ -8,15 +8,15 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCard
 
-from milora_vl.recipe.schema import Recipe
 from milora_vl.report import model_card
+from milora_vl.train.recipe.schema import Recipe
 
 RECIPE = Recipe.parse({"model": "tiny", "policy": [{"modules": "language", "method": "milora", "rank": 4}]})
 
 
 def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
-    front = yaml.safe_load(model_card.render(tmp_path, RECIPE).split("---")[1])
+    front = yaml.safe_load(model_card.render(tmp_path, RECIPE.model_dump()).split("---")[1])
     assert front["base_model"] == "tiny"
     assert front["library_name"] == "peft"
     assert "milora" in front["tags"]
@@ -27,7 +27,7 @@ def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text(json.dumps({"base": "llava-hf/llava-1.5-7b-hf"}))
     data = {"path": [{"path": "train.json"}, {"path": "hub:owner/set:train"}]}
     card = tmp_path / "README.md"
-    card.write_text(model_card.render(tmp_path, Recipe.parse({**RECIPE.model_dump(), "data": data})))
+    card.write_text(model_card.render(tmp_path, {**RECIPE.model_dump(), "data": data}))
     front = ModelCard.load(card).data
     assert (front.base_model, front.license, front.datasets) == ("llava-hf/llava-1.5-7b-hf", "other", ["owner/set"])
     assert front.license_link == "https://huggingface.co/llava-hf/llava-1.5-7b-hf"
@@ -45,18 +45,18 @@ def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_base_model_for_the_hub(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text(json.dumps({"base": str(tmp_path)}))
-    assert "base_model" not in yaml.safe_load(model_card.render(tmp_path, RECIPE).split("---")[1])
+    assert "base_model" not in yaml.safe_load(model_card.render(tmp_path, RECIPE.model_dump()).split("---")[1])
 
 
 def test_records_of_a_stream_are_not_counted(tmp_path: Path) -> None:
     for data, words in ({"eval": 0}, "`tiny` fine-tuned.\n"), ({"train": 12}, "`tiny` fine-tuned on 12 records.\n"):
         (tmp_path / "environment.json").write_text(json.dumps({"data": data}))
-        assert words in model_card.render(tmp_path, RECIPE)
+        assert words in model_card.render(tmp_path, RECIPE.model_dump())
 
 
 def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
-    card.write_text(model_card.render(tmp_path, RECIPE) + "\nMy own words.\n")
+    card.write_text(model_card.render(tmp_path, RECIPE.model_dump()) + "\nMy own words.\n")
     assert "## Scores" not in card.read_text()
     table = tmp_path / "eval" / "emoji" / "final" / "table.md"
     table.parent.mkdir(parents=True)

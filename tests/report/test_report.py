@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.report.__main__ import main as report_main
 from milora_vl.report.page import regenerate_report, write_report
 from milora_vl.report.parts import credits_of

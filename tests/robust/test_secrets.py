@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milora_eval.chat_server import ChatServer
-from milora_vl.base.errors import DataError, UserError, with_context
-from milora_vl.base.secrets import HIDDEN, without_secrets
+from milora_vl.common.errors import DataError, UserError, with_context
+from milora_vl.common.secrets import HIDDEN, without_secrets
 from milora_vl.train.command import main
 from support.train_runs import training
 
@@ -98,7 +98,7 @@ def test_a_server_that_refuses_is_named_without_its_password() -> None:
 
 BROKEN = """
 import os
-from milora_vl.cli.command_line import run
+from milora_vl.common.cli.command_line import run
 def main(argv):
     raise RuntimeError("401 for token " + os.environ["HF_TOKEN"])
 run(main)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora_vl.adapter.install import lora_layer
-from milora_vl.calibration.activations import find_inputs
-from milora_vl.policy import Policy
-from milora_vl.weights.matrices import is_linear
+from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.calibration.activations import find_inputs
+from milora_vl.core.policy import Policy
+from milora_vl.core.weights.matrices import is_linear
 from support.adapter_cases import llava_batch, picture_batch, token_batch
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from milora_vl.tiny import tiny_llama, tiny_llava
+from milora_vl.models.tiny import tiny_llama, tiny_llava
 
 # SmolLM2's, which says a system text of its own where the messages have none; the answers marked as TRL does.
 MARKED = (

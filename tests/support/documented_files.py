@@ -26,7 +26,7 @@ REPLACED = """
 import sys
 import some.module
 from peft import LoraConfig, get_peft_model
-from milora_vl.tiny import tiny_llama
+from milora_vl.models.tiny import tiny_llama
 
 config = LoraConfig(r=int(sys.argv[1]), target_modules=["q_proj"], task_type="CAUSAL_LM")
 get_peft_model(tiny_llama()[0], config).save_pretrained(sys.argv[2])
@@ -110,7 +110,7 @@ def write_parts(folder: Path) -> None:
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
     from milora_vl.models.projector import save_projector
-    from milora_vl.tiny import tiny_llama, tiny_llava
+    from milora_vl.models.tiny import tiny_llama, tiny_llava
 
     write_model("qwen2_5_vl", folder / "qwen-vl")
     whole, _ = tiny_llava()

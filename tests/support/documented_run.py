@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from milora_vl.__main__ import MENU
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from support.command_parsers import parser_of
 from support.documented import words
 from support.documented_tables import LEFT_OPEN, PLANS, SUBSTITUTIONS

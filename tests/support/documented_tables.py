@@ -73,7 +73,7 @@ EXCEPTIONS: dict[str, str] = {
     r"vllm serve |python -m (sglang|vllm)": "need a separate environment, where tests/export/test_vllm.py starts vLLM",
     r"transformers serve |curl ": "the server runs until it is stopped; tests/export/test_serving.py starts it",
     r"llama-server |ollama ": "not from the package index",
-    r"python examples/\w+_trl\.py ": "trl is optional; tests/integrations/test_trl.py runs these with tiny models",
+    r"python examples/\w+_trl\.py ": "trl is optional; tests/interop/test_trl.py runs these with tiny models",
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",

@@ -33,14 +33,15 @@ sys.path[:0] = [str(ROOT / "tests")]
 from milora_data.records.record import Turn  # noqa: E402
 from milora_eval import run as evaluate  # noqa: E402
 from milora_vl import Policy, apply_milora, collator_for, load_adapter, merge, save_adapter  # noqa: E402
-from milora_vl.base.errors import UserError  # noqa: E402
+from milora_vl.common.errors import UserError  # noqa: E402
+from milora_vl.core.policy.default import without_projector  # noqa: E402
+from milora_vl.core.policy.rules import Target  # noqa: E402
+from milora_vl.core.policy.towers import find_towers  # noqa: E402
+from milora_vl.models.base import Base  # noqa: E402
 from milora_vl.models.generate import Prompt, generate  # noqa: E402
-from milora_vl.plan import fit  # noqa: E402
-from milora_vl.plan.base import Base  # noqa: E402
-from milora_vl.policy.rules import Target  # noqa: E402
-from milora_vl.policy.towers import find_towers  # noqa: E402
-from milora_vl.recipe.policy_edits import PolicyEdits, edited, without_projector  # noqa: E402
-from milora_vl.recipe.schema import DataConfig, Recipe  # noqa: E402
+from milora_vl.train.plan import fit  # noqa: E402
+from milora_vl.train.recipe.policy_edits import PolicyEdits, edited  # noqa: E402
+from milora_vl.train.recipe.schema import DataConfig, Recipe  # noqa: E402
 from support import any_family, official_data  # noqa: E402
 from support.vlm_runs import record, write_pictures  # noqa: E402
 

@@ -13,7 +13,7 @@ def small_vicuna_and_clip(root: Path) -> None:
     from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
-    from milora_vl.tiny import tiny_llava
+    from milora_vl.models.tiny import tiny_llava
 
     torch.manual_seed(0)
     CLIPVisionModel(tiny_llava()[0].config.vision_config).save_pretrained(root / "clip")

@@ -6,14 +6,14 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from milora_vl.plan.fit import Fitted, fit
-from milora_vl.plan.launch import read_launch
-from milora_vl.plan.plan import Plan, make_plan
-from milora_vl.plan.train_section import TrainSection, derive
-from milora_vl.recipe.command_line import parse
-from milora_vl.recipe.merge import merge_recipe
-from milora_vl.recipe.places import at_their_places
-from milora_vl.recipe.schema import Recipe, RecipeError
+from milora_vl.train.plan.fit import Fitted, fit
+from milora_vl.train.plan.launch import read_launch
+from milora_vl.train.plan.plan import Plan, make_plan
+from milora_vl.train.plan.train_section import TrainSection, derive
+from milora_vl.train.recipe.command_line import parse
+from milora_vl.train.recipe.merge import merge_recipe
+from milora_vl.train.recipe.places import at_their_places
+from milora_vl.train.recipe.schema import Recipe, RecipeError
 
 
 def fitted(words: str | Sequence[str]) -> Fitted:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 
 
 @contextmanager

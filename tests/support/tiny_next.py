@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from milora_vl.tiny import tiny_llava
+from milora_vl.models.tiny import tiny_llava
 
 GRIDS = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
 

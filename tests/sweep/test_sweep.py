@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from milora_vl.base.errors import UserError
-from milora_vl.recipe.schema import Recipe
+from milora_vl.common.errors import UserError
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _remember as remember
 from milora_vl.sweep.__main__ import _same_sweep as same_sweep
@@ -21,6 +20,7 @@ from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
 from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
+from milora_vl.train.recipe.schema import Recipe
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.sweep_cells import RECIPE, finish_cell

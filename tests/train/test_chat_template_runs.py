@@ -16,8 +16,8 @@ from milora_data.encode.labels import encode
 from milora_data.records.record import Turn
 from milora_data.stream.sources import load_records
 from milora_vl import load_model
-from milora_vl.base.errors import DataError, UserError
 from milora_vl.chat.command import main as chat
+from milora_vl.common.errors import DataError, UserError
 from milora_vl.export.command import main as export
 from milora_vl.forgetting import job
 from milora_vl.forgetting.__main__ import main as forgetting

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora_vl.adapter.checkpoints import (
+from milora_vl.core.adapter.checkpoints import (
     checkpoints,
     latest,
     num_processes,
@@ -16,7 +16,7 @@ from milora_vl.adapter.checkpoints import (
     why_incomplete,
     zero_stage,
 )
-from milora_vl.plan import resuming
+from milora_vl.train.plan import resuming
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
 

@@ -14,7 +14,7 @@ from milora_data.__main__ import main
 from milora_data.pictures.files import load_image
 from milora_data.stream.sources import load_records
 from milora_eval.benchmarks.own_data import OwnData
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 from milora_vl.train.command import main as train
 from support.drawn import dump, dump_lines, encoded
 from support.problems import raises_code

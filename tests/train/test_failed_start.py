@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
 from support.train_runs import file_contents, training
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
 from support.fake_hub import FakeHub, running
 from support.programs import run as run_program

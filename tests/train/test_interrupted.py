@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import TrainingArguments
 
-from milora_vl.adapter import checkpoints
-from milora_vl.adapter.checkpoints import why_incomplete
+from milora_vl.core.adapter import checkpoints
+from milora_vl.core.adapter.checkpoints import why_incomplete
 from milora_vl.train import failures, loaders, trainer
 from milora_vl.train.command import main
 from support.problems import raises_code

@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import kl_div
 
 from milora_vl import apply_milora
-from milora_vl.adapter.install import base_model_of
-from milora_vl.tiny import tiny_llava
+from milora_vl.core.adapter.install import base_model_of
+from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.command import main
 from milora_vl.train.keep import Kept, add_kept_term
 from support.calibrated import llava_batches
@@ -35,8 +35,8 @@ LORA = ["--policy", json.dumps(RULES["lora"]), "--dropout", "0"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.calibration.calibrate.FEWEST", 0.0)
-    monkeypatch.setattr("milora_vl.calibration.calibrate.LEAST_HELD_OUT", 0.0)
+    monkeypatch.setattr("milora_vl.core.calibration.calibrate.FEWEST", 0.0)
+    monkeypatch.setattr("milora_vl.core.calibration.calibrate.LEAST_HELD_OUT", 0.0)
 
 
 def log(run: Path) -> list[dict[str, float]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl.adapter.apply import apply_milora
+from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.models import losses
 from milora_vl.models.losses import add_chunked_loss, inner_model, summed_loss
 from support.family_configs import FAMILIES, TEXT_ONLY, build

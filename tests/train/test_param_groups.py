@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from milora_vl import Policy, apply_milora, load_adapter, parameter_groups, save_adapter
-from milora_vl.integrations.trainer import RatesOfRules
+from milora_vl.interop.trainer import RatesOfRules
 from support.problems import raises_code
 
 RULES: list[dict[str, Any]] = [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from milora_vl.base import progress
+from milora_vl.common import progress
 from milora_vl.train.command import main
 from milora_vl.train.progress import log_line
 from support.problems import raises_code

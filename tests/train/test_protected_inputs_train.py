@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl import load_adapter
-from milora_vl.calibration.texts import SEED
-from milora_vl.forecast.estimate import distinct_inputs
+from milora_vl.core.calibration.texts import SEED
+from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
 from milora_vl.forgetting.text import general_text, sampled_batches
-from milora_vl.plan.base import Base, find_base
-from milora_vl.plan.screen import Screen
-from milora_vl.policy import Policy
-from milora_vl.recipe.schema import Recipe
+from milora_vl.models.base import Base, find_base
+from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.run_page import read_run
 from milora_vl.report.tables import protection_table
-from milora_vl.tiny import tiny_llava
 from milora_vl.train import calibration_batches
 from milora_vl.train.command import main
+from milora_vl.train.dry_run.estimate import distinct_inputs
+from milora_vl.train.plan.screen import Screen
+from milora_vl.train.recipe.schema import Recipe
 from support.calibrated import directions, leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
@@ -45,8 +45,8 @@ PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibration texts."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
-    monkeypatch.setattr("milora_vl.calibration.calibrate.LEAST_HELD_OUT", 0.0)  # and few texts
+    monkeypatch.setattr("milora_vl.core.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
+    monkeypatch.setattr("milora_vl.core.calibration.calibrate.LEAST_HELD_OUT", 0.0)  # and few texts
     return tmp_path / "cache" / "calibration"
 
 

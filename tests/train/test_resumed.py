@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
 from support.train_runs import file_contents, losses, read_json, training

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from milora_vl.plan import run_folder
 from milora_vl.train import run as run_module
 from milora_vl.train.command import main
+from milora_vl.train.plan import run_folder
 from support.problems import raises_code
 from support.train_runs import file_contents, losses, training
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from milora_vl.plan.run_folder import lock
+from milora_vl.train.plan.run_folder import lock
 held = lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

@@ -12,8 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from milora_vl.base.errors import UserError
-from milora_vl.policy import ranks
+from milora_vl.common.errors import UserError
+from milora_vl.core.policy import ranks
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
 from support.problems import raises_code

@@ -11,10 +11,10 @@ import pytest
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.records.record import Record
-from milora_vl.base.errors import UserError
-from milora_vl.plan import run_data
-from milora_vl.recipe.schema import DataConfig
+from milora_vl.common.errors import UserError
 from milora_vl.train.command import main
+from milora_vl.train.plan import run_data
+from milora_vl.train.recipe.schema import DataConfig
 from support.train_runs import lengthen_data, losses, training
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 from milora_vl.train.command import main
 from support import dirty_data
 from support.launched import launched

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from milora_vl.adapter.apply import apply_milora
-from milora_vl.policy import Policy
+from milora_vl.core.adapter.apply import apply_milora
+from milora_vl.core.policy import Policy
 from milora_vl.train.trainer import MiloraTrainer
 from support.problems import raises_code
 

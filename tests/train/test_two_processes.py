@@ -85,7 +85,7 @@ def test_a_base_is_composed_whole_by_one_process(
 ) -> None:
     from transformers import CLIPVisionModel
 
-    from milora_vl.tiny import tiny_tokenizer
+    from milora_vl.models.tiny import tiny_tokenizer
 
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
     tiny_llama()[0].save_pretrained(tmp_path / "language")

@@ -11,7 +11,7 @@ import pytest
 from milora_eval.__main__ import main as evaluate
 from milora_vl import apply_milora, chat, export, forgetting, load_model, save_adapter
 from milora_vl.analyze import __main__ as analyze
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 from milora_vl.forgetting.__main__ import main as forget
 from milora_vl.models.projector import projector_file, save_projector
 from support.adapter_cases import move

@@ -13,7 +13,7 @@ import pytest
 
 from milora_data.pictures import download
 from milora_data.pictures.files import ImageError, WebPicture, load_image
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 from milora_vl.train.command import main as train
 from support.drawn import dump_lines, encoded
 from support.problems import raises_code

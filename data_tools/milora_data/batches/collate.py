@@ -21,7 +21,7 @@ from milora_data.pictures.features import FeatureReader
 from milora_data.pictures.files import ImageError, ImagePolicy, place_of
 from milora_data.pictures.pixels import AspectRatio, JpegDecoding, PixelMaker
 from milora_data.records.record import IMAGE, Record
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class ImageTextCollator(RecordCollator[Sample]):
 
     `RecordCollator` explains `bad_images` and `substitutes`.
 
-    >>> from milora_vl.tiny import tiny_tokenizer
+    >>> from milora_vl.models.tiny import tiny_tokenizer
     >>> turns = [{"from": "human", "value": "Is it red?"}, {"from": "gpt", "value": "Yes."}]
     >>> batch = ImageTextCollator(tiny_tokenizer())([{"conversations": turns}, {"conversations": turns + turns}])
     >>> {name: tuple(tensor.shape) == tuple(batch["labels"].shape) for name, tensor in batch.items()}

@@ -17,7 +17,7 @@ from milora_data.encode.tokens import fast_backend, own_template
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import ImageError, picture_size, place_of
 from milora_data.records.record import Record
-from milora_vl.base.atomic_write import atomic_file
+from milora_vl.common.atomic_write import atomic_file
 
 log = logging.getLogger(__name__)
 

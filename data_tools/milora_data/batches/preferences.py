@@ -16,8 +16,8 @@ from torch.utils.data import get_worker_info
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.tokens import IGNORE
 from milora_data.records.record import IMAGE, SPEAKERS, Record, parse_record
-from milora_vl.base.errors import DataError, UserError, with_context
-from milora_vl.compat.torch import FailedBatch
+from milora_vl.common.compat.torch import FailedBatch
+from milora_vl.common.errors import DataError, UserError, with_context
 
 SIDES = ("chosen", "rejected")
 

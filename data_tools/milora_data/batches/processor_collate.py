@@ -30,8 +30,8 @@ from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.pictures.videos import Frames, require_one_size
 from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, tools_of
-from milora_vl.base.errors import DataError, UserError, first_line, with_context, with_problems
-from milora_vl.cli.command_line import amount
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import DataError, UserError, first_line, with_context, with_problems
 
 log = logging.getLogger(__name__)
 

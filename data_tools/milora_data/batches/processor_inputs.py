@@ -16,8 +16,8 @@ from milora_data.encode.templates import no_videos
 from milora_data.pictures.files import ImageError, load_image, picture_size
 from milora_data.pictures.videos import Frames, planned_video, read_video, require_one_size, sampler
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
-from milora_vl.base.errors import DataError, UserError
-from milora_vl.compat.transformers import count_picture_tokens, recorded_places
+from milora_vl.common.compat.transformers import count_picture_tokens, recorded_places
+from milora_vl.common.errors import DataError, UserError
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from milora_data.encode.tokens import IGNORE
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 
 # Families whose packed rows a test compares with their records.
 PACKED = frozenset(

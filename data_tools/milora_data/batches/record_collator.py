@@ -15,8 +15,8 @@ from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy
 from milora_data.records.record import Record, parse_record
-from milora_vl.base.errors import DataError, UserError, with_context
-from milora_vl.compat.torch import FailedBatch
+from milora_vl.common.compat.torch import FailedBatch
+from milora_vl.common.errors import DataError, UserError, with_context
 
 log = logging.getLogger(__name__)
 

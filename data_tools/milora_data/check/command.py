@@ -22,11 +22,11 @@ from milora_data.pictures.files import ImageError, ImagePolicy, OutsidePicture, 
 from milora_data.pictures.videos import require_pyav
 from milora_data.records.record import Record, parse_record
 from milora_data.stream.sources import is_json, load_records, mixed_records, read_sources
-from milora_vl.base.errors import DataError, Problem, UserError, no_records
-from milora_vl.cli import command_line as cli
-from milora_vl.cli.command_line import count, next_step
-from milora_vl.cli.flags import DATA, Command, option, shared
-from milora_vl.cli.web import url_problem, web_address
+from milora_vl.common.cli import command_line as cli
+from milora_vl.common.cli.command_line import count, next_step
+from milora_vl.common.cli.flags import DATA, Command, option, shared
+from milora_vl.common.cli.web import url_problem, web_address
+from milora_vl.common.errors import DataError, Problem, UserError, no_records
 
 OUTSIDE = " (outside the image folder)"
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together

@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.encode.templates import place_images, split_tool_turns, split_turns
 from milora_data.records.record import IMAGE, Record, tools_of, uses_tools
-from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import amount
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import DataError
 
 Severity = Literal["error", "warning"]
 

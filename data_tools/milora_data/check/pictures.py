@@ -17,8 +17,8 @@ from milora_data.pictures.files import (
     place_of,
 )
 from milora_data.pictures.videos import require_whole_video
-from milora_vl.base.errors import DataError
-from milora_vl.cli.web import web_address
+from milora_vl.common.cli.web import web_address
+from milora_vl.common.errors import DataError
 
 
 class MissingImages(DataError):

@@ -11,8 +11,8 @@ from typing import Any
 from milora_data.check.findings import CONTROL, KINDS, Report, examine
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.records.record import IMAGE, ROLES, as_llava, parse_record
-from milora_vl.base.errors import DataError, UserError
-from milora_vl.cli.command_line import amount
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import DataError, UserError
 
 # Errors of a record that no repair fixes without guessing.
 _FATAL = ("not_a_record", "turn_order", "missing_picture", "corrupt_picture", "corrupt_video", "broken_text")

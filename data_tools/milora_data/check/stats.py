@@ -17,9 +17,9 @@ from milora_data.pictures.files import StoredPicture
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream.sources import load_records
-from milora_vl.base.errors import DataError, no_records, with_context
-from milora_vl.cli.command_line import count, next_step
-from milora_vl.cli.flags import DATA, Command, option, shared
+from milora_vl.common.cli.command_line import count, next_step
+from milora_vl.common.cli.flags import DATA, Command, option, shared
+from milora_vl.common.errors import DataError, no_records, with_context
 
 SECTIONS = ("tokens", "leakage")
 TITLES = {"learnt_per_record": "supervised_per_record"}  # titles that differ from the keys of the JSON output

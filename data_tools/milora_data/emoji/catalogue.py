@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from milora_data.assets import fetch
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -32,7 +32,7 @@ from milora_data.encode.templates import (
 )
 from milora_data.encode.tokens import TokenizerTraits, eos_text, own_template, tokenizer_traits
 from milora_data.records.record import IMAGE, Turn
-from milora_vl.base.errors import MALFORMED, DataError, UserError
+from milora_vl.common.errors import MALFORMED, DataError, UserError
 
 # Characters of Unicode's private use area: no template handles them specially.
 _PLACEHOLDER = "\ue000{}\ue001"

@@ -25,8 +25,8 @@ from milora_data.encode.templates import Segment, no_tools, no_videos, place_ima
 from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.encode.words import words_of
 from milora_data.records.record import IMAGE, Record, Turn, parse_record, tools_of, uses_tools
-from milora_vl.base.errors import DataError, with_context
-from milora_vl.cli.command_line import amount
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import DataError, with_context
 
 
 class NoSupervisedTokens(DataError):
@@ -61,7 +61,7 @@ def encode(
     Raises `DataError`, with file and line if they are known, if turns are out of order, if the number of `<image>`
     differs from the number of pictures, or if no supervised token is left.
 
-    >>> from milora_vl.tiny import tiny_tokenizer
+    >>> from milora_vl.models.tiny import tiny_tokenizer
     >>> turns = [{"from": "human", "value": "<image>Is it red?"}, {"from": "gpt", "value": "Yes."}]
     >>> record = {"image": "a.png", "conversations": turns}
     >>> encoded = encode(record, tiny_tokenizer(), image_token_id=-200, image_tokens=3)

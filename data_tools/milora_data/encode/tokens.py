@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 
 
 def fast_backend(tokenizer: Any) -> Any:

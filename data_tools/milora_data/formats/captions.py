@@ -10,8 +10,8 @@ from typing import Any
 from milora_data.formats.jsonfile import not_utf8, read_rows
 from milora_data.pictures.files import SUFFIXES
 from milora_data.records.record import IMAGE
-from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import amount, beside
+from milora_vl.common.cli.command_line import amount, beside
+from milora_vl.common.errors import DataError
 
 UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
 TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.csv", "metadata.jsonl")

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ijson
 
-from milora_vl.base.atomic_write import atomic_file
-from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import beside, command_line
-from milora_vl.cli.web import url_problem
+from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.cli.command_line import beside, command_line
+from milora_vl.common.cli.web import url_problem
+from milora_vl.common.errors import DataError
 
 DELIMITERS = ",;\t"
 _BOM = b"\xef\xbb\xbf"

@@ -16,7 +16,7 @@ from milora_data.formats.vqa_files import Options, Records, record
 from milora_data.pictures.embedded import stored_pictures
 from milora_data.pictures.files import on_padded_square
 from milora_data.records.record import IMAGE, earlier
-from milora_vl.base.errors import MALFORMED, DataError, first_line
+from milora_vl.common.errors import MALFORMED, DataError, first_line
 
 DEFAULT_PROMPT = "Describe this picture."
 WHERE_IS = "Please provide the bounding box coordinate of the region this sentence describes: {}"

@@ -14,8 +14,8 @@ from milora_data.formats.other_files import COLUMNS, row_record
 from milora_data.formats.vqa_files import Options
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record, parse_record
-from milora_vl.base.errors import DataError, UserError, with_context
-from milora_vl.base.hub_host import hub_is_known
+from milora_vl.common.errors import DataError, UserError, with_context
+from milora_vl.common.hub_host import hub_is_known
 
 HUB = "hub:"
 _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}

@@ -16,8 +16,8 @@ from typing import Any
 
 from milora_data.formats.jsonfile import read_json
 from milora_data.records.record import IMAGE
-from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import amount
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import DataError
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

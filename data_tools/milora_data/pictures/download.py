@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from milora_data.assets import cache_dir
-from milora_vl.base.atomic_write import atomic_file
+from milora_vl.common.atomic_write import atomic_file
 
 MOST_BYTES = 50 * 2**20
 MOST_SECONDS = 30.0

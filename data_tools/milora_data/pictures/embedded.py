@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from milora_data.pictures.files import ImageError, StoredPicture, load_image, picture_suffix
-from milora_vl.base.errors import DataError
-from milora_vl.cli.command_line import command_line
+from milora_vl.common.cli.command_line import command_line
+from milora_vl.common.errors import DataError
 
 NOT_FETCHED = (
     "pictures are not fetched from the web: download them and name the files, or train with --web_pictures download"

@@ -17,8 +17,8 @@ from torch import Tensor
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import content_of
 from milora_data.pictures.pixels import PixelMaker
-from milora_vl.base.atomic_write import atomic_file
-from milora_vl.base.errors import DataError
+from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.errors import DataError
 
 PLAIN = "plain"  # entry of the plain picture, used for batches without pictures
 

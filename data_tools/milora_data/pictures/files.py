@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from milora_data.pictures.download import downloaded
-from milora_vl.base.errors import DataError
-from milora_vl.cli.web import url_problem
+from milora_vl.common.cli.web import url_problem
+from milora_vl.common.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from milora_data.pictures.files import ImageError, StoredPicture, opened
-from milora_vl.base.errors import DataError, UserError, first_line
-from milora_vl.cli.web import url_problem
+from milora_vl.common.cli.web import url_problem
+from milora_vl.common.errors import DataError, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.pictures.embedded import decoded, described, is_embedded
 from milora_data.pictures.files import StoredPicture
-from milora_vl.base.errors import DataError, with_context
+from milora_vl.common.errors import DataError, with_context
 
 Role = Literal["user", "assistant", "system", "tool"]
 

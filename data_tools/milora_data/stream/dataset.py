@@ -22,7 +22,7 @@ from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file,
 from milora_data.pictures.files import WebPictures
 from milora_data.records.record import Record, parse_record
 from milora_data.stream.sources import Source, from_web, is_json, read_sources, within
-from milora_vl.base.errors import DataError, UserError, no_records
+from milora_vl.common.errors import DataError, UserError, no_records
 
 StreamItem: TypeAlias = Record | UserError
 FEATURES = datasets.Features({"record": datasets.Value("large_binary")})

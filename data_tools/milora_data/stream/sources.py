@@ -14,11 +14,11 @@ from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.formats.stored import is_saved, stored_records
 from milora_data.pictures.files import PlacedPicture, StoredPicture, WebPicture, leads_outside
 from milora_data.records.record import Record, parse_record, with_names
-from milora_vl.base.errors import DataError
-from milora_vl.base.strict_models import Strict, problems_of
-from milora_vl.base.yaml_text import YamlTextError, parse_yaml
-from milora_vl.cli.command_line import beside
-from milora_vl.cli.web import url_problem, web_address
+from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.web import url_problem, web_address
+from milora_vl.common.errors import DataError
+from milora_vl.common.strict_models import Strict, problems_of
+from milora_vl.common.yaml_text import YamlTextError, parse_yaml
 
 
 def load_records(path: str | Path) -> Iterator[Record]:

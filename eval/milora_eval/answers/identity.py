@@ -14,8 +14,15 @@ from typing import Any
 
 from milora_data.encode.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
-from milora_vl.adapter.folders import ADAPTER_FILES, CONFIG, NON_LORA, PROJECTOR_FILES, holds_adapter, holds_residual
-from milora_vl.adapter.names import PREFIX
+from milora_vl.core.adapter.folders import (
+    ADAPTER_FILES,
+    CONFIG,
+    NON_LORA,
+    PROJECTOR_FILES,
+    holds_adapter,
+    holds_residual,
+)
+from milora_vl.core.adapter.names import PREFIX
 
 FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
 # A residual adapter consists of its factors and of the residual base beside them.

@@ -15,7 +15,7 @@ from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import load_items, other_questions
 from milora_eval.suites import Chosen, choose, data_folder, folder_of, has_files
-from milora_vl.base.errors import DataError, Key, UserError, at_flag
+from milora_vl.common.errors import DataError, Key, UserError, at_flag
 
 Items = dict[str, list[Item]]
 """The items of each benchmark, by its name."""

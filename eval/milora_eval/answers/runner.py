@@ -18,7 +18,7 @@ from milora_eval.answers.questions import EvaluationPlan, Question, select, shar
 from milora_eval.answers.store import Line, Store, to_line
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import folder_of
-from milora_vl.base.progress import progress_bar
+from milora_vl.common.progress import progress_bar
 from milora_vl.models.generate import Prompt, generate
 
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]

@@ -23,7 +23,7 @@ from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Items, Question
 from milora_eval.answers.runner import Keep, prompt_of
 from milora_eval.chat_server import ChatServer
-from milora_vl.base.errors import Problem, UserError, with_context
+from milora_vl.common.errors import Problem, UserError, with_context
 from milora_vl.models.generate import Prompt
 
 

@@ -20,8 +20,8 @@ from filelock import FileLock
 from milora_data.records.record import Reply, Turn, Video
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.suites import reference
-from milora_vl.base.atomic_write import atomic_file
-from milora_vl.base.errors import UserError, expected_format
+from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.errors import UserError, expected_format
 
 Line = dict[str, Any]
 PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements.jsonl"

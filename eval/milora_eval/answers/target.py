@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from milora_vl.adapter.checkpoints import step_of
-from milora_vl.adapter.folders import base_of, holds_adapter, require_adapter, require_no_base
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.checkpoints import step_of
+from milora_vl.core.adapter.folders import base_of, holds_adapter, require_adapter, require_no_base
 
 
 @dataclass(frozen=True, slots=True)

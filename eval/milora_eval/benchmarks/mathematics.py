@@ -16,7 +16,7 @@ from milora_eval.benchmark import Benchmark, Item
 from milora_eval.data_files import find, read_jsonl
 from milora_eval.rules.gsm8k import gsm8k_correct
 from milora_eval.rules.math_answers import last_boxed, math_correct
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

@@ -12,7 +12,7 @@ from milora_data.formats.jsonfile import read_json
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means, plain_text
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.data_files import find
-from milora_vl.base.atomic_write import write_json
+from milora_vl.common.atomic_write import write_json
 
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 

@@ -16,8 +16,8 @@ from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find
 from milora_eval.rules.mme import COGNITION, PERCEPTION, mme_answer, mme_score
 from milora_eval.stats import mean_stderr
-from milora_vl.base.atomic_write import write_text
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.errors import DataError, UserError
 
 YES_OR_NO = "Please answer yes or no."
 

@@ -17,7 +17,7 @@ from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import LETTER, SHORT, picture_item
 from milora_eval.data_files import find, unpack_picture
 from milora_eval.rules.mmmu import mmmu_open_correct, mmmu_option
-from milora_vl.base.atomic_write import write_json
+from milora_vl.common.atomic_write import write_json
 
 LETTERS = "ABCDEFGHIJ"
 

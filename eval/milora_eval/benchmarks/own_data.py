@@ -24,9 +24,9 @@ from milora_eval.rules.chartqa import chartqa_correct
 from milora_eval.rules.pope import pope_answer
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
-from milora_vl.base.errors import DataError, Problem, UserError, collected
-from milora_vl.cli.command_line import suggest
-from milora_vl.cli.web import url_problem
+from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.cli.web import url_problem
+from milora_vl.common.errors import DataError, Problem, UserError, collected
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": lambda text, answers: float(exact_match(text, answers)),

@@ -18,7 +18,7 @@ from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find, read_jsonl, write_rows
 from milora_eval.rules.pope import PopeNumbers, pope_answer, pope_numbers
 from milora_eval.stats import mean
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 
 SETS = ("random", "popular", "adversarial")
 LLAVA_FILE = "llava_pope_test.jsonl"

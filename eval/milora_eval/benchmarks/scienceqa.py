@@ -14,7 +14,7 @@ from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import LETTER, picture_item
 from milora_eval.data_files import find
 from milora_eval.rules.scienceqa import LETTERS, scienceqa_index
-from milora_vl.base.atomic_write import write_json
+from milora_vl.common.atomic_write import write_json
 
 
 class ScienceQA(Benchmark):

@@ -15,7 +15,7 @@ from milora_eval.benchmark import Answer, Benchmark, Item, plain_text
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find, is_table, read_jsonl, table_rows, write_rows
 from milora_eval.rules.textvqa import question_of, textvqa_accuracy
-from milora_vl.base.errors import DataError
+from milora_vl.common.errors import DataError
 
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
 TABLE = "data/validation-*.parquet|validation-*.parquet"

@@ -10,8 +10,8 @@ from typing import Any
 from xml.etree.ElementTree import ParseError
 from zipfile import BadZipFile
 
-from milora_vl.base.atomic_write import atomic_file
-from milora_vl.base.errors import MALFORMED, DataError, UserError, first_line
+from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
 
 Cell = str | int | float | None
 

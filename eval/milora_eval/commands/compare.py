@@ -12,9 +12,9 @@ from milora_eval.scores.compare import Pair, compare, num_common
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.table import pairs_table
 from milora_eval.suites import import_plugins
-from milora_vl.cli.command_line import next_step
-from milora_vl.cli.flags import Command, option, shared
-from milora_vl.cli.table import FORMATS, show
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.table import FORMATS, show
 
 COMMAND = Command(
     "milora_eval compare",

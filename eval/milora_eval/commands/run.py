@@ -17,11 +17,11 @@ from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import choose, data_folder
-from milora_vl.adapter.folders import holds_adapter, model_of
-from milora_vl.base.errors import Problem, UserError, at_flag
-from milora_vl.cli.command_line import count, next_step, positive
-from milora_vl.cli.flags import OR_ADAPTER, Command, flag, option, shared
-from milora_vl.cli.table import FORMATS, show
+from milora_vl.common.cli.command_line import count, next_step, positive
+from milora_vl.common.cli.flags import OR_ADAPTER, Command, flag, option, shared
+from milora_vl.common.cli.table import FORMATS, show
+from milora_vl.common.errors import Problem, UserError, at_flag
+from milora_vl.core.adapter.folders import holds_adapter, model_of
 from milora_vl.report.model_card import update_scores
 from milora_vl.report.page import regenerate_report
 
@@ -182,7 +182,7 @@ def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[Eva
             template_name(options.template)
     data = data_folder(value, options.data)
     items = read_chosen(chosen, data, options.limit)
-    from milora_vl.plan.prompts import Prompts, prompts_of
+    from milora_vl.models.prompts import Prompts, prompts_of
 
     prompts = Prompts(OWN, "plain") if target is None else prompts_of(target.model, target.adapter, options.template)
     plan = EvaluationPlan(

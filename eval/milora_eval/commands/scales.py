@@ -10,11 +10,11 @@ from dataclasses import asdict
 
 from milora_eval.answers.target import eval_target
 from milora_eval.commands.run import ASKING, INPUTS, OUTPUTS, planned
-from milora_vl.adapter.folders import model_of
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step, positive
-from milora_vl.cli.flags import Command, option, shared
-from milora_vl.cli.table import show
+from milora_vl.common.cli.command_line import next_step, positive
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.table import show
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.folders import model_of
 
 
 def scales(text: str) -> tuple[float, ...]:

@@ -20,10 +20,10 @@ from milora_eval.scores.results import Results, numbers, score, write_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol
 from milora_eval.vlmevalkit import read_predictions
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step
-from milora_vl.cli.flags import Command, option, shared
-from milora_vl.cli.table import FORMATS, show
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.table import FORMATS, show
+from milora_vl.common.errors import UserError
 
 COMMAND = Command(
     "milora_eval score",

@@ -12,9 +12,9 @@ from pathlib import Path
 from milora_eval.scores.tradeoff import read_evaluation, tradeoff
 from milora_eval.scores.tradeoff_report import CSV_HEADER, csv_rows, figure, table
 from milora_eval.suites import import_plugins
-from milora_vl.cli.command_line import next_step
-from milora_vl.cli.flags import Command, flag, option, shared
-from milora_vl.cli.table import FORMATS, show
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.table import FORMATS, show
 from milora_vl.report.plots import draw, write_csv
 
 FILE = "tradeoff"

@@ -10,10 +10,10 @@ from pathlib import Path
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.view import page
 from milora_eval.suites import import_plugins
-from milora_vl.base.atomic_write import write_text
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import next_step, require_folder
-from milora_vl.cli.flags import Command, option, shared
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.cli.command_line import next_step, require_folder
+from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.errors import UserError
 
 COMMAND = Command(
     "milora_eval view",

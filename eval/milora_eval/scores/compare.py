@@ -9,7 +9,7 @@ from milora_eval.answers.store import Line, to_answer
 from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
 from milora_eval.suites import stored_benchmark
-from milora_vl.base.errors import UserError
+from milora_vl.common.errors import UserError
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100

@@ -18,7 +18,7 @@ from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.data_files import read_jsonl
 from milora_eval.scores.results import judgements, read_results, review_of
 from milora_eval.suites import folder_of, stored_benchmark
-from milora_vl.base.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError
 
 SUBMISSION = "submission"
 

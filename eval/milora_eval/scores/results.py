@@ -23,9 +23,9 @@ from milora_eval.answers.store import (
 from milora_eval.benchmark import Benchmark, Metric
 from milora_eval.stats import mean
 from milora_eval.suites import SUITES, stored_benchmark
-from milora_vl.base.atomic_write import read_json, write_json
-from milora_vl.base.errors import UserError, expected_format
-from milora_vl.cli.command_line import no_folder
+from milora_vl.common.atomic_write import read_json, write_json
+from milora_vl.common.cli.command_line import no_folder
+from milora_vl.common.errors import UserError, expected_format
 
 RESULTS, TABLE = "results.json", "table.md"
 Results = dict[str, Any]

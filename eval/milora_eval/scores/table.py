@@ -11,8 +11,8 @@ from milora_eval.answers.store import PREDICTIONS
 from milora_eval.benchmark import Metric
 from milora_eval.scores.compare import Pair, compare
 from milora_eval.scores.results import TABLE, Results, metrics_of, read_results, require_lines
-from milora_vl.base.atomic_write import write_text
-from milora_vl.cli.table import Table
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.cli.table import Table
 
 
 def write_table(folder: Path) -> Table:

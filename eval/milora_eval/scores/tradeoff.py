@@ -19,9 +19,9 @@ from milora_eval.scores.compare import Pair, headline
 from milora_eval.scores.results import check_ids, read_results, require_answers, require_lines
 from milora_eval.stats import MIN_GROUPS, MIN_UNLIKE, mean
 from milora_eval.suites import stored_benchmark
-from milora_vl.adapter.checkpoints import step_of
-from milora_vl.base.errors import UserError
-from milora_vl.cli.command_line import amount, suggest
+from milora_vl.common.cli.command_line import amount, suggest
+from milora_vl.common.errors import UserError
+from milora_vl.core.adapter.checkpoints import step_of
 
 # Settings that name the weights or do not change the answers; all others are compared.
 WEIGHTS = ("base", "adapter", "scale", "key", "batch_size")

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from milora_eval.scores.table import difference, value
 from milora_eval.scores.tradeoff import Mean, Tradeoff, change
-from milora_vl.cli.command_line import amount
-from milora_vl.cli.table import Table
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, styled
 
 if TYPE_CHECKING:

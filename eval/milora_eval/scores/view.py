@@ -14,7 +14,7 @@ from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import Line, to_answer, to_item
 from milora_eval.suites import stored_benchmark
-from milora_vl.cli.page import MAX_BYTES, render
+from milora_vl.common.cli.page import MAX_BYTES, render
 
 Runs = Sequence[tuple[str, Sequence[Line]]]
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import peft
 
-from milora_vl.tiny import tiny_llama
+from milora_vl.models.tiny import tiny_llama
 
 HERE = Path(__file__).parent
 FILE_NAME_TRAIN_PARAMS = "training_params.json"

@@ -1,0 +1,223 @@
+"""`Problem` (code, place, message, hint) and the error classes with problems; `render` turns them into text.
+
+The commands print them without a traceback (`cli.command_line.run`); with `--format json` they print the data itself.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from milora_vl.common.secrets import without_secrets
+
+ErrorT = TypeVar("ErrorT", bound="UserError")
+SHOWN = 20  # problems of one error
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A place in nested settings, such as `policy[1].rank`: the names and the numbers that lead to a value.
+
+    Code that checks a value knows only its key; the command that read it adds the file and line, or the flag.
+    """
+
+    parts: tuple[str | int, ...]
+
+    @classmethod
+    def of(cls, dotted: str) -> Key:
+        """Return the key of names that dots separate.
+
+        >>> str(Key.of("data.path").below(0, "weight"))
+        'data.path[0].weight'
+        """
+        return cls(tuple(dotted.split(".")))
+
+    def below(self, *parts: str | int) -> Key:
+        """Return the key of a value inside the value of this key."""
+        return Key((*self.parts, *parts))
+
+    def __str__(self) -> str:
+        """Return the key as people write it."""
+        return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.parts).removeprefix(".")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake that a user can fix.
+
+    `message` describes the mistake and the value found, `hint` the fix. `where` is the key of a setting, or the place
+    as people read it: a file with its line, a module path, a flag; it is empty if there is only one place. `code` names
+    the cause.
+    """
+
+    message: str
+    code: str = ""
+    where: str | Key = ""
+    hint: str = ""
+
+    def inside(self, *parts: str | int) -> Problem:
+        """Return the problem of a value inside another one, whose key has these parts.
+
+        >>> str(Problem("expected a number", where=Key.of("rank")).inside("policy", 1).where)
+        'policy[1].rank'
+        """
+        return replace(self, where=Key((*parts, *(self.where.parts if isinstance(self.where, Key) else ()))))
+
+    def __str__(self) -> str:
+        """Return the text for people: the place and the message, then the hint."""
+        place = f"{self.where}: " if self.where else ""
+        return place + self.message + (f"\n{self.hint}" if self.hint else "")
+
+
+def render(problems: Sequence[Problem], source: str = "") -> str:
+    """Return the text of one problem, or of several with their number, at most SHOWN; `source` contains all of them.
+
+    >>> print(render([Problem("missing", where=Key(("policy", 0, "rank")), hint="for example  rank: 64")]))
+    policy[0].rank: missing
+    for example  rank: 64
+    >>> print(render([Problem("missing", where="a.yaml: model"), Problem("not 8", where="a.yaml:3: rank")], "a.yaml"))
+    2 problems in a.yaml:
+    model: missing
+    a.yaml:3: rank: not 8
+    """
+    if len(problems) == 1:
+        return str(problems[0])
+    head = f"{len(problems)} problems{f' in {source}' if source else ''}:"
+    texts = [str(problem).removeprefix(f"{source}: ").replace("\n", "\n  ") for problem in problems[:SHOWN]]
+    return "\n".join([head, *texts, *([f"... and {len(problems) - SHOWN:,} more"] if len(problems) > SHOWN else [])])
+
+
+class UserError(ValueError):
+    """One or more problems that a user can fix. The command exits with `exit_code`: 2 bad usage, 1 the run failed.
+
+    Secrets in their texts are hidden, because people share error messages.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        code: str = "",
+        where: str | Key = "",
+        hint: str = "",
+        problems: Sequence[Problem] = (),
+        source: str = "",
+        exit_code: int = 2,
+    ) -> None:
+        self.problems = tuple(map(_without_secrets, problems or [Problem(message, code, where, hint)]))
+        self.source, self.exit_code = source, exit_code
+        super().__init__(render(self.problems, source))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)  # subclasses have other arguments
+
+    @property
+    def first(self) -> Problem:
+        """The first problem, in most cases the only one."""
+        return self.problems[0]
+
+
+def _without_secrets(problem: Problem) -> Problem:
+    message, hint = map(without_secrets, (problem.message, problem.hint))
+    where = without_secrets(problem.where) if isinstance(problem.where, str) else problem.where
+    return replace(problem, message=message, where=where, hint=hint)
+
+
+def _restored(kind: type[ErrorT], args: tuple[Any, ...], fields: dict[str, Any]) -> ErrorT:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(fields)
+    return error
+
+
+def with_context(error: ErrorT, where: str = "", hint: str = "") -> ErrorT:
+    """Return a copy of `error` whose problems are at `where` and end with the line `hint`.
+
+    >>> str(with_context(DataError("turn 2 is empty", hint="remove it"), where="a.json:3"))
+    'a.json:3: turn 2 is empty\\nremove it'
+    """
+    return with_problems(
+        error,
+        [
+            replace(
+                problem,
+                where=": ".join(filter(None, (where, str(problem.where)))) if where else problem.where,
+                hint="\n".join(filter(None, (problem.hint, hint))),
+            )
+            for problem in error.problems
+        ],
+    )
+
+
+def with_problems(error: ErrorT, problems: Sequence[Problem]) -> ErrorT:
+    """Return a copy of `error`, of the same class, with these problems in place of the old ones."""
+    copied = copy(error)
+    copied.problems = tuple(map(_without_secrets, problems))
+    copied.args = (render(copied.problems, copied.source),)
+    return copied
+
+
+@contextmanager
+def at_flag(flag: str | Key) -> Iterator[None]:
+    """Name the flag or key whose value the block rejects: in problems without a place, and before a model's name."""
+    try:
+        yield
+    except UserError as error:
+        raise with_problems(error, [_at_flag(problem, flag) for problem in error.problems]) from error
+
+
+def _at_flag(problem: Problem, flag: str | Key) -> Problem:
+    if not problem.where:
+        return replace(problem, where=flag)
+    is_named = str(problem.where).startswith("--") or not problem.code.startswith("model-")
+    return problem if is_named else replace(problem, where=f"{flag}: {problem.where}")
+
+
+@contextmanager
+def collected(problems: list[Problem]) -> Iterator[None]:
+    """Add the problems of a UserError in the block to the list, so that the next check runs too."""
+    try:
+        yield
+    except UserError as error:
+        problems += error.problems
+
+
+class DataError(UserError):
+    """A mistake in a data set; `where` is the file and, if known, the line."""
+
+
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, AssertionError, RecursionError)
+"""The errors of code that reads a value of another structure than it expects."""
+
+
+@contextmanager
+def expected_format(
+    message: str, *, code: str, where: str, hint: str = "", kind: type[UserError] | None = None
+) -> Iterator[None]:
+    """Raise the errors MALFORMED of the block as a `kind` (UserError), which names the line of code.
+
+    The line helps where the input is right and the fault is ours.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MALFORMED as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}"
+        reason = f"{type(error).__name__}: {first_line(error)[:120]}, {place}"
+        raise (kind or UserError)(f"{message} ({reason})", code=code, where=where, hint=hint) from error
+
+
+def no_records(path: object) -> Problem:
+    """Return the problem of a data file without a record."""
+    hint = "expected a JSON list, JSON lines or a parquet file with at least one record"
+    return Problem("the file has no records", "data-no-records", str(path), hint)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error message, or the class of the error."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

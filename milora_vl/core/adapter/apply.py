@@ -1,0 +1,230 @@
+"""`apply_milora` and `merge`: apply a policy to a model (arXiv:2406.09044). The result is a PeftModel for any trainer.
+
+The way of `apply_milora`, with the modules to read next:
+
+1. `Policy.resolve` selects the modules, with method and rank                 policy/resolve.py
+2. `initialize` decomposes each weight and returns A0 and B0                  factors/initialize.py, svd/
+3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            config.py
+4. `install_factors` gives each factor a trained difference and the anchor    install.py, layers.py
+
+In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
+or a weight leaves the model unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from milora_vl.core.adapter.base_check import precision, require_readable
+from milora_vl.core.adapter.config import make_lora
+from milora_vl.core.adapter.errors import AdapterError, require_module
+from milora_vl.core.adapter.install import fix_A, install_factors, lora_layer, set_dropout
+from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
+from milora_vl.core.adapter.peft_model import adopt
+from milora_vl.core.adapter.protection import Protection, fixed_factors
+from milora_vl.core.adapter.residual import make_residual, require_residual
+from milora_vl.core.adapter.sidecar import Sidecar
+from milora_vl.core.calibration.calibrate import protected_inputs, require_task, task_sketches
+from milora_vl.core.init.initialize import Initial, Progress, initialize
+from milora_vl.core.policy import Policy, Rule, Target
+from milora_vl.core.policy.rules import NEEDS_ANCHORED
+from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
+from milora_vl.core.weights.fingerprint import sketch
+from milora_vl.core.weights.matrices import read_matrix
+
+Form = Literal["anchored", "residual"]
+
+
+def apply_milora(
+    model: nn.Module,
+    policy: Policy | str | Path | Sequence[Mapping[str, Any] | Rule],
+    *,
+    form: Form = "anchored",
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    task: Sequence[Mapping[str, Any]] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = False,
+) -> Any:
+    """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
+
+    Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`layers.py`). With `protect` in its rule, a
+    layer computes y = W x + s E A x: A never changes and is zero on the protected inputs (`protection.py`).
+    If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
+    has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
+    decomposed weight) and `milora_protection` (one Protection per protected module, by path).
+
+    `calibration` is for rules with `protect`: arguments of the model's forward, one mapping per batch, for example
+    {"input_ids": ..., "attention_mask": ...}. The base model runs on them once. `task` is for rules with
+    `method: gradient`: a few training batches of the same kind, with labels; the base model runs forward and backward.
+
+    Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
+    also prints one line per layer.
+
+    Weight decay pulls towards no update, that is towards W. An optimizer uses the learning rates and weight decays of
+    the rules if it gets `parameter_groups(model, learning_rate=...)`; if not, a warning names them at its first step.
+
+    Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed,
+    CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an
+    adapter or do not support the form.
+
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "dropout": 0.05}]
+    >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
+    >>> tuned.milora_report[0].rank, tuned.base_model.model[0].lora_A["default"].weight.shape
+    (2, torch.Size([4, 4]))
+    """
+    if form not in get_args(Form):
+        raise AdapterError(
+            f"expected one of {', '.join(get_args(Form))}, got {form!r}", code="adapter-value", where="form"
+        )
+    require_module(model)
+    if is_wrapped_by_peft(model):
+        raise AdapterError(
+            "this model already has a PEFT adapter",
+            code="adapter-already-present",
+            hint="pass the base model, or unload the adapter first",
+        )
+    require_readable(model)
+    return apply_targets(
+        model,
+        Policy.parse(policy).resolve(model, cache_dir=cache_dir),
+        form=form,
+        calibration=calibration,
+        task=task,
+        cache_dir=cache_dir,
+        progress=progress,
+    )
+
+
+def apply_targets(
+    model: nn.Module,
+    targets: Sequence[Target],
+    *,
+    form: Form = "anchored",
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    task: Sequence[Mapping[str, Any]] | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = False,
+) -> Any:
+    """Return what `apply_milora` returns, for a policy that is resolved already.
+
+    Resolving a policy can be slow: ranks that depend on spectra decompose every weight.
+    """
+    if form == "residual":
+        _require_residual(model, targets)
+    require_task(targets, task)  # before the calibration, which takes minutes
+    inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
+    sketches = task_sketches(model, targets, task, is_shown=bool(progress))
+    if all(target.rank is None for target in targets):
+        check_rates_at_first_step(_train_in_full(model, targets))
+        return model
+    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
+    fixed, protection = fixed_factors(targets, initial, sketches, inputs)
+    sidecar = _describe(model, targets, initial, form, fixed, protection)
+    tuned = adopt(make_lora(model, targets))
+    for target in targets:
+        if target.rank is not None:
+            set_dropout(lora_layer(tuned, target.path), "default", target.dropout)
+    for path in sidecar.ranks:
+        install_factors(lora_layer(tuned, path), "default", initial[path].A0, initial[path].B0)
+    for path, A in fixed.items():
+        fix_A(lora_layer(tuned, path), "default", A)
+    if form == "residual":
+        drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}
+        reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
+        sidecar = replace(sidecar, reports=reports)
+    tuned.remember("default", sidecar)
+    check_rates_at_first_step(tuned)
+    return tuned
+
+
+def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
+    """Return the base model with W + s (B A - B0 A0) in place of each adapted W. With `path`, also save it there.
+
+    The PeftModel cannot be used afterwards, as with PEFT's merge_and_unload. Raises AdapterError if `model` is no
+    PeftModel, or if `path` is given and the base model has no `save_pretrained`.
+
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> merge(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules))
+    Sequential(
+      (0): Linear(in_features=4, out_features=4, bias=True)
+    )
+    """
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"merge needs a PeftModel, got {type(model).__name__}",
+            code="adapter-not-a-peft-model",
+            hint="pass the model that apply_milora or load_adapter returned",
+        )
+    if path is not None and not can_save(model.get_base_model()):
+        raise AdapterError(
+            f"{type(model.get_base_model()).__name__} has no save_pretrained",
+            code="adapter-cannot-save",
+            where="path",
+            hint="call merge(model) without a path, and save the state dict of the result",
+        )
+    merged = model.merge_and_unload()
+    if path is not None:
+        merged.save_pretrained(path)
+    return merged
+
+
+def _describe(
+    model: nn.Module,
+    targets: Sequence[Target],
+    initial: Mapping[str, Initial],
+    form: str,
+    fixed: Mapping[str, Tensor],
+    protection: Mapping[str, Protection],
+) -> Sidecar:
+    """Return the content of milora.json. The sketches need the base weights, so call this before PEFT changes them."""
+    names = canonical_names(model)
+    sketches = {path: factors.sketch for path, factors in initial.items()}
+    sketches |= {
+        t.path: sketch(read_matrix(model.get_submodule(t.path)))
+        for t in targets
+        if t.rank is not None and t.path not in initial
+    }
+    for path, weight_sketch in sketches.items():
+        eps = max(weight_sketch.eps, precision(model.get_submodule(path)))
+        sketches[path] = replace(weight_sketch, eps=eps)
+    # A layer with a fixed A starts at directions of its triplets, but does not train these components.
+    reports = {t.path: initial[t.path].report for t in targets if t.has_anchor}
+    return Sidecar(
+        form,
+        targets,
+        {t.path: names[t.path] for t in targets},
+        sketches,
+        reports,
+        fixed={path: sketch(A) for path, A in fixed.items()},
+        protection=protection,
+    )
+
+
+def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
+    anchored = [t.path for t in targets if t.needs_anchored_form]
+    if anchored:
+        raise AdapterError(
+            NEEDS_ANCHORED,
+            code="adapter-residual-layer",
+            where=anchored[0],
+            hint="use form anchored, or method milora without these fields",
+        )
+    require_residual(model, [t.path for t in targets if t.has_anchor])
+
+
+def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:
+    """Set `requires_grad` for the modules of the targets, freeze everything else, and return the model."""
+    model.requires_grad_(False)
+    for target in targets:
+        model.get_submodule(target.path).requires_grad_(True)
+    model.milora_targets = list(targets)  # type: ignore[assignment]
+    model.milora_report = []  # type: ignore[assignment]
+    model.milora_protection = {}  # type: ignore[assignment]
+    return model

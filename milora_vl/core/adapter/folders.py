@@ -1,0 +1,180 @@
+"""Recognize by its files what a folder holds (adapter, projector, text model), with the errors for a wrong folder.
+
+Other modules ask here instead of looking for the files. `foreign/source.py` tells the kinds of adapters apart.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from pathlib import Path
+
+from milora_vl.common.errors import Problem, UserError
+from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint, step_of
+
+CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+NON_LORA = "non_lora_trainables.bin"  # of LLaVA: what it trained beside the LoRA
+PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+EXPECTED = f"expected a folder with {CONFIG}, for example the output_dir of a run"
+
+
+def has_config(folder: Path) -> bool:
+    """Return whether `folder` has PEFT's adapter_config.json, perhaps beside a model."""
+    return (folder / CONFIG).is_file()
+
+
+def holds_llava_adapter(folder: Path) -> bool:
+    """Return whether LLaVA's train.py wrote the folder, with LoRA."""
+    return has_config(folder) and (folder / NON_LORA).is_file()
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Return whether `folder` holds an adapter: PEFT's files without a model, or LLaVA's files."""
+    return holds_llava_adapter(folder) or (has_config(folder) and not (folder / "config.json").is_file())
+
+
+def adapters_inside(folder: Path) -> list[Path]:
+    """Return the subfolders of `folder` that have an adapter_config.json, sorted."""
+    return sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
+
+
+def holds_residual(folder: Path) -> bool:
+    """Return whether `folder` holds a residual base with an adapter in a subfolder (as PiSSA and MiLoRA write it)."""
+    return (folder / "config.json").is_file() and bool(adapters_inside(folder))
+
+
+def holds_projector_alone(folder: Path) -> bool:
+    """Return whether `folder` holds a projector and no adapter."""
+    return not has_config(folder) and any((folder / name).is_file() for name in PROJECTOR_FILES)
+
+
+def require_adapter(folder: Path, flag: str, *call: object) -> None:
+    """Raise UserError, at `flag`, unless `folder` holds an adapter of any origin, or a projector.
+
+    `call` comes before the newest checkpoint of an unfinished run in the command that the hint suggests.
+    """
+    problem = not_a_folder(folder, flag)
+    if problem is None and not (holds_adapter(folder) or holds_projector_alone(folder) or holds_residual(folder)):
+        problem = no_adapter_in(folder, flag, *call)
+    if problem is not None:
+        raise UserError(problems=[problem])
+
+
+def require_no_base(model: str, adapter: object, base: str | None) -> None:
+    """Raise UserError for the flag --base beside an adapter, whose base is --model."""
+    if base is not None and (adapter is not None or holds_adapter(Path(model))):
+        raise UserError(
+            "this flag is for a fully trained --model; the base of an adapter is its --model",
+            code="flag-conflict",
+            where="--base",
+            hint="remove it",
+        )
+
+
+def not_a_folder(folder: Path, flag: str = "") -> Problem | None:
+    """Return the problem of the name of an adapter that is no folder, at `flag` (default: at the folder)."""
+    if folder.is_dir():
+        return None
+    message = "this is a file, but an adapter is a folder" if folder.exists() else "no such adapter folder"
+    beside = [folder.parent] if has_config(folder.parent) else adapters_inside(folder.parent)
+    names = [str(path) for path in sorted(beside, key=lambda path: _likeness(path, folder), reverse=True)]
+    hint = f"adapters there: {', '.join(names[:3])}" if names else EXPECTED
+    return Problem(f"{message}: {folder}" if flag else message, "adapter-no-folder", flag or str(folder), hint)
+
+
+def _likeness(path: Path, folder: Path) -> float:
+    return difflib.SequenceMatcher(None, path.name, folder.name).ratio()
+
+
+def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
+    """Return the problem of an existing folder without an adapter, with a hint about what it holds.
+
+    `flag` and `call` are as in `require_adapter`; an empty flag means the folder itself.
+    """
+    message = f"no adapter in this folder{f': {folder}' if flag else ''}"
+    hint = newest_of_unfinished(folder, *call)
+    inside = [str(path) for path in adapters_inside(folder)]
+    if not hint and inside:
+        hint = f"use one of its subfolders:  {', '.join(inside[:6])}"
+    if not hint and flag and (folder / "config.json").is_file():
+        hint = f"the folder holds a whole model: if it trained in full, use  --model {folder} --base MODEL"
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:6]) or "nothing"
+    return Problem(message, "adapter-missing", flag or str(folder), hint or f"found {names}; {EXPECTED}")
+
+
+def newest_of_unfinished(folder: Path, *call: object) -> str:
+    """Return a hint for a run that has checkpoints but no result; else "".
+
+    `call` comes before the newest checkpoint in the suggested command: a module and arguments, or only arguments.
+    """
+    newest = newest_checkpoint(folder)
+    if newest is None or holds_adapter(folder) or holds_weights(folder):
+        return ""
+    if call[-1] == "--adapter" and not (holds_adapter(newest) or holds_projector_alone(newest)):
+        call = ("--model",)  # full training: a checkpoint is a whole model
+    module, *words = *map(str, call), str(newest)
+    typed = ("" if module.startswith("--") else "python -m ") + shlex.join([module, *words])
+    return (
+        f"the run in it has not finished; its newest checkpoint has step {step_of(newest):,}\n"
+        f"use it:    {typed}\n"
+        "or resume: the training command with  --resume_from_checkpoint auto"
+    )
+
+
+def base_of(folder: Path) -> str:
+    """Return the name of the base model that an adapter belongs to, as `from_there` finds it.
+
+    Raises UserError if adapter_config.json does not name it or cannot be read.
+    """
+    file = folder / CONFIG
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        hint = "copy the folder again, or use a checkpoint of the run"
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file), hint=hint) from None
+    if not name:
+        raise UserError(
+            "the file names no base model",
+            code="adapter-no-base-name",
+            where=str(file),
+            hint=f"try: --model BASE --adapter {folder}",
+        )
+    return from_there(folder, str(name))
+
+
+def from_there(folder: Path, name: str) -> str:
+    """Return the name of a model that was given where the adapter in `folder` was trained.
+
+    A relative path is looked up here, then in the folders above the adapter: the training ran in one of them.
+    """
+    if Path(name).is_dir():
+        return name
+    places = (parent / name for parent in folder.resolve().parents)
+    return next((str(place) for place in places if (place / "config.json").is_file()), name)
+
+
+def model_of(model: str | None, adapter: Path | None, *call: object) -> str:
+    """Return the value of --model; without it, the base that the adapter names.
+
+    `call` is as in `require_adapter`. Raises UserError without either, and for an adapter that names no base.
+    """
+    if model is not None:
+        return model
+    if adapter is not None:
+        require_adapter(adapter, "--adapter", *call)
+        if has_config(adapter):
+            return base_of(adapter)
+    raise UserError(
+        "required" if adapter is None else f"required: {adapter} names no base",
+        code="flag-required",
+        where="--model",
+        hint="for example  --model llava-1.5-7b" + (", or an adapter, which names its base" if adapter is None else ""),
+    )
+
+
+def holds_text_model(folder: Path) -> bool:
+    """Return whether a run folder holds a tokenizer but no image processor."""
+    processors = ("processor_config.json", "preprocessor_config.json")
+    return (folder / "tokenizer_config.json").is_file() and not any((folder / name).is_file() for name in processors)

@@ -1,0 +1,259 @@
+"""Put D, E and the anchor into the LoRA layers that PEFT created, and read the factors back; dropout of a layer.
+
+`layers.py` explains both. PEFT stores factors in three ways (Linear and Conv2d modules, ParameterDicts of
+embeddings); the functions here hide the difference from the rest of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from milora_vl.common.compat.torch import change_class
+from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.layers import (
+    ANCHOR,
+    ANCHOR_SUFFIX,
+    DELTA,
+    AdaptedLinear,
+    Conv2dA,
+    Conv2dB,
+    EmbeddingHalves,
+    FixedA,
+    Halves,
+    LinearA,
+    LinearB,
+    TrainedE,
+    join,
+    lossless,
+    recover,
+    split,
+)
+from milora_vl.core.weights.matrices import factor_dtype
+
+_KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
+    nn.Linear: (LinearA, LinearB),
+    nn.Conv2d: (Conv2dA, Conv2dB),
+}
+
+
+def lora_layer(model: PeftModel, path: str) -> LoraLayer:
+    """Return PEFT's LoRA layer at a module path of the base model. Raises AdapterError if it has been merged."""
+    layer = model.get_base_model().get_submodule(path)
+    if not isinstance(layer, LoraLayer):
+        raise AdapterError(
+            f"this layer has no adapter any more: it is a {type(layer).__name__}",
+            code="adapter-merged",
+            where=path,
+            hint="after merge(model), save what it returned with its save_pretrained",
+        )
+    return layer
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """Return the model under a PEFT wrapper, or the model itself."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def base_layer(model: nn.Module, path: str) -> nn.Module:
+    """Return the base model's own layer at `path`, without the LoRA layer around it."""
+    layer = base_model_of(model).get_submodule(path)
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
+    """Set the dropout of one adapter in one layer. PEFT's config has a single value for all layers."""
+    was_training = layer.lora_dropout.training
+    layer.lora_dropout[adapter] = nn.Dropout(probability) if probability > 0 else nn.Identity()
+    layer.lora_dropout.train(was_training)
+
+
+def install_factors(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> None:
+    """Initialize an adapter of a layer: the differences are zero, the anchors A0 (r, in) and B0 (out, r)."""
+    pairs = []
+    for axis, (anchor, stock) in enumerate(zip((A0, B0), factors(layer, adapter), strict=True)):
+        shape = list(stock.shape)  # (2r, in, kh, kw) and (out, 2r, 1, 1) for a convolution
+        shape[axis] //= 2
+        anchor = anchor.to(stock.device).reshape(shape).contiguous()
+        pairs.append((torch.zeros_like(anchor, dtype=stock.dtype), anchor))
+    _put(layer, adapter, pairs)
+
+
+def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
+    """Make the A of an adapter a buffer that never changes: `A` (r, in), or the A that the layer has."""
+    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+    stock = down.get_parameter("weight")
+    A = stock.detach() if A is None else A.to(stock).reshape(stock.shape).contiguous()
+    if not isinstance(down, nn.Linear):  # the kernels of a convolution
+        del down.weight
+        down.register_buffer("weight", A)
+        return
+    FixedA.take_over(down, A)
+    change_class(up, TrainedE)
+    if type(layer) is lora.Linear:
+        change_class(layer, AdaptedLinear)
+
+
+def has_fixed_A(layer: LoraLayer, adapter: str) -> bool:
+    """Return True if the A of `adapter` is a buffer in this layer."""
+    if adapter not in layer.lora_A:
+        return False
+    down = layer.lora_A[adapter]
+    return not isinstance(down, Halves) and not isinstance(down.weight, nn.Parameter)
+
+
+def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
+    """Split the stock factors [D; A0] and [B0 + E, E] of a loaded adapter into differences and anchors.
+
+    `B0` is the exact anchor (out, r) where the file has it. Anchors get the dtype of the base weight where that changes
+    no value. A layer that was loaded over differences and anchors only gets B0.
+    Raises ValueError if B0 does not belong to the factors.
+    """
+    dtype = factor_dtype(layer.get_base_layer())
+    exact = None if B0 is None else lossless(_belonging(B0, factors(layer, adapter)[1]), dtype)
+    if not has_halves(layer, adapter):
+        A, B = (split(joined, axis, dtype) for axis, joined in enumerate(factors(layer, adapter)))
+        _put(layer, adapter, (A, B if exact is None else (B[0], exact)))
+    elif exact is not None:
+        _set_anchor(layer, adapter, exact)
+
+
+def _belonging(B0: Tensor, joined: Tensor) -> Tensor:
+    """Return B0 in the shape of the halves of [B0 + E, E]. Raises ValueError if it is not its B0, up to rounding."""
+    B, E = joined.detach().chunk(2, dim=1)
+    B0 = B0.to(E.device).reshape(E.shape)
+    if torch.linalg.vector_norm(B0.float() + E.float() - B.float()) > 0.01 * torch.linalg.vector_norm(B.float()):
+        raise ValueError("the anchor does not belong to the factors")
+    return B0
+
+
+def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
+    """Initialize an adapter at a copy of the anchor of `source`, with differences of the same dtype."""
+    pairs = zip(trained_factors(layer, source), anchors_of(layer, source), strict=True)
+    _put(layer, adapter, [(torch.zeros_like(delta), anchor.clone()) for delta, anchor in pairs])
+
+
+def unrecoverable(layer: LoraLayer, adapter: str, joined: Tensor | None = None) -> Tensor | None:
+    """Return B0 of an adapter if a reader of [B0 + E, E] would not get it back bit for bit, else None.
+
+    `joined` is the factor that is saved, if it is not the one in the layer.
+    """
+    joined = factors(layer, adapter)[1] if joined is None else joined
+    B0 = anchors_of(layer, adapter)[1]
+    B, E = joined.detach().to(B0.device).chunk(2, dim=1)
+    read = recover(B, E, factor_dtype(layer.get_base_layer()))
+    return None if torch.equal(read.to(B0.dtype), B0) and torch.equal(B0.to(read.dtype), read) else B0
+
+
+def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Replace the stock factors of `adapter`; `halves` is (difference, anchor) for A, then for B."""
+    if adapter in layer.lora_embedding_A:
+        for axis, stock_dict in enumerate((layer.lora_embedding_A, layer.lora_embedding_B)):
+            embedding: EmbeddingHalves
+            if isinstance(stock_dict, EmbeddingHalves):  # another adapter was installed before
+                embedding = stock_dict
+            else:
+                embedding = EmbeddingHalves.take_over(stock_dict, axis)
+            embedding.set_halves(adapter, *halves[axis])
+        return
+    for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
+        _KINDS[type(stock)][axis].take_over(stock, *halves[axis])
+    if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
+        change_class(layer, AdaptedLinear)
+
+
+def _set_anchor(layer: LoraLayer, adapter: str, B0: Tensor) -> None:
+    if adapter in layer.lora_embedding_B:
+        layer.lora_embedding_B.register_buffer(adapter + ANCHOR_SUFFIX, B0)
+    else:
+        layer.lora_B[adapter].register_buffer(ANCHOR, B0)
+
+
+def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return the factors of an adapter as stock PEFT stores them: A' (2r, in) and B' (out, 2r)."""
+    if adapter in layer.lora_embedding_A:
+        return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    first, second = layer.lora_A[adapter], layer.lora_B[adapter]
+    if isinstance(first, Halves) and isinstance(second, Halves):
+        return first.joined, second.joined
+    A, B = first.weight, second.weight  # A is a buffer if it is fixed
+    assert isinstance(A, Tensor)
+    assert isinstance(B, Tensor)
+    return A, B
+
+
+def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return the trained parameters of an adapter: D (r, in) and E (out, r), or A and B of a plain LoRA.
+
+    For a convolution they are (r, in, kh, kw) and (out, r, 1, 1).
+    """
+    if adapter in layer.lora_embedding_A:
+        holders = (layer.lora_embedding_A, layer.lora_embedding_B)
+        return holders[0].get_parameter(adapter), holders[1].get_parameter(adapter)
+    pair = (layer.lora_A[adapter], layer.lora_B[adapter])
+    first, second = (half.get_parameter(DELTA if isinstance(half, Halves) else "weight") for half in pair)
+    return first, second
+
+
+def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return the anchor of an adapter: A0 (r, in) and B0 (out, r)."""
+    return _anchor(layer, adapter, 0), _anchor(layer, adapter, 1)
+
+
+def _anchor(layer: LoraLayer, adapter: str, axis: int) -> Tensor:
+    if adapter in layer.lora_embedding_A:
+        holder = (layer.lora_embedding_A, layer.lora_embedding_B)[axis]
+        assert isinstance(holder, EmbeddingHalves)
+        anchor = holder.anchor_of(adapter)
+        assert anchor is not None
+        return anchor
+    half = (layer.lora_A, layer.lora_B)[axis][adapter]
+    assert isinstance(half, Halves)
+    return half.anchor
+
+
+def has_halves(layer: LoraLayer, adapter: str) -> bool:
+    """Return True if `adapter` has a trained difference and an anchor in this layer."""
+    if adapter in layer.lora_A:
+        return isinstance(layer.lora_A[adapter], Halves)
+    holder = layer.lora_embedding_A
+    return isinstance(holder, EmbeddingHalves) and adapter in holder and holder.anchor_of(adapter) is not None
+
+
+def fixed_names(model: nn.Module) -> Iterator[str]:
+    """Yield the names of the buffers of a model that never change: anchors, and each fixed A."""
+    for name, module in model.named_modules():
+        if isinstance(module, Halves):
+            yield f"{name}.{ANCHOR}"
+        elif isinstance(module, EmbeddingHalves) or ".lora_A." in name:
+            yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
+
+
+def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a gathered state dict (ZeRO-3, FSDP2) with differences and anchors joined under their stock names.
+
+    `...lora_A.default.delta` and `.anchor` become `...lora_A.default.weight`. Other entries are unchanged.
+
+    >>> import torch
+    >>> raw = {"l.lora_A.x.delta": torch.ones(1, 2), "l.lora_A.x.anchor": torch.zeros(1, 2)}
+    >>> {name: tuple(t.shape) for name, t in joined_state(raw).items()}
+    {'l.lora_A.x.weight': (2, 2)}
+    """
+    out = dict(state)
+    for key in state:
+        prefix, _, name = key.rpartition(".")
+        if name == DELTA and f"{prefix}.{ANCHOR}" in state:
+            stock, anchor_key, axis = f"{prefix}.weight", f"{prefix}.{ANCHOR}", int(".lora_B." in key)
+        elif key + ANCHOR_SUFFIX in state:
+            stock, anchor_key, axis = key, key + ANCHOR_SUFFIX, int(".lora_embedding_B." in key)
+        else:
+            continue
+        delta, anchor = out.pop(key), out.pop(anchor_key)
+        out[stock] = join(delta, anchor.to(delta.device), axis)
+    return out

@@ -1,0 +1,590 @@
+"""The forward pass of an adapter: LoRA factors of rank 2r with a trained difference and the anchor (arXiv:2406.09044).
+
+A layer with weight W computes
+
+    y = W x + s (B A - B0 A0) x          s = alpha / r
+
+A0 and B0 hold the initial factors: s B0 A0 is the part of W that trains, its r last singular triplets for MiLoRA. A
+starts at A0 and B at B0, so the layer starts at y = W x. W, A0 and B0 never change. The paper writes W_p + s B A with
+W_p = W - s B0 A0, which is the same function; here the base weight stays as the user loaded it.
+
+The layer does not hold A and B, but the differences D = A - A0 and E = B - B0, which train from zero. With them
+
+    B A - B0 A0 = (B0 + E) D + E A0 = B' A'          A' = [D; A0],  B' = [B0 + E, E]
+
+is one LoRA of rank 2r, and this is what stock PEFT sees.
+
+| name      | tensor | shape               | held as                            |
+| --------- | ------ | ------------------- | ---------------------------------- |
+| W         | weight | (out, in)           | frozen parameter of the base layer |
+| D, E      | delta  | (r, in), (out, r)   | parameters, trained                |
+| A0, B0    | anchor | (r, in), (out, r)   | buffers, never changed             |
+| A', B'    | weight | (2r, in), (out, 2r) | not held: joined at each use       |
+| x         | input  | (..., in)           |                                    |
+| A' x      | hidden | (..., 2r)           | [D x, A0 x]                        |
+| s B' A' x | output | (..., out)          | s ((B0 + E) D x + E A0 x)          |
+
+A convolution with kernel (kh, kw) has A' of shape (2r, in, kh, kw) and B' of shape (out, 2r, 1, 1). An embedding has
+A' of shape (2r, tokens) and B' of shape (dim, 2r); PEFT keeps both in ParameterDicts, see `EmbeddingHalves`.
+
+PEFT creates the factor layers; `Halves.take_over` then changes the class of each one. Names, hooks and the PeftModel
+stay PEFT's. State dicts hold the joined factor under its stock name, so that PEFT loads the file without this package.
+
+Four choices need a reason:
+
+- The differences train, not A and B. The difference of two products B A x - B0 A0 x would cancel almost all digits
+  that half precision has, and so would A - A0 where DeepSpeed keeps A in bfloat16. D and E keep their own digits, at
+  any size. They start at zero, so the output at step 0 is zero in any order of summation, and weight decay pulls
+  towards no update.
+- The anchor is a buffer, not a parameter, because PEFT sets `requires_grad` on every parameter of an adapter.
+- The difference is not called `weight`: `weight` must be the joined factor, which PEFT merges and saves.
+- B' holds B0 + E, not B0, because a LoRA is one product. `recover` gets B0 back.
+
+>>> layer = nn.Linear(3, 4, bias=False)  # PEFT's lora_A, in -> 2r with r = 2
+>>> A0 = torch.arange(6.0).reshape(2, 3)
+>>> half = LinearA.take_over(layer, torch.zeros(2, 3), A0)
+>>> half.weight.shape, half(torch.ones(5, 3)).shape
+(torch.Size([4, 3]), torch.Size([5, 4]))
+>>> sorted(half.state_dict()), [name for name, _ in half.named_parameters()]
+(['weight'], ['delta'])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, autocast, nn
+from torch.autograd.function import once_differentiable
+
+from milora_vl.common.compat.torch import call_on_plain_tensors, change_class, has_hooks
+from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.names import PREFIX
+from milora_vl.core.weights.distributed import is_sharded
+
+DELTA, ANCHOR = "delta", "anchor"
+
+
+def join(delta: Tensor, anchor: Tensor, axis: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Return [D; A0] for axis 0, [B0 + E, E] for axis 1, in `dtype` or the dtype of the difference."""
+    dtype = dtype or delta.dtype
+    if axis == 0:
+        return torch.cat([delta.to(dtype), anchor.to(dtype)])
+    return torch.cat([(anchor + delta).to(dtype), delta.to(dtype)], dim=1)  # the sum is rounded once
+
+
+def split(joined: Tensor, axis: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Undo `join`: return the difference and the anchor as contiguous copies. The anchor gets `dtype` if that is exact.
+
+    >>> D, A0 = torch.ones(2, 3), torch.zeros(2, 3)
+    >>> [torch.equal(*pair) for pair in zip(split(join(D, A0, axis=0), 0, torch.float32), (D, A0))]
+    [True, True]
+    """
+    first, second = joined.detach().chunk(2, dim=axis)
+    delta = first if axis == 0 else second
+    anchor = lossless(second, dtype) if axis == 0 else recover(first, second, dtype)
+    return delta.clone(memory_format=torch.contiguous_format), anchor.clone(memory_format=torch.contiguous_format)
+
+
+def lossless(anchor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the anchor in `dtype` if that changes no value, else in float32."""
+    narrow = anchor.to(dtype)
+    return narrow if torch.equal(narrow.to(anchor.dtype), anchor) else anchor.float()
+
+
+def recover(B: Tensor, E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return B0 from B = B0 + E and E, in `dtype` if B0 + E then gives B again, else in float32.
+
+    The sum was rounded. For a B0 in half precision and E in float32 that is undone by rounding, except where an entry
+    of E is thousands of times larger than B0's. `install.unrecoverable` finds the anchors that are not undone.
+    """
+    wide = torch.promote_types(B.dtype, torch.float32)
+    difference = B.to(wide) - E.to(wide)
+    narrow = difference.to(dtype)
+    return narrow if torch.equal((narrow + E).to(B.dtype), B) else difference
+
+
+def rank_message(path: str, got: torch.Size, expected: torch.Size, axis: int) -> str:
+    """Return the message for a saved factor that does not fit: its rank differs, or its shape does."""
+    if got[1 - axis] == expected[1 - axis] and len(got) == len(expected):
+        return f"{path}: the saved adapter has rank {got[axis] / 2:g}, this model's has rank {expected[axis] // 2}"
+    return f"{path}: the saved factor has shape {tuple(got)}, expected {tuple(expected)}"
+
+
+class Joined(Tensor):
+    """The joined factor that `weight` returns: a copy to read. Raises AdapterError if it is written to.
+
+    PEFT's hotswap_adapter and reset_lora_parameters write into `lora_A[name].weight`. Here that would change the copy
+    and not the adapter, without any sign of it.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func` on plain tensors. Views of the factor keep this class, other results are plain tensors."""
+        name = func.__name__
+        if args and isinstance(args[0], Joined) and (name == "__setitem__" or _is_in_place(name)):
+            raise _write_error()
+        out = call_on_plain_tensors(func, args, kwargs or {})
+        is_view = name in ("__get__", "__getitem__", "detach") and isinstance(out, Tensor)
+        return out.as_subclass(Joined) if is_view else out
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise _write_error()
+
+
+def _write_error() -> AdapterError:
+    return AdapterError(
+        "writing into the joined factor [D; A0] or [B0 + E, E] would change a copy and nothing else",
+        code="adapter-read-only-factor",
+        hint="to load another adapter:  model.load_adapter(folder, name); to change D or E, write into their `delta`",
+    )
+
+
+def _is_in_place(name: str) -> bool:
+    # torch names in-place methods with a trailing underscore: add_, copy_, fill_.
+    return name.endswith("_") and not name.startswith("__")
+
+
+class Halves(nn.Module):
+    """Base class of the factors below: a trained difference, an anchor, and the joined factor that PEFT sees.
+
+    `axis` is the dimension that the rank runs along: 0 for A' = [D; A0], 1 for B' = [B0 + E, E].
+    """
+
+    axis: ClassVar[int]
+    delta: nn.Parameter
+    anchor: Tensor
+
+    @classmethod
+    def take_over(cls, layer: nn.Module, delta: Tensor, anchor: Tensor) -> Halves:
+        """Change the class of PEFT's factor layer and give it a difference and an anchor. Hooks, name and bias stay.
+
+        Both have rank r: (r, in) for A, (out, r) for B. `layer.weight` of rank 2r is removed.
+        """
+        requires_grad = layer.get_parameter("weight").requires_grad
+        del layer.weight
+        halves = change_class(layer, cls)
+        halves.register_parameter(DELTA, nn.Parameter(delta, requires_grad=requires_grad))
+        halves.register_buffer(ANCHOR, anchor)
+        return halves
+
+    @property
+    def joined(self) -> Tensor:
+        """Return the factor of rank 2r, (2r, in) or (out, 2r), as a new tensor."""
+        if is_sharded(self.delta):  # PEFT reads the dtype alone
+            return self.delta
+        return join(self.delta, self.anchor, self.axis)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return the factor of rank 2r that PEFT merges and saves. It is read-only, see `Joined`."""
+        joined = self.joined
+        is_plain = type(joined) in (Tensor, nn.Parameter)  # torch's fake tensors keep their class
+        return joined.as_subclass(Joined) if is_plain and not torch.compiler.is_compiling() else joined
+
+    def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write `weight`, the joined factor, instead of `delta` and `anchor`: the name and shape of stock PEFT."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+        if is_sharded(self.delta):  # the raw names are gathered later and joined by `install.joined_state`
+            return
+        del destination[prefix + DELTA], destination[prefix + ANCHOR]
+        destination[f"{prefix}weight"] = self.joined if keep_vars else self.joined.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Read `weight`, the joined factor, or the raw names `delta` and `anchor`. Both together set B0 exactly."""
+        delta_key, anchor_key = prefix + DELTA, prefix + ANCHOR
+        joined = state_dict.pop(f"{prefix}weight", None)
+        if joined is not None:
+            if joined.shape != self.joined.shape:
+                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
+                error_msgs.append(rank_message(path, joined.shape, self.joined.shape, self.axis))
+                return
+            state_dict[delta_key], anchor = _read(joined, self.anchor, self.axis)
+            state_dict.setdefault(anchor_key, anchor)
+        if anchor_key in state_dict:
+            self.anchor = self.anchor.to(state_dict[anchor_key].dtype)
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        raw = {delta_key, anchor_key}
+        if raw & set(missing):
+            missing_keys.append(f"{prefix}weight")
+        missing_keys.extend(key for key in missing if key not in raw)
+
+
+def _read(joined: Tensor, anchor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Return the difference and the anchor of a saved factor. The present anchor stays if it gives the same factor."""
+    delta = joined.detach().chunk(2, dim=axis)[axis].clone(memory_format=torch.contiguous_format)
+    here = anchor.to(joined.device)
+    if torch.equal(join(delta, here, axis), joined):
+        return delta, lossless(here, anchor.dtype)
+    return split(joined, axis, anchor.dtype)
+
+
+class LinearA(Halves, nn.Linear):  # type: ignore[misc,override]
+    """A' = [D; A0] of a linear layer: `delta` is D (r, in), `anchor` is A0 (r, in)."""
+
+    axis = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [D x, A0 x]: (..., in) -> (..., 2r)."""
+        return multiply_down(x, self.delta, self.anchor)
+
+
+class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
+    """B' = [B0 + E, E] of a linear layer: `delta` is E (out, r), `anchor` is B0 (out, r)."""
+
+    axis = 1
+
+    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """Return s ((B0 + E) h + E h0) for the hidden vector [h, h0]: (..., 2r) -> (..., out), s = `scaling`.
+
+        `onto` (..., out), the output W x of the base layer, is added.
+        """
+        out = multiply_up(x, self.delta, self.anchor, onto, scaling)
+        return out if self.bias is None else out + scaling * self.bias
+
+
+class FixedA(nn.Linear):
+    """A (r, in) that never changes: `weight` is a buffer, so no optimizer and no call of PEFT trains it."""
+
+    @classmethod
+    def take_over(cls, layer: nn.Linear, A: Tensor) -> FixedA:
+        """Change the class of PEFT's factor layer and replace its parameter by the buffer A."""
+        del layer.weight
+        fixed = change_class(layer, cls)
+        fixed.register_buffer("weight", A)
+        return fixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return A x, (..., in) -> (..., r), in the data type of x or of autocast."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class TrainedE(nn.Linear):
+    """E (out, r) beside a fixed A: the parameter `weight` of a stock LoRA, which starts at zero."""
+
+    def forward(self, hidden: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """Return s E h, (..., r) -> (..., out), s = `scaling`. `onto` (..., out), the output W x, is added."""
+        E = self.weight
+        if onto is None:
+            return F.linear(hidden.to(E.dtype), E)
+        device = onto.device.type
+        is_autocast = torch.is_autocast_enabled(device)
+        # As in `_dtype`: PEFT would multiply in float32 beside a bfloat16 base, and round the sum anyway.
+        dtype = torch.get_autocast_dtype(device) if is_autocast else E.dtype
+        if not is_autocast and onto.dtype == torch.bfloat16:
+            dtype = torch.bfloat16
+        with autocast(device, enabled=False):
+            hidden, E = _rows(hidden).to(dtype), E.to(dtype)
+            if onto.dtype == dtype:
+                return torch.addmm(_rows(onto), hidden, E.T, alpha=scaling).view(onto.shape)
+            return (onto + scaling * F.linear(hidden, E).view(onto.shape)).to(onto.dtype)
+
+
+class AdaptedLinear(lora.Linear):  # type: ignore[misc]
+    """PEFT's LoRA layer, with a faster sum of W x and the update of one adapter of ours.
+
+    PEFT casts x, computes the update, multiplies it by s and adds it to W x. Each of these passes over the tokens takes
+    a share of the step, and most have another one in the backward pass. Here the product with B' adds to W x.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return W x + s B' A' x. PEFT's forward runs if several adapters are active, or hooks see an adapter alone."""
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        adapter = None if kwargs or is_traced else self._only_adapter()
+        if adapter is None:
+            out: Tensor = super().forward(x, *args, **kwargs)
+            return out
+        base = self.base_layer(x, *args)
+        down: Any = self.lora_A[adapter]
+        dropout = self.lora_dropout[adapter]
+        # Autocast casts x anyway. Dropout needs more digits than bfloat16 has: it divides by 1 - p.
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        if isinstance(down, FixedA):
+            x = x.float() if drops and x.dtype in (torch.bfloat16, torch.float16) else x
+        elif drops or not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, down.delta.dtype):
+            x = x.to(down.delta.dtype)
+        return self.lora_B[adapter](down(dropout(x)), base, self.scaling[adapter])  # type: ignore[no-any-return]
+
+    def _only_adapter(self) -> str | None:
+        """Return the active adapter if it is the only one here, one of ours, not merged, and enabled."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return None
+        up = self.lora_B[active[0]]
+        is_ours = (
+            isinstance(up, LinearB | TrainedE) and up.bias is None and isinstance(self.scaling[active[0]], int | float)
+        )
+        return active[0] if is_ours and self.cast_input_dtype_enabled and not has_hooks(up) else None
+
+
+class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
+    """A' = [D; A0] of a convolution: `delta` and `anchor` are (r, in, kh, kw)."""
+
+    axis = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolutions with D and A0, along the channels: (n, in, h, w) -> (n, 2r, h', w')."""
+        return F.conv2d(x, self.joined, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Conv2dB(Halves, nn.Conv2d):  # type: ignore[misc,override]
+    """B' = [B0 + E, E] of a convolution: `delta` and `anchor` are (out, r, 1, 1)."""
+
+    axis = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution with [B0 + E, E]: (n, 2r, h, w) -> (n, out, h, w)."""
+        return F.conv2d(x, self.joined, self.bias)
+
+
+class _Residual(Halves):
+    """Factors of the residual form, y = W_p x + s B A x, where the base weight holds W_p = W - s B0 A0.
+
+    Forward and merge use A = A0 + D and B = B0 + E, of rank r. A state dict holds the joined factor, so the saved
+    adapter is again one of rank 2r for the unchanged base model.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        """Return A or B, which is all that PEFT merges here. It is read-only, see `Joined`."""
+        if is_sharded(self.delta):
+            return self.delta
+        factor = self.anchor.to(self.delta.dtype) + self.delta
+        return factor if torch.compiler.is_compiling() else factor.as_subclass(Joined)
+
+    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
+        """Return A x or s B h: (..., in) -> (..., r), (..., r) -> (..., out); `onto` (..., out) is added."""
+        out = F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
+        if onto is None:
+            return out if scaling == 1 else out * scaling
+        return torch.add(onto, out, alpha=scaling).to(onto.dtype)
+
+
+class ResidualA(_Residual, LinearA):  # type: ignore[misc,override]
+    """A (r, in) of the residual form, held as A0 and D."""
+
+
+class ResidualB(_Residual, LinearB):  # type: ignore[misc,override]
+    """B (out, r) of the residual form, held as B0 and E."""
+
+
+ANCHOR_SUFFIX = "_anchor"
+
+
+class EmbeddingHalves(nn.ParameterDict):
+    """PEFT's `lora_embedding_A` or `lora_embedding_B`, where some adapters have a difference and an anchor.
+
+    `axis` 0 is A' = [D; A0] (2r, tokens), `axis` 1 is B' = [B0 + E, E] (dim, 2r). PEFT multiplies `factors[adapter]`,
+    so indexing returns the joined factor. It sets `requires_grad` through `values()`, so iteration returns the trained
+    differences. An anchor is a buffer named `<adapter>_anchor`.
+    """
+
+    axis: int
+
+    @classmethod
+    def take_over(cls, factors: nn.ParameterDict, axis: int) -> EmbeddingHalves:
+        """Change the class of PEFT's ParameterDict. All adapters keep their stock factors until `set_halves`."""
+        halves = change_class(factors, cls)
+        halves.axis = axis
+        return halves
+
+    def set_halves(self, adapter: str, delta: Tensor, anchor: Tensor) -> None:
+        """Replace the stock factor of an adapter by a difference and an anchor, each of rank r."""
+        requires_grad = self.get_parameter(adapter).requires_grad
+        self.register_buffer(adapter + ANCHOR_SUFFIX, anchor)
+        super().__setitem__(adapter, nn.Parameter(delta, requires_grad=requires_grad))
+
+    def anchor_of(self, adapter: str) -> Tensor | None:
+        """Return the anchor of an adapter, or None if the adapter has a stock factor."""
+        return getattr(self, adapter + ANCHOR_SUFFIX, None)
+
+    def __getitem__(self, key: str) -> Any:
+        anchor = self.anchor_of(key)
+        return super().__getitem__(key) if anchor is None else join(self.get_parameter(key), anchor, self.axis)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        anchor = self.anchor_of(key)
+        if anchor is None:
+            super().__setitem__(key, value)
+            return
+        self.set_halves(key, *_read(value, anchor, self.axis))
+
+    def __delitem__(self, key: str) -> None:
+        if self.anchor_of(key) is not None:
+            delattr(self, key + ANCHOR_SUFFIX)
+        super().__delitem__(key)
+
+    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
+        """Iterate over (adapter, difference or stock factor)."""
+        return ((key, self.get_parameter(key)) for key in self)
+
+    def values(self) -> Iterator[Any]:  # type: ignore[override]
+        """Iterate over the differences and stock factors."""
+        return (self.get_parameter(key) for key in self)
+
+    def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+        for key in self:
+            if self.anchor_of(key) is not None and not is_sharded(self.get_parameter(key)):
+                del destination[prefix + key + ANCHOR_SUFFIX]
+                destination[prefix + key] = self[key] if keep_vars else self[key].detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for key in self:
+            name, anchor_name = prefix + key, prefix + key + ANCHOR_SUFFIX
+            anchor = self.anchor_of(key)
+            if anchor is None or name not in state_dict:
+                continue
+            if state_dict[name].shape == self[key].shape:  # the joined factor
+                state_dict[name], new_anchor = _read(state_dict[name], anchor, self.axis)
+                state_dict.setdefault(anchor_name, new_anchor)
+            elif anchor_name not in state_dict:
+                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
+                error_msgs.append(rank_message(path, state_dict[name].shape, self[key].shape, self.axis))
+                return
+            self.register_buffer(key + ANCHOR_SUFFIX, anchor.to(state_dict[anchor_name].dtype))
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        # A checkpoint without this adapter lacks one stock key, so report one missing key and not two.
+        missing_keys.extend(key for key in missing if not key.endswith(ANCHOR_SUFFIX))
+
+
+def multiply_down(x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:
+    """Return [D x, A0 x], (..., in) -> (..., 2r), in the dtype of the products, see `_dtype`.
+
+    >>> x, D, A0 = torch.eye(3), torch.zeros(2, 3), torch.ones(2, 3)
+    >>> multiply_down(x, D, A0).shape
+    torch.Size([3, 4])
+    """
+    return _Down.apply(x, delta, anchor, _dtype(x, delta, anchor))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def multiply_up(
+    hidden: Tensor, delta: Tensor, anchor: Tensor, onto: Tensor | None = None, scaling: float = 1.0
+) -> Tensor:
+    """Return s ((B0 + E) h + E h0) for `hidden` = [h, h0], (..., 2r) -> (..., out), in the dtype of `multiply_down`.
+
+    With `onto` (..., out), return the sum of both in its dtype.
+
+    A new adapter has D = 0 and E = 0, so it changes no output:
+
+    >>> hidden = multiply_down(torch.randn(5, 3), torch.zeros(2, 3), torch.randn(2, 3))
+    >>> bool((multiply_up(hidden, torch.zeros(4, 2), torch.randn(4, 2)) == 0).all())
+    True
+    """
+    dtype = _dtype(hidden, delta, anchor)
+    if onto is None or onto.dtype != dtype:
+        update: Tensor = _Up.apply(hidden, delta, anchor, dtype, scaling, None)  # type: ignore[no-untyped-call]
+        return update if onto is None else (onto + update).to(onto.dtype)
+    # A function must not return a view: autograd refuses to change one in place, as models with `+=` do.
+    out: Tensor = _Up.apply(_rows(hidden), delta, anchor, dtype, scaling, _rows(onto))  # type: ignore[no-untyped-call]
+    return out.view(onto.shape)
+
+
+def _dtype(x: Tensor, delta: Tensor, anchor: Tensor) -> torch.dtype:
+    """Return the dtype of the products: autocast's, without it bfloat16 if the base is bfloat16, else `delta`'s.
+
+    PEFT trains float32 adapters on a bfloat16 base, and would multiply in float32. The sum with W x is rounded to
+    bfloat16 anyway, so the products round no more than autocast does.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return anchor.dtype if anchor.dtype == torch.bfloat16 else delta.dtype
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+# The two functions below compute no gradient for the anchor, and they keep no joined factor between forward and
+# backward: joining twice costs less than 2r (in + out) numbers of memory per layer.
+
+
+class _Down(torch.autograd.Function):
+    """[D x, A0 x] with gradients for x and D: dx = g [D; A0], dD = g_D' x, where g_D is the first half of g."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtypes = x.dtype, dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, delta, anchor)
+        with autocast(x.device.type, enabled=False):
+            return F.linear(x, join(delta, anchor, 0, dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, delta, anchor = ctx.saved_tensors
+        of_x = of_delta = None
+        with autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                of_x = (grad @ join(delta, anchor, 0, ctx.dtypes[1])).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[1]:
+                of_delta = (_rows(grad[..., : len(delta)]).T @ _rows(x)).to(delta.dtype)
+        return of_x, of_delta, None, None
+
+
+class _Up(torch.autograd.Function):
+    """s ((B0 + E) h + E h0) + y with gradients for [h, h0], E and y: d[h, h0] = s g [B0 + E, E], dE = s g' (h + h0)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        delta: Tensor,
+        anchor: Tensor,
+        dtype: torch.dtype,
+        scaling: float,
+        onto: Tensor | None,
+    ) -> Tensor:
+        ctx.dtypes, ctx.scaling = (hidden.dtype, dtype), scaling
+        hidden = hidden.to(dtype)
+        ctx.save_for_backward(hidden, delta, anchor)
+        with autocast(hidden.device.type, enabled=False):
+            joined = join(delta, anchor, 1, dtype)
+            if onto is None:
+                out = F.linear(hidden, joined)
+                return out if scaling == 1 else out * scaling
+            return torch.addmm(onto, hidden, joined.T, alpha=scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, Tensor | None]:
+        hidden, delta, anchor = ctx.saved_tensors
+        of_hidden = of_delta = None
+        with autocast(grad.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                of_hidden = _scaled(grad @ join(delta, anchor, 1, ctx.dtypes[1]), ctx.scaling).to(ctx.dtypes[0])
+            if ctx.needs_input_grad[1]:
+                first, second = hidden.chunk(2, dim=-1)
+                of_delta = _scaled(_rows(grad).T @ _rows(first + second), ctx.scaling).to(delta.dtype)
+        return of_hidden, of_delta, None, None, None, grad if ctx.needs_input_grad[5] else None
+
+
+def _scaled(product: Tensor, scaling: float) -> Tensor:
+    return product if scaling == 1 else product.mul_(scaling)

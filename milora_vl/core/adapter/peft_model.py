@@ -1,0 +1,399 @@
+"""PEFT's model classes with our mixin: save, add, load, delete and disable adapters; state dicts.
+
+Everything else (forward, merge, generate, set_adapter, ...) is PEFT's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor
+
+from milora_vl.common.atomic_write import atomic_folder
+from milora_vl.common.compat.peft import keep_hooks_apart
+from milora_vl.common.compat.torch import change_class, ignore_in_ddp
+from milora_vl.core.adapter.base_check import fitted, require_same_kind
+from milora_vl.core.adapter.config import read_by_peft
+from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.install import (
+    anchors_of,
+    factors,
+    fix_A,
+    fixed_names,
+    has_fixed_A,
+    has_halves,
+    install_copy,
+    install_loaded,
+    joined_state,
+    lora_layer,
+    set_dropout,
+    unrecoverable,
+)
+from milora_vl.core.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA
+from milora_vl.core.adapter.names import PREFIX
+from milora_vl.core.adapter.protection import Protection
+from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
+from milora_vl.core.init.initialize import LayerReport
+from milora_vl.core.policy.rules import Target
+from milora_vl.core.weights.fingerprint import distance
+
+
+class MiloraMixin(PeftModel):
+    """The methods in which a PeftModel with trained differences and anchors differs from a stock one.
+
+    `sidecars` holds the metadata of each adapter.
+    """
+
+    sidecars: dict[str, Sidecar]
+    milora_targets: list[Target]
+    milora_report: list[LayerReport]
+    milora_protection: dict[str, Protection]
+
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save the adapter as PEFT does, and milora.json beside it.
+
+        In a gathered `state_dict` the raw names `delta` and `anchor` are joined first. Raises AdapterError for
+        `path_initial_model_for_weight_conversion`, because the saved adapter needs no conversion.
+        """
+        if path_initial_model_for_weight_conversion is not None:
+            raise AdapterError(
+                "the saved adapter is already a plain LoRA for the unchanged base model, and needs no conversion",
+                code="adapter-unsupported-argument",
+                where="path_initial_model_for_weight_conversion",
+                hint="remove the argument",
+            )
+        self._require_halves()
+        self.warn_of_changed_A()
+        if save_embedding_layers == "auto":
+            save_embedding_layers = self._vocabulary_has_grown()
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = joined_state(self._with_buffers(kwargs["state_dict"]))
+        with atomic_folder(Path(save_directory), is_main_process) as folder:
+            super().save_pretrained(
+                str(folder), safe_serialization, selected_adapters, save_embedding_layers, is_main_process, **kwargs
+            )
+            for name in selected_adapters or self.peft_config:
+                if is_main_process and name in self.sidecars:
+                    adapter_folder = folder if name == "default" else folder / name
+                    anchors = self._unrecoverable(name, kwargs.get("state_dict") or {})
+                    self.sidecars[name].write(adapter_folder, anchors)
+
+    def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
+        saved = {name.removeprefix("_forward_module."): tensor for name, tensor in state.items()}
+        anchors = {}
+        for path in self.sidecars[adapter].ranks:
+            names = (f"lora_B.{adapter}.weight", f"lora_embedding_B.{adapter}")
+            joined = next((saved[key] for name in names if (key := f"{PREFIX}{path}.{name}") in saved), None)
+            B0 = unrecoverable(lora_layer(self, path), adapter, joined)
+            if B0 is not None:
+                anchors[path] = B0
+        return anchors
+
+    def train(self, mode: bool = True) -> MiloraMixin:
+        """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced our factors."""
+        if mode:
+            self._require_halves()
+        return super().train(mode)
+
+    def _require_halves(self) -> None:
+        """Raise AdapterError if stock factors have replaced ours: then the anchor or the fixed A would train too.
+
+        PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
+        """
+        for adapter, sidecar in self.sidecars.items():
+            replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
+            replaced += [path for path in sidecar.fixed if not has_fixed_A(lora_layer(self, path), adapter)]
+            if replaced:
+                raise AdapterError(
+                    f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})",
+                    code="adapter-replaced-factors",
+                    where=replaced[0],
+                    hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
+                )
+
+    def changed_A(self) -> list[str]:
+        """Return the paths of the modules whose fixed A has changed since the start."""
+        return [
+            path
+            for adapter, sidecar in self.sidecars.items()
+            for path, start in sidecar.fixed.items()
+            if distance(start, factors(lora_layer(self, path), adapter)[0].detach().flatten(1)) > 1
+        ]
+
+    def warn_of_changed_A(self) -> None:
+        """Warn if the fixed A of any module has changed since the start."""
+        changed = self.changed_A()
+        if changed:
+            warnings.warn(
+                f"{changed[0]}: A has changed, so its inputs are no longer protected ({len(changed):,} modules)",
+                stacklevel=3,
+            )
+
+    def _with_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state dict with our missing buffers added: LLaVA collects parameters only.
+
+        Anchors belong to the differences in `state`, and each fixed A to its E.
+        """
+        trained = {
+            name: name.replace(".lora_A.", ".lora_B.")
+            if name.endswith(".weight")
+            else name.replace(f".{ANCHOR}", f".{DELTA}").removesuffix(ANCHOR_SUFFIX)
+            for name in fixed_names(self)
+        }
+        missing = {name for name, partner in trained.items() if partner in state and name not in state}
+        return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
+
+    def _vocabulary_has_grown(self) -> bool:
+        """Return True if the embeddings were resized, compared with a locally available config of the base model.
+
+        PEFT would query the hub at every save, which costs half a minute of retries on a machine without network.
+        """
+        original = _local_config(next(iter(self.peft_config.values())).base_model_name_or_path or "")
+        current = BaseTuner.get_model_config(self.get_base_model())
+        return "vocab_size" in original and original["vocab_size"] != current.get("vocab_size")
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add an adapter as PEFT does. The config object of a MiLoRA adapter gives it the same anchor.
+
+        TRL's trainers create their reference adapter this way, `add_adapter("ref", model.peft_config["default"])`, and
+        then copy the differences into it.
+        """
+        self._refuse_residual("a second adapter would be added to the changed base weights")
+        # PEFT's load_adapter comes here too, with another config.
+        source = next((name for name in self.sidecars if self.peft_config[name] is peft_config), None)
+        extra = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}  # PEFT has it since 0.19
+        super().add_adapter(adapter_name, peft_config, low_cpu_mem_usage, **extra)
+        if source is not None:
+            for path in self.sidecars[source].ranks:
+                install_copy(lora_layer(self, path), adapter_name, source)
+            for path in self.sidecars[source].fixed:
+                layer = lora_layer(self, path)
+                fix_A(layer, adapter_name, factors(layer, source)[0].clone())
+            self.remember(adapter_name, self.sidecars[source])
+
+    def load_adapter(  # type: ignore[override]
+        self,
+        model_id: str,
+        adapter_name: str,
+        is_trainable: bool = False,
+        *args: Any,
+        allow_base_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an adapter as PEFT does, and restore differences and anchors if it has a milora.json.
+
+        Raises AdapterError if an adapter of that name exists and has other modules or ranks, and if this is not the
+        base model that the adapter was made for.
+        """
+        sidecar, existing = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
+        anchors: Mapping[str, Tensor] = {}
+        if existing is not None:
+            require_same_kind(Path(model_id), sidecar, existing)
+        if sidecar is not None:
+            # In the residual form the base weights hold W_p, so they cannot match the sketches of W.
+            skip = allow_base_mismatch or (existing is not None and existing.form == "residual")
+            sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
+            anchors = sidecar.read_anchors(Path(model_id))
+        with self._keeps_residual_anchor(adapter_name):
+            with read_by_peft(self.get_base_model(), Path(model_id)):
+                result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+                missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
+                if missing:
+                    raise KeyError(missing[0])
+            if sidecar is not None:
+                restore(self, adapter_name, sidecar, anchors).warn_of_changed_A()
+        return result
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Add adapters as PEFT does; the sum is a plain LoRA.
+
+        Raises AdapterError for modules trained in full, and for a combination that adds factors instead of updates.
+        """
+        self._refuse_residual("a second adapter would be added to the changed base weights")
+        _require_factors_alone(self, adapters)
+        if combination_type != "cat" and not combination_type.endswith("svd"):
+            raise AdapterError(
+                f"{combination_type} adds the factors and not their products, which are the updates",
+                code="adapter-unsupported-argument",
+                where="combination_type",
+                hint="use cat, which is exact, or svd",
+            )
+        self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)  # type: ignore[operator]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter as PEFT does, with its metadata."""
+        super().delete_adapter(adapter_name)
+        self.sidecars.pop(adapter_name, None)
+
+    def disable_adapter(self) -> Any:
+        """Run the base model alone, as PEFT does. Raises AdapterError in the residual form."""
+        self._refuse_residual("without its adapter the changed base is not the base model")  # it holds W_p
+        return super().disable_adapter()
+
+    def unload(self) -> Any:
+        """Return the base model without the adapter, as PEFT does. Raises AdapterError in the residual form."""
+        self._refuse_residual("the base weights are changed", "call merge_and_unload(), or reload the base model")
+        return self.base_model.unload()  # type: ignore[operator]
+
+    def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
+        """Store the metadata of an adapter. The attributes named `milora_...` describe the first adapter."""
+        self.sidecars[adapter_name] = sidecar
+        if next(iter(self.sidecars)) == adapter_name:
+            self.milora_targets = list(sidecar.targets)
+            self.milora_report = list(sidecar.reports.values())
+            self.milora_protection = dict(sidecar.protection)
+        # They are equal on all ranks and never change, but DDP would broadcast them in every forward.
+        ignore_in_ddp(self, fixed_names(self))
+
+    def _refuse_residual(self, reason: str, hint: str = "use form anchored") -> None:
+        if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
+            raise AdapterError(reason, code="adapter-residual-form", where="form residual", hint=hint)
+
+    @contextmanager
+    def _keeps_residual_anchor(self, adapter: str) -> Iterator[None]:
+        """Raise AdapterError if the block changes the anchor of a residual adapter, which the base weights lack."""
+        existing = self.sidecars.get(adapter)
+        fixed = list(existing.ranks) if existing is not None and existing.form == "residual" else []
+        before = {path: [a.clone() for a in anchors_of(lora_layer(self, path), adapter)] for path in fixed}
+        yield
+        for path, anchors in before.items():
+            after = anchors_of(lora_layer(self, path), adapter)
+            if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
+                raise AdapterError(
+                    "the saved anchor differs from the anchor in this base weight (form residual)",
+                    code="adapter-wrong-anchor",
+                    where=path,
+                    hint="reload the base model, then  load_adapter(base, path, is_trainable=True)",
+                )
+
+
+class MiloraModel(MiloraMixin, peft.PeftModel):
+    """PeftModel with trained differences and anchors."""
+
+
+class MiloraModelForCausalLM(MiloraMixin, peft.PeftModelForCausalLM):
+    """PeftModelForCausalLM with trained differences and anchors."""
+
+
+class MiloraModelForSeq2SeqLM(MiloraMixin, peft.PeftModelForSeq2SeqLM):
+    """PeftModelForSeq2SeqLM with trained differences and anchors."""
+
+
+class MiloraModelForSequenceClassification(MiloraMixin, peft.PeftModelForSequenceClassification):
+    """PeftModelForSequenceClassification with trained differences and anchors."""
+
+
+class MiloraModelForTokenClassification(MiloraMixin, peft.PeftModelForTokenClassification):
+    """PeftModelForTokenClassification with trained differences and anchors."""
+
+
+class MiloraModelForQuestionAnswering(MiloraMixin, peft.PeftModelForQuestionAnswering):
+    """PeftModelForQuestionAnswering with trained differences and anchors."""
+
+
+class MiloraModelForFeatureExtraction(MiloraMixin, peft.PeftModelForFeatureExtraction):
+    """PeftModelForFeatureExtraction with trained differences and anchors."""
+
+
+_OURS: dict[type[PeftModel], type[MiloraMixin]] = {
+    peft.PeftModel: MiloraModel,
+    peft.PeftModelForCausalLM: MiloraModelForCausalLM,
+    peft.PeftModelForSeq2SeqLM: MiloraModelForSeq2SeqLM,
+    peft.PeftModelForSequenceClassification: MiloraModelForSequenceClassification,
+    peft.PeftModelForTokenClassification: MiloraModelForTokenClassification,
+    peft.PeftModelForQuestionAnswering: MiloraModelForQuestionAnswering,
+    peft.PeftModelForFeatureExtraction: MiloraModelForFeatureExtraction,
+}
+
+
+def adopt(model: PeftModel) -> MiloraMixin:
+    """Change the class of a stock PeftModel to the matching class above, in place."""
+    if not isinstance(model, MiloraMixin):
+        ours = change_class(model, _OURS[type(model)])
+        ours.sidecars = {}
+        keep_hooks_apart(ours)
+        return ours
+    return model
+
+
+def _require_factors_alone(model: PeftModel, adapters: Sequence[str]) -> None:
+    """Raise AdapterError if an adapter contains modules trained in full, which PEFT's sum would take from the base."""
+    for name in adapters:
+        config = model.peft_config.get(name)
+        full_modules = config.modules_to_save if isinstance(config, LoraConfig) else None
+        if full_modules:
+            raise AdapterError(
+                f"add_weighted_adapter adds LoRA factors only, but this adapter contains modules trained in full: "
+                f"{', '.join(sorted(full_modules)[:3])}",
+                code="adapter-full-modules",
+                where=f"adapter {name!r}",
+                hint="add their folders:  python -m milora_vl.export FOLDER FOLDER --weights ...  (docs/exporting.md)",
+            )
+
+
+def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[str, Tensor]) -> MiloraMixin:
+    """Split an adapter that was loaded as a stock LoRA into differences and anchors, fix each A, set the dropout.
+
+    `anchors` has the exact B0 by path, see `Sidecar.read_anchors`.
+    """
+    ours = adopt(model)
+    for target in sidecar.targets:
+        if target.rank is None:
+            continue
+        layer = lora_layer(ours, target.path)
+        if target.has_anchor:
+            try:
+                install_loaded(layer, adapter, anchors.get(target.path))
+            except ValueError as error:
+                message, hint = f"{error}: B0 + E is not B", "restore the files of one save"
+                raise AdapterError(message, code="adapter-wrong-anchor", where=ANCHORS_FILE, hint=hint) from error
+        elif target.has_fixed_A and not has_fixed_A(layer, adapter):
+            fix_A(layer, adapter)
+        set_dropout(layer, adapter, target.dropout)
+    ours.remember(adapter, replace(sidecar, anchors=()))
+    return ours
+
+
+def _local_config(name: str) -> dict[str, Any]:
+    """Return config.json of a base model from its folder or the hub's cache; empty if it is in neither."""
+    file: Any = Path(name) / "config.json"
+    if not file.is_file() and name.count("/") <= 1:
+        file = try_to_load_from_cache(name, "config.json") if name else None
+    if not isinstance(file, str) and not (isinstance(file, Path) and file.is_file()):
+        return {}
+    return dict(json.loads(Path(file).read_text(encoding="utf-8")))

@@ -1,0 +1,197 @@
+"""`reinit_peft` and `restore_split`: MiLoRA for code that already called PEFT.
+
+`reinit_peft` initializes a new LoRA from singular components. `restore_split` restores the difference and the anchor
+of a MiLoRA adapter that stock PEFT has loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor
+
+from milora_vl.core.adapter.apply import Form, apply_milora
+from milora_vl.core.adapter.base_check import fitted
+from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.install import factors, has_halves, lora_layer
+from milora_vl.core.adapter.names import PREFIX
+from milora_vl.core.adapter.peft_model import MiloraMixin, restore
+from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
+from milora_vl.core.init.initialize import Progress
+from milora_vl.core.policy.methods import METHODS, RuleMethod
+from milora_vl.core.policy.rules import Rule
+from milora_vl.core.policy.towers import forget_peft
+from milora_vl.core.svd import Part
+
+_METHOD_OF_PART: dict[str, RuleMethod] = {
+    "minor": "milora",
+    "principal": "pissa",
+    "random": "random",
+    "middle": "middle",
+}
+assert all(METHODS[method].part == part for part, method in _METHOD_OF_PART.items())
+# Initializations of PEFT that do not change the base weight.
+_BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def reinit_peft(
+    peft_model: PeftModel,
+    part: Part = "minor",
+    form: Form = "anchored",
+    *,
+    protect: float = 0.0,
+    calibration: Sequence[Mapping[str, Any]] | None = None,
+    progress: Progress = False,
+) -> Any:
+    """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
+
+    Modules, ranks, scales, dropout and modules_to_save come from the given LoraConfig. The given object cannot be
+    used afterwards. With `protect`, the share of the rules of the same name, and `calibration` batches (see
+    `apply_milora`) the updates leave ordinary inputs alone. `progress` shows a progress bar on stderr.
+
+    Raises AdapterError if the adapter has been trained already, is no plain LoRA, or has an initialization that changes
+    the base weights. Raises PolicyError for ranks larger than a matrix.
+
+    >>> from peft import LoraConfig, get_peft_model
+    >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> model = reinit_peft(get_peft_model(base, LoraConfig(r=2, target_modules=["0"])))
+    >>> model.milora_targets[0].method, model.peft_config["default"].r
+    ('milora', 4)
+    """
+    if part not in _METHOD_OF_PART:
+        raise AdapterError(
+            f"expected one of {', '.join(_METHOD_OF_PART)}, got {part!r}", code="adapter-value", where="part"
+        )
+    adapter = _the_adapter(peft_model)
+    layers = {p: m for p, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    _require_fresh(layers, adapter)
+    rules = [_rule(path, layer, adapter, _METHOD_OF_PART[part], protect) for path, layer in layers.items()]
+    rules += [
+        Rule(modules=path, method="full")
+        for path, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    ]
+    base = peft_model.unload()
+    forget_peft(base)
+    return apply_milora(base, rules, form=form, calibration=calibration, progress=progress)
+
+
+def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:
+    """Restore what must not train in a MiLoRA adapter that stock PEFT has loaded from `folder`, in place.
+
+    PeftModel.from_pretrained(base, folder, is_trainable=True) loads the folder as a plain LoRA, and would train the
+    anchor too, or the fixed A of protected layers. Call this function before the first step.
+
+    Raises AdapterError if one of them has been trained already, and for a folder without milora.json.
+    """
+    adapter = _the_adapter(peft_model)
+    saved = read_sidecar(Path(folder))
+    if saved is None:
+        raise AdapterError(
+            f"has no {FILE_NAME}: this adapter is a plain LoRA and has no anchor",
+            code="adapter-plain-lora",
+            where=str(folder),
+            hint="train it without restore_split",
+        )
+    sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
+    stored = stored_tensors(Path(folder))
+    for path in sidecar.ranks:
+        _require_anchor(lora_layer(peft_model, path), adapter, path, stored)
+    ours = restore(peft_model, adapter, sidecar, sidecar.read_anchors(Path(folder)))
+    changed = ours.changed_A()
+    if changed:
+        raise AdapterError(
+            f"the A of {len(changed):,} modules has been trained already, so their inputs are no longer protected",
+            code="adapter-wrong-anchor",
+            where=changed[0],
+            hint="reload the folder and call restore_split before training, or save this one as a plain LoRA",
+        )
+    return ours
+
+
+def _the_adapter(model: PeftModel) -> str:
+    if not isinstance(model, PeftModel):
+        raise AdapterError(
+            f"expected a PeftModel, got {type(model).__name__}",
+            code="adapter-not-a-peft-model",
+            hint="to add an adapter:  apply_milora(model, policy)",
+        )
+    if isinstance(model, MiloraMixin) and model.sidecars:
+        raise AdapterError(
+            "this model already has a difference and an anchor, from apply_milora or load_adapter",
+            code="adapter-already-present",
+            hint="use the model without this call",
+        )
+    if len(model.peft_config) != 1:
+        raise AdapterError(
+            f"expected one adapter, found {', '.join(model.peft_config)}",
+            code="adapter-several",
+            hint="delete the other adapters first",
+        )
+    name, config = next(iter(model.peft_config.items()))
+    unsupported = _unsupported(config)
+    if unsupported:
+        raise AdapterError(
+            f"expected a plain LoRA that does not change the base weights, got {unsupported}",
+            code="adapter-unsupported-kind",
+            where=f"adapter {name!r}",
+            hint="reload the base model, and call get_peft_model with a plain LoraConfig",
+        )
+    return name
+
+
+def _unsupported(config: Any) -> str:
+    """Name what is not a plain LoRA in a PEFT config; "" for a plain LoRA."""
+    if not isinstance(config, LoraConfig):
+        return type(config).__name__
+    if config.use_dora:
+        return "DoRA"
+    if config.init_lora_weights not in _BASE_UNCHANGED:
+        return f"init_lora_weights {config.init_lora_weights!r}"
+    return "a LoRA that trains biases" if config.bias != "none" or config.lora_bias else ""
+
+
+@torch.no_grad()
+def _require_fresh(layers: dict[str, LoraLayer], adapter: str) -> None:
+    for path, layer in layers.items():
+        is_zero = not all(factor.any() for factor in factors(layer, adapter))
+        change = 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
+        if change > 1e-5:
+            raise AdapterError(
+                "this adapter has been trained already, and a new initialization would lose that training",
+                code="adapter-already-trained",
+                where=path,
+                hint="if it is a MiLoRA adapter loaded from a folder, call  restore_split(model, folder)  instead",
+            )
+
+
+def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect: float) -> Rule:
+    rank, dropout = layer.r[adapter], layer.lora_dropout[adapter]
+    probability = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
+    alpha = layer.scaling[adapter] * rank
+    return Rule(modules=path, method=method, rank=rank, alpha=alpha, dropout=probability, protect=protect)
+
+
+def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
+    """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
+    assert not has_halves(layer, adapter)
+    is_embedding = adapter in layer.lora_embedding_A
+    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
+    for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
+        saved = stored[f"{PREFIX}{path}.{name}"].to(factor.dtype).to(factor.device)
+        first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
+        # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].
+        pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 else second
+        if not torch.equal(*pair):
+            raise AdapterError(
+                "the anchor has been trained already, so it cannot be restored",
+                code="adapter-wrong-anchor",
+                where=path,
+                hint="reload the folder and call restore_split before training, or save this one as a plain LoRA",
+            )

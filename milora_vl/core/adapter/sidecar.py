@@ -1,0 +1,191 @@
+"""milora.json, the sidecar file of an adapter: the settings of each module and a fingerprint of its base weight.
+
+Without this file the folder is still a correct LoRA for inference. With it, the trained difference and the anchor, or
+the A that never changes, are known again, so training can continue.
+
+Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
+where it cannot be computed from them bit for bit, above all for float32 bases. Other versions are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.folders import ADAPTER_FILES
+from milora_vl.core.adapter.protection import Protection
+from milora_vl.core.init.initialize import LayerReport
+from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import FloorSigma, Target
+from milora_vl.core.weights.fingerprint import Sketch
+from milora_vl.core.weights.torch_files import read_weights
+
+FILE_NAME = "milora.json"
+ANCHORS_FILE = "milora_anchors.safetensors"
+FORMAT_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
+
+    `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE. `fixed` holds the fingerprint of each A that
+    never changes, and `protection` what the calibration found for its layer.
+    """
+
+    form: str
+    targets: Sequence[Target]
+    names: Mapping[str, str]
+    sketches: Mapping[str, Sketch]
+    reports: Mapping[str, LayerReport]
+    anchors: Sequence[str] = ()
+    fixed: Mapping[str, Sketch] = field(default_factory=dict)
+    protection: Mapping[str, Protection] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the text of the file."""
+        modules = {target.path: self._module(target) for target in self.targets}
+        content: dict[str, Any] = {"format_version": FORMAT_VERSION, "form": self.form, "anchors": list(self.anchors)}
+        return json.dumps({**content, "modules": modules}, indent=1) + "\n"
+
+    def _module(self, target: Target) -> dict[str, Any]:
+        fields = target.to_dict()
+        del fields["path"]
+        entry = {"name": self.names[target.path], "part": target.part, **fields}
+        if target.path in self.sketches:
+            entry["fingerprint"] = dataclasses.asdict(self.sketches[target.path])
+        if target.path in self.reports:
+            entry["report"] = dataclasses.asdict(self.reports[target.path])
+        if target.path in self.fixed:
+            entry["fixed_A"] = dataclasses.asdict(self.fixed[target.path])
+        if target.path in self.protection:
+            entry["protection"] = dataclasses.asdict(self.protection[target.path])
+        return entry
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Return the rank r of every module that has an anchor, by path."""
+        return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
+
+    def write(self, folder: Path, anchors: Mapping[str, Tensor]) -> None:
+        """Write milora.json, and ANCHORS_FILE with `anchors`, the B0 (out, r) that the factors do not give, by path."""
+        named = {self.names[path]: B0.detach().cpu().contiguous() for path, B0 in anchors.items()}
+        content = dataclasses.replace(self, anchors=sorted(named)).to_json()
+        if named:
+            save_file(named, folder / ANCHORS_FILE, metadata={"format": "pt"})
+        (folder / FILE_NAME).write_text(content, encoding="utf-8")
+
+    def read_anchors(self, folder: Path) -> dict[str, Tensor]:
+        """Return the B0 (out, r) in ANCHORS_FILE of `folder`, by path. Raises AdapterError if the file lacks one."""
+        if not self.anchors:
+            return {}
+        file = folder / ANCHORS_FILE
+        stored = load_file(file) if file.is_file() else {}
+        missing = [name for name in self.anchors if name not in stored]
+        if missing:
+            raise AdapterError(
+                f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
+                code="adapter-missing-weights",
+                where=str(file),
+                hint="restore the files of one save",
+            )
+        path_of = {name: path for path, name in self.names.items()}
+        return {path_of[name]: stored[name] for name in self.anchors}
+
+
+def stored_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of an adapter folder by their names in PEFT's file. Raises UserError for a damaged file."""
+    file = next(folder / name for name in ADAPTER_FILES if (folder / name).is_file())
+    tensors: dict[str, Tensor] = read_weights(file)
+    return tensors
+
+
+def read_sidecar(folder: Path) -> Sidecar | None:
+    """Return milora.json of an adapter folder, or None if the folder has none.
+
+    Raises AdapterError if the file is damaged or it has another format version.
+    """
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return None
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["format_version"] != FORMAT_VERSION:
+            raise AdapterError(
+                f"this file has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read",
+                code="adapter-other-format",
+                where=str(file),
+                hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
+            )
+        sidecar = _from_modules(data["form"], data["modules"])
+        return dataclasses.replace(sidecar, anchors=tuple(data.get("anchors", ())))
+    except AdapterError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise AdapterError(
+            f"the file is damaged ({type(error).__name__}: {error})",
+            code="adapter-damaged-file",
+            where=str(file),
+            hint="restore the file, or remove it: the folder is then a plain LoRA for inference",
+        ) from error
+
+
+def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
+    known = {field.name for field in dataclasses.fields(Target)}
+    targets, sketches, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
+    for path, entry in modules.items():
+        fields = {name: value for name, value in entry.items() if name in known}
+        sigma = fields.get("sigma", "keep")
+        fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
+        fields["shape"] = tuple(fields["shape"])
+        if fields["method"] not in METHODS:
+            raise KeyError(f"method {fields['method']!r}")
+        targets.append(Target(path=path, **fields))
+        names[path] = entry["name"]
+        if "fingerprint" in entry:
+            sketches[path] = Sketch.from_dict(entry["fingerprint"])
+        if "report" in entry:
+            rows, columns = entry["report"]["shape"]
+            reports[path] = LayerReport(**{**entry["report"], "shape": (rows, columns)})
+        if "fixed_A" in entry:
+            fixed[path] = Sketch.from_dict(entry["fixed_A"])
+        if "protection" in entry:
+            protection[path] = Protection(**entry["protection"])
+    return Sidecar(form, targets, names, sketches, reports, fixed=fixed, protection=protection)
+
+
+def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
+    """Return the sidecar with the module paths of a model; `model_names` maps its paths to layout-independent names.
+
+    Raises AdapterError for modules that the model does not have.
+    """
+    if all(target.path in model_names for target in sidecar.targets):
+        return sidecar
+    path_by_name = {name: path for path, name in model_names.items()}
+    missing = [name for name in sidecar.names.values() if name not in path_by_name]
+    if missing:
+        raise AdapterError(
+            f"the model lacks {len(missing):,} of the {len(sidecar.names):,} modules that the adapter trains: "
+            f"{', '.join(missing[:3])}",
+            code="adapter-missing-modules",
+            hint="load the base model that the adapter was trained on",
+        )
+    path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
+    return Sidecar(
+        sidecar.form,
+        [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets],
+        {path_of[path]: name for path, name in sidecar.names.items()},
+        {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
+        {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
+        sidecar.anchors,
+        {path_of[path]: sketch for path, sketch in sidecar.fixed.items()},
+        {path_of[path]: protection for path, protection in sidecar.protection.items()},
+    )

@@ -1,0 +1,322 @@
+"""Run the base model on calibration batches with hooks, sum C = E[x x'] of each layer input, find its protected inputs.
+
+The memory of C (in, in) decides how many layers one pass over the batches serves: all layers of a small model, a few
+blocks of a large one. A pass ends at its last layer. Nothing of the model changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from milora_vl.common.progress import progress_bar
+from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions
+from milora_vl.core.calibration.modes import evaluated, without_caches
+from milora_vl.core.calibration.positions import positions_of
+from milora_vl.core.policy.rules import Target
+from milora_vl.core.policy.towers import image_token_of, is_encoder_decoder
+from milora_vl.core.svd.cholesky import add_to_lower, mirror
+from milora_vl.core.svd.precision import full_precision
+from milora_vl.core.weights.distributed import from_first_rank, rank_and_world_size
+from milora_vl.core.weights.matrices import gathered_in_forward, is_linear
+
+Batch = Mapping[str, Any]
+Hook = Callable[[Tensor], None]
+PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
+# A position counts with at most this many times the median energy. Attention sinks have thousands of times the energy,
+# and one of them would be 90 % of C. Without them, V lacks their directions: the update then moves what all later
+# positions read, and SmolLM2 forgets six times as much at p = 0.9.
+LARGEST = 10.0
+HELD_OUT = 8  # one batch in so many checks the shares and does not enter C
+
+
+@dataclass(slots=True, eq=False)
+class _Input:
+    """One layer input: the modules that read it, and what is summed over its positions."""
+
+    module: nn.Module  # the first of the modules
+    protect: float
+    has_positions: bool  # False in the vision tower and the projector, where every position counts
+    size: int
+    is_repeated: bool  # True if a forward runs the module more than once
+    paths: list[str] = field(default_factory=list)
+    total: Tensor | None = None  # C (in, in) below its diagonal
+    num_positions: int = 0  # in `total`
+    basis: InputBasis | None = None
+    held: list[float] = field(default_factory=lambda: [0.0, 0.0])  # energy along V and in total, held out
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the memory of the sum in float32."""
+        return 4 * self.size**2
+
+
+@torch.no_grad()
+def find_inputs(
+    model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], *, is_shown: bool = False
+) -> ProtectedInputs:
+    """Return the protected inputs of all targets whose rule has `protect`.
+
+    `batches` holds arguments of the model's forward, for example {"input_ids": ..., "attention_mask": ...}. One batch
+    in eight is held out. All processes get identical bits from the first one.
+    `is_shown` shows a progress bar on stderr.
+
+    Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
+    """
+    fit, held = _split(batches)
+    fit_positions, held_positions = _positions(model, fit), _positions(model, held) if held else []
+    shown = is_shown and rank_and_world_size()[0] == 0
+    with evaluated(model), without_caches(model):
+        inputs = _inputs_in_order(model, targets, fit)
+        passes = list(_passes(inputs))
+        with progress_bar("calibrating", len(passes) * len(fit) + len(held), "batches", is_shown=shown) as bar:
+            for part in passes:
+                for batch, positions in zip(fit, fit_positions, strict=True):
+                    _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
+                    bar.update()
+                for one in part:
+                    one.basis = _basis(one)
+                    one.total = None
+            for batch, positions in zip(held, held_positions, strict=True):
+                _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
+                bar.update()
+    return ProtectedInputs(
+        [_checked(one) for one in inputs],
+        {path: number for number, one in enumerate(inputs) for path in one.paths},
+    )
+
+
+def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches for C and those that are held out: the last of each eight, or the last of two to seven.
+
+    Batches with and without pictures are split separately.
+    """
+    fit: list[Batch] = []
+    held: list[Batch] = []
+    for kind in dict.fromkeys(map(_kind, batches)):
+        members = [batch for batch in batches if _kind(batch) == kind]
+        for number, batch in enumerate(members, start=1):
+            is_last = number == len(members) and 1 < number < HELD_OUT
+            (held if number % HELD_OUT == 0 or is_last else fit).append(batch)
+    return fit, held
+
+
+def _positions(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor | None]:
+    positions = positions_of(batches, image_token_of(model))
+    # An encoder and its decoder read different ids: there every position counts.
+    return [None] * len(batches) if is_encoder_decoder(model) else positions
+
+
+def _kind(batch: Batch) -> tuple[str, ...]:
+    return tuple(sorted(batch))
+
+
+class _AllSeen(Exception):
+    pass
+
+
+def _ends(inputs: Sequence[_Input]) -> bool:
+    """Return whether a forward may end when each module ran: not if one runs again."""
+    return not any(one.is_repeated for one in inputs)
+
+
+def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: bool) -> None:
+    """Call the model on a batch, and each hook with the input of its module. `ends`: stop after the last module."""
+    left = set(hooks)
+    handles = []
+
+    def hook_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        hooks[module](x)
+        left.discard(module)
+        if ends and not left:
+            raise _AllSeen
+
+    try:
+        with gathered_in_forward(model):
+            handles += [module.register_forward_pre_hook(hook_of, with_kwargs=True) for module in hooks]
+            model(**model_inputs(model, batch))
+    except _AllSeen:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Return a batch on the device of the model, with pixels in its data type."""
+    first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return {
+        name: value
+        if not isinstance(value, Tensor)
+        else value.to(first)
+        if value.is_floating_point()
+        else value.to(first.device)
+        for name, value in batch.items()
+    }
+
+
+def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
+    """Return the layer inputs in the order of the forward pass, from one batch of each kind.
+
+    While layers are missing, other batches follow: an expert of a mixture sees no token of some batches. Linear layers
+    that get the same tensor, one after the other and in every call, read one input: q, k and v, or gate and up.
+    """
+    wanted = {model.get_submodule(t.path): t for t in targets if t.protect}
+    calls: dict[nn.Module, list[int]] = {}  # the numbers of the tensors that each module gets
+    last: list[Any] = [None, 0]  # the last tensor, and its number
+    ran: set[nn.Module] = set()  # in this forward
+    repeated: set[nn.Module] = set()
+
+    def hook_of(module: nn.Module) -> Hook:
+        def see(x: Tensor) -> None:
+            if x.numel() == 0:  # an expert without tokens
+                return
+            if x is not last[0]:
+                last[:] = [x, last[1] + 1]
+            calls.setdefault(module, []).append(last[1])
+            (repeated if module in ran else ran).add(module)
+
+        return see
+
+    hooks = {module: hook_of(module) for module in wanted}
+    firsts = {_kind(batch): number for number, batch in reversed(list(enumerate(batches)))}.values()
+    order = sorted(range(len(batches)), key=lambda number: number not in firsts)
+    for place, number in enumerate(order):
+        if place >= len(firsts) and len(calls) == len(wanted):
+            break
+        _run(model, batches[number], hooks, ends=False)
+        last[0] = None
+        ran.clear()
+    inputs: dict[Any, _Input] = {}
+    for module, numbers in calls.items():
+        target = wanted[module]
+        key = (tuple(numbers), target.protect, "" if is_linear(module) else target.path)
+        if key not in inputs:
+            has_positions = target.tower not in ("vision", "projector")
+            inputs[key] = _Input(module, target.protect, has_positions, target.shape[1], module in repeated)
+        inputs[key].paths.append(target.path)
+    missing = [target.path for module, target in wanted.items() if module not in calls]
+    if missing:
+        raise CalibrationError(
+            f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs",
+            code="calibration-unreached-layer",
+            where=missing[0],
+            hint="calibrate with pictures too, and with more text for experts of a mixture, or do not protect it",
+        )
+    return list(inputs.values())
+
+
+def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
+    """Yield consecutive inputs whose sums fit into memory together; at least one at a time."""
+    part: list[_Input] = []
+    for one in inputs:
+        if part and sum(other.num_bytes for other in part) + one.num_bytes > PASS_BYTES:
+            yield part
+            part = []
+        part.append(one)
+    yield part
+
+
+def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Return the vectors (positions, in) that the matrix of a layer is multiplied with."""
+    if isinstance(module, nn.Conv2d):
+        x = _patches(module, x)
+    return x.detach().reshape(-1, x.shape[-1])
+
+
+def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the input vectors (positions, in), and their weights."""
+    rows = input_rows(one.module, x)
+    if positions is None or not one.has_positions or positions.numel() != len(rows):
+        weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
+    else:
+        weights = positions.reshape(-1).to(rows.device)
+        rows, weights = rows[weights > 0], weights[weights > 0]
+    return rows, weights * energy_limits(rows)
+
+
+def energy_limits(rows: Tensor) -> Tensor:
+    """Return the factors (positions,), at most 1, that limit the energy of each position to LARGEST medians."""
+    energies = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    limit = LARGEST * energies.median() if len(rows) else 0.0
+    return torch.where(energies > limit, limit / energies, 1.0) if limit > 0 else torch.ones_like(energies)
+
+
+def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return the input of a convolution as the vectors that its kernel is multiplied with, (images, places, in)."""
+    padding: Any = module.padding
+    if padding == "same":
+        (top, left), (height, width) = (((size - 1) // 2 for size in module.kernel_size), module.kernel_size)
+        x = F.pad(x, (left, width - 1 - left, top, height - 1 - top))
+    padding = 0 if isinstance(padding, str) else padding
+    unfolded = F.unfold(x.float(), module.kernel_size, padding=padding, stride=module.stride)  # type: ignore[arg-type]
+    return unfolded.transpose(1, 2)
+
+
+def _adder(one: _Input, positions: Tensor | None) -> Hook:
+    def add(x: Tensor) -> None:
+        rows, weights = _rows(one, x, positions)
+        one.num_positions += len(rows)
+        with full_precision(rows.device):
+            if one.total is None:
+                one.total = rows.new_zeros(one.size, one.size, dtype=torch.float32)
+            scaled = rows.float() * weights.sqrt()[:, None]
+            add_to_lower(one.total, scaled)
+
+    return add
+
+
+def _basis(one: _Input) -> InputBasis:
+    assert one.total is not None
+    if not bool(torch.isfinite(one.total).all()):
+        raise _not_finite(one)
+    V, held = first_directions(mirror(one.total), one.protect)
+    if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
+        V = _from_first_rank(V, one.module)
+    return InputBasis(V.cpu(), one.size, held)  # a 7B's are 5 to 7 GiB
+
+
+def _not_finite(one: _Input) -> CalibrationError:
+    return CalibrationError(
+        "the inputs of this layer contain NaN or infinite values on the calibration text",
+        code="calibration-not-finite",
+        where=one.paths[0],
+        hint="load the base model in bfloat16 or float32, and check its weights and the calibration batches",
+    )
+
+
+def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
+    count = int(from_first_rank(torch.tensor(V.shape[-1])))
+    V = V[..., :count]
+    if V.shape[-1] < count:
+        V = torch.cat([V, V.new_zeros(*V.shape[:-1], count - V.shape[-1])], dim=-1)
+    return from_first_rank(V.contiguous())
+
+
+def _checker(one: _Input, positions: Tensor | None) -> Hook:
+    def check(x: Tensor) -> None:
+        assert one.basis is not None
+        rows, weights = _rows(one, x, positions)
+        with full_precision(rows.device):
+            scaled = rows.float() * weights.sqrt()[:, None]
+            one.held[0] += float((scaled @ one.basis.V.to(rows.device)).double().square().sum())
+            one.held[1] += float(scaled.double().square().sum())
+
+    return check
+
+
+def _checked(one: _Input) -> InputBasis:
+    """Return the basis with the share that it holds on held-out batches."""
+    assert one.basis is not None
+    inside, total = one.held
+    if not math.isfinite(inside + total):
+        raise _not_finite(one)
+    held_out = inside / total if total > 0 else None
+    return InputBasis(one.basis.V, one.size, one.basis.share, held_out, one.num_positions)

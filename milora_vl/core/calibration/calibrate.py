@@ -1,0 +1,153 @@
+"""Protected inputs of a model, from the cache or computed, and the task's gradient; too little data gets a warning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_vl.core.calibration.activations import find_inputs
+from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, require_free_directions
+from milora_vl.core.calibration.cache import cache_inputs, cached_inputs, calibration_key
+from milora_vl.core.calibration.gradients import gradient_sketches
+from milora_vl.core.policy.rules import Target
+from milora_vl.core.policy.towers import canonical_names
+from milora_vl.core.weights.distributed import gather
+
+LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
+FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
+
+
+def protected_inputs(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Mapping[str, Any]] | None,
+    *,
+    cache_dir: str | Path | None = None,
+    is_shown: bool = False,
+) -> ProtectedInputs | None:
+    """Return the protected inputs of all targets whose rule has `protect`, or None without such rules.
+
+    `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
+    protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs`,
+    without batches, for batches that no rule needs, and for layers with fewer free directions than their rank.
+    """
+    wanted = [t for t in targets if t.protect]
+    if not wanted:
+        if batches is None:
+            return None
+        raise CalibrationError(
+            "no rule protects inputs, so the calibration would have no effect",
+            code="calibration-unused",
+            where="calibration",
+            hint="add  protect: 0.95  to a rule, or remove the calibration",
+        )
+    if batches is None:
+        raise CalibrationError(
+            "protect needs calibration batches",
+            code="calibration-missing",
+            where="calibration",
+            hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
+        )
+    _require_batches(batches, "calibration")
+    cache = None if cache_dir is None else Path(cache_dir)
+    found = _found(model, wanted, batches, cache, is_shown)
+    require_free_directions({t.path: t.rank for t in wanted if t.rank is not None}, found)
+    _warn_of_little(found)
+    _warn_of_little_data(found)
+    return found
+
+
+def task_sketches(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Sequence[Mapping[str, Any]] | None,
+    *,
+    is_shown: bool = False,
+) -> dict[str, Tensor]:
+    """Return the gradient sketches of all targets of `method: gradient`, see `gradient_sketches`."""
+    wanted = [t for t in targets if t.method == "gradient"]
+    return {} if batches is None else gradient_sketches(model, wanted, batches, is_shown=is_shown)
+
+
+def require_task(targets: Sequence[Target], batches: Sequence[Mapping[str, Any]] | None) -> None:
+    """Raise CalibrationError for batches of the task that are missing, that no rule needs, or that are no list."""
+    is_needed = any(t.method == "gradient" for t in targets)
+    if not batches if is_needed else batches is not None:
+        raise CalibrationError(
+            "method gradient needs batches of the task" if is_needed else "no rule has method gradient",
+            code="task-missing" if is_needed else "task-unused",
+            where="task",
+            hint='pass  task=[{"input_ids": ..., "labels": ...}, ...]  to apply_milora' if is_needed else "remove task",
+        )
+    if batches is not None:
+        _require_batches(batches, "task")
+
+
+def _require_batches(batches: object, name: str) -> None:
+    rows: Sequence[object] = batches if isinstance(batches, Sequence) else ()
+    wrong = next((row for row in rows if not isinstance(row, Mapping)), None if rows is batches else batches)
+    if wrong is not None:
+        raise CalibrationError(
+            f"expected a list of batches (mappings of tensors), found {type(wrong).__name__}",
+            code="calibration-batch",
+            where=name,
+            hint=f'pass  {name}=[{{"input_ids": ids, "attention_mask": mask}}, ...]  with tensors (rows, length); '
+            "list(loader) makes it from a DataLoader",
+        )
+
+
+def _found(
+    model: nn.Module, wanted: Sequence[Target], batches: Sequence[Mapping[str, Any]], cache: Path | None, is_shown: bool
+) -> ProtectedInputs:
+    if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
+        return find_inputs(model, wanted, batches, is_shown=is_shown)
+    key, names = calibration_key(model, wanted, batches), canonical_names(model)
+    stored = cached_inputs(cache, key, names)
+    is_everywhere = all(gather(stored is not None))  # each node may have a cache of its own
+    if stored is not None and is_everywhere:
+        return stored
+    found = find_inputs(model, wanted, batches, is_shown=is_shown)
+    try:
+        cache_inputs(cache, key, found, names)
+    except OSError as error:
+        warnings.warn(f"protected inputs are not cached in {cache}: {error}", stacklevel=2)
+    return found
+
+
+def _warn_of_little(found: ProtectedInputs) -> None:
+    few = [path for path, n in found.numbers.items() if found.bases[n].num_directions < FEWEST * found.bases[n].size]
+    if few:
+        basis = found.of(few[0])
+        warnings.warn(
+            f"{len(few):,} of {len(found.numbers):,} layers protect almost nothing: {few[0]} protects "
+            f"{basis.num_directions} of {basis.size} input directions, which hold {basis.share:.1%} of its activation "
+            "energy. A few directions dominate there; raise protect for these layers.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_little_data(found: ProtectedInputs) -> None:
+    """Warn about directions that describe the calibration batches, and not the inputs of the layer in general."""
+    bases = {path: found.bases[number] for path, number in found.numbers.items()}
+    unsure = [path for path, basis in bases.items() if _is_unsure(basis)]
+    if unsure:
+        basis = bases[unsure[0]]
+        seen = "nothing was held out" if basis.held_out is None else f"{basis.held_out:.1%} on held-out data"
+        count = "unknown" if basis.num_positions is None else f"{basis.num_positions:,}"
+        warnings.warn(
+            f"too little calibration data for {len(unsure):,} of {len(bases):,} layers: {unsure[0]} has {basis.size:,} "
+            f"inputs and {count} positions; its directions hold {basis.share:.1%} of the activation energy on them, "
+            f"and {seen}. Calibrate with more data.",
+            stacklevel=3,
+        )
+
+
+def _is_unsure(basis: InputBasis) -> bool:
+    if basis.held_out is not None:
+        return basis.held_out < LEAST_HELD_OUT * basis.share
+    return basis.V.dim() == 2 and basis.num_positions is not None and basis.num_positions < basis.size

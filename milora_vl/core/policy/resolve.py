@@ -1,0 +1,320 @@
+"""Resolve a policy on a model into one Target per module: rank, alpha, method; unused rules, budgets, tied weights.
+
+1. `_collect` applies the rules in order; the `_Plan` of a module holds the fields that its rules have set so far.
+2. `_share_budgets` replaces parameter budgets by ranks, because a budget concerns several modules.
+3. `_resolve_targets` computes rank and alpha of each module and returns a Target.
+
+All problems are collected and raised together.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from milora_vl.common.errors import Key, Problem
+from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.ranks import find_rank, share_budget
+from milora_vl.core.policy.rules import PolicyError, Rule, SpectralRank, Target
+from milora_vl.core.policy.selectors import Selector, SelectorError
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.weights.matrices import is_adaptable, matrix_shape, why_refused
+
+
+@dataclass(frozen=True, slots=True)
+class RankTooLarge(Problem):
+    """A rank larger than a matrix. `rank` and `largest` give other code both numbers."""
+
+    rank: int = 0
+    largest: int = 0
+
+    @classmethod
+    def of(cls, rank: int, shape: tuple[int, int]) -> RankTooLarge:
+        """Return the problem of a rank on a matrix of this shape (out, in)."""
+        message = f"{rank} is larger than min(out, in) = {min(shape)} of shape {shape}"
+        hint = f"use a rank of at most {min(shape)}"
+        return cls(message, "policy-rank-too-large", Key.of("rank"), hint, rank=rank, largest=min(shape))
+
+
+@dataclass(slots=True)
+class _Plan:
+    """The fields that the rules have set for one module so far.
+
+    `alpha_at` is the rank that was valid when alpha was set, `rank_from` the number of the rule that set the rank.
+    `rules` holds the numbers of all rules that selected the module.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    alpha_at: int | SpectralRank | None = None
+    rank_from: int = -1
+    rules: list[int] = field(default_factory=list)
+
+    @property
+    def has_fixed_A(self) -> bool:
+        """Return True if only B trains, as `Target.has_fixed_A` says."""
+        return bool(self.fields.get("protect")) or METHODS[self.fields["method"]].fixes_A
+
+    def apply(self, number: int, named: dict[str, Any]) -> None:
+        """Apply the fields of rule `number`. A new method drops earlier fields that it does not use."""
+        method = named.get("method", self.fields.get("method"))
+        if method is not None:
+            self.fields = {name: value for name, value in self.fields.items() if _is_used(method, name)}
+        self.fields |= named
+        if "rank" in named:
+            self.rank_from = number
+        if "alpha" in named:
+            self.alpha_at = self.fields.get("rank")
+        self.rules.append(number)
+
+
+def resolve(rules: Sequence[Rule], model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
+    """Return one Target per module that trains, in model order. `cache_dir` is a folder for singular values.
+
+    Raises PolicyError with all problems.
+    """
+    cache = None if cache_dir is None else Path(cache_dir)
+    selector = Selector(model, find_towers(model))
+    problems: list[Problem] = []
+    plans = _collect(rules, selector, problems)
+    problems += _without_method(plans, rules)
+    targets = []
+    for path in selector.modules:
+        if path in plans and plans[path].fields.get("method") not in ("frozen", None):
+            targets.append((plans[path].rules[-1], path))
+    _share_budgets([path for _, path in targets], plans, selector, problems, cache)
+    resolved = _resolve_targets(targets, plans, selector, problems, cache)
+    problems += _mixed_baselines(resolved)
+    problems += _shared_weights(model, resolved)
+    if problems:
+        raise PolicyError(problems=list(dict.fromkeys(problems)))
+    _warn_of_experts(selector, resolved)
+    return _without_nested(resolved)
+
+
+def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem]) -> dict[str, _Plan]:
+    plans: dict[str, _Plan] = defaultdict(_Plan)
+    for number, rule in enumerate(rules):
+        try:
+            whole_modules = rule.method in ("full", "frozen")
+            paths = selector.match(rule.modules, whole_modules=whole_modules, planned=plans.keys())
+        except SelectorError as error:
+            problems += [problem.inside("policy", number, "modules") for problem in error.problems]
+            continue
+        named = rule.named_fields()
+        for path in paths:
+            plans[path].apply(number, named)
+        methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
+        for method, name in product(sorted(methods), named):
+            if not _is_used(method, name):
+                where, hint = Key(("policy", number, name)), _to_use(name)
+                problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where, hint))
+    return plans
+
+
+def _is_used(method: str, name: str) -> bool:
+    return name == "method" or name in METHODS[method].fields
+
+
+def _to_use(name: str) -> str:
+    """Return what to do about a field that a method cannot use."""
+    using = [method for method, row in METHODS.items() if name in row.fields]
+    return f"remove {name} from the rule" + (f", or use a method that has it: {', '.join(using)}" if using else "")
+
+
+def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[Problem]:
+    """Return a problem for each rule whose modules all end without a method: its fields would be ignored."""
+    useful = {number for plan in plans.values() if "method" in plan.fields for number in plan.rules}
+    matched = {number for plan in plans.values() for number in plan.rules}
+    return [
+        Problem(
+            f'no rule gives a method to "{rule.modules}"',
+            "policy-no-method",
+            Key(("policy", number)),
+            f"add a method, one of {', '.join(METHODS)}",
+        )
+        for number, rule in enumerate(rules)
+        if number in matched - useful
+    ]
+
+
+def _share_budgets(
+    paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[Problem], cache: Path | None
+) -> None:
+    """Replace every budget by ranks. All modules whose rank comes from one rule share the budget of that rule."""
+    sharing: dict[int, list[str]] = defaultdict(list)
+    for path in paths:
+        rank = plans[path].fields.get("rank")
+        if isinstance(rank, SpectralRank) and rank.budget is not None and is_adaptable(selector.modules[path]):
+            sharing[plans[path].rank_from].append(path)
+    for number, members in sharing.items():
+        budget = plans[members[0]].fields["rank"]
+        try:
+            fixed = {path for path in members if plans[path].has_fixed_A}
+            ranks = share_budget(budget, {path: selector.modules[path] for path in members}, cache, fixed=fixed)
+        except PolicyError as error:
+            problems += [problem.inside("policy", number) for problem in error.problems]
+            ranks = dict.fromkeys(members, budget.min)
+        for path, rank in ranks.items():
+            plan = plans[path]
+            if plan.alpha_at is budget:
+                plan.alpha_at = rank
+            plan.fields = {**plan.fields, "rank": rank}
+
+
+def _resolve_targets(
+    targets: list[tuple[int, str]],
+    plans: dict[str, _Plan],
+    selector: Selector,
+    problems: list[Problem],
+    cache: Path | None,
+) -> list[Target]:
+    """Return a Target for each path. Equal problems of one rule are merged: a rule can select hundreds of modules."""
+    paths_of_problem: dict[Problem, list[str]] = defaultdict(list)
+    resolved = []
+    for number, path in targets:
+        try:
+            resolved.append(_target(path, plans[path], selector, cache))
+        except PolicyError as error:
+            for problem in error.problems:
+                paths_of_problem[problem.inside("policy", number)].append(path)
+    smallest: dict[str | Key, int] = {}  # a rule has one rank for matrices of several shapes
+    for problem in paths_of_problem:
+        if isinstance(problem, RankTooLarge):
+            smallest[problem.where] = min(smallest.get(problem.where, problem.largest), problem.largest)
+    for problem, paths in paths_of_problem.items():
+        if isinstance(problem, RankTooLarge):
+            if problem.largest != smallest[problem.where]:
+                continue
+            smallest[problem.where] = 0  # one of its shapes represents all
+        more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
+        problems.append(replace(problem, message=f"{problem.message}: {', '.join(paths[:2])}{more}"))
+    return resolved
+
+
+def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> Target:
+    module, fields, tower = selector.modules[path], plan.fields, selector.towers.tower_of(path)
+    if fields["method"] == "full":
+        shape = matrix_shape(module) if is_adaptable(module) else tuple(next(module.parameters()).shape)
+        return Target(path=path, shape=shape, tower=tower, **fields)
+    refused = why_refused(module, fields["method"])
+    if refused is not None:
+        hint = "use method: full, or do not select the module"
+        raise PolicyError(f"no adapter on {refused}", code="policy-no-adapter", where=Key.of("modules"), hint=hint)
+    shape = matrix_shape(module)
+    if "rank" not in fields:
+        hint = "for example  rank: 64"
+        raise PolicyError(
+            f"method {fields['method']} needs a rank", code="policy-no-rank", where=Key.of("rank"), hint=hint
+        )
+    rank = find_rank(fields["rank"], module, cache)
+    if rank > min(shape) and fields["method"] not in ("lora", "dora"):
+        raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
+    if fields.get("protect"):
+        _require_protectable(module, fields)
+    alpha = _alpha(fields, plan, rank, module, cache)
+    return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
+
+
+def _require_protectable(module: nn.Module, fields: dict[str, Any]) -> None:
+    if isinstance(module, nn.Embedding):
+        raise PolicyError(
+            "an embedding has no input directions to protect",
+            code="policy-protect",
+            where=Key.of("protect"),
+            hint="set  protect: 0  for it, or do not select it",
+        )
+    if fields.get("sigma", "keep") != "keep":
+        raise PolicyError(
+            "sigma scales the start of A, whose rows have one length under protect",
+            code="policy-protect",
+            where=Key.of("sigma"),
+            hint="remove sigma, or set  protect: 0",
+        )
+
+
+def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, cache: Path | None) -> float:
+    """Return alpha; the default is the rank, which gives a scaling of 1.
+
+    If a later rule changes the rank, alpha changes too, so that the scaling stays: alpha/rank, or alpha/sqrt(rank) with
+    rsLoRA.
+    """
+    if "alpha" not in fields:
+        return float(rank)
+    if plan.alpha_at is None or plan.alpha_at == fields["rank"]:
+        return float(fields["alpha"])
+    growth = rank / find_rank(plan.alpha_at, module, cache)
+    return float(fields["alpha"]) * (growth**0.5 if fields.get("rslora") else growth)
+
+
+def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
+    """Return a problem if a baseline is mixed with other methods: PEFT has one DoRA, OLoRA or MiCA per adapter."""
+    methods = sorted({t.method for t in targets if t.rank is not None})
+    baselines = [method for method in methods if METHODS[method].is_baseline]
+    if baselines and len(methods) > 1:
+        others = ", ".join(method for method in methods if method != baselines[0])
+        return [
+            Problem(
+                f"{baselines[0]} is a baseline for a whole run, it does not mix with {others}",
+                "policy-mixed-baseline",
+                Key.of("policy"),
+                f"use {baselines[0]} in all rules that have an adapter",
+            )
+        ]
+    if baselines == ["mica"] and tuple(map(int, version("peft").split(".")[:2])) < (0, 20):
+        message = f"method mica needs peft 0.20 or newer, found {version('peft')}"
+        return [Problem(message, "package-version", Key.of("policy"), "pip install -U peft")]
+    return []
+
+
+def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem]:
+    """Return a problem for each target whose weight another module shares: stock PEFT merges and saves it wrongly.
+
+    If only whole modules train, PEFT is not used, and the rules must select all modules that share the weight.
+    """
+    paths = [target.path for target in targets]
+    is_whole = all(target.rank is None for target in targets)
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name.rpartition(".")[0])
+    harmful = [o for o in owners.values() if len(set(o)) > 1 and not (is_whole and set(o) <= set(paths))]
+    shared = {path: others for others in harmful for path in others}
+    return [
+        Problem(
+            f"shares its weight with {next(o for o in shared[path] if o != path)}",
+            "policy-tied-weight",
+            path,
+            "untie the weights first, or select neither module",
+        )
+        for path in paths
+        if path in shared
+    ]
+
+
+def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
+    """Warn about mixtures of experts whose weights are one 3-D parameter, which adapters do not support."""
+    blocks = {(t.tower, selector.towers.block_of(t.path)) for t in targets if t.method != "frozen"}
+    experts = [
+        path
+        for path in selector.experts()
+        if (selector.towers.tower_of(path), selector.towers.block_of(path)) in blocks
+    ]
+    if experts:
+        warnings.warn(
+            f"{len(experts):,} modules hold experts as 3-D weights (first: {experts[0]}). "
+            "Adapters do not support them, so they are not trained.",
+            stacklevel=4,
+        )
+
+
+def _without_nested(targets: list[Target]) -> list[Target]:
+    """Drop targets inside a module that trains in full: PEFT's copy of that module contains them."""
+    full = [t.path for t in targets if t.method == "full"]
+    return [t for t in targets if not any(t.path.startswith(f"{path}.") for path in full)]

@@ -1,0 +1,160 @@
+"""The fields of a rule (rank, alpha, dropout, protect, ...) with their checks; `Target`, its result for a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, PositiveInt, ValidationError, model_validator
+
+from milora_vl.common.errors import Key, Problem, UserError
+from milora_vl.common.strict_models import Strict, problems_of
+from milora_vl.core.policy.methods import METHODS, RuleMethod
+
+if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
+    from milora_vl.core.svd import Part
+
+NEEDS_ANCHORED = "method gradient, protect, and sigma other than keep need form anchored"
+
+
+class PolicyError(UserError):
+    """Problems of a policy. `where` is the dotted key, for example `policy[2].rank`."""
+
+
+class RulePart(Strict):
+    """A rule, or a mapping inside a rule. Creating one raises PolicyError with all problems of its values."""
+
+    if not TYPE_CHECKING:  # for type checkers, the arguments are the fields
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                problems = problems_of(error, type(self), "policy")
+                raise PolicyError(problems=[_with_code_of_field(problem) for problem in problems]) from None
+
+
+def _with_code_of_field(problem: Problem) -> Problem:
+    """Return the problem of a rule with the code of its field: policy-rank for `.rank` and `.rank.energy`."""
+    field = problem.where.parts[0] if isinstance(problem.where, Key) and problem.where.parts else ""
+    is_own = field in ("rank", "protect") and problem.code == "policy-value"
+    return replace(problem, code=f"policy-{field}") if is_own else problem
+
+
+Number = int | float
+
+
+class SpectralRank(RulePart):
+    """A rank that depends on the singular values of each weight, within min..max. Exactly one field of three is set.
+
+    - `energy`: the largest r whose minor components hold at most this share of ||W||_F^2.
+    - `threshold`: the number of components with sigma at most this share of the largest sigma.
+    - `budget`: the number of trainable parameters for all modules of the rule together. Components with the smallest
+      sigma/sigma_max come first.
+    """
+
+    energy: Number | None = Field(default=None, gt=0, le=1, description="a share above 0, at most 1")
+    threshold: Number | None = Field(default=None, gt=0, le=1, description="a share above 0, at most 1")
+    budget: int | None = Field(default=None, gt=0, description="a number of parameters")
+    min: int = Field(default=1, gt=0, description="a positive integer")
+    max: int | None = Field(default=None, gt=0, description="a positive integer")
+
+    @model_validator(mode="after")
+    def _has_one_measure(self) -> SpectralRank:
+        count = [self.energy, self.threshold, self.budget].count(None)
+        if count != 2:
+            raise ValueError(f"expected exactly one of energy, threshold and budget, got {3 - count}")
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"expected min <= max, got min {self.min}, max {self.max}")
+        return self
+
+
+class FloorSigma(RulePart):
+    """Raise the singular values of the adapter to at least `floor` times the median singular value of its weight."""
+
+    floor: Number = Field(gt=0, le=1, description="a share of the median, up to 1")
+
+
+Sigma = Literal["keep", "none"] | FloorSigma
+
+
+class Rule(RulePart):
+    """The settings for the modules that `modules` selects. A field of None keeps the value of earlier rules."""
+
+    modules: str = Field(min_length=1, description="a tower, a selector or a glob", examples=["language"])
+    method: RuleMethod | None = None
+    rank: PositiveInt | SpectralRank | None = Field(
+        default=None, description="a positive integer, {energy: x}, {threshold: x} or {budget: N}"
+    )
+    alpha: Number | None = Field(default=None, gt=0, description="a number above 0")
+    rslora: bool | None = Field(default=None, description="true or false")
+    dropout: Number | None = Field(default=None, ge=0, lt=1, description="a number from 0, below 1")
+    sigma: Sigma | None = Field(default=None, description="keep, none or {floor: share of the median, up to 1}")
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1"
+    )  # of method random
+    protect: Number | None = Field(default=None, ge=0, lt=1, description="a share from 0, below 1")
+    learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
+    weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
+
+    def named_fields(self) -> dict[str, Any]:
+        """Return the fields this rule sets, without `modules`."""
+        return {name: value for name, value in self if name != "modules" and value is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A module that trains: its full path, the shape (out, in) of its matrix, and the values of all fields."""
+
+    path: str
+    shape: tuple[int, ...]
+    tower: str | None
+    method: RuleMethod
+    rank: int | None = None
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    sigma: Sigma = "keep"
+    seed: int = 0
+    protect: float = 0.0  # the share of the layer's input energy that the update leaves alone; 0: not protected
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as the values of JSON."""
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {
+            name: value.model_dump(exclude_none=True) if isinstance(value, RulePart) else value for name, value in pairs
+        }
+
+    @property
+    def scaling(self) -> float:
+        """Return s = alpha/rank, or alpha/sqrt(rank) with rsLoRA (arXiv:2312.03732). Only adapters have a scaling."""
+        assert self.rank is not None
+        assert self.alpha is not None
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def part(self) -> Part | None:
+        """Return which singular components train, or None for methods that do not use a part of the weight."""
+        return METHODS[self.method].part
+
+    @property
+    def is_decomposed(self) -> bool:
+        """Return True if the adapter starts from factors of its weight."""
+        return METHODS[self.method].start is not None
+
+    @property
+    def has_fixed_A(self) -> bool:
+        """Return True if A stays at its start, off the protected inputs, and B trains from zero at PEFT's rank r."""
+        return self.protect > 0 or METHODS[self.method].fixes_A
+
+    @property
+    def needs_anchored_form(self) -> bool:
+        """Return True if W - s B0 A0 would not be W without the components that train."""
+        return self.has_fixed_A or self.sigma != "keep"
+
+    @property
+    def has_anchor(self) -> bool:
+        """Return True if a frozen copy of the initial factors is subtracted, so that PEFT's rank is 2r."""
+        return self.is_decomposed and not self.has_fixed_A

@@ -1,0 +1,10 @@
+"""Singular triplets of one weight: minor, principal, random or middle components (arXiv:2406.09044, section 3).
+
+This package needs torch alone. `decompose` chooses the algorithm: `decomposition.py` decomposes a whole matrix, and
+`extremal.py` computes a few components at one end of the spectrum, much faster and with an error bound.
+"""
+
+from milora_vl.core.svd.decomposition import Method, Part, decompose, frobenius, singular_values
+from milora_vl.core.svd.factors import Factors
+
+__all__ = ["Factors", "Method", "Part", "decompose", "frobenius", "singular_values"]

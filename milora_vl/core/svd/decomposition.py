@@ -1,0 +1,229 @@
+"""`decompose`: singular triplets of a weight by the fastest method that certifies them; singular values alone.
+
+| method   | used for                                      | how                                                  |
+| -------- | --------------------------------------------- | ---------------------------------------------------- |
+| gram     | few components of a large matrix              | search (`extremal.py`), Gram matrix in float32       |
+| gram64   | where gram is not certified                   | search, Gram matrix in float64                       |
+| eigh     | small matrices; many, random, middle components | all eigenvectors of the float64 Gram matrix          |
+| exact    | `method="exact"`, float64, where eigh fails   | torch.linalg.svd                                     |
+
+A tall W (m, n) with m >= n is assumed inside; a wide weight is transposed, and U and V are swapped at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from numbers import Integral
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from milora_vl.core.svd.extremal import EXTRA, Search
+from milora_vl.core.svd.factors import Factors
+from milora_vl.core.svd.precision import full_precision
+from milora_vl.core.svd.triplets import Inverse, refine_left_vectors, triplets
+
+Part = Literal["minor", "principal", "random", "middle"]
+Method = Literal["auto", "exact", "fast"]
+
+DENSE = 640  # for up to this many rows or columns a whole decomposition is as fast as a search
+DENSE_SHARE = 6  # the same holds if more than one component in six is wanted
+
+
+def decompose(
+    weight: Tensor,
+    rank: int,
+    part: Part = "minor",
+    *,
+    method: Method = "auto",
+    tol: float = 1e-3,
+    generator: torch.Generator | None = None,
+) -> Factors:
+    """Return `rank` singular triplets of `weight` (out, in).
+
+    `part` is minor (the last ones), principal (the first), random, or middle: those from index (n - rank) // 2 on, with
+    n = min(out, in) and indices from 0.
+
+    The result is float32 (float64 for a float64 weight), on the device of the weight. The weight is not changed. Signs
+    are fixed: in each row of Vh the entry of largest magnitude is positive.
+
+    `method` is one of:
+
+    - `auto`: decompose small matrices as a whole, and search large ones for the wanted components.
+    - `fast`: also search small matrices.
+    - `exact`: torch.linalg.svd.
+
+    A search proves a bound on the relative error of ||S||. If the bound exceeds `tol`, the next more accurate method is
+    used, at last a whole decomposition. `Factors.method` and `Factors.excess` report the method and the bound. A random
+    and a middle part need a whole decomposition. `generator` draws the random part and the start of the search; the
+    default has seed 0.
+
+    Raises ValueError for a weight that is not a finite floating-point matrix and for a rank outside 1..min(out, in).
+
+    >>> f = decompose(torch.diag(torch.tensor([3.0, 1.0, 2.0])), rank=2)
+    >>> [round(s, 6) for s in f.S.tolist()], f.excess
+    ([2.0, 1.0], 0.0)
+    """
+    _check(weight, rank, part, method, tol)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    generator = generator or torch.Generator().manual_seed(0)
+    with full_precision(weight.device):
+        W = weight.detach().to(dtype)
+        W, norm, scale = _within_range(W if W.shape[0] >= W.shape[1] else W.T)
+        is_transposed = W.shape != weight.shape
+        factors = None
+        if method == "fast" or (method == "auto" and W.shape[1] > max(DENSE, DENSE_SHARE * (rank + EXTRA))):
+            factors = _search(W, norm, rank, part, tol, generator, is_transposed)
+        if factors is None and method != "exact" and dtype == torch.float32:
+            factors = _by_gram_matrix(W, norm, rank, part, generator)
+        factors = factors or _by_svd(W, norm, rank, part, generator)
+        U, Vh = (factors.Vh.T, factors.U.T) if is_transposed else (factors.U, factors.Vh)
+        sign = torch.where(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(dtype)
+        S = (factors.S * scale).contiguous()
+        if not torch.isfinite(S).all():
+            raise ValueError(f"the weight is too large: its singular values exceed the range of {dtype}")
+        return replace(
+            factors,
+            U=(U * sign.T).contiguous(),
+            S=S,
+            Vh=(Vh * sign).contiguous(),
+            norm=factors.norm * scale,
+            sigma_max=factors.sigma_max * scale,
+        )
+
+
+def frobenius(W: Tensor) -> float:
+    """Return ||W||_F, summed row by row in memory order. One long float32 sum would lose digits."""
+    rows = W if W.stride(-1) == 1 else W.T
+    return float(torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1), dtype=torch.float64))
+
+
+def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
+    """Return W divided by a power of two, its norm, and that power.
+
+    The power is 1 unless the squares of W would exceed the range of the dtype. Raises ValueError for NaN and infinite
+    values.
+    """
+    norm = frobenius(W)
+    if 1e-12 < norm < 1e12:
+        return W, norm, 1.0
+    if not torch.isfinite(W).all():
+        bad = int((~torch.isfinite(W)).sum())
+        raise ValueError(f"the weight contains {bad:,} NaN or infinite values, of {W.numel():,}")
+    largest_entry = float(W.abs().max())
+    if largest_entry == 0:
+        return W, 0.0, 1.0
+    scale = 2.0 ** math.floor(math.log2(largest_entry))
+    W = W / scale
+    return W, frobenius(W), scale
+
+
+def _search(
+    W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, is_transposed: bool
+) -> Factors | None:
+    """Return only the wanted triplets of W (m, n), m >= n, or None if that is impossible or not certified."""
+    if part in ("random", "middle") or rank + EXTRA >= W.shape[1] or norm == 0:
+        return None
+    for dtype in dict.fromkeys((W.dtype, torch.float64)):
+        search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, is_transposed)
+        try:
+            result = search.run(tol)
+        except torch.linalg.LinAlgError:  # rounding errors have taken over: the next method is more accurate
+            result = None
+        if result is not None:
+            sigma_max = search.sigma_max if part == "minor" else float(result.S[0])
+            index = _positions(W.shape[1], rank, part, generator)
+            name = "gram" if dtype == torch.float32 else "gram64"
+            return Factors(result.U, result.S, result.V.T, index, norm, sigma_max, result.excess, name)
+    return None
+
+
+def _by_gram_matrix(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors | None:
+    """Decompose W (m, n), m >= n, as a whole, by the eigenvectors of W'W in float64.
+
+    This is more accurate than a float32 decomposition of W. Return None if it fails.
+    """
+    wide = W.double()
+    try:
+        squares, vectors = torch.linalg.eigh(wide.T @ wide)
+    except torch.linalg.LinAlgError:
+        return None
+    squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
+    index = _positions(W.shape[1], rank, part, generator)
+    wanted = torch.zeros(len(squares), dtype=torch.bool, device=W.device)
+    wanted[index.to(W.device)] = True
+    others = ~wanted & (squares > 1e-14 * squares[0])
+    basis, weights = vectors[:, others], 1 / squares[others, None]
+    inverse = Inverse(lambda P: basis @ (weights * (basis.T @ P)), is_safe=True)
+    V = vectors[:, wanted]
+    U, S, V = triplets(wide @ V, V)
+    sigma_max = float(squares[0].sqrt())
+    clean = refine_left_vectors(wide, U, S, V, sigma_max, inverse, generator)
+    if clean is None or float(torch.linalg.vector_norm(wide.T @ clean - V * S)) > 1e-6 * norm:
+        return None
+    return Factors(clean.to(W.dtype), S.to(W.dtype), V.T.to(W.dtype), index, norm, sigma_max, 0.0, "eigh")
+
+
+def _by_svd(W: Tensor, norm: float, rank: int, part: Part, generator: torch.Generator) -> Factors:
+    try:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    except torch.linalg.LinAlgError:  # on some CPUs LAPACK fails in float32 for clustered singular values
+        U, S, Vh = (factor.to(W.dtype) for factor in torch.linalg.svd(W.double(), full_matrices=False))
+    index = _positions(W.shape[1], rank, part, generator)
+    chosen = index.to(S.device)
+    return Factors(U[:, chosen], S[chosen], Vh[chosen], index, norm, float(S[0]), 0.0, "exact")
+
+
+def _positions(count: int, rank: int, part: Part, generator: torch.Generator) -> Tensor:
+    """Return the positions of the wanted triplets among `count`, ascending, so that S stays descending."""
+    if part == "principal":
+        return torch.arange(rank, device="cpu")
+    if part == "minor":
+        return torch.arange(count - rank, count, device="cpu")
+    if part == "middle":
+        return torch.arange((count - rank) // 2, (count - rank) // 2 + rank, device="cpu")
+    drawn = torch.randperm(count, generator=generator, device=generator.device)[:rank]
+    return drawn.sort().values.cpu()
+
+
+def _check(weight: Tensor, rank: int, part: str, method: str, tol: float) -> None:
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"the weight must be a torch tensor, got {type(weight).__name__}")
+    if weight.layout != torch.strided:
+        raise ValueError(f"the weight must be a dense torch tensor, got {weight.layout}")
+    if weight.ndim != 2:
+        raise ValueError(f"the weight must have 2 dimensions (out, in), got shape {tuple(weight.shape)}")
+    if not weight.dtype.is_floating_point:
+        raise ValueError(f"the weight must be floating point, got {weight.dtype}: dequantize it first")
+    if weight.numel() == 0:
+        raise ValueError(f"the weight is empty, shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise ValueError("the weight is on the meta device and has no values: load the model first")
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= rank <= min(weight.shape):
+        largest_rank = min(weight.shape)
+        raise ValueError(f"rank must be an integer in 1..{largest_rank} for shape {tuple(weight.shape)}, got {rank!r}")
+    if part not in get_args(Part):
+        raise ValueError(f"part must be one of {', '.join(get_args(Part))}, got {part!r}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol}")
+
+
+def singular_values(W: Tensor) -> Tensor:
+    """Return the singular values of W (out, in), descending, in float32 (float64 for a float64 weight).
+
+    They come from the eigenvalues of a float64 Gram matrix, except for float64 weights. The error is below 3e-8 of the
+    largest value, less than in a float32 decomposition. Raises ValueError for NaN and infinite values.
+    """
+    if not torch.isfinite(W).all():
+        raise ValueError("the weight contains NaN or infinite values")
+    with full_precision(W.device):
+        W = W.detach() if W.shape[0] >= W.shape[1] else W.detach().T
+        if W.dtype == torch.float64:
+            return torch.linalg.svdvals(W)
+        wide = W.double()
+        squares = torch.linalg.eigvalsh(wide.T @ wide)
+        return squares.clamp(min=0).sqrt().flip(0).float()

@@ -1,0 +1,101 @@
+"""Replacements of PEFT's `get_peft_model` and `PeftModel.from_pretrained` that make MiLoRA adapters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import UserError, first_line
+from milora_vl.core.adapter.apply import Form
+from milora_vl.core.adapter.reinit import reinit_peft, restore_split
+from milora_vl.core.adapter.sidecar import FILE_NAME
+from milora_vl.core.calibration.bases import CalibrationError
+from milora_vl.core.calibration.texts import calibration_texts
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.svd import Part
+
+
+def replacement(stock: Callable[..., Any], part: Part, form: Form, protect: float) -> Callable[..., Any]:
+    """Return `get_peft_model` for MiLoRA: it calls PEFT's function `stock`, then initializes the LoRA.
+
+    With `protect`, the base model writes the texts that calibrate it. Protection needs the anchored form.
+    """
+
+    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
+        texts = _texts(model, protect) if isinstance(peft_config, LoraConfig) else None
+        adapted = stock(model, peft_config, *args, **kwargs)
+        if not isinstance(peft_config, LoraConfig):
+            sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
+            return adapted
+        _remove_vision_adapters(adapted)
+        try:
+            tuned = reinit_peft(
+                adapted, part, form, protect=protect if texts else 0.0, calibration=texts, progress=True
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
+        method = tuned.milora_targets[0].method
+        protected = f", off {protect:.0%} of the inputs of ordinary text" if texts else ""
+        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_targets), 'module')}{protected}\n")
+        return tuned
+
+    return get_peft_model
+
+
+def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `PeftModel.from_pretrained` for MiLoRA: it calls PEFT's `stock`, then restores difference and anchor."""
+
+    def from_pretrained(
+        model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call PEFT's method, and restore difference and anchor of a MiLoRA adapter that is trainable."""
+        loaded = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        if is_trainable and (Path(model_id) / FILE_NAME).is_file():
+            loaded = restore_split(loaded, model_id)
+            sys.stderr.write(f"milora: {model_id} continues training as a MiLoRA adapter\n")
+        return loaded
+
+    return from_pretrained
+
+
+def _texts(model: Any, protect: float) -> list[dict[str, Tensor]] | None:
+    if not protect:
+        return None
+    is_slow = torch.accelerator.is_available() and next(model.parameters()).device.type == "cpu"
+    where = " on the CPU (hours for a 7B: move the model to its GPU first, or pass protect=0)" if is_slow else ""
+    sys.stderr.write(f"milora: the base model writes texts, to find the inputs of ordinary text{where}\n")
+    try:
+        return calibration_texts(model)
+    except (CalibrationError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        # A class of the calling code may have a `generate` that the installed transformers cannot call.
+        sys.stderr.write(f"milora: inputs are not protected, since the base model cannot write: {first_line(error)}\n")
+        return None
+
+
+def _remove_vision_adapters(model: Any) -> None:
+    """Remove the LoRA from vision modules that suffix targets such as q_proj match by accident (LLaVA issue 1380).
+
+    If PEFT has adapted vision modules alone, that was intended, and they stay.
+    """
+    base = model.get_base_model()
+    towers = find_towers(base)
+    adapted = [p for p, m in base.named_modules() if isinstance(m, LoraLayer)]
+    vision = [path for path in adapted if towers.tower_of(path) == "vision"]
+    if not vision or len(vision) == len(adapted):
+        return
+    for path in vision:
+        parent, _, name = path.rpartition(".")
+        layer = base.get_submodule(path)
+        setattr(base.get_submodule(parent), name, layer.get_base_layer())
+    sys.stderr.write(f"milora: {len(vision):,} modules of the vision tower, matched by name only, stay frozen\n")

@@ -1,0 +1,128 @@
+"""Run a script that calls `peft.get_peft_model` with MiLoRA instead of LoRA:
+
+python -m milora_vl.interop.replace [--part minor] [--form anchored] [--in MODULE] script.py ARGUMENTS...
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milora_vl.common.cli.command_line import beside, run
+from milora_vl.common.cli.flags import Command, option
+from milora_vl.common.errors import UserError
+from milora_vl.core.policy.default import PROTECTED
+
+if TYPE_CHECKING:
+    from milora_vl.core.adapter.apply import Form
+    from milora_vl.core.svd import Part
+
+PARTS, FORMS = ("minor", "principal", "random", "middle"), ("anchored", "residual")
+
+
+@contextmanager
+def get_peft_model_replaced(
+    *modules: str, part: Part = "minor", form: Form = "anchored", protect: float | None = None
+) -> Iterator[None]:
+    """Inside this context `get_peft_model` creates the same LoRA with MiLoRA's initialization and anchor.
+
+    The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
+    imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
+    `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
+    `protect` is the share of the input energy of ordinary text that updates leave alone; 0 for none, and None for 0.95
+    if minor components train in the anchored form. A model that cannot write text protects nothing, and prints that.
+
+    >>> import peft, torch
+    >>> with get_peft_model_replaced():
+    ...     model = peft.get_peft_model(
+    ...         torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(r=2, target_modules=["0"])
+    ...     )
+    >>> model.milora_targets[0].method
+    'milora'
+    """
+    import peft
+
+    from milora_vl.common.compat.peft import calls_replaced
+    from milora_vl.interop.peft_calls import replacement, restoring_loader  # before: they need the stock functions
+
+    if protect is None:
+        protect = PROTECTED if (part, form) == ("minor", "anchored") else 0.0
+    if not 0 <= protect < 1 or (protect and form == "residual"):
+        raise UserError(
+            f"expected a share from 0 to below 1, and 0 for the residual form, got {protect}",
+            code="protect-value",
+            where="protect",
+            hint="for example  0.95",
+        )
+    namespaces = [peft, *(import_module(name) for name in modules)]
+    loader = restoring_loader(peft.PeftModel.from_pretrained)
+    with calls_replaced(namespaces, replacement(peft.get_peft_model, part, form, protect), loader):
+        yield
+
+
+def launch(script: Path, arguments: Sequence[str]) -> None:
+    """Run a script in this process as `python script arguments` does. Raises UserError if the script is missing."""
+    if not script.is_file():
+        raise UserError("no such script", code="script-missing", where=str(script), hint=beside(script))
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def launcher(name: str, about: str, example: str) -> Command:
+    """Return the declaration of a launcher: its flags, and the script that it runs."""
+    return Command(
+        name,
+        about,
+        f"examples:\n  python -m {name} {example}\n",
+        inputs=(option("script", type=Path, metavar="script.py", help="the script; its own arguments follow it"),),
+        settings=(
+            option("--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"),
+            option("--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 replaces the base weight"),
+            option(
+                "--protect",
+                type=float,
+                metavar="SHARE",
+                help="share of the input energy of ordinary text that updates leave alone; 0: none "
+                f"(default: {PROTECTED} for minor components in the anchored form)",
+            ),
+            option(
+                "--in",
+                dest="modules",
+                action="append",
+                default=[],
+                metavar="MODULE",
+                help="module that has imported get_peft_model already; may be repeated",
+            ),
+        ),
+    )
+
+
+def parse(command: Command, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return the values of a launcher's flags, and the arguments of the script."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    split = next((i for i, argument in enumerate(arguments) if argument.endswith(".py")), len(arguments))
+    return command.parse(arguments[: split + 1]), arguments[split + 1 :]
+
+
+COMMAND = launcher(
+    "milora_vl.interop.replace", "Run a script with MiLoRA as its LoRA.", "train.py --learning_rate 2e-4"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script and return the exit code."""
+    chosen, arguments = parse(COMMAND, argv)
+    with get_peft_model_replaced(*chosen.modules, part=chosen.part, form=chosen.form, protect=chosen.protect):
+        launch(chosen.script, arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)

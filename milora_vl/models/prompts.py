@@ -1,0 +1,55 @@
+"""Which template and picture settings a trained model gets in chat, evaluation and export: those of its run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milora_data.encode.templates import OWN
+from milora_vl.common.errors import UserError, at_flag
+from milora_vl.core.adapter.folders import base_of, holds_adapter
+from milora_vl.models.base import find_base
+from milora_vl.models.image_tokens import configure_processor
+from milora_vl.models.processor_settings import ProcessorSettings
+from milora_vl.models.recipe_of_run import recipe_of_run, trained_template
+
+if TYPE_CHECKING:
+    from milora_data.pictures.pixels import AspectRatio
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The template of a model, and how its pictures are prepared."""
+
+    template: str
+    image_aspect_ratio: AspectRatio
+    settings: ProcessorSettings = field(default_factory=ProcessorSettings)
+
+    def limit(self, processor: Any) -> None:
+        """Set the limits of pixels of the training, and its choice of frames, in a processor."""
+        configure_processor(processor, self.settings)
+
+
+def prompts_of(model: str, adapter: Path | None, template: str | None = None) -> Prompts:
+    """Return the prompts of a model with its adapter: those of its run, with `template` in place of the run's.
+
+    `model` is a name or folder of a model, or an adapter folder. A model whose processor prepares the pictures has its
+    own chat template; raises UserError for another `template`, and for an unknown model.
+    """
+    folder = adapter or Path(model)
+    name = base_of(folder) if adapter is None and holds_adapter(folder) else model
+    data = recipe_of_run(folder).get("data") or {}
+    with at_flag("--model"):
+        base = find_base(name)
+    if not base.own_pictures:
+        return Prompts(template or trained_template(folder), data.get("image_aspect_ratio") or "pad")
+    if template not in (None, OWN):
+        raise UserError(
+            f"{name} is asked with its own prompt format, not with {template}",
+            code="template-not-for-model",
+            where="--template",
+            hint=f"use --template {OWN}, or remove the flag",
+        )
+    named = {key.name: data[key.name] for key in fields(ProcessorSettings) if key.name in data}
+    return Prompts(OWN, "pad", ProcessorSettings(**named))

@@ -1,0 +1,297 @@
+"""Memory per device and time of a plan: how much is needed, whether it fits, and which flags make it fit.
+
+The plan of a run shows them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from milora_vl.common.cli.command_line import amount
+from milora_vl.core.calibration.gradients import RECORDS
+from milora_vl.core.calibration.texts import LENGTH
+from milora_vl.core.policy import Target
+from milora_vl.core.policy.towers import find_towers
+from milora_vl.models.base import Base
+from milora_vl.models.quantized import bytes_per_number, quantized_layers
+from milora_vl.train.dry_run.estimate import (
+    A100_FLOPS,
+    GIB,
+    Workload,
+    calibration_seconds,
+    distinct_inputs,
+    duration_text,
+    expected_directions,
+    flops_per_step,
+    gradient_seconds,
+    host_memory,
+    measured_flops,
+    memory,
+)
+from milora_vl.train.dry_run.first_batch import Counts
+from milora_vl.train.dry_run.simulate import Shape, simulate
+from milora_vl.train.plan.batching import Batching
+from milora_vl.train.plan.launch import strategy_of
+from milora_vl.train.plan.plan import Plan
+from milora_vl.train.plan.screen import trained_sizes
+from milora_vl.train.plan.train_section import TrainSection
+from milora_vl.train.recipe.schema import Recipe
+
+MIX665K = Counts(tokens=700, supervised=60, exact=False)  # approximate, per record
+FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the third added
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help."""
+
+    lines: list[str]
+    change: str | None = ""
+
+    @property
+    def fits(self) -> bool:
+        """Return whether the run fits --gpu-memory without changes."""
+        return self.change == ""
+
+
+def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
+    """Return memory by purpose and the time of a run; a plan for this machine has its time on the CPU, too."""
+    section, base, recipe, request = plan.section, plan.fitted.base, plan.recipe, plan.request
+    packed_bytes = None
+    if recipe.quantization != "none":
+        packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
+    kept = kept_tokens(recipe, base, counts)
+    work = workload_of(section, base, targets, counts, batching, packed_bytes, kept)
+    missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
+    frugal = {name: True for name, lacks in missing.items() if lacks}
+    flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
+    lean = work
+    if frugal:
+        leaner = replace(section, arguments=section.arguments | frugal)
+        lean = workload_of(leaner, base, targets, counts, batching, packed_bytes, kept)
+    sizes, leanest = memory(work), sum(memory(lean).values())
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
+    stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
+    devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
+    whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
+    out = [f"{whole}: {parts}" if parts else whole]
+    if base.own_pictures:
+        out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
+    if host_memory(work):
+        out.append(f"       and {host_memory(work) / GIB:.1f} GiB of host memory per device (offloaded)")
+    if leanest < min(0.9 * sum(sizes.values()), sum(sizes.values()) - 0.05 * GIB):
+        out.append(f"       with {flags} about {leanest / GIB:.1f} GiB")
+    change: str | None = ""
+    if request.gpu_memory is not None:
+        lines, change = verdict(work, lean, flags, request.gpu_memory)
+        out += lines
+    step, rates = flops_per_step(work), {"one A100 per device at 40 % of peak": A100_FLOPS}
+    if request.devices is None and request.gpu_memory is None:
+        rates["the CPU of this machine"] = measured_flops()
+    for name, rate in rates.items():
+        total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
+        out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
+    if work.kept:
+        share = step / flops_per_step(replace(work, kept=0.0)) - 1
+        out.append(f"keep   reads {amount(recipe.keep.texts, 'text')} in each forward: {share:.0%} more time")
+    if recipe.adapter is not None:  # its A is known
+        return Costs(out, change)
+    planned = 0.0
+    if inputs := distinct_inputs(targets):
+        share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
+        out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
+        settings = recipe.calibration
+        tokens = (settings.num_samples + 8) * LENGTH + settings.num_pictures * min(work.tokens, 700)
+        planned = calibration_seconds(work.total, inputs, tokens)
+    if any(target.method == "gradient" for target in targets):
+        planned += gradient_seconds(work.total, RECORDS * work.tokens)
+    if planned:
+        out.append(f"        choosing A takes about {duration_text(planned)} on one A100 (planned, not measured), once")
+    return Costs(out, change)
+
+
+def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
+    """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
+
+    The peak grows linearly with the number of layers of the language model and of a frozen vision tower. A vision
+    tower that trains is simulated whole.
+    """
+    config, towers = base.config, find_towers(base.meta)
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    tower = config.to_dict().get("vision_config", {}).get("num_hidden_layers", 0) if shape.pictures else 0
+    shortens_tower = tower > FEW[1] and not any(target.tower == "vision" for target in targets)
+
+    def peak(language: int, vision: int) -> int:
+        small = copy.deepcopy(config)
+        small.get_text_config().num_hidden_layers = language
+        if small.get_text_config().to_dict().get("layer_types"):
+            small.get_text_config().layer_types = text.layer_types[:language]
+        if shortens_tower:
+            small.vision_config.num_hidden_layers = vision
+        kept = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < language]
+        return simulate(small, kept, shape).activations
+
+    fewer, few = (min(count, layers) for count in FEW)
+    most = peak(few, FEW[1])
+    total = most + (most - peak(fewer, FEW[1])) * (layers - FEW[1])
+    if shortens_tower:
+        total += (most - peak(few, FEW[0])) * (tower - FEW[1])
+    return total
+
+
+def shape_of(base: Base, work: Workload, counts: Counts) -> Shape:
+    """Return the shape of one micro-step on one device."""
+    # Elsewhere the size of a picture decides what the tower computes; `tokens` includes the tokens of pictures.
+    return Shape(
+        records=work.records,
+        tokens=max(work.tokens, 2),
+        supervised=int(counts.supervised * work.records),
+        pictures=math.ceil(work.records * counts.records) if base.kind == "llava" else 0,
+        image_tokens=base.tokens_of_a_picture,
+        half=work.half,
+        checkpointing=work.checkpointing,
+        base_dtype=torch.bfloat16 if work.half else torch.float32,
+    )
+
+
+def duration_of_step(seconds: float) -> str:
+    """Return the time of a step as text; short times have decimals."""
+    return duration_text(seconds) if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def workload_of(
+    section: TrainSection,
+    base: Base,
+    targets: Sequence[Target],
+    counts: Counts,
+    batching: Batching,
+    packed_bytes: float | None,
+    kept: tuple[float, int] = (0.0, 0),
+) -> Workload:
+    """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
+
+    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised. `kept` has the
+    `kept_tokens`.
+    """
+    train, launch, model = section.arguments, section.launch, base.meta
+    sizes = trained_sizes(targets, model)
+    adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
+    half = bool(train.get("bf16") or train.get("fp16"))
+    zero = (launch.deepspeed or {}).get("zero_optimization", {})
+    fsdp = None if launch.fsdp is None else strategy_of(launch.fsdp)
+    work = Workload(
+        total=_numel(model),
+        adapters=adapters,
+        anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
+        full=sum(sizes.values()) - adapters,
+        fixed=sum((t.rank or 0) * t.shape[1] for t in targets if t.has_fixed_A),
+        base_bytes=2.0 if half else 4.0,
+        packable=0 if not adapters else sum(_numel(model.get_submodule(path)) for path in quantized_layers(model)),
+        packed_bytes=packed_bytes,
+        stage=3 if fsdp else launch.zero_stage,
+        fsdp=fsdp,
+        devices=batching.num_devices,
+        records=batching.per_device,
+        tokens=int(counts.tokens),
+        accumulation=batching.accumulation,
+        checkpointing=bool(train.get("activation_checkpointing")),
+        half=half,
+        activations=0.0,
+        kept=kept[0],
+        optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
+        offload_optimizer=_offloads(zero, "offload_optimizer"),
+        offload_weights=_offloads(zero, "offload_param"),
+    )
+    shape = shape_of(base, work, counts)
+    step = activations(base, targets, shape)
+    if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
+        step += 2 * 4 * shape.supervised * base.config.get_text_config().vocab_size
+    # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
+    extra = step * kept[1] / (shape.records * shape.tokens) + 5 * 4 * kept[1] * base.config.get_text_config().vocab_size
+    return replace(work, activations=step, kept_activations=extra)
+
+
+def kept_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, int]:
+    """Return the tokens of the kept texts in a micro-step, on average and at most: texts and captions take turns.
+
+    A caption has its picture, and about 80 tokens of system text, question and answer.
+    """
+    if not recipe.keep.weight:
+        return 0.0, 0
+    longest = LENGTH
+    if base.reads_pictures and recipe.calibration.num_pictures:
+        largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
+        longest = max(LENGTH, (largest or int(counts.tokens)) + 80)
+    return recipe.keep.texts * (LENGTH + longest) / 2, recipe.keep.texts * longest
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return (zero.get(what) or {}).get("device", "none") != "none"
+
+
+OVERHEAD = 1.0  # GiB for CUDA, its libraries and fragmentation
+
+
+def needed(work: Workload) -> float:
+    """Return the GiB on one device, including CUDA."""
+    return sum(memory(work).values()) / GIB + OVERHEAD
+
+
+def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[list[str], str | None]:
+    """Return lines for a device of `limit` GiB, and the flags that make it fit: "" if it fits, None if none do.
+
+    `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
+    """
+    whole = needed(work)
+    summary = f"{limit:g} GiB: needs {whole:.1f} GiB, {OVERHEAD:g} of them for CUDA"
+    if whole <= limit:
+        return [f"fits   {summary}"], ""
+    fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
+    if not fitting:
+        hint = "no single change is enough: use more devices, a smaller rank or a smaller model"
+        return [f"does not fit {summary}", hint], None
+    lines = [f"  {what}: {size:.1f} GiB" for what, size in fitting[:4]]
+    return [f"does not fit {summary}", "these flags make it fit:", *lines], fitting[0][0]
+
+
+def memory_savings(work: Workload, lean: Workload, flags: str) -> Iterator[tuple[str, Workload]]:
+    """Yield flags to add to the command line and their workload, mildest first; each includes `flags`, as `lean`."""
+    if flags:
+        yield flags, lean
+    # Only divisors, so that the batch of a step stays the same.
+    for records in (n for n in range(lean.records // 2, 0, -1) if lean.records % n == 0):
+        yield f"{flags} {_batch(lean, records)}".lstrip(), _with_batch(lean, records)
+    smallest = _with_batch(lean, 1)
+    least = f"{flags} {_batch(lean, 1)}".lstrip() if lean.records > 1 else flags
+    if work.devices > 1 and work.stage < 3 and work.packed_bytes is None:
+        yield f"--deepspeed zero3 {flags}".rstrip(), replace(lean, stage=3)
+        yield f"--deepspeed zero3 {least}".rstrip(), replace(smallest, stage=3)
+    if work.packable and work.packed_bytes is None and work.stage < 3:
+        packed = replace(smallest, packed_bytes=bytes_per_number("4bit", double_quant=True))
+        yield f"--quantization 4bit {least}".rstrip(), packed
+    if not work.offload_weights and work.packed_bytes is None:
+        offloaded = replace(smallest, stage=3, offload_weights=True, offload_optimizer=True)
+        yield f"--deepspeed zero3_offload {least}".rstrip(), offloaded
+
+
+def _batch(work: Workload, records: int) -> str:
+    accumulation = work.accumulation * work.records // records
+    return f"--per_device_train_batch_size {records} --gradient_accumulation_steps {accumulation}"
+
+
+def _with_batch(work: Workload, records: int) -> Workload:
+    accumulation = work.accumulation * work.records // records
+    return replace(work, records=records, accumulation=accumulation,
+                   activations=work.activations * records / work.records)  # fmt: skip

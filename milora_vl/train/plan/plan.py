@@ -1,0 +1,81 @@
+"""`make_plan`: everything that can say no before data and weights load, in one value; for `train` and `--dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from milora_vl.common.errors import UserError
+from milora_vl.common.yaml_text import read_file
+from milora_vl.core.adapter import checkpoints
+from milora_vl.models.devices import fastest_dtype, train_device
+from milora_vl.train.plan import requirements, resuming, run_folder, train_section
+from milora_vl.train.plan.fit import Fitted, fit
+from milora_vl.train.plan.launch import read_launch
+from milora_vl.train.plan.resuming import Resumed
+from milora_vl.train.plan.run_folder import RunFolder
+from milora_vl.train.plan.train_section import TrainSection
+from milora_vl.train.recipe.command_line import Request
+from milora_vl.train.recipe.merge import Merged
+from milora_vl.train.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run that nothing is known to stop: what trains on which base, in which folder, and what it continues."""
+
+    request: Request
+    fitted: Fitted  # its recipe is without the hub's token
+    section: TrainSection
+    hub_token: str | None
+    folder: RunFolder
+    resumed: Resumed | None
+    recipe_batch: tuple[int, int] | None  # what the recipe itself says: per device, accumulation
+    notes: tuple[str, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return the recipe with every flag applied, as it fits the base."""
+        return self.fitted.recipe
+
+
+def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
+    """Check everything that can be checked without data and weights. `processes` is the number of devices that train.
+
+    Raises RecipeError with all problems of the recipe and its model, UserError for other mistakes.
+    """
+    fitted = fit(merged)
+    recipe, token = run_folder.without_token(with_dtype(fitted.recipe, request))
+    fitted = replace(fitted, recipe=recipe)
+    path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
+    folder = run_folder.choose(path, request.resume)
+    launch = read_launch(recipe.train)
+    requirements.require_installed(recipe)
+    section = train_section.derive(fitted, launch)
+    if problems := train_section.conflicts(fitted, section):
+        raise UserError(problems=problems)
+    train_section.require_accepted(recipe, section)
+    earlier = resuming.read_earlier(folder, request.resume)
+    return Plan(
+        request=request,
+        fitted=fitted,
+        section=section,
+        hub_token=token,
+        folder=folder,
+        resumed=None if earlier is None else resuming.resumed(earlier, fitted, processes),
+        recipe_batch=merged.batch_in_recipe,
+        notes=tuple(merged.notes),
+    )
+
+
+def with_dtype(recipe: Recipe, request: Request) -> Recipe:
+    """Return the recipe with the dtype that `fastest` means on this machine, or meant in the run that it resumes."""
+    if recipe.dtype != "fastest":
+        return recipe
+    run = checkpoints.resumed_run(request.output_dir, request.resume)
+    before = None
+    if run is not None and (run / "recipe.yaml").is_file():  # else nothing was saved: the run starts again
+        before = read_file(run / "recipe.yaml")[0].get("dtype")
+    fastest = str(fastest_dtype(train_device(recipe.train))).removeprefix("torch.")
+    return recipe.model_copy(update={"dtype": before or fastest})

@@ -1,0 +1,199 @@
+"""The terminal output of a run: header, policy table, warnings, slow steps, trainable parameters, closing block.
+
+Only rank 0 writes. Colour appears only on a terminal; rich follows NO_COLOR and COLUMNS.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import TYPE_CHECKING, TextIO
+
+from milora_vl.core.policy.towers import TOWERS, find_towers
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from milora_vl.core.adapter.protection import Protection
+    from milora_vl.core.init.initialize import LayerReport
+    from milora_vl.core.policy import Target
+
+Rows = Sequence[tuple[str, str]]
+COLUMNS = ("tower", "modules", "method", "rank", "alpha", "parameters", "rate", "trained sigma / max", "energy")
+
+
+class Screen:
+    """All output of a run except HF's progress bar."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        from rich.console import Console
+
+        quiet = os.environ.get("RANK", "0") != "0"
+        self.console: Console = Console(file=stream or sys.stderr, quiet=quiet, highlight=False)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
+            self.console.width = 110  # a log file needs no narrow lines
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+
+    @contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Announce a slow step, and print its time."""
+        self.console.print(f"{what} ...", markup=False, soft_wrap=True)
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        if seconds >= 1:
+            self.console.print(f"  done in {seconds:.0f} s", markup=False)
+
+    def block(self, rows: Rows) -> None:
+        """Print rows with a name each: what a run is at its start, and where everything is at its end."""
+        width = max(len(name) for name, _ in rows)
+        self.console.print()
+        for name, value in rows:
+            self.say(f"{name:<{width}}  {value}")
+
+    def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
+        """Print the table of trained modules (see `policy_rows`), and the frozen towers."""
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name in ("tower", "method") else "right")
+        for row in rows:
+            table.add_row(*row)
+        for tower in frozen:
+            table.add_row(tower, "-", "frozen")
+        self.console.print(table)
+
+
+def policy_rows(
+    targets: Sequence[Target], sizes: Mapping[str, int], report: Sequence[LayerReport] = ()
+) -> list[tuple[str, ...]]:
+    """Return one row per (tower, method, rank, alpha, learning rate, protected directions), in order of the towers.
+
+    The targets have resolved rates (`rates.in_force`). `sizes` maps the path of a target to its number of trained
+    parameters, `report` holds measurements of the adapters.
+    """
+    measured = {layer.path: layer for layer in report}
+    ordered = sorted(targets, key=_kind)
+    rows: list[tuple[str, ...]] = []
+    for kind, members in groupby(ordered, key=_kind):
+        group = list(members)
+        tower, method, rank, alpha, rate, protected = kind
+        layers = [measured[t.path] for t in group if t.path in measured]
+        shares = [s / layer.sigma_top for layer in layers for s in (layer.sigma_min, layer.sigma_max)]
+        rows.append(
+            (
+                tower,
+                f"{len(group):,}",
+                "\n".join([method, *((f"off {protected}",) if protected else ())]),
+                f"{rank}" if rank else "-",
+                f"{alpha:g}" if alpha else "-",
+                f"{sum(sizes[t.path] for t in group):,}",
+                f"{rate:g}",
+                _span(shares, "{:.2g}"),
+                _span([100 * layer.energy for layer in layers], "{:.2g}", " %"),
+            )
+        )
+    return rows
+
+
+def protection_lines(targets: Sequence[Target], protection: Mapping[str, Protection]) -> list[str]:
+    """Return one line per tower about its protected inputs: means over layers of their shares."""
+    lines = []
+    for tower in TOWERS:
+        members = [protection[t.path] for t in targets if t.tower == tower and t.path in protection]
+        if not members:
+            continue
+        held_out = [entry.held_out for entry in members if entry.held_out is not None]
+        line = (
+            f"protected inputs  {tower}: {_mean([entry.directions / entry.inputs for entry in members])} of the "
+            f"directions, {_mean([entry.energy for entry in members])} of the energy"
+        )
+        lines.append(line + (f", {_mean(held_out)} on held-out text" if held_out else ""))
+    return lines
+
+
+def _mean(shares: Sequence[float]) -> str:
+    return f"{sum(shares) / len(shares):.1%}"
+
+
+def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """Return the towers of the model in which no target trains."""
+    towers, trained = find_towers(base), {target.tower for target in targets}
+    present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
+    return [tower for tower in TOWERS if present[tower] is not None and tower not in trained]
+
+
+def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
+    """Return the number of trained parameters of each target by path: those of its adapter, else all.
+
+    A tied head counts 0: it shares the weight of the embeddings.
+    """
+    from transformers.trainer_pt_utils import get_model_param_count
+
+    sizes: dict[str, int] = {}
+    seen: set[nn.Parameter] = set()
+    for target in targets:
+        module = base.get_submodule(target.path)
+        if target.rank:
+            sizes[target.path] = adapter_size(target)
+            continue
+        weight = next(module.parameters())
+        sizes[target.path] = 0 if weight in seen else get_model_param_count(module)
+        seen.add(weight)
+    return sizes
+
+
+def adapter_size(target: Target) -> int:
+    """Return the number of trained parameters of an adapter: r (in + out), with exceptions.
+
+    A fixed A leaves B, MiCA trains A alone, and DoRA one more number for each row of the weight.
+    """
+    rows, columns = target.shape
+    assert target.rank is not None
+    if target.has_fixed_A:
+        return target.rank * rows
+    if target.method == "mica":
+        return target.rank * columns
+    return target.rank * (rows + columns) + (rows if target.method == "dora" else 0)
+
+
+def trainable_line(model: nn.Module) -> str:
+    """Return PEFT's line about trained parameters, word for word, because users grep it."""
+    from transformers.trainer_pt_utils import get_model_param_count
+
+    return trainable_text(get_model_param_count(model, trainable_only=True), get_model_param_count(model))
+
+
+def trainable_text(trained: int, total: int) -> str:
+    """Return the same line from the counts.
+
+    >>> trainable_text(1, 8)
+    'trainable params: 1 || all params: 8 || trainable%: 12.5000'
+    """
+    return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
+
+
+def _kind(target: Target) -> tuple[str, str, int, float, float, str]:
+    numbers = (target.rank or 0, target.alpha or 0.0, target.learning_rate or 0.0)
+    protected = f"{target.protect:.0%} of the inputs" if target.protect else ""
+    return (target.tower or "", target.method, *numbers, protected)
+
+
+def _span(values: Sequence[float], form: str, unit: str = "") -> str:
+    if not values:
+        return "-"
+    low, high = form.format(min(values)), form.format(max(values))
+    return (low if low == high else f"{low} - {high}") + unit

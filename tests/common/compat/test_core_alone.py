@@ -1,0 +1,93 @@
+"""The core runs where only its own dependencies are installed: torch, peft and theirs, and a few small packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import subprocess
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+CORE = "base svd weights policy calibration factors adapter compat".split()
+ALLOWED = "torch numpy peft safetensors pydantic pyyaml xxhash tqdm filelock".split()
+
+PROGRAM = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from milora_vl.core.adapter.apply import apply_milora, merge
+from milora_vl.core.adapter.files import load_adapter, save_adapter
+
+
+def base():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, max_position_embeddings=32, **sizes)).eval()
+
+
+ids = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0))
+rules = "[{modules: language, method: milora, rank: 4}, {modules: language.mlp, protect: 0.5}]"
+before = base()(ids).logits
+model = apply_milora(base(), rules, calibration=[{"input_ids": ids}, {"input_ids": ids + 0}], cache_dir="cache")
+assert torch.equal(model(ids).logits, before)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+losses = []
+for _ in range(5):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(float(loss))
+assert losses[-1] < losses[0]
+trained = model(ids).logits
+save_adapter(model, "adapter")
+torch.testing.assert_close(load_adapter(base(), "adapter")(ids).logits, trained)
+torch.testing.assert_close(merge(model)(ids).logits, trained, atol=1e-4, rtol=1e-4)
+"""
+
+
+def with_dependencies(names: list[str]) -> list[importlib.metadata.Distribution]:
+    """The installed distributions with these names, and all that they require without extras."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    left = list(names)
+    while left:
+        name = re.sub(r"[-_.]+", "-", left.pop()).lower()
+        if name in found:
+            continue
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another platform
+        for requirement in found[name].requires or ():
+            if "extra ==" not in requirement:
+                left.append(re.match(r"[\w.-]+", requirement)[0])  # type: ignore[index]
+    return list(found.values())
+
+
+@pytest.mark.slow
+def test_the_core_trains_saves_loads_and_merges_with_its_own_dependencies_alone(tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for distribution in with_dependencies(ALLOWED):
+        folder = Path(str(distribution.locate_file("")))
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (packages / top).exists():
+                (packages / top).symlink_to(folder / top)
+    (packages / "milora_vl").mkdir()
+    (packages / "milora_vl" / "__init__.py").touch()
+    for room in CORE:
+        (packages / "milora_vl" / room).symlink_to(ROOT / "milora_vl" / room)
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "core.pth").write_text(f"{packages}\n", encoding="utf-8")
+    assert not {"datasets", "deepspeed", "timm", "matplotlib"} & {path.name for path in packages.iterdir()}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), "-c", PROGRAM], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

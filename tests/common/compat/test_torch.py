@@ -1,0 +1,70 @@
+"""What `milora_vl.common.compat.torch` needs of torch."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, dataloader
+
+from milora_vl.common.compat.torch import (
+    FailedBatch,
+    after_operations,
+    call_on_plain_tensors,
+    change_class,
+    has_hooks,
+    without_data,
+)
+
+
+class Strict(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        raise AssertionError(f"{func.__name__} was intercepted")
+
+
+def test_operations_run_without_the_subclass() -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        value = torch.ones(2).as_subclass(Strict)
+    assert call_on_plain_tensors(torch.Tensor.sum, (value,), {}).item() == 2
+
+
+def test_ddp_reads_the_names_to_ignore() -> None:
+    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel)
+
+
+def test_every_kind_of_hook_is_seen() -> None:
+    for name in ("forward_pre", "forward", "full_backward_pre", "full_backward"):
+        layer = nn.Linear(2, 2)
+        assert not has_hooks(layer)
+        getattr(layer, f"register_{name}_hook")(lambda *_: None)
+        assert has_hooks(layer), name
+
+
+def test_an_object_gets_a_subclass_and_stays_the_same_object() -> None:
+    class Layer(nn.Linear):
+        pass
+
+    layer = nn.Linear(2, 2)
+    assert change_class(layer, Layer) is layer
+    assert isinstance(layer, Layer)
+
+
+def test_a_loader_raises_the_error_of_a_failed_batch() -> None:
+    def fails(_: object) -> FailedBatch:
+        return FailedBatch(KeyError("as it is"))
+
+    assert "ExceptionWrapper" in inspect.getsource(dataloader)
+    with pytest.raises(KeyError, match="as it is"):
+        next(iter(DataLoader([1], num_workers=1, collate_fn=fails)))
+
+
+def test_operations_without_data_are_seen_with_their_sizes() -> None:
+    shapes: list[tuple[int, ...]] = []
+    with without_data(), after_operations(lambda tensor: shapes.append(tuple(tensor.shape))):
+        product = torch.ones(3, 4) @ torch.ones(4, 5)
+    assert product.device.type == "cpu"
+    assert shapes[-1] == (3, 5)

@@ -1,0 +1,261 @@
+"""The layer that adds the update to W x in one product computes what PEFT's forward computes, in every state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from milora_vl.core.adapter.apply import Form, apply_milora
+from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.layers import AdaptedLinear
+from support.adapter_cases import move
+
+WIDTH = 24
+
+
+class Two(nn.Module):
+    """Two layers with a bias (whose output is a view), or without; the first one gets an input without a gradient."""
+
+    def __init__(self, *, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH, bias=bias), nn.Linear(WIDTH, 16, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.relu(self.first(x)))
+        return out
+
+
+def adapted(
+    *, bias: bool = False, dtype: torch.dtype = torch.float32, form: Form = "anchored", **fields: Any
+) -> PeftModel:
+    torch.manual_seed(0)
+    rule = {"modules": "*", "method": "milora", "rank": 4, "alpha": 6, **fields}
+    model = apply_milora(Two(bias=bias).to(dtype), [rule], form=form)
+    move(model, 0.1)
+    return model
+
+
+def batch(*shape: int) -> Tensor:
+    return torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@contextmanager
+def stock_forward() -> Iterator[None]:
+    """Let PEFT's own forward run."""
+    ours = AdaptedLinear.forward
+    AdaptedLinear.forward = lora.Linear.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AdaptedLinear.forward = ours  # type: ignore[method-assign]
+
+
+def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, Tensor]:
+    """Return the output and all gradients."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    torch.manual_seed(2)  # dropout
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        out = model(x)
+    out.float().square().sum().backward()
+    assert x.grad is not None
+    found = {"out": out.detach(), "x": x.grad}
+    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("form", ["anchored", "residual"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "tolerance"),
+    [
+        (torch.float32, False, 1e-6),
+        (torch.float32, True, 0.02),
+        (torch.bfloat16, True, 0.02),
+        (torch.bfloat16, False, 0.02),
+        (torch.float64, False, 1e-12),
+    ],
+)
+def test_outputs_and_gradients_are_those_of_pefts_forward(
+    form: Form, bias: bool, dtype: torch.dtype, autocast: bool, tolerance: float
+) -> None:
+    model, x = adapted(form=form, bias=bias, dtype=dtype), batch(3, 5).to(dtype)
+    ours = result(model, x, autocast=autocast)
+    with stock_forward():
+        stock = result(model, x, autocast=autocast)
+    assert ours.keys() == stock.keys()
+    for name, expected in stock.items():
+        assert ours[name].dtype == expected.dtype, name
+        assert (ours[name] - expected).float().norm() <= tolerance * expected.float().norm(), name
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4), (0,)])
+def test_inputs_of_every_shape(shape: tuple[int, ...]) -> None:
+    model = adapted()
+    out = model(batch(*shape))
+    with stock_forward():
+        torch.testing.assert_close(out, model(batch(*shape)))
+
+
+def test_dropout_is_applied_to_the_update_alone() -> None:
+    model = adapted(dropout=0.5).train()
+    ours = result(model, batch(6))
+    with stock_forward():
+        stock = result(model, batch(6))
+    torch.testing.assert_close(ours, stock)
+
+
+def states() -> dict[str, Callable[[PeftModel], Any]]:
+    def another(model: PeftModel) -> None:
+        model.add_adapter("other", lora.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+        model.set_adapter("other")
+
+    def both(model: PeftModel) -> None:
+        another(model)
+        model.base_model.set_adapter(["default", "other"])
+
+    return {
+        "merged": lambda model: model.merge_adapter(),
+        "disabled": lambda model: model.base_model.disable_adapter_layers(),
+        "another adapter": another,
+        "two adapters": both,
+    }
+
+
+@pytest.mark.parametrize("state", states())
+def test_every_other_state_is_pefts(state: str) -> None:
+    model, x = adapted(), batch(5)
+    plain = model(x)
+    states()[state](model)
+    out = model(x)
+    with stock_forward():
+        torch.testing.assert_close(out, model(x))
+    assert torch.allclose(out, plain, atol=1e-5) == (state == "merged")
+
+
+def test_adapter_names_of_a_mixed_batch_reach_peft() -> None:
+    model = adapted().eval()
+    out = model(batch(2), adapter_names=["default", "__base__"])
+    torch.testing.assert_close(out[0], model(batch(2))[0])
+    with model.disable_adapter():
+        torch.testing.assert_close(out[1], model(batch(2))[1])
+
+
+def test_the_output_of_the_base_layer_is_not_changed() -> None:
+    model, x, kept = adapted(), batch(5), []
+    layer = lora_layer(model, "first")
+    layer.base_layer.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
+    model(x)
+    assert torch.equal(*kept[0])
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        lambda up: up.register_forward_pre_hook(lambda module, args: args[0] * 0.5),
+        lambda up: up.register_forward_hook(lambda module, args, out: out * 0.5),
+        lambda up: up.register_full_backward_hook(lambda module, of_input, of_output: (of_input[0] * 0.5,)),
+        lambda up: up.register_full_backward_pre_hook(lambda module, of_output: (of_output[0] * 0.5,)),
+    ],
+)
+def test_a_hook_on_lora_b_sees_the_update_alone(hook: Callable[[nn.Module], Any]) -> None:
+    model, x = adapted(), batch(5)
+    hook(lora_layer(model, "first").lora_B["default"])
+    ours = result(model, x)
+    with stock_forward():
+        torch.testing.assert_close(ours, result(model, x))
+
+
+def test_a_scaling_that_is_a_tensor_may_train() -> None:
+    model, x = adapted(), batch(5)
+    scaling = torch.tensor(1.5, requires_grad=True)
+    lora_layer(model, "first").scaling["default"] = scaling
+    model(x).sum().backward()
+    assert scaling.grad is not None
+
+
+def test_dropout_under_autocast_gets_float32() -> None:
+    """bfloat16 would round 1 / (1 - p), so all updates would be too large by the same factor."""
+    model, seen = adapted(dropout=0.05, dtype=torch.bfloat16), []
+    lora_layer(model, "first").lora_A["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    for mode in (True, False):
+        model.train(mode)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(batch(4).bfloat16())
+    assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_a_traced_model_computes_the_same() -> None:
+    model, x = adapted().eval(), batch(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracers warn about every branch, and that they are deprecated
+        traced = torch.jit.trace(model, x, check_trace=False)
+    torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 5)])
+def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """As Falcon's and networks with ReLU(inplace=True) do."""
+    model, x = adapted(), batch(*shape)
+    layer = lora_layer(model, "first")
+    layer(x).relu_().sum().backward()
+    ours = layer.lora_A["default"].delta.grad.clone()
+    model.zero_grad()
+    with stock_forward():
+        layer(x).relu_().sum().backward()
+    torch.testing.assert_close(ours, layer.lora_A["default"].delta.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_selective_checkpointing_keeps_is_not_changed(dtype: torch.dtype) -> None:
+    kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    model, x = adapted(dtype=dtype), batch(5).to(dtype)
+    expected = result(model, x)
+    stock = model.forward
+    model.forward = lambda x: checkpoint(stock, x, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
+    torch.testing.assert_close(result(model, x), expected)
+
+
+def test_a_base_weight_that_trains_gets_its_gradient() -> None:
+    """modules_to_save and full fine-tuning beside an adapter."""
+    model, x = adapted(bias=True), batch(5)
+    for name in ("first", "second"):
+        lora_layer(model, name).base_layer.requires_grad_(True)
+    ours = result(model, x)
+    with stock_forward():
+        torch.testing.assert_close(ours, result(model, x))
+    assert any(name.endswith("base_layer.weight") for name in ours)
+
+
+def test_a_new_adapter_changes_no_bit_of_the_output() -> None:
+    torch.manual_seed(0)
+    base = Two(bias=True).bfloat16()
+    x = batch(4, 9).bfloat16()
+    before = base(x)
+    model = apply_milora(base, [{"modules": "*", "method": "milora", "rank": 4}])
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            assert torch.equal(model(x), before)
+
+
+def test_a_quantized_or_foreign_lora_layer_keeps_its_class() -> None:
+    """Such a layer has a forward of its own."""
+
+    class Foreign(lora.Linear):
+        pass
+
+    model = adapted()
+    layer = lora_layer(model, "first")
+    assert type(layer) is AdaptedLinear
+    layer.__class__ = Foreign
+    model.add_adapter("again", model.peft_config["default"])
+    assert type(layer) is Foreign

@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from milora_vl import apply_milora, load_adapter, save_adapter
+from support.adapter_cases import (
+    LLAVA_POLICY,
+    Pictures,
+    anchors,
+    llava_batch,
+    move,
+    one_rule,
+    picture_batch,
+    token_batch,
+    train_steps,
+)
+from support.problems import raises_code
+
+
+@pytest.fixture
+def saved(tiny_llava, tmp_path: Path):
+    model = apply_milora(tiny_llava()[0], LLAVA_POLICY)
+    move(model)
+    save_adapter(model, tmp_path / "a")
+    return model, tmp_path / "a"
+
+
+def test_the_folder_is_a_stock_peft_adapter_with_milora_json(saved) -> None:
+    _, folder = saved
+    names = {file.name for file in folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "milora.json"} <= names
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (6, 12, True)
+    data = json.loads((folder / "milora.json").read_text())
+    assert len(data["modules"]) == 16
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_gives_the_same_logits_halves_and_anchors(saved, tiny_llava, is_trainable: bool) -> None:
+    model, folder = saved
+    back = load_adapter(tiny_llava()[0], folder, is_trainable=is_trainable)
+    batch = llava_batch(model)
+    assert is_trainable or not any(module.training for module in back.modules())
+    assert torch.equal(back.eval()(**batch).logits, model.eval()(**batch).logits)
+    assert all(torch.equal(anchors(back)[name], anchor) for name, anchor in anchors(model).items())
+    trained = {name for name, p in back.named_parameters() if p.requires_grad}
+    assert trained == ({name for name, p in model.named_parameters() if p.requires_grad} if is_trainable else set())
+    assert back.milora_targets == model.milora_targets
+    assert back.milora_report == model.milora_report
+
+
+def test_training_goes_on_as_if_it_had_not_stopped(tiny_llama, tmp_path: Path) -> None:
+    batch = {"input_ids": token_batch(200)}
+    model = apply_milora(tiny_llama()[0], one_rule())
+    train_steps(model, batch)
+    save_adapter(model, tmp_path)
+    back = load_adapter(tiny_llama()[0], tmp_path, is_trainable=True)
+    assert train_steps(back.train(), batch) == train_steps(model.train(), batch)
+
+
+def test_dropout_per_module_comes_back(tiny_llama, tmp_path: Path) -> None:
+    rules = [*one_rule(dropout=0.3), {"modules": "language.mlp", "dropout": 0.1}]
+    save_adapter(apply_milora(tiny_llama()[0], rules), tmp_path)
+    layer = load_adapter(tiny_llama()[0], tmp_path, is_trainable=True).base_model.model.model.layers[0]
+    assert layer.self_attn.q_proj.lora_dropout["default"].p == 0.3
+    assert layer.mlp.up_proj.lora_dropout["default"].p == 0.1
+
+
+@pytest.mark.parametrize("modules", ["patch", "words", "head", "*"])
+def test_every_kind_of_layer_comes_back(tmp_path: Path, modules: str) -> None:
+    model = apply_milora(Pictures(), [{"modules": modules, "method": "milora", "rank": 2}])
+    move(model)
+    save_adapter(model, tmp_path)
+    back = load_adapter(Pictures(), tmp_path, is_trainable=True)
+    assert torch.equal(back(*picture_batch()), model(*picture_batch()))
+    assert not torch.equal(back(*picture_batch()), Pictures()(*picture_batch()))
+
+
+def test_an_adapter_of_a_bfloat16_base_is_kept_exactly(tiny_llama, tmp_path: Path) -> None:
+    model = apply_milora(tiny_llama()[0].bfloat16(), one_rule())
+    move(model, 0.01)
+    save_adapter(model, tmp_path)
+    narrow = load_adapter(tiny_llama()[0].bfloat16(), tmp_path, is_trainable=True)
+    assert {a.dtype for a in anchors(narrow).values()} == {torch.bfloat16}
+    ids = token_batch()
+    assert torch.equal(narrow(ids).logits, model(ids).logits)
+
+
+def test_an_adapter_of_a_float32_base_keeps_its_anchor_on_a_bfloat16_one(tiny_llama, tmp_path: Path) -> None:
+    model = apply_milora(tiny_llama()[0], one_rule())
+    save_adapter(model, tmp_path)
+    back = load_adapter(tiny_llama()[0].bfloat16(), tmp_path, is_trainable=True)
+    assert all(torch.equal(anchors(back)[name], anchor) for name, anchor in anchors(model).items())
+    ids = token_batch()
+    assert torch.equal(back(ids).logits, tiny_llama()[0].bfloat16()(ids).logits)
+
+
+def test_without_milora_json_the_folder_is_a_plain_lora(saved, tiny_llava, caplog) -> None:
+    model, folder = saved
+    (folder / "milora.json").unlink()
+    with caplog.at_level(logging.INFO, logger="milora_vl.core.adapter.files"):
+        back = load_adapter(tiny_llava()[0], folder)
+    assert "has no milora.json: loaded as a plain LoRA" in caplog.text
+    batch = llava_batch(model)
+    assert torch.allclose(back(**batch).logits, model.eval()(**batch).logits, atol=1e-5)
+    assert type(back).__module__ == "peft.peft_model"
+
+
+def test_what_is_no_adapter_folder_is_refused_in_words(saved, tiny_llava, tmp_path: Path) -> None:
+    _, folder = saved
+    base, _ = tiny_llava()
+    (tmp_path / "run" / "checkpoint-10").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-10" / "adapter_model.safetensors").touch()
+    (tmp_path / "file").write_text("x")
+    newest = "checkpoint-10? It is the newest checkpoint"
+    for path, code, message, hint in (
+        (tmp_path / "nowhere", "adapter-no-folder", "no such adapter folder", ""),
+        (tmp_path / "file", "adapter-no-folder", "this is a file", ""),
+        (tmp_path / "run", "adapter-missing-file", "adapter_config.json is missing, found checkpoint-10", newest),
+    ):
+        with raises_code(code, str(path), message, hint):
+            load_adapter(base, path)
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").unlink()
+    with raises_code("adapter-missing-file", str(folder), "adapter_model.safetensors is missing"):
+        load_adapter(base, folder)
+    (folder / "adapter_model.safetensors").write_bytes(weights[:-100])
+    with raises_code("weights-unreadable", str(folder), "cannot be read"):
+        load_adapter(base, folder)
+    (folder / "adapter_config.json").write_text("{")
+    with raises_code("adapter-damaged-file", "adapter_config.json", "not a mapping in JSON"):
+        load_adapter(base, folder)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(saved, tiny_llama) -> None:
+    _, folder = saved
+    (folder / "milora.json").unlink()
+    with raises_code("adapter-missing-modules", str(folder), "does not fit LlamaForCausalLM"):
+        load_adapter(tiny_llama()[0], folder)
+
+
+def test_saving_a_model_without_an_adapter_says_what_to_use(tmp_path: Path) -> None:
+    with raises_code("adapter-not-a-peft-model", hint="save_pretrained"):
+        save_adapter(nn.Linear(2, 2), tmp_path)
+
+
+def test_an_adapter_is_not_saved_onto_a_file(saved) -> None:
+    model, folder = saved
+    with raises_code("adapter-no-folder", "milora.json"):
+        save_adapter(model, folder / "milora.json")
+
+
+def test_a_model_with_an_adapter_takes_no_second_one_this_way(saved) -> None:
+    model, folder = saved
+    with raises_code("adapter-already-present", hint="load_adapter(path, name)"):
+        load_adapter(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        ("q_proj.lora_A.weight", "adapter-missing-weights", "q_proj.lora_A"),
+        ("multi_modal_projector.linear_2", "adapter-missing-weights", "linear_2"),
+        ("rank", "adapter-missing-modules", "does not fit"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(saved, tiny_llava, change, code, message) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, folder = saved
+    weights = load_file(folder / "adapter_model.safetensors")
+    if change == "rank":
+        weights = {name: t[:2].clone() if "lora_A" in name else t for name, t in weights.items()}
+    weights = {name: t for name, t in weights.items() if change not in name}
+    save_file(weights, folder / "adapter_model.safetensors")
+    with raises_code(code, str(folder), message):
+        load_adapter(tiny_llava()[0], folder)
+    with raises_code(code, str(folder), message):
+        model.load_adapter(str(folder), "default")
+
+
+def test_a_plain_folder_without_its_projector_is_refused(tiny_llava, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["linear_1"])
+    get_peft_model(tiny_llava()[0], config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if "linear_1" not in name}, file)
+    with raises_code("adapter-missing-weights", str(tmp_path), "linear_1.weight"):
+        load_adapter(tiny_llava()[0], tmp_path)

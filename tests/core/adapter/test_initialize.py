@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from milora_vl.core.init.initialize import Initial, initialize
+from milora_vl.core.policy import Policy, PolicyError
+from milora_vl.core.svd import decompose
+from support.adapter_cases import one_rule, tiny_gpt2
+from support.problems import raises_code
+
+
+def initial(model: nn.Module, rules, **options) -> dict[str, Initial]:
+    return initialize(model, Policy.parse(rules).resolve(model), **options)
+
+
+def linear(weight: torch.Tensor) -> nn.Module:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight
+    return nn.Sequential(layer)
+
+
+W = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_anchor_is_the_minor_part_divided_by_the_scaling() -> None:
+    made = initial(linear(W), one_rule(alpha=6))["0"]  # rank 2, so the scaling is 3
+    f = decompose(W, 2)
+    assert torch.allclose(3 * made.B0 @ made.A0, (f.U * f.S) @ f.Vh, atol=1e-6)
+    assert (made.A0.shape, made.B0.shape) == ((2, 9), (6, 2))
+
+
+@pytest.mark.parametrize(("method", "part"), [("milora", "minor"), ("pissa", "principal")])
+def test_the_report_tells_the_spectrum(method: str, part: str) -> None:
+    report = initial(linear(W), one_rule(method=method))["0"].report
+    S = torch.linalg.svdvals(W)
+    chosen = S[-2:] if part == "minor" else S[:2]
+    assert report.sigma_min == pytest.approx(float(chosen[1]), rel=1e-5)
+    assert report.sigma_max == pytest.approx(float(chosen[0]), rel=1e-5)
+    assert report.sigma_top == pytest.approx(float(S[0]), rel=1e-5)
+    assert report.energy == pytest.approx(float(chosen.square().sum() / S.square().sum()), rel=1e-4)
+    assert (report.path, report.shape, report.tower, report.rank) == ("0", (6, 9), "language", 2)
+    assert (report.excess, report.svd, report.drift) == (0.0, "eigh", 0.0)
+    assert report.seconds > 0
+
+
+def test_sigma_none_gives_orthonormal_factors() -> None:
+    made = initial(linear(W), one_rule(sigma="none", alpha=8))["0"]
+    assert torch.allclose(made.A0 @ made.A0.T, torch.eye(2), atol=1e-6)
+    assert torch.allclose(made.B0.T @ made.B0, torch.eye(2), atol=1e-6)
+
+
+def test_a_floor_lifts_small_singular_values_alone() -> None:
+    weight = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0, 1e-3]))
+    made = initial(linear(weight), one_rule(sigma={"floor": 0.1}))["0"]
+    lifted = torch.linalg.svdvals(made.B0 @ made.A0)[:2]
+    assert torch.allclose(lifted, torch.tensor([1.0, 0.2]), atol=1e-6)  # a tenth of the median, 2
+    assert made.report.sigma_min == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_conv1d_and_convolution_and_embedding_are_read_in_peft_orientation() -> None:
+    made = initial(tiny_gpt2(), [{"modules": "language.c_attn", "method": "milora", "rank": 2}])
+    assert {m.report.shape for m in made.values()} == {(48, 16)}
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Embedding(11, 6))
+    made = initial(model, [{"modules": "*", "method": "milora", "rank": 2}])
+    assert made["0"].A0.shape == (2, 75)
+    assert made["1"].A0.shape == (2, 11)
+    assert made["1"].B0.shape == (6, 2)
+
+
+def test_equal_weights_draw_different_random_components_and_the_same_again() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    model[1].load_state_dict(model[0].state_dict())
+    first, second = (initial(model, one_rule(method="random", rank=4)) for _ in range(2))
+    assert torch.equal(first["0"].A0, second["0"].A0)
+    assert not torch.equal(first["0"].A0, first["1"].A0)
+
+
+def test_another_seed_draws_other_random_components() -> None:
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
+    drawn = [initial(model, one_rule(method="random", rank=4, seed=seed)) for seed in (0, 1, 1)]
+    assert not any(torch.equal(drawn[0][path].A0, drawn[1][path].A0) for path in ("0", "1"))
+    assert torch.equal(drawn[1]["0"].A0, drawn[2]["0"].A0)
+    with raises_code(
+        "policy-unused-field", where="policy[0].seed", message="method milora cannot use it", kind=PolicyError
+    ):
+        initial(model, one_rule(rank=4, seed=1))
+
+
+@pytest.mark.parametrize(("value", "message"), [(math.nan, "0: .* 1 NaN or infinite values"), (math.inf, "0: ")])
+def test_broken_weights_are_refused_with_their_module(value: float, message: str) -> None:
+    broken = W.clone()
+    broken[0, 0] = value
+    with raises_code("weight-decomposition", says=message, kind=ValueError):
+        initial(linear(broken), one_rule())
+
+
+def test_singular_values_at_zero_are_warned_of_once_with_the_count() -> None:
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5))
+    for layer in model[:2]:
+        layer.weight.data[0] = layer.weight.data[1]
+    with pytest.warns(UserWarning, match=r"2 of 3 adapters hold singular values at zero \(first: 0\)") as caught:
+        initial(model, one_rule())
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        initial(model, one_rule(sigma="none"))
+
+
+def test_cached_factors_are_the_same_and_a_damaged_entry_is_made_anew(tmp_path) -> None:
+    first = initial(linear(W), one_rule(), cache_dir=tmp_path)["0"]
+    (file,) = tmp_path.iterdir()
+    for content in (file.read_bytes(), b"damaged"):
+        file.write_bytes(content)
+        again = initial(linear(W), one_rule(), cache_dir=tmp_path)["0"]
+        assert torch.equal(first.A0, again.A0)
+        assert torch.equal(first.B0, again.B0)
+    initial(linear(W), one_rule(rank=3), cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="factors are not cached in"):
+        made = initial(linear(W), one_rule(), cache_dir=tmp_path / "file")
+    assert torch.equal(made["0"].A0, initial(linear(W), one_rule())["0"].A0)
+
+
+def test_a_floor_that_is_zero_itself_is_warned_of() -> None:
+    low = torch.zeros(9, 9)
+    low[0, 0] = 1.0
+    with pytest.warns(UserWarning, match="1 of 1 adapters hold singular values at zero"):
+        initial(linear(low), one_rule(sigma={"floor": 0.1}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        initial(linear(low), one_rule(sigma="none"))
+
+
+def test_lines_tell_of_every_layer(capfd) -> None:
+    initial(nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4)), one_rule(), progress="lines")
+    err = capfd.readouterr().err
+    assert "0  6x9  milora rank 2  sigma" in err
+    assert "1  4x6  milora rank 2  sigma" in err
+
+
+def test_progress_goes_to_stderr_and_only_on_request(capfd, monkeypatch) -> None:
+    monkeypatch.setattr("milora_vl.common.progress.INTERVAL", 0.0)  # a log file has no lines of what ends sooner
+    initial(linear(W), one_rule())
+    assert capfd.readouterr() == ("", "")
+    initial(linear(W), one_rule(), progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "decomposing" in err
+    assert "1/1 matrices [" in err
+    two = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
+    initial(two, one_rule(), progress=True)
+    assert "2/2 matrices [" in capfd.readouterr().err

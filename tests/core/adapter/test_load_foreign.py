@@ -1,0 +1,113 @@
+"""Adapters of other code on a loaded model, told by their files: LLaVA's folders, and those on a residual base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from milora_eval.__main__ import main
+from milora_eval.answers.identity import adapter_digest
+from milora_eval.answers.store import read_lines
+from milora_vl import apply_milora, load_model, save_adapter
+from milora_vl.common.errors import UserError
+from milora_vl.export import Options, export
+from support import official_data
+from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
+from support.problems import raises_code
+
+pytestmark = pytest.mark.usefixtures("picture_cache")
+Factory = Callable[..., tuple[Any, Any]]
+
+
+@pytest.fixture
+def root(tiny_llava: Factory, tmp_path: Path) -> Path:
+    """A folder with the model `base`."""
+    for part in tiny_llava():
+        part.save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(**llava_batch(model)).logits
+
+
+def llava_folder(root: Path) -> Tensor:
+    """Write `adapter` and, as LLaVA's train.py would, `trained`; return the logits."""
+    model = apply_milora(load_model(root / "base")[0], LLAVA_POLICY)
+    move(model)
+    save_adapter(model, root / "adapter")
+    export(root / "adapter", "llava", root / "trained", Options(base=root / "base", vision_tower="clip"))
+    return logits(model)
+
+
+def residual_folder(root: Path) -> Tensor:
+    """Write the residual base with its initial factors and, trained on it, `trained`; return the logits."""
+    base, processor = load_model(root / "base")
+    tuned = pissa_trained(base, root)
+    processor.save_pretrained(root / "residual")
+    tuned.peft_config["default"].base_model_name_or_path = str(root / "residual")
+    tuned.save_pretrained(root / "trained")
+    return logits(tuned)
+
+
+@pytest.mark.parametrize("made", [llava_folder, residual_folder])
+def test_it_is_the_trained_function_on_the_untouched_base(made: Callable[[Path], Tensor], root: Path) -> None:
+    expected = made(root)
+    (root / "trained").rename(root / "any-name")
+    assert torch.allclose(logits(load_model(root / "base", adapter=root / "any-name")[0]), expected, atol=1e-5)
+
+
+def test_a_residual_base_may_be_named_itself_or_hold_the_adapter(root: Path) -> None:
+    expected = residual_folder(root)
+    on_residual = load_model(root / "residual", adapter=root / "trained")[0]
+    assert torch.allclose(logits(on_residual), expected, atol=1e-5)
+    (root / "trained").rename(root / "residual" / "ft")
+    inside = load_model(root / "base", adapter=root / "residual")[0]
+    assert torch.allclose(logits(inside), expected, atol=1e-5)
+
+
+def test_a_residual_of_another_base_is_refused(root: Path, tiny_llava: Factory) -> None:
+    residual_folder(root)
+    for part in tiny_llava(seed=1):
+        part.save_pretrained(root / "other")
+    with pytest.raises(UserError) as error:
+        load_model(root / "other", adapter=root / "trained")
+    assert error.value.problems[0].code == "adapter-wrong-base"
+
+
+def test_factors_without_their_residual_are_refused(root: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+    get_peft_model(load_model(root / "base")[0], config).save_pretrained(root / "plain")
+    with raises_code("adapter-no-initial-factors", message="was trained on a residual base") as error:
+        load_model(root / "base", adapter=root / "plain")
+    assert "python -m milora_vl.export" in str(error.value)
+
+
+def test_llavas_folder_is_evaluated_as_ours(root: Path) -> None:
+    llava_folder(root)
+    data = official_data.write(root / "data", "gqa")
+    said = []
+    for name in ("adapter", "trained"):
+        out = root / f"out-{name}"
+        command = ["run", "--model", str(root / "base"), "--adapter", str(root / name), "--benchmarks", "gqa"]
+        assert (
+            main([*command, "--data", str(data), "--output_dir", str(out), "--forgetting_tokens", "0", "--limit", "2"])
+            == 0
+        )
+        said.append([line["prediction"] for line in read_lines(out / "eval" / "gqa" / "final" / "predictions.jsonl")])
+    assert said[0] == said[1]
+
+
+def test_every_file_of_an_adapter_is_part_of_its_digest(root: Path) -> None:
+    llava_folder(root)
+    before = adapter_digest(root / "trained")
+    stored = torch.load(root / "trained" / "non_lora_trainables.bin", weights_only=True)
+    torch.save({name: tensor + 1 for name, tensor in stored.items()}, root / "trained" / "non_lora_trainables.bin")
+    assert adapter_digest(root / "trained") != before

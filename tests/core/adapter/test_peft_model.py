@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
+from safetensors.torch import load_file
+
+from milora_vl import apply_milora, save_adapter
+from milora_vl.core.adapter.install import has_halves, lora_layer
+from support.adapter_cases import LLAVA_POLICY, anchors, move, one_rule, token_batch, train_steps
+from support.problems import raises_code
+
+
+@pytest.fixture
+def model(tiny_llama):
+    made = apply_milora(tiny_llama()[0], one_rule())
+    move(made)
+    return made
+
+
+def test_it_is_a_peft_model_to_everyone(model) -> None:
+    assert isinstance(model, PeftModel)
+    assert isinstance(model, PeftModelForCausalLM)
+    trained, total = model.get_nb_trainable_parameters()
+    assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < trained < total
+    assert model.get_model_status().requires_grad == {"default": True}
+
+
+def test_disabling_the_adapter_gives_the_base_and_leaves_the_anchors_through_more_training(model, tiny_llama) -> None:
+    ids = token_batch(200)
+    base, before = tiny_llama()[0], anchors(model)
+    tuned = model(ids).logits
+    with model.disable_adapter():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+        with model.disable_adapter():
+            pass
+    assert torch.equal(model(ids).logits, tuned)
+    train_steps(model.train(), {"input_ids": ids})
+    after = anchors(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(model.eval()(ids).logits, tuned)
+
+
+def test_an_adapter_added_with_our_config_has_the_same_anchor_and_its_own_difference(model) -> None:
+    """As TRL's trainers make their reference: add_adapter, then copy every `.default.` parameter to `.ref.`."""
+    ids = token_batch(200)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in list(model.named_parameters()):
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    expected = model(ids).logits
+    model.set_adapter("ref")
+    assert torch.equal(model(ids).logits, expected)
+    model.set_adapter("default")
+    train_steps(model.train(), {"input_ids": ids})
+    model.eval().set_adapter("ref")
+    assert torch.equal(model(ids).logits, expected)
+    assert len({a.data_ptr() for a in model.buffers() if a.ndim == 2}) == 56
+
+
+def test_a_foreign_adapter_beside_ours_is_stock(model, tmp_path: Path) -> None:
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not has_halves(lora_layer(model, "model.layers.0.self_attn.q_proj"), "plain")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "milora.json").is_file()
+    assert (tmp_path / "plain" / "adapter_config.json").is_file()
+    assert not (tmp_path / "plain" / "milora.json").exists()
+    model.delete_adapter("plain")
+    model.delete_adapter("default")
+    assert model.sidecars == {}
+
+
+def test_loading_under_a_new_name_gives_a_second_adapter_in_halves(model, tiny_llama, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path)
+    ids = token_batch(200)
+    expected = model(ids).logits
+    other = apply_milora(tiny_llama()[0], one_rule())
+    other.load_adapter(str(tmp_path), "second", is_trainable=True)
+    assert has_halves(lora_layer(other, "model.layers.0.self_attn.q_proj"), "second")
+    assert not torch.equal(other(ids).logits, expected)
+    other.set_adapter("second")
+    assert torch.equal(other.eval()(ids).logits, expected)
+    assert {n.split(".")[-2] for n, p in other.named_parameters() if p.requires_grad} == {"second"}
+
+
+def test_loading_into_the_adapter_of_the_same_name_puts_difference_and_anchor_back(model, tiny_llama, tmp_path) -> None:
+    """What the HF Trainer does on resume and for load_best_model_at_end."""
+    save_adapter(model, tmp_path)
+    fresh = apply_milora(tiny_llama()[0], one_rule(sigma="none"))  # other anchors
+    assert not all(torch.equal(anchors(fresh)[name], anchor) for name, anchor in anchors(model).items())
+    fresh.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert all(torch.equal(anchors(fresh)[name], anchor) for name, anchor in anchors(model).items())
+    ids = token_batch(200)
+    assert torch.equal(fresh(ids).logits, model(ids).logits)
+    assert {n.split(".")[-1] for n, p in fresh.named_parameters() if p.requires_grad} == {"delta"}
+
+
+def test_what_would_replace_the_anchor_is_refused(model, tiny_llama, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path / "ours")
+    (tmp_path / "ours" / "milora.json").unlink()
+    with raises_code("adapter-plain-lora"):
+        model.load_adapter(str(tmp_path / "ours"), "default", is_trainable=True)
+    save_adapter(apply_milora(tiny_llama()[0], one_rule(rank=3)), tmp_path / "three")
+    with raises_code("adapter-rank-mismatch"):
+        model.load_adapter(str(tmp_path / "three"), "default")
+    with raises_code("adapter-wrong-base"):
+        apply_milora(tiny_llama(seed=1)[0], one_rule()).load_adapter(str(tmp_path / "three"), "second")
+
+
+def test_a_plain_lora_with_an_equal_config_is_loaded_as_it_is(model, tmp_path: Path) -> None:
+    save_adapter(model, tmp_path)
+    (tmp_path / "milora.json").unlink()
+    model.load_adapter(str(tmp_path), "plain", is_trainable=True)
+    assert not has_halves(lora_layer(model, "model.layers.0.self_attn.q_proj"), "plain")
+
+
+def test_converting_what_needs_no_conversion_is_refused(model, tmp_path: Path) -> None:
+    with raises_code("adapter-unsupported-argument", "path_initial_model_for_weight_conversion"):
+        model.save_pretrained(str(tmp_path), path_initial_model_for_weight_conversion=str(tmp_path))
+
+
+def test_a_gathered_state_dict_with_raw_names_is_saved_joined(tiny_llava, tmp_path: Path) -> None:
+    """ZeRO-3's consolidated dict; the projector passes through."""
+    from safetensors.torch import load_file
+
+    made = apply_milora(tiny_llava()[0], LLAVA_POLICY)
+    move(made)
+    raw = {name: t.detach() for name, t in (*made.named_parameters(), *made.named_buffers())}
+    made.save_pretrained(str(tmp_path / "raw"), state_dict=raw)
+    made.save_pretrained(str(tmp_path / "stock"))
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("raw", "stock"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [key for key in first if "multi_modal_projector" in key]
+
+
+def test_only_the_main_process_writes(model, tmp_path: Path) -> None:
+    model.save_pretrained(str(tmp_path / "rank1"), is_main_process=False)
+    assert not list((tmp_path / "rank1").glob("*"))
+
+
+def test_saving_asks_no_hub_and_notices_a_grown_vocabulary(tiny_llama, tmp_path, monkeypatch) -> None:
+    """A save on a machine without a network must not wait for one; resized embeddings still travel along."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    base, tokenizer = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = "someone/a-model"
+    rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    save_adapter(apply_milora(base, rules), tmp_path / "a")
+
+    base, tokenizer = tiny_llama()
+    base.name_or_path = str(tmp_path / "base")
+    base.resize_token_embeddings(len(tokenizer) + 3, mean_resizing=False)
+    save_adapter(apply_milora(base, rules), tmp_path / "b")
+    keys = [set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in "ab"]
+    assert sum("embed_tokens" in key for key in keys[0]) == 0
+    assert sum("embed_tokens" in key for key in keys[1]) == 1

@@ -1,0 +1,174 @@
+"""The calibration finds the input directions that hold a share of a layer's energy; its cache and its errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from milora_vl import apply_milora
+from milora_vl.core.calibration.activations import find_inputs
+from milora_vl.core.calibration.bases import ProtectedInputs, first_directions
+from milora_vl.core.calibration.cache import calibration_key
+from milora_vl.core.policy import Policy
+from support.adapter_cases import one_rule
+from support.calibrated import text_batches
+from support.problems import raises_code
+
+TEXT = text_batches(vocabulary=200)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+# The layers of tiny models have so few inputs that one direction can hold the share, and few batches.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*protect almost nothing"),
+    pytest.mark.filterwarnings("ignore:too little calibration data"),
+]
+
+
+def protecting(**fields: Any) -> list[dict[str, Any]]:
+    return one_rule(**{"alpha": 4, "protect": 0.6, **fields})
+
+
+def found(base: nn.Module, batches: Any = TEXT, **fields: Any) -> ProtectedInputs:
+    return find_inputs(base, Policy.parse(protecting(**fields)).resolve(base), batches)
+
+
+def starts(model: Any) -> dict[str, torch.Tensor]:
+    """Every fixed A, by name."""
+    return {name: buffer for name, buffer in model.named_buffers() if ".lora_A." in name}
+
+
+def test_layers_that_read_the_same_input_share_their_directions(tiny_llama) -> None:
+    inputs = found(tiny_llama()[0])
+    block = "model.layers.0."
+    groups = ["self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj mlp.up_proj"]
+    shared = [{inputs.numbers[block + name] for name in group.split()} for group in groups]
+    assert [len(numbers) for numbers in shared] == [1, 1, 1]
+    assert len(set.union(*shared)) == 3
+    assert len(inputs.bases) == 8
+
+
+def test_directions_are_those_of_all_positions_of_the_base(tiny_llama) -> None:
+    """C, computed here from the embeddings: what the first layer reads is their norm."""
+    base = tiny_llama()[0]
+    basis = found(base).of(Q)
+    fit = torch.cat([batch["input_ids"] for batch in TEXT[:-1]])
+    x = base.model.layers[0].input_layernorm(base.model.embed_tokens(fit)).reshape(-1, 64).double()
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    count = basis.num_directions
+    assert float(values[-count:].sum() / values.sum()) == pytest.approx(basis.share, rel=1e-5)
+    assert float(values[-count + 1 :].sum() / values.sum()) < 0.6 <= basis.share
+    expected = vectors[:, -count:].float()
+    assert torch.linalg.matrix_norm(expected @ expected.T - basis.V @ basis.V.T) < 1e-3
+    held = base.model.layers[0].input_layernorm(base.model.embed_tokens(TEXT[-1]["input_ids"])).reshape(-1, 64)
+    share = float((held @ basis.V).square().sum() / held.square().sum())
+    assert basis.held_out == pytest.approx(share, rel=1e-4)
+
+
+def test_the_result_does_not_depend_on_the_number_of_passes(tiny_llama, monkeypatch) -> None:
+    whole = found(tiny_llama()[0])
+    monkeypatch.setattr("milora_vl.core.calibration.activations.PASS_BYTES", 1)
+    layerwise = found(tiny_llama()[0])
+    assert all(torch.equal(a.V, b.V) for a, b in zip(whole.bases, layerwise.bases, strict=True))
+
+
+def test_the_protection_of_a_model_says_what_the_calibration_found(tiny_llama) -> None:
+    base = tiny_llama()[0]
+    inputs = found(base)
+    model = apply_milora(base, protecting(), calibration=TEXT)
+    assert list(model.milora_protection) == [target.path for target in model.milora_targets]
+    for path, protection in model.milora_protection.items():
+        basis = inputs.of(path)
+        assert (protection.directions, protection.inputs) == (basis.num_directions, basis.size)
+        assert (protection.energy, protection.held_out) == (basis.share, basis.held_out)
+        assert 0 < protection.kept < 1
+        assert protection.overlap < 1e-6
+
+
+def test_protected_inputs_are_cached_by_weights_rules_and_batches(tiny_llama, tmp_path: Path, monkeypatch) -> None:
+    def tuned(seed: int = 0, batches: Any = TEXT, **fields: Any) -> Any:
+        return apply_milora(tiny_llama(seed)[0], protecting(**fields), calibration=batches, cache_dir=tmp_path)
+
+    first = tuned()
+    count = len(list(tmp_path.glob("calibration-*")))
+    same = tiny_llama()[0]
+    same.config.rms_norm_eps *= 2
+    assert calibration_key(same, first.milora_targets, TEXT) != calibration_key(
+        tiny_llama()[0], first.milora_targets, TEXT
+    )
+    for other in (tuned(seed=1), tuned(batches=TEXT[1:]), tuned(protect=0.5)):
+        assert other.milora_protection != first.milora_protection
+    assert len(list(tmp_path.glob("calibration-*"))) == count + 3
+    monkeypatch.setattr("milora_vl.core.calibration.calibrate.find_inputs", None)  # from the cache alone
+    again = tuned()
+    assert all(torch.equal(A, starts(again)[name]) for name, A in starts(first).items())
+
+
+def test_a_damaged_cache_entry_is_found_again(tiny_llama, tmp_path: Path) -> None:
+    models = []
+    for _ in range(2):
+        models.append(apply_milora(tiny_llama()[0], protecting(), calibration=TEXT, cache_dir=tmp_path))
+        (entry,) = tmp_path.glob("calibration-*")
+        entry.write_bytes(b"no tensors")
+    assert all(torch.equal(A, starts(models[1])[name]) for name, A in starts(models[0]).items())
+
+
+def test_bad_calibrations_are_refused_before_the_model_changes(tiny_llama) -> None:
+    with raises_code("calibration-missing", hint="calibration=["):
+        apply_milora(tiny_llama()[0], protecting())
+    with raises_code("calibration-unused"):
+        apply_milora(tiny_llama()[0], one_rule(), calibration=TEXT)
+    with raises_code("calibration-empty"):
+        apply_milora(tiny_llama()[0], protecting(), calibration=[])
+    with raises_code("adapter-residual-layer", where=Q, message="need form anchored"):
+        apply_milora(tiny_llama()[0], protecting(), calibration=TEXT, form="residual")
+    broken = tiny_llama()[0]
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with raises_code("calibration-not-finite", where="model.layers.1.mlp.down_proj"):
+        apply_milora(broken, protecting(), calibration=TEXT)
+    base = tiny_llama()[0]
+    with raises_code("protect-rank-too-large", message="layers.0.self_attn.k_proj", hint="lower protect"):
+        apply_milora(base, one_rule(rank=32, protect=0.97), calibration=TEXT)
+    assert not any("lora" in name for name, _ in base.named_modules())
+    assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+def test_a_tower_that_no_picture_reaches_is_refused(tiny_llava) -> None:
+    rules = [{"modules": "projector", "method": "milora", "rank": 2, "protect": 0.6}]
+    with raises_code("calibration-unreached-layer", where="multi_modal_projector", hint="calibrate with pictures"):
+        apply_milora(tiny_llava()[0], rules, calibration=text_batches(2, 200))
+
+
+def test_a_single_huge_position_does_not_decide() -> None:
+    x = torch.randn(400, 32, generator=torch.Generator().manual_seed(0))
+    x[7] *= 1e3
+    basis = found(nn.Sequential(nn.Linear(32, 8)), [{"input": x}], protect=0.5).of("0")
+    assert 5 < basis.num_directions < 20
+    inside = x[7] @ basis.V
+    assert float(inside.norm() / x[7].norm()) > 0.9, "its direction is protected, too"
+
+
+def test_a_layer_that_protects_almost_nothing_gets_a_warning() -> None:
+    x = torch.randn(64, 256)
+    x[:, 0] *= 1e4
+    with pytest.warns(UserWarning, match="1 of 1 layers protect almost nothing: 0 protects 1 of 256 input directions"):
+        apply_milora(nn.Sequential(nn.Linear(256, 8)), one_rule(protect=0.9), calibration=[{"input": x}])
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 12), rows=st.integers(1, 20), share=st.floats(0.05, 0.99), seed=st.integers(0, 999))
+def test_the_first_directions_are_the_fewest_that_hold_the_share(size: int, rows: int, share: float, seed: int) -> None:
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+    C = x.T @ x
+    V, held = first_directions(C, share)
+    assert torch.allclose(V.T @ V, torch.eye(V.shape[1]), atol=1e-5)
+    assert held >= share - 1e-5
+    energies = torch.linalg.eigvalsh(C.double()).flip(0)
+    assert float(energies[: V.shape[1] - 1].sum() / energies.sum()) < share + 1e-5
+    assert float((V.T @ C @ V).trace() / C.trace()) == pytest.approx(held, abs=1e-5)

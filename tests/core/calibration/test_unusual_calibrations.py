@@ -1,0 +1,206 @@
+"""Calibrations of unusual models and batches: modules that run twice, experts, odd values, little data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from milora_vl.core.calibration.bases import InputBasis
+from milora_vl.core.calibration.calibrate import protected_inputs
+from milora_vl.core.policy import Policy
+from milora_vl.models.base import Base
+from milora_vl.train import calibration_batches
+from milora_vl.train.plan.screen import Screen
+from milora_vl.train.recipe.schema import Recipe
+from support.adapter_cases import one_rule
+from support.problems import raises_code
+
+RULES = one_rule(rank=2, protect=0.5)
+NOISE = torch.Generator().manual_seed(0)
+
+
+def rows(count: int = 40, size: int = 16, large: int = 4) -> Tensor:
+    """Return inputs (count, size), of which the first `large` entries are much larger than the others."""
+    return torch.randn(count, size, generator=NOISE) * torch.tensor([5.0] * large + [0.1] * (size - large))
+
+
+@pytest.fixture
+def little_data() -> Iterator[None]:
+    """Let tiny batches pass without the warning about them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="too little calibration data")
+        yield
+
+
+def share(x: Tensor, V: Tensor) -> float:
+    return float((x @ V).square().sum() / x.square().sum())
+
+
+def calibrated(
+    model: nn.Module, batches: Any, protect: float = 0.9, modules: str = "language"
+) -> dict[str, InputBasis]:
+    targets = Policy.parse(one_rule(modules=modules, protect=protect)).resolve(model)
+    found = protected_inputs(model, targets, batches)
+    assert found is not None
+    return {path: found.of(path) for path in found.numbers}
+
+
+class Twice(nn.Module):
+    """A layer that runs twice, as those of ALBERT run many times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.relu(self.layer(x)) * torch.arange(16.0) + 5)
+
+
+def test_every_call_of_a_module_that_runs_twice_counts() -> None:
+    model, batches = Twice(), [{"x": rows()} for _ in range(8)]
+    seen: list[Tensor] = []
+    handle = model.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for batch in batches[:7]:
+        model(**batch)
+    handle.remove()
+    basis = calibrated(model, batches)["layer"]
+    assert share(torch.cat(seen), basis.V) == pytest.approx(basis.share, abs=0.02)
+
+
+class Experts(nn.Module):
+    """A mixture: the largest entry of a row selects one of eight experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = x[:, :8].argmax(dim=1)
+        answers = torch.zeros_like(x)
+        for number in chosen.unique().tolist():
+            answers[chosen == number] = self.experts[number](x[chosen == number])
+        return answers
+
+
+@pytest.mark.usefixtures("little_data")
+def test_experts_that_the_first_batch_does_not_reach_are_calibrated() -> None:
+    batches = [{"x": torch.randn(2, 16, generator=NOISE)} for _ in range(60)]
+    reached = [batch["x"][:, :8].argmax(dim=1) for batch in batches]
+    assert len(reached[0].unique()) <= 2
+    assert len(calibrated(Experts(), batches, 0.5)) == 8
+    few = [batch for batch, chosen in zip(batches, reached, strict=True) if 3 not in chosen]
+    with raises_code("calibration-unreached-layer", where="experts.3", message="1 of the 8", hint="more text"):
+        calibrated(Experts(), few, 0.5)
+
+
+def test_damaged_batches_that_are_held_out_are_refused() -> None:
+    damaged = [*({"input": rows()} for _ in range(7)), {"input": torch.full((8, 16), torch.nan)}]
+    with raises_code("calibration-not-finite", where="0"):
+        calibrated(nn.Sequential(nn.Linear(16, 16)), damaged)
+
+
+class Either(nn.Module):
+    """A model of ids or of vectors, as a tower that two kinds of batches reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+        return self.layer(x if input_ids is None else self.words(input_ids))
+
+
+@pytest.mark.usefixtures("little_data")
+def test_a_position_without_ids_weighs_as_much_as_one_with_ids() -> None:
+    model = Either()
+    nn.init.zeros_(model.words.weight)
+    model.words.weight.data[:, 0] = 1.0  # along the first direction; the batches without ids along the second
+    vectors = torch.zeros(1, 3, 16)
+    vectors[..., 1] = 1.0
+    batches = [{"input_ids": torch.ones(1, 8, dtype=torch.long)}, {"x": vectors}]
+    basis = calibrated(model, batches, 0.5, "layer")["layer"]
+    assert basis.num_directions == 1
+    assert basis.V[0].abs() == pytest.approx(1.0)
+    assert basis.share == pytest.approx(8 / 11), "eight positions of eleven"
+
+
+@pytest.mark.parametrize(("share", "held", "directions"), [(0.6, 19 / 29, [1]), (0.7, 1.0, [1, 0])])
+def test_an_attention_sink_counts_as_ten_positions(share, held, directions) -> None:
+    vectors = torch.zeros(1, 20, 16)
+    vectors[0, 0, 0] = 100.0  # the first position, with 10,000 times the energy of each other
+    vectors[0, 1:, 1] = 1.0
+    basis = calibrated(Either(), [{"x": vectors}], share, "layer")["layer"]
+    assert basis.share == pytest.approx(held)
+    assert basis.V.abs().argmax(dim=0).tolist() == directions
+
+
+IDS = torch.tensor([[1, 2, 3]])
+
+
+@pytest.mark.parametrize("batches", [{"input_ids": IDS}, ["hello"], [IDS]])
+def test_what_is_no_list_of_batches_is_refused(tiny_llama: Any, batches: Any) -> None:
+    with raises_code("calibration-batch", where="calibration", message="expected a list of batches"):
+        calibrated(tiny_llama()[0], batches)
+
+
+def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
+    settings = Recipe.parse(
+        {
+            "model": "tiny",
+            "data": {"path": "train.json"},
+            "policy": RULES,
+            "calibration": keys,
+            "factor_cache": str(folder),
+        }
+    )
+    return calibration_batches.make_texts(
+        settings, Base.of(settings.model, base.config), base, processor, [], Screen()
+    ).batches()
+
+
+def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_path: Path, capfd: Any) -> None:
+    base, tokenizer = tiny_llama()
+    (tmp_path / "empty.json").write_text("[]")
+    with raises_code("calibration-empty", where="calibration.data", message="empty.json", hint="name files with text"):
+        of_run(base, tokenizer, tmp_path, data=str(tmp_path / "empty.json"))
+    with raises_code("calibration-empty", hint="the base model then writes"):
+        of_run(base, tokenizer, tmp_path, samples=0, pictures=3)
+    assert "calibration.pictures has no effect: this model has no vision tower" in capfd.readouterr().err
+    (tmp_path / "notes.txt").write_text("some words of a file " * 20)
+    assert of_run(base, tokenizer, tmp_path, text=[str(tmp_path / "notes.txt")])
+    assert "no effect" not in capfd.readouterr().err, "64 pictures are a default, not a wish"
+
+
+@pytest.mark.filterwarnings("ignore:.*protect almost nothing")
+def test_too_little_data_gets_a_warning() -> None:
+    x = torch.randn(18, 512, generator=NOISE)
+    with pytest.warns(UserWarning, match="1 of 1 layers: 0 has 512 inputs and 16 positions; .* on held-out data"):
+        basis = calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:16]}, {"input": x[16:]}])["0"]
+    assert basis.held_out == pytest.approx(share(x[-2:], basis.V), rel=1e-4)
+    assert basis.held_out < 0.2 < 0.9 < basis.share
+    with pytest.warns(UserWarning, match="0 has 512 inputs and 1 positions; .* nothing was held out"):
+        calibrated(nn.Sequential(nn.Linear(512, 8)), [{"input": x[:1]}])
+
+
+@pytest.mark.usefixtures("little_data")
+def test_every_position_of_an_encoder_and_a_decoder_counts() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}
+    base = T5ForConditionalGeneration(T5Config(vocab_size=99, decoder_start_token_id=0, **sizes)).eval()
+    ids, answers = (torch.randint(2, 99, (24, 20), generator=NOISE) for _ in range(2))
+    batches = [{"input_ids": a, "labels": b} for a, b in zip(ids.split(4), answers.split(4), strict=True)]
+    found = calibrated(base, batches, 0.5, "*Attention.[qk]")
+    assert {basis.num_positions for basis in found.values()} == {20 * 20}
+
+
+def test_enough_data_gets_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        calibrated(nn.Sequential(nn.Linear(16, 8)), [{"input": rows(200)}])

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from milora_vl import apply_milora
+from milora_vl.common.errors import Problem
+from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule, SpectralRank
+from milora_vl.train.recipe.schema import Recipe, RecipeError
+from support.adapter_cases import one_rule
+from support.problems import raises_code
+
+YAML = """
+- {modules: language, method: milora, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
+- {modules: "language.layers[0-3].mlp", rank: {energy: 0.01, max: 64}, sigma: {floor: 0.1}}
+- {modules: projector, method: full}
+"""
+
+
+def test_yaml_and_plain_data_give_the_same_policy() -> None:
+    policy = Policy.parse(YAML)
+    assert policy.rules[1] == Rule(
+        modules="language.layers[0-3].mlp", rank=SpectralRank(energy=0.01, max=64), sigma=FloorSigma(floor=0.1)
+    )
+    assert Policy.parse(policy.to_list()) == policy
+    assert Policy.parse(policy) is policy
+    assert Policy.parse(list(policy.rules)) == policy
+
+
+def test_a_policy_is_read_from_a_yaml_file(tmp_path: Path) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(YAML)
+    assert Policy.parse(file) == Policy.parse(str(file)) == Policy.parse(YAML)
+    model = apply_milora(nn.Sequential(nn.Linear(4, 4)), _written(tmp_path / "small.yml", one_rule(rank=2)))
+    assert model.milora_targets[0].rank == 2
+    with raises_code("file-unreadable", where="none.yaml"):
+        Policy.parse("none.yaml")
+
+
+def _written(file: Path, rules: list[dict[str, Any]]) -> str:
+    file.write_text(json.dumps(rules))
+    return str(file)
+
+
+def problems(source) -> list[Problem]:
+    with pytest.raises(PolicyError) as caught:
+        Policy.parse(source)
+    return list(caught.value.problems)
+
+
+def test_all_problems_come_together_with_their_dotted_place() -> None:
+    found = problems([{"modules": "language", "methods": "milora"}, {"method": "lora", "rank": -1}, "language"])
+    assert [(str(problem.where), problem.code) for problem in found] == [
+        ("policy[0].methods", "policy-unknown-key"),
+        ("policy[1].modules", "policy-value"),
+        ("policy[1].rank", "policy-rank"),
+        ("policy[2]", "policy-value"),
+    ]
+    assert found[0].hint == "did you mean method?"
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "message"),
+    [
+        ("modules: language", "policy-value", "expected a list of rules, got dict"),
+        ("[", "yaml-syntax", "not valid YAML"),
+        ("language", "policy-value", "expected a list of rules, got str"),
+        ([], "policy-empty", "no rules, so nothing would train"),
+        (
+            [{"modules": "language", "rank": {"budget": 0.5}}],
+            "policy-rank",
+            r"policy\[0\].rank.budget: expected a number of parameters, got 0.5",
+        ),
+        (
+            [{"modules": "language", "rank": {"energie": 0.1}}],
+            "policy-unknown-key",
+            r"policy\[0\].rank.energie: unknown key\ndid you mean",
+        ),
+        ([{"modules": "language", "lr": 1}], "policy-unknown-key", "unknown key\nknown keys: modules, method"),
+    ],
+)
+def test_what_is_no_policy_is_refused(source, code: str, message: str) -> None:
+    with raises_code(code, says=message, kind=PolicyError):
+        Policy.parse(source)
+
+
+def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() -> None:
+    wrong = {
+        "modules": "language",
+        "method": "mlora",
+        "rank": {"energie": 0.1},
+        "protect": 2,
+        "alpha": 0,
+    }
+    found = problems([wrong])
+    assert {(str(problem.where), problem.code) for problem in found} == {
+        ("policy[0].method", "policy-value"),
+        ("policy[0].rank.energie", "policy-unknown-key"),
+        ("policy[0].protect", "policy-protect"),
+        ("policy[0].alpha", "policy-value"),
+    }
+    with pytest.raises(PolicyError) as in_python:
+        Rule(**wrong)
+    assert [problem.inside("policy", 0) for problem in in_python.value.problems] == found
+    with pytest.raises(RecipeError) as in_recipe:
+        Recipe.parse({"policy": [wrong]})
+    assert list(in_recipe.value.problems) == found
+    with pytest.raises(PolicyError) as applied:
+        apply_milora(nn.Sequential(nn.Linear(4, 4)), [wrong])
+    assert set(found) <= set(applied.value.problems)
+
+
+@pytest.mark.parametrize("protect", [1, -0.1, "much", {"inputs": 0.9}])
+def test_what_is_no_protection_is_refused(protect) -> None:
+    with raises_code("policy-protect", where="policy[0].protect", says="a share from 0, below 1", kind=PolicyError):
+        Policy.parse(one_rule(protect=protect))
+
+
+def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_llama) -> None:
+    rules = [*one_rule(protect=0.9), {"modules": "language.mlp", "protect": 0}]
+    targets = Policy.parse(rules).resolve(tiny_llama()[0])
+    assert {target.protect for target in targets if ".mlp." in target.path} == {0}
+    assert {target.has_anchor for target in targets if ".mlp." in target.path} == {True}
+    assert {target.has_fixed_A for target in targets if ".mlp." not in target.path} == {True}
+    with raises_code("policy-protect", where="policy[0].sigma"):
+        Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
+
+
+@pytest.mark.parametrize("method", ["dora", "olora", "mica", "full", "frozen"])
+def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
+    rule = {"modules": "language", "method": method, "protect": 0.5}
+    rule |= {} if method in ("full", "frozen") else {"rank": 2}
+    says = rf"policy\[0\]\.protect: method {method} cannot use it"
+    with raises_code("policy-unused-field", says=says, kind=PolicyError):
+        Policy.parse([rule]).resolve(tiny_llama()[0])

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from milora_vl.core.policy import Policy, PolicyError, Target
+from support.adapter_cases import LLAVA_POLICY
+from support.problems import raises_code
+
+LM = "model.language_model.layers"
+
+
+def resolved(model: nn.Module, rules) -> dict[str, Target]:
+    return {target.path: target for target in Policy.parse(rules).resolve(model)}
+
+
+def faults(model: nn.Module, rules) -> str:
+    with pytest.raises(PolicyError) as caught:
+        Policy.parse(rules).resolve(model)
+    return str(caught.value)
+
+
+def test_later_rules_override_the_fields_they_name(tiny_llava) -> None:
+    targets = resolved(tiny_llava()[0], LLAVA_POLICY)
+    q = targets[f"{LM}.1.self_attn.q_proj"]
+    assert (q.shape, q.tower, q.method, q.rank, q.alpha) == ((64, 64), "language", "milora", 3, 6)
+    assert (q.dropout, q.learning_rate) == (0.05, 2e-4)
+    mlp = targets[f"{LM}.1.mlp.up_proj"]
+    assert (mlp.rank, mlp.alpha, mlp.scaling, mlp.dropout) == (5, 10, 2, 0.05)  # the scale alpha/rank stays
+    assert targets[f"{LM}.0.self_attn.q_proj"].method == "lora"
+    projector = targets["model.multi_modal_projector.linear_1"]
+    assert (projector.method, projector.rank, projector.learning_rate) == ("full", None, 2e-5)
+    assert {t.tower for t in targets.values()} == {"language", "projector"}
+
+
+def test_alpha_is_the_rank_unless_set(tiny_llama) -> None:
+    model, _ = tiny_llama()
+    first = f"{LM}.0".replace("language_model.", "") + ".mlp.up_proj"
+    assert resolved(model, [{"modules": "language", "method": "milora", "rank": 4}])[first].alpha == 4
+    rules = [{"modules": "language", "method": "milora", "rank": 4, "alpha": 4}]
+    assert resolved(model, [*rules, {"modules": "language", "rank": 8, "alpha": 4}])[first].alpha == 4
+    assert resolved(model, [*rules, {"modules": "language", "rank": 8}])[first].alpha == 8
+    assert resolved(model, [*rules, {"modules": "language", "alpha": 8}])[first].scaling == 2
+
+
+def test_a_later_rank_keeps_the_scale_of_rslora(tiny_llama) -> None:
+    rules = [
+        {"modules": "language", "method": "milora", "rank": 4, "alpha": 4, "rslora": True},
+        {"modules": "language.mlp", "rank": 16},
+    ]
+    targets = resolved(tiny_llama()[0], rules)
+    mlp, attention = targets["model.layers.0.mlp.up_proj"], targets["model.layers.0.self_attn.q_proj"]
+    assert (attention.alpha, mlp.rank, mlp.alpha) == (4, 16, 8)  # 4 / sqrt(4) = 8 / sqrt(16)
+
+
+class Gated(nn.Module):
+    """A layer with a weight of its own beside the layer that it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Parameter(torch.ones(3)), nn.Linear(4, 3)
+
+
+def test_a_module_that_trains_in_full_takes_along_what_it_holds() -> None:
+    model = nn.ModuleDict({"first": Gated(), "last": nn.Linear(3, 2)})
+    rules = [{"modules": "*", "method": "milora", "rank": 2}, {"modules": "first", "method": "full"}]
+    assert {path: target.method for path, target in resolved(model, rules).items()} == {
+        "first": "full",
+        "last": "milora",
+    }
+
+
+def test_frozen_rules_take_modules_out_again(tiny_llama) -> None:
+    rules = [
+        {"modules": "language", "method": "milora", "rank": 4},
+        {"modules": "language.layers[0]", "method": "frozen"},
+    ]
+    assert all(".layers.1." in path for path in resolved(tiny_llama()[0], rules))
+
+
+def test_a_new_method_drops_what_it_cannot_use_of_earlier_rules(tiny_llama) -> None:
+    rules = [
+        {"modules": "language", "method": "milora", "rank": 4, "sigma": "none", "learning_rate": 1e-3},
+        {"modules": "language.mlp", "method": "full"},
+        {"modules": "language.attention", "method": "lora"},
+    ]
+    targets = resolved(tiny_llama()[0], rules)
+    mlp, attention = targets["model.layers.0.mlp.up_proj"], targets["model.layers.0.self_attn.q_proj"]
+    assert (mlp.rank, mlp.learning_rate) == (None, 1e-3)
+    assert (attention.rank, attention.sigma) == (4, "keep")
+
+
+def test_norms_and_heads_train_in_full_where_a_rule_names_them(tiny_llama) -> None:
+    rules = [
+        {"modules": "*norm*", "method": "full"},
+        {"modules": "lm_head", "method": "full"},
+        {"modules": "*norm*", "learning_rate": 1e-5},
+    ]
+    targets = resolved(tiny_llama()[0], rules)
+    assert len(targets) == 6
+    assert targets["model.norm"].shape == (64,)
+    assert targets["model.norm"].learning_rate == 1e-5
+
+
+class Spectra(nn.Module):
+    """Two layers with the known singular values 1, 2, ..., 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        U, _ = torch.linalg.qr(torch.randn(12, 10, generator=torch.Generator().manual_seed(0)))
+        self.a, self.b = nn.Linear(10, 12, bias=False), nn.Linear(12, 10, bias=False)
+        self.a.weight.data = U * torch.arange(1.0, 11.0)
+        self.b.weight.data = (U * torch.arange(1.0, 11.0)).T.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"),
+    [
+        ({"threshold": 0.35}, 3),  # 1, 2, 3 are at most 3.5
+        ({"threshold": 0.35, "max": 2}, 2),
+        ({"threshold": 0.05, "min": 2}, 2),
+        ({"energy": 0.04}, 3),  # (1 + 4 + 9) / 385 = 0.036
+        ({"energy": 0.036}, 2),
+        ({"energy": 1.0}, 10),
+        ({"threshold": 1.0, "max": 99}, 10),
+    ],
+)
+def test_ranks_are_found_from_the_spectrum(rank, expected: int) -> None:
+    rules = [{"modules": "language", "method": "milora", "rank": 5, "alpha": 10}, {"modules": "language", "rank": rank}]
+    for target in resolved(Spectra(), rules).values():
+        assert (target.rank, target.alpha) == (expected, 2 * expected)
+
+
+def test_alpha_beside_a_spectral_rank_is_taken_as_it_is() -> None:
+    rules = [{"modules": "language", "method": "milora", "rank": {"threshold": 0.35}, "alpha": 12}]
+    assert resolved(Spectra(), rules)["a"].alpha == 12
+
+
+def test_without_weights_a_spectral_rank_is_its_upper_bound() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(10, 12))
+    rules = [{"modules": "language", "method": "milora", "rank": {"energy": 0.01, "max": 6}}]
+    assert resolved(model, rules)["0"].rank == 6
+    rules[0]["rank"] = {"energy": 0.01}
+    assert resolved(model, rules)["0"].rank == 10
+
+
+def test_all_faults_come_together(tiny_llava) -> None:
+    rules = [
+        {"modules": "langauge", "method": "milora", "rank": 4},
+        {"modules": "language.mlp", "method": "milora", "rank": 65},
+        {"modules": "language.attention", "method": "milora"},
+        {"modules": "projector", "method": "full", "rank": 4, "dropout": 0.1},
+        {"modules": "vision", "learning_rate": 1e-4},
+    ]
+    lines = faults(tiny_llava()[0], rules)
+    assert 'policy[0].modules: no module matches "langauge"' in lines
+    assert "policy[1].rank: 65 is larger than min(out, in) = 64 of shape (128, 64)" in lines
+    assert "policy[2].rank: method milora needs a rank: model.language_model.layers.0.self_attn.q_proj" in lines
+    assert "and 6 more" in lines
+    assert "policy[3].rank: method full cannot use it" in lines
+    assert "policy[3].dropout: method full cannot use it" in lines
+    assert 'policy[4]: no rule gives a method to "vision"' in lines
+
+
+def test_a_rank_too_large_for_several_shapes_is_one_problem_with_the_largest_rank_that_fits(tiny_llava) -> None:
+    rule = {"modules": "language", "method": "milora", "rank": 65}  # shapes (64, 64), (32, 64), (128, 64), (64, 128)
+    with raises_code("policy-rank-too-large", message="min(out, in) = 32", hint="a rank of at most 32") as error:
+        Policy.parse([rule]).resolve(tiny_llava()[0])
+    assert len(error.value.problems) == 1
+    assert resolved(tiny_llava()[0], [rule | {"rank": 32}])
+
+
+def test_fields_a_method_cannot_use_are_faults(tiny_llama) -> None:
+    model, _ = tiny_llama()
+    lora = [{"modules": "language", "method": "lora", "rank": 4, "sigma": "keep"}]
+    assert "policy[0].sigma: method lora cannot use it" in faults(model, lora)
+    frozen = [{"modules": "language", "method": "frozen"}, {"modules": "language", "learning_rate": 1.0}]
+    assert "policy[1].learning_rate: method frozen cannot use it" in faults(model, frozen)
+
+
+def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
+    model, _ = tiny_llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    for method in ({"method": "milora", "rank": 4}, {"method": "full"}):
+        text = faults(model, [{"modules": "lm_head", **method}])
+        assert "lm_head: shares its weight with model.embed_tokens" in text
+    whole = {"modules": "language.*", "method": "full"}
+    assert {"lm_head", "model.embed_tokens"} <= resolved(model, [whole]).keys()
+    adapted = {"modules": "language", "method": "milora", "rank": 4}
+    assert "shares its weight with" in faults(model, [whole, adapted])
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Conv2d(4, 4, 3, groups=2), "no adapter on a convolution in 2 groups"),
+        (nn.Conv2d(4, 4, 3, dilation=2), r"dilation \(2, 2\)"),
+        (nn.Conv2d(4, 4, 3, padding_mode="circular"), "padding circular"),
+    ],
+)
+def test_convolutions_that_peft_gets_wrong_are_refused_by_name(layer: nn.Module, message: str) -> None:
+    with raises_code("policy-no-adapter", says=f"{message}.*: 0\n", kind=PolicyError):
+        Policy.parse([{"modules": "0", "method": "milora", "rank": 2}]).resolve(nn.Sequential(layer))
+
+
+def test_only_plain_lora_may_have_a_rank_above_the_matrix() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    assert resolved(model, [{"modules": "language", "method": "lora", "rank": 8}])["0"].rank == 8
+    assert "larger than min(out, in) = 3" in faults(model, [{"modules": "0", "method": "pissa", "rank": 8}])

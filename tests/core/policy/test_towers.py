@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from torch import nn
+
+from milora_vl.core.policy.towers import canonical_names, find_towers, output_head, peft_task
+from support.adapter_cases import tiny_gpt2
+
+
+def tree(*paths: str) -> nn.Module:
+    """A module tree with a small Linear at every path, and ModuleLists where a name is a number."""
+    root = nn.Module()
+    for path in paths:
+        parent = root
+        for name, following in pairwise(path.split(".")):
+            if name not in dict(parent.named_children()):
+                parent.add_module(name, nn.ModuleList() if following.isdecimal() else nn.Module())
+            parent = parent.get_submodule(name)
+        parent.add_module(path.split(".")[-1], nn.Linear(2, 2))
+    return root
+
+
+BLOCK = ("self_attn.q_proj", "mlp.up_proj")
+LAYOUTS = {
+    "transformers 4.51": (
+        *(f"language_model.model.layers.{i}.{leaf}" for i in range(2) for leaf in BLOCK),
+        "language_model.lm_head",
+        "multi_modal_projector.linear_1",
+        "multi_modal_projector.linear_2",
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    ),
+    "transformers 4.57": (
+        *(f"model.language_model.layers.{i}.{leaf}" for i in range(2) for leaf in BLOCK),
+        "lm_head",
+        "model.multi_modal_projector.linear_1",
+        "model.multi_modal_projector.linear_2",
+        "model.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    ),
+    "original": (
+        *(f"model.layers.{i}.{leaf}" for i in range(2) for leaf in BLOCK),
+        "lm_head",
+        "model.mm_projector.0",
+        "model.mm_projector.2",
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_llava_has_its_three_parts(layout: str) -> None:
+    towers = find_towers(tree(*LAYOUTS[layout]))
+    for path in LAYOUTS[layout]:
+        expected = "vision" if "vision" in path else "projector" if "projector" in path else "language"
+        assert towers.tower_of(path) == expected
+        assert towers.block_of(path) == (int(path.split("layers.")[1][0]) if ".layers." in path else None)
+
+
+def test_a_real_llava_of_this_transformers(tiny_llava) -> None:
+    model, _ = tiny_llava()
+    towers = find_towers(model)
+    assert (towers.language, towers.projector, towers.vision) == (
+        "model.language_model",
+        "model.multi_modal_projector",
+        "model.vision_tower",
+    )
+    assert towers.stacks["language"] == ("model.language_model.layers",)
+    assert towers.stacks["vision"][0].endswith("encoder.layers")
+    assert towers.tower_of("lm_head") == "language"
+    assert find_towers(model.model).projector == "multi_modal_projector"
+    assert output_head(model) is model.lm_head
+    assert peft_task(model) == "CAUSAL_LM"
+
+
+def test_text_only_models_are_language_as_a_whole(tiny_llama) -> None:
+    model, _ = tiny_llama()
+    towers = find_towers(model)
+    assert (towers.projector, towers.vision) == (None, None)
+    assert {towers.tower_of(path) for path, _ in model.named_modules()} == {"language"}
+    assert towers.stacks == {"language": ("model.layers",)}
+    assert find_towers(tiny_gpt2()).stacks == {"language": ("transformer.h",)}
+
+
+def test_a_vision_model_of_unknown_layout_has_no_towers() -> None:
+    """Its vision part must never count as language."""
+    towers = find_towers(tree("model.visual.blocks.0.attn.qkv", "model.language_model.layers.0.self_attn.q_proj"))
+    assert towers.tower_of("model.visual.blocks.0.attn.qkv") is None
+    assert towers.tower_of("model.language_model.layers.0.self_attn.q_proj") is None
+
+
+OTHER_CODE_BASES = {
+    "TinyLLaVA": (
+        *(f"language_model.model.layers.{i}.{leaf}" for i in range(2) for leaf in BLOCK),
+        "language_model.lm_head",
+        "connector._connector.0",
+        "vision_tower._vision_tower.vision_model.encoder.layers.0.self_attn.q_proj",
+    ),
+    "nanoVLM": (
+        *(f"decoder.blocks.{i}.{leaf}" for i in range(2) for leaf in ("attn.q_proj", "mlp.up_proj")),
+        "decoder.head",
+        "MP.proj",
+        "vision_encoder.blocks.0.attn.qkv_proj",
+    ),
+    "LLaVA-NeXT (original)": (*LAYOUTS["original"], "model.vision_resampler.perceiver.layers.0.to_q"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CODE_BASES)
+def test_other_code_bases_have_their_row(name: str) -> None:
+    paths = OTHER_CODE_BASES[name]
+    towers = find_towers(tree(*paths))
+    assert towers.layout.startswith(name)
+    for path in paths:
+        is_projector = path.startswith(("connector", "MP", "model.mm_projector", "model.vision_resampler"))
+        assert towers.tower_of(path) == ("projector" if is_projector else "vision" if "vision" in path else "language")
+
+
+def test_an_audio_tower_is_none_of_the_three() -> None:
+    towers = find_towers(tree(*LAYOUTS["transformers 4.57"], "model.audio_tower.layers.0.self_attn.q_proj"))
+    assert towers.tower_of("model.audio_tower.layers.0.self_attn.q_proj") is None
+    assert towers.tower_of("lm_head") == "language"
+
+
+class Named(nn.Module):
+    """A model outside the table that names its decoder."""
+
+    def get_decoder(self) -> nn.Module:
+        return self.get_submodule("core.text")
+
+
+OUTSIDE = {
+    "pixels mapped without blocks": {"core.embed_vision.proj": "projector"},
+    "a tower, and two maps beside it": {
+        "core.vision_part.layers.0.q_proj": "vision",
+        "core.vision_adapter.fc1": "projector",
+        "core.vision_map": "projector",
+    },
+    "a map after the blocks of the tower": {
+        "core.visual.patches.proj": "vision",
+        "core.visual.encoder.layers.0.q_proj": "vision",
+        "core.visual.merging.proj": "projector",
+    },
+    "sounds": {"core.audio_part.layers.0.q_proj": None, "core.embed_audio.proj": None, "core.vision_map": "projector"},
+}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_outside_the_table_the_parts_are_found_beside_the_decoder(case: str) -> None:
+    expected = {"core.text.layers.0.self_attn.q_proj": "language", **OUTSIDE[case]}
+    model = tree(*expected)
+    model.core.text.embed_tokens = nn.Embedding(3, 2)  # type: ignore[union-attr]
+    model.__class__ = Named
+    towers = find_towers(model)
+    assert {path: towers.tower_of(path) for path in expected} == expected
+
+
+def test_encoder_and_decoder_are_both_blocks() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
+    towers = find_towers(model)
+    assert towers.stacks == {"language": ("encoder.block", "decoder.block")}
+    names = canonical_names(model)
+    assert len(set(names.values())) == len(names)
+
+
+def test_families_are_told_by_the_path_inside_the_block() -> None:
+    towers = find_towers(tree("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.attention_head"))
+    assert towers.family_of("model.layers.0.self_attn.q_proj") == "attention"
+    assert towers.family_of("model.layers.0.mlp.up_proj") == "mlp"
+    assert towers.family_of("model.attention_head") is None
+    assert find_towers(tiny_gpt2()).family_of("transformer.h.1.attn.c_attn") == "attention"
+
+
+def test_layout_free_names_of_the_language_tower_agree() -> None:
+    names = [
+        {name for name in canonical_names(tree(*paths)).values() if "language.layers" in name and "proj" in name}
+        for paths in LAYOUTS.values()
+    ]
+    assert names[0] == names[1] == names[2] == {f"language.layers.{i}.{leaf}" for i in range(2) for leaf in BLOCK}

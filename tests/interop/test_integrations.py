@@ -1,0 +1,241 @@
+"""Code of others that calls get_peft_model; LLaVA's own training as it is (slow)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PrefixTuningConfig
+from transformers import T5Config, T5ForConditionalGeneration
+
+from milora_vl import apply_milora, load_adapter, save_adapter
+from milora_vl.common.errors import UserError
+from milora_vl.interop.adapters.llava import KNOWN_KEYS
+from milora_vl.interop.llava import main as llava_main
+from milora_vl.interop.llava import renamed_flags
+from milora_vl.interop.replace import get_peft_model_replaced, main
+from support.adapter_cases import anchors, one_rule, train_steps
+from support.llava_parts import small_vicuna_and_clip
+from support.problems import raises_code
+
+SCRIPT = """
+import sys
+from peft import LoraConfig, get_peft_model
+from milora_vl.models.tiny import tiny_llama
+
+config = LoraConfig(r=int(sys.argv[1]), target_modules=["q_proj"], task_type="CAUSAL_LM")
+model = get_peft_model(tiny_llama()[0], config)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def test_a_script_runs_with_milora_as_its_lora(tmp_path: Path, capsys) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    stock = peft.get_peft_model
+    assert main(["--part", "principal", str(script), "4", str(tmp_path / "out")]) == 0
+    assert peft.get_peft_model is stock
+    assert (tmp_path / "out" / "milora.json").is_file()
+    assert "method pissa on 2 modules" in capsys.readouterr().err
+    with pytest.raises(UserError) as error:
+        main([str(script), "65", str(tmp_path / "out")])
+    assert "65" in error.value.first.message
+    assert {problem.code for problem in error.value.problems} == {"policy-rank-too-large"}
+    for run in (main, llava_main):
+        with pytest.raises(UserError) as error:
+            run([str(tmp_path / "nothing.py")])
+        assert error.value.problems[0].code in ("script-missing", "package-missing")
+
+
+def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monkeypatch) -> None:
+    from support import adapter_cases
+
+    monkeypatch.setattr(adapter_cases, "get_peft_model", peft.get_peft_model, raising=False)
+    with get_peft_model_replaced("support.adapter_cases"):
+        model = adapter_cases.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.milora_targets[0].method == "milora"
+
+
+def test_an_adapter_of_ours_that_the_code_loads_goes_on_in_two_halves(tiny_llama, tmp_path: Path, capsys) -> None:
+    save_adapter(apply_milora(tiny_llama()[0], one_rule()), tmp_path / "ours")
+    stock = PeftModel.from_pretrained
+    with get_peft_model_replaced():
+        model = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path / "ours"), is_trainable=True)
+        assert type(load_adapter(tiny_llama()[0], tmp_path / "ours", is_trainable=True)) is type(model)
+        plain = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path / "ours"))
+    assert PeftModel.from_pretrained == stock
+    assert "continues training as a MiLoRA adapter" in capsys.readouterr().err
+    assert type(plain).__module__.startswith("peft")
+    fixed = anchors(model)
+    assert fixed
+    train_steps(model, {"input_ids": torch.arange(5, 15)[None]})
+    assert all(torch.equal(anchor, anchors(model)[name]) for name, anchor in fixed.items())
+
+
+def test_names_shared_with_the_vision_tower_hit_the_language_alone(tiny_llava, capsys) -> None:
+    with get_peft_model_replaced():
+        model = peft.get_peft_model(tiny_llava()[0], LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    assert {t.tower for t in model.milora_targets} == {"language"}
+    assert "6 modules of the vision tower, matched by name only, stay frozen" in capsys.readouterr().err
+
+
+def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
+    with get_peft_model_replaced():
+        made = peft.get_peft_model(tiny_llama()[0], PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    assert type(made).__module__.startswith("peft")
+    assert "PrefixTuningConfig is not a LoRA" in capsys.readouterr().err
+
+
+def test_flags_of_llavas_scripts_get_the_names_of_today() -> None:
+    given = ["--evaluation_strategy", "no", "--lora_r", "4"]
+    assert renamed_flags(given) == ["--eval_strategy", "no", "--lora_r", "4"]
+
+
+SAVES = """
+import sys
+from pathlib import Path
+import llava_user
+
+llava_user.train()
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize("spelling", ["--output_dir=", "--output_dir "])
+def test_the_launcher_of_llava_trims_the_config_and_reaches_the_named_modules(
+    tmp_path: Path, monkeypatch, spelling: str
+) -> None:
+    pytest.importorskip("llava")
+    (tmp_path / "train.py").write_text(SAVES, encoding="utf-8")
+    (tmp_path / "llava_user.py").write_text(
+        "from peft import LoraConfig, get_peft_model\nfrom milora_vl.models.tiny import tiny_llama\n\n"
+        "def train():\n    config = LoraConfig(r=4, target_modules=['q_proj'])\n"
+        f"    get_peft_model(tiny_llama()[0], config).save_pretrained({str(tmp_path / 'out')!r})\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llava_user", raising=False)
+    with pytest.raises(SystemExit):
+        llava_main(["--in", "llava_user", str(tmp_path / "train.py"), *f"{spelling}{tmp_path / 'out'}".split()])
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config.keys() <= KNOWN_KEYS
+    assert config["r"] == 4  # protected: A is fixed
+
+
+def test_the_launcher_of_llava_leaves_the_config_of_another_run_as_it_is(tmp_path: Path) -> None:
+    """A script that ends at once, on a folder that a run with ranks of its own has written."""
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"peft_type": "LORA", "r": 8, "rank_pattern": {"^a": 4}}', encoding="utf-8")
+    before = config.read_bytes()
+    with pytest.raises(UserError):
+        llava_main([str(tmp_path / "none.py"), "--output_dir", str(tmp_path)])
+    assert config.read_bytes() == before
+
+
+TRAIN = """
+import sys
+import torch
+import llava.train.train as llava
+
+kept = []
+
+class Keeping(llava.LLaVATrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        kept.append(self.model)
+
+llava.LLaVATrainer = Keeping
+llava.train()
+model = kept[0].eval().float()
+ids = torch.arange(5, 15)[None]
+ids[0, 3] = -200
+images = torch.ones(1, 3, 32, 32)
+logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), images=images).logits
+torch.save(logits.detach(), sys.argv[0] + ".logits")
+"""
+
+
+@pytest.mark.slow
+def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_path: Path, tiny_records) -> None:
+    pytest.importorskip("llava")
+    from PIL import Image
+
+    small_vicuna_and_clip(tmp_path)
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "train.json").write_text(json.dumps(tiny_records), encoding="utf-8")
+    (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
+    out = tmp_path / "llava-lora"
+    flags = f"""--lora_enable True --lora_r 4 --lora_alpha 8 --mm_projector_lr 2e-3
+        --model_name_or_path {tmp_path}/vicuna --version v1 --data_path {tmp_path}/train.json
+        --image_folder {tmp_path}/images --vision_tower {tmp_path}/clip
+        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
+        --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True --bf16 False
+        --output_dir {out} --num_train_epochs 1 --per_device_train_batch_size 4 --evaluation_strategy no
+        --save_strategy no --learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+        --logging_steps 1 --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True
+        --report_to none --use_cpu True""".split()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", "-m", "milora_vl.interop.llava", "--protect", "0.5"),
+            *(str(tmp_path / "train.py"), *flags),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "milora: method milora on 14 modules, off 50% of the inputs of ordinary text" in done.stderr
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config.keys() <= KNOWN_KEYS
+    assert config["r"] == 4
+    assert torch.allclose(_as_llava_loads(tmp_path, out), torch.load(tmp_path / "train.py.logits"), atol=1e-4)
+
+
+@torch.no_grad()
+def _as_llava_loads(root: Path, folder: Path) -> torch.Tensor:
+    from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+
+    config = LlavaConfig.from_pretrained(folder)
+    model = LlavaLlamaForCausalLM.from_pretrained(root / "vicuna", config=config, dtype=torch.float32)
+    stored = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    assert any("mm_projector" in key for key in stored)
+    model.load_state_dict({key.removeprefix("base_model.model."): t for key, t in stored.items()}, strict=False)
+    model.get_vision_tower().load_model()
+    model.get_vision_tower().half().float()  # LLaVA's train() rounds the tower to float16 without --bf16
+    tuned = PeftModel.from_pretrained(model, folder).eval()
+    ids = torch.arange(5, 15)[None]
+    ids[0, 3] = -200
+    images = torch.ones(1, 3, 32, 32)
+    return tuned(input_ids=ids, attention_mask=torch.ones_like(ids), images=images).logits
+
+
+def test_a_base_whose_class_cannot_write_is_not_protected_and_says_so(tiny_llama, capsys, monkeypatch) -> None:
+    base = tiny_llama()[0]
+
+    def generate(*_: object, **__: object) -> None:
+        raise TypeError("forward() got an unexpected keyword argument 'cache'")
+
+    monkeypatch.setattr(base, "generate", generate)
+    with get_peft_model_replaced():
+        model = peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.milora_protection == {}
+    assert "inputs are not protected" in capsys.readouterr().err
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    with get_peft_model_replaced():  # an encoder needs an input of its own
+        base = T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes))
+        model = peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q"]))
+    assert model.milora_protection == {}
+    assert "T5ForConditionalGeneration cannot write" in capsys.readouterr().err
+    with raises_code("protect-value"), get_peft_model_replaced(protect=95):
+        pass
+    with get_peft_model_replaced():
+        assert peft.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"])).milora_protection

@@ -1,0 +1,222 @@
+"""The plan of a run, without weights and network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlavaForConditionalGeneration
+
+from milora_vl.common.errors import UserError
+from milora_vl.models.tiny import tiny_llava
+from milora_vl.train.command import main
+from support.problems import raises_code
+
+
+def test_llava_7b_has_the_known_counts(capsys: Any) -> None:
+    assert main(["--model", "llava-1.5-7b", "--bf16", "--deepspeed", "zero3", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "adapters 174,063,616, in full 20,979,712" in shown
+    assert "trainable params: 195,043,328 || " in shown
+    assert "ZeRO-3" in shown
+    assert "GiB per device" in shown
+    assert "a step on one A100" in shown
+    assert "none yet (--data_path)" in shown
+
+
+def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
+    words = ["--model", "llava-1.5-7b", "--bf16", "--deepspeed", "zero3", "--dry-run"]
+    assert (
+        main([*words, "--devices", "64", "--gpu-memory", "24", "--per_device_train_batch_size", "16"]) == 1
+    )  # does not fit
+    shown = capsys.readouterr().out
+    assert "x 64 devices = 1024" in shown
+    assert "does not fit 24 GiB" in shown
+    assert "--gradient_checkpointing True --per_device_train_batch_size 8 --gradient_accumulation_steps 2: " in shown
+    assert "a step on the CPU of this machine" not in shown
+    start = shown.split("to start it so that it fits:\n")[1]
+    assert "--devices" not in start
+    assert start.startswith(
+        "  torchrun --nnodes 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8 -m "
+    )
+    assert start.rstrip().endswith("--image_folder FOLDER --gradient_checkpointing True --output_dir FOLDER")
+    with raises_code("flag-conflict", where="--devices", message="only with --dry-run"):
+        main([*words[:-1], "--devices", "4"])
+
+
+def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["--recipe", "tiny-test", "--data_path", str(tiny_data / "train.json"), "--output_dir", str(tmp_path / "r")]
+    assert main([*words, "--image_folder", str(tiny_data / "images"), "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "  .  A chat" not in shown
+    assert "<image x 16>\\nWhat colour is it? ASSISTANT:\n  >  red</s>" in shown
+    assert "236 tokens per record, 13 of them supervised" in shown  # counted: the tokenizer is at hand
+    assert "steps  10 " in shown
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_named_model_of_another_family_is_planned_without_its_processor(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Without a network: the plan says that the records were not checked, and a training stops before any weights."""
+    monkeypatch.setattr("milora_vl.models.hub.hub_is_known", lambda: False)
+    words = ["--model", "smolvlm2-500m", "--data_path", str(tiny_data / "train.json"), "--dry-run"]
+    assert main([*words, "--image_folder", str(tiny_data / "images")]) == 0
+    shown = capsys.readouterr().out
+    assert "not checked: the processor of smolvlm2-500m is not on this machine" in shown
+    assert "counts below assume records" in shown
+    assert "all params: " in shown
+    with pytest.raises(UserError) as error:
+        main([*words[:-1], "--image_folder", str(tiny_data / "images")])
+    assert error.value.problems[0].code == "model-not-available"
+
+
+def test_fsdp_is_planned_as_it_trains(capsys: Any) -> None:
+    """Its weights train in float32, and `shard_grad_op` keeps all gathered weights until the backward."""
+    memory = {}
+    for words in (["--deepspeed", "zero3"], ["--fsdp"], ["--fsdp=shard_grad_op"]):
+        assert main(["--model", "llava-1.5-7b", "--bf16", "--dry-run", "--devices", "4", *words]) == 0
+        shown = capsys.readouterr().out
+        kind, size = re.search(r"trained weights ([\d.]+)", shown), re.search(r"gathered layers ([\d.]+)", shown)
+        assert kind is not None
+        assert size is not None
+        memory[words[0]] = shown, float(kind[1]), float(size[1])
+    assert "(FSDP2, 4 devices)" in memory["--fsdp"][0]
+    assert memory["--fsdp"][1] > memory["--deepspeed"][1]
+    assert memory["--fsdp=shard_grad_op"][2] > 6 * memory["--fsdp"][2]
+    assert main(["--model", "tiny-text", "--rank", "4", "--dry-run", "--fsdp=full_shard"]) == 0
+    assert "torchrun --nproc_per_node 2 -m milora_vl.train" in capsys.readouterr().out
+
+
+def write_numbers(folder: Path, count: int) -> Path:
+    """Records of text that are all about equally long."""
+    turns = [[{"from": "human", "value": f"What is {n}?"}, {"from": "gpt", "value": f"{n}."}] for n in range(count)]
+    (folder / "numbers.jsonl").write_text("\n".join(json.dumps({"conversations": pair}) for pair in turns))
+    return folder / "numbers.jsonl"
+
+
+def test_a_stream_is_planned_by_its_steps_and_not_by_the_records_that_were_looked_at(
+    tmp_path: Path, capsys: Any
+) -> None:
+    words = ["--model", "tiny-text", "--rank", "4", "--data_path", str(write_numbers(tmp_path, 240))]
+    assert main([*words, "--streaming", "True", "--max_steps", "20", "--dry_run", "True"]) == 0
+    shown = capsys.readouterr().out
+    assert "data   a stream; the first 100 records were checked" in shown
+    assert "steps  20 (160 records of a stream)" in shown
+    assert shown.rstrip().endswith("--streaming True --max_steps 20")  # the value of --dry_run goes with it
+
+
+def test_packing_is_planned_in_rows(tmp_path: Path, capsys: Any) -> None:
+    words = ["--model", "tiny-text", "--rank", "4", "--max_length", "512", "--num_train_epochs", "1"]
+    words += ["--data_path", str(write_numbers(tmp_path, 240)), "--dry-run", "--format", "json"]
+    plans = []
+    for more in ([], ["--packing", "True"]):
+        assert main([*words, *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    plain, packed = plans
+    assert (plain["records"], plain["steps"]) == (packed["records"], 30) == (240, 30)
+    assert packed["steps"] == 6  # 8 rows of 1,024 tokens a step, each with some five records
+
+
+def test_estimates_say_so_where_there_is_no_tokenizer(tiny_data: Path, capsys: Any) -> None:
+    words = ["--model", "llava-1.5-7b", "--data_path", str(tiny_data / "train.json"), "--dry-run"]
+    assert main([*words, "--image_folder", str(tiny_data / "images")]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"~\d{3} tokens per record, ~\d+ of them supervised", shown)
+    assert "<image x 576>" in shown
+
+
+def test_a_template_of_the_tokenizer_is_planned_without_it(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "empty"))
+    data = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "Capital of Peru?"}, {"from": "gpt", "value": "Lima"}]
+    data.write_text(json.dumps([{"conversations": turns}] * 4))
+    words = ["--model", "smollm2", "--template", "chat_template", "--rank", "16", "--data_path", str(data)]
+    assert main([*words, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "counts below use vicuna_v1" in shown
+    assert "trainable params: 2,488,320 " in shown
+    assert not (tmp_path / "empty" / "models").exists()
+
+
+def test_without_data_the_command_says_where_it_goes(capsys: Any) -> None:
+    assert main(["--model", "tiny", "--rank", "4", "--dry-run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("--rank 4 --data_path DATA.json --image_folder FOLDER")
+
+
+def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    words = ["--model", "tiny", "--data_path", str(tmp_path / "train.json"), "--image_folder", str(tmp_path)]
+    with pytest.raises(UserError) as error:
+        main([*words, "--projector_weights", "nope", "--rank", "4", "--dry-run"])
+    places = [(problem.code, problem.where) for problem in error.value.problems]
+    assert places == [("projector-file", "nope"), ("data-no-records", str(tmp_path / "train.json"))]
+
+
+def test_rules_that_do_not_fit_and_data_that_is_not_there_are_both_told_of() -> None:
+    with pytest.raises(UserError) as error:
+        main(["--model", "tiny", "--data_path", "nowhere.json", "--dry-run"])
+    assert [problem.code for problem in error.value.problems] == ["policy-rank-too-large", "data-missing-file"]
+
+
+def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: tiny\neval: {{suites: [emoji], data: {tmp_path}}}\n")
+    with raises_code("eval-missing-files", where="eval.data", message="the files of emoji are not in"):
+        main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
+
+
+def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
+    with raises_code("data-missing-file", where="llava_v1_5_mix665k"):
+        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "174,063,616" in shown
+    assert "assume records of 700 tokens" in shown
+    assert "to start it" not in shown
+
+
+def test_a_half_precision_base_without_autocast_is_refused_where_a_module_trains_in_full() -> None:
+    words = ["--model", "tiny", "--rank", "4", "--dtype", "bfloat16", "--bf16", "False", "--dry-run"]
+    with pytest.raises(UserError) as caught:
+        main(words)
+    assert [problem.code for problem in caught.value.problems] == ["recipe-precision"]
+    lora = "[{modules: language, method: lora, rank: 2, learning_rate: 1.0e-4}]"
+    assert main([*words[:2], "--policy", lora, *words[4:]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ("--rank 8 --image_aspect_ratio anyres", "image-aspect-ratio"),
+        ("--rank 8 --fsdp hybrid_shard", "launch-fsdp"),
+        ("--rank 8 --optim galore_adamw", "optimizer-unsupported"),
+        ("--feature_cache cache --policy '[{modules: vision, method: full}]'", "feature-cache-trained-tower"),
+        ("--rank 8 --feature_cache cache --model tiny-text", "feature-cache-unsupported-model"),
+        ("--rank 8 --feature_cache cache --deepspeed zero3", "feature-cache-zero3"),
+    ],
+)
+def test_a_plan_refuses_what_the_run_would_refuse(words: str, code: str) -> None:
+    with pytest.raises(UserError) as error:
+        main(["--model", "tiny", *shlex.split(words), "--dry-run"])
+    assert [problem.code for problem in error.value.problems] == [code]
+
+
+def test_a_tower_whose_layers_are_joined_is_planned(tmp_path: Path, capsys: Any) -> None:
+    model, processor = tiny_llava()
+    config: Any = model.config
+    config.vision_feature_layer = [-2, -1]
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "joined")
+    processor.save_pretrained(tmp_path / "joined")
+    assert main(["--model", str(tmp_path / "joined"), "--rank", "4", "--dry-run"]) == 0
+    assert "memory" in capsys.readouterr().out
+
+
+def test_a_plan_that_does_not_fit_the_memory_exits_with_1(capsys: Any) -> None:
+    words = ["--model", "llava-1.5-7b", "--bf16", "--gradient_checkpointing", "--dry-run", "--format", "json"]
+    for gib, fits in (("8", False), ("40", True)):
+        assert main([*words, "--gpu-memory", gib]) == (0 if fits else 1)
+        assert json.loads(capsys.readouterr().out)["fits"] is fits

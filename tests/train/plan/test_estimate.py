@@ -1,0 +1,114 @@
+"""Memory and time are arithmetic on counts; the arithmetic is checked where the answer is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from milora_vl.core.adapter.apply import apply_milora
+from milora_vl.core.policy import Policy
+from milora_vl.models.quantized import bytes_per_number
+from milora_vl.models.tiny import tiny_llama
+from milora_vl.train.dry_run.cost import memory_savings, verdict
+from milora_vl.train.dry_run.estimate import GIB, Workload, duration_text, flops_per_step, host_memory, memory
+from milora_vl.train.dry_run.simulate import Resident, Shape, simulate
+
+PLAN = Workload(
+    total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, base_bytes=2.0, stage=0, devices=8,
+    records=16, tokens=700, accumulation=1, checkpointing=True, half=True, activations=8 * GIB,
+)  # fmt: skip
+
+
+def test_without_zero_weights_and_adam_are_known_numbers() -> None:
+    sizes = memory(PLAN)
+    assert sizes["frozen weights"] / GIB == pytest.approx(13.1, abs=0.1)
+    assert sizes["anchors (never sharded)"] / 1e9 == pytest.approx(0.64, abs=0.01)
+    trained = PLAN.trained
+    assert sizes["trained weights"] + sizes["gradients"] + sizes["optimizer"] == 16 * trained
+
+
+@pytest.mark.parametrize(("stage", "per_number"), [(1, 2 + 2 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)])
+def test_zero_shares_out_what_its_stage_says(stage: int, per_number: float) -> None:
+    """16-bit weights and gradients, and 12 bytes of float32 weights and Adam, as in the ZeRO paper."""
+    plain, sharded = memory(PLAN), memory(replace(PLAN, stage=stage))
+    names = ("trained weights", "gradients", "optimizer")
+    assert sum(sharded[name] for name in names) == pytest.approx(PLAN.trained * per_number)
+    assert sharded["anchors (never sharded)"] == plain["anchors (never sharded)"]
+
+
+def test_a_step_of_deepspeed_casts_gradients_when_activations_are_gone() -> None:
+    everything = replace(PLAN, adapters=0, anchors=0, full=PLAN.total, stage=2, devices=1, activations=4 * GIB)
+    assert memory(everything)["float32 gradients at the step"] == 4 * PLAN.total  # and DeepSpeed's own says 20 a number
+    assert sum(memory(everything).values()) == 20 * PLAN.total
+    assert "activations" in memory(PLAN)
+
+
+def test_a_quantised_base_packs_what_is_packable_alone() -> None:
+    """7B in 4 bits: 6.6 of its 7.06 billion numbers; embeddings, head, projector and tower stay in 16 bits."""
+    plan = replace(PLAN, packable=6_476_005_376, packed_bytes=bytes_per_number("4bit", double_quant=True))
+    sizes = memory(plan)
+    assert sizes["frozen weights"] == pytest.approx(6_476_005_376 * 0.516 + 587_421_696 * 2, rel=1e-3)
+    assert sizes["anchors (never sharded)"] == 4 * PLAN.anchors  # a packed weight has no dtype: float32
+    assert not [what for what, _ in memory_savings(plan, plan, "") if "zero3" in what or "quantization" in what]
+    assert not [what for what, _ in memory_savings(replace(PLAN, adapters=0), PLAN, "") if "quantization" in what]
+
+
+def test_offloading_moves_states_to_the_host() -> None:
+    away = replace(PLAN, stage=3, offload_optimizer=True, offload_weights=True)
+    assert "optimizer" not in memory(away)
+    assert host_memory(away) == pytest.approx((PLAN.total * 2 + PLAN.trained * 14) / 8)
+
+
+def test_checkpointing_costs_one_more_forward() -> None:
+    eager = replace(PLAN, checkpointing=False)
+    assert flops_per_step(PLAN) / flops_per_step(eager) == pytest.approx(1.5, abs=0.05)
+
+
+def test_a_plan_that_does_not_fit_says_what_would() -> None:
+    eager, lean = replace(PLAN, checkpointing=False, activations=120 * GIB), replace(PLAN, activations=8 * GIB)
+    flag = "--gradient_checkpointing True"
+    (line,), change = verdict(PLAN, PLAN, "", 40)
+    assert line.startswith("fits   40 GiB")
+    assert change == ""
+    lines, change = verdict(eager, lean, flag, 40)
+    assert lines[0].startswith("does not fit 40 GiB: needs 141.1")
+    assert lines[2].startswith(f"  {flag}: ")
+    assert change == flag
+    lines, change = verdict(PLAN, PLAN, "", 3)
+    assert lines[1].startswith("no single change is enough")
+    assert change is None
+    odd = replace(lean, records=15, accumulation=2)
+    assert {changed.records for _, changed in memory_savings(odd, odd, "")} == {15, 5, 3, 1}
+    assert {changed.records * changed.accumulation for _, changed in memory_savings(odd, odd, "")} == {30}
+    for flags, changed in memory_savings(eager, lean, flag):
+        assert changed.records * changed.accumulation == 16
+        assert flag in flags
+
+
+def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Resident:
+    config = tiny_llama()[0].config
+    with torch.device("meta"):
+        base = LlamaForCausalLM(config)
+    targets = Policy.parse([{"modules": "language", "method": "milora", "rank": 4}]).resolve(base)
+    shape = Shape(
+        records=records, tokens=300, supervised=learnt, pictures=0, image_tokens=0, half=False,
+        checkpointing=checkpointing, base_dtype=torch.float32,
+    )  # fmt: skip
+    return simulate(config, targets, shape)
+
+
+def test_what_a_step_adds_is_simulated() -> None:
+    """Twice the records, twice the activations; checkpointing takes most of them away; weights are counted apart."""
+    eager, frugal = simulated(False), simulated(True)
+    model = apply_milora(tiny_llama()[0], [{"modules": "language", "method": "milora", "rank": 4}])
+    assert eager.trained == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert eager.anchors == eager.trained
+    assert frugal.activations < 0.75 * eager.activations
+    assert simulated(False, records=8).activations == pytest.approx(2 * eager.activations, rel=0.05)
+
+
+def test_durations_are_for_people() -> None:
+    assert [duration_text(seconds) for seconds in (3, 100, 200, 3600 * 30)] == ["3 s", "1.7 min", "3.3 min", "30.0 h"]

@@ -1,0 +1,95 @@
+"""The command line: HF's, LLaVA's and our flags, in either spelling."""
+
+from __future__ import annotations
+
+import pytest
+
+from milora_vl.common.errors import UserError
+from milora_vl.train.recipe import command_line
+from milora_vl.train.recipe.command_line import parse
+from support.plans import settings
+from support.problems import raises_code
+
+
+def test_dashes_and_underscores_are_alike() -> None:
+    assert parse(["--output-dir", "a", "--per-device-train-batch-size=4"]) == parse(
+        ["--output_dir", "a", "--per_device_train_batch_size", "4"]
+    )
+
+
+@pytest.mark.parametrize("words", [["--bf16"], ["--bf16", "True"], ["--bf16", "true"], ["--bf16=yes"]])
+def test_booleans_come_with_and_without_a_value(words: list[str]) -> None:
+    assert parse([*words, "--seed", "1"]).overrides["train"] == {"bf16": True, "seed": 1}
+
+
+def test_flags_land_in_the_recipe() -> None:
+    request = parse(
+        "--model_name_or_path m --version v1 --model_max_length 64 --image_aspect_ratio square --limit 3".split()
+    )
+    assert request.overrides == {
+        "model": "m",
+        "template": "vicuna_v1",
+        "data": {"max_length": 64, "image_aspect_ratio": "plain", "limit": 3},
+    }
+
+
+def test_learning_rate_is_for_the_rules_and_for_hf() -> None:
+    request = parse(["--learning_rate", "2e-5", "--lora_r", "8", "--mm_projector_lr", "1e-5"])
+    assert request.overrides["train"]["learning_rate"] == 2e-5
+    assert (request.edits.learning_rate, request.edits.rank, request.edits.projector_learning_rate) == (2e-5, 8, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--lerning_rate", "1"], "command-line", "did you mean --learning_rate"),
+        (["--bf16", "maybe"], "command-line", "true or false"),
+        (["--rank", "much"], "command-line", "a whole number"),
+        (["--seed", "x"], "flag-value", "a whole number, got 'x'"),
+        (["--method", "milra"], "flag-value", "did you mean milora"),
+        (["--eval_strategy", "sometimes"], "flag-value", "no, steps, epoch"),
+        (["--device", "tpu"], "flag-value", "cpu or cuda"),
+        (["--optim", "adamw_trch"], "flag-value", "did you mean adamw_torch?"),
+        (["--per_device_train_batch_size", "0"], "flag-value", "at least 1, got '0'"),
+        (["--num_train_epochs", "-2"], "flag-value", "above 0"),
+        (["--max_steps", "0"], "flag-value", "at least 1, or -1 to train by epochs"),
+        (["--adam_beta1", "2"], "flag-value", "below 1"),
+        (["--devices", "0", "--dry-run"], "flag-value", "above 0, got 0"),
+        (["--gpu_memory", "-3", "--dry-run"], "flag-value", "above 0"),
+    ],
+)
+def test_a_mistake_is_named_by_its_code_its_flag_and_the_value(words: list[str], code: str, says: str) -> None:
+    with raises_code(code, where=words[0]) as error:
+        settings([*words, "--model", "tiny"])
+    assert says in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_all_wrong_values_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--model tiny --max_length 0 --rank 0 --seed -1 --dropout 3 --learning_rate x --method foo --debug foo"
+    with pytest.raises(UserError) as error:
+        settings(words)
+    assert {problem.where for problem in error.value.problems} == {
+        "--max_length", "--rank", "--seed", "--dropout", "--learning_rate", "--method", "--debug"
+    }  # fmt: skip
+
+
+def test_a_gpu_that_is_not_here_is_refused_for_a_run_and_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError) as error:
+        parse(["--device", "cuda"])
+    assert [(p.code, p.where) for p in error.value.problems] == [("device-no-cuda", "--device")]
+    assert parse(["--device", "cuda", "--dry-run"]).action == "dry_run"
+
+
+def test_resume_and_actions() -> None:
+    assert parse(["--resume_from_checkpoint"]).resume == "true"
+    assert parse(["--resume_from_checkpoint", "auto"]).resume == "auto"
+    assert parse(["--dry-run"]).action == "dry_run"
+    assert parse(["--print-recipe", "a"]).argument == "a"
+    assert parse([]).action == "train"
+
+
+def test_every_flag_has_a_line_of_help() -> None:
+    for action in command_line.build_parser()._actions:
+        assert action.help, action.option_strings

@@ -1,0 +1,345 @@
+"""From flags and a recipe to the one recipe of the run, LLaVA's scripts included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from milora_vl.common.errors import UserError
+from milora_vl.core.policy.default import DEFAULT_RULES, PROTECTED
+from milora_vl.train.command import main as train
+from support.plans import fitted, plan, section, settings
+from support.problems import raises_code
+
+# scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
+FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
+--model_name_or_path llava-1.5-7b --version v1 --data_path mix.json --image_folder data
+--vision_tower openai/clip-vit-large-patch14-336 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2
+--mm_use_im_start_end False --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True
+--bf16 True --output_dir out --num_train_epochs 1 --per_device_train_batch_size 16 --per_device_eval_batch_size 4
+--gradient_accumulation_steps 1 --evaluation_strategy no --save_strategy steps --save_steps 50000 --save_total_limit 1
+--learning_rate 2e-4 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine --logging_steps 1 --tf32 True
+--model_max_length 2048 --gradient_checkpointing True --dataloader_num_workers 4 --lazy_preprocess True
+--report_to none"""
+
+
+FROZEN = "--freeze_mm_mlp_adapter True"
+
+
+def test_flags_win_over_the_recipe() -> None:
+    plain, flagged = settings("--recipe tiny-test"), settings("--recipe tiny-test --max_steps 3 --rank 2")
+    assert plain.recipe.train["max_steps"] == 10
+    assert flagged.recipe.train["max_steps"] == 3
+    assert flagged.recipe.policy is not None
+    assert flagged.recipe.policy[0]["rank"] == 2
+    assert flagged.recipe.policy[0]["alpha"] == 2
+
+
+def test_a_flag_by_an_older_name_wins_over_the_recipe_too(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: tiny\ntrain: {warmup_steps: 0.03, gradient_checkpointing: true}\n", encoding="utf-8")
+    train = settings(f"--recipe {file} --warmup_ratio 0.1 --gradient_checkpointing False").recipe.train
+    assert train["warmup_steps"] == 0.1
+    assert train["activation_checkpointing"] is False
+    assert "warmup_steps" not in settings(f"--recipe {file} --warmup_ratio 0").recipe.train
+    with raises_code("recipe-contradiction", where="--warmup_steps"):
+        settings(f"--recipe {file} --rank 4 --warmup_ratio 0.1 --warmup_steps 5")
+
+
+@pytest.mark.parametrize("method", ["milora", "lora", "pissa"])
+def test_methods_differ_only_by_their_name(method: str) -> None:
+    chosen = settings(f"--recipe milora-llava-1.5-7b --method {method}").recipe
+    base = settings("--recipe milora-llava-1.5-7b").recipe
+    assert chosen.policy is not None
+    assert base.policy is not None
+    kept = {name: value for name, value in base.policy[0].items() if name != "protect" or method == "milora"}
+    assert chosen.policy[0] == kept | {"method": method}  # others are as they are known elsewhere
+    assert chosen.model_copy(update={"policy": base.policy}) == base
+
+
+def test_a_llava_script_means_milora_with_its_rank_and_its_projector_rate() -> None:
+    chosen = settings(FINETUNE_LORA)
+    assert chosen.recipe.policy == [
+        {
+            "modules": "language", "method": DEFAULT_RULES[0]["method"], "protect": PROTECTED,
+            "rank": 128, "alpha": 256, "dropout": 0.05, "learning_rate": 2e-4,
+        },
+        {"modules": "projector", "method": "full", "learning_rate": 2e-5},
+    ]  # fmt: skip
+    assert chosen.notes == [
+        "LLaVA flags: --lora_enable True trains an adapter of rank 128 on the language tower and the projector in full"
+    ]
+    assert not chosen.warnings
+    assert chosen.recipe.train["train_sampling_strategy"] == "group_by_length"
+    assert chosen.recipe.train["warmup_steps"] == 0.03
+
+
+def test_other_llava_scripts() -> None:
+    lora = settings(FINETUNE_LORA + " --method lora").recipe
+    assert lora.policy is not None
+    assert lora.policy[0]["method"] == "lora"
+    full = settings("--model tiny --vision_tower openai/clip-vit-large-patch14-336 --learning_rate 2e-5").recipe
+    assert full.policy == [{"modules": "language.*", "method": "full"}, {"modules": "projector", "method": "full"}]
+    stage1 = settings("--model tiny --tune_mm_mlp_adapter True --learning_rate 1e-3 --version plain").recipe
+    assert stage1.policy == [{"modules": "projector", "method": "full"}]
+    assert settings("--model tiny --lora_enable True --bits 4").recipe.quantization == "4bit"
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--bits 16", "--lora_bias none", "--mm_vision_select_layer -2", "--mm_vision_select_feature patch",
+        "--mm_projector_type mlp2x_gelu", "--mm_patch_merge_type flat", "--mm_use_im_start_end False",
+        "--mm_use_im_patch_token False", "--mpt_attn_impl triton", "--cache_dir x", "--freeze_backbone False",
+        "--freeze_mm_mlp_adapter False", "--tune_mm_mlp_adapter False",
+    ],
+)  # fmt: skip
+def test_a_flag_that_is_not_about_what_trains_leaves_the_policy_and_the_pictures_as_they_are(flag: str) -> None:
+    plain = settings("--model tiny --rank 8")
+    beside = settings(f"--model tiny --rank 8 {flag}")
+    assert beside.recipe == plain.recipe
+    assert beside.notes == []
+
+
+def test_bits_alone_mean_a_quantised_base() -> None:
+    plain = settings("--model tiny --rank 8").recipe
+    for bits in ("4", "8"):
+        assert settings(f"--model tiny --rank 8 --bits {bits}").recipe == plain.model_copy(
+            update={"quantization": f"{bits}bit"}
+        )
+        quantised = settings(f"--recipe tiny-test --bits {bits}").recipe
+        assert quantised == settings("--recipe tiny-test").recipe.model_copy(update={"quantization": f"{bits}bit"})
+    with raises_code("flag-value", where="--bits", message="expected 16, 8 or 4"):
+        settings("--model tiny --bits 5")
+
+
+def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
+    plain = settings("--model tiny --rank 8").recipe.policy
+    frozen = settings("--model tiny --rank 8 --freeze_mm_mlp_adapter True")
+    assert plain is not None
+    assert frozen.recipe.policy == plain[:1]
+    assert frozen.recipe.data.image_aspect_ratio == "pad"
+    lora = settings("--model tiny --method lora --rank 8 --freeze_mm_mlp_adapter True").recipe.policy
+    assert lora == [{name: value for name, value in plain[0].items() if name != "protect"} | {"method": "lora"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "where", "text"),
+    [
+        ("--vision_tower x --rank 8", "policy-no-adapter-rule", "--rank", "add --lora_enable True"),
+        ("--lora_enable False --lora_alpha 8", "policy-no-adapter-rule", "--alpha", "add --lora_enable True"),
+        ("--tune_mm_mlp_adapter True --lora_dropout 0.1", "policy-no-adapter-rule", "--dropout", "only the projector"),
+        ("--freeze_backbone True --lora_r 8", "policy-no-adapter-rule", "--rank", "remove --rank"),
+        (f"--freeze_backbone True {FROZEN}", "policy-nothing-trains", "--freeze_backbone", "remove one"),
+        (f"--tune_mm_mlp_adapter True {FROZEN}", "policy-nothing-trains", "--tune_mm_mlp_adapter", "remove one"),
+        ("--recipe tiny-test --lora_enable True", "flag-conflict", "--lora_enable", "the recipe"),
+        ("--lora_enable True --mm_use_im_start_end True", "flag-unsupported", "--mm_use_im_start_end", "got True"),
+        ("--lora_enable True --bits 5", "flag-value", "--bits", "expected 16, 8 or 4, got 5"),
+        ("--recipe tniy-test", "recipe-unknown", "--recipe", "did you mean tiny-test"),
+        ("--policy none.yaml", "path-missing", "--policy", "none.yaml"),
+        ("--model tiny --rank 4 --learning_rate nan", "flag-value", "--learning_rate", "expected a number, got 'nan'"),
+        ("--model tiny --rank 4 --max_steps inf", "flag-value", "--max_steps", "expected a whole number, got 'inf'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_an_error(words: str, code: str, where: str, text: str) -> None:
+    with pytest.raises(UserError) as error:
+        settings(f"--model tiny {words}")
+    assert [(problem.code, problem.where) for problem in error.value.problems] == [(code, where)]
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "code"),
+    [
+        ("- modules: language\n  method: milora\n  rank: [8\n", 3, "yaml-syntax"),
+        ("- modules: language\n  modules: vision\n", 2, "yaml-duplicate-key"),
+    ],
+)
+def test_a_broken_policy_file_is_told_with_its_line(text: str, line: int, code: str, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        settings(f"--model tiny --policy {tmp_path / 'rules.yaml'}")
+    (problem,) = error.value.problems
+    assert (problem.code, problem.where) == (code, f"{tmp_path / 'rules.yaml'}:{line}")
+
+
+def test_a_policy_can_be_given_as_text() -> None:
+    found = settings(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
+    assert found.recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
+    many = "{modules: language, method: milora, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
+    assert len(settings(["--model", "tiny", "--policy", f"[{many}]"]).recipe.policy) == 21
+    with raises_code("policy-value", where="policy[0].method", message="expected one of"):
+        settings(["--model", "tiny", "--policy", "[{modules: language, method: fool, rank: 4}]"])
+
+
+FAULTY = """
+model: tiny
+policy:
+  - {modules: language, method: milora, rank: 0, alfa: 3}
+  - {modules: "*.nothing", method: milora, rank: 4}
+  - {modules: projector.linear_1, method: milora, rank: 4000}
+  - {modules: "language.layers[0]", method: full, sigma: none}
+train: {max_stepps: 3}
+"""
+
+
+def test_all_faults_of_a_recipe_come_together(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(FAULTY, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        fitted(f"--recipe {file}")
+    assert str(caught.value).startswith(f"3 problems in {file}:\n")
+    for fault in (
+        ":8: train.max_stepps: unknown key",
+        ":4: policy[0].alfa: unknown key",
+        ":4: policy[0].rank: expected a positive integer",
+    ):
+        assert str(caught.value).count(f"{file}{fault}") == 1
+
+
+def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(FAULTY.replace("tiny", str(tmp_path)), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        fitted(f"--recipe {file}")
+    assert [problem.code for problem in error.value.problems][:3] == [
+        "recipe-unknown-key", "policy-rank", "policy-unknown-key"
+    ]  # fmt: skip
+    assert error.value.problems[-1].code.startswith("model-")
+    with pytest.raises(UserError) as error:
+        fitted(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"])
+    assert [problem.code for problem in error.value.problems] == ["policy-rank"]
+    assert error.value.source == "--policy"
+
+
+def test_flags_that_change_the_rules_hide_no_fault_of_theirs(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(FAULTY, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        fitted(f"--recipe {file} --rank 5000 --form odd --mm_projector_lr 1e-5")
+    for fault in (
+        f"{file}:8: train.max_stepps: unknown key",
+        f"{file}:4: policy[0].rank: expected a positive integer",
+        "--form: expected",
+    ):
+        assert str(caught.value).count(fault) == 1
+    with pytest.raises(UserError) as caught:
+        fitted([*"--model tiny --method lora --policy".split(), "[{modules: language, method: frozen, alfa: 3}]"])
+    first, last = caught.value.problems[0], caught.value.problems[-1]
+    assert first.where == "--policy: policy[0].alfa"
+    assert (last.code, last.where) == ("policy-no-adapter-rule", "--method")
+
+
+def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anything_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    rules = "\n".join(FAULTY.splitlines()[:3] + FAULTY.splitlines()[4:-1])
+    file.write_text(f"{rules}\ndata: {{path: nowhere.json}}\n", encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        train(["--recipe", str(file), "--output_dir", str(tmp_path / "run")])
+    assert len(error.value.problems) == 3
+    assert error.value.first.code == "policy-no-match"
+    assert error.value.first.where == f"{file}:4: policy[0].modules"
+    fitted("--model tiny --rank 2")
+    with pytest.raises(UserError) as error:
+        fitted("--model tiny --rank 4000")
+    assert {(problem.code, problem.where) for problem in error.value.problems} == {("policy-rank-too-large", "--rank")}
+    with raises_code(
+        "policy-rank-too-large", message="the default rank 128 is too large", hint="use --rank 32, or less"
+    ):
+        fitted("--model tiny")
+
+
+def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told() -> None:
+    (said,) = fitted("--model tiny --rank 4 --mm_vision_select_layer -1 --mm_vision_select_feature cls_patch").warnings
+    assert said.endswith("no effect: layer -1, feature cls_patch")
+    (said,) = fitted("--model tiny-text --rank 4 --mm_vision_select_layer -1").warnings
+    assert "without --vision_tower" in said
+    assert fitted("--model tiny --rank 4 --mm_vision_select_layer -2").warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("modules", "may_be"),
+    [("language", False), ("language.*", False), ("vision", True), ("model.vision_tower.encoder.layers.2.*", True)],
+)
+def test_ddp_looks_for_unused_weights_where_the_last_layers_of_the_tower_may_train(modules: str, may_be: bool) -> None:
+    """LLaVA reads the last layer but one, so those behind it get no gradient, by whatever name a rule has for them."""
+    found = section(["--model", "tiny", "--policy", f"[{{modules: {modules}, method: full}}]"])
+    assert found.arguments["ddp_find_unused_parameters"] is may_be
+
+
+RECIPE_WITH_EVALUATION = """\
+model: tiny
+data: {path: theirs.json, image_folder: images, eval_path: held-out.json}
+train: {max_steps: 2, eval_strategy: steps, eval_steps: 1, load_best_model_at_end: true}
+"""
+
+
+def test_data_of_ones_own_comes_without_the_recipes_evaluation(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} --data_path mine.json")
+    assert (made.recipe.data.path, made.recipe.data.eval_path) == ("mine.json", None)
+    assert not {"eval_strategy", "load_best_model_at_end"} & made.recipe.train.keys()
+    (note,) = made.notes
+    assert "held-out.json" in note
+    assert "--eval_data_path" in note
+    demo = settings("--recipe smol-llava-demo --data_path mine.json --image_folder mine")
+    assert demo.recipe.data.eval_path is None
+    assert len(demo.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "evaluated"),
+    [
+        ("", "held-out.json"),
+        ("--image_folder mine", "held-out.json"),
+        ("--data_path theirs.json", "held-out.json"),
+        ("--data_path mine.json --eval_data_path my-own.json", "my-own.json"),
+    ],
+)
+def test_the_evaluation_stays_where_its_data_does_or_another_is_named(
+    words: str, evaluated: str, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    made = settings(f"--recipe {recipe} {words}")
+    assert made.recipe.data.eval_path == evaluated
+    assert made.recipe.train["eval_strategy"] == "steps"
+    assert made.notes == []
+
+
+@pytest.mark.parametrize("flag", ["--eval_strategy epoch", "--evaluation_strategy epoch"])
+def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE_WITH_EVALUATION)
+    with raises_code("eval-no-records", where=flag.split()[0], hint="--eval_data_path"):
+        plan(f"--recipe {recipe} --data_path mine.json {flag} --rank 4 --output_dir {tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "where"),
+    [
+        ("--rank -4", "policy-rank", "--rank"),
+        ("--rank 4 --alpha -1", "policy-value", "--alpha"),
+        ("--rank 4 --learning_rate -1", "policy-value", "--learning_rate"),
+        ("--rank 4 --mm_projector_lr -1", "policy-value", "--mm_projector_lr"),
+        ("--rank 4 --template foo", "template-unknown", "--template"),
+        ("--rank 4 --limit 0", "recipe-value", "--limit"),
+        ("--rank 4 --bf16 True --fp16 True", "recipe-precision", "--fp16"),
+        ("--rank 4 --dtype float16 --bf16 True", "recipe-precision", "--bf16"),
+        ("--recipe tiny-test --rank 0", "policy-rank", "--rank"),
+    ],
+)
+def test_a_wrong_value_of_a_flag_is_one_problem_at_the_flag(words: str, code: str, where: str) -> None:
+    with pytest.raises(UserError) as error:
+        settings(f"--model tiny {words}")
+    assert [(problem.code, problem.where) for problem in error.value.problems] == [(code, where)]
+
+
+def test_a_wrong_value_of_the_recipe_stays_at_its_line_though_a_flag_replaces_it(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text("model: tiny\ndata: {limit: 0}\n")
+    with pytest.raises(UserError) as error:
+        settings(f"--recipe {file} --limit 3 --rank 4")
+    assert [problem.where for problem in error.value.problems] == [f"{file}:2: data.limit"]
