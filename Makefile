@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
+.PHONY: help setup demo test test-thorough test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,7 +29,10 @@ demo: $(INSTALLED)  ## Fine-tune a small LLaVA, evaluate it before and after, wr
 test: $(INSTALLED)  ## Run the tests (minutes on a CPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore tests/project $(PYTEST_ARGS)
 
-test-all: $(INSTALLED)  ## Run the slow tests too
+test-thorough: $(INSTALLED)  ## Run the further cases that `test` leaves to CI
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "thorough and not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)  ## Run every test that needs no GPU, also the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" $(PYTEST_ARGS)
 
 test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproject.toml allows, in a separate environment

@@ -13,12 +13,21 @@ import pytest
 
 from support import programs, quick_plots
 from support.drawn import write_tiny_data
+from support.thorough import is_thorough
 
 if TYPE_CHECKING:
     from milora_vl.core.policy import Target
     from milora_vl.train.dry_run.simulate import Resident, Shape
 
 Made = tuple[Any, Any]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that `make test` leaves to CI."""
+    for item in items:
+        if is_thorough(item.nodeid):
+            item.add_marker(pytest.mark.thorough)
 
 
 @pytest.fixture(autouse=True)
