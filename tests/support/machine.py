@@ -18,6 +18,9 @@ for name in ("no_proxy", "NO_PROXY"):  # the servers of the tests run here
 paths = (str(Path(__file__).parent / "startup"), os.environ.get("PYTHONPATH"))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if cache := os.environ.get("MILORA_CACHE"):  # perhaps because the home, where others cache, cannot be written
+    for name in ("XDG_CACHE_HOME", "XDG_CONFIG_HOME"):
+        os.environ.setdefault(name, cache)
 
 
 @contextmanager
