@@ -83,7 +83,7 @@ def _osf(base: nn.Module, rules: list[dict[str, Any]]) -> Any:
     for parameter in (p for p in model.parameters() if not p.requires_grad):
         parameter.data = parameter.data.to(dtype)
     for layer in (module for module in model.modules() if isinstance(module, OSFLayer)):
-        layer.cast_input_dtype_enabled = True  # PEFT's layers read it; OSF's do not set it
+        layer.cast_input_dtype_enabled = True  # type: ignore[attr-defined]  # PEFT reads it, and OSF does not set it
     model.milora_targets = []  # no rule has a rate of its own, and no layer is a LoRA whose update is measured
     return model
 
