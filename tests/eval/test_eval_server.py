@@ -35,7 +35,6 @@ NUM = 22  # questions of the fixture
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_server, "PAUSES", (0.01, 0.02, 0.04))
-    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -61,8 +60,7 @@ def results(output: Path, model: str = "mine") -> dict[str, Any]:
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an evaluation without faults; read it."""
     output = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch, answering(Answers()) as address:
-        patch.setenv("no_proxy", "*")
+    with answering(Answers()) as address:
         assert run(address, data, output) == 0
     return output
 
