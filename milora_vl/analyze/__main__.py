@@ -1,5 +1,7 @@
 """`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training changed in its weights.
 
+`analyze ranks MODEL` is a command of its own (ranks.py).
+
 Only one layer is in memory at a time. An interrupted analysis resumes where it stopped.
 """
 
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora_vl.analyze import ranks
 from milora_vl.common.cli.command_line import next_step, positive, run
 from milora_vl.common.cli.flags import Command, option, shared
 from milora_vl.common.cli.table import Table, show
@@ -31,6 +34,7 @@ examples:
   python -m milora_vl.analyze llava-1.5-7b --output_dir spectra --device cuda
   python -m milora_vl.analyze runs/demo                                  # an adapter; files go to runs/demo/analysis
   python -m milora_vl.analyze runs/full --base smol-llava --modules '*layers.1*'
+  python -m milora_vl.analyze ranks --help                               # a policy with ranks from the spectra
 """,
     inputs=(
         option("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder"),
@@ -56,7 +60,10 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
-    options = COMMAND.parse(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if list(words[:1]) == ["ranks"]:
+        return ranks.main(words[1:])
+    options = COMMAND.parse(words)
     from milora_vl.analyze import job, page
 
     subject = Path(options.subject)

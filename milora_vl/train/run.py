@@ -223,10 +223,9 @@ def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted
     from transformers import set_seed
 
     recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args
-    targets = plan.fitted.policy.resolve(loaded.model, cache_dir=recipe.factor_cache)  # ranks may depend on the weights
-    for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
+    for warning in rates.warnings(plan.fitted.targets, recipe.train, method=plan.request.edits.method):
         screen.warn(warning)
-    targets = rates.in_force(targets, recipe.train)
+    targets = rates.in_force(plan.fitted.targets, recipe.train)
     spectra = None
     if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):

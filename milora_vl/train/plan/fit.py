@@ -34,21 +34,19 @@ class Fitted:
 
     recipe: Recipe
     base: Base
-    policy: Policy
-    targets: tuple[Target, ...]  # a rank that depends on singular values is an upper bound here
+    targets: tuple[Target, ...]
     warnings: tuple[str, ...]
 
 
 def fit(merged: Merged) -> Fitted:
     """Look up the base model, and return the recipe as it fits. Raises RecipeError with all problems of both."""
     problems, recipe = list(merged.problems), merged.recipe
-    base, rules, policy, targets = _base_of(merged, problems), merged.rules, Policy(()), list[Target]()
+    base, rules, targets = _base_of(merged, problems), merged.rules, list[Target]()
     if base is not None and rules is not None and not policy_problems(rules):  # the merged recipe has these problems
         with collected(problems):
             if "policy" in merged.defaults and find_towers(base.meta).projector is None:
                 rules = without_projector(rules)
-            policy = Policy.parse(rules)
-            targets = _targets(merged, policy, base)
+            targets = _targets(merged, Policy.parse(rules), base)
     if recipe is not None and base is not None:
         template = OWN if "template" in merged.defaults and base.own_pictures else recipe.template
         recipe = recipe.model_copy(update={"policy": rules, "template": template})
@@ -58,7 +56,7 @@ def fit(merged: Merged) -> Fitted:
                 check(recipe, base, targets)
     if recipe is None or base is None or problems:
         raise RecipeError(problems=problems, source=merged.source)
-    return Fitted(recipe, base, policy, tuple(targets), (*merged.warnings, *_warnings(recipe, base)))
+    return Fitted(recipe, base, tuple(targets), (*merged.warnings, *_warnings(recipe, base)))
 
 
 def _base_of(merged: Merged, problems: list[Problem]) -> Base | None:
@@ -76,9 +74,8 @@ def _base_of(merged: Merged, problems: list[Problem]) -> Base | None:
 
 def _targets(merged: Merged, policy: Policy, base: Base) -> list[Target]:
     """Return the targets of the policy. Raises PolicyError with its problems on this model."""
-    cache = None if merged.recipe is None else merged.recipe.factor_cache
     try:
-        return policy.resolve(base.meta, cache_dir=cache)
+        return policy.resolve(base.meta)
     except PolicyError as error:
         if "rank" in merged.defaults:
             raise PolicyError(problems=_of_default_rank(error.problems)) from None
@@ -231,6 +228,14 @@ def _require_trained_parts(recipe: Recipe, base: Base, targets: Sequence[Target]
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
+    for target in targets:
+        if target.method == "mica" and target.path in quantized:  # PEFT reads the weight as a matrix of floats
+            raise UserError(
+                f"method mica needs float weights: {target.path}",
+                code="policy-no-adapter",
+                where=Key.of("quantization"),
+                hint="use another method, or remove the quantization",
+            )
     packed = [target.path for target in targets if target.rank is None and target.path in quantized]
     if packed:  # integers have no gradient
         raise UserError(
