@@ -74,9 +74,9 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
             r"policy\[0\].rank: expected a positive integer, got {'energy': 0.5}",
         ),
         (
-            [{"modules": "language", "methd": "milora"}],
+            [{"modules": "language", "rnk": "milora"}],
             "policy-unknown-key",
-            r"policy\[0\].methd: unknown key\ndid you mean",
+            r"policy\[0\].rnk: unknown key\ndid you mean",
         ),
         ([{"modules": "language", "lr": 1}], "policy-unknown-key", "unknown key\nknown keys: modules, method"),
     ],
