@@ -1,6 +1,6 @@
 """One training run from its request to its report: `train` calls the steps in order; each returns a complete value.
 
-request -> plan -> inputs -> loaded base -> ordered rows -> adapted model -> trained files -> report.
+settings -> plan -> inputs -> loaded base -> ordered rows -> adapted model -> trained files -> report.
 
 What can be wrong is found before the model loads. Only caches are written before the first step begins.
 """
@@ -56,8 +56,7 @@ from milora_vl.train.plan.run_data import RunData
 from milora_vl.train.plan.run_folder import CARD, ENVIRONMENT, RunFolder
 from milora_vl.train.plan.screen import Screen, policy_rows, protection_lines, trainable_line
 from milora_vl.train.plan.train_section import base_dtype, refused
-from milora_vl.train.recipe.command_line import Request
-from milora_vl.train.recipe.merge import merge_recipe
+from milora_vl.train.recipe.merge import Settings
 from milora_vl.train.recipe.schema import Recipe
 from milora_vl.train.run_files import AtFirstStep, FirstFiles
 from milora_vl.train.spectrum import layer_spectra
@@ -67,11 +66,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def train(request: Request) -> int:
-    """Run a training from its request to its report. Returns the exit code."""
+def train(settings: Settings) -> int:
+    """Run a training from its settings to its report. Returns the exit code."""
     start, screen = time.monotonic(), Screen()
-    merged = merge_recipe(request)
-    plan = make_plan(request, merged, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    plan = make_plan(settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
     for note in plan.notes:
         screen.say(note)
     for warning in plan.fitted.warnings:
@@ -97,7 +95,7 @@ def train(request: Request) -> int:
         first_files.close()
     del loaded, rows, adapted, trainer  # the evaluation needs the model's memory
     failed = evaluate(trained, screen)
-    return write_results(trained, failed, screen, request.format)
+    return write_results(trained, failed, screen, settings.request.format)
 
 
 @dataclass(frozen=True, slots=True)

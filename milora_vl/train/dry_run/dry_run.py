@@ -40,8 +40,7 @@ from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.train.recipe.command_line import PROG, Request
 from milora_vl.train.recipe.hf_flags import value_of
-from milora_vl.train.recipe.merge import merge_recipe
-from milora_vl.train.recipe.places import at_their_places
+from milora_vl.train.recipe.merge import Settings, merge
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 
 
@@ -58,27 +57,29 @@ class Outlook:
     warnings: list[str]
 
 
-def show(request: Request) -> int:
+def show(settings: Settings) -> int:
     """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory.
 
     Raises UserError with everything that would stop the run. With --format json the plan goes to stderr and a JSON
     summary to stdout.
     """
+    request = settings.request
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
-    run = work_out(request, screen)
+    run = work_out(settings, screen)
     _show_next(run, request, screen)
     return 0 if run.costs.fits else 1
 
 
 def outlook(request: Request) -> Outlook:
     """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
-    with at_their_places(request):
-        return work_out(request, Screen(io.StringIO()))
+    settings = merge(request)
+    with settings.places():
+        return work_out(settings, Screen(io.StringIO()))
 
 
-def work_out(request: Request, screen: Screen) -> Outlook:
+def work_out(settings: Settings, screen: Screen) -> Outlook:
     """Show the plan of a run and return it. Raises UserError with everything that would stop the run."""
-    plan = _plan_or_all_problems(request)
+    plan, request = _plan_or_all_problems(settings), settings.request
     recipe, base, section = plan.recipe, plan.fitted.base, plan.section
     warnings = [*plan.fitted.warnings, *section.warnings]
     warnings += rates.warnings(plan.fitted.targets, section.arguments, method=request.edits.method)
@@ -141,19 +142,18 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
     )
 
 
-def _plan_or_all_problems(request: Request) -> Plan:
+def _plan_or_all_problems(settings: Settings) -> Plan:
     """Make the plan. Raises UserError with all problems, also of data and evaluation, if the rules do not fit."""
-    merged = merge_recipe(request)
     try:
-        return make_plan(request, merged, processes=num_devices(request))
+        return make_plan(settings, processes=num_devices(settings.request))
     except RecipeError as error:
-        problems = list(error.problems)
-        if merged.recipe is not None:
+        problems, recipe = list(error.problems), settings.recipe
+        if not settings.problems:
             with collected(problems):
-                eval_section.require_runnable(merged.recipe)
+                eval_section.require_runnable(recipe)
             with collected(problems):
-                if merged.recipe.data.path is not None:
-                    run_data.read_records(merged.recipe.data)
+                if recipe.data.path is not None:
+                    run_data.read_records(recipe.data)
         raise UserError(problems=problems, source=error.source) from None
 
 

@@ -20,12 +20,12 @@ from milora_vl.core.policy.default import without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.rules import NEEDS_ANCHORED
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.models.base import Base, find_base
+from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.quantized import quantized_layers
 from milora_vl.train.plan import base as bases
-from milora_vl.train.recipe.merge import Merged
-from milora_vl.train.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError, policy_problems
+from milora_vl.train.recipe.merge import Settings
+from milora_vl.train.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,46 +38,43 @@ class Fitted:
     warnings: tuple[str, ...]
 
 
-def fit(merged: Merged) -> Fitted:
+def fit(settings: Settings) -> Fitted:
     """Look up the base model, and return the recipe as it fits. Raises RecipeError with all problems of both."""
-    problems, recipe = list(merged.problems), merged.recipe
-    base, rules, targets = _base_of(merged, problems), merged.rules, list[Target]()
-    if base is not None and rules is not None and not policy_problems(rules):  # the merged recipe has these problems
+    problems, recipe, targets = list(settings.problems), settings.recipe, list[Target]()
+    base = _base_of(settings, problems)
+    if base is not None and recipe.policy is not None:
         with collected(problems):
-            if "policy" in merged.defaults and find_towers(base.meta).projector is None:
-                rules = without_projector(rules)
-            targets = _targets(merged, Policy.parse(rules), base)
-    if recipe is not None and base is not None:
-        template = OWN if "template" in merged.defaults and base.own_pictures else recipe.template
-        recipe = recipe.model_copy(update={"policy": rules, "template": template})
+            if not settings.is_set("policy") and find_towers(base.meta).projector is None:
+                recipe = recipe.model_copy(update={"policy": without_projector(recipe.policy)})
+            targets = _targets(settings, Policy.parse(recipe.policy or []), base)
+    if base is not None and not settings.problems:
+        if base.own_pictures and not settings.is_set("template"):
+            recipe = recipe.model_copy(update={"template": OWN})
         checks = _require_prepared, _require_form, _require_base, _require_calibration_files, _require_trained_parts
         for check in checks:
             with collected(problems):
                 check(recipe, base, targets)
-    if recipe is None or base is None or problems:
-        raise RecipeError(problems=problems, source=merged.source)
-    return Fitted(recipe, base, tuple(targets), (*merged.warnings, *_warnings(recipe, base)))
+    if base is None or problems:
+        raise RecipeError(problems=problems, source=settings.source)
+    return Fitted(recipe, base, tuple(targets), (*settings.warnings, *_warnings(recipe, base)))
 
 
-def _base_of(merged: Merged, problems: list[Problem]) -> Base | None:
+def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
     """Return the base model, None if it is not known: its problem is in the list then."""
-    recipe = merged.recipe
-    if merged.model is None:
+    recipe = settings.recipe
+    if not recipe.model:
         return None
-    with collected(problems), at_flag(merged.model_at):
-        if recipe is None:
-            base = find_base(merged.model)
-            return base if base.reads_pictures or not merged.names_tower else None  # with other problems: composed
-        return bases.base_of_run(merged.model, recipe.parts, recipe.projector_weights)
+    with collected(problems), at_flag(settings.file.where(Key.of("model"))):
+        return bases.base_of_run(recipe.model, recipe.parts, recipe.projector_weights)
     return None
 
 
-def _targets(merged: Merged, policy: Policy, base: Base) -> list[Target]:
+def _targets(settings: Settings, policy: Policy, base: Base) -> list[Target]:
     """Return the targets of the policy. Raises PolicyError with its problems on this model."""
     try:
         return policy.resolve(base.meta)
     except PolicyError as error:
-        if "rank" in merged.defaults:
+        if not settings.is_set("policy") and not settings.is_set("policy", 0, "rank"):
             raise PolicyError(problems=_of_default_rank(error.problems)) from None
         raise
 

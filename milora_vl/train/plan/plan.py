@@ -17,7 +17,7 @@ from milora_vl.train.plan.resuming import Resumed
 from milora_vl.train.plan.run_folder import RunFolder
 from milora_vl.train.plan.train_section import TrainSection
 from milora_vl.train.recipe.command_line import Request
-from milora_vl.train.recipe.merge import Merged
+from milora_vl.train.recipe.merge import Settings, batch_of
 from milora_vl.train.recipe.schema import Recipe
 
 
@@ -40,12 +40,12 @@ class Plan:
         return self.fitted.recipe
 
 
-def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
+def make_plan(settings: Settings, *, processes: int) -> Plan:
     """Check everything that can be checked without data and weights. `processes` is the number of devices that train.
 
     Raises RecipeError with all problems of the recipe and its model, UserError for other mistakes.
     """
-    fitted = fit(merged)
+    request, fitted = settings.request, fit(settings)
     recipe, token = run_folder.without_token(with_dtype(fitted.recipe, request))
     fitted = replace(fitted, recipe=recipe)
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
@@ -64,8 +64,8 @@ def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
         hub_token=token,
         folder=folder,
         resumed=None if earlier is None else resuming.resumed(earlier, fitted, processes),
-        recipe_batch=merged.batch_in_recipe,
-        notes=tuple(merged.notes),
+        recipe_batch=batch_of(request.recipe_file),
+        notes=tuple(settings.notes),
     )
 
 
