@@ -15,7 +15,7 @@ from pathlib import Path
 from milora_data.encode.templates import template_name
 from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.common.cli.command_line import above_zero, count, next_step, positive
-from milora_vl.common.cli.eval_command import eval_run
+from milora_vl.common.cli.eval_command import eval_run, questions_of
 from milora_vl.common.cli.flags import OR_ADAPTER, Command, flag, option, shared
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import (
@@ -25,8 +25,7 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
     require_no_base,
 )
-from milora_vl.models.prompts import recipe_of_run
-from milora_vl.report.repeat import questions_of
+from milora_vl.models.recipe_of_run import recipe_of_run
 
 COMMAND = Command(
     "milora_vl.chat",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common.cli.command_line import command_line
-from milora_vl.common.cli.eval_command import eval_run
+from milora_vl.common.cli.eval_command import eval_run, questions_of
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
 from milora_vl.report.run_page import Run
@@ -61,27 +61,6 @@ def steps(typed: Commands) -> list[tuple[str, str]]:
         ("ask", typed.chat),
         ("this page", typed.report),
     ]
-
-
-def questions_of(recipe: Mapping[str, Any]) -> list[str]:
-    """Return the flags of `milora_eval run` for the questions that the recipe of a run names; [] if it names none.
-
-    These are its suites, else the test set of the demo's data, else the held-out records.
-    """
-    config, data = recipe.get("eval") or {}, recipe.get("data") or {}
-    pictures = ["--data", data["image_folder"]] if data.get("image_folder") else []
-    for suite in (config.get("suites") or [])[:1]:
-        folder = ["--data", config["data"]] if config.get("data") else pictures if is_file(suite) else []
-        return ["--suite", suite, *folder]
-    path, held_out = str(data.get("path")), str(data.get("eval_path"))
-    if Path(path).parent.name == "emoji" or Path(path).with_name("captions_val.json").is_file():
-        return ["--suite", "emoji", "--data", str(Path(path).parent)]
-    return ["--benchmarks", held_out, *pictures] if is_file(held_out) else []
-
-
-def is_file(suite: str) -> bool:
-    """Return whether an entry of `eval.suites` is a file of own questions."""
-    return Path(suite).suffix in (".json", ".jsonl")
 
 
 def _as_typed(argv: Sequence[str]) -> str:

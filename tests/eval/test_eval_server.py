@@ -134,10 +134,12 @@ def test_a_question_is_asked_again_after_503_429_and_a_dropped_connection(
     assert predictions(tmp_path) == predictions(whole)
 
 
-@pytest.mark.parametrize("value", ["0", format_datetime(datetime.now(timezone.utc) - timedelta(hours=1), usegmt=True)])
+@pytest.mark.parametrize("form", ["seconds", "date"])
 def test_the_time_that_the_server_asks_for_replaces_the_pause(
-    value: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    an_hour_ago = format_datetime(datetime.now(timezone.utc) - timedelta(hours=1), usegmt=True)
+    value = {"seconds": "0", "date": an_hour_ago}[form]
     monkeypatch.setattr(chat_server, "PAUSES", (60.0,))
     start = time.monotonic()
     with answering(Answers(faults=(503,), retry_after=value)) as address:

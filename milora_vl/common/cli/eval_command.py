@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def eval_run(
@@ -41,3 +42,24 @@ def eval_trained(
     if (run / "config.json").is_file():
         return eval_run(run, base=model, suite=suite, data=data, limit=limit, with_base=with_base, output_dir=run)
     return eval_run(model, adapter=run, suite=suite, data=data, limit=limit, with_base=with_base, output_dir=run)
+
+
+def questions_of(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the flags of `milora_eval run` for the questions that the recipe of a run names; [] if it names none.
+
+    These are its suites, else the test set of the demo's data, else the held-out records.
+    """
+    config, data = recipe.get("eval") or {}, recipe.get("data") or {}
+    pictures = ["--data", data["image_folder"]] if data.get("image_folder") else []
+    for suite in (config.get("suites") or [])[:1]:
+        folder = ["--data", config["data"]] if config.get("data") else pictures if is_file(suite) else []
+        return ["--suite", suite, *folder]
+    path, held_out = str(data.get("path")), str(data.get("eval_path"))
+    if Path(path).parent.name == "emoji" or Path(path).with_name("captions_val.json").is_file():
+        return ["--suite", "emoji", "--data", str(Path(path).parent)]
+    return ["--benchmarks", held_out, *pictures] if is_file(held_out) else []
+
+
+def is_file(suite: str) -> bool:
+    """Return whether an entry of `eval.suites` is a file of own questions."""
+    return Path(suite).suffix in (".json", ".jsonl")

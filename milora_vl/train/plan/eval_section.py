@@ -9,9 +9,8 @@ import importlib
 from collections import Counter
 from pathlib import Path
 
-from milora_vl.common.cli.eval_command import eval_trained
+from milora_vl.common.cli.eval_command import eval_trained, is_file
 from milora_vl.common.errors import Key, UserError
-from milora_vl.report.repeat import is_file
 from milora_vl.train.recipe.schema import Recipe
 
 
