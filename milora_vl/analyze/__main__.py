@@ -154,10 +154,13 @@ def at_flags() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        keys = [problem.where for problem in error.problems if isinstance(problem.where, Key)]
-        flags = {key: f"--{key}" if key.parts else "--min --max" for key in keys if "policy" not in key.parts}
-        problems = [replace(problem, where=flags.get(problem.where, problem.where)) for problem in error.problems]
-        raise with_problems(error, problems) from None
+        raise with_problems(error, [replace(p, where=_flag_of(p.where)) for p in error.problems]) from None
+
+
+def _flag_of(where: str | Key) -> str | Key:
+    if not isinstance(where, Key) or "policy" in where.parts:
+        return where
+    return f"--{where}" if where.parts else "--min --max"
 
 
 if __name__ == "__main__":

@@ -131,7 +131,9 @@ def arm_rules(
     Raises UserError for fields that apply to no rule.
     """
     edits: dict[str, Any] = {name: fields[name] for name in _EDITS if not isinstance(fields.get(name), Mapping | None)}
-    rules = edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **edits))
+    rules = list[dict[str, Any]](
+        edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **edits))
+    )
     others = {name: value for name, value in fields.items() if name not in edits and name != "policy"}
     adapters = [rule for rule in rules if is_adapter(rule)]
     if others and not adapters:
