@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from milora_vl.train.plan.fit import Fitted, fit
+from milora_vl.core.policy import Target
+from milora_vl.models.base import Base
+from milora_vl.train.plan.fit import fit
 from milora_vl.train.plan.launch import read_launch
 from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.train_section import TrainSection, derive
 from milora_vl.train.recipe.command_line import parse
 from milora_vl.train.recipe.merge import Settings, merge
-from milora_vl.train.recipe.schema import RecipeError
+from milora_vl.train.recipe.schema import Recipe, RecipeError
+
+
+class Fitted(NamedTuple):
+    """What the recipe of a command line is on its base model."""
+
+    recipe: Recipe
+    base: Base
+    targets: Sequence[Target]
+    warnings: Sequence[str]
 
 
 def fitted(words: str | Sequence[str]) -> Fitted:
     """Return the recipe of a command line on its base model. Problems are at the flags or lines that set them."""
     found = _merged(words)
     with found.places():
-        return fit(found)
+        return Fitted(*fit(found))
 
 
 def settings(words: str | Sequence[str]) -> Settings:
@@ -36,7 +48,7 @@ def _merged(words: str | Sequence[str]) -> Settings:
 def section(words: str | Sequence[str]) -> TrainSection:
     """Return the arguments of the training of a command line."""
     found = fitted(words)
-    return derive(found, read_launch(found.recipe.train))
+    return derive(found.recipe, found.base, found.targets, read_launch(found.recipe.train))
 
 
 def plan(words: str | Sequence[str]) -> Plan:

@@ -32,7 +32,7 @@ from milora_vl.models.smol_llava import folder_of
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train.dry_run import first_batch
 from milora_vl.train.dry_run.cost import MIX665K, Costs, costs_of
-from milora_vl.train.plan import eval_section, rates, record_checks, run_data
+from milora_vl.train.plan import eval_section, record_checks, run_data
 from milora_vl.train.plan.base import require_usable
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.fit import require_template
@@ -46,10 +46,9 @@ from milora_vl.train.recipe.schema import Recipe, RecipeError
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run will do: its plan, its targets with their rates, its steps (unknown without data) and its costs."""
+    """What a run will do: its plan, its steps (unknown without data) and its costs."""
 
     plan: Plan
-    targets: list[Target]
     num_records: int | None
     batching: Batching
     has_steps: bool
@@ -80,17 +79,15 @@ def outlook(request: Request) -> Outlook:
 def work_out(settings: Settings, screen: Screen) -> Outlook:
     """Show the plan of a run and return it. Raises UserError with everything that would stop the run."""
     plan, request = _plan_or_all_problems(settings), settings.request
-    recipe, base, section = plan.recipe, plan.fitted.base, plan.section
-    warnings = [*plan.fitted.warnings, *section.warnings]
-    warnings += rates.warnings(plan.fitted.targets, section.arguments, method=request.edits.method)
-    targets = rates.in_force(plan.fitted.targets, section.arguments)
-    for line in [*plan.notes, *(f"warning: {warning}" for warning in warnings)]:
+    recipe, base, section = plan.recipe, plan.base, plan.section
+    warnings = [*plan.warnings, *section.warnings]
+    for line in [*settings.notes, *(f"warning: {warning}" for warning in warnings)]:
         screen.say(line)
     model = base.parts.describe() if base.parts else base.name
     adapter = f", with the adapter {recipe.adapter}" if recipe.adapter else ""
     screen.say(f"model  {model}, {num_parameters(base.meta):,} parameters{adapter}")
     screen.say(f"run    {plan.folder.path} (not created)\n")
-    policy(screen, base.meta, targets)
+    policy(screen, base.meta, plan.targets)
     problems = _missing(recipe, base)  # raised at the end, after the plan is printed
     try:
         counts, num_records = data(screen, recipe, base)
@@ -103,16 +100,16 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     has_steps = recipe.data.streaming or num_records is not None
     unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
     screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
-    costs = costs_of(plan, targets, counts, batching, has_steps=has_steps)
+    costs = costs_of(plan, counts, batching, has_steps=has_steps)
     screen.say("\n".join(costs.lines))
     if problems:
         raise UserError(problems=problems)
-    return Outlook(plan, targets, num_records, batching, has_steps, costs, warnings)
+    return Outlook(plan, num_records, batching, has_steps, costs, warnings)
 
 
 def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
     """Show the command that starts the run, and with --format json print the summary."""
-    recipe, base, batching, costs = run.plan.recipe, run.plan.fitted.base, run.batching, run.costs
+    recipe, base, batching, costs = run.plan.recipe, run.plan.base, run.batching, run.costs
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     if batching.num_devices > 1 and request.output_dir is None:
@@ -122,7 +119,7 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
     screen.say(f"\n{title}:\n  {start}")
     if request.format == "json":
         content = {
-            "model": recipe.model, "parameters": num_parameters(base.meta), **_trained(base.meta, run.targets),
+            "model": recipe.model, "parameters": num_parameters(base.meta), **_trained(base.meta, run.plan.targets),
             "records": run.num_records, "batch": batching.total,
             "steps": batching.steps if run.has_steps else None, "cost": costs.lines, "fits": costs.fits,
             "output_dir": str(run.plan.folder.path), "next": start,
@@ -185,13 +182,13 @@ def _words_for_data(base: Base) -> str:
     return " --data_path DATA.json" + (" --image_folder FOLDER" if base.reads_pictures else "")
 
 
-def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
+def _trained(base: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
     sizes = trained_sizes(targets, base)
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in policy_rows(targets, sizes)]
     return {"trained": sum(sizes.values()), "policy": rows}
 
 
-def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
+def policy(screen: Screen, base: nn.Module, targets: Sequence[Target]) -> None:
     """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
     sizes = trained_sizes(targets, base)
     screen.policy(policy_rows(targets, sizes), frozen_towers(base, targets))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,11 @@ from milora_vl.train.recipe.merge import Settings
 from milora_vl.train.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """A recipe whose rules and settings fit its base model, and the targets of its policy on the meta model."""
+def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
+    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings.
 
-    recipe: Recipe
-    base: Base
-    targets: tuple[Target, ...]
-    warnings: tuple[str, ...]
-
-
-def fit(settings: Settings) -> Fitted:
-    """Look up the base model, and return the recipe as it fits. Raises RecipeError with all problems of both."""
+    Raises RecipeError with all problems of both.
+    """
     problems, recipe, targets = list(settings.problems), settings.recipe, list[Target]()
     base = _base_of(settings, problems)
     if base is not None and recipe.policy is not None:
@@ -56,7 +48,7 @@ def fit(settings: Settings) -> Fitted:
                 check(recipe, base, targets)
     if base is None or problems:
         raise RecipeError(problems=problems, source=settings.source)
-    return Fitted(recipe, base, tuple(targets), (*settings.warnings, *_warnings(recipe, base)))
+    return recipe, base, targets, [*settings.warnings, *_warnings(recipe, base)]
 
 
 def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:

@@ -255,7 +255,7 @@ def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told
     assert said.endswith("no effect: layer -1, feature cls_patch")
     (said,) = fitted("--model tiny-text --rank 4 --mm_vision_select_layer -1").warnings
     assert "without --vision_tower" in said
-    assert fitted("--model tiny --rank 4 --mm_vision_select_layer -2").warnings == ()
+    assert fitted("--model tiny --rank 4 --mm_vision_select_layer -2").warnings == []
 
 
 @pytest.mark.parametrize(
