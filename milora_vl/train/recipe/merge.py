@@ -91,12 +91,12 @@ def merge(request: Request) -> Settings:
             of_flags.put("policy", _read_policy(request.policy), "--policy")
     for layer in (file.content, of_flags):  # each by itself, too: a flag hides no mistake of the file
         problems += replace(file, content=layer).located(checked(layer, is_whole=False)[1])
-    below = _newest(merged(_newest(of_adapter), _newest(file.content)))
-    notes = _without_evaluation(below, of_flags)
-    if isinstance(train := below.get("train"), Section):  # a flag by an older name wins, too
-        below["train"] = train.without(hf_flags.replaced(request.overrides.get("train", {})))
-    content = merged(below, _of_llava(request, meaning, adapter), _newest(of_flags))
-    notes += _note_about_ratio(content, request, adapter)
+    below = merged(_newest(of_adapter), _newest(file.content))
+    notes = _give_way(below, of_flags)
+    of_llava = _of_llava(request, meaning, adapter)
+    if "data" in of_llava and not request.sets("data.image_aspect_ratio"):
+        notes.append("LLaVA flags: without --image_aspect_ratio images are cropped to a square")
+    content = merged(below, of_llava, _newest(of_flags))
     is_known = bool(of_adapter) or not adapter  # what an adapter with a problem names is not
     rules, after_flags = content.get("policy"), None
     if is_known and (rules is None or (isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules))):
@@ -104,8 +104,8 @@ def merge(request: Request) -> Settings:
             after_flags = edited(rules, _edits(request, below, rules))
     content.put("policy", after_flags, content.places.get("policy", ""))
     recipe, wrong = checked(content, is_whole=not problems)
-    merged_file = replace(file, content=content)
-    settings = Settings(request=request, recipe=recipe, file=merged_file, warnings=meaning.warnings)
+    file = replace(file, content=content)
+    settings = Settings(request=request, recipe=recipe, file=file, warnings=meaning.warnings)
     problems += settings.located(wrong)
     if of_adapter and not problems:
         problems += settings.located(continued.contradictions(adapter, of_adapter, recipe))
@@ -133,9 +133,10 @@ def _of_flags(request: Request) -> Section:
     """Return the settings of the flags that are keys of the recipe."""
 
     def flag_of(key: str) -> str:
-        return f"--{key.removeprefix('train.')}" if key.startswith("train.") else f"--{FLAGS.get(key, '')}"
+        name = key.removeprefix("train.") if key.startswith("train.") else FLAGS.get(key)
+        return f"--{name}" if name else ""
 
-    flags = placed(request.overrides, lambda key: flag_of(key) if key in FLAGS or key.startswith("train.") else "")
+    flags = placed(request.overrides, flag_of)
     sampled = [name for name in ("fps", "num_frames") if name in flags.get("data", {})]
     if len(sampled) == 1:  # the flag replaces either setting of the recipe
         flags["data"]["num_frames" if sampled == ["fps"] else "fps"] = None
@@ -160,12 +161,6 @@ def _of_llava(request: Request, meaning: Meaning, adapter: str) -> Section:
     return layer
 
 
-def _note_about_ratio(content: Section, request: Request, adapter: str) -> list[str]:
-    if not llava_flags.is_script(request.llava) or request.recipe or adapter or request.sets("data.image_aspect_ratio"):
-        return []
-    return ["LLaVA flags: without --image_aspect_ratio images are cropped to a square"]
-
-
 def _newest(layer: Section) -> Section:
     """Return a layer whose training arguments have their newest names."""
     return Section({**layer, "train": train_section(layer.get("train"))[0]}, layer.places)
@@ -180,8 +175,12 @@ def _edits(request: Request, below: Section, rules: Any) -> PolicyEdits:
     return replace(request.edits, protect=0.0, method=request.edits.method or "milora")
 
 
-def _without_evaluation(below: Section, flags: Section) -> list[str]:
-    """Drop the held-out records of a recipe if --data_path replaces its data. Return a note about it."""
+def _give_way(below: Section, flags: Section) -> list[str]:
+    """Drop what the flags replace beside their own keys: an argument by an older name, held-out records of other data.
+
+    Returns a note about the held-out records.
+    """
+    below["train"] = below["train"].without(hf_flags.replaced(flags.get("train", {})))
     data, over = below.get("data"), flags.get("data", {})
     if not isinstance(data, Section) or not data.get("eval_path") or "eval_path" in over:
         return []
