@@ -14,7 +14,6 @@ import llava_recipes
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.yaml_text import read_file, read_mapping
-from milora_vl.train.recipe.hf_flags import RENAMED
 from milora_vl.train.recipe.layers import Section, place_of, placed
 
 
@@ -32,12 +31,8 @@ class RecipeFile:
         return cls(placed(content, lambda key: f"{source}:{lines[key]}" if key in lines else ""), source, packaged)
 
     def where(self, key: Key) -> str:
-        """Return where a value stands: its flag, or the file with the line and the key.
-
-        The file may have an older name of a training argument.
-        """
-        older = [Key(("train", old)) for old, new in RENAMED.items() if key.parts == ("train", new)]
-        place = next(filter(None, (place_of(self.content, name) for name in (key, *older))), self.source)
+        """Return where a value stands: its flag, or the file with the line and the key."""
+        place = place_of(self.content, key) or self.source
         is_flag = place.startswith("--") and place != "--policy"  # which holds many keys
         return place if is_flag else f"{place}: {key}"
 
