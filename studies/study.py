@@ -17,23 +17,24 @@ from milora_vl.common.strict_models import Strict, problems_of
 from milora_vl.common.yaml_text import read_mapping
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.core.policy import Policy
+from milora_vl.core.policy.ranks import SpectralRank
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "fixed", "rival", "scale", "osf")
+_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "fixed", "rival", "scale", "osf")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. An arm may have fewer `seeds`, a `fixed` A, a `rival`, and a `scale`, by which the finished
-    adapter is multiplied; with `osf: true`, PEFT's OSF adapts the layers of its rules. `also` names arms whose cells
-    are read from the CSV of another study with the same task and settings. `figure` names the arms that are drawn (all,
-    without it); the table has them all. `search_seeds` is the number of seeds for the search over learning rates; only
-    the best rate by validation loss runs all seeds.
+    rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `fixed` A, a `rival`, and a
+    `scale`, by which the finished adapter is multiplied; with `osf: true`, PEFT's OSF adapts the layers of its rules.
+    `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` names
+    the arms that are drawn (all, without it); the table has them all. `search_seeds` is the number of seeds for the
+    search over learning rates; only the best rate by validation loss runs all seeds.
     """
 
     question: str
@@ -62,6 +63,10 @@ class Study(Strict):
         """Return the training settings of an arm."""
         defaults = {name: getattr(self, name) for name in Training.model_fields}
         return Training.model_validate(defaults | self.arms[arm].get("train", {}))
+
+    def ranks(self, arm: str) -> SpectralRank | None:
+        """Return how the ranks of an arm follow from the singular values; None if its rules have them."""
+        return SpectralRank(**self.arms[arm]["ranks"]) if "ranks" in self.arms[arm] else None
 
     def fixed(self, arm: str) -> Fixed | None:
         """Return how the arm's fixed A is made; None if both factors train from the start of the method."""
@@ -95,7 +100,8 @@ class Study(Strict):
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
         fixed, rival = self.fixed(cell.method), self.rival(cell.method)
-        content += [part.model_dump() for part in (fixed, rival) if part is not None]
+        parts = (self.ranks(cell.method), fixed, rival)
+        content += [part.model_dump() for part in parts if part is not None]
         if fixed is not None or any(rule.get("protect") for rule in rules):
             content.append(CALIBRATION_VERSION)
         arm = self.arms[cell.method]
@@ -204,7 +210,7 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
         )
     for arm in study.arms:
         try:
-            study.training(arm), study.fixed(arm), study.rival(arm)
+            study.training(arm), study.ranks(arm), study.fixed(arm), study.rival(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
         except (ValidationError, UserError) as error:
             of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")

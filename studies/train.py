@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from milora_vl import Policy, apply_milora
 from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.adapter.parameter_groups import parameter_groups
+from milora_vl.core.policy.ranks import with_ranks
+from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.sweep.cells import Cell
 from studies.rivals import loss_with, pieces
 from studies.starts import OTHER_ORDER, install, starts
@@ -38,7 +40,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         torch.manual_seed(cell.seed)
         base = task.model()
         updates = Updates.of(base, study.overlap, factors)
-        rules = study.rules(cell.method, cell.learning_rate, cell.seed)
+        rules = rules_on(base, study, cell, factors)
         model = _adapted(task, study, cell, base, rules, factors)
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.data = parameter.data.float()  # half precision loses small Adam steps
@@ -54,6 +56,15 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Resul
         **measured.more, **update, "step_seconds": step_seconds, "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     return numbers, dict(measured.items)
+
+
+def rules_on(base: nn.Module, study: Study, cell: Cell, factors: Path) -> list[dict[str, Any]]:
+    """Return the rules of a cell; `factors` caches the singular values where they decide the ranks."""
+    rules, ranks = study.rules(cell.method, cell.learning_rate, cell.seed), study.ranks(cell.method)
+    if ranks is None:
+        return rules
+    policy = Policy.parse(rules)
+    return with_ranks(policy, base, ranks, lambda path: read_matrix(base.get_submodule(path)), cache=factors).to_list()
 
 
 def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:

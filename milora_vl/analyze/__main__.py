@@ -1,5 +1,7 @@
 """`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training changed in its weights.
 
+`analyze ranks MODEL` writes a policy whose ranks follow from the spectra.
+
 Only one layer is in memory at a time. An interrupted analysis resumes where it stopped.
 """
 
@@ -7,13 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from milora_vl.common.cli.command_line import next_step, positive, run
 from milora_vl.common.cli.flags import Command, option, shared
 from milora_vl.common.cli.table import Table, show
-from milora_vl.common.errors import UserError
+from milora_vl.common.errors import Key, UserError, with_problems
 from milora_vl.core.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
 from milora_vl.report.page import regenerate_report
 
@@ -31,6 +35,7 @@ examples:
   python -m milora_vl.analyze llava-1.5-7b --output_dir spectra --device cuda
   python -m milora_vl.analyze runs/demo                                  # an adapter; files go to runs/demo/analysis
   python -m milora_vl.analyze runs/full --base smol-llava --modules '*layers.1*'
+  python -m milora_vl.analyze ranks --help                               # a policy with ranks from the spectra
 """,
     inputs=(
         option("subject", metavar="MODEL_OR_ADAPTER", help="name, hub id or folder"),
@@ -53,11 +58,56 @@ examples:
     ),
 )
 
+RANKS = Command(
+    "milora_vl.analyze ranks",
+    "Write a policy whose ranks follow from the singular values of a model.",
+    """\
+The policy selects the modules; its own ranks do not count. The scale alpha/rank of each module stays.
+
+examples:
+  python -m milora_vl.analyze ranks llava-1.5-7b --energy 0.01 --max 256 > policy.yaml
+  python -m milora_vl.analyze ranks llava-1.5-7b --budget 20000000 --policy rules.yaml > policy.yaml
+  python -m milora_vl.train --model llava-1.5-7b --policy policy.yaml --dry-run
+""",
+    inputs=(
+        option("model", metavar="MODEL", help="name, hub id or folder"),
+        (
+            option("--energy", type=float, metavar="X", help="largest rank whose minor part holds this share of ‖W‖²"),
+            option(
+                "--threshold",
+                type=float,
+                metavar="X",
+                help="number of singular values that are at most this share of the largest",
+            ),
+            option("--budget", type=positive, metavar="N", help="number of trained parameters of all adapters"),
+        ),
+        option("--policy", metavar="RULES", help="YAML text or file (default: the default policy)"),
+    ),
+    settings=(
+        option("--min", type=positive, default=1, metavar="N", help="smallest rank (default: %(default)s)"),
+        option("--max", type=positive, metavar="N", help="largest rank"),
+        option("--factor_cache", type=Path, metavar="FOLDER", help="folder that caches the singular values"),
+        shared("device"),
+    ),
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
-    options = COMMAND.parse(argv)
-    from milora_vl.analyze import job, page
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_ranks = words[:1] == ["ranks"]
+    options = RANKS.parse(words[1:]) if is_ranks else COMMAND.parse(words)
+    from milora_vl.analyze import job, page, ranks
+
+    if is_ranks:
+        with at_flags():
+            rank = ranks.SpectralRank(
+                energy=options.energy, threshold=options.threshold, budget=options.budget,
+                min=options.min, max=options.max,
+            )  # fmt: skip
+            ranks.write(options.model, rank, options.policy, cache=options.factor_cache, device=options.device)
+        next_step("milora_vl.train", "--model", options.model, "--policy", "POLICY.yaml", "--dry-run")
+        return 0
 
     subject = Path(options.subject)
     base = ("--base", options.base) if options.base else ()
@@ -96,6 +146,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         next_step("milora_vl.train", "--model", options.subject, "--dry-run")
     return 0
+
+
+@contextmanager
+def at_flags() -> Iterator[None]:
+    """Turn the keys of a rank in the errors of the block into flags; those of a policy stay."""
+    try:
+        yield
+    except UserError as error:
+        raise with_problems(error, [replace(p, where=_flag_of(p.where)) for p in error.problems]) from None
+
+
+def _flag_of(where: str | Key) -> str | Key:
+    if not isinstance(where, Key) or "policy" in where.parts:
+        return where
+    return f"--{where}" if where.parts else "--min --max"
 
 
 if __name__ == "__main__":

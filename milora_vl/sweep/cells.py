@@ -10,7 +10,7 @@ from typing import Any
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.methods import METHODS
-from milora_vl.train.recipe.hf_flags import overridden, value_of
+from milora_vl.train.recipe.hf_flags import replaced, value_of
 from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
 from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import EvalConfig, Recipe, SweepConfig
@@ -112,7 +112,7 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     fields = dict(variants(recipe)[cell.method])
     train = dict(recipe.train)
     for over in (recipe.sweep.train, fields.pop("train", {}), {"seed": cell.seed}):
-        train = {**overridden(train, over), **over}
+        train = {name: value for name, value in train.items() if name not in replaced(over)} | over
     if cell.rank is not None:
         fields["rank"] = cell.rank
     rules = arm_rules(recipe.policy, fields, learning_rate=cell.learning_rate, seed=cell.seed)
@@ -131,7 +131,9 @@ def arm_rules(
     Raises UserError for fields that apply to no rule.
     """
     edits: dict[str, Any] = {name: fields[name] for name in _EDITS if not isinstance(fields.get(name), Mapping | None)}
-    rules = edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **edits))
+    rules = list[dict[str, Any]](
+        edited(fields.get("policy", policy), PolicyEdits(learning_rate=learning_rate, **edits))
+    )
     others = {name: value for name, value in fields.items() if name not in edits and name != "policy"}
     adapters = [rule for rule in rules if is_adapter(rule)]
     if others and not adapters:

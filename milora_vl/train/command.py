@@ -9,31 +9,27 @@ from collections.abc import Sequence
 
 from milora_vl.common.errors import UserError
 from milora_vl.train.recipe import command_line
-from milora_vl.train.recipe.command_line import Request
-from milora_vl.train.recipe.places import at_their_places
+from milora_vl.train.recipe.merge import merge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the action of the command line and return the exit code. Raises UserError for mistakes the user can fix."""
     request = command_line.parse(argv)
-    with at_their_places(request):
-        return _act(request)
-
-
-def _act(request: Request) -> int:
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.train.recipe import listings
 
         if request.problems:
             raise UserError(problems=request.problems)
         return listings.show(request)
-    if request.action == "dry_run":
-        from milora_vl.train.dry_run import dry_run
+    settings = merge(request)
+    with settings.places():
+        if request.action == "dry_run":
+            from milora_vl.train.dry_run import dry_run
 
-        return dry_run.show(request)
-    from milora_vl.train.run import train
+            return dry_run.show(settings)
+        from milora_vl.train.run import train
 
-    return train(request)
+        return train(settings)
 
 
 @atexit.register

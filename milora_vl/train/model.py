@@ -20,9 +20,9 @@ from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.base import Base
 from milora_vl.models.image_tokens import configure_processor
+from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config, unquantized
 from milora_vl.train.plan.screen import frozen_towers, trained_sizes
@@ -44,12 +44,14 @@ class Built:
 
 def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
     """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
-    model, processor = load_model(recipe.model, dtype=dtype, device=device, quantization=_quantization(recipe, base))
-    configure_processor(processor, recipe.data.processor)
+    quantization = _quantization(recipe, base)
+    model: Any = load_weights(recipe.model, dtype, quantization=quantization, device=device)
+    model = (model if quantization is not None else model.to(device)).eval()
+    configure_processor(base.processor, recipe.data.processor)
     _set_attention(model, recipe)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
-    return model, processor
+    return model, base.processor
 
 
 def _quantization(recipe: Recipe, base: Base) -> Any:

@@ -1,6 +1,4 @@
-"""One training run from its request to its report: `train` calls the steps in order; each returns a complete value.
-
-request -> plan -> inputs -> loaded base -> ordered rows -> adapted model -> trained files -> report.
+"""One training run from its settings to its report, by three values: `Plan`, `Ready` and `Trained`.
 
 What can be wrong is found before the model loads. Only caches are written before the first step begins.
 """
@@ -28,8 +26,8 @@ from milora_vl.common.errors import UserError, with_context
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.adapter.install import base_model_of
 from milora_vl.core.weights.distributed import gather
-from milora_vl.models.base import Base
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.train import (
@@ -47,17 +45,16 @@ from milora_vl.train.evaluation import Scored, SuiteCallback, suites_of
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.keep import Kept
 from milora_vl.train.model import Built
-from milora_vl.train.plan import eval_section, rates, record_checks, resuming, run_data
-from milora_vl.train.plan.base import compose, require_usable
+from milora_vl.train.plan import eval_section, record_checks, resuming, run_data
+from milora_vl.train.plan.base import require_usable
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.fit import template_warnings
 from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.run_data import RunData
 from milora_vl.train.plan.run_folder import CARD, ENVIRONMENT, RunFolder
 from milora_vl.train.plan.screen import Screen, policy_rows, protection_lines, trainable_line
-from milora_vl.train.plan.train_section import base_dtype, refused
-from milora_vl.train.recipe.command_line import Request
-from milora_vl.train.recipe.merge import merge_recipe
+from milora_vl.train.plan.train_section import base_dtype, dtype_name, refused
+from milora_vl.train.recipe.merge import Settings, batch_of
 from milora_vl.train.recipe.schema import Recipe
 from milora_vl.train.run_files import AtFirstStep, FirstFiles
 from milora_vl.train.spectrum import layer_spectra
@@ -67,49 +64,87 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def train(request: Request) -> int:
-    """Run a training from its request to its report. Returns the exit code."""
+def train(settings: Settings) -> int:
+    """Run a training from its settings to its report. Returns the exit code."""
     start, screen = time.monotonic(), Screen()
-    merged = merge_recipe(request)
-    plan = make_plan(request, merged, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    for note in plan.notes:
-        screen.say(note)
-    for warning in plan.fitted.warnings:
-        screen.warn(warning)
+    plan = make_plan(settings, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    show_notes(plan, screen)
     if plan.resumed is not None and not plan.resumed.gets_steps:  # a requeued job has nothing left to do
         screen.say(f"{plan.folder.path} is finished; nothing to resume")
         return 0
     eval_section.require_runnable(plan.recipe)
-    require_usable(plan.recipe, plan.fitted.base)
-    inputs = read_inputs(plan, screen)
-    require_template_for_tools(plan.recipe, inputs.data)
-    hub.open_repository(plan.recipe.train, plan.folder.path, plan.hub_token)
-    loaded = load_base_model(plan, inputs, screen)
-    rows = group_rows(plan, loaded, inputs, screen)
-    adapted = adapt(plan, loaded, inputs, screen)
-    show_header_and_policy(plan, inputs, loaded, rows, adapted, screen)
-    run_files.set_chat_template(loaded.processor, loaded.recipe.template)
-    first_files = collect_first_files(plan, inputs, loaded, adapted, screen)
+    require_usable(plan.recipe, plan.base)
+    ready = make_ready(plan, screen)
+    show_header_and_policy(ready, screen)
+    first_files = collect_first_files(ready, screen)
     try:
-        trainer = make_trainer(plan, inputs, loaded, rows, adapted, first_files)
-        trained = train_and_save(plan, rows, trainer, first_files, start)
+        trainer = make_trainer(ready, first_files)
+        trained = train_and_save(ready, trainer, first_files, start)
     finally:
         first_files.close()
-    del loaded, rows, adapted, trainer  # the evaluation needs the model's memory
+    del ready, trainer  # the evaluation needs the model's memory
     failed = evaluate(trained, screen)
-    return write_results(trained, failed, screen, request.format)
+    return write_results(trained, failed, screen, settings.request.format)
+
+
+def show_notes(plan: Plan, screen: Screen) -> None:
+    """Print what the flags change, and warnings about settings."""
+    for note in plan.settings.notes:
+        screen.say(note)
+    for warning in plan.warnings:
+        screen.warn(warning)
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """The records, Hugging Face's arguments, and the number of steps that they make."""
+class Ready:
+    """All that a training needs: the model with its adapter, the rows that it reads, and Hugging Face's arguments."""
 
+    plan: Plan  # on a base that exists, if the run composes one
     data: RunData
     args: TrainingArguments
+    processor: Any
+    built: Built
+    kept: Kept | None  # texts whose answers stay as the base's
+    spectra: Any  # of one layer per tower, at the start of a run
+    rows: Any  # what the loader draws from: records, packs of records, or a stream
+    lengths: list[int] | None  # of the rows, where batches go by them
     batching: Batching
+    probe: Probe | None  # the base's predictions, for forgetting during training
+    suites: Scored | None  # questions, for scores during training
 
 
-def read_inputs(plan: Plan, screen: Screen) -> Inputs:
+def make_ready(plan: Plan, screen: Screen) -> Ready:
+    """Read the records, load the base, order the rows and apply the policy. Only caches are written."""
+    data, args, batching = read_inputs(plan, screen)
+    require_template_for_tools(plan.recipe, data)
+    hub.open_repository(plan.recipe.train, plan.folder.path, plan.hub_token)
+    with args.main_process_first(desc="composing the base"):
+        plan, line = plan.composed()
+    if line:
+        screen.say(line)
+    suites = suites_of(plan.recipe)
+    record_checks.require_trainable(plan.recipe, plan.base, data.train, data.evaluation or ())
+    loaded, processor = load_base_model(plan, args, screen)
+    probe = None
+    if plan.recipe.eval.forgetting_every:
+        with screen.step("keeping the base's predictions, for forgetting"):
+            probe = Probe(loaded, processor)
+    lengths = collators.lengths(plan.recipe, plan.base, processor, data.train)
+    rows: Any = data.train
+    if plan.recipe.data.packing:
+        assert lengths is not None
+        rows, line = collators.packed(plan.recipe, data.train, lengths)
+        screen.say(line)
+        lengths, batching = None, count_steps(plan, args, len(rows))
+    elif plan.recipe.data.streaming:
+        args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
+        rows = loaders.stream_of(plan.recipe, args)
+    built, kept, spectra = adapt(plan, loaded, processor, data, args, screen)
+    run_files.set_chat_template(processor, plan.recipe.template)
+    return Ready(plan, data, args, processor, built, kept, spectra, rows, lengths, batching, probe, suites)
+
+
+def read_inputs(plan: Plan, screen: Screen) -> tuple[RunData, TrainingArguments, Batching]:
     """Read and check the records, and work out the arguments and the number of steps."""
     recipe, checkpoint = plan.recipe, plan.folder.checkpoint
     run_data.require_named(recipe.data)
@@ -125,7 +160,7 @@ def read_inputs(plan: Plan, screen: Screen) -> Inputs:
         warnings += resuming.warnings(checkpoint, processes=args.world_size, stage=stage)
     for warning in [*data.warnings(), *warnings]:
         screen.warn(warning)
-    return Inputs(data, args, batching)
+    return data, args, batching
 
 
 def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> Batching:
@@ -150,107 +185,49 @@ def require_template_for_tools(recipe: Recipe, data: RunData) -> None:
         raise with_context(no_tools(), data.tools_at)
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """The base model, its processor, and the recipe that names it; the files of the run hold that one."""
-
-    recipe: Recipe  # the plan's, with the folder of a composed model
-    base: Base  # the plan's, or the composed one
-    model: Any
-    processor: Any
-    dtype: torch.dtype  # of the frozen weights
-    probe: Probe | None  # the base's predictions, for forgetting during training
-    suites: Scored | None  # questions, for scores during training
-
-
-def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
+def load_base_model(plan: Plan, args: TrainingArguments, screen: Screen) -> tuple[torch.nn.Module, Any]:
     """Load the base model and its processor."""
-    args = inputs.args
-    with args.main_process_first(desc="composing the base"):
-        recipe, base, line = compose(plan.recipe, plan.fitted.base)
-    if line:
-        screen.say(line)
-    dtype = base_dtype(recipe)
-    suites = suites_of(recipe)
-    record_checks.require_trainable(recipe, base, inputs.data.train, inputs.data.evaluation or ())
+    recipe = plan.recipe
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)
-        loaded, processor = model.load_base(recipe, base, dtype, device)
+        loaded, processor = model.load_base(recipe, plan.base, base_dtype(recipe), device)
     for warning in template_warnings(recipe, processor):
         screen.warn(warning)
-    probe = None
-    if recipe.eval.forgetting_every:
-        with screen.step("keeping the base's predictions, for forgetting"):
-            probe = Probe(loaded, processor)
-    return Loaded(recipe, base, loaded, processor, dtype, probe, suites)
+    return loaded, processor
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """What the loader draws from: records, packs of records, or a stream; with lengths where batches go by them."""
+def adapt(
+    plan: Plan, loaded: torch.nn.Module, processor: Any, data: RunData, args: TrainingArguments, screen: Screen
+) -> tuple[Built, Kept | None, Any]:
+    """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change.
 
-    items: Any
-    lengths: list[int] | None
-    batching: Batching
-
-
-def group_rows(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Rows:
-    """Return what the loader draws from: records, with lengths to group them by, packs of records, or a stream."""
-    recipe, records = loaded.recipe, inputs.data.train
-    lengths = collators.lengths(recipe, loaded.base, loaded.processor, records)
-    if recipe.data.packing:
-        assert lengths is not None
-        packs, line = collators.packed(recipe, records, lengths)
-        screen.say(line)
-        return Rows(packs, None, count_steps(plan, inputs.args, len(packs)))
-    if recipe.data.streaming:
-        inputs.args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
-        return Rows(loaders.stream_of(recipe, inputs.args), lengths, inputs.batching)
-    return Rows(records, lengths, inputs.batching)
-
-
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """The model that trains, and, at the start of a run, the spectra of one layer per tower."""
-
-    built: Built
-    spectra: Any
-    kept: Kept | None  # texts whose answers stay as the base's
-
-
-def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted:
-    """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change."""
+    Returns the model, the texts whose answers stay, and the spectra of one layer per tower.
+    """
     from transformers import set_seed
 
-    recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args
-    targets = plan.fitted.policy.resolve(loaded.model, cache_dir=recipe.factor_cache)  # ranks may depend on the weights
-    for warning in rates.warnings(targets, recipe.train, method=plan.request.edits.method):
-        screen.warn(warning)
-    targets = rates.in_force(targets, recipe.train)
+    recipe, checkpoint, targets = plan.recipe, plan.folder.checkpoint, list(plan.targets)
     spectra = None
     if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
-            spectra = layer_spectra(loaded.model, targets)
+            spectra = layer_spectra(loaded, targets)
     batches, task, kept = None, None, None
     source = checkpoint or recipe.adapter
     protects = source is None and any(target.protect for target in targets)  # an adapter holds what a calibration chose
     if protects or recipe.keep.weight:
-        texts = calibration_batches.make_texts(
-            recipe, loaded.base, loaded.model, loaded.processor, inputs.data.train, screen
-        )
+        texts = calibration_batches.make_texts(recipe, plan.base, loaded, processor, data.train, screen)
         batches = texts.batches() if protects else None
         kept = Kept(texts.batches(recipe.keep.texts), recipe.keep.weight) if recipe.keep.weight else None
     if source is None:
-        task = calibration_batches.task_batches(recipe, loaded.base, loaded.processor, targets, inputs.data.train)
+        task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train)
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
     with screen.step("applying the policy" if source is None else f"restoring {source}"):
         dtype = training_arguments.trained_dtype(args)
-        built = model.build(recipe, loaded.model, targets, checkpoint, batches, task, dtype)
+        built = model.build(recipe, loaded, targets, checkpoint, batches, task, dtype)
     if plan.section.compiled is not None:
         model.compile_blocks(built.model, plan.section.compiled)
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
-    return Adapted(built, spectra, kept)
+    return built, kept, spectra
 
 
 def writes_policy_files(folder: RunFolder) -> bool:
@@ -258,25 +235,24 @@ def writes_policy_files(folder: RunFolder) -> bool:
     return folder.checkpoint is None or not (folder.path / "policy.json").is_file()
 
 
-def show_header_and_policy(
-    plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, screen: Screen
-) -> None:
+def show_header_and_policy(ready: Ready, screen: Screen) -> None:
     """Print what trains, on what, and for how many steps."""
-    built, batching, args, folder = adapted.built, rows.batching, inputs.args, plan.folder
-    stated, actual = plan.recipe_batch, (batching.per_device, batching.accumulation)
+    plan, built, batching, args = ready.plan, ready.built, ready.batching, ready.args
+    folder, recipe, request = plan.folder, plan.recipe, plan.settings.request
+    stated, actual = batch_of(request.recipe_file), (batching.per_device, batching.accumulation)
     note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
-    source = f"   recipe {plan.request.recipe}" if plan.request.recipe else ""
+    source = f"   recipe {request.recipe}" if request.recipe else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
-    continued = [("adapter", str(loaded.recipe.adapter))] if loaded.recipe.adapter else []
+    continued = [("adapter", str(recipe.adapter))] if recipe.adapter else []
     resumed = [] if folder.checkpoint is None else [("resumed", folder.checkpoint.name)]
     screen.block(
         [
-            ("model", f"{loaded.recipe.model}{source}"),
+            ("model", f"{recipe.model}{source}"),
             *continued,
-            ("data", inputs.data.describe()),
+            ("data", ready.data.describe()),
             ("batch", batching.describe() + note),
             ("steps", batching.describe_steps()),
-            ("dtype", f"{str(loaded.dtype).removeprefix('torch.')} base, {precision}, on {args.device}"),
+            ("dtype", f"{dtype_name(recipe)} base, {precision}, on {args.device}"),
             ("run", str(folder.path)),
             *resumed,
         ]
@@ -285,35 +261,35 @@ def show_header_and_policy(
     screen.say(trainable_line(built.model))
     for line in protection_lines(built.targets, built.model.milora_protection):
         screen.say(line)
-    if adapted.kept is not None:
-        kept = adapted.kept
+    if ready.kept is not None:
+        kept = ready.kept
         screen.say(f"keep  {kept.weight:g} x KL from the base on {kept.num_texts} rows of the calibration")
     if plan.resumed is not None and plan.resumed.changes:
-        screen.say(f"changed since {plan.folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
+        screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
 
 
-def collect_first_files(plan: Plan, inputs: Inputs, loaded: Loaded, adapted: Adapted, screen: Screen) -> FirstFiles:
+def collect_first_files(ready: Ready, screen: Screen) -> FirstFiles:
     """Return the files that are written when the first step begins."""
-    recipe, folder = loaded.recipe, plan.folder
+    plan, recipe = ready.plan, ready.plan.recipe
     environment = run_files.describe_environment(
         recipe,
-        ["python", "-m", "milora_vl.train", *plan.request.words],
-        base=run_files.base_name(loaded.model) or recipe.model,
-        device=run_files.device_name(inputs.args.device),
-        data=inputs.data,
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        processes=inputs.args.world_size,
+        ["python", "-m", "milora_vl.train", *plan.settings.request.words],
+        base=run_files.base_name(base_model_of(ready.built.model)) or recipe.model,
+        device=run_files.device_name(ready.args.device),
+        data=ready.data,
+        dtype=dtype_name(recipe),
+        processes=ready.args.world_size,
     )
     if plan.resumed is not None:
-        environment = resuming.continued(plan.resumed, folder, environment)
-    content = {"policy.json": run_files.policy_json(adapted.built), "spectrum.json": adapted.spectra}
+        environment = resuming.continued(plan.resumed, plan.folder, environment)
+    content = {"policy.json": run_files.policy_json(ready.built), "spectrum.json": ready.spectra}
     return FirstFiles(
-        folder=folder,
+        folder=plan.folder,
         recipe=recipe,
         environment=environment,
-        content=content if writes_policy_files(folder) else {},
+        content=content if writes_policy_files(plan.folder) else {},
         screen=screen,
-        is_writer=inputs.args.should_save,
+        is_writer=ready.args.should_save,
     )
 
 
@@ -327,58 +303,57 @@ class Trained:
     repository: str  # on the hub, if the run pushes its files
 
 
-def make_trainer(
-    plan: Plan, inputs: Inputs, loaded: Loaded, rows: Rows, adapted: Adapted, first_files: FirstFiles
-) -> MiloraTrainer:
+def make_trainer(ready: Ready, first_files: FirstFiles) -> MiloraTrainer:
     """Return the trainer with its collator and callbacks."""
-    recipe, data = loaded.recipe, inputs.data
-    collator = collators.collator(recipe, loaded.base, loaded.processor, data.train[:100])
+    recipe, data, built = ready.plan.recipe, ready.data, ready.built
+    collator = collators.collator(recipe, ready.plan.base, ready.processor, data.train[:100])
     if recipe.data.feature_cache:
         records = [*data.train, *(data.evaluation or ())]
         cache = Path(recipe.data.feature_cache)
         assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
-        collator.features = features.prepare(cache, loaded.model, collator, records, inputs.args, first_files.screen)
+        base = base_model_of(built.model)
+        collator.features = features.prepare(cache, base, collator, records, ready.args, first_files.screen)
     with refused(recipe.train, kinds=(ValueError, ImportError)):  # what no check of the plan knows
         trainer = MiloraTrainer(
-            adapted.built.model,
-            inputs.args,
-            targets=adapted.built.targets,
-            checkpoint_kind=adapted.built.checkpoint_kind,
+            built.model,
+            ready.args,
+            targets=built.targets,
+            checkpoint_kind=built.checkpoint_kind,
             data_collator=collator,
-            train_dataset=rows.items,
+            train_dataset=ready.rows,
             eval_dataset=data.evaluation,
-            processing_class=loaded.processor,
-            lengths=rows.lengths,
-            kinds=None if rows.lengths is None else data.with_images,
-            resume_from=plan.folder.checkpoint,
-            kept=adapted.kept,
+            processing_class=ready.processor,
+            lengths=ready.lengths,
+            kinds=None if ready.lengths is None else data.with_images,
+            resume_from=ready.plan.folder.checkpoint,
+            kept=ready.kept,
         )
     trainer.add_callback(AtFirstStep(first_files.write))
-    if loaded.probe is not None and recipe.eval.forgetting_every:
-        trainer.add_callback(ForgettingCallback(loaded.probe, recipe.eval.forgetting_every, trainer))
-    if loaded.suites is not None and recipe.eval.suite_every:
-        trainer.suites = SuiteCallback(loaded.suites, recipe.eval.suite_every, trainer, loaded.processor)
+    if ready.probe is not None and recipe.eval.forgetting_every:
+        trainer.add_callback(ForgettingCallback(ready.probe, recipe.eval.forgetting_every, trainer))
+    if ready.suites is not None and recipe.eval.suite_every:
+        trainer.suites = SuiteCallback(ready.suites, recipe.eval.suite_every, trainer, ready.processor)
         trainer.add_callback(trainer.suites)
     return trainer
 
 
-def train_and_save(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles, start: float) -> Trained:
+def train_and_save(ready: Ready, trainer: MiloraTrainer, first_files: FirstFiles, start: float) -> Trained:
     """Train and save; a run that stops before its end still gets its losses, model card and report."""
     try:
-        run_loop(plan, rows, trainer, first_files)
-        return save_weights(plan, rows, trainer, first_files, start)
+        run_loop(ready, trainer, first_files)
+        return save_weights(ready, trainer, first_files, start)
     except (KeyboardInterrupt, UserError):
         describe_unfinished(trainer, first_files)
         raise
 
 
-def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles) -> None:
+def run_loop(ready: Ready, trainer: MiloraTrainer, first_files: FirstFiles) -> None:
     """Train with HF's loop; a keyboard interrupt prints how to resume."""
     from peft.helpers import disable_input_dtype_casting
     from transformers import TrainerState
 
-    checkpoint, screen = plan.folder.checkpoint, first_files.screen
-    if checkpoint is not None and has_all_steps(checkpoint, rows.batching):
+    plan, checkpoint, screen = ready.plan, ready.plan.folder.checkpoint, first_files.screen
+    if checkpoint is not None and has_all_steps(checkpoint, ready.batching):
         first_files.write()
         trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return
@@ -394,7 +369,7 @@ def run_loop(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstF
         screen.say(f"\nstopped at step {trainer.state.global_step}")
         screen.say(checkpoints.resume_hint(plan.folder.path))
         raise
-    if trainer.stop_on_signal.stopped and trainer.state.global_step < rows.batching.steps:
+    if trainer.stop_on_signal.stopped and trainer.state.global_step < ready.batching.steps:
         raise UserError(
             f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved",
             code="run-stopped-by-signal",
@@ -426,12 +401,12 @@ def write_state(trainer: MiloraTrainer, folder: RunFolder) -> None:
     folder.write_json("trainer_state.json", asdict(trainer.state))
 
 
-def save_weights(plan: Plan, rows: Rows, trainer: MiloraTrainer, first_files: FirstFiles, start: float) -> Trained:
+def save_weights(ready: Ready, trainer: MiloraTrainer, first_files: FirstFiles, start: float) -> Trained:
     """Write the final weights, the processor and HF's state at the root of the run folder."""
-    folder, args = plan.folder, trainer.args
+    folder, args = ready.plan.folder, trainer.args
     with failures.explained(args):
         best = trainer.state.best_model_checkpoint if args.load_best_model_at_end else None
-        if best is None and not has_all_steps(folder.checkpoint, rows.batching):
+        if best is None and not has_all_steps(folder.checkpoint, ready.batching):
             trainer.save_model(_internal_call=True)  # pushed when the pages are there too
         elif args.should_save:
             checkpoints.copy_results(Path(best or str(folder.checkpoint)), folder.path)

@@ -21,7 +21,7 @@ from studies.task import Task
 from studies.tasks import TASKS, load_task, pictures
 from studies.tasks.digits import DigitsCnn, DigitsRnn, DigitsVit
 from studies.tasks.smollm2 import NamedTopics
-from studies.train import run_cell
+from studies.train import rules_on, run_cell
 from support.versions import PEFT
 
 STUDIES = {
@@ -130,10 +130,12 @@ def test_every_arm_of_a_study_fits_the_network(study, factors):
     for arm in read.arms:
         if arm == "mica" and PEFT < (0, 20):
             continue
+        model = task(name).model()
+        rules = rules_on(model, read, Cell(arm, 1e-3, None, 0), factors)
         if study.startswith("methods."):
-            assert apply_milora(task(name).model(), read.rules(arm, 1e-3), cache_dir=factors)
+            assert apply_milora(model, rules, cache_dir=factors)
         else:
-            assert Policy.parse(read.rules(arm, 1e-3)).resolve(task(name).model(), cache_dir=factors)
+            assert Policy.parse(rules).resolve(model)
 
 
 @pytest.mark.parametrize("study", [n for n in study_names() if n.endswith(".smollm2")])

@@ -13,7 +13,6 @@ import yaml
 from safetensors.torch import load_file
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy import ranks
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
 from support.problems import raises_code
@@ -78,19 +77,6 @@ def test_a_checkpoint_that_lost_its_milora_json_is_not_resumed_as_a_plain_lora(p
         main(training(plain_run.parent / "data", tmp_path / "again", *more))
     problem = error.value.problems[0]
     assert (problem.code, problem.where) == ("checkpoint-incomplete", str(checkpoint))
-
-
-def test_a_rank_from_a_spectrum_is_found_once_for_each_weight(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    looked_at: list[Any] = []
-    ascending = ranks._ascending
-    monkeypatch.setattr(ranks, "_ascending", lambda module, cache: looked_at.append(module) or ascending(module, cache))
-    rules = "[{modules: language, method: milora, rank: {energy: 0.05}}]"
-    cache = ["--factor_cache", str(tmp_path / "factors")]
-    assert main(training(tiny_data, tmp_path / "run", "--policy", rules, "--max_steps", "1", *cache)) == 0
-    assert len(looked_at) == len(set(looked_at)) == 14
-    assert len(list((tmp_path / "factors").iterdir())) == 2 * 14, "a spectrum and factors of each"
 
 
 @pytest.mark.parametrize("method", METHODS)

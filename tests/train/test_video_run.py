@@ -19,7 +19,7 @@ from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
 from milora_vl.train.command import main
 from milora_vl.train.recipe.command_line import parse
-from milora_vl.train.recipe.merge import merge_recipe
+from milora_vl.train.recipe.merge import merge
 from support.problems import raises_code
 from support.train_runs import losses
 from support.versions import needs_places
@@ -169,9 +169,8 @@ def test_settings_that_contradict_each_other_are_named(
 
 def test_a_flag_replaces_either_way_of_the_recipe_to_choose_frames(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("{model: tiny, data: {path: a.json, fps: 1}}")
-    merged = merge_recipe(parse(["--recipe", str(tmp_path / "recipe.yaml"), "--num_frames", "4"]))
-    assert merged.recipe is not None
-    assert (merged.recipe.data.fps, merged.recipe.data.num_frames) == (None, 4)
+    found = merge(parse(["--recipe", str(tmp_path / "recipe.yaml"), "--num_frames", "4"]))
+    assert (found.recipe.data.fps, found.recipe.data.num_frames) == (None, 4)
 
 
 def test_a_model_without_videos_takes_no_setting_of_them(data: Path) -> None:

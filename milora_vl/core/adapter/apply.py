@@ -93,7 +93,7 @@ def apply_milora(
     require_readable(model)
     return apply_targets(
         model,
-        Policy.parse(policy).resolve(model, cache_dir=cache_dir),
+        Policy.parse(policy).resolve(model),
         form=form,
         calibration=calibration,
         task=task,

@@ -2,6 +2,6 @@
 
 from milora_vl.core.policy.methods import RuleMethod
 from milora_vl.core.policy.policy import Policy
-from milora_vl.core.policy.rules import FloorSigma, PolicyError, Rule, SpectralRank, Target
+from milora_vl.core.policy.rules import FloorSigma, PolicyError, Rule, Target
 
-__all__ = ["FloorSigma", "Policy", "PolicyError", "Rule", "RuleMethod", "SpectralRank", "Target"]
+__all__ = ["FloorSigma", "Policy", "PolicyError", "Rule", "RuleMethod", "Target"]

@@ -71,10 +71,8 @@ class Policy:
             raise PolicyError(problems=problems)
         return Policy(tuple(rules))
 
-    def resolve(self, model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
+    def resolve(self, model: nn.Module) -> list[Target]:
         """Return one Target per module that trains, in model order.
-
-        Ranks such as `{energy: 0.01}` need singular values, which are cached in `cache_dir`.
 
         Raises PolicyError with all problems: rules that match nothing, fields that the method does not use, ranks
         larger than a matrix.
@@ -86,7 +84,7 @@ class Policy:
         """
         from milora_vl.core.policy.resolve import resolve  # imports PEFT, which parsing a recipe does not need
 
-        return resolve(self.rules, model, cache_dir=cache_dir)
+        return resolve(self.rules, model)
 
     def to_list(self) -> list[dict[str, Any]]:
         """Return the rules as mappings, as in YAML."""

@@ -1,8 +1,7 @@
-"""Resolve a policy on a model into one Target per module: rank, alpha, method; unused rules, budgets, tied weights.
+"""Resolve a policy on a model into one Target per module: rank, alpha, method; unused rules, tied weights.
 
 1. `_collect` applies the rules in order; the `_Plan` of a module holds the fields that its rules have set so far.
-2. `_share_budgets` replaces parameter budgets by ranks, because a budget concerns several modules.
-3. `_resolve_targets` computes rank and alpha of each module and returns a Target.
+2. `_resolve_targets` computes rank and alpha of each module and returns a Target.
 
 All problems are collected and raised together.
 """
@@ -15,15 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from milora_vl.common.errors import Key, Problem
 from milora_vl.core.policy.methods import METHODS
-from milora_vl.core.policy.ranks import find_rank, share_budget
-from milora_vl.core.policy.rules import PolicyError, Rule, SpectralRank, Target
+from milora_vl.core.policy.rules import PolicyError, Rule, Target
 from milora_vl.core.policy.selectors import Selector, SelectorError
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_adaptable, matrix_shape, why_refused
@@ -48,19 +45,13 @@ class RankTooLarge(Problem):
 class _Plan:
     """The fields that the rules have set for one module so far.
 
-    `alpha_at` is the rank that was valid when alpha was set, `rank_from` the number of the rule that set the rank.
+    `alpha_at` is the rank that was valid when alpha was set.
     `rules` holds the numbers of all rules that selected the module.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
-    alpha_at: int | SpectralRank | None = None
-    rank_from: int = -1
+    alpha_at: int | None = None
     rules: list[int] = field(default_factory=list)
-
-    @property
-    def has_fixed_A(self) -> bool:
-        """Return True if only B trains, as `Target.has_fixed_A` says."""
-        return bool(self.fields.get("protect")) or METHODS[self.fields["method"]].fixes_A
 
     def apply(self, number: int, named: dict[str, Any]) -> None:
         """Apply the fields of rule `number`. A new method drops earlier fields that it does not use."""
@@ -68,19 +59,13 @@ class _Plan:
         if method is not None:
             self.fields = {name: value for name, value in self.fields.items() if _is_used(method, name)}
         self.fields |= named
-        if "rank" in named:
-            self.rank_from = number
         if "alpha" in named:
             self.alpha_at = self.fields.get("rank")
         self.rules.append(number)
 
 
-def resolve(rules: Sequence[Rule], model: nn.Module, *, cache_dir: str | Path | None = None) -> list[Target]:
-    """Return one Target per module that trains, in model order. `cache_dir` is a folder for singular values.
-
-    Raises PolicyError with all problems.
-    """
-    cache = None if cache_dir is None else Path(cache_dir)
+def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
+    """Return one Target per module that trains, in model order. Raises PolicyError with all problems."""
     selector = Selector(model, find_towers(model))
     problems: list[Problem] = []
     plans = _collect(rules, selector, problems)
@@ -89,8 +74,7 @@ def resolve(rules: Sequence[Rule], model: nn.Module, *, cache_dir: str | Path | 
     for path in selector.modules:
         if path in plans and plans[path].fields.get("method") not in ("frozen", None):
             targets.append((plans[path].rules[-1], path))
-    _share_budgets([path for _, path in targets], plans, selector, problems, cache)
-    resolved = _resolve_targets(targets, plans, selector, problems, cache)
+    resolved = _resolve_targets(targets, plans, selector, problems)
     problems += _mixed_baselines(resolved)
     problems += _shared_weights(model, resolved)
     if problems:
@@ -145,43 +129,18 @@ def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[Prob
     ]
 
 
-def _share_budgets(
-    paths: list[str], plans: dict[str, _Plan], selector: Selector, problems: list[Problem], cache: Path | None
-) -> None:
-    """Replace every budget by ranks. All modules whose rank comes from one rule share the budget of that rule."""
-    sharing: dict[int, list[str]] = defaultdict(list)
-    for path in paths:
-        rank = plans[path].fields.get("rank")
-        if isinstance(rank, SpectralRank) and rank.budget is not None and is_adaptable(selector.modules[path]):
-            sharing[plans[path].rank_from].append(path)
-    for number, members in sharing.items():
-        budget = plans[members[0]].fields["rank"]
-        try:
-            fixed = {path for path in members if plans[path].has_fixed_A}
-            ranks = share_budget(budget, {path: selector.modules[path] for path in members}, cache, fixed=fixed)
-        except PolicyError as error:
-            problems += [problem.inside("policy", number) for problem in error.problems]
-            ranks = dict.fromkeys(members, budget.min)
-        for path, rank in ranks.items():
-            plan = plans[path]
-            if plan.alpha_at is budget:
-                plan.alpha_at = rank
-            plan.fields = {**plan.fields, "rank": rank}
-
-
 def _resolve_targets(
     targets: list[tuple[int, str]],
     plans: dict[str, _Plan],
     selector: Selector,
     problems: list[Problem],
-    cache: Path | None,
 ) -> list[Target]:
     """Return a Target for each path. Equal problems of one rule are merged: a rule can select hundreds of modules."""
     paths_of_problem: dict[Problem, list[str]] = defaultdict(list)
     resolved = []
     for number, path in targets:
         try:
-            resolved.append(_target(path, plans[path], selector, cache))
+            resolved.append(_target(path, plans[path], selector))
         except PolicyError as error:
             for problem in error.problems:
                 paths_of_problem[problem.inside("policy", number)].append(path)
@@ -199,7 +158,7 @@ def _resolve_targets(
     return resolved
 
 
-def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> Target:
+def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     module, fields, tower = selector.modules[path], plan.fields, selector.towers.tower_of(path)
     if fields["method"] == "full":
         shape = matrix_shape(module) if is_adaptable(module) else tuple(next(module.parameters()).shape)
@@ -214,13 +173,12 @@ def _target(path: str, plan: _Plan, selector: Selector, cache: Path | None) -> T
         raise PolicyError(
             f"method {fields['method']} needs a rank", code="policy-no-rank", where=Key.of("rank"), hint=hint
         )
-    rank = find_rank(fields["rank"], module, cache)
+    rank: int = fields["rank"]
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
     if fields.get("protect"):
         _require_protectable(module, fields)
-    alpha = _alpha(fields, plan, rank, module, cache)
-    return Target(path=path, shape=shape, tower=tower, **{**fields, "rank": rank, "alpha": alpha})
+    return Target(path=path, shape=shape, tower=tower, **{**fields, "alpha": _alpha(plan)})
 
 
 def _require_protectable(module: nn.Module, fields: dict[str, Any]) -> None:
@@ -240,18 +198,17 @@ def _require_protectable(module: nn.Module, fields: dict[str, Any]) -> None:
         )
 
 
-def _alpha(fields: dict[str, Any], plan: _Plan, rank: int, module: nn.Module, cache: Path | None) -> float:
+def _alpha(plan: _Plan) -> float:
     """Return alpha; the default is the rank, which gives a scaling of 1.
 
     If a later rule changes the rank, alpha changes too, so that the scaling stays: alpha/rank, or alpha/sqrt(rank) with
     rsLoRA.
     """
-    if "alpha" not in fields:
+    rank, alpha = plan.fields["rank"], plan.fields.get("alpha")
+    if alpha is None:
         return float(rank)
-    if plan.alpha_at is None or plan.alpha_at == fields["rank"]:
-        return float(fields["alpha"])
-    growth = rank / find_rank(plan.alpha_at, module, cache)
-    return float(fields["alpha"]) * (growth**0.5 if fields.get("rslora") else growth)
+    growth = 1.0 if plan.alpha_at is None else rank / plan.alpha_at
+    return float(alpha) * (growth**0.5 if plan.fields.get("rslora") else growth)
 
 
 def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError
 
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.strict_models import Strict, problems_of
@@ -35,38 +35,13 @@ class RulePart(Strict):
 
 
 def _with_code_of_field(problem: Problem) -> Problem:
-    """Return the problem of a rule with the code of its field: policy-rank for `.rank` and `.rank.energy`."""
+    """Return the problem of a rule with the code of its field: policy-rank for `.rank`."""
     field = problem.where.parts[0] if isinstance(problem.where, Key) and problem.where.parts else ""
     is_own = field in ("rank", "protect") and problem.code == "policy-value"
     return replace(problem, code=f"policy-{field}") if is_own else problem
 
 
 Number = int | float
-
-
-class SpectralRank(RulePart):
-    """A rank that depends on the singular values of each weight, within min..max. Exactly one field of three is set.
-
-    - `energy`: the largest r whose minor components hold at most this share of ||W||_F^2.
-    - `threshold`: the number of components with sigma at most this share of the largest sigma.
-    - `budget`: the number of trainable parameters for all modules of the rule together. Components with the smallest
-      sigma/sigma_max come first.
-    """
-
-    energy: Number | None = Field(default=None, gt=0, le=1, description="a share above 0, at most 1")
-    threshold: Number | None = Field(default=None, gt=0, le=1, description="a share above 0, at most 1")
-    budget: int | None = Field(default=None, gt=0, description="a number of parameters")
-    min: int = Field(default=1, gt=0, description="a positive integer")
-    max: int | None = Field(default=None, gt=0, description="a positive integer")
-
-    @model_validator(mode="after")
-    def _has_one_measure(self) -> SpectralRank:
-        count = [self.energy, self.threshold, self.budget].count(None)
-        if count != 2:
-            raise ValueError(f"expected exactly one of energy, threshold and budget, got {3 - count}")
-        if self.max is not None and self.max < self.min:
-            raise ValueError(f"expected min <= max, got min {self.min}, max {self.max}")
-        return self
 
 
 class FloorSigma(RulePart):
@@ -83,9 +58,7 @@ class Rule(RulePart):
 
     modules: str = Field(min_length=1, description="a tower, a selector or a glob", examples=["language"])
     method: RuleMethod | None = None
-    rank: PositiveInt | SpectralRank | None = Field(
-        default=None, description="a positive integer, {energy: x}, {threshold: x} or {budget: N}"
-    )
+    rank: PositiveInt | None = Field(default=None, description="a positive integer")
     alpha: Number | None = Field(default=None, gt=0, description="a number above 0")
     rslora: bool | None = Field(default=None, description="true or false")
     dropout: Number | None = Field(default=None, ge=0, lt=1, description="a number from 0, below 1")

@@ -61,21 +61,21 @@ class Costs:
         return self.change == ""
 
 
-def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
+def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
     """Return memory by purpose and the time of a run; a plan for this machine has its time on the CPU, too."""
-    section, base, recipe, request = plan.section, plan.fitted.base, plan.recipe, plan.request
+    section, base, recipe, request = plan.section, plan.base, plan.recipe, plan.settings.request
     packed_bytes = None
     if recipe.quantization != "none":
         packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
     kept = kept_tokens(recipe, base, counts)
-    work = workload_of(section, base, targets, counts, batching, packed_bytes, kept)
+    work = workload_of(section, base, plan.targets, counts, batching, packed_bytes, kept)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
     flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
     lean = work
     if frugal:
         leaner = replace(section, arguments=section.arguments | frugal)
-        lean = workload_of(leaner, base, targets, counts, batching, packed_bytes, kept)
+        lean = workload_of(leaner, base, plan.targets, counts, batching, packed_bytes, kept)
     sizes, leanest = memory(work), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
@@ -104,13 +104,13 @@ def costs_of(plan: Plan, targets: Sequence[Target], counts: Counts, batching: Ba
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change)
     planned = 0.0
-    if inputs := distinct_inputs(targets):
+    if inputs := distinct_inputs(plan.targets):
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
         settings = recipe.calibration
         tokens = (settings.num_samples + 8) * LENGTH + settings.num_pictures * min(work.tokens, 700)
         planned = calibration_seconds(work.total, inputs, tokens)
-    if any(target.method == "gradient" for target in targets):
+    if any(target.method == "gradient" for target in plan.targets):
         planned += gradient_seconds(work.total, RECORDS * work.tokens)
     if planned:
         out.append(f"        choosing A takes about {duration_text(planned)} on one A100 (planned, not measured), once")

@@ -32,7 +32,7 @@ from milora_vl.models.smol_llava import folder_of
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train.dry_run import first_batch
 from milora_vl.train.dry_run.cost import MIX665K, Costs, costs_of
-from milora_vl.train.plan import eval_section, rates, record_checks, run_data
+from milora_vl.train.plan import eval_section, record_checks, run_data
 from milora_vl.train.plan.base import require_usable
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.fit import require_template
@@ -40,17 +40,15 @@ from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.train.recipe.command_line import PROG, Request
 from milora_vl.train.recipe.hf_flags import value_of
-from milora_vl.train.recipe.merge import merge_recipe
-from milora_vl.train.recipe.places import at_their_places
+from milora_vl.train.recipe.merge import Settings, merge
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What a run will do: its plan, its targets with their rates, its steps (unknown without data) and its costs."""
+    """What a run will do: its plan, its steps (unknown without data) and its costs."""
 
     plan: Plan
-    targets: list[Target]
     num_records: int | None
     batching: Batching
     has_steps: bool
@@ -58,38 +56,38 @@ class Outlook:
     warnings: list[str]
 
 
-def show(request: Request) -> int:
+def show(settings: Settings) -> int:
     """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory.
 
     Raises UserError with everything that would stop the run. With --format json the plan goes to stderr and a JSON
     summary to stdout.
     """
+    request = settings.request
     screen = Screen(sys.stdout if request.format == "human" else sys.stderr)
-    run = work_out(request, screen)
+    run = work_out(settings, screen)
     _show_next(run, request, screen)
     return 0 if run.costs.fits else 1
 
 
 def outlook(request: Request) -> Outlook:
     """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
-    with at_their_places(request):
-        return work_out(request, Screen(io.StringIO()))
+    settings = merge(request)
+    with settings.places():
+        return work_out(settings, Screen(io.StringIO()))
 
 
-def work_out(request: Request, screen: Screen) -> Outlook:
+def work_out(settings: Settings, screen: Screen) -> Outlook:
     """Show the plan of a run and return it. Raises UserError with everything that would stop the run."""
-    plan = _plan_or_all_problems(request)
-    recipe, base, section = plan.recipe, plan.fitted.base, plan.section
-    warnings = [*plan.fitted.warnings, *section.warnings]
-    warnings += rates.warnings(plan.fitted.targets, section.arguments, method=request.edits.method)
-    targets = rates.in_force(plan.fitted.targets, section.arguments)
-    for line in [*plan.notes, *(f"warning: {warning}" for warning in warnings)]:
+    plan, request = _plan_or_all_problems(settings), settings.request
+    recipe, base, section = plan.recipe, plan.base, plan.section
+    warnings = [*plan.warnings, *section.warnings]
+    for line in [*settings.notes, *(f"warning: {warning}" for warning in warnings)]:
         screen.say(line)
     model = base.parts.describe() if base.parts else base.name
     adapter = f", with the adapter {recipe.adapter}" if recipe.adapter else ""
     screen.say(f"model  {model}, {num_parameters(base.meta):,} parameters{adapter}")
     screen.say(f"run    {plan.folder.path} (not created)\n")
-    policy(screen, base.meta, targets)
+    policy(screen, base.meta, plan.targets)
     problems = _missing(recipe, base)  # raised at the end, after the plan is printed
     try:
         counts, num_records = data(screen, recipe, base)
@@ -102,16 +100,16 @@ def work_out(request: Request, screen: Screen) -> Outlook:
     has_steps = recipe.data.streaming or num_records is not None
     unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
     screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
-    costs = costs_of(plan, targets, counts, batching, has_steps=has_steps)
+    costs = costs_of(plan, counts, batching, has_steps=has_steps)
     screen.say("\n".join(costs.lines))
     if problems:
         raise UserError(problems=problems)
-    return Outlook(plan, targets, num_records, batching, has_steps, costs, warnings)
+    return Outlook(plan, num_records, batching, has_steps, costs, warnings)
 
 
 def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
     """Show the command that starts the run, and with --format json print the summary."""
-    recipe, base, batching, costs = run.plan.recipe, run.plan.fitted.base, run.batching, run.costs
+    recipe, base, batching, costs = run.plan.recipe, run.plan.base, run.batching, run.costs
     start = command(request) + ("" if recipe.data.path else _words_for_data(base))
     start += f" {costs.change}" if costs.change else ""
     if batching.num_devices > 1 and request.output_dir is None:
@@ -121,7 +119,7 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
     screen.say(f"\n{title}:\n  {start}")
     if request.format == "json":
         content = {
-            "model": recipe.model, "parameters": num_parameters(base.meta), **_trained(base.meta, run.targets),
+            "model": recipe.model, "parameters": num_parameters(base.meta), **_trained(base.meta, run.plan.targets),
             "records": run.num_records, "batch": batching.total,
             "steps": batching.steps if run.has_steps else None, "cost": costs.lines, "fits": costs.fits,
             "output_dir": str(run.plan.folder.path), "next": start,
@@ -141,19 +139,18 @@ def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batc
     )
 
 
-def _plan_or_all_problems(request: Request) -> Plan:
+def _plan_or_all_problems(settings: Settings) -> Plan:
     """Make the plan. Raises UserError with all problems, also of data and evaluation, if the rules do not fit."""
-    merged = merge_recipe(request)
     try:
-        return make_plan(request, merged, processes=num_devices(request))
+        return make_plan(settings, processes=num_devices(settings.request))
     except RecipeError as error:
-        problems = list(error.problems)
-        if merged.recipe is not None:
+        problems, recipe = list(error.problems), settings.recipe
+        if not settings.problems:
             with collected(problems):
-                eval_section.require_runnable(merged.recipe)
+                eval_section.require_runnable(recipe)
             with collected(problems):
-                if merged.recipe.data.path is not None:
-                    run_data.read_records(merged.recipe.data)
+                if recipe.data.path is not None:
+                    run_data.read_records(recipe.data)
         raise UserError(problems=problems, source=error.source) from None
 
 
@@ -185,13 +182,13 @@ def _words_for_data(base: Base) -> str:
     return " --data_path DATA.json" + (" --image_folder FOLDER" if base.reads_pictures else "")
 
 
-def _trained(base: nn.Module, targets: list[Target]) -> dict[str, Any]:
+def _trained(base: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
     sizes = trained_sizes(targets, base)
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in policy_rows(targets, sizes)]
     return {"trained": sum(sizes.values()), "policy": rows}
 
 
-def policy(screen: Screen, base: nn.Module, targets: list[Target]) -> None:
+def policy(screen: Screen, base: nn.Module, targets: Sequence[Target]) -> None:
     """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
     sizes = trained_sizes(targets, base)
     screen.policy(policy_rows(targets, sizes), frozen_towers(base, targets))

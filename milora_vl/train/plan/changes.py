@@ -111,8 +111,8 @@ def schedule_has_end(side: Side) -> bool:
 def shown(value: Any) -> str:
     """Return a value as a recipe writes it, on one line.
 
-    >>> shown(None), shown({"energy": 0.5}), shown(2e-05)
-    ('none', '{energy: 0.5}', '2e-05')
+    >>> shown(None), shown({"floor": 0.1}), shown(2e-05)
+    ('none', '{floor: 0.1}', '2e-05')
     """
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {shown(entry)}" for key, entry in value.items()) + "}"

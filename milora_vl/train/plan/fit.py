@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,67 +19,54 @@ from milora_vl.core.policy.default import without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.rules import NEEDS_ANCHORED
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.models.base import Base, find_base
+from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.quantized import quantized_layers
 from milora_vl.train.plan import base as bases
-from milora_vl.train.recipe.merge import Merged
-from milora_vl.train.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError, policy_problems
+from milora_vl.train.recipe.merge import Settings
+from milora_vl.train.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
-    """A recipe whose rules and settings fit its base model, and the targets of its policy on the meta model."""
+def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
+    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings.
 
-    recipe: Recipe
-    base: Base
-    policy: Policy
-    targets: tuple[Target, ...]  # a rank that depends on singular values is an upper bound here
-    warnings: tuple[str, ...]
-
-
-def fit(merged: Merged) -> Fitted:
-    """Look up the base model, and return the recipe as it fits. Raises RecipeError with all problems of both."""
-    problems, recipe = list(merged.problems), merged.recipe
-    base, rules, policy, targets = _base_of(merged, problems), merged.rules, Policy(()), list[Target]()
-    if base is not None and rules is not None and not policy_problems(rules):  # the merged recipe has these problems
+    Raises RecipeError with all problems of both.
+    """
+    problems, recipe, targets = list(settings.problems), settings.recipe, list[Target]()
+    base = _base_of(settings, problems)
+    if base is not None and recipe.policy is not None:
         with collected(problems):
-            if "policy" in merged.defaults and find_towers(base.meta).projector is None:
-                rules = without_projector(rules)
-            policy = Policy.parse(rules)
-            targets = _targets(merged, policy, base)
-    if recipe is not None and base is not None:
-        template = OWN if "template" in merged.defaults and base.own_pictures else recipe.template
-        recipe = recipe.model_copy(update={"policy": rules, "template": template})
+            if not settings.is_set("policy") and find_towers(base.meta).projector is None:
+                recipe = recipe.model_copy(update={"policy": without_projector(recipe.policy)})
+            targets = _targets(settings, Policy.parse(recipe.policy or []), base)
+    if base is not None and not settings.problems:
+        if base.own_pictures and not settings.is_set("template"):
+            recipe = recipe.model_copy(update={"template": OWN})
         checks = _require_prepared, _require_form, _require_base, _require_calibration_files, _require_trained_parts
         for check in checks:
             with collected(problems):
                 check(recipe, base, targets)
-    if recipe is None or base is None or problems:
-        raise RecipeError(problems=problems, source=merged.source)
-    return Fitted(recipe, base, policy, tuple(targets), (*merged.warnings, *_warnings(recipe, base)))
+    if base is None or problems:
+        raise RecipeError(problems=problems, source=settings.source)
+    return recipe, base, targets, [*settings.warnings, *_warnings(recipe, base)]
 
 
-def _base_of(merged: Merged, problems: list[Problem]) -> Base | None:
+def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
     """Return the base model, None if it is not known: its problem is in the list then."""
-    recipe = merged.recipe
-    if merged.model is None:
+    recipe = settings.recipe
+    if not recipe.model:
         return None
-    with collected(problems), at_flag(merged.model_at):
-        if recipe is None:
-            base = find_base(merged.model)
-            return base if base.reads_pictures or not merged.names_tower else None  # with other problems: composed
-        return bases.base_of_run(merged.model, recipe.parts, recipe.projector_weights)
+    with collected(problems), at_flag(settings.file.where(Key.of("model"))):
+        return bases.base_of_run(recipe.model, recipe.parts, recipe.projector_weights)
     return None
 
 
-def _targets(merged: Merged, policy: Policy, base: Base) -> list[Target]:
+def _targets(settings: Settings, policy: Policy, base: Base) -> list[Target]:
     """Return the targets of the policy. Raises PolicyError with its problems on this model."""
-    cache = None if merged.recipe is None else merged.recipe.factor_cache
     try:
-        return policy.resolve(base.meta, cache_dir=cache)
+        return policy.resolve(base.meta)
     except PolicyError as error:
-        if "rank" in merged.defaults:
+        if not settings.is_set("policy") and not settings.is_set("policy", 0, "rank"):
             raise PolicyError(problems=_of_default_rank(error.problems)) from None
         raise
 
@@ -231,6 +217,14 @@ def _require_trained_parts(recipe: Recipe, base: Base, targets: Sequence[Target]
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
+    for target in targets:
+        if target.method == "mica" and target.path in quantized:  # PEFT reads the weight as a matrix of floats
+            raise UserError(
+                f"method mica needs float weights: {target.path}",
+                code="policy-no-adapter",
+                where=Key.of("quantization"),
+                hint="use another method, or remove the quantization",
+            )
     packed = [target.path for target in targets if target.rank is None and target.path in quantized]
     if packed:  # integers have no gradient
         raise UserError(

@@ -1,4 +1,4 @@
-"""`make_plan`: everything that can say no before data and weights load, in one value; for `train` and `--dry-run`."""
+"""`make_plan`: all that can be known of a run before data and weights load, for `train` and `--dry-run`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from pathlib import Path
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
+from milora_vl.core.policy import Target
+from milora_vl.models.base import Base
 from milora_vl.models.devices import fastest_dtype, train_device
-from milora_vl.train.plan import requirements, resuming, run_folder, train_section
-from milora_vl.train.plan.fit import Fitted, fit
+from milora_vl.train.plan import rates, requirements, resuming, run_folder, train_section
+from milora_vl.train.plan.base import compose
+from milora_vl.train.plan.fit import fit
 from milora_vl.train.plan.launch import read_launch
 from milora_vl.train.plan.resuming import Resumed
 from milora_vl.train.plan.run_folder import RunFolder
 from milora_vl.train.plan.train_section import TrainSection
 from milora_vl.train.recipe.command_line import Request
-from milora_vl.train.recipe.merge import Merged
+from milora_vl.train.recipe.merge import Settings
 from milora_vl.train.recipe.schema import Recipe
 
 
@@ -25,47 +28,50 @@ from milora_vl.train.recipe.schema import Recipe
 class Plan:
     """A run that nothing is known to stop: what trains on which base, in which folder, and what it continues."""
 
-    request: Request
-    fitted: Fitted  # its recipe is without the hub's token
+    settings: Settings  # what the user has set, and where
+    recipe: Recipe  # as it fits the base, without the hub's token
+    base: Base
+    targets: tuple[Target, ...]  # with the learning rates of the run
     section: TrainSection
     hub_token: str | None
     folder: RunFolder
     resumed: Resumed | None
-    recipe_batch: tuple[int, int] | None  # what the recipe itself says: per device, accumulation
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
-    @property
-    def recipe(self) -> Recipe:
-        """Return the recipe with every flag applied, as it fits the base."""
-        return self.fitted.recipe
+    def composed(self) -> tuple[Plan, str]:
+        """Return the plan on a base that exists, composed of its parts at first use, and a log line."""
+        recipe, base, line = compose(self.recipe, self.base)
+        return replace(self, recipe=recipe, base=base), line
 
 
-def make_plan(request: Request, merged: Merged, *, processes: int) -> Plan:
+def make_plan(settings: Settings, *, processes: int) -> Plan:
     """Check everything that can be checked without data and weights. `processes` is the number of devices that train.
 
     Raises RecipeError with all problems of the recipe and its model, UserError for other mistakes.
     """
-    fitted = fit(merged)
-    recipe, token = run_folder.without_token(with_dtype(fitted.recipe, request))
-    fitted = replace(fitted, recipe=recipe)
+    request = settings.request
+    fitting, base, targets, warnings = fit(settings)
+    recipe, token = run_folder.without_token(with_dtype(fitting, request))
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
     launch = read_launch(recipe.train)
     requirements.require_installed(recipe)
-    section = train_section.derive(fitted, launch)
-    if problems := train_section.conflicts(fitted, section):
+    section = train_section.derive(recipe, base, targets, launch)
+    if problems := train_section.conflicts(recipe, targets, section):
         raise UserError(problems=problems)
     train_section.require_accepted(recipe, section)
     earlier = resuming.read_earlier(folder, request.resume)
+    warnings += rates.warnings(targets, section.arguments, method=request.edits.method)
     return Plan(
-        request=request,
-        fitted=fitted,
+        settings=settings,
+        recipe=recipe,
+        base=base,
+        targets=tuple(rates.in_force(targets, section.arguments)),
         section=section,
         hub_token=token,
         folder=folder,
-        resumed=None if earlier is None else resuming.resumed(earlier, fitted, processes),
-        recipe_batch=merged.batch_in_recipe,
-        notes=tuple(merged.notes),
+        resumed=None if earlier is None else resuming.resumed(earlier, recipe, base, processes),
+        warnings=tuple(warnings),
     )
 
 

@@ -16,12 +16,12 @@ from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import is_sharded, num_processes, step_of, zero_stage
+from milora_vl.models.base import Base
 from milora_vl.train.plan.base import named_as_composed
 from milora_vl.train.plan.changes import Change, Side, changes, schedule_has_end, shown
-from milora_vl.train.plan.fit import Fitted
 from milora_vl.train.plan.run_data import RunData
 from milora_vl.train.plan.run_folder import RunFolder, without_token
-from milora_vl.train.plan.train_section import base_dtype
+from milora_vl.train.plan.train_section import dtype_name
 from milora_vl.train.recipe.schema import Recipe, load
 
 NEW_RUN = "to start a new run:  another --output_dir, without --resume_from_checkpoint"
@@ -77,11 +77,11 @@ def read_earlier(run: RunFolder, resume: str | None) -> Earlier | None:
     return Earlier(folder, run.checkpoint, is_finished, recipe, checkpoints.read_environment(folder))
 
 
-def resumed(earlier: Earlier, fitted: Fitted, processes: int) -> Resumed:
+def resumed(earlier: Earlier, recipe: Recipe, base: Base, processes: int) -> Resumed:
     """Return the earlier run with the changes. Raises UserError with a table of those that are refused."""
-    recipe = named_as_composed(fitted.recipe, fitted.base, earlier.recipe.model)
-    now = Side(recipe, processes, _dtype(recipe))
-    checkpoint, dtype = earlier.checkpoint, earlier.environment.get("dtype") or _dtype(earlier.recipe)
+    recipe = named_as_composed(recipe, base, earlier.recipe.model)
+    now = Side(recipe, processes, dtype_name(recipe))
+    checkpoint, dtype = earlier.checkpoint, earlier.environment.get("dtype") or dtype_name(earlier.recipe)
     # `warnings` compares the processes of a sharded checkpoint.
     wrote = processes if checkpoint is None or is_sharded(checkpoint) else num_processes(checkpoint)
     before = Side(earlier.recipe, wrote, dtype)
@@ -211,10 +211,6 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
         f"{checkpoint.name} was written with {wrote} processes, now there are {processes}: the random states are "
         "initialized again, so dropout differs from an uninterrupted run"
     ]
-
-
-def _dtype(recipe: Recipe) -> str:
-    return str(base_dtype(recipe)).removeprefix("torch.")
 
 
 def _with(stage: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,9 @@ from transformers.training_args import OptimizerNames
 
 from milora_vl.common.compat.transformers import unstarted_arguments
 from milora_vl.common.errors import Key, Problem, UserError, first_line
+from milora_vl.core.policy import Target
+from milora_vl.models.base import Base
 from milora_vl.models.devices import train_device
-from milora_vl.train.plan.fit import Fitted
 from milora_vl.train.plan.launch import Launch
 from milora_vl.train.recipe import hf_flags
 from milora_vl.train.recipe.hf_flags import value_of
@@ -55,9 +56,8 @@ class TrainSection:
     compiled: dict[str, str] | None  # arguments of torch.compile for the blocks of the language tower
 
 
-def derive(fitted: Fitted, launch: Launch) -> TrainSection:
+def derive(recipe: Recipe, base: Base, targets: Sequence[Target], launch: Launch) -> TrainSection:
     """Return the arguments of a run: what it always sets, and what follows from the model, the rules and the device."""
-    recipe = fitted.recipe
     train, warnings = dict(recipe.train), list(launch.warnings)
     for name, value in FORCED.items():
         if train.get(name, value) != value:
@@ -78,8 +78,8 @@ def derive(fitted: Fitted, launch: Launch) -> TrainSection:
         train.setdefault("use_cpu", True)  # HF rejects bf16 on a CPU without this
     # A batch of LLaVA without images holds a placeholder image, so all trained parameters are used, except layers of
     # the vision tower that LLaVA does not read. Batches of other families hold none.
-    trains_tower = any(target.tower == "vision" for target in fitted.targets)
-    train.setdefault("ddp_find_unused_parameters", trains_tower or fitted.base.own_pictures)
+    trains_tower = any(target.tower == "vision" for target in targets)
+    train.setdefault("ddp_find_unused_parameters", trains_tower or base.own_pictures)
     device = train_device(train).type
     train.setdefault("dataloader_pin_memory", device not in ("cpu", "mps"))
     if train["dataloader_pin_memory"]:
@@ -111,9 +111,9 @@ def _compiled(train: dict[str, Any]) -> dict[str, str] | None:
     return options if is_on or options else None
 
 
-def conflicts(fitted: Fitted, section: TrainSection) -> list[Problem]:
+def conflicts(recipe: Recipe, targets: Sequence[Target], section: TrainSection) -> list[Problem]:
     """Return the problems of arguments that do not go with the model, the rules or the data of the run."""
-    recipe, train, launch, found = fitted.recipe, section.arguments, section.launch, list[Problem]()
+    train, launch, found = section.arguments, section.launch, list[Problem]()
     optimizer = str(train.get("optim") or "")
     if optimizer.startswith(OWN_GROUPS):
         message = f"{optimizer} makes its own parameter groups, so it does not support learning rates per rule"
@@ -138,7 +138,7 @@ def conflicts(fitted: Fitted, section: TrainSection) -> list[Problem]:
         message = "FSDP2 does not shard a quantised base"
         found.append(Problem(message, "quantization-fsdp", Key.of("quantization"), hint))
     autocast = AUTOCAST.get(recipe.dtype)
-    in_full = any(target.method == "full" for target in fitted.targets)
+    in_full = any(target.method == "full" for target in targets)
     if autocast and not train[autocast] and in_full and launch.deepspeed is None:
         # What trains is float32, and only autocast multiplies it with a half-precision base.
         message = (
@@ -278,3 +278,8 @@ def base_dtype(recipe: Recipe) -> torch.dtype:
     if recipe.train.get("bf16"):
         return torch.bfloat16
     return torch.float16 if recipe.train.get("fp16") else torch.float32
+
+
+def dtype_name(recipe: Recipe) -> str:
+    """Return the name of the dtype of the frozen weights."""
+    return str(base_dtype(recipe)).removeprefix("torch.")

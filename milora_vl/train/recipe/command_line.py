@@ -207,7 +207,7 @@ class Request:
     devices: int | None = None  # for a plan
     gpu_memory: float | None = None  # GiB per device, for a plan
     words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed
-    problems: tuple[Problem, ...] = ()  # of values that are left out; `merge_recipe` raises them with its own
+    problems: tuple[Problem, ...] = ()  # of values that are left out; `merge` raises them with its own
 
     @cached_property
     def recipe_file(self) -> RecipeFile:

@@ -106,6 +106,8 @@ def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) ->
     else:
         for number, (rule, other) in enumerate(zip_longest(old, new)):
             names = dict.fromkeys((*rule, *other))
+            if _scale(rule) == _scale(other):  # another rank changes alpha, too
+                names.pop("alpha", None)
             pairs += [(Key(("policy", number, name)), rule.get(name), other.get(name)) for name in names]
     found = [
         Problem(f"the adapter {adapter} has {has}, got {got}", "adapter-other-settings", key)
@@ -120,6 +122,10 @@ def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) ->
 
 def _without_rates(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in rule.items() if k not in RATES} for rule in Policy.parse(list(rules)).to_list()]
+
+
+def _scale(rule: Mapping[str, Any]) -> float:
+    return float(rule.get("alpha") or rule.get("rank") or 1) / (rule.get("rank") or 1)
 
 
 def _modules(rules: Sequence[Mapping[str, Any]]) -> str:

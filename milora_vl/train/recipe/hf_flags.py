@@ -189,14 +189,13 @@ def canonical(name: str, value: Any) -> tuple[str, Any] | None:
     return RENAMED.get(name, name), value
 
 
-def overridden(train: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `train` without the keys that `flags` set by an older name: flags win. `train` has canonical names.
+def replaced(flags: Mapping[str, Any]) -> set[str]:
+    """Return the newest names of the arguments that `flags` set by an older one.
 
-    >>> overridden({"warmup_steps": 0.03, "max_steps": 9}, {"warmup_ratio": 0.1})
-    {'max_steps': 9}
+    >>> replaced({"warmup_ratio": 0.1, "max_steps": 9})
+    {'warmup_steps'}
     """
-    renamed = {RENAMED[name] for name in flags if name in RENAMED}
-    return {name: value for name, value in train.items() if name not in renamed}
+    return {RENAMED[name] for name in flags if name in RENAMED}
 
 
 def for_installed(train: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -1,163 +1,199 @@
-"""Merge recipe file, flags and LLaVA's flags into one recipe. It looks at no model, no data and no device."""
+"""Merge the settings of a run, in layers: defaults, adapter, recipe file, LLaVA's flags, flags. Later layers win.
+
+It looks at no model, no data and no device.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from milora_vl.common.cli.command_line import beside
-from milora_vl.common.errors import Key, Problem, UserError, collected
+from milora_vl.common.errors import Key, Problem, UserError, collected, with_problems
 from milora_vl.common.yaml_text import TEXT, read_mapping
-from milora_vl.core.policy.default import RuleDict
-from milora_vl.train.recipe import continued, llava_flags
-from milora_vl.train.recipe.command_line import PROG, Request
-from milora_vl.train.recipe.hf_flags import overridden, value_of
+from milora_vl.train.recipe import continued, hf_flags, llava_flags
+from milora_vl.train.recipe.command_line import PROG, RECIPE_FLAGS, Request
+from milora_vl.train.recipe.layers import Section, merged, place_of, placed
 from milora_vl.train.recipe.llava_flags import Meaning
 from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited
 from milora_vl.train.recipe.recipe_file import RecipeFile
-from milora_vl.train.recipe.schema import Recipe, conflicts, policy_problems, values_of
+from milora_vl.train.recipe.schema import Recipe, checked, train_section
 
-Default = Literal["policy", "rank", "template"]
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")
+FLAGS = {path: name for name, (path, *_) in RECIPE_FLAGS.items()}  # of every key that has one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Merged:
-    """The recipe with every flag applied, and the problems of its values: all that can be known without the model.
+class Settings:
+    """The one recipe of a run, and where the user set each of its values.
 
-    `rules` are the recipe's rules after the flags: rules with problems may have others on the model, too.
+    With `problems`, the recipe has defaults for values that are wrong, and no policy if a rule is.
     """
 
-    recipe: Recipe | None  # None if some value is wrong
-    problems: list[Problem]
-    source: str  # name or file of the recipe, or "the command line", for lists of problems
-    model: str | None  # what the run names, even if other values are wrong
-    model_at: str  # where it does: the flag, or the line of the recipe
-    rules: list[RuleDict] | None  # None if there is no list of rules to check
-    names_tower: bool  # whether the recipe or a flag names a vision tower, to compose the base
-    defaults: frozenset[Default]  # ours: the recipe and the flags do not set them
-    batch_in_recipe: tuple[int, int] | None = None  # what the recipe itself says: per device, accumulation
+    request: Request
+    recipe: Recipe
+    file: RecipeFile  # the content of all layers, under the name of the recipe
+    problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def source(self) -> str:
+        """Return the name of the recipe, or of the policy without one, for lists of problems."""
+        policy = self.request.policy
+        if self.request.recipe or policy is None:
+            return self.file.source
+        return policy if _is_file(policy) else "--policy"
 
-def merge_recipe(request: Request) -> Merged:
-    """Merge recipe, flags and LLaVA's flags. Raises UserError only for files that cannot be read."""
-    problems = list(request.problems)
-    file, of_adapter = request.recipe_file, dict[str, Any]()
+    def is_set(self, *parts: str | int) -> bool:
+        """Return whether the user has set a key: in the adapter, in the recipe or by a flag."""
+        return bool(place_of(self.file.content, Key(parts)))
+
+    def located(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Return the problems; a key is where the user has set it, or, without a recipe, at the flag that would.
+
+        A flag changes several rules, so it may have the same problem several times: one stays.
+        """
+        return list(dict.fromkeys(self.file.located([self._at_flag(problem) for problem in problems])))
+
+    def _at_flag(self, problem: Problem) -> Problem:
+        key = problem.where
+        if self.request.recipe or not isinstance(key, Key) or self.is_set(*key.parts):
+            return problem
+        is_argument = len(key.parts) == 2 and key.parts[0] == "train" and key.parts[1] in hf_flags.flags()
+        flag = str(key.parts[1]) if is_argument else FLAGS.get(str(key))
+        return problem if flag is None else replace(problem, where=f"--{flag}")
+
+    @contextmanager
+    def places(self) -> Iterator[None]:
+        """Turn the keys in the errors of the block into the places of their values."""
+        try:
+            yield
+        except UserError as error:
+            raise with_problems(error, self.located(error.problems)) from error
+
+
+def merge(request: Request) -> Settings:
+    """Merge the layers of a run, and check all values. Raises UserError only for a recipe that cannot be read."""
+    problems, file, meaning = list(request.problems), request.recipe_file, Meaning([])
     adapter = str(request.overrides.get("adapter") or file.content.get("adapter") or "")
-    if adapter:
+    of_adapter, of_flags = Section(), _of_flags(request)
+    with collected(problems):
+        of_adapter = _of_adapter(adapter)
+    with collected(problems):
+        meaning = _meaning(request, adapter)
+    if request.policy is not None:
         with collected(problems):
-            of_adapter = continued.settings_of(Path(adapter))
-    file = replace(file, content=_merge(of_adapter, file.content))
-    of_file, in_file = values_of(file.content)
-    of_flags, in_flags = values_of(request.overrides)
-    problems += [*file.located(in_file), *in_flags]
-    meaning, rules = Meaning([]), file.content.get("policy")
-    with collected(problems):
-        meaning = _llava(request, adapter)
-        rules = meaning.rules or rules
-    with collected(problems):
-        rules = rules if request.policy is None else _read_policy(request.policy)
-    after_flags: list[RuleDict] | None = None
+            of_flags.put("policy", _read_policy(request.policy), "--policy")
+    for layer in (file.content, of_flags):  # each by itself, too: a flag hides no mistake of the file
+        problems += replace(file, content=layer).located(checked(layer, is_whole=False)[1])
+    below = merged(_newest(of_adapter), _newest(file.content))
+    notes = _give_way(below, of_flags)
+    of_llava = _of_llava(request, meaning, adapter)
+    if "data" in of_llava and not request.sets("data.image_aspect_ratio"):
+        notes.append("LLaVA flags: without --image_aspect_ratio images are cropped to a square")
+    content = merged(below, of_llava, _newest(of_flags))
     is_known = bool(of_adapter) or not adapter  # what an adapter with a problem names is not
-    is_list = isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules)
-    if is_known and (rules is None or is_list):
-        wrong = policy_problems(rules)
-        problems += file_of_rules(request).located(wrong)
+    rules, after_flags = content.get("policy"), None
+    if is_known and (rules is None or (isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules))):
         with collected(problems):
-            after_flags = edited(rules, _edits(request, file, rules))
-            problems += [problem for problem in policy_problems(after_flags) if problem not in wrong]
-    recipe, notes = None, [meaning.line] if meaning.line else []
-    if of_file is not None and of_flags is not None and after_flags is not None and not problems:
-        content, more = _merged_content(of_file, request, meaning)
-        recipe, problems = values_of({**content, "policy": after_flags})
-        if recipe is not None:
-            problems += conflicts(recipe)
-            problems += continued.contradictions(adapter, of_adapter, recipe) if of_adapter else []
-        notes += more
-    model = request.overrides.get("model") or file.content.get("model")
-    if not model and is_known:
-        problems.append(
-            Problem(
-                "no model: set --model NAME, or use a --recipe that names one",
-                "recipe-no-model",
-                "--model",
-                f"see: {PROG} --list-recipes",
-            )
-        )
-    defaults = set[Default]()
-    if rules is None:
-        defaults |= {"policy"} if request.edits.rank is not None else {"policy", "rank"}
-    if "template" not in file.content and not request.sets("template"):
-        defaults.add("template")
-    return Merged(
-        recipe=recipe,
-        problems=problems,
-        source=file.source if request.recipe else file_of_rules(request).source,
-        model=str(model) if model else None,
-        model_at="--model" if "model" in request.overrides else file.place_of(Key.of("model")),
-        rules=after_flags,
-        names_tower=bool(request.llava.get("vision_tower") or (of_file is not None and of_file.parts.vision_tower)),
-        defaults=frozenset(defaults),
-        batch_in_recipe=_batch(of_file),
-        notes=notes,
-        warnings=meaning.warnings,
-    )
+            after_flags = edited(rules, _edits(request, below, rules))
+    content.put("policy", after_flags, content.places.get("policy", ""))
+    recipe, wrong = checked(content, is_whole=not problems)
+    file = replace(file, content=content)
+    settings = Settings(request=request, recipe=recipe, file=file, warnings=meaning.warnings)
+    problems += settings.located(wrong)
+    if of_adapter and not problems:
+        problems += settings.located(continued.contradictions(adapter, of_adapter, recipe))
+    if not content.get("model") and is_known:
+        hint = f"see: {PROG} --list-recipes"
+        message = "no model: set --model NAME, or use a --recipe that names one"
+        problems.append(Problem(message, "recipe-no-model", "--model", hint))
+    line = [meaning.line] if meaning.line else []
+    return replace(settings, problems=list(dict.fromkeys(problems)), notes=[*line, *notes])
 
 
-def _edits(request: Request, file: RecipeFile, rules: list[RuleDict] | None) -> PolicyEdits:
+def batch_of(file: RecipeFile) -> tuple[int, int] | None:
+    """Return what a recipe itself says of batches: records per device, accumulation steps; None if it says nothing."""
+    train, _ = train_section(file.content.get("train"))
+    per_device = train.get("per_device_train_batch_size")
+    return None if not per_device else (int(per_device), int(hf_flags.value_of(train, "gradient_accumulation_steps")))
+
+
+def _of_adapter(adapter: str) -> Section:
+    """Return the settings of the adapter that trains further; they stand in its folder."""
+    return placed(continued.settings_of(Path(adapter)), lambda key: adapter) if adapter else Section()
+
+
+def _of_flags(request: Request) -> Section:
+    """Return the settings of the flags that are keys of the recipe."""
+
+    def flag_of(key: str) -> str:
+        name = key.removeprefix("train.") if key.startswith("train.") else FLAGS.get(key)
+        return f"--{name}" if name else ""
+
+    flags = placed(request.overrides, flag_of)
+    sampled = [name for name in ("fps", "num_frames") if name in flags.get("data", {})]
+    if len(sampled) == 1:  # the flag replaces either setting of the recipe
+        flags["data"]["num_frames" if sampled == ["fps"] else "fps"] = None
+    return flags
+
+
+def _of_llava(request: Request, meaning: Meaning, adapter: str) -> Section:
+    """Return the settings that LLaVA's flags mean."""
+    layer, flags = Section(), request.llava
+    if meaning.rules:
+        deciding = [f"--{name}" for name in (*DECIDES_POLICY, "vision_tower") if flags.get(name)]
+        layer.put("policy", meaning.rules, " ".join(deciding) or "--lora_enable")
+    if meaning.quantization:
+        layer.put("quantization", meaning.quantization, "--bits")
+    if flags.get("group_by_modality_length"):
+        places = {"train_sampling_strategy": "--group_by_modality_length"}
+        layer["train"] = Section({"train_sampling_strategy": "group_by_length"}, places)
+    named = {key: name for name, key in llava_flags.PARTS.items() if flags.get(name) is not None}
+    layer["parts"] = Section(llava_flags.parts(flags), {key: f"--{name}" for key, name in named.items()})
+    if llava_flags.is_script(flags) and not request.recipe and not adapter:
+        layer["data"] = {"image_aspect_ratio": "plain"}
+    return layer
+
+
+def _newest(layer: Section) -> Section:
+    """Return a layer whose training arguments have their newest names."""
+    return Section({**layer, "train": train_section(layer.get("train"))[0]}, layer.places)
+
+
+def _edits(request: Request, below: Section, rules: Any) -> PolicyEdits:
     """Return the edits of the flags. Without a policy, the residual form means MiLoRA as in the paper."""
-    form = request.overrides.get("form") or file.content.get("form")
+    form = request.overrides.get("form") or below.get("form")
     is_default = request.edits.protect is None and (rules is None or request.llava)
     if form != "residual" or not is_default:
         return request.edits
     return replace(request.edits, protect=0.0, method=request.edits.method or "milora")
 
 
-def _merged_content(of_file: Recipe, request: Request, meaning: Meaning) -> tuple[dict[str, Any], list[str]]:
-    """Return the content of the merged recipe, and notes on what the flags change beside their own keys."""
-    content = of_file.model_dump() | {"train": overridden(of_file.train, request.overrides.get("train", {}))}
-    notes = _without_evaluation(content, request)
-    merged = _merge(content, request.overrides)
-    sampled = {"fps", "num_frames"} & request.overrides.get("data", {}).keys()
-    if len(sampled) == 1:  # the flag replaces either setting of the recipe
-        merged["data"][({"fps", "num_frames"} - sampled).pop()] = None
-    if meaning.quantization:
-        merged["quantization"] = meaning.quantization
-    if request.llava.get("group_by_modality_length"):
-        merged["train"].setdefault("train_sampling_strategy", "group_by_length")
-    merged["parts"] = {**merged["parts"], **llava_flags.parts(request.llava)}
-    has_ratio = request.recipe or merged["adapter"] or request.sets("data.image_aspect_ratio")
-    if llava_flags.is_script(request.llava) and not has_ratio:
-        merged["data"]["image_aspect_ratio"] = "plain"
-        notes.append("LLaVA flags: without --image_aspect_ratio images are cropped to a square")
-    return merged, notes
+def _give_way(below: Section, flags: Section) -> list[str]:
+    """Drop what the flags replace beside their own keys: an argument by an older name, held-out records of other data.
 
-
-def _batch(of_file: Recipe | None) -> tuple[int, int] | None:
-    per_device = None if of_file is None else of_file.train.get("per_device_train_batch_size")
-    if of_file is None or not per_device:
-        return None
-    return int(per_device), int(value_of(of_file.train, "gradient_accumulation_steps"))
-
-
-def _without_evaluation(content: dict[str, Any], request: Request) -> list[str]:
-    """Drop the held-out records of a recipe if --data_path replaces its data. Return a note about it."""
-    data, flags = content["data"], request.overrides.get("data", {})
-    held_out = data["eval_path"]
-    if held_out is None or "eval_path" in flags or flags.get("path", data["path"]) == data["path"]:
+    Returns a note about the held-out records.
+    """
+    below["train"] = below["train"].without(hf_flags.replaced(flags.get("train", {})))
+    data, over = below.get("data"), flags.get("data", {})
+    if not isinstance(data, Section) or not data.get("eval_path") or "eval_path" in over:
         return []
-    data["eval_path"] = None
-    for name in ("eval_strategy", "load_best_model_at_end"):
-        content["train"].pop(name, None)
-    return [f"--data_path replaces the data of the recipe, so {held_out} is not used (set --eval_data_path FILE)"]
+    if over.get("path", data.get("path")) == data.get("path"):
+        return []
+    below["data"] = data.without(["eval_path"])
+    below["train"] = below["train"].without(["eval_strategy", "load_best_model_at_end"])
+    note = f"--data_path replaces the data of the recipe, so {data['eval_path']} is not used"
+    return [f"{note} (set --eval_data_path FILE)"]
 
 
-def _llava(request: Request, adapter: str) -> Meaning:
+def _meaning(request: Request, adapter: str) -> Meaning:
+    """Return what LLaVA's flags mean. Raises UserError for flags that something else has decided already."""
     flags = dict(request.llava)
     if not flags:
         return Meaning([])
@@ -180,21 +216,11 @@ def _llava(request: Request, adapter: str) -> Meaning:
     return llava_flags.meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)
 
 
-def file_of_rules(request: Request) -> RecipeFile:
-    """Return where the rules stand: in the file of --policy or of the recipe; without lines if flags drop rules."""
-    if request.policy is not None:
-        return RecipeFile(source=request.policy if _is_file(request.policy) else "--policy")
-    file = request.recipe_file
-    if request.edits.method in ("full", "projector"):
-        return replace(file, lines={key: line for key, line in file.lines.items() if not key.startswith("policy[")})
-    return file
-
-
 def _is_file(text: str) -> bool:
     return os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises if the text is too long
 
 
-def _read_policy(text: str) -> list[RuleDict]:
+def _read_policy(text: str) -> list[Section]:
     """Return the unchecked rules of --policy."""
     is_file = _is_file(text)
     source = text if is_file else "--policy"
@@ -205,17 +231,11 @@ def _read_policy(text: str) -> list[RuleDict]:
     if not is_file and text.endswith((".yaml", ".yml")):
         raise UserError(f"no such file: {text}", code="path-missing", where="--policy", hint=beside(Path(text)))
     indented = "\n".join("  " + line for line in body.splitlines())
-    rules = read_mapping(f"policy:\n{indented}", source, above=1)[0]["policy"]
+    content, lines = read_mapping(f"policy:\n{indented}", source, above=1)
+    rules = placed(content, lambda key: f"{source}:{lines[key]}" if is_file and key in lines else source)["policy"]
     if isinstance(rules, Mapping):
         rules = rules.get("policy", [rules])
     if not isinstance(rules, list) or not all(isinstance(rule, Mapping) for rule in rules):
         example = "[{modules: language, method: milora, rank: 64, learning_rate: 2.0e-4}]"
         raise UserError("expected a list of rules", code="policy-value", where=source, hint=f"for example {example}")
-    return [dict(rule) for rule in rules]
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in over.items():
-        out[key] = _merge(out[key], value) if isinstance(value, Mapping) and isinstance(out.get(key), dict) else value
-    return out
+    return rules

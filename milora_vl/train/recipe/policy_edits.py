@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.default import DEFAULT_RULES, RuleDict
 from milora_vl.core.policy.methods import METHODS as RULE_METHODS
+from milora_vl.train.recipe.layers import Section
 
 ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
 METHODS = (*ADAPTERS, "full", "projector")
@@ -31,8 +31,8 @@ class PolicyEdits:
     projector_learning_rate: float | None = None
 
 
-def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDict]:
-    """Return the rules after the flags; `full` and `frozen` rules keep their fields.
+def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[Section]:
+    """Return the rules after the flags; `full` and `frozen` rules keep their fields. A changed field is at its flag.
 
     Another method than ours drops `protect`, unless the flag sets it: `--method lora` is the LoRA of PEFT.
 
@@ -41,20 +41,21 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
     >>> edited(None, PolicyEdits(method="lora", rank=8))[0]["alpha"]  # the scale alpha/rank stays 1
     8.0
     """
-    out = [deepcopy(dict(rule)) for rule in (DEFAULT_RULES if rules is None else rules)]
-    adapters = [rule for rule in out if is_adapter(rule)]
-    _refuse_useless(adapters, edits)
-    for rule in adapters:
-        _edit_adapter(rule, edits)
-    if edits.method == "full":
-        out = [_without_adapter(rule) if rule in adapters else rule for rule in out]
-    # Drop a rule that only refined the old method. A rule that was empty before stays: its error is reported later.
     original = DEFAULT_RULES if rules is None else rules
+    out = [Section.of(rule) for rule in original]
+    adapters = [is_adapter(rule) for rule in out]
+    _refuse_useless(any(adapters), edits)
+    for rule, adapts in zip(out, adapters, strict=True):
+        if adapts:
+            _edit_adapter(rule, edits)
+    if edits.method == "full":
+        out = [_without_adapter(rule) if adapts else rule for rule, adapts in zip(out, adapters, strict=True)]
+    # Drop a rule that only refined the old method. A rule that was empty before stays: its error is reported later.
     out = [rule for rule, before in zip(out, original, strict=True) if len(rule) > 1 or rule == before]
     if edits.method == "projector":
-        out = [rule for rule in out if _of_projector(rule)] or [{"modules": "projector", "method": "full"}]
+        out = [rule for rule in out if _of_projector(rule)] or [Section({"modules": "projector", "method": "full"})]
         if edits.learning_rate is not None:
-            out[0]["learning_rate"] = edits.learning_rate
+            out[0].put("learning_rate", edits.learning_rate, "--learning_rate")
     if edits.projector_learning_rate is not None:
         _set_projector_rate(out, edits.projector_learning_rate)
     return out
@@ -65,7 +66,7 @@ def is_adapter(rule: RuleDict) -> bool:
     return rule.get("method") in ADAPTERS or ("method" not in rule and any(f in rule for f in ADAPTER_FIELDS))
 
 
-def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
+def _refuse_useless(has_adapters: bool, edits: PolicyEdits) -> None:
     flags = [f"--{name}" for name in ("protect", "rank", "alpha", "dropout") if asdict(edits)[name] is not None]
     if edits.method in ("full", "projector"):
         if flags:
@@ -75,7 +76,7 @@ def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
                 where=" ".join(flags),
                 hint="leave these flags out, or use a method with adapters, such as milora",
             )
-    elif not adapters and (flags or edits.method):
+    elif not has_adapters and (flags or edits.method):
         raise UserError(
             "no rule of the recipe makes an adapter",
             code="policy-no-adapter-rule",
@@ -84,10 +85,10 @@ def _refuse_useless(adapters: Sequence[RuleDict], edits: PolicyEdits) -> None:
         )
 
 
-def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
+def _edit_adapter(rule: Section, edits: PolicyEdits) -> None:
     if edits.method in ADAPTERS:
         if "method" in rule:
-            rule["method"] = edits.method
+            rule.put("method", edits.method, "--method")
         dropped = {"sigma", "seed"} - RULE_METHODS[edits.method].fields  # of the initial factors of the old method
         for name in dropped | (set() if edits.method in PROTECTING else {"protect"}):
             rule.pop(name, None)
@@ -95,28 +96,30 @@ def _edit_adapter(rule: RuleDict, edits: PolicyEdits) -> None:
     if edits.protect is not None and not is_exception:
         rule.pop("protect", None)
         if edits.protect and "method" in rule:
-            rule["protect"] = edits.protect
+            rule.put("protect", edits.protect, "--protect")
     if edits.rank is not None:
         old, alpha = rule.get("rank"), rule.get("alpha")
-        rule["rank"] = edits.rank
-        if isinstance(alpha, int | float) and isinstance(old, int) and old > 0:
-            rule["alpha"] = alpha * edits.rank / old
+        rule.put("rank", edits.rank, "--rank")
+        if isinstance(alpha, int | float) and isinstance(old, int) and old > 0 and edits.rank > 0:
+            rule.put("alpha", alpha * edits.rank / old, "--rank")
     for name in ("alpha", "dropout", "learning_rate"):
         value = asdict(edits)[name]
         if value is not None and (name in rule or "method" in rule):
-            rule[name] = value
+            rule.put(name, value, f"--{name}")
 
 
-def _without_adapter(rule: RuleDict) -> RuleDict:
-    kept = {name: value for name, value in rule.items() if name not in ADAPTER_FIELDS}
-    return {**kept, "method": "full"} if "method" in kept else kept
+def _without_adapter(rule: Section) -> Section:
+    kept = rule.without(ADAPTER_FIELDS)
+    if "method" in kept:
+        kept.put("method", "full", "--method")
+    return kept
 
 
 def _of_projector(rule: RuleDict) -> bool:
     return str(rule.get("modules", "")).startswith("projector")
 
 
-def _set_projector_rate(rules: Sequence[RuleDict], rate: float) -> None:
+def _set_projector_rate(rules: Sequence[Section], rate: float) -> None:
     chosen = [rule for rule in rules if _of_projector(rule)]
     if not chosen:
         raise UserError(
@@ -126,4 +129,4 @@ def _set_projector_rate(rules: Sequence[RuleDict], rate: float) -> None:
             hint="remove the flag, or add a rule for modules: projector",
         )
     for rule in chosen:
-        rule["learning_rate"] = rate
+        rule.put("learning_rate", rate, "--mm_projector_lr")

@@ -26,6 +26,7 @@ from milora_vl.common.yaml_text import read_file
 from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.models.processor_settings import ProcessorSettings
 from milora_vl.train.recipe import hf_flags
+from milora_vl.train.recipe.layers import Section, plain
 from milora_vl.train.recipe.recipe_file import RecipeFile
 
 SAMPLES, PICTURES = 48, 64  # of a calibration
@@ -199,10 +200,8 @@ class Recipe(Strict):
     @classmethod
     def parse(cls, content: Mapping[str, Any], file: RecipeFile | None = None) -> Recipe:
         """Return a recipe from nested mappings. Raises RecipeError with all problems, located in `file` if given."""
-        recipe, problems = values_of(content)
-        problems += policy_problems(content.get("policy"))
-        problems += conflicts(recipe) if recipe is not None else []
-        if recipe is None or problems:
+        recipe, problems = checked(content)
+        if problems:
             located = problems if file is None else file.located(problems)
             raise RecipeError(problems=located, source="" if file is None else file.source)
         return recipe
@@ -214,32 +213,43 @@ class Recipe(Strict):
         )
 
 
-def values_of(content: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
-    """Return the recipe of some keys, None if a value is wrong; and the problems of each single value."""
+def checked(content: Mapping[str, Any], *, is_whole: bool = True) -> tuple[Recipe, list[Problem]]:
+    """Return a recipe and all its problems: of values, of rules, and of settings that do not work together.
+
+    A key with a wrong value has its default; `policy` is None if a rule is wrong.
+    `is_whole`: not one of several layers.
+    """
     train, problems = train_section(content.get("train"))
+    values = {name: plain(value) for name, value in content.items() if name != "train"}
     try:
-        recipe = Recipe.model_validate({**content, "train": {}})
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        return None, [*problems, *problems_of(error, Recipe, "recipe")]
-    return (None if problems else recipe.model_copy(update={"train": train})), problems
+        wrong = problems_of(error, Recipe, "recipe")
+        problems += wrong
+        names = {problem.where.parts[0] for problem in wrong if isinstance(problem.where, Key)}
+        recipe = Recipe.model_validate({name: value for name, value in values.items() if name not in names})
+    if of_rules := policy_problems(plain(content.get("policy"))):
+        problems += of_rules
+        recipe = recipe.model_copy(update={"policy": None})
+    recipe = recipe.model_copy(update={"train": {**TRAIN_DEFAULTS, **train}})
+    return recipe, problems + (conflicts(recipe) if is_whole and not problems else [])
 
 
-def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
+def train_section(section: Any) -> tuple[Section, list[Problem]]:
     """Return the `train:` mapping with the newest names and the right types, and its problems."""
+    train, problems = Section(), list[Problem]()
     if section is not None and not isinstance(section, Mapping):
         message = f"expected a mapping of TrainingArguments, got {section!r}"
         hint = "for example  train: {learning_rate: 2.0e-4, num_train_epochs: 1}"
-        return {}, [Problem(message, "recipe-value", Key.of("train"), hint)]
-    train: dict[str, Any] = {**TRAIN_DEFAULTS}
-    problems: list[Problem] = []
-    seen: dict[str, Any] = {}
-    for name, value in (section or {}).items():
+        return train, [Problem(message, "recipe-value", Key.of("train"), hint)]
+    section = Section.of(section or {})
+    for name, value in section.items():
         path = Key(("train", str(name)))
         if name not in hf_flags.flags():
             problems.append(unknown_key(path, hf_flags.flags(), "recipe-unknown-key"))
             continue
         try:
-            pair = hf_flags.canonical(name, hf_flags.coerce(name, value))
+            pair = hf_flags.canonical(name, hf_flags.coerce(name, plain(value)))
         except hf_flags.WrongValue as error:
             problems.append(Problem(str(error), "recipe-value", path, error.hint))
             continue
@@ -247,11 +257,11 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
             continue
         if pair[0] in hf_flags.REFUSED:
             problems.append(Problem(str(hf_flags.REFUSED[pair[0]]), "recipe-refused", path))
-        elif seen.get(pair[0], pair[1]) != pair[1]:
-            contradiction = f"contradicts {pair[0]}: {seen[pair[0]]!r}, which is the same setting"
+        elif train.get(pair[0], pair[1]) != pair[1]:
+            contradiction = f"contradicts {pair[0]}: {train[pair[0]]!r}, which is the same setting"
             problems.append(Problem(contradiction, "recipe-contradiction", path, "remove one of the two"))
         else:
-            train[pair[0]] = seen[pair[0]] = pair[1]
+            train.put(*pair, section.places.get(name, ""))
     return train, problems
 
 
@@ -296,5 +306,5 @@ def policy_problems(rules: Any) -> list[Problem]:
 
 def load(path: Path) -> Recipe:
     """Return the recipe in a YAML file."""
-    file = RecipeFile(*read_file(path), str(path))
+    file = RecipeFile.read(*read_file(path), str(path))
     return Recipe.parse(file.content, file)

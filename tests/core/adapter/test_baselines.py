@@ -10,10 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from milora_vl import Policy, apply_milora, load_adapter, save_adapter
+from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.core.policy import PolicyError
 from support.adapter_cases import anchors, one_rule, token_batch, train_steps
-from support.problems import raises_code
 from support.versions import PEFT, needs_mica
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -93,61 +92,6 @@ def test_rslora_in_some_rules_alone(tiny_llama) -> None:
     for target in model.milora_targets:
         layer = model.get_submodule(f"base_model.model.{target.path}")
         assert layer.scaling["default"] == pytest.approx(target.scaling)
-
-
-class Spectra(nn.Module):
-    """Two layers whose singular values are 1 to 10 and 10 times 1 to 10, a third one with a flat spectrum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        U, _ = torch.linalg.qr(torch.randn(12, 10, generator=torch.Generator().manual_seed(0)))
-        self.a, self.b, self.flat = (nn.Linear(10, 12, bias=False) for _ in range(3))
-        self.a.weight.data = U * torch.arange(1.0, 11.0)
-        self.b.weight.data = U * 10 * torch.arange(1.0, 11.0)
-        self.flat.weight.data = U.contiguous()
-
-
-@pytest.mark.parametrize(
-    ("rank", "expected"),
-    [
-        ({"budget": 6 * 22, "min": 1}, [3, 2, 1]),
-        ({"budget": 10**6}, [10, 10, 10]),
-        ({"budget": 10**6, "max": 4}, [4, 4, 4]),
-        ({"budget": 8 * 22, "max": 3, "min": 2}, [3, 3, 2]),
-    ],
-)
-def test_a_budget_goes_to_the_smallest_shares_first(rank, expected: list[int]) -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 5, "alpha": 10}, {"modules": "language", "rank": rank}]
-    targets = Policy.parse(rules).resolve(Spectra())
-    assert [t.rank for t in targets] == expected
-    assert {t.scaling for t in targets} == {2}
-    assert sum(t.rank * sum(t.shape) for t in targets) <= rank["budget"]
-
-
-def test_a_budget_counts_what_trains_where_a_is_fixed() -> None:
-    rule = {"modules": "language", "method": "milora", "rank": {"budget": 6 * 22}, "protect": 0.5}
-    targets = Policy.parse([rule]).resolve(Spectra())
-    assert 5 * 22 < sum(t.rank * t.shape[0] for t in targets) <= 6 * 22
-
-
-def test_a_budget_covers_the_modules_whose_rank_it_decides() -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": {"budget": 44}}, {"modules": "b", "rank": 7}]
-    assert [t.rank for t in Policy.parse(rules).resolve(Spectra())] == [1, 7, 1]
-    with raises_code(
-        "policy-rank", says=r"policy\[0\].rank.budget: 65 parameters are too few.*needs 66", kind=PolicyError
-    ):
-        Policy.parse([{"modules": "language", "method": "milora", "rank": {"budget": 65}}]).resolve(Spectra())
-    with torch.device("meta"):
-        bare = nn.Sequential(nn.Linear(10, 12), nn.Linear(10, 12))
-    rules = [{"modules": "language", "method": "milora", "rank": {"budget": 150}}]
-    assert [t.rank for t in Policy.parse(rules).resolve(bare)] == [3, 3]
-
-
-def test_resolving_twice_is_the_same(tiny_llama) -> None:
-    policy = Policy.parse(one_rule(rank={"budget": 20_000}, alpha=8))
-    first, second = (policy.resolve(tiny_llama()[0]) for _ in range(2))
-    assert first == second
-    assert 18_000 < sum(t.rank * sum(t.shape) for t in first) <= 20_000
 
 
 def test_all_faults_of_reading_come_together_and_then_all_of_the_model(tiny_llava) -> None:

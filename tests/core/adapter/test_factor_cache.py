@@ -2,13 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
-from milora_vl.core.policy import Policy
 from milora_vl.core.svd import decompose
-from milora_vl.core.weights import factor_cache
 from milora_vl.core.weights.factor_cache import cache_key, read_factors, write_factors
 
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -58,15 +55,3 @@ def test_the_key_depends_on_everything_that_changes_the_factors() -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert cache_key(W.clone(), 2, "minor", 0) == keys[0]
-
-
-@pytest.mark.parametrize("rank", [{"energy": 0.2}, {"threshold": 0.4}, {"budget": 40}])
-def test_a_rank_that_the_weights_decide_finds_their_spectrum_in_the_cache(
-    rank: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, rules = two_layers(), [{"modules": "*", "method": "milora", "rank": rank}]
-    plain = Policy.parse(rules).resolve(model)
-    assert Policy.parse(rules).resolve(model, cache_dir=tmp_path) == plain
-    assert len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr(factor_cache, "singular_values", None)
-    assert Policy.parse(rules).resolve(model, cache_dir=tmp_path) == plain

@@ -9,23 +9,21 @@ from torch import nn
 
 from milora_vl import apply_milora
 from milora_vl.common.errors import Problem
-from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule, SpectralRank
+from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 
 YAML = """
 - {modules: language, method: milora, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
-- {modules: "language.layers[0-3].mlp", rank: {energy: 0.01, max: 64}, sigma: {floor: 0.1}}
+- {modules: "language.layers[0-3].mlp", rank: 64, sigma: {floor: 0.1}}
 - {modules: projector, method: full}
 """
 
 
 def test_yaml_and_plain_data_give_the_same_policy() -> None:
     policy = Policy.parse(YAML)
-    assert policy.rules[1] == Rule(
-        modules="language.layers[0-3].mlp", rank=SpectralRank(energy=0.01, max=64), sigma=FloorSigma(floor=0.1)
-    )
+    assert policy.rules[1] == Rule(modules="language.layers[0-3].mlp", rank=64, sigma=FloorSigma(floor=0.1))
     assert Policy.parse(policy.to_list()) == policy
     assert Policy.parse(policy) is policy
     assert Policy.parse(list(policy.rules)) == policy
@@ -71,14 +69,14 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
         ("language", "policy-value", "expected a list of rules, got str"),
         ([], "policy-empty", "no rules, so nothing would train"),
         (
-            [{"modules": "language", "rank": {"budget": 0.5}}],
+            [{"modules": "language", "rank": {"energy": 0.5}}],
             "policy-rank",
-            r"policy\[0\].rank.budget: expected a number of parameters, got 0.5",
+            r"policy\[0\].rank: expected a positive integer, got {'energy': 0.5}",
         ),
         (
-            [{"modules": "language", "rank": {"energie": 0.1}}],
+            [{"modules": "language", "rnk": "milora"}],
             "policy-unknown-key",
-            r"policy\[0\].rank.energie: unknown key\ndid you mean",
+            r"policy\[0\].rnk: unknown key\ndid you mean",
         ),
         ([{"modules": "language", "lr": 1}], "policy-unknown-key", "unknown key\nknown keys: modules, method"),
     ],
@@ -92,14 +90,14 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
     wrong = {
         "modules": "language",
         "method": "mlora",
-        "rank": {"energie": 0.1},
+        "rnk": 4,
         "protect": 2,
         "alpha": 0,
     }
     found = problems([wrong])
     assert {(str(problem.where), problem.code) for problem in found} == {
         ("policy[0].method", "policy-value"),
-        ("policy[0].rank.energie", "policy-unknown-key"),
+        ("policy[0].rnk", "policy-unknown-key"),
         ("policy[0].protect", "policy-protect"),
         ("policy[0].alpha", "policy-value"),
     }

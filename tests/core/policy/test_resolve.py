@@ -103,49 +103,6 @@ def test_norms_and_heads_train_in_full_where_a_rule_names_them(tiny_llama) -> No
     assert targets["model.norm"].learning_rate == 1e-5
 
 
-class Spectra(nn.Module):
-    """Two layers with the known singular values 1, 2, ..., 10."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        U, _ = torch.linalg.qr(torch.randn(12, 10, generator=torch.Generator().manual_seed(0)))
-        self.a, self.b = nn.Linear(10, 12, bias=False), nn.Linear(12, 10, bias=False)
-        self.a.weight.data = U * torch.arange(1.0, 11.0)
-        self.b.weight.data = (U * torch.arange(1.0, 11.0)).T.contiguous()
-
-
-@pytest.mark.parametrize(
-    ("rank", "expected"),
-    [
-        ({"threshold": 0.35}, 3),  # 1, 2, 3 are at most 3.5
-        ({"threshold": 0.35, "max": 2}, 2),
-        ({"threshold": 0.05, "min": 2}, 2),
-        ({"energy": 0.04}, 3),  # (1 + 4 + 9) / 385 = 0.036
-        ({"energy": 0.036}, 2),
-        ({"energy": 1.0}, 10),
-        ({"threshold": 1.0, "max": 99}, 10),
-    ],
-)
-def test_ranks_are_found_from_the_spectrum(rank, expected: int) -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 5, "alpha": 10}, {"modules": "language", "rank": rank}]
-    for target in resolved(Spectra(), rules).values():
-        assert (target.rank, target.alpha) == (expected, 2 * expected)
-
-
-def test_alpha_beside_a_spectral_rank_is_taken_as_it_is() -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": {"threshold": 0.35}, "alpha": 12}]
-    assert resolved(Spectra(), rules)["a"].alpha == 12
-
-
-def test_without_weights_a_spectral_rank_is_its_upper_bound() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(10, 12))
-    rules = [{"modules": "language", "method": "milora", "rank": {"energy": 0.01, "max": 6}}]
-    assert resolved(model, rules)["0"].rank == 6
-    rules[0]["rank"] = {"energy": 0.01}
-    assert resolved(model, rules)["0"].rank == 10
-
-
 def test_all_faults_come_together(tiny_llava) -> None:
     rules = [
         {"modules": "langauge", "method": "milora", "rank": 4},

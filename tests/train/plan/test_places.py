@@ -12,8 +12,7 @@ from milora_vl.common.errors import Key, UserError
 from milora_vl.train import main
 from milora_vl.train.plan import run_data
 from milora_vl.train.recipe.command_line import parse
-from milora_vl.train.recipe.merge import merge_recipe
-from milora_vl.train.recipe.places import at_their_places
+from milora_vl.train.recipe.merge import merge
 from support.problems import raises_code
 
 WORDS = ["--model", "tiny", "--rank", "4", "--device", "cpu"]
@@ -82,10 +81,9 @@ def test_the_line_of_an_error_is_the_one_that_was_read(tmp_path: Path) -> None:
     """An edit while a run starts or trains moves lines; the run has the recipe of its start."""
     file = tmp_path / "recipe.yaml"
     file.write_text("model: tiny\ntrain:\n  max_steps: 2\n")
-    request = parse(["--recipe", str(file)])
-    merge_recipe(request)
+    settings = merge(parse(["--recipe", str(file)]))
     where = f"{file}:3: train.max_steps"
-    with raises_code("train-arguments", where=where) as error, at_their_places(request):
+    with raises_code("train-arguments", where=where) as error, settings.places():
         file.write_text("model: [")
         raise UserError("too few", code="train-arguments", where=Key.of("train.max_steps"), exit_code=143)
     assert error.value.exit_code == 143

@@ -11,6 +11,7 @@ from milora_vl.core.policy.default import DEFAULT_RULES, PROTECTED
 from milora_vl.train.command import main as train
 from support.plans import fitted, plan, section, settings
 from support.problems import raises_code
+from support.versions import needs_mica
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
@@ -112,6 +113,12 @@ def test_bits_alone_mean_a_quantised_base() -> None:
         assert quantised == settings("--recipe tiny-test").recipe.model_copy(update={"quantization": f"{bits}bit"})
     with raises_code("flag-value", where="--bits", message="expected 16, 8 or 4"):
         settings("--model tiny --bits 5")
+
+
+@needs_mica
+def test_a_method_that_reads_float_weights_is_refused_on_a_quantised_base_before_it_loads() -> None:
+    with raises_code("policy-no-adapter", where="--quantization", message="mica needs float weights"):
+        fitted("--model tiny --rank 4 --quantization 4bit --method mica --freeze_mm_mlp_adapter True")
 
 
 def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
@@ -255,7 +262,7 @@ def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told
     assert said.endswith("no effect: layer -1, feature cls_patch")
     (said,) = fitted("--model tiny-text --rank 4 --mm_vision_select_layer -1").warnings
     assert "without --vision_tower" in said
-    assert fitted("--model tiny --rank 4 --mm_vision_select_layer -2").warnings == ()
+    assert fitted("--model tiny --rank 4 --mm_vision_select_layer -2").warnings == []
 
 
 @pytest.mark.parametrize(
