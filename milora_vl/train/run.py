@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.templates import OWN, no_tools
 from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.errors import UserError, with_context
@@ -36,7 +35,6 @@ from milora_vl.train import (
     calibration_batches,
     collators,
     failures,
-    features,
     hub,
     loaders,
     model,
@@ -333,11 +331,6 @@ def make_trainer(
     """Return the trainer with its collator and callbacks."""
     recipe, data = loaded.recipe, inputs.data
     collator = collators.collator(recipe, loaded.base, loaded.processor, data.train[:100])
-    if recipe.data.feature_cache:
-        records = [*data.train, *(data.evaluation or ())]
-        cache = Path(recipe.data.feature_cache)
-        assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
-        collator.features = features.prepare(cache, loaded.model, collator, records, inputs.args, first_files.screen)
     with refused(recipe.train, kinds=(ValueError, ImportError)):  # what no check of the plan knows
         trainer = MiloraTrainer(
             adapted.built.model,

@@ -17,7 +17,6 @@ from milora_data.batches.rows import Row, joined, packed, packed_flat, padded, w
 from milora_data.encode.chat_template import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode
 from milora_data.pictures.anyres import Tiling
-from milora_data.pictures.features import FeatureReader
 from milora_data.pictures.files import ImageError, ImagePolicy, place_of
 from milora_data.pictures.pixels import AspectRatio, JpegDecoding, PixelMaker
 from milora_data.records.record import IMAGE, Record
@@ -98,7 +97,6 @@ class ImageTextCollator(RecordCollator[Sample]):
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.tiling = tiling
-        self.features: FeatureReader | None = None  # reads cached features of the tower in place of pixels
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
         self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
@@ -199,16 +197,13 @@ class ImageTextCollator(RecordCollator[Sample]):
 
     def _image(self, path: str | Path) -> Any:
         try:
-            return self._pixels().read(path)
+            return self.maker().read(path)
         except ImageError as error:
             if self.bad_images != "replace":
                 raise
             self._count("replaced")
             log.warning("%s (replaced by a plain picture)", error)
-            return self._pixels().plain_image()
-
-    def _pixels(self) -> PixelMaker | FeatureReader:
-        return self.features or self.maker()
+            return self.maker().plain_image()
 
     def maker(self) -> PixelMaker:
         """Return the `PixelMaker` of this image processor."""
@@ -226,7 +221,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             return self._llava_batch(rows, [row[0].images for row in samples])
         if self.image_processor is not None and not images:
             # Keep tower and projector in the graph (see the module's docstring).
-            images = [self._pixels().plain_image()]
+            images = [self.maker().plain_image()]
             rows = self._with_hidden_image(rows, self._num_tokens(images[0]))
         pad_id, multiple = pad_id_of(self.tokenizer), self.pad_to_multiple_of
         if is_flat and self.image_processor is None:
@@ -234,7 +229,7 @@ class ImageTextCollator(RecordCollator[Sample]):
         else:
             batch = (packed if is_packed else padded)(rows, pad_id, multiple)
         if images:
-            batch |= self._pixels().inputs(images)
+            batch |= self.maker().inputs(images)
             num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
             assert num_tokens == sum(map(self._num_tokens, images))
         return batch
@@ -256,8 +251,8 @@ class ImageTextCollator(RecordCollator[Sample]):
         batch["attention_mask"] = batch["attention_mask"].bool()
         if self.image_processor is not None:
             # LLaVA expects a picture for each row and ignores the features of a row without an image token.
-            pictures = [image for row in images for image in (row or [self._pixels().plain_image()])]
-            batch["images"] = self._pixels().inputs(pictures)["pixel_values"]
+            pictures = [image for row in images for image in (row or [self.maker().plain_image()])]
+            batch["images"] = self.maker().inputs(pictures)["pixel_values"]
         return batch
 
 

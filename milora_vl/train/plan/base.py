@@ -32,9 +32,8 @@ def base_of_run(name: str, named: PartsConfig, projector: str | None) -> Base:
 
 def require_usable(recipe: Recipe, base: Base) -> None:
     """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model."""
-    for key, cache in (("factor_cache", recipe.factor_cache), ("data.feature_cache", recipe.data.feature_cache)):
-        if cache:  # a complete cache may be on a disk that is read-only
-            require_folder(Path(cache), Key.of(key), is_written=False)
+    if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
+        require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
     if base.own_pictures:
         configure_processor(base.processor, recipe.data.processor)
         usable_inputs(base.processor, base.name)

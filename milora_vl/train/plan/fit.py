@@ -130,8 +130,6 @@ def _require_prepared(recipe: Recipe, base: Base, targets: Sequence[Target]) -> 
             where=Key.of("data.jpeg_decoding"),
             hint="use exact",
         )
-    if data.feature_cache and not base.reads_pictures:
-        raise _no_feature_cache(base)
 
 
 def _require_for_processor(recipe: Recipe, base: Base) -> None:
@@ -158,17 +156,6 @@ def _require_for_processor(recipe: Recipe, base: Base) -> None:
             where=Key.of("data.jpeg_decoding"),
             hint="use exact; --max_pixels limits the tokens of the Qwen-VL and GLM-V families",
         )
-    if data.feature_cache:
-        raise _no_feature_cache(base)
-
-
-def _no_feature_cache(base: Base) -> UserError:
-    return UserError(
-        f"supports LLaVA 1.5 and 1.6 only, not {base.config.model_type}: they use the tower's tokens unchanged",
-        code="feature-cache-unsupported-model",
-        where=Key.of("data.feature_cache"),
-        hint="remove data.feature_cache",
-    )
 
 
 def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -191,13 +178,6 @@ def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None
             where=Key.of("keep.weight"),
             hint="train an adapter in the anchored form, or set the weight to 0",
         )
-    if recipe.keep.weight and recipe.data.feature_cache:
-        raise UserError(
-            "reads other pictures than those whose features are cached",
-            code="keep-feature-cache",
-            where=Key.of("keep.weight"),
-            hint="remove data.feature_cache, or set the weight to 0",
-        )
 
 
 def _reads_texts(recipe: Recipe) -> bool:
@@ -219,15 +199,7 @@ def _require_calibration_files(recipe: Recipe, base: Base, targets: Sequence[Tar
 
 
 def _require_trained_parts(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    """Raise UserError for a trained tower whose features are cached, and for a quantised weight trained in full."""
-    trained = next((target for target in targets if target.tower == "vision"), None)
-    if recipe.data.feature_cache and trained is not None:
-        raise UserError(
-            f"the vision tower trains ({trained.path}), so its features change with each step",
-            code="feature-cache-trained-tower",
-            where=Key.of("data.feature_cache"),
-            hint="remove the rule for vision, or the cache",
-        )
+    """Raise UserError for a quantised weight that would train in full."""
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
