@@ -11,7 +11,7 @@ from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.batches.record_collator import Item
 from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy
-from milora_data.pictures.pixels import AspectRatio, JpegDecoding
+from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.errors import UserError
 from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, usable_inputs, uses_processor
 from milora_vl.models.loading import split_processor
@@ -26,7 +26,6 @@ def collator_for(
     max_length: int | None = None,
     image_aspect_ratio: AspectRatio = "pad",
     bad_images: ImagePolicy = "raise",
-    jpeg_decoding: JpegDecoding = "exact",
     packing: Literal["rows", "flat"] = "rows",
     substitutes: Sequence[Item] = (),
 ) -> ImageTextCollator | ProcessorCollator:
@@ -51,7 +50,6 @@ def collator_for(
         refused = {
             "template": template not in (None, OWN),
             "image_aspect_ratio": image_aspect_ratio != "pad",
-            "jpeg_decoding": jpeg_decoding != "exact",
         }
         for name in (name for name, is_refused in refused.items() if is_refused):
             raise UserError(
@@ -82,7 +80,6 @@ def collator_for(
         max_length=max_length,
         image_aspect_ratio=image_aspect_ratio,
         bad_images=bad_images,
-        jpeg_decoding=jpeg_decoding,
         packing=packing,
         substitutes=substitutes,
         tiling=tiling_of(config),

@@ -40,7 +40,6 @@ def collator(
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
         bad_images=recipe.data.bad_images,
-        jpeg_decoding=recipe.data.jpeg_decoding,
         packing="flat" if "flash" in recipe.attention_of("language") else "rows",
         substitutes=substitutes,
     )

@@ -186,9 +186,6 @@ def test_the_treatment_of_pictures_must_fit_the_model(tiny_data: Path, tmp_path:
     with raises_code("image-aspect-ratio", where="--image_aspect_ratio", message="sees a picture once"):
         main(training(tiny_data, tmp_path / "run", "--rank", "4", "--image_aspect_ratio", "anyres"))
     folder = saved(tmp_path / "next")
-    draft = ["--image_aspect_ratio", "anyres", "--jpeg_decoding", "draft"]
-    with raises_code("image-draft-tiles", where="--jpeg_decoding", message="tiles need them in full size"):
-        main(training(tiny_data, tmp_path / "run", "--model", str(folder), "--rank", "4", *draft))
     with raises_code("image-aspect-ratio", where="--image_aspect_ratio"):
         main(
             training(

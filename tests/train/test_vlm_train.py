@@ -122,7 +122,6 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     [
         (["--template", "vicuna_v1"], "template-not-for-model"),
         (["--image_aspect_ratio", "anyres"], "image-aspect-ratio"),
-        (["--jpeg_decoding", "draft"], "image-draft-tiles"),
         (["--min_pixels", "999999"], "pixels-contradiction"),
     ],
 )

@@ -18,7 +18,7 @@ from milora_data.encode.chat_template import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import ImageError, ImagePolicy, place_of
-from milora_data.pictures.pixels import AspectRatio, JpegDecoding, PixelMaker
+from milora_data.pictures.pixels import AspectRatio, PixelMaker
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.errors import DataError, UserError
 
@@ -73,7 +73,6 @@ class ImageTextCollator(RecordCollator[Sample]):
         max_length: int | None = None,
         image_aspect_ratio: AspectRatio = "pad",
         bad_images: ImagePolicy = "raise",
-        jpeg_decoding: JpegDecoding = "exact",
         pad_to_multiple_of: int = 1,
         layout: Literal["hf", "llava"] = "hf",
         packing: Literal["rows", "flat"] = "rows",
@@ -98,7 +97,6 @@ class ImageTextCollator(RecordCollator[Sample]):
         self.image_processor = image_processor
         self.tiling = tiling
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
-        self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
         require_template(template, tokenizer)
         if max_length is not None and max_length < 1:
@@ -208,7 +206,7 @@ class ImageTextCollator(RecordCollator[Sample]):
     def maker(self) -> PixelMaker:
         """Return the `PixelMaker` of this image processor."""
         if self._maker is None or self._maker.image_processor is not self.image_processor:
-            self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
+            self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio)
         return self._maker
 
     def _batch(self, samples: Sequence[Sequence[Sample]], is_packed: bool) -> dict[str, Any]:

@@ -123,13 +123,6 @@ def _require_prepared(recipe: Recipe, base: Base, targets: Sequence[Target]) -> 
             where=Key.of("data.image_aspect_ratio"),
             hint="use pad or plain" if tiling is None else "use anyres",
         )
-    if tiling is not None and data.jpeg_decoding == "draft":
-        raise UserError(
-            "draft decoding shrinks pictures, but tiles need them in full size",
-            code="image-draft-tiles",
-            where=Key.of("data.jpeg_decoding"),
-            hint="use exact",
-        )
 
 
 def _require_for_processor(recipe: Recipe, base: Base) -> None:
@@ -148,13 +141,6 @@ def _require_for_processor(recipe: Recipe, base: Base) -> None:
             code="image-aspect-ratio",
             where=Key.of("data.image_aspect_ratio"),
             hint="remove the setting",
-        )
-    if data.jpeg_decoding == "draft":
-        raise UserError(
-            f"draft decoding shrinks pictures, and the size of a picture decides how many tokens {name} uses for it",
-            code="image-draft-tiles",
-            where=Key.of("data.jpeg_decoding"),
-            hint="use exact; --max_pixels limits the tokens of the Qwen-VL and GLM-V families",
         )
 
 

@@ -64,7 +64,6 @@ class DataConfig(Strict):
     video_max_pixels: PositiveInt | None = None
     fps: PositiveFloat | None = None  # frames per second that are read of video files; default: the processor's, or 2
     num_frames: PositiveInt | None = None  # frames that are read of each video file, in place of fps
-    jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: decode large photos at reduced size, much faster
     packing: bool = False  # pack several records into a row of 2 * max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
     web_pictures: Literal["refuse", "download"] = "refuse"  # pictures that records name by http(s) addresses
