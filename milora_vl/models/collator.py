@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.processor_collate import ProcessorCollator
-from milora_data.batches.record_collator import Item
+from milora_data.batches.record_collator import Item, RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
@@ -28,7 +28,7 @@ def collator_for(
     bad_images: ImagePolicy = "raise",
     packing: Literal["rows", "flat"] = "rows",
     substitutes: Sequence[Item] = (),
-) -> ImageTextCollator | ProcessorCollator:
+) -> RecordCollator[Any]:
     """Return the collator that `train` uses for `model`: the fast one for LLaVA and text, else one with `processor`.
 
     It is a `data_collator` for any trainer; records are `Record` or LLaVA's dicts, and the trainer needs

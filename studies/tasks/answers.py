@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.lengths import lengths_of
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
@@ -52,7 +52,7 @@ class AnswerTask:
         probes: Mapping[str, Iterable[Batch]],
     ) -> None:
         self.base, self.collator, self.train = base, collator, train
-        self.lengths = self._lengths(train)
+        self.lengths = lengths_of(train, collator)
         self.validation, self.test = self._by_length(validation), self._by_length(test)
         text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with torch.no_grad():  # predictions of the base model (n, vocabulary), the reference for all trainings
@@ -154,15 +154,9 @@ class AnswerTask:
         with _autocast(model):
             return logits_of(model, batch)
 
-    def _lengths(self, records: Sequence[Record]) -> list[int]:
-        collator = self.collator
-        return encoded_lengths(
-            records, collator.tokenizer, template=collator.template, image_tokens=collator.image_tokens
-        )
-
     def _by_length(self, records: Sequence[Record]) -> list[Record]:
         """Return the records sorted by length, for less padding."""
-        lengths = self._lengths(records)
+        lengths = lengths_of(records, self.collator)
         return [records[place] for place in sorted(range(len(records)), key=lengths.__getitem__)]
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.lengths import lengths_of
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import picture_size
 from milora_data.pictures.pixels import PixelMaker
@@ -129,8 +129,7 @@ def test_every_kind_of_batch_runs_and_packed_rows_have_its_loss(parts: tuple[Any
 def test_lengths_know_the_sizes_and_truncation_never_cuts_a_picture(parts: tuple[Any, Any], pictures: Path) -> None:
     processor = parts[1]
     records = [parse_record(record(number)) for number in range(len(SIZES))]
-    options: dict[str, Any] = {"template": "vicuna_v1", "image_tokens": 99, "image_folder": pictures}
-    lengths = encoded_lengths(records, processor.tokenizer, tiling=tiling(), **options)
+    lengths = lengths_of(records, collator(processor, pictures))
     made = [collator(processor, pictures)([item])["input_ids"].shape[1] for item in records]
     assert lengths == made
     two = [{"from": "human", "value": "<image>\nIs it?"}, {"from": "gpt", "value": "No."}]

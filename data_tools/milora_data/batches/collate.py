@@ -15,12 +15,14 @@ from typing import Any, Literal, NamedTuple
 from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
 from milora_data.batches.rows import Row, joined, packed, packed_flat, padded, with_single_image_tokens
 from milora_data.encode.chat_template import require_template
-from milora_data.encode.labels import IGNORE, Encoded, encode
+from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
+from milora_data.encode.templates import OWN, Segment, template_name
+from milora_data.encode.tokens import fast_backend, own_template
 from milora_data.pictures.anyres import Tiling
-from milora_data.pictures.files import ImageError, ImagePolicy, place_of
+from milora_data.pictures.files import ImageError, ImagePolicy, picture_size, place_of
 from milora_data.pictures.pixels import AspectRatio, PixelMaker
 from milora_data.records.record import IMAGE, Record
-from milora_vl.common.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError, with_context
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,9 @@ class ImageTextCollator(RecordCollator[Sample]):
     True
     """
 
+    is_causal = True
+    always_shows_images = True
+
     def __init__(
         self,
         tokenizer: Any,
@@ -92,23 +97,64 @@ class ImageTextCollator(RecordCollator[Sample]):
                 where="tokenizer",
                 hint="use  milora_vl.collator_for(model, processor)",
             )
-        super().__init__(bad_images, substitutes)
+        super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.tiling = tiling
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
         self._maker: PixelMaker | None = None
         require_template(template, tokenizer)
-        if max_length is not None and max_length < 1:
-            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
         self.template = template
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
         self.image_tokens = self._usual_tokens() if image_tokens is None else image_tokens
-        self.image_folder = Path(image_folder or "")
-        self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.layout = layout
         self.packing = packing
+
+    def full_length(self, record: Record) -> int:
+        """Return the number of tokens before `max_length` cuts the record."""
+        text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
+        return len(text.input_ids) + sum(self._counts_by_size(record)[: text.num_images])
+
+    def num_supervised(self, record: Record) -> int:
+        """Return the number of supervised tokens before `max_length` cuts the record."""
+        text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
+        return len(text.labels) - text.labels.count(IGNORE)
+
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not, with `<image>` for each image."""
+        try:
+            return record_segments(record, self.tokenizer, self.template)[1]
+        except DataError as error:
+            raise with_context(error, record.source or f"record {record.id!r}") from None
+
+    def require_usable(self, record: Record) -> None:
+        """Raise `DataError` for a record that no batch can use."""
+        self._encoded(record, self._counts_by_size(record))
+
+    def length_settings(self) -> str:
+        """Return a text with all settings on which lengths depend."""
+        own = own_template(self.tokenizer) if template_name(self.template) == OWN else ""
+        images = self.tiling or self.image_tokens
+        backend = fast_backend(self.tokenizer).to_str()
+        return f"{images}\0{own}{self.template}\0{backend}\0{self.tokenizer.eos_token}"
+
+    @property
+    def length_by_size(self) -> bool:  # type: ignore[override]
+        """Return whether the model tiles its images."""
+        return self.tiling is not None
+
+    def _counts_by_size(self, record: Record) -> list[int]:
+        """Return the number of tokens of each image of a record; one that cannot be read counts as a small one."""
+        if self.tiling is None:
+            return [self.image_tokens] * len(record.images)
+        counts = []
+        for name in record.images:
+            try:
+                counts.append(self.tiling.num_tokens(*picture_size(place_of(self.image_folder, name))))
+            except ImageError:  # the collator skips the record, or replaces the image by a plain one
+                counts.append(self.tiling.num_tokens(1, 1))
+        return counts
 
     def _usual_tokens(self) -> int:
         """Return the tokens of a picture in LLaVA-1.5. Raises UserError if the pictures have another size there."""

@@ -10,12 +10,11 @@ A token is supervised if one of its characters is, and no token of a picture is.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.pictures.videos import Frames, require_one_size
-from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, tools_of
+from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, tools_of, uses_tools
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context, with_problems
 
@@ -62,6 +61,14 @@ class PictureSample:
         return self.record.source or self.record.id
 
 
+class Kind(NamedTuple):
+    """What of a record decides how it is written and batched."""
+
+    has_images: bool
+    frames: tuple[int, ...]  # the numbers of frames of its videos, each once and in order
+    has_tools: bool
+
+
 class ProcessorCollator(RecordCollator[PictureSample]):
     """Collates records (`Record`, or dicts) into a batch with a model's processor; usable as `data_collator`.
 
@@ -89,30 +96,22 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         model_config: Any = None,
         packing: Literal["rows", "flat"] = "rows",
     ) -> None:
-        super().__init__(bad_images, substitutes)
-        if max_length is not None and max_length < 1:
-            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
+        super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
         self.inputs = ProcessorInputs(processor)
-        self.image_folder = Path(image_folder or "")
-        self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.model_config = model_config
         self.packing = packing
 
-    def num_tokens(self, record: Record) -> int:
-        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its pictures.
-
-        A picture that cannot be read counts as a small one. Raises `DataError` like the collator.
-        """
+    def full_length(self, record: Record) -> int:
+        """Return the number of tokens before `max_length` cuts the record."""
         rendered = self._rendered(record)
         count = self.inputs.num_text_tokens(rendered) + sum(
             self.inputs.num_picture_tokens(*_size(place_of(self.image_folder, name))) for name in record.images
         )
-        count += sum(self.inputs.num_video_tokens(video, self._place) for video in record.videos)
-        return count if self.max_length is None else min(count, self.max_length)
+        return count + sum(self.inputs.num_video_tokens(video, self._place) for video in record.videos)
 
     def num_supervised(self, record: Record) -> int:
-        """Return the number of supervised tokens of a record, before `max_length` cuts it. Raises `DataError`."""
+        """Return the number of supervised tokens before `max_length` cuts the record."""
         rendered = self._rendered(record)
         answers = [rendered.text[start:end] for start, end in rendered.supervised]
         if rendered.suffix is not None:
@@ -120,7 +119,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         return sum(len(self.inputs.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
 
     def segments(self, record: Record) -> list[Segment]:
-        """Return the text of a record in pieces, supervised or not, with `<image>` in place of each picture."""
+        """Return the text of a record in pieces, supervised or not, with `<image>` for each image."""
         rendered, end, pieces = self._rendered(record), 0, []
         for start, stop in rendered.supervised:
             pieces += [Segment(rendered.text[end:start], False), Segment(rendered.text[start:stop], True)]
@@ -132,17 +131,37 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             shown = [piece._replace(text=piece.text.replace(token, VIDEO)) for piece in shown]
         return [piece for piece in shown if piece.text]
 
-    def lengths(self, records: Sequence[Record]) -> list[int]:
-        """Return the number of tokens of each record; shows a progress bar. A record without answers counts 0."""
-        from tqdm import tqdm
+    def length_settings(self) -> str:
+        """Return a text with all settings on which lengths depend."""
+        from transformers import __version__
 
-        lengths = []
-        for record in tqdm(records, "counting tokens", disable=None, file=sys.stderr, leave=False):
-            try:
-                lengths.append(self.num_tokens(record))
-            except NoSupervisedTokens:
-                lengths.append(0)  # the collator skips it
-        return lengths
+        processor, backend = self.inputs.processor, self.inputs.tokenizer.backend_tokenizer
+        return f"{__version__}\0{processor!r}\0{processor.chat_template!r}\0{backend.to_str()}"
+
+    def kind(self, record: Record) -> Kind:
+        """Return what decides how a record is written and batched: images, numbers of frames of its videos, tools."""
+        return Kind(bool(record.images), tuple(sorted(set(self.num_frames(record)))), uses_tools(record))
+
+    def may_refuse(self, record: Record) -> bool:
+        """Return whether the texts of a record may be refused; runs no template."""
+        return self.inputs.may_refuse(record.turns, len(record.images), len(record.videos))
+
+    def require_one_batch(self, records: Sequence[Record]) -> None:
+        """Raise `DataError` if records of these kinds do not fit into one batch."""
+        with_images = [record for record in records if record.images]
+        without = [record for record in records if not record.images]
+        if with_images and without and not self.inputs.takes_mixed_rows:
+            raise DataError(
+                f"{type(self.inputs.processor).__name__} cannot put records with and without pictures into one batch",
+                code="records-mixed",
+                where=f"{_named(with_images[0])} and {_named(without[0])}",
+            )
+        frames = [count for record in records for count in self.num_frames(record)]
+        try:
+            self.inputs.require_one_kind(len(with_images), frames)
+        except DataError as error:
+            shown = [record for record in records if record.files]
+            raise with_context(error, " and ".join(map(_named, shown[:2]))) from None
 
     def _rendered(self, record: Record) -> Rendered:
         try:
@@ -172,7 +191,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         return [sample for sample in samples if sample is not None]
 
     def require_usable(self, record: Record) -> None:
-        """Raise `DataError` for a record that no batch can use: also if `max_length` cuts off all of its answers."""
+        """Raise `DataError` for a record that no batch can use."""
         try:
             self._read(record)
         except ImageError as error:
@@ -438,6 +457,10 @@ def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
             flags |= (first < stop) & (last > start)
     supervised &= starts < ends  # not a token without characters
     return batch["input_ids"].where(torch.from_numpy(supervised) & batch["attention_mask"].bool(), IGNORE)
+
+
+def _named(record: Record) -> str:
+    return record.source or f"record {record.id!r}"
 
 
 def _size(place: str | Path) -> tuple[int, int]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from milora_data.batches.processor_pack import require_packable
-from milora_data.encode.labels import NoSupervisedTokens, encode
 from milora_data.encode.templates import OWN, TEMPLATES, no_videos
 from milora_data.encode.tokens import own_template
-from milora_data.records.record import Record
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
@@ -227,8 +224,8 @@ def template_warnings(recipe: Recipe, processor: Any) -> list[str]:
     return []
 
 
-def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] = ()) -> None:
-    """Raise UserError if the recipe asks for the model's chat template and it is missing or rejects a record."""
+def require_template(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise UserError if the recipe asks for the tokenizer's chat template and it has none."""
     if recipe.template != OWN:
         return
     try:
@@ -240,6 +237,3 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
             where=Key.of("template"),
             hint=f"use another template, one of: {', '.join(TEMPLATES)}",
         ) from None
-    for record in records:
-        with suppress(NoSupervisedTokens):
-            encode(record, tokenizer, template=OWN, image_token_id=-1, image_tokens=0)
