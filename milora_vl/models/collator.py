@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.record_collator import Item, RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy

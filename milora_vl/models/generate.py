@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from milora_data.batches.processor_collate import labelled_inputs, with_video_marks
+from milora_data.batches.processor_collator import labelled_inputs, with_video_marks
 from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.record_collator import pad_id_of
-from milora_data.encode.chat_template import Rendered, parts_of, segments_of
+from milora_data.encode.chat_template_mask import Rendered, parts_of, segments_of
 from milora_data.encode.labels import encode_prompt
 from milora_data.encode.templates import no_videos
 from milora_data.encode.tokens import IGNORE, bos_ids, fast_backend

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs, takes_videos
-from milora_data.encode.chat_template import Rendered
+from milora_data.encode.chat_template_mask import Rendered
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.videos import sampler

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
 from milora_data.batches.rows import Row, joined
@@ -140,7 +140,7 @@ def test_lengths_are_those_of_batches_and_are_kept(
     assert lengths == [int(collator([record])["attention_mask"].sum()) for record in records]
     kept = list(tiny_data.glob("train.json.lengths-*.npy"))
     assert len(kept) == 1
-    monkeypatch.setattr("milora_data.batches.collate.encode", None)  # nothing is counted again
+    monkeypatch.setattr("milora_data.batches.image_text_collator.encode", None)  # nothing is counted again
     assert lengths_of(records, collator, beside=data) == lengths
     collator.max_length = 100
     assert max(lengths_of(records, collator, beside=data)) == 100

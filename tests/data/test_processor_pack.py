@@ -17,7 +17,7 @@ from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_p
 
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, pack
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.processor_pack import PACKED, require_packable
 from milora_data.records.record import parse_record
 from milora_vl import collator_for

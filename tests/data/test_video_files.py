@@ -14,7 +14,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import load_video
 
 from milora_data.__main__ import main
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.check.command import check_for_training
 from milora_data.pictures import videos

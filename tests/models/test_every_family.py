@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.records.record import Turn
 from milora_vl import collator_for
 from milora_vl.core.policy.towers import find_towers

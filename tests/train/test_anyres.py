@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.lengths import lengths_of
 from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import picture_size

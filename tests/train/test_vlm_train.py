@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import UserError

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milora_data.encode.chat_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
+from milora_data.encode.chat_template_mask import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.files import ImageError, load_image, picture_size
 from milora_data.pictures.videos import Frames, planned_video, read_video, require_one_size, sampler

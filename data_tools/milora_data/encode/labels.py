@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_data.encode.chat_template import segments_of
+from milora_data.encode.chat_template_mask import segments_of
 from milora_data.encode.templates import Segment, no_tools, no_videos, place_images
 from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.encode.words import words_of

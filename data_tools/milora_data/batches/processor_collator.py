@@ -2,7 +2,7 @@
 
 The processor expands the placeholder of each picture and returns the tensors of its family; all of them are passed on
 under their own names, batched as the processor batches them. The loss mask is computed from characters: the chat
-template gives the supervised ranges of the text (chat_template.py), the processor the offsets of the tokens.
+template gives the supervised ranges of the text (chat_template_mask.py), the processor the offsets of the tokens.
 
 A token is supervised if one of its characters is, and no token of a picture is.
 """
@@ -22,7 +22,7 @@ import torch
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.processor_pack import RowPacker
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
-from milora_data.encode.chat_template import VIDEO_MARK, Rendered
+from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
@@ -42,7 +42,7 @@ BATCH_OF_ONE = (
 
 
 @dataclass(frozen=True, slots=True)
-class PictureSample:
+class ProcessorSample:
     """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it.
 
     `row` is the number of its row in a packed batch.
@@ -61,7 +61,7 @@ class PictureSample:
         return self.record.source or self.record.id
 
 
-class Kind(NamedTuple):
+class RecordKind(NamedTuple):
     """What of a record decides how it is written and batched."""
 
     has_images: bool
@@ -69,7 +69,7 @@ class Kind(NamedTuple):
     has_tools: bool
 
 
-class ProcessorCollator(RecordCollator[PictureSample]):
+class ProcessorCollator(RecordCollator[ProcessorSample]):
     """Collates records (`Record`, or dicts) into a batch with a model's processor; usable as `data_collator`.
 
     `__call__` returns input_ids, attention_mask and labels (batch, length), padded on the right, and every other tensor
@@ -138,9 +138,9 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         processor, backend = self.inputs.processor, self.inputs.tokenizer.backend_tokenizer
         return f"{__version__}\0{processor!r}\0{processor.chat_template!r}\0{backend.to_str()}"
 
-    def kind(self, record: Record) -> Kind:
+    def kind(self, record: Record) -> RecordKind:
         """Return what decides how a record is written and batched: images, numbers of frames of its videos, tools."""
-        return Kind(bool(record.images), tuple(sorted(set(self.num_frames(record)))), uses_tools(record))
+        return RecordKind(bool(record.images), tuple(sorted(set(self.num_frames(record)))), uses_tools(record))
 
     def may_refuse(self, record: Record) -> bool:
         """Return whether the texts of a record may be refused; runs no template."""
@@ -176,7 +176,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
 
-    def _samples(self, items: Sequence[Item]) -> list[PictureSample]:
+    def _samples(self, items: Sequence[Item]) -> list[ProcessorSample]:
         """Return what the batch needs of the items, without those that the policy leaves out.
 
         All texts come first: between the decoders of pictures, the same code takes twice as long (caches).
@@ -197,7 +197,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         except ImageError as error:
             raise needed_by(error, record.source or record.id) from None
 
-    def _read(self, record: Record) -> PictureSample:
+    def _read(self, record: Record) -> ProcessorSample:
         """Return a sample that the processor takes, and that has an answer within `max_length`."""
         sample = self._checked(self._with_pictures((record, self._rendered(record))))
         if self.max_length is None:
@@ -207,10 +207,10 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             return sample
         return self._cut(_rows(batch, [sample])[0], self.max_length)
 
-    def _with_pictures(self, text: tuple[Record, Rendered]) -> PictureSample:
+    def _with_pictures(self, text: tuple[Record, Rendered]) -> ProcessorSample:
         record, rendered = text
         images = tuple(self._image(record, name) for name in record.images)
-        return PictureSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
+        return ProcessorSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
 
     def num_frames(self, record: Record) -> list[int]:
         """Return the number of frames of each video of a record, where it decides which videos fit into one batch."""
@@ -274,7 +274,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             )
         return RowPacker(self.model_config, self.packing)
 
-    def _padded(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
+    def _padded(self, samples: list[ProcessorSample]) -> tuple[dict[str, Any], list[ProcessorSample]]:
         """Return the batch of the samples, one row each, and the samples that are in it."""
         for spare in range(_NUM_CUTS):  # a shortened text may have one token more than the cut counted
             samples = samples or [self._substitute()]
@@ -311,7 +311,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         others = {name: value for name, value in batch.items() if name not in (*first, *_NOT_FOR_THE_MODEL)}
         return first | others, samples
 
-    def _processed(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
+    def _processed(self, samples: list[ProcessorSample]) -> tuple[dict[str, Any], list[ProcessorSample]]:
         """Return the processor's output for the samples, and the samples without those that it refuses."""
         while True:
             try:
@@ -334,7 +334,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                     ) from None
                 samples = usable or [self._substitute()]
 
-    def _batch(self, samples: Sequence[PictureSample]) -> dict[str, Any]:
+    def _batch(self, samples: Sequence[ProcessorSample]) -> dict[str, Any]:
         return self.inputs(
             [sample.rendered for sample in samples],
             [sample.images for sample in samples],
@@ -344,7 +344,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             with_places=True,
         )
 
-    def _checked(self, sample: PictureSample) -> PictureSample:
+    def _checked(self, sample: ProcessorSample) -> ProcessorSample:
         """Return a sample that the processor takes alone: this one, or with plain pictures. Raises `DataError`."""
         try:
             self._batch([sample])
@@ -381,7 +381,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             )
         return image
 
-    def _cut(self, row: _Row, limit: int) -> PictureSample:
+    def _cut(self, row: _Row, limit: int) -> ProcessorSample:
         """Return the sample of a row with at most `limit` tokens. Raises `NoSupervisedTokens` if no answer is left."""
         sample, rendered = row.sample, row.sample.rendered
         error = NoSupervisedTokens(
@@ -408,7 +408,7 @@ class _Row:
     `spans` has two ranges of characters for each picture: its placeholder, and the text that replaces it.
     """
 
-    sample: PictureSample
+    sample: ProcessorSample
     offsets: np.ndarray
     spans: tuple[tuple[int, int, int, int], ...]
 
@@ -436,7 +436,7 @@ class _Row:
             yield at, end
 
 
-def _rows(batch: Mapping[str, Any], samples: Sequence[PictureSample]) -> list[_Row]:
+def _rows(batch: Mapping[str, Any], samples: Sequence[ProcessorSample]) -> list[_Row]:
     offsets = batch["offset_mapping"].numpy()
     return [
         _Row(sample, row, tuple(places)) for sample, row, places in zip(samples, offsets, batch[PLACES], strict=True)
@@ -474,7 +474,7 @@ def labelled_inputs(
     inputs: ProcessorInputs, rendered: Rendered, images: Sequence[Any], videos: Sequence[Frames] = ()
 ) -> dict[str, Any]:
     """Return the model's inputs for one text with its pictures and videos, and its labels, as in a batch."""
-    sample = PictureSample(Record("", (), ()), rendered, tuple(images), tuple(videos))
+    sample = ProcessorSample(Record("", (), ()), rendered, tuple(images), tuple(videos))
     batch = inputs([rendered], [images], [videos], padding_side="right", with_places=True)
     labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}

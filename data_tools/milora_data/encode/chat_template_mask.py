@@ -44,7 +44,7 @@ _MOST_FORMS = 1024  # of conversations, whose template text is kept
 # read too), else the one before it ("text\n<image>").
 _MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})(?!\n)")
 
-Part = Mapping[str, str]
+MessagePart = Mapping[str, str]
 
 
 def segments_of(
@@ -142,7 +142,7 @@ class Rendered(NamedTuple):
     suffix: str | None = None
 
 
-def parts_of(text: str) -> list[Part]:
+def parts_of(text: str) -> list[MessagePart]:
     """Return the text of a turn as the parts of a message: pictures, videos, and the stretches of text between them.
 
     >>> parts_of("<image>\\nWhat is it?")
@@ -150,7 +150,7 @@ def parts_of(text: str) -> list[Part]:
     >>> [part.get("text", "picture") for part in parts_of("Is this\\n<image>\\n like <image>?")]
     ['Is this\\n', 'picture', ' like ', 'picture', '?']
     """
-    parts: list[Part] = []
+    parts: list[MessagePart] = []
     end = 0
     for marker in _MARKERS.finditer(text):
         parts += _text_part(text[end : marker.start()])
@@ -160,7 +160,7 @@ def parts_of(text: str) -> list[Part]:
     return parts or [{"type": "text", "text": ""}]
 
 
-def _text_part(text: str) -> list[Part]:
+def _text_part(text: str) -> list[MessagePart]:
     return [{"type": "text", "text": text}] if text else []
 
 

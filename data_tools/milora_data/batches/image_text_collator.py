@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
 from milora_data.batches.rows import Row, joined, packed, packed_flat, padded, with_single_image_tokens
-from milora_data.encode.chat_template import require_template
+from milora_data.encode.chat_template_mask import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
 from milora_data.encode.templates import OWN, Segment, template_name
 from milora_data.encode.tokens import fast_backend, own_template
@@ -30,14 +30,14 @@ LLAVA_IMAGE_ID = -200
 LLAVA_SIDE, LLAVA_TOKENS = 336, 576  # of a picture in LLaVA-1.5
 
 
-class Sample(NamedTuple):
+class EncodedSample(NamedTuple):
     """One encoded record and its pictures, as PIL images."""
 
     encoded: Encoded
     images: list[Any]
 
 
-class ImageTextCollator(RecordCollator[Sample]):
+class ImageTextCollator(RecordCollator[EncodedSample]):
     """Collates records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, also in loader processes.
 
     `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
@@ -193,7 +193,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             )
         return int(token_id)
 
-    def _read(self, record: Record) -> Sample:
+    def _read(self, record: Record) -> EncodedSample:
         if self.tiling is None:
             encoded = self._encoded(record, [self.image_tokens] * len(record.images))
             images = self._images(record, encoded.num_images)
@@ -202,7 +202,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             encoded = self._encoded(record, [self._num_tokens(image) for image in images])
         if encoded.num_cut:
             self._count("cut")
-        return Sample(encoded, images[: encoded.num_images])
+        return EncodedSample(encoded, images[: encoded.num_images])
 
     def _num_tokens(self, image: Any) -> int:
         return self.image_tokens if self.tiling is None else self.tiling.num_tokens(image.height, image.width)
@@ -255,7 +255,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio)
         return self._maker
 
-    def _batch(self, samples: Sequence[Sequence[Sample]], is_packed: bool) -> dict[str, Any]:
+    def _batch(self, samples: Sequence[Sequence[EncodedSample]], is_packed: bool) -> dict[str, Any]:
         images = [image for row in samples for sample in row for image in sample.images]
         rows = [joined([_row(sample) for sample in row]) if is_packed else _row(row[0]) for row in samples]
         is_flat = is_packed and self.packing == "flat"
@@ -300,6 +300,6 @@ class ImageTextCollator(RecordCollator[Sample]):
         return batch
 
 
-def _row(sample: Sample) -> Row:
+def _row(sample: EncodedSample) -> Row:
     encoded = sample.encoded
     return Row(encoded.input_ids, encoded.labels, [len(encoded.input_ids)])
