@@ -13,8 +13,9 @@ from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.errors import UserError
-from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, usable_inputs, uses_processor
+from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
+from milora_vl.models.processors import usable_inputs
 
 
 def collator_for(

@@ -11,8 +11,8 @@ from milora_vl.common.errors import UserError, at_flag
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.models.base import find_base
-from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.processor_settings import ProcessorSettings
+from milora_vl.models.processors import configure_processor
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio

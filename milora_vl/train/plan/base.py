@@ -10,8 +10,8 @@ from milora_vl.common.errors import Key, UserError
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
-from milora_vl.models.image_tokens import configure_processor, usable_inputs
 from milora_vl.models.parts import Parts
+from milora_vl.models.processors import configure_processor, usable_inputs
 from milora_vl.models.projector import projector_file
 from milora_vl.train.recipe.schema import PartsConfig, Recipe
 

@@ -16,8 +16,8 @@ from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.errors import DataError, Key, UserError, with_context, with_problems
 from milora_vl.models.base import Base
-from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.loading import split_processor
+from milora_vl.models.processors import configure_processor
 from milora_vl.train.collators import collator
 from milora_vl.train.plan.fit import require_template
 from milora_vl.train.recipe.hf_flags import value_of
