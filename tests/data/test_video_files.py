@@ -15,6 +15,7 @@ from transformers.video_utils import load_video
 
 from milora_data.__main__ import main
 from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.batches.processor_image_tokens import ProcessorImageTokens
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.check.command import check_for_training
 from milora_data.pictures import videos
@@ -120,7 +121,7 @@ def test_the_batch_is_that_of_apply_chat_template_for_the_file(
     again = ProcessorInputs(processor)
     shown = again.frames(parse_record(value).videos[0], lambda name: folder / name)
     before = str(shown.metadata())
-    again.num_video_tokens(shown)
+    ProcessorImageTokens(again).of_video(shown)
     assert str(shown.metadata()) == before
     labels = batch["labels"][0]
     assert processor.tokenizer.decode(labels[labels != -100]).lstrip().startswith("A cat.")

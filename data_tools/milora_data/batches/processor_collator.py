@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from milora_data.batches.processor_image_tokens import ProcessorImageTokens
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.processor_pack import RowPacker
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
@@ -98,6 +99,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     ) -> None:
         super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
         self.inputs = ProcessorInputs(processor)
+        self.image_tokens = ProcessorImageTokens(self.inputs)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.model_config = model_config
         self.packing = packing
@@ -105,10 +107,8 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     def full_length(self, record: Record) -> int:
         """Return the number of tokens before `max_length` cuts the record."""
         rendered = self._rendered(record)
-        count = self.inputs.num_text_tokens(rendered) + sum(
-            self.inputs.num_picture_tokens(*_size(place_of(self.image_folder, name))) for name in record.images
-        )
-        return count + sum(self.inputs.num_video_tokens(video, self._place) for video in record.videos)
+        sizes = [_size(place_of(self.image_folder, name)) for name in record.images]
+        return self.image_tokens.of_text(rendered, sizes, record.videos, self._place)
 
     def num_supervised(self, record: Record) -> int:
         """Return the number of supervised tokens before `max_length` cuts the record."""
