@@ -60,11 +60,6 @@ class Base:
         """Return the tokens of a picture for a LLaVA, 0 for a text-only model."""
         return image_tokens(self.config) if self.kind == "llava" else 0
 
-    @property
-    def fewest_tokens_of_a_picture(self) -> int:
-        """Return the tokens of a picture of any size: with tiles at least those of the whole picture."""
-        return self.tokens_of_a_picture if self.tiling is None else self.tiling.side**2
-
 
 def find_base(name: str, parts: Parts | None = None) -> Base:
     """Return the base of a run: a model by its name, composed of `parts` if it reads no images itself.

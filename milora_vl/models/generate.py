@@ -256,7 +256,7 @@ class ProcessorReader(Reader):
                 turns = with_video_marks(prompt.turns, len(prompt.images), len(prompt.videos))
                 form = self.call.video_format if prompt.videos else self.call.format
                 text = form.render(turns, prompt=True)
-            self.call.require_pictures(text.text, len(prompt.images), len(prompt.videos))
+            self.call.require_images(text.text, len(prompt.images), len(prompt.videos))
             self.call.require_one_kind(len(prompt.images), [self.call.num_frames(video) for video in prompt.videos])
         except DataError as error:
             raise with_context(error, _named(prompt)) from None

@@ -168,7 +168,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             turns = with_video_marks(record.turns, len(record.images), len(record.videos))
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns, tools=tools_of(record))
-            self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
+            self.inputs.require_images(rendered.text, len(record.images), len(record.videos))
             self.inputs.require_one_kind(len(record.images), self.num_frames(record))
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
@@ -187,7 +187,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             rendered = None if record is None else self._kept(self._rendered, record, record.source or record.id)
             if record is not None and rendered is not None:
                 texts.append((record, rendered))
-        samples = [self._kept(self._with_pictures, text, text[0].source or text[0].id) for text in texts]
+        samples = [self._kept(self._with_images, text, text[0].source or text[0].id) for text in texts]
         return [sample for sample in samples if sample is not None]
 
     def require_usable(self, record: Record) -> None:
@@ -199,7 +199,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
     def _read(self, record: Record) -> ProcessorSample:
         """Return a sample that the processor takes, and that has an answer within `max_length`."""
-        sample = self._checked(self._with_pictures((record, self._rendered(record))))
+        sample = self._checked(self._with_images((record, self._rendered(record))))
         if self.max_length is None:
             return sample
         batch = self._batch([sample])
@@ -207,7 +207,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             return sample
         return self._cut(_rows(batch, [sample])[0], self.max_length)
 
-    def _with_pictures(self, text: tuple[Record, Rendered]) -> ProcessorSample:
+    def _with_images(self, text: tuple[Record, Rendered]) -> ProcessorSample:
         record, rendered = text
         images = tuple(self._image(record, name) for name in record.images)
         return ProcessorSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))

@@ -12,7 +12,7 @@ from milora_data.encode.chat_template_mask import Rendered
 from milora_data.pictures.files import ImageError
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import Video
-from milora_vl.common.compat.transformers import count_picture_tokens
+from milora_vl.common.compat.transformers import count_image_tokens
 
 
 class ProcessorImageTokens:
@@ -68,7 +68,7 @@ class ProcessorImageTokens:
     def _counted(self, size: tuple[int, int]) -> int | None:
         """Return the processor's own count, which serving engines use; None if it has none."""
         try:
-            return count_picture_tokens(self.inputs.processor, size)
+            return count_image_tokens(self.inputs.processor, size)
         except (AttributeError, NotImplementedError, *PROCESSOR_ERRORS):
             return None
 

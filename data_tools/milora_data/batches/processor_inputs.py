@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from milora_data.encode.chat_template_mask import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
+from milora_data.encode.chat_template_mask import VIDEO_MARK, ImageTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.files import ImageError, load_image, picture_size
 from milora_data.pictures.videos import Frames, planned_video, read_video, require_one_size, sampler
@@ -21,7 +21,7 @@ from milora_vl.common.errors import DataError, UserError
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
-PLACES = "places_of_pictures"
+PLACES = "places_of_images"
 BLANK = (64, 64)  # height and width of the picture that replaces one without pixels
 _PLAIN_FRAMES = 4  # of the video that replaces a file without pixels
 
@@ -51,7 +51,7 @@ def _placeholder(processor: Any) -> str:
     )
 
 
-def _tokens_of_pictures(processor: Any) -> set[str]:
+def _image_tokens(processor: Any) -> set[str]:
     """Return the tokens that a processor or its tokenizer names as that of a picture: in texts, and in ids."""
     tokenizer, named = processor.tokenizer, {str(processor.image_token)}
     if "image_token" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
@@ -86,10 +86,10 @@ class ProcessorInputs:
         self.format = prompt_format(processor)
         self.placeholder = _placeholder(processor)
         self.video_placeholder = _video_token(processor)
-        self.expanded = _tokens_of_pictures(processor) - {self.placeholder, str(self.video_placeholder)}
+        self.expanded = _image_tokens(processor) - {self.placeholder, str(self.video_placeholder)}
 
     @cached_property
-    def video_format(self) -> PictureTemplate | PlainPrompt:
+    def video_format(self) -> ImageTemplate | PlainPrompt:
         """How conversations with videos are written: in the model's template, or in the processor's own for videos.
 
         SmolVLM's processor has one, because the published template omits videos.
@@ -105,7 +105,7 @@ class ProcessorInputs:
             written = self.format.render([Turn("user", f"{VIDEO_MARK}\na")], prompt=True).text
         except DataError:
             written = ""
-        return self.format if self.video_placeholder in written else PictureTemplate(str(default), self.tokenizer)
+        return self.format if self.video_placeholder in written else ImageTemplate(str(default), self.tokenizer)
 
     def __call__(
         self,
@@ -141,7 +141,7 @@ class ProcessorInputs:
             options |= {"videos": [list(video.frames) for video in shown], "do_sample_frames": False}
             if any(video.fps or video.file for video in shown):
                 options["video_metadata"] = [video.metadata() for video in shown]
-        if shown and any(images) and not self.takes_pictures_and_videos:
+        if shown and any(images) and not self.takes_images_and_videos:
             raise DataError(
                 f"this model reads no pictures beside videos ({type(self.processor).__name__})",
                 code="records-mixed",
@@ -210,7 +210,7 @@ class ProcessorInputs:
         return first == second
 
     @cached_property
-    def takes_pictures_and_videos(self) -> bool:
+    def takes_images_and_videos(self) -> bool:
         """Whether a batch may have both, for a processor that takes videos.
 
         A model fails if both come under one name (SmolVLM), and if a video is written with the token of a picture while
@@ -260,7 +260,7 @@ class ProcessorInputs:
     def _media_tokens(self) -> tuple[str, ...]:
         return (self.placeholder, *self.expanded, *filter(None, [self.video_placeholder]))
 
-    def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
+    def require_images(self, text: str, num_images: int, num_videos: int = 0) -> None:
         """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
         expected = [("picture", self.placeholder, num_images)]
         if self.video_placeholder is not None and (num_videos or self.video_placeholder != self.placeholder):
@@ -284,7 +284,7 @@ class ProcessorInputs:
     def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:
         """Raise `DataError` for pictures beside videos, or videos of several numbers of frames, if these do not fit."""
         name = type(self.processor).__name__
-        if num_images and frames and not self.takes_pictures_and_videos:
+        if num_images and frames and not self.takes_images_and_videos:
             raise DataError(
                 f"this model reads no pictures beside videos ({name}), and both are shown",
                 code="records-mixed",

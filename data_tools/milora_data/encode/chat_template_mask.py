@@ -164,7 +164,7 @@ def _text_part(text: str) -> list[MessagePart]:
     return [{"type": "text", "text": text}] if text else []
 
 
-def prompt_format(processor: Any) -> PictureTemplate | PlainPrompt:
+def prompt_format(processor: Any) -> ImageTemplate | PlainPrompt:
     """Return how conversations are written for this processor: its chat template, or its documented plain prompt.
 
     Raises `UserError` for a processor without either.
@@ -174,7 +174,7 @@ def prompt_format(processor: Any) -> PictureTemplate | PlainPrompt:
     if isinstance(template, Mapping):
         template = template.get("default")
     if template:
-        return PictureTemplate(str(template), tokenizer)
+        return ImageTemplate(str(template), tokenizer)
     if "suffix" in inspect.signature(type(processor).__call__).parameters:
         return PlainPrompt()
     raise UserError(
@@ -240,7 +240,7 @@ class _ToolForm:
     in_parts: bool
 
 
-class PictureTemplate:
+class ImageTemplate:
     """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
 
     takes_conversations = True
@@ -499,7 +499,7 @@ class PictureTemplate:
         return _Frame(request, lead, re.escape(end), match is not None), end.strip() if match else None
 
 
-class TextTemplate(PictureTemplate):
+class TextTemplate(ImageTemplate):
     """A tokenizer's chat template: `<image>` in a turn is a text like any other."""
 
     forms_of_content = (False, True)
