@@ -101,7 +101,6 @@ GOALS = (
         lambda r: r["encode_conversations"]["ratio"], 4,
     ),
     Goal("JPEG 640x480 to pixel values", "LLaVA's path", "data", lambda r: r["jpeg_640x480"]["ratio"], 1.5),
-    Goal("JPEG of 12 megapixels, draft decoding", "LLaVA's path", "data", lambda r: r["jpeg_12MP"]["ratio"], 4),
     Goal("positions of packed rows that hold a token", "", "data", lambda r: 100 * r["packing"]["packed"], 95, " %"),
     Goal(
         "POPE-like questions, several per picture", "batch-1 generate", "eval", lambda r: r["speedup_over_batch1"], 3

@@ -202,7 +202,9 @@ def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
+    from milora_data import ImageTextCollator
     from milora_vl.core.policy import Policy
+    from milora_vl.models.tiny import tiny_tokenizer
     from milora_vl.train.trainer import MiloraTrainer
 
     base, batch = shaped(model, chosen)
@@ -229,7 +231,16 @@ def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
             ends.append(time.perf_counter())
 
     is_card = chosen.device == "cuda"
-    collate: Any = lambda _: dict(batch)  # noqa: E731
+
+    class OneBatch(ImageTextCollator):
+        """Returns the same batch for all records."""
+
+        is_causal = False
+
+        def __call__(self, records: Any) -> dict[str, Any]:
+            return dict(batch)
+
+    collate = OneBatch(tiny_tokenizer())
     data = [{"row": number} for number in range(RECORDS * (WARM + STEPS))]
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {
@@ -250,11 +261,10 @@ def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
             import trl
             from datasets import Dataset
 
-            from milora_vl.models.tiny import tiny_tokenizer  # TRL asks for a tokenizer and does not use it here
-
             trainer = trl.SFTTrainer(
                 tuned, trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None),
-                data_collator=collate, train_dataset=Dataset.from_list(data), processing_class=tiny_tokenizer(),
+                data_collator=collate, train_dataset=Dataset.from_list(data),
+                processing_class=tiny_tokenizer(),  # TRL asks for a tokenizer and does not use it here
             )  # fmt: skip
         trainer.add_callback(Clock)
         trainer.train()

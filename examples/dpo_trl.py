@@ -22,7 +22,8 @@ from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.common.errors import UserError
 from milora_vl.models.base import Base
 from milora_vl.models.devices import dtype_named
-from milora_vl.models.image_tokens import limit_pixels, uses_processor
+from milora_vl.models.image_tokens import uses_processor
+from milora_vl.models.processors import limit_pixels
 from milora_vl.train.collators import collator
 from milora_vl.train.recipe.schema import Recipe, load
 

@@ -16,7 +16,7 @@ from milora_data.stream.sources import load_records
 from milora_vl.common.errors import DataError, UserError
 
 if TYPE_CHECKING:
-    from milora_data.batches.collate import ImageTextCollator
+    from milora_data.batches.image_text_collator import ImageTextCollator
 
 __all__ = [
     "TEMPLATES",
@@ -40,6 +40,6 @@ def __getattr__(name: str) -> Any:
     if name != "ImageTextCollator":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # It imports torch, which is too slow for commands that only parse their arguments.
-    from milora_data.batches.collate import ImageTextCollator
+    from milora_data.batches.image_text_collator import ImageTextCollator
 
     return ImageTextCollator

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from peft import PeftModel
 
 from milora_data.batches.processor_inputs import takes_videos
-from milora_data.encode.templates import OWN, no_videos, template_name
+from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_items
@@ -28,13 +28,13 @@ from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, numbers, read_results, write_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark
-from milora_vl.common.errors import at_flag, with_context
+from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
 from milora_vl.interop.adapters.load_model import load_by_flags
 from milora_vl.interop.adapters.scale import Update
 from milora_vl.models.base import find_base
-from milora_vl.models.generate import require_askable
+from milora_vl.models.generate import require_prompts
 from milora_vl.models.loading import split_processor
 from milora_vl.models.prompts import prompts_of
 
@@ -176,17 +176,15 @@ def run_job(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPla
     model: Any
     with at_flag("--model"):
         named = find_base(target.model)
+    prompts = prompts_of(target.model, target.adapter)
     if named.own_pictures:
-        processor = named.processor
-        prompts_of(target.model, target.adapter).limit(processor)
-        for benchmark in plan.benchmarks:
-            require_askable(processor, (prompt_of(benchmark, item) for item in items[benchmark.name]))
-    elif shown := [item for asked in items.values() for item in asked if item.videos]:
-        raise with_context(no_videos(target.model), shown[0].source)
+        prompts.limit(named.processor)
+    for benchmark in plan.benchmarks:
+        require_prompts(named, (prompt_of(benchmark, item) for item in items[benchmark.name]))
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     with at_flag("--model"):
         model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)
-    prompts_of(target.model, target.adapter).limit(processor)
+    prompts.limit(processor)
     base: Any = None
     base_name = target.base or target.model
     if (target.base or options.with_base or isinstance(model, PeftModel)) and not can_recover_base(model):

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, Any
 from transformers import TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
-from milora_data.encode.templates import no_videos
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
 from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.common.cli.command_line import report
-from milora_vl.common.errors import UserError, at_flag, with_context
+from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
 from milora_vl.interop.adapters.load_model import load_by_flags, update_since
 from milora_vl.interop.adapters.scale import Update
 from milora_vl.models.base import find_base
-from milora_vl.models.generate import Prompt, generate, require_shown
+from milora_vl.models.generate import Prompt, generate, require_prompts, require_shown
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.models.prompts import prompts_of
@@ -51,24 +50,16 @@ def require_askable(
         if options.adapter is None and holds_adapter(Path(name)):
             name = base_of(Path(name))
         base = find_base(name)
-        processor = base.processor if base.own_pictures else None
-    flag = "--video" if videos else "--image"
-    if processor is None:
-        if videos:
-            raise with_context(no_videos("this model"), flag)
-        if pictures and not base.reads_pictures:
-            raise UserError(
-                f"{base.name} reads only text",
-                code="model-reads-only-text",
-                where=flag,
-                hint="use a vision-language model, or remove the picture",
-            )
-        return
-    prompts_of(options.model, options.adapter, options.template).limit(processor)
+    prompts = prompts_of(options.model, options.adapter, options.template)
+    if base.own_pictures:
+        prompts.limit(base.processor)
     if options.question is None and not pictures and not videos:
         return
     # Without a question here, the first question of the conversation will show them.
-    require_shown(processor, _about(options.question or "What?", pictures, videos, flag))
+    asked = _about(options.question or "What?", pictures, videos, "--video" if videos else "--image")
+    require_prompts(base, [asked])
+    if base.own_pictures:
+        require_shown(base.processor, asked)
 
 
 def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video], source: str) -> Prompt:

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.processor_collate import ProcessorCollator
-from milora_data.batches.record_collator import Item
+from milora_data.batches.image_text_collator import ImageTextCollator
+from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.batches.record_collator import Item, RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy
-from milora_data.pictures.pixels import AspectRatio, JpegDecoding
+from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.errors import UserError
-from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, usable_inputs, uses_processor
+from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
+from milora_vl.models.processors import usable_inputs
 
 
 def collator_for(
@@ -26,10 +27,9 @@ def collator_for(
     max_length: int | None = None,
     image_aspect_ratio: AspectRatio = "pad",
     bad_images: ImagePolicy = "raise",
-    jpeg_decoding: JpegDecoding = "exact",
     packing: Literal["rows", "flat"] = "rows",
     substitutes: Sequence[Item] = (),
-) -> ImageTextCollator | ProcessorCollator:
+) -> RecordCollator[Any]:
     """Return the collator that `train` uses for `model`: the fast one for LLaVA and text, else one with `processor`.
 
     It is a `data_collator` for any trainer; records are `Record` or LLaVA's dicts, and the trainer needs
@@ -51,7 +51,6 @@ def collator_for(
         refused = {
             "template": template not in (None, OWN),
             "image_aspect_ratio": image_aspect_ratio != "pad",
-            "jpeg_decoding": jpeg_decoding != "exact",
         }
         for name in (name for name, is_refused in refused.items() if is_refused):
             raise UserError(
@@ -82,7 +81,6 @@ def collator_for(
         max_length=max_length,
         image_aspect_ratio=image_aspect_ratio,
         bad_images=bad_images,
-        jpeg_decoding=jpeg_decoding,
         packing=packing,
         substitutes=substitutes,
         tiling=tiling_of(config),

@@ -7,6 +7,7 @@ per picture, and its key-value cache is repeated for the questions. Their paddin
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from milora_data.batches.processor_collate import labelled_inputs, with_video_marks
+from milora_data.batches.processor_collator import labelled_inputs, with_video_marks
+from milora_data.batches.processor_image_tokens import ProcessorImageTokens
 from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.record_collator import pad_id_of
-from milora_data.encode.chat_template import Rendered, parts_of, segments_of
+from milora_data.encode.chat_template_mask import Rendered, parts_of, segments_of
 from milora_data.encode.labels import encode_prompt
 from milora_data.encode.templates import no_videos
-from milora_data.encode.tokens import bos_ids, fast_backend
+from milora_data.encode.tokens import IGNORE, bos_ids, fast_backend
 from milora_data.pictures.files import expand_to_square, load_image, picture_size, to_rgb
 from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
@@ -31,6 +33,7 @@ from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
 from milora_vl.core.calibration.modes import evaluated
 from milora_vl.core.policy.towers import is_wrapped_by_peft
+from milora_vl.models.base import Base
 from milora_vl.models.image_tokens import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
 
@@ -109,20 +112,21 @@ def generate(
         if on_batch is not None:
             on_batch(places, texts)
 
-    decoding = max_new_tokens, num_beams
-    if split_processor(processor)[1] is not None and uses_processor(model.config):
-        asker = ProcessorReader(model, processor)
-        with torch.inference_mode(), _evaluated(model), _memory_explained():
-            for places in asker.batches(prompts, batch_size):
-                batch = [(asker.rendered(prompts[place]), prompts[place]) for place in places]
-                keep(places, asker.answers(batch, *decoding, streamer))
-        return answers
-    reader = Reader(model, processor, template, image_aspect_ratio)
+    reader = reader_of(model, processor, template, image_aspect_ratio, share_pictures and num_beams == 1)
+    config = _greedy(reader, max_new_tokens, num_beams)
     with torch.inference_mode(), _evaluated(model), _memory_explained():
-        for places in _batches(prompts, reader.length, batch_size):
-            rows = [reader.row(prompts[place]) for place in places]
-            keep(places, _answer(reader, rows, decoding, share_pictures and num_beams == 1, streamer))
+        for places in reader.batches(prompts, batch_size):
+            inputs = reader.inputs([prompts[place] for place in places])
+            output = model.generate(**inputs, generation_config=config, streamer=streamer)
+            keep(places, _decoded(reader.tokenizer, output[:, inputs["input_ids"].shape[1] :], config.eos_token_id))
     return answers
+
+
+def reader_of(model: Any, processor: Any, template: str, image_aspect_ratio: str, share_images: bool = False) -> Reader:
+    """Return what turns prompts into the inputs of a model; the arguments are as in `generate`."""
+    if split_processor(processor)[1] is not None and uses_processor(model.config):
+        return ProcessorReader(model, processor)
+    return LlavaReader(model, processor, template, image_aspect_ratio, share_images)
 
 
 def prompt_ids(
@@ -162,28 +166,42 @@ def prompt_ids(
     return ids
 
 
-def require_askable(processor: Any, prompts: Iterable[Prompt]) -> None:
-    """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
+def require_prompts(base: Base, prompts: Iterable[Prompt]) -> None:
+    """Raise UserError, before weights load, for a prompt that a model cannot be asked.
 
-    These are prompts whose roles and kinds of parts the chat template rejects, whose text has a token of pictures, and
-    those with another number of `<image>` than of pictures. One prompt of each form is rendered.
+    These are prompts with images or videos that the model does not take, prompts whose roles and kinds of parts the
+    chat template rejects, whose text has a token of images, and those with another number of `<image>` than of images.
+    One prompt of each form is rendered.
     """
-    reader = ProcessorReader(None, processor)
+    if not base.own_pictures:
+        for prompt in prompts:
+            _require_taken(base, prompt)
+        return
+    reader = ProcessorReader(None, base.processor)
     seen: set[object] = set()
     for prompt in prompts:
         form = _form(prompt)
-        if form not in seen or reader.inputs.may_refuse(prompt.turns, len(prompt.images), len(prompt.videos)):
+        if form not in seen or reader.call.may_refuse(prompt.turns, len(prompt.images), len(prompt.videos)):
             reader.rendered(prompt)
         seen.add(form)
 
 
 def require_shown(processor: Any, prompt: Prompt) -> None:
-    """Raise UserError, before weights load, for a prompt that a model with this processor cannot be asked.
+    """Raise UserError if the processor of a model refuses a prompt, or an image or video of it."""
+    ProcessorReader(None, processor).processed([prompt])
 
-    Its pictures and videos are processed too.
-    """
-    reader = ProcessorReader(None, processor)
-    reader.processed([(reader.rendered(prompt), prompt)])
+
+def _require_taken(base: Base, prompt: Prompt) -> None:
+    """Raise UserError if a LLaVA or a text-only model is asked about a video, or a text-only model about an image."""
+    if prompt.videos:
+        raise with_context(no_videos(base.name), prompt.source)
+    if prompt.images and not base.reads_pictures:
+        raise UserError(
+            f"{base.name} reads only text",
+            code="model-reads-only-text",
+            where=prompt.source,
+            hint="use a vision-language model, or remove the image",
+        )
 
 
 def _form(prompt: Prompt) -> object:
@@ -192,13 +210,38 @@ def _form(prompt: Prompt) -> object:
     return prompt.form, len(prompt.videos), parts
 
 
-class ProcessorReader:
+class Reader(ABC):
+    """Turns prompts into the inputs of one model."""
+
+    model: Any
+    tokenizer: Any
+    pad: int
+
+    @abstractmethod
+    def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+        """Yield batches of prompts, as places in the caller's list, longest first."""
+
+    @abstractmethod
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return the inputs of `generate` for the prompts of one batch, padded on the left."""
+
+    @abstractmethod
+    def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        """Return the inputs of one prompt with an answer after it, and labels that are -100 before the answer."""
+
+    def end_ids(self) -> list[int]:
+        """Return the ids that end an answer beside those of the tokenizer and of the model."""
+        return []
+
+
+class ProcessorReader(Reader):
     """Asks a model whose own processor prepares the pictures, in its own chat template."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
-        self.inputs = ProcessorInputs(processor)
-        self.tokenizer = self.inputs.tokenizer
+        self.call = ProcessorInputs(processor)
+        self.image_tokens = ProcessorImageTokens(self.call)
+        self.tokenizer = self.call.tokenizer
         self.pad = pad_id_of(self.tokenizer)
 
     def rendered(self, prompt: Prompt) -> Rendered:
@@ -208,13 +251,13 @@ class ProcessorReader:
         """
         try:
             if prompt.form == "raw":
-                text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.inputs.placeholder), ())
+                text = Rendered(prompt.turns[-1].text.replace(IMAGE, self.call.placeholder), ())
             else:
                 turns = with_video_marks(prompt.turns, len(prompt.images), len(prompt.videos))
-                form = self.inputs.video_format if prompt.videos else self.inputs.format
+                form = self.call.video_format if prompt.videos else self.call.format
                 text = form.render(turns, prompt=True)
-            self.inputs.require_pictures(text.text, len(prompt.images), len(prompt.videos))
-            self.inputs.require_one_kind(len(prompt.images), [self.inputs.num_frames(video) for video in prompt.videos])
+            self.call.require_images(text.text, len(prompt.images), len(prompt.videos))
+            self.call.require_one_kind(len(prompt.images), [self.call.num_frames(video) for video in prompt.videos])
         except DataError as error:
             raise with_context(error, _named(prompt)) from None
         return text
@@ -228,23 +271,23 @@ class ProcessorReader:
 
     def _kind(self, prompt: Prompt) -> tuple[bool, bool, tuple[int, ...]]:
         """Return what the prompts of one batch have in common."""
-        alone = not self.inputs.takes_mixed_rows and bool(prompt.images)
-        is_counted = bool(prompt.videos) and not self.inputs.takes_mixed_videos
-        counts = tuple(self.inputs.num_frames(video) for video in prompt.videos) if is_counted else ()
+        alone = not self.call.takes_mixed_rows and bool(prompt.images)
+        is_counted = bool(prompt.videos) and not self.call.takes_mixed_videos
+        counts = tuple(self.call.num_frames(video) for video in prompt.videos) if is_counted else ()
         return alone, bool(prompt.videos), counts
 
-    def processed(self, batch: Sequence[tuple[Rendered, Prompt]]) -> dict[str, Any]:
+    def processed(self, batch: Sequence[Prompt]) -> dict[str, Any]:
         """Return the processor's tensors for prompts, padded on the left. Raises UserError if it refuses them."""
-        images = [[_opened(image) for image in prompt.images] for _, prompt in batch]
+        texts = [self.rendered(prompt) for prompt in batch]
+        images = [[_opened(image) for image in prompt.images] for prompt in batch]
         try:
-            videos = [self._frames(prompt) for _, prompt in batch]
-            inputs = self.inputs([text for text, _ in batch], images, videos, padding_side="left")
+            inputs = self.call(texts, images, [self._frames(prompt) for prompt in batch], padding_side="left")
         except UserError:
             raise
         except PROCESSOR_ERRORS as error:
             for one in batch if len(batch) > 1 else ():
                 self.processed([one])  # names the prompt that is refused alone
-            prompt = batch[0][1]
+            prompt = batch[0]
             paths = [str(image) for image in prompt.images if isinstance(image, str | Path)]
             raise UserError(
                 f"the processor refuses this question, or a picture or video of it: {first_line(error)}",
@@ -256,34 +299,28 @@ class ProcessorReader:
         return inputs
 
     def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        """Return the inputs of one prompt with an answer after it, and labels that are -100 before the answer."""
+        """Return the inputs of one prompt with an answer after it, and the labels of the answer."""
         rendered = self.rendered(prompt)
-        if self.inputs.format.takes_conversations:
+        if self.call.format.takes_conversations:
             start = len(rendered.text)
             rendered = Rendered(rendered.text + answer, ((start, start + len(answer)),))
         else:
             rendered = rendered._replace(suffix=answer)
         images = [_opened(image) for image in prompt.images]
-        inputs = labelled_inputs(self.inputs, rendered, images, self._frames(prompt))
+        inputs = labelled_inputs(self.call, rendered, images, self._frames(prompt))
         return {name: self._placed(value) for name, value in inputs.items()}
 
-    def answers(
-        self,
-        batch: Sequence[tuple[Rendered, Prompt]],
-        max_new_tokens: int,
-        num_beams: int,
-        streamer: BaseStreamer | None = None,
-    ) -> list[Reply]:
-        """Return the answers to the prompts of one batch."""
-        inputs = {name: self._placed(value) for name, value in self.processed(batch).items()}
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return the inputs of `generate` for the prompts of one batch."""
+        inputs = {name: self._placed(value) for name, value in self.processed(prompts).items()}
         base = self.model.get_base_model() if is_wrapped_by_peft(self.model) else self.model
         if "mm_token_type_ids" not in inspect.signature(base.forward).parameters:
             inputs.pop("mm_token_type_ids", None)  # `generate` refuses what a model does not take
-        width = inputs["input_ids"].shape[1]
-        config = _greedy(self, max_new_tokens, num_beams)
-        config.eos_token_id = sorted({*config.eos_token_id, *self.inputs.end_ids()})
-        output = self.model.generate(**inputs, generation_config=config, streamer=streamer)
-        return _decoded(self.tokenizer, output[:, width:], config.eos_token_id)
+        return inputs
+
+    def end_ids(self) -> list[int]:
+        """Return the ids that end an answer."""
+        return self.call.end_ids()
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -291,13 +328,11 @@ class ProcessorReader:
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
     def _length(self, text: Rendered, prompt: Prompt) -> int:
-        count = self.inputs.num_text_tokens(text)
-        count += sum(self.inputs.num_picture_tokens(*_size(image)) for image in prompt.images)
-        return count + sum(self.inputs.num_video_tokens(video) for video in prompt.videos)
+        return self.image_tokens.of_text(text, [_size(image) for image in prompt.images], prompt.videos)
 
     def _frames(self, prompt: Prompt) -> list[Frames]:
         try:
-            return [self.inputs.frames(video) for video in prompt.videos]
+            return [self.call.frames(video) for video in prompt.videos]
         except DataError as error:
             raise with_context(error, prompt.source) from None
 
@@ -333,10 +368,12 @@ def _memory_explained() -> Iterator[None]:
         ) from None
 
 
-class Reader:
-    """Turns prompts into tensors for one model: a LLaVA or a text-only model."""
+class LlavaReader(Reader):
+    """Asks a LLaVA or a text-only model. With `share_images`, the common prefix runs once for each image."""
 
-    def __init__(self, model: Any, processor: Any, template: str, image_aspect_ratio: str) -> None:
+    def __init__(
+        self, model: Any, processor: Any, template: str, image_aspect_ratio: str, share_images: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer, images = split_processor(processor)
         if images is not None and not is_llava(model.config):
@@ -347,11 +384,56 @@ class Reader:
             )
         self.template = template
         self.image_aspect_ratio = image_aspect_ratio
+        self.share_images = share_images
         self.image_processor: Any = images
         self.image_token = None if images is None else image_token_id(model.config)
         self.image_tokens = 0 if images is None else image_tokens(model.config)
         self.tiling = None if images is None else tiling_of(model.config)
         self.pad = pad_id_of(self.tokenizer)
+
+    def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
+        """Yield batches with the same number of pictures, grouped by picture and then by length.
+
+        Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
+        """
+        lengths, names = [self.length(prompt) for prompt in prompts], [_picture_name(prompt) for prompt in prompts]
+        longest: dict[tuple[str | int, ...], int] = {}
+        for name, tokens in zip(names, lengths, strict=True):
+            longest[name] = max(tokens, longest.get(name, 0))
+
+        def rank(place: int) -> tuple[int, int, str, int]:
+            name = names[place]
+            return len(name), longest[name], str(name), lengths[place]
+
+        order = sorted(range(len(prompts)), key=rank, reverse=True)
+        yield from _in_batches(order, lambda place: len(names[place]), batch_size)
+
+    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Return the inputs of `generate` for the prompts of one batch."""
+        rows = [self.row(prompt) for prompt in prompts]
+        first = {row.picture: row for row in reversed(rows)}
+        prefix = _common_prefix(rows, self.image_token) if self.share_images and len(first) < len(rows) else 0
+        width = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), width), self.pad)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            for start, part in ((0, row.ids[:prefix]), (width - len(row.ids) + prefix, row.ids[prefix:])):
+                ids[i, start : start + len(part)] = torch.tensor(part, dtype=torch.long)
+                mask[i, start : start + len(part)] = 1
+        device = self.model.device
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if prefix:
+            inputs |= _shared_cache(self, list(first.values()), rows, prefix)
+        else:
+            inputs |= self.pixels(rows)
+        return inputs
+
+    def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
+        """Return the inputs of one prompt with an answer after it, and the labels of the answer."""
+        row, after = self.row(prompt), self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([[*row.ids, *after]], device=self.model.device)
+        labels = torch.tensor([[IGNORE] * len(row.ids) + after], device=self.model.device)
+        return {"input_ids": ids, "labels": labels, **self.pixels([row])}
 
     def row(self, prompt: Prompt) -> _Row:
         """Encode one prompt; each picture takes as many ids as the model needs for it."""
@@ -403,24 +485,6 @@ class Reader:
         return expand_to_square(picture, (red, green, blue))
 
 
-def _batches(prompts: Sequence[Prompt], length: Callable[[Prompt], int], batch_size: int) -> Iterator[list[int]]:
-    """Yield batches of places with the same number of pictures, grouped by picture and then by length.
-
-    Longest first: a batch too large for memory fails at once, and the remaining time is not underestimated.
-    """
-    lengths, names = [length(prompt) for prompt in prompts], [_picture_name(prompt) for prompt in prompts]
-    longest: dict[tuple[str | int, ...], int] = {}
-    for name, tokens in zip(names, lengths, strict=True):
-        longest[name] = max(tokens, longest.get(name, 0))
-
-    def rank(place: int) -> tuple[int, int, str, int]:
-        name = names[place]
-        return len(name), longest[name], str(name), lengths[place]
-
-    order = sorted(range(len(prompts)), key=rank, reverse=True)
-    yield from _in_batches(order, lambda place: len(names[place]), batch_size)
-
-
 def _in_batches(order: Sequence[int], kind: Callable[[int], Any], batch_size: int) -> Iterator[list[int]]:
     """Yield the places of `order` in batches of one kind each; places of equal kind follow each other."""
     for _, group in groupby(order, key=kind):
@@ -431,34 +495,6 @@ def _in_batches(order: Sequence[int], kind: Callable[[int], Any], batch_size: in
 
 def _picture_name(prompt: Prompt) -> tuple[str | int, ...]:
     return tuple(str(image) if isinstance(image, str | Path) else id(image) for image in prompt.images)
-
-
-def _answer(
-    reader: Reader,
-    rows: Sequence[_Row],
-    decoding: tuple[int, int],
-    share_pictures: bool,
-    streamer: BaseStreamer | None,
-) -> list[Reply]:
-    first = {row.picture: row for row in reversed(rows)}
-    prefix = _common_prefix(rows, reader.image_token) if share_pictures and len(first) < len(rows) else 0
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), reader.pad)
-    mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        for start, part in ((0, row.ids[:prefix]), (width - len(row.ids) + prefix, row.ids[prefix:])):
-            ids[i, start : start + len(part)] = torch.tensor(part, dtype=torch.long)
-            mask[i, start : start + len(part)] = 1
-    device = reader.model.device
-    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    if prefix:
-        inputs |= _shared_cache(reader, list(first.values()), rows, prefix)
-    else:
-        inputs |= reader.pixels(rows)
-    config = _greedy(reader, *decoding)
-    inputs |= {"generation_config": config, "streamer": streamer}
-    output = reader.model.generate(**inputs)
-    return _decoded(reader.tokenizer, output[:, width:], config.eos_token_id)
 
 
 def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[Reply]:
@@ -479,7 +515,7 @@ def _common_prefix(rows: Sequence[_Row], image_token: int | None) -> int:
     return 0 if any(image_token in row.ids[prefix:] for row in rows) else prefix
 
 
-def _shared_cache(reader: Reader, first: Sequence[_Row], rows: Sequence[_Row], prefix: int) -> dict[str, Any]:
+def _shared_cache(reader: LlavaReader, first: Sequence[_Row], rows: Sequence[_Row], prefix: int) -> dict[str, Any]:
     """Run the common prefix once per picture. Return {argument name: cache} with one entry per row."""
     from transformers import DynamicCache, GenerationMixin
 
@@ -501,12 +537,12 @@ def _shared_cache(reader: Reader, first: Sequence[_Row], rows: Sequence[_Row], p
     return {name: cache}
 
 
-def _greedy(reader: Reader | ProcessorReader, max_new_tokens: int, num_beams: int) -> Any:
+def _greedy(reader: Reader, max_new_tokens: int, num_beams: int) -> Any:
     """Return a complete config: `generate` would take missing values from the config of the model."""
     from transformers import GenerationConfig
 
     eos = reader.model.generation_config.eos_token_id
-    ends = {reader.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    ends = {reader.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos]), *reader.end_ids()} - {None}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

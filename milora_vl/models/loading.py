@@ -20,8 +20,8 @@ from milora_vl.common.compat.transformers import forget_conversions, whole_weigh
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.towers import keep_weights_readable
 from milora_vl.models import hub, original, parts
-from milora_vl.models.image_tokens import complete_processor
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
+from milora_vl.models.processors import complete_processor
 from milora_vl.models.quantized import Quantization, quantization_config, unquantized
 from milora_vl.models.quiet import quiet_bars
 

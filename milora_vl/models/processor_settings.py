@@ -1,4 +1,4 @@
-"""The settings of pictures and videos that a model's own processor follows; `models/image_tokens.py` applies them."""
+"""The settings of pictures and videos that a model's own processor follows; `models/processors.py` applies them."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from milora_data.encode.templates import OWN
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.models.base import find_base
-from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.processor_settings import ProcessorSettings
+from milora_vl.models.processors import configure_processor
 from milora_vl.models.recipe_of_run import recipe_of_run, trained_template
 
 if TYPE_CHECKING:

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
-from milora_data.batches.processor_collate import ProcessorCollator
 from milora_data.batches.record_collator import RecordCollator
+from milora_data.pictures.files import ImagePolicy
 from milora_data.records.record import Record
-from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.collator import collator_for
 from milora_vl.train.recipe.hf_flags import value_of
@@ -29,9 +27,14 @@ WHAT_HAPPENED = {
 
 
 def collator(
-    recipe: Recipe, base: Base, processor: Any, substitutes: Sequence[Record] = ()
-) -> ImageTextCollator | ProcessorCollator:
-    """Return the collator of the run."""
+    recipe: Recipe,
+    base: Base,
+    processor: Any,
+    substitutes: Sequence[Record] = (),
+    *,
+    bad_images: ImagePolicy | None = None,
+) -> RecordCollator[Any]:
+    """Return the collator of the run; `bad_images` replaces the recipe's."""
     return collator_for(
         base,
         processor,
@@ -39,8 +42,7 @@ def collator(
         image_folder=recipe.data.image_folder,
         max_length=recipe.data.max_length,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
-        bad_images=recipe.data.bad_images,
-        jpeg_decoding=recipe.data.jpeg_decoding,
+        bad_images=bad_images or recipe.data.bad_images,
         packing="flat" if "flash" in recipe.attention_of("language") else "rows",
         substitutes=substitutes,
     )
@@ -57,20 +59,8 @@ def lengths(recipe: Recipe, base: Base, processor: Any, records: Sequence[Record
     """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
     if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
-    if base.own_pictures:
-        collate = collator(recipe, base, processor)
-        assert isinstance(collate, ProcessorCollator)
-        return collate.lengths(records)
-    return encoded_lengths(
-        records,
-        loading.split_processor(processor)[0],
-        template=recipe.template,
-        image_tokens=base.tokens_of_a_picture,
-        max_length=recipe.data.max_length,
-        tiling=base.tiling,
-        image_folder=recipe.data.image_folder,
-        beside=Path(recipe.data.path) if isinstance(recipe.data.path, str) else None,
-    )
+    beside = Path(recipe.data.path) if isinstance(recipe.data.path, str) else None
+    return lengths_of(records, collator(recipe, base, processor), beside=beside)
 
 
 def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:

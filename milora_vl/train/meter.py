@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from milora_data.batches.collate import ImageTextCollator
 from milora_data.batches.record_collator import RecordCollator
 from milora_vl.models.losses import supervised_positions
 
@@ -21,9 +20,8 @@ class CountingCollator:
     would read it from the GPU, and without a mask sdpa has faster kernels.
     """
 
-    def __init__(self, collator: Any) -> None:
+    def __init__(self, collator: RecordCollator[Any]) -> None:
         self.collator = collator
-        self.is_causal = isinstance(collator, ImageTextCollator)
 
     def __call__(self, items: Any) -> Any:
         """Return the batch; a loader process that made none returns its error in place of one."""
@@ -35,7 +33,7 @@ class CountingCollator:
         mask = batch.get("attention_mask")
         if mask is not None and mask.dim() == 2:
             tokens = int(mask.sum())
-            if self.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
+            if self.collator.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
                 del batch["attention_mask"]
         return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
 
@@ -43,7 +41,7 @@ class CountingCollator:
 class Meter:
     """Counts tokens of batches. Each process has one; the trainer sums `counts` over processes."""
 
-    def __init__(self, collator: Any) -> None:
+    def __init__(self, collator: RecordCollator[Any]) -> None:
         self.collator = collator
         self.counts = [0] * len(FIELDS)
         self.start = time.perf_counter()
@@ -58,11 +56,9 @@ class Meter:
         self.start = time.perf_counter()
         self.counts = [0] * len(FIELDS)
         tokens, positions, supervised = totals
-        entries = {
+        return {
             "tokens_per_second": round(tokens / seconds, 1),
             "padding": round(1 - tokens / max(positions, 1), 4),
             "supervised_tokens": supervised,
+            "skipped_records": float(sum(self.collator.counts()[name] for name in ("skipped", "unlearnable"))),
         }
-        if isinstance(self.collator, RecordCollator):
-            entries["skipped_records"] = float(sum(self.collator.counts()[name] for name in ("skipped", "unlearnable")))
-        return entries

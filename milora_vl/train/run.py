@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.templates import OWN, no_tools
 from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.errors import UserError, with_context
@@ -34,7 +33,6 @@ from milora_vl.train import (
     calibration_batches,
     collators,
     failures,
-    features,
     hub,
     loaders,
     model,
@@ -307,12 +305,6 @@ def make_trainer(ready: Ready, first_files: FirstFiles) -> MiloraTrainer:
     """Return the trainer with its collator and callbacks."""
     recipe, data, built = ready.plan.recipe, ready.data, ready.built
     collator = collators.collator(recipe, ready.plan.base, ready.processor, data.train[:100])
-    if recipe.data.feature_cache:
-        records = [*data.train, *(data.evaluation or ())]
-        cache = Path(recipe.data.feature_cache)
-        assert isinstance(collator, ImageTextCollator)  # the plan refuses the cache for other models
-        base = base_model_of(built.model)
-        collator.features = features.prepare(cache, base, collator, records, ready.args, first_files.screen)
     with refused(recipe.train, kinds=(ValueError, ImportError)):  # what no check of the plan knows
         trainer = MiloraTrainer(
             built.model,

@@ -142,7 +142,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         *,
         targets: Sequence[Target],
         checkpoint_kind: CheckpointKind,
-        data_collator: Any,
+        data_collator: RecordCollator[Any],
         train_dataset: Any,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -218,8 +218,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return HF's loader, which fails if its processes hang. No training record replaces a held-out one."""
         collator = self.data_collator
-        if isinstance(collator, RecordCollator):
-            self.data_collator = collator.for_evaluation()
+        self.data_collator = cast("RecordCollator[Any]", collator).for_evaluation()
         try:
             return loaders.guarded(super().get_eval_dataloader(eval_dataset))
         finally:

@@ -15,14 +15,14 @@ from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.image_text_collator import ImageTextCollator
+from milora_data.batches.lengths import lengths_of
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
 from milora_vl.core.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
 from milora_vl.forgetting import general_text
-from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
+from milora_vl.forgetting.measure import Forgetting, ProbeBatch, logits_of, summary, token_sums
 from milora_vl.forgetting.text import ends_of, padded_batches, text_batches
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.calibration_batches import shares_probe_text
@@ -49,10 +49,10 @@ class AnswerTask:
         train: Sequence[Record],
         validation: Sequence[Record],
         test: Sequence[Record],
-        probes: Mapping[str, Iterable[Batch]],
+        probes: Mapping[str, Iterable[ProbeBatch]],
     ) -> None:
         self.base, self.collator, self.train = base, collator, train
-        self.lengths = self._lengths(train)
+        self.lengths = lengths_of(train, collator)
         self.validation, self.test = self._by_length(validation), self._by_length(test)
         text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with torch.no_grad():  # predictions of the base model (n, vocabulary), the reference for all trainings
@@ -146,23 +146,17 @@ class AnswerTask:
             right += ((logits.argmax(-1) == labels) | ~supervised).all(1).tolist()
         return losses, right
 
-    def _kl(self, model: nn.Module, probe: Sequence[tuple[Batch, Tensor]]) -> Forgetting:
+    def _kl(self, model: nn.Module, probe: Sequence[tuple[ProbeBatch, Tensor]]) -> Forgetting:
         rows = [token_sums(self._predicted(model, batch), target, batch) for batch, target in probe]
         return summary(torch.cat(rows), [name for batch, _ in probe for name in batch.documents], "probe")
 
-    def _predicted(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _predicted(self, model: nn.Module, batch: ProbeBatch) -> Tensor:
         with _autocast(model):
             return logits_of(model, batch)
 
-    def _lengths(self, records: Sequence[Record]) -> list[int]:
-        collator = self.collator
-        return encoded_lengths(
-            records, collator.tokenizer, template=collator.template, image_tokens=collator.image_tokens
-        )
-
     def _by_length(self, records: Sequence[Record]) -> list[Record]:
         """Return the records sorted by length, for less padding."""
-        lengths = self._lengths(records)
+        lengths = lengths_of(records, self.collator)
         return [records[place] for place in sorted(range(len(records)), key=lengths.__getitem__)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import IMAGE, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.forgetting import answer_batches, drawn_questions

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import Record, Turn
 from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.devices import fastest_dtype

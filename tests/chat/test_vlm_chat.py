@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
-from milora_data.batches.processor_collate import ProcessorCollator
-from milora_data.encode.chat_template import parts_of
+from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.encode.chat_template_mask import parts_of
 from milora_data.pictures.videos import read_video, sampler
 from milora_data.records.record import Reply, Turn
 from milora_eval.answers.likelihood import loglikelihoods

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
 from milora_data.records.record import Turn, parse_record
 from milora_vl import load_model

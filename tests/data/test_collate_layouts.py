@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.encode.labels import IGNORE
 from milora_vl.common.errors import DataError
 from support.llava_oracle import llava_train, original_llava

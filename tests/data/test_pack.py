@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AttentionInterface
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.lengths import encoded_lengths
+from milora_data.batches.image_text_collator import ImageTextCollator
+from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
 from milora_data.batches.rows import Row, joined
 from milora_data.encode.labels import IGNORE
@@ -82,10 +82,9 @@ def test_packed_equals_unpacked(
     model, processor, options = parts
     model.set_attn_implementation(attention)
     records = list(load_records(tiny_data / "train.json"))
-    lengths = encoded_lengths(records, processor.tokenizer, template="vicuna_v1", image_tokens=TOKENS)
-    rows = pack(lengths, 800)
-    assert max(map(len, rows)) > 1
     collator = ImageTextCollator(processor.tokenizer, processor.image_processor, packing=packing, **options)
+    rows = pack(lengths_of(records, collator), 800)
+    assert max(map(len, rows)) > 1
     items = PackedRecords(records, rows)
     batch = collator([items[number] for number in range(len(items))])
     assert set(batch) == {"input_ids", "position_ids", "labels", "use_cache", "pixel_values"}
@@ -137,13 +136,13 @@ def test_lengths_are_those_of_batches_and_are_kept(
     data = tiny_data / "train.json"
     records = list(load_records(data))
     collator = ImageTextCollator(processor.tokenizer, processor.image_processor, **options)
-    given: dict[str, Any] = {"template": "vicuna_v1", "image_tokens": TOKENS, "beside": data}
-    lengths = encoded_lengths(records, processor.tokenizer, **given)
+    lengths = lengths_of(records, collator, beside=data)
     assert lengths == [int(collator([record])["attention_mask"].sum()) for record in records]
     kept = list(tiny_data.glob("train.json.lengths-*.npy"))
     assert len(kept) == 1
-    monkeypatch.setattr("milora_data.batches.lengths.encode", None)  # nothing is counted again
-    assert encoded_lengths(records, processor.tokenizer, **given) == lengths
-    assert max(encoded_lengths(records, processor.tokenizer, max_length=100, **given)) == 100
+    monkeypatch.setattr("milora_data.batches.image_text_collator.encode", None)  # nothing is counted again
+    assert lengths_of(records, collator, beside=data) == lengths
+    collator.max_length = 100
+    assert max(lengths_of(records, collator, beside=data)) == 100
     with pytest.raises(TypeError):
-        encoded_lengths(records[1:], processor.tokenizer, **given)  # other records, other lengths
+        lengths_of(records[1:], collator, beside=data)  # other records, other lengths

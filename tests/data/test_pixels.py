@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from milora_data.pictures.files import expand_to_square, load_image
+from milora_data.pictures.files import expand_to_square
 from milora_data.pictures.pixels import PixelMaker
 
 SIZE: dict[str, Any] = {"size": {"shortest_edge": 84}, "crop_size": {"height": 84, "width": 84}}
@@ -70,17 +70,3 @@ def test_rows_and_channels_are_told_apart(kind: Any, size: tuple[int, int]) -> N
         middle = make([make.prepare(image)])[0, :, 42, 42]
         levels = middle * torch.tensor(make.image_processor.image_std) + torch.tensor(make.image_processor.image_mean)
         assert (levels * 255 - torch.tensor([250, 120, 10])).abs().max() < 10  # bicubic overshoots
-
-
-def test_drafts_are_near_and_only_of_large_jpegs(tmp_path: Path) -> None:
-    processor = CLIPImageProcessor(**SIZE)
-    exact, draft = PixelMaker(processor), PixelMaker(processor, jpeg_decoding="draft")
-    large, small = noise((60, 40)).resize((1200, 800), Image.Resampling.BICUBIC), noise((160, 120))
-    for name, image in (("large.jpg", large), ("small.jpg", small), ("large.png", large)):
-        image.save(tmp_path / name)
-    for name in ("small.jpg", "large.png"):
-        assert torch.equal(draft([draft.read(tmp_path / name)]), exact([exact.read(tmp_path / name)]))
-    assert load_image(tmp_path / "large.jpg", longest=168).size == (300, 200)
-    assert load_image(tmp_path / "large.jpg", shortest=168).size == (300, 200)
-    difference = draft([draft.read(tmp_path / "large.jpg")]) - exact([exact.read(tmp_path / "large.jpg")])
-    assert 0 < difference.abs().mean() * 0.27 < 1 / 255

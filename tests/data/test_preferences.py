@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.preferences import PreferenceCollator, pair_of
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.records.record import Turn
 from milora_vl.common.errors import DataError, UserError

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from milora_data.batches.processor_collate import ProcessorCollator
-from milora_data.encode.chat_template import VIDEO_MARK, parts_of
+from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
 from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
 from milora_data.stream.sources import load_records

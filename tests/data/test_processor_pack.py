@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
+from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, pack
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.processor_pack import PACKED, require_packable
 from milora_data.records.record import parse_record
 from milora_vl import collator_for
@@ -157,7 +158,7 @@ def test_rows_of_real_records_are_at_least_95_percent_full(name: str, make: Any)
         for number in range(240)
     ]  # fmt: skip
     records = [parse_record(value) for value in values]
-    lengths = collate.lengths(records)
+    lengths = lengths_of(records, collate)
     rows = pack(lengths, 1024)
     items = PackedRecords(records, rows)
     batches = [collate([items[number]]) for number in range(len(rows))]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.labels import encode, encode_prompt
 from milora_data.records.record import parse_record
 from milora_vl.common.errors import DataError

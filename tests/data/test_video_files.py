@@ -14,7 +14,8 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import load_video
 
 from milora_data.__main__ import main
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
+from milora_data.batches.processor_image_tokens import ProcessorImageTokens
 from milora_data.batches.processor_inputs import ProcessorInputs
 from milora_data.check.command import check_for_training
 from milora_data.pictures import videos
@@ -23,8 +24,8 @@ from milora_data.pictures.videos import planned_video, read_video, sampler
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records
 from milora_vl.common.errors import DataError, UserError
-from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.processor_settings import ProcessorSettings
+from milora_vl.models.processors import configure_processor
 from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import VIDEO_PARTS, asked, video_template, write_video
@@ -120,7 +121,7 @@ def test_the_batch_is_that_of_apply_chat_template_for_the_file(
     again = ProcessorInputs(processor)
     shown = again.frames(parse_record(value).videos[0], lambda name: folder / name)
     before = str(shown.metadata())
-    again.num_video_tokens(shown)
+    ProcessorImageTokens(again).of_video(shown)
     assert str(shown.metadata()) == before
     labels = batch["labels"][0]
     assert processor.tokenizer.decode(labels[labels != -100]).lstrip().startswith("A cat.")

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.pictures.files import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream.sources import load_records

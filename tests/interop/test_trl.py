@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 
 from milora_data.batches.preferences import PreferenceCollator
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.templates import render_chat_template
 from milora_vl import apply_milora, calibration_texts, load_adapter, load_model, save_adapter
 from support.adapter_cases import anchors, move, one_rule

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_data.batches.collate import ImageTextCollator
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_vl import apply_milora
 from support.adapter_cases import one_rule
 from support.vlm_families import processor_of

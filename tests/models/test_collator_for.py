@@ -10,7 +10,7 @@ import pytest
 from transformers import CLIPImageProcessor
 
 from milora_data import ImageTextCollator
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_vl import apply_milora, collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.problems import raises_code

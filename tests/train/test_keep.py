@@ -155,5 +155,3 @@ def test_a_training_that_changes_the_base_has_nothing_to_compare_with(tiny_data:
     for extra in (["--method", "full"], ["--method", "milora", "--protect", "0", "--rank", "4", "--form", "residual"]):
         with raises_code("keep-needs-base", where="--keep_weight"):
             main(training(tiny_data, tmp_path / "run", *extra, "--keep_weight", "1"))
-    with raises_code("keep-feature-cache", where="--keep_weight"):
-        main(training(tiny_data, tmp_path / "run", *LORA, "--keep_weight", "1", "--feature_cache", str(tmp_path / "f")))

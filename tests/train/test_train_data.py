@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import Record
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main

@@ -10,14 +10,19 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from milora_data import ImageTextCollator
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
+from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.train.trainer import MiloraTrainer
 from support.problems import raises_code
 
 
-def pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+class Encoded(ImageTextCollator):
+    """Rows that are encoded already."""
+
+    def __call__(self, rows: Any) -> dict[str, torch.Tensor]:
+        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
 
 
 def row(seed: int, supervised: int) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def make(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Milora
         )  # fmt: skip
         return MiloraTrainer(
             model, args, targets=model.milora_targets, checkpoint_kind="adapter",
-            data_collator=pad, train_dataset=train, eval_dataset=evaluation,
+            data_collator=Encoded(tiny_tokenizer()), train_dataset=train, eval_dataset=evaluation,
         )  # fmt: skip
 
     return factory

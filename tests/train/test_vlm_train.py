@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from milora_data.batches.processor_collate import ProcessorCollator
+from milora_data.batches.processor_collator import ProcessorCollator
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import UserError
@@ -122,8 +122,6 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
     [
         (["--template", "vicuna_v1"], "template-not-for-model"),
         (["--image_aspect_ratio", "anyres"], "image-aspect-ratio"),
-        (["--jpeg_decoding", "draft"], "image-draft-tiles"),
-        (["--feature_cache", "cache"], "feature-cache-unsupported-model"),
         (["--min_pixels", "999999"], "pixels-contradiction"),
     ],
 )

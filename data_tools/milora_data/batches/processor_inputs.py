@@ -1,4 +1,4 @@
-"""Call a model's own processor: its tensors, picture and video placeholders, the number of tokens of a picture."""
+"""Call a model's own processor: its tensors, the placeholders of images and videos, what fits into one batch."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from milora_data.encode.chat_template import VIDEO_MARK, PictureTemplate, PlainPrompt, Rendered, prompt_format
+from milora_data.encode.chat_template_mask import VIDEO_MARK, ImageTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.files import ImageError, load_image, picture_size
 from milora_data.pictures.videos import Frames, planned_video, read_video, require_one_size, sampler
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
-from milora_vl.common.compat.transformers import count_picture_tokens, recorded_places
+from milora_vl.common.compat.transformers import recorded_places
 from milora_vl.common.errors import DataError, UserError
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
-PLACES = "places_of_pictures"
+PLACES = "places_of_images"
 BLANK = (64, 64)  # height and width of the picture that replaces one without pixels
 _PLAIN_FRAMES = 4  # of the video that replaces a file without pixels
 
@@ -34,7 +34,8 @@ def _video_token(processor: Any) -> str | None:
         return None
 
 
-def _as_named(name: str) -> str:
+def as_named(name: str) -> str:
+    """Return the place of a file that is named by its place."""
     return name
 
 
@@ -50,7 +51,7 @@ def _placeholder(processor: Any) -> str:
     )
 
 
-def _tokens_of_pictures(processor: Any) -> set[str]:
+def _image_tokens(processor: Any) -> set[str]:
     """Return the tokens that a processor or its tokenizer names as that of a picture: in texts, and in ids."""
     tokenizer, named = processor.tokenizer, {str(processor.image_token)}
     if "image_token" in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
@@ -85,12 +86,10 @@ class ProcessorInputs:
         self.format = prompt_format(processor)
         self.placeholder = _placeholder(processor)
         self.video_placeholder = _video_token(processor)
-        self.expanded = _tokens_of_pictures(processor) - {self.placeholder, str(self.video_placeholder)}
-        self._counts: dict[tuple[int, int], int] = {}
-        self._video_counts: dict[tuple[Any, ...], int] = {}
+        self.expanded = _image_tokens(processor) - {self.placeholder, str(self.video_placeholder)}
 
     @cached_property
-    def video_format(self) -> PictureTemplate | PlainPrompt:
+    def video_format(self) -> ImageTemplate | PlainPrompt:
         """How conversations with videos are written: in the model's template, or in the processor's own for videos.
 
         SmolVLM's processor has one, because the published template omits videos.
@@ -106,7 +105,7 @@ class ProcessorInputs:
             written = self.format.render([Turn("user", f"{VIDEO_MARK}\na")], prompt=True).text
         except DataError:
             written = ""
-        return self.format if self.video_placeholder in written else PictureTemplate(str(default), self.tokenizer)
+        return self.format if self.video_placeholder in written else ImageTemplate(str(default), self.tokenizer)
 
     def __call__(
         self,
@@ -142,7 +141,7 @@ class ProcessorInputs:
             options |= {"videos": [list(video.frames) for video in shown], "do_sample_frames": False}
             if any(video.fps or video.file for video in shown):
                 options["video_metadata"] = [video.metadata() for video in shown]
-        if shown and any(images) and not self.takes_pictures_and_videos:
+        if shown and any(images) and not self.takes_images_and_videos:
             raise DataError(
                 f"this model reads no pictures beside videos ({type(self.processor).__name__})",
                 code="records-mixed",
@@ -211,7 +210,7 @@ class ProcessorInputs:
         return first == second
 
     @cached_property
-    def takes_pictures_and_videos(self) -> bool:
+    def takes_images_and_videos(self) -> bool:
         """Whether a batch may have both, for a processor that takes videos.
 
         A model fails if both come under one name (SmolVLM), and if a video is written with the token of a picture while
@@ -261,7 +260,7 @@ class ProcessorInputs:
     def _media_tokens(self) -> tuple[str, ...]:
         return (self.placeholder, *self.expanded, *filter(None, [self.video_placeholder]))
 
-    def require_pictures(self, text: str, num_images: int, num_videos: int = 0) -> None:
+    def require_images(self, text: str, num_images: int, num_videos: int = 0) -> None:
         """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
         expected = [("picture", self.placeholder, num_images)]
         if self.video_placeholder is not None and (num_videos or self.video_placeholder != self.placeholder):
@@ -285,7 +284,7 @@ class ProcessorInputs:
     def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:
         """Raise `DataError` for pictures beside videos, or videos of several numbers of frames, if these do not fit."""
         name = type(self.processor).__name__
-        if num_images and frames and not self.takes_pictures_and_videos:
+        if num_images and frames and not self.takes_images_and_videos:
             raise DataError(
                 f"this model reads no pictures beside videos ({name}), and both are shown",
                 code="records-mixed",
@@ -304,18 +303,7 @@ class ProcessorInputs:
         ids = self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
         return len(ids) - self.num_placeholders(text) - self.num_videos(text)
 
-    def num_picture_tokens(self, height: int, width: int) -> int:
-        """Return the number of tokens of a picture, without pixels where the processor can count.
-
-        The number is exact for a record with one picture; a few families spend fewer tokens on each of several.
-        """
-        size = (height, width)
-        if size not in self._counts:
-            counted = self._counted(size)
-            self._counts[size] = self._measured(size) if counted is None else counted + self._frame
-        return self._counts[size]
-
-    def frames(self, video: Frames | Video, place: Callable[[str], str | Path] = _as_named) -> Frames:
+    def frames(self, video: Frames | Video, place: Callable[[str], str | Path] = as_named) -> Frames:
         """Return the frames of a video whose files are at `place(name)`. Raises `ImageError` for a broken one."""
         if isinstance(video, Frames):
             return video
@@ -324,7 +312,7 @@ class ProcessorInputs:
         places = [place(name) for name in video.frames]
         return Frames(require_one_size([load_image(path) for path in places], str(places[0])), video.fps)
 
-    def num_frames(self, video: Frames | Video, place: Callable[[str], str | Path] = _as_named) -> int:
+    def num_frames(self, video: Frames | Video, place: Callable[[str], str | Path] = as_named) -> int:
         """Return the number of frames of a video, where it decides which videos fit into one batch, else 1 of a file.
 
         A file is opened only if its own length decides.
@@ -341,26 +329,6 @@ class ProcessorInputs:
         except ImageError:  # the collator reports it
             return 1
 
-    def num_video_tokens(self, video: Frames | Video, place: Callable[[str], str | Path] = _as_named) -> int:
-        """Return the number of tokens of a video, as the processor counts grey frames of its size.
-
-        A video that cannot be read counts as a small one.
-        """
-        try:
-            grey = self._grey(video, place)
-        except ImageError:  # the collator skips the record, or replaces the video by a plain one
-            grey = self.plain_video(video)
-        first = grey.frames[0]
-        key = (len(grey.frames), first.size, repr(grey.metadata()))
-        if key not in self._video_counts:
-            text = Rendered((self.tokenizer.bos_token or "") + str(self.video_placeholder), ())
-            try:
-                batch = self([text], [[]], [[grey]], padding_side="right")
-                self._video_counts[key] = len(batch["input_ids"][0]) - self.num_text_tokens(text)
-            except PROCESSOR_ERRORS:
-                self._video_counts[key] = 1  # the collator reports the video
-        return self._video_counts[key]
-
     def plain_video(self, video: Frames | Video) -> Frames:
         """Return small grey frames in place of a video without pixels."""
         count = len(video.frames)
@@ -368,7 +336,7 @@ class ProcessorInputs:
             count = self._sampler(video).num_frames or _PLAIN_FRAMES
         return Frames((self.blank(*BLANK),) * count, video.fps)
 
-    def _grey(self, video: Frames | Video, place: Callable[[str], str | Path]) -> Frames:
+    def grey_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> Frames:
         """Return a video of the same size with grey frames. Raises `ImageError` for a broken one."""
         if isinstance(video, Frames):
             return video._replace(frames=(self.blank(*video.frames[0].size[::-1]),) * len(video.frames))
@@ -383,27 +351,6 @@ class ProcessorInputs:
         if self.video_placeholder is None:
             raise no_videos(type(self.processor).__name__)
         return sampler(self.processor.video_processor, video.fps, video.num_frames)
-
-    def _counted(self, size: tuple[int, int]) -> int | None:
-        """Return the processor's own count, which serving engines use; None if it has none."""
-        try:
-            return count_picture_tokens(self.processor, size)
-        except (AttributeError, NotImplementedError, *PROCESSOR_ERRORS):
-            return None
-
-    @cached_property
-    def _frame(self) -> int:
-        """The number of tokens around a picture that the processor's own count leaves out."""
-        return self._measured(BLANK) - (self._counted(BLANK) or 0)
-
-    def _measured(self, size: tuple[int, int]) -> int:
-        """Return the number of tokens of a grey picture of this size."""
-        text = Rendered((self.tokenizer.bos_token or "") + self.placeholder, ())
-        try:
-            batch = self([text], [[self.blank(*size)]], padding_side="right")
-        except PROCESSOR_ERRORS:
-            return 1  # the collator reports the picture
-        return len(batch["input_ids"][0]) - self.num_text_tokens(text)
 
     def _adds_bos(self, text: str) -> bool:
         # A template that writes the BOS gets no second one, as in transformers' apply_chat_template.

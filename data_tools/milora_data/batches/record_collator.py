@@ -1,20 +1,22 @@
-"""The base class of collators: broken records (`bad_images`) raise, are replaced or skipped, and are counted."""
+"""The interface of collators, and what all share: broken records raise, are replaced or skipped, and are counted."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.utils.data import get_worker_info
 
 from milora_data.encode.labels import NoSupervisedTokens
+from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy
-from milora_data.records.record import Record, parse_record
+from milora_data.records.record import Record, parse_record, uses_tools
 from milora_vl.common.compat.torch import FailedBatch
 from milora_vl.common.errors import DataError, UserError, with_context
 
@@ -29,8 +31,25 @@ Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
+class Countable(Protocol):
+    """What shows and counts records: a collator, or an estimate where no tokenizer is at hand."""
+
+    def num_tokens(self, record: Record) -> int:
+        """Return the number of tokens of a record, with those of its images."""
+
+    def num_supervised(self, record: Record) -> int:
+        """Return the number of supervised tokens of a record."""
+
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not, with a marker in place of each image."""
+
+
 class RecordCollator(ABC, Generic[Sample]):
     """Makes a batch of records; a subclass reads one record as a `Sample` and makes the batch of several.
+
+    A list of records in place of a record is packed into one row. Without pixels, a collator also counts the tokens of
+    a record (`num_tokens`, `num_supervised`), shows its text (`segments`), and says which records no batch can use
+    (`require_usable`) and which fit into one batch (`kind`, `require_one_batch`).
 
     In a loader process, an error becomes a `FailedBatch`; the loader raises the error in the main process.
 
@@ -42,9 +61,23 @@ class RecordCollator(ABC, Generic[Sample]):
     """
 
     is_evaluating = False
+    is_causal = False  # in the model, no position of a batch sees a later one
+    always_shows_images = False  # a batch without images gets a plain one, so that all processes run the vision tower
+    length_by_size = True  # the number of tokens of an image depends on its size
 
-    def __init__(self, bad_images: ImagePolicy = "raise", substitutes: Sequence[Item] = ()) -> None:
+    def __init__(
+        self,
+        bad_images: ImagePolicy = "raise",
+        substitutes: Sequence[Item] = (),
+        *,
+        image_folder: str | Path | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
         self.bad_images = bad_images
+        self.image_folder = Path(image_folder or "")
+        self.max_length = max_length
         self._untried = list(reversed(substitutes))
         self._substitute_sample: Sample | None = None
         self._last_sample: Sample | None = None
@@ -60,6 +93,45 @@ class RecordCollator(ABC, Generic[Sample]):
             return self._made(records)
         except UserError as error:
             return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
+
+    def num_tokens(self, record: Record) -> int:
+        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its images.
+
+        An image that cannot be read counts as a small one. Raises `DataError` like a batch.
+        """
+        length = self.full_length(record)
+        return length if self.max_length is None else min(length, self.max_length)
+
+    @abstractmethod
+    def full_length(self, record: Record) -> int:
+        """Return the number of tokens of a record before `max_length` cuts it. Raises `DataError`."""
+
+    @abstractmethod
+    def num_supervised(self, record: Record) -> int:
+        """Return the number of supervised tokens of a record before `max_length` cuts it. Raises `DataError`."""
+
+    @abstractmethod
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not, with `<image>` for each image."""
+
+    @abstractmethod
+    def require_usable(self, record: Record) -> None:
+        """Raise `DataError` for a record that no batch can use: also if `max_length` cuts off all of its answers."""
+
+    @abstractmethod
+    def length_settings(self) -> str:
+        """Return a text with all settings on which `full_length` depends."""
+
+    def kind(self, record: Record) -> Hashable:
+        """Return what of a record decides how it is written and which records share its batch."""
+        return bool(record.images), uses_tools(record)
+
+    def may_refuse(self, record: Record) -> bool:
+        """Return whether the texts of a record may be refused though others of its form are not; runs no template."""
+        return False
+
+    def require_one_batch(self, records: Sequence[Record]) -> None:
+        """Raise `DataError`, with the places of two, if records of these kinds do not fit into one batch."""
 
     def counts(self) -> dict[str, int]:
         """Return how many records were skipped, unlearnable or cut, and pictures replaced, in all loader processes."""

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from milora_data.encode.chat_template import segments_of
+from milora_data.encode.chat_template_mask import segments_of
 from milora_data.encode.templates import Segment, no_tools, no_videos, place_images
 from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.encode.words import words_of
@@ -72,13 +72,8 @@ def encode(
     """
     record = record if isinstance(record, Record) else parse_record(record)
     try:
-        if uses_tools(record) and record.images:
-            raise no_tools()
-        if record.videos:
-            raise no_videos("this model")
-        turns = place_images(record.turns, len(record.images))
         traits = tokenizer_traits(tokenizer)
-        bos, segments = segments_of(turns, template, tokenizer, traits=traits, tools=tools_of(record))
+        bos, segments = record_segments(record, tokenizer, template, traits)
         encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             lost = amount(encoded.num_cut, "token")
@@ -91,6 +86,21 @@ def encode(
     except DataError as error:
         raise with_context(error, record.source or f"record {record.id!r}") from None
     return encoded
+
+
+def record_segments(
+    record: Record, tokenizer: Any, template: str, traits: TokenizerTraits | None = None
+) -> tuple[list[int], list[Segment]]:
+    """Return the ids before a record (BOS, or none) and its segments, with `<image>` in place of each picture.
+
+    Raises `DataError` for what the template, or a model of one picture size, does not take.
+    """
+    if uses_tools(record) and record.images:
+        raise no_tools()
+    if record.videos:
+        raise no_videos("this model")
+    turns = place_images(record.turns, len(record.images))
+    return segments_of(turns, template, tokenizer, traits=traits, tools=tools_of(record))
 
 
 def encode_prompt(

@@ -3,7 +3,7 @@
 `vicuna_v1`, `plain`, `llava_llama_2`, `mpt` and `mistral` come from LLaVA (llava/conversation.py), `llama_3` from
 LLaVA-NeXT, `qwen` and `chatml` from the authors of the models, `alpaca` from Stanford Alpaca (MetaMath, PiSSA and
 MiLoRA use it too), `llm_adapters` from LLM-Adapters, `tulu` from open-instruct. `chat_template` is the tokenizer's own
-template (chat_template.py). A format works with any tokenizer: it uses the EOS and BOS of that tokenizer.
+template (chat_template_mask.py). A format works with any tokenizer: it uses the EOS and BOS of that tokenizer.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _lines(
             on_error(broken)
 
 
-class Part(NamedTuple):
+class FilePart(NamedTuple):
     """A part of a JSON file: bytes `start` to `end` of JSON lines, starting at `line`, or each `step`-th element."""
 
     path: str
@@ -95,7 +95,7 @@ class Part(NamedTuple):
     step: int = 0
 
 
-def parts_of(path: Path, count: int, processes: int = 1) -> list[Part]:
+def parts_of(path: Path, count: int, processes: int = 1) -> list[FilePart]:
     """Return about `count` parts of a file of JSON lines, or `processes` parts of a list, which is read as a whole.
 
     Each object is in exactly one part; `read_part` reads a part. Raises `DataError` if the file is missing.
@@ -104,20 +104,20 @@ def parts_of(path: Path, count: int, processes: int = 1) -> list[Part]:
         raise missing_file(path)
     with path.open("rb") as file:
         if _starts_list(file):
-            return [Part(str(path), first, 0, 1, processes) for first in range(processes)]
+            return [FilePart(str(path), first, 0, 1, processes) for first in range(processes)]
         size = path.stat().st_size
-        parts: list[Part] = []
+        parts: list[FilePart] = []
         start = at = file.tell()
         first = 1
         for number, line in enumerate(file, start=2):
             at += len(line)
             if at >= size * (len(parts) + 1) // count:
-                parts.append(Part(str(path), start, at, first))
+                parts.append(FilePart(str(path), start, at, first))
                 start, first = at, number
     return parts
 
 
-def read_part(part: Part, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
+def read_part(part: FilePart, on_error: Callable[[DataError], None] | None = None) -> Iterator[tuple[str, object]]:
     """Yield (place, value) of each object in a part, like `read_objects`."""
     path = Path(part.path)
     if part.step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -104,21 +103,16 @@ class ImageError(DataError):
         self.reason = reason or message
 
 
-def load_image(path: str | Path, *, longest: int | None = None, shortest: int | None = None) -> Image.Image:
+def load_image(path: str | Path) -> Image.Image:
     """Return the picture in `path` as RGB, turned upright (EXIF); alpha is dropped as in LLaVA.
 
     16-bit grey is scaled to 8 bits (PIL alone would clip it to white). An animation gives its first frame.
-    With `longest` (or `shortest`), a JPEG is decoded at a reduced size with at least that many pixels on that side.
     Raises `ImageError` if the file is missing, empty, truncated, not a picture, or has too many pixels.
     """
     from PIL import ImageOps, UnidentifiedImageError
 
     try:
         with opened_picture(path) as image:
-            least = longest or shortest
-            if least:
-                share = least / (max(image.size) if longest else min(image.size))
-                image.draft(None, (math.ceil(image.width * share), math.ceil(image.height * share)))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)  # without a copy of an upright picture
             return to_rgb(image)

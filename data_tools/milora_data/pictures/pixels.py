@@ -25,19 +25,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 AspectRatio = Literal["pad", "plain", "anyres"]
-JpegDecoding = Literal["exact", "draft"]
-"""`draft` decodes a large JPEG at a half, quarter or eighth of its size, never below twice the required size."""
 
 
 class PixelMaker:
     """Computes pixel values (num_images, 3, height, width), as `image_processor` does."""
 
-    def __init__(
-        self, image_processor: Any, aspect_ratio: AspectRatio = "pad", jpeg_decoding: JpegDecoding = "exact"
-    ) -> None:
+    def __init__(self, image_processor: Any, aspect_ratio: AspectRatio = "pad") -> None:
         self.image_processor = image_processor
         self.aspect_ratio = aspect_ratio
-        self.jpeg_decoding = jpeg_decoding
 
     def __call__(self, images: Sequence[Any]) -> Tensor:
         """Return the pixel values of pictures from `read` or `prepare`, in order."""
@@ -58,10 +53,7 @@ class PixelMaker:
 
         Raises `ImageError` if the file cannot be read.
         """
-        if self.aspect_ratio == "anyres":  # the tiles depend on the original size
-            return load_image(path)
-        least = 2 * self.side if self.jpeg_decoding == "draft" else None
-        return self.prepare(load_image(path, longest=least if self.aspect_ratio == "pad" else None, shortest=least))
+        return self.prepare(load_image(path))
 
     def prepare(self, image: Image.Image) -> Any:
         """Return an RGB picture in the form that `inputs` expects."""

@@ -30,7 +30,7 @@ def data_uri(content: bytes, mime: str) -> str:
 def thumbnail(place: str | Path | None, side: int = SIDE) -> bytes | None:
     """Return a picture, loaded like a model's input, as a small JPEG; None if it is missing or cannot be read."""
     try:
-        return None if place is None else small(load_image(place, longest=2 * side), side)
+        return None if place is None else small(load_image(place), side)
     except ImageError:
         return None
 

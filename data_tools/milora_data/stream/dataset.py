@@ -17,7 +17,7 @@ import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 
-from milora_data.formats.jsonfile import Part, parts_of, read_part
+from milora_data.formats.jsonfile import FilePart, parts_of, read_part
 from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
 from milora_data.pictures.files import WebPictures
 from milora_data.records.record import Record, parse_record
@@ -146,7 +146,7 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
     )
 
 
-def _json_rows(parts: list[Part], image_folder: str | None) -> Iterator[dict[str, bytes]]:
+def _json_rows(parts: list[FilePart], image_folder: str | None) -> Iterator[dict[str, bytes]]:
     for part in parts:
         broken: list[DataError] = []
         try:

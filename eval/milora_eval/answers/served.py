@@ -15,8 +15,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from milora_data.batches.processor_collate import with_video_marks
-from milora_data.encode.chat_template import parts_of
+from milora_data.batches.processor_collator import with_video_marks
+from milora_data.encode.chat_template_mask import parts_of
 from milora_data.encode.templates import no_videos
 from milora_data.pictures.files import ORIENTATION, content_of, load_image, opened_picture
 from milora_data.records.record import Reply

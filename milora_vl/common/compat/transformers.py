@@ -65,7 +65,7 @@ def recorded_places(processor: Any) -> Iterator[list[list[tuple[int, int, int, i
         del processor.get_text_with_replacements
 
 
-def count_picture_tokens(processor: Any, size: tuple[int, int]) -> int:
+def count_image_tokens(processor: Any, size: tuple[int, int]) -> int:
     """Return how many tokens a processor spends on a picture (height, width), without its pixels.
 
     Serving engines call the same method. A public name of it would replace it.

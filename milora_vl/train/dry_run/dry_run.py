@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import nn
 
+from milora_data.batches.record_collator import Countable, RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.encode.tokens import share_template
-from milora_data.records.record import Record
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.core.policy import Target
@@ -208,50 +208,41 @@ def data(screen: Screen, recipe: Recipe, base: Base) -> tuple[first_batch.Counts
         return _assumed(screen, recipe, "none yet (--data_path)"), None
     read = run_data.read_records(recipe.data)
     first = read.train[: value_of(recipe.train, "per_device_train_batch_size")]
-    if base.own_pictures:
-        counts = _with_processor(screen, recipe, base, read, first)
-        return counts, None if read.streamed else len(read.train)
-    num_tokens = base.tokens_of_a_picture
-    tokenizer, template = tokenizer_at_hand(base.name), recipe.template
-    if template == OWN and (base.parts is not None or tokenizer is None or not tokenizer.chat_template):
-        screen.say("\nno chat template is on this machine for this base: counts below use vicuna_v1")
-        template = "vicuna_v1"
-    counts = first_batch.count(
-        first,
-        template=template,
-        tokenizer=tokenizer,
-        image_tokens=num_tokens,
-        max_length=recipe.data.max_length,
-    )
-    screen.say(f"\ndata   {read.describe()}")
+    found = read.describe()
+    try:
+        collate = _collator(screen, recipe, base)
+    except UserError as error:
+        if not _is_absent(error):
+            raise
+        found += f", not checked: the processor of {recipe.model} is not on this machine"
+        return _assumed(screen, recipe, found), None if read.streamed else len(read.train)
+    counter: Countable
+    if collate is None:
+        template = "vicuna_v1" if recipe.template == OWN else recipe.template
+        counter = first_batch.Estimate(template, base.tokens_of_a_picture, recipe.data.max_length)
+    else:
+        counter = collate
+        record_checks.check(collate, recipe, read.train, read.evaluation or ())
+        if recipe.data.bad_images != "raise":  # the run leaves out the others
+            first = record_checks.usable(collate, read.train[: record_checks.FIRST])[: len(first)]
+    counts = first_batch.count(first, counter, is_exact=collate is not None).within(recipe.data.max_length)
+    screen.say(f"\ndata   {found}")
     screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
-    for line in first_batch.lines(first, template=template, image_tokens=num_tokens, tokenizer=tokenizer):
+    for line in first_batch.lines(first, counter, base.tokens_of_a_picture):
         screen.say(line)
     packed = _packed(screen, recipe, counts) if recipe.data.packing else counts
     return packed, None if read.streamed else len(read.train)
 
 
-def _with_processor(
-    screen: Screen, recipe: Recipe, base: Base, read: run_data.RunData, first: Sequence[Record]
-) -> first_batch.Counts:
-    """Show the records of a model whose processor prepares the pictures. Return the tokens per record."""
-    try:
-        processor = base.processor
-    except UserError as error:
-        if not _is_absent(error):
-            raise
-        found = f"{read.describe()}, not checked: the processor of {recipe.model} is not on this machine"
-        return _assumed(screen, recipe, found)
-    collate = record_checks.collator_of(recipe, processor)
-    record_checks.check_with(collate, recipe, read.train, read.evaluation or ())
-    if recipe.data.bad_images != "raise":  # the run leaves out the others
-        first = record_checks.usable(collate, read.train[: record_checks.FIRST])[: len(first)]
-    counts = first_batch.count_with_processor(first, collate)
-    screen.say(f"\ndata   {read.describe()}")
-    screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
-    for line in first_batch.lines_with_processor(first, collate):
-        screen.say(line)
-    return _packed(screen, recipe, counts) if recipe.data.packing else counts
+def _collator(screen: Screen, recipe: Recipe, base: Base) -> RecordCollator[Any] | None:
+    """Return the collator of the run; None if the tokenizer of a LLaVA or of a text model is not on this machine."""
+    if base.own_pictures:
+        return record_checks.collator_of(recipe, base, base.processor)
+    tokenizer = tokenizer_at_hand(base.name)
+    if recipe.template == OWN and (base.parts is not None or tokenizer is None or not tokenizer.chat_template):
+        screen.say("\nno chat template is on this machine for this base: counts below use vicuna_v1")
+        recipe = recipe.model_copy(update={"template": "vicuna_v1"})
+    return None if tokenizer is None else record_checks.collator_of(recipe, base, tokenizer)
 
 
 def _assumed(screen: Screen, recipe: Recipe, why: str) -> first_batch.Counts:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import groupby
+from operator import attrgetter
 
-from milora_data.batches.processor_collate import ProcessorCollator
-from milora_data.encode.chat_template import segments_of
-from milora_data.encode.labels import encode
+from milora_data.batches.record_collator import Countable
 from milora_data.encode.templates import Segment, get_template, place_images, render
-from milora_data.encode.tokens import IGNORE
-from milora_data.records.record import IMAGE, Record, tools_of
+from milora_data.records.record import IMAGE, Record
 
 CHARACTERS_PER_TOKEN = 4  # of English text; used without a tokenizer
 SHOWN, LONGEST = 2, 300
@@ -52,73 +50,53 @@ class Counts:
         return f"{sign}{self.tokens:,.0f} tokens per record, {sign}{self.supervised:,.0f} of them supervised"
 
 
-def count(
-    records: Sequence[Record], *, template: str, tokenizer: Any | None, image_tokens: int, max_length: int
-) -> Counts:
-    """Return mean counts over `records`, from the tokenizer or estimated from characters."""
-    pairs = [_count_one(r, template, tokenizer, image_tokens, max_length) for r in records]
-    tokens, supervised = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
-    return Counts(tokens, supervised, exact=tokenizer is not None)
+def count(records: Sequence[Record], counter: Countable, *, is_exact: bool) -> Counts:
+    """Return mean counts over `records`, from a collator (`is_exact`) or an `Estimate`."""
+    tokens = sum(map(counter.num_tokens, records)) / len(records)
+    return Counts(tokens, sum(map(counter.num_supervised, records)) / len(records), is_exact)
 
 
-def count_with_processor(records: Sequence[Record], collate: ProcessorCollator) -> Counts:
-    """Return mean counts over `records` for a model whose processor prepares the pictures."""
-    tokens = sum(collate.lengths(records)) / len(records)
-    return Counts(tokens, sum(map(collate.num_supervised, records)) / len(records), exact=True)
+def lines(records: Sequence[Record], counter: Countable, image_tokens: int) -> list[str]:
+    """Return the first records as text, one line per segment: `>` marks supervised text, `.` other text.
 
-
-def lines(records: Sequence[Record], *, template: str, image_tokens: int, tokenizer: Any | None) -> list[str]:
-    """Return the first records as text, one line per segment: `>` marks supervised text, `.` other text."""
-
-    def segments(record: Record) -> list[Segment]:
-        return _segments(record, template, tokenizer)
-
-    return _shown_records(records, segments, f"<image x {image_tokens}>")
-
-
-def lines_with_processor(records: Sequence[Record], collate: ProcessorCollator) -> list[str]:
-    """Return the first records like `lines`, for a model whose processor prepares the pictures."""
-    return _shown_records(records, collate.segments, IMAGE)
-
-
-def _shown_records(
-    records: Sequence[Record], segments_of_record: Callable[[Record], list[Segment]], picture: str
-) -> list[str]:
+    `image_tokens` is the number of tokens of an image, or 0 where it depends on the image.
+    """
     out = []
     for record in records[:SHOWN]:
         out.append(f"{record.source or record.id}  {' '.join(record.images) or '(no image)'}")
-        joined: list[tuple[bool, str]] = []
-        for segment in segments_of_record(record):
-            if joined and joined[-1][0] == segment.supervised:
-                joined[-1] = (segment.supervised, joined[-1][1] + segment.text)
-            else:
-                joined.append((segment.supervised, segment.text))
-        for supervised, text in joined:
-            out.append(f"  {'>' if supervised else '.'} {_shown(text, picture)}")
+        for supervised, pieces in groupby(counter.segments(record), attrgetter("supervised")):
+            text = "".join(piece.text for piece in pieces).replace("\n", "\\n")
+            text = text.replace(IMAGE, f"<image x {image_tokens}>" if image_tokens else IMAGE)
+            out.append(f"  {'>' if supervised else '.'} {_shortened(text)}")
     return out
 
 
-def _count_one(
-    record: Record, template: str, tokenizer: Any | None, image_tokens: int, max_length: int
-) -> tuple[int, int]:
-    if tokenizer is not None:
-        encoded = encode(
-            record, tokenizer, template=template, image_token_id=-1, image_tokens=image_tokens, max_length=max_length
-        )
-        return len(encoded.input_ids), sum(label != IGNORE for label in encoded.labels)
-    segments = _segments(record, template, None)
-    supervised = sum(len(s.text) // CHARACTERS_PER_TOKEN + 1 for s in segments if s.supervised)
-    context = sum(len(s.text.replace(IMAGE, "")) // CHARACTERS_PER_TOKEN + 1 for s in segments if not s.supervised)
-    return min(context + supervised + image_tokens * len(record.images), max_length), supervised
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Counts of records without a tokenizer, from characters, in one of our templates."""
+
+    template: str
+    image_tokens: int
+    max_length: int
+
+    def num_tokens(self, record: Record) -> int:
+        """Return the estimated number of tokens, at most `max_length`."""
+        tokens = sum(_estimated(segment.text.replace(IMAGE, "")) for segment in self.segments(record))
+        return min(tokens + self.image_tokens * len(record.images), self.max_length)
+
+    def num_supervised(self, record: Record) -> int:
+        """Return the estimated number of supervised tokens."""
+        return sum(_estimated(segment.text) for segment in self.segments(record) if segment.supervised)
+
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not."""
+        turns = place_images(record.turns, len(record.images))
+        return render(turns, get_template(self.template), "</s>", bos="<s>")
 
 
-def _segments(record: Record, template: str, tokenizer: Any | None) -> list[Segment]:
-    turns = place_images(record.turns, len(record.images))
-    if tokenizer is None:
-        return render(turns, get_template(template), "</s>", bos="<s>")
-    return segments_of(turns, template, tokenizer, tools=tools_of(record))[1]
+def _estimated(text: str) -> int:
+    return len(text) // CHARACTERS_PER_TOKEN + 1
 
 
-def _shown(text: str, picture: str) -> str:
-    text = text.replace("\n", "\\n").replace(IMAGE, picture)
+def _shortened(text: str) -> str:
     return text if len(text) <= LONGEST else text[:LONGEST] + f" ... ({len(text):,} characters)"

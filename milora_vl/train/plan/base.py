@@ -10,8 +10,8 @@ from milora_vl.common.errors import Key, UserError
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
-from milora_vl.models.image_tokens import configure_processor, usable_inputs
 from milora_vl.models.parts import Parts
+from milora_vl.models.processors import configure_processor, usable_inputs
 from milora_vl.models.projector import projector_file
 from milora_vl.train.recipe.schema import PartsConfig, Recipe
 
@@ -32,9 +32,8 @@ def base_of_run(name: str, named: PartsConfig, projector: str | None) -> Base:
 
 def require_usable(recipe: Recipe, base: Base) -> None:
     """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model."""
-    for key, cache in (("factor_cache", recipe.factor_cache), ("data.feature_cache", recipe.data.feature_cache)):
-        if cache:  # a complete cache may be on a disk that is read-only
-            require_folder(Path(cache), Key.of(key), is_written=False)
+    if recipe.factor_cache:  # a complete cache may be on a disk that is read-only
+        require_folder(Path(recipe.factor_cache), Key.of("factor_cache"), is_written=False)
     if base.own_pictures:
         configure_processor(base.processor, recipe.data.processor)
         usable_inputs(base.processor, base.name)

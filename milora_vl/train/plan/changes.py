@@ -22,7 +22,7 @@ DECISIVE = frozenset(
     parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
     calibration.samples calibration.pictures calibration.text calibration.data keep.weight keep.texts
     data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels
-    data.video_min_pixels data.video_max_pixels data.fps data.num_frames data.jpeg_decoding data.packing
+    data.video_min_pixels data.video_max_pixels data.fps data.num_frames data.packing
     data.bad_images data.web_pictures data.streaming data.shuffle_buffer data.limit
     train.accelerator_config train.adam_beta1 train.adam_beta2 train.adam_epsilon
     train.auto_find_batch_size train.average_tokens_across_devices train.bf16 train.data_seed

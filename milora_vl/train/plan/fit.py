@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.batches.processor_pack import require_packable
-from milora_data.encode.labels import NoSupervisedTokens, encode
 from milora_data.encode.templates import OWN, TEMPLATES, no_videos
 from milora_data.encode.tokens import own_template
-from milora_data.records.record import Record
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
@@ -109,15 +106,6 @@ def _require_prepared(recipe: Recipe, base: Base, targets: Sequence[Target]) -> 
             where=Key.of("data.image_aspect_ratio"),
             hint="use pad or plain" if tiling is None else "use anyres",
         )
-    if tiling is not None and data.jpeg_decoding == "draft":
-        raise UserError(
-            "draft decoding shrinks pictures, but tiles need them in full size",
-            code="image-draft-tiles",
-            where=Key.of("data.jpeg_decoding"),
-            hint="use exact",
-        )
-    if data.feature_cache and not base.reads_pictures:
-        raise _no_feature_cache(base)
 
 
 def _require_for_processor(recipe: Recipe, base: Base) -> None:
@@ -137,24 +125,6 @@ def _require_for_processor(recipe: Recipe, base: Base) -> None:
             where=Key.of("data.image_aspect_ratio"),
             hint="remove the setting",
         )
-    if data.jpeg_decoding == "draft":
-        raise UserError(
-            f"draft decoding shrinks pictures, and the size of a picture decides how many tokens {name} uses for it",
-            code="image-draft-tiles",
-            where=Key.of("data.jpeg_decoding"),
-            hint="use exact; --max_pixels limits the tokens of the Qwen-VL and GLM-V families",
-        )
-    if data.feature_cache:
-        raise _no_feature_cache(base)
-
-
-def _no_feature_cache(base: Base) -> UserError:
-    return UserError(
-        f"supports LLaVA 1.5 and 1.6 only, not {base.config.model_type}: they use the tower's tokens unchanged",
-        code="feature-cache-unsupported-model",
-        where=Key.of("data.feature_cache"),
-        hint="remove data.feature_cache",
-    )
 
 
 def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -177,13 +147,6 @@ def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None
             where=Key.of("keep.weight"),
             hint="train an adapter in the anchored form, or set the weight to 0",
         )
-    if recipe.keep.weight and recipe.data.feature_cache:
-        raise UserError(
-            "reads other pictures than those whose features are cached",
-            code="keep-feature-cache",
-            where=Key.of("keep.weight"),
-            hint="remove data.feature_cache, or set the weight to 0",
-        )
 
 
 def _reads_texts(recipe: Recipe) -> bool:
@@ -205,15 +168,7 @@ def _require_calibration_files(recipe: Recipe, base: Base, targets: Sequence[Tar
 
 
 def _require_trained_parts(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    """Raise UserError for a trained tower whose features are cached, and for a quantised weight trained in full."""
-    trained = next((target for target in targets if target.tower == "vision"), None)
-    if recipe.data.feature_cache and trained is not None:
-        raise UserError(
-            f"the vision tower trains ({trained.path}), so its features change with each step",
-            code="feature-cache-trained-tower",
-            where=Key.of("data.feature_cache"),
-            hint="remove the rule for vision, or the cache",
-        )
+    """Raise UserError for a quantised weight that would train in full."""
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
@@ -263,8 +218,8 @@ def template_warnings(recipe: Recipe, processor: Any) -> list[str]:
     return []
 
 
-def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] = ()) -> None:
-    """Raise UserError if the recipe asks for the model's chat template and it is missing or rejects a record."""
+def require_template(recipe: Recipe, tokenizer: Any) -> None:
+    """Raise UserError if the recipe asks for the tokenizer's chat template and it has none."""
     if recipe.template != OWN:
         return
     try:
@@ -276,6 +231,3 @@ def require_template(recipe: Recipe, tokenizer: Any, records: Iterable[Record] =
             where=Key.of("template"),
             hint=f"use another template, one of: {', '.join(TEMPLATES)}",
         ) from None
-    for record in records:
-        with suppress(NoSupervisedTokens):
-            encode(record, tokenizer, template=OWN, image_token_id=-1, image_tokens=0)

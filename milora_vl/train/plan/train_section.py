@@ -118,10 +118,6 @@ def conflicts(recipe: Recipe, targets: Sequence[Target], section: TrainSection) 
     if optimizer.startswith(OWN_GROUPS):
         message = f"{optimizer} makes its own parameter groups, so it does not support learning rates per rule"
         found.append(Problem(message, "optimizer-unsupported", Key.of("train.optim"), "use --optim adamw_torch"))
-    if launch.zero_stage == 3 and recipe.data.feature_cache:
-        message = "ZeRO-3 shards the vision tower, and the cache needs its complete weights"
-        hint = "use --deepspeed zero2, or remove the cache"
-        found.append(Problem(message, "feature-cache-zero3", Key.of("data.feature_cache"), hint))
     if (train.get("activation_checkpointing_kwargs") or {}).get("offload") and train_device(train).type == "cpu":
         message = "offload moves activations from a GPU to the CPU, and this run is on a CPU"
         key = Key.of("train.activation_checkpointing_kwargs")

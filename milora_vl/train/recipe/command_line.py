@@ -68,10 +68,8 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "video_max_pixels": ("data.video_max_pixels", "int", (), "most pixels of a resized video; limits its tokens"),
     "fps": ("data.fps", "float", (), "frames per second to read of video files (default: the processor's, or 2)"),
     "num_frames": ("data.num_frames", "int", (), "frames to read of each video file, in place of --fps"),
-    "jpeg_decoding": ("data.jpeg_decoding", "str", (), "exact, or draft: decode large photos at reduced size"),
     "image_aspect_ratio": ("data.image_aspect_ratio", "str", (), "pad, plain (LLaVA: square), or anyres (LLaVA-1.6)"),
     "packing": ("data.packing", "bool", (), "pack several records into one row to reduce padding"),
-    "feature_cache": ("data.feature_cache", "str", (), "folder that caches the features of a frozen vision tower"),
     "streaming": ("data.streaming", "bool", (), "read records while training; needs --max_steps"),
     "shuffle_buffer": ("data.shuffle_buffer", "int", (), "number of streamed records in the shuffle buffer"),
     "web_pictures": (

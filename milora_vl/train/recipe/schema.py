@@ -65,8 +65,6 @@ class DataConfig(Strict):
     video_max_pixels: PositiveInt | None = None
     fps: PositiveFloat | None = None  # frames per second that are read of video files; default: the processor's, or 2
     num_frames: PositiveInt | None = None  # frames that are read of each video file, in place of fps
-    jpeg_decoding: Literal["exact", "draft"] = "exact"  # draft: decode large photos at reduced size, much faster
-    feature_cache: str | None = None  # folder for the features of a frozen vision tower
     packing: bool = False  # pack several records into a row of 2 * max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
     web_pictures: Literal["refuse", "download"] = "refuse"  # pictures that records name by http(s) addresses
@@ -286,8 +284,6 @@ def _with_streaming(data: DataConfig, train: Mapping[str, Any]) -> list[Problem]
         found.append(("data.packing", f"needs the lengths of all records, {unread}", ""))
     if train.get("train_sampling_strategy") == "group_by_length":
         found.append(("train.train_sampling_strategy", f"group_by_length needs all records, {unread}", ""))
-    if data.feature_cache is not None:
-        found.append(("data.feature_cache", f"needs all images before training, {unread}", ""))
     if data.limit is not None:
         found.append(("data.limit", "has no effect with data.streaming; train.max_steps ends the run", ""))
     return [Problem(message, "recipe-streaming", Key.of(key), hint) for key, message, hint in found]

@@ -233,7 +233,7 @@ def test_our_warnings_are_lines_like_those_of_a_run() -> None:
     script = (
         "import logging, warnings\nfrom milora_vl.common.cli.command_line import run\n"
         "def main(argv):\n"
-        "    logging.getLogger('milora_data.batches.collate').warning('a.png is left out')\n"
+        "    logging.getLogger('milora_data.batches.image_text_collator').warning('a.png is left out')\n"
         "    warnings.warn_explicit('two layers protect nothing', UserWarning, 'a.py', 1, module='milora_vl.core')\n"
         "    return 0\n"
         "run(main)"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.batches.collate import ImageTextCollator
+from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_vl import apply_milora, load_adapter, save_adapter
 from support.adapter_cases import one_rule
 from support.problems import raises_code

@@ -194,9 +194,6 @@ def test_a_half_precision_base_without_autocast_is_refused_where_a_module_trains
         ("--rank 8 --image_aspect_ratio anyres", "image-aspect-ratio"),
         ("--rank 8 --fsdp hybrid_shard", "launch-fsdp"),
         ("--rank 8 --optim galore_adamw", "optimizer-unsupported"),
-        ("--feature_cache cache --policy '[{modules: vision, method: full}]'", "feature-cache-trained-tower"),
-        ("--rank 8 --feature_cache cache --model tiny-text", "feature-cache-unsupported-model"),
-        ("--rank 8 --feature_cache cache --deepspeed zero3", "feature-cache-zero3"),
     ],
 )
 def test_a_plan_refuses_what_the_run_would_refuse(words: str, code: str) -> None:

@@ -60,7 +60,7 @@ def test_a_value_of_a_recipe_is_at_its_line(text: str, code: str, where: str, tm
     [
         ("--fsdp foo", "launch-fsdp", "--fsdp"),
         ("--eval_suite_every 1", "flag-needs-another", "--eval_suite_every"),
-        ("--feature_cache FILE", "path-not-a-folder", "--feature_cache"),
+        ("--factor_cache FILE", "path-not-a-folder", "--factor_cache"),
     ],
 )
 def test_mistakes_that_need_no_data_are_found_before_the_records_are_read(

@@ -2,7 +2,7 @@
 
 The processor expands the placeholder of each picture and returns the tensors of its family; all of them are passed on
 under their own names, batched as the processor batches them. The loss mask is computed from characters: the chat
-template gives the supervised ranges of the text (chat_template.py), the processor the offsets of the tokens.
+template gives the supervised ranges of the text (chat_template_mask.py), the processor the offsets of the tokens.
 
 A token is supervised if one of its characters is, and no token of a picture is.
 """
@@ -10,26 +10,26 @@ A token is supervised if one of its characters is, and no token of a picture is.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from milora_data.batches.processor_image_tokens import ProcessorImageTokens
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.processor_pack import RowPacker
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
-from milora_data.encode.chat_template import VIDEO_MARK, Rendered
+from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import ImageError, ImagePolicy, load_image, picture_size, place_of
 from milora_data.pictures.videos import Frames, require_one_size
-from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, tools_of
+from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, tools_of, uses_tools
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context, with_problems
 
@@ -43,7 +43,7 @@ BATCH_OF_ONE = (
 
 
 @dataclass(frozen=True, slots=True)
-class PictureSample:
+class ProcessorSample:
     """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it.
 
     `row` is the number of its row in a packed batch.
@@ -62,7 +62,15 @@ class PictureSample:
         return self.record.source or self.record.id
 
 
-class ProcessorCollator(RecordCollator[PictureSample]):
+class RecordKind(NamedTuple):
+    """What of a record decides how it is written and batched."""
+
+    has_images: bool
+    frames: tuple[int, ...]  # the numbers of frames of its videos, each once and in order
+    has_tools: bool
+
+
+class ProcessorCollator(RecordCollator[ProcessorSample]):
     """Collates records (`Record`, or dicts) into a batch with a model's processor; usable as `data_collator`.
 
     `__call__` returns input_ids, attention_mask and labels (batch, length), padded on the right, and every other tensor
@@ -89,30 +97,21 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         model_config: Any = None,
         packing: Literal["rows", "flat"] = "rows",
     ) -> None:
-        super().__init__(bad_images, substitutes)
-        if max_length is not None and max_length < 1:
-            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
+        super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
         self.inputs = ProcessorInputs(processor)
-        self.image_folder = Path(image_folder or "")
-        self.max_length = max_length
+        self.image_tokens = ProcessorImageTokens(self.inputs)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.model_config = model_config
         self.packing = packing
 
-    def num_tokens(self, record: Record) -> int:
-        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its pictures.
-
-        A picture that cannot be read counts as a small one. Raises `DataError` like the collator.
-        """
+    def full_length(self, record: Record) -> int:
+        """Return the number of tokens before `max_length` cuts the record."""
         rendered = self._rendered(record)
-        count = self.inputs.num_text_tokens(rendered) + sum(
-            self.inputs.num_picture_tokens(*_size(place_of(self.image_folder, name))) for name in record.images
-        )
-        count += sum(self.inputs.num_video_tokens(video, self._place) for video in record.videos)
-        return count if self.max_length is None else min(count, self.max_length)
+        sizes = [_size(place_of(self.image_folder, name)) for name in record.images]
+        return self.image_tokens.of_text(rendered, sizes, record.videos, self._place)
 
     def num_supervised(self, record: Record) -> int:
-        """Return the number of supervised tokens of a record, before `max_length` cuts it. Raises `DataError`."""
+        """Return the number of supervised tokens before `max_length` cuts the record."""
         rendered = self._rendered(record)
         answers = [rendered.text[start:end] for start, end in rendered.supervised]
         if rendered.suffix is not None:
@@ -120,7 +119,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         return sum(len(self.inputs.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
 
     def segments(self, record: Record) -> list[Segment]:
-        """Return the text of a record in pieces, supervised or not, with `<image>` in place of each picture."""
+        """Return the text of a record in pieces, supervised or not, with `<image>` for each image."""
         rendered, end, pieces = self._rendered(record), 0, []
         for start, stop in rendered.supervised:
             pieces += [Segment(rendered.text[end:start], False), Segment(rendered.text[start:stop], True)]
@@ -132,24 +131,44 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             shown = [piece._replace(text=piece.text.replace(token, VIDEO)) for piece in shown]
         return [piece for piece in shown if piece.text]
 
-    def lengths(self, records: Sequence[Record]) -> list[int]:
-        """Return the number of tokens of each record; shows a progress bar. A record without answers counts 0."""
-        from tqdm import tqdm
+    def length_settings(self) -> str:
+        """Return a text with all settings on which lengths depend."""
+        from transformers import __version__
 
-        lengths = []
-        for record in tqdm(records, "counting tokens", disable=None, file=sys.stderr, leave=False):
-            try:
-                lengths.append(self.num_tokens(record))
-            except NoSupervisedTokens:
-                lengths.append(0)  # the collator skips it
-        return lengths
+        processor, backend = self.inputs.processor, self.inputs.tokenizer.backend_tokenizer
+        return f"{__version__}\0{processor!r}\0{processor.chat_template!r}\0{backend.to_str()}"
+
+    def kind(self, record: Record) -> RecordKind:
+        """Return what decides how a record is written and batched: images, numbers of frames of its videos, tools."""
+        return RecordKind(bool(record.images), tuple(sorted(set(self.num_frames(record)))), uses_tools(record))
+
+    def may_refuse(self, record: Record) -> bool:
+        """Return whether the texts of a record may be refused; runs no template."""
+        return self.inputs.may_refuse(record.turns, len(record.images), len(record.videos))
+
+    def require_one_batch(self, records: Sequence[Record]) -> None:
+        """Raise `DataError` if records of these kinds do not fit into one batch."""
+        with_images = [record for record in records if record.images]
+        without = [record for record in records if not record.images]
+        if with_images and without and not self.inputs.takes_mixed_rows:
+            raise DataError(
+                f"{type(self.inputs.processor).__name__} cannot put records with and without pictures into one batch",
+                code="records-mixed",
+                where=f"{_named(with_images[0])} and {_named(without[0])}",
+            )
+        frames = [count for record in records for count in self.num_frames(record)]
+        try:
+            self.inputs.require_one_kind(len(with_images), frames)
+        except DataError as error:
+            shown = [record for record in records if record.files]
+            raise with_context(error, " and ".join(map(_named, shown[:2]))) from None
 
     def _rendered(self, record: Record) -> Rendered:
         try:
             turns = with_video_marks(record.turns, len(record.images), len(record.videos))
             form = self.inputs.video_format if record.videos else self.inputs.format
             rendered = form.render(turns, tools=tools_of(record))
-            self.inputs.require_pictures(rendered.text, len(record.images), len(record.videos))
+            self.inputs.require_images(rendered.text, len(record.images), len(record.videos))
             self.inputs.require_one_kind(len(record.images), self.num_frames(record))
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
@@ -157,7 +176,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             raise with_context(error, record.source or f"record {record.id!r}") from None
         return rendered
 
-    def _samples(self, items: Sequence[Item]) -> list[PictureSample]:
+    def _samples(self, items: Sequence[Item]) -> list[ProcessorSample]:
         """Return what the batch needs of the items, without those that the policy leaves out.
 
         All texts come first: between the decoders of pictures, the same code takes twice as long (caches).
@@ -168,19 +187,19 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             rendered = None if record is None else self._kept(self._rendered, record, record.source or record.id)
             if record is not None and rendered is not None:
                 texts.append((record, rendered))
-        samples = [self._kept(self._with_pictures, text, text[0].source or text[0].id) for text in texts]
+        samples = [self._kept(self._with_images, text, text[0].source or text[0].id) for text in texts]
         return [sample for sample in samples if sample is not None]
 
     def require_usable(self, record: Record) -> None:
-        """Raise `DataError` for a record that no batch can use: also if `max_length` cuts off all of its answers."""
+        """Raise `DataError` for a record that no batch can use."""
         try:
             self._read(record)
         except ImageError as error:
             raise needed_by(error, record.source or record.id) from None
 
-    def _read(self, record: Record) -> PictureSample:
+    def _read(self, record: Record) -> ProcessorSample:
         """Return a sample that the processor takes, and that has an answer within `max_length`."""
-        sample = self._checked(self._with_pictures((record, self._rendered(record))))
+        sample = self._checked(self._with_images((record, self._rendered(record))))
         if self.max_length is None:
             return sample
         batch = self._batch([sample])
@@ -188,10 +207,10 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             return sample
         return self._cut(_rows(batch, [sample])[0], self.max_length)
 
-    def _with_pictures(self, text: tuple[Record, Rendered]) -> PictureSample:
+    def _with_images(self, text: tuple[Record, Rendered]) -> ProcessorSample:
         record, rendered = text
         images = tuple(self._image(record, name) for name in record.images)
-        return PictureSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
+        return ProcessorSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
 
     def num_frames(self, record: Record) -> list[int]:
         """Return the number of frames of each video of a record, where it decides which videos fit into one batch."""
@@ -255,7 +274,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             )
         return RowPacker(self.model_config, self.packing)
 
-    def _padded(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
+    def _padded(self, samples: list[ProcessorSample]) -> tuple[dict[str, Any], list[ProcessorSample]]:
         """Return the batch of the samples, one row each, and the samples that are in it."""
         for spare in range(_NUM_CUTS):  # a shortened text may have one token more than the cut counted
             samples = samples or [self._substitute()]
@@ -292,7 +311,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
         others = {name: value for name, value in batch.items() if name not in (*first, *_NOT_FOR_THE_MODEL)}
         return first | others, samples
 
-    def _processed(self, samples: list[PictureSample]) -> tuple[dict[str, Any], list[PictureSample]]:
+    def _processed(self, samples: list[ProcessorSample]) -> tuple[dict[str, Any], list[ProcessorSample]]:
         """Return the processor's output for the samples, and the samples without those that it refuses."""
         while True:
             try:
@@ -315,7 +334,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
                     ) from None
                 samples = usable or [self._substitute()]
 
-    def _batch(self, samples: Sequence[PictureSample]) -> dict[str, Any]:
+    def _batch(self, samples: Sequence[ProcessorSample]) -> dict[str, Any]:
         return self.inputs(
             [sample.rendered for sample in samples],
             [sample.images for sample in samples],
@@ -325,7 +344,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             with_places=True,
         )
 
-    def _checked(self, sample: PictureSample) -> PictureSample:
+    def _checked(self, sample: ProcessorSample) -> ProcessorSample:
         """Return a sample that the processor takes alone: this one, or with plain pictures. Raises `DataError`."""
         try:
             self._batch([sample])
@@ -362,7 +381,7 @@ class ProcessorCollator(RecordCollator[PictureSample]):
             )
         return image
 
-    def _cut(self, row: _Row, limit: int) -> PictureSample:
+    def _cut(self, row: _Row, limit: int) -> ProcessorSample:
         """Return the sample of a row with at most `limit` tokens. Raises `NoSupervisedTokens` if no answer is left."""
         sample, rendered = row.sample, row.sample.rendered
         error = NoSupervisedTokens(
@@ -389,7 +408,7 @@ class _Row:
     `spans` has two ranges of characters for each picture: its placeholder, and the text that replaces it.
     """
 
-    sample: PictureSample
+    sample: ProcessorSample
     offsets: np.ndarray
     spans: tuple[tuple[int, int, int, int], ...]
 
@@ -417,7 +436,7 @@ class _Row:
             yield at, end
 
 
-def _rows(batch: Mapping[str, Any], samples: Sequence[PictureSample]) -> list[_Row]:
+def _rows(batch: Mapping[str, Any], samples: Sequence[ProcessorSample]) -> list[_Row]:
     offsets = batch["offset_mapping"].numpy()
     return [
         _Row(sample, row, tuple(places)) for sample, row, places in zip(samples, offsets, batch[PLACES], strict=True)
@@ -440,6 +459,10 @@ def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
     return batch["input_ids"].where(torch.from_numpy(supervised) & batch["attention_mask"].bool(), IGNORE)
 
 
+def _named(record: Record) -> str:
+    return record.source or f"record {record.id!r}"
+
+
 def _size(place: str | Path) -> tuple[int, int]:
     try:
         return picture_size(place)
@@ -451,7 +474,7 @@ def labelled_inputs(
     inputs: ProcessorInputs, rendered: Rendered, images: Sequence[Any], videos: Sequence[Frames] = ()
 ) -> dict[str, Any]:
     """Return the model's inputs for one text with its pictures and videos, and its labels, as in a batch."""
-    sample = PictureSample(Record("", (), ()), rendered, tuple(images), tuple(videos))
+    sample = ProcessorSample(Record("", (), ()), rendered, tuple(images), tuple(videos))
     batch = inputs([rendered], [images], [videos], padding_side="right", with_places=True)
     labels = batch["labels"] if rendered.suffix is not None else _labels(batch, _rows(batch, [sample]))
     return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL} | {"labels": labels}

@@ -14,14 +14,15 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
 from milora_data.batches.rows import Row, joined, packed, packed_flat, padded, with_single_image_tokens
-from milora_data.encode.chat_template import require_template
-from milora_data.encode.labels import IGNORE, Encoded, encode
+from milora_data.encode.chat_template_mask import require_template
+from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
+from milora_data.encode.templates import OWN, Segment, template_name
+from milora_data.encode.tokens import fast_backend, own_template
 from milora_data.pictures.anyres import Tiling
-from milora_data.pictures.features import FeatureReader
-from milora_data.pictures.files import ImageError, ImagePolicy, place_of
-from milora_data.pictures.pixels import AspectRatio, JpegDecoding, PixelMaker
+from milora_data.pictures.files import ImageError, ImagePolicy, picture_size, place_of
+from milora_data.pictures.pixels import AspectRatio, PixelMaker
 from milora_data.records.record import IMAGE, Record
-from milora_vl.common.errors import DataError, UserError
+from milora_vl.common.errors import DataError, UserError, with_context
 
 log = logging.getLogger(__name__)
 
@@ -29,14 +30,14 @@ LLAVA_IMAGE_ID = -200
 LLAVA_SIDE, LLAVA_TOKENS = 336, 576  # of a picture in LLaVA-1.5
 
 
-class Sample(NamedTuple):
+class EncodedSample(NamedTuple):
     """One encoded record and its pictures, as PIL images."""
 
     encoded: Encoded
     images: list[Any]
 
 
-class ImageTextCollator(RecordCollator[Sample]):
+class ImageTextCollator(RecordCollator[EncodedSample]):
     """Collates records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, also in loader processes.
 
     `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
@@ -62,6 +63,9 @@ class ImageTextCollator(RecordCollator[Sample]):
     True
     """
 
+    is_causal = True
+    always_shows_images = True
+
     def __init__(
         self,
         tokenizer: Any,
@@ -74,7 +78,6 @@ class ImageTextCollator(RecordCollator[Sample]):
         max_length: int | None = None,
         image_aspect_ratio: AspectRatio = "pad",
         bad_images: ImagePolicy = "raise",
-        jpeg_decoding: JpegDecoding = "exact",
         pad_to_multiple_of: int = 1,
         layout: Literal["hf", "llava"] = "hf",
         packing: Literal["rows", "flat"] = "rows",
@@ -94,25 +97,64 @@ class ImageTextCollator(RecordCollator[Sample]):
                 where="tokenizer",
                 hint="use  milora_vl.collator_for(model, processor)",
             )
-        super().__init__(bad_images, substitutes)
+        super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.tiling = tiling
-        self.features: FeatureReader | None = None  # reads cached features of the tower in place of pixels
         self.image_aspect_ratio: AspectRatio = "anyres" if tiling else image_aspect_ratio
-        self.jpeg_decoding: JpegDecoding = jpeg_decoding
         self._maker: PixelMaker | None = None
         require_template(template, tokenizer)
-        if max_length is not None and max_length < 1:
-            raise UserError(f"max_length must be at least 1, got {max_length}", code="flag-value")
         self.template = template
         self.image_token_id = self._own_image_token() if image_token_id is None else image_token_id
         self.image_tokens = self._usual_tokens() if image_tokens is None else image_tokens
-        self.image_folder = Path(image_folder or "")
-        self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
         self.layout = layout
         self.packing = packing
+
+    def full_length(self, record: Record) -> int:
+        """Return the number of tokens before `max_length` cuts the record."""
+        text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
+        return len(text.input_ids) + sum(self._counts_by_size(record)[: text.num_images])
+
+    def num_supervised(self, record: Record) -> int:
+        """Return the number of supervised tokens before `max_length` cuts the record."""
+        text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
+        return len(text.labels) - text.labels.count(IGNORE)
+
+    def segments(self, record: Record) -> list[Segment]:
+        """Return the text of a record in pieces, supervised or not, with `<image>` for each image."""
+        try:
+            return record_segments(record, self.tokenizer, self.template)[1]
+        except DataError as error:
+            raise with_context(error, record.source or f"record {record.id!r}") from None
+
+    def require_usable(self, record: Record) -> None:
+        """Raise `DataError` for a record that no batch can use."""
+        self._encoded(record, self._counts_by_size(record))
+
+    def length_settings(self) -> str:
+        """Return a text with all settings on which lengths depend."""
+        own = own_template(self.tokenizer) if template_name(self.template) == OWN else ""
+        images = self.tiling or self.image_tokens
+        backend = fast_backend(self.tokenizer).to_str()
+        return f"{images}\0{own}{self.template}\0{backend}\0{self.tokenizer.eos_token}"
+
+    @property
+    def length_by_size(self) -> bool:  # type: ignore[override]
+        """Return whether the model tiles its images."""
+        return self.tiling is not None
+
+    def _counts_by_size(self, record: Record) -> list[int]:
+        """Return the number of tokens of each image of a record; one that cannot be read counts as a small one."""
+        if self.tiling is None:
+            return [self.image_tokens] * len(record.images)
+        counts = []
+        for name in record.images:
+            try:
+                counts.append(self.tiling.num_tokens(*picture_size(place_of(self.image_folder, name))))
+            except ImageError:  # the collator skips the record, or replaces the image by a plain one
+                counts.append(self.tiling.num_tokens(1, 1))
+        return counts
 
     def _usual_tokens(self) -> int:
         """Return the tokens of a picture in LLaVA-1.5. Raises UserError if the pictures have another size there."""
@@ -151,7 +193,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             )
         return int(token_id)
 
-    def _read(self, record: Record) -> Sample:
+    def _read(self, record: Record) -> EncodedSample:
         if self.tiling is None:
             encoded = self._encoded(record, [self.image_tokens] * len(record.images))
             images = self._images(record, encoded.num_images)
@@ -160,7 +202,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             encoded = self._encoded(record, [self._num_tokens(image) for image in images])
         if encoded.num_cut:
             self._count("cut")
-        return Sample(encoded, images[: encoded.num_images])
+        return EncodedSample(encoded, images[: encoded.num_images])
 
     def _num_tokens(self, image: Any) -> int:
         return self.image_tokens if self.tiling is None else self.tiling.num_tokens(image.height, image.width)
@@ -199,24 +241,21 @@ class ImageTextCollator(RecordCollator[Sample]):
 
     def _image(self, path: str | Path) -> Any:
         try:
-            return self._pixels().read(path)
+            return self.maker().read(path)
         except ImageError as error:
             if self.bad_images != "replace":
                 raise
             self._count("replaced")
             log.warning("%s (replaced by a plain picture)", error)
-            return self._pixels().plain_image()
-
-    def _pixels(self) -> PixelMaker | FeatureReader:
-        return self.features or self.maker()
+            return self.maker().plain_image()
 
     def maker(self) -> PixelMaker:
         """Return the `PixelMaker` of this image processor."""
         if self._maker is None or self._maker.image_processor is not self.image_processor:
-            self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio, self.jpeg_decoding)
+            self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio)
         return self._maker
 
-    def _batch(self, samples: Sequence[Sequence[Sample]], is_packed: bool) -> dict[str, Any]:
+    def _batch(self, samples: Sequence[Sequence[EncodedSample]], is_packed: bool) -> dict[str, Any]:
         images = [image for row in samples for sample in row for image in sample.images]
         rows = [joined([_row(sample) for sample in row]) if is_packed else _row(row[0]) for row in samples]
         is_flat = is_packed and self.packing == "flat"
@@ -226,7 +265,7 @@ class ImageTextCollator(RecordCollator[Sample]):
             return self._llava_batch(rows, [row[0].images for row in samples])
         if self.image_processor is not None and not images:
             # Keep tower and projector in the graph (see the module's docstring).
-            images = [self._pixels().plain_image()]
+            images = [self.maker().plain_image()]
             rows = self._with_hidden_image(rows, self._num_tokens(images[0]))
         pad_id, multiple = pad_id_of(self.tokenizer), self.pad_to_multiple_of
         if is_flat and self.image_processor is None:
@@ -234,7 +273,7 @@ class ImageTextCollator(RecordCollator[Sample]):
         else:
             batch = (packed if is_packed else padded)(rows, pad_id, multiple)
         if images:
-            batch |= self._pixels().inputs(images)
+            batch |= self.maker().inputs(images)
             num_tokens = int((batch["input_ids"] == self.image_token_id).sum())
             assert num_tokens == sum(map(self._num_tokens, images))
         return batch
@@ -256,11 +295,11 @@ class ImageTextCollator(RecordCollator[Sample]):
         batch["attention_mask"] = batch["attention_mask"].bool()
         if self.image_processor is not None:
             # LLaVA expects a picture for each row and ignores the features of a row without an image token.
-            pictures = [image for row in images for image in (row or [self._pixels().plain_image()])]
-            batch["images"] = self._pixels().inputs(pictures)["pixel_values"]
+            pictures = [image for row in images for image in (row or [self.maker().plain_image()])]
+            batch["images"] = self.maker().inputs(pictures)["pixel_values"]
         return batch
 
 
-def _row(sample: Sample) -> Row:
+def _row(sample: EncodedSample) -> Row:
     encoded = sample.encoded
     return Row(encoded.input_ids, encoded.labels, [len(encoded.input_ids)])

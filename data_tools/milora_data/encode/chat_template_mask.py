@@ -44,7 +44,7 @@ _MOST_FORMS = 1024  # of conversations, whose template text is kept
 # read too), else the one before it ("text\n<image>").
 _MARKERS = re.compile(f"({IMAGE}|{VIDEO_MARK})\n|\n?({IMAGE}|{VIDEO_MARK})(?!\n)")
 
-Part = Mapping[str, str]
+MessagePart = Mapping[str, str]
 
 
 def segments_of(
@@ -142,7 +142,7 @@ class Rendered(NamedTuple):
     suffix: str | None = None
 
 
-def parts_of(text: str) -> list[Part]:
+def parts_of(text: str) -> list[MessagePart]:
     """Return the text of a turn as the parts of a message: pictures, videos, and the stretches of text between them.
 
     >>> parts_of("<image>\\nWhat is it?")
@@ -150,7 +150,7 @@ def parts_of(text: str) -> list[Part]:
     >>> [part.get("text", "picture") for part in parts_of("Is this\\n<image>\\n like <image>?")]
     ['Is this\\n', 'picture', ' like ', 'picture', '?']
     """
-    parts: list[Part] = []
+    parts: list[MessagePart] = []
     end = 0
     for marker in _MARKERS.finditer(text):
         parts += _text_part(text[end : marker.start()])
@@ -160,11 +160,11 @@ def parts_of(text: str) -> list[Part]:
     return parts or [{"type": "text", "text": ""}]
 
 
-def _text_part(text: str) -> list[Part]:
+def _text_part(text: str) -> list[MessagePart]:
     return [{"type": "text", "text": text}] if text else []
 
 
-def prompt_format(processor: Any) -> PictureTemplate | PlainPrompt:
+def prompt_format(processor: Any) -> ImageTemplate | PlainPrompt:
     """Return how conversations are written for this processor: its chat template, or its documented plain prompt.
 
     Raises `UserError` for a processor without either.
@@ -174,7 +174,7 @@ def prompt_format(processor: Any) -> PictureTemplate | PlainPrompt:
     if isinstance(template, Mapping):
         template = template.get("default")
     if template:
-        return PictureTemplate(str(template), tokenizer)
+        return ImageTemplate(str(template), tokenizer)
     if "suffix" in inspect.signature(type(processor).__call__).parameters:
         return PlainPrompt()
     raise UserError(
@@ -240,7 +240,7 @@ class _ToolForm:
     in_parts: bool
 
 
-class PictureTemplate:
+class ImageTemplate:
     """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
 
     takes_conversations = True
@@ -499,7 +499,7 @@ class PictureTemplate:
         return _Frame(request, lead, re.escape(end), match is not None), end.strip() if match else None
 
 
-class TextTemplate(PictureTemplate):
+class TextTemplate(ImageTemplate):
     """A tokenizer's chat template: `<image>` in a turn is a text like any other."""
 
     forms_of_content = (False, True)
