@@ -84,8 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     videos = [open_video(place, options.fps, options.num_frames) for place in options.video or ()]
     from milora_vl.chat import session, web
 
-    session.require_askable(options, pictures, videos)
-    chat = session.Chat.load(options)
+    settings = session.ChatSettings(
+        model=options.model,
+        adapter=options.adapter,
+        base=options.base,
+        scale=options.scale,
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+        compare=options.compare,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    session.require_askable(settings, options.question, pictures, videos)
+    chat = session.Chat.load(settings)
     if options.web:
         about = " + ".join(str(part) for part in (options.model, options.adapter) if part)
         web.serve(chat, pictures, about, options.port)
