@@ -14,7 +14,7 @@ from milora_data.encode.tokens import IGNORE
 from milora_data.pictures.files import place_of
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.records.record import IMAGE, Record, Turn, renamed_video
-from milora_vl.forgetting.measure import Batch
+from milora_vl.forgetting.measure import ProbeBatch
 from milora_vl.models.collator import collator_for
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import uses_processor
@@ -58,7 +58,7 @@ def answer_batches(
     image_aspect_ratio: AspectRatio = "pad",
     max_new_tokens: int = 16,
     batch_size: int = 8,
-) -> Iterator[Batch]:
+) -> Iterator[ProbeBatch]:
     """Yield the first question of each record with the greedy answer of `model`. Only the ids of the answer count.
 
     Questions about one picture belong to one document, because they are not independent. A record without a picture is
@@ -90,11 +90,11 @@ def answer_batches(
             yield _batch(collate, group[start : start + batch_size])
 
 
-def _batch(collate: Any, records: Sequence[Record]) -> Batch:
+def _batch(collate: Any, records: Sequence[Record]) -> ProbeBatch:
     inputs: dict[str, Tensor] = collate(records)
     labels = inputs.pop("labels")
     documents = [" ".join(record.images) or f"{record.source} {record.id}" for record in records]
-    return Batch(inputs, labels[:, 1:] != IGNORE, documents)
+    return ProbeBatch(inputs, labels[:, 1:] != IGNORE, documents)
 
 
 def _until_question(record: Record) -> Iterator[Turn]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from milora_vl.core.calibration.modes import evaluated
-from milora_vl.forgetting.text import Batch, general_text, text_batches
+from milora_vl.forgetting.text import ProbeBatch, general_text, text_batches
 
 # Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.
 _POSITIONS, _POSITIONS_ON_CPU = 256, 16
@@ -67,7 +67,7 @@ def measure_forgetting(
     return compare_on(batches, model, base=base, what=" + ".join(texts))
 
 
-def compare_on(batches: Iterable[Batch], model: Any, *, base: Any | None = None, what: str) -> Forgetting:
+def compare_on(batches: Iterable[ProbeBatch], model: Any, *, base: Any | None = None, what: str) -> Forgetting:
     """Compare `model` with its base model (see `measure_forgetting`) on any batches; `what` names them in the result.
 
     Raises ValueError if there is no base model, if the vocabularies differ, or if there are no batches.
@@ -111,7 +111,7 @@ def can_recover_base(model: Any) -> bool:
     return bool(configs) and all(config.to_dict().get("bias", "none") == "none" for config in configs)
 
 
-def logits_of(model: Any, batch: Batch) -> Tensor:
+def logits_of(model: Any, batch: ProbeBatch) -> Tensor:
     """Return the logits of the counted positions, (n, vocabulary), row by row."""
     # Some vision towers do not cast pixels to the data type of their weights.
     dtypes = {name: model.dtype if tensor.is_floating_point() else None for name, tensor in batch.inputs.items()}
@@ -120,7 +120,7 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
     return logits[batch.counted.to(logits.device)]
 
 
-def token_sums(logits: Tensor, target: Tensor, batch: Batch) -> Tensor:
+def token_sums(logits: Tensor, target: Tensor, batch: ProbeBatch) -> Tensor:
     """Return (rows, 5), float64: sums of cross-entropy, base entropy, loss and base loss, and the number of tokens.
 
     `logits`, `target`: (n, vocabulary), the logits of the tuned and the base model at the counted positions.

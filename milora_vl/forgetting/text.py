@@ -15,7 +15,7 @@ from milora_vl.core.calibration.texts import RESERVED, SEED, padded, sampled_row
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class ProbeBatch:
     """The input of both models: forward arguments with `input_ids` (rows, length).
 
     `counted` (rows, length - 1) marks the predictions that count: position t predicts id t + 1. `documents` names the
@@ -65,7 +65,7 @@ def text_blocks(
 
 def text_batches(
     texts: Mapping[str, str], tokenizer: Any, *, num_tokens: int, block_length: int, batch_size: int
-) -> Iterator[Batch]:
+) -> Iterator[ProbeBatch]:
     """Yield the blocks of the texts (see `text_blocks`) in batches."""
     yield from padded_batches(
         text_blocks(texts, tokenizer, num_tokens=num_tokens, block_length=block_length), batch_size, tokenizer
@@ -81,7 +81,7 @@ def sampled_batches(
     length: int = 128,
     batch_size: int = 16,
     seed: int = 0,
-) -> Iterator[Batch]:
+) -> Iterator[ProbeBatch]:
     """Yield text sampled from `model` at temperature 1, without any data.
 
     Each sample is a document that starts with BOS (or EOS without a BOS token) and ends with EOS or after `length` ids.
@@ -104,9 +104,9 @@ def ends_of(tokenizer: Any) -> tuple[int, int]:
     return (eos if bos is None else bos), eos
 
 
-def padded_batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, tokenizer: Any) -> Iterator[Batch]:
+def padded_batches(rows: Sequence[tuple[str, list[int]]], batch_size: int, tokenizer: Any) -> Iterator[ProbeBatch]:
     """Yield rows of ids, each with the name of its document, in batches padded on the right."""
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         inputs = padded([ids for _, ids in part], tokenizer.eos_token_id or 0)
-        yield Batch(inputs, inputs["attention_mask"][:, 1:].bool(), [name for name, _ in part])
+        yield ProbeBatch(inputs, inputs["attention_mask"][:, 1:].bool(), [name for name, _ in part])

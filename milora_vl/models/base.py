@@ -14,7 +14,7 @@ from milora_vl.models.image_tokens import image_tokens, tiling_of, uses_processo
 from milora_vl.models.parts import Parts, planned_config
 
 # text: no pictures. llava: our collator prepares the pictures. processor: the model's own processor prepares them.
-Kind = Literal["text", "llava", "processor"]
+BaseKind = Literal["text", "llava", "processor"]
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class Base:
 
     name: str
     config: Any
-    kind: Kind
+    kind: BaseKind
     tiling: Tiling | None = None  # LLaVA-1.6 only
     parts: Parts | None = None  # what it is composed of before it loads; None for a model that exists
 
     @classmethod
     def of(cls, name: str, config: Any, parts: Parts | None = None) -> Base:
         """Return the base with this config."""
-        kind: Kind = "text"
+        kind: BaseKind = "text"
         if "vision_config" in config.to_dict():
             kind = "processor" if uses_processor(config) else "llava"
         return cls(name, config, kind, tiling_of(config), parts)

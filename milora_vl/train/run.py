@@ -25,6 +25,7 @@ from milora_data.batches.collate import ImageTextCollator
 from milora_data.encode.templates import OWN, no_tools
 from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.errors import UserError, with_context
+from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
@@ -43,7 +44,7 @@ from milora_vl.train import (
     run_files,
     training_arguments,
 )
-from milora_vl.train.evaluation import Scored, SuiteCallback, suites_of
+from milora_vl.train.evaluation import SuiteCallback, training_questions
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.keep import Kept
 from milora_vl.train.model import Built
@@ -160,7 +161,7 @@ class Loaded:
     processor: Any
     dtype: torch.dtype  # of the frozen weights
     probe: Probe | None  # the base's predictions, for forgetting during training
-    suites: Scored | None  # questions, for scores during training
+    questions: TrainingQuestions | None  # for scores during training
 
 
 def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
@@ -171,7 +172,7 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     if line:
         screen.say(line)
     dtype = base_dtype(recipe)
-    suites = suites_of(recipe)
+    questions = training_questions(recipe)
     record_checks.require_trainable(recipe, base, inputs.data.train, inputs.data.evaluation or ())
     with screen.step(f"loading {recipe.model}"):
         device = training_arguments.load_device(args)
@@ -182,7 +183,7 @@ def load_base_model(plan: Plan, inputs: Inputs, screen: Screen) -> Loaded:
     if recipe.eval.forgetting_every:
         with screen.step("keeping the base's predictions, for forgetting"):
             probe = Probe(loaded, processor)
-    return Loaded(recipe, base, loaded, processor, dtype, probe, suites)
+    return Loaded(recipe, base, loaded, processor, dtype, probe, questions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,8 +357,8 @@ def make_trainer(
     trainer.add_callback(AtFirstStep(first_files.write))
     if loaded.probe is not None and recipe.eval.forgetting_every:
         trainer.add_callback(ForgettingCallback(loaded.probe, recipe.eval.forgetting_every, trainer))
-    if loaded.suites is not None and recipe.eval.suite_every:
-        trainer.suites = SuiteCallback(loaded.suites, recipe.eval.suite_every, trainer, loaded.processor)
+    if loaded.questions is not None and recipe.eval.suite_every:
+        trainer.suites = SuiteCallback(loaded.questions, recipe.eval.suite_every, trainer, loaded.processor)
         trainer.add_callback(trainer.suites)
     return trainer
 

@@ -22,7 +22,7 @@ from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
 from milora_vl.core.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
 from milora_vl.forgetting import general_text
-from milora_vl.forgetting.measure import Batch, Forgetting, logits_of, summary, token_sums
+from milora_vl.forgetting.measure import Forgetting, ProbeBatch, logits_of, summary, token_sums
 from milora_vl.forgetting.text import ends_of, padded_batches, text_batches
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.calibration_batches import shares_probe_text
@@ -49,7 +49,7 @@ class AnswerTask:
         train: Sequence[Record],
         validation: Sequence[Record],
         test: Sequence[Record],
-        probes: Mapping[str, Iterable[Batch]],
+        probes: Mapping[str, Iterable[ProbeBatch]],
     ) -> None:
         self.base, self.collator, self.train = base, collator, train
         self.lengths = self._lengths(train)
@@ -146,11 +146,11 @@ class AnswerTask:
             right += ((logits.argmax(-1) == labels) | ~supervised).all(1).tolist()
         return losses, right
 
-    def _kl(self, model: nn.Module, probe: Sequence[tuple[Batch, Tensor]]) -> Forgetting:
+    def _kl(self, model: nn.Module, probe: Sequence[tuple[ProbeBatch, Tensor]]) -> Forgetting:
         rows = [token_sums(self._predicted(model, batch), target, batch) for batch, target in probe]
         return summary(torch.cat(rows), [name for batch, _ in probe for name in batch.documents], "probe")
 
-    def _predicted(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _predicted(self, model: nn.Module, batch: ProbeBatch) -> Tensor:
         with _autocast(model):
             return logits_of(model, batch)
 

@@ -21,7 +21,7 @@ from milora_vl.forgetting import (
     sampled_batches,
     text_blocks,
 )
-from milora_vl.forgetting.measure import Batch, compare_on, summary, token_sums
+from milora_vl.forgetting.measure import ProbeBatch, compare_on, summary, token_sums
 
 Made = tuple[Any, Any]
 SMALL: dict[str, Any] = {"num_tokens": 200, "block_length": 40, "batch_size": 2}
@@ -153,7 +153,7 @@ def test_the_package_brings_enough_text() -> None:
 
 def test_two_words_by_hand() -> None:
     """Base: 3/4, 1/4; tuned: 1/2, 1/2: cross-entropy ln 2, entropy (3 ln(4/3) + ln 4)/4; the word was the second."""
-    batch = Batch({"input_ids": torch.tensor([[0, 1]])}, torch.tensor([[True]]), ["a"])
+    batch = ProbeBatch({"input_ids": torch.tensor([[0, 1]])}, torch.tensor([[True]]), ["a"])
     own, base = torch.zeros(1, 2), torch.tensor([[0.75, 0.25]]).log()
     got = summary(token_sums(own, base, batch), ["a"], "by hand")
     assert got.cross_entropy == pytest.approx(0.6931472)

@@ -17,31 +17,31 @@ from milora_vl.common.errors import DataError
 Severity = Literal["error", "warning"]
 
 
-class Kind(NamedTuple):
+class FindingKind(NamedTuple):
     """One kind of finding. A record with an error cannot be used for training; a warning may be intended."""
 
     severity: Severity
     title: str
 
 
-KINDS: Mapping[str, Kind] = {
-    "broken_json": Kind("error", "broken JSON"),
-    "not_a_record": Kind("error", "not a record of LLaVA's format"),
-    "turn_order": Kind("error", "questions and answers do not alternate"),
-    "no_answer": Kind("error", "no supervised tokens: no answer to a question"),
-    "placeholders": Kind("error", f"the number of {IMAGE} differs from the number of pictures"),
-    "missing_picture": Kind("error", "missing picture or video"),
-    "corrupt_picture": Kind("error", "picture that cannot be read"),
-    "corrupt_video": Kind("error", "video that cannot be read"),
-    "broken_text": Kind("error", "text that is not valid Unicode (half of a surrogate pair)"),
-    "embedded_picture": Kind("warning", "picture embedded as base64, which a training keeps in memory"),
-    "empty_answer": Kind("warning", "empty answer: the model learns to answer nothing"),
-    "empty_question": Kind("warning", "empty question"),
-    "answer_first": Kind("warning", "starts with an answer, which is dropped"),
-    "unanswered": Kind("warning", "ends with a question, which has no effect on training"),
-    "special_token": Kind("warning", "text contains a special token, which is encoded as such"),
-    "several_placeholders": Kind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
-    "control_character": Kind("warning", "text with control characters"),
+KINDS: Mapping[str, FindingKind] = {
+    "broken_json": FindingKind("error", "broken JSON"),
+    "not_a_record": FindingKind("error", "not a record of LLaVA's format"),
+    "turn_order": FindingKind("error", "questions and answers do not alternate"),
+    "no_answer": FindingKind("error", "no supervised tokens: no answer to a question"),
+    "placeholders": FindingKind("error", f"the number of {IMAGE} differs from the number of pictures"),
+    "missing_picture": FindingKind("error", "missing picture or video"),
+    "corrupt_picture": FindingKind("error", "picture that cannot be read"),
+    "corrupt_video": FindingKind("error", "video that cannot be read"),
+    "broken_text": FindingKind("error", "text that is not valid Unicode (half of a surrogate pair)"),
+    "embedded_picture": FindingKind("warning", "picture embedded as base64, which a training keeps in memory"),
+    "empty_answer": FindingKind("warning", "empty answer: the model learns to answer nothing"),
+    "empty_question": FindingKind("warning", "empty question"),
+    "answer_first": FindingKind("warning", "starts with an answer, which is dropped"),
+    "unanswered": FindingKind("warning", "ends with a question, which has no effect on training"),
+    "special_token": FindingKind("warning", "text contains a special token, which is encoded as such"),
+    "several_placeholders": FindingKind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
+    "control_character": FindingKind("warning", "text with control characters"),
 }
 # Special tokens of Llama, Vicuna, Qwen, SmolLM and GPT-2; a tokenizer has only some of them.
 SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")

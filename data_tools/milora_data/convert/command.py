@@ -40,7 +40,7 @@ from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class SourceFormat:
     """One format: its converter and the flags that apply to it."""
 
     convert: Converter
@@ -286,25 +286,25 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
     return {"id": record.id or identifier, **images, **videos, "conversations": turns, **tools}
 
 
-KINDS: dict[str, Kind] = {
-    "llava": Kind(_llava),
-    "jsonl": Kind(_llava),
-    "messages": Kind(_llava),
-    "folder": Kind(_folder, ("prompt",)),
-    "table": Kind(table, ("prompt",)),
-    "csv": Kind(table, ("prompt",)),
-    "hub": Kind(_stored, ("prompt",)),
-    "vqav2": Kind(vqa, ("image_pattern",)),
-    "okvqa": Kind(vqa, ("image_pattern",)),
-    "gqa": Kind(gqa, ("image_pattern",)),
-    "vizwiz": Kind(vizwiz, ("image_pattern",)),
-    "textvqa": Kind(textvqa, ("image_pattern",)),
-    "ocrvqa": Kind(ocrvqa, ("image_pattern", "split")),
-    "aokvqa": Kind(aokvqa, ("image_pattern",)),
-    "scienceqa": Kind(scienceqa, ("image_pattern", "split")),
-    "refcoco": Kind(refcoco, ("image_pattern", "split")),
-    "coco": Kind(coco_captions, ("prompt", "image_pattern")),
-    "alpaca": Kind(instructions),
+KINDS: dict[str, SourceFormat] = {
+    "llava": SourceFormat(_llava),
+    "jsonl": SourceFormat(_llava),
+    "messages": SourceFormat(_llava),
+    "folder": SourceFormat(_folder, ("prompt",)),
+    "table": SourceFormat(table, ("prompt",)),
+    "csv": SourceFormat(table, ("prompt",)),
+    "hub": SourceFormat(_stored, ("prompt",)),
+    "vqav2": SourceFormat(vqa, ("image_pattern",)),
+    "okvqa": SourceFormat(vqa, ("image_pattern",)),
+    "gqa": SourceFormat(gqa, ("image_pattern",)),
+    "vizwiz": SourceFormat(vizwiz, ("image_pattern",)),
+    "textvqa": SourceFormat(textvqa, ("image_pattern",)),
+    "ocrvqa": SourceFormat(ocrvqa, ("image_pattern", "split")),
+    "aokvqa": SourceFormat(aokvqa, ("image_pattern",)),
+    "scienceqa": SourceFormat(scienceqa, ("image_pattern", "split")),
+    "refcoco": SourceFormat(refcoco, ("image_pattern", "split")),
+    "coco": SourceFormat(coco_captions, ("prompt", "image_pattern")),
+    "alpaca": SourceFormat(instructions),
 }
 COMMAND = Command(
     "milora_data convert",

@@ -42,6 +42,7 @@ from milora_vl.train.recipe.command_line import PROG, Request
 from milora_vl.train.recipe.hf_flags import value_of
 from milora_vl.train.recipe.merge import merge_recipe
 from milora_vl.train.recipe.places import at_their_places
+from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 
 
@@ -70,8 +71,12 @@ def show(request: Request) -> int:
     return 0 if run.costs.fits else 1
 
 
-def outlook(request: Request) -> Outlook:
-    """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
+def outlook(recipe: Recipe, source: str, output_dir: Path) -> Outlook:
+    """Return what a new run of a recipe will do, and print nothing; errors name the recipe by `source`.
+
+    Raises UserError with everything that would stop the run.
+    """
+    request = Request(recipe=source, file=RecipeFile(recipe.model_dump(), source=source), output_dir=str(output_dir))
     with at_their_places(request):
         return work_out(request, Screen(io.StringIO()))
 
