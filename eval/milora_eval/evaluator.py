@@ -8,11 +8,15 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from milora_eval.answers.questions import require_questions
-from milora_vl.common.errors import UserError
-from milora_vl.common.evaluator import EvaluationRequest, TrainingQuestions
+from milora_vl.common.errors import Key, UserError
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, TrainingQuestions
 
-__all__ = ["command", "require_questions", "scores", "training_questions"]
+
+def require_questions(questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
+    """Raise UserError, at these places, for what an evaluation would fail with: unknown names, missing files."""
+    from milora_eval.answers.questions import require_questions
+
+    require_questions(questions, at=at, data_at=data_at)
 
 
 def training_questions(
@@ -31,7 +35,6 @@ def training_questions(
 def command(request: EvaluationRequest) -> list[str]:
     """Return the words of `milora_eval run`, as they follow `python -m`.
 
-    >>> from milora_vl.common.evaluator import QuestionSet
     >>> " ".join(command(EvaluationRequest(model="tiny", adapter="a", questions=QuestionSet("quick"), output_dir="a")))
     'milora_eval run --model tiny --adapter a --suite quick --with_base --output_dir a'
     """
