@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
+.PHONY: help setup demo test test-thorough test-all test-lowest test-extras check format peers bench bench-full bench-quick gpu docs wheel clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -27,16 +27,19 @@ demo: $(INSTALLED)  ## Fine-tune a small LLaVA, evaluate it before and after, wr
 	@echo "again:  make demo RUN=runs/another     (or remove $(RUN) first)"
 
 test: $(INSTALLED)  ## Run the tests (minutes on a CPU)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --ignore tests/project $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --ignore tests/project $(PYTEST_ARGS)
 
-test-all: $(INSTALLED)  ## Run the slow tests too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not gpu" $(PYTEST_ARGS)
+test-thorough: $(INSTALLED)  ## Run the further cases that `test` leaves to CI
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "thorough and not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: $(INSTALLED)  ## Run every test that needs no GPU, also the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproject.toml allows, in a separate environment
 	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-lowest
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct -e ".[dev]"
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # Packages that no extra names: TRL, transformers' server, the notebook, SmolVLM's numbers.
 EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" nbclient nbformat ipykernel num2words
@@ -48,12 +51,12 @@ test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` s
 	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-extras
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python -e ".[dev,quant,web]" $(EXTRAS_PACKAGES)
 	$(BIN)/uv pip install --quiet --python .venv-extras/bin/python --no-deps llava-torch
-	.venv-extras/bin/python -m pytest -n $(JOBS) -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
+	.venv-extras/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not gpu" $(EXTRAS_TESTS) $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## Check lint, format, types, imports, spelling, pages and site; fail after all have run
 	@status=0; for tool in "ruff check ." "ruff format --check ." mypy lint-imports codespell; do \
 	    echo "$$tool"; $(BIN)/$$tool || status=1; done; \
-	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/project || status=1; exit $$status
+	    OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/project || status=1; exit $$status
 
 format: $(INSTALLED)  ## Fix lint and format in place
 	$(BIN)/ruff check --fix-only .

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import OSFConfig, get_peft_model
+from peft.tuners.osf import OSFLayer
 from torch import Tensor, nn
 
 from milora_vl import Policy, apply_milora
@@ -69,7 +70,12 @@ def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[
 def _osf(base: nn.Module, rules: list[dict[str, Any]]) -> Any:
     """Adapt the layers of the rules by PEFT's OSF: the minor half of each trains off the principal one."""
     paths = [target.path for target in Policy.parse(rules).resolve(base) if target.rank is not None]
-    model: Any = get_peft_model(base, OSFConfig(target_modules=paths))
+    dtype = next(base.parameters()).dtype
+    model: Any = get_peft_model(base.float(), OSFConfig(target_modules=paths))  # hooks multiply factors and gradients
+    for parameter in (p for p in model.parameters() if not p.requires_grad):
+        parameter.data = parameter.data.to(dtype)
+    for layer in (module for module in model.modules() if isinstance(module, OSFLayer)):
+        layer.cast_input_dtype_enabled = True  # type: ignore[attr-defined]  # PEFT reads it, and OSF does not set it
     model.milora_targets = []  # no rule has a rate of its own, and no layer is a LoRA whose update is measured
     return model
 

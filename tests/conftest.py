@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -11,14 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support import programs, quick_plots
+from support import machine, programs, quick_plots  # machine first: it settles the environment
 from support.drawn import write_tiny_data
+from support.thorough import is_thorough
 
 if TYPE_CHECKING:
     from milora_vl.core.policy import Target
     from milora_vl.train.dry_run.simulate import Resident, Shape
 
 Made = tuple[Any, Any]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that `make test` leaves to CI."""
+    for item in items:
+        if is_thorough(item.nodeid):
+            item.add_marker(pytest.mark.thorough)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of garbage collections: each training asks for several, of half a second."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +110,13 @@ def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (demo, evaluator, run, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
+
+
+@pytest.fixture
+def bfloat16_is_fastest() -> Iterator[None]:
+    """The fastest data type is bfloat16, as on a CPU that multiplies in it."""
+    with machine.fastest("bfloat16"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
     require_no_base,
 )
-from milora_vl.models.prompts import recipe_of_run
+from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.report.repeat import questions_of
 
 COMMAND = Command(

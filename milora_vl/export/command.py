@@ -20,8 +20,8 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import step_of
 from milora_vl.core.adapter.folders import base_of, holds_text_model
 from milora_vl.export.request import FORMS, Options, parse_form
-from milora_vl.models.prompts import trained_template
 from milora_vl.models.quiet import silence_deepspeed
+from milora_vl.models.recipe_of_run import trained_template
 
 if TYPE_CHECKING:
     from milora_vl.export.job import Exported

@@ -17,8 +17,8 @@ from milora_vl.export.write import WRITERS, Job, LoadsWith, write_ours
 from milora_vl.interop.adapters.arithmetic import combined, require_linear, require_scale, same_base, scaled
 from milora_vl.interop.adapters.plain import read_plain
 from milora_vl.interop.adapters.source import Source, find_source
-from milora_vl.models.prompts import trained_template
 from milora_vl.models.quiet import quiet_bars
+from milora_vl.models.recipe_of_run import trained_template
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.encode.templates import OWN
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.models.base import find_base
 from milora_vl.models.image_tokens import configure_processor
 from milora_vl.models.processor_settings import ProcessorSettings
+from milora_vl.models.recipe_of_run import recipe_of_run, trained_template
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio
@@ -53,17 +53,3 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
         )
     named = {key.name: data[key.name] for key in fields(ProcessorSettings) if key.name in data}
     return Prompts(OWN, "pad", ProcessorSettings(**named))
-
-
-def recipe_of_run(folder: Path) -> dict[str, Any]:
-    """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one.
-
-    Raises UserError if the recipe cannot be read.
-    """
-    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    return {} if file is None else read_file(file)[0]
-
-
-def trained_template(folder: Path) -> str:
-    """Return the template of a run, by default LLaVA-1.5's. `folder` is as in `recipe_of_run`."""
-    return recipe_of_run(folder).get("template") or "vicuna_v1"

@@ -32,7 +32,7 @@ def test_a_mistake_is_a_few_lines_on_stderr_and_exit_2() -> None:
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     record = {"conversations": [{"from": "human", "value": "word " * 2000}, {"from": "gpt", "value": "b"}]}
     (tmp_path / "a.json").write_text(json.dumps([record] * 200))
-    cli = f"{sys.executable} -m milora_data show {tmp_path}/a.json --limit 200 --format json | head -c 100"
+    cli = f"'{sys.executable}' -m milora_data show '{tmp_path}/a.json' --limit 200 --format json | head -c 100"
     done = subprocess.run(cli, shell=True, capture_output=True, text=True)
     assert done.stderr == ""
 

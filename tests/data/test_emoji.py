@@ -109,7 +109,7 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys):
 
 def test_an_environment_without_pip_is_told_what_it_lacks(tmp_path, monkeypatch):
     bare = tmp_path / "python"
-    bare.write_text(f"#!/bin/sh\nexec {sys.executable} -S -c 'import sys; sys.exit(\"x: No module named pip\")'\n")
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -c \'import sys; sys.exit("x: No module named pip")\'\n')
     bare.chmod(0o755)
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(bare))

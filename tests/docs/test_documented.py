@@ -16,7 +16,17 @@ from milora_vl.models import generate, smol_llava
 from milora_vl.models.tiny import tiny_llama
 from support import documented_files
 from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side
-from support.documented_run import flags_of, in_one, in_two, launch_of, run_here, run_outside, run_together, substituted
+from support.documented_run import (
+    LAUNCHER,
+    flags_of,
+    in_one,
+    in_two,
+    launch_of,
+    run_here,
+    run_outside,
+    run_together,
+    substituted,
+)
 from support.documented_tables import (
     ALTERNATIVES,
     CHANGES,
@@ -134,12 +144,15 @@ def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
     run_page(page, lambda command: None if row_of(SLOW, command.text) or repeats(command, seen) else here(command))
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in ALL if row_of(SLOW, c.text) and c.text.startswith("python -m milora_")], ids=str
-)
-def test_flags_of_a_slow_command_exist(command: Command) -> None:
-    text = re.split(r" \S+\.(?:py|sh)\b", command.text)[0]  # what follows is for the script
-    assert {word.partition("=")[0] for word in text.split() if word.startswith("--")} <= set(flags_of(text))
+@pytest.mark.parametrize("page", [name for name in NAMES if commands(name)])
+def test_the_flags_of_a_page_exist(page: str) -> None:
+    """The commands themselves run in CI (tests/support/thorough.py)."""
+    for command in commands(page):
+        text = LAUNCHER.sub("python -m ", re.split(r" \S+\.(?:py|sh)\b", command.text)[0])  # then flags of the script
+        if re.match(r"(python3? -m )?milora[_ ]", text) and not row_of(EXCEPTIONS, text):
+            named = {word.partition("=")[0].replace("-", "_") for word in text.split() if re.match(r"--\w", word)}
+            known = {flag.replace("-", "_") for flag in flags_of(substituted(text))}
+            assert named - {"__help"} <= known, str(command)
 
 
 @pytest.mark.slow

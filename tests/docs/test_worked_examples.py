@@ -24,7 +24,7 @@ for line in commands.splitlines():
     words = shlex.split(line)
     print("$", line, flush=True)
     if words[:2] != ["python", "-m"]:
-        subprocess.run(line.replace("python ", sys.executable + " "), shell=True, check=True)
+        subprocess.run(line.replace("python ", shlex.quote(sys.executable) + " "), shell=True, check=True)
         continue
     sys.argv = words[2:]
     try:

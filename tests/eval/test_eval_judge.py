@@ -45,8 +45,7 @@ class Judge(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("no_proxy", "*")
+def server() -> Iterator[str]:
     Judge.replies, Judge.asked = [], []
     with HTTPServer(("127.0.0.1", 0), Judge) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()

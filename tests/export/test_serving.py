@@ -66,11 +66,8 @@ def redraw(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
-def test_an_evaluation_through_the_server_equals_the_local_one(
-    kind: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_evaluation_through_the_server_equals_the_local_one(kind: str, run: Path, tmp_path: Path) -> None:
     """With pictures in the form of training and of LLaVA's evaluation, and a text without a template."""
-    monkeypatch.setenv("no_proxy", "*")
     model, data = run / "merged", tmp_path / "data"
     if kind != "llava":
         model = write_model(kind, tmp_path / "model")

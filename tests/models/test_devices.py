@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from milora_vl.models import devices
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
 from milora_vl.train import training_arguments
 from milora_vl.train.plan.plan import with_dtype
 from milora_vl.train.recipe.command_line import parse
+from support import programs
+from support.machine import fastest
 from support.plans import plan, section, settings
 
 CPU = torch.device("cpu")
-
-
-def has_units(monkeypatch: pytest.MonkeyPatch, answer: bool) -> None:
-    monkeypatch.setattr(devices, "_cpu_flags", lambda: {"avx512_bf16"} if answer else set())
 
 
 def test_names_mean_devices_and_dtypes() -> None:
@@ -30,25 +29,29 @@ def test_names_mean_devices_and_dtypes() -> None:
     assert fastest_dtype(torch.device("mps")) == torch.float32
 
 
-@pytest.mark.parametrize("answer", [True, False])
-def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(
-    answer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    has_units(monkeypatch, answer)
+@pytest.mark.parametrize("answer", ["bfloat16", "float32"])
+def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(answer: str, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("{model: tiny, dtype: fastest, train: {use_cpu: true}}")
-    found = plan(["--recipe", str(recipe), "--rank", "4", "--output_dir", str(tmp_path / "run")])
-    assert found.recipe.dtype == ("bfloat16" if answer else "float32")
-    assert found.section.arguments.get("bf16", False) == answer
-    assert fastest_dtype(CPU) == (torch.bfloat16 if answer else torch.float32)
+    with fastest(answer):
+        found = plan(["--recipe", str(recipe), "--rank", "4", "--output_dir", str(tmp_path / "run")])
+        assert fastest_dtype(CPU) == getattr(torch, answer)
+    assert found.recipe.dtype == answer
+    assert found.section.arguments.get("bf16", False) == (answer == "bfloat16")
 
 
-def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_that_a_test_starts_have_its_fastest_dtype(bfloat16_is_fastest: None) -> None:
+    words = ["-c", "from pathlib import Path; print(Path('/proc/cpuinfo').read_text(encoding='utf-8'))"]
+    fresh = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert programs.run(words).stdout == fresh.stdout == "flags : avx512_bf16\n"
+
+
+def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path) -> None:
     found = section("--model tiny --rank 4 --bf16 True --device cpu")
-    has_units(monkeypatch, False)
-    assert any("bf16 is emulated" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
-    has_units(monkeypatch, True)
-    assert not any("bf16" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
+    with fastest("float32"):
+        assert any("bf16 is emulated" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
+    with fastest("bfloat16"):
+        assert not any("bf16" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
 
 
 def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:

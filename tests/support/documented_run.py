@@ -141,7 +141,12 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def flags_of(text: str) -> set[str]:
-    """Return the flags that the program of a command declares."""
+    """Return the flags that the program of a command declares; none for a bare menu."""
     module, arguments = module_and_arguments(text)
-    name = next(name for name, its in MENU.modules.items() if its.removesuffix(".__main__") == module)
+    if module == "milora_vl":  # the menu of all programs
+        name, *arguments = arguments
+    else:
+        name = next(name for name, its in MENU.modules.items() if its.removesuffix(".__main__") == module)
+    if name.startswith("-") or (name in MENU.menus and arguments[0].startswith("-")):
+        return set()
     return set(parser_of((name, arguments[0]) if name in MENU.menus else (name,)).flags())

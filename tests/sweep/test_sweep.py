@@ -71,7 +71,7 @@ def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
     stand_in = sweep.folder / "python"
     cell = Cell("lora", 1e-3, None, 7)
     run = sweep.run_folder(cell)
-    stand_in.write_text(f'#!/bin/sh\necho "$@"\nmkdir -p {run} && echo "{{}}" > {run}/config.json\n')
+    stand_in.write_text(f'#!/bin/sh\necho "$@"\nmkdir -p "{run}" && echo "{{}}" > "{run}/config.json"\n')
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
     run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)

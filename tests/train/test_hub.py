@@ -64,9 +64,6 @@ def test_what_the_hub_will_not_take_is_told_before_the_model_loads(
 def test_without_a_network_it_is_told_before_the_model_loads(
     tiny_data: Path, tmp_path: Path, known: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    for name in ("http_proxy", "https_proxy", "all_proxy"):
-        known.delenv(name, raising=False)
-        known.delenv(name.upper(), raising=False)
     known.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "remove --push_to_hub" in refused(tiny_data, tmp_path / "run")
     assert "loading" not in capfd.readouterr().err

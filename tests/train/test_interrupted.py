@@ -191,11 +191,9 @@ def test_loader_processes_that_die_or_hang_end_the_run_with_a_message(
 ) -> None:
     monkeypatch.setattr(loaders, "TIMEOUT", 0.5)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", dataloader_num_workers=1)
-    start = time.monotonic()
     for dataset in (Dies(), Hangs()):
         with raises_code("run-loader-failed", hint="--dataloader_num_workers"), failures.explained(args):
             next(iter(kind(dataset, **loaders.process_settings(args))))
-    assert time.monotonic() - start < 40
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")

@@ -54,7 +54,6 @@ class Pictures(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "*")
     Pictures.asked = []
     made = HTTPServer(("127.0.0.1", 0), Pictures)
     thread = threading.Thread(target=made.serve_forever, daemon=True)

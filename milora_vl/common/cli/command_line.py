@@ -309,6 +309,7 @@ def run(main: Callable[[Sequence[str] | None], int]) -> NoReturn:
     A mistake of the user is a few lines; any other error is a traceback. Both have no secrets.
     """
     show_warnings_in_one_line()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not be UTF-8
     try:
         code = main(None)
         sys.stdout.flush()

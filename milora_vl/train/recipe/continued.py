@@ -22,7 +22,7 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
 )
 from milora_vl.core.policy import Policy, Target
-from milora_vl.models.prompts import recipe_of_run
+from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.recipe.schema import Recipe
 
 # The keys of a recipe that describe a model and its inputs. The keys of FIXED are parts of the adapter itself.

@@ -242,6 +242,13 @@ def test_our_warnings_are_lines_like_those_of_a_run() -> None:
     assert done.stderr == "warning: a.png is left out\nwarning: two layers protect nothing\n"
 
 
+def test_a_letter_that_the_terminal_cannot_print_is_escaped() -> None:
+    script = "from milora_vl.common.cli.command_line import run; run(lambda _: print('1 \\u00b1 2') or 0)"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("1 \\xb1 2\n", "")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

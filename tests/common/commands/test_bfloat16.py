@@ -1,0 +1,79 @@
+"""A machine where bfloat16 is the fastest data type: a run, its evaluation, chat and forgetting, as in the demo."""
+
+from __future__ import annotations
+
+import json
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from milora_data.records.record import Turn
+from milora_eval.__main__ import main as evaluate
+from milora_vl import chat
+from milora_vl.demo import seconds_of_full_demo
+from milora_vl.forgetting.__main__ import main as measure
+from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.models.generate import Prompt, generate
+from milora_vl.train import main as train
+from support.drawn import write_tiny_data
+from support.eval_questions import write_questions
+from support.machine import fastest
+from support.train_runs import losses, read_json, training
+
+pytestmark = pytest.mark.usefixtures("bfloat16_is_fastest")
+FASTEST = ("--dtype", "fastest", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str, Any]]) -> Path:
+    return write_tiny_data(tmp_path_factory.mktemp("data"), tiny_records)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    folder = tmp_path_factory.mktemp("bfloat16") / "run"
+    with fastest("bfloat16"):
+        assert train(training(data, folder, "--rank", "4", "--dtype", "fastest", "--max_steps", "2")) == 0
+    return folder
+
+
+def test_a_run_trains_float32_factors_of_a_base_in_bfloat16(run: Path) -> None:
+    assert read_json(run, "environment.json")["dtype"] == "bfloat16"
+    assert all(isfinite(loss) for _, loss in losses(run))
+    weights = load_file(run / "adapter_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_an_evaluation_answers_in_it_and_measures_forgetting(run: Path, tmp_path: Path) -> None:
+    suite = ("--suite", "emoji", "--data", str(write_questions(tmp_path / "emoji")), "--limit", "4")
+    target = ("--model", "tiny", "--adapter", str(run), "--output_dir", str(tmp_path))
+    assert evaluate(["run", *target, *suite, "--forgetting_tokens", "300", *FASTEST]) == 0
+    results = json.loads((tmp_path / "eval" / "emoji" / "final" / "results.json").read_text(encoding="utf-8"))
+    assert results["forgetting"]["kl"] > 0
+
+
+def test_chat_generates_what_an_evaluation_gets(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = data / "images" / "0.png"
+    words = ["--model", "tiny", "--adapter", str(run), "--image", str(picture), "--max_new_tokens", "8", *FASTEST]
+    assert chat.main([*words, "What is it?"]) == 0
+    model, processor = load_model("tiny", adapter=run, dtype=torch.bfloat16)
+    prompt = Prompt((Turn("user", "<image>\nWhat is it?"),), (picture,))
+    assert capsys.readouterr().out == generate(model, processor, [prompt], max_new_tokens=8)[0] + "\n"
+
+
+def test_forgetting_is_measured_on_all_three(run: Path, tmp_path: Path) -> None:
+    target = ("--model", "tiny", "--adapter", str(run), "--output_dir", str(tmp_path))
+    assert measure([*target, "--num_tokens", "300", "--limit", "4", *FASTEST]) == 0
+    found = read_json(tmp_path, "forgetting.json")
+    assert all(found[probe]["kl"] > 0 for probe in ("text", "samples", "pictures"))
+
+
+def test_the_demo_measures_how_fast_the_machine_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes, ones = [], torch.ones  # of small matrices: where bfloat16 is emulated, large ones take seconds
+    monkeypatch.setattr(torch, "ones", lambda *_, dtype, **where: dtypes.append(dtype) or ones(8, 8, dtype=dtype))
+    assert isfinite(seconds_of_full_demo())
+    assert dtypes == [torch.bfloat16]

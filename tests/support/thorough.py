@@ -1,0 +1,97 @@
+"""Cases that `make test` leaves to CI and `make test-all`, because a quicker case says nearly as much.
+
+Never listed here: LLaVA's masks, step 0, resuming a killed run, recorded scores, stock PEFT, protection.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Regular expressions for the start of "FILE::TEST[CASE]", by what `make test` keeps of them.
+THOROUGH: dict[str, tuple[str, ...]] = {
+    "README's commands run, and those of all pages have flags that exist": (
+        r"test_documented\.py::test_(the_commands_of_a_page_run|a_snippet_runs)\[docs/(?!api)",
+        r"test_documented\.py::test_a_script_with_the_shown_change_runs",
+        r"test_examples\.py::test_a_script_runs_and_saves_an_adapter\[(?!first_adapter)",
+        r"test_examples\.py::test_easy_vqa",
+        r"test_worked_examples\.py::test_a_",
+    ),
+    "a simulated device: the losses of one training, a generation, each kind of operation": (
+        r"test_device_train\.py::(?!test_the_losses_are_those_of_the_cpu\[tiny\])",
+        r"test_device_commands\.py::test_the_answers_and_measures",
+        r"test_device_adapter\.py::test_apply_train_save_load_and_merge\[(?!llava)",
+        r"test_device_adapter\.py::test_every_method_trains\[(?!milora|lora)",
+    ),
+    "ZeRO-3 and DDP: the factors in two processes": (
+        r"test_distributed\.py::test_zero3",
+        r"test_gradients\.py::test_zero3",
+        r"test_initialize_shared\.py::.*\[(whole-olora|zero3-olora|zero3)\]",
+    ),
+    "one training where several say as much": (
+        r"test_interrupted\.py::test_a_run_with_loader_processes_that_was_killed_in_an_epoch",
+        r"test_interrupted\.py::test_sigterm_to_all_processes",
+        r"test_interrupted\.py::.*\[StatefulDataLoader\]",
+        r"test_dirty_data\.py::.*\[skip-2\]",
+        r"test_dirty_data\.py::test_a_held_out_batch",
+        r"test_embedded\.py::test_training_reads_them_as_they_are\[(stream|skip)",
+        r"test_embedded\.py::test_training_names_file_and_record_of_a_broken_one\[(?!empty)",
+        r"test_\w+\.py::test_the_log_adds_up",
+        r"test_protected_inputs_train\.py::test_(the_plan_and_the_report|the_probe_on_samples)",
+        r"test_train\.py::test_(checkpointing_and_bf16|the_best_checkpoint|batches_of_similar_length)",
+        r"test_train\.py::test_every_method_trains.*\[(lora|projector)\]",
+        r"test_train\.py::test_a_broken_picture.*\[1\]",
+        r"test_continued\.py::test_the_second_training.*\[(?!milora|protected)",
+        r"test_vlm_train\.py::test_a_run_is_asked_evaluated",
+        r"test_vlm_train\.py::test_a_run_learns.*packing",
+        r"test_resumed\.py::test_a_constant_schedule",
+        r"test_missing_pictures\.py::test_replace",
+        r"test_video_run\.py::test_the_plan_counts",
+        r"test_web_pictures\.py::.*\[stream\]",
+        r"test_saved_sets\.py::test_a_training_reads_it\[.*(streaming|packing)",
+        r"test_train_stream\.py::test_a_plan_counts",
+        r"test_chat_template_runs\.py::test_(a_model_with_pictures_trains|every_way_through_the_data)",
+        r"test_train_data\.py::test_broken_pictures",
+        r"test_run_lock\.py::test_a_second_training",
+        r"test_hub\.py::test_a_push_that_fails",
+        r"test_evaluation\.py::test_the_model_is_freed",
+        r"test_progress\.py::test_a_training_into_a_pipe",
+        r"test_command_lines\.py::test_a_normal_session",
+        r"test_safety\.py::test_a_compiled_model",
+    ),
+    "plans of three recipes and of each kind of launch": (
+        r"test_rates\.py::test_no_shipped_recipe.*\[(?!milora-llava-1\.5-7b|paper-math|tiny-test)",
+        r"test_recipes\.py::test_it_fits_devices.*\[(?!milora-llava-1\.5-7b|paper-math|tiny-test)",
+        r"test_dry_run\.py::test_(a_named_model_of_another|estimates_say_so|packing_is_planned|a_stream_is_planned)",
+        r"test_dry_run\.py::test_a_template_of_the_tokenizer",
+        r"test_llava_scripts\.py::test_every_script.*\[(?!scripts/v1_5/finetune_lora)",
+        r"test_llava_scripts\.py::test_(both_stages|a_script_that_starts_from_parts)",
+    ),
+    "one family, task or data set where several say as much": (
+        r"test_families\.py::test_from_start_to_merge.*\[(?!llava\]|llama\]|qwen2_5_vl\])",
+        r"test_auto_classes\.py::test_each_module.*\[(?!models\.timm_tower\])",
+        r"test_study_tasks\.py::test_(an_adapter_has|training_learns|a_seed_decides)\w*\[(?!smollm2)",
+        r"test_study_tasks\.py::test_every_arm",
+        r"test_studies\.py::test_a_study_runs",
+        r"test_emoji\.py::",
+        r"test_easy_vqa\.py::test_every_official_question",
+        r"test_eval_stats\.py::test_an_interval_that_misses.*\[(?!0\.25-0\.25)",
+    ),
+}
+_STARTS = [re.compile(start) for starts in THOROUGH.values() for start in starts]
+
+
+def is_thorough(node_id: str) -> bool:
+    """Return whether `make test` leaves this test to CI."""
+    name = _without_folder(node_id)
+    return any(start.match(name) for start in _STARTS)
+
+
+def unused(node_ids: list[str]) -> list[str]:
+    """Return the expressions that match no test of a whole collection."""
+    names = [_without_folder(node_id) for node_id in node_ids]
+    return [start.pattern for start in _STARTS if not any(map(start.match, names))]
+
+
+def _without_folder(node_id: str) -> str:
+    path, _, rest = node_id.partition("::")
+    return f"{path.rpartition('/')[2]}::{rest}"
