@@ -7,8 +7,8 @@ True
 from importlib import resources
 from typing import Literal
 
-Kind = Literal["recipe", "deepspeed", "accelerate"]
-_PLACE: dict[Kind, tuple[str, str]] = {
+FileKind = Literal["recipe", "deepspeed", "accelerate"]
+_PLACE: dict[FileKind, tuple[str, str]] = {
     "recipe": (".", ".yaml"),
     "deepspeed": ("deepspeed", ".json"),
     "accelerate": ("accelerate", ".yaml"),
@@ -17,14 +17,14 @@ _PLACE: dict[Kind, tuple[str, str]] = {
 __all__ = ["names", "read"]
 
 
-def names(kind: Kind = "recipe") -> list[str]:
+def names(kind: FileKind = "recipe") -> list[str]:
     """Return the names of the packaged files, without suffixes, sorted."""
     folder, ending = _PLACE[kind]
     files = resources.files(__name__).joinpath(folder).iterdir()
     return sorted(file.name.removesuffix(ending) for file in files if file.name.endswith(ending))
 
 
-def read(name: str, kind: Kind = "recipe") -> str:
+def read(name: str, kind: FileKind = "recipe") -> str:
     """Return the text of a packaged file. Raises KeyError if the name is unknown."""
     folder, ending = _PLACE[kind]
     file = resources.files(__name__).joinpath(folder, name + ending)

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from milora_eval.evaluator import command as evaluation
 from milora_vl.common.cli.command_line import command_line, run
-from milora_vl.common.cli.eval_command import eval_run
 from milora_vl.common.cli.flags import Command, flag, option, shared
 from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
 from milora_vl.core.adapter.folders import holds_adapter
 
 DATA = Path("data/emoji")  # where the recipe reads it
@@ -168,15 +169,15 @@ def _steps(recipe: str, folder: Path, size: Size) -> Iterator[Step]:
         ),
     )
     tuned = ("--model", _base_of(folder), "--adapter", str(folder))
-    yield Step(
-        _results_of(folder).is_file(),
-        (
-            *eval_run(_base_of(folder), adapter=folder, suite="emoji", data=DATA, output_dir=folder),
-            *("--dtype", "fastest"),
-            *(() if size.questions is None else ("--limit", str(size.questions))),
-            *("--forgetting_tokens", str(size.forgetting_tokens)),
-        ),
+    request = EvaluationRequest(
+        model=_base_of(folder),
+        adapter=folder,
+        questions=QuestionSet("emoji", str(DATA), size.questions),
+        dtype="fastest",
+        output_dir=folder,
     )
+    words = (*evaluation(request), "--forgetting_tokens", str(size.forgetting_tokens))
+    yield Step(_results_of(folder).is_file(), words)
     rows = json.loads((DATA / "test.json").read_text(encoding="utf-8"))
     picture = next(row["image"] for row in rows if "image" in row)
     image = ("--image", str(DATA / "images" / picture), "--max_new_tokens", "32")

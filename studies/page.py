@@ -14,10 +14,10 @@ from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
 from milora_vl.report.plots import png
 from milora_vl.sweep import page
-from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.curves import about_pictures, at_common_loss, curves_of
 from milora_vl.sweep.plots import Panel, curves_figure, pareto_figure
-from milora_vl.sweep.results import Arm, Result, arms, mean_of
+from milora_vl.sweep.results import Arm, arms, mean_of
 from studies.runner import Folder, all_cells, finished
 from studies.study import Study, chosen, read_study
 from studies.tasks import task_class
@@ -57,7 +57,7 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
     return written, table(study, results)
 
 
-def table(study: Study, results: Mapping[Cell, Result]) -> Table:
+def table(study: Study, results: Mapping[Cell, CellNumbers]) -> Table:
     """Return a table with one row per arm at its best learning rate: means ± half a 95 % interval over seeds."""
     more = [key for key in _MORE if any(result.get(key) not in (None, "") for result in results.values())]
     header = (
@@ -73,7 +73,7 @@ def table(study: Study, results: Mapping[Cell, Result]) -> Table:
     return Table(header, tuple(rows), f"± is half a 95 % interval over {study.seeds} seeds (Student’s t).")
 
 
-def _row(arm: Arm, results: Mapping[Cell, Result], more: Sequence[str], seeds: int) -> tuple[str, ...]:
+def _row(arm: Arm, results: Mapping[Cell, CellNumbers], more: Sequence[str], seeds: int) -> tuple[str, ...]:
     if arm.best is None:
         return (arm.label, f"no rate with {seeds} seeds", *["–"] * (4 + len(more)))
     best = arm.best

@@ -22,12 +22,12 @@ import torch
 
 from milora_vl.common.atomic_write import read_json, write_json
 from milora_vl.common.errors import UserError
-from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.results import arms
 from studies.study import Study
 from studies.task import Task
 from studies.tasks import load_task
-from studies.train import Result, run_cell
+from studies.train import run_cell
 
 OnDone = Callable[[Cell, bool, int], None]
 
@@ -39,7 +39,7 @@ class Folder:
     path: Path
     study: Study
 
-    def result(self, cell: Cell) -> Result | None:
+    def result(self, cell: Cell) -> CellNumbers | None:
         """Return the numbers of a cell; None if it is not finished."""
         stored = self._read("cells", cell)
         return stored["result"] if stored else None
@@ -49,7 +49,7 @@ class Folder:
         stored = self._read("cells", cell)
         return stored["items"] if stored else {}
 
-    def failure(self, cell: Cell) -> Result | None:
+    def failure(self, cell: Cell) -> dict[str, Any] | None:
         """Return the failure of a cell; None if it has a result or has not run."""
         return None if self.result(cell) else self._read("failed", cell)
 
@@ -57,7 +57,7 @@ class Folder:
         """Return the file in which all studies share the result of this cell."""
         return self.path.parent / "shared" / f"{self.study.key(cell)}.json"
 
-    def keep(self, cell: Cell, result: Result, items: dict[str, float]) -> None:
+    def keep(self, cell: Cell, result: CellNumbers, items: dict[str, float]) -> None:
         """Store a finished cell."""
         self._write("cells", cell, {"result": result, "items": items})
         (self.path / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
@@ -167,6 +167,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def finished(cells: Sequence[Cell], folder: Folder) -> dict[Cell, Result]:
+def finished(cells: Sequence[Cell], folder: Folder) -> dict[Cell, CellNumbers]:
     """Return the results of the finished cells."""
     return {cell: result for cell in cells if (result := folder.result(cell)) is not None}

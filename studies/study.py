@@ -23,15 +23,15 @@ from milora_vl.sweep.cells import Cell, arm_rules
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "fixed", "rival", "scale", "osf")
+_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "rival", "scale", "osf")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `fixed` A, a `rival`, and a
-    `scale`, by which the finished adapter is multiplied; with `osf: true`, PEFT's OSF adapts the layers of its rules.
+    rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `rival`, and a `scale`, by
+    which the finished adapter is multiplied; with `osf: true`, PEFT's OSF adapts the layers of its rules.
     `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` names
     the arms that are drawn (all, without it); the table has them all. `search_seeds` is the number of seeds for the
     search over learning rates; only the best rate by validation loss runs all seeds.
@@ -68,10 +68,6 @@ class Study(Strict):
         """Return how the ranks of an arm follow from the singular values; None if its rules have them."""
         return SpectralRank(**self.arms[arm]["ranks"]) if "ranks" in self.arms[arm] else None
 
-    def fixed(self, arm: str) -> Fixed | None:
-        """Return how the arm's fixed A is made; None if both factors train from the start of the method."""
-        return Fixed.model_validate(self.arms[arm]["fixed"]) if "fixed" in self.arms[arm] else None
-
     def rival(self, arm: str) -> Rival | None:
         """Return the term that the arm adds to its loss, if any."""
         return Rival.model_validate(self.arms[arm]["rival"]) if "rival" in self.arms[arm] else None
@@ -99,10 +95,9 @@ class Study(Strict):
         training = self.training(cell.method).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
-        fixed, rival = self.fixed(cell.method), self.rival(cell.method)
-        parts = (self.ranks(cell.method), fixed, rival)
+        parts = (self.ranks(cell.method), self.rival(cell.method))
         content += [part.model_dump() for part in parts if part is not None]
-        if fixed is not None or any(rule.get("protect") for rule in rules):
+        if any(rule.get("protect") for rule in rules):
             content.append(CALIBRATION_VERSION)
         arm = self.arms[cell.method]
         content += ["osf"] if arm.get("osf") else []
@@ -117,34 +112,6 @@ class Training(Strict):
     batch_size: PositiveInt
     warmup: float
     weight_decay: float
-
-
-class Fixed(Strict):
-    """How an A that does not train is made (key `fixed` of an arm whose method is lora).
-
-    - `start`: the directions of its rows. `minor`, `principal`, `middle`: right singular vectors of W. `unused`: the
-      last eigenvectors of C. `gradient`: the first right singular vectors of the task's gradient; `gradient-minor`: of
-      the gradient off the first half of W's right singular vectors; `generalized`: the most gradient for the least
-      disturbance, eigenvectors of (G'G, C + lambda_k I).
-    - `inputs`: the share p of the energy of the inputs that is protected; None: no cut.
-    - `soft`: None for the hard cut I - VV'; else tau / lambda_k of the cut (I + C / tau)^-1.
-    - `rows`: all of one length, or `own`: the length that the start gives them.
-    - `batches`, `sketch`: the batches of the gradient, and whether r + 8 random combinations of its rows replace it.
-    - `trains`: A trains too, from this start.
-    """
-
-    start: Literal["minor", "principal", "middle", "random", "unused", "gradient", "gradient-minor", "generalized"]
-    inputs: float | None = Field(default=0.95, gt=0, lt=1)
-    soft: float | None = Field(default=None, gt=0)
-    rows: Literal["equal", "own"] = "equal"
-    batches: PositiveInt = 4
-    sketch: bool = False
-    trains: bool = False
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Return whether the start reads the gradient of the task."""
-        return self.start in ("gradient", "gradient-minor", "generalized")
 
 
 class Rival(Strict):
@@ -210,7 +177,7 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
         )
     for arm in study.arms:
         try:
-            study.training(arm), study.ranks(arm), study.fixed(arm), study.rival(arm)
+            study.training(arm), study.ranks(arm), study.rival(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
         except (ValidationError, UserError) as error:
             of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")

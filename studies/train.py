@@ -18,18 +18,18 @@ from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.adapter.parameter_groups import parameter_groups
 from milora_vl.core.policy.ranks import with_ranks
 from milora_vl.core.weights.matrices import read_matrix
-from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.rivals import loss_with, pieces
-from studies.starts import OTHER_ORDER, install, starts
 from studies.study import Study
 from studies.task import Task
 from studies.update import Updates
 
-Result = dict[str, Any]
 _CLIP = 1.0  # HF's max_grad_norm
+_OTHER_ORDER = 1000  # added to the seed: the gradient's batches come in another order than the training's
+_GRADIENT_BATCHES = 4
 
 
-def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[Result, dict[str, float]]:
+def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellNumbers, dict[str, float]]:
     """Train and measure one cell; return its numbers and the score of each test item.
 
     `factors` is the folder of the initial factors that all cells share. The cell uses torch's global generator
@@ -70,20 +70,12 @@ def rules_on(base: nn.Module, study: Study, cell: Cell, factors: Path) -> list[d
 def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
     if study.arms[cell.method].get("osf"):
         return _osf(base, rules)
-    fixed, batch_size = study.fixed(cell.method), study.training(cell.method).batch_size
-    if fixed is None:
-        protects = any(rule.get("protect") for rule in rules)
-        texts = task.calibration() if protects else None
-        batches = None
-        if any(rule.get("method") == "gradient" for rule in rules):
-            batches = list(islice(task.batches(batch_size, OTHER_ORDER + cell.seed), 4))
-        return apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
-    cache = factors / study.task
-    targets = Policy.parse(rules).resolve(base)
-    rows = starts(base, targets, fixed, task, batch_size=batch_size, seed=cell.seed, cache=cache)
-    model = apply_milora(base, rules)
-    install(model, rows, trains=fixed.trains)
-    return model
+    texts = task.calibration() if any(rule.get("protect") for rule in rules) else None
+    batches = None
+    if any(rule.get("method") == "gradient" for rule in rules):
+        shuffled = task.batches(study.training(cell.method).batch_size, _OTHER_ORDER + cell.seed)
+        batches = list(islice(shuffled, _GRADIENT_BATCHES))
+    return apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
 
 
 def _osf(base: nn.Module, rules: list[dict[str, Any]]) -> Any:

@@ -103,12 +103,12 @@ def templates_compiled_once() -> Iterator[None]:
 @pytest.fixture
 def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs that our code starts (an evaluation, a step of the demo, a cell of a sweep) start without imports."""
+    from milora_eval import evaluator
     from milora_vl import demo
-    from milora_vl.forgetting import job
     from milora_vl.sweep import runner
     from milora_vl.train import run
 
-    for module in (demo, job, run, runner):
+    for module in (demo, evaluator, run, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 

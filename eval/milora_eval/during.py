@@ -1,7 +1,4 @@
-"""Score a small suite on a model that is training (`--eval_suite_every`), for the log, without files.
-
-`milora_vl.train.evaluation.suites_of` imports this module by its name; milora_vl does not import milora_eval.
-"""
+"""Score a small suite on a model that is training (`--eval_suite_every`), for the log, without files."""
 
 from __future__ import annotations
 

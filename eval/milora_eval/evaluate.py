@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -171,8 +170,19 @@ def _results(plan: EvaluationPlan, outcome: Outcome, before: Results) -> Results
     }
 
 
-def run_job(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, items: Items) -> list[Path] | None:
-    """Evaluate the tuned model and, if asked, its base; return their results folders, None while shards are missing."""
+def run_loaded(
+    target: EvalTarget,
+    plan: EvaluationPlan,
+    items: Items,
+    output_dir: Path,
+    *,
+    with_base: bool,
+    forgetting_tokens: int,
+) -> list[Path] | None:
+    """Load and evaluate the tuned model, and its base if `with_base`; 0 `forgetting_tokens`: no forgetting is measured.
+
+    Returns their results folders, None while shards are missing.
+    """
     model: Any
     with at_flag("--model"):
         named = find_base(target.model)
@@ -183,29 +193,29 @@ def run_job(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPla
         require_prompts(named, (prompt_of(benchmark, item) for item in items[benchmark.name]))
     scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     with at_flag("--model"):
-        model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device, scale)
+        model, processor = load_by_flags(target.model, target.adapter, target.dtype, target.device, scale)
     prompts.limit(processor)
     base: Any = None
     base_name = target.base or target.model
-    if (target.base or options.with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
+    if (target.base or with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
         with at_flag("--base" if target.base else "--model"):
-            base, _ = load_by_flags(base_name, None, options.dtype, options.device)
+            base, _ = load_by_flags(base_name, None, target.dtype, target.device)
     if target.adapter is None and target.scale != 1:
         Update(model, base.state_dict()).set(target.scale)
     done = []
-    if options.with_base:
+    if with_base:
         of_base = replace(plan, which="base", model_name=base_name)
         with nullcontext() if base is not None else model.disable_adapter():
-            done.append(evaluate(base or model, processor, of_base, items, options.output_dir))
+            done.append(evaluate(base or model, processor, of_base, items, output_dir))
     tuned = replace(plan, which=target.which, model_name=target.model, adapter=target.adapter, scale=target.scale)
-    done.append(evaluate(model, processor, tuned, items, options.output_dir))
+    done.append(evaluate(model, processor, tuned, items, output_dir))
     if not all(done):
         return None
-    folders = [results_folder(options.output_dir, plan.suite, result["which"]) for result in done if result]
-    if options.forgetting_tokens and (base is not None or can_recover_base(model)):
-        sys.stderr.write(f"measuring forgetting on {options.forgetting_tokens:,} tokens of general text\n")
+    folders = [results_folder(output_dir, plan.suite, result["which"]) for result in done if result]
+    if forgetting_tokens and (base is not None or can_recover_base(model)):
+        sys.stderr.write(f"measuring forgetting on {forgetting_tokens:,} tokens of general text\n")
         key = str((done[-1] or {})["generation"]["key"])
-        add_forgetting(folders[-1], model, processor, base, key, options.forgetting_tokens)
+        add_forgetting(folders[-1], model, processor, base, key, forgetting_tokens)
     return folders
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ FILE, PLOT = "scales.json", "scales.png"
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ScalePoint:
     """One size of the update: the headline of each benchmark, and the KL on general text in nats per token."""
 
     scale: float
@@ -41,31 +40,38 @@ class Point:
     forgetting_stderr: float | None
 
 
-def scan(options: argparse.Namespace, target: EvalTarget, plan: EvaluationPlan, items: Items) -> list[Point]:
+def scan(
+    scales: Sequence[float],
+    target: EvalTarget,
+    plan: EvaluationPlan,
+    items: Items,
+    output_dir: Path,
+    forgetting_tokens: int,
+) -> list[ScalePoint]:
     """Evaluate every scale, from small to large. Raises UserError if the update has no scale."""
     model: Any
     with at_flag("--model"):
-        model, processor = load_by_flags(target.model, target.adapter, options.dtype, options.device)
+        model, processor = load_by_flags(target.model, target.adapter, target.dtype, target.device)
     base: Any = None
     if not can_recover_base(model):
         with at_flag("--base" if target.base else "--model"):
-            base, _ = load_by_flags(target.base or target.model, None, options.dtype, options.device)
+            base, _ = load_by_flags(target.base or target.model, None, target.dtype, target.device)
     if isinstance(model, PeftModel) and target.adapter is not None:
         require_scalable(model.get_base_model(), target.adapter)
     update = Update(model, None if base is None else base.state_dict())
     points = []
-    for scale in options.scales:
+    for scale in scales:
         update.set(scale)
         sized = replace(plan, which=named(target.which, scale), model_name=target.model, adapter=target.adapter)
         if scale == 0:  # the base model, whose answers `run --with_base` stores too
             sized = replace(plan, which="base", model_name=target.base or target.model)
-        done = evaluate(model, processor, replace(sized, scale=scale or 1.0), items, options.output_dir)
+        done = evaluate(model, processor, replace(sized, scale=scale or 1.0), items, output_dir)
         assert done is not None  # a single shard is always complete
         sys.stderr.write(f"scale {scale:g}: measuring forgetting\n")
-        folder = results_folder(options.output_dir, plan.suite, done["which"])
+        folder = results_folder(output_dir, plan.suite, done["which"])
         key = str(done["generation"]["key"])
-        kept = add_forgetting(folder, model, processor, base, key, options.forgetting_tokens) if scale else {"kl": 0.0}
-        points.append(Point(scale, headlines(done), kept["kl"], kept.get("kl_stderr")))
+        kept = add_forgetting(folder, model, processor, base, key, forgetting_tokens) if scale else {"kl": 0.0}
+        points.append(ScalePoint(scale, headlines(done), kept["kl"], kept.get("kl_stderr")))
     return points
 
 
@@ -77,7 +83,7 @@ def headlines(results: Results) -> dict[str, Metric]:
     return first
 
 
-def write(points: Sequence[Point], output_dir: Path, suite: str, which: str) -> Path:
+def write(points: Sequence[ScalePoint], output_dir: Path, suite: str, which: str) -> Path:
     """Write scales.json and scales.png to the folder of the suite, and return it."""
     folder = output_dir / "eval" / suite
     write_json(folder / FILE, {"which": which, "points": [asdict(point) for point in points]})
@@ -85,7 +91,7 @@ def write(points: Sequence[Point], output_dir: Path, suite: str, which: str) -> 
     return folder
 
 
-def table(points: Sequence[Point], suite: str) -> Table:
+def table(points: Sequence[ScalePoint], suite: str) -> Table:
     """Return one row for each scale: forgetting, and the headline of each benchmark."""
     names = list(points[0].scores)
     header = ("scale", "text forgetting", *(f"{name}: {points[0].scores[name].name}" for name in names))
@@ -97,12 +103,12 @@ def table(points: Sequence[Point], suite: str) -> Table:
     return Table(header, tuple(rows), note, f"suite {suite}: sizes of the update")
 
 
-def _nats(point: Point) -> str:
+def _nats(point: ScalePoint) -> str:
     error = "" if point.forgetting_stderr is None else f" ± {point.forgetting_stderr:.4f}"
     return f"{point.forgetting:.4f}{error}"
 
 
-def figure(points: Sequence[Point]) -> Figure:
+def figure(points: Sequence[ScalePoint]) -> Figure:
     """Draw the score over forgetting, one line per benchmark, with the scale at each point."""
     from matplotlib.figure import Figure
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from milora_data.encode.templates import template_name
 from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.common.cli.command_line import above_zero, count, next_step, positive
-from milora_vl.common.cli.eval_command import eval_run, questions_of
 from milora_vl.common.cli.flags import OR_ADAPTER, Command, flag, option, shared
 from milora_vl.common.errors import UserError, at_flag
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.folders import (
     holds_adapter,
     model_of,
@@ -26,6 +26,7 @@ from milora_vl.core.adapter.folders import (
     require_no_base,
 )
 from milora_vl.models.recipe_of_run import recipe_of_run
+from milora_vl.report.repeat import questions_of
 
 COMMAND = Command(
     "milora_vl.chat",
@@ -83,8 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     videos = [open_video(place, options.fps, options.num_frames) for place in options.video or ()]
     from milora_vl.chat import session, web
 
-    session.require_askable(options, pictures, videos)
-    chat = session.Chat.load(options)
+    settings = session.ChatSettings(
+        model=options.model,
+        adapter=options.adapter,
+        base=options.base,
+        scale=options.scale,
+        template=options.template,
+        max_new_tokens=options.max_new_tokens,
+        compare=options.compare,
+        device=options.device,
+        dtype=options.dtype,
+    )
+    session.require_askable(settings, options.question, pictures, videos)
+    chat = session.Chat.load(settings)
     if options.web:
         about = " + ".join(str(part) for part in (options.model, options.adapter) if part)
         web.serve(chat, pictures, about, options.port)
@@ -98,16 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat.start(pictures, videos)
         chat.ask(options.question)
     folder = options.adapter or Path(options.model)
-    next_step(
-        *eval_run(
-            options.model,
-            adapter=options.adapter,
-            base=None if options.adapter else options.base,
-            suite=questions_of(recipe_of_run(folder) if folder.is_dir() else {}) or ["--benchmarks", "FILE.json"],
-            with_base=False,
-            output_dir=options.adapter or "FOLDER",
-        )
+    request = EvaluationRequest(
+        model=options.model,
+        adapter=options.adapter,
+        base=None if options.adapter else options.base,
+        questions=questions_of(recipe_of_run(folder) if folder.is_dir() else {}) or QuestionSet(benchmarks="FILE.json"),
+        with_base=False,
+        output_dir=options.adapter or "FOLDER",
     )
+    next_step(*evaluator().command(request))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -41,22 +40,40 @@ COMMANDS = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatSettings:
+    """The model that answers, and how: names, folders and sizes as in the flags of the command."""
+
+    model: str
+    adapter: Path | None = None
+    base: str | None = None  # of a fully trained model
+    scale: float = 1.0  # of the update
+    template: str | None = None
+    max_new_tokens: int = 256
+    compare: bool = False
+    device: str | None = None
+    dtype: str | None = None
+
+
 def require_askable(
-    options: argparse.Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video]
+    settings: ChatSettings,
+    question: str | None,
+    pictures: Sequence[Image.Image],
+    videos: Sequence[Frames | Video],
 ) -> None:
     """Raise UserError, before weights load, for a question, pictures or videos that the model does not take."""
     with at_flag("--model"):
-        name = options.model
-        if options.adapter is None and holds_adapter(Path(name)):
+        name = settings.model
+        if settings.adapter is None and holds_adapter(Path(name)):
             name = base_of(Path(name))
         base = find_base(name)
-    prompts = prompts_of(options.model, options.adapter, options.template)
+    prompts = prompts_of(settings.model, settings.adapter, settings.template)
     if base.own_pictures:
         prompts.limit(base.processor)
-    if options.question is None and not pictures and not videos:
+    if question is None and not pictures and not videos:
         return
     # Without a question here, the first question of the conversation will show them.
-    asked = _about(options.question or "What?", pictures, videos, "--video" if videos else "--image")
+    asked = _about(question or "What?", pictures, videos, "--video" if videos else "--image")
     require_prompts(base, [asked])
     if base.own_pictures:
         require_shown(base.processor, asked)
@@ -89,24 +106,24 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
 
     @classmethod
-    def load(cls, options: argparse.Namespace) -> Chat:
-        """Load the model and adapter of the command line.
+    def load(cls, settings: ChatSettings) -> Chat:
+        """Load the model and adapter of the settings.
 
         Raises UserError if `--compare` is set and the adapter cannot be switched off, and for another kind of base.
         """
-        prompts = prompts_of(options.model, options.adapter, options.template)
+        prompts = prompts_of(settings.model, settings.adapter, settings.template)
         update = None
-        size = 1.0 if options.base else options.scale  # the update of a fully trained model gets its size below
+        size = 1.0 if settings.base else settings.scale  # the update of a fully trained model gets its size below
         with at_flag("--model"):
-            model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, size)
+            model, processor = load_by_flags(settings.model, settings.adapter, settings.dtype, settings.device, size)
         prompts.limit(processor)
-        if options.base:
+        if settings.base:
             with at_flag("--base"):
-                update = update_since(options.base, model)
-            update.set(options.scale)
-        if options.compare and update is None and not can_recover_base(model):
+                update = update_since(settings.base, model)
+            update.set(settings.scale)
+        if settings.compare and update is None and not can_recover_base(model):
             raise UserError(
-                f"{options.adapter} cannot be switched off: it trained biases, or only a projector",
+                f"{settings.adapter} cannot be switched off: it trained biases, or only a projector",
                 code="compare-no-base",
                 where="--compare",
                 hint="ask the base model without --adapter",
@@ -116,10 +133,10 @@ class Chat:
             processor,
             template=prompts.template,
             image_aspect_ratio=prompts.image_aspect_ratio,
-            max_new_tokens=options.max_new_tokens,
-            compare=options.compare,
+            max_new_tokens=settings.max_new_tokens,
+            compare=settings.compare,
             update=update,
-            scale=options.scale,
+            scale=settings.scale,
         )
 
     def start(self, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()) -> None:

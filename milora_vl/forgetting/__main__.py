@@ -12,7 +12,8 @@ from milora_vl.common.cli.command_line import next_step, positive, run
 from milora_vl.common.cli.flags import OR_ADAPTER, Command, option, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.folders import model_of, newest_of_unfinished, require_adapter
+from milora_vl.common.evaluator import QuestionSet
+from milora_vl.core.adapter.folders import base_of, holds_adapter, model_of, newest_of_unfinished, require_adapter
 from milora_vl.report.page import regenerate_report
 from milora_vl.report.tables import forgetting_table
 from milora_vl.report.wording import score_changes
@@ -36,7 +37,7 @@ probes (tuned model against base model, in nats per token):
   text      general text (three books of the package, or --text): the paper's metric, and the loss on the text
   samples   text sampled from the base model; needs no data
   pictures  answers of the base model about pictures (drawn shapes, or the LLaVA records of --data_path)
-  --suite   drop of the scores of a suite (python -m milora_eval run for base model and tuned model)
+  --suite   drop of the scores of a suite, which both models are asked
 
 examples:
   python -m milora_vl.forgetting --model smol-llava --adapter runs/demo
@@ -50,7 +51,7 @@ examples:
         option("--text", type=Path, nargs="+", metavar="FILE", help="text files, one document each"),
         option("--data_path", type=Path, metavar="DATA", help="LLaVA records with the questions about pictures"),
         shared("image_folder"),
-        shared("suite", about="also evaluate base and tuned model on a suite; see: python -m milora_eval ls"),
+        shared("suite", about="also ask base and tuned model the questions of a suite, or of a FILE.json"),
         shared("data", about="folder that contains the files of the suite"),
     ),
     settings=(
@@ -77,12 +78,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     _refuse_unused(options)
     _require_trained(options)
     folder = options.output_dir or _tuned_folder(options)
+    model, adapter = options.model, options.adapter
+    if adapter is None and holds_adapter(Path(model)):
+        model, adapter = base_of(Path(model)), Path(model)
     from milora_vl.forgetting import job
 
-    todo = job.Job(options, folder, options.model, options.adapter)
+    todo = job.Job(
+        folder=folder,
+        model=model,
+        adapter=adapter,
+        base=options.base,
+        on=options.on,
+        texts=options.text or (),
+        data_path=options.data_path,
+        image_folder=options.image_folder,
+        template=options.template,
+        num_tokens=options.num_tokens,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        device=options.device,
+        dtype=options.dtype,
+    )
     results = todo.run()
     if options.suite:
-        results["scores"] = todo.scores(options.suite, options.data)
+        data = None if options.data is None else str(options.data)
+        results["scores"] = todo.scores(QuestionSet(options.suite, data, options.limit))
     if options.format == "json":
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
     else:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +14,9 @@ from milora_data import load_records
 from milora_data.formats.stored import is_saved
 from milora_vl.common.atomic_write import read_json, write_json
 from milora_vl.common.cli.command_line import beside
-from milora_vl.common.cli.eval_command import eval_run
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.core.adapter.folders import CONFIG, base_of, holds_adapter, require_no_base
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
+from milora_vl.core.adapter.folders import CONFIG, require_no_base
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
@@ -27,47 +24,54 @@ from milora_vl.interop.adapters.load_model import load_by_flags
 from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.models.prompts import prompts_of
 
-Results = dict[str, Any]
+Measurements = dict[str, Any]
 FILE = "forgetting.json"
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """The flags of the command, with the model and adapter that they mean; `run` writes each result to `file`."""
+    """What is measured on which models; `run` writes each result to `file` in `folder`."""
 
-    flags: argparse.Namespace
     folder: Path
     model: str
     adapter: Path | None
+    base: str | None  # of a fully trained model
+    on: Sequence[str] | None  # None: all probes that the model takes
+    texts: Sequence[Path]  # none: the package's
+    data_path: Path | None  # records with questions about pictures; without them, drawn shapes
+    image_folder: Path | None
+    template: str | None
+    num_tokens: int
+    limit: int | None
+    batch_size: int
+    seed: int
+    device: str | None
+    dtype: str | None
 
     @property
     def file(self) -> Path:
         """Return the path of the results."""
         return self.folder / FILE
 
-    def run(self) -> Results:
+    def run(self) -> Measurements:
         """Measure the selected probes. Raises UserError for options that do not fit together."""
-        if self.adapter is None and holds_adapter(Path(self.model)):
-            self.model, self.adapter = base_of(Path(self.model)), Path(self.model)
-        if self.adapter is None and self.flags.base is None:
+        if self.adapter is None and self.base is None:
             raise UserError(
                 "forgetting needs a base model to compare with",
                 code="forgetting-no-base",
                 hint="add:  --adapter FOLDER, or --base MODEL for a fully trained --model",
             )
-        require_no_base(self.model, self.adapter, self.flags.base)
-        missing = [
-            path for path in (*(self.flags.text or ()), self.flags.data_path) if path is not None and not _exists(path)
-        ]
+        require_no_base(self.model, self.adapter, self.base)
+        missing = [path for path in (*self.texts, self.data_path) if path is not None and not _exists(path)]
         if missing:
-            path, flag = missing[0], "--data_path" if missing[0] == self.flags.data_path else "--text"
+            path, flag = missing[0], "--data_path" if missing[0] == self.data_path else "--text"
             raise UserError(f"{path}: no such file", code="data-missing-file", where=flag, hint=beside(path))
         measures: dict[str, Callable[[], Any]] = {
             "text": self._text, "samples": self._samples, "pictures": self._pictures
         }  # fmt: skip
-        probes = self.flags.on or tuple(measures)
+        probes = self.on or tuple(measures)
         if "pictures" in probes and not self._has_vision:
-            if self.flags.on:
+            if self.on:
                 raise UserError(
                     f"{self.model} reads only text",
                     code="model-reads-only-text",
@@ -92,10 +96,10 @@ class Job:
             write_json(self.file, results)
         return results
 
-    def _kept_results(self, probes: Sequence[str]) -> Results:
+    def _kept_results(self, probes: Sequence[str]) -> Measurements:
         """Return the results in `file` except for `probes`, or none if weights or seed have changed."""
-        identity: Results = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
-        identity |= {"base": self.flags.base, "seed": self.flags.seed}
+        identity: Measurements = {"model": self.model, "adapter": None if self.adapter is None else str(self.adapter)}
+        identity |= {"base": self.base, "seed": self.seed}
         tuned = self.adapter or Path(self.model)
         weights = [file for name in ("*.safetensors", "*.bin", CONFIG) for file in tuned.glob(name)]
         before = read_json(self.file) or {}
@@ -105,32 +109,18 @@ class Job:
             return identity
         return {key: value for key, value in before.items() if key not in probes}
 
-    def scores(self, suite: str, data: Path | None) -> list[Results]:
-        """Evaluate a suite for both models in a separate process, and return the change of its headline scores."""
-        words = eval_run(
-            self.model,
+    def scores(self, questions: QuestionSet) -> list[Measurements]:
+        """Evaluate both models in a separate process, and return the change of their headline scores."""
+        request = EvaluationRequest(
+            model=self.model,
             adapter=self.adapter,
-            base=self.flags.base,
-            suite=suite,
-            data=data,
-            limit=self.flags.limit,
+            base=self.base,
+            questions=questions,
+            dtype=self.dtype,
+            device=self.device,
             output_dir=self.folder,
         )
-        options = [
-            *(["--dtype", self.flags.dtype] if self.flags.dtype else []),
-            *(["--device", self.flags.device] if self.flags.device else []),
-        ]
-        command = [sys.executable, "-m", *words, *options, "--forgetting_tokens", "0", "--format", "json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            raise UserError(
-                f"the evaluation of {suite} failed (see above)",
-                code="evaluation-failed",
-                where="--suite",
-                hint="correct what it reports, then repeat the command",
-                exit_code=1,
-            )
-        sides = json.loads(done.stdout)
+        sides = evaluator().scores(request)
         after = next(side for which, side in sides.items() if which != "base")
         changes = score_changes(sides["base"], after)
         write_json(self.file, (read_json(self.file) or {}) | {"scores": changes})
@@ -138,37 +128,37 @@ class Job:
 
     def _text(self) -> Any:
         texts = None
-        if self.flags.text:
-            texts = {str(path): path.read_text(encoding="utf-8") for path in self.flags.text}
+        if self.texts:
+            texts = {str(path): path.read_text(encoding="utf-8") for path in self.texts}
         return measure_forgetting(
-            self._tuned, self._tokenizer, base=self._reference, texts=texts, num_tokens=self.flags.num_tokens,
-            batch_size=self.flags.batch_size,
+            self._tuned, self._tokenizer, base=self._reference, texts=texts, num_tokens=self.num_tokens,
+            batch_size=self.batch_size,
         )  # fmt: skip
 
     def _samples(self) -> Any:
         batches = sampled_batches(
             self._reference or self._tuned, self._tokenizer, without_adapter=self._reference is None,
-            num_tokens=self.flags.num_tokens, batch_size=self.flags.batch_size, seed=self.flags.seed,
+            num_tokens=self.num_tokens, batch_size=self.batch_size, seed=self.seed,
         )  # fmt: skip
         return compare_on(list(batches), self._tuned, base=self._reference, what="the base model's own text")
 
     def _pictures(self) -> Any:
-        prompts = prompts_of(self.model, self.adapter, self.flags.template)
+        prompts = prompts_of(self.model, self.adapter, self.template)
         prompts.limit(self._processor)
         with tempfile.TemporaryDirectory() as drawn:
-            if self.flags.data_path is None:
+            if self.data_path is None:
                 folder, records, what = Path(drawn), drawn_questions(Path(drawn)), "80 questions on 20 drawn shapes"
             else:
-                folder, what = self.flags.image_folder or self.flags.data_path.parent, str(self.flags.data_path)
+                folder, what = self.image_folder or self.data_path.parent, str(self.data_path)
                 records = self._records()
             batches = list(
                 answer_batches(
                     self._reference or self._tuned,
                     self._processor,
-                    records[: self.flags.limit],
+                    records[: self.limit],
                     image_folder=folder,
                     without_adapter=self._reference is None,
-                    batch_size=self.flags.batch_size,
+                    batch_size=self.batch_size,
                     template=prompts.template,
                     image_aspect_ratio=prompts.image_aspect_ratio,
                 )
@@ -176,10 +166,10 @@ class Job:
         return compare_on(batches, self._tuned, base=self._reference, what=what)
 
     def _records(self) -> list[Any]:
-        records = [r for r in load_records(str(self.flags.data_path)) if any(turn.role == "user" for turn in r.turns)]
+        records = [r for r in load_records(str(self.data_path)) if any(turn.role == "user" for turn in r.turns)]
         if not records:
             hint = "name records with a turn of the user, as for a training"
-            raise UserError("contains no question", code="data-no-question", where=str(self.flags.data_path), hint=hint)
+            raise UserError("contains no question", code="data-no-question", where=str(self.data_path), hint=hint)
         return records
 
     @property
@@ -203,18 +193,18 @@ class Job:
         """Return the base model, or None if switching off the adapter restores it."""
         if can_recover_base(self._tuned):
             return None
-        return self._load(self.flags.base or self.model, None)  # a projector, the full model or biases trained
+        return self._load(self.base or self.model, None)  # a projector, the full model or biases trained
 
     def _load(self, name: str, adapter: Path | None) -> Any:
-        with at_flag("--base" if name == self.flags.base else "--model"):
-            return load_by_flags(name, adapter, self.flags.dtype, self.flags.device)[0]
+        with at_flag("--base" if name == self.base else "--model"):
+            return load_by_flags(name, adapter, self.dtype, self.device)[0]
 
 
 def _exists(path: Path) -> bool:
     return path.is_file() or is_saved(path)
 
 
-def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Results]:
+def score_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Measurements]:
     """Return the change of the first score of each benchmark. `was_good`: the base model beat a fixed answer.
 
     Only then does a drop show forgetting. The base model must be better by the larger of two standard errors and 3/n,

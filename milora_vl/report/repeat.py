@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common.cli.command_line import command_line
-from milora_vl.common.cli.eval_command import eval_run, questions_of
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
 from milora_vl.report.run_page import Run
@@ -43,7 +43,7 @@ def commands(run: Run) -> Commands:
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
-        evaluate=command_line(*eval_run(model, adapter=adapter, base=base, suite=_suite(run), output_dir=run.folder)),
+        evaluate=command_line(*evaluator().command(_evaluation(run, model, adapter, base))),
         forgetting=command_line("milora_vl.forgetting", *flags, *of_base, *into_run),
         analyze=command_line("milora_vl.analyze", weights, *of_base, *into_analysis),
         chat=command_line("milora_vl.chat", *flags, *_question(run)),
@@ -61,6 +61,26 @@ def steps(typed: Commands) -> list[tuple[str, str]]:
         ("ask", typed.chat),
         ("this page", typed.report),
     ]
+
+
+def questions_of(recipe: Mapping[str, Any]) -> QuestionSet | None:
+    """Return the questions that the recipe of a run names; None if it names none.
+
+    These are its suites, else the test set of the demo's data, else the held-out records.
+    """
+    config, data = recipe.get("eval") or {}, recipe.get("data") or {}
+    pictures = data.get("image_folder")
+    for suite in (config.get("suites") or [])[:1]:
+        return QuestionSet(suite, config.get("data") or (pictures if is_file(suite) else None))
+    path, held_out = str(data.get("path")), str(data.get("eval_path"))
+    if Path(path).parent.name == "emoji" or Path(path).with_name("captions_val.json").is_file():
+        return QuestionSet("emoji", str(Path(path).parent))
+    return QuestionSet(benchmarks=held_out, data=pictures) if is_file(held_out) else None
+
+
+def is_file(suite: str) -> bool:
+    """Return whether an entry of `eval.suites` is a file of own questions."""
+    return Path(suite).suffix in (".json", ".jsonl")
 
 
 def _as_typed(argv: Sequence[str]) -> str:
@@ -88,16 +108,22 @@ def _model(run: Run, weights: Path) -> tuple[str | Path, Path | None, str | None
     return base, weights, None
 
 
-def _suite(run: Run) -> list[str | Path]:
-    """Return the flags of the questions and their data, from the last evaluation or the recipe."""
+def _evaluation(run: Run, model: str | Path, adapter: Path | None, base: str | None) -> EvaluationRequest:
+    """Return an evaluation as the last one, whose answers it can reuse, else one of the questions in the recipe."""
     planned, data = run.recipe.get("eval") or {}, run.recipe.get("data") or {}
-    folder = ["--data", str(data["image_folder"])] if data.get("image_folder") else []
+    pictures = data.get("image_folder")
+    last = next((results for results in _results(run)), {})
+    limit, dtype = last.get("limit"), (last.get("generation") or {}).get("dtype")
     if custom := _custom_benchmarks(run):
-        return ["--benchmarks", custom, *folder, *_settings(run)]
-    if run.comparisons:
+        questions = QuestionSet(benchmarks=custom, data=pictures, limit=limit)
+    elif run.comparisons:
         records = Path(data["path"]).parent if isinstance(data.get("path"), str) else "DATA"
-        return ["--suite", run.comparisons[0].suite, "--data", str(planned.get("data") or records), *_settings(run)]
-    return [*(questions_of(run.recipe) or ["--benchmarks", "HELD_OUT.json", *folder])]
+        questions = QuestionSet(run.comparisons[0].suite, str(planned.get("data") or records), limit)
+    else:
+        questions = questions_of(run.recipe) or QuestionSet(benchmarks="HELD_OUT.json", data=pictures)
+    return EvaluationRequest(
+        model=model, adapter=adapter, base=base, questions=questions, dtype=dtype, output_dir=run.folder
+    )
 
 
 def _custom_benchmarks(run: Run) -> str:
@@ -112,15 +138,6 @@ def _custom_benchmarks(run: Run) -> str:
 
 def _results(run: Run) -> list[Mapping[str, Any]]:
     return [side.results for comparison in run.comparisons for side in (comparison.after, comparison.before) if side]
-
-
-def _settings(run: Run) -> list[str | Path]:
-    """Return the other flags of the last evaluation. The same flags let a new one reuse its answers."""
-    done = _results(run)
-    if not done:
-        return []
-    dtype, limit = (done[0].get("generation") or {}).get("dtype"), done[0].get("limit")
-    return [*(["--dtype", dtype] if dtype else []), *(["--limit", str(limit)] if limit else [])]
 
 
 def _question(run: Run) -> list[str | Path]:

@@ -9,9 +9,7 @@ import os
 import shlex
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from milora_eval.answers.questions import require_questions
@@ -20,11 +18,11 @@ from milora_vl.common.cli.command_line import amount, next_step, positive, run
 from milora_vl.common.cli.flags import Command, flag, option, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.runner import Evaluation, Sweep, alone, run_cells
+from milora_vl.sweep.runner import Sweep, alone, run_cells
 from milora_vl.train.plan.eval_section import data_of
-from milora_vl.train.recipe import command_line
 from milora_vl.train.recipe.policy_edits import ADAPTERS
 from milora_vl.train.recipe.recipe_file import read_recipe
 from milora_vl.train.recipe.schema import Recipe
@@ -102,15 +100,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = Recipe.parse(file.content, file)
     suite = options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), "")
     data = data_of(suite, recipe, options.data or recipe.sweep.data or recipe.eval.data)
-    evaluation = Evaluation(suite, data, options.limit or recipe.sweep.limit)
-    cells = _checked_cells(options, recipe, evaluation)
+    questions = QuestionSet(suite, data, options.limit or recipe.sweep.limit)
+    cells = _checked_cells(options, recipe, questions)
     folder = options.output_dir or Path("runs") / f"sweep-{Path(options.recipe).stem}"
-    sweep = Sweep(folder, recipe, evaluation)
+    sweep = Sweep(folder, recipe, questions)
     jobs = options.jobs or _jobs(len(cells))
     _same_sweep(sweep)
     left = _show_plan(sweep, cells, jobs, retry=options.retry)
     if left:
-        cost = _time_left(sweep, cells, left, jobs) or _cost(recipe, cells[0], left, jobs)
+        cost = _time_left(sweep, cells, left, jobs) or _cost(sweep, cells[0], left, jobs)
         sys.stderr.write(f"cost{cost}\n")
     if options.plan:
         return 0
@@ -141,12 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Evaluation) -> list[Cell]:
+def _checked_cells(options: argparse.Namespace, recipe: Recipe, questions: QuestionSet) -> list[Cell]:
     """Return the cells. Raises UserError with all problems before the first step."""
-    problems, cells = _missing(options.recipe, recipe, evaluation), []
+    problems, cells = _missing(options.recipe, recipe, questions), []
     try:
-        if evaluation.suite:
-            require_questions(evaluation.suite, evaluation.data)
+        if questions.suite:
+            require_questions(questions)
     except UserError as error:
         problems += error.problems
     try:
@@ -160,13 +158,13 @@ def _checked_cells(options: argparse.Namespace, recipe: Recipe, evaluation: Eval
     return cells
 
 
-def _missing(name: str, recipe: Recipe, evaluation: Evaluation) -> list[Problem]:
+def _missing(name: str, recipe: Recipe, questions: QuestionSet) -> list[Problem]:
     """Return a problem that lists the settings of a sweep that this recipe lacks; an empty list if it has all."""
     needed = {
         "model: the base model": recipe.model,
         "data.path: the training records": recipe.data.path,
         "data.eval_path: held-out records that select the learning rate": recipe.data.eval_path,
-        "sweep.suite, or --suite: the suite or FILE.json that scores the cells": evaluation.suite,
+        "sweep.suite, or --suite: the suite or FILE.json that scores the cells": questions.suite,
     }
     missing = [what for what, value in needed.items() if not value]
     if not missing:
@@ -208,7 +206,7 @@ def _same_sweep(sweep: Sweep) -> None:
 
 def _remember(sweep: Sweep) -> None:
     known = read_json(sweep.folder / "sweep.json") or {}
-    content = {"key": _key(sweep), "model": sweep.recipe.model, "suite": sweep.evaluation.suite}
+    content = {"key": _key(sweep), "model": sweep.recipe.model, "suite": sweep.questions.suite}
     content["variants"] = known.get("variants", {}) | sweep.recipe.sweep.variants
     write_json(sweep.folder / "sweep.json", content)
 
@@ -216,7 +214,7 @@ def _remember(sweep: Sweep) -> None:
 def _key(sweep: Sweep) -> str:
     shared = sweep.recipe.model_dump()
     shared["sweep"] = {"train": sweep.recipe.sweep.train}
-    return hashlib.sha256(json.dumps([shared, repr(sweep.evaluation)], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([shared, repr(sweep.questions)], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -> int:
@@ -233,22 +231,16 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
     return left
 
 
-def _cost(recipe: Recipe, cell: Cell, left: int, jobs: int) -> str:
+def _cost(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
     """Return the cost of one cell as text. Raises UserError with the problems of the cell if it cannot run."""
     from milora_vl.train.dry_run import dry_run
 
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, f"{cell.name}.yaml")
-        file.write_text(recipe_of(recipe, cell).to_yaml(), encoding="utf-8")
-        # The real output folder may hold a run to resume.
-        request = command_line.parse(["--recipe", str(file), "--dry-run", "--output_dir", str(Path(folder, cell.name))])
-        try:
-            run = dry_run.outlook(request)
-        except UserError as error:
-            first = Problem("a cell cannot run", "sweep-cell-cannot-run", cell.name, "correct the recipe of the sweep")
-            places = [str(problem.where).removeprefix(f"{folder}/") for problem in error.problems]
-            rest = [replace(problem, where=place) for problem, place in zip(error.problems, places, strict=True)]
-            raise UserError(problems=[first, *rest]) from None
+    try:
+        # Not in the folder of the cell, which may hold a run to resume.
+        run = dry_run.outlook(recipe_of(sweep.recipe, cell), cell.name, sweep.folder / "planned")
+    except UserError as error:
+        first = Problem("a cell cannot run", "sweep-cell-cannot-run", cell.name, "correct the recipe of the sweep")
+        raise UserError(problems=[first, *error.problems]) from None
     words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured after the first cell):\n  "
     return words + "\n  ".join([*(f"warning: {warning}" for warning in run.warnings), *run.costs.lines])
 

@@ -21,6 +21,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "minor-flat": {"method": "milora", "sigma": "none"},  # the minor directions without their singular values
     "lora-decay": {"method": "lora", "train": {"weight_decay": 0.1}},
 }
+CellNumbers = Mapping[str, Any]
+"""What a finished cell has measured, and its place among the cells: the columns of cells.csv."""
 _EDITS = ("method", "protect", "rank", "alpha", "dropout")
 
 

@@ -13,13 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 from milora_vl.common.cli.table import Table
-from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.results import Mean, mean_of
 
-Result = Mapping[str, Any]  # the numbers of one cell
 # Where the curves are read, between the lowest loss of the reference (0) and the highest on its curve (1).
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PICTURES = "forgetting_pictures"  # the second number of vision-language tasks
@@ -79,7 +77,7 @@ class Reading:
     seeds: int
 
 
-def about_pictures(results: Mapping[Cell, Result]) -> dict[Cell, Result]:
+def about_pictures(results: Mapping[Cell, CellNumbers]) -> dict[Cell, CellNumbers]:
     """Return the results with what was forgotten about pictures as `forgetting`; empty if no cell measures it."""
     return {
         cell: {**result, "forgetting": result[PICTURES]}
@@ -122,7 +120,7 @@ def forgetting_at(front: Sequence[Spot], loss: float) -> float | None:
     return front[-1].forgetting
 
 
-def curves_of(results: Mapping[Cell, Result]) -> Curves:
+def curves_of(results: Mapping[Cell, CellNumbers]) -> Curves:
     """Return the curve of each seed of each arm; a seed without a finite number has none."""
     spots: dict[str, dict[int, list[Spot]]] = {}
     for cell, result in results.items():

@@ -14,9 +14,9 @@ from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import draw, write_csv
 from milora_vl.sweep import plots
-from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.curves import Reading, about_pictures, curves_of, curves_table, read
-from milora_vl.sweep.results import Answers, Arm, Pair, Result, arms, pairs
+from milora_vl.sweep.results import Answers, Arm, Pair, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
 FORGETS = "forgetting on general text, nats per token"
@@ -29,8 +29,8 @@ class Compared:
     folder: Path
     title: str
     cells: Sequence[Cell]
-    results: Mapping[Cell, Result]
-    failed: Mapping[Cell, Result]
+    results: Mapping[Cell, CellNumbers]
+    failed: Mapping[Cell, Mapping[str, Any]]
     answers: Answers
     seeds: int
     metric: str
@@ -84,14 +84,14 @@ def _in_order(all_arms: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
     return sorted(all_arms, key=lambda arm: requested.index((arm.points[0].method, arm.points[0].rank)))
 
 
-def equal_loss_table(results: Mapping[Cell, Result], reference: str) -> Table | None:
+def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Table | None:
     """Return the table of all arms at the losses of the reference; None if the reference has no finished cell."""
     readings = read(curves_of(results), reference)
     return curves_table(readings, read(curves_of(about_pictures(results)), reference)) if readings else None
 
 
 def panels(
-    results: Mapping[Cell, Result], cells: Sequence[Cell], seeds: int, forgets: str, reference: str
+    results: Mapping[Cell, CellNumbers], cells: Sequence[Cell], seeds: int, forgets: str, reference: str
 ) -> list[plots.Panel]:
     """Return the panels of the figure of curves: text, and pictures if the cells measure them."""
     found = [plots.Panel(forgets, _in_order(arms(results, seeds), cells), curves_of(results), reference)]

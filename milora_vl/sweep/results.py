@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_eval.stats import Difference, paired_difference
-from milora_vl.sweep.cells import Cell
+from milora_vl.sweep.cells import Cell, CellNumbers
 
-Result = Mapping[str, Any]  # the numbers of one cell
 # The test items of a cell: id -> (score, group, usually the picture); items of one group are not independent.
 Answers = Callable[[Cell], Mapping[str, tuple[float, Any]]]
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on.
@@ -90,11 +89,11 @@ def mean_of(values: Sequence[float]) -> Mean:
     return Mean(centre, t * spread / math.sqrt(n), n)
 
 
-def arms(results: Mapping[Cell, Result], seeds: int) -> list[Arm]:
+def arms(results: Mapping[Cell, CellNumbers], seeds: int) -> list[Arm]:
     """Group the results by arm. The validation loss selects the best training among those with all seeds."""
     grouped = []
     for method, rank in dict.fromkeys(cell.arm for cell in results):
-        by_rate: dict[float, dict[int, Result]] = {}
+        by_rate: dict[float, dict[int, CellNumbers]] = {}
         for cell, result in results.items():
             if cell.arm == (method, rank):
                 by_rate.setdefault(cell.learning_rate, {})[cell.seed] = result
@@ -137,7 +136,7 @@ def front(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, Result]) -> Point:
+def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, CellNumbers]) -> Point:
     def over_seeds(key: str) -> Mean:
         return mean_of([float(result[key]) for result in by_seed.values()])
 

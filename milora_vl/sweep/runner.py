@@ -16,40 +16,30 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from milora_eval import evaluator
 from milora_eval.scores.results import require_lines
 from milora_eval.suites import results_name
 from milora_vl.common.atomic_write import read_json, write_json, write_text
-from milora_vl.common.cli.eval_command import eval_trained
 from milora_vl.common.errors import UserError
-from milora_vl.sweep.cells import Cell, recipe_of
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
+from milora_vl.sweep.cells import Cell, CellNumbers, recipe_of
 from milora_vl.train.plan.run_folder import require_free
 from milora_vl.train.recipe.schema import Recipe
-
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """The evaluation of a cell after its training."""
-
-    suite: str
-    data: str | None
-    limit: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """The folder of a sweep and the settings that its cells share."""
+    """The folder of a sweep, and what its cells share: the recipe, and the questions that score them."""
 
     folder: Path
     recipe: Recipe
-    evaluation: Evaluation
+    questions: QuestionSet
 
     def run_folder(self, cell: Cell) -> Path:
         """Return the run folder of a cell."""
@@ -57,15 +47,15 @@ class Sweep:
 
     def results_folder(self, cell: Cell) -> Path:
         """Return the folder with the answers of a cell."""
-        return self.run_folder(cell) / "eval" / results_name(self.evaluation.suite) / "final"
+        return self.run_folder(cell) / "eval" / results_name(self.questions.suite) / "final"
 
-    def result(self, cell: Cell) -> Result | None:
+    def result(self, cell: Cell) -> CellNumbers | None:
         """Return the result of a cell; None if it is not finished, or if its answers have been deleted."""
         if not (self.results_folder(cell) / "predictions.jsonl").is_file():
             return None  # the paired tests need the answers
         return read_json(self.folder / "cells" / f"{cell.name}.json")
 
-    def failure(self, cell: Cell) -> Result | None:
+    def failure(self, cell: Cell) -> dict[str, Any] | None:
         """Return the failure of a cell; None if it has a result or has not run."""
         return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
 
@@ -89,8 +79,9 @@ class Sweep:
 
     def evaluating(self, cell: Cell) -> list[str]:
         """Return the command that evaluates a trained cell."""
-        run, (suite, data, limit) = self.run_folder(cell), astuple(self.evaluation)
-        return ["-m", *eval_trained(run, self.recipe.model, suite, data=data, limit=limit, with_base=False)]
+        run = self.run_folder(cell)
+        request = EvaluationRequest.of_run(run, self.recipe.model, self.questions, with_base=False)
+        return ["-m", *evaluator.command(request)]
 
 
 def run_cells(
@@ -170,7 +161,7 @@ def _wait_for_killed_sweep(run: Path) -> None:
             time.sleep(1)
 
 
-def _collect(sweep: Sweep, cell: Cell) -> Result:
+def _collect(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     """Return the numbers of a finished cell: validation loss, headline score, forgetting.
 
     Raises ValueError if the training logged no evaluation loss, KeyError or OSError if a file or number is missing.

@@ -1,60 +1,50 @@
-"""Scores during a training (`--eval_suite_every N`), and the start of `milora_eval` after it (`eval:` of a recipe).
+"""Scores during a training (`--eval_suite_every N`): a small suite is asked of the training model.
 
-During the training, a small suite is scored on the training model. The log gets `eval_suite_BENCHMARK` and its standard
-error, in percent or points as in tables. After it, `python -m milora_eval run` starts in a separate process.
+The log gets `eval_suite_BENCHMARK` and its standard error, in percent or points as in tables.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from milora_vl.common.errors import Key, UserError
+from milora_vl.common.evaluator import TrainingQuestions, evaluator
 from milora_vl.train.plan import eval_section
 from milora_vl.train.recipe.schema import Recipe
 
 
-class Scored(Protocol):
-    """Suites whose questions are read; `measure` asks them. `names` has the benchmarks."""
-
-    names: tuple[str, ...]
-
-    def measure(self, model: Any, processor: Any) -> dict[str, float]:
-        """Return `eval_suite_BENCHMARK` and its standard error for each benchmark."""
-
-
-def suites_of(recipe: Recipe) -> Scored | None:
-    """Return the suites to score during training, None if the recipe asks for none.
+def training_questions(recipe: Recipe) -> TrainingQuestions | None:
+    """Return the questions to ask during training, None if the recipe asks for none.
 
     Raises UserError for missing data, and for a metric of the best checkpoint that no suite measures.
     """
     config = recipe.eval
     if config.suite_every is None:
         return None
-    scored: Scored = importlib.import_module("milora_eval.during").Suites(
+    questions = evaluator().training_questions(
         eval_section.suites_of(recipe),
         config.suite_limit,
         template=recipe.template,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
     )
     metric = str(recipe.train.get("metric_for_best_model") or "").removeprefix("eval_")
-    if metric.startswith("suite_") and metric.removeprefix("suite_") not in scored.names:
+    if metric.startswith("suite_") and metric.removeprefix("suite_") not in questions.names:
         raise UserError(
-            f"{metric} is not measured: the suites have {', '.join(scored.names)}",
+            f"{metric} is not measured: the suites have {', '.join(questions.names)}",
             code="metric-unknown",
             where=Key.of("train.metric_for_best_model"),
-            hint=f"for example  suite_{scored.names[0]}",
+            hint=f"for example  suite_{questions.names[0]}",
         )
-    return scored
+    return questions
 
 
 class SuiteCallback(TrainerCallback):
     """Measure the scores every `every` steps and at the last step. All processes measure; the trainer logs once."""
 
-    def __init__(self, suites: Scored, every: int, trainer: Any, processor: Any) -> None:
-        self.suites, self.every, self.trainer, self.processor = suites, every, trainer, processor
+    def __init__(self, questions: TrainingQuestions, every: int, trainer: Any, processor: Any) -> None:
+        self.questions, self.every, self.trainer, self.processor = questions, every, trainer, processor
         self._step, self._scores = -1, dict[str, float]()
 
     def scores(self) -> dict[str, float]:
@@ -62,7 +52,7 @@ class SuiteCallback(TrainerCallback):
         trainer = self.trainer
         if self._step != trainer.state.global_step:
             with trainer.compute_loss_context_manager():
-                self._scores = self.suites.measure(trainer.model, self.processor)
+                self._scores = self.questions.measure(trainer.model, self.processor)
             self._step = trainer.state.global_step
         return dict(self._scores)
 

@@ -22,6 +22,7 @@ import torch
 from milora_data.encode.templates import OWN, no_tools
 from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.errors import UserError, with_context
+from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
@@ -39,7 +40,7 @@ from milora_vl.train import (
     run_files,
     training_arguments,
 )
-from milora_vl.train.evaluation import Scored, SuiteCallback, suites_of
+from milora_vl.train.evaluation import SuiteCallback, training_questions
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.keep import Kept
 from milora_vl.train.model import Built
@@ -108,7 +109,7 @@ class Ready:
     lengths: list[int] | None  # of the rows, where batches go by them
     batching: Batching
     probe: Probe | None  # the base's predictions, for forgetting during training
-    suites: Scored | None  # questions, for scores during training
+    questions: TrainingQuestions | None  # for scores during training
 
 
 def make_ready(plan: Plan, screen: Screen) -> Ready:
@@ -120,7 +121,7 @@ def make_ready(plan: Plan, screen: Screen) -> Ready:
         plan, line = plan.composed()
     if line:
         screen.say(line)
-    suites = suites_of(plan.recipe)
+    questions = training_questions(plan.recipe)
     record_checks.require_trainable(plan.recipe, plan.base, data.train, data.evaluation or ())
     loaded, processor = load_base_model(plan, args, screen)
     probe = None
@@ -139,7 +140,7 @@ def make_ready(plan: Plan, screen: Screen) -> Ready:
         rows = loaders.stream_of(plan.recipe, args)
     built, kept, spectra = adapt(plan, loaded, processor, data, args, screen)
     run_files.set_chat_template(processor, plan.recipe.template)
-    return Ready(plan, data, args, processor, built, kept, spectra, rows, lengths, batching, probe, suites)
+    return Ready(plan, data, args, processor, built, kept, spectra, rows, lengths, batching, probe, questions)
 
 
 def read_inputs(plan: Plan, screen: Screen) -> tuple[RunData, TrainingArguments, Batching]:
@@ -323,8 +324,8 @@ def make_trainer(ready: Ready, first_files: FirstFiles) -> MiloraTrainer:
     trainer.add_callback(AtFirstStep(first_files.write))
     if ready.probe is not None and recipe.eval.forgetting_every:
         trainer.add_callback(ForgettingCallback(ready.probe, recipe.eval.forgetting_every, trainer))
-    if ready.suites is not None and recipe.eval.suite_every:
-        trainer.suites = SuiteCallback(ready.suites, recipe.eval.suite_every, trainer, ready.processor)
+    if ready.questions is not None and recipe.eval.suite_every:
+        trainer.suites = SuiteCallback(ready.questions, recipe.eval.suite_every, trainer, ready.processor)
         trainer.add_callback(trainer.suites)
     return trainer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import email
 import re
 import subprocess
@@ -11,6 +12,9 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+
+from milora_eval import evaluator as registered
+from milora_vl.common import evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {
@@ -61,6 +65,13 @@ def test_every_file_of_a_package_is_in_the_wheel(wheel: zipfile.ZipFile) -> None
 def test_the_wheel_is_small(wheel: zipfile.ZipFile) -> None:
     """No weights but the projector's (at most 3 MB) and no data sets."""
     assert sum(info.compress_size for info in wheel.infolist()) < 6_000_000
+
+
+def test_it_registers_its_evaluator(wheel: zipfile.ZipFile) -> None:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt")]
+    groups = configparser.ConfigParser()
+    groups.read_string(wheel.read(name).decode())
+    assert dict(groups[evaluator.GROUP]) == {"milora_eval": registered.__name__}
 
 
 def test_the_licence_travels_with_it(wheel: zipfile.ZipFile, metadata: Message) -> None:

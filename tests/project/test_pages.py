@@ -16,10 +16,11 @@ from milora_data.pictures.thumbnails import fitting, small
 from milora_eval.__main__ import main as evaluation
 from milora_vl.analyze import __main__ as analyze
 from milora_vl.common.cli import page as render
+from milora_vl.common.evaluator import QuestionSet
 from milora_vl.report.page import write_report
 from milora_vl.sweep import page as sweep_page
 from milora_vl.sweep.cells import make_cells
-from milora_vl.sweep.runner import Evaluation, Sweep
+from milora_vl.sweep.runner import Sweep
 from milora_vl.train.recipe.schema import Recipe
 from support import browser, fake_run
 from support.stored_answers import write_answers
@@ -75,7 +76,7 @@ def a_show(folder: Path) -> Path:
 
 
 def a_sweep(folder: Path) -> Path:
-    sweep = Sweep(folder, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
+    sweep = Sweep(folder, Recipe.parse(RECIPE), QuestionSet("emoji"))
     cells = make_cells(sweep.recipe, ["milora", "lora", "minor-flat"], [1e-4, 1e-3], None, 2)
     for place, cell in enumerate(cells[:-1]):
         finish_cell(sweep, cell, loss=1 - cell.learning_rate, right=[True, place % 2 == 0], forgetting=0.1 + place / 50)

@@ -13,13 +13,14 @@ import pytest
 import yaml
 
 from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _remember as remember
 from milora_vl.sweep.__main__ import _same_sweep as same_sweep
 from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
-from milora_vl.sweep.runner import Evaluation, Sweep, run_cells
+from milora_vl.sweep.runner import Sweep, run_cells
 from milora_vl.train.recipe.schema import Recipe
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -28,7 +29,7 @@ from support.sweep_cells import RECIPE, finish_cell
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
-    return Sweep(tmp_path, Recipe.parse(RECIPE), Evaluation("emoji", None, None))
+    return Sweep(tmp_path, Recipe.parse(RECIPE), QuestionSet("emoji"))
 
 
 def test_cells_are_every_combination_and_full_has_no_rank() -> None:
@@ -151,7 +152,7 @@ def test_the_validation_loss_is_that_of_the_weights_that_are_evaluated(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch, keeps_best: bool, loss: float
 ) -> None:
     train = sweep.recipe.train | {"load_best_model_at_end": keeps_best, "save_steps": 1, "eval_steps": 1}
-    swept = Sweep(sweep.folder, sweep.recipe.model_copy(update={"train": train}), sweep.evaluation)
+    swept = Sweep(sweep.folder, sweep.recipe.model_copy(update={"train": train}), sweep.questions)
     cell = Cell("milora", 1e-3, None, 7)
     finish_cell(swept, cell, loss=0.0, right=[True], forgetting=0.1)
     (swept.folder / "cells" / f"{cell.name}.json").unlink()
@@ -187,7 +188,7 @@ def test_own_questions_score_the_cells(tmp_path: Path) -> None:
     questions.write_text(json.dumps([{"image": "cat.png", "question": "What?", "answer": "cat"}]))
     with raises_code("benchmark-missing-pictures", where="--data"):
         main(["--recipe", str(recipe), "--methods", "lora", "--lrs", "1e-3", "--suite", str(questions), "--plan"])
-    sweep = Sweep(tmp_path, Recipe.parse(RECIPE), Evaluation(str(questions), None, None))
+    sweep = Sweep(tmp_path, Recipe.parse(RECIPE), QuestionSet(str(questions)))
     cell = Cell("lora", 1e-3, None, 7)
     assert sweep.results_folder(cell) == sweep.run_folder(cell) / "eval" / "mine" / "final"
     assert f"--suite {questions} --output_dir" in " ".join(sweep.evaluating(cell))
@@ -292,7 +293,7 @@ def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
     def sweep_with(alpha: int, **more: dict[str, Any]) -> Sweep:
         variants = {"strong": {"method": "lora", "alpha": alpha}, **more}
         recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": variants}})
-        return Sweep(tmp_path, recipe, Evaluation("emoji", None, None))
+        return Sweep(tmp_path, recipe, QuestionSet("emoji"))
 
     remember(sweep_with(16))
     joined = sweep_with(16, another={"method": "dora"})

@@ -16,6 +16,7 @@ from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import load_items, other_questions
 from milora_eval.suites import Chosen, choose, data_folder, folder_of, has_files
 from milora_vl.common.errors import DataError, Key, UserError, at_flag
+from milora_vl.common.evaluator import QuestionSet
 
 Items = dict[str, list[Item]]
 """The items of each benchmark, by its name."""
@@ -103,14 +104,13 @@ def read_chosen(chosen: Chosen, data_dir: Path, limit: int | None = None) -> Ite
     return read(chosen.benchmarks, data_dir, limit or chosen.limit)
 
 
-def require_questions(
-    value: str, data: str | None, *, at: str | Key = "--suite", data_at: str | Key = "--data"
-) -> None:
+def require_questions(questions: QuestionSet, *, at: str | Key = "--suite", data_at: str | Key = "--data") -> None:
     """Raise UserError, with the places `at` and `data_at`, for what an evaluation after a training would fail with.
 
     That is unknown names, missing files, and mistakes in own files of questions, which are read.
     """
-    folder = data_folder(value, data)
+    value = questions.suite or questions.benchmarks
+    folder = data_folder(value, questions.data)
     with at_flag(at):
         chosen = choose(value)
     own = [benchmark for benchmark in chosen.benchmarks if isinstance(benchmark, OwnData)]

@@ -14,7 +14,8 @@ from milora_vl.core.adapter.folders import base_of, holds_adapter, require_adapt
 class EvalTarget:
     """The model to load, its adapter (or None), and the base to compare with (None: the model itself).
 
-    `which` is base, final or checkpoint-N, or with a scale final-scale-0.5. `scale` is the size of the update.
+    `which` is base, final or checkpoint-N, or with a scale final-scale-0.5. `scale` is the size of the update. `dtype`
+    and `device` are names, as in the flags.
     """
 
     model: str
@@ -22,6 +23,8 @@ class EvalTarget:
     base: str | None
     which: str
     scale: float = 1.0
+    dtype: str | None = None
+    device: str | None = None
 
     @property
     def has_base(self) -> bool:
@@ -34,15 +37,23 @@ class EvalTarget:
         return self.adapter or Path(self.model)
 
 
-def eval_target(model: str, adapter: Path | None, base: str | None, scale: float = 1.0) -> EvalTarget:
-    """Resolve the flags --model, --adapter, --base and --scale. Raises UserError if they contradict each other."""
+def eval_target(
+    model: str,
+    adapter: Path | None,
+    base: str | None,
+    scale: float = 1.0,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> EvalTarget:
+    """Resolve the flags of a model that is loaded. Raises UserError if they contradict each other."""
     require_no_base(model, adapter, base)
     folder = Path(model)
     if adapter is None and holds_adapter(folder):
         model, adapter = base_of(folder), folder
     if adapter is not None:
         require_adapter(adapter, "--adapter", "milora_eval", "run", "--model", model, "--adapter")
-        return EvalTarget(model, adapter, None, named(_which(adapter), scale), scale)
+        return EvalTarget(model, adapter, None, named(_which(adapter), scale), scale, dtype, device)
     if base is None and scale != 1:
         raise UserError(
             "needs an update to scale: an adapter, or a fully trained model and its base",
@@ -51,7 +62,8 @@ def eval_target(model: str, adapter: Path | None, base: str | None, scale: float
             hint="add:  --adapter FOLDER   or   --base MODEL",
         )
     is_trained = base is not None or (folder / "recipe.yaml").is_file() or _is_checkpoint(folder)
-    return EvalTarget(model, None, base, named(_which(folder), scale) if is_trained else "base", scale)
+    which = named(_which(folder), scale) if is_trained else "base"
+    return EvalTarget(model, None, base, which, scale, dtype, device)
 
 
 def named(which: str, scale: float) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from milora_eval.commands.flags import PLUGIN
 from milora_eval.scores.compare import Pair, compare, num_common
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.table import pairs_table
@@ -28,7 +29,7 @@ examples:
         option("a", type=Path, metavar="A", help="results folder, for example runs/one/eval/emoji/final"),
         option("b", type=Path, metavar="B", help="second results folder; differences are B minus A"),
     ),
-    settings=(shared("plugin"),),
+    settings=(PLUGIN,),
     outputs=(shared("format", choices=FORMATS),),
 )
 

@@ -16,6 +16,7 @@ from milora_data.formats.jsonfile import read_json
 from milora_eval.answers.identity import digest
 from milora_eval.answers.store import JUDGEMENTS, PREDICTIONS, Line, each_line, to_item
 from milora_eval.chat_server import ChatServer, api_key
+from milora_eval.commands.flags import KEY, PLUGIN
 from milora_eval.data_files import read_jsonl
 from milora_eval.scores.results import judgements, require_answers, review_of, score
 from milora_eval.scores.table import write_table
@@ -41,9 +42,9 @@ examples:
         ),
     ),
     settings=(
-        shared("plugin"),
+        PLUGIN,
         option("--judge_model", metavar="NAME", help="judge model (default: set by the benchmark)"),
-        shared("key_variable"),
+        KEY,
     ),
     outputs=(shared("format", choices=FORMATS),),
 )

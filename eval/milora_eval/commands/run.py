@@ -13,6 +13,7 @@ from milora_data.encode.templates import OWN, template_name
 from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, read_chosen
 from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.chat_server import KEY_VARIABLE, ChatServer, api_key
+from milora_eval.commands.flags import KEY, PROTOCOL
 from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
 from milora_eval.scores.table import write_table
@@ -32,7 +33,7 @@ INPUTS = (
     shared("adapter"),
     shared("base"),
     (
-        shared("suite"),
+        shared("suite", about="list of benchmarks, or FILE.json; see: python -m milora_eval ls"),
         option("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class"),
     ),
     shared(
@@ -42,7 +43,7 @@ INPUTS = (
 )
 ASKING = (
     shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
-    shared("protocol"),
+    PROTOCOL,
     shared("template"),
     shared("batch_size", default=BATCH_SIZE, about="questions per batch (default: %(default)s)"),
 )
@@ -87,7 +88,7 @@ examples:
             metavar="N",
             help=f"questions that the --server gets at once (default: {CONCURRENCY})",
         ),
-        shared("key_variable"),
+        KEY,
     ),
     outputs=OUTPUTS,
 )
@@ -118,10 +119,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
     if target is not None:
         _announce(options, target)
-    from milora_eval.evaluate import run_job, run_served
+    from milora_eval.evaluate import run_loaded, run_served
 
     if target is not None:
-        folders = run_job(options, target, plan, items)
+        folders = run_loaded(
+            target,
+            plan,
+            items,
+            options.output_dir,
+            with_base=options.with_base,
+            forgetting_tokens=options.forgetting_tokens,
+        )
     else:
         assert server is not None
         folders = run_served(server, options.served_model, plan, items, options.output_dir)
@@ -143,7 +151,9 @@ def _server(options: argparse.Namespace) -> ChatServer:
 def _target(options: argparse.Namespace) -> EvalTarget:
     _refuse(options, OF_SERVED, "belongs to a --server", "add:  --server URL")
     options.model = model_of(options.model, options.adapter, "milora_eval", "run", "--adapter")
-    target = eval_target(options.model, options.adapter, options.base, options.scale)
+    target = eval_target(
+        options.model, options.adapter, options.base, options.scale, dtype=options.dtype, device=options.device
+    )
     if options.with_base and not target.has_base:
         raise UserError(
             "this flag needs a trained model: --adapter A, or --model RUN with --base B",

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
     options.model = model_of(options.model, options.adapter, "milora_eval", "scales", "--adapter")
-    target = eval_target(options.model, options.adapter, options.base)
+    target = eval_target(options.model, options.adapter, options.base, dtype=options.dtype, device=options.device)
     if not target.has_base:
         raise UserError(
             "there is no update to scale: an adapter, or a fully trained model and its base",
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr.write(f"loading {options.model}" + (f" with {target.adapter}\n" if target.adapter else "\n"))
     from milora_eval import scan
 
-    points = scan.scan(options, target, plan, items)
+    points = scan.scan(options.scales, target, plan, items, options.output_dir, options.forgetting_tokens)
     folder = scan.write(points, options.output_dir, plan.suite, target.which)
     if options.format == "json":
         sys.stdout.write(json.dumps([asdict(point) for point in points], indent=1) + "\n")

@@ -14,6 +14,7 @@ from milora_eval.answers.identity import digest
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
 from milora_eval.benchmark import Benchmark
+from milora_eval.commands.flags import PLUGIN, PROTOCOL
 from milora_eval.data_files import load_items
 from milora_eval.scores.exports import export, join, read_llava_answers
 from milora_eval.scores.results import Results, numbers, score, write_results
@@ -40,8 +41,8 @@ examples:
         shared("data", about="folder with the files of that benchmark"),
     ),
     settings=(
-        shared("plugin"),
-        shared("protocol"),
+        PLUGIN,
+        PROTOCOL,
         shared("limit", about="score the same N items as `run --limit N`"),
     ),
     outputs=(

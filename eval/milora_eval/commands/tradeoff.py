@@ -9,6 +9,7 @@ from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 
+from milora_eval.commands.flags import PLUGIN
 from milora_eval.scores.tradeoff import read_evaluation, tradeoff
 from milora_eval.scores.tradeoff_report import CSV_HEADER, csv_rows, figure, table
 from milora_eval.suites import import_plugins
@@ -44,7 +45,7 @@ examples:
     ),
     settings=(
         flag("--sequence", "the runs learned the targets one after another: RUN i learned target i last"),
-        shared("plugin"),
+        PLUGIN,
     ),
     outputs=(
         shared("output_dir", about=f"folder for {FILE}.csv and the plot {FILE}.png (default: print only)"),

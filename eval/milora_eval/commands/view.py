@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from milora_eval.commands.flags import PLUGIN
 from milora_eval.scores.results import require_lines
 from milora_eval.scores.view import page
 from milora_eval.suites import import_plugins
@@ -27,7 +28,7 @@ examples:
         option("folder", type=Path, metavar="RUN", help="results folder, for example runs/one/eval/emoji/base"),
         option("other", type=Path, nargs="?", metavar="OTHER", help="second results folder to compare with"),
     ),
-    settings=(shared("plugin"),),
+    settings=(PLUGIN,),
     outputs=(
         shared("limit", default=1000, about="largest number of questions on the page (default: %(default)s)"),
         option("--output", type=Path, help="HTML file to write (default: view.html in the last folder)"),

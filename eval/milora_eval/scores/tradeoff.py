@@ -29,7 +29,7 @@ MUST_AGREE = ("decoding", "max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluation:
+class ModelAnswers:
     """The stored answers of one model: the lines of each benchmark and the settings they were generated with."""
 
     name: str
@@ -83,7 +83,7 @@ class Tradeoff:
     sequence: Sequential | None = None
 
 
-def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
+def read_evaluation(folder: Path, which: str, name: str) -> ModelAnswers:
     """Read the answers in a results folder, or in all `eval/*/WHICH` of a run; of a checkpoint those with its name.
 
     Raises UserError without answers, with too few, and for a benchmark with other answers in another suite of the run.
@@ -94,7 +94,7 @@ def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
         folders = [folder]
     elif not folders:
         require_answers(run)
-    found = Evaluation(name, folders, {}, {})
+    found = ModelAnswers(name, folders, {}, {})
     for each in folders:
         lines, results = require_lines(each), read_results(each)
         check_ids(each, results)
@@ -112,7 +112,7 @@ def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
     return found
 
 
-def tradeoff(base: Evaluation, runs: Sequence[Evaluation], targets: Sequence[str], *, sequence: bool) -> Tradeoff:
+def tradeoff(base: ModelAnswers, runs: Sequence[ModelAnswers], targets: Sequence[str], *, sequence: bool) -> Tradeoff:
     """Compare runs with their base: the gain on the targets, the change on every other benchmark that all have.
 
     With `sequence`, run i was trained on target i after the targets before it; its gain is over the targets so far.
@@ -208,7 +208,7 @@ def _name(pair: Pair) -> str:
     return stored_benchmark(pair.benchmark).name
 
 
-def _require_targets(targets: Sequence[str], everyone: Sequence[Evaluation], num_runs: int, sequence: bool) -> None:
+def _require_targets(targets: Sequence[str], everyone: Sequence[ModelAnswers], num_runs: int, sequence: bool) -> None:
     for name in targets:
         for each in everyone:
             if name not in each.lines:
@@ -230,7 +230,7 @@ def _require_targets(targets: Sequence[str], everyone: Sequence[Evaluation], num
         )
 
 
-def _shared(everyone: Sequence[Evaluation]) -> tuple[list[str], list[str]]:
+def _shared(everyone: Sequence[ModelAnswers]) -> tuple[list[str], list[str]]:
     """Return the benchmarks that all have, and a note for each other one. Raises UserError for different rules."""
     names, notes = [], []
     for name in dict.fromkeys(name for each in everyone for name in each.lines):
@@ -250,7 +250,7 @@ def _shared(everyone: Sequence[Evaluation]) -> tuple[list[str], list[str]]:
     return names, notes
 
 
-def _common(everyone: Sequence[Evaluation], name: str, notes: list[str]) -> list[list[Line]]:
+def _common(everyone: Sequence[ModelAnswers], name: str, notes: list[str]) -> list[list[Line]]:
     """Return, per evaluation, the answers to the questions that all have, in the order of the base's.
 
     Adds a note if some have more. Raises UserError without common questions, and if one id belongs to two questions.
@@ -281,7 +281,7 @@ def _asked(line: Line) -> list[Any]:
     return [line["question"], line.get("context"), line["answers"]]
 
 
-def _settings(everyone: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
+def _settings(everyone: Sequence[ModelAnswers], names: Sequence[str]) -> list[str]:
     """Return a note for each setting in which a run differs from the base. Raises UserError if it must agree."""
     notes: dict[str, None] = {}
     for name in names:

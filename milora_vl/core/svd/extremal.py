@@ -51,7 +51,7 @@ NOISE_LIMIT = 0.05  # largest rounding error of the Gram matrix, as a share of t
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class BoundedTriplets:
     """Singular triplets U (m, r), S (r,) descending, V (n, r), and the bound on their excess."""
 
     U: Tensor
@@ -95,7 +95,7 @@ class Search:
         # Clipping is done in the precision of W, so with a more precise Gram matrix it would only add rounding.
         self.flat = flatten(W, sign > 0 and dtype == W.dtype, generator)
 
-    def run(self, tol: float) -> Result | None:
+    def run(self, tol: float) -> BoundedTriplets | None:
         """Return triplets with an excess of at most `tol`, or None if this Gram matrix is not accurate enough."""
         self.G = lower_gram(self.flat.rows(self.dtype), self.W.shape[1])
         # The rounding error of G is a share of its largest eigenvalue, for which there are two estimates.
@@ -138,7 +138,7 @@ class Search:
             space = self._ritz(both)
         return None
 
-    def _result(self, space: Space, excess: float) -> Result | None:
+    def _result(self, space: Space, excess: float) -> BoundedTriplets | None:
         """Return the triplets of the space, or None if refining the left vectors changes their certified norm."""
         U, S, V = triplets(space.Y[:, : self.rank], space.V[:, : self.rank])
         refined: tuple[Tensor, Tensor, Tensor] | None = U, S, V
@@ -149,7 +149,7 @@ class Search:
         if refined is None:
             return None
         before, after = (float(torch.linalg.vector_norm(s, dtype=torch.float64)) for s in (S, refined[1]))
-        return Result(*refined, excess) if abs(after - before) <= self.floor + 1e-6 * before else None
+        return BoundedTriplets(*refined, excess) if abs(after - before) <= self.floor + 1e-6 * before else None
 
     def _with_left_vectors(self, U: Tensor, S: Tensor, V: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Remove rounding errors from U, with the newest factor, or with a safe one if S is almost zero.

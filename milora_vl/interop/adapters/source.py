@@ -20,7 +20,7 @@ from milora_vl.core.adapter.folders import (
 )
 from milora_vl.core.adapter.sidecar import FILE_NAME
 
-Kind = Literal["ours", "plain", "llava", "residual"]
+AdapterKind = Literal["ours", "plain", "llava", "residual"]
 # Subfolders with initial factors: PEFT and LLaMA-Factory, ms-swift, the official MiLoRA, ours.
 INITIAL_NAMES = ("pissa_init", "milora_init", "lora_init", "initial_model")
 # The official MiLoRA script writes the initial adapter here, trains it, and writes the result to output_dir.
@@ -31,7 +31,7 @@ OFFICIAL_NAME = "lora"
 class Source:
     """A folder and its kind; for `residual` also the folders of the residual base and of the initial factors."""
 
-    kind: Kind
+    kind: AdapterKind
     folder: Path
     residual: Path | None = None
     initial: Path | None = None

@@ -40,7 +40,9 @@ from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.train.recipe.command_line import PROG, Request
 from milora_vl.train.recipe.hf_flags import value_of
+from milora_vl.train.recipe.layers import placed
 from milora_vl.train.recipe.merge import Settings, merge
+from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 
 
@@ -69,8 +71,16 @@ def show(settings: Settings) -> int:
     return 0 if run.costs.fits else 1
 
 
-def outlook(request: Request) -> Outlook:
-    """Return what a run will do, and print nothing. Raises UserError with everything that would stop the run."""
+def outlook(recipe: Recipe, source: str, output_dir: Path) -> Outlook:
+    """Return what a new run of a recipe will do, and print nothing; errors name the recipe by `source`.
+
+    Raises UserError with everything that would stop the run.
+    """
+    request = Request(
+        recipe=source,
+        file=RecipeFile(placed(recipe.model_dump(), lambda key: source), source),
+        output_dir=str(output_dir),
+    )
     settings = merge(request)
     with settings.places():
         return work_out(settings, Screen(io.StringIO()))

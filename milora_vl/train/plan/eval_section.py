@@ -1,25 +1,21 @@
-"""The `eval:` section of a recipe: checks before the training, and the commands that run after it.
-
-`require_runnable` imports the evaluators by name: milora_vl does not import milora_eval.
-"""
+"""The `eval:` section of a recipe: checks before the training, and the commands that run after it."""
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from pathlib import Path
 
-from milora_vl.common.cli.eval_command import eval_trained, is_file
 from milora_vl.common.errors import Key, UserError
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
+from milora_vl.report.repeat import is_file
 from milora_vl.train.recipe.schema import Recipe
 
 
 def commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
     """Return one command per suite, without the interpreter: it evaluates the base model and the trained model."""
-    return [
-        ["-m", *eval_trained(output_dir, recipe.model, suite, data=data, limit=recipe.eval.limit)]
-        for suite, data in suites_of(recipe).items()
-    ]
+    questions = [QuestionSet(suite, data, recipe.eval.limit) for suite, data in suites_of(recipe).items()]
+    requests = [EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions]
+    return [["-m", *evaluator().command(request)] for request in requests]
 
 
 def suites_of(recipe: Recipe) -> dict[str, str | None]:
@@ -49,6 +45,6 @@ def require_runnable(recipe: Recipe) -> None:
             where=Key.of("eval.suites"),
             hint="rename one of the files",
         )
-    require_questions = importlib.import_module("milora_eval.answers.questions").require_questions
     for suite, data in suites_of(recipe).items():
-        require_questions(suite, data, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))
+        questions = QuestionSet(suite, data)
+        evaluator().require_questions(questions, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))

@@ -206,11 +206,12 @@ class Request:
     gpu_memory: float | None = None  # GiB per device, for a plan
     words: tuple[str, ...] = field(default=(), compare=False)  # the command line as typed
     problems: tuple[Problem, ...] = ()  # of values that are left out; `merge` raises them with its own
+    file: RecipeFile | None = None  # the recipe, if it is no file
 
     @cached_property
     def recipe_file(self) -> RecipeFile:
         """The recipe, read once: an edit during the run does not change its settings and the lines in its errors."""
-        return read_recipe(self.recipe)
+        return self.file or read_recipe(self.recipe)
 
     def sets(self, path: str) -> bool:
         """Return whether a flag of the recipe's fields sets the key at the dotted path."""

@@ -1,0 +1,76 @@
+"""The evaluator of `milora_vl.common.evaluator`, as the entry point registers it: questions in, scores out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from milora_vl.common.errors import Key, UserError
+from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, TrainingQuestions
+
+
+def require_questions(questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
+    """Raise UserError, at these places, for what an evaluation would fail with: unknown names, missing files."""
+    from milora_eval.answers.questions import require_questions
+
+    require_questions(questions, at=at, data_at=data_at)
+
+
+def training_questions(
+    suites: Mapping[str, str | None],
+    limit: int,
+    *,
+    template: str,
+    image_aspect_ratio: Literal["pad", "plain", "anyres"],
+) -> TrainingQuestions:
+    """Read the questions of suites, each with its data folder. Raises UserError for missing data."""
+    from milora_eval.during import Suites
+
+    return Suites(suites, limit, template=template, image_aspect_ratio=image_aspect_ratio)
+
+
+def command(request: EvaluationRequest) -> list[str]:
+    """Return the words of `milora_eval run`, as they follow `python -m`.
+
+    >>> " ".join(command(EvaluationRequest(model="tiny", adapter="a", questions=QuestionSet("quick"), output_dir="a")))
+    'milora_eval run --model tiny --adapter a --suite quick --with_base --output_dir a'
+    """
+    questions = request.questions
+    values = {
+        "model": request.model,
+        "adapter": request.adapter,
+        "base": request.base,
+        "suite": questions.suite or None,
+        "benchmarks": questions.benchmarks or None,
+        "data": questions.data,
+        "dtype": request.dtype,
+        "device": request.device,
+        "limit": questions.limit,
+    }
+    words = ["milora_eval", "run"]
+    for name, value in values.items():
+        words += [] if value is None else [f"--{name}", str(value)]
+    words += ["--with_base"] if request.with_base else []
+    return [*words, "--output_dir", str(request.output_dir)]
+
+
+def scores(request: EvaluationRequest) -> dict[str, Any]:
+    """Evaluate in a separate process, without a measurement of forgetting; return the results by model.
+
+    Raises UserError if it fails; it has printed why.
+    """
+    words = [*command(request), "--forgetting_tokens", "0", "--format", "json"]
+    done = subprocess.run([sys.executable, "-m", *words], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise UserError(
+            f"the evaluation of {request.questions.suite} failed (see above)",
+            code="evaluation-failed",
+            where="--suite",
+            hint="correct what it reports, then repeat the command",
+            exit_code=1,
+        )
+    sides: dict[str, Any] = json.loads(done.stdout)
+    return sides

@@ -1,0 +1,100 @@
+"""What asks a model questions and scores its answers, as a training and other commands know it: `evaluator()`.
+
+Its package registers a module with the functions of `Evaluator` as an entry point of the group `milora_vl.evaluator`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from milora_vl.common.errors import Key, UserError
+
+GROUP = "milora_vl.evaluator"
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionSet:
+    """The questions of an evaluation: a suite, or `benchmarks` (names or files, with commas); their folder is `data`.
+
+    `limit` is the number of questions of each benchmark; None: all.
+    """
+
+    suite: str = ""
+    data: str | None = None
+    limit: int | None = None
+    benchmarks: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRequest:
+    """An evaluation of a finished model, and of its base if `with_base`. The results go to `output_dir`.
+
+    `model` is the base of the `adapter`, or a fully trained model beside its `base`. `dtype` and `device` are names.
+    """
+
+    model: str | Path
+    questions: QuestionSet
+    output_dir: str | Path
+    adapter: str | Path | None = None
+    base: str | Path | None = None
+    dtype: str | None = None
+    device: str | None = None
+    with_base: bool = True
+
+    @classmethod
+    def of_run(cls, run: Path, model: str, questions: QuestionSet, *, with_base: bool = True) -> EvaluationRequest:
+        """Return the evaluation of a run on `model`, into its folder; a config.json there means a full training."""
+        if (run / "config.json").is_file():
+            return cls(model=run, base=model, questions=questions, output_dir=run, with_base=with_base)
+        return cls(model=model, adapter=run, questions=questions, output_dir=run, with_base=with_base)
+
+
+class TrainingQuestions(Protocol):
+    """Questions that are read, to ask a model during its training. `names` has the benchmarks."""
+
+    names: tuple[str, ...]
+
+    def measure(self, model: Any, processor: Any) -> dict[str, float]:
+        """Return `eval_suite_BENCHMARK` and its standard error for each benchmark."""
+
+
+class Evaluator(Protocol):
+    """Questions in, scores out."""
+
+    def require_questions(self, questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
+        """Raise UserError, at these places, for what an evaluation would fail with: unknown names, missing files."""
+
+    def training_questions(
+        self, suites: Mapping[str, str | None], limit: int, *, template: str, image_aspect_ratio: Any
+    ) -> TrainingQuestions:
+        """Read the questions of suites, each with its data folder. Raises UserError for missing data."""
+        ...
+
+    def command(self, request: EvaluationRequest) -> list[str]:
+        """Return the words of the evaluation, as they follow `python -m`."""
+        ...
+
+    def scores(self, request: EvaluationRequest) -> Mapping[str, Any]:
+        """Evaluate in a separate process; return the results by model: `base`, and the name of the other.
+
+        Raises UserError if it fails; it has printed why.
+        """
+        ...
+
+
+def evaluator() -> Evaluator:
+    """Return the installed evaluator. Raises UserError unless one is registered."""
+    found = list(entry_points(group=GROUP))
+    if len(found) != 1:
+        names = ", ".join(entry.value for entry in found) or "none"
+        raise UserError(
+            f"expected one entry point of the group {GROUP}, found {names}",
+            code="evaluator-missing",
+            hint="install milora-vl again; in a clone:  make setup",
+        )
+    loaded: Evaluator = found[0].load()
+    return loaded
