@@ -219,7 +219,7 @@ class Adapted:
 
 
 def adapt(plan: Plan, loaded: Loaded, inputs: Inputs, screen: Screen) -> Adapted:
-    """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change."""
+    """Apply the policy, or load a checkpoint's adapter; the frozen weights do not change."""
     from transformers import set_seed
 
     recipe, checkpoint, args = loaded.recipe, plan.folder.checkpoint, inputs.args

@@ -7,8 +7,8 @@ The way of `apply_milora`, with the modules to read next:
 3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            config.py
 4. `install_factors` gives each factor a trained difference and the anchor    install.py, layers.py
 
-In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
-or a weight leaves the model unchanged.
+The base weights never change. Nothing of the model is changed before step 3, so an error in a rule or a weight leaves
+the model unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -28,24 +28,19 @@ from milora_vl.core.adapter.install import fix_A, install_factors, lora_layer, s
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import adopt
 from milora_vl.core.adapter.protection import Protection, fixed_factors
-from milora_vl.core.adapter.residual import make_residual, require_residual
 from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.calibration.calibrate import protected_inputs, require_task, task_sketches
 from milora_vl.core.init.initialize import Initial, Progress, initialize
 from milora_vl.core.policy import Policy, Rule, Target
-from milora_vl.core.policy.rules import NEEDS_ANCHORED
 from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
 from milora_vl.core.weights.fingerprint import sketch
 from milora_vl.core.weights.matrices import read_matrix
-
-Form = Literal["anchored", "residual"]
 
 
 def apply_milora(
     model: nn.Module,
     policy: Policy | str | Path | Sequence[Mapping[str, Any] | Rule],
     *,
-    form: Form = "anchored",
     calibration: Sequence[Mapping[str, Any]] | None = None,
     task: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
@@ -72,17 +67,13 @@ def apply_milora(
 
     Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed,
     CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an
-    adapter or do not support the form.
+    adapter.
 
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "dropout": 0.05}]
     >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
     >>> tuned.milora_report[0].rank, tuned.base_model.model[0].lora_A["default"].weight.shape
     (2, torch.Size([4, 4]))
     """
-    if form not in get_args(Form):
-        raise AdapterError(
-            f"expected one of {', '.join(get_args(Form))}, got {form!r}", code="adapter-value", where="form"
-        )
     require_module(model)
     if is_wrapped_by_peft(model):
         raise AdapterError(
@@ -94,7 +85,6 @@ def apply_milora(
     return apply_targets(
         model,
         Policy.parse(policy).resolve(model, cache_dir=cache_dir),
-        form=form,
         calibration=calibration,
         task=task,
         cache_dir=cache_dir,
@@ -106,7 +96,6 @@ def apply_targets(
     model: nn.Module,
     targets: Sequence[Target],
     *,
-    form: Form = "anchored",
     calibration: Sequence[Mapping[str, Any]] | None = None,
     task: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
@@ -116,8 +105,6 @@ def apply_targets(
 
     Resolving a policy can be slow: ranks that depend on spectra decompose every weight.
     """
-    if form == "residual":
-        _require_residual(model, targets)
     require_task(targets, task)  # before the calibration, which takes minutes
     inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
     sketches = task_sketches(model, targets, task, is_shown=bool(progress))
@@ -126,7 +113,7 @@ def apply_targets(
         return model
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
     fixed, protection = fixed_factors(targets, initial, sketches, inputs)
-    sidecar = _describe(model, targets, initial, form, fixed, protection)
+    sidecar = _describe(model, targets, initial, fixed, protection)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
         if target.rank is not None:
@@ -135,10 +122,6 @@ def apply_targets(
         install_factors(lora_layer(tuned, path), "default", initial[path].A0, initial[path].B0)
     for path, A in fixed.items():
         fix_A(lora_layer(tuned, path), "default", A)
-    if form == "residual":
-        drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}
-        reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
-        sidecar = replace(sidecar, reports=reports)
     tuned.remember("default", sidecar)
     check_rates_at_first_step(tuned)
     return tuned
@@ -179,7 +162,6 @@ def _describe(
     model: nn.Module,
     targets: Sequence[Target],
     initial: Mapping[str, Initial],
-    form: str,
     fixed: Mapping[str, Tensor],
     protection: Mapping[str, Protection],
 ) -> Sidecar:
@@ -197,7 +179,6 @@ def _describe(
     # A layer with a fixed A starts at directions of its triplets, but does not train these components.
     reports = {t.path: initial[t.path].report for t in targets if t.has_anchor}
     return Sidecar(
-        form,
         targets,
         {t.path: names[t.path] for t in targets},
         sketches,
@@ -205,18 +186,6 @@ def _describe(
         fixed={path: sketch(A) for path, A in fixed.items()},
         protection=protection,
     )
-
-
-def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
-    anchored = [t.path for t in targets if t.needs_anchored_form]
-    if anchored:
-        raise AdapterError(
-            NEEDS_ANCHORED,
-            code="adapter-residual-layer",
-            where=anchored[0],
-            hint="use form anchored, or method milora without these fields",
-        )
-    require_residual(model, [t.path for t in targets if t.has_anchor])
 
 
 def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:

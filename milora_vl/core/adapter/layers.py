@@ -352,37 +352,6 @@ class Conv2dB(Halves, nn.Conv2d):  # type: ignore[misc,override]
         return F.conv2d(x, self.joined, self.bias)
 
 
-class _Residual(Halves):
-    """Factors of the residual form, y = W_p x + s B A x, where the base weight holds W_p = W - s B0 A0.
-
-    Forward and merge use A = A0 + D and B = B0 + E, of rank r. A state dict holds the joined factor, so the saved
-    adapter is again one of rank 2r for the unchanged base model.
-    """
-
-    @property
-    def weight(self) -> Tensor:
-        """Return A or B, which is all that PEFT merges here. It is read-only, see `Joined`."""
-        if is_sharded(self.delta):
-            return self.delta
-        factor = self.anchor.to(self.delta.dtype) + self.delta
-        return factor if torch.compiler.is_compiling() else factor.as_subclass(Joined)
-
-    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        """Return A x or s B h: (..., in) -> (..., r), (..., r) -> (..., out); `onto` (..., out) is added."""
-        out = F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
-        if onto is None:
-            return out if scaling == 1 else out * scaling
-        return torch.add(onto, out, alpha=scaling).to(onto.dtype)
-
-
-class ResidualA(_Residual, LinearA):  # type: ignore[misc,override]
-    """A (r, in) of the residual form, held as A0 and D."""
-
-
-class ResidualB(_Residual, LinearB):  # type: ignore[misc,override]
-    """B (out, r) of the residual form, held as B0 and E."""
-
-
 ANCHOR_SUFFIX = "_anchor"
 
 

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from milora_vl.core.adapter.apply import Form, apply_milora
+from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.adapter.base_check import fitted
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.install import factors, has_halves, lora_layer
@@ -43,7 +43,6 @@ _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 def reinit_peft(
     peft_model: PeftModel,
     part: Part = "minor",
-    form: Form = "anchored",
     *,
     protect: float = 0.0,
     calibration: Sequence[Mapping[str, Any]] | None = None,
@@ -79,7 +78,7 @@ def reinit_peft(
     ]
     base = peft_model.unload()
     forget_peft(base)
-    return apply_milora(base, rules, form=form, calibration=calibration, progress=progress)
+    return apply_milora(base, rules, calibration=calibration, progress=progress)
 
 
 def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:

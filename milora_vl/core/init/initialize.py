@@ -50,7 +50,6 @@ class LayerReport:
     - `sigma_top`: the largest singular value of W; a lower estimate if `svd` is gram or gram64.
     - `energy`: the share of ||W||_F^2 in the trained components.
     - `excess`: a certified bound on the error of their norm, see `Factors`.
-    - `drift`: ||W_0 - W||_F / ||W||_F for the weight W_0 at step 0; 0 in the anchored form.
     - `seconds`: the time of the decomposition.
     """
 
@@ -65,7 +64,6 @@ class LayerReport:
     energy: float
     excess: float
     svd: str
-    drift: float
     seconds: float
 
     def __str__(self) -> str:
@@ -239,7 +237,7 @@ def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path |
 
 
 def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
-    """Return A0 and B0. In the anchored form any scale is allowed, because B0 A0 is subtracted."""
+    """Return A0 and B0. Any scale is allowed, because B0 A0 is subtracted."""
     if sigma == "none":
         return factors.Vh, factors.U
     if isinstance(sigma, FloorSigma):
@@ -262,7 +260,6 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         energy=energy / factors.norm**2 if factors.norm > 0 else 0.0,
         excess=factors.excess,
         svd=factors.method,
-        drift=0.0,
         seconds=seconds,
     )
 

@@ -18,7 +18,6 @@ from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
 from milora_vl.core.policy.default import without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
-from milora_vl.core.policy.rules import NEEDS_ANCHORED
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.loading import split_processor
@@ -52,7 +51,7 @@ def fit(merged: Merged) -> Fitted:
     if recipe is not None and base is not None:
         template = OWN if "template" in merged.defaults and base.own_pictures else recipe.template
         recipe = recipe.model_copy(update={"policy": rules, "template": template})
-        checks = _require_prepared, _require_form, _require_base, _require_calibration_files, _require_trained_parts
+        checks = _require_prepared, _require_base, _require_calibration_files, _require_trained_parts
         for check in checks:
             with collected(problems):
                 check(recipe, base, targets)
@@ -171,25 +170,15 @@ def _no_feature_cache(base: Base) -> UserError:
     )
 
 
-def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    if recipe.adapter is None and recipe.form == "residual" and any(target.needs_anchored_form for target in targets):
-        raise UserError(
-            NEEDS_ANCHORED,
-            code="adapter-residual-layer",
-            where=Key.of("form"),
-            hint="use form anchored, or method milora without these fields",
-        )
-
-
 def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
     """Raise UserError if `keep` cannot compare with the base, because the training changes it or its tower is gone."""
     only_full = bool(targets) and all(target.rank is None for target in targets)
-    if recipe.keep.weight and (recipe.form == "residual" or only_full):
+    if recipe.keep.weight and only_full:
         raise UserError(
             "compares with the base, which this training changes",
             code="keep-needs-base",
             where=Key.of("keep.weight"),
-            hint="train an adapter in the anchored form, or set the weight to 0",
+            hint="train an adapter, or set the weight to 0",
         )
     if recipe.keep.weight and recipe.data.feature_cache:
         raise UserError(

@@ -16,7 +16,7 @@ from milora_vl.train.recipe import continued, llava_flags
 from milora_vl.train.recipe.command_line import PROG, Request
 from milora_vl.train.recipe.hf_flags import overridden, value_of
 from milora_vl.train.recipe.llava_flags import Meaning
-from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited
+from milora_vl.train.recipe.policy_edits import ADAPTERS, edited
 from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, conflicts, policy_problems, values_of
 
@@ -69,7 +69,7 @@ def merge_recipe(request: Request) -> Merged:
         wrong = policy_problems(rules)
         problems += file_of_rules(request).located(wrong)
         with collected(problems):
-            after_flags = edited(rules, _edits(request, file, rules))
+            after_flags = edited(rules, request.edits)
             problems += [problem for problem in policy_problems(after_flags) if problem not in wrong]
     recipe, notes = None, [meaning.line] if meaning.line else []
     if of_file is not None and of_flags is not None and after_flags is not None and not problems:
@@ -107,15 +107,6 @@ def merge_recipe(request: Request) -> Merged:
         notes=notes,
         warnings=meaning.warnings,
     )
-
-
-def _edits(request: Request, file: RecipeFile, rules: list[RuleDict] | None) -> PolicyEdits:
-    """Return the edits of the flags. Without a policy, the residual form means MiLoRA as in the paper."""
-    form = request.overrides.get("form") or file.content.get("form")
-    is_default = request.edits.protect is None and (rules is None or request.llava)
-    if form != "residual" or not is_default:
-        return request.edits
-    return replace(request.edits, protect=0.0, method=request.edits.method or "milora")
 
 
 def _merged_content(of_file: Recipe, request: Request, meaning: Meaning) -> tuple[dict[str, Any], list[str]]:

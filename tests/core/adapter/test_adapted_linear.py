@@ -15,7 +15,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from milora_vl.core.adapter.apply import Form, apply_milora
+from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.adapter.layers import AdaptedLinear
 from support.adapter_cases import move
@@ -35,12 +35,10 @@ class Two(nn.Module):
         return out
 
 
-def adapted(
-    *, bias: bool = False, dtype: torch.dtype = torch.float32, form: Form = "anchored", **fields: Any
-) -> PeftModel:
+def adapted(*, bias: bool = False, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
     rule = {"modules": "*", "method": "milora", "rank": 4, "alpha": 6, **fields}
-    model = apply_milora(Two(bias=bias).to(dtype), [rule], form=form)
+    model = apply_milora(Two(bias=bias).to(dtype), [rule])
     move(model, 0.1)
     return model
 
@@ -73,7 +71,6 @@ def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, 
     return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("form", ["anchored", "residual"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
@@ -86,9 +83,9 @@ def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, 
     ],
 )
 def test_outputs_and_gradients_are_those_of_pefts_forward(
-    form: Form, bias: bool, dtype: torch.dtype, autocast: bool, tolerance: float
+    bias: bool, dtype: torch.dtype, autocast: bool, tolerance: float
 ) -> None:
-    model, x = adapted(form=form, bias=bias, dtype=dtype), batch(3, 5).to(dtype)
+    model, x = adapted(bias=bias, dtype=dtype), batch(3, 5).to(dtype)
     ours = result(model, x, autocast=autocast)
     with stock_forward():
         stock = result(model, x, autocast=autocast)

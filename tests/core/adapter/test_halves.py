@@ -10,8 +10,6 @@ from milora_vl.core.adapter.layers import (
     Halves,
     LinearA,
     LinearB,
-    ResidualA,
-    ResidualB,
     join,
     lossless,
     recover,
@@ -205,14 +203,3 @@ def test_anchors_keep_a_narrow_dtype_only_where_nothing_is_lost() -> None:
     assert A.anchor.dtype == torch.float32
     assert torch.equal(A.anchor, third[3:])
     assert lossless(torch.tensor([0.5]), torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_the_residual_form_multiplies_a_and_b_and_saves_the_joined_factors() -> None:
-    A, B = pair(moved=1.0)
-    A.__class__, B.__class__ = ResidualA, ResidualB
-    assert A.weight.shape == (3, 8)
-    x = torch.randn(2, 8)
-    expected = nn.functional.linear(nn.functional.linear(x, A.anchor + A.delta), B.anchor + B.delta)
-    assert torch.equal(B(A(x)), expected)
-    assert A.state_dict()["weight"].shape == (6, 8)
-    assert B.state_dict()["weight"].shape == (6, 6)

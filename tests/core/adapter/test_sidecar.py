@@ -20,13 +20,13 @@ TARGETS = [
 ]
 REPORT = LayerReport(
     path=PATH, shape=(4, 3), tower="language", method="milora", rank=2, sigma_min=0.1, sigma_max=0.2, sigma_top=3.0,
-    energy=0.01, excess=0.0, svd="exact", drift=0.0, seconds=0.5,
+    energy=0.01, excess=0.0, svd="exact", seconds=0.5,
 )  # fmt: skip
 
 
 def sidecar() -> Sidecar:
     names = {PATH: "language.layers.0.mlp.up_proj", "lm_head": "language.lm_head"}
-    return Sidecar("anchored", TARGETS, names, {PATH: sketch(torch.ones(4, 3))}, {PATH: REPORT})
+    return Sidecar(TARGETS, names, {PATH: sketch(torch.ones(4, 3))}, {PATH: REPORT})
 
 
 def test_a_sidecar_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_exact_anchors_are_stored_beside_it_and_found_by_path(tmp_path: Path) ->
 
 def test_the_file_says_for_every_module_what_it_is() -> None:
     data = json.loads(sidecar().to_json())
-    assert (data["format_version"], data["form"]) == (3, "anchored")
+    assert data["format_version"] == 3
     module = data["modules"][PATH]
     assert (module["rank"], module["alpha"], module["part"], module["sigma"]) == (2, 2.0, "minor", {"floor": 0.1})
     assert module["report"]["svd"] == "exact"
@@ -63,10 +63,9 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
     [
         ('{"format_version": 1}', "adapter-other-format", "has format version 1, and only version 3"),
         ("{", "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 3, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
+        ('{"format_version": 3}', "adapter-damaged-file", "is damaged .*modules"),
         (
-            '{"format_version": 3, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
-            '"shape": [2, 2], "method": "odd"}}}',
+            '{"format_version": 3, "modules": {"a": {"name": "a", "tower": null, "shape": [2, 2], "method": "odd"}}}',
             "adapter-damaged-file",
             "method 'odd'",
         ),
