@@ -169,7 +169,7 @@ def rows_of(
     fixed: Fixed, W: Tensor, rank: int, spectrum: Spectrum, G: Tensor | None, *, path: str, cache: Path
 ) -> Tensor:
     """Return A (rank, in) in float32 for the weight W (out, in). Uses torch's global generator for `random`."""
-    if fixed.start in ("minor", "principal", "middle"):
+    if fixed.start in ("minor", "principal"):
         factors = cached_factors(W, rank, fixed.start, path=path, cache=cache)  # type: ignore[arg-type]
         rows = factors.Vh if fixed.rows == "equal" else factors.S.sqrt()[:, None] * factors.Vh
     elif fixed.start == "random":

@@ -116,9 +116,9 @@ class Training(Strict):
 class Fixed(Strict):
     """How an A that does not train is made (key `fixed` of an arm whose method is lora).
 
-    - `start`: the directions of its rows. `minor`, `principal`, `middle`: right singular vectors of W. `unused`: the
-      last eigenvectors of C. `gradient`: the first right singular vectors of the task's gradient; `gradient-minor`: of
-      the gradient off the first half of W's right singular vectors; `generalized`: the most gradient for the least
+    - `start`: the directions of its rows. `minor`, `principal`: right singular vectors of W. `unused`: the last
+      eigenvectors of C. `gradient`: the first right singular vectors of the task's gradient; `gradient-minor`: of the
+      gradient off the first half of W's right singular vectors; `generalized`: the most gradient for the least
       disturbance, eigenvectors of (G'G, C + lambda_k I).
     - `inputs`: the share p of the energy of the inputs that is protected; None: no cut.
     - `soft`: None for the hard cut I - VV'; else tau / lambda_k of the cut (I + C / tau)^-1.
@@ -127,7 +127,7 @@ class Fixed(Strict):
     - `trains`: A trains too, from this start.
     """
 
-    start: Literal["minor", "principal", "middle", "random", "unused", "gradient", "gradient-minor", "generalized"]
+    start: Literal["minor", "principal", "random", "unused", "gradient", "gradient-minor", "generalized"]
     inputs: float | None = Field(default=0.95, gt=0, lt=1)
     soft: float | None = Field(default=None, gt=0)
     rows: Literal["equal", "own"] = "equal"

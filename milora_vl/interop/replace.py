@@ -22,7 +22,7 @@ from milora_vl.core.policy.default import PROTECTED
 if TYPE_CHECKING:
     from milora_vl.core.svd import Part
 
-PARTS = ("minor", "principal", "random", "middle")
+PARTS = ("minor", "principal", "random")
 
 
 @contextmanager

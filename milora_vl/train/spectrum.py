@@ -104,6 +104,5 @@ def _trained(method: str, rank: int | None, count: int) -> list[int] | None:
         return [0, count]
     if rank is None:
         return None
-    start = (count - rank) // 2
-    bands = {"minor": [count - rank, count], "principal": [0, rank], "middle": [start, start + rank]}
+    bands = {"minor": [count - rank, count], "principal": [0, rank]}
     return bands.get(METHODS[method].part or "")

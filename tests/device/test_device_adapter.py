@@ -53,7 +53,7 @@ def test_apply_train_save_load_and_merge(name: str, sim: torch.device, tmp_path:
         assert torch.allclose(logits(merge(loaded), on(device, inputs)), trained, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["milora", "pissa", "random", "middle", "lora", "full", "dora", "olora"])
+@pytest.mark.parametrize("method", ["milora", "pissa", "random", "lora", "full", "dora", "olora"])
 def test_every_method_trains(method: str, sim: torch.device) -> None:
     rank = {} if method == "full" else {"rank": 2}
     rules = [{"modules": "language", "method": method, **rank}]

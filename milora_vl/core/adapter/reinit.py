@@ -33,7 +33,6 @@ _METHOD_OF_PART: dict[str, RuleMethod] = {
     "minor": "milora",
     "principal": "pissa",
     "random": "random",
-    "middle": "middle",
 }
 assert all(METHODS[method].part == part for part, method in _METHOD_OF_PART.items())
 # Initializations of PEFT that do not change the base weight.

@@ -45,7 +45,7 @@ def test_it_is_what_apply_milora_makes(tiny_llama) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("part", ["principal", "random", "middle"])
+@pytest.mark.parametrize("part", ["principal", "random"])
 def test_other_parts(tiny_llama, part) -> None:
     ids = token_batch(200)
     before = tiny_llama()[0](ids).logits
