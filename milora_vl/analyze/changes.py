@@ -155,7 +155,7 @@ def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:
 
 
 def _require_base(sidecar: Sidecar, base: Weights) -> None:
-    for path, saved in sidecar.sketches.items():
+    for path, saved in sidecar.fingerprints.items():
         ratio = distance(saved, base.matrix(path))
         if ratio > 1:
             raise UserError(

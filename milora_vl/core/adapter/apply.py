@@ -33,7 +33,7 @@ from milora_vl.core.calibration.calibrate import protected_inputs, require_task,
 from milora_vl.core.init.initialize import Initial, Progress, initialize
 from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
-from milora_vl.core.weights.fingerprint import sketch
+from milora_vl.core.weights.fingerprint import fingerprint
 from milora_vl.core.weights.matrices import read_matrix
 
 
@@ -165,25 +165,25 @@ def _describe(
     fixed: Mapping[str, Tensor],
     protection: Mapping[str, Protection],
 ) -> Sidecar:
-    """Return the content of milora.json. The sketches need the base weights, so call this before PEFT changes them."""
+    """Return the content of milora.json. Call this before PEFT wraps the layers whose weights get a fingerprint."""
     names = canonical_names(model)
-    sketches = {path: factors.sketch for path, factors in initial.items()}
-    sketches |= {
-        t.path: sketch(read_matrix(model.get_submodule(t.path)))
+    fingerprints = {path: factors.fingerprint for path, factors in initial.items()}
+    fingerprints |= {
+        t.path: fingerprint(read_matrix(model.get_submodule(t.path)))
         for t in targets
         if t.rank is not None and t.path not in initial
     }
-    for path, weight_sketch in sketches.items():
-        eps = max(weight_sketch.eps, precision(model.get_submodule(path)))
-        sketches[path] = replace(weight_sketch, eps=eps)
+    for path, saved in fingerprints.items():
+        eps = max(saved.eps, precision(model.get_submodule(path)))
+        fingerprints[path] = replace(saved, eps=eps)
     # A layer with a fixed A starts at directions of its triplets, but does not train these components.
     reports = {t.path: initial[t.path].report for t in targets if t.has_anchor}
     return Sidecar(
         targets,
         {t.path: names[t.path] for t in targets},
-        sketches,
+        fingerprints,
         reports,
-        fixed={path: sketch(A) for path, A in fixed.items()},
+        fixed={path: fingerprint(A) for path, A in fixed.items()},
         protection=protection,
     )
 

@@ -25,7 +25,7 @@ from milora_vl.core.adapter.protection import Protection
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.methods import METHODS
 from milora_vl.core.policy.rules import FloorSigma, Target
-from milora_vl.core.weights.fingerprint import Sketch
+from milora_vl.core.weights.fingerprint import Fingerprint
 from milora_vl.core.weights.torch_files import read_weights
 
 FILE_NAME = "milora.json"
@@ -43,10 +43,10 @@ class Sidecar:
 
     targets: Sequence[Target]
     names: Mapping[str, str]
-    sketches: Mapping[str, Sketch]
+    fingerprints: Mapping[str, Fingerprint]
     reports: Mapping[str, LayerReport]
     anchors: Sequence[str] = ()
-    fixed: Mapping[str, Sketch] = field(default_factory=dict)
+    fixed: Mapping[str, Fingerprint] = field(default_factory=dict)
     protection: Mapping[str, Protection] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -59,8 +59,8 @@ class Sidecar:
         fields = target.to_dict()
         del fields["path"]
         entry = {"name": self.names[target.path], "part": target.part, **fields}
-        if target.path in self.sketches:
-            entry["fingerprint"] = dataclasses.asdict(self.sketches[target.path])
+        if target.path in self.fingerprints:
+            entry["fingerprint"] = dataclasses.asdict(self.fingerprints[target.path])
         if target.path in self.reports:
             entry["report"] = dataclasses.asdict(self.reports[target.path])
         if target.path in self.fixed:
@@ -140,7 +140,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
 def _from_modules(modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
     known = {field.name for field in dataclasses.fields(Target)}
     measures = {field.name for field in dataclasses.fields(LayerReport)}
-    targets, sketches, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
+    targets, fingerprints, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
     for path, entry in modules.items():
         fields = {name: value for name, value in entry.items() if name in known}
         sigma = fields.get("sigma", "keep")
@@ -151,16 +151,16 @@ def _from_modules(modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
         targets.append(Target(path=path, **fields))
         names[path] = entry["name"]
         if "fingerprint" in entry:
-            sketches[path] = Sketch.from_dict(entry["fingerprint"])
+            fingerprints[path] = Fingerprint.from_dict(entry["fingerprint"])
         if "report" in entry:
             rows, columns = entry["report"]["shape"]
             measured = {name: value for name, value in entry["report"].items() if name in measures}
             reports[path] = LayerReport(**{**measured, "shape": (rows, columns)})
         if "fixed_A" in entry:
-            fixed[path] = Sketch.from_dict(entry["fixed_A"])
+            fixed[path] = Fingerprint.from_dict(entry["fixed_A"])
         if "protection" in entry:
             protection[path] = Protection(**entry["protection"])
-    return Sidecar(targets, names, sketches, reports, fixed=fixed, protection=protection)
+    return Sidecar(targets, names, fingerprints, reports, fixed=fixed, protection=protection)
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -183,9 +183,9 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
     return Sidecar(
         [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets],
         {path_of[path]: name for path, name in sidecar.names.items()},
-        {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
+        {path_of[path]: fingerprint for path, fingerprint in sidecar.fingerprints.items()},
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
         sidecar.anchors,
-        {path_of[path]: sketch for path, sketch in sidecar.fixed.items()},
+        {path_of[path]: fingerprint for path, fingerprint in sidecar.fixed.items()},
         {path_of[path]: protection for path, protection in sidecar.protection.items()},
     )

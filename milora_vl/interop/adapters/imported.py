@@ -11,7 +11,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.policy.rules import RuleMethod, Target
 from milora_vl.core.policy.towers import canonical_names, find_towers
-from milora_vl.core.weights.fingerprint import distance, sketch
+from milora_vl.core.weights.fingerprint import distance, fingerprint
 from milora_vl.core.weights.matrices import as_matrix, matrix_shape, read_matrix
 from milora_vl.interop.adapters.llava import in_hf_layout, read_llava
 from milora_vl.interop.adapters.plain import PlainAdapter, read_plain, whole_modules
@@ -43,9 +43,9 @@ def import_adapter(source: Source, base: nn.Module, base_name: str) -> tuple[Pla
 
 
 def sidecar_of(adapter: PlainAdapter, base: nn.Module, methods: Mapping[str, RuleMethod]) -> Sidecar:
-    """Return the sidecar of an adapter with sketches of `base`; the default method is `lora`."""
+    """Return the sidecar of an adapter with fingerprints of `base`; the default method is `lora`."""
     towers, names = find_towers(base), canonical_names(base)
-    targets, sketches = [], {}
+    targets, fingerprints = [], {}
     for path, low in adapter.factors.items():
         module = base.get_submodule(path)
         method = methods.get(path, "lora")
@@ -61,9 +61,9 @@ def sidecar_of(adapter: PlainAdapter, base: nn.Module, methods: Mapping[str, Rul
                 dropout=adapter.dropout,
             )
         )
-        sketches[path] = sketch(read_matrix(module))
+        fingerprints[path] = fingerprint(read_matrix(module))
     targets += whole_targets(adapter.whole, base)
-    return Sidecar(targets, {t.path: names[t.path] for t in targets}, sketches, {})
+    return Sidecar(targets, {t.path: names[t.path] for t in targets}, fingerprints, {})
 
 
 def _with_whole(sidecar: Sidecar, whole: Mapping[str, Tensor], base: nn.Module) -> Sidecar:
@@ -99,7 +99,7 @@ def require_copies(adapter: PlainAdapter, base: nn.Module) -> None:
     """Raise UserError if saved embeddings differ from the base (new tokens, for example): an export would lose them."""
     for path, copy in adapter.copies.items():
         module = base.get_submodule(path)
-        if distance(sketch(as_matrix(module, copy)), read_matrix(module)) > 1:
+        if distance(fingerprint(as_matrix(module, copy)), read_matrix(module)) > 1:
             raise UserError(
                 "the saved weight differs from the base model, for example because tokens were added",
                 code="adapter-other-embeddings",

@@ -10,7 +10,7 @@ from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME, Sidecar, locate, read_sidecar
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.rules import FloorSigma, Target
-from milora_vl.core.weights.fingerprint import sketch
+from milora_vl.core.weights.fingerprint import fingerprint
 from support.problems import raises_code
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
@@ -26,7 +26,7 @@ REPORT = LayerReport(
 
 def sidecar() -> Sidecar:
     names = {PATH: "language.layers.0.mlp.up_proj", "lm_head": "language.lm_head"}
-    return Sidecar(TARGETS, names, {PATH: sketch(torch.ones(4, 3))}, {PATH: REPORT})
+    return Sidecar(TARGETS, names, {PATH: fingerprint(torch.ones(4, 3))}, {PATH: REPORT})
 
 
 def test_a_sidecar_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_paths_follow_the_layout_of_the_model() -> None:
     original = {"model.layers.0.mlp.up_proj": "language.layers.0.mlp.up_proj", "lm_head": "language.lm_head"}
     found = locate(sidecar(), original)
     assert [t.path for t in found.targets] == ["model.layers.0.mlp.up_proj", "lm_head"]
-    assert set(found.sketches) == set(found.reports) == {"model.layers.0.mlp.up_proj"}
+    assert set(found.fingerprints) == set(found.reports) == {"model.layers.0.mlp.up_proj"}
     assert found.ranks == {"model.layers.0.mlp.up_proj": 2}
     with raises_code("adapter-missing-modules", "", "language.lm_head"):
         locate(sidecar(), {"model.layers.0.mlp.up_proj": "language.layers.0.mlp.up_proj"})
