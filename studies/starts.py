@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.install import fix_A, lora_layer
+from milora_vl.core.adapter.fixed_a import fix_A
+from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.calibration.activations import energy_limits
 from milora_vl.core.calibration.positions import positions_of
 from milora_vl.core.init.initialize import cached_factors

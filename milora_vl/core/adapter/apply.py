@@ -3,9 +3,10 @@
 The way of `apply_milora`, with the modules to read next:
 
 1. `Policy.resolve` selects the modules, with method and rank                 policy/resolve.py
-2. `initialize` decomposes each weight and returns A0 and B0                  factors/initialize.py, svd/
-3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            config.py
-4. `install_factors` gives each factor a trained difference and the anchor    install.py, layers.py
+2. `initialize` decomposes each weight and returns A0 and B0                  init/initialize.py, svd/
+3. `make_lora` lets PEFT create a LoRA on these modules, of rank r or 2r      config.py
+4. `fix_A` makes the A of a rule with `protect` a buffer                      fixed_a.py
+   `install_factors` gives other factors a difference and an anchor           difference.py, install.py
 
 The base weights never change. Nothing of the model is changed before step 3, so an error in a rule or a weight leaves
 the model unchanged.
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from milora_vl.core.adapter.base_check import precision, require_readable
 from milora_vl.core.adapter.config import make_lora
 from milora_vl.core.adapter.errors import AdapterError, require_module
-from milora_vl.core.adapter.install import fix_A, install_factors, lora_layer, set_dropout
+from milora_vl.core.adapter.fixed_a import fix_A
+from milora_vl.core.adapter.install import install_factors, lora_layer, set_dropout
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import adopt
 from milora_vl.core.adapter.protection import Protection, fixed_factors
@@ -49,8 +51,8 @@ def apply_milora(
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
     Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
-    parameters are the differences D = A - A0 and E = B - B0, from zero on (`layers.py`). With `protect` in its rule, a
-    layer computes y = W x + s E A x: A never changes and is zero on the protected inputs (`protection.py`).
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`difference.py`). With `protect` in its
+    rule, a layer computes y = W x + s B A x: A never changes and is zero on the protected inputs (`fixed_a.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
     has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).

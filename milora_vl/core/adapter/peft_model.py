@@ -15,29 +15,28 @@ from typing import Any
 import peft
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from milora_vl.common.atomic_write import atomic_folder
-from milora_vl.common.compat.peft import keep_hooks_apart
+from milora_vl.common.compat.peft import keep_hooks_apart, set_variant
 from milora_vl.common.compat.torch import change_class, ignore_in_ddp
 from milora_vl.core.adapter.base_check import fitted, require_same_kind
 from milora_vl.core.adapter.config import read_by_peft
+from milora_vl.core.adapter.difference import ANCHOR, ANCHOR_SUFFIX, DELTA, joined_state
 from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.fixed_a import fix_A, has_fixed_A
 from milora_vl.core.adapter.install import (
     factors,
-    fix_A,
     fixed_names,
-    has_fixed_A,
-    has_halves,
+    has_anchor,
     install_copy,
     install_loaded,
-    joined_state,
     lora_layer,
     set_dropout,
     unrecoverable,
 )
-from milora_vl.core.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.adapter.protection import Protection
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
@@ -79,7 +78,7 @@ class MiloraMixin(PeftModel):
                 where="path_initial_model_for_weight_conversion",
                 hint="remove the argument",
             )
-        self._require_halves()
+        self._require_own_factors()
         self.warn_of_changed_A()
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
@@ -110,16 +109,16 @@ class MiloraMixin(PeftModel):
     def train(self, mode: bool = True) -> MiloraMixin:
         """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced our factors."""
         if mode:
-            self._require_halves()
+            self._require_own_factors()
         return super().train(mode)
 
-    def _require_halves(self) -> None:
+    def _require_own_factors(self) -> None:
         """Raise AdapterError if stock factors have replaced ours: then the anchor or the fixed A would train too.
 
         PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
         """
         for adapter, sidecar in self.sidecars.items():
-            replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
+            replaced = [path for path in sidecar.ranks if not has_anchor(lora_layer(self, path), adapter)]
             replaced += [path for path in sidecar.fixed if not has_fixed_A(lora_layer(self, path), adapter)]
             if replaced:
                 raise AdapterError(
@@ -150,7 +149,7 @@ class MiloraMixin(PeftModel):
     def _with_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict with our missing buffers added: LLaVA collects parameters only.
 
-        Anchors belong to the differences in `state`, and each fixed A to its E.
+        Anchors belong to the differences in `state`, and each fixed A to its B.
         """
         trained = {
             name: name.replace(".lora_A.", ".lora_B.")
@@ -251,6 +250,9 @@ class MiloraMixin(PeftModel):
         """Delete an adapter as PEFT does, with its metadata."""
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
+        for module in self.modules():
+            if isinstance(module, LoraLayer):
+                set_variant(module, adapter_name, None)  # PEFT before 0.19 keeps it
 
     def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
         """Store the metadata of an adapter. The attributes named `milora_...` describe the first adapter."""

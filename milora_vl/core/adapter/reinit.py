@@ -19,7 +19,7 @@ from torch import Tensor
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.adapter.base_check import fitted
 from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.install import factors, has_halves, lora_layer
+from milora_vl.core.adapter.install import factors, has_anchor, lora_layer
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
@@ -178,7 +178,7 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect
 
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
-    assert not has_halves(layer, adapter)
+    assert not has_anchor(layer, adapter)
     is_embedding = adapter in layer.lora_embedding_A
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):

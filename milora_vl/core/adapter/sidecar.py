@@ -3,8 +3,9 @@
 Without this file the folder is still a correct LoRA for inference. With it, the trained difference and the anchor, or
 the A that never changes, are known again, so training can continue.
 
-Format version 3 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
-where it cannot be computed from them bit for bit, above all for float32 bases. Other versions are refused.
+Format version 3 stores the factors [D; A0] and [B0 + E, E] (`difference.py`), and B0 itself in
+milora_anchors.safetensors where it cannot be computed from them bit for bit, above all for float32 bases. Other
+versions are refused.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.common.errors import Problem, UserError
+from milora_vl.core.adapter.difference import join
 from milora_vl.core.adapter.folders import CONFIG, adapters_inside, has_config
-from milora_vl.core.adapter.layers import join
 from milora_vl.core.policy.rules import RuleMethod
 from milora_vl.core.svd import decompose
 from milora_vl.core.weights.matrices import is_adaptable, read_matrix
