@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.layers import LinearA, LinearB
+from milora_vl.core.adapter.difference import DifferenceLinear
 from milora_vl.core.svd import decompose
 
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -59,8 +59,8 @@ class Case:
 def difference(case: Case, trained: torch.dtype) -> Callable[[], Tensor]:
     """Our layers, with D and E in the dtype `trained`."""
     (r, width), out = case.A0.shape, case.B0.shape[0]
-    A = LinearA.take_over(nn.Linear(width, 2 * r, bias=False), case.D.to(trained), case.A0)
-    B = LinearB.take_over(nn.Linear(2 * r, out, bias=False), case.E.to(trained), case.B0)
+    A = DifferenceLinear.convert(nn.Linear(width, 2 * r, bias=False), 0, case.D.to(trained), case.A0)
+    B = DifferenceLinear.convert(nn.Linear(2 * r, out, bias=False), 1, case.E.to(trained), case.B0)
     return lambda: B(A(case.x))
 
 

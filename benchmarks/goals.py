@@ -74,7 +74,6 @@ GOALS = (
         "training step, anchored, bfloat16, checkpointing", LORA, "step_bf16_checkpointing", _anchored, 1.09, "x", True
     ),
     Goal("training step, anchored, bfloat16 autocast", LORA, "step_bf16_autocast", _anchored, 1.06, at_most=True),
-    Goal("training step, residual, bfloat16", LORA, "step_bf16", lambda r: r["residual"], 1.02, at_most=True),
     Goal("the loss with all tokens, time", "the model's own loss", "loss", _full("time"), 1, at_most=True),
     Goal("the loss with all tokens, memory", "the model's own loss", "loss", _full("memory"), 0.4, at_most=True),
     Goal(

@@ -1,7 +1,7 @@
 """Time and memory of a training step against stock PEFT LoRA of rank r on the same layers, alternately in one process.
 
 python benchmarks/step.py [--width 4096] [--rank 128] [--tokens 512] [--layers 2] [--dtype bfloat16] [--checkpointing]
-Prints one JSON line: for each form the ratio of medians and its bound, and the memory of anchors and activations. On
+Prints one JSON line: the ratio of medians and its bound, and the memory of anchors and activations. On
 a CPU, seconds are processor time of one thread, which another program on the machine disturbs little.
 """
 
@@ -54,7 +54,7 @@ class Model(nn.Module):
 
 
 def main() -> None:
-    """Measure all forms and print the ratios."""
+    """Measure and print the ratios."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--width", type=int, default=4096)
     options.add_argument("--inner", type=int, help="outputs per layer (default: the width)")
@@ -72,10 +72,10 @@ def main() -> None:
 
 
 def measure(chosen: argparse.Namespace) -> dict[str, Any]:
-    """Time the three models alternately, step by step; return ratios of medians."""
+    """Time both models alternately, step by step; return ratios of medians."""
     torch.set_num_threads(1)  # with more threads, processor time contains waiting
     inner = chosen.inner or chosen.width
-    models = {name: build(name, chosen, inner) for name in ("lora", "anchored", "residual")}
+    models = {name: build(name, chosen, inner) for name in ("lora", "anchored")}
     x = torch.randn(chosen.tokens, chosen.width, device=chosen.device, dtype=getattr(torch, chosen.dtype))
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(chosen.steps + 2):
@@ -93,15 +93,13 @@ def measure(chosen: argparse.Namespace) -> dict[str, Any]:
         "anchored": round(median["anchored"] / median["lora"], 4),
         "anchored_bound": round(ALLOWANCE * predicted, 4),
         "flops_predict": round(predicted, 4),
-        "residual": round(median["residual"] / median["lora"], 4),
-        "residual_bound": 1.02,
         "anchor_bytes": sum(b.numel() * b.element_size() for b in models["anchored"].buffers()),
         "saved_for_backward_bytes": {name: activations(model, x, chosen) for name, model in models.items()},
     }
 
 
 def build(name: str, chosen: argparse.Namespace, inner: int) -> nn.Module:
-    """Return the same model with stock LoRA or one of our forms. The cost does not depend on the initial factors."""
+    """Return the same model with stock LoRA or MiLoRA. The cost does not depend on the initial factors."""
     torch.manual_seed(0)
     base = Model(chosen.width, inner, chosen.layers, chosen.checkpointing)
     base = base.to(chosen.device, getattr(torch, chosen.dtype))
@@ -111,7 +109,7 @@ def build(name: str, chosen: argparse.Namespace, inner: int) -> nn.Module:
             model: Any = get_peft_model(base, LoraConfig(r=chosen.rank, lora_alpha=chosen.rank, target_modules=["up"]))
         else:
             rules = [{"modules": "language", "method": "milora", "rank": chosen.rank}]
-            model = apply_milora(base, rules, form=name)  # type: ignore[arg-type]
+            model = apply_milora(base, rules)
     return torch.compile(model) if chosen.compile else model  # type: ignore[return-value]
 
 

@@ -18,9 +18,10 @@ from milora_vl.core.adapter.names import moved as moved_name
 from milora_vl.core.adapter.sidecar import Sidecar, locate, read_sidecar
 from milora_vl.core.policy.towers import canonical_names
 from milora_vl.core.weights.fingerprint import distance
-from milora_vl.interop.adapters.imported import import_adapter, refuse_mutating
+from milora_vl.interop.adapters.imported import import_adapter
 from milora_vl.interop.adapters.llava import in_hf_layout, read_llava
 from milora_vl.interop.adapters.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
+from milora_vl.interop.adapters.residual import refuse_mutating
 from milora_vl.interop.adapters.source import find_source
 from milora_vl.models.loading import load_weights
 
@@ -154,7 +155,7 @@ def _read(folder: Path) -> tuple[PlainAdapter, dict[str, Tensor]]:
 
 
 def _require_base(sidecar: Sidecar, base: Weights) -> None:
-    for path, saved in sidecar.sketches.items():
+    for path, saved in sidecar.fingerprints.items():
         ratio = distance(saved, base.matrix(path))
         if ratio > 1:
             raise UserError(

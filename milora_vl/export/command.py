@@ -74,7 +74,7 @@ examples:
         shared("allow_base_mismatch"),
     ),
     outputs=(
-        option("--to", required=True, metavar="FORM", help="adapter, merged, residual, llava, gguf, gguf-lora, rank-N"),
+        option("--to", required=True, metavar="FORM", help="adapter, merged, llava, gguf, gguf-lora, rank-N"),
         option("--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of the matrices in GGUF files"),
         shared(
             "dtype", about="data type of all tensors (default: as stored)", choices=("float32", "bfloat16", "float16")
@@ -143,7 +143,7 @@ def _show(done: Exported, style: str) -> None:
         errors = {"total": done.total, "exact_rank": done.exact_rank}
         sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with}) + "\n")
         return
-    measure = "drift" if done.form == "residual" or not done.form.startswith("rank") else "relative error"
+    measure = "relative error" if done.form.startswith("rank") else "drift"
     for path, (rank, error) in done.layers.items():
         sys.stdout.write(f"{path}  rank {rank}  {measure} {error:.3e}\n")
     if done.total is not None:
@@ -174,10 +174,6 @@ def _print_next(done: Exported, template: str) -> None:
         )
     elif done.form in ("gguf", "gguf-lora"):
         _print_llama_cpp(folder)
-    elif done.form == "residual":
-        sys.stderr.write(
-            f'next: model loaded from {folder}; PeftModel.from_pretrained(model, "{folder}", subfolder="lora")\n'
-        )
     else:
         base = folder / "base" if (folder / "base").is_dir() else None
         model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)

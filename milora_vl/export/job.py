@@ -23,10 +23,10 @@ from milora_vl.models.recipe_of_run import trained_template
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """The result of an export. `layers`: rank per module, and the error of recompression or the drift of a residual.
+    """The result of an export. `layers`: rank per module, and the error of recompression, or the drift of the residual.
 
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
-    what is needed to load the full model in the folder (merged, residual, base/); None without one. `exact_rank`: the N
+    what is needed to load the full model in the folder (merged, base/); None without one. `exact_rank`: the N
     at which rank-N keeps the whole change.
     """
 

@@ -18,7 +18,6 @@ OutType = Literal["f32", "f16", "bf16", "q8_0"]
 FORMS = {
     "adapter": "stock PEFT LoRA on the unchanged base model, with milora.json",
     "merged": "full model, merged in float32 and saved in the data type of the base model",
-    "residual": "form of the papers: a base model without the initial components, and (A, B) of rank r",
     "llava": "LoRA folder for load_pretrained_model of haotian-liu/LLaVA",
     "gguf": "merged model for llama.cpp and Ollama, by the scripts of --llama_cpp: model, mmproj, Modelfile",
     "gguf-lora": "the adapter's language tower as a LoRA for llama.cpp, by its script",
@@ -77,7 +76,7 @@ def parse_form(to: str) -> tuple[str, int | None]:
 def require_fitting(to: str, options: Options) -> None:
     """Raise UserError for an option that the form does not read."""
     form, _ = parse_form(to)
-    is_gguf, writes_model = form in ("gguf", "gguf-lora"), options.with_base or form in ("merged", "residual")
+    is_gguf, writes_model = form in ("gguf", "gguf-lora"), options.with_base or form == "merged"
     for flag, is_set, applies in (
         ("--with_base", options.with_base, form in ("adapter", "rank", "gguf-lora")),
         ("--remote_code", options.remote_code, writes_model and not is_gguf),

@@ -25,10 +25,10 @@ from milora_vl.export.clip_pictures import has_clip_tower, require_gguf
 from milora_vl.export.llama_cpp import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
 from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.request import Options, OutType
-from milora_vl.export.residual import write_residual
-from milora_vl.interop.adapters.imported import import_adapter, refuse_mutating, require_copies
+from milora_vl.interop.adapters.imported import import_adapter, require_copies
 from milora_vl.interop.adapters.llava import config_for_llava, read_llava, write_llava
 from milora_vl.interop.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
+from milora_vl.interop.adapters.residual import refuse_mutating
 from milora_vl.interop.adapters.source import Source
 from milora_vl.models.names import SAME_WEIGHTS
 
@@ -146,16 +146,6 @@ def write_merged(job: Job) -> Written:
     return Written(loads_with=loads_with)
 
 
-def write_residual_form(job: Job) -> Written:
-    """Write the residual base with both adapters beside it."""
-    base = Base(job.base_for("residual"), job.options.dtype, is_rounded_later=True)
-    loads_with = job.full_model_loads_with(base)
-    adapter, _ = job.read(base, needs_base=True)
-    drift = write_residual(adapter, base.model, job.out, str(job.target), job.options.dtype)
-    _complete(job, base, job.out, loads_with)
-    return Written({path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}, None, loads_with)
-
-
 def write_llava_form(job: Job) -> Written:
     """Write a LoRA folder of LLaVA's own code."""
     base = Base(job.base_for("llava"), job.options.dtype)
@@ -234,7 +224,6 @@ def write_gguf_lora(job: Job) -> Written:
 WRITERS: dict[str, Callable[[Job], Written]] = {
     "adapter": write_adapter,
     "merged": write_merged,
-    "residual": write_residual_form,
     "llava": write_llava_form,
     "gguf": write_gguf,
     "gguf-lora": write_gguf_lora,

@@ -25,7 +25,6 @@ from milora_vl.core.adapter.folders import CONFIG
 from milora_vl.interop.replace import get_peft_model_replaced, launch, launcher, parse
 
 if TYPE_CHECKING:
-    from milora_vl.core.adapter.apply import Form
     from milora_vl.core.svd import Part
 
 # Flags of LLaVA's scripts that newer versions of transformers have renamed.
@@ -33,9 +32,7 @@ RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "
 
 
 @contextmanager
-def milora_in_llava(
-    part: Part = "minor", form: Form = "anchored", modules: Sequence[str] = (), protect: float | None = None
-) -> Iterator[None]:
+def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: float | None = None) -> Iterator[None]:
     """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.
@@ -51,7 +48,7 @@ def milora_in_llava(
         )
     from milora_vl.common.compat.llava import llava_on_new_transformers
 
-    with llava_on_new_transformers(), get_peft_model_replaced(*modules, part=part, form=form, protect=protect):
+    with llava_on_new_transformers(), get_peft_model_replaced(*modules, part=part, protect=protect):
         yield
 
 
@@ -107,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write("milora: warning: --lora_enable is missing, so this run trains without an adapter\n")
     with (
         configs_trimmed(_output_dirs(arguments)),
-        milora_in_llava(chosen.part, chosen.form, chosen.modules, chosen.protect),
+        milora_in_llava(chosen.part, chosen.modules, chosen.protect),
     ):
         launch(chosen.script, arguments)
     return 0

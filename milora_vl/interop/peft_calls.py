@@ -14,7 +14,6 @@ from torch import Tensor
 
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import UserError, first_line
-from milora_vl.core.adapter.apply import Form
 from milora_vl.core.adapter.reinit import reinit_peft, restore_split
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
@@ -23,10 +22,10 @@ from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.svd import Part
 
 
-def replacement(stock: Callable[..., Any], part: Part, form: Form, protect: float) -> Callable[..., Any]:
+def replacement(stock: Callable[..., Any], part: Part, protect: float) -> Callable[..., Any]:
     """Return `get_peft_model` for MiLoRA: it calls PEFT's function `stock`, then initializes the LoRA.
 
-    With `protect`, the base model writes the texts that calibrate it. Protection needs the anchored form.
+    With `protect`, the base model writes the texts that calibrate it.
     """
 
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,9 +37,7 @@ def replacement(stock: Callable[..., Any], part: Part, form: Form, protect: floa
             return adapted
         _remove_vision_adapters(adapted)
         try:
-            tuned = reinit_peft(
-                adapted, part, form, protect=protect if texts else 0.0, calibration=texts, progress=True
-            )
+            tuned = reinit_peft(adapted, part, protect=protect if texts else 0.0, calibration=texts, progress=True)
         except UserError:
             raise
         except ValueError as error:

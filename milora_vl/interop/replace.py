@@ -1,6 +1,6 @@
 """Run a script that calls `peft.get_peft_model` with MiLoRA instead of LoRA:
 
-python -m milora_vl.interop.replace [--part minor] [--form anchored] [--in MODULE] script.py ARGUMENTS...
+python -m milora_vl.interop.replace [--part minor] [--in MODULE] script.py ARGUMENTS...
 """
 
 from __future__ import annotations
@@ -20,23 +20,20 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.policy.default import PROTECTED
 
 if TYPE_CHECKING:
-    from milora_vl.core.adapter.apply import Form
     from milora_vl.core.svd import Part
 
-PARTS, FORMS = ("minor", "principal", "random", "middle"), ("anchored", "residual")
+PARTS = ("minor", "principal", "random")
 
 
 @contextmanager
-def get_peft_model_replaced(
-    *modules: str, part: Part = "minor", form: Form = "anchored", protect: float | None = None
-) -> Iterator[None]:
+def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float | None = None) -> Iterator[None]:
     """Inside this context `get_peft_model` creates the same LoRA with MiLoRA's initialization and anchor.
 
     The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
     imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
     `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
     `protect` is the share of the input energy of ordinary text that updates leave alone; 0 for none, and None for 0.95
-    if minor components train in the anchored form. A model that cannot write text protects nothing, and prints that.
+    if minor components train. A model that cannot write text protects nothing, and prints that.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced():
@@ -52,17 +49,17 @@ def get_peft_model_replaced(
     from milora_vl.interop.peft_calls import replacement, restoring_loader  # before: they need the stock functions
 
     if protect is None:
-        protect = PROTECTED if (part, form) == ("minor", "anchored") else 0.0
-    if not 0 <= protect < 1 or (protect and form == "residual"):
+        protect = PROTECTED if part == "minor" else 0.0
+    if not 0 <= protect < 1:
         raise UserError(
-            f"expected a share from 0 to below 1, and 0 for the residual form, got {protect}",
+            f"expected a share from 0 to below 1, got {protect}",
             code="protect-value",
             where="protect",
             hint="for example  0.95",
         )
     namespaces = [peft, *(import_module(name) for name in modules)]
     loader = restoring_loader(peft.PeftModel.from_pretrained)
-    with calls_replaced(namespaces, replacement(peft.get_peft_model, part, form, protect), loader):
+    with calls_replaced(namespaces, replacement(peft.get_peft_model, part, protect), loader):
         yield
 
 
@@ -84,13 +81,12 @@ def launcher(name: str, about: str, example: str) -> Command:
         inputs=(option("script", type=Path, metavar="script.py", help="the script; its own arguments follow it"),),
         settings=(
             option("--part", choices=PARTS, default="minor", help="which components train (default: %(default)s)"),
-            option("--form", choices=FORMS, default="anchored", help="residual: W - s B0 A0 replaces the base weight"),
             option(
                 "--protect",
                 type=float,
                 metavar="SHARE",
                 help="share of the input energy of ordinary text that updates leave alone; 0: none "
-                f"(default: {PROTECTED} for minor components in the anchored form)",
+                f"(default: {PROTECTED} for minor components)",
             ),
             option(
                 "--in",
@@ -119,7 +115,7 @@ COMMAND = launcher(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script and return the exit code."""
     chosen, arguments = parse(COMMAND, argv)
-    with get_peft_model_replaced(*chosen.modules, part=chosen.part, form=chosen.form, protect=chosen.protect):
+    with get_peft_model_replaced(*chosen.modules, part=chosen.part, protect=chosen.protect):
         launch(chosen.script, arguments)
     return 0
 

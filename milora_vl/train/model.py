@@ -122,7 +122,6 @@ def build(
         model = apply_targets(
             base,
             targets,
-            form=recipe.form,
             calibration=calibration,
             task=task,
             cache_dir=recipe.factor_cache,

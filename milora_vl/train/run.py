@@ -198,7 +198,7 @@ def load_base_model(plan: Plan, args: TrainingArguments, screen: Screen) -> tupl
 def adapt(
     plan: Plan, loaded: torch.nn.Module, processor: Any, data: RunData, args: TrainingArguments, screen: Screen
 ) -> tuple[Built, Kept | None, Any]:
-    """Apply the policy, or load a checkpoint's adapter; in the anchored form the base does not change.
+    """Apply the policy, or load a checkpoint's adapter; the frozen weights do not change.
 
     Returns the model, the texts whose answers stay, and the spectra of one layer per tower.
     """

@@ -41,11 +41,10 @@ class LayerSpectrum(TypedDict):
 
 
 def layer_spectra(model: nn.Module, targets: Sequence[Target]) -> list[LayerSpectrum]:
-    """Measure one layer per tower of the base model, which may be wrapped by an adapter in the anchored form.
+    """Measure one layer per tower of the base model, which may be wrapped by an adapter.
 
     A convolution counts as the matrix (out, in * height * width). A matrix that would take more than a few seconds
-    is skipped: its `sigma` is empty and its `note` gives the reason. In the residual form, call this before
-    `apply_milora`, which subtracts the trained band from the weights.
+    is skipped: its `sigma` is empty and its `note` gives the reason.
     """
     by_path = {target.path: target for target in targets}
     modules = dict(_matrices(model))
@@ -105,6 +104,5 @@ def _trained(method: str, rank: int | None, count: int) -> list[int] | None:
         return [0, count]
     if rank is None:
         return None
-    start = (count - rank) // 2
-    bands = {"minor": [count - rank, count], "principal": [0, rank], "middle": [start, start + rank]}
+    bands = {"minor": [count - rank, count], "principal": [0, rank]}
     return bands.get(METHODS[method].part or "")

@@ -86,22 +86,11 @@ def test_a_scaled_adapter_is_still_ours(made, tmp_path: Path) -> None:
     assert all(new == old / 2 for new, old in scales)
 
 
-def test_a_scaled_adapter_exports_to_every_form(made, tmp_path: Path) -> None:
-    for form in ("rank-2", "residual"):
-        export(made.root / "a", form, tmp_path / form, Options(scale=0.5))
-    residual = AutoModelForImageTextToText.from_pretrained(tmp_path / "residual")
-    tuned = PeftModel.from_pretrained(residual, tmp_path / "residual", subfolder="lora")
-    assert errors(made, weights_of(tuned.merge_and_unload()), {"a": 0.5})[0] < 1e-6
-
-
-@pytest.mark.parametrize("form", ["adapter", "rank-2", "merged", "residual"])
+@pytest.mark.parametrize("form", ["adapter", "rank-2", "merged"])
 def test_an_update_of_size_zero_is_the_base_model(made, tmp_path: Path, form: str) -> None:
     assert main([str(made.root / "a"), "--to", form, "--scale", "0", "--output_dir", str(tmp_path / form)]) == 0
     if form == "merged":
         got = weights_of(load_model(tmp_path / form)[0])
-    elif form == "residual":
-        residual = AutoModelForImageTextToText.from_pretrained(tmp_path / form)
-        got = weights_of(PeftModel.from_pretrained(residual, tmp_path / form, subfolder="lora").merge_and_unload())
     else:
         got = merged(made, tmp_path / form)
         assert load_adapter(load_model(made.root / "base")[0], tmp_path / form, is_trainable=form == "adapter")

@@ -101,25 +101,6 @@ def test_merged_keeps_the_dtype_of_the_base(run, tiny_llava: Factory) -> None:
     assert {t.dtype for t in load_file(run.root / "wide" / "model.safetensors").values()} == {torch.float32}
 
 
-def test_residual_and_back(run) -> None:
-    done = export(run.root / "adapter", "residual", run.root / "residual")
-    assert len(done.layers) == 14
-    assert 0 < max(drift for _, drift in done.layers.values()) < 1e-6
-    residual = AutoModelForImageTextToText.from_pretrained(run.root / "residual")
-    assert not torch.equal(
-        residual.get_submodule(Q.replace("0", "1", 1)).weight, fresh(run.root).get_submodule(Q).weight
-    )
-    stock = PeftModel.from_pretrained(residual, run.root / "residual", subfolder="lora")
-    assert same(run, stock)
-    back = export(run.root / "residual", "adapter", run.root / "back", Options(base=run.root / "base"))
-    assert back.origin == "residual"
-    model = load_adapter(fresh(run.root), run.root / "back", is_trainable=True)
-    assert same(run, model)
-    assert {t.method for t in model.milora_targets} == {"milora", "lora", "full"}
-    export(run.root / "residual", "merged", run.root / "merged")
-    assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
-
-
 def lost(run, whole: str, small: str) -> tuple[float, dict[str, float]]:
     """How far the changes of one saved adapter are from those of another, relatively: in total and by module."""
     full, other = (PeftModel.from_pretrained(fresh(run.root), run.root / name) for name in (whole, small))
@@ -174,8 +155,6 @@ def test_a_plain_peft_folder_becomes_ours(run) -> None:
     ours = load_adapter(fresh(run.root), run.root / "ours")
     assert torch.allclose(logits(ours, fresh(run.root)), expected, atol=1e-5)
     assert [(t.path, t.method, t.rank) for t in ours.milora_targets] == [(Q, "lora", 3)]
-    with raises_code("export-needs-initial-factors", where="--to", message="no initial factors"):
-        export(run.root / "plain", "residual", run.root / "residual")
 
 
 def pissa(root: Path) -> PeftModel:
@@ -239,9 +218,8 @@ def test_rank_r_keeps_the_rank_of_each_rule(run) -> None:
 
 
 def test_another_base_is_refused(run, tiny_llava: Factory) -> None:
-    for form in ("merged", "residual"):
-        with raises_code("adapter-wrong-base"):
-            export(run.root / "adapter", form, run.root / "out", Options(base=tiny_llava(seed=1)[0]))
+    with raises_code("adapter-wrong-base"):
+        export(run.root / "adapter", "merged", run.root / "out", Options(base=tiny_llava(seed=1)[0]))
     with raises_code("adapter-wrong-base"):
         export(run.root / "adapter", "rank-2", run.root / "out", Options(base=tiny_llava(seed=1)[0], with_base=True))
     assert {path.name for path in run.root.iterdir()} == {"base", "adapter"}
@@ -281,21 +259,6 @@ def test_the_command(run, capsys, monkeypatch) -> None:
             main([str(run.root / "adapter"), *arguments])
     with raises_code("adapter-missing", says="no adapter in this folder\nfound "):
         main([str(run.root / "base"), "--to", "merged", "--output_dir", str(run.root / "x")])
-
-
-def test_the_drift_of_a_residual_is_that_of_what_is_written(run) -> None:
-    done = export(run.root / "adapter", "residual", run.root / "out", Options(dtype=torch.bfloat16))
-    base, residual = fresh(run.root), AutoModelForImageTextToText.from_pretrained(run.root / "out", dtype="auto")
-    start = load_file(run.root / "out" / "lora_init" / "adapter_model.safetensors")
-    scaling = {target.path: target.scaling for target in run.model.milora_targets if target.rank is not None}
-    for path, (_, drift) in done.layers.items():
-        if path.endswith("embed_tokens"):
-            continue
-        A0, B0 = (start[f"base_model.model.{path}.lora_{half}.weight"].float() for half in "AB")
-        W, written = base.get_submodule(path).weight, residual.get_submodule(path).weight
-        assert written.dtype == torch.bfloat16
-        off = written.float() + scaling[path] * B0 @ A0 - W
-        assert drift == pytest.approx(float(off.norm() / W.norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize(

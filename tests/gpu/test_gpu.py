@@ -89,7 +89,7 @@ def test_quantised_bases_train(bits: Any, device: torch.device, tiny_llava: Any,
 
 
 @pytest.mark.parametrize("shape", [(1024, 1024), (1024, 2752)])
-@pytest.mark.parametrize("part", ["minor", "principal", "random", "middle"])
+@pytest.mark.parametrize("part", ["minor", "principal", "random"])
 def test_decompose_is_as_exact_as_on_the_cpu(part: Any, shape: tuple[int, int], device: torch.device) -> None:
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     there, factors = decompose(W, 32, part), decompose(W.to(device), 32, part)
@@ -279,6 +279,6 @@ def test_a_step_waits_for_nothing_of_ours(
         "milora_vl/models/losses.py",
         "milora_vl/train/trainer.py",
         "milora_vl/train/meter.py",
-        "adapter/layers.py",
+        "adapter/difference.py",
     ):
         assert not [line for line in waits if file in line]

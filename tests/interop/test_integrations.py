@@ -62,7 +62,7 @@ def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monke
     assert model.milora_targets[0].method == "milora"
 
 
-def test_an_adapter_of_ours_that_the_code_loads_goes_on_in_two_halves(tiny_llama, tmp_path: Path, capsys) -> None:
+def test_an_adapter_of_ours_that_the_code_loads_keeps_its_anchor(tiny_llama, tmp_path: Path, capsys) -> None:
     save_adapter(apply_milora(tiny_llama()[0], one_rule()), tmp_path / "ours")
     stock = PeftModel.from_pretrained
     with get_peft_model_replaced():

@@ -127,12 +127,11 @@ def test_what_is_loaded_here_names_no_code_when_it_is_saved(made: SimpleNamespac
     assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
 
 
-def test_a_base_beside_an_adapter_and_a_residual_one_get_the_code_too(made: SimpleNamespace, tmp_path: Path) -> None:
-    for form, with_base, place in (("rank-4", True, "base"), ("residual", False, ".")):
-        done = export(made.root / "adapter", form, tmp_path / form, Options(with_base=with_base, remote_code=True))
-        assert done.loads_with == "trust_remote_code"
-        assert (tmp_path / form / place / "timm_llava.py").is_file()
-        assert "auto_map" in json.loads((tmp_path / form / place / "config.json").read_text(encoding="utf-8"))
+def test_a_base_beside_an_adapter_gets_the_code_too(made: SimpleNamespace, tmp_path: Path) -> None:
+    done = export(made.root / "adapter", "rank-4", tmp_path / "out", Options(with_base=True, remote_code=True))
+    assert done.loads_with == "trust_remote_code"
+    assert (tmp_path / "out" / "base" / "timm_llava.py").is_file()
+    assert "auto_map" in json.loads((tmp_path / "out" / "base" / "config.json").read_text(encoding="utf-8"))
 
 
 def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:

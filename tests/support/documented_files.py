@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import llava_recipes
+from milora_vl import load_model
 from milora_vl.__main__ import main
 from support import official_data
+from support.adapter_cases import pissa_trained
 from support.drawn import dump, dump_lines, encoded, made, picture, write_tiny_data
 from support.eval_questions import write_questions
 from support.llama_cpp import write_stand_in
@@ -154,12 +156,10 @@ def released_lora() -> None:
 
 
 def residual() -> None:
-    """Train an adapter and write it in the papers' form: residual base, adapter and initial factors."""
-    call(*TINY, "--policy", "[{modules: language, method: milora, rank: 4}]", "--output_dir", "anchored")
-    call("export", "anchored", "--to", "residual", "--output_dir", "RESIDUAL")
-    shutil.copytree("RESIDUAL/lora", "trained")
-    shutil.copytree("RESIDUAL/lora_init", "pissa_init")
-    shutil.rmtree("anchored")
+    """Train an adapter as PiSSA's scripts do: residual base, adapter and initial factors."""
+    pissa_trained(load_model("tiny")[0], Path()).save_pretrained("trained")
+    shutil.move("residual", "RESIDUAL")
+    shutil.copytree("RESIDUAL/pissa_init", "pissa_init")
 
 
 def demo() -> None:

@@ -27,7 +27,6 @@ POLICIES = {
     "milora": ["--rank", "4", "--protect", "0"],
     "protected": ["--rank", "4"],
     "lora": ["--rank", "4", "--method", "lora"],
-    "residual": ["--policy", "[{modules: language, method: milora, rank: 4}]", "--form", "residual"],
     "mixed": ["--policy", MIXED],
 }
 
@@ -101,7 +100,7 @@ def test_the_adapter_decides_rules_template_and_base(first: Path, data: Path) ->
     words = ["--data_path", str(data / "train.json"), "--output_dir", "new"]
     found = plan(["--adapter", str(first), *words]).recipe
     before = plan(["--recipe", str(first), *words]).recipe
-    for key in ("model", "policy", "template", "form", "dtype", "quantization"):
+    for key in ("model", "policy", "template", "dtype", "quantization"):
         assert getattr(found, key) == getattr(before, key)
     assert found.train != before.train
     assert plan(["--lora_weight_path", str(first), "--lora_enable", "True", "--lora_r", "4", *words]).recipe == found
@@ -119,7 +118,6 @@ def test_the_adapter_decides_rules_template_and_base(first: Path, data: Path) ->
         (["--method", "lora"], "--method"),
         (["--policy", "[{modules: language, method: lora, rank: 4}]"], "--policy"),
         (["--template", "plain"], "--template"),
-        (["--form", "residual"], "--form"),
     ],
 )
 def test_a_flag_that_contradicts_the_adapter_is_named(flags: list[str], where: str, first: Path, data: Path) -> None:

@@ -213,8 +213,6 @@ def test_bad_calibrations_of_a_recipe_are_refused(tiny_data: Path, tmp_path: Pat
         file.write_text(recipe(tiny_data, **{key: value}).to_yaml())
         with raises_code("path-missing", where=f"calibration.{key}"):
             main(training(tiny_data, tmp_path / "run", "--recipe", str(file)))
-    with raises_code("adapter-residual-layer", where="form"):
-        main(training(tiny_data, tmp_path / "run", *PROTECT, "--form", "residual"))
 
 
 def test_a_model_that_cannot_write_needs_text(tiny_data: Path) -> None:

@@ -3,12 +3,13 @@
 The way of `apply_milora`, with the modules to read next:
 
 1. `Policy.resolve` selects the modules, with method and rank                 policy/resolve.py
-2. `initialize` decomposes each weight and returns A0 and B0                  factors/initialize.py, svd/
-3. `make_lora` lets PEFT create a LoRA of rank 2r on these modules            config.py
-4. `install_factors` gives each factor a trained difference and the anchor    install.py, layers.py
+2. `initialize` decomposes each weight and returns A0 and B0                  init/initialize.py, svd/
+3. `make_lora` lets PEFT create a LoRA on these modules, of rank r or 2r      config.py
+4. `fix_A` makes the A of a rule with `protect` a buffer                      fixed_a.py
+   `install_factors` gives other factors a difference and an anchor           difference.py, install.py
 
-In the anchored form the base weights never change. Nothing of the model is changed before step 3, so an error in a rule
-or a weight leaves the model unchanged.
+The base weights never change. Nothing of the model is changed before step 3, so an error in a rule or a weight leaves
+the model unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
@@ -24,28 +25,24 @@ from torch import Tensor, nn
 from milora_vl.core.adapter.base_check import precision, require_readable
 from milora_vl.core.adapter.config import make_lora
 from milora_vl.core.adapter.errors import AdapterError, require_module
-from milora_vl.core.adapter.install import fix_A, install_factors, lora_layer, set_dropout
+from milora_vl.core.adapter.fixed_a import fix_A
+from milora_vl.core.adapter.install import install_factors, lora_layer, set_dropout
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import adopt
 from milora_vl.core.adapter.protection import Protection, fixed_factors
-from milora_vl.core.adapter.residual import make_residual, require_residual
 from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.calibration.calibrate import protected_inputs, require_task, task_sketches
 from milora_vl.core.init.initialize import Initial, Progress, initialize
 from milora_vl.core.policy import Policy, Rule, Target
-from milora_vl.core.policy.rules import NEEDS_ANCHORED
 from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
-from milora_vl.core.weights.fingerprint import sketch
+from milora_vl.core.weights.fingerprint import fingerprint
 from milora_vl.core.weights.matrices import read_matrix
-
-Form = Literal["anchored", "residual"]
 
 
 def apply_milora(
     model: nn.Module,
     policy: Policy | str | Path | Sequence[Mapping[str, Any] | Rule],
     *,
-    form: Form = "anchored",
     calibration: Sequence[Mapping[str, Any]] | None = None,
     task: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
@@ -54,8 +51,8 @@ def apply_milora(
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
     Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
-    parameters are the differences D = A - A0 and E = B - B0, from zero on (`layers.py`). With `protect` in its rule, a
-    layer computes y = W x + s E A x: A never changes and is zero on the protected inputs (`protection.py`).
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`difference.py`). With `protect` in its
+    rule, a layer computes y = W x + s B A x: A never changes and is zero on the protected inputs (`fixed_a.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
     has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).
@@ -72,17 +69,13 @@ def apply_milora(
 
     Raises PolicyError for rules that do not fit the model, WeightError for weights that cannot be decomposed,
     CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an
-    adapter or do not support the form.
+    adapter.
 
     >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "dropout": 0.05}]
     >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
     >>> tuned.milora_report[0].rank, tuned.base_model.model[0].lora_A["default"].weight.shape
     (2, torch.Size([4, 4]))
     """
-    if form not in get_args(Form):
-        raise AdapterError(
-            f"expected one of {', '.join(get_args(Form))}, got {form!r}", code="adapter-value", where="form"
-        )
     require_module(model)
     if is_wrapped_by_peft(model):
         raise AdapterError(
@@ -94,7 +87,6 @@ def apply_milora(
     return apply_targets(
         model,
         Policy.parse(policy).resolve(model),
-        form=form,
         calibration=calibration,
         task=task,
         cache_dir=cache_dir,
@@ -106,7 +98,6 @@ def apply_targets(
     model: nn.Module,
     targets: Sequence[Target],
     *,
-    form: Form = "anchored",
     calibration: Sequence[Mapping[str, Any]] | None = None,
     task: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
@@ -116,8 +107,6 @@ def apply_targets(
 
     Resolving a policy can be slow: ranks that depend on spectra decompose every weight.
     """
-    if form == "residual":
-        _require_residual(model, targets)
     require_task(targets, task)  # before the calibration, which takes minutes
     inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
     sketches = task_sketches(model, targets, task, is_shown=bool(progress))
@@ -126,7 +115,7 @@ def apply_targets(
         return model
     initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
     fixed, protection = fixed_factors(targets, initial, sketches, inputs)
-    sidecar = _describe(model, targets, initial, form, fixed, protection)
+    sidecar = _describe(model, targets, initial, fixed, protection)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
         if target.rank is not None:
@@ -135,10 +124,6 @@ def apply_targets(
         install_factors(lora_layer(tuned, path), "default", initial[path].A0, initial[path].B0)
     for path, A in fixed.items():
         fix_A(lora_layer(tuned, path), "default", A)
-    if form == "residual":
-        drift = {path: make_residual(lora_layer(tuned, path), "default") for path in initial}
-        reports = {path: replace(report, drift=drift[path]) for path, report in sidecar.reports.items()}
-        sidecar = replace(sidecar, reports=reports)
     tuned.remember("default", sidecar)
     check_rates_at_first_step(tuned)
     return tuned
@@ -179,44 +164,30 @@ def _describe(
     model: nn.Module,
     targets: Sequence[Target],
     initial: Mapping[str, Initial],
-    form: str,
     fixed: Mapping[str, Tensor],
     protection: Mapping[str, Protection],
 ) -> Sidecar:
-    """Return the content of milora.json. The sketches need the base weights, so call this before PEFT changes them."""
+    """Return the content of milora.json. Call this before PEFT wraps the layers whose weights get a fingerprint."""
     names = canonical_names(model)
-    sketches = {path: factors.sketch for path, factors in initial.items()}
-    sketches |= {
-        t.path: sketch(read_matrix(model.get_submodule(t.path)))
+    fingerprints = {path: factors.fingerprint for path, factors in initial.items()}
+    fingerprints |= {
+        t.path: fingerprint(read_matrix(model.get_submodule(t.path)))
         for t in targets
         if t.rank is not None and t.path not in initial
     }
-    for path, weight_sketch in sketches.items():
-        eps = max(weight_sketch.eps, precision(model.get_submodule(path)))
-        sketches[path] = replace(weight_sketch, eps=eps)
+    for path, saved in fingerprints.items():
+        eps = max(saved.eps, precision(model.get_submodule(path)))
+        fingerprints[path] = replace(saved, eps=eps)
     # A layer with a fixed A starts at directions of its triplets, but does not train these components.
     reports = {t.path: initial[t.path].report for t in targets if t.has_anchor}
     return Sidecar(
-        form,
         targets,
         {t.path: names[t.path] for t in targets},
-        sketches,
+        fingerprints,
         reports,
-        fixed={path: sketch(A) for path, A in fixed.items()},
+        fixed={path: fingerprint(A) for path, A in fixed.items()},
         protection=protection,
     )
-
-
-def _require_residual(model: nn.Module, targets: Sequence[Target]) -> None:
-    anchored = [t.path for t in targets if t.needs_anchored_form]
-    if anchored:
-        raise AdapterError(
-            NEEDS_ANCHORED,
-            code="adapter-residual-layer",
-            where=anchored[0],
-            hint="use form anchored, or method milora without these fields",
-        )
-    require_residual(model, [t.path for t in targets if t.has_anchor])
 
 
 def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:

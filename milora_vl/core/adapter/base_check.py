@@ -31,11 +31,12 @@ def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> 
 
 
 def _require_base(base: nn.Module, sidecar: Sidecar) -> None:
-    layers = {path: base_layer(base, path) for path in sidecar.sketches}
+    layers = {path: base_layer(base, path) for path in sidecar.fingerprints}
     if any(precision(layer) for layer in layers.values()):
         logger.warning("The base model is quantized: the check finds only a clearly different base model.")
     distances = {
-        path: distance(s, read_matrix(layers[path]), precision(layers[path])) for path, s in sidecar.sketches.items()
+        path: distance(saved, read_matrix(layers[path]), precision(layers[path]))
+        for path, saved in sidecar.fingerprints.items()
     }
     # A distance of 1 is what rounding to half precision explains.
     wrong = sorted((path for path in distances if distances[path] > 1), key=lambda path: -distances[path])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,9 @@ from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.config import quiet_peft, read_by_peft
 from milora_vl.core.adapter.errors import AdapterError, require_module
 from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
-from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.adapter.names import moved
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import restore
-from milora_vl.core.adapter.residual import make_residual
 from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, stored_tensors
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.core.weights.torch_files import AGAIN
@@ -102,14 +99,10 @@ def load_adapter(
         model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
     else:
         model = _load_stock(base, folder, is_trainable)
-    # For inference both forms compute the same function, and the anchored one leaves the base weights unchanged.
-    ours = restore(model, "default", here if is_trainable else replace(here, form="anchored"), anchors)
+    ours = restore(model, "default", here, anchors)
     ours.warn_of_changed_A()  # stock PEFT may have trained it, and saved into this folder
     if is_trainable:
         check_rates_at_first_step(ours, if_they_differ=True)
-    if here.form == "residual" and is_trainable:
-        for module in here.ranks:
-            make_residual(lora_layer(ours, module), "default")
     return ours
 
 

@@ -1,12 +1,12 @@
 """Put D, E and the anchor into the LoRA layers that PEFT created, and read the factors back; dropout of a layer.
 
-`layers.py` explains both. PEFT stores factors in three ways (Linear and Conv2d modules, ParameterDicts of
+`difference.py` explains both. PEFT stores factors in three ways (Linear and Conv2d modules, ParameterDicts of
 embeddings); the functions here hide the difference from the rest of the package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import PeftModel
@@ -14,32 +14,24 @@ from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from milora_vl.common.compat.torch import change_class
-from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.layers import (
+from milora_vl.common.compat.peft import set_variant
+from milora_vl.core.adapter.difference import (
     ANCHOR,
     ANCHOR_SUFFIX,
     DELTA,
-    AdaptedLinear,
-    Conv2dA,
-    Conv2dB,
-    EmbeddingHalves,
-    FixedA,
-    Halves,
-    LinearA,
-    LinearB,
-    TrainedE,
-    join,
+    Difference,
+    DifferenceConv2d,
+    DifferenceEmbedding,
+    DifferenceFactor,
+    DifferenceLinear,
     lossless,
     recover,
     split,
 )
+from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.weights.matrices import factor_dtype
 
-_KINDS: dict[type[nn.Module], tuple[type[Halves], type[Halves]]] = {
-    nn.Linear: (LinearA, LinearB),
-    nn.Conv2d: (Conv2dA, Conv2dB),
-}
+_CLASSES: dict[type[nn.Module], type[DifferenceFactor]] = {nn.Linear: DifferenceLinear, nn.Conv2d: DifferenceConv2d}
 
 
 def lora_layer(model: PeftModel, path: str) -> LoraLayer:
@@ -85,29 +77,6 @@ def install_factors(layer: LoraLayer, adapter: str, A0: Tensor, B0: Tensor) -> N
     _put(layer, adapter, pairs)
 
 
-def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
-    """Make the A of an adapter a buffer that never changes: `A` (r, in), or the A that the layer has."""
-    down, up = layer.lora_A[adapter], layer.lora_B[adapter]
-    stock = down.get_parameter("weight")
-    A = stock.detach() if A is None else A.to(stock).reshape(stock.shape).contiguous()
-    if not isinstance(down, nn.Linear):  # the kernels of a convolution
-        del down.weight
-        down.register_buffer("weight", A)
-        return
-    FixedA.take_over(down, A)
-    change_class(up, TrainedE)
-    if type(layer) is lora.Linear:
-        change_class(layer, AdaptedLinear)
-
-
-def has_fixed_A(layer: LoraLayer, adapter: str) -> bool:
-    """Return True if the A of `adapter` is a buffer in this layer."""
-    if adapter not in layer.lora_A:
-        return False
-    down = layer.lora_A[adapter]
-    return not isinstance(down, Halves) and not isinstance(down.weight, nn.Parameter)
-
-
 def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
     """Split the stock factors [D; A0] and [B0 + E, E] of a loaded adapter into differences and anchors.
 
@@ -117,7 +86,7 @@ def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
     """
     dtype = factor_dtype(layer.get_base_layer())
     exact = None if B0 is None else lossless(_belonging(B0, factors(layer, adapter)[1]), dtype)
-    if not has_halves(layer, adapter):
+    if not has_anchor(layer, adapter):
         A, B = (split(joined, axis, dtype) for axis, joined in enumerate(factors(layer, adapter)))
         _put(layer, adapter, (A, B if exact is None else (B[0], exact)))
     elif exact is not None:
@@ -151,21 +120,16 @@ def unrecoverable(layer: LoraLayer, adapter: str, joined: Tensor | None = None) 
     return None if torch.equal(read.to(B0.dtype), B0) and torch.equal(B0.to(read.dtype), read) else B0
 
 
-def _put(layer: LoraLayer, adapter: str, halves: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Replace the stock factors of `adapter`; `halves` is (difference, anchor) for A, then for B."""
+def _put(layer: LoraLayer, adapter: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Replace the stock factors of `adapter`; `pairs` is (difference, anchor) for A, then for B."""
     if adapter in layer.lora_embedding_A:
         for axis, stock_dict in enumerate((layer.lora_embedding_A, layer.lora_embedding_B)):
-            embedding: EmbeddingHalves
-            if isinstance(stock_dict, EmbeddingHalves):  # another adapter was installed before
-                embedding = stock_dict
-            else:
-                embedding = EmbeddingHalves.take_over(stock_dict, axis)
-            embedding.set_halves(adapter, *halves[axis])
+            DifferenceEmbedding.convert(stock_dict, axis).set_difference(adapter, *pairs[axis])
         return
     for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
-        _KINDS[type(stock)][axis].take_over(stock, *halves[axis])
+        _CLASSES[type(stock)].convert(stock, axis, *pairs[axis])
     if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
-        change_class(layer, AdaptedLinear)
+        set_variant(layer, adapter, Difference())
 
 
 def _set_anchor(layer: LoraLayer, adapter: str, B0: Tensor) -> None:
@@ -180,7 +144,7 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
-    if isinstance(first, Halves) and isinstance(second, Halves):
+    if isinstance(first, DifferenceFactor) and isinstance(second, DifferenceFactor):
         return first.joined, second.joined
     A, B = first.weight, second.weight  # A is a buffer if it is fixed
     assert isinstance(A, Tensor)
@@ -197,7 +161,7 @@ def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Pa
         holders = (layer.lora_embedding_A, layer.lora_embedding_B)
         return holders[0].get_parameter(adapter), holders[1].get_parameter(adapter)
     pair = (layer.lora_A[adapter], layer.lora_B[adapter])
-    first, second = (half.get_parameter(DELTA if isinstance(half, Halves) else "weight") for half in pair)
+    first, second = (f.get_parameter(DELTA if isinstance(f, DifferenceFactor) else "weight") for f in pair)
     return first, second
 
 
@@ -209,51 +173,27 @@ def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 def _anchor(layer: LoraLayer, adapter: str, axis: int) -> Tensor:
     if adapter in layer.lora_embedding_A:
         holder = (layer.lora_embedding_A, layer.lora_embedding_B)[axis]
-        assert isinstance(holder, EmbeddingHalves)
+        assert isinstance(holder, DifferenceEmbedding)
         anchor = holder.anchor_of(adapter)
         assert anchor is not None
         return anchor
-    half = (layer.lora_A, layer.lora_B)[axis][adapter]
-    assert isinstance(half, Halves)
-    return half.anchor
+    factor = (layer.lora_A, layer.lora_B)[axis][adapter]
+    assert isinstance(factor, DifferenceFactor)
+    return factor.anchor
 
 
-def has_halves(layer: LoraLayer, adapter: str) -> bool:
+def has_anchor(layer: LoraLayer, adapter: str) -> bool:
     """Return True if `adapter` has a trained difference and an anchor in this layer."""
     if adapter in layer.lora_A:
-        return isinstance(layer.lora_A[adapter], Halves)
+        return isinstance(layer.lora_A[adapter], DifferenceFactor)
     holder = layer.lora_embedding_A
-    return isinstance(holder, EmbeddingHalves) and adapter in holder and holder.anchor_of(adapter) is not None
+    return isinstance(holder, DifferenceEmbedding) and adapter in holder and holder.anchor_of(adapter) is not None
 
 
 def fixed_names(model: nn.Module) -> Iterator[str]:
     """Yield the names of the buffers of a model that never change: anchors, and each fixed A."""
     for name, module in model.named_modules():
-        if isinstance(module, Halves):
+        if isinstance(module, DifferenceFactor):
             yield f"{name}.{ANCHOR}"
-        elif isinstance(module, EmbeddingHalves) or ".lora_A." in name:
+        elif isinstance(module, DifferenceEmbedding) or ".lora_A." in name:
             yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
-
-
-def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a gathered state dict (ZeRO-3, FSDP2) with differences and anchors joined under their stock names.
-
-    `...lora_A.default.delta` and `.anchor` become `...lora_A.default.weight`. Other entries are unchanged.
-
-    >>> import torch
-    >>> raw = {"l.lora_A.x.delta": torch.ones(1, 2), "l.lora_A.x.anchor": torch.zeros(1, 2)}
-    >>> {name: tuple(t.shape) for name, t in joined_state(raw).items()}
-    {'l.lora_A.x.weight': (2, 2)}
-    """
-    out = dict(state)
-    for key in state:
-        prefix, _, name = key.rpartition(".")
-        if name == DELTA and f"{prefix}.{ANCHOR}" in state:
-            stock, anchor_key, axis = f"{prefix}.weight", f"{prefix}.{ANCHOR}", int(".lora_B." in key)
-        elif key + ANCHOR_SUFFIX in state:
-            stock, anchor_key, axis = key, key + ANCHOR_SUFFIX, int(".lora_embedding_B." in key)
-        else:
-            continue
-        delta, anchor = out.pop(key), out.pop(anchor_key)
-        out[stock] = join(delta, anchor.to(delta.device), axis)
-    return out

@@ -7,40 +7,36 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
 from milora_vl.common.atomic_write import atomic_folder
-from milora_vl.common.compat.peft import keep_hooks_apart
+from milora_vl.common.compat.peft import keep_hooks_apart, set_variant
 from milora_vl.common.compat.torch import change_class, ignore_in_ddp
 from milora_vl.core.adapter.base_check import fitted, require_same_kind
 from milora_vl.core.adapter.config import read_by_peft
+from milora_vl.core.adapter.difference import ANCHOR, ANCHOR_SUFFIX, DELTA, joined_state
 from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.fixed_a import fix_A, has_fixed_A
 from milora_vl.core.adapter.install import (
-    anchors_of,
     factors,
-    fix_A,
     fixed_names,
-    has_fixed_A,
-    has_halves,
+    has_anchor,
     install_copy,
     install_loaded,
-    joined_state,
     lora_layer,
     set_dropout,
     unrecoverable,
 )
-from milora_vl.core.adapter.layers import ANCHOR, ANCHOR_SUFFIX, DELTA
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.adapter.protection import Protection
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
@@ -82,7 +78,7 @@ class MiloraMixin(PeftModel):
                 where="path_initial_model_for_weight_conversion",
                 hint="remove the argument",
             )
-        self._require_halves()
+        self._require_own_factors()
         self.warn_of_changed_A()
         if save_embedding_layers == "auto":
             save_embedding_layers = self._vocabulary_has_grown()
@@ -113,16 +109,16 @@ class MiloraMixin(PeftModel):
     def train(self, mode: bool = True) -> MiloraMixin:
         """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced our factors."""
         if mode:
-            self._require_halves()
+            self._require_own_factors()
         return super().train(mode)
 
-    def _require_halves(self) -> None:
+    def _require_own_factors(self) -> None:
         """Raise AdapterError if stock factors have replaced ours: then the anchor or the fixed A would train too.
 
         PEFT's prepare_model_for_compiled_hotswap does this to pad the factors.
         """
         for adapter, sidecar in self.sidecars.items():
-            replaced = [path for path in sidecar.ranks if not has_halves(lora_layer(self, path), adapter)]
+            replaced = [path for path in sidecar.ranks if not has_anchor(lora_layer(self, path), adapter)]
             replaced += [path for path in sidecar.fixed if not has_fixed_A(lora_layer(self, path), adapter)]
             if replaced:
                 raise AdapterError(
@@ -153,7 +149,7 @@ class MiloraMixin(PeftModel):
     def _with_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict with our missing buffers added: LLaVA collects parameters only.
 
-        Anchors belong to the differences in `state`, and each fixed A to its E.
+        Anchors belong to the differences in `state`, and each fixed A to its B.
         """
         trained = {
             name: name.replace(".lora_A.", ".lora_B.")
@@ -185,7 +181,6 @@ class MiloraMixin(PeftModel):
         TRL's trainers create their reference adapter this way, `add_adapter("ref", model.peft_config["default"])`, and
         then copy the differences into it.
         """
-        self._refuse_residual("a second adapter would be added to the changed base weights")
         # PEFT's load_adapter comes here too, with another config.
         source = next((name for name in self.sidecars if self.peft_config[name] is peft_config), None)
         extra = {} if autocast_adapter_dtype else {"autocast_adapter_dtype": False}  # PEFT has it since 0.19
@@ -217,18 +212,15 @@ class MiloraMixin(PeftModel):
         if existing is not None:
             require_same_kind(Path(model_id), sidecar, existing)
         if sidecar is not None:
-            # In the residual form the base weights hold W_p, so they cannot match the sketches of W.
-            skip = allow_base_mismatch or (existing is not None and existing.form == "residual")
-            sidecar = fitted(self, sidecar, allow_base_mismatch=skip)
+            sidecar = fitted(self, sidecar, allow_base_mismatch=allow_base_mismatch)
             anchors = sidecar.read_anchors(Path(model_id))
-        with self._keeps_residual_anchor(adapter_name):
-            with read_by_peft(self.get_base_model(), Path(model_id)):
-                result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-                missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
-                if missing:
-                    raise KeyError(missing[0])
-            if sidecar is not None:
-                restore(self, adapter_name, sidecar, anchors).warn_of_changed_A()
+        with read_by_peft(self.get_base_model(), Path(model_id)):
+            result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+            missing = [key for key in result.missing_keys if adapter_name in key.split(".")]
+            if missing:
+                raise KeyError(missing[0])
+        if sidecar is not None:
+            restore(self, adapter_name, sidecar, anchors).warn_of_changed_A()
         return result
 
     def add_weighted_adapter(
@@ -244,7 +236,6 @@ class MiloraMixin(PeftModel):
 
         Raises AdapterError for modules trained in full, and for a combination that adds factors instead of updates.
         """
-        self._refuse_residual("a second adapter would be added to the changed base weights")
         _require_factors_alone(self, adapters)
         if combination_type != "cat" and not combination_type.endswith("svd"):
             raise AdapterError(
@@ -259,16 +250,9 @@ class MiloraMixin(PeftModel):
         """Delete an adapter as PEFT does, with its metadata."""
         super().delete_adapter(adapter_name)
         self.sidecars.pop(adapter_name, None)
-
-    def disable_adapter(self) -> Any:
-        """Run the base model alone, as PEFT does. Raises AdapterError in the residual form."""
-        self._refuse_residual("without its adapter the changed base is not the base model")  # it holds W_p
-        return super().disable_adapter()
-
-    def unload(self) -> Any:
-        """Return the base model without the adapter, as PEFT does. Raises AdapterError in the residual form."""
-        self._refuse_residual("the base weights are changed", "call merge_and_unload(), or reload the base model")
-        return self.base_model.unload()  # type: ignore[operator]
+        for module in self.modules():
+            if isinstance(module, LoraLayer):
+                set_variant(module, adapter_name, None)  # PEFT before 0.19 keeps it
 
     def remember(self, adapter_name: str, sidecar: Sidecar) -> None:
         """Store the metadata of an adapter. The attributes named `milora_...` describe the first adapter."""
@@ -279,27 +263,6 @@ class MiloraMixin(PeftModel):
             self.milora_protection = dict(sidecar.protection)
         # They are equal on all ranks and never change, but DDP would broadcast them in every forward.
         ignore_in_ddp(self, fixed_names(self))
-
-    def _refuse_residual(self, reason: str, hint: str = "use form anchored") -> None:
-        if any(sidecar.form == "residual" for sidecar in self.sidecars.values()):
-            raise AdapterError(reason, code="adapter-residual-form", where="form residual", hint=hint)
-
-    @contextmanager
-    def _keeps_residual_anchor(self, adapter: str) -> Iterator[None]:
-        """Raise AdapterError if the block changes the anchor of a residual adapter, which the base weights lack."""
-        existing = self.sidecars.get(adapter)
-        fixed = list(existing.ranks) if existing is not None and existing.form == "residual" else []
-        before = {path: [a.clone() for a in anchors_of(lora_layer(self, path), adapter)] for path in fixed}
-        yield
-        for path, anchors in before.items():
-            after = anchors_of(lora_layer(self, path), adapter)
-            if not all(torch.equal(a, b) for a, b in zip(anchors, after, strict=True)):
-                raise AdapterError(
-                    "the saved anchor differs from the anchor in this base weight (form residual)",
-                    code="adapter-wrong-anchor",
-                    where=path,
-                    hint="reload the base model, then  load_adapter(base, path, is_trainable=True)",
-                )
 
 
 class MiloraModel(MiloraMixin, peft.PeftModel):

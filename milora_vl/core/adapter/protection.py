@@ -1,10 +1,8 @@
-"""Fixed A: the down factor of an adapter is chosen off the protected inputs of its layer and then never changes.
+"""The choice of a fixed A: rows off the protected inputs of a layer, of one length, and how well they protect it.
 
-    y = W x + s E A x          A (r, in) is a buffer with A V = 0, E (out, r) trains from zero
-
-V (in, k) holds the input directions that ordinary text and pictures use (`milora_vl/core/calibration`). The update
-s E A vanishes on them at every step by construction: under any optimizer and in any trainer, without a hook and without
-V in memory. The price is that E alone learns, so equal trained parameters need a higher rank.
+V (in, k) holds the input directions that ordinary text and pictures use (`milora_vl/core/calibration`). The rows are
+the first right singular vectors of the task's gradient, those of a method's triplets, or random, times I - V V'.
+`fixed_a.py` has the layer. B alone trains there, so equal trained parameters need a higher rank.
 """
 
 from __future__ import annotations

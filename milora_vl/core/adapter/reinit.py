@@ -16,10 +16,10 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
-from milora_vl.core.adapter.apply import Form, apply_milora
+from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.adapter.base_check import fitted
 from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.install import factors, has_halves, lora_layer
+from milora_vl.core.adapter.install import factors, has_anchor, lora_layer
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
@@ -33,7 +33,6 @@ _METHOD_OF_PART: dict[str, RuleMethod] = {
     "minor": "milora",
     "principal": "pissa",
     "random": "random",
-    "middle": "middle",
 }
 assert all(METHODS[method].part == part for part, method in _METHOD_OF_PART.items())
 # Initializations of PEFT that do not change the base weight.
@@ -43,7 +42,6 @@ _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 def reinit_peft(
     peft_model: PeftModel,
     part: Part = "minor",
-    form: Form = "anchored",
     *,
     protect: float = 0.0,
     calibration: Sequence[Mapping[str, Any]] | None = None,
@@ -79,7 +77,7 @@ def reinit_peft(
     ]
     base = peft_model.unload()
     forget_peft(base)
-    return apply_milora(base, rules, form=form, calibration=calibration, progress=progress)
+    return apply_milora(base, rules, calibration=calibration, progress=progress)
 
 
 def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_mismatch: bool = False) -> Any:
@@ -180,7 +178,7 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect
 
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
-    assert not has_halves(layer, adapter)
+    assert not has_anchor(layer, adapter)
     is_embedding = adapter in layer.lora_embedding_A
     names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
     for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):

@@ -3,8 +3,9 @@
 Without this file the folder is still a correct LoRA for inference. With it, the trained difference and the anchor, or
 the A that never changes, are known again, so training can continue.
 
-Format version 2 stores the factors [D; A0] and [B0 + E, E] (`layers.py`), and B0 itself in milora_anchors.safetensors
-where it cannot be computed from them bit for bit, above all for float32 bases. Other versions are refused.
+Format version 3 stores the factors [D; A0] and [B0 + E, E] (`difference.py`), and B0 itself in
+milora_anchors.safetensors where it cannot be computed from them bit for bit, above all for float32 bases. Other
+versions are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from milora_vl.core.adapter.protection import Protection
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.methods import METHODS
 from milora_vl.core.policy.rules import FloorSigma, Target
-from milora_vl.core.weights.fingerprint import Sketch
+from milora_vl.core.weights.fingerprint import Fingerprint
 from milora_vl.core.weights.torch_files import read_weights
 
 FILE_NAME = "milora.json"
@@ -41,27 +42,26 @@ class Sidecar:
     never changes, and `protection` what the calibration found for its layer.
     """
 
-    form: str
     targets: Sequence[Target]
     names: Mapping[str, str]
-    sketches: Mapping[str, Sketch]
+    fingerprints: Mapping[str, Fingerprint]
     reports: Mapping[str, LayerReport]
     anchors: Sequence[str] = ()
-    fixed: Mapping[str, Sketch] = field(default_factory=dict)
+    fixed: Mapping[str, Fingerprint] = field(default_factory=dict)
     protection: Mapping[str, Protection] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the file."""
         modules = {target.path: self._module(target) for target in self.targets}
-        content: dict[str, Any] = {"format_version": FORMAT_VERSION, "form": self.form, "anchors": list(self.anchors)}
+        content: dict[str, Any] = {"format_version": FORMAT_VERSION, "anchors": list(self.anchors)}
         return json.dumps({**content, "modules": modules}, indent=1) + "\n"
 
     def _module(self, target: Target) -> dict[str, Any]:
         fields = target.to_dict()
         del fields["path"]
         entry = {"name": self.names[target.path], "part": target.part, **fields}
-        if target.path in self.sketches:
-            entry["fingerprint"] = dataclasses.asdict(self.sketches[target.path])
+        if target.path in self.fingerprints:
+            entry["fingerprint"] = dataclasses.asdict(self.fingerprints[target.path])
         if target.path in self.reports:
             entry["report"] = dataclasses.asdict(self.reports[target.path])
         if target.path in self.fixed:
@@ -125,7 +125,7 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 where=str(file),
                 hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
             )
-        sidecar = _from_modules(data["form"], data["modules"])
+        sidecar = _from_modules(data["modules"])
         return dataclasses.replace(sidecar, anchors=tuple(data.get("anchors", ())))
     except AdapterError:
         raise
@@ -138,9 +138,10 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         ) from error
 
 
-def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
+def _from_modules(modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
     known = {field.name for field in dataclasses.fields(Target)}
-    targets, sketches, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
+    measures = {field.name for field in dataclasses.fields(LayerReport)}
+    targets, fingerprints, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
     for path, entry in modules.items():
         fields = {name: value for name, value in entry.items() if name in known}
         sigma = fields.get("sigma", "keep")
@@ -151,15 +152,16 @@ def _from_modules(form: str, modules: Mapping[str, Mapping[str, Any]]) -> Sideca
         targets.append(Target(path=path, **fields))
         names[path] = entry["name"]
         if "fingerprint" in entry:
-            sketches[path] = Sketch.from_dict(entry["fingerprint"])
+            fingerprints[path] = Fingerprint.from_dict(entry["fingerprint"])
         if "report" in entry:
             rows, columns = entry["report"]["shape"]
-            reports[path] = LayerReport(**{**entry["report"], "shape": (rows, columns)})
+            measured = {name: value for name, value in entry["report"].items() if name in measures}
+            reports[path] = LayerReport(**{**measured, "shape": (rows, columns)})
         if "fixed_A" in entry:
-            fixed[path] = Sketch.from_dict(entry["fixed_A"])
+            fixed[path] = Fingerprint.from_dict(entry["fixed_A"])
         if "protection" in entry:
             protection[path] = Protection(**entry["protection"])
-    return Sidecar(form, targets, names, sketches, reports, fixed=fixed, protection=protection)
+    return Sidecar(targets, names, fingerprints, reports, fixed=fixed, protection=protection)
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -180,12 +182,11 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         )
     path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
     return Sidecar(
-        sidecar.form,
         [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets],
         {path_of[path]: name for path, name in sidecar.names.items()},
-        {path_of[path]: sketch for path, sketch in sidecar.sketches.items()},
+        {path_of[path]: fingerprint for path, fingerprint in sidecar.fingerprints.items()},
         {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
         sidecar.anchors,
-        {path_of[path]: sketch for path, sketch in sidecar.fixed.items()},
+        {path_of[path]: fingerprint for path, fingerprint in sidecar.fixed.items()},
         {path_of[path]: protection for path, protection in sidecar.protection.items()},
     )

@@ -36,7 +36,7 @@ from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.core.svd import Factors, Part, decompose
 from milora_vl.core.weights.distributed import assign_work, broadcast, gather, rank_and_world_size
 from milora_vl.core.weights.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
-from milora_vl.core.weights.fingerprint import Sketch, sketch
+from milora_vl.core.weights.fingerprint import Fingerprint, fingerprint
 from milora_vl.core.weights.matrices import factor_dtype, read_matrix
 
 Progress = bool | Literal["lines"]
@@ -50,7 +50,6 @@ class LayerReport:
     - `sigma_top`: the largest singular value of W; a lower estimate if `svd` is gram or gram64.
     - `energy`: the share of ||W||_F^2 in the trained components.
     - `excess`: a certified bound on the error of their norm, see `Factors`.
-    - `drift`: ||W_0 - W||_F / ||W||_F for the weight W_0 at step 0; 0 in the anchored form.
     - `seconds`: the time of the decomposition.
     """
 
@@ -65,7 +64,6 @@ class LayerReport:
     energy: float
     excess: float
     svd: str
-    drift: float
     seconds: float
 
     def __str__(self) -> str:
@@ -86,7 +84,7 @@ class Initial:
 
     A0: Tensor
     B0: Tensor
-    sketch: Sketch
+    fingerprint: Fingerprint
     report: LayerReport
 
 
@@ -161,7 +159,7 @@ def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | No
             if rank_and_world_size()[1] == 1:
                 raise
             problems = [Problem(f"{type(error).__name__}: {error}", "weight-decomposition", target.path)]
-    metadata = initial and (initial.sketch, initial.report, initial.A0.dtype, initial.A0.shape, initial.B0.shape)
+    metadata = initial and (initial.fingerprint, initial.report, initial.A0.dtype, initial.A0.shape, initial.B0.shape)
     results = gather((problems, metadata))
     for rank_problems, _ in results:
         if rank_problems:
@@ -174,11 +172,11 @@ def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | No
 
 def _broadcast_initial(initial: Initial | None, metadata: tuple, model: nn.Module, owner: int) -> Initial:
     """Send the factors of process `owner` to all; the other processes pass None."""
-    weight_sketch, report, dtype, *shapes = metadata
+    of_base, report, dtype, *shapes = metadata
     device = next(model.get_submodule(report.path).parameters()).device
     factors = (None, None) if initial is None else (initial.A0, initial.B0)
     A0, B0 = (broadcast(factor, shape, dtype, device, owner) for factor, shape in zip(factors, shapes, strict=True))
-    return Initial(A0, B0, weight_sketch, report)
+    return Initial(A0, B0, of_base, report)
 
 
 def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
@@ -194,7 +192,7 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
         sigma = "none" if target.has_fixed_A else target.sigma
         A0, B0 = _scaled(factors, W, sigma, target.scaling, cache)
     report = _report(factors, target, time.perf_counter() - start)
-    return Initial(A0.to(dtype), B0.to(dtype), sketch(W), report)
+    return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), report)
 
 
 def _from_function(W: Tensor, seed: int, target: Target, cache: Path | None) -> tuple[Tensor, Tensor, Factors]:
@@ -239,7 +237,7 @@ def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path |
 
 
 def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
-    """Return A0 and B0. In the anchored form any scale is allowed, because B0 A0 is subtracted."""
+    """Return A0 and B0. Any scale is allowed, because B0 A0 is subtracted."""
     if sigma == "none":
         return factors.Vh, factors.U
     if isinstance(sigma, FloorSigma):
@@ -262,7 +260,6 @@ def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
         energy=energy / factors.norm**2 if factors.norm > 0 else 0.0,
         excess=factors.excess,
         svd=factors.method,
-        drift=0.0,
         seconds=seconds,
     )
 

@@ -16,9 +16,7 @@ if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     # on the module and on the field `seed`.
     Start = Callable[[Tensor, int, float, Generator], tuple[Tensor, Tensor]]
 
-RuleMethod = Literal[
-    "milora", "gradient", "lora", "pissa", "random", "middle", "dora", "olora", "mica", "full", "frozen"
-]
+RuleMethod = Literal["milora", "gradient", "lora", "pissa", "random", "dora", "olora", "mica", "full", "frozen"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +27,7 @@ class Method:
     - `trains`: what it trains, one line for the policy table of a report and for docs/recipes.md.
     - `fields`: the fields that it uses beside `modules` and `method`. Other fields in its rule are an error.
     - `start`: the initial factors A0 (r, in) and B0 (out, r) of a weight. Either the singular triplets that they hold
-      ("minor", "principal", "random", "middle"), or a function that returns them, see `Start`. A frozen copy of both,
+      ("minor", "principal", "random"), or a function that returns them, see `Start`. A frozen copy of both,
       the anchor, is subtracted, so that step 0 equals the base. None: PEFT initializes the adapter, or there is no
       adapter.
     - `fixes_A`: A never changes, with or without protected inputs. Other methods fix it where a rule has `protect`.
@@ -90,12 +88,6 @@ METHODS: dict[str, Method] = {
         trains="r randomly drawn singular triplets",
         fields=_ADAPTER | {"sigma", "seed", "protect"},
         start="random",
-    ),
-    "middle": Method(
-        label="middle",
-        trains="the r singular triplets around the median singular value",
-        fields=_ADAPTER | {"sigma", "protect"},
-        start="middle",
     ),
     "dora": Method(
         label="DoRA",

@@ -14,8 +14,6 @@ from milora_vl.core.policy.methods import METHODS, RuleMethod
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
     from milora_vl.core.svd import Part
 
-NEEDS_ANCHORED = "method gradient, protect, and sigma other than keep need form anchored"
-
 
 class PolicyError(UserError):
     """Problems of a policy. `where` is the dotted key, for example `policy[2].rank`."""
@@ -121,11 +119,6 @@ class Target:
     def has_fixed_A(self) -> bool:
         """Return True if A stays at its start, off the protected inputs, and B trains from zero at PEFT's rank r."""
         return self.protect > 0 or METHODS[self.method].fixes_A
-
-    @property
-    def needs_anchored_form(self) -> bool:
-        """Return True if W - s B0 A0 would not be W without the components that train."""
-        return self.has_fixed_A or self.sigma != "keep"
 
     @property
     def has_anchor(self) -> bool:

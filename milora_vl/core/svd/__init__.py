@@ -1,4 +1,4 @@
-"""Singular triplets of one weight: minor, principal, random or middle components (arXiv:2406.09044, section 3).
+"""Singular triplets of one weight: minor, principal or random components (arXiv:2406.09044, section 3).
 
 This package needs torch alone. `decompose` chooses the algorithm: `decomposition.py` decomposes a whole matrix, and
 `extremal.py` computes a few components at one end of the spectrum, much faster and with an error bound.

@@ -4,7 +4,7 @@
 | -------- | --------------------------------------------- | ---------------------------------------------------- |
 | gram     | few components of a large matrix              | search (`extremal.py`), Gram matrix in float32       |
 | gram64   | where gram is not certified                   | search, Gram matrix in float64                       |
-| eigh     | small matrices; many, random, middle components | all eigenvectors of the float64 Gram matrix          |
+| eigh     | small matrices; many components, random ones    | all eigenvectors of the float64 Gram matrix          |
 | exact    | `method="exact"`, float64, where eigh fails   | torch.linalg.svd                                     |
 
 A tall W (m, n) with m >= n is assumed inside; a wide weight is transposed, and U and V are swapped at the end.
@@ -25,7 +25,7 @@ from milora_vl.core.svd.factors import Factors
 from milora_vl.core.svd.precision import full_precision
 from milora_vl.core.svd.triplets import Inverse, refine_left_vectors, triplets
 
-Part = Literal["minor", "principal", "random", "middle"]
+Part = Literal["minor", "principal", "random"]
 Method = Literal["auto", "exact", "fast"]
 
 DENSE = 640  # for up to this many rows or columns a whole decomposition is as fast as a search
@@ -43,8 +43,7 @@ def decompose(
 ) -> Factors:
     """Return `rank` singular triplets of `weight` (out, in).
 
-    `part` is minor (the last ones), principal (the first), random, or middle: those from index (n - rank) // 2 on, with
-    n = min(out, in) and indices from 0.
+    `part` is minor (the last ones), principal (the first) or random.
 
     The result is float32 (float64 for a float64 weight), on the device of the weight. The weight is not changed. Signs
     are fixed: in each row of Vh the entry of largest magnitude is positive.
@@ -57,8 +56,8 @@ def decompose(
 
     A search proves a bound on the relative error of ||S||. If the bound exceeds `tol`, the next more accurate method is
     used, at last a whole decomposition. `Factors.method` and `Factors.excess` report the method and the bound. A random
-    and a middle part need a whole decomposition. `generator` draws the random part and the start of the search; the
-    default has seed 0.
+    part needs a whole decomposition. `generator` draws the random part and the start of the search; its default has
+    seed 0.
 
     Raises ValueError for a weight that is not a finite floating-point matrix and for a rank outside 1..min(out, in).
 
@@ -124,7 +123,7 @@ def _search(
     W: Tensor, norm: float, rank: int, part: Part, tol: float, generator: torch.Generator, is_transposed: bool
 ) -> Factors | None:
     """Return only the wanted triplets of W (m, n), m >= n, or None if that is impossible or not certified."""
-    if part in ("random", "middle") or rank + EXTRA >= W.shape[1] or norm == 0:
+    if part == "random" or rank + EXTRA >= W.shape[1] or norm == 0:
         return None
     for dtype in dict.fromkeys((W.dtype, torch.float64)):
         search = Search(W, norm, rank, 1 if part == "minor" else -1, dtype, generator, is_transposed)
@@ -182,8 +181,6 @@ def _positions(count: int, rank: int, part: Part, generator: torch.Generator) ->
         return torch.arange(rank, device="cpu")
     if part == "minor":
         return torch.arange(count - rank, count, device="cpu")
-    if part == "middle":
-        return torch.arange((count - rank) // 2, (count - rank) // 2 + rank, device="cpu")
     drawn = torch.randperm(count, generator=generator, device=generator.device)[:rank]
     return drawn.sort().values.cpu()
 

@@ -1,7 +1,7 @@
 """Fingerprints of weights (random projections), which detect a base model that an adapter was not made for.
 
-A fingerprint (`Sketch`) holds a few fixed random projections u' W v, where the entries of u and v are +1 or -1, and the
-norm of W. Two roundings of one weight agree within the precision of the coarser dtype; two different weights do not.
+A fingerprint holds a few fixed random projections u' W v, where the entries of u and v are +1 or -1, and the norm of W.
+Two roundings of one weight agree within the precision of the coarser dtype; two different weights do not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUANTIZED_EPS = {torch.uint8: 0.25, torch.int8: 0.02}
 
 
 @dataclass(frozen=True, slots=True)
-class Sketch:
+class Fingerprint:
     """Projections of a weight relative to its norm, the norm, the shape (out, in) and the relative rounding unit."""
 
     values: tuple[float, ...]
@@ -36,36 +36,36 @@ class Sketch:
     eps: float
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Sketch:
-        """Return the sketch that was stored as JSON."""
+    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
+        """Return the fingerprint that was stored as JSON."""
         rows, columns = data["shape"]
         return cls(tuple(data["values"]), data["norm"], (rows, columns), data["eps"])
 
 
-def sketch(W: Tensor, shape: tuple[int, int] | None = None) -> Sketch:
-    """Return the sketch of W (out, in), or of its first rows and columns given by `shape` (padded vocabularies)."""
+def fingerprint(W: Tensor, shape: tuple[int, int] | None = None) -> Fingerprint:
+    """Return the fingerprint of W (out, in), or of its first rows and columns, `shape` (padded vocabularies)."""
     eps = _precision(W)
     rows, columns = shape or (W.shape[0], W.shape[1])
     W = W[:rows, :columns].detach().float()
     norm = frobenius(W)
     left, right = _signs(rows, 0).to(W.device), _signs(columns, 1).to(W.device)
     values = ((W @ right) * left).sum(0, dtype=torch.float64)
-    return Sketch(tuple(float(v) / norm if norm > 0 else 0.0 for v in values), norm, (rows, columns), eps)
+    return Fingerprint(tuple(float(v) / norm if norm > 0 else 0.0 for v in values), norm, (rows, columns), eps)
 
 
-def distance(saved: Sketch, W: Tensor, eps: float = 0.0) -> float:
-    """Return the distance of W (out, in) from the sketched weight, as a multiple of the rounding error.
+def distance(saved: Fingerprint, W: Tensor, eps: float = 0.0) -> float:
+    """Return the distance of W (out, in) from the weight of `saved`, as a multiple of the rounding error.
 
     A distance above 1 means another weight. `eps` is the relative precision of a dequantized W, which its dtype does
     not show.
 
     >>> W = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    >>> distance(sketch(W), W.bfloat16()) < 1 < distance(sketch(W), 1.1 * W)
+    >>> distance(fingerprint(W), W.bfloat16()) < 1 < distance(fingerprint(W), 1.1 * W)
     True
     """
     if W.shape[0] < saved.shape[0] or W.shape[1] < saved.shape[1]:
         return float("inf")
-    here = sketch(W, saved.shape)
+    here = fingerprint(W, saved.shape)
     here = replace(here, eps=max(here.eps, eps))
     allowed = FLOAT32_NOISE + ALLOWED_EPS * max(
         saved.eps if saved.eps > 1e-6 else 0.0, here.eps if here.eps > 1e-6 else 0.0

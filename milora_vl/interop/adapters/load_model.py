@@ -24,8 +24,9 @@ from milora_vl.core.adapter.folders import (
     require_no_base,
 )
 from milora_vl.interop.adapters.arithmetic import require_linear, require_scale
-from milora_vl.interop.adapters.imported import import_adapter, refuse_mutating
+from milora_vl.interop.adapters.imported import import_adapter
 from milora_vl.interop.adapters.plain import write_plain
+from milora_vl.interop.adapters.residual import refuse_mutating
 from milora_vl.interop.adapters.scale import Update
 from milora_vl.interop.adapters.source import Source, find_source
 from milora_vl.models.devices import device_named, dtype_named

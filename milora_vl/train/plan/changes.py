@@ -18,7 +18,7 @@ from milora_vl.train.recipe.schema import Recipe
 # saving and speed. The records and the number of steps are compared when they are known: see resuming.py.
 DECISIVE = frozenset(
     """
-    model adapter quantization quant_type double_quant projector_weights template form dtype
+    model adapter quantization quant_type double_quant projector_weights template dtype
     parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
     calibration.samples calibration.pictures calibration.text calibration.data keep.weight keep.texts
     data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels

@@ -14,7 +14,6 @@ from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
 from milora_vl.core.policy.default import without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
-from milora_vl.core.policy.rules import NEEDS_ANCHORED
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor
@@ -39,7 +38,7 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
     if base is not None and not settings.problems:
         if base.own_pictures and not settings.is_set("template"):
             recipe = recipe.model_copy(update={"template": OWN})
-        checks = _require_prepared, _require_form, _require_base, _require_calibration_files, _require_trained_parts
+        checks = _require_prepared, _require_base, _require_calibration_files, _require_trained_parts
         for check in checks:
             with collected(problems):
                 check(recipe, base, targets)
@@ -127,25 +126,15 @@ def _require_for_processor(recipe: Recipe, base: Base) -> None:
         )
 
 
-def _require_form(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    if recipe.adapter is None and recipe.form == "residual" and any(target.needs_anchored_form for target in targets):
-        raise UserError(
-            NEEDS_ANCHORED,
-            code="adapter-residual-layer",
-            where=Key.of("form"),
-            hint="use form anchored, or method milora without these fields",
-        )
-
-
 def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
     """Raise UserError if `keep` cannot compare with the base, because the training changes it or its tower is gone."""
     only_full = bool(targets) and all(target.rank is None for target in targets)
-    if recipe.keep.weight and (recipe.form == "residual" or only_full):
+    if recipe.keep.weight and only_full:
         raise UserError(
             "compares with the base, which this training changes",
             code="keep-needs-base",
             where=Key.of("keep.weight"),
-            hint="train an adapter in the anchored form, or set the weight to 0",
+            hint="train an adapter, or set the weight to 0",
         )
 
 

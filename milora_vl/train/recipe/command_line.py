@@ -85,7 +85,6 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         ("version",),
         "prompt format, e.g. vicuna_v1 (LLaVA: v1), plain or chat_template (the template of the model)",
     ),
-    "form": ("form", "str", (), "anchored or residual"),
     "factor_cache": ("factor_cache", "str", (), "folder that caches the initial factors for later runs"),
     "quantization": ("quantization", "str", (), "none, 4bit or 8bit"),
     "quant_type": ("quant_type", "str", (), "4-bit data type of the base: nf4 or fp4"),

@@ -26,7 +26,7 @@ from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.recipe.schema import Recipe
 
 # The keys of a recipe that describe a model and its inputs. The keys of FIXED are parts of the adapter itself.
-FIXED = ("template", "form", "calibration")
+FIXED = ("template", "calibration")
 TAKEN = (
     "model", "parts", "projector_weights", "quantization", "quant_type", "double_quant", "dtype",
     "attn_implementation", "policy", *FIXED,
@@ -75,7 +75,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
     run = recipe_of_run(folder)
     if not run.get("policy"):  # saved in Python
         rules = [_rule_of(target) for target in sidecar.targets]
-        return {"model": base_of(folder), "form": sidecar.form, "policy": rules}
+        return {"model": base_of(folder), "policy": rules}
     run["model"] = from_there(folder, str(run.get("model") or base_of(folder)))
     sections = {
         section: {name: value for name, value in run.get(section, {}).items() if name in names}

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import Key, Problem, UserError, collected, with_problems
@@ -19,7 +18,7 @@ from milora_vl.train.recipe import continued, hf_flags, llava_flags
 from milora_vl.train.recipe.command_line import PROG, RECIPE_FLAGS, Request
 from milora_vl.train.recipe.layers import Section, merged, place_of, placed
 from milora_vl.train.recipe.llava_flags import Meaning
-from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited
+from milora_vl.train.recipe.policy_edits import ADAPTERS, edited
 from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, checked, train_section
 
@@ -101,7 +100,7 @@ def merge(request: Request) -> Settings:
     rules, after_flags = content.get("policy"), None
     if is_known and (rules is None or (isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules))):
         with collected(problems):
-            after_flags = edited(rules, _edits(request, below, rules))
+            after_flags = edited(rules, request.edits)
     content.put("policy", after_flags, content.places.get("policy", ""))
     recipe, wrong = checked(content, is_whole=not problems)
     file = replace(file, content=content)
@@ -164,15 +163,6 @@ def _of_llava(request: Request, meaning: Meaning, adapter: str) -> Section:
 def _newest(layer: Section) -> Section:
     """Return a layer whose training arguments have their newest names."""
     return Section({**layer, "train": train_section(layer.get("train"))[0]}, layer.places)
-
-
-def _edits(request: Request, below: Section, rules: Any) -> PolicyEdits:
-    """Return the edits of the flags. Without a policy, the residual form means MiLoRA as in the paper."""
-    form = request.overrides.get("form") or below.get("form")
-    is_default = request.edits.protect is None and (rules is None or request.llava)
-    if form != "residual" or not is_default:
-        return request.edits
-    return replace(request.edits, protect=0.0, method=request.edits.method or "milora")
 
 
 def _give_way(below: Section, flags: Section) -> list[str]:

@@ -169,7 +169,6 @@ class Recipe(Strict):
     parts: PartsConfig = PartsConfig()
     projector_weights: str | None = None  # file or folder with initial weights of the projector
     template: str = "vicuna_v1"
-    form: Literal["anchored", "residual"] = "anchored"
     factor_cache: str | None = None  # folder that caches initial factors for all runs on the same weights
     data: DataConfig = DataConfig()
     calibration: CalibrationConfig = CalibrationConfig()

@@ -42,10 +42,10 @@ dist.barrier()
 """
 
 
-def test_ranks_share_anchors_and_trained_halves(tmp_path: Path) -> None:
+def test_ranks_share_anchors_and_differences(tmp_path: Path) -> None:
     first, second = results_of_two(WORKER, tmp_path)
     assert first == second
     overlap, _, fixed, ignored, unchanged = first
     assert overlap < 1e-5
-    assert len(fixed) == ignored == 3  # two halves of an anchor, and one A
+    assert len(fixed) == ignored == 3  # both factors of an anchor, and one A
     assert unchanged

@@ -42,7 +42,7 @@ def test_the_folder_is_a_stock_peft_adapter_with_milora_json(saved) -> None:
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_loading_gives_the_same_logits_halves_and_anchors(saved, tiny_llava, is_trainable: bool) -> None:
+def test_loading_gives_the_same_logits_differences_and_anchors(saved, tiny_llava, is_trainable: bool) -> None:
     model, folder = saved
     back = load_adapter(tiny_llava()[0], folder, is_trainable=is_trainable)
     batch = llava_batch(model)

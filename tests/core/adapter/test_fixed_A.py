@@ -24,7 +24,7 @@ from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, 
 from support.calibrated import directions, leaks, llava_batches, picture_batches, text_batches
 from support.problems import raises_code
 
-METHODS = ["milora", "pissa", "random", "middle", "lora"]
+METHODS = ["milora", "pissa", "random", "lora"]
 IDS = token_batch(200)
 TEXT = text_batches(vocabulary=200)
 Q = "model.layers.0.self_attn.q_proj"

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, save_adapter
-from milora_vl.core.adapter.install import has_halves, lora_layer
+from milora_vl.core.adapter.install import has_anchor, lora_layer
 from support.adapter_cases import LLAVA_POLICY, anchors, move, one_rule, token_batch, train_steps
 from support.problems import raises_code
 
@@ -65,7 +65,7 @@ def test_an_adapter_added_with_our_config_has_the_same_anchor_and_its_own_differ
 
 def test_a_foreign_adapter_beside_ours_is_stock(model, tmp_path: Path) -> None:
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
-    assert not has_halves(lora_layer(model, "model.layers.0.self_attn.q_proj"), "plain")
+    assert not has_anchor(lora_layer(model, "model.layers.0.self_attn.q_proj"), "plain")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "milora.json").is_file()
     assert (tmp_path / "plain" / "adapter_config.json").is_file()
@@ -75,13 +75,13 @@ def test_a_foreign_adapter_beside_ours_is_stock(model, tmp_path: Path) -> None:
     assert model.sidecars == {}
 
 
-def test_loading_under_a_new_name_gives_a_second_adapter_in_halves(model, tiny_llama, tmp_path: Path) -> None:
+def test_loading_under_a_new_name_gives_a_second_adapter_with_an_anchor(model, tiny_llama, tmp_path: Path) -> None:
     save_adapter(model, tmp_path)
     ids = token_batch(200)
     expected = model(ids).logits
     other = apply_milora(tiny_llama()[0], one_rule())
     other.load_adapter(str(tmp_path), "second", is_trainable=True)
-    assert has_halves(lora_layer(other, "model.layers.0.self_attn.q_proj"), "second")
+    assert has_anchor(lora_layer(other, "model.layers.0.self_attn.q_proj"), "second")
     assert not torch.equal(other(ids).logits, expected)
     other.set_adapter("second")
     assert torch.equal(other.eval()(ids).logits, expected)
@@ -116,7 +116,7 @@ def test_a_plain_lora_with_an_equal_config_is_loaded_as_it_is(model, tmp_path: P
     save_adapter(model, tmp_path)
     (tmp_path / "milora.json").unlink()
     model.load_adapter(str(tmp_path), "plain", is_trainable=True)
-    assert not has_halves(lora_layer(model, "model.layers.0.self_attn.q_proj"), "plain")
+    assert not has_anchor(lora_layer(model, "model.layers.0.self_attn.q_proj"), "plain")
 
 
 def test_converting_what_needs_no_conversion_is_refused(model, tmp_path: Path) -> None:

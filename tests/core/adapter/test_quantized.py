@@ -64,11 +64,6 @@ def test_another_base_is_told_from_a_quantised_one(folder: Path, tiny_llava) -> 
         load_adapter(tiny_llava(seed=1)[0], folder / "adapter")
 
 
-def test_the_residual_form_is_refused(folder: Path) -> None:
-    with raises_code("adapter-residual-layer"):
-        apply_milora(load_model(folder, quantization="4bit")[0], LLAVA_POLICY, form="residual")
-
-
 def test_a_recipe_says_how_a_base_is_quantised(folder: Path) -> None:
     """LLaVA's --bits, --quant_type and --double_quant; 4 bits are multiplied in the precision of the run."""
     content = {"model": str(folder), "quantization": "4bit", "quant_type": "fp4", "double_quant": False}

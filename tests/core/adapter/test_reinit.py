@@ -45,12 +45,11 @@ def test_it_is_what_apply_milora_makes(tiny_llama) -> None:
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("part", ["principal", "random", "middle"])
-@pytest.mark.parametrize("form", ["anchored", "residual"])
-def test_other_parts_and_forms(tiny_llama, part, form) -> None:
+@pytest.mark.parametrize("part", ["principal", "random"])
+def test_other_parts(tiny_llama, part) -> None:
     ids = token_batch(200)
     before = tiny_llama()[0](ids).logits
-    model = reinit_peft(get_peft_model(tiny_llama()[0], config()), part, form)
+    model = reinit_peft(get_peft_model(tiny_llama()[0], config()), part)
     assert torch.allclose(model.eval()(ids).logits, before, atol=1e-5)
     assert {t.part for t in model.milora_targets} == {part}
 

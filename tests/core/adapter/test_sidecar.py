@@ -10,7 +10,7 @@ from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME, Sidecar, locate, read_sidecar
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.rules import FloorSigma, Target
-from milora_vl.core.weights.fingerprint import sketch
+from milora_vl.core.weights.fingerprint import fingerprint
 from support.problems import raises_code
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
@@ -20,17 +20,24 @@ TARGETS = [
 ]
 REPORT = LayerReport(
     path=PATH, shape=(4, 3), tower="language", method="milora", rank=2, sigma_min=0.1, sigma_max=0.2, sigma_top=3.0,
-    energy=0.01, excess=0.0, svd="exact", drift=0.0, seconds=0.5,
+    energy=0.01, excess=0.0, svd="exact", seconds=0.5,
 )  # fmt: skip
 
 
 def sidecar() -> Sidecar:
     names = {PATH: "language.layers.0.mlp.up_proj", "lm_head": "language.lm_head"}
-    return Sidecar("anchored", TARGETS, names, {PATH: sketch(torch.ones(4, 3))}, {PATH: REPORT})
+    return Sidecar(TARGETS, names, {PATH: fingerprint(torch.ones(4, 3))}, {PATH: REPORT})
 
 
 def test_a_sidecar_comes_back_as_it_was(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_text(sidecar().to_json(), encoding="utf-8")
+    assert read_sidecar(tmp_path) == sidecar()
+
+
+def test_keys_of_an_older_version_are_not_read(tmp_path: Path) -> None:
+    data = json.loads(sidecar().to_json()) | {"form": "anchored"}
+    data["modules"][PATH]["report"]["drift"] = 0.0
+    (tmp_path / FILE_NAME).write_text(json.dumps(data), encoding="utf-8")
     assert read_sidecar(tmp_path) == sidecar()
 
 
@@ -50,7 +57,7 @@ def test_exact_anchors_are_stored_beside_it_and_found_by_path(tmp_path: Path) ->
 
 def test_the_file_says_for_every_module_what_it_is() -> None:
     data = json.loads(sidecar().to_json())
-    assert (data["format_version"], data["form"]) == (3, "anchored")
+    assert data["format_version"] == 3
     module = data["modules"][PATH]
     assert (module["rank"], module["alpha"], module["part"], module["sigma"]) == (2, 2.0, "minor", {"floor": 0.1})
     assert module["report"]["svd"] == "exact"
@@ -63,10 +70,9 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
     [
         ('{"format_version": 1}', "adapter-other-format", "has format version 1, and only version 3"),
         ("{", "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 3, "form": "anchored"}', "adapter-damaged-file", "is damaged .*modules"),
+        ('{"format_version": 3}', "adapter-damaged-file", "is damaged .*modules"),
         (
-            '{"format_version": 3, "form": "anchored", "modules": {"a": {"name": "a", "tower": null, '
-            '"shape": [2, 2], "method": "odd"}}}',
+            '{"format_version": 3, "modules": {"a": {"name": "a", "tower": null, "shape": [2, 2], "method": "odd"}}}',
             "adapter-damaged-file",
             "method 'odd'",
         ),
@@ -84,7 +90,7 @@ def test_paths_follow_the_layout_of_the_model() -> None:
     original = {"model.layers.0.mlp.up_proj": "language.layers.0.mlp.up_proj", "lm_head": "language.lm_head"}
     found = locate(sidecar(), original)
     assert [t.path for t in found.targets] == ["model.layers.0.mlp.up_proj", "lm_head"]
-    assert set(found.sketches) == set(found.reports) == {"model.layers.0.mlp.up_proj"}
+    assert set(found.fingerprints) == set(found.reports) == {"model.layers.0.mlp.up_proj"}
     assert found.ranks == {"model.layers.0.mlp.up_proj": 2}
     with raises_code("adapter-missing-modules", "", "language.lm_head"):
         locate(sidecar(), {"model.layers.0.mlp.up_proj": "language.layers.0.mlp.up_proj"})

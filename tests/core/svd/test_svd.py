@@ -10,7 +10,7 @@ from torch import Tensor
 
 from milora_vl.core.svd import decompose
 
-PARTS = ("minor", "principal", "random", "middle")
+PARTS = ("minor", "principal", "random")
 
 
 def matrix(rows: int, columns: int, seed: int, spectrum: str = "gaussian") -> Tensor:
@@ -78,17 +78,6 @@ def test_minor_are_the_last_and_principal_the_first() -> None:
     assert decompose(W, 2, "principal").S.tolist() == [4.0, 3.0]
 
 
-@pytest.mark.parametrize(
-    ("rank", "values"), [(1, [3.0]), (2, [4.0, 3.0]), (3, [4.0, 3.0, 2.0]), (5, [5.0, 4.0, 3.0, 2.0, 1.0])]
-)
-@pytest.mark.parametrize("method", ["auto", "fast", "exact"])
-def test_middle_components_start_at_half_of_what_the_rank_leaves(rank: int, values: list[float], method) -> None:
-    W = torch.diag(torch.tensor([1.0, 5.0, 2.0, 4.0, 3.0]))
-    f = decompose(W, rank, "middle", method=method)
-    assert f.S.tolist() == pytest.approx(values)
-    assert f.index.tolist() == list(range((5 - rank) // 2, (5 - rank) // 2 + rank))
-
-
 def test_random_components_repeat_with_the_generator_and_never_within_a_draw() -> None:
     W = matrix(30, 40, 0)
     draws = [decompose(W, 20, "random", generator=torch.Generator().manual_seed(s)).index.tolist() for s in (1, 1, 2)]
@@ -150,7 +139,7 @@ def test_a_matrix_of_zeros_has_zero_factors_and_no_excess() -> None:
         (torch.zeros(3, 4), 1.0, {}, "got 1.0"),
         (torch.zeros(3, 4), True, {}, "got True"),
         (torch.tensor([[1.0, math.nan], [math.inf, 0.0]]), 1, {}, "2 NaN or infinite values, of 4"),
-        (torch.zeros(3, 4), 1, {"part": "last"}, "one of minor, principal, random, middle, got 'last'"),
+        (torch.zeros(3, 4), 1, {"part": "last"}, "one of minor, principal, random, got 'last'"),
         (torch.zeros(3, 4), 1, {"method": "quick"}, "one of auto, exact, fast, got 'quick'"),
         (torch.zeros(3, 4), 1, {"tol": 0.0}, "tol must be positive, got 0.0"),
     ],

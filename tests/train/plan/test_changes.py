@@ -37,7 +37,6 @@ DECISIVE = {
     "quantization": {"quantization": "4bit"},
     "model": {"model": "tiny-text"},
     "template": {"template": "plain"},
-    "form": {"form": "residual"},
     "data.packing": {"data": {"packing": True}},
     "data.max_length": {"data": {"max_length": 256}},
     "policy[0].rank": {"policy": [POLICY[0] | {"rank": 4}, POLICY[1]]},

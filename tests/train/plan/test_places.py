@@ -25,9 +25,6 @@ WORDS = ["--model", "tiny", "--rank", "4", "--device", "cpu"]
         ("--max_pixels 9", "pixels-unsupported", "--max_pixels"),
         ("--eval_strategy steps", "eval-no-records", "--eval_strategy"),
         ("--evaluation_strategy steps", "eval-no-records", "--evaluation_strategy"),
-        ("--form residual --policy '[{modules: language, method: milora, rank: 4, protect: 0.9}]'",
-         "adapter-residual-layer", "--form"),
-        ("--form residual --method gradient", "adapter-residual-layer", "--form"),
     ],
 )  # fmt: skip
 def test_a_value_that_does_not_fit_is_at_its_flag(words: str, code: str, where: str, tmp_path: Path) -> None:

@@ -224,11 +224,11 @@ def test_flags_that_change_the_rules_hide_no_fault_of_theirs(tmp_path: Path) -> 
     file = tmp_path / "recipe.yaml"
     file.write_text(FAULTY, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        fitted(f"--recipe {file} --rank 5000 --form odd --mm_projector_lr 1e-5")
+        fitted(f"--recipe {file} --rank 5000 --dtype odd --mm_projector_lr 1e-5")
     for fault in (
         f"{file}:8: train.max_stepps: unknown key",
         f"{file}:4: policy[0].rank: expected a positive integer",
-        "--form: expected",
+        "--dtype: expected",
     ):
         assert str(caught.value).count(fault) == 1
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""The layer that adds the update to W x in one product computes what PEFT's forward computes, in every state."""
+"""A forward pass that adds the update to W x in one product computes what PEFT's forward computes, in every state."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from milora_vl.core.adapter.apply import Form, apply_milora
+from milora_vl.core.adapter.apply import apply_milora
+from milora_vl.core.adapter.difference import Difference
 from milora_vl.core.adapter.install import lora_layer
-from milora_vl.core.adapter.layers import AdaptedLinear
 from support.adapter_cases import move
 
 WIDTH = 24
@@ -35,12 +35,10 @@ class Two(nn.Module):
         return out
 
 
-def adapted(
-    *, bias: bool = False, dtype: torch.dtype = torch.float32, form: Form = "anchored", **fields: Any
-) -> PeftModel:
+def adapted(*, bias: bool = False, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
     rule = {"modules": "*", "method": "milora", "rank": 4, "alpha": 6, **fields}
-    model = apply_milora(Two(bias=bias).to(dtype), [rule], form=form)
+    model = apply_milora(Two(bias=bias).to(dtype), [rule])
     move(model, 0.1)
     return model
 
@@ -50,14 +48,15 @@ def batch(*shape: int) -> Tensor:
 
 
 @contextmanager
-def stock_forward() -> Iterator[None]:
-    """Let PEFT's own forward run."""
-    ours = AdaptedLinear.forward
-    AdaptedLinear.forward = lora.Linear.forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        AdaptedLinear.forward = ours  # type: ignore[method-assign]
+def stock_forward(model: PeftModel) -> Iterator[None]:
+    """Let PEFT's own products run."""
+    layers = [module for module in model.modules() if isinstance(module, lora.Linear)]
+    variants = [layer.lora_variant for layer in layers]
+    for layer in layers:
+        layer.lora_variant = {}
+    yield
+    for layer, variant in zip(layers, variants, strict=True):
+        layer.lora_variant = variant
 
 
 def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, Tensor]:
@@ -73,7 +72,6 @@ def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, 
     return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("form", ["anchored", "residual"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
@@ -86,11 +84,11 @@ def result(model: PeftModel, x: Tensor, *, autocast: bool = False) -> dict[str, 
     ],
 )
 def test_outputs_and_gradients_are_those_of_pefts_forward(
-    form: Form, bias: bool, dtype: torch.dtype, autocast: bool, tolerance: float
+    bias: bool, dtype: torch.dtype, autocast: bool, tolerance: float
 ) -> None:
-    model, x = adapted(form=form, bias=bias, dtype=dtype), batch(3, 5).to(dtype)
+    model, x = adapted(bias=bias, dtype=dtype), batch(3, 5).to(dtype)
     ours = result(model, x, autocast=autocast)
-    with stock_forward():
+    with stock_forward(model):
         stock = result(model, x, autocast=autocast)
     assert ours.keys() == stock.keys()
     for name, expected in stock.items():
@@ -102,14 +100,14 @@ def test_outputs_and_gradients_are_those_of_pefts_forward(
 def test_inputs_of_every_shape(shape: tuple[int, ...]) -> None:
     model = adapted()
     out = model(batch(*shape))
-    with stock_forward():
+    with stock_forward(model):
         torch.testing.assert_close(out, model(batch(*shape)))
 
 
 def test_dropout_is_applied_to_the_update_alone() -> None:
     model = adapted(dropout=0.5).train()
     ours = result(model, batch(6))
-    with stock_forward():
+    with stock_forward(model):
         stock = result(model, batch(6))
     torch.testing.assert_close(ours, stock)
 
@@ -137,7 +135,7 @@ def test_every_other_state_is_pefts(state: str) -> None:
     plain = model(x)
     states()[state](model)
     out = model(x)
-    with stock_forward():
+    with stock_forward(model):
         torch.testing.assert_close(out, model(x))
     assert torch.allclose(out, plain, atol=1e-5) == (state == "merged")
 
@@ -171,7 +169,7 @@ def test_a_hook_on_lora_b_sees_the_update_alone(hook: Callable[[nn.Module], Any]
     model, x = adapted(), batch(5)
     hook(lora_layer(model, "first").lora_B["default"])
     ours = result(model, x)
-    with stock_forward():
+    with stock_forward(model):
         torch.testing.assert_close(ours, result(model, x))
 
 
@@ -186,12 +184,11 @@ def test_a_scaling_that_is_a_tensor_may_train() -> None:
 def test_dropout_under_autocast_gets_float32() -> None:
     """bfloat16 would round 1 / (1 - p), so all updates would be too large by the same factor."""
     model, seen = adapted(dropout=0.05, dtype=torch.bfloat16), []
-    lora_layer(model, "first").lora_A["default"].register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
-    for mode in (True, False):
-        model.train(mode)
-        with torch.autocast("cpu", torch.bfloat16):
-            model(batch(4).bfloat16())
-    assert seen == [torch.float32, torch.bfloat16]
+    dropout = lora_layer(model, "first").lora_dropout["default"]
+    dropout.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train()(batch(4).bfloat16())
+    assert seen == [torch.float32]
 
 
 def test_a_traced_model_computes_the_same() -> None:
@@ -210,7 +207,7 @@ def test_an_output_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
     layer(x).relu_().sum().backward()
     ours = layer.lora_A["default"].delta.grad.clone()
     model.zero_grad()
-    with stock_forward():
+    with stock_forward(model):
         layer(x).relu_().sum().backward()
     torch.testing.assert_close(ours, layer.lora_A["default"].delta.grad)
 
@@ -231,7 +228,7 @@ def test_a_base_weight_that_trains_gets_its_gradient() -> None:
     for name in ("first", "second"):
         lora_layer(model, name).base_layer.requires_grad_(True)
     ours = result(model, x)
-    with stock_forward():
+    with stock_forward(model):
         torch.testing.assert_close(ours, result(model, x))
     assert any(name.endswith("base_layer.weight") for name in ours)
 
@@ -247,15 +244,26 @@ def test_a_new_adapter_changes_no_bit_of_the_output() -> None:
             assert torch.equal(model(x), before)
 
 
-def test_a_quantized_or_foreign_lora_layer_keeps_its_class() -> None:
-    """Such a layer has a forward of its own."""
-
+def test_a_quantized_or_foreign_lora_layer_keeps_its_forward() -> None:
     class Foreign(lora.Linear):
         pass
 
     model = adapted()
     layer = lora_layer(model, "first")
-    assert type(layer) is AdaptedLinear
+    assert type(layer) is lora.Linear
+    assert isinstance(layer.lora_variant["default"], Difference)
     layer.__class__ = Foreign
     model.add_adapter("again", model.peft_config["default"])
-    assert type(layer) is Foreign
+    assert "again" not in layer.lora_variant
+
+
+def test_a_name_that_is_used_again_gets_pefts_forward() -> None:
+    model, x = adapted(), batch(5)
+    model.add_adapter("other", lora.LoraConfig(r=2, target_modules=["first"]))
+    model.delete_adapter("default")
+    model.add_adapter("default", lora.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    model.set_adapter("default")
+    out = model(x)
+    assert "default" not in lora_layer(model, "first").lora_variant
+    with stock_forward(model):
+        torch.testing.assert_close(out, model(x))

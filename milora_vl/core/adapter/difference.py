@@ -1,4 +1,4 @@
-"""The forward pass of an adapter: LoRA factors of rank 2r with a trained difference and the anchor (arXiv:2406.09044).
+"""The difference form of an adapter without protected inputs: a trained difference and an anchor (arXiv:2406.09044).
 
 A layer with weight W computes
 
@@ -25,10 +25,10 @@ is one LoRA of rank 2r, and this is what stock PEFT sees.
 | s B' A' x | output | (..., out)          | s ((B0 + E) D x + E A0 x)          |
 
 A convolution with kernel (kh, kw) has A' of shape (2r, in, kh, kw) and B' of shape (out, 2r, 1, 1). An embedding has
-A' of shape (2r, tokens) and B' of shape (dim, 2r); PEFT keeps both in ParameterDicts, see `EmbeddingHalves`.
+A' of shape (2r, tokens) and B' of shape (dim, 2r); PEFT keeps both in ParameterDicts, see `DifferenceEmbedding`.
 
-PEFT creates the factor layers; `Halves.take_over` then changes the class of each one. Names, hooks and the PeftModel
-stay PEFT's. State dicts hold the joined factor under its stock name, so that PEFT loads the file without this package.
+PEFT creates the factor layers; `convert` then changes the class of each one. Names, hooks and the PeftModel stay
+PEFT's. State dicts hold the joined factor under its stock name, so that PEFT loads the file without this package.
 
 Four choices need a reason:
 
@@ -42,30 +42,31 @@ Four choices need a reason:
 
 >>> layer = nn.Linear(3, 4, bias=False)  # PEFT's lora_A, in -> 2r with r = 2
 >>> A0 = torch.arange(6.0).reshape(2, 3)
->>> half = LinearA.take_over(layer, torch.zeros(2, 3), A0)
->>> half.weight.shape, half(torch.ones(5, 3)).shape
+>>> factor = DifferenceLinear.convert(layer, 0, torch.zeros(2, 3), A0)
+>>> factor.weight.shape, factor(torch.ones(5, 3)).shape
 (torch.Size([4, 3]), torch.Size([5, 4]))
->>> sorted(half.state_dict()), [name for name, _ in half.named_parameters()]
+>>> sorted(factor.state_dict()), [name for name, _ in factor.named_parameters()]
 (['weight'], ['delta'])
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners import lora
 from torch import Tensor, autocast, nn
 from torch.autograd.function import once_differentiable
 
-from milora_vl.common.compat.torch import call_on_plain_tensors, change_class, has_hooks
+from milora_vl.common.compat.peft import ForwardVariant
+from milora_vl.common.compat.torch import call_on_plain_tensors, change_class
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.weights.distributed import is_sharded
 
 DELTA, ANCHOR = "delta", "anchor"
+ANCHOR_SUFFIX = "_anchor"  # of the buffers of an embedding, one for each adapter
 
 
 def join(delta: Tensor, anchor: Tensor, axis: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -114,7 +115,7 @@ def rank_message(path: str, got: torch.Size, expected: torch.Size, axis: int) ->
     return f"{path}: the saved factor has shape {tuple(got)}, expected {tuple(expected)}"
 
 
-class Joined(Tensor):
+class ReadOnlyFactor(Tensor):
     """The joined factor that `weight` returns: a copy to read. Raises AdapterError if it is written to.
 
     PEFT's hotswap_adapter and reset_lora_parameters write into `lora_A[name].weight`. Here that would change the copy
@@ -127,11 +128,11 @@ class Joined(Tensor):
     ) -> Any:
         """Run `func` on plain tensors. Views of the factor keep this class, other results are plain tensors."""
         name = func.__name__
-        if args and isinstance(args[0], Joined) and (name == "__setitem__" or _is_in_place(name)):
+        if args and isinstance(args[0], ReadOnlyFactor) and (name == "__setitem__" or _is_in_place(name)):
             raise _write_error()
         out = call_on_plain_tensors(func, args, kwargs or {})
         is_view = name in ("__get__", "__getitem__", "detach") and isinstance(out, Tensor)
-        return out.as_subclass(Joined) if is_view else out
+        return out.as_subclass(ReadOnlyFactor) if is_view else out
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise _write_error()
@@ -150,50 +151,24 @@ def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.startswith("__")
 
 
-class Halves(nn.Module):
-    """Base class of the factors below: a trained difference, an anchor, and the joined factor that PEFT sees.
+class _Differences(nn.Module):
+    """A module of PEFT that holds stock factors, some of which became a trained difference and an anchor.
 
-    `axis` is the dimension that the rank runs along: 0 for A' = [D; A0], 1 for B' = [B0 + E, E].
+    `axis` is the dimension that the rank runs along: 0 for A' = [D; A0], 1 for B' = [B0 + E, E]. A state dict of the
+    module holds the joined factor under the name and in the shape of stock PEFT.
     """
 
-    axis: ClassVar[int]
-    delta: nn.Parameter
-    anchor: Tensor
+    axis: int
 
-    @classmethod
-    def take_over(cls, layer: nn.Module, delta: Tensor, anchor: Tensor) -> Halves:
-        """Change the class of PEFT's factor layer and give it a difference and an anchor. Hooks, name and bias stay.
-
-        Both have rank r: (r, in) for A, (out, r) for B. `layer.weight` of rank 2r is removed.
-        """
-        requires_grad = layer.get_parameter("weight").requires_grad
-        del layer.weight
-        halves = change_class(layer, cls)
-        halves.register_parameter(DELTA, nn.Parameter(delta, requires_grad=requires_grad))
-        halves.register_buffer(ANCHOR, anchor)
-        return halves
-
-    @property
-    def joined(self) -> Tensor:
-        """Return the factor of rank 2r, (2r, in) or (out, 2r), as a new tensor."""
-        if is_sharded(self.delta):  # PEFT reads the dtype alone
-            return self.delta
-        return join(self.delta, self.anchor, self.axis)
-
-    @property
-    def weight(self) -> Tensor:
-        """Return the factor of rank 2r that PEFT merges and saves. It is read-only, see `Joined`."""
-        joined = self.joined
-        is_plain = type(joined) in (Tensor, nn.Parameter)  # torch's fake tensors keep their class
-        return joined.as_subclass(Joined) if is_plain and not torch.compiler.is_compiling() else joined
+    def stored(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the names of each difference, of its anchor, and of the stock factor that joins them."""
+        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write `weight`, the joined factor, instead of `delta` and `anchor`: the name and shape of stock PEFT."""
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
-        if is_sharded(self.delta):  # the raw names are gathered later and joined by `install.joined_state`
-            return
-        del destination[prefix + DELTA], destination[prefix + ANCHOR]
-        destination[f"{prefix}weight"] = self.joined if keep_vars else self.joined.detach()
+        for delta, anchor, stock in self.stored():
+            if not is_sharded(self.get_parameter(delta)):  # the raw names are gathered later, see `joined_state`
+                _to_stock(destination, prefix + delta, prefix + anchor, prefix + stock, self.axis)
 
     def _load_from_state_dict(
         self,
@@ -205,24 +180,26 @@ class Halves(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Read `weight`, the joined factor, or the raw names `delta` and `anchor`. Both together set B0 exactly."""
-        delta_key, anchor_key = prefix + DELTA, prefix + ANCHOR
-        joined = state_dict.pop(f"{prefix}weight", None)
-        if joined is not None:
-            if joined.shape != self.joined.shape:
-                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
-                error_msgs.append(rank_message(path, joined.shape, self.joined.shape, self.axis))
-                return
-            state_dict[delta_key], anchor = _read(joined, self.anchor, self.axis)
-            state_dict.setdefault(anchor_key, anchor)
-        if anchor_key in state_dict:
-            self.anchor = self.anchor.to(state_dict[anchor_key].dtype)
+        """Read the joined factors, or the raw names of differences and anchors. Both together set B0 exactly."""
+        stock_of: dict[str, str] = {}
+        for delta, anchor, stock in self.stored():
+            here, names = self.get_buffer(anchor), (prefix + delta, prefix + anchor, prefix + stock)
+            joined = state_dict.get(names[2])
+            if joined is not None and not (names[1] in state_dict and joined.shape == here.shape):
+                expected = torch.Size(n * (1 + (axis == self.axis)) for axis, n in enumerate(here.shape))
+                if joined.shape != expected:
+                    path = prefix.removeprefix(PREFIX).split(".lora_")[0]
+                    error_msgs.append(rank_message(path, joined.shape, expected, self.axis))
+                    return
+                del state_dict[names[2]]
+                state_dict[names[0]], read = _read(joined, here, self.axis)
+                state_dict.setdefault(names[1], read)
+            if names[1] in state_dict:
+                self.register_buffer(anchor, here.to(state_dict[names[1]].dtype))
+            stock_of |= dict.fromkeys(names, names[2])
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        raw = {delta_key, anchor_key}
-        if raw & set(missing):
-            missing_keys.append(f"{prefix}weight")
-        missing_keys.extend(key for key in missing if key not in raw)
+        missing_keys.extend(dict.fromkeys(stock_of.get(key, key) for key in missing))  # one key for each stock factor
 
 
 def _read(joined: Tensor, anchor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -234,159 +211,100 @@ def _read(joined: Tensor, anchor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return split(joined, axis, anchor.dtype)
 
 
-class LinearA(Halves, nn.Linear):  # type: ignore[misc,override]
-    """A' = [D; A0] of a linear layer: `delta` is D (r, in), `anchor` is A0 (r, in)."""
-
-    axis = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [D x, A0 x]: (..., in) -> (..., 2r)."""
-        return multiply_down(x, self.delta, self.anchor)
+def _to_stock(state: MutableMapping[str, Any], delta: str, anchor: str, stock: str, axis: int) -> None:
+    """Replace a difference and an anchor in a state dict by the joined factor, under the name `stock`."""
+    difference, fixed = state.pop(delta), state.pop(anchor)
+    state[stock] = join(difference, fixed.to(difference.device), axis)
 
 
-class LinearB(Halves, nn.Linear):  # type: ignore[misc,override]
-    """B' = [B0 + E, E] of a linear layer: `delta` is E (out, r), `anchor` is B0 (out, r)."""
+def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a gathered state dict (ZeRO-3, FSDP2) with differences and anchors joined under their stock names.
 
-    axis = 1
+    `...lora_A.default.delta` and `.anchor` become `...lora_A.default.weight`. Other entries are unchanged.
 
-    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        """Return s ((B0 + E) h + E h0) for the hidden vector [h, h0]: (..., 2r) -> (..., out), s = `scaling`.
+    >>> raw = {"l.lora_A.x.delta": torch.ones(1, 2), "l.lora_A.x.anchor": torch.zeros(1, 2)}
+    >>> {name: tuple(t.shape) for name, t in joined_state(raw).items()}
+    {'l.lora_A.x.weight': (2, 2)}
+    """
+    out = dict(state)
+    for key in state:
+        prefix, _, name = key.rpartition(".")
+        if name == DELTA and f"{prefix}.{ANCHOR}" in state:
+            _to_stock(out, key, f"{prefix}.{ANCHOR}", f"{prefix}.weight", int(".lora_B." in key))
+        elif key + ANCHOR_SUFFIX in state:
+            _to_stock(out, key, key + ANCHOR_SUFFIX, key, int(".lora_embedding_B." in key))
+    return out
 
-        `onto` (..., out), the output W x of the base layer, is added.
-        """
-        out = multiply_up(x, self.delta, self.anchor, onto, scaling)
-        return out if self.bias is None else out + scaling * self.bias
 
+class DifferenceFactor(_Differences):
+    """PEFT's `lora_A[name]` or `lora_B[name]` with a trained difference and an anchor in the place of its weight."""
 
-class FixedA(nn.Linear):
-    """A (r, in) that never changes: `weight` is a buffer, so no optimizer and no call of PEFT trains it."""
+    delta: nn.Parameter
+    anchor: Tensor
 
     @classmethod
-    def take_over(cls, layer: nn.Linear, A: Tensor) -> FixedA:
-        """Change the class of PEFT's factor layer and replace its parameter by the buffer A."""
+    def convert(cls, layer: nn.Module, axis: int, delta: Tensor, anchor: Tensor) -> DifferenceFactor:
+        """Change the class of PEFT's factor layer and give it a difference and an anchor. Hooks, name and bias stay.
+
+        Both have rank r: (r, in) for A, (out, r) for B. `layer.weight` of rank 2r is removed.
+        """
+        requires_grad = layer.get_parameter("weight").requires_grad
         del layer.weight
-        fixed = change_class(layer, cls)
-        fixed.register_buffer("weight", A)
-        return fixed
+        factor = change_class(layer, cls)
+        factor.axis = axis
+        factor.register_parameter(DELTA, nn.Parameter(delta, requires_grad=requires_grad))
+        factor.register_buffer(ANCHOR, anchor)
+        return factor
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return A x, (..., in) -> (..., r), in the data type of x or of autocast."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class TrainedE(nn.Linear):
-    """E (out, r) beside a fixed A: the parameter `weight` of a stock LoRA, which starts at zero."""
-
-    def forward(self, hidden: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        """Return s E h, (..., r) -> (..., out), s = `scaling`. `onto` (..., out), the output W x, is added."""
-        E = self.weight
-        if onto is None:
-            return F.linear(hidden.to(E.dtype), E)
-        device = onto.device.type
-        is_autocast = torch.is_autocast_enabled(device)
-        # As in `_dtype`: PEFT would multiply in float32 beside a bfloat16 base, and round the sum anyway.
-        dtype = torch.get_autocast_dtype(device) if is_autocast else E.dtype
-        if not is_autocast and onto.dtype == torch.bfloat16:
-            dtype = torch.bfloat16
-        with autocast(device, enabled=False):
-            hidden, E = _rows(hidden).to(dtype), E.to(dtype)
-            if onto.dtype == dtype:
-                return torch.addmm(_rows(onto), hidden, E.T, alpha=scaling).view(onto.shape)
-            return (onto + scaling * F.linear(hidden, E).view(onto.shape)).to(onto.dtype)
-
-
-class AdaptedLinear(lora.Linear):  # type: ignore[misc]
-    """PEFT's LoRA layer, with a faster sum of W x and the update of one adapter of ours.
-
-    PEFT casts x, computes the update, multiplies it by s and adds it to W x. Each of these passes over the tokens takes
-    a share of the step, and most have another one in the backward pass. Here the product with B' adds to W x.
-    """
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return W x + s B' A' x. PEFT's forward runs if several adapters are active, or hooks see an adapter alone."""
-        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        adapter = None if kwargs or is_traced else self._only_adapter()
-        if adapter is None:
-            out: Tensor = super().forward(x, *args, **kwargs)
-            return out
-        base = self.base_layer(x, *args)
-        down: Any = self.lora_A[adapter]
-        dropout = self.lora_dropout[adapter]
-        # Autocast casts x anyway. Dropout needs more digits than bfloat16 has: it divides by 1 - p.
-        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
-        if isinstance(down, FixedA):
-            x = x.float() if drops and x.dtype in (torch.bfloat16, torch.float16) else x
-        elif drops or not torch.is_autocast_enabled(x.device.type) or torch.float64 in (x.dtype, down.delta.dtype):
-            x = x.to(down.delta.dtype)
-        return self.lora_B[adapter](down(dropout(x)), base, self.scaling[adapter])  # type: ignore[no-any-return]
-
-    def _only_adapter(self) -> str | None:
-        """Return the active adapter if it is the only one here, one of ours, not merged, and enabled."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
-            return None
-        up = self.lora_B[active[0]]
-        is_ours = (
-            isinstance(up, LinearB | TrainedE) and up.bias is None and isinstance(self.scaling[active[0]], int | float)
-        )
-        return active[0] if is_ours and self.cast_input_dtype_enabled and not has_hooks(up) else None
-
-
-class Conv2dA(Halves, nn.Conv2d):  # type: ignore[misc,override]
-    """A' = [D; A0] of a convolution: `delta` and `anchor` are (r, in, kh, kw)."""
-
-    axis = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolutions with D and A0, along the channels: (n, in, h, w) -> (n, 2r, h', w')."""
-        return F.conv2d(x, self.joined, None, self.stride, self.padding, self.dilation, self.groups)
-
-
-class Conv2dB(Halves, nn.Conv2d):  # type: ignore[misc,override]
-    """B' = [B0 + E, E] of a convolution: `delta` and `anchor` are (out, r, 1, 1)."""
-
-    axis = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the convolution with [B0 + E, E]: (n, 2r, h, w) -> (n, out, h, w)."""
-        return F.conv2d(x, self.joined, self.bias)
-
-
-class _Residual(Halves):
-    """Factors of the residual form, y = W_p x + s B A x, where the base weight holds W_p = W - s B0 A0.
-
-    Forward and merge use A = A0 + D and B = B0 + E, of rank r. A state dict holds the joined factor, so the saved
-    adapter is again one of rank 2r for the unchanged base model.
-    """
+    @property
+    def joined(self) -> Tensor:
+        """Return the factor of rank 2r, (2r, in) or (out, 2r), as a new tensor."""
+        if is_sharded(self.delta):  # PEFT reads the dtype alone
+            return self.delta
+        return join(self.delta, self.anchor, self.axis)
 
     @property
     def weight(self) -> Tensor:
-        """Return A or B, which is all that PEFT merges here. It is read-only, see `Joined`."""
-        if is_sharded(self.delta):
-            return self.delta
-        factor = self.anchor.to(self.delta.dtype) + self.delta
-        return factor if torch.compiler.is_compiling() else factor.as_subclass(Joined)
+        """Return the factor of rank 2r that PEFT merges and saves. It is read-only, see `ReadOnlyFactor`."""
+        joined = self.joined
+        is_plain = type(joined) in (Tensor, nn.Parameter)  # torch's fake tensors keep their class
+        return joined.as_subclass(ReadOnlyFactor) if is_plain and not torch.compiler.is_compiling() else joined
 
-    def forward(self, x: Tensor, onto: Tensor | None = None, scaling: float = 1.0) -> Tensor:
-        """Return A x or s B h: (..., in) -> (..., r), (..., r) -> (..., out); `onto` (..., out) is added."""
-        out = F.linear(x, self.anchor.to(self.delta.dtype) + self.delta)
-        if onto is None:
-            return out if scaling == 1 else out * scaling
-        return torch.add(onto, out, alpha=scaling).to(onto.dtype)
+    def stored(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the names in the module, and `weight`."""
+        yield DELTA, ANCHOR, "weight"
 
 
-class ResidualA(_Residual, LinearA):  # type: ignore[misc,override]
-    """A (r, in) of the residual form, held as A0 and D."""
+class DifferenceLinear(DifferenceFactor, nn.Linear):  # type: ignore[misc,override]
+    """A' = [D; A0] or B' = [B0 + E, E] of a linear layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [D x, A0 x], (..., in) -> (..., 2r), or (B0 + E) h + E h0, (..., 2r) -> (..., out)."""
+        if self.axis == 0:
+            return multiply_down(x, self.delta, self.anchor)
+        out = multiply_up(x, self.delta, self.anchor)
+        return out if self.bias is None else out + self.bias
 
 
-class ResidualB(_Residual, LinearB):  # type: ignore[misc,override]
-    """B (out, r) of the residual form, held as B0 and E."""
+class DifferenceConv2d(DifferenceFactor, nn.Conv2d):  # type: ignore[misc,override]
+    """A' = [D; A0] (2r, in, kh, kw) or B' = [B0 + E, E] (out, 2r, 1, 1) of a convolution, along the channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution with the joined factor: (n, in, h, w) -> (n, 2r, h', w') -> (n, out, h', w')."""
+        return F.conv2d(x, self.joined, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
-ANCHOR_SUFFIX = "_anchor"
+class Difference(ForwardVariant):
+    """The forward pass of PEFT's LoRA layer with the products of this file, the second of which adds to W x."""
+
+    def update(self, down: Any, up: Any, x: Tensor, onto: Tensor, scaling: float, drops: bool) -> Tensor:
+        """Return y = W x + s ((B0 + E) D x + E A0 x) for `onto`, the output W x of the base layer."""
+        if not isinstance(up, DifferenceFactor):  # other code has replaced the factors
+            return onto + up(down(x)) * scaling
+        return multiply_up(down(x), up.delta, up.anchor, onto, scaling)
 
 
-class EmbeddingHalves(nn.ParameterDict):
+class DifferenceEmbedding(_Differences, nn.ParameterDict):  # type: ignore[misc,override]
     """PEFT's `lora_embedding_A` or `lora_embedding_B`, where some adapters have a difference and an anchor.
 
     `axis` 0 is A' = [D; A0] (2r, tokens), `axis` 1 is B' = [B0 + E, E] (dim, 2r). PEFT multiplies `factors[adapter]`,
@@ -394,16 +312,14 @@ class EmbeddingHalves(nn.ParameterDict):
     differences. An anchor is a buffer named `<adapter>_anchor`.
     """
 
-    axis: int
-
     @classmethod
-    def take_over(cls, factors: nn.ParameterDict, axis: int) -> EmbeddingHalves:
-        """Change the class of PEFT's ParameterDict. All adapters keep their stock factors until `set_halves`."""
-        halves = change_class(factors, cls)
-        halves.axis = axis
-        return halves
+    def convert(cls, factors: nn.ParameterDict, axis: int) -> DifferenceEmbedding:
+        """Change the class of PEFT's ParameterDict. All adapters keep their stock factors until `set_difference`."""
+        ours = change_class(factors, cls)
+        ours.axis = axis
+        return ours
 
-    def set_halves(self, adapter: str, delta: Tensor, anchor: Tensor) -> None:
+    def set_difference(self, adapter: str, delta: Tensor, anchor: Tensor) -> None:
         """Replace the stock factor of an adapter by a difference and an anchor, each of rank r."""
         requires_grad = self.get_parameter(adapter).requires_grad
         self.register_buffer(adapter + ANCHOR_SUFFIX, anchor)
@@ -422,7 +338,7 @@ class EmbeddingHalves(nn.ParameterDict):
         if anchor is None:
             super().__setitem__(key, value)
             return
-        self.set_halves(key, *_read(value, anchor, self.axis))
+        self.set_difference(key, *_read(value, anchor, self.axis))
 
     def __delitem__(self, key: str) -> None:
         if self.anchor_of(key) is not None:
@@ -437,40 +353,9 @@ class EmbeddingHalves(nn.ParameterDict):
         """Iterate over the differences and stock factors."""
         return (self.get_parameter(key) for key in self)
 
-    def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
-        for key in self:
-            if self.anchor_of(key) is not None and not is_sharded(self.get_parameter(key)):
-                del destination[prefix + key + ANCHOR_SUFFIX]
-                destination[prefix + key] = self[key] if keep_vars else self[key].detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: MutableMapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for key in self:
-            name, anchor_name = prefix + key, prefix + key + ANCHOR_SUFFIX
-            anchor = self.anchor_of(key)
-            if anchor is None or name not in state_dict:
-                continue
-            if state_dict[name].shape == self[key].shape:  # the joined factor
-                state_dict[name], new_anchor = _read(state_dict[name], anchor, self.axis)
-                state_dict.setdefault(anchor_name, new_anchor)
-            elif anchor_name not in state_dict:
-                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
-                error_msgs.append(rank_message(path, state_dict[name].shape, self[key].shape, self.axis))
-                return
-            self.register_buffer(key + ANCHOR_SUFFIX, anchor.to(state_dict[anchor_name].dtype))
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        # A checkpoint without this adapter lacks one stock key, so report one missing key and not two.
-        missing_keys.extend(key for key in missing if not key.endswith(ANCHOR_SUFFIX))
+    def stored(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the names of the adapters that have an anchor; the joined factor has the name of the adapter."""
+        return ((key, key + ANCHOR_SUFFIX, key) for key in self if self.anchor_of(key) is not None)
 
 
 def multiply_down(x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:

@@ -4,14 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.layers import (
-    Conv2dA,
-    Conv2dB,
-    Halves,
-    LinearA,
-    LinearB,
-    ResidualA,
-    ResidualB,
+from milora_vl.core.adapter.difference import (
+    DifferenceConv2d,
+    DifferenceFactor,
+    DifferenceLinear,
     join,
     lossless,
     recover,
@@ -19,17 +15,19 @@ from milora_vl.core.adapter.layers import (
 )
 
 
-def pair(rank: int = 3, dtype: torch.dtype = torch.float32, moved: float = 0.0) -> tuple[LinearA, LinearB]:
+def pair(
+    rank: int = 3, dtype: torch.dtype = torch.float32, moved: float = 0.0
+) -> tuple[DifferenceLinear, DifferenceLinear]:
     """The factors of a layer 8 -> 6; D and E are normal numbers times `moved`."""
     generator = torch.Generator().manual_seed(0)
     A0, B0 = torch.randn(rank, 8, generator=generator).to(dtype), torch.randn(6, rank, generator=generator).to(dtype)
     D, E = moved * torch.randn(rank, 8, generator=generator), moved * torch.randn(6, rank, generator=generator)
-    A = LinearA.take_over(nn.Linear(8, 2 * rank, bias=False), D, A0)
-    B = LinearB.take_over(nn.Linear(2 * rank, 6, bias=False), E, B0)
+    A = DifferenceLinear.convert(nn.Linear(8, 2 * rank, bias=False), 0, D, A0)
+    B = DifferenceLinear.convert(nn.Linear(2 * rank, 6, bias=False), 1, E, B0)
     return A, B
 
 
-def update(A: Halves, B: Halves) -> Tensor:
+def update(A: DifferenceFactor, B: DifferenceFactor) -> Tensor:
     """B A - B0 A0 in float64."""
     A0, B0, D, E = (t.detach().double() for t in (A.anchor, B.anchor, A.delta, B.delta))
     return (B0 + E) @ (A0 + D) - B0 @ A0
@@ -41,7 +39,7 @@ def test_split_undoes_join(axis: int) -> None:
     back = split(join(delta, anchor, axis), axis, torch.bfloat16)
     assert torch.equal(back[0], delta)
     assert torch.equal(back[1], anchor)
-    assert all(half.is_contiguous() for half in back)
+    assert all(tensor.is_contiguous() for tensor in back)
 
 
 def test_the_weight_is_the_stock_factor_of_the_update() -> None:
@@ -78,8 +76,8 @@ def test_the_update_keeps_its_digits_in_half_precision_at_every_size(kind: str, 
     x = torch.randn(64, 192, generator=generator).bfloat16()
     if kind == "bf16 weights":
         D, E = D.bfloat16(), E.bfloat16()
-    A = LinearA.take_over(nn.Linear(192, 32, bias=False), D, A0)
-    B = LinearB.take_over(nn.Linear(32, 256, bias=False), E, B0)
+    A = DifferenceLinear.convert(nn.Linear(192, 32, bias=False), 0, D, A0)
+    B = DifferenceLinear.convert(nn.Linear(32, 256, bias=False), 1, E, B0)
     half = torch.float16 if kind.startswith("fp16") else torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", half, enabled="autocast" in kind):
         if kind.startswith("stock"):
@@ -94,8 +92,8 @@ def test_the_update_keeps_its_digits_in_half_precision_at_every_size(kind: str, 
 def test_convolutions_compute_the_update_of_the_joined_factors() -> None:
     A0, B0 = torch.randn(2, 3, 3, 3), torch.randn(5, 2, 1, 1)
     stock = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False), nn.Conv2d(4, 5, 1, bias=False)
-    A = Conv2dA.take_over(stock[0], torch.zeros(2, 3, 3, 3), A0)
-    B = Conv2dB.take_over(stock[1], torch.zeros(5, 2, 1, 1), B0)
+    A = DifferenceConv2d.convert(stock[0], 0, torch.zeros(2, 3, 3, 3), A0)
+    B = DifferenceConv2d.convert(stock[1], 1, torch.zeros(5, 2, 1, 1), B0)
     x = torch.randn(1, 3, 9, 9)
     assert not B(A(x)).any()
     with torch.no_grad():
@@ -109,7 +107,7 @@ def test_convolutions_compute_the_update_of_the_joined_factors() -> None:
 
 
 def test_a_bias_of_peft_is_added_once() -> None:
-    B = LinearB.take_over(nn.Linear(4, 6), torch.zeros(6, 2), torch.randn(6, 2))
+    B = DifferenceLinear.convert(nn.Linear(4, 6), 1, torch.zeros(6, 2), torch.randn(6, 2))
     assert torch.allclose(B(torch.zeros(1, 4)), B.bias)
 
 
@@ -139,12 +137,12 @@ def test_weight_decay_pulls_towards_no_update() -> None:
 
 def test_state_dicts_hold_the_joined_weight_and_load_it_back() -> None:
     (A, B), (other_A, other_B) = pair(moved=1.0), pair()
-    for half, other in ((A, other_A), (B, other_B)):
-        state = half.state_dict()
+    for factor, other in ((A, other_A), (B, other_B)):
+        state = factor.state_dict()
         assert list(state) == ["weight"]
         other.load_state_dict(state)
-        assert torch.equal(other.delta, half.delta)
-        assert torch.equal(other.anchor, half.anchor)
+        assert torch.equal(other.delta, factor.delta)
+        assert torch.equal(other.anchor, factor.anchor)
     assert A.state_dict()["weight"].shape == (6, 8)
     nn.Linear(8, 6, bias=False).load_state_dict(A.state_dict())
 
@@ -205,14 +203,3 @@ def test_anchors_keep_a_narrow_dtype_only_where_nothing_is_lost() -> None:
     assert A.anchor.dtype == torch.float32
     assert torch.equal(A.anchor, third[3:])
     assert lossless(torch.tensor([0.5]), torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_the_residual_form_multiplies_a_and_b_and_saves_the_joined_factors() -> None:
-    A, B = pair(moved=1.0)
-    A.__class__, B.__class__ = ResidualA, ResidualB
-    assert A.weight.shape == (3, 8)
-    x = torch.randn(2, 8)
-    expected = nn.functional.linear(nn.functional.linear(x, A.anchor + A.delta), B.anchor + B.delta)
-    assert torch.equal(B(A(x)), expected)
-    assert A.state_dict()["weight"].shape == (6, 8)
-    assert B.state_dict()["weight"].shape == (6, 6)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl.core.adapter.layers import EmbeddingHalves
+from milora_vl.core.adapter.difference import DifferenceEmbedding
 
 
-def holder() -> EmbeddingHalves:
+def holder() -> DifferenceEmbedding:
     stock = nn.ParameterDict({"default": nn.Parameter(torch.randn(4, 9)), "plain": nn.Parameter(torch.randn(4, 9))})
-    ours = EmbeddingHalves.take_over(stock, axis=0)
-    ours.set_halves("default", torch.zeros(2, 9), torch.ones(2, 9))
+    ours = DifferenceEmbedding.convert(stock, axis=0)
+    ours.set_difference("default", torch.zeros(2, 9), torch.ones(2, 9))
     return ours
 
 
