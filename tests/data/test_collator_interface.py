@@ -17,7 +17,8 @@ from milora_vl.common.errors import UserError
 from milora_vl.models.collator import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.tiny_next import tiny_next
-from support.vlm_families import model_of, needs_places, processor_of
+from support.versions import needs_places
+from support.vlm_families import model_of, processor_of
 from support.vlm_runs import write_pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore")
