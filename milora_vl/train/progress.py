@@ -19,7 +19,7 @@ from milora_vl.train.dry_run.estimate import duration_text
 # Format of each log key, in the order of the line.
 SHOWN = {
     "loss": "loss {:.4f}",
-    "kept_kl": "KL on kept texts {:.3g}",
+    "base_kl": "KL from the base {:.3g}",
     "eval_loss": "loss on held-out records {:.4f}",
     "forgetting": "forgetting {:.4f}",
     "learning_rate": "rate {:.3g}",

@@ -40,9 +40,9 @@ from milora_vl.train import (
     run_files,
     training_arguments,
 )
+from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.evaluation import SuiteCallback, training_questions
 from milora_vl.train.forgetting import ForgettingCallback, Probe
-from milora_vl.train.keep import Kept
 from milora_vl.train.model import Built
 from milora_vl.train.plan import eval_section, record_checks, resuming, run_data
 from milora_vl.train.plan.base import require_usable
@@ -103,7 +103,7 @@ class Ready:
     args: TrainingArguments
     processor: Any
     built: Built
-    kept: Kept | None  # texts whose answers stay as the base's
+    base_kl: BaseKL | None  # texts whose answers stay as the base's
     spectra: Any  # of one layer per tower, at the start of a run
     rows: Any  # what the loader draws from: records, packs of records, or a stream
     lengths: list[int] | None  # of the rows, where batches go by them
@@ -138,9 +138,9 @@ def make_ready(plan: Plan, screen: Screen) -> Ready:
     elif plan.recipe.data.streaming:
         args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
         rows = loaders.stream_of(plan.recipe, args)
-    built, kept, spectra = adapt(plan, loaded, processor, data, args, screen)
+    built, base_kl, spectra = adapt(plan, loaded, processor, data, args, screen)
     run_files.set_chat_template(processor, plan.recipe.template)
-    return Ready(plan, data, args, processor, built, kept, spectra, rows, lengths, batching, probe, questions)
+    return Ready(plan, data, args, processor, built, base_kl, spectra, rows, lengths, batching, probe, questions)
 
 
 def read_inputs(plan: Plan, screen: Screen) -> tuple[RunData, TrainingArguments, Batching]:
@@ -197,7 +197,7 @@ def load_base_model(plan: Plan, args: TrainingArguments, screen: Screen) -> tupl
 
 def adapt(
     plan: Plan, loaded: torch.nn.Module, processor: Any, data: RunData, args: TrainingArguments, screen: Screen
-) -> tuple[Built, Kept | None, Any]:
+) -> tuple[Built, BaseKL | None, Any]:
     """Apply the policy, or load a checkpoint's adapter; the frozen weights do not change.
 
     Returns the model, the texts whose answers stay, and the spectra of one layer per tower.
@@ -209,13 +209,13 @@ def adapt(
     if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded, targets)
-    batches, task, kept = None, None, None
+    batches, task, base_kl = None, None, None
     source = checkpoint or recipe.adapter
     protects = source is None and any(target.protect for target in targets)  # an adapter holds what a calibration chose
-    if protects or recipe.keep.weight:
+    if protects or recipe.base_kl.weight:
         texts = calibration_batches.make_texts(recipe, plan.base, loaded, processor, data.train, screen)
         batches = texts.batches() if protects else None
-        kept = Kept(texts.batches(recipe.keep.texts), recipe.keep.weight) if recipe.keep.weight else None
+        base_kl = BaseKL(texts.batches(recipe.base_kl.texts), recipe.base_kl.weight) if recipe.base_kl.weight else None
     if source is None:
         task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train)
     set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
@@ -226,7 +226,7 @@ def adapt(
         model.compile_blocks(built.model, plan.section.compiled)
     if args.gradient_checkpointing:
         built.model.enable_input_require_grads()  # frozen embeddings would cut the graph
-    return built, kept, spectra
+    return built, base_kl, spectra
 
 
 def writes_policy_files(folder: RunFolder) -> bool:
@@ -260,9 +260,9 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
     screen.say(trainable_line(built.model))
     for line in protection_lines(built.targets, built.model.milora_protection):
         screen.say(line)
-    if ready.kept is not None:
-        kept = ready.kept
-        screen.say(f"keep  {kept.weight:g} x KL from the base on {kept.num_texts} rows of the calibration")
+    if ready.base_kl is not None:
+        base_kl = ready.base_kl
+        screen.say(f"base_kl  {base_kl.weight:g} x KL from the base on {base_kl.num_texts} rows of the calibration")
     if plan.resumed is not None and plan.resumed.changes:
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
 
@@ -319,7 +319,7 @@ def make_trainer(ready: Ready, first_files: FirstFiles) -> MiloraTrainer:
             lengths=ready.lengths,
             kinds=None if ready.lengths is None else data.with_images,
             resume_from=ready.plan.folder.checkpoint,
-            kept=ready.kept,
+            base_kl=ready.base_kl,
         )
     trainer.add_callback(AtFirstStep(first_files.write))
     if ready.probe is not None and recipe.eval.forgetting_every:

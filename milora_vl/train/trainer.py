@@ -44,8 +44,8 @@ from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
 from milora_vl.train import fsdp, loaders
+from milora_vl.train.base_kl import BaseKL, add_base_kl
 from milora_vl.train.evaluation import SuiteCallback
-from milora_vl.train.keep import Kept, add_kept_term
 from milora_vl.train.meter import Meter
 from milora_vl.train.progress import Bars, Lines
 
@@ -131,7 +131,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     """Train the modules of `targets`. `saves` is the content of checkpoints: adapter, projector or full model.
 
     With `lengths` (one per training record), a batch has records of similar length and of one of `kinds`.
-    A `RecordStream` as data set continues at its position in the checkpoint `resume_from`. `kept` adds a term to the
+    A `RecordStream` as data set continues at its position in the checkpoint `resume_from`. `base_kl` adds a term to the
     loss.
     """
 
@@ -149,12 +149,12 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         lengths: Sequence[int] | None = None,
         kinds: Sequence[object] | None = None,
         resume_from: Path | None = None,
-        kept: Kept | None = None,
+        base_kl: BaseKL | None = None,
     ) -> None:
         self.chunked = add_chunked_loss(base_model_of(model))  # before anything wraps its forward
-        self.kept = kept
-        if kept is not None:
-            add_kept_term(cast("PeftModel", model))
+        self.base_kl = base_kl
+        if base_kl is not None:
+            add_base_kl(cast("PeftModel", model))
         super().__init__(
             model,
             args,
@@ -226,8 +226,8 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on a batch as HF does, with texts of the base beside it."""
-        if self.kept is not None:
-            inputs = {**inputs, "kept": self.kept.next_batch(self.state.global_step, self.args)}
+        if self.base_kl is not None:
+            inputs = {**inputs, "base_kl": self.base_kl.next_batch(self.state.global_step, self.args)}
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -267,10 +267,10 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
-        if self.kept is not None and "kept" in inputs:
-            term = outputs[0]["kept"] / self.current_gradient_accumulation_steps
-            self.kept.terms.append(term.detach())
-            loss = loss + self.kept.weight * term
+        if self.base_kl is not None and "base_kl" in inputs:
+            term = outputs[0]["base_kl"] / self.current_gradient_accumulation_steps
+            self.base_kl.terms.append(term.detach())
+            loss = loss + self.base_kl.weight * term
         return (loss, {}) if return_outputs else loss
 
     def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -328,9 +328,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
             logs |= self.meter.take(self._over_processes(self.meter.counts)) | self.rates.rates
-            if self.kept is not None:
-                (total,) = self._over_processes([self.kept.taken()])
-                logs["kept_kl"] = total / self.args.world_size
+            if self.base_kl is not None:
+                (total,) = self._over_processes([self.base_kl.taken()])
+                logs["base_kl"] = total / self.args.world_size
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(

@@ -67,15 +67,15 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     packed_bytes = None
     if recipe.quantization != "none":
         packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
-    kept = kept_tokens(recipe, base, counts)
-    work = workload_of(section, base, plan.targets, counts, batching, packed_bytes, kept)
+    base_kl = base_kl_tokens(recipe, base, counts)
+    work = workload_of(section, base, plan.targets, counts, batching, packed_bytes, base_kl)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
     flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
     lean = work
     if frugal:
         leaner = replace(section, arguments=section.arguments | frugal)
-        lean = workload_of(leaner, base, plan.targets, counts, batching, packed_bytes, kept)
+        lean = workload_of(leaner, base, plan.targets, counts, batching, packed_bytes, base_kl)
     sizes, leanest = memory(work), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
@@ -98,9 +98,9 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
         out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
-    if work.kept:
-        share = step / flops_per_step(replace(work, kept=0.0)) - 1
-        out.append(f"keep   reads {amount(recipe.keep.texts, 'text')} in each forward: {share:.0%} more time")
+    if work.base_kl:
+        share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
+        out.append(f"base_kl  reads {amount(recipe.base_kl.texts, 'text')} in each forward: {share:.0%} more time")
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change)
     planned = 0.0
@@ -174,12 +174,12 @@ def workload_of(
     counts: Counts,
     batching: Batching,
     packed_bytes: float | None,
-    kept: tuple[float, int] = (0.0, 0),
+    base_kl: tuple[float, int] = (0.0, 0),
 ) -> Workload:
     """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
 
-    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised. `kept` has the
-    `kept_tokens`.
+    `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised. `base_kl` has the
+    `base_kl_tokens`.
     """
     train, launch, model = section.arguments, section.launch, base.meta
     sizes = trained_sizes(targets, model)
@@ -205,7 +205,7 @@ def workload_of(
         checkpointing=bool(train.get("activation_checkpointing")),
         half=half,
         activations=0.0,
-        kept=kept[0],
+        base_kl=base_kl[0],
         optimizer_bytes=2.0 if "8bit" in str(train.get("optim", "")) else 8.0,
         offload_optimizer=_offloads(zero, "offload_optimizer"),
         offload_weights=_offloads(zero, "offload_param"),
@@ -215,22 +215,25 @@ def workload_of(
     if fsdp:  # its loss keeps the logits of the supervised positions in float32, and their gradients
         step += 2 * 4 * shape.supervised * base.config.get_text_config().vocab_size
     # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
-    extra = step * kept[1] / (shape.records * shape.tokens) + 5 * 4 * kept[1] * base.config.get_text_config().vocab_size
-    return replace(work, activations=step, kept_activations=extra)
+    extra = (
+        step * base_kl[1] / (shape.records * shape.tokens)
+        + 5 * 4 * base_kl[1] * base.config.get_text_config().vocab_size
+    )
+    return replace(work, activations=step, base_kl_activations=extra)
 
 
-def kept_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, int]:
-    """Return the tokens of the kept texts in a micro-step, on average and at most: texts and captions take turns.
+def base_kl_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, int]:
+    """Return the tokens that `base_kl` reads in a micro-step, on average and at most: texts and captions take turns.
 
     A caption has its picture, and about 80 tokens of system text, question and answer.
     """
-    if not recipe.keep.weight:
+    if not recipe.base_kl.weight:
         return 0.0, 0
     longest = LENGTH
     if base.reads_pictures and recipe.calibration.num_pictures:
         largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
         longest = max(LENGTH, (largest or int(counts.tokens)) + 80)
-    return recipe.keep.texts * (LENGTH + longest) / 2, recipe.keep.texts * longest
+    return recipe.base_kl.texts * (LENGTH + longest) / 2, recipe.base_kl.texts * longest
 
 
 def _numel(module: nn.Module) -> int:

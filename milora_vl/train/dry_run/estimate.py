@@ -46,8 +46,8 @@ class Workload:
     checkpointing: bool
     half: bool  # activations in 16 bits
     activations: float  # peak bytes that a micro-step adds
-    kept: float = 0.0  # tokens of kept texts that a micro-step reads too, on average
-    kept_activations: float = 0.0  # and the peak bytes that they add
+    base_kl: float = 0.0  # tokens of the texts of `base_kl` that a micro-step reads too, on average
+    base_kl_activations: float = 0.0  # and the peak bytes that they add
     optimizer_bytes: float = 8.0  # per trained parameter: two moments of Adam; 2.0 with 8 bits
     offload_optimizer: bool = False
     offload_weights: bool = False
@@ -73,7 +73,7 @@ def memory(work: Workload) -> dict[str, float]:
     on_device, weights_here = not work.offload_optimizer, not work.offload_weights
     # The optimizer step of DeepSpeed casts gradients to float32, after activations are freed; ZeRO-3 casts in parts.
     copies = 4 * min(work.trained / states, LIVE if work.stage == 3 else math.inf) * on_device if master else 0
-    activations = work.activations + work.kept_activations
+    activations = work.activations + work.base_kl_activations
     working = "activations" if activations >= copies else "float32 gradients at the step"
     anchor = work.base_bytes if work.packed_bytes is None else 4  # packed weights: float32 anchors
     sizes = {
@@ -110,13 +110,13 @@ def flops_per_step(work: Workload) -> float:
     """Return the floating-point operations of one optimizer step on one device.
 
     Per parameter and token: 2 in forward, 2 in backward for activations, 2 more if the parameter trains. The anchor of
-    an adapter runs forward and backward too. Checkpointing repeats the forward pass. Kept texts also run through the
-    base alone, forward.
+    an adapter runs forward and backward too. Checkpointing repeats the forward pass. The texts of `base_kl` also run
+    through the base alone, forward.
     """
     passes = 4 + 2 * work.checkpointing
     through = work.total + work.adapters + work.anchors + work.fixed
     token = passes * through + 2 * work.trained
-    return work.accumulation * (work.records * work.tokens * token + work.kept * (token + 2 * work.total))
+    return work.accumulation * (work.records * work.tokens * token + work.base_kl * (token + 2 * work.total))
 
 
 # The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.

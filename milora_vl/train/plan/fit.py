@@ -20,7 +20,7 @@ from milora_vl.models.loading import split_processor
 from milora_vl.models.quantized import quantized_layers
 from milora_vl.train.plan import base as bases
 from milora_vl.train.recipe.merge import Settings
-from milora_vl.train.recipe.schema import CalibrationConfig, KeepConfig, Recipe, RecipeError
+from milora_vl.train.recipe.schema import BaseKLConfig, CalibrationConfig, Recipe, RecipeError
 
 
 def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
@@ -127,19 +127,19 @@ def _require_for_processor(recipe: Recipe, base: Base) -> None:
 
 
 def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    """Raise UserError if `keep` cannot compare with the base, because the training changes it or its tower is gone."""
+    """Raise UserError if `base_kl` has no base to compare with: the training changes it, or its tower is gone."""
     only_full = bool(targets) and all(target.rank is None for target in targets)
-    if recipe.keep.weight and only_full:
+    if recipe.base_kl.weight and only_full:
         raise UserError(
             "compares with the base, which this training changes",
-            code="keep-needs-base",
-            where=Key.of("keep.weight"),
+            code="base-kl-needs-base",
+            where=Key.of("base_kl.weight"),
             hint="train an adapter, or set the weight to 0",
         )
 
 
 def _reads_texts(recipe: Recipe) -> bool:
-    return bool(recipe.keep.weight) or any(rule.get("protect") for rule in recipe.policy or ())
+    return bool(recipe.base_kl.weight) or any(rule.get("protect") for rule in recipe.policy or ())
 
 
 def _require_calibration_files(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -186,8 +186,8 @@ def _warnings(recipe: Recipe, base: Base) -> list[str]:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
     if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe):
         messages.append("the calibration has no effect: no rule has  protect,  and keep has no weight")
-    if recipe.keep != KeepConfig() and not recipe.keep.weight:
-        messages.append("keep.texts has no effect: keep.weight is 0")
+    if recipe.base_kl != BaseKLConfig() and not recipe.base_kl.weight:
+        messages.append("base_kl.texts has no effect: base_kl.weight is 0")
     tiling, longest = base.tiling, recipe.data.max_length
     if tiling is not None and recipe.data.image_aspect_ratio == "pad":
         messages.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")

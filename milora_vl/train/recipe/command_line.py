@@ -111,8 +111,8 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "texts that the base writes to find protected inputs [48]",
     ),
     "calibration_pictures": ("calibration.pictures", "int", (), "pictures that the base describes for it [64]"),
-    "keep_weight": (
-        "keep.weight",
+    "base_kl_weight": (
+        "base_kl.weight",
         "float",
         (),
         "weight of a term of the loss that keeps the base's answers on the calibration texts; a step takes longer [0]",

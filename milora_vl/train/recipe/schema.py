@@ -122,7 +122,7 @@ class CalibrationConfig(Strict):
         return self.pictures if self.pictures is not None else PICTURES if self.data is None else 0
 
 
-class KeepConfig(Strict):
+class BaseKLConfig(Strict):
     """A term of the loss: KL from the base to the model on the texts of the calibration."""
 
     weight: NonNegativeFloat = 0.0  # of the term; 0: none. The task's loss has weight 1
@@ -172,7 +172,7 @@ class Recipe(Strict):
     factor_cache: str | None = None  # folder that caches initial factors for all runs on the same weights
     data: DataConfig = DataConfig()
     calibration: CalibrationConfig = CalibrationConfig()
-    keep: KeepConfig = KeepConfig()
+    base_kl: BaseKLConfig = BaseKLConfig()
     policy: list[dict[str, Any]] | None = None
     train: dict[str, Any] = Field(default_factory=dict)
     eval: EvalConfig = EvalConfig()

@@ -1,4 +1,4 @@
-"""The key `keep` of a recipe: a term of the loss that keeps the answers of the base on the calibration texts.
+"""The key `base_kl` of a recipe: a term of the loss that keeps the answers of the base on the calibration texts.
 
 In every forward of a training the model also reads a few texts, or captions, with its adapter and, without gradients,
 without it:
@@ -25,7 +25,7 @@ from milora_vl.core.calibration.modes import evaluated
 from milora_vl.core.policy.towers import image_token_of
 
 
-class Kept:
+class BaseKL:
     """The texts, with the weight of their term. Batches with pictures and without take turns."""
 
     def __init__(self, batches: Sequence[Mapping[str, Tensor]], weight: float) -> None:
@@ -61,26 +61,26 @@ class Kept:
         return mean
 
 
-def add_kept_term(model: PeftModel) -> None:
-    """Add the argument `kept`, a batch, to the forward of the base; with it, the output has the term as `kept`."""
+def add_base_kl(model: PeftModel) -> None:
+    """Add the argument `base_kl`, a batch, to the forward of the base; the output then has the term as `base_kl`."""
     base: Any = base_model_of(model)
     picture = image_token_of(base)
     own_forward = base.forward
 
     @functools.wraps(own_forward)
-    def forward(*args: Any, kept: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
+    def forward(*args: Any, base_kl: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         output = own_forward(*args, **kwargs)
-        if kept is None:
+        if base_kl is None:
             return output
-        ids, mask = kept["input_ids"][:, 1:], kept["attention_mask"][:, 1:].bool()
+        ids, mask = base_kl["input_ids"][:, 1:], base_kl["attention_mask"][:, 1:].bool()
         counted = mask if picture is None else mask & (ids != picture)
 
         def logits() -> Tensor:
-            found: Tensor = own_forward(**kept, use_cache=False)["logits"]
+            found: Tensor = own_forward(**base_kl, use_cache=False)["logits"]
             return found[:, :-1][counted].float().log_softmax(-1)
 
         with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
             before = logits()
-        return {**output, "kept": kl_div(logits(), before, log_target=True, reduction="batchmean")}
+        return {**output, "base_kl": kl_div(logits(), before, log_target=True, reduction="batchmean")}
 
     base.forward = forward

@@ -13,8 +13,8 @@ from torch.nn.functional import kl_div
 from milora_vl import apply_milora
 from milora_vl.core.adapter.install import base_model_of
 from milora_vl.models.tiny import tiny_llava
+from milora_vl.train.base_kl import BaseKL, add_base_kl
 from milora_vl.train.command import main
-from milora_vl.train.keep import Kept, add_kept_term
 from support.calibrated import llava_batches
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code
@@ -50,28 +50,28 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
     calibration = batches if rules == "fixed" else None
     model = apply_milora(tiny_llava()[0], RULES[rules], calibration=calibration)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    add_kept_term(model)
+    add_base_kl(model)
     ids = batches[0]["input_ids"]
-    assert model(**batches[0], kept=batches[0])["kept"] == 0, "at the start the model is the base"
+    assert model(**batches[0], base_kl=batches[0])["base_kl"] == 0, "at the start the model is the base"
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
     alone = model(**batches[0]).logits
-    output = model(**batches[0], kept=batches[0])
+    output = model(**batches[0], base_kl=batches[0])
     assert torch.equal(output["logits"], alone)
     real = batches[0]["attention_mask"][:, 1:].bool() & (ids[:, 1:] != base.config.image_token_id)
     before, after = (m(**batches[0]).logits[:, :-1][real].log_softmax(-1) for m in (base, model))
     expected = kl_div(after, before, log_target=True, reduction="batchmean")
-    assert float(output["kept"]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(output["base_kl"]) == pytest.approx(float(expected), rel=1e-4)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trained
-    output["kept"].backward()
+    output["base_kl"].backward()
     names = {name for name, p in model.named_parameters() if p.grad is not None}
     assert names <= {name for name, trains in trained.items() if trains}
     assert any("language" in name for name in names)
     assert any("projector" in name for name in names)
     modes: list[bool] = []
     base_model_of(model).model.language_model.register_forward_hook(lambda m, *_: modes.append(m.training))
-    model.train()(**batches[0], kept=batches[0])
+    model.train()(**batches[0], base_kl=batches[0])
     assert modes == [True, False, True], "the base has no dropout and no noise"
 
 
@@ -84,8 +84,8 @@ def test_texts_and_pictures_take_turns_and_every_process_has_its_own() -> None:
         args.process_index = process
         text: list[Any] = [{"name": f"text {i}"} for i in range(3)]
         pictures: list[Any] = [{"name": f"picture {i}", "pixel_values": None} for i in range(2)]
-        kept = Kept([*text, *pictures], 1.0)
-        return [str(kept.next_batch(step, args)["name"]) for step in steps for _ in range(2)]
+        base_kl = BaseKL([*text, *pictures], 1.0)
+        return [str(base_kl.next_batch(step, args)["name"]) for step in steps for _ in range(2)]
 
     first, second = read(0, range(4)), read(1, range(4))
     kinds = [name.split()[0] for name in first]
@@ -100,18 +100,18 @@ def test_a_run_keeps_the_answers_of_the_base_and_resumes(tiny_data: Path, tmp_pa
     extra += ["--calibration_samples", "4", "--calibration_pictures", "4", "--save_steps", "3"]
     kl = {}
     for weight in ("0.01", "20"):
-        assert main(training(tiny_data, tmp_path / weight, *extra, "--keep_weight", weight)) == 0
-        kl[weight] = [entry["kept_kl"] for entry in log(tmp_path / weight) if "kept_kl" in entry]
+        assert main(training(tiny_data, tmp_path / weight, *extra, "--base_kl_weight", weight)) == 0
+        kl[weight] = [entry["base_kl"] for entry in log(tmp_path / weight) if "base_kl" in entry]
     assert len(kl["20"]) == 6
     assert kl["20"][0] == 0
     assert 0 < kl["20"][-1] < 0.5 * kl["0.01"][-1]
     whole = losses(tmp_path / "20")
     (tmp_path / "20" / "adapter_model.safetensors").unlink()
     resume = ["--resume_from_checkpoint", str(tmp_path / "20" / "checkpoint-3")]
-    assert main(training(tiny_data, tmp_path / "20", *extra, "--keep_weight", "20", *resume)) == 0
+    assert main(training(tiny_data, tmp_path / "20", *extra, "--base_kl_weight", "20", *resume)) == 0
     assert losses(tmp_path / "20") == whole
-    with raises_code("resume-other-settings", message="keep.weight"):
-        main(training(tiny_data, tmp_path / "20", *extra, "--keep_weight", "1", *resume))
+    with raises_code("resume-other-settings", message="base_kl.weight"):
+        main(training(tiny_data, tmp_path / "20", *extra, "--base_kl_weight", "1", *resume))
 
 
 @pytest.mark.slow
@@ -119,7 +119,17 @@ def test_a_run_keeps_the_answers_of_the_base_and_resumes(tiny_data: Path, tmp_pa
 def test_every_kind_of_run_has_the_same_loss(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("A sentence that nobody has written before. " * 200)
     policy = ["--policy", json.dumps([{"modules": "language", "method": "lora", "rank": 3}, FULL]), "--dropout", "0"]
-    common = [*policy, "--model", str(tiny_folder), "--max_steps", "4", "--learning_rate", "0.02", "--keep_weight", "5"]
+    common = [
+        *policy,
+        "--model",
+        str(tiny_folder),
+        "--max_steps",
+        "4",
+        "--learning_rate",
+        "0.02",
+        "--base_kl_weight",
+        "5",
+    ]
     sources = {"text": f"{{text: [{tmp_path / 'a.txt'}], pictures: 0}}", "pictures": "{samples: 0, pictures: 8}"}
 
     def words(name: str, source: str, texts: int, more: list[str]) -> list[str]:
@@ -143,14 +153,14 @@ def test_the_log_adds_up(tiny_data: Path, tmp_path: Path) -> None:
     extra += ["--calibration_pictures", "0", "--gradient_accumulation_steps", "2", "--logging_steps", "4"]
     extra += ["--save_steps", "4"]
     for weight in ("0", "1e-6"):  # twelve records: the second step of each epoch has one batch
-        assert main(training(tiny_data, tmp_path / weight, *extra, "--keep_weight", weight)) == 0
+        assert main(training(tiny_data, tmp_path / weight, *extra, "--base_kl_weight", weight)) == 0
     assert losses(tmp_path / "1e-6")[0] == pytest.approx(losses(tmp_path / "0")[0], rel=1e-4)
-    single = [*extra, "--logging_steps", "1", "--keep_weight", "1e-6"]
+    single = [*extra, "--logging_steps", "1", "--base_kl_weight", "1e-6"]
     assert main(training(tiny_data, tmp_path / "single", *single)) == 0
-    whole, each = ([e["kept_kl"] for e in log(tmp_path / run) if "kept_kl" in e] for run in ("1e-6", "single"))
+    whole, each = ([e["base_kl"] for e in log(tmp_path / run) if "base_kl" in e] for run in ("1e-6", "single"))
     assert whole == pytest.approx([sum(each) / 4], rel=1e-3)
 
 
 def test_a_training_that_changes_the_base_has_nothing_to_compare_with(tiny_data: Path, tmp_path: Path) -> None:
-    with raises_code("keep-needs-base", where="--keep_weight"):
-        main(training(tiny_data, tmp_path / "run", "--method", "full", "--keep_weight", "1"))
+    with raises_code("base-kl-needs-base", where="--base_kl_weight"):
+        main(training(tiny_data, tmp_path / "run", "--method", "full", "--base_kl_weight", "1"))
