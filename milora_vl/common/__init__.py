@@ -1,1 +1,1 @@
-"""What every room stands on: errors, secrets, YAML and JSON of unknown origin, strict models, atomic files."""
+"""What every package stands on: errors, secrets, YAML and JSON of unknown origin, strict models, atomic files."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-CORE = "base svd weights policy calibration factors adapter compat".split()
+CORE = ("common", "core")
 ALLOWED = "torch numpy peft safetensors pydantic pyyaml xxhash tqdm filelock".split()
 
 PROGRAM = """
@@ -79,8 +79,8 @@ def test_the_core_trains_saves_loads_and_merges_with_its_own_dependencies_alone(
                 (packages / top).symlink_to(folder / top)
     (packages / "milora_vl").mkdir()
     (packages / "milora_vl" / "__init__.py").touch()
-    for room in CORE:
-        (packages / "milora_vl" / room).symlink_to(ROOT / "milora_vl" / room)
+    for name in CORE:
+        (packages / "milora_vl" / name).symlink_to(ROOT / "milora_vl" / name)
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
