@@ -149,4 +149,5 @@ def flags_of(text: str) -> set[str]:
         name = next(name for name, its in MENU.modules.items() if its.removesuffix(".__main__") == module)
     if name.startswith("-") or (name in MENU.menus and arguments[0].startswith("-")):
         return set()
-    return set(parser_of((name, arguments[0]) if name in MENU.menus else (name,)).flags())
+    has_second = name in MENU.menus or (name, *arguments[:1]) == ("analyze", "ranks")
+    return set(parser_of((name, arguments[0]) if has_second else (name,)).flags())

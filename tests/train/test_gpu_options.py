@@ -43,7 +43,7 @@ PLAIN = ("--rank", "4", "--dropout", "0", "--save_strategy", "no")
 def test_attention_is_refused_before_weights_load(
     name: str, code: str, says: str, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_model, "load_model", lambda *_, **__: pytest.fail("the weights load"))
+    monkeypatch.setattr(train_model, "load_weights", lambda *_, **__: pytest.fail("the weights load"))
     with raises_code(code, where="attn_implementation", says=says):
         main(training(tiny_data, tmp_path / "run", *PLAIN, "--attn_implementation", name))
 
