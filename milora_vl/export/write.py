@@ -22,7 +22,7 @@ from milora_vl.core.adapter.names import moved
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.clip_pictures import has_clip_tower, require_gguf
-from milora_vl.export.llama_cpp import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
+from milora_vl.export.gguf import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
 from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.request import Options, OutType
 from milora_vl.interop.adapters.imported import import_adapter, require_copies

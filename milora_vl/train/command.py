@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 
 from milora_vl.common.errors import UserError
-from milora_vl.train.recipe import command_line
+from milora_vl.train.recipe import flags
 from milora_vl.train.recipe.merge import merge
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the action of the command line and return the exit code. Raises UserError for mistakes the user can fix."""
-    request = command_line.parse(argv)
+    request = flags.parse(argv)
     if request.action in ("print_recipe", "list_models", "list_recipes"):
         from milora_vl.train.recipe import listings
 

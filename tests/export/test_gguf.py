@@ -12,7 +12,7 @@ from torch import Tensor
 
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import Options, export, main
-from milora_vl.export.llama_cpp import LORA_SCRIPT, MODEL_SCRIPT, modelfile
+from milora_vl.export.gguf import LORA_SCRIPT, MODEL_SCRIPT, modelfile
 from milora_vl.models.assemble import compose, processor_for
 from support.adapter_cases import move
 from support.llama_cpp import calls, write_stand_in

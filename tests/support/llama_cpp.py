@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from milora_vl.export.llama_cpp import LORA_SCRIPT, MODEL_SCRIPT
+from milora_vl.export.gguf import LORA_SCRIPT, MODEL_SCRIPT
 
 SCRIPT = """import json, sys
 from pathlib import Path

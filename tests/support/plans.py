@@ -12,7 +12,7 @@ from milora_vl.train.plan.fit import fit
 from milora_vl.train.plan.launch import read_launch
 from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.train_section import TrainSection, derive
-from milora_vl.train.recipe.command_line import parse
+from milora_vl.train.recipe.flags import parse
 from milora_vl.train.recipe.merge import Settings, merge
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 

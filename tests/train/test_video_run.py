@@ -18,7 +18,7 @@ from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
 from milora_vl.train.command import main
-from milora_vl.train.recipe.command_line import parse
+from milora_vl.train.recipe.flags import parse
 from milora_vl.train.recipe.merge import merge
 from support.problems import raises_code
 from support.train_runs import losses

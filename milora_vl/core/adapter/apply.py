@@ -23,13 +23,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.base_check import precision, require_readable
+from milora_vl.core.adapter.choose_a import Protection, fixed_factors
 from milora_vl.core.adapter.config import make_lora
 from milora_vl.core.adapter.errors import AdapterError, require_module
 from milora_vl.core.adapter.fixed_a import fix_A
 from milora_vl.core.adapter.install import install_factors, lora_layer, set_dropout
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import adopt
-from milora_vl.core.adapter.protection import Protection, fixed_factors
 from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.calibration.calibrate import protected_inputs, require_task, task_sketches
 from milora_vl.core.init.initialize import Initial, Progress, initialize

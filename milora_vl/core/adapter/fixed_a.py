@@ -2,7 +2,7 @@
 
     y = W x + s B A x          A (r, in) is a buffer with A V = 0, B (out, r) trains from zero
 
-V (in, k) holds the input directions that ordinary text and pictures use; `protection.py` chooses A off them. The update
+V (in, k) holds the input directions that ordinary text and pictures use; `choose_a.py` chooses A off them. The update
 s B A vanishes on them at every step by construction: under any optimizer and in any trainer, without a hook and without
 V in memory.
 

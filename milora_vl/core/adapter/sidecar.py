@@ -20,9 +20,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from milora_vl.core.adapter.choose_a import Protection
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.folders import ADAPTER_FILES
-from milora_vl.core.adapter.protection import Protection
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.methods import METHODS
 from milora_vl.core.policy.rules import FloorSigma, Target

@@ -38,7 +38,7 @@ from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.fit import require_template
 from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
-from milora_vl.train.recipe.command_line import PROG, Request
+from milora_vl.train.recipe.flags import PROG, Request
 from milora_vl.train.recipe.hf_flags import value_of
 from milora_vl.train.recipe.layers import placed
 from milora_vl.train.recipe.merge import Settings, merge

@@ -19,7 +19,7 @@ from milora_vl.train.plan.launch import read_launch
 from milora_vl.train.plan.resuming import Resumed
 from milora_vl.train.plan.run_folder import RunFolder
 from milora_vl.train.plan.train_section import TrainSection
-from milora_vl.train.recipe.command_line import Request
+from milora_vl.train.recipe.flags import Request
 from milora_vl.train.recipe.merge import Settings
 from milora_vl.train.recipe.schema import Recipe
 

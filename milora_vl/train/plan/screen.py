@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from milora_vl.core.adapter.protection import Protection
+    from milora_vl.core.adapter.choose_a import Protection
     from milora_vl.core.init.initialize import LayerReport
     from milora_vl.core.policy import Target
 

@@ -12,7 +12,7 @@ import llava_recipes
 from milora_vl.common.errors import UserError
 from milora_vl.models.names import NAMED_MODELS
 from milora_vl.train.recipe import hf_flags
-from milora_vl.train.recipe.command_line import PROG, Request
+from milora_vl.train.recipe.flags import PROG, Request
 from milora_vl.train.recipe.recipe_file import read_recipe
 from milora_vl.train.recipe.schema import Recipe
 

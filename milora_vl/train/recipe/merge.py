@@ -15,7 +15,7 @@ from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import Key, Problem, UserError, collected, with_problems
 from milora_vl.common.yaml_text import TEXT, read_mapping
 from milora_vl.train.recipe import continued, hf_flags, llava_flags
-from milora_vl.train.recipe.command_line import PROG, RECIPE_FLAGS, Request
+from milora_vl.train.recipe.flags import PROG, RECIPE_FLAGS, Request
 from milora_vl.train.recipe.layers import Section, merged, place_of, placed
 from milora_vl.train.recipe.llava_flags import Meaning
 from milora_vl.train.recipe.policy_edits import ADAPTERS, edited

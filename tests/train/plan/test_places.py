@@ -11,7 +11,7 @@ import pytest
 from milora_vl.common.errors import Key, UserError
 from milora_vl.train import main
 from milora_vl.train.plan import run_data
-from milora_vl.train.recipe.command_line import parse
+from milora_vl.train.recipe.flags import parse
 from milora_vl.train.recipe.merge import merge
 from support.problems import raises_code
 

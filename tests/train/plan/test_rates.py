@@ -12,7 +12,7 @@ import llava_recipes
 from milora_vl.core.policy import Target
 from milora_vl.train.command import main
 from milora_vl.train.plan import rates
-from milora_vl.train.recipe.command_line import parse
+from milora_vl.train.recipe.flags import parse
 from support.plans import fitted
 
 BOTH = "[{modules: language, method: milora, rank: 4}, {modules: projector, method: full}]"

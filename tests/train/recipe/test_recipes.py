@@ -15,7 +15,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.models import loading, names
 from milora_vl.train.command import main as train
 from milora_vl.train.dry_run import dry_run
-from milora_vl.train.recipe import command_line
+from milora_vl.train.recipe import flags
 from milora_vl.train.recipe.schema import Recipe
 from support.plans import fitted, settings
 
@@ -32,7 +32,7 @@ def test_its_comment_is_a_command_that_parses(name: str) -> None:
     text = " ".join(comment).replace("\\", " ")
     command = re.search(r"-m milora_vl\.train ((?:--?\w\S* \S+\s*)+)", text)
     assert command, text
-    request = command_line.parse(command[1].split())
+    request = flags.parse(command[1].split())
     assert request.recipe == name
     assert request.output_dir
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from milora_vl.common.errors import UserError
-from milora_vl.train.recipe import command_line
-from milora_vl.train.recipe.command_line import parse
+from milora_vl.train.recipe import flags
+from milora_vl.train.recipe.flags import parse
 from support.plans import settings
 from support.problems import raises_code
 
@@ -91,5 +91,5 @@ def test_resume_and_actions() -> None:
 
 
 def test_every_flag_has_a_line_of_help() -> None:
-    for action in command_line.build_parser()._actions:
+    for action in flags.build_parser()._actions:
         assert action.help, action.option_strings
