@@ -88,7 +88,7 @@ EXCEPTIONS: dict[str, str] = {
 # own launcher, with two processes; the fast one runs them in one process.
 SLOW: dict[str, str] = {
     r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs",
-    r"python -m milora_vl\.integrations\.llava ": "LLaVA's own training",
+    r"python -m milora_vl\.interop\.llava ": "LLaVA's own training",
     r"milora demo": "four programs, one after another",
     r"torchrun .* --fsdp": "FSDP2 needs several processes",
     r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",
