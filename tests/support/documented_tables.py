@@ -57,7 +57,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
     (r"(milora_eval run .*--limit) 1000", r"\1 8"),
     (r"(--methods milora,lora --lrs) 1e-4,3e-4,1e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
-    (r"(studies [\w.]+) --docs", r"\1 --plan --docs"),
+    (r"(studies [\w.-]+) --docs", r"\1 --plan --docs"),
     # An output folder that the page's other way to the same result has filled.
     (r"--output_dir vicuna-clip", "--output_dir composed"),
     (r"^make ", "make -n "),
