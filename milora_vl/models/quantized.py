@@ -1,6 +1,6 @@
 """4-bit and 8-bit bases: bitsandbytes settings (LLaVA's `--bits 4|8`), and which layers stay unquantized.
 
-Initial factors come from the dequantised weight, and the anchored form does not change the base. So step 0 equals the
+Initial factors come from the dequantised weight, and an adapter does not change the base. So step 0 equals the
 quantised base.
 """
 
