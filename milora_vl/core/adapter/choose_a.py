@@ -21,7 +21,7 @@ from milora_vl.core.policy.rules import Target
 from milora_vl.core.svd.precision import full_precision
 
 # Twice the length that PEFT's LoRA starts with in every layer: a fixed A learns best at twice the learning rate
-# (docs/studies/keep.md), so that the rate of a LoRA suits it.
+# (docs/studies/fixed-a.md), so that the rate of a LoRA suits it.
 ROW_LENGTH = 2 * 3**-0.5
 LARGEST_OVERLAP = 1e-4
 

@@ -32,7 +32,7 @@ from milora_vl.core.svd.precision import full_precision
 from milora_vl.core.weights.distributed import from_first_rank, rank_and_world_size
 
 OVERSAMPLED = 8  # rows of a sketch beyond the rank
-RECORDS = 64  # of the training data, in a run of milora_vl.train: docs/studies/keep.md
+RECORDS = 64  # of the training data, in a run of milora_vl.train: docs/studies/fixed-a.md
 
 
 def gradient_sketches(

@@ -7,9 +7,9 @@ from typing import Any
 
 RuleDict = dict[str, Any]
 
-PROTECTED = 0.95  # docs/studies/keep.md
+PROTECTED = 0.95  # docs/studies/fixed-a.md
 
-# What forgets least at equal loss: docs/studies/keep.md. Rank and rates are from the paper's LLaVA-1.5-7B (arXiv:
+# What forgets least at equal loss: docs/studies/fixed-a.md. Rank and rates are from the paper's LLaVA-1.5-7B (arXiv:
 # 2406.09044, Table 11), and the projector trains as in LLaVA's script.
 DEFAULT_RULES: tuple[RuleDict, ...] = (
     {

@@ -172,7 +172,7 @@ def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
 
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
     with raises_code("data-missing-file", where="llava_v1_5_mix665k"):
-        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
+        main(["--recipe", "gradient-llava-1.5-7b", "--dry-run"])
     shown = capsys.readouterr().out
     assert "174,063,616" in shown
     assert "assume records of 700 tokens" in shown

@@ -50,8 +50,8 @@ def test_a_flag_by_an_older_name_wins_over_the_recipe_too(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["milora", "lora", "pissa"])
 def test_methods_differ_only_by_their_name(method: str) -> None:
-    chosen = settings(f"--recipe milora-llava-1.5-7b --method {method}").recipe
-    base = settings("--recipe milora-llava-1.5-7b").recipe
+    chosen = settings(f"--recipe gradient-llava-1.5-7b --method {method}").recipe
+    base = settings("--recipe gradient-llava-1.5-7b").recipe
     assert chosen.policy is not None
     assert base.policy is not None
     kept = {name: value for name, value in base.policy[0].items() if name != "protect" or method == "milora"}

@@ -96,7 +96,7 @@ def test_the_papers_recipe_is_that_of_table_11() -> None:
 
 
 def test_the_recipe_of_lora_trains_on_the_same_data_at_the_same_rates() -> None:
-    lora, ours = recipe("lora-llava-1.5-7b"), recipe("milora-llava-1.5-7b")
+    lora, ours = recipe("lora-llava-1.5-7b"), recipe("gradient-llava-1.5-7b")
     assert lora.policy is not None
     assert ours.policy is not None
     kept = {name: value for name, value in ours.policy[0].items() if name != "protect"}
