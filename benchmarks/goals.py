@@ -39,8 +39,8 @@ def _cached(rows: Any) -> float:
     return _way(rows, "milora_vl, from its cache") / _way(rows, "milora_vl")
 
 
-def _anchored(result: Any) -> float:
-    return float(result["anchored"])
+def _time(pair: str) -> Callable[[Any], float]:
+    return lambda result: float(result["time"][pair])
 
 
 def _full(column: str) -> Callable[[Any], float]:
@@ -68,12 +68,24 @@ GOALS = (
     Goal("factors from the cache, 7B shapes, float32", "the first time", "cache_7b", _cached, 1 / 20, at_most=True),
     Goal("factors of SmolLM2, 210 layers, r = 32", "", "smollm2", lambda r: _way(r, "milora_vl"), 8, " s", True),
     Goal("the same from the cache", "", "smollm2", lambda r: _way(r, "milora_vl, from its cache"), 1, " s", True),
-    Goal("training step, anchored, 4096², r = 128, float32", LORA, "step", _anchored, 1.089, at_most=True),
-    Goal("training step, anchored, bfloat16", LORA, "step_bf16", _anchored, 1.06, at_most=True),
-    Goal(
-        "training step, anchored, bfloat16, checkpointing", LORA, "step_bf16_checkpointing", _anchored, 1.09, "x", True
+    *(
+        Goal(f"training step of {of}, {kind}", against, part, _time(pair), goal, at_most=True)
+        for kind, part, most in (
+            ("4096², r = 128, float32", "step", 1.089),
+            ("bfloat16", "step_bf16", 1.06),
+            ("bfloat16, checkpointing", "step_bf16_checkpointing", 1.09),
+            ("bfloat16 autocast", "step_bf16_autocast", 1.06),
+        )
+        for of, against, pair, goal in (
+            ("MiLoRA", LORA, "milora_over_lora", most),
+            ("the default", LORA, "default_over_lora", 1.03),
+            ("the default", "PEFT LoRA with as many trained numbers", "default_over_lora_of_equal_size", most),
+        )
     ),
-    Goal("training step, anchored, bfloat16 autocast", LORA, "step_bf16_autocast", _anchored, 1.06, at_most=True),
+    *(
+        Goal(f"activations of the default in a layer of Llama, {kind}", LORA, part, lambda r: r["memory"], 1, at_most=True)
+        for kind, part in (("float32", "step"), ("bfloat16 autocast", "step_bf16_autocast"))
+    ),
     Goal("the loss with all tokens, time", "the model's own loss", "loss", _full("time"), 1, at_most=True),
     Goal("the loss with all tokens, memory", "the model's own loss", "loss", _full("memory"), 0.4, at_most=True),
     Goal(
