@@ -83,7 +83,7 @@ GOALS = (
         )
     ),
     *(
-        Goal(f"activations of the default in a layer of Llama, {kind}", LORA, part, lambda r: r["memory"], 1, at_most=True)
+        Goal(f"saved activations of the default, {kind}", LORA, part, lambda r: r["memory"], 1, at_most=True)
         for kind, part in (("float32", "step"), ("bfloat16 autocast", "step_bf16_autocast"))
     ),
     Goal("the loss with all tokens, time", "the model's own loss", "loss", _full("time"), 1, at_most=True),
