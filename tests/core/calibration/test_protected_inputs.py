@@ -134,7 +134,9 @@ def test_bad_calibrations_are_refused_before_the_model_changes(tiny_llama) -> No
     assert not any("lora" in name for name, _ in broken.named_modules())
     assert not any(module._forward_pre_hooks for module in broken.modules())
     with raises_code("policy-rank-too-large", where="policy[0].rank"):  # no share leaves so many directions
-        apply_milora(tiny_llama()[0], one_rule(modules="lm_head", method="lora", rank=300, protect=0.6), calibration=TEXT)
+        apply_milora(
+            tiny_llama()[0], one_rule(modules="lm_head", method="lora", rank=300, protect=0.6), calibration=TEXT
+        )
 
 
 def test_a_layer_whose_rank_needs_the_protected_directions_protects_a_lower_share(tiny_llama, tmp_path: Path) -> None:
