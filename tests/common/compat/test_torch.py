@@ -36,7 +36,7 @@ def test_operations_run_without_the_subclass() -> None:
 
 def test_an_extended_forward_keeps_name_and_signature_and_computes_with_the_weights_of_a_copy() -> None:
     layer = nn.Linear(2, 2)
-    extend_forward(layer, lambda module, stock, input, twice=False: stock(input) * (1 + twice))
+    extend_forward(layer, lambda module, stock, x, twice=False: stock(x) * (1 + twice))
     copied = copy.deepcopy(layer)
     copied.weight.data.zero_()
     copied.bias.data.fill_(3)
