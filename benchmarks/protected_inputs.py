@@ -57,7 +57,13 @@ def measure(hidden: int, mlp: int, tokens: int, share: float, seed: int) -> dict
         x = activations(tokens, size, generator)
         sums, C = timed(lambda x=x: x.T @ x / len(x))  # type: ignore[misc]
         vectors, (V, held) = timed(lambda C=C: first_directions(C, share))  # type: ignore[misc]
-        found[size] = {"sums": sums, "vectors": vectors, "C": C.nbytes, "directions": V.shape[1], "held": held}
+        found[size] = {
+            "sums": sums,
+            "vectors": vectors,
+            "C": C.nbytes,
+            "directions": V.shape[1],
+            "held": float(held[-1]),
+        }
     small, large = found[hidden], found[mlp]
     return {
         "hidden": hidden, "mlp": mlp, "tokens": tokens, "share": share,

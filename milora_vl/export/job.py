@@ -6,8 +6,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+import torch
 
 from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.errors import UserError
@@ -27,7 +29,8 @@ class Exported:
 
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
     what is needed to load the full model in the folder (merged, base/); None without one. `exact_rank`: the N
-    at which rank-N keeps the whole change.
+    at which rank-N keeps the whole change. `dtype`, `rounding`: the data type of a merged model, and the largest change
+    of a weight by rounding to it.
     """
 
     folder: Path
@@ -37,6 +40,8 @@ class Exported:
     total: float | None = None
     loads_with: LoadsWith | None = None
     exact_rank: int | None = None
+    dtype: str | None = None
+    rounding: float | None = None
 
 
 def export(
@@ -50,6 +55,13 @@ def export(
     form, rank = parse_form(to)
     require_fitting(to, options)
     require_scale(options.scale)
+    if not isinstance(options.dtype, torch.dtype | None):
+        raise UserError(
+            f"expected a torch.dtype, got {options.dtype!r}",
+            code="flag-value",
+            where="dtype",
+            hint="for example  Options(dtype=torch.bfloat16)",
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(
             "exists and is not empty; an export overwrites nothing",
@@ -71,7 +83,8 @@ def export(
             source = _changed(sources, options, Path(scratch))
         written = WRITERS[form](Job(source, options, partial, target, rank, trained_template(folders[0])))
     origin = sources[0].kind if len(sources) == 1 else "combined"
-    return Exported(target, to, origin, written.layers, written.total, written.loads_with, written.exact_rank)
+    found = {field.name: getattr(written, field.name) for field in fields(written)}
+    return Exported(target, to, origin, **found)
 
 
 def _require_weights(sources: Sequence[Source], weights: Sequence[float] | None) -> None:

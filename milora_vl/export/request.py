@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OutType = Literal["f32", "f16", "bf16", "q8_0"]
 FORMS = {
     "adapter": "stock PEFT LoRA on the unchanged base model, with milora.json",
-    "merged": "full model, merged in float32 and saved in the data type of the base model",
+    "merged": "full model, merged in float32 and rounded to the data type of the base or of --dtype",
     "llava": "LoRA folder for load_pretrained_model of haotian-liu/LLaVA",
     "gguf": "merged model for llama.cpp and Ollama, by the scripts of --llama_cpp: model, mmproj, Modelfile",
     "gguf-lora": "the adapter's language tower as a LoRA for llama.cpp, by its script",

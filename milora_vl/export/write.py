@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from milora_vl.common.errors import UserError
@@ -19,7 +21,8 @@ from milora_vl.core.adapter.base_check import fitted
 from milora_vl.core.adapter.files import load_adapter, new_paths
 from milora_vl.core.adapter.folders import from_there
 from milora_vl.core.adapter.names import moved
-from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.adapter.sidecar import locate, read_sidecar
+from milora_vl.core.policy.towers import canonical_names, find_towers
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.clip_pictures import has_clip_tower, require_gguf
 from milora_vl.export.gguf import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
@@ -40,13 +43,16 @@ LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
 class Written:
     """(rank, error) per layer, the total error, and what the full model in the folder needs to load.
 
-    `exact_rank` is the rank at which rank-N keeps the whole change.
+    `exact_rank` is the rank at which rank-N keeps the whole change. `dtype` is the data type of the weights of a merged
+    model, and `rounding` the largest change of one of them by rounding to it.
     """
 
     layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     total: float | None = None
     loads_with: LoadsWith | None = None
     exact_rank: int | None = None
+    dtype: str | None = None
+    rounding: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +106,11 @@ class Job:
             adapter = replace(adapter.moved(lambda path: moved(path, path_of)), sidecar=sidecar)
         return adapter, {}
 
-    def merged(self, base: Base) -> nn.Module:
-        """Return the base model with the adapter merged, in the data type of the base or the requested one."""
+    def merged(self, base: Base) -> tuple[nn.Module, float]:
+        """Return the base model with the adapter merged, and the largest change of a weight by rounding.
+
+        Each layer is merged in float32, and its weight rounded to the data type of the base or the requested one.
+        """
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.source.folder
             on_residual = self.source.kind == "residual" and self.options.base is None
@@ -109,8 +118,17 @@ class Job:
                 folder = Path(temporary)
                 write_ours(import_adapter(self.source, base.model, base.name)[0], folder)
             dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
+            for path in _trained_in_full(base.model, folder):
+                base.model.get_submodule(path).float()
             tuned = load_adapter(base.model, folder, allow_base_mismatch=self.options.allow_base_mismatch)
+            changes = [0.0]
             try:
+                for layer in [module for module in tuned.modules() if isinstance(module, LoraLayer)]:
+                    weight = getattr(layer.get_base_layer(), "weight", None)
+                    if isinstance(weight, nn.Parameter) and weight.is_floating_point():  # bitsandbytes has its own way
+                        dtype, weight.data = self.options.dtype or weight.dtype, weight.data.float()
+                        layer.merge()
+                        changes.append(_round(weight, dtype))
                 merged = merge(tuned)
             except (NotImplementedError, RuntimeError, ValueError) as error:
                 raise UserError(
@@ -120,8 +138,8 @@ class Job:
                     hint="use --to adapter, or --to rank-r, which need no merge",
                 ) from None
         for name, parameter in merged.named_parameters():
-            parameter.data = parameter.data.to(self.options.dtype or dtypes.get(name, parameter.dtype))
-        return merged
+            changes.append(_round(parameter, self.options.dtype or dtypes.get(name, parameter.dtype)))
+        return merged, max(changes)
 
     def full_model_loads_with(self, base: Base) -> LoadsWith:
         """Return what a written full model needs to load. Raises UserError if `--remote_code` is set without need."""
@@ -138,12 +156,14 @@ class Job:
 
 
 def write_merged(job: Job) -> Written:
-    """Write the merged model. In half precision it is rounded once, at the end."""
+    """Write the merged model. In half precision it is rounded once."""
     base = Base(job.base_for("merged"), job.options.dtype, is_rounded_later=True)
     loads_with = job.full_model_loads_with(base)
-    save_model(job.merged(base), job.out, job.options.dtype)
+    model, rounding = job.merged(base)
+    save_model(model, job.out, job.options.dtype)
     _complete(job, base, job.out, loads_with)
-    return Written(loads_with=loads_with)
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    return Written(loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
 
 
 def write_llava_form(job: Job) -> Written:
@@ -190,7 +210,7 @@ def write_rank(job: Job) -> Written:
 def write_gguf(job: Job) -> Written:
     """Write the merged model as GGUF, by llama.cpp's script, with a Modelfile."""
     base = _base_for_llama_cpp(job, "merged")
-    files = _convert(job, job.merged(base), base, "model", job.options.outtype or "f16")
+    files = _convert(job, job.merged(base)[0], base, "model", job.options.outtype or "f16")
     _write_modelfile(job, files)
     return Written()
 
@@ -246,6 +266,21 @@ def _base_for_llama_cpp(job: Job, form: str) -> Base:
     if has_clip_tower(base.config):
         require_gguf()
     return base
+
+
+def _trained_in_full(model: nn.Module, folder: Path) -> list[str]:
+    """Return the paths in `model` of the modules that the adapter in `folder` has trained in full."""
+    sidecar = read_sidecar(folder)
+    if sidecar is not None:
+        return [target.path for target in locate(sidecar, canonical_names(model)).targets if target.rank is None]
+    names = tuple(read_config(folder, any_lora=True).modules_to_save or ())
+    return [path for path, _ in model.named_modules() if names and path.endswith(names)]
+
+
+def _round(weight: nn.Parameter, dtype: torch.dtype) -> float:
+    """Convert a weight to a data type, in place, and return its largest change."""
+    exact, weight.data = weight.data, weight.data.to(dtype)
+    return 0.0 if exact.dtype == dtype or not exact.numel() else float((exact - weight.data).abs().max())
 
 
 def _convert(job: Job, model: nn.Module, base: Base, name: str, outtype: OutType) -> list[str]:

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.encode.tokens import IGNORE
+from milora_vl.common.compat.torch import extend_forward
 from milora_vl.core.weights.distributed import uses_fsdp
 
 CHUNK = 2**24  # numbers in the logits of one chunk: 64 MiB in float32
@@ -84,24 +85,24 @@ def summed_loss(model: Forward, inputs: dict[str, Any], *, chunked: bool) -> tup
 def add_chunked_loss(model: nn.Module) -> bool:
     """Add the argument `supervised` to the forward of a Hugging Face model; with it, forward returns the loss.
 
-    Return False and change nothing if the model does not consist of an inner model and a head.
+    Return False and change nothing if the model does not consist of an inner model and a head, or if accelerate has
+    replaced its forward, to spread it over devices.
     """
-    inner = inner_model(model)
-    if inner is None:
+    if inner_model(model) is None or "forward" in vars(model):
         return False
-    stock_forward = model.forward
-    size = max(CHUNK // model.config.get_text_config().vocab_size, 1)  # type: ignore[operator, union-attr]
-
-    @functools.wraps(stock_forward)
-    def forward(*args: Any, supervised: Tensor | None = None, **kwargs: Any) -> Any:
-        if supervised is None:
-            return stock_forward(*args, **kwargs)
-        head = [p for child in model.children() if child is not inner for p in child.parameters() if p.requires_grad]
-        run = functools.partial(stock_forward, *args, **kwargs | {"use_cache": False})  # packed batches pass it already
-        return {"loss": _chunked_loss(run, inner, head, supervised, size)}
-
-    model.forward = forward  # type: ignore[method-assign]
+    extend_forward(model, _forward)
     return True
+
+
+def _forward(model: Any, stock: Forward, *args: Any, supervised: Tensor | None = None, **kwargs: Any) -> Any:
+    if supervised is None:
+        return stock(*args, **kwargs)
+    inner = inner_model(model)
+    assert inner is not None
+    size = max(CHUNK // model.config.get_text_config().vocab_size, 1)
+    head = [p for child in model.children() if child is not inner for p in child.parameters() if p.requires_grad]
+    run = functools.partial(stock, *args, **kwargs | {"use_cache": False})  # packed batches pass it already
+    return {"loss": _chunked_loss(run, inner, head, supervised, size)}
 
 
 def inner_model(model: nn.Module) -> nn.Module | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.policy.methods import what_trains
+from milora_vl.report.wording import lowered_shares
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -124,6 +125,7 @@ def _summary(path: Path, recipe: Mapping[str, Any], environment: dict[str, Any])
         f"`{recipe['model']}`{adapter} fine-tuned{data}{trained}."
         + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
         + f"\n\n{rules}"
+        + (f"\n\n{lowered}" if (lowered := lowered_shares(policy)) else "")
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.methods import label_of, what_trains
 from milora_vl.report.run_page import Comparison, Json, Run, Score
-from milora_vl.report.wording import amount, forgetting_rows, gain, number, percent
+from milora_vl.report.wording import amount, forgetting_rows, gain, lowered_shares, number, percent
 
 
 def forgetting_table(forgetting: Json) -> Table:
@@ -68,8 +68,9 @@ def protection_table(run: Run) -> Table:
     )
     caption = (
         "Protected inputs: means over layers, with the range over layers. A is chosen off the protected directions and "
-        "never changes; the last column is what rounding leaves of it along them, at most over layers."
-    )
+        "never changes; the last column is what rounding leaves of it along them, at most over layers. "
+        + lowered_shares(run.policy)
+    ).strip()
     return Table(header, tuple(rows), caption)
 
 

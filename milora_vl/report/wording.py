@@ -19,6 +19,24 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if abs(share) >= 0.01 else f"{100 * share:.2g} %"
 
 
+def lowered_shares(policy: Json) -> str:
+    """Return a sentence about layers that protect less than their rule asks for; empty if there are none.
+
+    >>> targets = [{"path": "q", "protect": 0.95}, {"path": "k", "protect": 0.95}]
+    >>> lowered_shares({"targets": targets, "protection": {"q": {"energy": 0.91}, "k": {"energy": 0.96}}})
+    'Layers that protect less than their rule asks for, so that their rank fits: 1 of 2; the lowest share is 91.0 %.'
+    """
+    asked = {target["path"]: target.get("protect", 0) for target in policy.get("targets", ())}
+    found = {path: protection["energy"] for path, protection in policy.get("protection", {}).items()}
+    lowered = [share for path, share in found.items() if share < asked[path]]
+    if not lowered:
+        return ""
+    return (
+        "Layers that protect less than their rule asks for, so that their rank fits: "
+        f"{len(lowered):,} of {len(found):,}; the lowest share is {percent(min(lowered))}."
+    )
+
+
 def amount(value: float, unit: str) -> str:
     """Return the value of a metric as text: fractions as percent, points unchanged."""
     return f"{100 * value:.1f} %" if unit == "fraction" else f"{value:,.1f}"

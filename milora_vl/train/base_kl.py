@@ -10,8 +10,7 @@ Both are parts of one forward, so that DDP, DeepSpeed and FSDP2 see one forward 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import TrainingArguments
 
+from milora_vl.common.compat.torch import extend_forward
 from milora_vl.core.adapter.install import base_model_of
 from milora_vl.core.calibration.modes import evaluated
 from milora_vl.core.policy.towers import image_token_of
@@ -62,25 +62,24 @@ class BaseKL:
 
 
 def add_base_kl(model: PeftModel) -> None:
-    """Add the argument `base_kl`, a batch, to the forward of the base; the output then has the term as `base_kl`."""
-    base: Any = base_model_of(model)
-    picture = image_token_of(base)
-    own_forward = base.forward
+    """Add the argument `base_kl`, a batch, to the forward of a model; the output then has the term as `base_kl`."""
+    extend_forward(model, _forward)
 
-    @functools.wraps(own_forward)
-    def forward(*args: Any, base_kl: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        output = own_forward(*args, **kwargs)
-        if base_kl is None:
-            return output
-        ids, mask = base_kl["input_ids"][:, 1:], base_kl["attention_mask"][:, 1:].bool()
-        counted = mask if picture is None else mask & (ids != picture)
 
-        def logits() -> Tensor:
-            found: Tensor = own_forward(**base_kl, use_cache=False)["logits"]
-            return found[:, :-1][counted].float().log_softmax(-1)
+def _forward(
+    model: PeftModel, stock: Callable[..., Any], *args: Any, base_kl: Mapping[str, Any] | None = None, **kwargs: Any
+) -> Any:
+    output = stock(*args, **kwargs)
+    if base_kl is None:
+        return output
+    picture = image_token_of(base_model_of(model))
+    ids, mask = base_kl["input_ids"][:, 1:], base_kl["attention_mask"][:, 1:].bool()
+    counted = mask if picture is None else mask & (ids != picture)
 
-        with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
-            before = logits()
-        return {**output, "base_kl": kl_div(logits(), before, log_target=True, reduction="batchmean")}
+    def logits() -> Tensor:
+        found: Tensor = stock(**base_kl, use_cache=False)["logits"]
+        return found[:, :-1][counted].float().log_softmax(-1)
 
-    base.forward = forward
+    with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
+        before = logits()
+    return {**output, "base_kl": kl_div(logits(), before, log_target=True, reduction="batchmean")}

@@ -94,11 +94,31 @@ def test_a_merged_model_of_another_dtype_is_rounded_once(run) -> None:
 
 def test_merged_keeps_the_dtype_of_the_base(run, tiny_llava: Factory) -> None:
     tiny_llava()[0].to(torch.bfloat16).save_pretrained(run.root / "base")
-    export(run.root / "adapter", "merged", run.root / "merged")
+    done = export(run.root / "adapter", "merged", run.root / "merged")
     kept = load_file(run.root / "merged" / "model.safetensors")
     assert {t.dtype for t in kept.values()} == {torch.bfloat16}
-    export(run.root / "adapter", "merged", run.root / "wide", Options(dtype=torch.float32))
-    assert {t.dtype for t in load_file(run.root / "wide" / "model.safetensors").values()} == {torch.float32}
+    wide = export(run.root / "adapter", "merged", run.root / "wide", Options(dtype=torch.float32))
+    exact = load_file(run.root / "wide" / "model.safetensors")
+    assert {t.dtype for t in exact.values()} == {torch.float32}
+    assert all(torch.equal(kept[name], weight.bfloat16()) for name, weight in exact.items())  # it was rounded once
+    changes = [float((kept[name].float() - weight).abs().max()) for name, weight in exact.items()]
+    assert (done.dtype, done.rounding) == ("bfloat16", max(changes))
+    assert (wide.dtype, wide.rounding) == ("float32", 0.0)
+
+
+def test_the_rounding_of_a_merged_model_is_printed(run, tiny_llava: Factory, capsys) -> None:
+    tiny_llava()[0].to(torch.bfloat16).save_pretrained(run.root / "base")
+    for words, says in (
+        ([], r"saved in bfloat16; the largest change of a weight by rounding is \S+e-0\d\nto keep .*--dtype float32"),
+        (
+            ["--dtype", "float32"],
+            r"saved in float32; the largest change of a weight by rounding is 0.0e\+00\n(?!to keep)",
+        ),
+    ):
+        main([str(run.root / "adapter"), "--to", "merged", *words, "--output_dir", str(run.root / f"out{len(words)}")])
+        assert re.search(says, capsys.readouterr().err)
+    with raises_code("flag-value", where="dtype", hint="torch.bfloat16"):
+        export(run.root / "adapter", "merged", run.root / "text", Options(dtype="bfloat16"))  # type: ignore[arg-type]
 
 
 def lost(run, whole: str, small: str) -> tuple[float, dict[str, float]]:

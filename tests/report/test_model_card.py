@@ -54,6 +54,13 @@ def test_records_of_a_stream_are_not_counted(tmp_path: Path) -> None:
         assert words in model_card.render(tmp_path, RECIPE.model_dump())
 
 
+def test_the_card_names_layers_that_protect_less_than_their_rule(tmp_path: Path) -> None:
+    for energy, is_named in ((0.96, False), (0.9123, True)):
+        policy = {"targets": [{"path": "q", "protect": 0.95}], "protection": {"q": {"energy": energy}}}
+        (tmp_path / "policy.json").write_text(json.dumps({**policy, "trainable": 1, "total": 9}))
+        assert ("91.2 %" in model_card.render(tmp_path, RECIPE.model_dump())) is is_named
+
+
 def test_scores_come_in_and_an_edited_card_stays_edited(tmp_path: Path) -> None:
     card = tmp_path / "README.md"
     card.write_text(model_card.render(tmp_path, RECIPE.model_dump()) + "\nMy own words.\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,18 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
     base_model_of(model).model.language_model.register_forward_hook(lambda m, *_: modes.append(m.training))
     model.train()(**batches[0], base_kl=batches[0])
     assert modes == [True, False, True], "the base has no dropout and no noise"
+
+
+def test_a_deep_copy_computes_its_own_term() -> None:
+    batches = llava_batches(tiny_llava()[0])
+    model = apply_milora(tiny_llava()[0], RULES["anchored"])
+    add_base_kl(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in (p for p in copied.parameters() if p.requires_grad):
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        terms = [float(one(**batches[0], base_kl=batches[0])["base_kl"]) for one in (model, copied)]
+    assert terms[0] == 0 < terms[1]
 
 
 def test_texts_and_pictures_take_turns_and_every_process_has_its_own() -> None:

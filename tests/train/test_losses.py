@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,6 +119,18 @@ def test_logits_are_made_once_for_supervised_positions_only_a_few_at_a_time(
     assert max(shapes) <= 4
     with torch.no_grad():
         assert torch.equal(summed_loss(model, batch(), chunked=True)[0], summed)
+
+
+def test_a_deep_copy_computes_with_its_own_weights(tiny_llama: Callable[..., Any]) -> None:
+    model = tiny_llama()[0]
+    assert add_chunked_loss(model)
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data.zero_()
+    for chunked in (True, False):
+        summed, count = summed_loss(copied, batch(), chunked=chunked)
+        assert float(summed) == pytest.approx(count * math.log(model.config.vocab_size))
+    assert type(copied).__name__ == "LlamaForCausalLM"
 
 
 def test_the_loss_is_bit_for_bit_that_of_autograd(tiny_llama: Callable[..., Any]) -> None:

@@ -64,6 +64,8 @@ def test_the_rates_come_from_the_model_and_the_arguments_fill_the_gaps(tiny_llav
     assert found == {(2e-4, 0.1): 22, (1e-4, 0.1): 6, (2e-5, 0.01): 3, (2e-5, 0.0): 3}
     with raises_code("adapter-no-rules"):
         parameter_groups(nn.Linear(2, 2), learning_rate=1.0)
+    with raises_code("adapter-value", where="learning_rate", message="-0.001"):
+        parameter_groups(model, learning_rate=-1e-3)
 
 
 @pytest.mark.parametrize("method", ["full", "frozen"])

@@ -216,6 +216,8 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
             image_tokens=counts,
             max_length=self.max_length,
         )
+        if self.image_token_id < 0:
+            self._require_no_pictures(record, encoded.num_images)
         # A text may contain the picture token itself. The model would then replace text by features of a picture.
         actual, expected = encoded.input_ids.count(self.image_token_id), sum(counts[: encoded.num_images])
         if actual != expected:
@@ -229,15 +231,20 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
         return encoded
 
     def _images(self, record: Record, num_images: int) -> list[Any]:
-        if num_images and self.image_processor is None:
+        if self.image_processor is None:
+            self._require_no_pictures(record, num_images)
+        # max_length may have cut off the last pictures: do not read them.
+        return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]
+
+    @staticmethod
+    def _require_no_pictures(record: Record, num_images: int) -> None:
+        if num_images:
             raise DataError(
                 "a record with pictures, but this model reads only text",
                 code="model-reads-only-text",
                 where=record.source or record.id,
                 hint="train a vision-language model, or remove the pictures and <image> from the records",
             )
-        # max_length may have cut off the last pictures: do not read them.
-        return [self._image(place_of(self.image_folder, name)) for name in record.images[:num_images]]
 
     def _image(self, path: str | Path) -> Any:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import cache, partial, wraps
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -22,6 +23,26 @@ def change_class(value: object, kind: type[Object]) -> Object:
     value.__class__ = kind
     assert isinstance(value, kind)
     return value
+
+
+def extend_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Let `forward(module, stock, *args, **kwargs)` compute the forward of a module; `stock` is its own forward.
+
+    The class of the module becomes a subclass of the same name, so that a deep copy computes with its own weights. The
+    signature stays, since `generate` reads it. A factory argument in transformers and PEFT would replace it.
+    """
+    change_class(module, _with_forward(type(module), forward))
+
+
+@cache
+def _with_forward(kind: type[nn.Module], forward: Callable[..., Any]) -> type[nn.Module]:
+    stock: Callable[..., Any] = kind.forward
+
+    @wraps(stock)
+    def extended(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, partial(stock, self), *args, **kwargs)
+
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": extended})
 
 
 def call_on_plain_tensors(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

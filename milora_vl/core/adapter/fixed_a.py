@@ -51,20 +51,21 @@ class FixedA(ForwardVariant):
     """The forward pass of PEFT's LoRA layer, where the product with B adds to W x.
 
     A passes no gradient, so x is not kept for the backward pass. Beside a bfloat16 base PEFT would multiply in float32,
-    and round the sum anyway.
+    and round the sum anyway. Beside float16 the products are in float32, as PEFT's, under autocast too.
     """
 
     def update(self, down: Any, up: Any, x: Tensor, onto: Tensor, scaling: float, drops: bool) -> Tensor:
         """Return y = W x + s B A x for `onto` (..., out), the output W x of the base layer."""
         A, B, device = down.weight, up.weight, onto.device.type
-        x = x if drops else x.to(onto.dtype)  # undoes PEFT's cast; dropout needs float32, because it divides by 1 - p
-        hidden = F.linear(x, A.to(x.dtype))
-        is_autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if is_autocast else B.dtype
-        if not is_autocast and onto.dtype == torch.bfloat16:
-            dtype = torch.bfloat16
+        if onto.dtype == torch.float16:  # A x can leave its range, and infinity times B = 0 is NaN
+            first = dtype = torch.float32
+        elif torch.is_autocast_enabled(device):
+            first = dtype = torch.get_autocast_dtype(device)
+        else:
+            first = x.dtype if drops else onto.dtype  # undoes PEFT's cast; dropout divides by 1 - p, in float32
+            dtype = torch.bfloat16 if onto.dtype == torch.bfloat16 else B.dtype
         with autocast(device, enabled=False):
-            hidden, B = _rows(hidden).to(dtype), B.to(dtype)
+            hidden, B = _rows(F.linear(x.to(first), A.to(first))).to(dtype), B.to(dtype)
             if onto.dtype == dtype:
                 return torch.addmm(_rows(onto), hidden, B.T, alpha=scaling).view(onto.shape)
             return (onto + scaling * F.linear(hidden, B).view(onto.shape)).to(onto.dtype)

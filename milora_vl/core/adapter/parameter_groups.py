@@ -38,7 +38,7 @@ def parameter_groups(
 
     The first group holds the adapter of the language tower, if there is one: HF logs its learning rate.
 
-    Raises AdapterError for a model without rules.
+    Raises AdapterError for a model without rules, and for a negative rate.
 
     >>> from milora_vl import apply_milora
     >>> full = {"modules": "1", "method": "full", "learning_rate": 2e-5}
@@ -48,6 +48,9 @@ def parameter_groups(
     >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     [(0.0002, 0.1), (2e-05, 0.1), (2e-05, 0.0)]
     """
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise AdapterError(f"expected a number from 0, got {value!r}", code="adapter-value", where=name)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     towers: dict[float, list[str]] = {}
     for name, parameter, target in sorted(_trained(model), key=_place):

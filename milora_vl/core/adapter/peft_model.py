@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from milora_vl.common.atomic_write import atomic_folder
 from milora_vl.common.compat.peft import keep_hooks_apart, set_variant
@@ -42,7 +43,7 @@ from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.rules import Target
-from milora_vl.core.weights.fingerprint import distance
+from milora_vl.core.weights.fingerprint import Fingerprint, distance, fingerprint
 
 
 class MiloraMixin(PeftModel):
@@ -129,22 +130,30 @@ class MiloraMixin(PeftModel):
                 )
 
     def changed_A(self) -> list[str]:
-        """Return the paths of the modules whose fixed A has changed since the start."""
-        return [
-            path
-            for adapter, sidecar in self.sidecars.items()
-            for path, start in sidecar.fixed.items()
-            if distance(start, factors(lora_layer(self, path), adapter)[0].detach().flatten(1)) > 1
-        ]
+        """Return the paths of the modules whose fixed A has changed since the start, by more than rounding."""
+        return [path for path, start, A in self._fixed() if distance(start, A) > 1]
 
     def warn_of_changed_A(self) -> None:
-        """Warn if the fixed A of any module has changed since the start."""
+        """Warn if the fixed A of any module has changed since the start, or was rounded."""
         changed = self.changed_A()
         if changed:
             warnings.warn(
                 f"{changed[0]}: A has changed, so its inputs are no longer protected ({len(changed):,} modules)",
                 stacklevel=3,
             )
+        rounded = [path for path, start, A in self._fixed() if fingerprint(A).eps > start.eps]
+        if rounded:
+            warnings.warn(
+                f"{rounded[0]}: A was rounded to half precision, which leaves about a thousandth of the update on "
+                f"protected inputs ({len(rounded):,} modules). Convert the base model before the adapter is made.",
+                stacklevel=3,
+            )
+
+    def _fixed(self) -> Iterator[tuple[str, Fingerprint, Tensor]]:
+        """Yield the path of each module with a fixed A, the fingerprint of its start, and A (r, in)."""
+        for adapter, sidecar in self.sidecars.items():
+            for path, start in sidecar.fixed.items():
+                yield path, start, factors(lora_layer(self, path), adapter)[0].detach().flatten(1)
 
     def _with_buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state dict with our missing buffers added: LLaVA collects parameters only.
@@ -245,6 +254,17 @@ class MiloraMixin(PeftModel):
                 hint="use cat, which is exact, or svd",
             )
         self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)  # type: ignore[operator]
+
+    def unload(self) -> nn.Module:
+        """Return the base model as PEFT does, and with the originals of modules trained in full, which PEFT drops."""
+        base = self.get_base_model()
+        full = {path: module for path, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+        originals = {path: wrapper.original_module for path, wrapper in full.items()}
+        base = self.base_model.unload()  # type: ignore[operator]
+        for path, original in originals.items():
+            parent, _, name = path.rpartition(".")
+            setattr(base.get_submodule(parent), name, original)
+        return base  # type: ignore[no-any-return]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does, with its metadata."""

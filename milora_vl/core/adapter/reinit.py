@@ -67,14 +67,12 @@ def reinit_peft(
             f"expected one of {', '.join(_METHOD_OF_PART)}, got {part!r}", code="adapter-value", where="part"
         )
     adapter = _the_adapter(peft_model)
-    layers = {p: m for p, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    _require_fresh(layers, adapter)
+    modules = dict(peft_model.get_base_model().named_modules())
+    layers = {path: module for path, module in modules.items() if isinstance(module, LoraLayer)}
+    full = {path: module for path, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
+    _require_fresh(layers, full, adapter)
     rules = [_rule(path, layer, adapter, _METHOD_OF_PART[part], protect) for path, layer in layers.items()]
-    rules += [
-        Rule(modules=path, method="full")
-        for path, module in peft_model.get_base_model().named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    ]
+    rules += [Rule(modules=path, method="full") for path in full]
     base = peft_model.unload()
     forget_peft(base)
     return apply_milora(base, rules, calibration=calibration, progress=progress)
@@ -156,17 +154,23 @@ def _unsupported(config: Any) -> str:
 
 
 @torch.no_grad()
-def _require_fresh(layers: dict[str, LoraLayer], adapter: str) -> None:
-    for path, layer in layers.items():
-        is_zero = not all(factor.any() for factor in factors(layer, adapter))
-        change = 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
-        if change > 1e-5:
-            raise AdapterError(
-                "this adapter has been trained already, and a new initialization would lose that training",
-                code="adapter-already-trained",
-                where=path,
-                hint="if it is a MiLoRA adapter loaded from a folder, call  restore_split(model, folder)  instead",
-            )
+def _require_fresh(layers: dict[str, LoraLayer], full: dict[str, ModulesToSaveWrapper], adapter: str) -> None:
+    trained = [path for path, layer in layers.items() if _update_norm(layer, adapter) > 1e-5]
+    for path, module in full.items():
+        pairs = zip(module.modules_to_save[adapter].parameters(), module.original_module.parameters(), strict=True)
+        trained += [path] * (not all(torch.equal(*pair) for pair in pairs))
+    if trained:
+        raise AdapterError(
+            "this adapter has been trained already, and a new initialization would lose that training",
+            code="adapter-already-trained",
+            where=trained[0],
+            hint="if it is a MiLoRA adapter loaded from a folder, call  restore_split(model, folder)  instead",
+        )
+
+
+def _update_norm(layer: LoraLayer, adapter: str) -> float:
+    is_zero = not all(factor.any() for factor in factors(layer, adapter))
+    return 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
 
 
 def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect: float) -> Rule:

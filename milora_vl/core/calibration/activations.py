@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class _Input:
     total: Tensor | None = None  # C (in, in) below its diagonal
     num_positions: int = 0  # in `total`
     basis: InputBasis | None = None
-    held: list[float] = field(default_factory=lambda: [0.0, 0.0])  # energy along V and in total, held out
+    held: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # energy along each of V (k,) and in total, held out
 
     @property
     def num_bytes(self) -> int:
@@ -232,19 +232,20 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the input vectors (positions, in), and their weights."""
+    """Return the input vectors (positions, in) in float32, and their weights."""
     rows = input_rows(one.module, x)
     if positions is None or not one.has_positions or positions.numel() != len(rows):
         weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
     else:
         weights = positions.reshape(-1).to(rows.device)
         rows, weights = rows[weights > 0], weights[weights > 0]
+    rows = rows.float()
     return rows, weights * energy_limits(rows)
 
 
 def energy_limits(rows: Tensor) -> Tensor:
     """Return the factors (positions,), at most 1, that limit the energy of each position to LARGEST medians."""
-    energies = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square()
+    energies = torch.linalg.vector_norm(rows, dim=1).square()
     limit = LARGEST * energies.median() if len(rows) else 0.0
     return torch.where(energies > limit, limit / energies, 1.0) if limit > 0 else torch.ones_like(energies)
 
@@ -266,9 +267,8 @@ def _adder(one: _Input, positions: Tensor | None) -> Hook:
         one.num_positions += len(rows)
         with full_precision(rows.device):
             if one.total is None:
-                one.total = rows.new_zeros(one.size, one.size, dtype=torch.float32)
-            scaled = rows.float() * weights.sqrt()[:, None]
-            add_to_lower(one.total, scaled)
+                one.total = rows.new_zeros(one.size, one.size)
+            add_to_lower(one.total, rows * weights.sqrt()[:, None])
 
     return add
 
@@ -277,10 +277,10 @@ def _basis(one: _Input) -> InputBasis:
     assert one.total is not None
     if not bool(torch.isfinite(one.total).all()):
         raise _not_finite(one)
-    V, held = first_directions(mirror(one.total), one.protect)
+    V, shares = first_directions(mirror(one.total), one.protect)
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
-        V = _from_first_rank(V, one.module)
-    return InputBasis(V.cpu(), one.size, held)  # a 7B's are 5 to 7 GiB
+        V, shares = _from_first_rank(V), _from_first_rank(shares)
+    return InputBasis(V.cpu(), shares)  # a 7B's are 5 to 7 GiB
 
 
 def _not_finite(one: _Input) -> CalibrationError:
@@ -292,12 +292,10 @@ def _not_finite(one: _Input) -> CalibrationError:
     )
 
 
-def _from_first_rank(V: Tensor, module: nn.Module) -> Tensor:
-    count = int(from_first_rank(torch.tensor(V.shape[-1])))
-    V = V[..., :count]
-    if V.shape[-1] < count:
-        V = torch.cat([V, V.new_zeros(*V.shape[:-1], count - V.shape[-1])], dim=-1)
-    return from_first_rank(V.contiguous())
+def _from_first_rank(values: Tensor) -> Tensor:
+    """Return the values of rank 0, whose last dimension may have another size."""
+    count = int(from_first_rank(torch.tensor(values.shape[-1])))
+    return from_first_rank(F.pad(values, (0, count - values.shape[-1])).contiguous())
 
 
 def _checker(one: _Input, positions: Tensor | None) -> Hook:
@@ -305,18 +303,18 @@ def _checker(one: _Input, positions: Tensor | None) -> Hook:
         assert one.basis is not None
         rows, weights = _rows(one, x, positions)
         with full_precision(rows.device):
-            scaled = rows.float() * weights.sqrt()[:, None]
-            one.held[0] += float((scaled @ one.basis.V.to(rows.device)).double().square().sum())
+            scaled = rows * weights.sqrt()[:, None]
+            one.held[0] += (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
             one.held[1] += float(scaled.double().square().sum())
 
     return check
 
 
 def _checked(one: _Input) -> InputBasis:
-    """Return the basis with the share that it holds on held-out batches."""
+    """Return the basis with the shares that it holds of held-out batches."""
     assert one.basis is not None
     inside, total = one.held
-    if not math.isfinite(inside + total):
+    if not math.isfinite(total):
         raise _not_finite(one)
-    held_out = inside / total if total > 0 else None
-    return InputBasis(one.basis.V, one.size, one.basis.share, held_out, one.num_positions)
+    held_out = F.pad(inside.cumsum(0) / total, (1, 0)) if total > 0 else None
+    return replace(one.basis, held_out_shares=held_out, num_positions=one.num_positions)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.svd.precision import full_precision
@@ -20,23 +21,41 @@ class CalibrationError(UserError):
 class InputBasis:
     """The protected directions of one layer input; layers that read the same input share one object.
 
-    - `V`: (in, k) orthonormal in float32, on the CPU.
-    - `size`: the number of input directions, `in`.
-    - `share`: the share of the activation energy trace(C) that V holds.
-    - `held_out`: the same share on calibration batches that C does not contain; None without such batches.
+    - `V`: (in, k) orthonormal in float32, on the CPU, in descending order of energy.
+    - `shares`: (k + 1,) the share of the activation energy trace(C) that the first 0, 1, ..., k directions hold.
+    - `held_out_shares`: the same on calibration batches that C does not contain; None without such batches.
     - `num_positions`: the number of input vectors in C; None if the file does not say it.
     """
 
     V: Tensor
-    size: int
-    share: float
-    held_out: float | None = None
+    shares: Tensor
+    held_out_shares: Tensor | None = None
     num_positions: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Return the number of input directions, `in`."""
+        return len(self.V)
 
     @property
     def num_directions(self) -> int:
         """Return k."""
         return self.V.shape[-1]
+
+    @property
+    def share(self) -> float:
+        """Return the share of the activation energy that V holds."""
+        return float(self.shares[-1])
+
+    @property
+    def held_out(self) -> float | None:
+        """Return the share of held-out activation energy that V holds; None without held-out batches."""
+        return None if self.held_out_shares is None else float(self.held_out_shares[-1])
+
+    def first(self, count: int) -> InputBasis:
+        """Return the basis of the first `count` directions, or of all if there are fewer."""
+        held_out = None if self.held_out_shares is None else self.held_out_shares[: count + 1]
+        return replace(self, V=self.V[:, :count], shares=self.shares[: count + 1], held_out_shares=held_out)
 
 
 @dataclass(frozen=True)
@@ -51,8 +70,8 @@ class ProtectedInputs:
         return self.bases[self.numbers[path]]
 
 
-def first_directions(C: Tensor, share: float) -> tuple[Tensor, float]:
-    """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and the share they hold.
+def first_directions(C: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and `InputBasis.shares`.
 
     C is symmetric and has no negative eigenvalues. Raises torch.linalg.LinAlgError if the decomposition fails.
 
@@ -63,29 +82,24 @@ def first_directions(C: Tensor, share: float) -> tuple[Tensor, float]:
     """
     total = float(C.diagonal().sum(dtype=torch.float64))
     if total <= 0:
-        return C.new_zeros(len(C), 0, dtype=torch.float32), 1.0
+        return C.new_zeros(len(C), 0, dtype=torch.float32), torch.ones(1, dtype=torch.float64)
     with full_precision(C.device):
         values, vectors = (half.flip(-1) for half in torch.linalg.eigh(C))
-    held = values.double().clamp(min=0).cumsum(0).cpu() / total
-    count = min(int((held < share).sum()) + 1, len(held))
-    return vectors[:, :count].float().contiguous(), min(float(held[count - 1]), 1.0)
+    held = pad(values.double().clamp(min=0).cumsum(0).cpu() / total, (1, 0)).clamp(max=1)
+    count = min(int((held[1:] < share).sum()) + 1, len(C))
+    return vectors[:, :count].float().contiguous(), held[: count + 1]
 
 
-def require_free_directions(ranks: Mapping[str, int], protected: ProtectedInputs) -> None:
-    """Raise CalibrationError for modules with fewer unprotected input directions than their rank."""
-    bases = {path: protected.of(path) for path in ranks}
-    short = {p: b for p, b in bases.items() if b.size - b.num_directions < ranks[p]}
-    if not short:
-        return
-    lines = [
-        f"{path}: {basis.size - basis.num_directions} of {basis.size} free, rank {ranks[path]}"
-        for path, basis in short.items()
-    ]
-    more = [f"... and {len(lines) - 5:,} more"] if len(lines) > 5 else []
-    hint = "lower protect, or the rank"
-    raise CalibrationError(
-        "\n".join([f"fewer free input directions than the rank in {len(short):,} layers", *lines[:5], *more]),
-        code="protect-rank-too-large",
-        where="protect",
-        hint=hint,
-    )
+def leaving_ranks(protected: ProtectedInputs, ranks: Mapping[str, int]) -> tuple[ProtectedInputs, list[str]]:
+    """Return the protected inputs where each module has as many free directions as its rank, and the modules changed.
+
+    A module with fewer protects only its first `in` - r directions.
+    """
+    bases, numbers, changed = list(protected.bases), dict(protected.numbers), []
+    for path, rank in ranks.items():
+        basis = protected.of(path)
+        if basis.num_directions > basis.size - rank:
+            numbers[path] = len(bases)
+            bases.append(basis.first(basis.size - rank))
+            changed.append(path)
+    return ProtectedInputs(bases, numbers), changed

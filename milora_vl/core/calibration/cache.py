@@ -29,7 +29,11 @@ def cached_inputs(folder: Path, key: str, names: Mapping[str, str]) -> Protected
     try:
         with safe_open(_file(folder, key), framework="pt") as stored:
             content = json.loads(stored.metadata()["content"])
-            bases = [InputBasis(stored.get_tensor(str(i)), **basis) for i, basis in enumerate(content["bases"])]
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a method, not a mapping
+        bases = [
+            InputBasis(tensors[f"{i}.V"], tensors[f"{i}.shares"], tensors.get(f"{i}.held_out"), count)
+            for i, count in enumerate(content["num_positions"])
+        ]
     except (SafetensorError, OSError, LookupError, ValueError):
         return None
     return ProtectedInputs(bases, {path_of[name]: number for name, number in content["numbers"].items()})
@@ -40,13 +44,15 @@ def cache_inputs(folder: Path, key: str, inputs: ProtectedInputs, names: Mapping
     folder.mkdir(parents=True, exist_ok=True)
     content = {
         "numbers": {names[path]: number for path, number in inputs.numbers.items()},
-        "bases": [
-            {"size": b.size, "share": b.share, "held_out": b.held_out, "num_positions": b.num_positions}
-            for b in inputs.bases
-        ],
+        "num_positions": [basis.num_positions for basis in inputs.bases],
+    }
+    tensors = {
+        f"{number}.{name}": tensor
+        for number, basis in enumerate(inputs.bases)
+        for name, tensor in (("V", basis.V), ("shares", basis.shares), ("held_out", basis.held_out_shares))
+        if tensor is not None
     }
     with atomic_file(_file(folder, key)) as part:
-        tensors = {str(number): basis.V for number, basis in enumerate(inputs.bases)}
         save_file(tensors, part, metadata={"content": json.dumps(content)})
 
 

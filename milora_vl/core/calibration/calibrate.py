@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.core.calibration.activations import find_inputs
-from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, require_free_directions
+from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, leaving_ranks
 from milora_vl.core.calibration.cache import cache_inputs, cached_inputs, calibration_key
 from milora_vl.core.calibration.gradients import gradient_sketches
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import canonical_names
-from milora_vl.core.weights.distributed import gather
+from milora_vl.core.weights.distributed import gather, rank_and_world_size
 
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
 FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
@@ -32,9 +32,10 @@ def protected_inputs(
 ) -> ProtectedInputs | None:
     """Return the protected inputs of all targets with `protect`, or None without such targets.
 
+    A layer keeps as many free directions as its rank, so it may protect less than its rule asks for.
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
-    protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs`,
-    without batches, for batches that no rule needs, and for layers with fewer free directions than their rank.
+    protect less than asked or almost nothing, and about too little data. Raises CalibrationError as `find_inputs`,
+    without batches, and for batches that no rule needs.
     """
     wanted = [t for t in targets if t.protect]
     if not wanted:
@@ -56,10 +57,12 @@ def protected_inputs(
     _require_batches(batches, "calibration")
     cache = None if cache_dir is None else Path(cache_dir)
     found = _found(model, wanted, batches, cache, is_shown)
-    require_free_directions({t.path: t.rank for t in wanted if t.rank is not None}, found)
-    _warn_of_little(found)
-    _warn_of_little_data(found)
-    return found
+    lowered, changed = leaving_ranks(found, {t.path: t.rank for t in wanted if t.rank is not None})
+    if rank_and_world_size()[0] == 0:
+        _warn_of_little(found)
+        _warn_of_little_data(found)
+        _warn_of_lowered(lowered, changed)
+    return lowered
 
 
 def task_sketches(
@@ -108,8 +111,8 @@ def _found(
         return find_inputs(model, wanted, batches, is_shown=is_shown)
     key, names = calibration_key(model, wanted, batches), canonical_names(model)
     stored = cached_inputs(cache, key, names)
-    is_everywhere = all(gather(stored is not None))  # each node may have a cache of its own
-    if stored is not None and is_everywhere:
+    shares = gather(stored and [basis.share for basis in stored.bases])  # each node may have a cache of its own
+    if stored is not None and all(other == shares[0] for other in shares):
         return stored
     found = find_inputs(model, wanted, batches, is_shown=is_shown)
     try:
@@ -127,6 +130,16 @@ def _warn_of_little(found: ProtectedInputs) -> None:
             f"{len(few):,} of {len(found.numbers):,} layers protect almost nothing: {few[0]} protects "
             f"{basis.num_directions} of {basis.size} input directions, which hold {basis.share:.1%} of its activation "
             "energy. A few directions dominate there; raise protect for these layers.",
+            stacklevel=3,
+        )
+
+
+def _warn_of_lowered(found: ProtectedInputs, changed: Sequence[str]) -> None:
+    if changed:
+        lowest = min(changed, key=lambda path: found.of(path).share)
+        warnings.warn(
+            f"{len(changed):,} of {len(found.numbers):,} layers protect less than their rule asks for, so that their "
+            f"rank fits; the lowest share is {found.of(lowest).share:.1%}, in {lowest}. A lower rank protects more.",
             stacklevel=3,
         )
 

@@ -28,6 +28,7 @@ from milora_vl.core.calibration.activations import input_rows, model_inputs
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.calibration.modes import evaluated, without_caches
 from milora_vl.core.policy.rules import Target
+from milora_vl.core.policy.towers import peft_task
 from milora_vl.core.svd.precision import full_precision
 from milora_vl.core.weights.distributed import from_first_rank, rank_and_world_size
 
@@ -41,7 +42,7 @@ def gradient_sketches(
     """Return a sketch (r + 8, in) in float32 of the gradient of each target's weight, by path.
 
     `batches` holds arguments of the model's forward, whose output has a `loss` (pass `labels`). Each batch runs forward
-    and backward once and counts by its number of labels other than -100; no weight gets a gradient. On accelerators and
+    and backward once and counts by the number of labels in its loss; no weight gets a gradient. On accelerators and
     under ZeRO-3 the blocks of the model run a second time in the backward, so that only their inputs stay in memory.
     All processes get the sketches of the first one.
 
@@ -69,8 +70,9 @@ def gradient_sketches(
                         where="task",
                         hint='pass batches with labels:  task=[{"input_ids": ..., "labels": ...}]',
                     )
-                if loss.requires_grad:  # not if the batch reaches no target
-                    (loss * _weight(batch)).backward()
+                weight = _weight(model, batch)
+                if loss.requires_grad and weight:  # not if the batch reaches no target; without labels the mean is NaN
+                    (loss * weight).backward()
                 bar.update()
     finally:
         for handle in handles:
@@ -108,10 +110,15 @@ def _with_gradient(x: Any) -> Any:
     return x.detach().requires_grad_() if is_constant else x
 
 
-def _weight(batch: Mapping[str, Any]) -> int:
-    """Return the number of labels whose mean is the loss of a batch: the division into batches has no effect."""
+def _weight(model: nn.Module, batch: Mapping[str, Any]) -> int:
+    """Return the number of labels whose mean is the loss of a batch: the division into batches has no effect.
+
+    A causal model predicts each token from those before it, so the first label of a row does not count.
+    """
     labels = batch.get("labels")
-    return int((labels != -100).sum()) if isinstance(labels, Tensor) else 1
+    if not isinstance(labels, Tensor):
+        return 1
+    return int(((labels[:, 1:] if peft_task(model) == "CAUSAL_LM" else labels) != -100).sum())
 
 
 @contextmanager

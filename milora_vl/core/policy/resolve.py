@@ -45,7 +45,7 @@ class RankTooLarge(Problem):
 class _Plan:
     """The fields that the rules have set for one module so far.
 
-    `alpha_at` is the rank that was valid when alpha was set.
+    `alpha_at` is the rank that a rule set together with alpha: their scale stays. None: alpha counts at any rank.
     `rules` holds the numbers of all rules that selected the module.
     """
 
@@ -60,12 +60,12 @@ class _Plan:
             self.fields = {name: value for name, value in self.fields.items() if _is_used(method, name)}
         self.fields |= named
         if "alpha" in named:
-            self.alpha_at = self.fields.get("rank")
+            self.alpha_at = named.get("rank")
         self.rules.append(number)
 
 
 def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
-    """Return one Target per module that trains, in model order. Raises PolicyError with all problems."""
+    """Return one Target per module that trains, in model order. Raises PolicyError with all problems, also for none."""
     selector = Selector(model, find_towers(model))
     problems: list[Problem] = []
     plans = _collect(rules, selector, problems)
@@ -77,6 +77,10 @@ def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
     resolved = _resolve_targets(targets, plans, selector, problems)
     problems += _mixed_baselines(resolved)
     problems += _shared_weights(model, resolved)
+    if not resolved and not problems:
+        message = "all modules that the rules select are frozen at the end, so nothing would train"
+        hint = "order the rules so that frozen comes before what trains"
+        problems.append(Problem(message, "policy-nothing-trains", Key.of("policy"), hint))
     if problems:
         raise PolicyError(problems=list(dict.fromkeys(problems)))
     _warn_of_experts(selector, resolved)
@@ -178,11 +182,18 @@ def _target(path: str, plan: _Plan, selector: Selector) -> Target:
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
     share = fields.get("protect", METHODS[fields["method"]].protect)
     if share:
-        _require_protectable(module, fields)
+        _require_protectable(module, fields, shape)
     return Target(path=path, shape=shape, tower=tower, **{**fields, "alpha": _alpha(plan), "protect": share})
 
 
-def _require_protectable(module: nn.Module, fields: dict[str, Any]) -> None:
+def _require_protectable(module: nn.Module, fields: dict[str, Any], shape: tuple[int, int]) -> None:
+    if fields["rank"] > shape[1]:
+        raise PolicyError(
+            f"{fields['rank']} is larger than the number of input directions, {shape[1]}, of which A needs one a row",
+            code="policy-rank-too-large",
+            where=Key.of("rank"),
+            hint=f"use a rank of at most {shape[1]}, or  protect: 0",
+        )
     if isinstance(module, nn.Embedding):
         raise PolicyError(
             "an embedding has no input directions to protect",
@@ -202,8 +213,9 @@ def _require_protectable(module: nn.Module, fields: dict[str, Any]) -> None:
 def _alpha(plan: _Plan) -> float:
     """Return alpha; the default is the rank, which gives a scaling of 1.
 
-    If a later rule changes the rank, alpha changes too, so that the scaling stays: alpha/rank, or alpha/sqrt(rank) with
-    rsLoRA.
+    If a rule set alpha and rank together, and a later rule changes the rank, alpha changes too, so that the scaling
+    stays: alpha/rank, or alpha/sqrt(rank) with rsLoRA. An alpha without a rank beside it counts at the final rank, so
+    that the order of the two rules has no effect.
     """
     rank, alpha = plan.fields["rank"], plan.fields.get("alpha")
     if alpha is None:

@@ -132,7 +132,8 @@ def expected_directions(target: Target) -> int:
     """
     share = target.protect
     (low, few), (high, many) = next(pair for pair in itertools.pairwise(DIRECTIONS) if pair[1][0] >= share)
-    return round((few + (many - few) * (share - low) / (high - low)) * target.shape[1])
+    expected = round((few + (many - few) * (share - low) / (high - low)) * target.shape[1])
+    return min(expected, target.shape[1] - (target.rank or 0))
 
 
 def distinct_inputs(targets: Sequence[Target]) -> list[Target]:

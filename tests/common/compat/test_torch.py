@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import pytest
@@ -15,6 +16,7 @@ from milora_vl.common.compat.torch import (
     after_operations,
     call_on_plain_tensors,
     change_class,
+    extend_forward,
     has_hooks,
     without_data,
 )
@@ -30,6 +32,18 @@ def test_operations_run_without_the_subclass() -> None:
     with torch._C.DisableTorchFunctionSubclass():
         value = torch.ones(2).as_subclass(Strict)
     assert call_on_plain_tensors(torch.Tensor.sum, (value,), {}).item() == 2
+
+
+def test_an_extended_forward_keeps_name_and_signature_and_computes_with_the_weights_of_a_copy() -> None:
+    layer = nn.Linear(2, 2)
+    extend_forward(layer, lambda module, stock, x, twice=False: stock(x) * (1 + twice))
+    copied = copy.deepcopy(layer)
+    copied.weight.data.zero_()
+    copied.bias.data.fill_(3)
+    assert copied(torch.ones(2), twice=True).tolist() == [6, 6]
+    assert type(copied).__name__ == "Linear"
+    assert isinstance(copied, nn.Linear)
+    assert list(inspect.signature(copied.forward).parameters) == ["input"]  # `generate` reads it
 
 
 def test_ddp_reads_the_names_to_ignore() -> None:

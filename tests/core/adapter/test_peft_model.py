@@ -46,6 +46,14 @@ def test_disabling_the_adapter_gives_the_base_and_leaves_the_anchors_through_mor
     assert not torch.equal(model.eval()(ids).logits, tuned)
 
 
+def test_unload_gives_the_base_also_where_modules_trained_in_full(tiny_llama) -> None:
+    model = apply_milora(tiny_llama()[0], [*one_rule(), {"modules": "lm_head", "method": "full"}])
+    train_steps(model.train(), {"input_ids": token_batch(200)})
+    base, unloaded = tiny_llama()[0].state_dict(), model.unload().state_dict()
+    assert base.keys() == unloaded.keys()
+    assert all(torch.equal(base[name], unloaded[name]) for name in base)
+
+
 def test_an_adapter_added_with_our_config_has_the_same_anchor_and_its_own_difference(model) -> None:
     """As TRL's trainers make their reference: add_adapter, then copy every `.default.` parameter to `.ref.`."""
     ids = token_batch(200)

@@ -65,6 +65,10 @@ def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     move(stock)
     with raises_code("adapter-already-trained", hint="restore_split"):
         reinit_peft(stock)
+    head = get_peft_model(tiny_llama()[0], config(modules_to_save=["lm_head"]))
+    head.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.01)
+    with raises_code("adapter-already-trained", where="lm_head"):
+        reinit_peft(head)
     for fields, message in [
         ({"init_lora_weights": "pissa"}, "got init_lora_weights 'pissa'"),
         ({"use_dora": True}, "got DoRA"),

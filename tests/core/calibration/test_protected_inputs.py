@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,11 +131,31 @@ def test_bad_calibrations_are_refused_before_the_model_changes(tiny_llama) -> No
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
     with raises_code("calibration-not-finite", where="model.layers.1.mlp.down_proj"):
         apply_milora(broken, protecting(), calibration=TEXT)
-    base = tiny_llama()[0]
-    with raises_code("protect-rank-too-large", message="layers.0.self_attn.k_proj", hint="lower protect"):
-        apply_milora(base, one_rule(rank=32, protect=0.97), calibration=TEXT)
-    assert not any("lora" in name for name, _ in base.named_modules())
-    assert not any(module._forward_pre_hooks for module in base.modules())
+    assert not any("lora" in name for name, _ in broken.named_modules())
+    assert not any(module._forward_pre_hooks for module in broken.modules())
+    with raises_code("policy-rank-too-large", where="policy[0].rank"):  # no share leaves so many directions
+        apply_milora(
+            tiny_llama()[0], one_rule(modules="lm_head", method="lora", rank=300, protect=0.6), calibration=TEXT
+        )
+
+
+def test_a_layer_whose_rank_needs_the_protected_directions_protects_a_lower_share(tiny_llama, tmp_path: Path) -> None:
+    rules = [
+        *protecting(rank=24, protect=0.97, method="lora"),
+        {"modules": "language.layers[0].self_attn.k_proj", "rank": 2},
+    ]
+    with pytest.warns(UserWarning, match=r"of 14 layers protect less .* lowest share is \d\d\.\d%, in model.layers"):
+        model = apply_milora(tiny_llama()[0], rules, calibration=TEXT)
+    full, lowered = (model.milora_protection[Q.replace("q_proj", name)] for name in ("k_proj", "q_proj"))
+    assert lowered.directions == lowered.inputs - 24 < full.directions  # both layers read one input
+    assert lowered.energy < 0.97 <= full.energy
+    assert lowered.held_out is not None
+    assert lowered.held_out < full.held_out
+    V = found(tiny_llama()[0], protect=0.97).of(Q).V[:, : lowered.directions]
+    assert float((starts(model)[f"base_model.model.{Q}.lora_A.default.weight"] @ V).abs().max()) < 1e-5
+    model.save_pretrained(str(tmp_path))
+    modules = json.loads((tmp_path / "milora.json").read_text())["modules"]
+    assert modules[Q]["protection"]["energy"] == lowered.energy
 
 
 def test_a_tower_that_no_picture_reaches_is_refused(tiny_llava) -> None:
@@ -164,7 +185,8 @@ def test_a_layer_that_protects_almost_nothing_gets_a_warning() -> None:
 def test_the_first_directions_are_the_fewest_that_hold_the_share(size: int, rows: int, share: float, seed: int) -> None:
     x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
     C = x.T @ x
-    V, held = first_directions(C, share)
+    V, shares = first_directions(C, share)
+    held = float(shares[-1])
     assert torch.allclose(V.T @ V, torch.eye(V.shape[1]), atol=1e-5)
     assert held >= share - 1e-5
     energies = torch.linalg.eigvalsh(C.double()).flip(0)

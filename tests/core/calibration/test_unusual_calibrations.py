@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+from milora_vl import apply_milora
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.calibration.calibrate import protected_inputs
 from milora_vl.core.policy import Policy
@@ -19,7 +21,8 @@ from milora_vl.models.base import Base
 from milora_vl.train import calibration_batches
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
-from support.adapter_cases import one_rule
+from support.adapter_cases import one_rule, token_batch
+from support.calibrated import text_batches
 from support.problems import raises_code
 
 RULES = one_rule(rank=2, protect=0.5)
@@ -50,6 +53,20 @@ def calibrated(
     found = protected_inputs(model, targets, batches)
     assert found is not None
     return {path: found.of(path) for path in found.numbers}
+
+
+@pytest.mark.parametrize("method", ["milora", "gradient"])
+def test_a_base_in_float64_is_protected(tiny_llama, method: str) -> None:
+    base = tiny_llama()[0].double()
+    ids = token_batch(200)
+    task = [{"input_ids": ids, "labels": ids}] if method == "gradient" else None
+    rules = one_rule(method=method, protect=0.6)
+    model = apply_milora(copy.deepcopy(base), rules, calibration=text_batches(vocabulary=200), task=task)
+    assert torch.equal(model(ids).logits, base(ids).logits)
+    model(ids).logits.sum().backward()
+    single = calibrated(base.float(), text_batches(vocabulary=200), 0.6)
+    for path, found in model.milora_protection.items():
+        assert found.energy == pytest.approx(single[path].share, abs=1e-4)
 
 
 class Twice(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from milora_vl import apply_milora
 from milora_vl.core.policy import Policy, PolicyError, Target
 from support.adapter_cases import LLAVA_POLICY
 from support.problems import raises_code
@@ -44,6 +45,14 @@ def test_alpha_is_the_rank_unless_set(tiny_llama) -> None:
     assert resolved(model, [*rules, {"modules": "language", "alpha": 8}])[first].scaling == 2
 
 
+def test_alpha_and_rank_of_two_rules_scale_as_in_one(tiny_llama) -> None:
+    base = {"modules": "language", "method": "milora", "rank": 4}
+    alpha, rank = {"modules": "language", "alpha": 16}, {"modules": "language", "rank": 8}
+    orders = [[{**base, **alpha, **rank}], [base, alpha, rank], [base, rank, alpha]]
+    scales = {target.scaling for rules in orders for target in resolved(tiny_llama()[0], rules).values()}
+    assert scales == {2.0}
+
+
 def test_a_later_rank_keeps_the_scale_of_rslora(tiny_llama) -> None:
     rules = [
         {"modules": "language", "method": "milora", "rank": 4, "alpha": 4, "rslora": True},
@@ -69,6 +78,12 @@ def test_a_module_that_trains_in_full_takes_along_what_it_holds() -> None:
         "first": "full",
         "last": "milora",
     }
+
+
+def test_a_policy_that_ends_all_frozen_is_refused(tiny_llama) -> None:
+    rules = [{"modules": "language", "method": "milora", "rank": 2}, {"modules": "language", "method": "frozen"}]
+    with raises_code("policy-nothing-trains", where="policy"):
+        apply_milora(tiny_llama()[0], rules)
 
 
 def test_frozen_rules_take_modules_out_again(tiny_llama) -> None:

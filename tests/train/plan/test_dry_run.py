@@ -48,6 +48,14 @@ def test_a_plan_is_made_for_devices_that_are_not_here(capsys: Any) -> None:
         main([*words[:-1], "--devices", "4"])
 
 
+@pytest.mark.parametrize("words", [["--dry-run"], ["--max_steps", "1"]])
+def test_pictures_for_a_text_model_are_refused_before_it_loads(words: list[str], tiny_data: Path, capfd: Any) -> None:
+    flags = ["--model", "tiny-text", "--rank", "4", "--data_path", str(tiny_data / "train.json"), *words]
+    with raises_code("model-reads-only-text", where="train.json:record 1"):
+        main([*flags, "--image_folder", str(tiny_data / "images"), "--output_dir", str(tiny_data / "never")])
+    assert "loading" not in capfd.readouterr().err
+
+
 def test_the_first_batch_is_shown_with_its_targets(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     words = ["--recipe", "tiny-test", "--data_path", str(tiny_data / "train.json"), "--output_dir", str(tmp_path / "r")]
     assert main([*words, "--image_folder", str(tiny_data / "images"), "--dry-run"]) == 0
