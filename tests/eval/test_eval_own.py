@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from milora_eval.__main__ import main
+from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.common.errors import UserError
 from support.drawn import draw
 from support.problems import raises_code
@@ -68,6 +69,14 @@ def test_records_with_messages_are_accepted_as_they_are(tmp_path: Path) -> None:
 
 def test_ids_that_come_twice_in_a_training_file_are_told_apart(tmp_path: Path) -> None:
     assert evaluate(str(llava_json(tmp_path, repeated=True)), tmp_path / "out")["benchmarks"][0]["n"] == 2
+
+
+def test_the_id_0_is_an_id(tmp_path: Path) -> None:
+    rows = [{"id": 3, "question": "A?", "answer": "a"}, {"id": 0, "question": "B?", "answer": "b"}]
+    rows += [{"question_id": 0, "id": None, "question": "C?", "answer": "c"}, {"question": "D?", "answer": "d"}]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    items = OwnData(str(tmp_path / "own.json")).load(tmp_path)
+    assert [item.id for item in items] == ["3", "0#2", "0#3", "4"]
 
 
 def test_rows_with_a_metrics_name_need_no_code(tmp_path: Path) -> None:

@@ -15,7 +15,16 @@ from typing import Any
 from milora_data.formats.jsonfile import read_json
 from milora_data.pictures.embedded import is_embedded, refusal
 from milora_data.pictures.files import place_of
-from milora_data.records.record import IMAGE, VIDEO, Turn, Video, parse_record, renamed_video, uses_tools
+from milora_data.records.record import (
+    IMAGE,
+    VIDEO,
+    Turn,
+    Video,
+    identifier_of,
+    parse_record,
+    renamed_video,
+    uses_tools,
+)
 from milora_eval.benchmark import Benchmark, Form, Item, MissingData
 from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
@@ -114,10 +123,6 @@ def _rows(path: Path) -> list[Any]:
     return rows
 
 
-def _id(row: Any, number: int) -> str:
-    return str((row.get("id") or row.get("question_id") or number) if isinstance(row, dict) else number)
-
-
 def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     place = f"{path}, question {number}"
     if not isinstance(row, dict):
@@ -147,7 +152,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
         return str(_picture(name, path.parent, data_dir, place))
 
     return Item(
-        id=_id(row, number),
+        id=identifier_of(row, ("id", "question_id"), number),
         turns=turns,
         images=tuple(map(found, images)),
         videos=tuple(renamed_video(video, found) for video in videos),
