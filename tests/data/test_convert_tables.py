@@ -22,7 +22,7 @@ def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
 
 def test_the_id_0_of_a_row_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,question,answer\n5,Why?,So.\n0,How?,Well.\n,When?,Now.\n")
-    assert [record.id for record in convert_file(tmp_path / "a.csv", "table", tmp_path / "out")] == ["5", "0", "2"]
+    assert [record.id for record in convert_file(tmp_path / "a.csv", "table", tmp_path / "out")] == ["5", "0", "4"]
 
 
 @pytest.mark.parametrize("kind", ["alpaca", "table"])

@@ -189,7 +189,7 @@ def not_utf8(path: Path, error: UnicodeDecodeError, line: int = 0) -> DataError:
 
 
 def missing_file(path: Path) -> DataError:
-    """Return the error for a data file that does not exist; its hint lists the JSON files beside it."""
+    """Return the error for a data file that does not exist; its hint lists the files of that kind beside it."""
     problem = url_problem(path)
     if problem is not None:
         return DataError(problems=[problem])
@@ -199,7 +199,8 @@ def missing_file(path: Path) -> DataError:
         code, message = "data-folder", "this is a folder; expected a JSON or JSONL file"
         hints = [f"name shards by a pattern: '{path}/*.parquet'; convert pictures with captions: {call}"]
     folder = path if path.is_dir() else path.parent
-    if names := sorted(file.name for file in folder.glob("*.json*"))[:5]:
+    kind = f"*{path.suffix}" if path.suffix and not path.is_dir() and not path.suffix.startswith(".json") else "*.json*"
+    if names := sorted(file.name for file in folder.glob(kind))[:5]:
         hints = [f"in {folder}: {', '.join(names)}"]
     return DataError(message, code=code, where=str(path), hint="\n".join(hints))
 

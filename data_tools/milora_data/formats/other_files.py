@@ -107,8 +107,9 @@ def table(sources: Sequence[Path], options: Options) -> Records:
                     code="record-not-an-object",
                     where=f"{path}:{place}",
                 )
+            identifier = place if place.isdecimal() else str(number)  # the line of a row without an id
             try:
-                converted = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+                converted = row_record(row, options, place=f"{path}:{place}", identifier=identifier)
             except DataError as error:
                 if error.first.code != EMPTY_CELL:
                     raise
