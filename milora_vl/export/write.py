@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import nn
 
+from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.apply import merge
 from milora_vl.core.adapter.base_check import fitted
@@ -143,6 +144,9 @@ def write_merged(job: Job) -> Written:
     loads_with = job.full_model_loads_with(base)
     save_model(job.merged(base), job.out, job.options.dtype)
     _complete(job, base, job.out, loads_with)
+    written = job.out / "chat_template.jinja"
+    if job.template == OWN and written.is_file():
+        written.write_text(TRAINED_WITH + written.read_text(encoding="utf-8"), encoding="utf-8")
     return Written(loads_with=loads_with)
 
 

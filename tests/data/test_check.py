@@ -145,7 +145,7 @@ def test_fix_writes_the_usable_records_repaired(
     assert kept[-1] == GOOD | {"more": 1}
     by_answers = {record["conversations"][-1]["value"]: record["conversations"] for record in kept}
     assert [turn["value"] for turn in kept[0]["conversations"]] == ["<image>\na", "b"]
-    assert len(kept) == 7
+    assert len(kept) == 9
     assert all(len(conversation) == 2 for conversation in by_answers.values())
     with raises_code("output-exists"):
         main([*arguments, "--fix", str(out)])

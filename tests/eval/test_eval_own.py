@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from milora_eval.__main__ import main
+from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.common.errors import UserError
 from support.drawn import draw
@@ -77,6 +78,17 @@ def test_the_id_0_is_an_id(tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(rows))
     items = OwnData(str(tmp_path / "own.json")).load(tmp_path)
     assert [item.id for item in items] == ["3", "0#2", "0#3", "4"]
+
+
+def test_questions_without_a_type_have_the_most_frequent_answer_as_baseline(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "answer": "red" if n < 2 else "blue"} for n in range(6)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    items = OwnData(str(tmp_path / "own.json")).load(tmp_path)
+    assert [item.baseline for item in items] == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    answers = [Answer(item, f"It is {item.answers[0]}.", 0.0) for item in items]
+    strict, lenient = OwnData("data:own").summarise(answers)
+    assert (strict.value, strict.baseline) == (0.0, pytest.approx(4 / 6))
+    assert (lenient.name, lenient.value) == ("answer in first line", 1.0)
 
 
 def test_rows_with_a_metrics_name_need_no_code(tmp_path: Path) -> None:

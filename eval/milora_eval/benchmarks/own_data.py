@@ -7,7 +7,7 @@ name a `metric`; the default compares answers after a light normalisation.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ from milora_data.records.record import (
     renamed_video,
     uses_tools,
 )
-from milora_eval.benchmark import Benchmark, Form, Item, MissingData
+from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData
 from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
-from milora_eval.rules.answers import exact_match
+from milora_eval.rules.answers import FIRST_LINE, exact_match, in_first_line
 from milora_eval.rules.chartqa import chartqa_correct
 from milora_eval.rules.pope import pope_answer
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
+from milora_eval.stats import clustered_stderr, mean
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, Problem, UserError, collected
@@ -47,6 +48,8 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "anls": anls,
     "relaxed": lambda text, answers: max(float(chartqa_correct(text, answer)) for answer in answers),
 }
+EQUALITIES = ("exact", "equal", "m4c")  # an answer in a sentence is wrong for them
+LENIENT = "answer in first line"
 
 
 class OwnData(Benchmark):
@@ -98,7 +101,7 @@ class OwnData(Benchmark):
             replace(
                 item,
                 id=f"{item.id}#{number}" if times[item.id] > 1 else item.id,
-                baseline=self.score(item, frequent[item.kind]) if item.kind else None,
+                baseline=self.score(item, frequent[item.kind]),
             )
             for number, item in enumerate(items, start=1)
         ]
@@ -106,6 +109,15 @@ class OwnData(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return the value by the metric of the row."""
         return METRICS[item.meta["metric"]](text, item.answers)
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return the mean and those of the types, then how often a reply mentions the answer in its first line."""
+        answers = list(answers)
+        asked = [answer for answer in answers if answer.item.meta["metric"] in EQUALITIES]
+        lenient = [float(in_first_line(answer.text, answer.item.answers)) for answer in asked]
+        stderr = clustered_stderr(lenient, [answer.item.group for answer in asked])
+        row = Metric(LENIENT, mean(lenient), stderr, len(asked), note=FIRST_LINE)
+        return [*super().summarise(answers), *([row] if asked else [])]
 
 
 def _frequent_answers(items: Sequence[Item]) -> dict[str, str]:
