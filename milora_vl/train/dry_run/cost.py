@@ -50,10 +50,15 @@ FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the th
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help."""
+    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help.
+
+    `step_flops` are the operations of a step, `calibration` the planned seconds on an A100.
+    """
 
     lines: list[str]
     change: str | None = ""
+    step_flops: float = 0.0
+    calibration: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -102,7 +107,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
         out.append(f"base_kl  reads {amount(recipe.base_kl.texts, 'text')} in each forward: {share:.0%} more time")
     if recipe.adapter is not None:  # its A is known
-        return Costs(out, change)
+        return Costs(out, change, step)
     planned = 0.0
     if inputs := distinct_inputs(plan.targets):
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
@@ -114,7 +119,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         planned += gradient_seconds(work.total, RECORDS * work.tokens)
     if planned:
         out.append(f"        choosing A takes about {duration_text(planned)} on one A100 (planned, not measured), once")
-    return Costs(out, change)
+    return Costs(out, change, step, planned)
 
 
 def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
