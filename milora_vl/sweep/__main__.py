@@ -242,7 +242,9 @@ def _cost(sweep: Sweep, todo: Sequence[Cell], jobs: int) -> str:
             # Not in the folder of the cell, which may hold a run to resume.
             run = outlook(recipe_of(sweep.recipe, cells[0]), cells[0].name, sweep.folder / "planned")
         except UserError as error:
-            first = Problem("a cell cannot run", "sweep-cell-cannot-run", cells[0].name, "correct the recipe")
+            first = Problem(
+                "a cell cannot run", "sweep-cell-cannot-run", cells[0].name, "correct the recipe of the sweep"
+            )
             raise UserError(problems=[first, *error.problems]) from None
         seconds = cell_seconds(run, sweep.questions, jobs)
         total += len(cells) * sum(seconds.values()) / jobs

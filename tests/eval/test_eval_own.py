@@ -188,6 +188,12 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
         evaluate("nothing.py", tmp_path)
 
 
+def test_a_missing_picture_is_named_in_the_folder_of_data(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps([{"image": "a.png", "question": "What?", "answer": "a"}]))
+    (item,) = OwnData(str(tmp_path / "own.json")).load(tmp_path / "elsewhere")
+    assert item.images == (str(tmp_path / "elsewhere" / "a.png"),)
+
+
 def test_pictures_may_lie_in_the_data_folder(tmp_path: Path) -> None:
     path = llava_json(tmp_path)
     elsewhere = tmp_path / "my questions"

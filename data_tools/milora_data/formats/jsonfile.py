@@ -21,6 +21,7 @@ from milora_vl.common.cli.command_line import beside, command_line
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError
 
+TABLES = (".csv", ".tsv")
 DELIMITERS = ",;\t"
 _BOM = b"\xef\xbb\xbf"
 TO_UTF8 = (
@@ -36,8 +37,7 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
     Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines is
     passed to it and skipped. A broken list still raises, as the start of the next element is unknown.
     """
-    if not path.is_file():
-        raise missing_file(path)
+    _require_json(path)
     try:
         with path.open("rb") as file:
             if _starts_list(file):
@@ -49,6 +49,15 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
         raise DataError(
             f"cannot be read: {error.strerror}", code="data-unreadable", where=str(path), hint=hint
         ) from None
+
+
+def _require_json(path: Path) -> None:
+    """Raise `DataError` for a file that does not exist, and for a table."""
+    if not path.is_file():
+        raise missing_file(path)
+    if path.suffix.lower() in TABLES:
+        call = command_line("milora_data", "convert", "--from", "table", path, "--output_dir", "OUT")
+        raise DataError("a table, not JSON", code="data-table", where=str(path), hint=f"convert it:  {call}")
 
 
 def _starts_list(file: BinaryIO) -> bool:
@@ -100,8 +109,7 @@ def parts_of(path: Path, count: int, processes: int = 1) -> list[FilePart]:
 
     Each object is in exactly one part; `read_part` reads a part. Raises `DataError` if the file is missing.
     """
-    if not path.is_file():
-        raise missing_file(path)
+    _require_json(path)
     with path.open("rb") as file:
         if _starts_list(file):
             return [FilePart(str(path), first, 0, 1, processes) for first in range(processes)]
@@ -211,7 +219,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     A .csv may be separated by commas, semicolons (as European spreadsheets do) or tabs.
     Raises `DataError` with file and line if the file is missing or not UTF-8, or if its JSON or quoting is broken.
     """
-    if path.suffix.lower() not in (".csv", ".tsv"):
+    if path.suffix.lower() not in TABLES:
         yield from read_objects(path)
         return
     if not path.is_file():

@@ -249,4 +249,4 @@ def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
             where=row,
             hint="use:  --data FOLDER (it may be /)",
         )
-    return next((path for path in paths if path.is_file()), paths[0]).absolute()
+    return next((path for path in paths if path.is_file()), paths[-1]).absolute()  # else the folder of --data

@@ -85,7 +85,9 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
     devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
-    whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
+    held = sum(sizes.values())
+    size = f"{held / GIB:.1f} GiB" if held >= 0.05 * GIB else f"{1024 * held / GIB:.0f} MiB"
+    whole = f"memory about {size} per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
     if base.own_pictures:
         out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
@@ -263,7 +265,8 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
     `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
     whole = needed(work)
-    summary = f"{limit:g} GiB: needs {whole:.1f} GiB, {OVERHEAD:g} of them for CUDA"
+    rounded = math.ceil(10 * whole) / 10  # never the limit itself for more than the limit
+    summary = f"{limit:g} GiB: needs {rounded:.1f} GiB, {OVERHEAD:g} of them for CUDA"
     if whole <= limit:
         return [f"fits   {summary}"], ""
     fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
