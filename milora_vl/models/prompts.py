@@ -64,5 +64,5 @@ def _default_template(base: Base, folder: Path) -> str:
         return str(template)
     if holds_adapter(folder) or not (folder / "config.json").is_file():
         return trained_template(folder)
-    own = split_processor(base.processor)[0].chat_template or ""
-    return OWN if own.startswith(TRAINED_WITH) or (own and base.kind == "text") else trained_template(folder)
+    own = split_processor(base.processor)[0].chat_template
+    return OWN if own and (base.kind == "text" or str(own).startswith(TRAINED_WITH)) else trained_template(folder)

@@ -108,7 +108,7 @@ def _closest(sizes: Sequence[int], count: int) -> Iterator[int]:
         count -= sizes[start]
         yield start
         start += 1
-    limit = min(count + largest, sum(sizes[start:]) - (start == 0))
+    limit = min(count + largest, sum(sizes[start:]) - 1)
     reached_by = np.full(limit + 1, -1)  # sum -> the first place with which the sizes before it reach it
     reached = np.zeros(limit + 1, bool)
     reached[0] = True

@@ -21,9 +21,9 @@ from milora_vl.common.errors import DataError, UserError
 
 EOS, BOS = "{eos}", "{bos}"
 OWN = "chat_template"
+"""The name for the tokenizer's own chat template, which is not in `TEMPLATES`."""
 # Starts the chat template of a model that was trained with it, so that a folder without a recipe is asked in it.
 TRAINED_WITH = "{#- The prompt format of the training. #}"
-"""The name for the tokenizer's own chat template, which is not in `TEMPLATES`."""
 
 
 @dataclass(frozen=True, slots=True)

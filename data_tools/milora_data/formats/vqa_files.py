@@ -41,7 +41,7 @@ class Options:
 
     def with_kept(self, converted: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
         """Return a record with what it keeps of its row."""
-        return {self.kept: row[self.kept], **converted} if self.kept in row else converted
+        return converted if self.kept is None or self.kept not in row else {self.kept: row[self.kept], **converted}
 
     def image(self, identifier: Any, default: str) -> str:
         """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""
