@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from milora_data.check.findings import Finding, Report, as_json, as_text, examine
 from milora_data.check.pictures import MissingImages, cause, elsewhere, find_faults, find_missing, is_empty
 from milora_data.check.repair import write_repaired
-from milora_data.formats.jsonfile import read_objects
+from milora_data.formats.jsonfile import TABLES, read_objects
 from milora_data.formats.stored import stored_items
 from milora_data.pictures.embedded import convert_words, described
 from milora_data.pictures.files import ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
@@ -198,7 +198,7 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
         except StopIteration:
             return
         except DataError as error:
-            if not path.is_file():
+            if not path.is_file() or path.suffix.lower() in TABLES:
                 raise
             return broken(error)
         try:
