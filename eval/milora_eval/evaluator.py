@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from milora_vl.common.errors import Key, UserError
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, TrainingQuestions
+from milora_vl.common.evaluator import EvaluationRequest, Gain, QuestionSet, TrainingQuestions
 
 
 def require_questions(questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
@@ -48,6 +48,7 @@ def command(request: EvaluationRequest) -> list[str]:
         "data": questions.data,
         "dtype": request.dtype,
         "device": request.device,
+        "template": request.template,
         "limit": questions.limit,
     }
     words = ["milora_eval", "run"]
@@ -74,3 +75,13 @@ def scores(request: EvaluationRequest) -> dict[str, Any]:
         )
     sides: dict[str, Any] = json.loads(done.stdout)
     return sides
+
+
+def gain(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> Gain | None:
+    """Compare the stored answers of two models to one benchmark; None if its headline is no mean over items.
+
+    Raises UserError for answers that cannot be scored.
+    """
+    from milora_eval.scores.compare import gain
+
+    return gain(base, tuned)

@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         base=None if options.adapter else options.base,
         questions=questions_of(recipe_of_run(folder) if folder.is_dir() else {}) or QuestionSet(benchmarks="FILE.json"),
         with_base=False,
+        template=options.template,
         output_dir=options.adapter or "FOLDER",
     )
     next_step(*evaluator().command(request))

@@ -5,11 +5,11 @@ Its package registers a module with the functions of `Evaluator` as an entry poi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from milora_vl.common.errors import Key, UserError
 
@@ -33,7 +33,8 @@ class QuestionSet:
 class EvaluationRequest:
     """An evaluation of a finished model, and of its base if `with_base`. The results go to `output_dir`.
 
-    `model` is the base of the `adapter`, or a fully trained model beside its `base`. `dtype` and `device` are names.
+    `model` is the base of the `adapter`, or a fully trained model beside its `base`. `dtype` and `device` are names;
+    without a `template` the model gets that of its run.
     """
 
     model: str | Path
@@ -43,6 +44,7 @@ class EvaluationRequest:
     base: str | Path | None = None
     dtype: str | None = None
     device: str | None = None
+    template: str | None = None
     with_base: bool = True
 
     @classmethod
@@ -51,6 +53,22 @@ class EvaluationRequest:
         if (run / "config.json").is_file():
             return cls(model=run, base=model, questions=questions, output_dir=run, with_base=with_base)
         return cls(model=model, adapter=run, questions=questions, output_dir=run, with_base=with_base)
+
+
+Over = Literal["base", "majority"]
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """The paired difference of a tuned model to the better of its base and the most frequent answer.
+
+    It has the unit of the benchmark's headline, with its 95 % interval; None: too few items for one.
+    """
+
+    over: Over
+    value: float
+    low: float | None
+    high: float | None
 
 
 class TrainingQuestions(Protocol):
@@ -82,6 +100,13 @@ class Evaluator(Protocol):
         """Evaluate in a separate process; return the results by model: `base`, and the name of the other.
 
         Raises UserError if it fails; it has printed why.
+        """
+        ...
+
+    def gain(self, base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) -> Gain | None:
+        """Compare the stored answers of two models to one benchmark; None if its headline is no mean over items.
+
+        Raises UserError for answers that cannot be scored.
         """
         ...
 

@@ -15,6 +15,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.apply import merge
 from milora_vl.core.adapter.base_check import fitted
@@ -162,6 +163,9 @@ def write_merged(job: Job) -> Written:
     model, rounding = job.merged(base)
     save_model(model, job.out, job.options.dtype)
     _complete(job, base, job.out, loads_with)
+    written = job.out / "chat_template.jinja"
+    if job.template == OWN and written.is_file():
+        written.write_text(TRAINED_WITH + written.read_text(encoding="utf-8"), encoding="utf-8")
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     return Written(loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.encode.templates import OWN
+from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import base_of, holds_adapter
-from milora_vl.models.base import find_base
+from milora_vl.models.base import Base, find_base
+from milora_vl.models.loading import split_processor
 from milora_vl.models.processor_settings import ProcessorSettings
 from milora_vl.models.processors import configure_processor
 from milora_vl.models.recipe_of_run import recipe_of_run, trained_template
@@ -34,8 +35,10 @@ class Prompts:
 def prompts_of(model: str, adapter: Path | None, template: str | None = None) -> Prompts:
     """Return the prompts of a model with its adapter: those of its run, with `template` in place of the run's.
 
-    `model` is a name or folder of a model, or an adapter folder. A model whose processor prepares the pictures has its
-    own chat template; raises UserError for another `template`, and for an unknown model.
+    `model` is a name or folder of a model, or an adapter folder. A folder without a recipe, such as a merged one, has
+    its own chat template: a text model's, or that of a training, but not that of a published LLaVA. A model whose
+    processor prepares the pictures has its own chat template; raises UserError for another `template`, and for an
+    unknown model.
     """
     folder = adapter or Path(model)
     name = base_of(folder) if adapter is None and holds_adapter(folder) else model
@@ -43,7 +46,7 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
     with at_flag("--model"):
         base = find_base(name)
     if not base.own_pictures:
-        return Prompts(template or trained_template(folder), data.get("image_aspect_ratio") or "pad")
+        return Prompts(template or _default_template(base, folder), data.get("image_aspect_ratio") or "pad")
     if template not in (None, OWN):
         raise UserError(
             f"{name} is asked with its own prompt format, not with {template}",
@@ -53,3 +56,13 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
         )
     named = {key.name: data[key.name] for key in fields(ProcessorSettings) if key.name in data}
     return Prompts(OWN, "pad", ProcessorSettings(**named))
+
+
+def _default_template(base: Base, folder: Path) -> str:
+    """Return the template of the run in `folder`, else of the model in it, else LLaVA-1.5's."""
+    if template := recipe_of_run(folder).get("template"):
+        return str(template)
+    if holds_adapter(folder) or not (folder / "config.json").is_file():
+        return trained_template(folder)
+    own = split_processor(base.processor)[0].chat_template
+    return OWN if own and (base.kind == "text" or str(own).startswith(TRAINED_WITH)) else trained_template(folder)

@@ -16,7 +16,7 @@ from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
 from milora_vl.common.cli.table import Table
 from milora_vl.report.run_page import Comparison, Evaluation, Json, Run, Score, label
 from milora_vl.report.tables import score_tables
-from milora_vl.report.wording import amount, duration, forgetting, gain, headline, percent
+from milora_vl.report.wording import amount, duration, forgetting, gain, headline, interval, percent, points
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class Gallery:
 def facts(run: Run) -> list[Fact]:
     """Return the key figures that the files of the run provide."""
     best = headline(run)
-    figures = list(_score_facts(best[1])) if best else []
+    figures = list(_score_facts(*best)) if best else []
     lost = next((lost for comparison in run.comparisons if (lost := forgetting(comparison))), None)
     if lost:
         figures.append(Fact("forgetting", f"{lost['kl']:.3f} nats", "per token of ordinary text"))
@@ -171,13 +171,21 @@ def facts(run: Run) -> list[Fact]:
     return figures
 
 
-def _score_facts(score: Score) -> Iterator[Fact]:
+def _score_facts(comparison: Comparison, score: Score) -> Iterator[Fact]:
     unit, baseline = score.any.unit, score.any.baseline
     if score.before and score.after:
         ends = f"from {amount(score.before.value, unit)} to {amount(score.after.value, unit)}"
-        yield Fact("gain", f"{gain(score)} points", ends)
+        yield headline_gain(comparison, score) or Fact("gain", f"{gain(score)} points", ends)
     if baseline is not None:
         yield Fact("majority answer", amount(baseline, unit), "without looking at the picture")
+
+
+def headline_gain(comparison: Comparison, score: Score) -> Fact | None:
+    """Return the difference to the better of the base and the most frequent answer, with its interval."""
+    if comparison.gain is None:
+        return None
+    name = {"base": "gain over the base", "majority": "gain over the majority answer"}[comparison.gain.over]
+    return Fact(name, f"{points(comparison.gain.value, score)} points", interval(comparison.gain, score))
 
 
 def suites(run: Run, plots: Sequence[str]) -> list[Suite]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import Gain, evaluator
 from milora_vl.common.yaml_text import parse_yaml
 
 Json = Mapping[str, Any]
@@ -77,6 +78,7 @@ class Comparison:
     before: Evaluation | None
     after: Evaluation | None
     scores: tuple[Score, ...]
+    gain: Gain | None = None  # of the first score
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +170,20 @@ def _comparisons(folder: Path) -> Iterator[Comparison]:
         before = _evaluation(folders["base"]) if "base" in folders else None
         after = _evaluation(folders[latest]) if latest else None
         if before or after:
-            yield Comparison(suite.name, before, after, _scores(before, after))
+            yield Comparison(suite.name, before, after, _scores(before, after), _gain(before, after))
+
+
+def _gain(before: Evaluation | None, after: Evaluation | None) -> Gain | None:
+    """Return the gain of the first benchmark; None if its answers cannot be compared."""
+    sides = [side.predictions for side in (after, before) if side]
+    if len(sides) < 2 or not all(sides):
+        return None
+    name = sides[0][0].get("benchmark")
+    tuned, base = ([line for line in side if line.get("benchmark") == name] for side in sides)
+    try:
+        return evaluator().gain(base, tuned) if base else None
+    except UserError:  # damaged answers, or a benchmark of the user whose code is not imported
+        return None
 
 
 def _step(name: str) -> int:

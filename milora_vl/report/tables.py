@@ -9,7 +9,7 @@ from typing import Any
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.methods import label_of, what_trains
 from milora_vl.report.run_page import Comparison, Json, Run, Score
-from milora_vl.report.wording import amount, forgetting_rows, gain, lowered_shares, number, percent
+from milora_vl.report.wording import amount, cut_words, forgetting_rows, gain, lowered_shares, number, percent
 
 
 def forgetting_table(forgetting: Json) -> Table:
@@ -104,7 +104,8 @@ def _about(comparison: Comparison, benchmark: str) -> str:
     parts = [f"{benchmark}, version {entry['version']}" if entry.get("version") else benchmark]
     parts += [f"{entry['split']} split"] if entry.get("split") else []
     parts += [str(entry["protocol"])] if entry.get("protocol") else []
-    return "; ".join(parts) + ". Brackets show one standard error."
+    cut = cut_words(comparison, benchmark)
+    return "; ".join(parts) + ". Brackets show one standard error." + (f" {cut}" if cut else "")
 
 
 def _note(score: Score) -> str:

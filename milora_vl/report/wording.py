@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from milora_vl.common.evaluator import Gain
 from milora_vl.core.policy.methods import label_of
 from milora_vl.report.plots import SCORE, suites_of
 from milora_vl.report.run_page import Comparison, Json, Layer, Metric, Run, Score, label
@@ -59,7 +60,7 @@ def gain(score: Score) -> str:
     """Return the signed change in points."""
     if score.gain is None:
         return "–"
-    return f"{score.gain * (100 if score.any.unit == 'fraction' else 1):+,.1f}".replace("-", "−")
+    return points(score.gain, score)
 
 
 def duration(seconds: float | None) -> str:
@@ -113,7 +114,45 @@ def summary(run: Run) -> str:
     if not score.after:
         return f"The base model {verb} {number(score.before)}{of}; the fine-tuned model has not been evaluated yet."
     base = f"; the base model {number(score.before)}" if score.before else "; the base model has not been evaluated"
-    return f"The fine-tuned model {verb} {number(score.after)}{of}{base}."
+    words = [f"The fine-tuned model {verb} {number(score.after)}{of}{base}.", gain_words(comparison, score)]
+    return " ".join(filter(None, [*words, cut_words(comparison, score.benchmark)]))
+
+
+def gain_words(comparison: Comparison, score: Score) -> str:
+    """Return the difference to the better of the base and the most frequent answer in one sentence; or an empty text.
+
+    `score` is the first of the comparison.
+    """
+    if (found := comparison.gain) is None:
+        return ""
+    of_majority = "" if score.any.baseline is None else amount(score.any.baseline, score.any.unit)
+    than = {"base": "the base model", "majority": f"the most frequent answer, {of_majority}"}[found.over]
+    more = "less" if found.value < 0 else "more"
+    return f"That is {points(abs(found.value), score, sign='')} points {more} than {than} ({interval(found, score)})."
+
+
+def interval(found: Gain, score: Score) -> str:
+    """Return the interval of a gain as text."""
+    if found.low is None or found.high is None:
+        return "too few questions for an interval"
+    return f"95 % interval {points(found.low, score)} to {points(found.high, score)}"
+
+
+def points(value: float, score: Score, sign: str = "+") -> str:
+    """Return a difference of a score in points."""
+    return f"{value * (100 if score.any.unit == 'fraction' else 1):{sign},.1f}".replace("-", "−")
+
+
+def cut_words(comparison: Comparison, benchmark: str) -> str:
+    """Return how many answers were cut at the token limit, in one sentence; empty if none was."""
+    parts = []
+    for side, who in ((comparison.before, "the base model"), (comparison.after, "the fine-tuned model")):
+        results: Json = side.results if side else {}
+        entry = next((entry for entry in results.get("benchmarks", ()) if entry["name"] == benchmark), {})
+        if cut := entry.get("truncated"):
+            limit = results["generation"]["max_new_tokens"][benchmark]
+            parts.append(f"{cut:,} of the {entry['n']:,} answers of {who} were cut at {limit:,} tokens")
+    return f"{' and '.join(parts)}." if parts else ""
 
 
 def _unevaluated(run: Run) -> str:

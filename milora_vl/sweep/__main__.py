@@ -106,10 +106,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = Sweep(folder, recipe, questions)
     jobs = options.jobs or _jobs(len(cells))
     _same_sweep(sweep)
-    left = _show_plan(sweep, cells, jobs, retry=options.retry)
-    if left:
-        cost = _time_left(sweep, cells, left, jobs) or _cost(sweep, cells[0], left, jobs)
-        sys.stderr.write(f"cost{cost}\n")
+    if todo := _show_plan(sweep, cells, jobs, retry=options.retry):
+        words = _time_left(sweep, cells, len(todo), jobs) or _cost(sweep, todo, jobs)
+        sys.stderr.write(f"cost{words}\n")
     if options.plan:
         return 0
     words = shlex.join(sys.argv[1:] if argv is None else argv)
@@ -217,32 +216,42 @@ def _key(sweep: Sweep) -> str:
     return hashlib.sha256(json.dumps([shared, repr(sweep.questions)], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -> int:
-    """Show how many cells are done and how many are left; return the number that is left."""
+def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -> list[Cell]:
+    """Show how many cells are done and how many are left; return those that are left."""
     done = [cell for cell in cells if sweep.result(cell)]
     failed = [cell for cell in cells if sweep.failure(cell)]
-    left = len(cells) - len(done) - (0 if retry else len(failed))
-    counts = (
-        f"{amount(len(cells), 'cell')}, {len(done):,} done, {len(failed):,} failed, {left:,} to run, {jobs} at a time"
-    )
-    sys.stderr.write(f"{counts}\n{sweep.folder}\n")
-    if not left:
+    todo = [cell for cell in cells if cell not in done and (retry or cell not in failed)]
+    counts = f"{len(done):,} done, {len(failed):,} failed, {len(todo):,} to run, {jobs} at a time"
+    sys.stderr.write(f"{amount(len(cells), 'cell')}, {counts}\n{sweep.folder}\n")
+    if not todo:
         sys.stderr.write("nothing is left to run\n")
-    return left
+    return todo
 
 
-def _cost(sweep: Sweep, cell: Cell, left: int, jobs: int) -> str:
-    """Return the cost of one cell as text. Raises UserError with the problems of the cell if it cannot run."""
-    from milora_vl.train.dry_run import dry_run
+def _cost(sweep: Sweep, todo: Sequence[Cell], jobs: int) -> str:
+    """Return the planned time of a cell of each arm, and of all. Raises UserError if one of them cannot run."""
+    from milora_vl.sweep.cost import as_text, cell_seconds
+    from milora_vl.train.dry_run.dry_run import outlook
+    from milora_vl.train.dry_run.estimate import duration_text
 
-    try:
-        # Not in the folder of the cell, which may hold a run to resume.
-        run = dry_run.outlook(recipe_of(sweep.recipe, cell), cell.name, sweep.folder / "planned")
-    except UserError as error:
-        first = Problem("a cell cannot run", "sweep-cell-cannot-run", cell.name, "correct the recipe of the sweep")
-        raise UserError(problems=[first, *error.problems]) from None
-    words = f" of training one of {amount(left, 'cell')}, {jobs} at a time (measured after the first cell):\n  "
-    return words + "\n  ".join([*(f"warning: {warning}" for warning in run.warnings), *run.costs.lines])
+    lines: dict[str, None] = {}
+    total = 0.0
+    for arm in dict.fromkeys(cell.arm for cell in todo):
+        cells = [cell for cell in todo if cell.arm == arm]
+        try:
+            # Not in the folder of the cell, which may hold a run to resume.
+            run = outlook(recipe_of(sweep.recipe, cells[0]), cells[0].name, sweep.folder / "planned")
+        except UserError as error:
+            first = Problem(
+                "a cell cannot run", "sweep-cell-cannot-run", cells[0].name, "correct the recipe of the sweep"
+            )
+            raise UserError(problems=[first, *error.problems]) from None
+        seconds = cell_seconds(run, sweep.questions, jobs)
+        total += len(cells) * sum(seconds.values()) / jobs
+        lines |= dict.fromkeys(f"warning: {warning}" for warning in run.warnings)
+        lines |= dict.fromkeys([f"{cells[0].label}, a cell: {as_text(seconds)}", *run.costs.lines])
+    every = f"about {duration_text(total)} in all, {jobs} at a time (planned; measured after the first cell)"
+    return "\n  ".join([f"  {every}", *lines])
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:

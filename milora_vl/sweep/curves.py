@@ -2,8 +2,8 @@
 
 A comparison at "the best learning rate of each method" is unfair: the loss is flat near its minimum while forgetting
 grows with the rate, so the choice among nearly equal rates decides how much a method forgets. Here every seed of a
-method gives a curve of forgetting over validation loss. All curves are read at one loss per seed, the lowest that the
-reference reaches with that seed, and the ratios are paired by seed. Vision-language tasks are read twice: for text and
+method gives a curve of forgetting over validation loss. Each is read at the lowest loss that it and the reference reach
+with that seed, and the ratios are paired by seed. Vision-language tasks are read twice: for text and
 for pictures.
 """
 
@@ -18,8 +18,6 @@ from milora_vl.common.cli.table import Table
 from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.results import Mean, mean_of
 
-# Where the curves are read, between the lowest loss of the reference (0) and the highest on its curve (1).
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PICTURES = "forgetting_pictures"  # the second number of vision-language tasks
 
 
@@ -63,16 +61,15 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One arm, read at the losses of the reference. `ratios` holds one ratio to the reference per share in SHARES.
+    """One arm beside the reference: its forgetting at the lowest loss of the reference, over the seeds that reach it.
 
-    An arm that does not reach a loss in some seeds has a ratio over the others; `reached` counts the seeds that reach
-    the lowest loss of the reference. A ratio without seeds is None.
+    `reached` counts these of the `seeds`. `ratio` is that of `at_common_loss`.
     """
 
     label: str
     lowest_loss: Mean
     forgetting: Mean | None
-    ratios: tuple[Ratio | None, ...]
+    ratio: Ratio | None
     reached: int
     seeds: int
 
@@ -148,18 +145,9 @@ def _reading(label: str, fronts: Mapping[int, Sequence[Spot]], of_reference: Map
     common = [seed for seed in of_reference if seed in fronts]
     at_lowest = [forgetting_at(fronts[seed], of_reference[seed][0].loss) for seed in common]
     reached = [value for value in at_lowest if value is not None]
-    ratios = []
-    for share in SHARES:
-        pairs = []
-        for seed in common:
-            loss = of_reference[seed][0].loss + share * (of_reference[seed][-1].loss - of_reference[seed][0].loss)
-            of_arm, of_other = forgetting_at(fronts[seed], loss), forgetting_at(of_reference[seed], loss)
-            if of_arm is not None and of_other is not None:
-                pairs.append((of_arm, of_other))
-        ratios.append(_ratio(pairs))
     return Reading(
         label, mean_of([front[0].loss for front in fronts.values()]), mean_of(reached) if reached else None,
-        tuple(ratios), len(reached), len(common),
+        at_common_loss(fronts, of_reference), len(reached), len(common),
     )  # fmt: skip
 
 
@@ -194,37 +182,32 @@ def curves_table(readings: Sequence[Reading], pictures: Sequence[Reading] = ()) 
     `pictures` holds the readings of the same arms about pictures, for two more columns.
     """
     of_pictures = {reading.label: reading for reading in pictures}
-    rows = []
-    for reading in readings:
-        at_lowest = reading.ratios[0]
-        elsewhere = [ratio.value for ratio in reading.ratios if ratio is not None]
-        rows.append((
-            reading.label,
-            reading.lowest_loss.text,
-            reading.forgetting.text if reading.forgetting else "–",
-            at_lowest.text if at_lowest else "–",
-            f"{_two_digits(min(elsewhere))} to {_two_digits(max(elsewhere))}" if elsewhere else "–",
-            *(_of_pictures(of_pictures.get(reading.label)) if pictures else ()),
-            f"{reading.reached} of {reading.seeds}",
-        ))  # fmt: skip
+    rows = [
+        (
+            reading.label, reading.lowest_loss.text, *_read_cells(reading),
+            *(_read_cells(of_pictures.get(reading.label)) if pictures else ()), f"{reading.reached} of {reading.seeds}",
+        )
+        for reading in readings
+    ]  # fmt: skip
     reference = readings[0].label if readings else "the reference"
     caption = (
-        f"Each seed is read at the lowest validation loss that {reference} reaches with this seed. The ratio is the "
-        "geometric mean over seeds with its 95 % interval (Student’s t on the logarithms). “At other losses”: the "
-        f"smallest and largest mean ratio at {len(SHARES)} losses along the curve of {reference}. “Seeds”: how many "
-        "reach the loss."
+        f"Forgetting is read at the lowest validation loss that {reference} reaches with the same seed, the ratio at "
+        "the lowest loss that both reach: a geometric mean over seeds with its 95 % interval (Student’s t on the "
+        "logarithms). ≥: a lower bound, as in some seed the arm ends above the losses that the reference was trained "
+        f"to. “Seeds”: how many reach the lowest loss of {reference}."
     )
     header = (
-        "arm", "lowest loss", "forgetting at this loss", f"ratio to {reference}", "ratio at other losses",
+        "arm", "lowest loss", "forgetting at this loss", f"ratio to {reference}",
         *(("about pictures", "ratio about pictures") if pictures else ()), "seeds",
     )  # fmt: skip
     return Table(header, tuple(rows), caption)
 
 
-def _of_pictures(reading: Reading | None) -> tuple[str, str]:
-    if reading is None or reading.forgetting is None:
+def _read_cells(reading: Reading | None) -> tuple[str, str]:
+    if reading is None:
         return "–", "–"
-    return reading.forgetting.text, reading.ratios[0].text if reading.ratios[0] else "–"
+    forgetting = reading.forgetting.text if reading.forgetting else "not reached"
+    return forgetting, reading.ratio.text if reading.ratio else "–"
 
 
 def _two_digits(x: float) -> str:

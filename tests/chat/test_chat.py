@@ -67,6 +67,11 @@ def test_the_next_command_asks_the_questions_of_the_run(
     assert f"run --model tiny --adapter {adapter} {flags} --output_dir {adapter}" in capsys.readouterr().err
 
 
+def test_the_next_command_keeps_the_template(capsys: Captured) -> None:
+    assert ask("--template", "mistral", "What?") == 0
+    assert " --template mistral " in capsys.readouterr().err
+
+
 def test_a_question_needs_no_picture(capsys: Captured) -> None:
     ask("What is 1 + 1?")
     assert capsys.readouterr().out == answer("What is 1 + 1?") + "\n"

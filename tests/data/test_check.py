@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.check.command import check_for_training, scan
@@ -36,6 +37,8 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "empty_question": ("turn 1", turns((H, ""), (G, "a"))),
     "answer_first": ("hello", turns((G, "hello"), (H, "a"), (G, "b"))),
     "unanswered": ("and?", turns((H, "a"), (G, "b"), (H, "and?"))),
+    "tiny_picture": ("1.png: 1 x 1 pixels", turns((H, "<image>\na"), (G, "b")) | {"image": "1.png"}),
+    "repeated_id": ("an earlier record has this id", {"id": "same"} | turns((H, "a"), (G, "c"))),
     "special_token": ("turn 2: </s>", turns((H, "a"), (G, "the </s> token"))),
 }
 
@@ -44,6 +47,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
 def write(tiny_data: Path) -> Callable[..., Path]:
     """Writes records as a JSON list."""
     (tiny_data / "images" / "bad.png").write_text("no picture")
+    Image.new("RGB", (1, 1)).save(tiny_data / "images" / "1.png")
 
     def writer(*records: Any, name: str = "data.json") -> Path:
         path = tiny_data / name
@@ -93,6 +97,17 @@ def test_every_missing_picture_is_counted(
     assert "next: python -m milora_data check" in captured.err
 
 
+def test_a_finding_names_the_id_of_its_record(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    records = [BROKEN[kind][1] | {"id": f"id-{kind}"} for kind in BROKEN]
+    path = write(*records)
+    assert main(["check", str(path), "--format", "json"]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert all(finding["id"] == f"id-{finding['kind']}" for finding in findings if finding["kind"] != "missing_picture")
+    main(["check", str(path)])
+    number = 1 + list(BROKEN).index("empty_answer")
+    assert f"{path}:record {number} (id id-empty_answer): turn 2\n" in capsys.readouterr().out
+
+
 def test_json_output_is_one_object(write: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     path = write(GOOD, BROKEN["no_answer"][1], BROKEN["empty_answer"][1])
     assert main(["check", str(path), "--format", "json"]) == 1
@@ -130,7 +145,7 @@ def test_fix_writes_the_usable_records_repaired(
     assert kept[-1] == GOOD | {"more": 1}
     by_answers = {record["conversations"][-1]["value"]: record["conversations"] for record in kept}
     assert [turn["value"] for turn in kept[0]["conversations"]] == ["<image>\na", "b"]
-    assert len(kept) == 7
+    assert len(kept) == 9
     assert all(len(conversation) == 2 for conversation in by_answers.values())
     with raises_code("output-exists"):
         main([*arguments, "--fix", str(out)])

@@ -137,13 +137,65 @@ def test_a_file_of_another_kind_is_said_to_be_one(kind: str, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "data.json").exists()
 
 
-def test_held_out_records_with_pictures_of_the_training_are_counted(tmp_path: Path, capsys: Any) -> None:
+def hold_out(rows: list[dict[str, Any]], folder: Path, *flags: str, kind: str = "table") -> tuple[list[Any], list[Any]]:
+    kept = convert(kind, {"i.json": rows}, folder, "--hold_out", *flags)
+    return json.loads((folder / "out" / "eval.json").read_text()), kept
+
+
+def test_all_records_of_a_picture_are_held_out_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": f"{n // 3}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
+    rows += [{"image": ["0.png", "new.png"], "question": "Both?", "answer": "a"}]
+    rows += [{"question": f"{n}?", "answer": "a"} for n in range(20)]
+    held, kept = hold_out(rows, tmp_path, "10", "--format", "json")
+    of_held, of_kept = (
+        {name for r in side for name in ([r["image"]] if isinstance(r.get("image"), str) else r.get("image", []))}
+        for side in (held, kept)
+    )
+    assert of_held
+    assert of_kept
+    assert not of_held & of_kept
+    assert (len(held), len(kept)) == (10, 51)
+    said = capsys.readouterr()
+    assert json.loads(said.out)["held_out_records"] == 10
+    assert "eval.json: 10 records, held out by picture\n" in said.err
+    (tmp_path / "again").mkdir()
+    assert hold_out(rows, tmp_path / "again", "10") == (held, kept)
+
+
+def test_the_size_of_the_held_out_part_is_as_close_as_whole_pictures_allow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": f"{n // 5}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
+    held, kept = hold_out(rows, tmp_path, "8")
+    assert (len(held), len(kept)) == (10, 30)
+    assert "eval.json: 10 records, held out by picture, the closest number to 8\n" in capsys.readouterr().err
+    (tmp_path / "one").mkdir()
+    with raises_code("hold-out-one-group", where="--hold_out_by", kind=DataError):
+        hold_out(rows[:5], tmp_path / "one", "2")
+
+
+def test_records_are_held_out_one_by_one_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"image": f"{n // 2}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
-    convert("table", {"i.json": rows}, tmp_path, "--hold_out", "10")
-    held = json.loads((tmp_path / "out" / "eval.json").read_text())
-    kept = {record["image"] for record in json.loads((tmp_path / "out" / "data.json").read_text())}
-    shared = sum(record["image"] in kept for record in held)
+    held, kept = hold_out(rows, tmp_path, "10", "--hold_out_by", "record")
+    shared = sum(record["image"] in {record["image"] for record in kept} for record in held)
+    assert shared
     assert f"note: {shared} of them show a picture" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["table", "alpaca", "llava"])
+def test_records_of_one_patient_are_held_out_together(kind: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"instruction": f"{n}?", "output": "a", "patient": n % 7} for n in range(42)]
+    if kind == "llava":
+        turns = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+        rows = [{"id": str(n), "conversations": turns, "patient": n % 7} for n in range(42)]
+    held, kept = hold_out(rows, tmp_path, "12", "--hold_out_by", "patient", kind=kind)
+    assert len(held) == 12
+    assert not {record["patient"] for record in held} & {record["patient"] for record in kept}
+    (tmp_path / "b").mkdir()
+    with raises_code("hold-out-unknown-field", where="--hold_out_by", kind=DataError):
+        hold_out(rows, tmp_path / "b", "12", "--hold_out_by", "patients", kind=kind)
+    with raises_code("flag-needs-another", where="--hold_out_by"):
+        convert(kind, {"i.json": rows}, tmp_path / "b", "--hold_out_by", "patient")
 
 
 def test_held_out_are_the_records_that_llm_adapters_holds_out(tmp_path: Path) -> None:

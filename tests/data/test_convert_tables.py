@@ -20,6 +20,19 @@ def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
     return list(load_records(out / "data.json"))
 
 
+def test_the_id_0_of_a_row_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,question,answer\n5,Why?,So.\n0,How?,Well.\n,When?,Now.\n")
+    assert [record.id for record in convert_file(tmp_path / "a.csv", "table", tmp_path / "out")] == ["5", "0", "4"]
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "table"])
+def test_an_empty_answer_is_left_out(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"instruction": "Say hi.", "output": "Hi"}, {"instruction": "Say no.", "output": " "}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert len(convert_file(tmp_path / "a.json", kind, tmp_path / "out")) == 1
+    assert "left out: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["alpaca", "table"])
 def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> None:
     rows = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.formats.jsonfile import read_objects, write_objects
+from milora_data.formats.jsonfile import read_objects, read_rows, write_objects
 from milora_data.records.record import Record, Turn, parse_record
 from milora_data.stream.sources import load_records
 from milora_vl.common.errors import DataError
@@ -175,3 +175,12 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         write_objects(tmp_path / "a.json", (1 // (1 - i) for i in range(3)))
     assert not (tmp_path / "a.json").exists()
+
+
+def test_a_table_is_called_one_and_missing_files_are_sought_by_their_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption\n")
+    (tmp_path / "b.json").write_text("[]")
+    with raises_code("data-table", where="a.csv", hint="milora_data convert --from table", kind=DataError):
+        list(load_records(tmp_path / "a.csv"))
+    with raises_code("data-missing-file", hint=f"in {tmp_path}: a.csv", kind=DataError):
+        list(read_rows(tmp_path / "none.csv"))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from milora_eval.__main__ import main
+from milora_eval.benchmark import Answer
+from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.common.errors import UserError
 from support.drawn import draw
 from support.problems import raises_code
@@ -68,6 +70,25 @@ def test_records_with_messages_are_accepted_as_they_are(tmp_path: Path) -> None:
 
 def test_ids_that_come_twice_in_a_training_file_are_told_apart(tmp_path: Path) -> None:
     assert evaluate(str(llava_json(tmp_path, repeated=True)), tmp_path / "out")["benchmarks"][0]["n"] == 2
+
+
+def test_the_id_0_is_an_id(tmp_path: Path) -> None:
+    rows = [{"id": 3, "question": "A?", "answer": "a"}, {"id": 0, "question": "B?", "answer": "b"}]
+    rows += [{"question_id": 0, "id": None, "question": "C?", "answer": "c"}, {"question": "D?", "answer": "d"}]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    items = OwnData(str(tmp_path / "own.json")).load(tmp_path)
+    assert [item.id for item in items] == ["3", "0#2", "0#3", "4"]
+
+
+def test_questions_without_a_type_have_the_most_frequent_answer_as_baseline(tmp_path: Path) -> None:
+    rows = [{"question": f"{n}?", "answer": "red" if n < 2 else "blue"} for n in range(6)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    items = OwnData(str(tmp_path / "own.json")).load(tmp_path)
+    assert [item.baseline for item in items] == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    answers = [Answer(item, f"It is {item.answers[0]}.", 0.0) for item in items]
+    strict, lenient = OwnData("data:own").summarise(answers)
+    assert (strict.value, strict.baseline) == (0.0, pytest.approx(4 / 6))
+    assert (lenient.name, lenient.value) == ("answer in first line", 1.0)
 
 
 def test_rows_with_a_metrics_name_need_no_code(tmp_path: Path) -> None:
@@ -165,6 +186,12 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
         evaluate("nothing.json", tmp_path)
     with raises_code("eval-benchmark-import", says=r"no file .*nothing\.py"):
         evaluate("nothing.py", tmp_path)
+
+
+def test_a_missing_picture_is_named_in_the_folder_of_data(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps([{"image": "a.png", "question": "What?", "answer": "a"}]))
+    (item,) = OwnData(str(tmp_path / "own.json")).load(tmp_path / "elsewhere")
+    assert item.images == (str(tmp_path / "elsewhere" / "a.png"),)
 
 
 def test_pictures_may_lie_in_the_data_folder(tmp_path: Path) -> None:

@@ -17,9 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from milora_data.encode.templates import OWN, TRAINED_WITH, render_chat_template
+from milora_data.records.record import Turn
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.common.errors import UserError
 from milora_vl.export import Options, export, main
+from milora_vl.models.generate import Prompt, generate
+from milora_vl.models.prompts import prompts_of
+from milora_vl.train.run_files import set_chat_template
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 from support.problems import raises_code
 
@@ -83,6 +88,28 @@ def test_merged_loads_in_plain_transformers_with_its_processor(run) -> None:
     assert same(run, AutoModelForImageTextToText.from_pretrained(run.root / "merged"))
     assert AutoProcessor.from_pretrained(run.root / "merged").tokenizer
     assert not (run.root / "merged" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("template", ["llava_llama_2", OWN])
+def test_a_merged_model_is_asked_in_the_template_of_its_run(run, template: str) -> None:
+    processor = load_model(run.root / "base")[1]
+    if template == OWN:  # as a published model has it
+        written = render_chat_template("mistral", processor.tokenizer).removeprefix(TRAINED_WITH)
+        processor.tokenizer.chat_template = processor.chat_template = written
+    set_chat_template(processor, template)
+    processor.save_pretrained(run.root / "adapter")
+    (run.root / "adapter" / "recipe.yaml").write_text(f"template: {template}\n")
+    export(run.root / "adapter", "merged", run.root / "merged")
+    asked = Prompt((Turn("user", "What is it?"),))
+    answers = []
+    for folder, chosen in ((run.root / "adapter", template), (run.root / "merged", None)):
+        model, own = load_model(folder)
+        own.tokenizer.chat_template = processor.tokenizer.chat_template
+        used = chosen or prompts_of(str(folder), None).template
+        answers.append(generate(model, own, [asked], template=used, max_new_tokens=8)[0])
+    assert prompts_of(str(run.root / "merged"), None).template == OWN
+    assert answers[0] == answers[1]
+    assert prompts_of(str(run.root / "base"), None).template == "vicuna_v1"
 
 
 def test_a_merged_model_of_another_dtype_is_rounded_once(run) -> None:

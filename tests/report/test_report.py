@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from milora_eval.benchmarks.own_data import OwnData
+from milora_eval.scores.results import numbers
 from milora_vl.common.errors import UserError
 from milora_vl.report.__main__ import main as report_main
 from milora_vl.report.page import regenerate_report, write_report
@@ -282,3 +284,41 @@ def edit(path: Path, change: Any) -> None:
     content = json.loads(path.read_text())
     change(content)
     dump(path, content)
+
+
+def test_own_questions_are_compared_with_the_better_of_base_and_majority(run: Path) -> None:
+    """The base is cut and gets nothing; the most frequent answer gets a third; the tuned model gets half."""
+    shutil.rmtree(run / "eval")
+    questions = OwnData("data:own")
+    metas = {"meta": {"metric": "exact"}, "image": None, "image_file": None, "key": "k"}
+    for which in ("base", "final"):
+        lines = []
+        for place in range(120):
+            answer = "red" if place % 3 == 0 else f"colour {place}"
+            said = (
+                answer if which == "final" and place % 2 else "A long answer that does not" if which == "base" else ""
+            )
+            lines.append(metas | {
+                "id": str(place), "benchmark": "data:own", "type": "", "question": "Which?", "prediction": said,
+                "answers": [answer], "correct": float(said == answer), "group": str(place // 2),
+                "baseline": float(answer == "red"), **({"truncated": True} if which == "base" else {}),
+            })  # fmt: skip
+        folder = run / "eval" / "own" / which
+        folder.mkdir(parents=True)
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        generation = {"max_new_tokens": {questions.name: 128}}
+        dump(
+            folder / "results.json", {"suite": "own", "which": which, "generation": generation} | numbers(folder, "own")
+        )
+    (comparison,) = read_run(run).comparisons
+    found = comparison.gain
+    assert found is not None
+    assert (found.over, found.value) == ("majority", pytest.approx(0.5 - 1 / 3))
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < found.value < found.high
+    assert [score.name for score in comparison.scores] == ["accuracy", "answer in first line"]
+    text = page_of(run).text
+    assert "16.7 points more than the most frequent answer, 33.3 % (95 % interval" in text
+    assert "gain over the majority answer+16.7 points95 % interval" in text
+    assert text.count("120 of the 120 answers of the base model were cut at 128 tokens.") == 2

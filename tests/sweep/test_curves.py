@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import SHARES, Spot, at_common_loss, curve, curves_of, curves_table, forgetting_at, read
+from milora_vl.sweep.curves import Spot, at_common_loss, curve, curves_of, curves_table, forgetting_at, read
 
 POSITIVE = st.floats(1e-6, 1e3)
 SPOTS = st.lists(st.builds(Spot, POSITIVE, POSITIVE), max_size=8)
@@ -51,7 +51,7 @@ def test_a_reading_lies_between_its_neighbours_and_falls_with_the_loss(spots: li
 
 
 def test_arms_are_read_at_the_lowest_loss_of_the_reference_seed_by_seed() -> None:
-    """At 0.8 and 0.7, not at each arm's own lowest loss; the second arm reaches the loss in one seed only."""
+    """Forgetting at 0.8, as the second seed does not reach 0.7; the ratio at 0.8 and at 0.75."""
     readings = read(
         curves_of(
             results(
@@ -65,18 +65,26 @@ def test_arms_are_read_at_the_lowest_loss_of_the_reference_seed_by_seed() -> Non
     )
     assert [reading.label for reading in readings] == ["lora", "milora"]
     of_lora, of_milora = readings
-    assert of_lora.ratios[0] is not None
-    assert of_lora.ratios[0].value == pytest.approx(1.0)
+    assert of_lora.ratio is not None
+    assert of_lora.ratio.value == pytest.approx(1.0)
     assert (of_milora.reached, of_milora.seeds) == (1, 2)
     at_08 = 4.0 ** (1 / 3) * 0.04 ** (2 / 3)  # two thirds of the way from 0.6 to 0.9
-    first, *others = of_milora.ratios
-    assert first is not None
-    assert first.value == pytest.approx(at_08 / 1.0)
-    assert first.low is None, "one seed has no interval"
-    last = others[-1]
-    assert last is not None
-    assert last.value == pytest.approx(math.sqrt(0.04 / 0.5 * 0.05 / 1.0)), "the highest loss: above both curves"
-    assert len(of_milora.ratios) == len(SHARES)
+    assert of_milora.forgetting is not None
+    assert of_milora.forgetting.value == pytest.approx(at_08)
+    at_075 = 0.1 / (2.0 ** (3 / 4) * 1.0 ** (1 / 4))  # the lowest loss that both reach in the second seed
+    assert of_milora.ratio is not None
+    assert of_milora.ratio.value == pytest.approx(math.sqrt(at_08 * at_075))
+
+
+def test_an_arm_is_not_read_at_losses_that_the_other_was_not_trained_to() -> None:
+    """The arm ends at 1.5, the reference at 0.8 to 1.0: no number for 0.8, and only a bound for the ratio."""
+    readings = read(curves_of(results({"lora": [[(0.8, 2.0), (1.0, 1.0)]], "milora": [[(1.5, 0.5)]]})), "lora")
+    table = curves_table(readings)
+    cells = dict(zip(table.header, table.rows[1], strict=True))
+    assert cells["forgetting at this loss"] == "not reached"
+    assert cells["ratio to lora"] == "≥ 0.50"
+    assert cells["seeds"] == "0 of 1"
+    assert table.header == ("arm", "lowest loss", "forgetting at this loss", "ratio to lora", "seeds")
 
 
 def test_a_ratio_read_above_the_curve_of_the_reference_is_a_lower_bound() -> None:
@@ -91,7 +99,7 @@ def test_a_ratio_read_above_the_curve_of_the_reference_is_a_lower_bound() -> Non
 
 def test_the_interval_of_a_ratio_is_students_on_logarithms() -> None:
     readings = read(curves_of(results({"a": [[(1, 1.0)]] * 3, "b": [[(1, 0.1)], [(1, 0.2)], [(1, 0.4)]]})), "a")
-    ratio = readings[1].ratios[0]
+    ratio = readings[1].ratio
     assert ratio is not None
     assert ratio.value == pytest.approx(0.2)
     assert ratio.low is not None
@@ -104,7 +112,7 @@ def test_the_interval_of_a_ratio_is_students_on_logarithms() -> None:
 def test_nan_and_zero_are_not_read_as_numbers() -> None:
     readings = read(curves_of(results({"a": [[(1.0, 1.0)]], "none": [[(0.9, 0.0)]], "bad": [[(math.nan, 0.1)]]})), "a")
     assert [reading.label for reading in readings] == ["a", "none"], "an arm of NaN has no curve"
-    assert readings[1].ratios[0] is None
+    assert readings[1].ratio is None
     assert curves_table(readings).rows[1][3] == "–"
     assert read(curves_of(results({"b": [[(1.0, 1.0)]]})), "a") == []
 

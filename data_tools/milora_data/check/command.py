@@ -6,21 +6,21 @@ Training calls `check_for_training` before it loads a model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from milora_data.check.findings import Finding, Report, as_json, as_text, examine
 from milora_data.check.pictures import MissingImages, cause, elsewhere, find_faults, find_missing, is_empty
 from milora_data.check.repair import write_repaired
-from milora_data.formats.jsonfile import read_objects
+from milora_data.formats.jsonfile import TABLES, read_objects
 from milora_data.formats.stored import stored_items
 from milora_data.pictures.embedded import convert_words, described
 from milora_data.pictures.files import ImageError, ImagePolicy, OutsidePicture, StoredPicture, place_of
 from milora_data.pictures.videos import require_pyav
-from milora_data.records.record import Record, parse_record
+from milora_data.records.record import Record, content_digest, identifier_of, parse_record
 from milora_data.stream.sources import is_json, load_records, mixed_records, read_sources
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli.command_line import count, next_step
@@ -31,6 +31,7 @@ from milora_vl.common.errors import DataError, Problem, UserError, no_records
 OUTSIDE = " (outside the image folder)"
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
 WEB = " (a web address: pictures are not fetched)"
+_Records: TypeAlias = dict[str, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 COMMAND = Command(
     "milora_data check",
     "Find errors in a data set of LLaVA's format.",
@@ -139,9 +140,10 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
     Raises `DataError` only if there is no such file.
     """
     report = Report(str(path), str(folder))
-    used: dict[str, list[str]] = {}
-    stored: dict[str, list[str]] = {}
+    used: _Records = {}
+    stored: _Records = {}
     videos: set[str] = set()
+    contents: dict[str, dict[str, bytes]] = {}  # file -> id -> the digest of its first record
     for record in readable(path, report):
         report.records += 1
         report.with_pictures += bool(record.images)
@@ -149,9 +151,14 @@ def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "de
         report.findings += examine(record)
         videos.update(record.video_files)
         if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
-            report.findings.append(Finding("embedded_picture", record.source, f"{len(first.content):,} bytes"))
+            size = f"{len(first.content):,} bytes"
+            report.findings.append(Finding("embedded_picture", record.source, size, record.id))
+        of_file = contents.setdefault(record.source.rpartition(":")[0], {})
+        if record.id and of_file.setdefault(record.id, digest := content_digest(record)) != digest:
+            report.findings.append(Finding("repeated_id", record.source, "an earlier record has this id", record.id))
         for name in record.files:
-            (stored if isinstance(name, StoredPicture) else used).setdefault(name, []).append(record.source)
+            of_kind = stored if isinstance(name, StoredPicture) else used
+            of_kind.setdefault(name, []).append((record.source, record.id))
         if len(stored) >= _STORED_AT_ONCE:  # their contents are in memory
             _scan_pictures(stored, folder, pictures, videos, report)
             stored, videos = {}, {name for name in videos if not isinstance(name, StoredPicture)}
@@ -191,7 +198,7 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
         except StopIteration:
             return
         except DataError as error:
-            if not path.is_file():
+            if not path.is_file() or path.suffix.lower() in TABLES:
                 raise
             return broken(error)
         try:
@@ -199,30 +206,31 @@ def _readable_json(path: Path, report: Report) -> Iterator[Record]:
         except DataError as error:
             report.records += 1
             kind = "corrupt_picture" if isinstance(error, ImageError) else "not_a_record"
-            report.findings.append(Finding(kind, f"{path}:{place}", _without_place(error.first)))
+            name = identifier_of(value, ("id",), "") if isinstance(value, dict) else ""
+            report.findings.append(Finding(kind, f"{path}:{place}", _without_place(error.first), name))
 
 
-def _scan_pictures(
-    used: Mapping[str, list[str]], folder: Path, how: str, videos: Collection[str], report: Report
-) -> None:
+def _scan_pictures(used: _Records, folder: Path, how: str, videos: Collection[str], report: Report) -> None:
+    def add(kind: str, name: str, message: str) -> None:
+        report.findings += [Finding(kind, where, message, identifier) for where, identifier in used[name]]
+
     report.picture_files += len(used)
     missing, names = find_missing(used, folder), dict[Path, dict[str, str]]()
     for name in missing:
         if is_empty(place_of(folder, name)):
             kind = "corrupt_video" if name in videos else "corrupt_picture"
-            report.findings += [Finding(kind, where, f"{name}: the file is empty") for where in used[name]]
+            add(kind, name, f"{name}: the file is empty")
             continue
         place = place_of(folder, name)
         shown, why = name, OUTSIDE if isinstance(place, OutsidePicture) else cause(place, names)
         if web_address(name) is not None:
             shown, why = described(name), WEB
         report.num_missing += 1
-        report.findings += [Finding("missing_picture", where, shown + why) for where in used[name]]
+        add("missing_picture", name, shown + why)
     if how == "decode":
         gone = set(missing)
-        for name, message in find_faults([name for name in used if name not in gone], folder, videos):
-            kind = "corrupt_video" if name in videos else "corrupt_picture"
-            report.findings += [Finding(kind, where, f"{name}: {message}") for where in used[name]]
+        for name, kind, message in find_faults([name for name in used if name not in gone], folder, videos):
+            add(kind, name, f"{name}: {message}")
 
 
 def check_for_training(
@@ -270,7 +278,7 @@ def check_for_training(
 
 def _broken(findings: Sequence[Finding]) -> DataError:
     """Return the error for broken records, with the first five of them."""
-    lines = [f"{finding.where}: {finding.sentence}" for finding in findings[:5]]
+    lines = [f"{finding.place}: {finding.sentence}" for finding in findings[:5]]
     more = [f"... and {len(findings) - 5:,} more"] if len(findings) > 5 else []
     path = findings[0].where.rpartition(":")[0] or "DATA"
     return DataError(

@@ -35,6 +35,8 @@ KINDS: Mapping[str, FindingKind] = {
     "corrupt_video": FindingKind("error", "video that cannot be read"),
     "broken_text": FindingKind("error", "text that is not valid Unicode (half of a surrogate pair)"),
     "embedded_picture": FindingKind("warning", "picture embedded as base64, which a training keeps in memory"),
+    "tiny_picture": FindingKind("warning", "picture of less than 8 pixels on a side"),
+    "repeated_id": FindingKind("warning", "different records with one id"),
     "empty_answer": FindingKind("warning", "empty answer: the model learns to answer nothing"),
     "empty_question": FindingKind("warning", "empty question"),
     "answer_first": FindingKind("warning", "starts with an answer, which is dropped"),
@@ -56,16 +58,22 @@ _PATTERNS = {"broken_text": _SURROGATE, "control_character": CONTROL}
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One error or warning: a key of `KINDS`, the place ("file:line"), and the details."""
+    """One error or warning: a key of `KINDS`, the place ("file:line"), the details, and the id of the record."""
 
     kind: str
     where: str
     message: str
+    id: str = ""  # of the record
 
     def __post_init__(self) -> None:
         # Findings are printed: remove half surrogate pairs, which a terminal cannot print, and shorten long texts.
         text = self.message.encode("utf-8", "replace").decode()
         object.__setattr__(self, "message", text if len(text) <= _LONGEST else text[:_LONGEST] + " ...")
+
+    @property
+    def place(self) -> str:
+        """Return the place with the id of the record, if it has one."""
+        return f"{self.where} (id {self.id})" if self.id else self.where
 
     @property
     def sentence(self) -> str:
@@ -131,7 +139,7 @@ def as_text(report: Report, limit: int) -> str:
     for kind, findings in report.by_kind().items():
         severity, title = KINDS[kind]
         lines += ["", f"{severity:<8} {len(findings):>7,}  {title}"]
-        lines += [f"    {finding.where}: {finding.message}".replace("\n", "\n    ") for finding in findings[:limit]]
+        lines += [f"    {finding.place}: {finding.message}".replace("\n", "\n    ") for finding in findings[:limit]]
         if len(findings) > limit:
             lines.append(f"    ... and {len(findings) - limit:,} more (--limit {len(findings)} shows all)")
     counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
@@ -142,7 +150,7 @@ def examine(record: Record) -> Iterator[Finding]:
     """Yield the errors and warnings of the record itself; its pictures are not checked."""
 
     def finding(kind: str, message: str) -> Finding:
-        return Finding(kind, record.source, message)
+        return Finding(kind, record.source, message, record.id)
 
     try:
         has_tools = uses_tools(record)
@@ -165,21 +173,23 @@ def examine(record: Record) -> Iterator[Finding]:
         yield finding("unanswered", exchange[-1].text)
     if len(exchange) < sum(turn.role != "system" for turn in record.turns):
         yield finding("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
-    yield from _texts(record)
+    for kind, message in _texts(record):
+        yield finding(kind, message)
 
 
-def _texts(record: Record) -> Iterator[Finding]:
+def _texts(record: Record) -> Iterator[tuple[str, str]]:
+    """Yield (kind, message) of each finding about the texts of a record."""
     for number, turn in enumerate(record.turns, start=1):
         where = f"turn {number}"
         if turn.is_blank:
             if turn.role == "assistant":
-                yield Finding("empty_answer", record.source, where)
+                yield "empty_answer", where
             elif turn.role == "user" and IMAGE not in turn.text:
-                yield Finding("empty_question", record.source, where)
+                yield "empty_question", where
         for kind, pattern in _PATTERNS.items():
             if (match := pattern.search(turn.text)) is not None:
                 excerpt = turn.text[max(0, match.start() - 20) : match.end() + 20]
-                yield Finding(kind, record.source, f"{where}: {excerpt!r}" if kind != "broken_text" else where)
+                yield kind, f"{where}: {excerpt!r}" if kind != "broken_text" else where
         specials = [token for token in SPECIAL_TOKENS if token in turn.text]
         if specials:
-            yield Finding("special_token", record.source, f"{where}: {', '.join(specials)}")
+            yield "special_token", f"{where}: {', '.join(specials)}"

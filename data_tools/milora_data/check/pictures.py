@@ -20,6 +20,8 @@ from milora_data.pictures.videos import require_whole_video
 from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import DataError
 
+SMALLEST = 8  # pixels of a side, below which a picture shows nothing
+
 
 class MissingImages(DataError):
     """Records name pictures that are missing or empty; the message has their number and the first few.
@@ -94,8 +96,8 @@ def _num_bytes(path: str | Path) -> int | None:
 
 def find_faults(
     names: Sequence[str], folder: Path, videos: Collection[str] = (), *, threads: int = 8
-) -> Iterator[tuple[str, str]]:
-    """Yield (name, details) of each picture that cannot be decoded; shows a progress bar on a terminal.
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, kind of finding, details) of each bad picture; shows a progress bar on a terminal.
 
     Each of the `videos` is read to its end, and its first frame is decoded.
     """
@@ -104,18 +106,19 @@ def find_faults(
     with ThreadPoolExecutor(threads) as pool:
         results = pool.map(lambda name: _fault(place_of(folder, name), name in videos), names)
         bar = tqdm(results, "pictures", len(names), disable=None, leave=False)
-        yield from ((name, fault) for name, fault in zip(names, bar, strict=True) if fault)
+        yield from ((name, *fault) for name, fault in zip(names, bar, strict=True) if fault)
 
 
-def _fault(path: str | Path, is_video: bool) -> str:
+def _fault(path: str | Path, is_video: bool) -> tuple[str, str] | None:
     try:
         if is_video:
             require_whole_video(path)
-        else:
-            load_image(path)
+        elif min(size := load_image(path).size) < SMALLEST:
+            return "tiny_picture", f"{size[0]} x {size[1]} pixels"
     except ImageError as error:
-        return "\n".join(filter(None, (error.reason, error.first.hint)))
-    return ""
+        details = "\n".join(filter(None, (error.reason, error.first.hint)))
+        return "corrupt_video" if is_video else "corrupt_picture", details
+    return None
 
 
 def elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from array import array
@@ -13,9 +12,8 @@ from typing import Any
 
 from milora_data.encode.labels import encode
 from milora_data.encode.tokens import load_tokenizer
-from milora_data.pictures.files import StoredPicture
 from milora_data.records.compact import CompactRecords
-from milora_data.records.record import IMAGE, Record
+from milora_data.records.record import IMAGE, Record, content_digest
 from milora_data.stream.sources import load_records
 from milora_vl.common.cli.command_line import count, next_step
 from milora_vl.common.cli.flags import DATA, Command, option, shared
@@ -113,19 +111,8 @@ def statistics(records: Sequence[Record]) -> dict[str, Any]:
         "words_per_question": spread(question_words),
         "words_per_answer": spread(answer_words),
         "most_frequent_answers": answers.most_common(),
-        "repeated_records": len(records) - len({_content(record) for record in records}),
+        "repeated_records": len(records) - len({content_digest(record) for record in records}),
     }
-
-
-def _content(record: Record) -> bytes:
-    """Return 16 bytes that differ for different pictures, videos, turns or tools; a million records need 100 MB."""
-    calls = [turn.call for turn in record.turns]  # the repr of a turn leaves its call out
-    parts = (record.images, record.videos, record.turns, calls, record.extra.get("tools"))
-    digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16)
-    for picture in record.files:
-        if isinstance(picture, StoredPicture):
-            digest.update(picture.content)
-    return digest.digest()
 
 
 def leakage(train: Sequence[Record], test: Sequence[Record]) -> dict[str, int]:

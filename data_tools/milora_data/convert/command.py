@@ -8,12 +8,13 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from milora_data.convert.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.formats.captions import caption_records
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.formats.other_files import DEFAULT_PROMPT, EMPTY_CELL, coco_captions, instructions, refcoco, table
@@ -52,15 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
     _check_flags(chosen)
     images, out = PictureFolder(chosen.output_dir / "images"), chosen.output_dir / "data.json"
-    new = [out, *([chosen.output_dir / "eval.json"] if chosen.hold_out else [])]
+    held = chosen.output_dir / "eval.json"
+    new = [out, held] if chosen.hold_out else [out]
     if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
         raise output_exists(there[0])
-    conversion = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern)
+    field = None if chosen.hold_out_by in (PICTURE, RECORD) else chosen.hold_out_by
+    conversion = Options(chosen.prompt, chosen.split or "train", chosen.image_pattern, field)
     sources = chosen.sources if chosen.kind == "hub" else [Path(source) for source in chosen.sources]
+    more: dict[str, Any] = {}
     try:
         records = _require_records(images.filled(_read(chosen.kind, sources, conversion)), chosen, conversion.left_out)
         if chosen.hold_out:
-            records = _without_held_out(list(records), chosen.hold_out, chosen.output_dir / "eval.json")
+            numbers, records = _hold_out(list(records), chosen, held)
+            more = {"held_out": str(held), "held_out_records": len(numbers)}
         count = write_objects(out, records)
     except BaseException:  # also Ctrl-C: existing files would make the next attempt fail
         for path in new:
@@ -68,7 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         images.remove()
         raise
     _log_left_out(conversion.left_out)
-    more: dict[str, Any] = {"held_out": str(chosen.output_dir / "eval.json")} if chosen.hold_out else {}
     more |= {"left_out": len(conversion.left_out)} if conversion.left_out else {}
     as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
@@ -101,43 +105,24 @@ def _require_records(records: Records, chosen: argparse.Namespace, left_out: Seq
     return chain([first], records)
 
 
-def _without_held_out(records: list[dict[str, Any]], count: int, path: Path) -> Records:
-    """Write `count` random records to `path` and yield the others."""
-    chosen = held_out(len(records), count)
-    write_objects(path, (value for number, value in enumerate(records) if number in chosen))
-    sys.stderr.write(f"{path}: {amount(count, 'record')}\n")
-    shown = {name for number, value in enumerate(records) if number not in chosen for name in _pictures(value)}
-    if shared := sum(not shown.isdisjoint(_pictures(records[number])) for number in chosen):
-        sys.stderr.write(f"note: {shared} of them show a picture that training records show too\n")
-    yield from (value for number, value in enumerate(records) if number not in chosen)
-
-
-def _pictures(value: Mapping[str, Any]) -> list[str]:
-    found = value.get("image") or []
-    return [found] if isinstance(found, str) else found
-
-
-def held_out(num_records: int, count: int) -> frozenset[int]:
-    """Return the indices of the held-out records, equal to `train_test_split(count, seed=42)` of `datasets`.
-
-    Raises `DataError` if no record would be left for training.
-
-    >>> sorted(held_out(10, 3))
-    [0, 5, 6]
-    """
-    import numpy as np
-
-    if count >= num_records:
-        raise DataError(
-            f"{count:,} of {num_records:,} records leave none for training",
-            code="hold-out-too-large",
-            where="--hold_out",
-            hint="hold out fewer records",
-        )
-    return frozenset(np.random.default_rng(42).permutation(num_records)[:count].tolist())
+def _hold_out(
+    records: list[dict[str, Any]], chosen: argparse.Namespace, path: Path
+) -> tuple[frozenset[int], Iterator[dict[str, Any]]]:
+    """Write about `--hold_out` random records to `path`; return their indices, and the other records."""
+    by = chosen.hold_out_by or PICTURE
+    numbers = held_out(records, chosen.hold_out, by)
+    write_objects(path, (value for number, value in enumerate(records) if number in numbers))
+    asked = "" if len(numbers) == chosen.hold_out else f", the closest number to {chosen.hold_out:,}"
+    sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
+    if shared := 0 if by == PICTURE else shared_pictures(records, numbers):
+        sys.stderr.write(f"note: {shared:,} of them show a picture that training records show too\n")
+    return numbers, (value for number, value in enumerate(records) if number not in numbers)
 
 
 def _check_flags(chosen: argparse.Namespace) -> None:
+    if chosen.hold_out_by and not chosen.hold_out:
+        hint = "add:  --hold_out N"
+        raise UserError("needs --hold_out", code="flag-needs-another", where="--hold_out_by", hint=hint)
     for flag in ("prompt", "split", "image_pattern"):
         if vars(chosen)[flag] is not None and flag not in KINDS[chosen.kind].flags:
             kinds = ", ".join(name for name, kind in KINDS.items() if flag in kind.flags)
@@ -210,7 +195,7 @@ def _stored(sources: Sequence[Any], options: Options) -> Records:
                     raise item
                 options.leave_out(item)
             else:
-                yield _as_llava(item, str(number))
+                yield options.with_kept(_as_llava(item, str(number)), item.extra)
 
 
 def output_exists(path: Path) -> UserError:
@@ -343,7 +328,13 @@ examples:
         option("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")'),
         option("--split", help="split to convert, if a file contains all splits (default: train)"),
         option("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg"),
-        option("--hold_out", type=positive, metavar="N", help="write N random records to eval.json"),
+        option("--hold_out", type=positive, metavar="N", help="write about N random records to eval.json"),
+        option(
+            "--hold_out_by",
+            metavar="picture|record|FIELD",
+            help="what is never divided: records that share a picture (default), each record, or those with an equal "
+            "value in this column or key",
+        ),
     ),
     outputs=(
         shared("output_dir", required=True, about="folder for data.json, which must not exist"),

@@ -22,6 +22,8 @@ from milora_vl.common.errors import DataError, UserError
 EOS, BOS = "{eos}", "{bos}"
 OWN = "chat_template"
 """The name for the tokenizer's own chat template, which is not in `TEMPLATES`."""
+# Starts the chat template of a model that was trained with it, so that a folder without a recipe is asked in it.
+TRAINED_WITH = "{#- The prompt format of the training. #}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +348,7 @@ def render_chat_template(template: str, tokenizer: Any, *, bos: bool = False) ->
         "BEHIND": form.closing,
         "BETWEEN": form.between.replace(BOS, bos_text(tokenizer)),
     }
-    text = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    text = TRAINED_WITH + Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     for name, value in values.items():
         text = text.replace(f"${name}$", json.dumps(value, ensure_ascii=False))
     # A text that starts with a blank or an added token gets no glue: SentencePiece adds no blank there either.

@@ -21,6 +21,7 @@ from milora_vl.common.cli.command_line import beside, command_line
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError
 
+TABLES = (".csv", ".tsv")
 DELIMITERS = ",;\t"
 _BOM = b"\xef\xbb\xbf"
 TO_UTF8 = (
@@ -36,8 +37,7 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
     Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines is
     passed to it and skipped. A broken list still raises, as the start of the next element is unknown.
     """
-    if not path.is_file():
-        raise missing_file(path)
+    _require_json(path)
     try:
         with path.open("rb") as file:
             if _starts_list(file):
@@ -49,6 +49,15 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
         raise DataError(
             f"cannot be read: {error.strerror}", code="data-unreadable", where=str(path), hint=hint
         ) from None
+
+
+def _require_json(path: Path) -> None:
+    """Raise `DataError` for a file that does not exist, and for a table."""
+    if not path.is_file():
+        raise missing_file(path)
+    if path.suffix.lower() in TABLES:
+        call = command_line("milora_data", "convert", "--from", "table", path, "--output_dir", "OUT")
+        raise DataError("a table, not JSON", code="data-table", where=str(path), hint=f"convert it:  {call}")
 
 
 def _starts_list(file: BinaryIO) -> bool:
@@ -100,8 +109,7 @@ def parts_of(path: Path, count: int, processes: int = 1) -> list[FilePart]:
 
     Each object is in exactly one part; `read_part` reads a part. Raises `DataError` if the file is missing.
     """
-    if not path.is_file():
-        raise missing_file(path)
+    _require_json(path)
     with path.open("rb") as file:
         if _starts_list(file):
             return [FilePart(str(path), first, 0, 1, processes) for first in range(processes)]
@@ -189,7 +197,7 @@ def not_utf8(path: Path, error: UnicodeDecodeError, line: int = 0) -> DataError:
 
 
 def missing_file(path: Path) -> DataError:
-    """Return the error for a data file that does not exist; its hint lists the JSON files beside it."""
+    """Return the error for a data file that does not exist; its hint lists the files of that kind beside it."""
     problem = url_problem(path)
     if problem is not None:
         return DataError(problems=[problem])
@@ -199,7 +207,8 @@ def missing_file(path: Path) -> DataError:
         code, message = "data-folder", "this is a folder; expected a JSON or JSONL file"
         hints = [f"name shards by a pattern: '{path}/*.parquet'; convert pictures with captions: {call}"]
     folder = path if path.is_dir() else path.parent
-    if names := sorted(file.name for file in folder.glob("*.json*"))[:5]:
+    kind = f"*{path.suffix}" if path.suffix and not path.is_dir() and not path.suffix.startswith(".json") else "*.json*"
+    if names := sorted(file.name for file in folder.glob(kind))[:5]:
         hints = [f"in {folder}: {', '.join(names)}"]
     return DataError(message, code=code, where=str(path), hint="\n".join(hints))
 
@@ -210,7 +219,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     A .csv may be separated by commas, semicolons (as European spreadsheets do) or tabs.
     Raises `DataError` with file and line if the file is missing or not UTF-8, or if its JSON or quoting is broken.
     """
-    if path.suffix.lower() not in (".csv", ".tsv"):
+    if path.suffix.lower() not in TABLES:
         yield from read_objects(path)
         return
     if not path.is_file():

@@ -15,7 +15,7 @@ from milora_data.formats.jsonfile import missing_file, read_json, read_rows
 from milora_data.formats.vqa_files import Options, Records, record
 from milora_data.pictures.embedded import stored_pictures
 from milora_data.pictures.files import on_padded_square
-from milora_data.records.record import IMAGE, earlier
+from milora_data.records.record import IMAGE, earlier, identifier_of
 from milora_vl.common.errors import MALFORMED, DataError, first_line
 
 DEFAULT_PROMPT = "Describe this picture."
@@ -107,8 +107,9 @@ def table(sources: Sequence[Path], options: Options) -> Records:
                     code="record-not-an-object",
                     where=f"{path}:{place}",
                 )
+            identifier = place if place.isdecimal() else str(number)  # the line of a row without an id
             try:
-                converted = row_record(row, options, place=f"{path}:{place}", identifier=str(number))
+                converted = row_record(row, options, place=f"{path}:{place}", identifier=identifier)
             except DataError as error:
                 if error.first.code != EMPTY_CELL:
                     raise
@@ -141,7 +142,7 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
         text = columns["answer"] if columns["question"] else columns["caption"] or columns["answer"]
         if question and text and (not answer or isinstance(answer, str)):
             empty = question if answer and not asked else text
-            raise DataError(f'nothing under "{empty}"', code=EMPTY_CELL, where=place, hint="remove or complete the row")
+            raise _empty_cell(empty, place)
         expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in COLUMNS.items())
         raise DataError(
             f"no question with an answer, and no picture with a caption\ncolumns: {', '.join(map(str, row))}",
@@ -153,23 +154,35 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
     question = (question or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
     images = cells["image"] if isinstance(cells["image"], list) else [cells["image"]] if cells["image"] else []
     exchanges = [*earlier(row, place), (question, answer.strip())]
-    converted = record(row.get("id") or row.get("question_id") or identifier, None, exchanges)
+    converted = record(identifier_of(row, ("id", "question_id"), identifier), None, exchanges)
     if images:
         converted["conversations"][0]["value"] = f"{IMAGE}\n" * len(images) + converted["conversations"][0]["value"]
         converted = {"id": converted["id"], "image": images[0] if len(images) == 1 else images, **converted}
-    return with_system(converted, cells["system"])
+    return with_system(options.with_kept(converted, row), cells["system"])
+
+
+def _empty_cell(name: str, place: str) -> DataError:
+    return DataError(f'nothing under "{name}"', code=EMPTY_CELL, where=place, hint="remove or complete the row")
 
 
 def instructions(sources: Sequence[Path], options: Options) -> Records:
     """{"instruction", "input"?, "output"} or {"query", "response"}, as a list or one per line; texts are not changed.
 
-    A `system` text and the exchanges of `history` come first. Raises `DataError` if the fields are missing.
+    Records with an empty answer are left out, as in a table. A `system` text and the exchanges of `history` come first.
+    Raises `DataError` if the fields are missing.
     """
     for path in sources:
         for number, (place, value) in enumerate(read_rows(path), start=1):
             fields, where = value if isinstance(value, Mapping) else {}, f"{path}:{place}"
-            exchanges = [*earlier(fields, where), _exchange(fields, where)]
-            yield with_system(record(fields.get("id", number), None, exchanges), fields.get("system"))
+            try:
+                exchanges = [*earlier(fields, where), _exchange(fields, where)]
+            except DataError as error:
+                if error.first.code != EMPTY_CELL:
+                    raise
+                options.leave_out(error)
+                continue
+            converted = options.with_kept(record(fields.get("id", number), None, exchanges), fields)
+            yield with_system(converted, fields.get("system"))
 
 
 def with_input(instruction: str, text: str) -> str:
@@ -189,6 +202,8 @@ def _exchange(fields: Mapping[str, Any], place: str) -> tuple[str, str]:
     for names in FIELDS:
         question, answer = (fields.get(name) for name in names)
         if isinstance(question, str) and isinstance(answer, str) and isinstance(text, str):
+            if not answer.strip():
+                raise _empty_cell(names[1], place)
             return with_input(question, text), answer
     expected = " or ".join(f"{first} and {second}" for first, second in FIELDS)
     raise DataError(

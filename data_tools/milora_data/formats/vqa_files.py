@@ -32,11 +32,16 @@ class Options:
     prompt: str | None = None  # question for a picture that has only a caption
     split: str = "train"  # split to convert, if a file contains all splits
     image_pattern: str | None = None  # file name of a picture from its id, such as coco/train2017/{:012d}.jpg
+    kept: str | None = None  # a column or key that the records keep
     left_out: list[str] = field(default_factory=list)  # collects a line for each record that is skipped
 
     def leave_out(self, error: DataError) -> None:
         """Skip the record of an error."""
         self.left_out.append(f"{error.first.where}: {error.first.message}")
+
+    def with_kept(self, converted: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record with what it keeps of its row."""
+        return converted if self.kept is None or self.kept not in row else {self.kept: row[self.kept], **converted}
 
     def image(self, identifier: Any, default: str) -> str:
         """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""

@@ -7,9 +7,10 @@ LLaVA's `train.py` defines the format: {"id", "image"?, "conversations": [{"from
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -111,6 +112,26 @@ class Record:
         return tuple(video.file for video in self.videos if video.file is not None)
 
 
+def identifier_of(row: Mapping[str, Any], keys: Sequence[str], default: object) -> str:
+    """Return the first value of a row under `keys`, as text; 0 is a value, None and an empty text are none.
+
+    >>> identifier_of({"id": None, "question_id": 0}, ("id", "question_id"), 7)
+    '0'
+    """
+    return str(next((row[key] for key in keys if row.get(key) not in (None, "")), default))
+
+
+def content_digest(record: Record) -> bytes:
+    """Return 16 bytes that differ for different pictures, videos, turns or tools; a million records need 100 MB."""
+    calls = [turn.call for turn in record.turns]  # the repr of a turn leaves its call out
+    parts = (record.images, record.videos, record.turns, calls, record.extra.get("tools"))
+    digest = hashlib.blake2b(repr(parts).encode(errors="surrogatepass"), digest_size=16)
+    for picture in record.files:
+        if isinstance(picture, StoredPicture):
+            digest.update(picture.content)
+    return digest.digest()
+
+
 def with_names(record: Record, new_name: Callable[[str], str]) -> Record:
     """Return a record with other names of its pictures, frames and videos."""
     videos = tuple(renamed_video(video, new_name) for video in record.videos)
@@ -137,7 +158,7 @@ def parse_record(value: object, *, source: str = "", embedded: Literal["read", "
         value = as_llava(value)
         images, turns, videos = _images(value), _turns(value), _videos(value)
         record = Record(
-            id=str(value.get("id", "")),
+            id=identifier_of(value, ("id",), ""),
             images=images,
             turns=_with_video_marks(turns, len(videos)) if videos and not images else turns,
             source=source,

@@ -20,7 +20,7 @@ from datasets.distributed import split_dataset_by_node
 from milora_data.formats.jsonfile import FilePart, parts_of, read_part
 from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
 from milora_data.pictures.files import WebPictures
-from milora_data.records.record import Record, parse_record
+from milora_data.records.record import Record, identifier_of, parse_record
 from milora_data.stream.sources import Source, from_web, is_json, read_sources, within
 from milora_vl.common.errors import DataError, UserError, no_records
 
@@ -179,7 +179,7 @@ def _stored_rows(files: list[str], image_folder: str | None) -> Iterator[dict[st
 def _hub_row(row: Mapping[str, Any], number: int, source: str, image_folder: str | None) -> dict[str, bytes]:
     try:
         # `number` counts within a shard and is not unique: prefer the id of the row.
-        name = str(row.get("id") or row.get("__key__") or number)
+        name = identifier_of(row, ("id", "__key__"), number)
         return _row(within(row_to_record(row, f"{source}:{name}", name), image_folder))
     except DataError as error:
         return _row(error)

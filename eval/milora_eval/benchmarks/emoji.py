@@ -17,13 +17,10 @@ from milora_data.emoji.questions import TYPES
 from milora_data.records.record import Record
 from milora_data.stream.sources import load_records
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData
-from milora_eval.rules.answers import exact_match, normalise
+from milora_eval.rules.answers import FIRST_LINE, exact_match, in_first_line, normalise
 from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
 
 LENIENT = "mean, answer in first line"
-LENIENT_NOTE = (
-    "counts an accepted answer anywhere in the first line of the reply (except letters): ignores mere format errors"
-)
 LETTER_NOTE = "small models rarely learn to answer with a letter: this type may stay at its baseline"
 
 
@@ -104,14 +101,10 @@ def _lenient(answers: Sequence[Answer]) -> list[Metric]:
     asked = [answer for answer in answers if answer.item.kind != "choice_letter"]
     if not asked:
         return []
-    values, types = [float(_mentions(a.text, a.item.answers)) for a in asked], [a.item.kind for a in asked]
+    values, types = [float(in_first_line(a.text, a.item.answers)) for a in asked], [a.item.kind for a in asked]
     stderr = stratified_stderr(values, types, [a.item.group for a in asked])
-    return [Metric(LENIENT, stratified_mean(values, types), stderr, len(asked), note=LENIENT_NOTE)]
-
-
-def _mentions(text: str, accepted: Sequence[str]) -> bool:
-    first = text.strip().split("\n")[0].lower()
-    return any(re.search(rf"\b{re.escape(normalise(answer))}\b", first) for answer in accepted)
+    note = f"{FIRST_LINE}; without letters"
+    return [Metric(LENIENT, stratified_mean(values, types), stderr, len(asked), note=note)]
 
 
 def _item(record: Record, data_dir: Path, baseline: float) -> Item:

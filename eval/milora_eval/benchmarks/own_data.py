@@ -7,7 +7,7 @@ name a `metric`; the default compares answers after a light normalisation.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,25 @@ from typing import Any
 from milora_data.formats.jsonfile import read_json
 from milora_data.pictures.embedded import is_embedded, refusal
 from milora_data.pictures.files import place_of
-from milora_data.records.record import IMAGE, VIDEO, Turn, Video, parse_record, renamed_video, uses_tools
-from milora_eval.benchmark import Benchmark, Form, Item, MissingData
+from milora_data.records.record import (
+    IMAGE,
+    VIDEO,
+    Turn,
+    Video,
+    identifier_of,
+    parse_record,
+    renamed_video,
+    uses_tools,
+)
+from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData
 from milora_eval.data_files import read_jsonl
 from milora_eval.rules.anls import anls
-from milora_eval.rules.answers import exact_match
+from milora_eval.rules.answers import FIRST_LINE, exact_match, in_first_line
 from milora_eval.rules.chartqa import chartqa_correct
 from milora_eval.rules.pope import pope_answer
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
+from milora_eval.stats import clustered_stderr, mean
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, Problem, UserError, collected
@@ -38,6 +48,8 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "anls": anls,
     "relaxed": lambda text, answers: max(float(chartqa_correct(text, answer)) for answer in answers),
 }
+EQUALITIES = ("exact", "equal", "m4c")  # an answer in a sentence is wrong for them
+LENIENT = "answer in first line"
 
 
 class OwnData(Benchmark):
@@ -89,7 +101,7 @@ class OwnData(Benchmark):
             replace(
                 item,
                 id=f"{item.id}#{number}" if times[item.id] > 1 else item.id,
-                baseline=self.score(item, frequent[item.kind]) if item.kind else None,
+                baseline=self.score(item, frequent[item.kind]),
             )
             for number, item in enumerate(items, start=1)
         ]
@@ -97,6 +109,15 @@ class OwnData(Benchmark):
     def score(self, item: Item, text: str) -> float:
         """Return the value by the metric of the row."""
         return METRICS[item.meta["metric"]](text, item.answers)
+
+    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
+        """Return the mean and those of the types, then how often a reply mentions the answer in its first line."""
+        answers = list(answers)
+        asked = [answer for answer in answers if answer.item.meta["metric"] in EQUALITIES]
+        lenient = [float(in_first_line(answer.text, answer.item.answers)) for answer in asked]
+        stderr = clustered_stderr(lenient, [answer.item.group for answer in asked])
+        row = Metric(LENIENT, mean(lenient), stderr, len(asked), note=FIRST_LINE)
+        return [*super().summarise(answers), *([row] if asked else [])]
 
 
 def _frequent_answers(items: Sequence[Item]) -> dict[str, str]:
@@ -112,10 +133,6 @@ def _rows(path: Path) -> list[Any]:
     if not isinstance(rows, list):
         raise DataError("expected a list of questions", code="own-data-format", where=str(path))
     return rows
-
-
-def _id(row: Any, number: int) -> str:
-    return str((row.get("id") or row.get("question_id") or number) if isinstance(row, dict) else number)
 
 
 def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
@@ -147,7 +164,7 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
         return str(_picture(name, path.parent, data_dir, place))
 
     return Item(
-        id=_id(row, number),
+        id=identifier_of(row, ("id", "question_id"), number),
         turns=turns,
         images=tuple(map(found, images)),
         videos=tuple(renamed_video(video, found) for video in videos),
@@ -232,4 +249,4 @@ def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
             where=row,
             hint="use:  --data FOLDER (it may be /)",
         )
-    return next((path for path in paths if path.is_file()), paths[0]).absolute()
+    return next((path for path in paths if path.is_file()), paths[-1]).absolute()  # else the folder of --data

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 ARTICLES = ("a ", "an ", "the ")
+FIRST_LINE = "counts an accepted answer anywhere in the first line of the reply: ignores mere format errors"
 
 
 def normalise(text: str) -> str:
@@ -27,3 +29,14 @@ def exact_match(text: str, accepted: Iterable[str]) -> bool:
     True
     """
     return normalise(text) in {normalise(answer) for answer in accepted}
+
+
+def in_first_line(text: str, accepted: Iterable[str]) -> bool:
+    """Return whether the first line of `text` mentions one of the accepted answers, as whole words.
+
+    >>> in_first_line("It is a red fox.", ["the red fox"]), in_first_line("It is a foxtrot.", ["fox"])
+    (True, False)
+    """
+    first = " ".join(text.strip().split("\n")[0].lower().split())
+    words = filter(None, map(normalise, accepted))
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", first) for word in words)

@@ -10,6 +10,7 @@ from milora_eval.benchmark import Answer, Benchmark, Metric
 from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
 from milora_eval.suites import stored_benchmark
 from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import Gain, Over
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100
@@ -48,6 +49,25 @@ def headline(a: Sequence[Line], b: Sequence[Line]) -> Pair | None:
     """Return the first metric of two sides with the answers to one benchmark; None if it has no score yet."""
     name = a[0]["benchmark"]
     return next(iter(_pairs(name, *_common(name, a, b), count=1)), None)
+
+
+def gain(base: Sequence[Line], tuned: Sequence[Line]) -> Gain | None:
+    """Return how much better the tuned model is than the base and than the most frequent answer.
+
+    The lines answer one benchmark. None if its headline is not a mean over items.
+    """
+    name = tuned[0]["benchmark"]
+    benchmark = stored_benchmark(name)
+    left, right = _common(name, base, tuned)
+    metric = next(iter(benchmark.summarise(right)), None)
+    if metric is None or metric.mean_of is None:
+        return None
+    over: Over = "base"
+    before = next(metric for metric in benchmark.summarise(left))
+    if metric.baseline is not None and metric.baseline > before.value:
+        over, left = "majority", [replace(answer, value=answer.item.baseline) for answer in right]
+    difference = _difference(metric, benchmark.units(left), benchmark.units(right))
+    return None if difference is None else Gain(over, difference.value, difference.low, difference.high)
 
 
 def num_common(a: Sequence[Line], b: Sequence[Line]) -> int:

@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import time
@@ -129,6 +130,9 @@ def amount(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+_EXPONENT = re.compile(r"-[0-9.]+[eE][-+]?[0-9]+")
+
+
 class CommandParser(argparse.ArgumentParser):
     """`argparse` that accepts `-` for `_` in flags, allows no abbreviations, and suggests names for unknown flags."""
 
@@ -142,6 +146,9 @@ class CommandParser(argparse.ArgumentParser):
             name, equals, value = argument.partition("=")
             if name.startswith("--"):
                 arguments[position] = declared.get(name.replace("-", "_"), name) + equals + value
+        for position in range(len(arguments) - 1, 0, -1):  # argparse takes -1 for a number, but -1e-3 for a flag
+            if _EXPONENT.fullmatch(arguments[position]) and arguments[position - 1].startswith("--"):
+                arguments[position - 1 : position + 1] = [f"{arguments[position - 1]}={arguments[position]}"]
         try:
             return super().parse_known_args(arguments, namespace)
         except argparse.ArgumentError as error:

@@ -50,10 +50,15 @@ FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the th
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help."""
+    """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help.
+
+    `step_flops` are the operations of a step, `calibration` the planned seconds on an A100.
+    """
 
     lines: list[str]
     change: str | None = ""
+    step_flops: float = 0.0
+    calibration: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -80,7 +85,9 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
     devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
-    whole = f"memory about {sum(sizes.values()) / GIB:.1f} GiB per device ({stage}, {devices})"
+    held = sum(sizes.values())
+    size = f"{held / GIB:.1f} GiB" if held >= 0.05 * GIB else f"{1024 * held / GIB:.0f} MiB"
+    whole = f"memory about {size} per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
     if base.own_pictures:
         out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
@@ -102,7 +109,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
         out.append(f"base_kl  reads {amount(recipe.base_kl.texts, 'text')} in each forward: {share:.0%} more time")
     if recipe.adapter is not None:  # its A is known
-        return Costs(out, change)
+        return Costs(out, change, step)
     planned = 0.0
     if inputs := distinct_inputs(plan.targets):
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
@@ -114,7 +121,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         planned += gradient_seconds(work.total, RECORDS * work.tokens)
     if planned:
         out.append(f"        choosing A takes about {duration_text(planned)} on one A100 (planned, not measured), once")
-    return Costs(out, change)
+    return Costs(out, change, step, planned)
 
 
 def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
@@ -258,7 +265,8 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
     `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
     whole = needed(work)
-    summary = f"{limit:g} GiB: needs {whole:.1f} GiB, {OVERHEAD:g} of them for CUDA"
+    rounded = math.ceil(10 * whole) / 10  # never the limit itself for more than the limit
+    summary = f"{limit:g} GiB: needs {rounded:.1f} GiB, {OVERHEAD:g} of them for CUDA"
     if whole <= limit:
         return [f"fits   {summary}"], ""
     fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]

@@ -105,6 +105,13 @@ def test_only_the_flags_are_unknown_not_the_words_beside_them() -> None:
     assert "did you mean --template?" in error.value.problems[1].hint
 
 
+def test_a_negative_number_with_an_exponent_is_a_value() -> None:
+    parser = CommandParser("x", exit_on_error=False)
+    parser.add_argument("--rate", type=float)
+    assert parser.parse_args(["--rate", "-1e-3"]).rate == -0.001
+    assert parser.parse_args(["--rate", "-.5E+1"]).rate == -5.0
+
+
 def test_a_word_that_is_no_choice_is_helped() -> None:
     with raises_code("command-line", where="--from", message="'foldr'", hint="did you mean folder?"):
         main(["data", "convert", "--from", "foldr", "x", "--output_dir", "y"])

@@ -12,7 +12,7 @@ from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.dry_run.cost import memory_savings, verdict
+from milora_vl.train.dry_run.cost import memory_savings, needed, verdict
 from milora_vl.train.dry_run.estimate import GIB, Workload, duration_text, flops_per_step, host_memory, memory
 from milora_vl.train.dry_run.simulate import Resident, Shape, simulate
 
@@ -80,6 +80,9 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     lines, change = verdict(PLAN, PLAN, "", 3)
     assert lines[1].startswith("no single change is enough")
     assert change is None
+    limit = needed(PLAN) - 0.001
+    (first, *_), _ = verdict(PLAN, PLAN, "", limit)
+    assert float(first.partition("needs ")[2].partition(" GiB")[0]) > limit
     odd = replace(lean, records=15, accumulation=2)
     assert {changed.records for _, changed in memory_savings(odd, odd, "")} == {15, 5, 3, 1}
     assert {changed.records * changed.accumulation for _, changed in memory_savings(odd, odd, "")} == {30}

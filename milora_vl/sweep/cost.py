@@ -1,0 +1,63 @@
+"""The time of one cell before any has run: loading, calibration, training and evaluation on this machine, planned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from milora_eval.answers.questions import read_chosen
+from milora_eval.commands.run import BATCH_SIZE, FORGETTING_TOKENS
+from milora_eval.suites import choose, data_folder
+from milora_vl.common.evaluator import QuestionSet
+from milora_vl.core.calibration.texts import LENGTH
+from milora_vl.train.calibration_batches import CAPTION_TOKENS
+from milora_vl.train.dry_run.dry_run import Outlook, num_parameters
+from milora_vl.train.dry_run.estimate import A100_FLOPS, BANDWIDTH, GIB, duration_text, measured_flops
+
+START = 15.0  # seconds until a command has imported everything and checked its flags, on two cores
+READ = 0.5 * GIB  # bytes of weights that are read a second
+MEMORY = 10e9  # bytes that a CPU reads from its memory a second: the limit of generation
+PROMPT = 200  # tokens of a question, with its picture
+
+
+def cell_seconds(run: Outlook, questions: QuestionSet, jobs: int) -> dict[str, float]:
+    """Return the seconds of each part of a cell. The questions are read.
+
+    With a GPU, the rate is that of an A100 for each cell; without, `jobs` cells share this CPU.
+    """
+    on_gpu = torch.cuda.is_available()
+    flops, memory = (A100_FLOPS, BANDWIDTH) if on_gpu else (measured_flops() / jobs, MEMORY / jobs)
+    size = num_parameters(run.plan.base.meta)
+    weights = size * (2.0 if on_gpu else 4.0)
+    settings = run.plan.recipe.calibration
+
+    def generation(rows: int, prompt: int, tokens: int) -> float:
+        """Each token of a batch reads all weights; the prompts are a forward."""
+        batches = math.ceil(rows / BATCH_SIZE)
+        return batches * tokens * weights / memory + 2 * size * rows * (prompt + tokens) / flops
+
+    calibration = run.costs.calibration * A100_FLOPS / flops
+    if calibration:
+        calibration += generation(settings.num_samples, 0, LENGTH)
+        calibration += generation(settings.num_pictures, PROMPT, CAPTION_TOKENS)
+    chosen = choose(questions.suite)
+    items = read_chosen(chosen, data_folder(questions.suite, questions.data), questions.limit)
+    limits = {benchmark.name: benchmark.max_new_tokens for benchmark in chosen.benchmarks}
+    answers = sum(generation(len(asked), PROMPT, limits[name]) for name, asked in items.items())
+    return {
+        "loading": 2 * (START + weights / READ),  # by the training, and by the evaluation
+        "calibration": calibration,
+        "training": run.batching.steps * run.costs.step_flops / flops,
+        "evaluation": answers + 2 * 2 * size * FORGETTING_TOKENS / flops,  # by the model and by its base
+    }
+
+
+def as_text(seconds: dict[str, float]) -> str:
+    """Return the time of a cell as one line.
+
+    >>> as_text({"loading": 31.0, "calibration": 0.0, "training": 12.0})
+    'about 43 s: loading 31 s, training 12 s'
+    """
+    parts = ", ".join(f"{name} {duration_text(value)}" for name, value in seconds.items() if value >= 0.5)
+    return f"about {duration_text(sum(seconds.values()))}: {parts}"
