@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import QuestionSet
 from milora_vl.report.__main__ import main as report_main
 from milora_vl.report.page import regenerate_report, write_report
 from milora_vl.report.parts import credits_of
-from milora_vl.report.repeat import commands
+from milora_vl.report.repeat import commands, questions_of
 from milora_vl.report.run_page import Metric, read_run
 from milora_vl.report.wording import forgetting, number, summary
 from support.fake_run import dump, make_run
@@ -282,3 +283,24 @@ def edit(path: Path, change: Any) -> None:
     content = json.loads(path.read_text())
     change(content)
     dump(path, content)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "questions"),
+    [
+        (
+            {"data": {"path": "a/train.json", "eval_path": "a/val.json", "image_folder": "a/b"}},
+            QuestionSet(benchmarks="a/val.json", data="a/b"),
+        ),
+        (
+            {"data": {"path": "a.json", "image_folder": "a/b"}, "eval": {"suites": ["mine.json"]}},
+            QuestionSet("mine.json", "a/b"),
+        ),
+        ({"data": {"path": "emoji/train.json", "eval_path": "emoji/val.json"}}, QuestionSet("emoji", "emoji")),
+        ({"data": {"path": "a.json", "eval_path": "hub:a/b"}}, None),
+    ],
+)
+def test_a_run_is_asked_the_questions_that_its_recipe_names(
+    recipe: dict[str, Any], questions: QuestionSet | None
+) -> None:
+    assert questions_of(recipe) == questions
