@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milora_vl.common.cli.command_line import amount, next_step, positive, run
-from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.command_line import amount, next_step, run
+from milora_vl.common.cli.flags import Command, flag, option, positive, shared
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.runner import alone
 from studies.study import Study, chosen, read_study, study_names

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from milora_vl.common.cli.command_line import next_step, positive, run
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.command_line import next_step, run
+from milora_vl.common.cli.flags import Command, option, positive, shared
 from milora_vl.common.cli.table import Table, show
 from milora_vl.common.errors import Key, UserError, with_problems
 from milora_vl.core.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished

@@ -14,10 +14,8 @@ from pathlib import Path
 
 from milora_data.encode.templates import template_name
 from milora_vl.chat.picture import open_picture, open_video
-from milora_vl.common.cli.command_line import above_zero, count, next_step, positive
-from milora_vl.common.cli.flags import OR_ADAPTER, Command, flag, option, shared
+from milora_vl.common.cli.flags import OR_ADAPTER, Command, above_zero, count, flag, option, positive, shared
 from milora_vl.common.errors import UserError, at_flag
-from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.folders import (
     holds_adapter,
     model_of,
@@ -25,8 +23,6 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
     require_no_base,
 )
-from milora_vl.models.recipe_of_run import recipe_of_run
-from milora_vl.report.repeat import questions_of
 
 COMMAND = Command(
     "milora_vl.chat",
@@ -109,17 +105,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         chat.start(pictures, videos)
         chat.ask(options.question)
-    folder = options.adapter or Path(options.model)
-    request = EvaluationRequest(
-        model=options.model,
-        adapter=options.adapter,
-        base=None if options.adapter else options.base,
-        questions=questions_of(recipe_of_run(folder) if folder.is_dir() else {}) or QuestionSet(benchmarks="FILE.json"),
-        with_base=False,
-        template=options.template,
-        output_dir=options.adapter or "FOLDER",
-    )
-    next_step(*evaluator().command(request))
     return 0
 
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "/image FILE": "ask about another picture alone (starts a new conversation)",
     "/video FILE": "ask about a video alone, or the frames in a folder (starts a new conversation)",
     "/add FILE": "show one more picture with the next question",
+    "/help": "show these commands",
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
 }
@@ -265,14 +266,15 @@ def converse(
     `sampling` is `fps` and `num_frames` of `open_video`, for the videos that are opened in the conversation.
     """
     chat.start(pictures, videos)
-    width = max(map(len, COMMANDS))
-    sys.stderr.write("".join(f"{name:<{width}}  {meaning}\n" for name, meaning in COMMANDS.items()))
+    _show_commands()
     for line in _lines():
         word, _, argument = line.partition(" ")
         try:
             if word == "/quit":
                 break
-            if word == "/reset":
+            if word == "/help":
+                _show_commands()
+            elif word == "/reset":
                 chat.start(chat.pictures, chat.videos)
             elif word == "/image":
                 _show_instead(chat, line, [open_picture(Path(argument.strip()))], ())
@@ -289,6 +291,11 @@ def converse(
                 _ask_unless_stopped(chat, line)
         except UserError as error:
             report(error)
+
+
+def _show_commands() -> None:
+    width = max(map(len, COMMANDS))
+    sys.stderr.write("".join(f"{name:<{width}}  {meaning}\n" for name, meaning in COMMANDS.items()))
 
 
 def _show_instead(chat: Chat, line: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video]) -> None:

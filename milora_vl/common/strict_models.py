@@ -103,10 +103,8 @@ def _wrong_value(fault: Any, place: Key, field: FieldInfo | None, section: type[
     if fault["type"] == "model_type" and not described:
         hint = f"its keys: {', '.join(section.model_fields)}"
         return Problem(f"expected a mapping, got {value!r}", code, place, hint)
-    is_exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value)
-    hint = "YAML reads 2e-4 as text: write 2.0e-4" if is_exponent else ""
     expected = described or EXPECTED[fault["type"]].format(**fault.get("ctx", {}))
-    return Problem(f"expected {expected}, got {value!r}", code, place, hint)
+    return Problem(f"expected {expected}, got {value!r}", code, place)
 
 
 def unknown_key(place: Key, known: Iterable[str], code: str) -> Problem:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from milora_eval.answers.questions import require_questions
 from milora_vl.common.atomic_write import read_json, write_json
-from milora_vl.common.cli.command_line import amount, next_step, positive, run
-from milora_vl.common.cli.flags import Command, flag, option, shared
+from milora_vl.common.cli.command_line import amount, next_step, run
+from milora_vl.common.cli.flags import Command, flag, option, positive, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.evaluator import QuestionSet
@@ -23,8 +23,8 @@ from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, alone, run_cells
 from milora_vl.train.plan.eval_section import data_of
+from milora_vl.train.recipe.layers import read_recipe
 from milora_vl.train.recipe.policy_edits import ADAPTERS
-from milora_vl.train.recipe.recipe_file import read_recipe
 from milora_vl.train.recipe.schema import Recipe
 
 

@@ -256,7 +256,7 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
             *resumed,
         ]
     )
-    screen.policy(policy_rows(built.targets, built.sizes, built.report), built.frozen)
+    screen.policy(policy_rows(built.targets, built.sizes, base_model_of(built.model), built.report), built.frozen)
     screen.say(trainable_line(built.model))
     for line in protection_lines(built.targets, built.model.milora_protection):
         screen.say(line)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_vl.common.atomic_write import read_json, write_json, write_text
-from milora_vl.common.cli.command_line import did_you_mean, from_zero, no_folder, positive, run, suggest
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.command_line import did_you_mean, no_folder, run, suggest
+from milora_vl.common.cli.flags import Command, from_zero, option, positive, shared
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
 from milora_vl.sweep.runner import alone

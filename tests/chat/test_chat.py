@@ -50,28 +50,6 @@ def test_the_answer_alone_is_on_stdout_and_is_what_an_evaluation_gets(picture: P
     assert capsys.readouterr().out == answer("What colour is it?", picture) + "\n"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "flags"),
-    [
-        ("data: {path: a/train.json, eval_path: a/val.json, image_folder: a/b}", "--benchmarks a/val.json --data a/b"),
-        ("data: {path: a.json, image_folder: a/b}\neval: {suites: [mine.json]}", "--suite mine.json --data a/b"),
-        ("data: {path: emoji/train.json, eval_path: emoji/val.json}", "--suite emoji --data emoji"),
-        ("data: {path: a.json, eval_path: 'hub:a/b'}", "--benchmarks FILE.json"),
-    ],
-)
-def test_the_next_command_asks_the_questions_of_the_run(
-    recipe: str, flags: str, adapter: Path, picture: Path, capsys: Captured
-) -> None:
-    (adapter / "recipe.yaml").write_text(f"model: tiny\n{recipe}\n")
-    ask("--adapter", adapter, "What is it?")
-    assert f"run --model tiny --adapter {adapter} {flags} --output_dir {adapter}" in capsys.readouterr().err
-
-
-def test_the_next_command_keeps_the_template(capsys: Captured) -> None:
-    assert ask("--template", "mistral", "What?") == 0
-    assert " --template mistral " in capsys.readouterr().err
-
-
 def test_a_question_needs_no_picture(capsys: Captured) -> None:
     ask("What is 1 + 1?")
     assert capsys.readouterr().out == answer("What is 1 + 1?") + "\n"
@@ -135,7 +113,7 @@ def test_a_conversation_remembers_until_it_is_reset(
     picture: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = [f"/image {picture.parent}/9.png", f"/image {picture.parent}", f"/image {picture}"]
-    typed = ["What?", "Why?", "/reset", "What?", "/imag", *images, "What?", "/quit", "never asked"]
+    typed = ["What?", "Why?", "/reset", "What?", "/imag", "/help", *images, "What?", "/quit", "never asked"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
     assert ask() == 0
     out, err = capsys.readouterr()
@@ -146,6 +124,7 @@ def test_a_conversation_remembers_until_it_is_reset(
     turns = (Turn("user", "What?"), Turn("assistant", first), Turn("user", "Why?"))
     assert second == generate(model, processor, [Prompt(turns)], max_new_tokens=8)[0]
     assert "unknown command /imag" in err
+    assert err.count("/add FILE    show one more") == 2
     assert "9.png: no such picture" in err
     assert f"{picture.parent}: this is a folder; expected a picture" in err
 

@@ -84,6 +84,12 @@ def test_pictures_beside_the_data_are_found_without_a_flag(tiny_data: Path, writ
     assert main(["check", str(write(ask | {"image": "no/0.png"}, name="no.json"))]) == 1
 
 
+def test_held_out_records_are_asked_not_trained_on(tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tiny_data / "val.json"), "--image_folder", str(tiny_data / "images")]) == 0
+    asked = f"milora_eval run --model MODEL --benchmarks {tiny_data / 'val.json'} --data {tiny_data / 'images'}"
+    assert f"next: python -m {asked}" in capsys.readouterr().err
+
+
 def test_every_missing_picture_is_counted(
     write: Callable[..., Path], tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

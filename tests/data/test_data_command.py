@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 from milora_data.__main__ import main
 from milora_data.stream.sources import load_records
-from milora_vl.common.cli.command_line import parser
+from milora_vl.common.cli.flags import parser
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
@@ -101,6 +102,18 @@ def test_stats_counts(tiny_data: Path, capsys: Out) -> None:
     assert content["repeated_records"] == 0
     assert main(["stats", str(tiny_data / "train.json")]) == 0
     assert "Yes, it is." in capsys.readouterr().out
+
+
+def test_stats_counts_missing_pictures_and_hands_the_folder_on(tiny_data: Path, tmp_path: Path, capsys: Out) -> None:
+    shutil.copytree(tiny_data / "images", tmp_path / "some")
+    (tmp_path / "some" / "0.png").unlink()
+    words = ["stats", str(tiny_data / "train.json"), "--image_folder", str(tmp_path / "some")]
+    assert main([*words, "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["missing_picture_files"] == 1
+    assert f"show {tiny_data / 'train.json'} --image_folder {tmp_path / 'some'} --limit" in err
+    with raises_code("path-missing", where="--image_folder"):
+        main([*words[:-1], str(tmp_path / "none")])
 
 
 def test_records_that_come_twice_or_in_the_test_set_too_are_counted(tmp_path: Path, capsys: Out) -> None:

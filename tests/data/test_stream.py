@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import HfFileSystem
 from PIL import Image
 
 from milora_data.__main__ import main as command
@@ -102,6 +103,16 @@ def test_a_stream_goes_on_with_exactly_what_was_due(workers: int, buffer: int, s
     assert list(islice(second, 30)) == due
     counts = Counter(name[0] for batch in before + due for name in batch)
     assert 0.5 < counts["a"] / (3 * counts["b"]) < 2
+
+
+def test_a_cache_that_another_thread_fills_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Filling(dict[Any, Any]):
+        def __deepcopy__(self, memo: object) -> Any:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    monkeypatch.setattr(HfFileSystem, "_cache", Filling())
+    stream = record_stream(write(tmp_path / "a.jsonl", ["one", "two"]), shuffle_buffer=0)
+    assert sorted(names(list(islice(stream, 2)))) == ["one", "two"]
 
 
 def test_what_is_broken_comes_as_an_error_in_its_place(tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from PIL import Image
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.scores.results import numbers
 from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import QuestionSet
 from milora_vl.report.__main__ import main as report_main
 from milora_vl.report.page import regenerate_report, write_report
 from milora_vl.report.parts import credits_of
-from milora_vl.report.repeat import commands
+from milora_vl.report.repeat import commands, questions_of
 from milora_vl.report.run_page import Metric, read_run
 from milora_vl.report.wording import forgetting, number, summary
 from support.fake_run import dump, make_run
@@ -322,3 +323,24 @@ def test_own_questions_are_compared_with_the_better_of_base_and_majority(run: Pa
     assert "16.7 points more than the most frequent answer, 33.3 % (95 % interval" in text
     assert "gain over the majority answer+16.7 points95 % interval" in text
     assert text.count("120 of the 120 answers of the base model were cut at 128 tokens.") == 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "questions"),
+    [
+        (
+            {"data": {"path": "a/train.json", "eval_path": "a/val.json", "image_folder": "a/b"}},
+            QuestionSet(benchmarks="a/val.json", data="a/b"),
+        ),
+        (
+            {"data": {"path": "a.json", "image_folder": "a/b"}, "eval": {"suites": ["mine.json"]}},
+            QuestionSet("mine.json", "a/b"),
+        ),
+        ({"data": {"path": "emoji/train.json", "eval_path": "emoji/val.json"}}, QuestionSet("emoji", "emoji")),
+        ({"data": {"path": "a.json", "eval_path": "hub:a/b"}}, None),
+    ],
+)
+def test_a_run_is_asked_the_questions_that_its_recipe_names(
+    recipe: dict[str, Any], questions: QuestionSet | None
+) -> None:
+    assert questions_of(recipe) == questions

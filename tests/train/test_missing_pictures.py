@@ -28,15 +28,15 @@ def test_empty_files_stop_a_training_before_its_model_loads(with_empty: Path, tm
     with raises_code(
         "data-missing-pictures",
         message="3 of 8 pictures are missing or empty",
-        hint="2 are empty files",
+        hint="2 empty files (0 bytes)",
         kind=MissingImages,
     ):
         main(training(with_empty, tmp_path / "run", "--rank", "4"))
     assert "loading" not in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
-    with raises_code("data-missing-pictures", hint="2 are empty files"):
+    with raises_code("data-missing-pictures", hint="2 empty files (0 bytes)"):
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--dry-run"))
-    with raises_code("data-missing-pictures", hint="2 are empty files"):
+    with raises_code("data-missing-pictures", hint="2 empty files (0 bytes)"):
         main(training(with_empty, tmp_path / "run", "--rank", "4", "--streaming"))
 
 

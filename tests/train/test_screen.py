@@ -26,10 +26,12 @@ def test_one_row_for_what_is_alike(tiny_llava: Callable[..., Any]) -> None:
     targets = Policy.parse(RULES).resolve(base)
     sizes = trained_sizes(targets, base)
     model = apply_milora(base, Policy.parse(RULES))
-    rows = policy_rows(rates.in_force(targets, {"learning_rate": 3e-4}), sizes, model.milora_report)
+    rows = policy_rows(
+        rates.in_force(targets, {"learning_rate": 3e-4}), sizes, model.base_model.model, model.milora_report
+    )
     assert [row[:5] for row in rows] == [
-        ("language", "10", "milora", "4", "4"),
-        ("language", "4", "milora", "8", "8"),
+        ("language.layers[1].attention\nlanguage.mlp", "10", "milora", "4", "4"),
+        ("language.layers[0].attention", "4", "milora", "8", "8"),
         ("projector", "2", "full", "-", "-"),
     ]
     assert [row[6] for row in rows] == ["0.0002", "0.0002", "0.0003"]

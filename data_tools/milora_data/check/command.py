@@ -23,13 +23,14 @@ from milora_data.pictures.videos import require_pyav
 from milora_data.records.record import Record, content_digest, identifier_of, parse_record
 from milora_data.stream.sources import is_json, load_records, mixed_records, read_sources
 from milora_vl.common.cli import command_line as cli
-from milora_vl.common.cli.command_line import count, next_step
-from milora_vl.common.cli.flags import DATA, Command, option, shared
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.flags import DATA, Command, count, option, shared
 from milora_vl.common.cli.web import url_problem, web_address
 from milora_vl.common.errors import DataError, Problem, UserError, no_records
 
 OUTSIDE = " (outside the image folder)"
 _STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
+HELD_OUT = ("eval.json", "val.json", "test.json")  # as our commands call the records that are not for training
 WEB = " (a web address: pictures are not fetched)"
 _Records: TypeAlias = dict[str, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
 COMMAND = Command(
@@ -92,6 +93,9 @@ def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str 
     kinds = report.by_kind()
     if "embedded_picture" in kinds:
         next_step("milora_data", *convert_words(report.path, "llava"))
+    elif fixed is None and not report.count("error") and Path(report.path).name in HELD_OUT:
+        data = ["--data", *pictures[1:]] if pictures else []
+        next_step("milora_eval", "run", "--model", "MODEL", "--benchmarks", report.path, *data, "--output_dir", "OUT")
     elif fixed is not None or not report.count("error"):
         next_step("milora_vl.train", "--model", "MODEL", "--data_path", fixed or report.path, *pictures, "--dry-run")
     elif 0 < report.num_missing == report.picture_files:

@@ -17,6 +17,7 @@ from milora_data.pictures.files import (
     place_of,
 )
 from milora_data.pictures.videos import require_whole_video
+from milora_vl.common.cli.command_line import amount
 from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import DataError
 
@@ -40,7 +41,7 @@ class MissingImages(DataError):
         if str(folder) == ".":
             hints.append("name their folder:  --image_folder FOLDER")
         if empty:
-            hints.append(f"{empty:,} are empty files (0 bytes): copy or download them again")
+            hints.append(f"{amount(empty, 'empty file')} (0 bytes): copy or download again")
         if elsewhere is not None:
             hints.append(f"files with these names exist in another folder: --image_folder {elsewhere}")
         addresses = sum(web_address(name) is not None for name in missing)

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.check.command import image_folder
+from milora_data.check.pictures import find_missing
 from milora_data.encode.labels import encode
 from milora_data.encode.tokens import load_tokenizer
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import IMAGE, Record, content_digest
 from milora_data.stream.sources import load_records
-from milora_vl.common.cli.command_line import count, next_step
-from milora_vl.common.cli.flags import DATA, Command, option, shared
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.flags import DATA, Command, count, option, shared
 from milora_vl.common.errors import DataError, no_records, with_context
 
 SECTIONS = ("tokens", "leakage")
@@ -32,6 +34,7 @@ examples:
 """,
     inputs=(
         DATA,
+        shared("image_folder", about="folder of the pictures; counts the missing ones"),
         option("--against", type=Path, metavar="TEST", help="count the overlap of this test set with DATA"),
     ),
     settings=(
@@ -51,10 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     chosen = COMMAND.parse(argv)
     tokenizer = None if chosen.tokenizer is None else load_tokenizer(chosen.tokenizer)
+    folder = None if chosen.image_folder is None else image_folder(chosen.data, chosen.image_folder)
     records = _read(chosen.data)
     if not records:
         raise DataError(problems=[no_records(chosen.data)])
-    content = statistics(records)
+    content = statistics(records, folder)
     if chosen.against is not None:
         content["leakage"] = leakage(records, _read(chosen.against))
     if tokenizer is not None:
@@ -70,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.format == "json"
         else f"{chosen.data}\n" + as_text(content, chosen.limit)
     )
-    next_step("milora_data", "show", chosen.data, "--limit", 50, "--html", "OUT.html")
+    pictures = [] if folder is None else ["--image_folder", folder]
+    next_step("milora_data", "show", chosen.data, *pictures, "--limit", 50, "--html", "OUT.html")
     return 0
 
 
@@ -84,8 +89,11 @@ def _read(path: Path) -> CompactRecords:
         raise with_context(error, hint=hint) from None
 
 
-def statistics(records: Sequence[Record]) -> dict[str, Any]:
-    """Return counts and distributions of `records`; lists start with the most frequent item."""
+def statistics(records: Sequence[Record], folder: Path | None = None) -> dict[str, Any]:
+    """Return counts and distributions of `records`; lists start with the most frequent item.
+
+    With the folder of the pictures, also the number of those that are missing in it.
+    """
     answers, pictures = Counter[str](), Counter[str]()
     with_pictures = with_videos = text_only = 0
     questions, question_words, answer_words = array("q"), array("q"), array("q")
@@ -107,6 +115,7 @@ def statistics(records: Sequence[Record]) -> dict[str, Any]:
         "text_only": text_only,
         "pictures": pictures.total(),
         "picture_files": len(pictures),
+        **({} if folder is None else {"missing_picture_files": len(find_missing(pictures, folder))}),
         "questions_per_record": spread(questions),
         "words_per_question": spread(question_words),
         "words_per_answer": spread(answer_words),

@@ -35,8 +35,8 @@ from milora_data.pictures.embedded import stored_pictures
 from milora_data.pictures.files import ImageError, StoredPicture, picture_suffix
 from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record, tools_of
 from milora_data.stream.sources import load_records
-from milora_vl.common.cli.command_line import amount, next_step, positive
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.command_line import amount, next_step
+from milora_vl.common.cli.flags import Command, option, positive, shared
 from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
 
 

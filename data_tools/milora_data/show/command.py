@@ -19,8 +19,8 @@ from milora_data.pictures.thumbnails import credit_lines, fitting, small
 from milora_data.records.record import IMAGE, Record
 from milora_data.stream.sources import load_records
 from milora_vl.common.cli import page as html
-from milora_vl.common.cli.command_line import amount, count, next_step, positive
-from milora_vl.common.cli.flags import DATA, Command, option, shared
+from milora_vl.common.cli.command_line import amount, next_step
+from milora_vl.common.cli.flags import DATA, Command, count, option, positive, shared
 from milora_vl.common.errors import DataError, UserError, with_context
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,10 +41,14 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
     ) -> None:
         self.rows, self.seed, self.buffered, self.web_pictures = rows, seed, buffered, web_pictures
         self._epoch, self._done = 0, 0
+        self._position: dict[str, Any] | None = None  # in `rows`
 
     def __iter__(self) -> Iterator[StreamItem]:
-        # `set_epoch` writes to shared memory, and loader processes may be in different epochs.
-        self.rows = deepcopy(self.rows)
+        # `set_epoch` writes to shared memory, and loader processes may be in different epochs. The one part of this
+        # split has an epoch of its own. A deep copy would read the hub's cache while other threads write to it.
+        self.rows = split_dataset_by_node(self.rows, 0, 1)
+        if self._position is not None:
+            self.rows.load_state_dict(self._position)
         while True:
             self.rows.set_epoch(1 + self.seed + self._epoch)  # epoch 0 would not shuffle the shards
             try:
@@ -70,9 +73,7 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, which must come from a stream with the same source, seed and number of processes."""
-        self._epoch, self._done = state["epoch"], state["done"]
-        if state["rows"] is not None:
-            self.rows.load_state_dict(state["rows"])
+        self._epoch, self._done, self._position = state["epoch"], state["done"], state["rows"]
 
 
 def record_stream(

@@ -10,8 +10,8 @@ from dataclasses import asdict
 
 from milora_eval.answers.target import eval_target
 from milora_eval.commands.run import ASKING, INPUTS, OUTPUTS, planned
-from milora_vl.common.cli.command_line import next_step, positive
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.command_line import next_step
+from milora_vl.common.cli.flags import Command, option, positive, shared
 from milora_vl.common.cli.table import show
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import model_of

@@ -1,29 +1,26 @@
-"""The parser of all commands (`did you mean`), and `run`, which prints errors without a traceback; exit codes.
+"""What the commands print: hints (`did you mean`), the next command, and `run`: errors without a traceback, exit codes.
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 the run failed, 2 bad usage.
 """
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import errno
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
-from itertools import pairwise, takewhile
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.secrets import without_secrets
 
@@ -85,42 +82,6 @@ def require_folder(path: Path, flag: str | Key = "--output_dir", *, is_written: 
         )
 
 
-def count(text: str) -> int:
-    """Parse an integer >= 0: the `type` of a flag that counts something."""
-    try:
-        number = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
-    return number
-
-
-def positive(text: str) -> int:
-    """Parse an integer >= 1."""
-    if count(text) == 0:
-        raise argparse.ArgumentTypeError("must be at least 1, got 0")
-    return int(text)
-
-
-def from_zero(text: str) -> float:
-    """Parse a finite number from 0: the `type` of a flag for a factor."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text}")
-    return number
-
-
-def above_zero(text: str) -> float:
-    """Parse a finite number above 0."""
-    if from_zero(text) == 0:
-        raise argparse.ArgumentTypeError("must be above 0, got 0")
-    return float(text)
-
-
 def amount(number: int, what: str) -> str:
     """Return a number with the thing that it counts.
 
@@ -128,121 +89,6 @@ def amount(number: int, what: str) -> str:
     ('1 record', '1,200 records')
     """
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-_EXPONENT = re.compile(r"-[0-9.]+[eE][-+]?[0-9]+")
-
-
-class CommandParser(argparse.ArgumentParser):
-    """`argparse` that accepts `-` for `_` in flags, allows no abbreviations, and suggests names for unknown flags."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Replace each known flag by its declared spelling, then parse as usual."""
-        arguments = list(sys.argv[1:] if args is None else args)
-        declared = {flag.replace("-", "_"): flag for flag in self.flags()}
-        for position, argument in enumerate(arguments):
-            if argument == "--":
-                break
-            name, equals, value = argument.partition("=")
-            if name.startswith("--"):
-                arguments[position] = declared.get(name.replace("-", "_"), name) + equals + value
-        for position in range(len(arguments) - 1, 0, -1):  # argparse takes -1 for a number, but -1e-3 for a flag
-            if _EXPONENT.fullmatch(arguments[position]) and arguments[position - 1].startswith("--"):
-                arguments[position - 1 : position + 1] = [f"{arguments[position - 1]}={arguments[position]}"]
-        try:
-            return super().parse_known_args(arguments, namespace)
-        except argparse.ArgumentError as error:
-            names = (error.argument_name or "").split("/")  # argparse joins the spellings of a flag
-            typed = [name for name in names if name in {argument.partition("=")[0] for argument in arguments}]
-            raise self._mistake(error.message, (typed or names)[0]) from None
-
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and raise `UserError` with similar names for unknown flags."""
-        arguments = list(sys.argv[1:] if args is None else args)
-        if not {"-h", "--help"} & set(arguments):
-            self._refuse_unknown_flags(arguments)
-        parsed, unknown = self.parse_known_args(arguments, namespace)
-        if unknown:
-            self.error(f"unexpected arguments: {' '.join(unknown)}")
-        return parsed
-
-    def _refuse_unknown_flags(self, arguments: Sequence[str]) -> None:
-        """Raise `UserError` with a problem for each unknown flag.
-
-        argparse reports missing flags first, which hides that a required flag is misspelled.
-        """
-        names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
-        words = takewhile(lambda word: word != "--", arguments)
-        typed = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--") and " " not in word)
-        problems = []
-        for flag in typed:
-            name = flag.lstrip("-").replace("-", "_")
-            if name not in names:
-                near = did_you_mean([names[similar] for similar in suggest(name, names)])
-                problems.append(Problem("unknown argument", "command-line", flag, near))
-        if problems:
-            *others, last = problems
-            raise UserError(problems=[*others, replace(last, hint="\n".join(filter(None, (last.hint, self._see()))))])
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Raise `UserError` with a similar name for a value that is not among the choices."""
-        if action.choices is not None and value not in action.choices:
-            choices = [str(choice) for choice in action.choices]
-            flag = "/".join(action.option_strings[:1]) or str(action.metavar or action.dest)
-            hint = did_you_mean(suggest(str(value), choices)[:1])
-            raise self._mistake(f"expected one of {', '.join(choices)}, got {value!r}", flag, hint)
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Convert the value of an argument; refuse a URL if a path is expected."""
-        flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
-        problem = url_problem(arg_string) if action.type is Path else None
-        if problem is not None:
-            raise UserError(problems=[replace(problem, where=flag)])
-        try:
-            return super()._get_value(action, arg_string)
-        except argparse.ArgumentError as error:
-            if isinstance(error.__context__, UserError):  # argparse would lose its hint
-                raise self._mistake(error.__context__.first.message, flag, error.__context__.first.hint) from None
-            raise
-
-    def flags(self) -> list[str]:
-        """Return the long flags that this parser declares."""
-        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-
-    def error(self, message: str) -> NoReturn:
-        """Raise `UserError` (exit code 2); argparse itself would exit the process."""
-        raise self._mistake(message)
-
-    def _mistake(self, message: str, where: str = "", hint: str = "") -> UserError:
-        return UserError(message, code="command-line", where=where, hint="\n".join(filter(None, (hint, self._see()))))
-
-    def _see(self) -> str:
-        return f"see: {self.prog} --help"
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Keep line breaks in texts, and show the type of a flag's value (N, X, PATH) as its name."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=28)
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        if action.choices is not None:
-            return super()._get_default_metavar_for_optional(action)
-        kinds: dict[Any, str] = {int: "N", count: "N", positive: "N", float: "X", from_zero: "X", Path: "PATH"}
-        return kinds.get(action.type, "TEXT")
-
-
-def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
-    """Return a parser that raises `UserError`; `epilog` keeps its line breaks (use it for examples)."""
-    return CommandParser(
-        prog=prog,
-        description=description,
-        epilog=epilog,
-        allow_abbrev=False,
-        exit_on_error=False,
-        formatter_class=Help,
-    )
 
 
 def command_line(module: str, *words: object) -> str:

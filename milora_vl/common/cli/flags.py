@@ -1,15 +1,59 @@
-"""How a command declares its flags (`Command`), and the flags that several commands share (`SHARED`)."""
+"""The flags of all commands: types of their values, the parser and its message for a wrong flag, `Command`, `SHARED`.
+
+`CommandParser` raises that message, with similar names, as a `UserError`; `Command` declares the flags of a program.
+"""
 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from milora_vl.common.cli.command_line import count, did_you_mean, from_zero, parser, positive, require_folder, suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.cli.command_line import did_you_mean, require_folder, suggest
+from milora_vl.common.cli.web import url_problem
+from milora_vl.common.errors import Problem, UserError
+
+
+def count(text: str) -> int:
+    """Parse an integer >= 0: the `type` of a flag that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {number}")
+    return number
+
+
+def positive(text: str) -> int:
+    """Parse an integer >= 1."""
+    if count(text) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return int(text)
+
+
+def from_zero(text: str) -> float:
+    """Parse a finite number from 0: the `type` of a flag for a factor."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """Parse a finite number above 0."""
+    if from_zero(text) == 0:
+        raise argparse.ArgumentTypeError("must be above 0, got 0")
+    return float(text)
 
 
 def device(text: str) -> str:
@@ -29,6 +73,120 @@ def device(text: str) -> str:
         message = f"no device {text}: PyTorch finds {available or 'no'} {kind} devices"
         raise UserError(message, code="flag-value", hint="to run on the CPU:  --device cpu")
     return text
+
+
+_EXPONENT = re.compile(r"-(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """`argparse` that accepts `-` for `_` in flags, allows no abbreviations, and suggests names for unknown flags."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Replace each known flag by its declared spelling, then parse as usual."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        declared = {flag.replace("-", "_"): flag for flag in self.flags()}
+        for position, argument in enumerate(arguments):
+            if argument == "--":
+                break
+            name, equals, value = argument.partition("=")
+            if name.startswith("--"):
+                arguments[position] = declared.get(name.replace("-", "_"), name) + equals + value
+            elif _EXPONENT.fullmatch(argument):  # argparse takes -1e-3 for a flag, and -0.001 for a number
+                arguments[position] = format(Decimal(argument), "f")
+        try:
+            return super().parse_known_args(arguments, namespace)
+        except argparse.ArgumentError as error:
+            names = (error.argument_name or "").split("/")  # argparse joins the spellings of a flag
+            typed = [name for name in names if name in {argument.partition("=")[0] for argument in arguments}]
+            raise self._mistake(error.message, (typed or names)[0]) from None
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and raise `UserError` with similar names for unknown flags."""
+        arguments = list(sys.argv[1:] if args is None else args)
+        if not {"-h", "--help"} & set(arguments):
+            self._refuse_unknown_flags(arguments)
+        parsed, unknown = self.parse_known_args(arguments, namespace)
+        if unknown:
+            self.error(f"unexpected arguments: {' '.join(unknown)}")
+        return parsed
+
+    def _refuse_unknown_flags(self, arguments: Sequence[str]) -> None:
+        """Raise `UserError` with a problem for each unknown flag.
+
+        argparse reports missing flags first, which hides that a required flag is misspelled.
+        """
+        names = {flag.lstrip("-").replace("-", "_"): flag for flag in self.flags()}
+        words = takewhile(lambda word: word != "--", arguments)
+        typed = dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("--") and " " not in word)
+        problems = []
+        for flag in typed:
+            name = flag.lstrip("-").replace("-", "_")
+            if name not in names:
+                near = did_you_mean([names[similar] for similar in suggest(name, names)])
+                problems.append(Problem("unknown argument", "command-line", flag, near))
+        if problems:
+            *others, last = problems
+            raise UserError(problems=[*others, replace(last, hint="\n".join(filter(None, (last.hint, self._see()))))])
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise `UserError` with a similar name for a value that is not among the choices."""
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            flag = "/".join(action.option_strings[:1]) or str(action.metavar or action.dest)
+            hint = did_you_mean(suggest(str(value), choices)[:1])
+            raise self._mistake(f"expected one of {', '.join(choices)}, got {value!r}", flag, hint)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Convert the value of an argument; refuse a URL if a path is expected."""
+        flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
+        problem = url_problem(arg_string) if action.type is Path else None
+        if problem is not None:
+            raise UserError(problems=[replace(problem, where=flag)])
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            if isinstance(error.__context__, UserError):  # argparse would lose its hint
+                raise self._mistake(error.__context__.first.message, flag, error.__context__.first.hint) from None
+            raise
+
+    def flags(self) -> list[str]:
+        """Return the long flags that this parser declares."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `UserError` (exit code 2); argparse itself would exit the process."""
+        raise self._mistake(message)
+
+    def _mistake(self, message: str, where: str = "", hint: str = "") -> UserError:
+        return UserError(message, code="command-line", where=where, hint="\n".join(filter(None, (hint, self._see()))))
+
+    def _see(self) -> str:
+        return f"see: {self.prog} --help"
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keep line breaks in texts, and show the type of a flag's value (N, X, PATH) as its name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.choices is not None:
+            return super()._get_default_metavar_for_optional(action)
+        kinds: dict[Any, str] = {int: "N", count: "N", positive: "N", float: "X", from_zero: "X", Path: "PATH"}
+        return kinds.get(action.type, "TEXT")
+
+
+def parser(prog: str, description: str, epilog: str = "") -> CommandParser:
+    """Return a parser that raises `UserError`; `epilog` keeps its line breaks (use it for examples)."""
+    return CommandParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=Help,
+    )
 
 
 RECORDS = "JSON, JSONL, .parquet, .tar, a folder of save_to_disk, hub:OWNER/NAME, or a mixture (.yaml)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from functools import cache, partial, wraps
 from typing import Any, NoReturn, TypeVar
@@ -60,6 +60,38 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     A public argument of DistributedDataParallel would replace it.
     """
     model._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
+
+
+class OwnState(nn.Module):
+    """A module whose subclasses write and read their part of a state dict under other names than torch would.
+
+    A public hook of torch that can write to a state dict and rename what it reads would replace it.
+    """
+
+    def write_state(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write parameters and buffers to `destination` as torch does."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+
+    def read_state(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Read parameters and buffers from `state_dict` as torch does; append to the lists what does not fit."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.write_state(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *about: Any) -> None:
+        self.read_state(state_dict, prefix, *about)
 
 
 class _AfterOperations(TorchDispatchMode):

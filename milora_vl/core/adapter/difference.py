@@ -60,7 +60,7 @@ from torch import Tensor, autocast, nn
 from torch.autograd.function import once_differentiable
 
 from milora_vl.common.compat.peft import ForwardVariant
-from milora_vl.common.compat.torch import call_on_plain_tensors, change_class
+from milora_vl.common.compat.torch import OwnState, call_on_plain_tensors, change_class
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.weights.distributed import is_sharded
@@ -151,7 +151,7 @@ def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.startswith("__")
 
 
-class _Differences(nn.Module):
+class _Differences(OwnState):
     """A module of PEFT that holds stock factors, some of which became a trained difference and an anchor.
 
     `axis` is the dimension that the rank runs along: 0 for A' = [D; A0], 1 for B' = [B0 + E, E]. A state dict of the
@@ -164,13 +164,14 @@ class _Differences(nn.Module):
         """Yield the names of each difference, of its anchor, and of the stock factor that joins them."""
         raise NotImplementedError
 
-    def _save_to_state_dict(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
+    def write_state(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write the joined factors."""
+        super().write_state(destination, prefix, keep_vars)
         for delta, anchor, stock in self.stored():
             if not is_sharded(self.get_parameter(delta)):  # the raw names are gathered later, see `joined_state`
                 _to_stock(destination, prefix + delta, prefix + anchor, prefix + stock, self.axis)
 
-    def _load_from_state_dict(
+    def read_state(
         self,
         state_dict: MutableMapping[str, Any],
         prefix: str,
@@ -198,7 +199,7 @@ class _Differences(nn.Module):
                 self.register_buffer(anchor, here.to(state_dict[names[1]].dtype))
             stock_of |= dict.fromkeys(names, names[2])
         missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        super().read_state(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys.extend(dict.fromkeys(stock_of.get(key, key) for key in missing))  # one key for each stock factor
 
 

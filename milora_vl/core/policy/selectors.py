@@ -21,7 +21,7 @@ from milora_vl.core.policy.towers import TOWERS, Towers, output_head
 from milora_vl.core.weights.matrices import is_adaptable, is_linear, matrix_shape
 
 _TOWER_SELECTOR = re.compile(
-    rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>\d+)(?:-(?P<last>\d+))?\])?(?:\.(?P<tail>[\w.]+|\*))?"
+    rf"(?P<tower>{'|'.join(TOWERS)})(?:\.layers\[(?P<first>-?\d+)(?:-(?P<last>-?\d+))?\])?(?:\.(?P<tail>[\w.]+|\*))?"
 )
 
 
@@ -73,7 +73,7 @@ class Selector:
             return
         first, last = int(selector["first"]), int(selector["last"] or selector["first"])
         blocks = self._blocks(str(selector["tower"]))
-        if not first <= last < max(blocks.values(), default=0):
+        if not 0 <= first <= last < max(blocks.values(), default=0):
             raise SelectorError(
                 f"no layers [{first}-{last}] in {selector['tower']}",
                 code="policy-no-match",

@@ -34,6 +34,7 @@ from milora_vl.train.dry_run.estimate import (
     host_memory,
     measured_flops,
     memory,
+    size_text,
 )
 from milora_vl.train.dry_run.first_batch import Counts
 from milora_vl.train.dry_run.simulate import Shape, simulate
@@ -85,9 +86,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
     devices = f"{work.devices} device{'s' if work.devices > 1 else ''}"
-    held = sum(sizes.values())
-    size = f"{held / GIB:.1f} GiB" if held >= 0.05 * GIB else f"{1024 * held / GIB:.0f} MiB"
-    whole = f"memory about {size} per device ({stage}, {devices})"
+    whole = f"memory about {size_text(sum(sizes.values()))} per device ({stage}, {devices})"
     out = [f"{whole}: {parts}" if parts else whole]
     if base.own_pictures:
         out.append("       and the activations of the vision tower, which depend on the sizes of the pictures")
@@ -264,10 +263,8 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
 
     `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
-    whole = needed(work)
-    rounded = math.ceil(10 * whole) / 10  # never the limit itself for more than the limit
-    summary = f"{limit:g} GiB: needs {rounded:.1f} GiB, {OVERHEAD:g} of them for CUDA"
-    if whole <= limit:
+    summary = f"{limit:g} GiB: needs {size_text(sum(memory(work).values()))} beside {OVERHEAD:g} GiB for CUDA"
+    if needed(work) <= limit:
         return [f"fits   {summary}"], ""
     fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
     if not fitting:

@@ -40,9 +40,8 @@ from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
 from milora_vl.train.recipe.flags import PROG, Request
 from milora_vl.train.recipe.hf_flags import value_of
-from milora_vl.train.recipe.layers import placed
+from milora_vl.train.recipe.layers import RecipeFile, placed
 from milora_vl.train.recipe.merge import Settings, merge
-from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 
 
@@ -194,14 +193,14 @@ def _words_for_data(base: Base) -> str:
 
 def _trained(base: nn.Module, targets: Sequence[Target]) -> dict[str, Any]:
     sizes = trained_sizes(targets, base)
-    rows = [dict(zip(COLUMNS, row, strict=True)) for row in policy_rows(targets, sizes)]
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in policy_rows(targets, sizes, base)]
     return {"trained": sum(sizes.values()), "policy": rows}
 
 
 def policy(screen: Screen, base: nn.Module, targets: Sequence[Target]) -> None:
     """Show the policy table, PEFT's line, and the numbers of adapter and fully trained parameters."""
     sizes = trained_sizes(targets, base)
-    screen.policy(policy_rows(targets, sizes), frozen_towers(base, targets))
+    screen.policy(policy_rows(targets, sizes, base), frozen_towers(base, targets))
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
     full = sum(sizes.values()) - adapters
     copies = full if adapters else 0  # PEFT keeps the original beside a module that trains in full

@@ -181,6 +181,15 @@ def measured_flops(size: int = 1024) -> float:
     return 2 * size**3 / min(times)  # slower ones waited for other programs
 
 
+def size_text(size: float) -> str:
+    """Return a number of bytes as text.
+
+    >>> size_text(3 * GIB), size_text(6_000_000)
+    ('3.0 GiB', '6 MiB')
+    """
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{math.ceil(size / 1024**2)} MiB"
+
+
 def duration_text(seconds: float) -> str:
     """Return a time as text.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
 
 from milora_vl.core.policy.methods import what_trains
-from milora_vl.core.policy.towers import TOWERS, find_towers
+from milora_vl.core.policy.towers import TOWERS, Towers, find_towers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,29 +78,31 @@ class Screen:
         for tower in frozen:
             table.add_row(tower, "-", "frozen")
         self.console.print(table)
-        for line in dict.fromkeys(f"{row[0]}  {row[2]}: {row[-1]}" for row in rows):
-            self.say(line)
+        for names, _, method, *_, trains in rows:
+            self.say(f"{', '.join(names.splitlines())}  {method}: {trains}")
 
 
 def policy_rows(
-    targets: Sequence[Target], sizes: Mapping[str, int], report: Sequence[LayerReport] = ()
+    targets: Sequence[Target], sizes: Mapping[str, int], base: nn.Module, report: Sequence[LayerReport] = ()
 ) -> list[tuple[str, ...]]:
     """Return one row per (tower, method, rank, alpha, learning rate, protected share), in order of the towers.
 
-    The targets have resolved rates (`rates.in_force`). `sizes` maps the path of a target to its number of trained
-    parameters, `report` holds measurements of the adapters.
+    A row with some of the targets of a tower has their selectors as its name. The targets have resolved rates
+    (`rates.in_force`). `sizes` maps the path of a target to its number of trained parameters, `report` holds
+    measurements of the adapters.
     """
+    towers = find_towers(base)
     measured = {layer.path: layer for layer in report}
     ordered = sorted(targets, key=_kind)
     rows: list[tuple[str, ...]] = []
     for kind, members in groupby(ordered, key=_kind):
         group = list(members)
-        tower, method, rank, alpha, rate, protect = kind
+        _, method, rank, alpha, rate, protect = kind
         layers = [measured[t.path] for t in group if t.path in measured]
         shares = [s / layer.sigma_top for layer in layers for s in (layer.sigma_min, layer.sigma_max)]
         rows.append(
             (
-                tower,
+                "\n".join(_selectors(group, [t for t in targets if t.tower == group[0].tower], towers)),
                 f"{len(group):,}",
                 method,
                 f"{rank}" if rank else "-",
@@ -113,6 +115,36 @@ def policy_rows(
             )
         )
     return rows
+
+
+def _selectors(group: Sequence[Target], tower: Sequence[Target], towers: Towers) -> list[str]:
+    """Return the tower if `group` holds all of its targets, else a selector for each kind of layer in it.
+
+    The kinds are attention and MLP where all their layers belong to the group, and names of layers elsewhere.
+    """
+    name = group[0].tower or ""
+    if len(group) == len(tower):
+        return [name]
+    found = []
+    for family in ("attention", "mlp", None):
+        here, every = ([t.path for t in some if towers.family_of(t.path) == family] for some in (group, tower))
+        leaves, all_leaves = ({path.rpartition(".")[2] for path in paths} for paths in (here, every))
+        blocks, all_blocks = ({towers.block_of(path) or 0 for path in paths} for paths in (here, every))
+        layers = "" if blocks == all_blocks else f"layers[{_span_of_blocks(blocks)}]"
+        kinds = [family] if family and here and leaves == all_leaves else sorted(leaves)
+        found += [".".join(filter(None, (name, layers, kind))) for kind in kinds]
+    return found
+
+
+def _span_of_blocks(blocks: Collection[int]) -> str:
+    """Return the numbers of blocks as text.
+
+    >>> _span_of_blocks({3, 4, 5}), _span_of_blocks({3}), _span_of_blocks({3, 5})
+    ('3-5', '3', '3, 5')
+    """
+    ends = dict.fromkeys((min(blocks, default=0), max(blocks, default=0)))
+    is_range = len(blocks) == max(ends) - min(ends) + 1
+    return "-".join(map(str, ends)) if is_range else ", ".join(map(str, sorted(blocks)))
 
 
 def protection_lines(targets: Sequence[Target], protection: Mapping[str, Protection]) -> list[str]:

@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from milora_vl.common.cli import command_line as cli
-from milora_vl.common.cli.flags import RECORDS
+from milora_vl.common.cli import flags as cli_flags
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.core.policy.methods import METHODS as RULE_METHODS
 from milora_vl.train.recipe import hf_flags, llava_flags
+from milora_vl.train.recipe.layers import RecipeFile, read_recipe
 from milora_vl.train.recipe.policy_edits import METHODS, PolicyEdits
-from milora_vl.train.recipe.recipe_file import RecipeFile, read_recipe
 
 PROG = "python -m milora_vl.train"
 DESCRIPTION = "Fine-tune a vision-language or text model and keep what it knows. Flags override the recipe."
@@ -37,7 +37,7 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         ("lora_weight_path",),
         "adapter to train further, such as the output_dir of a run; it decides rules, template and base",
     ),
-    "data_path": ("data.path", "str", (), RECORDS),
+    "data_path": ("data.path", "str", (), cli_flags.RECORDS),
     "image_folder": ("data.image_folder", "str", (), "folder that the image paths of the records are relative to"),
     "eval_data_path": ("data.eval_path", "str", (), "held-out records for the evaluation loss"),
     "limit": ("data.limit", "int", (), "use only the first N records"),
@@ -220,7 +220,7 @@ class Request:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with all flags; `_` and `-` are interchangeable in flag names."""
-    parser = cli.parser(PROG, DESCRIPTION, EPILOG)
+    parser = cli_flags.parser(PROG, DESCRIPTION, EPILOG)
     parser.usage = "%(prog)s [flags]"
     group = parser.add_argument_group("the run")
     for name, (type_, aliases, text) in RUN_FLAGS.items():

@@ -13,7 +13,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.models.names import NAMED_MODELS
 from milora_vl.train.recipe import hf_flags
 from milora_vl.train.recipe.flags import PROG, Request
-from milora_vl.train.recipe.recipe_file import read_recipe
+from milora_vl.train.recipe.layers import read_recipe
 from milora_vl.train.recipe.schema import Recipe
 
 

@@ -16,10 +16,9 @@ from milora_vl.common.errors import Key, Problem, UserError, collected, with_pro
 from milora_vl.common.yaml_text import TEXT, read_mapping
 from milora_vl.train.recipe import continued, hf_flags, llava_flags
 from milora_vl.train.recipe.flags import PROG, RECIPE_FLAGS, Request
-from milora_vl.train.recipe.layers import Section, merged, place_of, placed
+from milora_vl.train.recipe.layers import RecipeFile, Section, merged, place_of, placed
 from milora_vl.train.recipe.llava_flags import Meaning
 from milora_vl.train.recipe.policy_edits import ADAPTERS, edited
-from milora_vl.train.recipe.recipe_file import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, checked, train_section
 
 DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter", "freeze_backbone")

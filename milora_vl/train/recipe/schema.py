@@ -26,8 +26,7 @@ from milora_vl.common.yaml_text import read_file
 from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.models.processor_settings import ProcessorSettings
 from milora_vl.train.recipe import hf_flags
-from milora_vl.train.recipe.layers import Section, plain
-from milora_vl.train.recipe.recipe_file import RecipeFile
+from milora_vl.train.recipe.layers import RecipeFile, Section, plain
 
 SAMPLES, PICTURES = 48, 64  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}

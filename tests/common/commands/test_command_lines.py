@@ -18,7 +18,8 @@ import pytest
 from safetensors import SafetensorError
 
 from milora_vl.__main__ import MENU, main
-from milora_vl.common.cli.command_line import CommandParser, run
+from milora_vl.common.cli.command_line import run
+from milora_vl.common.cli.flags import CommandParser
 from milora_vl.common.errors import UserError
 from support import fake_run, programs
 from support.command_parsers import parser_of
@@ -225,7 +226,7 @@ def test_a_normal_session_says_what_is_next_and_nothing_of_our_dependencies(tiny
     done = programs.run(["-c", SESSION, str(tiny_data), str(run)], cwd=tmp_path, env=env, first_import=True)
     assert done.returncode == 0, done.stderr
     parts = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
-    assert {name for name, text in parts.items() if "\nnext" not in f"\n{text}"} == set()
+    assert {name for name, text in parts.items() if "\nnext" not in f"\n{text}"} == {"chat"}  # an answer is enough
     assert "Warning" not in done.stderr
     assert "warn(" not in done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]  # not the losses

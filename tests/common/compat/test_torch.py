@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader, dataloader
 
 from milora_vl.common.compat.torch import (
     FailedBatch,
+    OwnState,
     after_operations,
     call_on_plain_tensors,
     change_class,
@@ -65,6 +67,26 @@ def test_an_object_gets_a_subclass_and_stays_the_same_object() -> None:
     layer = nn.Linear(2, 2)
     assert change_class(layer, Layer) is layer
     assert isinstance(layer, Layer)
+
+
+def test_a_module_writes_and_reads_its_own_names() -> None:
+    class Renamed(OwnState):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = nn.Parameter(torch.zeros(2))
+
+        def write_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+            super().write_state(destination, prefix, keep_vars)
+            destination[f"{prefix}outside"] = destination.pop(f"{prefix}inside")
+
+        def read_state(self, state_dict: Any, prefix: str, *about: Any) -> None:
+            state_dict[f"{prefix}inside"] = state_dict.pop(f"{prefix}outside")
+            super().read_state(state_dict, prefix, *about)
+
+    model = nn.Sequential(Renamed())
+    assert list(model.state_dict()) == ["0.outside"]
+    model.load_state_dict({"0.outside": torch.ones(2)})
+    assert model[0].inside.tolist() == [1, 1]
 
 
 def test_a_loader_raises_the_error_of_a_failed_batch() -> None:

@@ -80,6 +80,7 @@ def test_norms_count_only_for_rules_on_whole_modules_or_when_planned(selector: S
         ("language.qproj", ["did you mean  language.q_proj"]),
         ("language.layers[0-7]", ["no layers [0-7] in language", f"{LM}[0-1]"]),
         ("language.layers[1-0]", ["no layers [1-0]"]),
+        ("language.layers[-2--1]", ["no layers [-2--1] in language", f"its blocks are {LM}[0-1]"]),
         ("projector.layers[0]", ["no layers [0-0] in projector", "none"]),
     ],
 )

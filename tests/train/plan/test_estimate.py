@@ -74,9 +74,12 @@ def test_a_plan_that_does_not_fit_says_what_would() -> None:
     assert line.startswith("fits   40 GiB")
     assert change == ""
     lines, change = verdict(eager, lean, flag, 40)
-    assert lines[0].startswith("does not fit 40 GiB: needs 141.1")
+    assert lines[0].startswith("does not fit 40 GiB: needs 140.1 GiB beside 1 GiB for CUDA")
     assert lines[2].startswith(f"  {flag}: ")
     assert change == flag
+    small = replace(PLAN, total=1, adapters=1, anchors=1, full=0, stage=0, devices=1, activations=0.02 * GIB)
+    lines, change = verdict(small, small, "", 1)
+    assert lines[0] == "does not fit 1 GiB: needs 21 MiB beside 1 GiB for CUDA"
     lines, change = verdict(PLAN, PLAN, "", 3)
     assert lines[1].startswith("no single change is enough")
     assert change is None

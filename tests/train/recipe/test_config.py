@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_mapping
 from milora_vl.train.recipe import schema
-from milora_vl.train.recipe.recipe_file import RecipeFile
+from milora_vl.train.recipe.layers import RecipeFile
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 from support.problems import raises_code
 
@@ -44,6 +44,25 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
     }
     assert found[f"{path}:1: modle"].hint == "did you mean model?"
     assert str(error.value).startswith(f"5 problems in {path}:\n")
+
+
+def test_keys_that_are_removed_are_refused_by_name() -> None:
+    removed = {
+        "form": "residual",
+        "keep": {"weight": 1.0},
+        "data": {"feature_cache": "folder", "jpeg_decoding": "fast"},
+        "policy": [{"modules": "language", "method": "milora", "rank": {"spectrum": 0.1}, "form": "residual"}],
+    }
+    with pytest.raises(RecipeError) as error:
+        Recipe.parse(removed)
+    assert {str(problem.where): problem.code for problem in error.value.problems} == {
+        "form": "recipe-unknown-key",
+        "keep": "recipe-unknown-key",
+        "data.feature_cache": "recipe-unknown-key",
+        "data.jpeg_decoding": "recipe-unknown-key",
+        "policy[0].rank": "policy-rank",
+        "policy[0].form": "policy-unknown-key",
+    }
 
 
 @pytest.mark.parametrize(

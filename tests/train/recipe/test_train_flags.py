@@ -55,6 +55,7 @@ def test_learning_rate_is_for_the_rules_and_for_hf() -> None:
         (["--max_steps", "0"], "flag-value", "at least 1, or -1 to train by epochs"),
         (["--adam_beta1", "2"], "flag-value", "below 1"),
         (["--devices", "0", "--dry-run"], "flag-value", "above 0, got 0"),
+        (["--learning_rate", "-1e-3"], "policy-value", "got -0.001"),
         (["--gpu_memory", "-3", "--dry-run"], "flag-value", "above 0"),
     ],
 )
