@@ -99,8 +99,8 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
     cells = finished(all_cells(folder), folder)
     file = docs / f"{name}.csv"
     ran = {cell.method for cell in cells}
-    rows = [row for row in (read_cells(file).values() if file.is_file() else ()) if row["method"] not in ran]
-    rows += cells.values()
+    before = read_cells(file).values() if file.is_file() else ()
+    rows: list[CellNumbers] = [*(row for row in before if row["method"] not in ran), *cells.values()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if cells:
         write_csv(file, columns, [[row.get(key) for key in columns] for row in rows])

@@ -132,8 +132,8 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
         block = re.search(r"\.(\d+)\.", path)
         lines.setdefault(re.sub(r"\.\d+\.", ".", path, count=1), {})[int(block[1]) if block else 0] = 100 * numbers[key]
     names: dict[tuple[tuple[int, float], ...], list[str]] = {}  # modules that read the same input share a line
-    for path, line in lines.items():
-        names.setdefault(tuple(sorted(line.items())), []).append(path.rpartition(".")[2])
+    for path, shares_of in lines.items():
+        names.setdefault(tuple(sorted(shares_of.items())), []).append(path.rpartition(".")[2])
     with styled():
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axis = figure.subplots()
@@ -142,7 +142,7 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
             axis.text(
                 0.5, 100 * share, f"protect: {share:g}", transform=axis.get_yaxis_transform(), va="bottom", color=GREY
             )
-        bottom = 25 * math.floor(min(value for line in names for _, value in line) / 25)
+        bottom = min(75, 25 * math.floor(min(value for line in names for _, value in line) / 25))
         heights = _apart([line[-1][1] for line in names], 0.07 * (100 - bottom))
         for number, ((line, merged), height) in enumerate(zip(names.items(), heights, strict=True)):
             blocks, values = zip(*line, strict=True)
