@@ -2,8 +2,8 @@
 
 A comparison at "the best learning rate of each method" is unfair: the loss is flat near its minimum while forgetting
 grows with the rate, so the choice among nearly equal rates decides how much a method forgets. Here every seed of a
-method gives a curve of forgetting over validation loss. Each is read at the lowest loss that it and the reference reach
-with that seed, and the ratios are paired by seed. Vision-language tasks are read twice: for text and
+method gives a curve of forgetting over validation loss. A curve and that of the reference are read at the lowest loss
+that both reach with the same seed, so the ratios are paired by seed. Vision-language tasks are read twice: for text and
 for pictures.
 """
 
@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from milora_vl.common.cli.table import Table
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.results import Mean, mean_of
+from milora_vl.sweep.results import mean_of
 
 PICTURES = "forgetting_pictures"  # the second number of vision-language tasks
 
@@ -57,21 +57,6 @@ class Ratio:
         numbers = [_two_digits(x) for x in (self.value, self.low, self.high) if x is not None]
         interval = "" if len(numbers) == 1 else f" ({numbers[1]} to {numbers[2]})"
         return f"{'≥ ' if self.is_lower_bound else ''}{numbers[0]}{interval}"
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One arm beside the reference: its forgetting at the lowest loss of the reference, over the seeds that reach it.
-
-    `reached` counts these of the `seeds`. `ratio` is that of `at_common_loss`.
-    """
-
-    label: str
-    lowest_loss: Mean
-    forgetting: Mean | None
-    ratio: Ratio | None
-    reached: int
-    seeds: int
 
 
 def about_pictures(results: Mapping[Cell, CellNumbers]) -> dict[Cell, CellNumbers]:
@@ -129,28 +114,6 @@ def curves_of(results: Mapping[Cell, CellNumbers]) -> Curves:
     }
 
 
-def read(curves: Curves, reference: str) -> list[Reading]:
-    """Read every curve at the losses of the reference, seed by seed; the reference is the first reading.
-
-    Returns an empty list if the reference has no curve.
-    """
-    of_reference = curves.get(reference)
-    if not of_reference:
-        return []
-    order = [reference, *(label for label in curves if label != reference)]
-    return [_reading(label, curves[label], of_reference) for label in order if curves[label]]
-
-
-def _reading(label: str, fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Reading:
-    common = [seed for seed in of_reference if seed in fronts]
-    at_lowest = [forgetting_at(fronts[seed], of_reference[seed][0].loss) for seed in common]
-    reached = [value for value in at_lowest if value is not None]
-    return Reading(
-        label, mean_of([front[0].loss for front in fronts.values()]), mean_of(reached) if reached else None,
-        at_common_loss(fronts, of_reference), len(reached), len(common),
-    )  # fmt: skip
-
-
 def at_common_loss(fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Ratio | None:
     """Return the ratio to the reference at the lowest loss that both reach, seed by seed; None without such a seed."""
     pairs, is_lower_bound = [], False
@@ -176,38 +139,57 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
     return Ratio(math.exp(logs.value), math.exp(logs.value - logs.half), math.exp(logs.value + logs.half), logs.n)
 
 
-def curves_table(readings: Sequence[Reading], pictures: Sequence[Reading] = ()) -> Table:
-    """Return a table with one row per arm: how much it forgets at the loss of the reference, and the ratio to it.
+def ratios_to(reference: str, results: Mapping[Cell, CellNumbers]) -> dict[str, dict[str, Ratio | None]]:
+    """Return the ratio of each arm to the reference at equal loss, of `forgetting`, or of `text` and of `pictures`.
 
-    `pictures` holds the readings of the same arms about pictures, for two more columns.
+    Returns nothing if the reference has no curve.
     """
-    of_pictures = {reading.label: reading for reading in pictures}
-    rows = [
-        (
-            reading.label, reading.lowest_loss.text, *_read_cells(reading),
-            *(_read_cells(of_pictures.get(reading.label)) if pictures else ()), f"{reading.reached} of {reading.seeds}",
-        )
-        for reading in readings
-    ]  # fmt: skip
-    reference = readings[0].label if readings else "the reference"
+    pictures = about_pictures(results)
+    found = {}
+    for kind, of_kind in ({"text": results, "pictures": pictures} if pictures else {"forgetting": results}).items():
+        curves = curves_of(of_kind)
+        if not curves.get(reference):
+            return {}
+        found[kind] = {arm: at_common_loss(fronts, curves[reference]) for arm, fronts in curves.items() if fronts}
+    return found
+
+
+def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Table | None:
+    """Return a table of all arms with the ratio of forgetting to the reference, at equal loss and at equal score.
+
+    Returns None if the reference has no curve.
+    """
+    by_score = {cell: {**row, "validation_loss": 1 - float(row["score"])} for cell, row in results.items()}
+    columns = {
+        f"{kind}, equal {what}": ratio_texts(ratios, reference)
+        for what, cells in (("loss", results), ("score", by_score))
+        for kind, ratios in ratios_to(reference, cells).items()
+    }
+    if not columns:
+        return None
+    by_loss = {arm: fronts for arm, fronts in curves_of(results).items() if fronts}
+    lowest = by_loss[reference]
+    rows = []
+    for arm, fronts in by_loss.items():
+        of_arm = [(cell.seed, float(row["score"])) for cell, row in results.items() if cell.label == arm]
+        scores = [max(score for of_seed, score in of_arm if of_seed == seed) for seed in fronts]
+        reached = sum(front[0].loss <= lowest[seed][0].loss for seed, front in fronts.items() if seed in lowest)
+        rows.append((
+            arm, mean_of([front[0].loss for front in fronts.values()]).text, mean_of(scores).text,
+            *(column.get(arm, "–") for column in columns.values()), f"{reached} of {len(fronts)}",
+        ))  # fmt: skip
     caption = (
-        f"Forgetting is read at the lowest validation loss that {reference} reaches with the same seed, the ratio at "
-        "the lowest loss that both reach: a geometric mean over seeds with its 95 % interval (Student’s t on the "
-        "logarithms). ≥: a lower bound, as in some seed the arm ends above the losses that the reference was trained "
-        f"to. “Seeds”: how many reach the lowest loss of {reference}."
+        f"Forgetting divided by that of {reference}, at the lowest validation loss, or the highest score, that both "
+        "reach with the same seed: geometric means with 95 % intervals over seeds. "
+        f"≥: a lower bound, as {reference} might forget less there at a lower rate. "
+        f"Last column: the seeds that reach the lowest loss of {reference}."
     )
-    header = (
-        "arm", "lowest loss", "forgetting at this loss", f"ratio to {reference}",
-        *(("about pictures", "ratio about pictures") if pictures else ()), "seeds",
-    )  # fmt: skip
-    return Table(header, tuple(rows), caption)
+    return Table(("arm", "lowest loss", "best score", *columns, "reached"), tuple(rows), caption)
 
 
-def _read_cells(reading: Reading | None) -> tuple[str, str]:
-    if reading is None:
-        return "–", "–"
-    forgetting = reading.forgetting.text if reading.forgetting else "not reached"
-    return forgetting, reading.ratio.text if reading.ratio else "–"
+def ratio_texts(ratios: Mapping[str, Ratio | None], reference: str) -> dict[str, str]:
+    """Return the ratios as cells of a table; the reference has 1."""
+    return {arm: "1" if arm == reference else ratio.text if ratio else "–" for arm, ratio in ratios.items()}
 
 
 def _two_digits(x: float) -> str:
