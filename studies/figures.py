@@ -1,12 +1,11 @@
 """Write the measured numbers of README.md and docs/choose.md: `python -m studies.figures`.
 
-A page names each number or table between two comments, <!-- figures: NAME --> and <!-- end -->. All come from the
-CSV files in docs/studies, read as the pages of the studies read them, and from benchmarks/results.json.
+A page has each table between two comments, <!-- figures: NAME --> and <!-- end -->. All numbers come from the CSV files
+in docs/studies, read as the pages of the studies read them.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from studies.study import read_study
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "studies"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "choose.md")
-BLOCK = re.compile(r"(<!-- figures: (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- figures: (.*?) -->).*?(<!-- end -->)", re.DOTALL)
 # Arms of the studies: the default, the same with base_kl, and the study's first form with shorter rows of A.
 LORA, DEFAULT, WITH_KL, SHORT = "lora", "default", "default-own", "gradient"
 
@@ -51,7 +50,11 @@ KEPT = (
 )
 # Setting -> its arm of each study. The arms of `curves` have an earlier form of protection.
 OTHERS = {
-    "the default": {"fixed-a.smollm2": DEFAULT, "fixed-a.minilm": SHORT, "fixed-a.smol-llava": DEFAULT},
+    "the default (MiniLM-L6: shorter rows of A)": {
+        "fixed-a.smollm2": DEFAULT,
+        "fixed-a.minilm": SHORT,
+        "fixed-a.smol-llava": DEFAULT,
+    },
     "`protect` 0.98, shorter rows of A": {"fixed-a.smollm2": f"{SHORT}-0.98"},
     "`protect` 0.9, shorter rows of A": {"fixed-a.smollm2": f"{SHORT}-0.9", "fixed-a.minilm": f"{SHORT}-0.9"},
     "`protect` 0.8, an earlier form": {
@@ -90,10 +93,8 @@ def others() -> str:
     tasks = {"smollm2": "SmolLM2", "minilm": "MiniLM-L6", "smol-llava": "smol-llava, text"}
     rows = []
     for setting, arms in OTHERS.items():
-        texts = {}
-        for name, arm in arms.items():
-            ratio = _ratio(cells_of(name, read_study(name), DOCS), arm)
-            texts[name.partition(".")[2]] = _text(ratio)
+        ratios = {study: _ratio(cells_of(study, read_study(study), DOCS), arm) for study, arm in arms.items()}
+        texts = {study.partition(".")[2]: _text(ratio) for study, ratio in ratios.items()}
         rows.append((setting, *(texts.get(task, "") for task in tasks)))
     return Table(("setting", *tasks.values()), tuple(rows)).markdown()
 
@@ -108,25 +109,12 @@ def rates() -> str:
     return Table(("task", "steps x records", "rates of the default", "of LoRA"), tuple(rows)).markdown()
 
 
-def demo() -> str:
-    """Return how long the demo took, and where."""
-    found = json.loads((ROOT / "benchmarks" / "results.json").read_text(encoding="utf-8"))["demo"]
-    minutes, seconds = divmod(found["result"]["seconds"], 60)
-    return f"{minutes} min {seconds} s on {found['machine']['cores']} cores of an {found['machine']['cpu']}"
-
-
-FIGURES: dict[str, Callable[[], str]] = {"kept": kept, "others": others, "rates": rates, "demo": demo}
+FIGURES: dict[str, Callable[[], str]] = {"kept": kept, "others": others, "rates": rates}
 
 
 def written(page: str) -> str:
-    """Return the text of a page with all its numbers computed again. Raises KeyError for an unknown name."""
-
-    def block(found: re.Match[str]) -> str:
-        new = FIGURES[found[2]]()
-        line = "\n" if new.endswith("\n") else ""  # a table starts a line of its own
-        return f"{found[1]}{line}{new}{found[4]}"
-
-    return BLOCK.sub(block, page)
+    """Return the text of a page with all its tables computed again. Raises KeyError for an unknown name."""
+    return BLOCK.sub(lambda found: f"{found[1]}\n{FIGURES[found[2]]()}{found[3]}", page)
 
 
 def main() -> int:
@@ -147,7 +135,9 @@ def _text(ratio: Ratio | None) -> str:
 
 def _rates(cells: Mapping[Cell, CellNumbers], arm: str) -> str:
     """Return the rates of an arm that ran with its first seed; the one with the lowest loss is bold."""
-    losses = {c.learning_rate: float(row["validation_loss"]) for c, row in cells.items() if (c.label, c.seed) == (arm, 0)}
+    losses = {
+        c.learning_rate: float(row["validation_loss"]) for c, row in cells.items() if (c.label, c.seed) == (arm, 0)
+    }
     best = min(losses, key=losses.__getitem__)
     return ", ".join(f"**{rate:g}**" if rate == best and len(losses) > 1 else f"{rate:g}" for rate in sorted(losses))
 
