@@ -1,6 +1,6 @@
 """Recipes and launcher configurations as data: YAML recipes, DeepSpeed JSON, accelerate YAML.
 
->>> "gradient-llava-1.5-7b" in names()
+>>> "milora-llava-1.5-7b" in names()
 True
 """
 

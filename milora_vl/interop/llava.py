@@ -1,4 +1,4 @@
-"""Run the training code of LLaVA and LLaVA-NeXT with MiLoRA instead of LoRA, without changes to that code:
+"""Run the training code of LLaVA with MiLoRA instead of LoRA, without changes to that code:
 
     python -m milora_vl.interop.llava llava/train/train_mem.py --lora_enable True --lora_r 128 ...
 
@@ -32,7 +32,7 @@ RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "
 
 
 @contextmanager
-def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: float | None = None) -> Iterator[None]:
+def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: float = 0.0) -> Iterator[None]:
     """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.

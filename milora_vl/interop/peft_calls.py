@@ -18,6 +18,7 @@ from milora_vl.core.adapter.reinit import reinit_peft, restore_split
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.calibration.texts import calibration_texts
+from milora_vl.core.policy.methods import what_trains
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.svd import Part
 
@@ -30,21 +31,20 @@ def replacement(stock: Callable[..., Any], part: Part, protect: float) -> Callab
 
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
-        texts = _texts(model, protect) if isinstance(peft_config, LoraConfig) else None
+        texts = _texts(model) if protect and isinstance(peft_config, LoraConfig) else None
         adapted = stock(model, peft_config, *args, **kwargs)
         if not isinstance(peft_config, LoraConfig):
             sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
             return adapted
         _remove_vision_adapters(adapted)
         try:
-            tuned = reinit_peft(adapted, part, protect=protect if texts else 0.0, calibration=texts, progress=True)
+            tuned = reinit_peft(adapted, part, protect=protect, calibration=texts, progress=True)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
-        method = tuned.milora_targets[0].method
-        protected = f", off {protect:.0%} of the inputs of ordinary text" if texts else ""
-        sys.stderr.write(f"milora: method {method} on {amount(len(tuned.milora_targets), 'module')}{protected}\n")
+        method, modules = tuned.milora_targets[0].method, amount(len(tuned.milora_targets), "module")
+        sys.stderr.write(f"milora: method {method} on {modules}: {what_trains(method, protect)}\n")
         return tuned
 
     return get_peft_model
@@ -66,18 +66,20 @@ def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     return from_pretrained
 
 
-def _texts(model: Any, protect: float) -> list[dict[str, Tensor]] | None:
-    if not protect:
-        return None
+def _texts(model: Any) -> list[dict[str, Tensor]]:
     is_slow = torch.accelerator.is_available() and next(model.parameters()).device.type == "cpu"
-    where = " on the CPU (hours for a 7B: move the model to its GPU first, or pass protect=0)" if is_slow else ""
+    where = " on the CPU (hours for a 7B: move the model to its GPU first)" if is_slow else ""
     sys.stderr.write(f"milora: the base model writes texts, to find the inputs of ordinary text{where}\n")
     try:
         return calibration_texts(model)
     except (CalibrationError, AttributeError, NotImplementedError, TypeError, ValueError) as error:
         # A class of the calling code may have a `generate` that the installed transformers cannot call.
-        sys.stderr.write(f"milora: inputs are not protected, since the base model cannot write: {first_line(error)}\n")
-        return None
+        raise UserError(
+            f"the base model cannot write the texts that find its inputs: {first_line(error)}",
+            code="calibration-cannot-generate",
+            where="protect",
+            hint="train without protect",
+        ) from error
 
 
 def _remove_vision_adapters(model: Any) -> None:

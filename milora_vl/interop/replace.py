@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from milora_vl.common.cli.command_line import beside, run
 from milora_vl.common.cli.flags import Command, option
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.default import PROTECTED
 
 if TYPE_CHECKING:
     from milora_vl.core.svd import Part
@@ -26,14 +25,14 @@ PARTS = ("minor", "principal", "random")
 
 
 @contextmanager
-def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float | None = None) -> Iterator[None]:
+def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float = 0.0) -> Iterator[None]:
     """Inside this context `get_peft_model` creates the same LoRA with MiLoRA's initialization and anchor.
 
     The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
     imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
     `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
-    `protect` is the share of the input energy of ordinary text that updates leave alone; 0 for none, and None for 0.95
-    if minor components train. A model that cannot write text protects nothing, and prints that.
+    `protect` is the share of the input energy of ordinary text that updates leave alone: the base model writes the
+    texts, and A is fixed off their inputs.
 
     >>> import peft, torch
     >>> with get_peft_model_replaced():
@@ -48,8 +47,6 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float 
     from milora_vl.common.compat.peft import calls_replaced
     from milora_vl.interop.peft_calls import replacement, restoring_loader  # before: they need the stock functions
 
-    if protect is None:
-        protect = PROTECTED if part == "minor" else 0.0
     if not 0 <= protect < 1:
         raise UserError(
             f"expected a share from 0 to below 1, got {protect}",
@@ -84,9 +81,9 @@ def launcher(name: str, about: str, example: str) -> Command:
             option(
                 "--protect",
                 type=float,
+                default=0.0,
                 metavar="SHARE",
-                help="share of the input energy of ordinary text that updates leave alone; 0: none "
-                f"(default: {PROTECTED} for minor components)",
+                help="share of the input energy of ordinary text that updates leave alone (default: %(default)s)",
             ),
             option(
                 "--in",

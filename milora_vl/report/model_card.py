@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.policy.methods import what_trains
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -37,7 +38,7 @@ def render(path: Path, recipe: Mapping[str, Any]) -> str:
         _scores(path),
         "## Repeat\n\n```\npython -m milora_vl.train --recipe recipe.yaml --output_dir NEW_FOLDER\n```\n\n"
         "`recipe.yaml` contains all settings, `environment.json` the versions, `policy.json` the trained modules and\n"
-        "the measurements per layer. Method: MiLoRA, arXiv:2406.09044.",
+        "the measurements per layer.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -127,7 +128,9 @@ def _summary(path: Path, recipe: Mapping[str, Any], environment: dict[str, Any])
 
 
 def _rule_text(rule: dict[str, Any]) -> str:
-    return f"`{rule.get('modules')}`: " + ", ".join(f"{k} {v}" for k, v in rule.items() if k != "modules")
+    fields = ", ".join(f"{k} {v}" for k, v in rule.items() if k != "modules")
+    trains = f" ({what_trains(rule['method'], rule.get('protect'))})" if "method" in rule else ""
+    return f"`{rule.get('modules')}`: {fields}{trains}"
 
 
 def _usage(path: Path, recipe: Mapping[str, Any], base: str) -> str:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from milora_vl.common.cli.table import Table
-from milora_vl.core.policy.methods import METHODS, label_of
+from milora_vl.core.policy.methods import label_of, what_trains
 from milora_vl.report.run_page import Comparison, Json, Run, Score
 from milora_vl.report.wording import amount, forgetting_rows, gain, number, percent
 
@@ -24,13 +24,13 @@ def policy_table(run: Run) -> Table:
     targets = sorted(run.policy.get("targets", ()), key=_treatment)
     shares = {str(layer["path"]): layer.get("energy") for layer in run.policy.get("layers", ())}
     rows = []
-    for (tower, method, rank, alpha, rate, protected), members in groupby(targets, key=_treatment):
+    for (tower, method, rank, alpha, rate, protect), members in groupby(targets, key=_treatment):
         paths = [str(target["path"]) for target in members]
         energy = _span([100 * share for path in paths if (share := shares.get(path)) is not None])
         cells = (
             tower,
             f"{len(paths):,}",
-            label_of(method) + protected,
+            label_of(method) + (f", off {100 * protect:g} % of the inputs" if protect else ""),
             _cell(rank or None),
             _cell(alpha or None),
             _cell(rate or None),
@@ -41,10 +41,8 @@ def policy_table(run: Run) -> Table:
         f"{trainable:,} of {total:,} parameters train ({percent(trainable / total)})." if trainable and total else ""
     )
     header = ("tower", "modules", "method", "rank", "alpha", "learning rate", "share of ‖W‖² in the adapter")
-    names = dict.fromkeys(str(target["method"]) for target in targets)
-    trains = [f"{METHODS[name].label}: {METHODS[name].trains}." for name in names if name in METHODS]
-    if any(target.get("protect") for target in targets):
-        trains.append("Off the protected inputs, A stays at its start, and B trains from zero.")
+    kinds = dict.fromkeys((str(target["method"]), target.get("protect") or 0.0) for target in targets)
+    trains = [f"{label_of(method)}: {words}." for method, share in kinds if (words := what_trains(method, share))]
     caption = " ".join(["Trained modules by rule; all other modules are frozen.", *trains, share]).strip()
     return Table(header, tuple(rows), caption)
 
@@ -116,18 +114,9 @@ def _note(score: Score) -> str:
     return "; ".join(notes)
 
 
-def _treatment(target: Json) -> tuple[str, str, int, float, float, str]:
+def _treatment(target: Json) -> tuple[str, str, int, float, float, float]:
     numbers = (target.get("rank") or 0, target.get("alpha") or 0.0, target.get("learning_rate") or 0.0)
-    return (str(target.get("tower") or "–"), str(target["method"]), *numbers, _protected(target.get("protect")))
-
-
-def _protected(share: float | None) -> str:
-    """Return the text that a rule's `protect` adds to its method.
-
-    >>> _protected(0.95)
-    ', off 95 % of the inputs'
-    """
-    return f", off {100 * share:g} % of the inputs" if share else ""
+    return (str(target.get("tower") or "–"), str(target["method"]), *numbers, target.get("protect") or 0.0)
 
 
 def _span(values: Iterable[float]) -> str:

@@ -128,7 +128,7 @@ def _phrase(error: Exception) -> str:
 def _rules(model: Any) -> list[dict[str, Any]]:
     """Return the default rules for a model, with MiLoRA of rank 2 and without protected inputs."""
     rules = edited(None, PolicyEdits(method="milora", rank=2))
-    rules = [{key: value for key, value in rule.items() if key not in ("protect", "dropout")} for rule in rules]
+    rules = [{key: value for key, value in rule.items() if key != "dropout"} for rule in rules]
     return rules if find_towers(model).projector else without_projector(rules)
 
 

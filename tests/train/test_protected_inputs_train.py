@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl import load_adapter
+from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
@@ -226,6 +227,8 @@ def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path
     assert main(training(tiny_data, run, *PROTECT, "--dry-run")) == 0
     plan = capfd.readouterr().out
     assert "of the input directions protected" in plan
+    assert "language  milora: A fixed at minor directions, off 50 % of the inputs; B trains\n" in plan
+    assert "language  gradient: A fixed along the task's gradient, off 50 % of the inputs; B trains\n" in plan
     assert main(training(tiny_data, run, *PROTECT, "--max_steps", "1")) == 0
     assert "protected inputs  projector: " in capfd.readouterr().err
     protection = read_json(run, "policy.json")["protection"]
@@ -237,6 +240,26 @@ def test_the_plan_and_the_report_show_protected_inputs(tiny_data: Path, tmp_path
     assert [row[:2] for row in rows] == [("language", "14"), ("projector", "2")]
     assert all("%" in cell for cell in rows[0][2:6])
     assert "Protected inputs: means over layers" in (run / "report.html").read_text()
+
+
+def test_method_milora_trains_the_minor_triplets_whatever_the_recipe_protects(
+    tiny_data: Path, tmp_path: Path, capfd: Any
+) -> None:
+    run = tmp_path / "run"
+    assert main(training(tiny_data, run, *PROTECT, "--method", "milora", "--max_steps", "2")) == 0
+    assert "language  milora: A and B, from the minor singular triplets" in capfd.readouterr().err
+    base = tiny_llava()[0]
+    weights = {path: module.weight.detach() for path, module in base.named_modules() if hasattr(module, "weight")}
+    tuned = load_adapter(base, run, is_trainable=True)
+    assert len(tuned.milora_targets) == 16
+    for target in tuned.milora_targets:
+        U, S, Vh = torch.linalg.svd(weights[target.path], full_matrices=False)
+        r, layer = target.rank, lora_layer(tuned, target.path)
+        A, B = layer.lora_A["default"], layer.lora_B["default"]
+        minor = (U[:, -r:] * S[-r:]) @ Vh[-r:]
+        torch.testing.assert_close(target.scaling * B.anchor @ A.anchor, minor, rtol=0, atol=1e-5)
+        assert B.delta.any(), "the left factor trains"
+        assert A.delta.any(), "and so does the right one"
 
 
 def test_the_plan_counts_each_input_once(tiny_llama) -> None:

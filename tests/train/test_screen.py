@@ -33,7 +33,7 @@ def test_one_row_for_what_is_alike(tiny_llava: Callable[..., Any]) -> None:
         ("projector", "2", "full", "-", "-"),
     ]
     assert [row[6] for row in rows] == ["0.0002", "0.0002", "0.0003"]
-    assert rows[2][5:] == ("6,272", "0.0003", "-", "-")
+    assert rows[2][5:] == ("6,272", "0.0003", "-", "-", "the weight itself")
     assert " - " in rows[0][7]
     assert rows[0][8].endswith(" %")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

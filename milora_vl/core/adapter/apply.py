@@ -57,9 +57,10 @@ def apply_milora(
     has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).
 
-    `calibration` is for rules with `protect`: arguments of the model's forward, one mapping per batch, for example
-    {"input_ids": ..., "attention_mask": ...}. The base model runs on them once. `task` is for rules with
-    `method: gradient`: a few training batches of the same kind, with labels; the base model runs forward and backward.
+    `calibration` is for rules with `protect`, and for `method: gradient`, whose default is 0.95: arguments of the
+    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. The base model runs
+    on them once. `task` is for `method: gradient`: a few training batches of the same kind, with labels; the base model
+    runs forward and backward.
 
     Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.

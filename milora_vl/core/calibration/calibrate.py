@@ -30,7 +30,7 @@ def protected_inputs(
     cache_dir: str | Path | None = None,
     is_shown: bool = False,
 ) -> ProtectedInputs | None:
-    """Return the protected inputs of all targets whose rule has `protect`, or None without such rules.
+    """Return the protected inputs of all targets with `protect`, or None without such targets.
 
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
     protect almost nothing, and about too little data. Raises CalibrationError as `find_inputs`,
@@ -48,10 +48,10 @@ def protected_inputs(
         )
     if batches is None:
         raise CalibrationError(
-            "protect needs calibration batches",
+            f"{wanted[0].path} protects {wanted[0].protect:.0%} of its inputs, which needs calibration batches",
             code="calibration-missing",
             where="calibration",
-            hint='pass  calibration=[{"input_ids": ..., "attention_mask": ...}, ...]  to apply_milora',
+            hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
         )
     _require_batches(batches, "calibration")
     cache = None if cache_dir is None else Path(cache_dir)

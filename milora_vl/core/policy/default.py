@@ -1,4 +1,4 @@
-"""The default policy: what `milora_vl.train` trains without a recipe, and the share of the inputs that it protects."""
+"""The default policy: what `milora_vl.train` trains without a recipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 RuleDict = dict[str, Any]
-
-PROTECTED = 0.95  # docs/studies/fixed-a.md
 
 # What forgets least at equal loss: docs/studies/fixed-a.md. Rank and rates are from the paper's LLaVA-1.5-7B (arXiv:
 # 2406.09044, Table 11), and the projector trains as in LLaVA's script.
@@ -19,7 +17,6 @@ DEFAULT_RULES: tuple[RuleDict, ...] = (
         "alpha": 128,
         "dropout": 0.05,
         "learning_rate": 2e-4,
-        "protect": PROTECTED,
     },
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
 )

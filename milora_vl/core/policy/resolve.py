@@ -176,9 +176,10 @@ def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     rank: int = fields["rank"]
     if rank > min(shape) and fields["method"] not in ("lora", "dora"):
         raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
-    if fields.get("protect"):
+    share = fields.get("protect", METHODS[fields["method"]].protect)
+    if share:
         _require_protectable(module, fields)
-    return Target(path=path, shape=shape, tower=tower, **{**fields, "alpha": _alpha(plan)})
+    return Target(path=path, shape=shape, tower=tower, **{**fields, "alpha": _alpha(plan), "protect": share})
 
 
 def _require_protectable(module: nn.Module, fields: dict[str, Any]) -> None:

@@ -72,6 +72,11 @@ class Rule(RulePart):
         """Return the fields this rule sets, without `modules`."""
         return {name: value for name, value in self if name != "modules" and value is not None}
 
+    def in_force(self) -> dict[str, Any]:
+        """Return the rule as a mapping, as in YAML, with the share that its method protects by default."""
+        share = {} if self.method is None else {"protect": METHODS[self.method].protect}
+        return share | self.model_dump(exclude_defaults=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:

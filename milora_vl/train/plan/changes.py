@@ -126,8 +126,8 @@ def shown(value: Any) -> str:
 def _flat(side: Side) -> Iterator[tuple[str, Any]]:
     """Yield all keys of a recipe with their values; training arguments include defaults, rules the rates of the run."""
     rules = side.recipe.policy
-    for number, rule in enumerate(Policy.parse(list(rules)).to_list() if rules else ()):
-        in_force = {name: side.train(name) for name in ("learning_rate", "weight_decay")} | rule
+    for number, rule in enumerate(Policy.parse(list(rules)).rules if rules else ()):
+        in_force = {name: side.train(name) for name in ("learning_rate", "weight_decay")} | rule.in_force()
         yield from ((f"policy[{number}].{name}", value) for name, value in in_force.items())
     for name in type(side.recipe).model_fields:
         value = getattr(side.recipe, name)

@@ -44,7 +44,7 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
                 check(recipe, base, targets)
     if base is None or problems:
         raise RecipeError(problems=problems, source=settings.source)
-    return recipe, base, targets, [*settings.warnings, *_warnings(recipe, base)]
+    return recipe, base, targets, [*settings.warnings, *_warnings(recipe, base, targets)]
 
 
 def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
@@ -138,8 +138,8 @@ def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None
         )
 
 
-def _reads_texts(recipe: Recipe) -> bool:
-    return bool(recipe.base_kl.weight) or any(rule.get("protect") for rule in recipe.policy or ())
+def _reads_texts(recipe: Recipe, targets: Sequence[Target]) -> bool:
+    return bool(recipe.base_kl.weight) or any(target.protect for target in targets)
 
 
 def _require_calibration_files(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -179,13 +179,13 @@ def _require_trained_parts(recipe: Recipe, base: Base, targets: Sequence[Target]
         )
 
 
-def _warnings(recipe: Recipe, base: Base) -> list[str]:
+def _warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str]:
     """Return warnings about settings without effect, and about pictures that fit this model badly."""
     messages = bases.warnings(recipe.parts, base)
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
-    if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe):
-        messages.append("the calibration has no effect: no rule has  protect,  and keep has no weight")
+    if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe, targets):
+        messages.append("the calibration has no effect: no rule has  protect,  and base_kl has no weight")
     if recipe.base_kl != BaseKLConfig() and not recipe.base_kl.weight:
         messages.append("base_kl.texts has no effect: base_kl.weight is 0")
     tiling, longest = base.tiling, recipe.data.max_length

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
 
+from milora_vl.core.policy.methods import what_trains
 from milora_vl.core.policy.towers import TOWERS, find_towers
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from milora_vl.core.policy import Target
 
 Rows = Sequence[tuple[str, str]]
-COLUMNS = ("tower", "modules", "method", "rank", "alpha", "parameters", "rate", "trained sigma / max", "energy")
+COLUMNS = (
+    "tower", "modules", "method", "rank", "alpha", "parameters", "rate", "trained sigma / max", "energy", "trains",
+)  # fmt: skip
 
 
 class Screen:
@@ -64,23 +67,25 @@ class Screen:
             self.say(f"{name:<{width}}  {value}")
 
     def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
-        """Print the table of trained modules (see `policy_rows`), and the frozen towers."""
+        """Print the table of trained modules (see `policy_rows`) with the frozen towers, then what trains in words."""
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in COLUMNS:
+        for name in COLUMNS[:-1]:
             table.add_column(name, justify="left" if name in ("tower", "method") else "right")
-        for row in rows:
-            table.add_row(*row)
+        for *cells, _ in rows:
+            table.add_row(*cells)
         for tower in frozen:
             table.add_row(tower, "-", "frozen")
         self.console.print(table)
+        for line in dict.fromkeys(f"{row[0]}  {row[2]}: {row[-1]}" for row in rows):
+            self.say(line)
 
 
 def policy_rows(
     targets: Sequence[Target], sizes: Mapping[str, int], report: Sequence[LayerReport] = ()
 ) -> list[tuple[str, ...]]:
-    """Return one row per (tower, method, rank, alpha, learning rate, protected directions), in order of the towers.
+    """Return one row per (tower, method, rank, alpha, learning rate, protected share), in order of the towers.
 
     The targets have resolved rates (`rates.in_force`). `sizes` maps the path of a target to its number of trained
     parameters, `report` holds measurements of the adapters.
@@ -90,20 +95,21 @@ def policy_rows(
     rows: list[tuple[str, ...]] = []
     for kind, members in groupby(ordered, key=_kind):
         group = list(members)
-        tower, method, rank, alpha, rate, protected = kind
+        tower, method, rank, alpha, rate, protect = kind
         layers = [measured[t.path] for t in group if t.path in measured]
         shares = [s / layer.sigma_top for layer in layers for s in (layer.sigma_min, layer.sigma_max)]
         rows.append(
             (
                 tower,
                 f"{len(group):,}",
-                "\n".join([method, *((f"off {protected}",) if protected else ())]),
+                method,
                 f"{rank}" if rank else "-",
                 f"{alpha:g}" if alpha else "-",
                 f"{sum(sizes[t.path] for t in group):,}",
                 f"{rate:g}",
                 _span(shares, "{:.2g}"),
                 _span([100 * layer.energy for layer in layers], "{:.2g}", " %"),
+                what_trains(method, protect),
             )
         )
     return rows
@@ -186,10 +192,9 @@ def trainable_text(trained: int, total: int) -> str:
     return f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
 
 
-def _kind(target: Target) -> tuple[str, str, int, float, float, str]:
+def _kind(target: Target) -> tuple[str, str, int, float, float, float]:
     numbers = (target.rank or 0, target.alpha or 0.0, target.learning_rate or 0.0)
-    protected = f"{target.protect:.0%} of the inputs" if target.protect else ""
-    return (target.tower or "", target.method, *numbers, protected)
+    return (target.tower or "", target.method, *numbers, target.protect)
 
 
 def _span(values: Sequence[float], form: str, unit: str = "") -> str:

@@ -22,6 +22,7 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
 )
 from milora_vl.core.policy import Policy, Target
+from milora_vl.core.policy.methods import METHODS
 from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.recipe.schema import Recipe
 
@@ -90,7 +91,8 @@ def _rule_of(target: Target) -> dict[str, Any]:
     >>> _rule_of(Target(path="lm.q", shape=(4, 4), tower="language", method="lora", rank=2, alpha=2.0))
     {'modules': 'lm.q', 'method': 'lora', 'rank': 2, 'alpha': 2.0}
     """
-    defaults = Target(path="", shape=(), tower=None, method=target.method).to_dict()
+    share = METHODS[target.method].protect
+    defaults = Target(path="", shape=(), tower=None, method=target.method, protect=share).to_dict()
     fields = {name: value for name, value in target.to_dict().items() if value != defaults[name]}
     rule = {name: value for name, value in fields.items() if name not in ("path", "shape", "tower")}
     return {"modules": target.path, "method": target.method, **rule}
@@ -121,7 +123,7 @@ def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) ->
 
 
 def _without_rates(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in rule.items() if k not in RATES} for rule in Policy.parse(list(rules)).to_list()]
+    return [{k: v for k, v in rule.in_force().items() if k not in RATES} for rule in Policy.parse(list(rules)).rules]
 
 
 def _scale(rule: Mapping[str, Any]) -> float:

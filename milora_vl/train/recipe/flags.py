@@ -15,9 +15,9 @@ from typing import Any
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli.flags import RECORDS
 from milora_vl.common.errors import Problem, UserError
-from milora_vl.core.policy.default import PROTECTED
+from milora_vl.core.policy.methods import METHODS as RULE_METHODS
 from milora_vl.train.recipe import hf_flags, llava_flags
-from milora_vl.train.recipe.policy_edits import METHODS, PROTECTING, PolicyEdits
+from milora_vl.train.recipe.policy_edits import METHODS, PolicyEdits
 from milora_vl.train.recipe.recipe_file import RecipeFile, read_recipe
 
 PROG = "python -m milora_vl.train"
@@ -126,13 +126,13 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
 }
 # flag -> (field of PolicyEdits, type, other spellings, help)
 POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
-    "method": ("method", "str", (), f"method of the adapter rules: {', '.join(METHODS)}"),
+    "method": ("method", "str", (), f"method of the adapter rules; drops their protect: {', '.join(METHODS)}"),
     "protect": (
         "protect",
         "float",
         (),
         "share of the input energy of ordinary text and pictures that updates leave alone; 0: none "
-        f"[{PROTECTED} for {' and '.join(PROTECTING)} without a policy]",
+        f"[gradient: {RULE_METHODS['gradient'].protect}, other methods: 0]",
     ),
     "rank": ("rank", "int", ("lora_r",), "rank of the adapter rules, as PEFT stores it; doubled by an anchor"),
     "alpha": ("alpha", "float", ("lora_alpha",), "alpha of the adapter rules; the scale is alpha/rank"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.default import DEFAULT_RULES, PROTECTED, without_projector
+from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
 
 # name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in command_line.py.
 FLAGS: dict[str, tuple[str, str]] = {
@@ -143,7 +143,7 @@ def _rules(
         # LLaVA's defaults for flags that the script does not set.
         rank = 64 if rank is None else rank
         rule = {"rank": rank, "alpha": 16 if alpha is None else alpha, "dropout": 0.05 if dropout is None else dropout}
-        language = {"modules": "language", "method": DEFAULT_RULES[0]["method"], "protect": PROTECTED, **rule}
+        language = {"modules": "language", "method": DEFAULT_RULES[0]["method"], **rule}
         return [language, *projector], (
             f"--lora_enable True trains an adapter of rank {rank} on the language tower {of_projector}"
         )

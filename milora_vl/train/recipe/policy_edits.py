@@ -14,9 +14,6 @@ ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in meth
 METHODS = (*ADAPTERS, "full", "projector")
 ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
 
-# `protect` goes with these methods; others are compared with them in their usual form.
-PROTECTING = ("milora", "gradient")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyEdits:
@@ -34,7 +31,7 @@ class PolicyEdits:
 def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[Section]:
     """Return the rules after the flags; `full` and `frozen` rules keep their fields. A changed field is at its flag.
 
-    Another method than ours drops `protect`, unless the flag sets it: `--method lora` is the LoRA of PEFT.
+    A method drops `protect` of the rules, so that it is its authors' method: `--method milora` is the paper's.
 
     Raises UserError for a flag without effect.
 
@@ -90,12 +87,12 @@ def _edit_adapter(rule: Section, edits: PolicyEdits) -> None:
         if "method" in rule:
             rule.put("method", edits.method, "--method")
         dropped = {"sigma", "seed"} - RULE_METHODS[edits.method].fields  # of the initial factors of the old method
-        for name in dropped | (set() if edits.method in PROTECTING else {"protect"}):
+        for name in dropped | {"protect"}:
             rule.pop(name, None)
     is_exception = "method" not in rule and rule.get("protect") == 0  # such as {modules: language.mlp, protect: 0}
     if edits.protect is not None and not is_exception:
         rule.pop("protect", None)
-        if edits.protect and "method" in rule:
+        if "method" in rule and (edits.protect or RULE_METHODS[rule["method"]].protect):
             rule.put("protect", edits.protect, "--protect")
     if edits.rank is not None:
         old, alpha = rule.get("rank"), rule.get("alpha")

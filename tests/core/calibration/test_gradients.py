@@ -26,7 +26,7 @@ from support.family_configs import batch, build
 from support.launched import needs_deepspeed, results_of_two
 from support.problems import raises_code
 
-RULES = one_rule(method="gradient", rank=4)
+RULES = one_rule(method="gradient", rank=4, protect=0)
 IDS = token_batch(200, 12, 20)
 TASK = [{"input_ids": rows, "labels": rows} for rows in IDS.split(4)]
 
@@ -187,9 +187,8 @@ def test_it_starts_at_the_base_learns_and_stays_off_protected_inputs(tiny_llama,
 
 def test_pictures_reach_the_projector_and_a_frozen_tower_is_no_obstacle(tiny_llava) -> None:
     base = tiny_llava()[0]
-    rules = [
-        {"modules": name, "method": "gradient", "rank": 2} for name in ("language", "projector", "vision.layers[0]")
-    ]
+    towers = ("language", "projector", "vision.layers[0]")
+    rules = [{"modules": name, "method": "gradient", "rank": 2, "protect": 0} for name in towers]
     task = [{**batch, "labels": batch["input_ids"]} for batch in llava_batches(base) if "pixel_values" in batch]
     model = apply_milora(base, rules, task=task)
     assert {target.tower for target in model.milora_targets} == {"language", "projector", "vision"}
@@ -198,7 +197,8 @@ def test_pictures_reach_the_projector_and_a_frozen_tower_is_no_obstacle(tiny_lla
 def test_layers_without_a_gradient_are_counted_and_get_random_rows(tiny_llava, tiny_llama) -> None:
     """LLaVA reads the vision tower before its last block, and text reaches no projector."""
     base = tiny_llava()[0]
-    rules = [{"modules": name, "method": "gradient", "rank": 2} for name in ("language", "projector", "vision")]
+    towers = ("language", "projector", "vision")
+    rules = [{"modules": name, "method": "gradient", "rank": 2, "protect": 0} for name in towers]
     task = [{**batch, "labels": batch["input_ids"]} for batch in llava_batches(base) if "pixel_values" in batch]
     with pytest.warns(UserWarning, match=r"6 of 34 layers get no gradient.*vision_tower.*layers\.2"):
         apply_milora(base, rules, task=task)
@@ -207,7 +207,7 @@ def test_layers_without_a_gradient_are_counted_and_get_random_rows(tiny_llava, t
     A = [lora_layer(model, t.path).lora_A["default"].weight for t in model.milora_targets if t.tower == "projector"]
     assert all(rows.count_nonzero() == rows.numel() for rows in A)
     one = [{"input_ids": IDS[:1, :3], "labels": IDS[:1, :3]}]  # two tokens give a gradient of rank two
-    model = apply_milora(tiny_llama()[0], one_rule(method="gradient", rank=8), task=one)
+    model = apply_milora(tiny_llama()[0], one_rule(method="gradient", rank=8, protect=0), task=one)
     for target in model.milora_targets:
         rows = lora_layer(model, target.path).lora_A["default"].weight
         assert (rows.abs() > 1e-3 * rows.abs().max()).float().mean() > 0.9, "no row is a unit vector"

@@ -170,6 +170,16 @@ def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
         main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
 
 
+def test_the_recipe_of_milora_shows_the_papers_method_on_both_towers(capsys: Any) -> None:
+    with raises_code("data-missing-file"):
+        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
+    shown = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+    assert ["language", "224", "milora", "128"] in shown
+    assert ["projector", "2", "milora", "64"] in shown
+    assert ["language", "milora:", "A", "and"] in shown
+    assert ["projector", "milora:", "A", "and"] in shown
+
+
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
     with raises_code("data-missing-file", where="llava_v1_5_mix665k"):
         main(["--recipe", "gradient-llava-1.5-7b", "--dry-run"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.default import DEFAULT_RULES, PROTECTED
+from milora_vl.core.policy.default import DEFAULT_RULES
 from milora_vl.train.command import main as train
 from support.plans import fitted, plan, section, settings
 from support.problems import raises_code
@@ -54,8 +54,8 @@ def test_methods_differ_only_by_their_name(method: str) -> None:
     base = settings("--recipe gradient-llava-1.5-7b").recipe
     assert chosen.policy is not None
     assert base.policy is not None
-    kept = {name: value for name, value in base.policy[0].items() if name != "protect" or method == "milora"}
-    assert chosen.policy[0] == kept | {"method": method}  # others are as they are known elsewhere
+    kept = {name: value for name, value in base.policy[0].items() if name != "protect"}
+    assert chosen.policy[0] == kept | {"method": method}  # as its authors mean it
     assert chosen.model_copy(update={"policy": base.policy}) == base
 
 
@@ -63,7 +63,7 @@ def test_a_llava_script_means_milora_with_its_rank_and_its_projector_rate() -> N
     chosen = settings(FINETUNE_LORA)
     assert chosen.recipe.policy == [
         {
-            "modules": "language", "method": DEFAULT_RULES[0]["method"], "protect": PROTECTED,
+            "modules": "language", "method": DEFAULT_RULES[0]["method"],
             "rank": 128, "alpha": 256, "dropout": 0.05, "learning_rate": 2e-4,
         },
         {"modules": "projector", "method": "full", "learning_rate": 2e-5},
@@ -128,7 +128,7 @@ def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
     assert frozen.recipe.policy == plain[:1]
     assert frozen.recipe.data.image_aspect_ratio == "pad"
     lora = settings("--model tiny --method lora --rank 8 --freeze_mm_mlp_adapter True").recipe.policy
-    assert lora == [{name: value for name, value in plain[0].items() if name != "protect"} | {"method": "lora"}]
+    assert lora == [plain[0] | {"method": "lora"}]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,19 @@ def test_the_papers_recipe_is_that_of_table_11() -> None:
     assert (train["lr_scheduler_type"], train["warmup_steps"], train["num_train_epochs"]) == ("cosine", 0.03, 1)
 
 
+@pytest.mark.parametrize("name", ["milora-llava-1.5-7b", "milora-llava-1.5-13b", "milora-llava-v1.6-mistral-7b"])
+def test_the_recipes_of_milora_train_the_papers_method_on_both_towers(name: str) -> None:
+    trained = fitted(["--recipe", name]).targets
+    settings_of = {(t.tower, t.method, t.rank, t.scaling, t.learning_rate, t.protect, t.has_anchor) for t in trained}
+    rest = (1.0, 2e-4, 0.0, True)
+    assert settings_of == {("language", "milora", 128, *rest), ("projector", "milora", 64, *rest)}
+
+
+@pytest.mark.parametrize("name", ["gradient-llava-1.5-7b", "gradient-llava-1.5-13b", "gradient-llava-v1.6-mistral-7b"])
+def test_the_recipes_of_gradient_train_what_the_default_trains(name: str) -> None:
+    assert fitted(["--recipe", name]).targets == fitted(["--model", str(recipe(name).model)]).targets
+
+
 def test_the_recipe_of_lora_trains_on_the_same_data_at_the_same_rates() -> None:
     lora, ours = recipe("lora-llava-1.5-7b"), recipe("gradient-llava-1.5-7b")
     assert lora.policy is not None
