@@ -17,7 +17,7 @@ from milora_vl.common.cli.flags import Command, flag, option, shared
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.runner import alone
 from studies.study import Study, chosen, read_study, study_names
-from studies.tasks import task_class
+from studies.tasks import require_task
 
 if TYPE_CHECKING:
     from studies.runner import Folder
@@ -45,7 +45,12 @@ examples:
     ),
     outputs=(
         shared("output_dir", default=Path("runs/studies"), about="output folder (default: %(default)s)"),
-        option("--docs", type=Path, metavar="FOLDER", help="write the results into QUESTION.md in this folder"),
+        option(
+            "--docs",
+            type=Path,
+            metavar="FOLDER",
+            help="write finished cells into the CSV files and QUESTION.md in this folder, and run none",
+        ),
         shared("format"),
     ),
 )
@@ -86,7 +91,10 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     if options.plan:
         next_step("studies", name)
         return 0
-    task_class(study.task)  # raises UserError for missing packages or data before the workers start
+    if options.docs:
+        sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
+        return 0
+    require_task(study.task)  # before the workers start
     command = f"python -m studies {name}"
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:
@@ -100,8 +108,6 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
         written, table = page.write(folder, command)
     as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
     sys.stdout.write(f"{as_json if options.format == 'json' else table.markdown()}\n")
-    if options.docs:
-        sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
     failed = [cell for cell in runner.all_cells(folder) if folder.failure(cell)]
     for cell in failed:
         sys.stderr.write(
@@ -110,7 +116,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     sys.stderr.write(f"page: {written}\n")
     next_step(
         "studies",
-        *((name, "--retry") if failed else ("--list",) if options.docs else (name, "--docs", "FOLDER")),
+        *((name, "--retry") if failed else (name, "--docs", "FOLDER")),
     )
     return 1 if failed else 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,19 @@ from typing import Any
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
-from milora_vl.report.plots import png
+from milora_vl.report.plots import png, write_csv
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.curves import about_pictures, at_common_loss, curves_of
-from milora_vl.sweep.plots import Panel, curves_figure, pareto_figure
+from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
+from milora_vl.sweep.plots import ratios_figure, score_figure
 from milora_vl.sweep.results import Arm, arms, mean_of
 from studies.runner import Folder, all_cells, finished
 from studies.study import Study, chosen, read_study
 from studies.tasks import task_class
 
-_CURVES = "forgetting over validation loss"
+_FEW = 4  # a table alone shows fewer arms
+_ABOUT_PICTURES = "KL on answers about pictures, nats per token"
+_RATIO = "Forgetting divided by that of {}, at [equal loss](index.md#how-they-are-read)"
 # Optional columns of cells.csv, with their headings.
 _MORE = {"forgetting_pictures": "of pictures", "update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}
 
@@ -87,45 +88,57 @@ def _row(arm: Arm, results: Mapping[Cell, CellNumbers], more: Sequence[str], see
 
 
 def document(name: str, folder: Folder, docs: Path) -> Path:
-    """Write the results into the page of the question in `docs`: the cells as CSV, the figures, and the table.
+    """Write the finished cells of a study into its CSV file in `docs`, and the page of the question from the CSV files.
 
-    Raises UserError if the page has no marker for them.
+    Rows of arms that have no finished cell stay: their code may be gone. Raises UserError if the page has no marker.
     """
-    file = docs / f"{name.partition('.')[0]}.md"
+    cells = finished(all_cells(folder), folder)
+    file = docs / f"{name}.csv"
+    ran = {cell.method for cell in cells}
+    rows = [row for row in (read_cells(file).values() if file.is_file() else ()) if row["method"] not in ran]
+    rows += cells.values()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if cells:
+        write_csv(file, columns, [[row.get(key) for key in columns] for row in rows])
+    return redraw(name, folder.study, docs)
+
+
+def redraw(name: str, study: Study, docs: Path) -> Path:
+    """Write the figures and the table of a study into `docs`, from the CSV files there. Return the page."""
+    question = name.partition(".")[0]
+    file = docs / f"{question}.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if not any(_start(marked) in text for marked in (name, file.stem)):
+    marked = question if _start(question) in text else name
+    if _start(marked) not in text:
         raise UserError(
             f"no line  {_start(name)}  (up to  <!-- end -->)",
             code="study-page-marker",
             where=str(file),
             hint="write the two comment lines into the page, where the tables belong",
         )
-    shutil.copyfile(folder.path / "cells.csv", docs / f"{name}.csv")
-    return redraw(name, folder.study, docs)
-
-
-def redraw(name: str, study: Study, docs: Path) -> Path:
-    """Write the figures and the table of a study into `docs` again, from the CSV files there. Return the page."""
-    file = docs / f"{name.partition('.')[0]}.md"
-    text = file.read_text(encoding="utf-8")
-    if _start(file.stem) in text:
-        panels = [_task_panel(found) for found in _studies_of(file.stem, docs)]
-        (docs / f"{file.stem}.png").write_bytes(png(curves_figure(panels)))
-    else:
-        _draw_curves(name, study, docs)
     write_text(file, documented(text, name, study, docs))
+    title, references = f"{study.question} ({study.task}, {study.steps} steps)", {study.reference}
+    panels = _ratios(cells_of(name, study, docs), study.reference)
+    if marked == question:
+        found = _studies_of(question, docs)
+        title, references = study.question, {one.study.reference for one in found}
+        panels = {one.study.task: one.ratios for one in found}
+    if len({arm for ratios in panels.values() for arm in ratios}) >= _FEW:
+        (docs / f"{marked}.png").write_bytes(png(ratios_figure(panels, references, title)))
+    if study.figure is not None:
+        _draw_scores(docs / f"{name}.score.png", cells_of(name, study, docs), study)
     return file
 
 
-def _draw_curves(name: str, study: Study, docs: Path) -> None:
-    """Draw NAME.png, forgetting over loss, and NAME.score.png, score over forgetting, from NAME.csv in `docs`."""
-    cells, task = cells_of(name, study, docs), task_class(study.task)
-    if study.figure is not None:
-        cells = {cell: row for cell, row in cells.items() if cell.method in study.figure}
-    panels = page.panels(cells, list(cells), study.seeds, task.forgets, study.reference)
-    (docs / f"{name}.png").write_bytes(png(curves_figure(panels)))
-    scores = pareto_figure(panels[0].arms, task.metric, task.forgets)
-    (docs / f"{name}.score.png").write_bytes(png(scores))
+def _draw_scores(file: Path, cells: Mapping[Cell, Mapping[str, Any]], study: Study) -> None:
+    """Draw score over forgetting; vision-language tasks have a second panel about pictures."""
+    assert study.figure is not None
+    task = task_class(study.task)
+    shown = {cell: row for cell, row in cells.items() if cell.method in study.figure.arms}
+    panels = {task.forgets: arms(shown, study.seeds)}
+    if pictures := about_pictures(shown):
+        panels[_ABOUT_PICTURES] = arms(pictures, study.seeds)
+    file.write_bytes(png(score_figure(panels, task.metric, study.figure.title)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +147,11 @@ class _Read:
 
     study: Study
     cells: Mapping[Cell, dict[str, Any]]
+
+    @property
+    def ratios(self) -> dict[str, Ratio | None]:
+        """Return the ratio of each arm to the reference, at equal loss."""
+        return _to_reference(self.cells, self.study.reference)
 
 
 def _studies_of(question: str, docs: Path) -> list[_Read]:
@@ -148,27 +166,30 @@ def _studies_of(question: str, docs: Path) -> list[_Read]:
     return found
 
 
-def _task_panel(found: _Read) -> Panel:
-    study = found.study
-    return Panel("forgetting", arms(found.cells, study.seeds), curves_of(found.cells), study.reference, study.task)
-
-
 def question_table(found: Sequence[_Read]) -> Table:
     """Return a table of all tasks of a question: one row per arm, and its ratio to the reference at equal loss."""
-    columns = []
-    for one in found:
-        curves = curves_of(one.cells)
-        ratios = {label: at_common_loss(fronts, curves[one.study.reference]) for label, fronts in curves.items()}
-        texts = {label: ratio.text if ratio else "–" for label, ratio in ratios.items()}
-        columns.append(texts | {one.study.reference: "1"})
+    columns = [_texts(one.ratios, one.study.reference) for one in found]
     labels = dict.fromkeys(label for column in columns for label in column)
     rows = tuple((label, *(column.get(label, "") for column in columns)) for label in labels)
     seeds = ", ".join(f"{one.study.task} {one.study.search_seeds or one.study.seeds}" for one in found)
-    caption = (
-        "Forgetting divided by the reference’s (1), at [equal loss](index.md#how-they-are-read). "
-        f"Seeds: {seeds}. ≥: a lower bound."
-    )
+    caption = f"{_RATIO.format('the reference (1)')}. Seeds: {seeds}. ≥: a lower bound."
     return Table(("arm", *(one.study.task for one in found)), rows, caption)
+
+
+def _ratios(cells: Mapping[Cell, Mapping[str, Any]], reference: str) -> dict[str, dict[str, Ratio | None]]:
+    """Return the ratio of each arm to the reference, of all that is forgotten, or of text and of pictures."""
+    pictures = about_pictures(cells)
+    kinds = {"text": cells, "pictures": pictures} if pictures else {"forgetting": cells}
+    return {kind: _to_reference(results, reference) for kind, results in kinds.items()}
+
+
+def _to_reference(cells: Mapping[Cell, Mapping[str, Any]], reference: str) -> dict[str, Ratio | None]:
+    curves = curves_of(cells)
+    return {label: at_common_loss(fronts, curves[reference]) for label, fronts in curves.items()}
+
+
+def _texts(ratios: Mapping[str, Ratio | None], reference: str) -> dict[str, str]:
+    return {label: "1" if label == reference else ratio.text if ratio else "–" for label, ratio in ratios.items()}
 
 
 def _start(marked: str) -> str:
@@ -182,60 +203,43 @@ def documented(text: str, name: str, study: Study, docs: Path) -> str:
     """
     question = name.partition(".")[0]
     if _start(question) in text:
-        return with_block(text, question, question_table(_studies_of(question, docs)), _CURVES)
-    cells = cells_of(name, study, docs)
-    filled = page.equal_loss_table(cells, study.reference) if study.second is None else two_references(cells, study)
-    assert filled is not None
-    return with_block(text, name, filled, f"{_CURVES}, {study.task}")
+        return with_block(text, question, question_table(_studies_of(question, docs)))
+    return with_block(text, name, study_table(cells_of(name, study, docs), study.reference))
 
 
-def two_references(cells: Mapping[Cell, Mapping[str, Any]], study: Study) -> Table:
-    """Return a table of all arms with the ratio of forgetting to both references, at equal loss and at equal score."""
-    assert study.second is not None
-    readings = {"": cells}
-    if pictures := about_pictures(cells):
-        readings = {" on text": cells, " about pictures": pictures}
+def study_table(cells: Mapping[Cell, Mapping[str, Any]], reference: str) -> Table:
+    """Return a table of all arms with the ratio of forgetting to the reference, at equal loss and at equal score."""
+    by_score = {cell: {**row, "validation_loss": 1 - float(row["score"])} for cell, row in cells.items()}
+    columns = {
+        f"{what}, equal {kind}": _texts(ratios, reference)
+        for kind, results in (("loss", cells), ("score", by_score))
+        for what, ratios in _ratios(results, reference).items()
+    }
     by_loss = curves_of(cells)
-    columns = {}
-    for about, results in readings.items():
-        at_score = {cell: {**row, "validation_loss": 1 - float(row["score"])} for cell, row in results.items()}
-        for name, reference in (("loss", study.reference), ("score", study.reference), ("loss", study.second)):
-            curves = curves_of(at_score if name == "score" else results)
-            columns[f"to {reference} at equal {name}{about}"] = {
-                arm: "1"
-                if arm == reference
-                else ratio.text
-                if (ratio := at_common_loss(fronts, curves[reference]))
-                else "–"
-                for arm, fronts in curves.items()
-            }
-    lowest = by_loss[study.reference]
+    lowest = by_loss[reference]
     rows = []
     for arm, fronts in by_loss.items():
         of_arm = [row for cell, row in cells.items() if cell.label == arm]
         scores = [max(float(row["score"]) for row in of_arm if int(row["seed"]) == seed) for seed in fronts]
-        steps = [float(row["step_seconds"]) for row in of_arm if row.get("step_seconds")]
         reached = sum(front[0].loss <= lowest[seed][0].loss for seed, front in fronts.items() if seed in lowest)
         rows.append((
             arm, mean_of([front[0].loss for front in fronts.values()]).text, mean_of(scores).text,
             *(column[arm] for column in columns.values()), f"{reached} of {len(fronts)}",
-            f"{sum(steps) / len(steps):.2f}" if steps else "–",
         ))  # fmt: skip
     caption = (
-        "Ratios of forgetting, read at the lowest validation loss (or the highest score) that both reach with the same "
-        "seed: geometric means with 95 % intervals (Student’s t on the logarithms). ≥: in some seed the arm ends above "
-        f"the losses that the reference was trained to. “Seeds”: how many reach the lowest loss of {study.reference}. "
-        "Seconds a step on one core, beside other work."
+        f"{_RATIO.format(reference)} or equal score: geometric means over seeds with 95 % intervals. ≥: a lower bound. "
+        f"Last column: the seeds that reach the lowest loss of {reference}."
     )
-    return Table(("arm", "lowest loss", "best score", *columns, "seeds", "s a step"), tuple(rows), caption)
+    return Table(("arm", "lowest loss", "best score", *columns, "reached"), tuple(rows), caption)
 
 
-def with_block(text: str, name: str, filled: Table, figure: str) -> str:
-    """Return the text of a page with a new block for one study: its table, its caption and its figure."""
+def with_block(text: str, name: str, filled: Table) -> str:
+    """Return the text of a page with a new block for one study: its table, and its figure unless it has few arms."""
     start = _start(name)
     before, _, from_block = text.partition(start)
     _, _, after = from_block.partition("<!-- end -->")
-    return f"{before}{start}\n{filled.markdown()}\n![{figure}]({name}.png)\n<!-- end -->{after}"
+    figure = f"\n![Forgetting at equal loss]({name}.png)\n" if len(filled.rows) >= _FEW else ""
+    return f"{before}{start}\n{filled.markdown()}{figure}<!-- end -->{after}"
 
 
 def cells_of(name: str, study: Study, docs: Path) -> dict[Cell, dict[str, Any]]:

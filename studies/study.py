@@ -32,9 +32,9 @@ class Study(Strict):
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
     rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `rival`, and a `scale`, by
     which the finished adapter is multiplied; with `osf: true`, PEFT's OSF adapts the layers of its rules.
-    `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` names
-    the arms that are drawn (all, without it); the table has them all. `search_seeds` is the number of seeds for the
-    search over learning rates; only the best rate by validation loss runs all seeds.
+    `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` is
+    the plot of score over forgetting. `search_seeds` is the number of seeds for the search over learning rates; only
+    the best rate by validation loss runs all seeds.
     """
 
     question: str
@@ -46,12 +46,11 @@ class Study(Strict):
     policy: list[dict[str, Any]]
     arms: dict[str, dict[str, Any]]
     also: dict[str, list[str]] = Field(default_factory=dict)
-    figure: list[str] | None = None
+    figure: ScoreFigure | None = None
     learning_rates: list[PositiveFloat]
     seeds: PositiveInt = 3
     search_seeds: PositiveInt | None = None  # None: all seeds
     reference: str  # read the curves of all arms at the losses of this one (`milora_vl/sweep/curves.py`)
-    second: str | None = None  # a second reference, in the table of docs/studies
     overlap: PositiveInt | None = None  # measure the share of the update in this number of first singular directions
 
     def rules(self, arm: str, learning_rate: float, seed: int = 0) -> list[dict[str, Any]]:
@@ -103,6 +102,13 @@ class Study(Strict):
         content += ["osf"] if arm.get("osf") else []
         content += [arm["scale"]] if "scale" in arm and not of_training else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+class ScoreFigure(Strict):
+    """The plot of score over forgetting: its message, and the arms that it shows. The table has all arms."""
+
+    title: str
+    arms: list[str]
 
 
 class Training(Strict):

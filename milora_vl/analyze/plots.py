@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.analyze.rows import Row
-from milora_vl.report.plots import BLUE, GREEN, GREY, ORANGE, WIDTH, styled
+from milora_vl.report.plots import GREY, METHOD_COLOURS, WIDTH, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,9 +138,9 @@ def _similarity_panel(axis: Axes, rows: Sequence[Row]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for field, name, colour, mark in (
-        ("similarity_top", "top", BLUE, "o"),
-        ("similarity_bottom", "bottom", ORANGE, "s"),
-        ("similarity_random", "random", GREEN, None),
+        ("similarity_top", "top", METHOD_COLOURS["pissa"], "o"),
+        ("similarity_bottom", "bottom", METHOD_COLOURS["milora"], "s"),
+        ("similarity_random", "random", METHOD_COLOURS["random"], None),
     ):
         blocks: dict[int, list[float]] = {}
         for row in rows:

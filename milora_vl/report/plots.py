@@ -1,4 +1,4 @@
-"""Draw the plots of a run: loss, spectrum with the trained band, forgetting, scores; colours and styles of all plots.
+"""Draw the plots of a run: loss, protection, spectrum, forgetting, scores; colours and styles of all plots.
 
 The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. A figure is as
 wide as the page, so that its text has the size of the surrounding text. Only Matplotlib's Agg backend is used.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#8a8a8a"
-INK, PAPER = "#24292f", "#ffffff"
+# One method has one colour, on every plot.
+METHOD_COLOURS = {
+    "gradient": "#009E73", "milora": "#0072B2", "lora": "#D55E00", "full": "#5F5F5F", "pissa": "#E69F00",
+    "random": "#56B4E9", "dora": "#CC79A7", "olora": "#9A8B00", "mica": "#7A5195",
+}  # fmt: skip
+_OTHERS = ("#2F4B7C", "#A05195", "#B8860B", "#00798C", "#6B4226")  # of a label without one, such as a run's name
+_MARKS = "osD^vPX<>p"
+INK, GREY, PAPER = "#24292f", "#8a8a8a", "#ffffff"
 WIDTH = 8.6  # inches; a page shows an inch as 100 CSS pixels
 _DPI = 200  # twice the pixels of the page give sharp text on any screen
 History = Sequence[Mapping[str, Any]]
@@ -37,6 +46,26 @@ class Plot:
     alt: str
 
 
+def method_colour(label: str) -> str | None:
+    """Return the colour of the first method that a label names, None without one.
+
+    >>> method_colour("lora-decay") == METHOD_COLOURS["lora"], method_colour("runs/a")
+    (True, None)
+    """
+    return next((METHOD_COLOURS[word] for word in re.findall(r"[a-z]+", label) if word in METHOD_COLOURS), None)
+
+
+def colours_of(labels: Sequence[str]) -> dict[str, str]:
+    """Return the colour of each label: of its method, or one that no method has."""
+    others = cycle(_OTHERS)
+    return {label: method_colour(label) or next(others) for label in labels}
+
+
+def marks_of(labels: Sequence[str]) -> dict[str, str]:
+    """Return a marker for each label."""
+    return dict(zip(labels, cycle(_MARKS), strict=False))
+
+
 def draw(folder: Path, name: str, figure: Figure, alt: str, *, with_pdf: bool = False) -> Plot:
     """Write a figure to `folder` as `name`.png (and .pdf), and return it for the page."""
     image = png(figure)
@@ -46,7 +75,7 @@ def draw(folder: Path, name: str, figure: Figure, alt: str, *, with_pdf: bool = 
     return Plot(data_uri(image, "image/png"), alt)
 
 
-def loss_figure(history: History) -> Figure:
+def loss_figure(history: History, colour: str = INK) -> Figure:
     """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -56,12 +85,12 @@ def loss_figure(history: History) -> Figure:
         figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
         many = len(train[0]) > 30
-        top.plot(*train, color=BLUE, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train")
+        top.plot(*train, color=colour, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train")
         if many:
-            top.plot(train[0], _smooth(train[1]), color=BLUE, lw=2, label="train, smoothed")
+            top.plot(train[0], _smooth(train[1]), color=colour, lw=2, label="train, smoothed")
         if evaluated[0]:
-            top.plot(*evaluated, color=ORANGE, lw=1.4, marker="o", ms=5, label="evaluation")
-        top.set_ylabel("loss")
+            top.plot(*evaluated, color=INK, lw=1.4, ls="--", marker="o", ms=5, label="evaluation")
+        top.set_ylabel("loss, nats per token")
         losses = train[1] + evaluated[1]
         if min(losses) < max(losses) / 2:  # otherwise the curve would be a flat line at the top
             top.set_ylim(bottom=0)
@@ -79,7 +108,6 @@ def spectrum_figure(layers: Sequence[Layer]) -> Figure:
     """Draw the singular values of each layer on a log scale, with the trained band shaded."""
     from matplotlib.figure import Figure
 
-    layers = [layer for layer in layers if layer.sigma]
     with styled():
         figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
         axes = figure.subplots(1, len(layers), squeeze=False)[0]
@@ -90,7 +118,61 @@ def spectrum_figure(layers: Sequence[Layer]) -> Figure:
     return figure
 
 
-def forgetting_figure(history: History) -> Figure:
+def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Sequence[float]) -> Figure:
+    """Draw the share of each layer's input energy that the update cannot touch: over the blocks, a line per input.
+
+    `protection` maps the path of a module to its numbers in policy.json; `shares` are the `protect` of the rules.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    key = "held_out" if all(numbers["held_out"] is not None for numbers in protection.values()) else "energy"
+    lines: dict[str, dict[int, float]] = {}  # path of the module without its block -> block -> share
+    for path, numbers in protection.items():
+        block = re.search(r"\.(\d+)\.", path)
+        lines.setdefault(re.sub(r"\.\d+\.", ".", path, count=1), {})[int(block[1]) if block else 0] = 100 * numbers[key]
+    names: dict[tuple[tuple[int, float], ...], list[str]] = {}  # modules that read the same input share a line
+    for path, line in lines.items():
+        names.setdefault(tuple(sorted(line.items())), []).append(path.rpartition(".")[2])
+    with styled():
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+        axis = figure.subplots()
+        for share in shares:
+            axis.axhline(100 * share, color=GREY, lw=1, ls="--")
+            axis.annotate(f"protect: {share:g}", (0, 100 * share), (0, 3), textcoords="offset points", color=GREY)
+        bottom = 50 if min(value for line in names for _, value in line) > 50 else 0
+        heights = _apart([line[-1][1] for line in names], 0.07 * (100 - bottom))
+        for number, ((line, merged), height) in enumerate(zip(names.items(), heights, strict=True)):
+            blocks, values = zip(*line, strict=True)
+            colour = _OTHERS[number % len(_OTHERS)]
+            axis.plot(blocks, values, color=colour, lw=1.6, marker="o", ms=3)
+            axis.annotate(
+                ", ".join(merged), (blocks[-1], height), (8, 0), textcoords="offset points", va="center", color=colour,
+                annotation_clip=False,
+            )  # fmt: skip
+        last = max(block for line in names for block, _ in line)
+        axis.set(xlabel="layer", ylim=(bottom, 104), xlim=(-0.5, last + 0.5))
+        axis.yaxis.set_major_formatter("{x:g} %")
+        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        of = "held-out" if key == "held_out" else "the calibration"
+        title = f"What the update cannot touch: share of the energy of {of} inputs"
+        axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    return figure
+
+
+def _apart(values: Sequence[float], least: float) -> list[float]:
+    """Return the values, moved down where two are closer than `least`; their order stays.
+
+    >>> _apart([50.0, 80.0, 79.0], 6.0)
+    [50.0, 80.0, 74.0]
+    """
+    placed, last = dict.fromkeys(range(len(values)), 0.0), math.inf
+    for index in sorted(placed, key=lambda index: -values[index]):
+        last = placed[index] = min(values[index], last - least)
+    return list(placed.values())
+
+
+def forgetting_figure(history: History, colour: str = INK) -> Figure:
     """Draw forgetting over steps with one standard error on either side. It is 0 at step 0."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -101,8 +183,8 @@ def forgetting_figure(history: History) -> Figure:
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axis = figure.subplots()
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
-        axis.fill_between(steps, low, high, color=ORANGE, alpha=0.25, lw=0)
-        axis.plot(steps, values, color=ORANGE, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
+        axis.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
+        axis.plot(steps, values, color=colour, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
         axis.set(xlabel="step", ylabel="forgetting, nats per token", xlim=(0, None), ylim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
@@ -125,16 +207,16 @@ def suite_figure(history: History) -> Figure:
     with styled():
         figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
         axis = figure.subplots()
-        colours = (BLUE, ORANGE, GREEN, GREY)
-        for number, name in enumerate(suites_of(history)):
-            mark, colour = "osD^v"[number % 5], colours[number % 4]
+        names = suites_of(history)
+        colours, marks = colours_of(names), marks_of(names)
+        for name in names:
             steps, values = _series(history, f"{SCORE}{name}")
             _, errors = _series(history, f"{SCORE}{name}_stderr")
             axis.errorbar(
-                steps, values, yerr=errors, color=colour, marker=mark, ms=5,
+                steps, values, yerr=errors, color=colours[name], marker=marks[name], ms=5,
                 lw=1.6, elinewidth=0.8, label=name,
             )  # fmt: skip
-        axis.set(xlabel="step", ylabel="score", xlim=(0, None))
+        axis.set(xlabel="step", ylabel="score, % or points", xlim=(0, None))
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.legend(loc="best")
     return figure
@@ -146,7 +228,7 @@ def _spectrum_panel(axis: Axes, layer: Layer) -> None:
     count = len(layer.sigma)
     floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves no smaller values, and the log axis has no 0
     index, sigma = range(1, count + 1), [max(s, floor) for s in layer.sigma]
-    axis.plot(index, sigma, color=BLUE if layer.trained else GREY, lw=2)
+    axis.plot(index, sigma, color=GREY, lw=2)
     axis.set(yscale="log", xlim=(1, max(count, 2)), ylim=(sigma[-1] / 1.6, sigma[0] * 1.6))
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if sigma[0] < 30 * sigma[-1] else (1,)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -156,14 +238,15 @@ def _spectrum_panel(axis: Axes, layer: Layer) -> None:
     x, align = 0.5, "center"
     if layer.trained:
         low, high = layer.trained
-        axis.axvspan(low + 0.5, high + 0.5, color=ORANGE, alpha=0.3 if high - low < count else 0.15, lw=0)
-        axis.plot(index[low:high], sigma[low:high], color=ORANGE, lw=3.5, solid_capstyle="butt")
+        colour = METHOD_COLOURS.get(layer.method, INK)
+        axis.axvspan(low + 0.5, high + 0.5, color=colour, alpha=0.2, lw=0)
+        axis.plot(index[low:high], sigma[low:high], color=colour, lw=3.5, solid_capstyle="butt")
         if high - low < count:
             x, align = (low / count - 0.02, "right") if high == count else (high / count + 0.02, "left")
     axis.text(x, 0.97, layer.status, transform=axis.transAxes, ha=align, va="top")
 
 
-def scores_figure(scores: Sequence[Score], names: tuple[str, str] = ("base", "tuned")) -> Figure:
+def scores_figure(scores: Sequence[Score], names: tuple[str, str] = ("base", "tuned"), colour: str = INK) -> Figure:
     """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
     from matplotlib.figure import Figure
 
@@ -171,7 +254,7 @@ def scores_figure(scores: Sequence[Score], names: tuple[str, str] = ("base", "tu
         figure = Figure(figsize=(WIDTH, 0.95 + 0.36 * len(scores)), layout="constrained")
         axis = figure.subplots()
         for row, score in enumerate(scores):
-            _score_row(axis, row, score)
+            _score_row(axis, row, score, colour)
         axis.set_yticks(range(len(scores)), [score.label for score in scores])
         axis.get_yticklabels()[0].set_fontweight("bold")
         axis.set(ylim=(len(scores) - 0.4, -0.6), xlim=(-2, 102), xlabel="correct answers, %")
@@ -180,19 +263,29 @@ def scores_figure(scores: Sequence[Score], names: tuple[str, str] = ("base", "tu
         axis.spines["left"].set_visible(False)
         marks: Any = {"ls": "", "ms": 8}
         handles = [
-            axis.plot([], [], marker="o", mfc=PAPER, mec=GREY, mew=1.8, label=names[0], **marks)[0],
-            axis.plot([], [], marker="o", color=BLUE, label=names[1], **marks)[0],
-            axis.plot([], [], marker="|", color=INK, mew=1.8, ls="", ms=11, label="majority answer")[0],
+            axis.plot([], [], **marks, **style)[0]
+            for is_shown, style in (
+                (
+                    any(s.before for s in scores),
+                    {"marker": "o", "mfc": PAPER, "mec": GREY, "mew": 1.8, "label": names[0]},
+                ),
+                (any(s.after for s in scores), {"marker": "o", "color": colour, "label": names[1]}),
+                (
+                    any(s.any.baseline is not None for s in scores),
+                    {"marker": "|", "color": INK, "mew": 1.8, "label": "majority answer"},
+                ),
+            )
+            if is_shown
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.3)
     return figure
 
 
-def _score_row(axis: Axes, row: int, score: Score) -> None:
+def _score_row(axis: Axes, row: int, score: Score, colour: str) -> None:
     before, after = score.before, score.after
     if before and after:
         axis.plot([100 * before.value, 100 * after.value], [row, row], color=GREY, alpha=0.45, lw=4, zorder=1)
-    for metric, face, edge in ((before, PAPER, GREY), (after, BLUE, BLUE)):
+    for metric, face, edge in ((before, PAPER, GREY), (after, colour, colour)):
         if metric:
             axis.errorbar(
                 100 * metric.value, row, xerr=100 * (metric.stderr or 0), fmt="o", ms=8, mfc=face, mec=edge, mew=1.8,

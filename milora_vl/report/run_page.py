@@ -106,10 +106,8 @@ class Layer:
     def status(self) -> str:
         """Return a short text about what trains in this layer."""
         if self.trained is None:
-            return "frozen" if self.method == "frozen" else f"{self.method}: trains no band of components"
+            return self.method
         low, high, count = *self.trained, min(self.shape)
-        if high - low == count:
-            return f"all {count} train"
         return f"{'last' if high == count else 'first'} {high - low} of {count} train"
 
 
@@ -125,6 +123,11 @@ class Run:
     history: tuple[Json, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     forgetting: Json = field(default_factory=dict)
+
+    @property
+    def bands(self) -> list[Layer]:
+        """Return the layers of which a band of singular components trains, and not all."""
+        return [each for each in self.layers if each.sigma and each.trained and each.trained != (0, len(each.sigma))]
 
 
 def label(name: str) -> str:

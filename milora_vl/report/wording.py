@@ -9,6 +9,11 @@ from milora_vl.report.run_page import Comparison, Json, Layer, Metric, Run, Scor
 # Descriptions of questions, for suites whose name is not enough.
 _ABOUT = {"emoji": "questions about emoji that training did not contain"}
 
+PROTECTION = (
+    "The share of the energy of each layer's inputs that lies in its protected directions. There the update is zero, "
+    "before and after any training."
+)
+
 
 def percent(share: float) -> str:
     """Return a share in percent, with one decimal from 1 % on, else with two digits.
@@ -206,19 +211,15 @@ def layer_words(layer: Layer) -> str:
         return f"{name}: {layer.status}."
     low, high = layer.trained
     band = f"σ from {layer.sigma[low]:.3g} down to {layer.sigma[high - 1]:.3g}"
-    share = "" if high - low == len(layer.sigma) else f", together {percent(layer.energy)} of ‖W‖²"
-    return f"{name}: {layer.status}, {band}{share}."
+    return f"{name}: {layer.status}, {band}, together {percent(layer.energy)} of ‖W‖²."
 
 
 def spectrum_words(run: Run) -> str:
     """Return what the shaded band of the spectrum plot means in this run."""
-    bands = {layer.method for layer in run.layers if layer.trained}
-    if "milora" in bands:
+    if "milora" in {layer.method for layer in run.bands}:
         return (
             "MiLoRA does not change the large ones, which are assumed to hold most of the knowledge of the model. It "
             "trains the smallest: the shaded band. Training starts from exactly the outputs of the base model "
             "(arXiv:2406.09044)."
         )
-    if "pissa" in bands:
-        return "PiSSA trains the largest: the shaded band (arXiv:2404.02948)."
-    return "The shaded components train. A layer without them is frozen, or its method trains no band of components."
+    return "PiSSA trains the largest: the shaded band (arXiv:2404.02948)."

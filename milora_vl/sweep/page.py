@@ -19,7 +19,7 @@ from milora_vl.sweep.curves import Reading, about_pictures, curves_of, curves_ta
 from milora_vl.sweep.results import Answers, Arm, Pair, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
-FORGETS = "forgetting on general text, nats per token"
+FORGETS = "KL from the base on general text, nats per token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def write(compared: Compared) -> tuple[Path, Table]:
         "done": len(compared.results), "count": len(compared.cells),
         "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
         "curves": at_equal_loss,
-        "curves_figure": _curves_figure(compared) if at_equal_loss else None,
+        "ratios": _ratios_figure(compared) if at_equal_loss else None,
         "figures": _figures(compared, all_arms), "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
         "edges": [arm.label for arm in all_arms if arm.at_edge],
@@ -90,44 +90,33 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
     return curves_table(readings, read(curves_of(about_pictures(results)), reference)) if readings else None
 
 
-def panels(
-    results: Mapping[Cell, CellNumbers], cells: Sequence[Cell], seeds: int, forgets: str, reference: str
-) -> list[plots.Panel]:
-    """Return the panels of the figure of curves: text, and pictures if the cells measure them."""
-    found = [plots.Panel(forgets, _in_order(arms(results, seeds), cells), curves_of(results), reference)]
-    pictures = about_pictures(results)
-    if pictures:
-        words = "the same for answers about other pictures"
-        found.append(plots.Panel(words, _in_order(arms(pictures, seeds), cells), curves_of(pictures), reference))
-    return found
-
-
-def _curves_figure(compared: Compared) -> dict[str, Any]:
-    caption = (
-        "Down and to the left is better. A marker is one learning rate (the mean over its seeds), a thin line the "
-        "curve of one seed without the trainings that another one beats in both numbers. The dashed line is the lowest "
-        f"loss of {compared.reference}."
-    )
-    assert compared.reference is not None
-    shown = panels(compared.results, compared.cells, compared.seeds, compared.forgets, compared.reference)
-    figure = plots.curves_figure(shown)
-    return {"plot": draw(compared.folder, "curves", figure, caption, with_pdf=True), "caption": caption}
-
-
 def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]]:
     figures = []
     if all_arms:
         caption = (
-            "Up and to the left is better. Open markers are learning rates that the validation loss did not select. "
-            "Bars are 95 % intervals over seeds. The grey line is the Pareto front."
+            "Score over forgetting, with 95 % intervals over seeds. The validation loss selects the filled marker."
         )
-        figure = plots.pareto_figure(all_arms, compared.metric, compared.forgets)
-        figures.append({"plot": draw(compared.folder, "pareto", figure, caption, with_pdf=True), "caption": caption})
+        figure = plots.score_figure({compared.forgets: all_arms}, compared.metric, compared.title)
+        figures.append({"plot": draw(compared.folder, "score", figure, caption, with_pdf=True), "caption": caption})
     if any(len(arm.points) > 1 for arm in all_arms):
         caption = "Each method over the learning rates. The validation loss alone selects the reported one."
-        figure = plots.rates_figure(all_arms, compared.metric)
+        figure = plots.rates_figure(all_arms)
         figures.append({"plot": draw(compared.folder, "rates", figure, caption, with_pdf=True), "caption": caption})
     return figures
+
+
+def _ratios_figure(compared: Compared) -> dict[str, Any]:
+    """Return the figure of the table of ratios, for text and, if the cells measure them, pictures."""
+    assert compared.reference is not None
+    kinds = {"forgetting": compared.results, "about pictures": about_pictures(compared.results)}
+    ratios = {
+        kind: {reading.label: reading.ratios[0] for reading in read(curves_of(results), compared.reference)}
+        for kind, results in kinds.items()
+        if results
+    }
+    caption = f"The ratios of the table: a line is a 95 % interval over seeds, 1 is {compared.reference}."
+    figure = plots.ratios_figure(ratios, [compared.reference], "Forgetting at equal validation loss")
+    return {"plot": draw(compared.folder, "ratios", figure, caption, with_pdf=True), "caption": caption}
 
 
 def _readings(compared: Compared) -> list[Reading]:

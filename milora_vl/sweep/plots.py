@@ -1,158 +1,187 @@
-"""The figures of a sweep: forgetting over loss, task score over forgetting, and each over the learning rate."""
+"""The figures of a sweep and of a study: score over forgetting, forgetting at equal loss, and each over the rate."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from textwrap import fill
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
 
-from milora_vl.report.plots import GREY, PAPER, WIDTH, styled
-from milora_vl.sweep.curves import Curves
-from milora_vl.sweep.results import Arm, Mean, front
+from milora_vl.core.policy.methods import label_of
+from milora_vl.report.plots import GREY, INK, PAPER, WIDTH, colours_of, marks_of, method_colour, styled
+from milora_vl.sweep.curves import Ratio
+from milora_vl.sweep.results import Arm, Mean, Point
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
-# Okabe and Ito's colours and three more, each with its own marker.
-_COLOURS = (
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#8A8A8A", "#9A8B00", "#7A5195", "#444444",
-)  # fmt: skip
-_MARKS = "osD^vPX<>*p"  # one more than colours, so that no two of a hundred arms look alike
+_NOTE = "Mean over seeds, with its 95 % interval. A marker is one learning rate; filled: the lowest validation loss."
 
 
-def pareto_figure(arms: Sequence[Arm], metric: str, forgets: str) -> Figure:
-    """Draw score over forgetting for every method; the selected rate is filled, the Pareto front is a grey line."""
-    from matplotlib.figure import Figure
+def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -> Figure:
+    """Draw score over forgetting: one line per method through its learning rates, with its name beside it.
 
-    with styled():
-        figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-        axis = figure.subplots()
-        best = front([point for arm in arms for point in arm.points])
-        x, y = [p.forgetting.value for p in best], [p.score.value for p in best]
-        axis.step(x, y, where="post", color=GREY, lw=3, alpha=0.4, zorder=0, solid_joinstyle="miter")
-        for place, arm in enumerate(arms):
-            colour, mark = colour_of(place), mark_of(place)
-            x, y = [p.forgetting.value for p in arm.points], [p.score.value for p in arm.points]
-            axis.plot(x, y, color=colour, lw=1, alpha=0.6, zorder=1)
-            for point in arm.points:
-                axis.errorbar(
-                    point.forgetting.value, point.score.value, xerr=point.forgetting.half, yerr=point.score.half,
-                    fmt=mark, ms=7, color=colour, mfc=colour if point is arm.best else PAPER, mew=1.6,
-                    elinewidth=0.8, alpha=0.95, zorder=2, label=arm.label if point is arm.points[0] else None,
-                )  # fmt: skip
-        axis.set(xlabel=fill(forgets, 90), ylabel=fill(metric, 50))
-        scores = [point.score.value for arm in arms for point in arm.points]
-        margin = 0.3 * (max(scores) - min(scores)) or 0.1  # the interval of a rate that diverges may be larger
-        axis.set_ylim(min(scores) - margin, max(scores) + margin)
-        if min(x for arm in arms for x in [p.forgetting.value for p in arm.points]) > 0:
-            _logarithmic(axis)
-        _legend(figure, axis, [arm.label for arm in arms])
-    return figure
-
-
-@dataclass(frozen=True, slots=True)
-class Panel:
-    """One panel of `curves_figure`: the name of the forgetting, the means of all trainings, and the curves over seeds.
-
-    `reference` is the arm whose lowest losses the dashed line shows.
-    """
-
-    forgets: str
-    arms: Sequence[Arm]
-    curves: Curves
-    reference: str
-    title: str = ""
-
-
-def curves_figure(panels: Sequence[Panel]) -> Figure:
-    """Draw forgetting over validation loss: a thin line per seed, a marker per training (the mean over its seeds).
-
-    The dashed line is the mean of the lowest losses of the reference, where the table reads the curves. An arm has the
-    same colour in all panels: text and pictures, or several tasks.
+    `panels` maps the name of what is forgotten (the x axis) to the arms with it: text and pictures.
     """
     from matplotlib.figure import Figure
 
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    places = {label: place for place, label in enumerate(dict.fromkeys(arm.label for p in panels for arm in p.arms))}
+    labels = [arm.label for arm in next(iter(panels.values()))]
+    colours, marks = colours_of(labels), marks_of(labels)
     with styled():
-        figure = Figure(figsize=(WIDTH, (4.4 if lines == 1 else 3.6) * lines + 0.4), layout="constrained")
-        axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-        for axis in axes[len(panels) :]:
-            axis.set_visible(False)
-        for axis, panel in zip(axes, panels, strict=False):
-            _curves_panel(axis, panel, places)
-        _legend(figure, axes[0], list(places))
+        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (forgets, arms) in zip(axes, panels.items(), strict=True):
+            for arm in arms:
+                _line(axis, arm, colours[arm.label], marks[arm.label])
+            _logarithmic(axis, [point.forgetting for arm in arms for point in arm.points])
+            axis.set_xlabel(f"forgetting: {forgets}")
+        scores = [point.score.value for arms in panels.values() for arm in arms for point in arm.points]
+        spread = (max(scores) - min(scores)) or 0.1  # the interval of a rate that diverges may be larger
+        axes[0].set_ylim(min(scores) - 0.15 * spread, max(scores) + 0.3 * spread)
+        axes[0].set_title(f"score: {metric}", loc="left", fontsize=9.5)
+        for axis in axes:
+            axis.text(0.01, 0.99, "\N{NORTH WEST ARROW} better", transform=axis.transAxes, va="top", color=GREY)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        figure.supxlabel(_NOTE, x=0.01, ha="left", fontsize=8.5, color=GREY)
+        figure.draw_without_rendering()  # the layout decides where the names fit
+        for axis, arms in zip(axes, panels.values(), strict=True):
+            _name_lines(axis, arms, colours)
     return figure
 
 
-def _curves_panel(axis: Any, panel: Panel, places: Mapping[str, int]) -> None:
-    for arm in panel.arms:
-        place = places[arm.label]
-        colour = colour_of(place)
-        for spots in panel.curves.get(arm.label, {}).values():
-            axis.plot([s.loss for s in spots], [s.forgetting for s in spots], color=colour, lw=0.9, alpha=0.45)
-        shown = [p for p in arm.points if p.forgetting.value > 0]  # a logarithm needs positive numbers
-        x, y = [p.validation.value for p in shown], [p.forgetting.value for p in shown]
-        axis.plot(x, y, ls="", marker=mark_of(place), ms=7, color=colour, mec=PAPER, mew=0.6)
-    lowest = [spots[0].loss for spots in panel.curves[panel.reference].values()]
-    axis.axvline(sum(lowest) / len(lowest), color=GREY, ls="--", lw=1)
-    losses = [spot.loss for by_seed in panel.curves.values() for spots in by_seed.values() for spot in spots]
-    margin = 0.05 * (max(losses) - min(losses)) or 0.1
-    axis.set(xlabel="validation loss", ylabel=fill(panel.forgets, 50), yscale="log")
-    axis.set_xlim(min(losses) - margin, max(losses) + margin)
-    axis.set_title(panel.title, loc="left", fontsize=10, fontweight="bold")
+def _line(axis: Axes, arm: Arm, colour: str, mark: str) -> None:
+    axis.plot(
+        [p.forgetting.value for p in arm.points], [p.score.value for p in arm.points],
+        color=colour, lw=1.2, alpha=0.6, zorder=1,
+    )  # fmt: skip
+    for point in arm.points:
+        axis.errorbar(
+            point.forgetting.value, point.score.value, xerr=point.forgetting.half, yerr=point.score.half, fmt=mark,
+            ms=7, color=colour, mfc=colour if point is arm.best else PAPER, mew=1.5, zorder=2,
+            elinewidth=0.8, ecolor=(colour, 0.4),
+        )  # fmt: skip
 
 
-def _logarithmic(axis: Any) -> None:
+def _name_lines(axis: Axes, arms: Sequence[Arm], colours: Mapping[str, str]) -> None:
+    """Write the name of each arm beside one of its markers, at the first place where it covers nothing."""
+    from matplotlib.transforms import Bbox
+
+    def box_of(point: Point, wide: float, high: float, around: float) -> Bbox:
+        x, y = point.forgetting.value, point.score.value
+        corners = [[max(x - wide, axis.get_xlim()[0]), y - high], [x + wide, y + high]]
+        return Bbox(axis.transData.transform(corners)).padded(around)
+
+    def write(arm: Arm, point: Point, dx: float, dy: float, ha: str, va: str) -> Annotation:
+        return axis.annotate(
+            label_of(arm.label), (point.forgetting.value, point.score.value), (dx, dy), textcoords="offset points",
+            ha=ha, va=va, color=colours[arm.label], fontweight="bold",
+        )  # fmt: skip
+
+    everything = [point for arm in arms for point in arm.points]
+    taken = [box_of(point, 0.0, 0.0, 14) for point in everything]
+    bars = [box_of(point, 0.0, point.score.half or 0.0, 2) for point in everything]
+    bars += [box_of(point, point.forgetting.half or 0.0, 0.0, 2) for point in everything]
+    inside = axis.get_window_extent()
+    for arm in arms:
+        points = sorted(arm.points, key=lambda point: point is not arm.best)
+        for obstacles, point, place in product(([*taken, *bars], taken), points, _beside()):  # last, across a bar
+            name = write(arm, point, *place)
+            box = name.get_window_extent()
+            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and not any(box.overlaps(other) for other in obstacles):
+                taken.append(box)
+                break
+            name.remove()
+        else:
+            write(arm, points[0], *next(_beside()))
+
+
+def _beside() -> Iterator[tuple[float, float, str, str]]:
+    """Yield the places of a name around a marker, the nearest first: offsets in points, and alignments."""
+    for far in (7, 16, 25, 34, 43):
+        yield from ((0, far, "center", "bottom"), (0, -far, "center", "top"))
+        yield from ((far, far - 3, "left", "bottom"), (-far, far - 3, "right", "bottom"))
+        yield from ((far, 3 - far, "left", "top"), (-far, 3 - far, "right", "top"))
+
+
+def _logarithmic(axis: Axes, values: Sequence[Mean]) -> None:
     """Use a logarithmic x axis with plain tick labels: 0.5, 1, 2, and more of them for a short range."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    numbers = [mean.value for mean in values]
+    if min(numbers) <= 0:
+        return
     axis.set_xscale("log")
-    left, right = axis.get_xlim()
-    subs = (1, 2, 5) if right > 20 * left else (1, 1.5, 2, 3, 4, 5, 6, 8)
-    axis.xaxis.set_major_locator(LogLocator(subs=subs))
+    axis.set_xlim(min(numbers) / 1.6, max(numbers) * 1.6)
+    subs = (1, 2, 5) if max(numbers) > 6 * min(numbers) else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs if max(numbers) < 1000 * min(numbers) else (1,)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def rates_figure(arms: Sequence[Arm], metric: str) -> Figure:
+def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: Iterable[str], title: str) -> Figure:
+    """Draw forgetting at equal loss, divided by that of the panel's reference: one row per arm, one panel per task.
+
+    One or two panels (of one task) are sorted by the first; of several tasks, the arms keep their order.
+    """
+    from matplotlib.figure import Figure
+
+    names = set(references)
+    reference = names.pop() if len(names) == 1 else None  # None: each panel has its own, with a row
+    shown = [{arm: ratio for arm, ratio in ratios.items() if ratio and arm != reference} for ratios in panels.values()]
+    labels = list(dict.fromkeys(label for ratios in shown for label in ratios))
+    if len(panels) < 3:
+        labels.sort(key=lambda label: shown[0][label].value if label in shown[0] else 0.0)
+    values = [ratio.value for ratios in shown for ratio in ratios.values()] + [0.6, 1.7]
+    low, high = min(values) / 1.5, max(values) * 1.5
+    with styled():
+        figure = Figure(figsize=(WIDTH, 1.4 + 0.27 * len(labels)), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, name, ratios in zip(axes, panels, shown, strict=True):
+            axis.axvline(1, color=GREY, lw=1, ls="--", zorder=0)
+            for label, ratio in ratios.items():
+                _ratio_row(axis, labels.index(label), ratio, method_colour(label) or INK, low, high)
+            axis.set(xscale="log", xlim=(low, high * (high / low) ** 0.45), ylim=(len(labels) - 0.5, -0.5))
+            ticks = [tick for tick in ((0.25, 1, 4) if high < 30 * low else (0.01, 0.1, 1, 10)) if low <= tick <= high]
+            axis.set_xticks(ticks, [reference if reference and tick == 1 else f"{tick:g}×" for tick in ticks])
+            axis.set_xticks([], minor=True)
+            axis.set_title(name, loc="left", fontsize=9.5)
+            axis.tick_params(axis="y", length=0)
+            axis.spines["left"].set_visible(False)
+        axes[0].set_yticks(range(len(labels)), labels)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        of = reference or "the reference"
+        words = f"\N{LEFTWARDS ARROW} better.  Forgetting at equal validation loss, divided by that of {of}"
+        figure.supxlabel(words, x=0.01, ha="left", fontsize=8.5, color=GREY)
+    return figure
+
+
+def _ratio_row(axis: Axes, row: int, ratio: Ratio, colour: str, low: float, high: float) -> None:
+    if ratio.low is not None and ratio.high is not None:
+        axis.plot([max(ratio.low, low), min(ratio.high, high)], [row, row], color=colour, lw=1.6, alpha=0.6)
+    axis.plot(ratio.value, row, marker=">" if ratio.is_lower_bound else "o", color=colour, ms=6)
+    number = ratio.text.partition(" (")[0]
+    axis.text(0.99, row, number, transform=axis.get_yaxis_transform(), ha="right", va="center", color=INK)
+
+
+def rates_figure(arms: Sequence[Arm]) -> Figure:
     """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
     from matplotlib.figure import Figure
 
-    panels = ("validation", "validation loss"), ("score", metric), ("forgetting", "forgetting")
+    panels = ("validation", "validation loss"), ("score", "score"), ("forgetting", "forgetting")
+    labels = [arm.label for arm in arms]
+    colours, marks = colours_of(labels), marks_of(labels)
     with styled():
         figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
         axes = figure.subplots(1, 3)
         for axis, (field, name) in zip(axes, panels, strict=True):
-            for place, arm in enumerate(arms):
+            for arm in arms:
                 means: list[Mean] = [getattr(point, field) for point in arm.points]
                 axis.errorbar(
                     [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
-                    color=colour_of(place), marker=mark_of(place), ms=5, lw=1.4,
-                    elinewidth=0.8,
+                    color=colours[arm.label], marker=marks[arm.label], ms=5, lw=1.4, elinewidth=0.8, label=arm.label,
                 )  # fmt: skip
             axis.set(xscale="log", xlabel="learning rate")
-            title = fill(name, 26)  # the name of a metric may be wider than its panel
-            axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
-        _legend(figure, axis, [arm.label for arm in arms])
+            axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=5)
     return figure
-
-
-def colour_of(place: int) -> str:
-    """Return the colour of the arm at `place`."""
-    return _COLOURS[place % len(_COLOURS)]
-
-
-def mark_of(place: int) -> str:
-    """Return the marker of the arm at `place`."""
-    return _MARKS[place % len(_MARKS)]
-
-
-def _legend(figure: Figure, axis: Any, labels: Sequence[str]) -> None:
-    handles = [
-        axis.plot([], [], color=colour_of(place), marker=mark_of(place), ls="", ms=7, label=label)[0]
-        for place, label in enumerate(labels)
-    ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=5, handletextpad=0.2)

@@ -123,19 +123,6 @@ def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
     return out
 
 
-def front(points: Sequence[Point]) -> list[Point]:
-    """Return the Pareto front: the points that no other beats in both score and forgetting, least forgetting first.
-
-    Points with NaN are skipped.
-    """
-    kept: list[Point] = []
-    numbers = [p for p in points if math.isfinite(p.forgetting.value) and math.isfinite(p.score.value)]
-    for point in sorted(numbers, key=lambda p: (p.forgetting.value, -p.score.value)):
-        if not kept or point.score.value > kept[-1].score.value:
-            kept.append(point)
-    return kept
-
-
 def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, CellNumbers]) -> Point:
     def over_seeds(key: str) -> Mean:
         return mean_of([float(result[key]) for result in by_seed.values()])

@@ -29,7 +29,7 @@ TASKS = {
 
 
 def task_class(name: str) -> type[Task]:
-    """Return the class of a task. Raises UserError for an unknown name, a missing package or missing data."""
+    """Return the class of a task. Raises UserError for an unknown name."""
     if name not in TASKS:
         near = suggest(name, TASKS)
         raise UserError(
@@ -38,6 +38,13 @@ def task_class(name: str) -> type[Task]:
             hint=f"did you mean {near[0]}?" if near else f"known tasks: {', '.join(TASKS)}",
         )
     module, class_name = TASKS[name]
+    task: type[Task] = getattr(import_module(f"studies.tasks.{module}"), class_name)
+    return task
+
+
+def require_task(name: str) -> None:
+    """Raise UserError for an unknown name, a missing package or missing data."""
+    module = task_class(name).__module__.rpartition(".")[2]
     if module in ("pictures", "digits") and find_spec("sklearn") is None:
         raise UserError(
             f"task {name} needs the pictures of scikit-learn, which is not installed",
@@ -51,11 +58,10 @@ def task_class(name: str) -> type[Task]:
             code="data-missing-file",
             hint=f"create it:  python -m milora_data {folder.name} --output_dir {folder}",
         )
-    task: type[Task] = getattr(import_module(f"studies.tasks.{module}"), class_name)
-    return task
 
 
 @cache
 def load_task(name: str) -> Task:
-    """Return a task; each process builds it once. Raises the errors of `task_class`."""
+    """Return a task; each process builds it once. Raises the errors of `require_task`."""
+    require_task(name)
     return task_class(name)()

@@ -39,8 +39,8 @@ class AnswerTask:
     are further batches, besides general text, on which forgetting is measured.
     """
 
-    metric = "whole answer right, share of the test questions"
-    forgets = "KL from the base model on general text, nats a token"
+    metric = "share of test questions with the whole answer right"
+    forgets = "KL from the base on general text, nats per token"
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ class _Digits(ABC):
     """The task of all three families; only the network differs. It takes pictures (batch, 1, 8, 8) in 0..1."""
 
     metric = "accuracy on turned digits"
-    forgets = "KL from the base model on upright digits, nats"
+    forgets = "KL from the base on upright digits, nats"
     base_steps = 800
 
     def __init__(self, *, base_steps: int | None = None) -> None:

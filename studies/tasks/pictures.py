@@ -37,7 +37,7 @@ class TurnedEmoji:
     """
 
     metric = "accuracy on new emoji"
-    forgets = "KL from the base model's ImageNet predictions on photographs, nats"
+    forgets = "KL from the base's ImageNet predictions on photographs, nats"
 
     def __init__(self) -> None:
         from sklearn.datasets import load_sample_images

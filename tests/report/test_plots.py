@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +43,7 @@ def test_short_and_odd_runs_can_be_drawn() -> None:
     opened(plots.loss_figure([{"step": 1, "loss": 2.0}]))
     opened(plots.loss_figure([*log_history()[:3], {"step": 9, "eval_loss": 1.0}]))
     opened(plots.spectrum_figure([layer, rest]))
+    opened(plots.protection_figure({"projector.linear": {"energy": 0.9, "held_out": None}}, [0.9]))
     opened(plots.scores_figure([Score("pope", "accuracy", None, Metric("accuracy", 0.5), True)]))
     opened(plots.scores_figure([Score("pope", "accuracy", Metric("accuracy", 1.0, 0.1, baseline=0.5), None, True)]))
 
@@ -55,3 +58,21 @@ def test_each_plot_of_a_run_is_a_file_beside_its_page(run: Run) -> None:
     made = figures.make(run)
     assert set(made) == {"loss", "spectrum", "scores-emoji"}
     assert {file.name for file in (run.folder / "plots").iterdir()} == {f"{name}.png" for name in made}
+
+
+def test_a_run_with_protected_inputs_shows_their_share_and_no_spectrum(run: Run, tmp_path: Path) -> None:
+    path = "model.language_model.layers.{}.mlp.up_proj"
+    inputs = {"directions": 5, "inputs": 9, "energy": 0.95, "held_out": 0.8, "kept": 0.1, "overlap": 0.0}
+    policy = {
+        "targets": [{"path": path.format(0), "tower": "language", "method": "gradient", "rank": 4, "protect": 0.95}],
+        "protection": {path.format(block): inputs for block in range(3)},
+    }
+    fixed = Layer(path.format(1), "language", (4, 4), (1.0, 0.5), None, "gradient", None)
+    protected = replace(run, folder=tmp_path, policy=policy, layers=(fixed,), comparisons=())
+    assert set(figures.make(protected)) == {"loss", "protection"}
+
+
+def test_a_method_has_one_colour_wherever_it_stands() -> None:
+    first, second = plots.colours_of(["lora", "gradient", "runs/a"]), plots.colours_of(["runs/b", "lora-decay"])
+    assert first["lora"] == second["lora-decay"] != first["gradient"]
+    assert not {first["runs/a"], second["runs/b"]} & set(plots.METHOD_COLOURS.values())

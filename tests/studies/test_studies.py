@@ -58,7 +58,8 @@ def test_docs_show_what_the_cells_say(name: str) -> None:
 
 @pytest.mark.usefixtures("real_plots")
 def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "studies" / "which.digits-cnn", small(search_seeds=1))
+    figure = {"title": "Both learn", "arms": ["milora", "lora"]}
+    folder = Folder(tmp_path / "studies" / "which.digits-cnn", small(search_seeds=1, figure=figure))
     first = run(folder)
     assert len(first) == 2 * 2 + 2, "each arm and rate with one seed, then the better rate of each with the other"
     cells = all_cells(folder)
@@ -76,8 +77,8 @@ def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
     written, table = page.write(folder, "python -m studies which")
     (tmp_path / "which.md").write_text("<!-- results: which.digits-cnn -->\n<!-- end -->\n")
     text = page.document("which.digits-cnn", folder, tmp_path).read_text(encoding="utf-8")
-    assert "ratio to lora" in text
-    assert {file.name for file in tmp_path.glob("*.png")} == {"which.digits-cnn.png", "which.digits-cnn.score.png"}
+    assert "forgetting, equal loss" in text
+    assert {file.name for file in tmp_path.glob("*.png")} == {"which.digits-cnn.score.png"}, "two arms fit in a table"
     assert page.documented(text, "which.digits-cnn", folder.study, tmp_path) == text
     assert "<span>studies</span> <span>which</span>" in written.read_text(encoding="utf-8")
     assert [row[0] for row in table.rows] == ["milora", "lora"]
@@ -99,6 +100,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def studies(trained: Path, tmp_path: Path) -> Path:
     """Return a copy of it to continue."""
     return shutil.copytree(trained, tmp_path / "studies")
+
+
+def test_rows_of_an_arm_that_no_longer_runs_stay_in_the_docs(studies: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "one.md").write_text("<!-- results: one.digits-cnn -->\n<!-- end -->\n")
+    row = "method,learning_rate,seed,validation_loss,score,forgetting,trainable\n"
+    (docs / "one.digits-cnn.csv").write_text(f"{row}removed,0.001,0,0.5,0.25,0.125,7\na,0.003,0,9,9,9,9\n")
+    page.document("one.digits-cnn", Folder(studies / "one", PAIR), docs)
+    rows = page.read_cells(docs / "one.digits-cnn.csv")
+    assert {(cell.method, cell.learning_rate) for cell in rows} == {("removed", 1e-3), ("a", 1e-3), ("lora", 1e-3)}
+    assert rows[Cell("removed", 1e-3, None, 0)]["forgetting"] == "0.125"
 
 
 def test_a_cell_that_another_study_has_is_not_trained_again(studies: Path) -> None:

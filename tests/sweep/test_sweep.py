@@ -19,7 +19,7 @@ from milora_vl.sweep.__main__ import _remember as remember
 from milora_vl.sweep.__main__ import _same_sweep as same_sweep
 from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.results import Point, arms, front, mean_of, pairs
+from milora_vl.sweep.results import arms, mean_of, pairs
 from milora_vl.sweep.runner import Sweep, run_cells
 from milora_vl.train.recipe.schema import Recipe
 from support.eval_questions import write_questions
@@ -112,7 +112,7 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
     assert "lora − milora" in text
     assert (pair.difference.low, pair.difference.p_bootstrap) == (None, None)
     assert "no interval and no p-value from 4 items" in text
-    for name in ("pareto.png", "pareto.pdf", "rates.png", "cells.csv", "results.json"):
+    for name in ("score.png", "score.pdf", "rates.png", "cells.csv", "results.json"):
         assert (sweep.folder / name).stat().st_size > 50
     with (sweep.folder / "cells.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
@@ -192,15 +192,6 @@ def test_own_questions_score_the_cells(tmp_path: Path) -> None:
     cell = Cell("lora", 1e-3, None, 7)
     assert sweep.results_folder(cell) == sweep.run_folder(cell) / "eval" / "mine" / "final"
     assert f"--suite {questions} --output_dir" in " ".join(sweep.evaluating(cell))
-
-
-def test_the_front_keeps_what_none_beats_in_both() -> None:
-    def point(score: float, forgetting: float) -> Point:
-        return Point("m", None, 1.0, mean_of([0.0]), mean_of([score]), mean_of([forgetting]), (0,))
-
-    best = [point(0.3, 0.1), point(0.5, 0.2), point(0.9, 0.8)]
-    without_numbers = [point(0.95, float("nan")), point(float("nan"), 0.05)]
-    assert front([point(0.4, 0.5), *best, point(0.3, 0.15), *without_numbers]) == best
 
 
 @pytest.mark.usefixtures("forked_programs")

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milora_eval.scores.table import difference, value
 from milora_eval.scores.tradeoff import Mean, Tradeoff, change
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.cli.table import Table
-from milora_vl.report.plots import BLUE, GREEN, GREY, INK, ORANGE, WIDTH, styled
+from milora_vl.report.plots import GREY, INK, WIDTH, colours_of, marks_of, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CSV_HEADER = ("run", "part", "benchmark", "metric", "n", "base", "score", "change", "stderr", "low", "high")
-_COLOURS, _MARKS = (BLUE, ORANGE, GREEN, INK, "#CC79A7", "#56B4E9"), "osD^vP"
 
 
 def table(result: Tradeoff) -> Table:
@@ -74,19 +73,20 @@ def figure(result: Tradeoff) -> Figure:
     from matplotlib.figure import Figure
 
     names = (*result.targets, *result.held_out)
+    runs = [stage.name for stage in result.stages]
+    colours, marks = colours_of(runs), marks_of(runs)
     with styled():
         drawn = Figure(figsize=(WIDTH, max(3.4, 1.0 + 0.3 * len(names))), layout="constrained")
         means, each = drawn.subplots(1, 2, width_ratios=(1, 1.15))
-        _means_panel(means, result)
+        _means_panel(means, result, colours, marks)
         for place, stage in enumerate(result.stages):
-            colour, mark = _style(place)
             apart = min(0.2, 0.6 / len(result.stages))
             rows = [row + apart * (place - (len(result.stages) - 1) / 2) for row in range(len(names))]
             pairs = [stage.pairs[name] for name in names]
             errors = [_scale(pair.b.unit) * ((pair.difference.stderr if pair.difference else 0) or 0) for pair in pairs]
             each.errorbar(
-                [change(pair) for pair in pairs], rows, xerr=errors, fmt=mark, color=colour, ms=5, elinewidth=1,
-                label=stage.name,
+                [change(pair) for pair in pairs], rows, xerr=errors, fmt=marks[stage.name], color=colours[stage.name],
+                ms=5, elinewidth=1, label=stage.name,
             )  # fmt: skip
         each.axvline(0, color=GREY, lw=0.8)
         each.axhline(len(result.targets) - 0.5, color=GREY, lw=0.8, ls=":")
@@ -100,27 +100,23 @@ def figure(result: Tradeoff) -> Figure:
     return drawn
 
 
-def _means_panel(axis: Axes, result: Tradeoff) -> None:
+def _means_panel(axis: Axes, result: Tradeoff, colours: Mapping[str, str], marks: Mapping[str, str]) -> None:
     places = [(_place(stage.held_out), _place(stage.gain)) for stage in result.stages]
     if result.sequence is not None:
         axis.plot(*zip((0, 0), *places, strict=True), color=GREY, lw=1, zorder=1)
     for place, stage in enumerate(result.stages):
-        colour, mark = _style(place)
         axis.errorbar(
-            *places[place], xerr=_reach(stage.held_out), yerr=_reach(stage.gain), fmt=mark, color=colour, ms=7,
-            elinewidth=1,
+            *places[place], xerr=_reach(stage.held_out), yerr=_reach(stage.gain), fmt=marks[stage.name],
+            color=colours[stage.name], ms=7, elinewidth=1,
         )  # fmt: skip
     axis.plot(0, 0, marker="+", color=INK, ms=9)
     axis.annotate("base", (0, 0), xytext=(5, -11), textcoords="offset points", fontsize=8)
     axis.axhline(0, color=GREY, lw=0.8, zorder=0)
     axis.axvline(0, color=GREY, lw=0.8, zorder=0)
     axis.margins(0.12)
+    axis.set_title("better \N{NORTH EAST ARROW}", loc="right", color=GREY, fontsize=9.5)
     gain = "gain on the targets so far, %" if result.sequence else "gain on the targets, %"
     axis.set(xlabel="change on what is held out, %", ylabel=gain)
-
-
-def _style(place: int) -> tuple[str, str]:
-    return _COLOURS[place % len(_COLOURS)], _MARKS[place % len(_MARKS)]
 
 
 def _scale(unit: str) -> float:
