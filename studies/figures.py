@@ -25,7 +25,7 @@ DOCS = ROOT / "docs" / "studies"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "choose.md")
 BLOCK = re.compile(r"(<!-- figures: (.*?) -->).*?(<!-- end -->)", re.DOTALL)
 # Arms of the studies: the default, the same with base_kl, and the study's first form with shorter rows of A.
-LORA, DEFAULT, WITH_KL, SHORT = "lora", "default", "default-own", "gradient"
+LORA, DEFAULT, WITH_KL, SHORT = "lora", "gradient", "gradient-base_kl", "short-gradient"
 
 
 @dataclass(frozen=True, slots=True)
