@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,13 @@ from milora_vl.common.errors import UserError
 from milora_vl.report.plots import png, write_csv
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
+from milora_vl.sweep.curves import (
+    Ratio,
+    about_pictures,
+    equal_loss_table,
+    ratio_texts,
+    ratios_to,
+)
 from milora_vl.sweep.plots import ratios_figure, score_figure
 from milora_vl.sweep.results import Arm, arms, mean_of
 from studies.runner import Folder, all_cells, finished
@@ -23,7 +28,6 @@ from studies.tasks import task_class
 
 _FEW = 4  # a table alone shows fewer arms
 _ABOUT_PICTURES = "KL on answers about pictures, nats per token"
-_RATIO = "Forgetting divided by that of {}, at [equal loss](index.md#how-they-are-read)"
 # Optional columns of cells.csv, with their headings.
 _MORE = {"forgetting_pictures": "of pictures", "update": "‖ΔW‖/‖W‖", "overlap": "overlap with top"}
 
@@ -95,8 +99,8 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
     cells = finished(all_cells(folder), folder)
     file = docs / f"{name}.csv"
     ran = {cell.method for cell in cells}
-    rows = [row for row in (read_cells(file).values() if file.is_file() else ()) if row["method"] not in ran]
-    rows += cells.values()
+    before = read_cells(file).values() if file.is_file() else ()
+    rows: list[CellNumbers] = [*(row for row in before if row["method"] not in ran), *cells.values()]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if cells:
         write_csv(file, columns, [[row.get(key) for key in columns] for row in rows])
@@ -118,11 +122,11 @@ def redraw(name: str, study: Study, docs: Path) -> Path:
         )
     write_text(file, documented(text, name, study, docs))
     title, references = f"{study.question} ({study.task}, {study.steps} steps)", {study.reference}
-    panels = _ratios(cells_of(name, study, docs), study.reference)
+    panels = ratios_to(study.reference, cells_of(name, study, docs))
     if marked == question:
-        found = _studies_of(question, docs)
-        title, references = study.question, {one.study.reference for one in found}
-        panels = {one.study.task: one.ratios for one in found}
+        found = _ratios_of(question, docs)
+        title, references = study.question, {each.reference for each, _ in found}
+        panels = {each.task: ratios for each, ratios in found}
     if len({arm for ratios in panels.values() for arm in ratios}) >= _FEW:
         (docs / f"{marked}.png").write_bytes(png(ratios_figure(panels, references, title)))
     if study.figure is not None:
@@ -141,55 +145,32 @@ def _draw_scores(file: Path, cells: Mapping[Cell, Mapping[str, Any]], study: Stu
     file.write_bytes(png(score_figure(panels, task.metric, study.figure.title)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """The cells of one task of a question, from `docs`. Seeds that ran with one rate are left out."""
+def _ratios_of(question: str, docs: Path) -> list[tuple[Study, dict[str, Ratio | None]]]:
+    """Return the studies of a question that have a CSV file in `docs`, and the ratio of each arm to the reference.
 
-    study: Study
-    cells: Mapping[Cell, dict[str, Any]]
-
-    @property
-    def ratios(self) -> dict[str, Ratio | None]:
-        """Return the ratio of each arm to the reference, at equal loss."""
-        return _to_reference(self.cells, self.study.reference)
-
-
-def _studies_of(question: str, docs: Path) -> list[_Read]:
-    """Return the studies of a question that have a CSV file in `docs`."""
+    Seeds that ran with one rate are left out, and so are pictures.
+    """
     found = []
     for name in chosen(question):
-        study, file = read_study(name), docs / f"{name}.csv"
-        if file.is_file():
-            seeds = study.search_seeds or study.seeds
-            cells = {cell: result for cell, result in cells_of(name, study, docs).items() if cell.seed < seeds}
-            found.append(_Read(study, cells))
+        study = read_study(name)
+        if (docs / f"{name}.csv").is_file():
+            cells = cells_of(name, study, docs)
+            searched = {cell: row for cell, row in cells.items() if cell.seed < (study.search_seeds or study.seeds)}
+            found.append((study, next(iter(ratios_to(study.reference, searched).values()))))
     return found
 
 
-def question_table(found: Sequence[_Read]) -> Table:
+def question_table(found: Sequence[tuple[Study, Mapping[str, Ratio | None]]]) -> Table:
     """Return a table of all tasks of a question: one row per arm, and its ratio to the reference at equal loss."""
-    columns = [_texts(one.ratios, one.study.reference) for one in found]
+    columns = [ratio_texts(ratios, study.reference) for study, ratios in found]
     labels = dict.fromkeys(label for column in columns for label in column)
     rows = tuple((label, *(column.get(label, "") for column in columns)) for label in labels)
-    seeds = ", ".join(f"{one.study.task} {one.study.search_seeds or one.study.seeds}" for one in found)
-    caption = f"{_RATIO.format('the reference (1)')}. Seeds: {seeds}. ≥: a lower bound."
-    return Table(("arm", *(one.study.task for one in found)), rows, caption)
-
-
-def _ratios(cells: Mapping[Cell, Mapping[str, Any]], reference: str) -> dict[str, dict[str, Ratio | None]]:
-    """Return the ratio of each arm to the reference, of all that is forgotten, or of text and of pictures."""
-    pictures = about_pictures(cells)
-    kinds = {"text": cells, "pictures": pictures} if pictures else {"forgetting": cells}
-    return {kind: _to_reference(results, reference) for kind, results in kinds.items()}
-
-
-def _to_reference(cells: Mapping[Cell, Mapping[str, Any]], reference: str) -> dict[str, Ratio | None]:
-    curves = curves_of(cells)
-    return {label: at_common_loss(fronts, curves[reference]) for label, fronts in curves.items()}
-
-
-def _texts(ratios: Mapping[str, Ratio | None], reference: str) -> dict[str, str]:
-    return {label: "1" if label == reference else ratio.text if ratio else "–" for label, ratio in ratios.items()}
+    seeds = ", ".join(f"{study.task} {study.search_seeds or study.seeds}" for study, _ in found)
+    caption = (
+        "Forgetting divided by that of the reference (1), at [equal loss](index.md#how-they-are-read). "
+        f"Seeds: {seeds}. ≥: a lower bound."
+    )
+    return Table(("arm", *(study.task for study, _ in found)), rows, caption)
 
 
 def _start(marked: str) -> str:
@@ -203,34 +184,10 @@ def documented(text: str, name: str, study: Study, docs: Path) -> str:
     """
     question = name.partition(".")[0]
     if _start(question) in text:
-        return with_block(text, question, question_table(_studies_of(question, docs)))
-    return with_block(text, name, study_table(cells_of(name, study, docs), study.reference))
-
-
-def study_table(cells: Mapping[Cell, Mapping[str, Any]], reference: str) -> Table:
-    """Return a table of all arms with the ratio of forgetting to the reference, at equal loss and at equal score."""
-    by_score = {cell: {**row, "validation_loss": 1 - float(row["score"])} for cell, row in cells.items()}
-    columns = {
-        f"{what}, equal {kind}": _texts(ratios, reference)
-        for kind, results in (("loss", cells), ("score", by_score))
-        for what, ratios in _ratios(results, reference).items()
-    }
-    by_loss = curves_of(cells)
-    lowest = by_loss[reference]
-    rows = []
-    for arm, fronts in by_loss.items():
-        of_arm = [row for cell, row in cells.items() if cell.label == arm]
-        scores = [max(float(row["score"]) for row in of_arm if int(row["seed"]) == seed) for seed in fronts]
-        reached = sum(front[0].loss <= lowest[seed][0].loss for seed, front in fronts.items() if seed in lowest)
-        rows.append((
-            arm, mean_of([front[0].loss for front in fronts.values()]).text, mean_of(scores).text,
-            *(column[arm] for column in columns.values()), f"{reached} of {len(fronts)}",
-        ))  # fmt: skip
-    caption = (
-        f"{_RATIO.format(reference)} or equal score: geometric means over seeds with 95 % intervals. ≥: a lower bound. "
-        f"Last column: the seeds that reach the lowest loss of {reference}."
-    )
-    return Table(("arm", "lowest loss", "best score", *columns, "reached"), tuple(rows), caption)
+        return with_block(text, question, question_table(_ratios_of(question, docs)))
+    table = equal_loss_table(cells_of(name, study, docs), study.reference)
+    assert table is not None
+    return with_block(text, name, table)
 
 
 def with_block(text: str, name: str, filled: Table) -> str:

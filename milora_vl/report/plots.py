@@ -100,7 +100,7 @@ def loss_figure(history: History, colour: str = INK) -> Figure:
         strip.set(xlabel="step", xlim=(0, None), ylim=(0, peak))
         strip.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         strip.set_yticks([0, peak], ["0", f"{peak:.0e}".replace("e-0", "e-")])
-        strip.set_ylabel("learning\nrate", rotation=0, ha="right", va="center")
+        strip.set_ylabel("rate", rotation=0, ha="right", va="center")
     return figure
 
 
@@ -132,15 +132,17 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
         block = re.search(r"\.(\d+)\.", path)
         lines.setdefault(re.sub(r"\.\d+\.", ".", path, count=1), {})[int(block[1]) if block else 0] = 100 * numbers[key]
     names: dict[tuple[tuple[int, float], ...], list[str]] = {}  # modules that read the same input share a line
-    for path, line in lines.items():
-        names.setdefault(tuple(sorted(line.items())), []).append(path.rpartition(".")[2])
+    for path, shares_of in lines.items():
+        names.setdefault(tuple(sorted(shares_of.items())), []).append(path.rpartition(".")[2])
     with styled():
         figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         axis = figure.subplots()
         for share in shares:
             axis.axhline(100 * share, color=GREY, lw=1, ls="--")
-            axis.annotate(f"protect: {share:g}", (0, 100 * share), (0, 3), textcoords="offset points", color=GREY)
-        bottom = 50 if min(value for line in names for _, value in line) > 50 else 0
+            axis.text(
+                0.5, 100 * share, f"protect: {share:g}", transform=axis.get_yaxis_transform(), va="bottom", color=GREY
+            )
+        bottom = min(75, 25 * math.floor(min(value for line in names for _, value in line) / 25))
         heights = _apart([line[-1][1] for line in names], 0.07 * (100 - bottom))
         for number, ((line, merged), height) in enumerate(zip(names.items(), heights, strict=True)):
             blocks, values = zip(*line, strict=True)
@@ -151,7 +153,7 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
                 annotation_clip=False,
             )  # fmt: skip
         last = max(block for line in names for block, _ in line)
-        axis.set(xlabel="layer", ylim=(bottom, 104), xlim=(-0.5, last + 0.5))
+        axis.set(xlabel="layer", ylim=(bottom, 100 + (100 - bottom) / 25), xlim=(-0.5, last + 0.5))
         axis.yaxis.set_major_formatter("{x:g} %")
         axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         of = "held-out" if key == "held_out" else "the calibration"

@@ -2,8 +2,8 @@
 
 A comparison at "the best learning rate of each method" is unfair: the loss is flat near its minimum while forgetting
 grows with the rate, so the choice among nearly equal rates decides how much a method forgets. Here every seed of a
-method gives a curve of forgetting over validation loss. All curves are read at one loss per seed, the lowest that the
-reference reaches with that seed, and the ratios are paired by seed. Vision-language tasks are read twice: for text and
+method gives a curve of forgetting over validation loss. A curve and that of the reference are read at the lowest loss
+that both reach with the same seed, so the ratios are paired by seed. Vision-language tasks are read twice: for text and
 for pictures.
 """
 
@@ -16,10 +16,8 @@ from itertools import pairwise
 
 from milora_vl.common.cli.table import Table
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.results import Mean, mean_of
+from milora_vl.sweep.results import mean_of
 
-# Where the curves are read, between the lowest loss of the reference (0) and the highest on its curve (1).
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 PICTURES = "forgetting_pictures"  # the second number of vision-language tasks
 
 
@@ -59,22 +57,6 @@ class Ratio:
         numbers = [_two_digits(x) for x in (self.value, self.low, self.high) if x is not None]
         interval = "" if len(numbers) == 1 else f" ({numbers[1]} to {numbers[2]})"
         return f"{'≥ ' if self.is_lower_bound else ''}{numbers[0]}{interval}"
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One arm, read at the losses of the reference. `ratios` holds one ratio to the reference per share in SHARES.
-
-    An arm that does not reach a loss in some seeds has a ratio over the others; `reached` counts the seeds that reach
-    the lowest loss of the reference. A ratio without seeds is None.
-    """
-
-    label: str
-    lowest_loss: Mean
-    forgetting: Mean | None
-    ratios: tuple[Ratio | None, ...]
-    reached: int
-    seeds: int
 
 
 def about_pictures(results: Mapping[Cell, CellNumbers]) -> dict[Cell, CellNumbers]:
@@ -132,37 +114,6 @@ def curves_of(results: Mapping[Cell, CellNumbers]) -> Curves:
     }
 
 
-def read(curves: Curves, reference: str) -> list[Reading]:
-    """Read every curve at the losses of the reference, seed by seed; the reference is the first reading.
-
-    Returns an empty list if the reference has no curve.
-    """
-    of_reference = curves.get(reference)
-    if not of_reference:
-        return []
-    order = [reference, *(label for label in curves if label != reference)]
-    return [_reading(label, curves[label], of_reference) for label in order if curves[label]]
-
-
-def _reading(label: str, fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Reading:
-    common = [seed for seed in of_reference if seed in fronts]
-    at_lowest = [forgetting_at(fronts[seed], of_reference[seed][0].loss) for seed in common]
-    reached = [value for value in at_lowest if value is not None]
-    ratios = []
-    for share in SHARES:
-        pairs = []
-        for seed in common:
-            loss = of_reference[seed][0].loss + share * (of_reference[seed][-1].loss - of_reference[seed][0].loss)
-            of_arm, of_other = forgetting_at(fronts[seed], loss), forgetting_at(of_reference[seed], loss)
-            if of_arm is not None and of_other is not None:
-                pairs.append((of_arm, of_other))
-        ratios.append(_ratio(pairs))
-    return Reading(
-        label, mean_of([front[0].loss for front in fronts.values()]), mean_of(reached) if reached else None,
-        tuple(ratios), len(reached), len(common),
-    )  # fmt: skip
-
-
 def at_common_loss(fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Ratio | None:
     """Return the ratio to the reference at the lowest loss that both reach, seed by seed; None without such a seed."""
     pairs, is_lower_bound = [], False
@@ -188,43 +139,57 @@ def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
     return Ratio(math.exp(logs.value), math.exp(logs.value - logs.half), math.exp(logs.value + logs.half), logs.n)
 
 
-def curves_table(readings: Sequence[Reading], pictures: Sequence[Reading] = ()) -> Table:
-    """Return a table with one row per arm: how much it forgets at the loss of the reference, and the ratio to it.
+def ratios_to(reference: str, results: Mapping[Cell, CellNumbers]) -> dict[str, dict[str, Ratio | None]]:
+    """Return the ratio of each arm to the reference at equal loss, of `forgetting`, or of `text` and of `pictures`.
 
-    `pictures` holds the readings of the same arms about pictures, for two more columns.
+    Returns nothing if the reference has no curve.
     """
-    of_pictures = {reading.label: reading for reading in pictures}
+    pictures = about_pictures(results)
+    found = {}
+    for kind, of_kind in ({"text": results, "pictures": pictures} if pictures else {"forgetting": results}).items():
+        curves = curves_of(of_kind)
+        if not curves.get(reference):
+            return {}
+        found[kind] = {arm: at_common_loss(fronts, curves[reference]) for arm, fronts in curves.items() if fronts}
+    return found
+
+
+def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Table | None:
+    """Return a table of all arms with the ratio of forgetting to the reference, at equal loss and at equal score.
+
+    Returns None if the reference has no curve.
+    """
+    by_score = {cell: {**row, "validation_loss": 1 - float(row["score"])} for cell, row in results.items()}
+    columns = {
+        f"{kind}, equal {what}": ratio_texts(ratios, reference)
+        for what, cells in (("loss", results), ("score", by_score))
+        for kind, ratios in ratios_to(reference, cells).items()
+    }
+    if not columns:
+        return None
+    by_loss = {arm: fronts for arm, fronts in curves_of(results).items() if fronts}
+    lowest = by_loss[reference]
     rows = []
-    for reading in readings:
-        at_lowest = reading.ratios[0]
-        elsewhere = [ratio.value for ratio in reading.ratios if ratio is not None]
+    for arm, fronts in by_loss.items():
+        of_arm = [(cell.seed, float(row["score"])) for cell, row in results.items() if cell.label == arm]
+        scores = [max(score for of_seed, score in of_arm if of_seed == seed) for seed in fronts]
+        reached = sum(front[0].loss <= lowest[seed][0].loss for seed, front in fronts.items() if seed in lowest)
         rows.append((
-            reading.label,
-            reading.lowest_loss.text,
-            reading.forgetting.text if reading.forgetting else "–",
-            at_lowest.text if at_lowest else "–",
-            f"{_two_digits(min(elsewhere))} to {_two_digits(max(elsewhere))}" if elsewhere else "–",
-            *(_of_pictures(of_pictures.get(reading.label)) if pictures else ()),
-            f"{reading.reached} of {reading.seeds}",
+            arm, mean_of([front[0].loss for front in fronts.values()]).text, mean_of(scores).text,
+            *(column.get(arm, "–") for column in columns.values()), f"{reached} of {len(fronts)}",
         ))  # fmt: skip
-    reference = readings[0].label if readings else "the reference"
     caption = (
-        f"Each seed is read at the lowest validation loss that {reference} reaches with this seed. The ratio is the "
-        "geometric mean over seeds with its 95 % interval (Student’s t on the logarithms). “At other losses”: the "
-        f"smallest and largest mean ratio at {len(SHARES)} losses along the curve of {reference}. “Seeds”: how many "
-        "reach the loss."
+        f"Forgetting divided by that of {reference}, at the lowest validation loss, or the highest score, that both "
+        "reach with the same seed: geometric means with 95 % intervals over seeds. "
+        f"≥: a lower bound, as {reference} might forget less there at a lower rate. "
+        f"Last column: the seeds that reach the lowest loss of {reference}."
     )
-    header = (
-        "arm", "lowest loss", "forgetting at this loss", f"ratio to {reference}", "ratio at other losses",
-        *(("about pictures", "ratio about pictures") if pictures else ()), "seeds",
-    )  # fmt: skip
-    return Table(header, tuple(rows), caption)
+    return Table(("arm", "lowest loss", "best score", *columns, "reached"), tuple(rows), caption)
 
 
-def _of_pictures(reading: Reading | None) -> tuple[str, str]:
-    if reading is None or reading.forgetting is None:
-        return "–", "–"
-    return reading.forgetting.text, reading.ratios[0].text if reading.ratios[0] else "–"
+def ratio_texts(ratios: Mapping[str, Ratio | None], reference: str) -> dict[str, str]:
+    """Return the ratios as cells of a table; the reference has 1."""
+    return {arm: "1" if arm == reference else ratio.text if ratio else "–" for arm, ratio in ratios.items()}
 
 
 def _two_digits(x: float) -> str:

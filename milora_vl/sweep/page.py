@@ -15,7 +15,7 @@ from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import draw, write_csv
 from milora_vl.sweep import plots
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.curves import Reading, about_pictures, curves_of, curves_table, read
+from milora_vl.sweep.curves import equal_loss_table, ratios_to
 from milora_vl.sweep.results import Answers, Arm, Pair, arms, pairs
 from milora_vl.sweep.runner import Sweep
 
@@ -84,12 +84,6 @@ def _in_order(all_arms: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
     return sorted(all_arms, key=lambda arm: requested.index((arm.points[0].method, arm.points[0].rank)))
 
 
-def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Table | None:
-    """Return the table of all arms at the losses of the reference; None if the reference has no finished cell."""
-    readings = read(curves_of(results), reference)
-    return curves_table(readings, read(curves_of(about_pictures(results)), reference)) if readings else None
-
-
 def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]]:
     figures = []
     if all_arms:
@@ -108,19 +102,10 @@ def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]
 def _ratios_figure(compared: Compared) -> dict[str, Any]:
     """Return the figure of the table of ratios, for text and, if the cells measure them, pictures."""
     assert compared.reference is not None
-    kinds = {"forgetting": compared.results, "about pictures": about_pictures(compared.results)}
-    ratios = {
-        kind: {reading.label: reading.ratios[0] for reading in read(curves_of(results), compared.reference)}
-        for kind, results in kinds.items()
-        if results
-    }
+    ratios = ratios_to(compared.reference, compared.results)
     caption = f"The ratios of the table: a line is a 95 % interval over seeds, 1 is {compared.reference}."
     figure = plots.ratios_figure(ratios, [compared.reference], "Forgetting at equal validation loss")
     return {"plot": draw(compared.folder, "ratios", figure, caption, with_pdf=True), "caption": caption}
-
-
-def _readings(compared: Compared) -> list[Reading]:
-    return read(curves_of(compared.results), compared.reference) if compared.reference else []
 
 
 def lede(all_arms: Sequence[Arm], metric: str) -> str:
@@ -185,10 +170,13 @@ def _files(
     write_csv(folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
     write_csv(folder / "table.csv", table.header, table.rows)
     if at_equal_loss:
-        write_csv(folder / "curves.csv", at_equal_loss.header, at_equal_loss.rows)
+        write_csv(folder / "ratios.csv", at_equal_loss.header, at_equal_loss.rows)
+    ratios = ratios_to(compared.reference, compared.results) if compared.reference else {}
     content = {
         "arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests],
-        "curves": [asdict(reading) for reading in _readings(compared)],
+        "ratios": {
+            kind: {arm: ratio and asdict(ratio) for arm, ratio in of_kind.items()} for kind, of_kind in ratios.items()
+        },
     }  # fmt: skip
     # A diverged training leaves NaN, which is not valid JSON: write null.
     write_json(folder / "results.json", json.loads(json.dumps(content), parse_constant=lambda _: None))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,7 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
 
     labels = [arm.label for arm in next(iter(panels.values()))]
     colours, marks = colours_of(labels), marks_of(labels)
+    panels = {forgets: list(map(_finite, arms)) for forgets, arms in panels.items()}
     with styled():
         figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -36,7 +39,7 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
                 _line(axis, arm, colours[arm.label], marks[arm.label])
             _logarithmic(axis, [point.forgetting for arm in arms for point in arm.points])
             axis.set_xlabel(f"forgetting: {forgets}")
-        scores = [point.score.value for arms in panels.values() for arm in arms for point in arm.points]
+        scores = [point.score.value for arms in panels.values() for arm in arms for point in arm.points] or [0.0]
         spread = (max(scores) - min(scores)) or 0.1  # the interval of a rate that diverges may be larger
         axes[0].set_ylim(min(scores) - 0.15 * spread, max(scores) + 0.3 * spread)
         axes[0].set_title(f"score: {metric}", loc="left", fontsize=9.5)
@@ -48,6 +51,12 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
         for axis, arms in zip(axes, panels.values(), strict=True):
             _name_lines(axis, arms, colours)
     return figure
+
+
+def _finite(arm: Arm) -> Arm:
+    """Leave out rates at which a training diverged."""
+    points = (p for p in arm.points if math.isfinite(p.score.value) and math.isfinite(p.forgetting.value))
+    return replace(arm, points=tuple(points))
 
 
 def _line(axis: Axes, arm: Arm, colour: str, mark: str) -> None:
@@ -93,7 +102,8 @@ def _name_lines(axis: Axes, arms: Sequence[Arm], colours: Mapping[str, str]) -> 
                 break
             name.remove()
         else:
-            write(arm, points[0], *next(_beside()))
+            if points:
+                write(arm, points[0], *next(_beside()))
 
 
 def _beside() -> Iterator[tuple[float, float, str, str]]:
@@ -109,7 +119,7 @@ def _logarithmic(axis: Axes, values: Sequence[Mean]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter
 
     numbers = [mean.value for mean in values]
-    if min(numbers) <= 0:
+    if min(numbers, default=0.0) <= 0:
         return
     axis.set_xscale("log")
     axis.set_xlim(min(numbers) / 1.6, max(numbers) * 1.6)
@@ -141,7 +151,7 @@ def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: 
             axis.axvline(1, color=GREY, lw=1, ls="--", zorder=0)
             for label, ratio in ratios.items():
                 _ratio_row(axis, labels.index(label), ratio, method_colour(label) or INK, low, high)
-            axis.set(xscale="log", xlim=(low, high * (high / low) ** 0.45), ylim=(len(labels) - 0.5, -0.5))
+            axis.set(xscale="log", xlim=(low, high * (high / low) ** 0.45), ylim=(max(len(labels), 1) - 0.5, -0.5))
             ticks = [tick for tick in ((0.25, 1, 4) if high < 30 * low else (0.01, 0.1, 1, 10)) if low <= tick <= high]
             axis.set_xticks(ticks, [reference if reference and tick == 1 else f"{tick:g}×" for tick in ticks])
             axis.set_xticks([], minor=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.curves import SHARES, Spot, at_common_loss, curve, curves_of, curves_table, forgetting_at, read
+from milora_vl.sweep.curves import Spot, at_common_loss, curve, curves_of, equal_loss_table, forgetting_at, ratios_to
 
 POSITIVE = st.floats(1e-6, 1e3)
 SPOTS = st.lists(st.builds(Spot, POSITIVE, POSITIVE), max_size=8)
@@ -50,33 +50,21 @@ def test_a_reading_lies_between_its_neighbours_and_falls_with_the_loss(spots: li
         assert further <= value * (1 + 1e-9) + 1e-11
 
 
-def test_arms_are_read_at_the_lowest_loss_of_the_reference_seed_by_seed() -> None:
-    """At 0.8 and 0.7, not at each arm's own lowest loss; the second arm reaches the loss in one seed only."""
-    readings = read(
-        curves_of(
-            results(
-                {
-                    "milora": [[(0.6, 4.0), (0.9, 0.04)], [(0.75, 0.1), (0.8, 0.05)]],
-                    "lora": [[(0.8, 1.0), (1.0, 0.5), (2.0, 9.0)], [(0.7, 2.0), (0.9, 1.0)]],
-                }
-            )
-        ),
-        "lora",
+def test_arms_are_read_at_the_lowest_loss_that_both_reach_seed_by_seed() -> None:
+    """At 0.8 with the first seed, where the reference ends, and at 0.75 with the second, where the other arm does."""
+    cells = results(
+        {
+            "milora": [[(0.6, 4.0), (0.9, 0.04)], [(0.75, 0.1), (0.8, 0.05)]],
+            "lora": [[(0.8, 1.0), (1.0, 0.5), (2.0, 9.0)], [(0.7, 2.0), (0.9, 1.0)]],
+        }
     )
-    assert [reading.label for reading in readings] == ["lora", "milora"]
-    of_lora, of_milora = readings
-    assert of_lora.ratios[0] is not None
-    assert of_lora.ratios[0].value == pytest.approx(1.0)
-    assert (of_milora.reached, of_milora.seeds) == (1, 2)
+    ratio = ratios_to("lora", cells)["forgetting"]["milora"]
+    assert ratio is not None
     at_08 = 4.0 ** (1 / 3) * 0.04 ** (2 / 3)  # two thirds of the way from 0.6 to 0.9
-    first, *others = of_milora.ratios
-    assert first is not None
-    assert first.value == pytest.approx(at_08 / 1.0)
-    assert first.low is None, "one seed has no interval"
-    last = others[-1]
-    assert last is not None
-    assert last.value == pytest.approx(math.sqrt(0.04 / 0.5 * 0.05 / 1.0)), "the highest loss: above both curves"
-    assert len(of_milora.ratios) == len(SHARES)
+    assert ratio.value == pytest.approx(math.sqrt(at_08 / 1.0 * 0.1 / 2**0.75))
+    table = equal_loss_table(cells, "lora")
+    assert table is not None
+    assert [(row[0], row[-1]) for row in table.rows] == [("milora", "1 of 2"), ("lora", "2 of 2")]
 
 
 def test_a_ratio_read_above_the_curve_of_the_reference_is_a_lower_bound() -> None:
@@ -90,23 +78,25 @@ def test_a_ratio_read_above_the_curve_of_the_reference_is_a_lower_bound() -> Non
 
 
 def test_the_interval_of_a_ratio_is_students_on_logarithms() -> None:
-    readings = read(curves_of(results({"a": [[(1, 1.0)]] * 3, "b": [[(1, 0.1)], [(1, 0.2)], [(1, 0.4)]]})), "a")
-    ratio = readings[1].ratios[0]
+    cells = results({"a": [[(1, 1.0)]] * 3, "b": [[(1, 0.1)], [(1, 0.2)], [(1, 0.4)]]})
+    ratio = ratios_to("a", cells)["forgetting"]["b"]
     assert ratio is not None
     assert ratio.value == pytest.approx(0.2)
     assert ratio.low is not None
     assert ratio.high is not None
     half = 4.303 * math.log(2) / math.sqrt(3)
     assert ratio.high / ratio.value == pytest.approx(math.exp(half), rel=1e-4)
-    assert curves_table(readings).rows[1][3] == ratio.text
+    table = equal_loss_table(cells, "a")
+    assert table is not None
+    assert table.rows[1][3] == ratio.text
 
 
 def test_nan_and_zero_are_not_read_as_numbers() -> None:
-    readings = read(curves_of(results({"a": [[(1.0, 1.0)]], "none": [[(0.9, 0.0)]], "bad": [[(math.nan, 0.1)]]})), "a")
-    assert [reading.label for reading in readings] == ["a", "none"], "an arm of NaN has no curve"
-    assert readings[1].ratios[0] is None
-    assert curves_table(readings).rows[1][3] == "–"
-    assert read(curves_of(results({"b": [[(1.0, 1.0)]]})), "a") == []
+    cells = results({"a": [[(1.0, 1.0)]], "none": [[(0.9, 0.0)]], "bad": [[(math.nan, 0.1)]]})
+    table = equal_loss_table(cells, "a")
+    assert table is not None
+    assert [(row[0], row[3]) for row in table.rows] == [("a", "1"), ("none", "–")], "an arm of NaN has no curve"
+    assert ratios_to("a", results({"b": [[(1.0, 1.0)]]})) == {}
 
 
 def test_pages_show_the_curves(tmp_path: Path) -> None:
@@ -116,18 +106,18 @@ def test_pages_show_the_curves(tmp_path: Path) -> None:
     )
     assert "Forgetting at equal validation loss" in written.read_text(encoding="utf-8")
     assert (tmp_path / "ratios.png").is_file()
-    assert (tmp_path / "curves.csv").read_text(encoding="utf-8").splitlines()[1].startswith("lora,")
+    assert (tmp_path / "ratios.csv").read_text(encoding="utf-8").splitlines()[1].startswith("lora,")
 
 
 def test_what_is_forgotten_about_pictures_is_read_beside_text(tmp_path: Path) -> None:
     cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]] * 2, "milora": [[(0.7, 0.3), (0.9, 0.04)]] * 2})
     for cell, numbers in cells.items():
         numbers["forgetting_pictures"] = 4.0 if cell.method == "lora" else 1.0
-    table = page.equal_loss_table(cells, "lora")
+    table = equal_loss_table(cells, "lora")
     assert table is not None
-    place = table.header.index("ratio about pictures")
-    assert [row[place] for row in table.rows] == ["1.0 (1.0 to 1.0)", "0.25 (0.25 to 0.25)"]
+    place = table.header.index("pictures, equal loss")
+    assert [row[place] for row in table.rows] == ["1", "0.25 (0.25 to 0.25)"]
     page.write(
         page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
     )
-    assert "ratio about pictures" in (tmp_path / "curves.csv").read_text(encoding="utf-8")
+    assert "pictures, equal loss" in (tmp_path / "ratios.csv").read_text(encoding="utf-8")
