@@ -30,7 +30,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"llava-1\.5-(7|13)b|liuhaotian/llava-v1\.5-7b(?= )|smol-llava(?=[ ,]|$)", "tiny"),
     (r"llama-2-7b|llama-3-8b|qwen2\.5-7b", "tiny-text"),
     (r"--model smollm2", "--model instruct"),
-    (r"Qwen/Qwen2\.5-VL-3B-Instruct", "qwen-vl"),
+    (r"Qwen/Qwen2\.5-VL-3B-Instruct|qwen2\.5-vl-3b", "qwen-vl"),
     (r"lmsys/vicuna-7b-v1\.5", "language"),
     (r"openai/clip-vit-large-patch14-336", "tower"),
     (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
