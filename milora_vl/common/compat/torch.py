@@ -31,7 +31,8 @@ def extend_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     The class of the module becomes a subclass of the same name, so that a deep copy computes with its own weights. The
     signature stays, since `generate` reads it. A factory argument in transformers and PEFT would replace it.
     """
-    change_class(module, _with_forward(type(module), forward))
+    kind: Any = type(module)
+    change_class(module, _with_forward(kind, forward))
 
 
 @cache
