@@ -67,9 +67,7 @@ def script(name: str) -> str:
 
 WAYS: dict[str, Callable[[], list[Target]]] = {
     "`python -m milora_vl.train`": lambda: [of_command("--model llava-1.5-7b")],
-    "`deepspeed --module milora_vl.train --lora_enable True`": lambda: [
-        of_command("--model llava-1.5-7b --lora_enable True")
-    ],
+    "`deepspeed --module milora_vl.train`": lambda: [of_command("--model llava-1.5-7b --lora_enable True")],
     "`apply_milora(model, rules, calibration=..., task=...)`": lambda: [
         of_rule(script("llava_own_data.py").split("apply_milora(\n")[1]),
         of_rule(section("The HF Trainer and TRL")),
