@@ -3,7 +3,9 @@
 python examples/llava_own_data.py                                   # here: random weights, three drawn pictures, a CPU
 python examples/llava_own_data.py llava-1.5-7b train.json images    # on a GPU, with LLaVA's JSON
 
-The command `python -m milora_vl.train` does the same with resuming, evaluation and a report.
+It trains what the command `python -m milora_vl.train` trains by default: `gradient`, off 95 % of the inputs of ordinary
+text. The command also calibrates with pictures, resumes, evaluates and writes a report. For the paper's MiLoRA, set the
+method to milora, and remove `calibration` and `task`.
 """
 
 import json
@@ -15,7 +17,8 @@ from PIL import Image
 from transformers import Trainer, TrainingArguments
 
 from milora_data import load_records
-from milora_vl import apply_milora, collator_for, load_model, save_adapter
+from milora_vl import apply_milora, calibration_texts, collator_for, load_model, save_adapter
+from milora_vl.interop.trainer import RatesOfRules
 
 
 def drawn(folder: Path) -> tuple[Path, Path]:
@@ -34,21 +37,29 @@ def drawn(folder: Path) -> tuple[Path, Path]:
 name, *data = sys.argv[1:] or ["tiny"]
 file, images = map(Path, data) if data else drawn(Path("own-data"))
 is_gpu = torch.cuda.is_available()
-rank = 128 if is_gpu else 4
+rank = 128 if is_gpu else 1  # the default leaves few inputs of layers as tiny as those of `tiny`
 
-model, processor = load_model(name, dtype=torch.bfloat16 if is_gpu else None)
+records = list(load_records(str(file)))
+model, processor = load_model(name, dtype=torch.bfloat16 if is_gpu else None, device="cuda" if is_gpu else "cpu")
+collator = collator_for(model, processor, image_folder=images, max_length=2048)
 model = apply_milora(
     model,
     [
-        {"modules": "language", "method": "milora", "rank": rank, "alpha": rank},
-        {"modules": "projector", "method": "full"},
+        {"modules": "language", "method": "gradient", "rank": rank, "alpha": rank, "dropout": 0.05},
+        {"modules": "projector", "method": "full", "learning_rate": 2e-5},
     ],
+    calibration=calibration_texts(model),
+    task=[collator([record]) for record in records[:64]],
     progress=True,
 )
 model.print_trainable_parameters()
 
-collator = collator_for(model, processor, image_folder=images, max_length=2048)
-trainer = Trainer(
+
+class OwnTrainer(RatesOfRules, Trainer):
+    """The Trainer with the learning rates of the rules."""
+
+
+trainer = OwnTrainer(
     model=model,
     args=TrainingArguments(
         "own-run",
@@ -63,7 +74,7 @@ trainer = Trainer(
         logging_steps=1,
         save_strategy="no",
     ),
-    train_dataset=list(load_records(str(file))),
+    train_dataset=records,
     data_collator=collator,
 )
 trainer.train()

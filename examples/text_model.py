@@ -3,7 +3,7 @@
 python examples/text_model.py                  # random weights, on a CPU
 python examples/text_model.py qwen2.5-7b       # or smollm2, llama-3-8b, a folder, any hub id
 
-The command `python -m milora_vl.train --model NAME --data_path instructions.json` does the same.
+The command `python -m milora_vl.train --method milora --model NAME --data_path instructions.json` does the same.
 """
 
 import sys

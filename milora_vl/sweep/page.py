@@ -60,7 +60,8 @@ def write(compared: Compared) -> tuple[Path, Table]:
     """Write the page and the files of the finished cells; return the path of the page and the table of methods."""
     all_arms = _in_order(arms(compared.results, compared.seeds), compared.cells)
     tests = pairs(all_arms, compared.answers)
-    table = arms_table(all_arms, compared.metric, compared.seeds)
+    shares = {cell.label: result["protect"] for cell, result in compared.results.items() if "protect" in result}
+    table = arms_table(all_arms, compared.metric, compared.seeds, shares)
     at_equal_loss = equal_loss_table(compared.results, compared.reference) if compared.reference else None
     _files(compared, all_arms, tests, table, at_equal_loss)
     content = {
@@ -117,17 +118,21 @@ def lede(all_arms: Sequence[Arm], metric: str) -> str:
     return f"{metric}: {', '.join(words)}{more}" if words else "No method has a learning rate with all seeds yet"
 
 
-def arms_table(all_arms: Sequence[Arm], metric: str, seeds: int) -> Table:
-    """Return a table with one row per method: its best learning rate and its results there."""
+def arms_table(all_arms: Sequence[Arm], metric: str, seeds: int, shares: Mapping[str, str]) -> Table:
+    """Return a table with one row per method: its best learning rate and its results there.
+
+    `shares` holds the shares of protected inputs by label, for arms that say them.
+    """
     rows = []
     for arm in all_arms:
+        name = f"{arm.label}, protect {shares[arm.label]}" if arm.label in shares else arm.label
         if arm.best is None:
-            rows.append((arm.label, "–", "–", "–", "–", f"no learning rate has a loss for all {seeds} seeds"))
+            rows.append((name, "–", "–", "–", "–", f"no learning rate has a loss for all {seeds} seeds"))
             continue
         best = arm.best
         note = "at the edge of the tested rates" if arm.at_edge else ""
         rate = f"{best.learning_rate:g}"
-        rows.append((arm.label, rate, best.score.text, best.forgetting.text, best.validation.text, note))
+        rows.append((name, rate, best.score.text, best.forgetting.text, best.validation.text, note))
     header = ("method", "learning rate", metric, "forgetting", "validation loss", "note")
     over = f"± is half a 95 % interval over {seeds} seeds (Student’s t)." if seeds > 1 else "One seed: no interval."
     return Table(

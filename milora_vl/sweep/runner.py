@@ -177,11 +177,13 @@ def _collect(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     metric = results["benchmarks"][0]["metrics"][0]
     forgetting = results["forgetting"]
     policy = json.loads((run / "policy.json").read_text(encoding="utf-8"))
+    shares = sorted({target["protect"] for target in policy.get("targets", ()) if target["rank"]}) or [0.0]
     return {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
         "validation_loss": losses[kept], "benchmark": results["benchmarks"][0]["name"], "metric": metric["name"],
         "score": metric["value"], "score_stderr": metric.get("stderr"), "forgetting": forgetting["kl"],
         "forgetting_stderr": forgetting["kl_stderr"], "trainable": policy.get("trainable"),
+        "protect": " to ".join(f"{share:g}" for share in dict.fromkeys((shares[0], shares[-1]))),
     }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     (folder / "train.py").write_text(REPLACED)
     (made(folder / "some") / "module.py").write_text("from peft import get_peft_model\n")
     (made(folder / "llava" / "train") / "train_mem.py").write_text(STOOD_IN)
+    (made(folder / "scripts") / "zero2.json").write_text(llava_recipes.read("zero2", "deepspeed"))
     recipe = llava_recipes.read("smol-llava-demo").replace("model: smol-llava", "model: tiny")
     (folder / "tiny-demo.yaml").write_text(recipe.replace("rank: 64, alpha: 64", "rank: 4, alpha: 4"))
     launcher = llava_recipes.read("zero3", "accelerate")

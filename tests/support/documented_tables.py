@@ -13,7 +13,7 @@ LEFT_OPEN: tuple[tuple[str, str], ...] = (
     (r"(replace .*train\.py) \.\.\.", r"\1 4 replaced"),
     (
         r"(llava/train/train_mem\.py .*)\.\.\.",
-        r"--protect 0.5 \1--model_name_or_path vicuna --version v1 --data_path train.json --image_folder images "
+        r"\1--model_name_or_path vicuna --version v1 --data_path train.json --image_folder images "
         "--vision_tower clip --mm_projector_type mlp2x_gelu --image_aspect_ratio pad --bf16 False --max_steps 1 "
         "--report_to none --use_cpu True --save_strategy no --lora_r 4 --output_dir runs/llava-lora",
     ),
@@ -56,7 +56,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(forgetting --(?!.*--on).*)", r"\1 --limit 2"),
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
     (r"(milora_eval run .*--limit) 1000", r"\1 8"),
-    (r"(--methods milora,lora --lrs) 1e-4,3e-4,1e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
+    (r"(--methods milora,lora,gradient --lrs) 3e-4,1e-3,3e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
     (r"(studies [\w.-]+) --docs", r"\1 --plan --docs"),
     # An output folder that the page's other way to the same result has filled.
     (r"--output_dir vicuna-clip", "--output_dir composed"),
@@ -88,7 +88,7 @@ EXCEPTIONS: dict[str, str] = {
 # own launcher, with two processes; the fast one runs them in one process.
 SLOW: dict[str, str] = {
     r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs",
-    r"python -m milora_vl\.interop\.llava ": "LLaVA's own training",
+    r"(python -m|deepspeed .*--module) milora_vl\.interop\.llava ": "LLaVA's own training",
     r"milora demo": "four programs, one after another",
     r"torchrun .* --fsdp": "FSDP2 needs several processes",
     r"python -m milora_data emoji ": "draws the whole set, as tests/data/test_emoji.py does",
@@ -147,13 +147,15 @@ FILES: dict[tuple[str, str], tuple[str, str, str]] = {
 # Page and first line of a change in Python -> the script before it, and replacements in it.
 CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
     ("docs/integrations.md", '+ rules = "[{modules: language'): (
+        "import torch\n"
         "from milora_vl import apply_milora, calibration_texts, load_model\n"
         "from transformers import Trainer, TrainingArguments\n"
         "model, _ = load_model('tiny-text')\n"
         "arguments = TrainingArguments('trained', max_steps=1, report_to='none')\n"
-        "rows = [{'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}] * 8\n",
+        "rows = [{'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}] * 8\n"
+        "batches = [{name: torch.tensor([ids]) for name, ids in rows[0].items()}]\n",
         (
-            ("rank: 64, protect: 0.95", "rank: 4, protect: 0.8"),
+            ("rank: 64", "rank: 4, protect: 0.8"),
             ("model=model, ...)", "model=model, args=arguments, train_dataset=rows)"),
             ("resume_from_checkpoint=...", "resume_from_checkpoint=None"),
         ),

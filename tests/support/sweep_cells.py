@@ -24,12 +24,12 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def finish_cell(sweep: Sweep, cell: Cell, *, loss: float, right: list[bool], forgetting: float) -> None:
-    """Write the files of a finished cell."""
+def finish_cell(sweep: Sweep, cell: Cell, *, loss: float, right: list[bool], forgetting: float, **more: str) -> None:
+    """Write the files of a finished cell, with `more` numbers."""
     result = {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
         "validation_loss": loss, "benchmark": "emoji", "metric": "accuracy", "score": sum(right) / len(right),
-        "forgetting": forgetting, "seconds": 60.0,
+        "forgetting": forgetting, "seconds": 60.0, **more,
     }  # fmt: skip
     folder = sweep.results_folder(cell)
     folder.mkdir(parents=True)

@@ -14,6 +14,7 @@ import yaml
 
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
+from milora_vl.core.policy import Policy
 from milora_vl.sweep import page
 from milora_vl.sweep.__main__ import _remember as remember
 from milora_vl.sweep.__main__ import _same_sweep as same_sweep
@@ -129,6 +130,17 @@ def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
     )  # with a seed that was not requested
     _, table = page.write(page.of_sweep(sweep, later, 2, "..."))
     assert [row[0] for row in table.rows] == ["lora", "milora"]
+
+
+def test_every_row_names_its_share_of_protected_inputs(sweep: Sweep) -> None:
+    shares = {"milora": "0", "gradient": "0.95"}
+    cells = make_cells(sweep.recipe, list(shares), [1e-3], None, 1)
+    for cell in cells:
+        (rule, *_) = Policy.parse(recipe_of(sweep.recipe, cell).policy or []).rules
+        assert f"{rule.in_force()['protect']:g}" == shares[cell.method]
+        finish_cell(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1, protect=shares[cell.method])
+    _, table = page.write(page.of_sweep(sweep, cells, 1, "..."))
+    assert [row[0] for row in table.rows] == ["milora, protect 0", "gradient, protect 0.95"]
 
 
 def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:

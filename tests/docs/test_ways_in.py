@@ -1,0 +1,93 @@
+"""The table of docs/integrations.md: what each way in trains by default, and how much of the inputs it protects."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+from peft import LoraConfig
+
+from milora_vl import reinit_peft
+from milora_vl.core.policy import Policy, Target
+from milora_vl.interop import llava, replace
+from milora_vl.models.tiny import tiny_llama
+from support.plans import fitted
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+LORA = LoraConfig(r=2, target_modules=["q_proj"])
+
+
+def rows() -> dict[str, tuple[str, float]]:
+    """What the table says: "what you call" -> (method, share)."""
+    table = re.findall(r"^\| .+? \| `(\w+)` \| ([\d.]+) \| (.+) \|$", PAGE, re.MULTILINE)
+    return {call: (method, float(share)) for method, share, call in table}
+
+
+def of_rule(text: str) -> Target:
+    """The first rule in the text of a page or a script, on the language tower of a tiny model."""
+    written = re.search(r"\{[^{}]*\bmethod\b[^{}]*\}", text)
+    assert written
+    method = re.search(r"\bmethod\"?: \"?(\w+)", written[0])
+    share = re.search(r"\bprotect\"?: ([\d.]+)", written[0])
+    assert method
+    rule = {"modules": "language", "method": method[1], "rank": 1}
+    return first([rule | ({"protect": float(share[1])} if share else {})])
+
+
+def first(rules: list[dict[str, object]]) -> Target:
+    return Policy.parse(rules).resolve(tiny_llama()[0])[0]
+
+
+def of_command(words: str) -> Target:
+    return next(target for target in fitted(words).targets if target.tower == "language")
+
+
+def of_launcher(module: object) -> Target:
+    """The defaults of its flags and of the function that they are passed to agree, and the LoRA is made with them."""
+    flags, _ = replace.parse(module.COMMAND, ["train.py"])  # type: ignore[attr-defined]
+    function = llava.milora_in_llava if module is llava else replace.get_peft_model_replaced
+    defaults = inspect.signature(function).parameters
+    assert (flags.part, flags.protect) == (defaults["part"].default, defaults["protect"].default)
+    with replace.get_peft_model_replaced(part=flags.part, protect=flags.protect):
+        return peft.get_peft_model(tiny_llama()[0], LORA).milora_targets[0]
+
+
+def section(title: str) -> str:
+    return PAGE.split(f"\n## {title}")[1].split("\n## ")[0]
+
+
+def script(name: str) -> str:
+    return (ROOT / "examples" / name).read_text(encoding="utf-8")
+
+
+WAYS: dict[str, Callable[[], list[Target]]] = {
+    "`python -m milora_vl.train`": lambda: [of_command("--model llava-1.5-7b")],
+    "`deepspeed --module milora_vl.train`": lambda: [of_command("--model llava-1.5-7b --lora_enable True")],
+    "`apply_milora(model, rules, calibration=..., task=...)`": lambda: [
+        of_rule(script("llava_own_data.py").split("apply_milora(\n")[1]),
+        of_rule(section("The HF Trainer and TRL")),
+    ],
+    "`reinit_peft(model)`": lambda: [reinit_peft(peft.get_peft_model(tiny_llama()[0], LORA)).milora_targets[0]],
+    "`python -m milora_vl.interop.replace`": lambda: [of_launcher(replace)],
+    "`python -m milora_vl.interop.llava`": lambda: [of_launcher(llava)],
+    "`get_peft_model_replaced(...)`": lambda: [of_launcher(replace)],
+    "`plugin.py`": lambda: [of_rule(section("ms-swift"))],
+    "`apply_milora(model.decoder, rules)`": lambda: [of_rule(section("nanoVLM"))],
+    "`examples/grpo_trl.py`, `distillation_trl.py`": lambda: [
+        of_rule(script(name)) for name in ("grpo_trl.py", "distillation_trl.py")
+    ],
+}
+
+
+def test_the_table_has_every_way_in() -> None:
+    assert set(rows()) == set(WAYS)
+
+
+@pytest.mark.parametrize("call", WAYS)
+def test_the_table_says_what_the_code_trains(call: str) -> None:
+    assert {(target.method, target.protect) for target in WAYS[call]()} == {rows()[call]}
