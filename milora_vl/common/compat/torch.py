@@ -31,7 +31,7 @@ def extend_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
     The class of the module becomes a subclass of the same name, so that a deep copy computes with its own weights. The
     signature stays, since `generate` reads it. A factory argument in transformers and PEFT would replace it.
     """
-    change_class(module, _with_forward(type(module), forward))
+    change_class(module, _with_forward(type(module), forward))  # type: ignore[arg-type]  # a class has a hash
 
 
 @cache
