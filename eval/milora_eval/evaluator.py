@@ -84,4 +84,4 @@ def gain(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) 
     """
     from milora_eval.scores.compare import gain
 
-    return gain(base, tuned)
+    return gain(list(map(dict, base)), list(map(dict, tuned)))

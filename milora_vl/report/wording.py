@@ -130,7 +130,7 @@ def cut_words(comparison: Comparison, benchmark: str) -> str:
     parts = []
     for side, who in ((comparison.before, "the base model"), (comparison.after, "the fine-tuned model")):
         results: Json = side.results if side else {}
-        entry = next((entry for entry in results.get("benchmarks", ()) if entry["name"] == benchmark), {})
+        entry: Json = next((entry for entry in results.get("benchmarks", ()) if entry["name"] == benchmark), {})
         if cut := entry.get("truncated"):
             limit = results["generation"]["max_new_tokens"][benchmark]
             parts.append(f"{cut:,} of the {entry['n']:,} answers of {who} were cut at {limit:,} tokens")
