@@ -265,8 +265,8 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
     `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
     whole = needed(work)
-    rounded = math.ceil(10 * whole) / 10  # never the limit itself for more than the limit
-    summary = f"{limit:g} GiB: needs {rounded:.1f} GiB, {OVERHEAD:g} of them for CUDA"
+    digits = 1 if (round(whole, 1) <= limit) == (whole <= limit) else 3  # "needs 1.0" would fit 1 GiB
+    summary = f"{limit:g} GiB: needs {whole:.{digits}f} GiB, {OVERHEAD:g} of them for CUDA"
     if whole <= limit:
         return [f"fits   {summary}"], ""
     fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]
