@@ -84,4 +84,4 @@ def gain(base: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]) 
     """
     from milora_eval.scores.compare import gain
 
-    return gain([dict(line) for line in base], [dict(line) for line in tuned])
+    return gain(list(map(dict, base)), list(map(dict, tuned)))

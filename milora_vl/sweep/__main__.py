@@ -229,29 +229,9 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
 
 
 def _cost(sweep: Sweep, todo: Sequence[Cell], jobs: int) -> str:
-    """Return the planned time of a cell of each arm, and of all. Raises UserError if one of them cannot run."""
-    from milora_vl.sweep.cost import as_text, cell_seconds
-    from milora_vl.train.dry_run.dry_run import outlook
-    from milora_vl.train.dry_run.estimate import duration_text
+    from milora_vl.sweep.cost import planned
 
-    lines: dict[str, None] = {}
-    total = 0.0
-    for arm in dict.fromkeys(cell.arm for cell in todo):
-        cells = [cell for cell in todo if cell.arm == arm]
-        try:
-            # Not in the folder of the cell, which may hold a run to resume.
-            run = outlook(recipe_of(sweep.recipe, cells[0]), cells[0].name, sweep.folder / "planned")
-        except UserError as error:
-            first = Problem(
-                "a cell cannot run", "sweep-cell-cannot-run", cells[0].name, "correct the recipe of the sweep"
-            )
-            raise UserError(problems=[first, *error.problems]) from None
-        seconds = cell_seconds(run, sweep.questions, jobs)
-        total += len(cells) * sum(seconds.values()) / jobs
-        lines |= dict.fromkeys(f"warning: {warning}" for warning in run.warnings)
-        lines |= dict.fromkeys([f"{cells[0].label}, a cell: {as_text(seconds)}", *run.costs.lines])
-    every = f"about {duration_text(total)} in all, {jobs} at a time (planned; measured after the first cell)"
-    return "\n  ".join([f"  {every}", *lines])
+    return planned(sweep, todo, jobs)
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from milora_eval.answers.questions import read_chosen
 from milora_eval.commands.run import BATCH_SIZE, FORGETTING_TOKENS
 from milora_eval.suites import choose, data_folder
+from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.core.calibration.texts import LENGTH
+from milora_vl.sweep.cells import Cell, recipe_of
+from milora_vl.sweep.runner import Sweep
 from milora_vl.train.calibration_batches import CAPTION_TOKENS
-from milora_vl.train.dry_run.dry_run import Outlook, num_parameters
+from milora_vl.train.dry_run.dry_run import Outlook, num_parameters, outlook
 from milora_vl.train.dry_run.estimate import A100_FLOPS, BANDWIDTH, GIB, duration_text, measured_flops
 
 START = 15.0  # seconds until a command has imported everything and checked its flags, on two cores
 READ = 0.5 * GIB  # bytes of weights that are read a second
 MEMORY = 10e9  # bytes that a CPU reads from its memory a second: the limit of generation
 PROMPT = 200  # tokens of a question, with its picture
+
+
+def planned(sweep: Sweep, todo: Sequence[Cell], jobs: int) -> str:
+    """Return the planned time of a cell of each arm, and of all. Raises UserError if one of them cannot run."""
+    lines: dict[str, None] = {}
+    total = 0.0
+    for arm in dict.fromkeys(cell.arm for cell in todo):
+        cells = [cell for cell in todo if cell.arm == arm]
+        try:
+            # Not in the folder of the cell, which may hold a run to resume.
+            run = outlook(recipe_of(sweep.recipe, cells[0]), cells[0].name, sweep.folder / "planned")
+        except UserError as error:
+            hint = "correct the recipe of the sweep"
+            first = Problem("a cell cannot run", "sweep-cell-cannot-run", cells[0].name, hint)
+            raise UserError(problems=[first, *error.problems]) from None
+        seconds = cell_seconds(run, sweep.questions, jobs)
+        total += len(cells) * sum(seconds.values()) / jobs
+        lines |= dict.fromkeys(f"warning: {warning}" for warning in run.warnings)
+        lines |= dict.fromkeys([f"{cells[0].label}, a cell: {as_text(seconds)}", *run.costs.lines])
+    every = f"about {duration_text(total)} in all, {jobs} at a time (planned; measured after the first cell)"
+    return "\n  ".join([f"  {every}", *lines])
 
 
 def cell_seconds(run: Outlook, questions: QuestionSet, jobs: int) -> dict[str, float]:
