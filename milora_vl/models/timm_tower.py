@@ -27,7 +27,8 @@ class TimmTower(PreTrainedModel):
     config_class = TimmTowerConfig
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    # timm selects its attention itself, so every attention implementation of the language model is supported.
+    # timm selects its attention itself, so every attention implementation of the language model is supported. The names
+    # are private in transformers; they stand here because this file is copied (tests/common/compat).
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: TimmTowerConfig) -> None:

@@ -9,6 +9,7 @@ import pytest
 from transformers import (
     LlamaForCausalLM,
     LlavaProcessor,
+    PreTrainedModel,
     ProcessorMixin,
     Trainer,
     TrainingArguments,
@@ -18,6 +19,7 @@ from transformers.integrations import deepspeed
 
 from milora_vl.common.compat.trainer import CheckpointTrainer
 from milora_vl.common.compat.transformers import unstarted_arguments, use_one_gpu
+from milora_vl.models.timm_tower import TimmTower
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,12 @@ def test_deepspeeds_config_is_where_it_was() -> None:
 def test_models_name_their_renamings_and_layers_as_before() -> None:
     assert LlamaForCausalLM._no_split_modules == ["LlamaDecoderLayer"]
     assert "_weight_conversions" in inspect.getsource(core_model_loading)
+
+
+def test_models_say_which_attention_they_support_as_before() -> None:
+    for name in ("_supports_sdpa", "_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend"):
+        assert name in vars(PreTrainedModel)
+        assert getattr(TimmTower, name) is True
 
 
 def test_processors_expand_placeholders_and_count_tokens_as_before() -> None:
