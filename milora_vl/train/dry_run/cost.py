@@ -16,7 +16,7 @@ from torch import nn
 
 from milora_vl.common.cli.command_line import amount
 from milora_vl.core.calibration.gradients import RECORDS
-from milora_vl.core.calibration.texts import LENGTH
+from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
@@ -25,15 +25,17 @@ from milora_vl.train.dry_run.estimate import (
     A100_FLOPS,
     GIB,
     Workload,
-    calibration_seconds,
     distinct_inputs,
     duration_text,
     expected_directions,
     flops_per_step,
-    gradient_seconds,
     host_memory,
     measured_flops,
     memory,
+    part_of,
+    planned_pace,
+    start_lines,
+    start_seconds,
 )
 from milora_vl.train.dry_run.first_batch import Counts
 from milora_vl.train.dry_run.simulate import Shape, simulate
@@ -103,17 +105,25 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         out.append(f"base_kl  reads {amount(recipe.base_kl.texts, 'text')} in each forward: {share:.0%} more time")
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change)
-    planned = 0.0
-    if inputs := distinct_inputs(plan.targets):
+    inputs = distinct_inputs(plan.targets)
+    if inputs:
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
-        settings = recipe.calibration
-        tokens = (settings.num_samples + 8) * LENGTH + settings.num_pictures * min(work.tokens, 700)
-        planned = calibration_seconds(work.total, inputs, tokens)
-    if any(target.method == "gradient" for target in plan.targets):
-        planned += gradient_seconds(work.total, RECORDS * work.tokens)
-    if planned:
-        out.append(f"        choosing A takes about {duration_text(planned)} on one A100 (planned, not measured), once")
+    settings, steps = recipe.calibration, batching.steps
+    reads_texts = bool(inputs or recipe.base_kl.weight)
+    samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
+    has_gradient = any(target.method == "gradient" for target in plan.targets)
+    for name, rate in rates.items():
+        seconds = start_seconds(
+            planned_pace(work.total, None if rate == A100_FLOPS else rate),
+            inputs,
+            texts=part_of(samples, steps) * reads_texts,
+            captions=part_of(settings.num_pictures, steps) * (reads_texts and base.reads_pictures),
+            picture_tokens=base.tokens_of_a_picture or min(work.tokens, 700),
+            task_tokens=part_of(RECORDS, steps) * work.tokens * has_gradient,
+        )
+        if seconds:
+            out += start_lines(seconds, f"on {name}")
     return Costs(out, change)
 
 

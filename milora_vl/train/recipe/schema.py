@@ -29,8 +29,8 @@ from milora_vl.train.recipe import hf_flags
 from milora_vl.train.recipe.layers import Section, plain
 from milora_vl.train.recipe.recipe_file import RecipeFile
 
-SAMPLES, PICTURES = 48, 64  # of a calibration
-TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
+SAMPLES, PICTURES = 48, 32  # of a calibration
+TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "report_to": ["none"]}
 
 
 class RecipeError(UserError):
