@@ -39,6 +39,7 @@ PARTS = {
     "loss": "loss.py",
     "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
     "whole_training_text": "whole_training.py --data text --steps 5",
+    "start": "start.py",
     "data": "data.py",
     "eval": "eval.py",
     "plan": "plan.py",

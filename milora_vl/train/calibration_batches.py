@@ -44,6 +44,7 @@ from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.train import collators
 from milora_vl.train.dry_run.estimate import (
+    SMOKE_NOTE,
     SMOKE_STEPS,
     distinct_inputs,
     measured_flops,
@@ -158,8 +159,8 @@ def shown_start(
     """
     settings = recipe.calibration
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
-    if steps < SMOKE_STEPS and (task or samples):
-        screen.say(f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth")
+    if steps < SMOKE_STEPS and (task or recipe.base_kl.weight or any(target.protect for target in targets)):
+        screen.say(SMOKE_NOTE)
 
     def plan(parts: Sequence[str]) -> dict[str, float]:
         inputs, parameters = distinct_inputs(targets), sum(p.numel() for p in model.parameters())
@@ -173,7 +174,7 @@ def shown_start(
             task_tokens=sum(batch["input_ids"].numel() for batch in task or ()),
         )
         seconds = {name: value for name, value in seconds.items() if name in parts}
-        for line in start_lines(seconds, "on this machine"):
+        for line in start_lines(seconds, "this machine"):
             screen.say(line)
         return seconds
 
@@ -192,10 +193,8 @@ def task_batches(
         return None
     generator = torch.Generator().manual_seed(SEED)
     collate = collators.collator(recipe, base, processor, records[:100])
-    chosen = [
-        records[place]
-        for place in torch.randperm(len(records), generator=generator)[: part_of(RECORDS, steps)].tolist()
-    ]
+    order = torch.randperm(len(records), generator=generator)[: part_of(RECORDS, steps)]
+    chosen = [records[place] for place in order.tolist()]
     return [collate([record]) for record in chosen if _is_readable(collate.image_folder, record)]
 
 

@@ -113,14 +113,18 @@ def apply_targets(
     if all(target.rank is None for target in targets):
         check_rates_at_first_step(_train_in_full(model, targets))
         return model
-    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
+    initial: dict[str, Initial] = {}
 
     def choose() -> tuple[dict[str, Tensor], dict[str, Protection]]:
         inputs = protected_inputs(model, targets, calibration, is_shown=bool(progress))
-        return fixed_factors(targets, initial, task_sketches(model, targets, task, is_shown=bool(progress)), inputs)
+        sketches = task_sketches(model, targets, task, is_shown=bool(progress))
+        initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
+        return fixed_factors(targets, initial, sketches, inputs)
 
     folder = calibration_cache or cache_dir
     fixed, protection = cached_factors(model, targets, calibration, task, folder, choose, is_shown=bool(progress))
+    if not initial:  # the cache had what `choose` returns
+        initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
     sidecar = _describe(model, targets, initial, fixed, protection)
     tuned = adopt(make_lora(model, targets))
     for target in targets:

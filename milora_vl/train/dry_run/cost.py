@@ -24,6 +24,8 @@ from milora_vl.models.quantized import bytes_per_number, quantized_layers
 from milora_vl.train.dry_run.estimate import (
     A100_FLOPS,
     GIB,
+    SMOKE_NOTE,
+    SMOKE_STEPS,
     Workload,
     distinct_inputs,
     duration_text,
@@ -99,7 +101,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         rates["the CPU of this machine"] = measured_flops()
     for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
-        out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
+        out.append(f"time   about {duration_text(step / rate)} a step on {name}{total}")
     if work.base_kl:
         share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
         out.append(f"base_kl  reads {amount(recipe.base_kl.texts, 'text')} in each forward: {share:.0%} more time")
@@ -109,7 +111,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     if inputs:
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
-    settings, steps = recipe.calibration, batching.steps
+    settings, steps = recipe.calibration, batching.steps if has_steps else SMOKE_STEPS
     reads_texts = bool(inputs or recipe.base_kl.weight)
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
     has_gradient = any(target.method == "gradient" for target in plan.targets)
@@ -123,7 +125,9 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
             task_tokens=part_of(RECORDS, steps) * work.tokens * has_gradient,
         )
         if seconds:
-            out += start_lines(seconds, f"on {name}")
+            if steps < SMOKE_STEPS and SMOKE_NOTE not in out:
+                out.append(SMOKE_NOTE)
+            out += start_lines(seconds, name)[: 1 if rate == A100_FLOPS else None]
     return Costs(out, change)
 
 
@@ -170,11 +174,6 @@ def shape_of(base: Base, work: Workload, counts: Counts) -> Shape:
         checkpointing=work.checkpointing,
         base_dtype=torch.bfloat16 if work.half else torch.float32,
     )
-
-
-def duration_of_step(seconds: float) -> str:
-    """Return the time of a step as text; short times have decimals."""
-    return duration_text(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def workload_of(

@@ -27,6 +27,7 @@ A100_FLOPS = 312e12 * 0.4  # bf16 peak times the utilization of LLaVA's scripts
 FLOAT32_FLOPS = 15e12  # A100 without TF32
 BANDWIDTH = 1.55e12 * 0.6  # bytes a second of an A100 with 40 GB, times the share that matrix-vector products reach
 SMOKE_STEPS = 10  # a run with fewer steps is a smoke test, and calibrates with a tenth
+SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth"
 CPU_BANDWIDTH = 1e10  # of one thread
 LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters gathered, or stepped, at once
 
@@ -235,8 +236,8 @@ def calibration_seconds(pace: Pace, inputs: Sequence[Target], tokens: int) -> fl
 
 
 def start_lines(seconds: Mapping[str, float], where: str) -> list[str]:
-    """Return what a run does before its first step: the time in all, and one line for each part."""
-    whole = f"start  about {duration_text(sum(seconds.values()))} {where} before the first step, once: it is cached"
+    """Return the time of a run before its first step, and on this machine that of each part."""
+    whole = f"start  about {duration_text(sum(seconds.values()))} on {where} before the first step, once: it is cached"
     return [whole, *(f"       {name:<31}  {duration_text(value)}" for name, value in seconds.items())]
 
 
@@ -252,12 +253,12 @@ def measured_flops(size: int = 1024, device: torch.device | str = "cpu") -> floa
 
 
 def duration_text(seconds: float) -> str:
-    """Return a time as text.
+    """Return a time as text; short times have two digits.
 
-    >>> duration_text(7500), duration_text(41)
-    ('2.1 h', '41 s')
+    >>> duration_text(7500), duration_text(41), duration_text(0.0123)
+    ('2.1 h', '41 s', '0.012 s')
     """
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"

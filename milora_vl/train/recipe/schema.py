@@ -97,7 +97,7 @@ class CalibrationConfig(Strict):
     """What finds the protected inputs of rules with `protect`."""
 
     samples: NonNegativeInt | None = None  # texts that the base model writes; default 48, or 0 beside text or data
-    pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 64, or 0 beside data
+    pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 32, or 0 beside data
     text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
     data: str | None = None  # records, as in data.path
     image_folder: str | None = None  # of data
