@@ -125,8 +125,8 @@ def cached_factors(
         notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
         if is_first:
             try:
-                stored = {path: asdict(protection) for path, protection in protections.items()}
-                write_entry(folder, key, factors, {"protection": stored, "warnings": notes})
+                described = {path: asdict(protection) for path, protection in protections.items()}
+                write_entry(folder, key, factors, {"protection": described, "warnings": notes})
             except OSError as error:
                 notes.append(f"what the calibration chose is not cached in {folder}: {error}")
     else:
