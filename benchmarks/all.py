@@ -49,7 +49,7 @@ PARTS = {
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
     "demo": "demo.py",
 }
-LONG = ("whole_training_text", "demo", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
+LONG = ("whole_training_text", "start", "demo", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}
 
