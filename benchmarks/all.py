@@ -39,6 +39,7 @@ PARTS = {
     "loss": "loss.py",
     "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
     "whole_training_text": "whole_training.py --data text --steps 5",
+    "start": "start.py",
     "data": "data.py",
     "eval": "eval.py",
     "plan": "plan.py",
@@ -48,7 +49,7 @@ PARTS = {
     "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
     "demo": "demo.py",
 }
-LONG = ("whole_training_text", "demo", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
+LONG = ("whole_training_text", "start", "demo", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
 QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
 SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}
 

@@ -72,7 +72,7 @@ class Size:
         return f"{self.steps} steps, {self.questions or 'all'} questions, {self.texts} calibration texts"
 
 
-FULL = Size(150, None, 48, 64, 8192)
+FULL = Size(150, None, 48, 32, 8192)
 QUICK = Size(20, 64, 8, 8, 2048)
 FULL_WORK = 3.3e14  # floating-point operations: the seconds of the full demo times this speed, roughly, on two CPUs
 FIVE_MINUTES = 300.0
@@ -91,7 +91,7 @@ def fitted(seconds: float) -> Size:
     def part(full: int, least: int) -> int:
         return max(least, round(full * share))
 
-    return Size(part(150, 20), part(441, 64), part(48, 8), part(64, 8), part(8192, 2048))
+    return Size(part(150, 20), part(441, 64), part(48, 8), part(32, 8), part(8192, 2048))
 
 
 def seconds_of_full_demo() -> float:

@@ -159,7 +159,10 @@ def facts(run: Run) -> list[Fact]:
     if trainable and total:
         figures.append(Fact("parameters trained", percent(trainable / total), f"{trainable:,} of {total:,}"))
     if run.environment.get("finished") and run.environment.get("seconds"):
-        figures.append(Fact("training", duration(run.environment["seconds"]), str(run.environment.get("device", ""))))
+        before = run.environment.get("seconds_before_training")
+        start = f", {duration(before)} of it before the first step" if before else ""
+        device = run.environment.get("device", "")
+        figures.append(Fact("training", duration(run.environment["seconds"]), f"{device}{start}"))
     records = run.environment.get("data", {})
     if records.get("train"):
         skipped = f", {records['skipped']:,} skipped" if records.get("skipped") else ""

@@ -194,13 +194,15 @@ def forgetting(comparison: Comparison) -> dict[str, float | str] | None:
 
 def loss_words(run: Run) -> str:
     """Return the first and last losses, as caption and alternative text of the loss curve."""
-    train = [float(entry["loss"]) for entry in run.history if "loss" in entry]
+    logged = [entry for entry in run.history if "loss" in entry]
+    train = [float(entry["loss"]) for entry in logged]
     evaluated = [float(entry["eval_loss"]) for entry in run.history if "eval_loss" in entry]
     steps = max((int(entry["step"]) for entry in run.history), default=0)
     if not train:
         return ""
     tail = train[-max(1, len(train) // 10) :]
-    words = f"Over {steps:,} steps the training loss went from {train[0]:.2f} to {sum(tail) / len(tail):.2f}"
+    first = f" (mean of the first {logged[0]['step']:,} steps)" if logged[0]["step"] > 1 else ""
+    words = f"Over {steps:,} steps the training loss went from {train[0]:.2f}{first} to {sum(tail) / len(tail):.2f}"
     words += " (mean of the last tenth)" if len(tail) > 1 else ""
     return f"{words}; on the evaluation records it is {evaluated[-1]:.2f} at the end." if evaluated else f"{words}."
 

@@ -12,10 +12,9 @@ from milora_eval.commands.run import BATCH_SIZE, FORGETTING_TOKENS
 from milora_eval.suites import choose, data_folder
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.evaluator import QuestionSet
-from milora_vl.core.calibration.texts import LENGTH
 from milora_vl.sweep.cells import Cell, recipe_of
 from milora_vl.sweep.runner import Sweep
-from milora_vl.train.calibration_batches import CAPTION_TOKENS
+from milora_vl.train.dry_run.cost import A100, CPU
 from milora_vl.train.dry_run.dry_run import Outlook, num_parameters, outlook
 from milora_vl.train.dry_run.estimate import A100_FLOPS, BANDWIDTH, GIB, duration_text, measured_flops
 
@@ -55,24 +54,19 @@ def cell_seconds(run: Outlook, questions: QuestionSet, jobs: int) -> dict[str, f
     flops, memory = (A100_FLOPS, BANDWIDTH) if on_gpu else (measured_flops() / jobs, MEMORY / jobs)
     size = num_parameters(run.plan.base.meta)
     weights = size * (2.0 if on_gpu else 4.0)
-    settings = run.plan.recipe.calibration
 
     def generation(rows: int, prompt: int, tokens: int) -> float:
         """Each token of a batch reads all weights; the prompts are a forward."""
         batches = math.ceil(rows / BATCH_SIZE)
         return batches * tokens * weights / memory + 2 * size * rows * (prompt + tokens) / flops
 
-    calibration = run.costs.calibration * A100_FLOPS / flops
-    if calibration:
-        calibration += generation(settings.num_samples, 0, LENGTH)
-        calibration += generation(settings.num_pictures, PROMPT, CAPTION_TOKENS)
     chosen = choose(questions.suite)
     items = read_chosen(chosen, data_folder(questions.suite, questions.data), questions.limit)
     limits = {benchmark.name: benchmark.max_new_tokens for benchmark in chosen.benchmarks}
     answers = sum(generation(len(asked), PROMPT, limits[name]) for name, asked in items.items())
     return {
         "loading": 2 * (START + weights / READ),  # by the training, and by the evaluation
-        "calibration": calibration,
+        "calibration": run.costs.start.get(A100, 0.0) if on_gpu else jobs * run.costs.start.get(CPU, 0.0),
         "training": run.batching.steps * run.costs.step_flops / flops,
         "evaluation": answers + 2 * 2 * size * FORGETTING_TOKENS / flops,  # by the model and by its base
     }

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -29,10 +30,11 @@ from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.errors import Key, UserError, first_line
-from milora_vl.common.progress import progress_bar
+from milora_vl.common.progress import one_bar, progress_bar
+from milora_vl.core.calibration import CAPTIONS, PARTS, TEXTS
 from milora_vl.core.calibration.cache import weights_digest
 from milora_vl.core.calibration.gradients import RECORDS
-from milora_vl.core.calibration.texts import LENGTH, ROWS, SEED, sampled_rows
+from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
 from milora_vl.core.policy import Target
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.core.weights.matrices import gathered_in_forward
@@ -41,17 +43,27 @@ from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.train import collators
+from milora_vl.train.dry_run.estimate import (
+    SMOKE_NOTE,
+    SMOKE_STEPS,
+    distinct_inputs,
+    measured_flops,
+    measured_pace,
+    part_of,
+    planned_pace,
+    start_lines,
+    start_seconds,
+)
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 
-PART = 16  # texts or captions that are cached together: what an interrupted calibration does not write again
-HELD_OUT_TEXTS = 8  # more than the recipe asks for; after 48 texts they are the batch that checks the shares
 CAPTION_TOKENS = 32
+PROMPT_TOKENS = 128  # of system text, question and caption
 QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
 MOST_TOKENS = 65_536  # of text files
 MOST_RECORDS = 512  # of data
 NGRAM = 12  # words in a row that two texts share only if one is copied
-_VERSION = 3  # increase it if equal settings can give other texts
+_VERSION = 4  # increase it if equal settings can give other texts
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class _Sources:
     """What the sources of a run read and write."""
 
     recipe: Recipe
+    base: Base
     model: Any
     processor: Any
     screen: Screen
@@ -91,21 +104,27 @@ class Texts:
 
 
 def make_texts(
-    recipe: Recipe, base: Base, model: nn.Module, processor: Any, records: Sequence[Record], screen: Screen
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    processor: Any,
+    records: Sequence[Record],
+    screen: Screen,
+    steps: int = SMOKE_STEPS,
 ) -> Texts:
-    """Return the calibration texts and captions of a run.
+    """Return the calibration texts and captions of a run of `steps` steps.
 
     `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
     """
-    settings, sources = recipe.calibration, _Sources(recipe, model, processor, screen)
+    settings, sources = recipe.calibration, _Sources(recipe, base, model, processor, screen)
     rows = _text_rows(sources)
     if settings.num_samples:
-        rows += _written_rows(sources, settings.num_samples)
+        rows += _written_rows(sources, part_of(settings.num_samples + HELD_OUT_TEXTS, steps))
     collate = collators.collator(recipe, base, processor)
     found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     if settings.num_pictures and base.reads_pictures:
-        pictured = with_pictures(records, settings.num_pictures)
+        pictured = with_pictures(records, part_of(settings.num_pictures, steps))
         if settings.pictures and not pictured:
             screen.warn("calibration.pictures has no effect: no training record has a picture")
         readable = [record for record in pictured if _is_readable(collate.image_folder, record)]
@@ -124,8 +143,47 @@ def make_texts(
     return Texts(rows, found, sources.tokenizer)
 
 
+@contextmanager
+def shown_start(
+    recipe: Recipe,
+    base: Base,
+    model: Any,
+    targets: Sequence[Target],
+    task: Sequence[Mapping[str, Tensor]] | None,
+    steps: int,
+    screen: Screen,
+) -> Iterator[None]:
+    """Print the plan of the slow parts inside before the first one begins, and show them as one bar.
+
+    `targets` are those whose A a calibration chooses. What an earlier start has cached is not planned.
+    """
+    settings = recipe.calibration
+    samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
+    if steps < SMOKE_STEPS and (task or recipe.base_kl.weight or any(target.protect for target in targets)):
+        screen.say(SMOKE_NOTE)
+
+    def plan(parts: Sequence[str]) -> dict[str, float]:
+        inputs, parameters = distinct_inputs(targets), sum(p.numel() for p in model.parameters())
+        pace = measured_pace(model) if TEXTS in parts else planned_pace(parameters, measured_flops())
+        seconds = start_seconds(
+            pace,
+            inputs,
+            texts=part_of(samples, steps),
+            captions=part_of(settings.num_pictures, steps) if base.reads_pictures else 0,
+            picture_tokens=base.tokens_of_a_picture or 0,
+            task_tokens=sum(batch["input_ids"].numel() for batch in task or ()),
+        )
+        seconds = {name: value for name, value in seconds.items() if name in parts}
+        for line in start_lines(seconds, "this machine"):
+            screen.say(line)
+        return seconds
+
+    with one_bar(PARTS, plan, is_shown=rank_and_world_size()[0] == 0):
+        yield
+
+
 def task_batches(
-    recipe: Recipe, base: Base, processor: Any, targets: Sequence[Target], records: Sequence[Record]
+    recipe: Recipe, base: Base, processor: Any, targets: Sequence[Target], records: Sequence[Record], steps: int
 ) -> list[Mapping[str, Tensor]] | None:
     """Return training records with labels, drawn at random; None if no rule has `method: gradient`.
 
@@ -135,7 +193,8 @@ def task_batches(
         return None
     generator = torch.Generator().manual_seed(SEED)
     collate = collators.collator(recipe, base, processor, records[:100])
-    chosen = [records[place] for place in torch.randperm(len(records), generator=generator)[:RECORDS].tolist()]
+    order = torch.randperm(len(records), generator=generator)[: part_of(RECORDS, steps)]
+    chosen = [records[place] for place in order.tolist()]
     return [collate([record]) for record in chosen if _is_readable(collate.image_folder, record)]
 
 
@@ -185,20 +244,20 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
             where=Key.of("calibration"),
             hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
         )
-    total = count + HELD_OUT_TEXTS
     rows: list[list[int]] = []
-    with _bar("writing calibration texts", total * (LENGTH - 1), "tokens") as bar:
-        for number, begin in enumerate(range(0, total, PART)):
-            part = min(PART, total - begin)
+    at_once = rows_at_once(model, LENGTH)
+    for number, begin in enumerate(range(0, count, at_once)):
+        part = min(at_once, count - begin)
 
-            def write(seed: int = SEED + number, part: int = part) -> list[list[int]]:
+        def write(seed: int = SEED + number, part: int = part, begin: int = begin) -> list[list[int]]:
+            with _bar(TEXTS, count * (LENGTH - 1), "tokens", begin * (LENGTH - 1)) as bar:
                 ends = ends_of(tokenizer)
                 return sampled_rows(
                     model, *ends, count=part, length=LENGTH, batch_size=part, seed=seed, on_tokens=bar.update
                 )
 
-            rows += _cached(sources, f"texts {number} {part} {LENGTH}", write)
-            bar.update((begin + part) * (LENGTH - 1) - bar.n)  # what the cache had
+        rows += _cached(sources, "texts", f"{number} {part} {LENGTH}", write)
+    rows = sorted(rows[:-ROWS], key=len) + rows[-ROWS:]  # little padding; the last batch checks the shares
     kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 
@@ -228,11 +287,13 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
 
     captions: list[str] = []
-    with _bar("describing calibration pictures", len(records), "pictures") as bar:
-        for begin in range(0, len(pictures), PART):
-            part = pictures[begin : begin + PART]
+    tokens = sources.base.tokens_of_a_picture
+    at_once = 16 if tokens is None else max(16, rows_at_once(sources.model, tokens + PROMPT_TOKENS))
+    for begin in range(0, len(pictures), at_once):
+        part = pictures[begin : begin + at_once]
 
-            def write(part: Sequence[tuple[str | Path, ...]] = part) -> list[str]:
+        def write(part: Sequence[tuple[str | Path, ...]] = part, begin: int = begin) -> list[str]:
+            with _bar(CAPTIONS, len(pictures), "pictures", begin) as bar:
                 answers = generate(
                     sources.model,
                     sources.processor,
@@ -240,14 +301,14 @@ def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> li
                     template=recipe.template,
                     max_new_tokens=CAPTION_TOKENS,
                     image_aspect_ratio=recipe.data.image_aspect_ratio,
+                    batch_size=at_once,
                     on_batch=lambda places, _: bar.update(len(places)),
                 )
                 return [*answers]
 
-            digests = [[_digest(path) for path in paths] for paths in part]
-            asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
-            captions += _cached(sources, f"captions {asked} {digests}", write)
-            bar.update(begin + len(part) - bar.n)
+        digests = [[_digest(path) for path in paths] for paths in part]
+        asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
+        captions += _cached(sources, "captions", f"{asked} {digests}", write)
     return [
         replace(record, turns=(turn, Turn("assistant", caption)))
         for record, caption in zip(records, captions, strict=True)
@@ -298,16 +359,17 @@ def _grams(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
 
 
-def _cached(sources: _Sources, settings: str, write: Callable[[], list[Any]]) -> list[Any]:
+def _cached(sources: _Sources, what: str, settings: str, write: Callable[[], list[Any]]) -> list[Any]:
     """Return what the first process reads from the cache or, if it misses there, writes; the same in every process.
 
     All processes write, because a model that ZeRO-3 partitions needs all of them. It has no hash, and so no cache.
     """
     is_whole = not is_deepspeed_zero3_enabled()
-    file = _cache_file(sources, settings) if is_whole else Path()
+    file = _cache_file(sources, f"{what} {settings}") if is_whole else Path()
     is_first = rank_and_world_size()[0] == 0
     stored = gather(_read(file) if is_whole and is_first else None)[0]
     if stored is not None:
+        sources.screen.say(f"{len(stored)} calibration {what} of an earlier start are used")
         return list(stored)
     with gathered_in_forward(sources.model):
         written = list(gather(write())[0])
@@ -316,10 +378,14 @@ def _cached(sources: _Sources, settings: str, write: Callable[[], list[Any]]) ->
     return written
 
 
+def cache_folder(recipe: Recipe) -> Path:
+    """Return the folder that caches what the calibration writes and chooses."""
+    return Path(recipe.factor_cache or cache_dir() / "calibration")
+
+
 def _cache_file(sources: _Sources, settings: str) -> Path:
-    folder = Path(sources.recipe.factor_cache or cache_dir() / "calibration")
     key = hashlib.sha256(f"{_VERSION} {sources.weights} {settings}".encode()).hexdigest()[:32]
-    return folder / f"calibration-{key}.json"
+    return cache_folder(sources.recipe) / f"calibration-{key}.json"
 
 
 def _read(file: Path) -> list[Any] | None:
@@ -336,5 +402,7 @@ def _store(file: Path, written: list[Any], screen: Screen) -> None:
         screen.warn(f"calibration texts are not cached in {file.parent}: {error}")
 
 
-def _bar(what: str, total: int, unit: str) -> tqdm[Any]:
-    return progress_bar(what, total, unit, is_shown=rank_and_world_size()[0] == 0)
+def _bar(what: str, total: int, unit: str, done: int) -> tqdm[Any]:
+    bar = progress_bar(what, total, unit, is_shown=rank_and_world_size()[0] == 0)
+    bar.update(done)
+    return bar

@@ -25,6 +25,7 @@ from milora_vl.models.loading import load_weights
 from milora_vl.models.processors import configure_processor
 from milora_vl.models.projector import load_projector
 from milora_vl.models.quantized import quantization_config, unquantized
+from milora_vl.train.calibration_batches import cache_folder
 from milora_vl.train.plan.screen import frozen_towers, trained_sizes
 from milora_vl.train.recipe.schema import Recipe
 from milora_vl.train.trainer import CheckpointKind
@@ -125,6 +126,7 @@ def build(
             calibration=calibration,
             task=task,
             cache_dir=recipe.factor_cache,
+            calibration_cache=cache_folder(recipe),
             progress=True,
         )
     for parameter in model.parameters():

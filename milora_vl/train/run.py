@@ -76,6 +76,7 @@ def train(settings: Settings) -> int:
     ready = make_ready(plan, screen)
     show_header_and_policy(ready, screen)
     first_files = collect_first_files(ready, screen)
+    first_files.environment["seconds_before_training"] = round(time.monotonic() - start, 1)
     try:
         trainer = make_trainer(ready, first_files)
         trained = train_and_save(ready, trainer, first_files, start)
@@ -138,7 +139,7 @@ def make_ready(plan: Plan, screen: Screen) -> Ready:
     elif plan.recipe.data.streaming:
         args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
         rows = loaders.stream_of(plan.recipe, args)
-    built, base_kl, spectra = adapt(plan, loaded, processor, data, args, screen)
+    built, base_kl, spectra = adapt(plan, loaded, processor, data, args, batching.steps, screen)
     run_files.set_chat_template(processor, plan.recipe.template)
     return Ready(plan, data, args, processor, built, base_kl, spectra, rows, lengths, batching, probe, questions)
 
@@ -172,6 +173,7 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
         epochs=args.num_train_epochs,
         max_steps=args.max_steps,
         drop_last=args.dataloader_drop_last,
+        unit="packed row" if plan.recipe.data.packing else "record",
     )
     if plan.folder.checkpoint is not None:
         resuming.require_same_steps(plan.folder.checkpoint, plan.recipe, batching.steps)
@@ -196,7 +198,13 @@ def load_base_model(plan: Plan, args: TrainingArguments, screen: Screen) -> tupl
 
 
 def adapt(
-    plan: Plan, loaded: torch.nn.Module, processor: Any, data: RunData, args: TrainingArguments, screen: Screen
+    plan: Plan,
+    loaded: torch.nn.Module,
+    processor: Any,
+    data: RunData,
+    args: TrainingArguments,
+    steps: int,
+    screen: Screen,
 ) -> tuple[Built, BaseKL | None, Any]:
     """Apply the policy, or load a checkpoint's adapter; the frozen weights do not change.
 
@@ -212,16 +220,19 @@ def adapt(
     batches, task, base_kl = None, None, None
     source = checkpoint or recipe.adapter
     protects = source is None and any(target.protect for target in targets)  # an adapter holds what a calibration chose
-    if protects or recipe.base_kl.weight:
-        texts = calibration_batches.make_texts(recipe, plan.base, loaded, processor, data.train, screen)
-        batches = texts.batches() if protects else None
-        base_kl = BaseKL(texts.batches(recipe.base_kl.texts), recipe.base_kl.weight) if recipe.base_kl.weight else None
     if source is None:
-        task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train)
-    set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
-    with screen.step("applying the policy" if source is None else f"restoring {source}"):
-        dtype = training_arguments.trained_dtype(args)
-        built = model.build(recipe, loaded, targets, checkpoint, batches, task, dtype)
+        task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train, steps)
+    chosen = targets if source is None else []
+    with calibration_batches.shown_start(recipe, plan.base, loaded, chosen, task, steps, screen):
+        if protects or recipe.base_kl.weight:
+            texts = calibration_batches.make_texts(recipe, plan.base, loaded, processor, data.train, screen, steps)
+            batches = texts.batches() if protects else None
+        if recipe.base_kl.weight:
+            base_kl = BaseKL(texts.batches(recipe.base_kl.texts), recipe.base_kl.weight)
+        set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
+        with screen.step("applying the policy" if source is None else f"restoring {source}"):
+            dtype = training_arguments.trained_dtype(args)
+            built = model.build(recipe, loaded, targets, checkpoint, batches, task, dtype)
     if plan.section.compiled is not None:
         model.compile_blocks(built.model, plan.section.compiled)
     if args.gradient_checkpointing:

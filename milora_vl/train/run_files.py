@@ -49,6 +49,7 @@ def describe_environment(
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "finished": None,
         "seconds": 0.0,
+        "seconds_before_training": 0.0,  # of these: loading, calibration
         "seed": value_of(recipe.train, "seed"),
         "model": recipe.model,
         "base": base,

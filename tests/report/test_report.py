@@ -16,10 +16,10 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.report.__main__ import main as report_main
 from milora_vl.report.page import regenerate_report, write_report
-from milora_vl.report.parts import credits_of
+from milora_vl.report.parts import credits_of, facts
 from milora_vl.report.repeat import commands, questions_of
-from milora_vl.report.run_page import Metric, read_run
-from milora_vl.report.wording import forgetting, number, summary
+from milora_vl.report.run_page import Metric, Run, read_run
+from milora_vl.report.wording import duration, forgetting, loss_words, number, summary
 from support.fake_run import dump, make_run
 
 OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "spectrum.json", "trainer_state.json", "eval")
@@ -68,6 +68,18 @@ def page_of(run: Path) -> Page:
     assert page.open == []
     page.text = re.sub(r"\s+", " ", page.text)
     return page
+
+
+def test_the_first_loss_and_the_time_of_a_training_say_what_they_are() -> None:
+    def words(first: int) -> str:
+        history = ({"step": first, "loss": 2.0}, {"step": 25, "loss": 1.0})
+        return loss_words(Run(Path(), history=history))
+
+    assert "went from 2.00 to 1.00" in words(1)
+    assert "from 2.00 (mean of the first 10 steps) to 1.00" in words(10)
+    environment = {"finished": "now", "seconds": 300.0, "seconds_before_training": 120.0, "device": "cpu"}
+    (fact,) = facts(Run(Path(), environment=environment))
+    assert fact.more == f"cpu, {duration(120)} of it before the first step"
 
 
 def test_the_page_tells_the_result_in_words(finished: Path) -> None:

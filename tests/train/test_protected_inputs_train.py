@@ -16,6 +16,7 @@ from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl import load_adapter
 from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.calibration import PARTS
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy
 from milora_vl.forgetting.answers import drawn_questions
@@ -56,17 +57,17 @@ def recipe(tiny_data: Path, **keys: Any) -> Recipe:
     return Recipe.parse({"model": "tiny", "data": data, "policy": RULES, "calibration": keys})
 
 
-def calibrated(settings: Recipe, records: Any = ()) -> list[Any]:
+def calibrated(settings: Recipe, records: Any = (), steps: int = 10) -> list[Any]:
     base, processor = tiny_llava()
     return calibration_batches.make_texts(
-        settings, Base.of("tiny", base.config), base, processor, records, Screen()
+        settings, Base.of("tiny", base.config), base, processor, records, Screen(), steps
     ).batches()
 
 
 def protected_by(settings: Recipe) -> dict[str, torch.Tensor]:
-    """The protected directions of a run, from the texts that it has cached."""
+    """The protected directions of a run of a few steps, from the texts that it has cached."""
     records = list(load_records(settings.data.path))
-    return directions(tiny_llava()[0], RULES, calibrated(settings, records))
+    return directions(tiny_llava()[0], RULES, calibrated(settings, records, steps=1))
 
 
 def require_shown_protection(run: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_run_calibrates_protects_resumes_and_shows_it(
 ) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert main(training(tiny_data, whole, *PROTECT, "--save_steps", "3")) == 0
-    assert len(list(cache.glob("calibration-*.json"))) == 5  # four parts of the texts, one of the captions
+    assert len(list(cache.glob("calibration-*.json"))) == 2  # texts and captions
     protected = protected_by(recipe(tiny_data))
     assert max(leaks(PeftModel.from_pretrained(tiny_llava()[0], str(whole)), protected)) < 1e-5
     assert "protected inputs  projector: " in capfd.readouterr().err
@@ -183,7 +184,33 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
             next(sampled_batches(base, processor.tokenizer, seed=seed))
 
 
+def test_a_start_after_an_interruption_uses_what_the_first_one_chose(
+    tiny_data: Path, tmp_path: Path, cache: Path, monkeypatch, capfd: Any
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("milora_vl.train.run.make_trainer", interrupted)  # after the calibration
+        with pytest.raises(KeyboardInterrupt):
+            main(training(tiny_data, tmp_path / "run", *PROTECT))
+    first = capfd.readouterr().err
+    assert "a smoke test" in first
+    for part in PARTS:
+        assert part in first.split("before the first step")[1].split("applying")[0]  # planned before it begins
+    for name in ("calibrate.find_inputs", "calibrate.gradient_sketches"):
+        monkeypatch.setattr(f"milora_vl.core.calibration.{name}", None)
+    assert main(training(tiny_data, tmp_path / "run", *PROTECT)) == 0
+    (entry,) = cache.glob("calibration-*.safetensors")
+    again = capfd.readouterr().err
+    assert entry.name in again
+    assert "before the first step" not in again  # nothing is left to plan
+    environment = read_json(tmp_path / "run", "environment.json")
+    assert 0 < environment["seconds_before_training"] < environment["seconds"]
+
+
 def test_an_interrupted_calibration_does_not_write_its_parts_again(tiny_data: Path, monkeypatch) -> None:
+    monkeypatch.setattr(calibration_batches, "rows_at_once", lambda *_: 16)
     settings, sampled = recipe(tiny_data, samples=40, pictures=0), calibration_batches.sampled_rows
     left = [0, 0]  # calls until Ctrl-C
     seeds: list[int] = []

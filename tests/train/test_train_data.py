@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ def test_packed_records_train_and_resume(tiny_data: Path, tmp_path: Path, capfd:
     lengthen_data(tiny_data, 60)
     extra = ["--rank", "4", "--packing", "--max_length", "256", "--per_device_train_batch_size", "2", "--dropout", "0"]
     assert main(training(tiny_data, tmp_path / "whole", *extra)) == 0
-    assert "packed into" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "packed into" in said
+    assert re.search(r"epochs? of \d+ packed rows", said)
     assert len(list(tiny_data.glob("train.json.lengths-*.npy"))) == 1
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     for step in (4, 6):

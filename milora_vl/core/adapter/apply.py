@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.base_check import precision, require_readable
-from milora_vl.core.adapter.choose_a import Protection, fixed_factors
+from milora_vl.core.adapter.choose_a import Protection, cached_factors, fixed_factors
 from milora_vl.core.adapter.config import make_lora
 from milora_vl.core.adapter.errors import AdapterError, require_module
 from milora_vl.core.adapter.fixed_a import fix_A
@@ -31,7 +31,7 @@ from milora_vl.core.adapter.install import install_factors, lora_layer, set_drop
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import adopt
 from milora_vl.core.adapter.sidecar import Sidecar
-from milora_vl.core.calibration.calibrate import protected_inputs, require_task, task_sketches
+from milora_vl.core.calibration.calibrate import protected_inputs, require_calibration, require_task, task_sketches
 from milora_vl.core.init.initialize import Initial, Progress, initialize
 from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
@@ -62,7 +62,7 @@ def apply_milora(
     on them once. `task` is for `method: gradient`: a few training batches of the same kind, with labels; the base model
     runs forward and backward.
 
-    Factors, spectra and protected inputs are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
+    Factors, spectra and every fixed A are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
 
     Weight decay pulls towards no update, that is towards W. An optimizer uses the learning rates and weight decays of
@@ -102,20 +102,30 @@ def apply_targets(
     calibration: Sequence[Mapping[str, Any]] | None = None,
     task: Sequence[Mapping[str, Any]] | None = None,
     cache_dir: str | Path | None = None,
+    calibration_cache: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
     """Return what `apply_milora` returns, for a policy that is resolved already.
 
-    Resolving a policy can be slow: ranks that depend on spectra decompose every weight.
+    `calibration_cache` caches every fixed A in place of `cache_dir`.
     """
     require_task(targets, task)  # before the calibration, which takes minutes
-    inputs = protected_inputs(model, targets, calibration, cache_dir=cache_dir, is_shown=bool(progress))
-    sketches = task_sketches(model, targets, task, is_shown=bool(progress))
+    require_calibration(targets, calibration)
     if all(target.rank is None for target in targets):
         check_rates_at_first_step(_train_in_full(model, targets))
         return model
-    initial = initialize(model, targets, cache_dir=cache_dir, progress=progress)
-    fixed, protection = fixed_factors(targets, initial, sketches, inputs)
+    initial: dict[str, Initial] = {}
+
+    def choose() -> tuple[dict[str, Tensor], dict[str, Protection]]:
+        inputs = protected_inputs(model, targets, calibration, is_shown=bool(progress))
+        sketches = task_sketches(model, targets, task, is_shown=bool(progress))
+        initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
+        return fixed_factors(targets, initial, sketches, inputs)
+
+    folder = calibration_cache or cache_dir
+    fixed, protection = cached_factors(model, targets, calibration, task, folder, choose, is_shown=bool(progress))
+    if not initial:  # the cache had what `choose` returns
+        initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
     sidecar = _describe(model, targets, initial, fixed, protection)
     tuned = adopt(make_lora(model, targets))
     for target in targets:

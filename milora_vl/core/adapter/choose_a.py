@@ -7,18 +7,24 @@ the first right singular vectors of the task's gradient, those of a method's tri
 
 from __future__ import annotations
 
+import sys
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.calibration.bases import ProtectedInputs
+from milora_vl.core.calibration.cache import Batches, calibration_key, read_entry, write_entry
 from milora_vl.core.init.initialize import Initial
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.svd.precision import full_precision
+from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
 
 # Twice the length that PEFT's LoRA starts with in every layer: a fixed A learns best at twice the learning rate
 # (docs/studies/fixed-a.md), so that the rate of a LoRA suits it.
@@ -87,6 +93,55 @@ def fixed_factors(
             kept=kept,
             overlap=inside,
         )
+    return factors, protections
+
+
+def cached_factors(
+    model: nn.Module,
+    targets: Sequence[Target],
+    calibration: Batches | None,
+    task: Batches | None,
+    cache_dir: str | Path | None,
+    choose: Callable[[], tuple[dict[str, Tensor], dict[str, Protection]]],
+    *,
+    is_shown: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Protection]]:
+    """Return what `choose` returns, the same in every process, from the cache if the first process has it there.
+
+    An entry repeats the warnings of its calibration; `is_shown` names its file on stderr. There is no cache under
+    ZeRO-3, which partitions the weights that decide the entry.
+    """
+    fixed = [target for target in targets if target.has_fixed_A]
+    if cache_dir is None or not fixed or is_deepspeed_zero3_enabled():
+        return choose()
+    folder, entry, key = Path(cache_dir), None, ""
+    is_first = rank_and_world_size()[0] == 0
+    if is_first:  # alone: each node may have a cache of its own, with other bits
+        key = calibration_key(model, fixed, calibration, task)
+        entry = read_entry(folder, key)
+    content = gather(None if entry is None else entry[1])[0]
+    if content is None:
+        with warnings.catch_warnings(record=True) as caught:
+            factors, protections = choose()
+        notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        if is_first:
+            try:
+                described = {path: asdict(protection) for path, protection in protections.items()}
+                write_entry(folder, key, factors, {"protection": described, "warnings": notes})
+            except OSError as error:
+                notes.append(f"what the calibration chose is not cached in {folder}: {error}")
+    else:
+        if is_shown and is_first:
+            sys.stderr.write(f"the calibration of an earlier start is used ({folder}/calibration-{key}.safetensors)\n")
+        device, notes = next(model.parameters()).device, content["warnings"]
+        protections = {path: Protection(**values) for path, values in content["protection"].items()}
+        shapes = {target.path: (target.rank or 0, target.shape[1]) for target in fixed}
+        stored = {path: None if entry is None else entry[0][path].to(device) for path in shapes}
+        factors = {
+            path: broadcast(stored[path], shape, torch.float32, device, owner=0) for path, shape in shapes.items()
+        }
+    for note in notes if is_first else ():
+        warnings.warn(note, stacklevel=4)
     return factors, protections
 
 

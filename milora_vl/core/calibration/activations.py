@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from milora_vl.common.progress import progress_bar
+from milora_vl.core.calibration import INPUTS
 from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions
 from milora_vl.core.calibration.modes import evaluated, without_caches
 from milora_vl.core.calibration.positions import positions_of
@@ -75,7 +76,7 @@ def find_inputs(
     with evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, targets, fit)
         passes = list(_passes(inputs))
-        with progress_bar("calibrating", len(passes) * len(fit) + len(held), "batches", is_shown=shown) as bar:
+        with progress_bar(INPUTS, len(passes) * len(fit) + len(held), "batches", is_shown=shown) as bar:
             for part in passes:
                 for batch, positions in zip(fit, fit_positions, strict=True):
                     _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
@@ -191,7 +192,10 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     for place, number in enumerate(order):
         if place >= len(firsts) and len(calls) == len(wanted):
             break
-        _run(model, batches[number], hooks, ends=False)
+        batch = batches[number]
+        if batch.keys() <= {"input_ids", "attention_mask"}:  # the order of the layers is that of every row
+            batch = {name: value[:1] for name, value in batch.items()}
+        _run(model, batch, hooks, ends=False)
         last[0] = None
         ran.clear()
     inputs: dict[Any, _Input] = {}

@@ -1,4 +1,4 @@
-"""The cache of protected inputs: one file for the weights of a model, its rules and the calibration batches."""
+"""The cache of what a calibration chose: one file for the weights of a model, its rules, and the batches."""
 
 from __future__ import annotations
 
@@ -19,54 +19,42 @@ from transformers import PreTrainedModel
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.core.calibration import VERSION
-from milora_vl.core.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.core.policy.rules import Target
 
+Batches = Sequence[Mapping[str, Any]]
 
-def cached_inputs(folder: Path, key: str, names: Mapping[str, str]) -> ProtectedInputs | None:
-    """Return the entry of a cache, or None if it is missing or damaged. `names` maps paths to names of any layout."""
-    path_of = {name: path for path, name in names.items()}
+
+def read_entry(folder: Path, key: str) -> tuple[dict[str, Tensor], Any] | None:
+    """Return the tensors and the JSON content of an entry; None if it is missing or damaged."""
     try:
         with safe_open(_file(folder, key), framework="pt") as stored:
-            content = json.loads(stored.metadata()["content"])
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - a method, not a mapping
-        bases = [
-            InputBasis(tensors[f"{i}.V"], tensors[f"{i}.shares"], tensors.get(f"{i}.held_out"), count)
-            for i, count in enumerate(content["num_positions"])
-        ]
-    except (SafetensorError, OSError, LookupError, ValueError):
+            names = list(stored.keys())
+            return {name: stored.get_tensor(name) for name in names}, json.loads(stored.metadata()["content"])
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError):
         return None
-    return ProtectedInputs(bases, {path_of[name]: number for name, number in content["numbers"].items()})
 
 
-def cache_inputs(folder: Path, key: str, inputs: ProtectedInputs, names: Mapping[str, str]) -> None:
-    """Add an entry to a cache. Raises OSError if it cannot be written."""
+def write_entry(folder: Path, key: str, tensors: Mapping[str, Tensor], content: object) -> None:
+    """Add an entry atomically. Raises OSError if it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "numbers": {names[path]: number for path, number in inputs.numbers.items()},
-        "num_positions": [basis.num_positions for basis in inputs.bases],
-    }
-    tensors = {
-        f"{number}.{name}": tensor
-        for number, basis in enumerate(inputs.bases)
-        for name, tensor in (("V", basis.V), ("shares", basis.shares), ("held_out", basis.held_out_shares))
-        if tensor is not None
-    }
     with atomic_file(_file(folder, key)) as part:
-        save_file(tensors, part, metadata={"content": json.dumps(content)})
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, part, metadata={"content": json.dumps(content)})
 
 
 def _file(folder: Path, key: str) -> Path:
     return folder / f"calibration-{key}.safetensors"
 
 
-def calibration_key(model: nn.Module, targets: Sequence[Target], batches: Sequence[Mapping[str, Any]]) -> str:
-    """Return a hash of the weights, of the rules that protect inputs, and of the calibration batches."""
+def calibration_key(
+    model: nn.Module, targets: Sequence[Target], batches: Batches | None, task: Batches | None = None
+) -> str:
+    """Return a hash of all that decides a fixed A: weights, rules, calibration batches and batches of the task."""
     digest = hashlib.sha256(f"{VERSION}".encode())
-    for target in targets:
-        digest.update(f"{target.path} {target.protect}\n".encode())
+    for t in targets:
+        digest.update(f"{t.path} {t.tower} {t.method} {t.rank} {t.seed} {t.sigma} {t.protect}\n".encode())
     content = BytesIO()
-    torch.save([dict(batch) for batch in batches], content)
+    torch.save([[dict(batch) for batch in part or ()] for part in (batches, task)], content)
     digest.update(xxhash.xxh3_128_digest(content.getbuffer()))
     digest.update(weights_digest(model).encode())
     return digest.hexdigest()[:32]

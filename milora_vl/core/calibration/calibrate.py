@@ -1,22 +1,18 @@
-"""Protected inputs of a model, from the cache or computed, and the task's gradient; too little data gets a warning."""
+"""Protected inputs of a model, and the task's gradient; which batches they need. Too little data gets a warning."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, leaving_ranks
-from milora_vl.core.calibration.cache import cache_inputs, cached_inputs, calibration_key
 from milora_vl.core.calibration.gradients import gradient_sketches
 from milora_vl.core.policy.rules import Target
-from milora_vl.core.policy.towers import canonical_names
-from milora_vl.core.weights.distributed import gather, rank_and_world_size
+from milora_vl.core.weights.distributed import rank_and_world_size
 
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
 FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
@@ -27,42 +23,47 @@ def protected_inputs(
     targets: Sequence[Target],
     batches: Sequence[Mapping[str, Any]] | None,
     *,
-    cache_dir: str | Path | None = None,
     is_shown: bool = False,
 ) -> ProtectedInputs | None:
     """Return the protected inputs of all targets with `protect`, or None without such targets.
 
     A layer keeps as many free directions as its rank, so it may protect less than its rule asks for.
     `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
-    protect less than asked or almost nothing, and about too little data. Raises CalibrationError as `find_inputs`,
-    without batches, and for batches that no rule needs.
+    protect less than asked or almost nothing, and about too little data. Raises CalibrationError as `find_inputs` and
+    `require_calibration`.
     """
+    require_calibration(targets, batches)
     wanted = [t for t in targets if t.protect]
-    if not wanted:
-        if batches is None:
-            return None
-        raise CalibrationError(
-            "no rule protects inputs, so the calibration would have no effect",
-            code="calibration-unused",
-            where="calibration",
-            hint="add  protect: 0.95  to a rule, or remove the calibration",
-        )
     if batches is None:
-        raise CalibrationError(
-            f"{wanted[0].path} protects {wanted[0].protect:.0%} of its inputs, which needs calibration batches",
-            code="calibration-missing",
-            where="calibration",
-            hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
-        )
-    _require_batches(batches, "calibration")
-    cache = None if cache_dir is None else Path(cache_dir)
-    found = _found(model, wanted, batches, cache, is_shown)
+        return None
+    found = find_inputs(model, wanted, batches, is_shown=is_shown)
     lowered, changed = leaving_ranks(found, {t.path: t.rank for t in wanted if t.rank is not None})
     if rank_and_world_size()[0] == 0:
         _warn_of_little(found)
         _warn_of_little_data(found)
         _warn_of_lowered(lowered, changed)
     return lowered
+
+
+def require_calibration(targets: Sequence[Target], batches: Sequence[Mapping[str, Any]] | None) -> None:
+    """Raise CalibrationError for calibration batches that are missing, that no rule needs, or that are no list."""
+    wanted = [t for t in targets if t.protect]
+    if not wanted and batches is not None:
+        raise CalibrationError(
+            "no rule protects inputs, so the calibration would have no effect",
+            code="calibration-unused",
+            where="calibration",
+            hint="add  protect: 0.95  to a rule, or remove the calibration",
+        )
+    if wanted and batches is None:
+        raise CalibrationError(
+            f"{wanted[0].path} protects {wanted[0].protect:.0%} of its inputs, which needs calibration batches",
+            code="calibration-missing",
+            where="calibration",
+            hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
+        )
+    if batches is not None:
+        _require_batches(batches, "calibration")
 
 
 def task_sketches(
@@ -102,24 +103,6 @@ def _require_batches(batches: object, name: str) -> None:
             hint=f'pass  {name}=[{{"input_ids": ids, "attention_mask": mask}}, ...]  with tensors (rows, length); '
             "list(loader) makes it from a DataLoader",
         )
-
-
-def _found(
-    model: nn.Module, wanted: Sequence[Target], batches: Sequence[Mapping[str, Any]], cache: Path | None, is_shown: bool
-) -> ProtectedInputs:
-    if cache is None or is_deepspeed_zero3_enabled():  # ZeRO-3 partitions the weights, whose hash the cache needs
-        return find_inputs(model, wanted, batches, is_shown=is_shown)
-    key, names = calibration_key(model, wanted, batches), canonical_names(model)
-    stored = cached_inputs(cache, key, names)
-    shares = gather(stored and [basis.share for basis in stored.bases])  # each node may have a cache of its own
-    if stored is not None and all(other == shares[0] for other in shares):
-        return stored
-    found = find_inputs(model, wanted, batches, is_shown=is_shown)
-    try:
-        cache_inputs(cache, key, found, names)
-    except OSError as error:
-        warnings.warn(f"protected inputs are not cached in {cache}: {error}", stacklevel=2)
-    return found
 
 
 def _warn_of_little(found: ProtectedInputs) -> None:

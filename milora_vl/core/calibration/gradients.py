@@ -24,6 +24,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from milora_vl.common.progress import progress_bar
+from milora_vl.core.calibration import GRADIENT
 from milora_vl.core.calibration.activations import input_rows, model_inputs
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.calibration.modes import evaluated, without_caches
@@ -33,7 +34,7 @@ from milora_vl.core.svd.precision import full_precision
 from milora_vl.core.weights.distributed import from_first_rank, rank_and_world_size
 
 OVERSAMPLED = 8  # rows of a sketch beyond the rank
-RECORDS = 64  # of the training data, in a run of milora_vl.train: docs/studies/fixed-a.md
+RECORDS = 32  # of the training data, in a run of milora_vl.train: docs/studies/fixed-a.md
 
 
 def gradient_sketches(
@@ -56,7 +57,7 @@ def gradient_sketches(
         layer = model.get_submodule(target.path)
         handles.append(layer.register_forward_pre_hook(_tracked, with_kwargs=True))
         handles.append(layer.register_forward_hook(partial(_watched, sketches[target.path]), with_kwargs=True))
-    bar = progress_bar("task gradient", len(batches), "batches", is_shown=is_shown and rank_and_world_size()[0] == 0)
+    bar = progress_bar(GRADIENT, len(batches), "batches", is_shown=is_shown and rank_and_world_size()[0] == 0)
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 
 from milora_vl.common.cli.command_line import amount
 from milora_vl.core.calibration.gradients import RECORDS
-from milora_vl.core.calibration.texts import LENGTH
+from milora_vl.core.calibration.texts import HELD_OUT_TEXTS
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
@@ -24,17 +24,21 @@ from milora_vl.models.quantized import bytes_per_number, quantized_layers
 from milora_vl.train.dry_run.estimate import (
     A100_FLOPS,
     GIB,
+    SMOKE_NOTE,
+    SMOKE_STEPS,
     Workload,
-    calibration_seconds,
     distinct_inputs,
     duration_text,
     expected_directions,
     flops_per_step,
-    gradient_seconds,
     host_memory,
     measured_flops,
     memory,
+    part_of,
+    planned_pace,
     size_text,
+    start_lines,
+    start_seconds,
 )
 from milora_vl.train.dry_run.first_batch import Counts
 from milora_vl.train.dry_run.simulate import Shape, simulate
@@ -45,6 +49,7 @@ from milora_vl.train.plan.screen import trained_sizes
 from milora_vl.train.plan.train_section import TrainSection
 from milora_vl.train.recipe.schema import Recipe
 
+A100, CPU = "one A100 per device at 40 % of peak", "the CPU of this machine"
 MIX665K = Counts(tokens=700, supervised=60, exact=False)  # approximate, per record
 FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the third added
 
@@ -53,13 +58,14 @@ FEW = (2, 3)  # numbers of simulated layers; each further layer adds what the th
 class Costs:
     """Costs of a run as lines to print, and the flags that make it fit: "" if it fits, None if no flags help.
 
-    `step_flops` are the operations of a step, `calibration` the planned seconds on an A100.
+    `step_flops` are the operations of a step, `start` the planned seconds before the first one: on A100, and on CPU in
+    a plan for this machine.
     """
 
     lines: list[str]
     change: str | None = ""
     step_flops: float = 0.0
-    calibration: float = 0.0
+    start: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -98,29 +104,41 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     if request.gpu_memory is not None:
         lines, change = verdict(work, lean, flags, request.gpu_memory)
         out += lines
-    step, rates = flops_per_step(work), {"one A100 per device at 40 % of peak": A100_FLOPS}
+    step, rates = flops_per_step(work), {A100: A100_FLOPS}
     if request.devices is None and request.gpu_memory is None:
-        rates["the CPU of this machine"] = measured_flops()
+        rates[CPU] = measured_flops()
     for name, rate in rates.items():
         total = f", {duration_text(batching.steps * step / rate)} in total" if has_steps else ""
-        out.append(f"time   about {duration_of_step(step / rate)} a step on {name}{total}")
+        out.append(f"time   about {duration_text(step / rate)} a step on {name}{total}")
     if work.base_kl:
         share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
         out.append(f"base_kl  reads {amount(recipe.base_kl.texts, 'text')} in each forward: {share:.0%} more time")
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change, step)
-    planned = 0.0
-    if inputs := distinct_inputs(plan.targets):
+    inputs = distinct_inputs(plan.targets)
+    if inputs:
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
-        settings = recipe.calibration
-        tokens = (settings.num_samples + 8) * LENGTH + settings.num_pictures * min(work.tokens, 700)
-        planned = calibration_seconds(work.total, inputs, tokens)
-    if any(target.method == "gradient" for target in plan.targets):
-        planned += gradient_seconds(work.total, RECORDS * work.tokens)
-    if planned:
-        out.append(f"        choosing A takes about {duration_text(planned)} on one A100 (planned, not measured), once")
-    return Costs(out, change, step, planned)
+    settings, steps = recipe.calibration, batching.steps if has_steps else SMOKE_STEPS
+    reads_texts = bool(inputs or recipe.base_kl.weight)
+    samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
+    has_gradient = any(target.method == "gradient" for target in plan.targets)
+    start: dict[str, float] = {}
+    for name, rate in rates.items():
+        seconds = start_seconds(
+            planned_pace(work.total, None if rate == A100_FLOPS else rate),
+            inputs,
+            texts=part_of(samples, steps) * reads_texts,
+            captions=part_of(settings.num_pictures, steps) * (reads_texts and base.reads_pictures),
+            picture_tokens=base.tokens_of_a_picture or min(work.tokens, 700),
+            task_tokens=part_of(RECORDS, steps) * work.tokens * has_gradient,
+        )
+        start[name] = sum(seconds.values())
+        if seconds:
+            if steps < SMOKE_STEPS and SMOKE_NOTE not in out:
+                out.append(SMOKE_NOTE)
+            out += start_lines(seconds, name)[: 1 if rate == A100_FLOPS else None]
+    return Costs(out, change, step, start)
 
 
 def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
@@ -166,11 +184,6 @@ def shape_of(base: Base, work: Workload, counts: Counts) -> Shape:
         checkpointing=work.checkpointing,
         base_dtype=torch.bfloat16 if work.half else torch.float32,
     )
-
-
-def duration_of_step(seconds: float) -> str:
-    """Return the time of a step as text; short times have decimals."""
-    return duration_text(seconds) if seconds >= 10 else f"{seconds:.2g} s"
 
 
 def workload_of(

@@ -104,7 +104,16 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
         problems += error.problems
         counts, num_records = _assumed(screen, recipe, "cannot be read"), None
     rows = math.ceil((num_records or 1) / counts.records)
-    batching = _batching(section.arguments, None if recipe.data.streaming else rows, num_devices(request))
+    batching = Batching(
+        num_records=None if recipe.data.streaming else rows,
+        per_device=value_of(section.arguments, "per_device_train_batch_size"),
+        accumulation=value_of(section.arguments, "gradient_accumulation_steps"),
+        num_devices=num_devices(request),
+        epochs=value_of(section.arguments, "num_train_epochs"),
+        max_steps=value_of(section.arguments, "max_steps"),
+        drop_last=value_of(section.arguments, "dataloader_drop_last"),
+        unit="packed row" if recipe.data.packing else "record",
+    )
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
     unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
@@ -134,18 +143,6 @@ def _show_next(run: Outlook, request: Request, screen: Screen) -> None:
             "output_dir": str(run.plan.folder.path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
-
-
-def _batching(train: dict[str, Any], num_rows: int | None, devices: int) -> Batching:
-    return Batching(
-        num_records=num_rows,
-        per_device=value_of(train, "per_device_train_batch_size"),
-        accumulation=value_of(train, "gradient_accumulation_steps"),
-        num_devices=devices,
-        epochs=value_of(train, "num_train_epochs"),
-        max_steps=value_of(train, "max_steps"),
-        drop_last=value_of(train, "dataloader_drop_last"),
-    )
 
 
 def _plan_or_all_problems(settings: Settings) -> Plan:

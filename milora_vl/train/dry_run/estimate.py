@@ -9,12 +9,16 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from milora_vl.core.calibration import CAPTIONS, GRADIENT, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import PASS_BYTES
+from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.calibration.texts import COUNT, LENGTH, rows_at_once
 from milora_vl.core.policy import Target
 from milora_vl.train.plan.launch import Strategy
 
@@ -22,6 +26,9 @@ GIB = 1024**3
 A100_FLOPS = 312e12 * 0.4  # bf16 peak times the utilization of LLaVA's scripts
 FLOAT32_FLOPS = 15e12  # A100 without TF32
 BANDWIDTH = 1.55e12 * 0.6  # bytes a second of an A100 with 40 GB, times the share that matrix-vector products reach
+SMOKE_STEPS = 10  # a run with fewer steps is a smoke test, and calibrates with a tenth
+SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth"
+CPU_BANDWIDTH = 1e10  # of one thread
 LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters gathered, or stepped, at once
 
 
@@ -147,8 +154,73 @@ def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
     return list(found.values())
 
 
-def calibration_seconds(parameters: int, inputs: Sequence[Target], tokens: int) -> float:
-    """Return about the seconds that an A100 needs to find the protected directions of these inputs, by a plan alone.
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How fast a model runs on a machine. `measured_pace` measures it, `planned_pace` computes it from a speed."""
+
+    token: float  # seconds of a token in a forward of many
+    written: float  # seconds of a token that the model writes, in a batch of texts
+    flops: float  # float32 operations a second
+    bandwidth: float  # bytes a second
+
+
+def planned_pace(parameters: int, flops: float | None = None) -> Pace:
+    """Return the pace of an A100, or of a CPU with `flops` operations a second.
+
+    An A100 reads the weights in half precision once for each step of 16 texts. A CPU needs twice as long for a token
+    that it writes as for one that it reads.
+    """
+    if flops is not None:
+        return Pace(2 * parameters / flops, 4 * parameters / flops, flops, CPU_BANDWIDTH)
+    return Pace(2 * parameters / A100_FLOPS, 2 * parameters / BANDWIDTH / 16, FLOAT32_FLOPS, BANDWIDTH)
+
+
+def measured_pace(model: Any) -> Pace:
+    """Return the pace of a loaded model that writes text, from two short forwards."""
+    rows = min(COUNT, rows_at_once(model, LENGTH))
+
+    def seconds(*shape: int) -> float:
+        ids = torch.ones(shape, dtype=torch.long, device=model.device)
+        start = time.perf_counter()
+        float(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0, 0])  # waits for a GPU
+        return time.perf_counter() - start
+
+    with evaluated(model), torch.inference_mode():
+        seconds(1, 2)  # the first one prepares what later ones use
+        bandwidth = CPU_BANDWIDTH if model.device.type == "cpu" else BANDWIDTH
+        # The keys and values of a text, and drawing an id, take a fourth of the step.
+        return Pace(seconds(4, 16) / 64, 1.3 * seconds(rows, 1) / rows, measured_flops(device=model.device), bandwidth)
+
+
+def part_of(count: int, steps: int) -> int:
+    """Return how many of `count` texts, pictures or records calibrate a run: a tenth in a smoke test.
+
+    >>> part_of(64, 9), part_of(64, 10)
+    (7, 64)
+    """
+    return count if steps >= SMOKE_STEPS else -(-count // 10)
+
+
+def start_seconds(
+    pace: Pace, inputs: Sequence[Target], *, texts: int, captions: int, picture_tokens: int, task_tokens: int
+) -> dict[str, float]:
+    """Return about the seconds of each slow part before the first step, by the names of their progress bars.
+
+    `inputs` are the `distinct_inputs`. A caption has 112 tokens beside its picture, of which the model writes 32. The
+    task's gradient is a forward, a backward and the sketches; accelerators run the forward twice.
+    """
+    row = picture_tokens + 112
+    seconds = {
+        TEXTS: texts * LENGTH * pace.written,
+        CAPTIONS: captions * (row * pace.token + 32 * pace.written),
+        INPUTS: calibration_seconds(pace, inputs, texts * LENGTH + captions * row) if inputs else 0.0,
+        GRADIENT: 3.5 * task_tokens * pace.token,
+    }
+    return {name: value for name, value in seconds.items() if value}
+
+
+def calibration_seconds(pace: Pace, inputs: Sequence[Target], tokens: int) -> float:
+    """Return about the seconds that a machine needs to find the protected directions of these inputs.
 
     Each pass over the calibration runs the model and sums C of 2 GiB of inputs; a pass ends at its last layer, so it
     runs half of the model on average. Sums and eigenvectors are in float32.
@@ -159,24 +231,24 @@ def calibration_seconds(parameters: int, inputs: Sequence[Target], tokens: int) 
     """
     sizes = [float(target.shape[1]) for target in inputs]
     passes = math.ceil(4 * sum(size**2 for size in sizes) / PASS_BYTES)
-    forward = 2 * parameters * tokens * (passes + 1) / 2
     products = sum(size**2 * tokens + 6 * size**3 for size in sizes)  # half of C suffices: it is symmetric
     read = sum(4 / 3 * size**3 for size in sizes)
-    return forward / A100_FLOPS + products / FLOAT32_FLOPS + read / BANDWIDTH
+    return pace.token * tokens * (passes + 1) / 2 + products / pace.flops + read / pace.bandwidth
 
 
-def gradient_seconds(parameters: int, tokens: int) -> float:
-    """Return about the seconds that an A100 needs for the task's gradient over `tokens`: two forwards, a backward."""
-    return 6 * parameters * tokens / A100_FLOPS
+def start_lines(seconds: Mapping[str, float], where: str) -> list[str]:
+    """Return the time of a run before its first step, and on this machine that of each part."""
+    whole = f"start  about {duration_text(sum(seconds.values()))} on {where} before the first step, once: it is cached"
+    return [whole, *(f"       {name:<31}  {duration_text(value)}" for name, value in seconds.items())]
 
 
-def measured_flops(size: int = 1024) -> float:
-    """Return the float32 operations per second of this CPU, measured with a matrix product."""
-    a = torch.ones(size, size)
+def measured_flops(size: int = 1024, device: torch.device | str = "cpu") -> float:
+    """Return the float32 operations per second of a device, measured with a matrix product."""
+    a = torch.ones(size, size, device=device)
     times = []
     for _ in range(5):
         start = time.perf_counter()
-        a @ a
+        float((a @ a)[0, 0])  # waits for a GPU
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)  # slower ones waited for other programs
 
@@ -191,12 +263,12 @@ def size_text(size: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a time as text.
+    """Return a time as text; short times have two digits.
 
-    >>> duration_text(7500), duration_text(41)
-    ('2.1 h', '41 s')
+    >>> duration_text(7500), duration_text(41), duration_text(0.0123)
+    ('2.1 h', '41 s', '0.012 s')
     """
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.2g} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from milora_vl.common.cli.command_line import amount
 
@@ -12,17 +13,18 @@ from milora_vl.common.cli.command_line import amount
 class Batching:
     """What decides the number of steps. With `max_steps` -1 the epochs decide."""
 
-    num_records: int | None  # None: a stream
+    num_records: int | None  # of what a batch consists of; None: a stream
     per_device: int
     accumulation: int = 1
     num_devices: int = 1
     epochs: float = 3.0
     max_steps: int = -1
     drop_last: bool = False
+    unit: Literal["record", "packed row"] = "record"
 
     @property
     def total(self) -> int:
-        """Return the records per optimizer step over all devices."""
+        """Return the records, or packed rows, per optimizer step over all devices."""
         return self.per_device * self.accumulation * self.num_devices
 
     @property
@@ -53,6 +55,6 @@ class Batching:
     def describe_steps(self) -> str:
         """Return the steps with the number of epochs and records."""
         if self.num_records is None:
-            return f"{self.steps:,} ({amount(self.steps * self.total, 'record')} of a stream)"
+            return f"{self.steps:,} ({amount(self.steps * self.total, self.unit)} of a stream)"
         epochs = f"{self.steps / self.steps_per_epoch:.3g}"
-        return f"{self.steps:,} ({epochs} epoch{'' if epochs == '1' else 's'} of {amount(self.num_records, 'record')})"
+        return f"{self.steps:,} ({epochs} epoch{'' if epochs == '1' else 's'} of {amount(self.num_records, self.unit)})"

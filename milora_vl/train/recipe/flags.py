@@ -110,7 +110,7 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         (),
         "texts that the base writes to find protected inputs [48]",
     ),
-    "calibration_pictures": ("calibration.pictures", "int", (), "pictures that the base describes for it [64]"),
+    "calibration_pictures": ("calibration.pictures", "int", (), "pictures that the base describes for it [32]"),
     "base_kl_weight": (
         "base_kl.weight",
         "float",

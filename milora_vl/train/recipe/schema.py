@@ -28,8 +28,8 @@ from milora_vl.models.processor_settings import ProcessorSettings
 from milora_vl.train.recipe import hf_flags
 from milora_vl.train.recipe.layers import RecipeFile, Section, plain
 
-SAMPLES, PICTURES = 48, 64  # of a calibration
-TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "report_to": ["none"]}
+SAMPLES, PICTURES = 48, 32  # of a calibration
+TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "report_to": ["none"]}
 
 
 class RecipeError(UserError):
@@ -96,7 +96,7 @@ class CalibrationConfig(Strict):
     """What finds the protected inputs of rules with `protect`."""
 
     samples: NonNegativeInt | None = None  # texts that the base model writes; default 48, or 0 beside text or data
-    pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 64, or 0 beside data
+    pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 32, or 0 beside data
     text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
     data: str | None = None  # records, as in data.path
     image_folder: str | None = None  # of data

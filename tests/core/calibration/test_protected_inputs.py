@@ -16,6 +16,7 @@ from milora_vl import apply_milora
 from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.calibration.bases import ProtectedInputs, first_directions
 from milora_vl.core.calibration.cache import calibration_key
+from milora_vl.core.calibration.texts import _Draw
 from milora_vl.core.policy import Policy
 from support.adapter_cases import one_rule
 from support.calibrated import text_batches
@@ -192,3 +193,12 @@ def test_the_first_directions_are_the_fewest_that_hold_the_share(size: int, rows
     energies = torch.linalg.eigvalsh(C.double()).flip(0)
     assert float(energies[: V.shape[1] - 1].sum() / energies.sum()) < share + 1e-5
     assert float((V.T @ C @ V).trace() / C.trace()) == pytest.approx(held, abs=1e-5)
+
+
+def test_ids_of_texts_are_drawn_from_the_softmax() -> None:
+    scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
+    draw = _Draw(torch.Generator().manual_seed(0), 0, lambda _: None)
+    drawn = draw(torch.zeros(20_000, 1, dtype=torch.long), scores.repeat(20_000, 1)).argmax(dim=-1)
+    shares = drawn.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(shares, scores[0].softmax(dim=-1), rtol=0, atol=0.01)
+    assert shares[3] == 0
