@@ -16,7 +16,7 @@ from torch import nn
 
 from milora_vl.common.cli.command_line import amount
 from milora_vl.core.calibration.gradients import RECORDS
-from milora_vl.core.calibration.texts import HELD_OUT_TEXTS
+from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
