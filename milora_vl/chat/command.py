@@ -64,7 +64,7 @@ examples:
         shared("dtype"),
     ),
     outputs=(
-        flag("--web", "open a chat page in a browser; needs pip install 'milora-vl[web]'"),
+        flag("--web", "open a chat page in a browser; needs pip install -e '.[web]'"),
         option("--port", type=count, default=7860, help="port of --web; 0 for any free port (default: %(default)s)"),
         shared("format", about="output format of the answer (default: %(default)s)"),
     ),
@@ -129,7 +129,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.fps and options.num_frames:
         raise UserError("not beside --fps", code="flag-conflict", where="--num_frames", hint="remove one of them")
     if options.web and find_spec("gradio") is None:
-        hint = "pip install 'milora-vl[web]'"
+        hint = "pip install -e '.[web]'"
         raise UserError("needs gradio, which is not installed", code="package-missing", where="--web", hint=hint)
     if options.format == "json" and options.question is None:
         hint = "add a question, or remove the flag"

@@ -49,7 +49,7 @@ def require_gguf() -> None:
             "the file for the pictures needs the package gguf, which is not installed",
             code="package-missing",
             where="--to",
-            hint="pip install 'milora-vl[demo]'   (or pip install gguf)",
+            hint="pip install -e '.[demo]'   (or pip install gguf)",
         ) from None
 
 

@@ -92,7 +92,7 @@ def language_model() -> tuple[Any, Any]:
         raise UserError(
             "SmolLM2 needs the package gguf, which is not installed",
             code="package-missing",
-            hint='try: pip install "milora-vl[demo]"',
+            hint="try: pip install -e '.[demo]'",
         ) from None
     source = fetch("smollm2")
     tokenizer = _with_special_tokens_of_file(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))

@@ -49,7 +49,7 @@ def require_task(name: str) -> None:
         raise UserError(
             f"task {name} needs the pictures of scikit-learn, which is not installed",
             code="package-missing",
-            hint='pip install "milora-vl[studies]"',
+            hint="pip install -e '.[studies]'",
         )
     folder = {"smol-llava": EMOJI, "easy-vqa": EASY_VQA}.get(name)
     if folder and not (folder / "train.json").is_file():

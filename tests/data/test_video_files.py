@@ -302,7 +302,7 @@ def test_without_pyav_the_package_is_named(folder: Path, monkeypatch: pytest.Mon
     value = asked({"type": "video", "video": "a.mp4"}, "What?")
     (tmp_path / "data.json").write_text(json.dumps([value]))
     for bad_images in ("raise", "skip"):
-        with raises_code("package-missing", message="PyAV", hint="pip install 'milora-vl[video]'", kind=UserError):
+        with raises_code("package-missing", message="PyAV", hint="pip install -e '.[video]'", kind=UserError):
             ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images=bad_images)([value])
     with raises_code("package-missing"):
         check_for_training(tmp_path / "data.json", folder, "skip")

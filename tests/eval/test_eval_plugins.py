@@ -176,7 +176,7 @@ def test_vlmevalkits_predictions_are_scored(tmp_path: Path, capsys: pytest.Captu
 def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     (tmp_path / "theirs.xlsx").write_bytes(b"PK")
-    with raises_code("package-missing", hint="milora-vl[eval]"):
+    with raises_code("package-missing", hint="'.[eval]'"):
         read_predictions(tmp_path / "theirs.xlsx")
 
 

@@ -149,7 +149,7 @@ def test_without_pyav_a_run_stops_before_the_weights_load(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(videos, "find_spec", lambda name: None)
-    with raises_code("package-missing", hint="milora-vl[video]"):
+    with raises_code("package-missing", hint="'.[video]'"):
         main([*words(model, data), "--dry-run"])
 
 

@@ -239,7 +239,7 @@ def _png(code: str, size: int) -> bytes:
         raise UserError(
             "rendering emoji needs the package resvg-py, which is not installed",
             code="package-missing",
-            hint='try: pip install "milora-vl[demo]"',
+            hint="try: pip install -e '.[demo]'",
         ) from None
     return bytes(resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size))
 

@@ -69,7 +69,7 @@ def require_pyav() -> None:
         raise UserError(
             "video files need PyAV, which is not installed",
             code="package-missing",
-            hint="pip install 'milora-vl[video]'",
+            hint="pip install -e '.[video]'",
         )
 
 

@@ -18,7 +18,7 @@ Cell = str | int | float | None
 
 def _missing_openpyxl() -> UserError:
     return UserError(
-        ".xlsx files need openpyxl", code="package-missing", hint="install it: pip install 'milora-vl[eval]'"
+        ".xlsx files need openpyxl", code="package-missing", hint="install it: pip install -e '.[eval]'"
     )
 
 

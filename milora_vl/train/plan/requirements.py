@@ -18,7 +18,7 @@ FLASH_PACKAGES = {
     "flash_attention_3": "flash-attn-3",
     "flash_attention_4": "flash-attn-4",
 }
-QUANT = 'pip install "milora-vl[quant]"'
+QUANT = "pip install -e '.[quant]'"
 
 
 def require_installed(recipe: Recipe) -> None:

@@ -116,7 +116,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
             "the package torchdata is not installed",
             code="package-missing",
             where=Key.of("data.streaming"),
-            hint='pip install "milora-vl[data]"',
+            hint="pip install -e '.[data]'",
         )
     assert config.path is not None
     stream = record_stream(sources_of(config.path), shuffle_buffer=0, web_pictures=config.web_pictures)
