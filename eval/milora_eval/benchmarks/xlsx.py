@@ -17,9 +17,7 @@ Cell = str | int | float | None
 
 
 def _missing_openpyxl() -> UserError:
-    return UserError(
-        ".xlsx files need openpyxl", code="package-missing", hint="install it: pip install -e '.[eval]'"
-    )
+    return UserError(".xlsx files need openpyxl", code="package-missing", hint="install it: pip install -e '.[eval]'")
 
 
 def write_xlsx(path: Path, names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> Path:
