@@ -130,7 +130,7 @@ def _ratio(cells: Mapping[Cell, CellNumbers], arm: str) -> Ratio | None:
 
 
 def _text(ratio: Ratio | None) -> str:
-    return ratio.text.replace("≥", "at least") if ratio else "–"
+    return ratio.text if ratio else "–"
 
 
 def _rates(cells: Mapping[Cell, CellNumbers], arm: str) -> str:

@@ -29,7 +29,7 @@ from milora_data.pictures.files import ImageError, content_of, load_image, place
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.common.atomic_write import write_json
-from milora_vl.common.errors import Key, UserError, first_line
+from milora_vl.common.errors import DataError, Key, UserError, first_line
 from milora_vl.common.progress import one_bar, progress_bar
 from milora_vl.core.calibration import CAPTIONS, PARTS, TEXTS
 from milora_vl.core.calibration.cache import weights_digest
@@ -121,7 +121,7 @@ def make_texts(
     rows = _text_rows(sources)
     if settings.num_samples:
         rows += _written_rows(sources, part_of(settings.num_samples + HELD_OUT_TEXTS, steps))
-    collate = collators.collator(recipe, base, processor)
+    collate = collators.collator(_with_data(recipe, max_length=MOST_TOKENS), base, processor)  # no caption is cut
     found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     if settings.num_pictures and base.reads_pictures:
         pictured = with_pictures(records, part_of(settings.num_pictures, steps))
@@ -137,7 +137,7 @@ def make_texts(
             raise _empty(f"{settings.data} has no records to calibrate with", Key.of("calibration.data"))
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
-        found.append((collators.collator(_with_images_of(recipe, settings.image_folder), base, processor), own))
+        found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
     if not rows and not any(records for _, records in found):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
     return Texts(rows, found, sources.tokenizer)
@@ -185,7 +185,7 @@ def shown_start(
 def task_batches(
     recipe: Recipe, base: Base, processor: Any, targets: Sequence[Target], records: Sequence[Record], steps: int
 ) -> list[Mapping[str, Tensor]] | None:
-    """Return training records with labels, drawn at random; None if no rule has `method: gradient`.
+    """Return usable training records with labels, drawn at random; None if no rule has `method: gradient`.
 
     Each is a batch of its own: a backward of the base needs no more memory than any training step.
     """
@@ -193,9 +193,9 @@ def task_batches(
         return None
     generator = torch.Generator().manual_seed(SEED)
     collate = collators.collator(recipe, base, processor, records[:100])
-    order = torch.randperm(len(records), generator=generator)[: part_of(RECORDS, steps)]
-    chosen = [records[place] for place in order.tolist()]
-    return [collate([record]) for record in chosen if _is_readable(collate.image_folder, record)]
+    drawn = (records[place] for place in torch.randperm(len(records), generator=generator).tolist())
+    usable = (record for record in drawn if _is_usable(collate, record))
+    return [collate([record]) for record in islice(usable, part_of(RECORDS, steps))]
 
 
 def _empty(message: str, where: Key) -> UserError:
@@ -207,8 +207,8 @@ def _empty(message: str, where: Key) -> UserError:
     )
 
 
-def _with_images_of(recipe: Recipe, folder: str | None) -> Recipe:
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"image_folder": folder})})
+def _with_data(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=values)})
 
 
 def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
@@ -270,6 +270,15 @@ def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
     by_picture = {record.images[:1]: replace(record, images=record.images[:1]) for record in records if record.images}
     unique = list(by_picture.values())
     return unique[:: max(1, len(unique) // count)][:count]
+
+
+def _is_usable(collate: RecordCollator[Any], record: Record) -> bool:
+    """Return whether a record has supervised tokens and pictures that can be read."""
+    try:
+        collate.require_usable(record)
+    except DataError:
+        return False
+    return _is_readable(collate.image_folder, record)
 
 
 def _is_readable(folder: Path, record: Record) -> bool:

@@ -101,7 +101,7 @@ def test_the_files_go_up_when_all_of_them_are_there_and_the_token_stays_here(tin
     assert hub.files.keys() >= {"README.md", "report.html", "recipe.yaml", "milora.json", "adapter_model.safetensors"}
     assert not [name for name in hub.files if name.startswith("checkpoint-")]
     assert hub.files["README.md"] == (run / "README.md").read_bytes()
-    assert b"MiLoRA" in hub.files["README.md"]
+    assert b"library_name: peft" in hub.files["README.md"]
     everything = [*hub.files.values(), *(file.read_bytes() for file in run.rglob("*") if file.is_file())]
     assert not any(TOKEN.encode() in text for text in everything)
     assert read_json(run, "environment.json")["command"][-2:] == ["--hub_token", "***"]

@@ -276,7 +276,10 @@ def verdict(work: Workload, lean: Workload, flags: str, limit: float) -> tuple[l
 
     `lean` is the workload with `flags`: half precision and checkpointing, if `work` lacks them.
     """
-    summary = f"{limit:g} GiB: needs {size_text(sum(memory(work).values()))} beside {OVERHEAD:g} GiB for CUDA"
+    held = sum(memory(work).values())
+    if held >= 0.1 * GIB:  # rounded up: a number that would fit must not stand beside "does not fit"
+        held = math.ceil(10 * held / GIB) / 10 * GIB
+    summary = f"{limit:g} GiB: needs {size_text(held)} beside {OVERHEAD:g} GiB for CUDA"
     if needed(work) <= limit:
         return [f"fits   {summary}"], ""
     fitting = [(what, needed(other)) for what, other in memory_savings(work, lean, flags) if needed(other) <= limit]

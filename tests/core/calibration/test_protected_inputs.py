@@ -122,7 +122,7 @@ def test_a_damaged_cache_entry_is_found_again(tiny_llama, tmp_path: Path) -> Non
 
 
 def test_bad_calibrations_are_refused_before_the_model_changes(tiny_llama) -> None:
-    with raises_code("calibration-missing", hint="calibration=["):
+    with raises_code("calibration-missing", hint="calibration=calibration_texts(model)"):
         apply_milora(tiny_llama()[0], protecting())
     with raises_code("calibration-unused"):
         apply_milora(tiny_llama()[0], one_rule(), calibration=TEXT)
