@@ -1,9 +1,8 @@
 """The key `base_kl` of a recipe: a term of the loss that keeps the answers of the base on the calibration texts.
 
-In every forward of a training the model also reads a few texts, or captions, with its adapter and, without gradients,
-without it:
+In every n-th step the forwards also read a few texts, or captions, with the adapter and, without gradients, without it:
 
-    loss = cross-entropy of the task + weight * mean over the tokens of KL(base || model)
+    loss = cross-entropy of the task + n * weight * mean over the tokens of KL(base || model)
 
 Both are parts of one forward, so that DDP, DeepSpeed and FSDP2 see one forward and one backward a step.
 """
@@ -26,13 +25,16 @@ from milora_vl.core.policy.towers import image_token_of
 
 
 class BaseKL:
-    """The texts, with the weight of their term. Batches with pictures and without take turns."""
+    """The texts of the term in every `every`-th step. Batches with pictures and without take turns.
 
-    def __init__(self, batches: Sequence[Mapping[str, Tensor]], weight: float) -> None:
+    `weight` is that of the term in an average step: `factor`, that of a step with the term, is `every` times as large.
+    """
+
+    def __init__(self, batches: Sequence[Mapping[str, Tensor]], weight: float, every: int) -> None:
         with_pictures = [batch for batch in batches if "pixel_values" in batch]
         without = [batch for batch in batches if "pixel_values" not in batch]
         self.kinds = [kind for kind in (without, with_pictures) if kind]
-        self.weight = weight
+        self.every, self.factor = every, every * weight
         self.place = -1, 0  # step, and batches of it so far
         self.terms: list[Tensor] = []  # since the last log line; the terms of a step add up to their mean
         self.num_steps = 0
@@ -42,20 +44,23 @@ class BaseKL:
         """Return the number of texts, with and without pictures."""
         return sum(len(batch["input_ids"]) for kind in self.kinds for batch in kind)
 
-    def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor]:
-        """Return the next batch of this process in a step; a resumed run goes on where the run before it stopped.
+    def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor] | None:
+        """Return the next batch of this process in a step, counted from 0; None in a step without the term.
 
-        All processes read pictures at the same time: they gather the weights of a sharded vision tower together.
+        The step alone decides, so that all processes agree, and a resumed run goes on where the run before it stopped.
+        All read pictures at the same time: they gather the weights of a sharded vision tower together.
         """
+        if (step + 1) % self.every:  # not the first step: a new adapter leaves the base as it is
+            return None
         is_first = self.place[0] != step
         self.num_steps += is_first
         self.place = step, 0 if is_first else self.place[1] + 1
-        turn, kind = divmod(step * args.gradient_accumulation_steps + self.place[1], len(self.kinds))
+        turn, kind = divmod(step // self.every * args.gradient_accumulation_steps + self.place[1], len(self.kinds))
         return self.kinds[kind][(turn * args.world_size + args.process_index) % len(self.kinds[kind])]
 
-    def taken(self) -> float:
-        """Return the mean of the term over the steps of this process since the last call."""
-        mean = float(torch.stack(self.terms).sum()) / self.num_steps if self.terms else 0.0
+    def taken(self) -> float | None:
+        """Return the mean of the term over the steps of this process that had it since the last call, None if none."""
+        mean = float(torch.stack(self.terms).sum()) / self.num_steps if self.terms else None
         self.terms.clear()
         self.num_steps = 0
         return mean

@@ -228,7 +228,8 @@ def adapt(
             texts = calibration_batches.make_texts(recipe, plan.base, loaded, processor, data.train, screen, steps)
             batches = texts.batches() if protects else None
         if recipe.base_kl.weight:
-            base_kl = BaseKL(texts.batches(recipe.base_kl.texts), recipe.base_kl.weight)
+            term = recipe.base_kl
+            base_kl = BaseKL(texts.batches(term.texts), term.weight, term.every)
         set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
         with screen.step("applying the policy" if source is None else f"restoring {source}"):
             dtype = training_arguments.trained_dtype(args)
@@ -272,8 +273,11 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
     for line in protection_lines(built.targets, built.model.milora_protection):
         screen.say(line)
     if ready.base_kl is not None:
-        base_kl = ready.base_kl
-        screen.say(f"base_kl  {base_kl.weight:g} x KL from the base on {base_kl.num_texts} rows of the calibration")
+        base_kl, every = ready.base_kl, f"in one step of {ready.base_kl.every}"
+        rows = f"{base_kl.num_texts} rows of the calibration"
+        screen.say(f"base_kl  {base_kl.factor:g} x KL from the base on {rows}, {every}")
+        if ready.batching.steps < base_kl.every:
+            screen.warn("base_kl has no effect: the run has fewer steps than base_kl.every")
     if plan.resumed is not None and plan.resumed.changes:
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
 

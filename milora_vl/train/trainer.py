@@ -226,8 +226,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on a batch as HF does, with texts of the base beside it."""
-        if self.base_kl is not None:
-            inputs = {**inputs, "base_kl": self.base_kl.next_batch(self.state.global_step, self.args)}
+        texts = None if self.base_kl is None else self.base_kl.next_batch(self.state.global_step, self.args)
+        if texts is not None:
+            inputs = {**inputs, "base_kl": texts}
         return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
@@ -270,7 +271,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if self.base_kl is not None and "base_kl" in inputs:
             term = outputs[0]["base_kl"] / self.current_gradient_accumulation_steps
             self.base_kl.terms.append(term.detach())
-            loss = loss + self.base_kl.weight * term
+            loss = loss + self.base_kl.factor * term
         return (loss, {}) if return_outputs else loss
 
     def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -328,8 +329,8 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """Log as HF does, with our entries. Raises UserError if the loss is not finite."""
         if "loss" in logs:
             logs |= self.meter.take(self._over_processes(self.meter.counts)) | self.rates.rates
-            if self.base_kl is not None:
-                (total,) = self._over_processes([self.base_kl.taken()])
+            if self.base_kl is not None and (mean := self.base_kl.taken()) is not None:
+                (total,) = self._over_processes([mean])
                 logs["base_kl"] = total / self.args.world_size
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
 
 from milora_data import ImageTextCollator
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.models.tiny import tiny_tokenizer
+from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.trainer import MiloraTrainer
 from support.problems import raises_code
 
@@ -32,7 +34,9 @@ def row(seed: int, supervised: int) -> dict[str, Any]:
 
 @pytest.fixture
 def make(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., MiloraTrainer]:
-    def factory(train: list[Any], evaluation: list[Any] | None = None, **options: Any) -> MiloraTrainer:
+    def factory(
+        train: list[Any], evaluation: list[Any] | None = None, base_kl: BaseKL | None = None, **options: Any
+    ) -> MiloraTrainer:
         rules = [{"modules": "language", "method": "milora", "rank": 4}]
         model = apply_milora(tiny_llama()[0], Policy.parse(rules))
         arguments = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
@@ -43,6 +47,7 @@ def make(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Milora
         return MiloraTrainer(
             model, args, targets=model.milora_targets, checkpoint_kind="adapter",
             data_collator=Encoded(tiny_tokenizer()), train_dataset=train, eval_dataset=evaluation,
+            base_kl=base_kl,
         )  # fmt: skip
 
     return factory
@@ -85,3 +90,42 @@ def test_evaluation_leaves_the_random_state_alone(make: Callable[..., MiloraTrai
     before = torch.random.get_rng_state()
     trainer.evaluate()
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+class Gradients(TrainerCallback):
+    """Keep the gradient of each step."""
+
+    def __init__(self) -> None:
+        self.of_steps: list[Tensor] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **objects: Any) -> None:
+        self.of_steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+
+def test_one_step_in_n_has_n_times_the_gradient_of_the_term(make: Callable[..., MiloraTrainer]) -> None:
+    text = {"input_ids": torch.arange(5, 15)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+
+    def gradients(base_kl: BaseKL | None) -> tuple[Tensor, dict[int, float]]:
+        # two batches, then one, in each epoch of two steps: neither divides 3
+        options = {"max_steps": 7, "gradient_accumulation_steps": 2, "learning_rate": 0.0, "max_grad_norm": 0.0}
+        trainer = make([row(i, 5) for i in range(3)], None, base_kl, per_device_train_batch_size=1, **options)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in (p for p in trainer.trained().parameters() if p.requires_grad):
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+        trainer.add_callback(found := Gradients())
+        trainer.train()
+        terms = {entry["step"]: entry["base_kl"] for entry in trainer.state.log_history if "base_kl" in entry}
+        return torch.stack(found.of_steps), terms
+
+    task, _ = gradients(None)
+    always, terms = gradients(BaseKL([text], 0.5, 1))
+    third, terms_of_third = gradients(BaseKL([text], 0.5, 3))
+    assert [*terms] == [1, 2, 3, 4, 5, 6, 7]
+    assert terms_of_third == {step: terms[step] for step in (3, 6)}
+    scale = (always - task).abs().max()
+    assert scale > 0
+    for step in range(7):
+        times = 3 if step in (2, 5) else 0
+        torch.testing.assert_close(
+            third[step] - task[step], times * (always[step] - task[step]), rtol=0, atol=1e-4 * scale
+        )

@@ -112,7 +112,9 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         out.append(f"time   about {duration_text(step / rate)} a step on {name}{total}")
     if work.base_kl:
         share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
-        out.append(f"base_kl  reads {amount(recipe.base_kl.texts, 'text')} in each forward: {share:.0%} more time")
+        texts, every = amount(recipe.base_kl.texts, "text"), recipe.base_kl.every
+        price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
+        out.append(f"base_kl  reads {texts} in each forward of one step in {every}: {price}")
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change, step)
     inputs = distinct_inputs(plan.targets)
@@ -242,9 +244,9 @@ def workload_of(
 
 
 def base_kl_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, int]:
-    """Return the tokens that `base_kl` reads in a micro-step, on average and at most: texts and captions take turns.
+    """Return the tokens that `base_kl` reads in a micro-step, on average over all steps and at most.
 
-    A caption has its picture, and about 80 tokens of system text, question and answer.
+    Texts and captions take turns. A caption has its picture, and about 80 tokens of system text, question and answer.
     """
     if not recipe.base_kl.weight:
         return 0.0, 0
@@ -252,7 +254,8 @@ def base_kl_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, i
     if base.reads_pictures and recipe.calibration.num_pictures:
         largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
         longest = max(LENGTH, (largest or int(counts.tokens)) + 80)
-    return recipe.base_kl.texts * (LENGTH + longest) / 2, recipe.base_kl.texts * longest
+    texts, every = recipe.base_kl.texts, recipe.base_kl.every
+    return texts * (LENGTH + longest) / 2 / every, texts * longest
 
 
 def _numel(module: nn.Module) -> int:

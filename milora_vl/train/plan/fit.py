@@ -187,7 +187,7 @@ def _warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str
     if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe, targets):
         messages.append("the calibration has no effect: no rule has  protect,  and base_kl has no weight")
     if recipe.base_kl != BaseKLConfig() and not recipe.base_kl.weight:
-        messages.append("base_kl.texts has no effect: base_kl.weight is 0")
+        messages.append("base_kl has no effect: its weight is 0")
     tiling, longest = base.tiling, recipe.data.max_length
     if tiling is not None and recipe.data.image_aspect_ratio == "pad":
         messages.append(f"this model splits images into tiles of {tiling.tile} pixels: use image_aspect_ratio anyres")

@@ -125,7 +125,8 @@ class BaseKLConfig(Strict):
     """A term of the loss: KL from the base to the model on the texts of the calibration."""
 
     weight: NonNegativeFloat = 0.0  # of the term; 0: none. The task's loss has weight 1
-    texts: PositiveInt = 2  # that a device reads in each forward
+    texts: PositiveInt = 2  # that a device reads in each forward of a step with the term
+    every: PositiveInt = 4  # one step in `every` has the term, `every` times the weight
 
 
 class EvalConfig(Strict):

@@ -235,3 +235,18 @@ def test_a_plan_that_does_not_fit_the_memory_exits_with_1(capsys: Any) -> None:
     for gib, fits in (("8", False), ("40", True)):
         assert main([*words, "--gpu-memory", gib]) == (0 if fits else 1)
         assert json.loads(capsys.readouterr().out)["fits"] is fits
+
+
+def test_the_term_in_one_step_of_n_costs_an_nth_and_needs_the_memory_of_that_step(tmp_path: Path, capsys: Any) -> None:
+    def plan(every: int) -> tuple[str, list[int]]:
+        (tmp_path / "recipe.yaml").write_text(f"base_kl: {{weight: 1, every: {every}}}")
+        words = ["--model", "llava-1.5-7b", "--recipe", str(tmp_path / "recipe.yaml"), "--dry-run", "--format", "json"]
+        assert main([*words, "--per_device_train_batch_size", "1", "--devices", "1"]) == 0
+        lines = json.loads(capsys.readouterr().out)["cost"]
+        (price,) = (line for line in lines if line.startswith("base_kl"))
+        return lines[0], [int(share) for share in re.findall(r"(\d+)%", price)]
+
+    (memory, (in_step, in_all)), (same_memory, (in_fourth, in_all_steps)) = plan(1), plan(4)
+    assert same_memory == memory
+    assert in_step == in_all == in_fourth > 50
+    assert in_all_steps == pytest.approx(in_all / 4, abs=1)
