@@ -68,8 +68,8 @@ class Base:
         if isinstance(self._source, nn.Module):
             return self._source
         dtype, saved = self._dtype, self.config.dtype
-        if dtype is not None and self._is_rounded_later and isinstance(saved, torch.dtype):
-            dtype = torch.promote_types(dtype, saved)
+        if dtype is not None and self._is_rounded_later:  # a model that is built here names no dtype
+            dtype = torch.promote_types(dtype, saved if isinstance(saved, torch.dtype) else torch.float32)
         with at_flag("--base"):
             return loading.load_weights(self.name, dtype)
 

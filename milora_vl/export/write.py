@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -130,7 +131,9 @@ class Job:
                         dtype, weight.data = self.options.dtype or weight.dtype, weight.data.float()
                         layer.merge()
                         changes.append(_round(weight, dtype))
-                merged = merge(tuned)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "All adapters are already merged")  # layer by layer, above
+                    merged = merge(tuned)
             except (NotImplementedError, RuntimeError, ValueError) as error:
                 raise UserError(
                     f"PEFT cannot merge the adapter: {error}",

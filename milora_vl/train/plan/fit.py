@@ -185,7 +185,7 @@ def _warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
     if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe, targets):
-        messages.append("the calibration has no effect: no rule has  protect,  and base_kl has no weight")
+        messages.append("the calibration has no effect: no rule has protect, and base_kl has no weight")
     if recipe.base_kl != BaseKLConfig() and not recipe.base_kl.weight:
         messages.append("base_kl has no effect: its weight is 0")
     tiling, longest = base.tiling, recipe.data.max_length

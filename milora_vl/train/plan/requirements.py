@@ -31,6 +31,7 @@ def require_installed(recipe: Recipe) -> None:
         (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
         (needs_bitsandbytes(optim), "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
         (recipe.quantization != "none", "bitsandbytes", "quantization", QUANT),
+        (train.get("deepspeed"), "deepspeed", "train.deepspeed", "pip install -e '.[deepspeed]', or --deepspeed \"\""),
     ):
         if is_needed and importlib.util.find_spec(package) is None:
             raise UserError(

@@ -171,7 +171,7 @@ EVERYDAY: dict[str, str] = {
     "lr_scheduler_type": "linear, cosine, constant, ... [linear]",
     "warmup_steps": "number of warm-up steps; below 1: a share of all steps [0]",
     "bf16": "compute in bfloat16 [False]",
-    "gradient_checkpointing": "save memory for about a fifth more time [False]",
+    "gradient_checkpointing": "save memory for about half more time [False]",
     "deepspeed": "zero2, zero3, zero3_offload, or a JSON file",
     "fsdp": "shard the model with FSDP2: full_shard [default of the bare flag] or shard_grad_op",
     "dataloader_num_workers": "number of processes that prepare batches [0]",

@@ -31,7 +31,7 @@ class PolicyEdits:
 def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[Section]:
     """Return the rules after the flags; `full` and `frozen` rules keep their fields. A changed field is at its flag.
 
-    A method drops `protect` of the rules, so that it is its authors' method: `--method milora` is the paper's.
+    A method drops `protect` and `sigma` of the rules, and milora has the scale 1, so that a method is its authors'.
 
     Raises UserError for a flag without effect.
 
@@ -86,9 +86,13 @@ def _edit_adapter(rule: Section, edits: PolicyEdits) -> None:
     if edits.method in ADAPTERS:
         if "method" in rule:
             rule.put("method", edits.method, "--method")
-        dropped = {"sigma", "seed"} - RULE_METHODS[edits.method].fields  # of the initial factors of the old method
+        dropped = {"sigma"} | ({"seed"} - RULE_METHODS[edits.method].fields)  # of the initial factors of the recipe
         for name in dropped | {"protect"}:
             rule.pop(name, None)
+        if edits.method == "milora":  # the paper's scale is 1
+            rule.pop("rslora", None)
+            if rule.pop("alpha", None) is not None and "rank" in rule:
+                rule.put("alpha", rule["rank"], "--method")
     is_exception = "method" not in rule and rule.get("protect") == 0  # such as {modules: language.mlp, protect: 0}
     if edits.protect is not None and not is_exception:
         rule.pop("protect", None)

@@ -28,6 +28,12 @@ def test_a_method_replaces_the_adapters_method(method: str) -> None:
     assert out[1:] == RULES[1:]
 
 
+def test_method_milora_is_the_papers_whatever_the_recipe_says() -> None:
+    own = [RULES[0] | {"method": "milora", "alpha": 256, "sigma": "none", "rslora": True, "protect": 0.5}]
+    (rule,) = edited(own, PolicyEdits(method="milora"))
+    assert rule == RULES[0] | {"method": "milora", "alpha": RULES[0]["rank"]}
+
+
 def test_another_method_drops_what_only_the_old_one_has() -> None:
     drawn = [RULES[0] | {"method": "random", "seed": 3}]
     assert edited(drawn, PolicyEdits(method="random")) == drawn
