@@ -151,7 +151,8 @@ def _show(done: Exported, style: str) -> None:
     sys.stdout.write(f"{done.folder}\n")
     sys.stderr.write(f"read {_ORIGINS[done.origin]}, wrote {FORMS.get(done.form, 'plain LoRA of lower rank')}\n")
     if done.rounding is not None:
-        sys.stderr.write(f"saved in {done.dtype}; the largest change of a weight by rounding is {done.rounding:.1e}\n")
+        change = f"; the largest change of a weight by rounding is {done.rounding:.1e}" if done.rounding else ""
+        sys.stderr.write(f"saved in {done.dtype}{change or ', not rounded'}\n")
     if done.rounding:
         sys.stderr.write("to keep all digits of the update:  --dtype float32,  or  --to adapter\n")
     requested, largest = parse_form(done.form)[1], max((rank for rank, _ in done.layers.values()), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -49,7 +50,7 @@ def parameter_groups(
     [(0.0002, 0.1), (2e-05, 0.1), (2e-05, 0.0)]
     """
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        if not value >= 0:
+        if not (isinstance(value, int | float) and 0 <= value < math.inf):
             raise AdapterError(f"expected a number from 0, got {value!r}", code="adapter-value", where=name)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     towers: dict[float, list[str]] = {}

@@ -150,6 +150,9 @@ def _unsupported(config: Any) -> str:
         return "DoRA"
     if config.init_lora_weights not in _BASE_UNCHANGED:
         return f"init_lora_weights {config.init_lora_weights!r}"
+    for name in ("trainable_token_indices", "target_parameters", "layer_replication"):
+        if getattr(config, name, None):  # the oldest PEFT has not all of them
+            return f"a LoRA with {name}"
     return "a LoRA that trains biases" if config.bias != "none" or config.lora_bias else ""
 
 
