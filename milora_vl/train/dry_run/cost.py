@@ -41,7 +41,7 @@ from milora_vl.train.dry_run.estimate import (
     start_seconds,
 )
 from milora_vl.train.dry_run.first_batch import Counts
-from milora_vl.train.dry_run.simulate import Shape, simulate
+from milora_vl.train.dry_run.simulate import Resident, Shape, simulate
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.launch import strategy_of
 from milora_vl.train.plan.plan import Plan
@@ -146,8 +146,8 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
 def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
     """Return the peak bytes of a micro-step: simulations of few layers, extrapolated to all layers.
 
-    The peak grows linearly with the number of layers of the language model and of a frozen vision tower. A vision
-    tower that trains is simulated whole.
+    The peak of the language model grows linearly with its layers, and the peak before it with those of a frozen vision
+    tower. A vision tower that trains is simulated whole.
     """
     config, towers = base.config, find_towers(base.meta)
     text = config.get_text_config()
@@ -155,7 +155,7 @@ def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
     tower = config.to_dict().get("vision_config", {}).get("num_hidden_layers", 0) if shape.pictures else 0
     shortens_tower = tower > FEW[1] and not any(target.tower == "vision" for target in targets)
 
-    def peak(language: int, vision: int) -> int:
+    def run(language: int, vision: int) -> Resident:
         small = copy.deepcopy(config)
         small.get_text_config().num_hidden_layers = language
         if small.get_text_config().to_dict().get("layer_types"):
@@ -163,14 +163,15 @@ def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
         if shortens_tower:
             small.vision_config.num_hidden_layers = vision
         kept = [t for t in targets if t.tower != "language" or (towers.block_of(t.path) or 0) < language]
-        return simulate(small, kept, shape).activations
+        return simulate(small, kept, shape)
 
     fewer, few = (min(count, layers) for count in FEW)
-    most = peak(few, FEW[1])
-    total = most + (most - peak(fewer, FEW[1])) * (layers - FEW[1])
+    most = run(few, FEW[1])
+    of_language = most.language + (most.language - run(fewer, FEW[1]).language) * (layers - FEW[1])
+    of_pictures = most.pictures
     if shortens_tower:
-        total += (most - peak(few, FEW[0])) * (tower - FEW[1])
-    return total
+        of_pictures += (most.pictures - run(few, FEW[0]).pictures) * (tower - FEW[1])
+    return max(of_language, of_pictures)
 
 
 def shape_of(base: Base, work: Workload, counts: Counts) -> Shape:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,8 +48,14 @@ class Resident:
     frozen: int
     anchors: int  # and factors that never change
     trained: int
-    activations: int  # peak, without gradients
+    pictures: int  # peak before the language model, without gradients
+    language: int  # peak from there on
     with_gradients: int  # peak with the gradients allocated so far
+
+    @property
+    def activations(self) -> int:
+        """Return the peak without gradients."""
+        return max(self.pictures, self.language)
 
 
 class _Ledger:
@@ -57,7 +63,7 @@ class _Ledger:
 
     def __init__(self) -> None:
         self.live = self.gradients = 0
-        self.peak = self.peak_with_gradients = 0
+        self.peak = self.peak_with_gradients = self.peak_of_pictures = 0
         self.seen: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def count(self, tensor: Tensor) -> None:
@@ -78,6 +84,10 @@ class _Ledger:
         """Update the peaks."""
         self.peak = max(self.peak, self.live - self.gradients)
         self.peak_with_gradients = max(self.peak_with_gradients, self.live)
+
+    def begin_language(self) -> None:
+        """Note the peak so far, and begin another one."""
+        self.peak_of_pictures, self.peak = self.peak, self.live - self.gradients
 
     def gradient(self, parameter: Tensor) -> None:
         """Count a complete gradient, which is not an activation."""
@@ -106,10 +116,11 @@ def simulate(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
         autocast = torch.autocast("cpu", torch.bfloat16) if shape.half else nullcontext()
         with _flash_attention(), after_operations(ledger.count):
             with autocast:
-                loss = _loss(base, shape)
+                loss = _loss(base, shape, ledger.begin_language)
             loss.backward()
         del hooks
-    return Resident(frozen, anchors, sum(map(_size, trained)), ledger.peak, ledger.peak_with_gradients)
+    peaks = ledger.peak_of_pictures, ledger.peak, ledger.peak_with_gradients
+    return Resident(frozen, anchors, sum(map(_size, trained)), *peaks)
 
 
 def _model(config: Any, dtype: torch.dtype) -> Any:
@@ -155,7 +166,7 @@ def _onto_cpu(model: nn.Module) -> None:
             module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
-def _loss(base: Any, shape: Shape) -> Tensor:
+def _loss(base: Any, shape: Shape, begin_language: Callable[[], None]) -> Tensor:
     inner = inner_model(base)
     text = base.config.get_text_config().to_dict()
     width = text.get("hidden_size_per_layer_input")  # Gemma 4 has embeddings of the ids in each layer
@@ -170,6 +181,7 @@ def _loss(base: Any, shape: Shape) -> Tensor:
     inputs = {"inputs_embeds": embeds}
     if width:
         inputs["per_layer_inputs"] = embeds.new_zeros(*ids.shape, text["num_hidden_layers"], width)
+    begin_language()
     hidden = language(**inputs, use_cache=False)[0].flatten(0, 1)
     head = base.get_output_embeddings()
     piece = max(CHUNK // base.config.get_text_config().vocab_size, 1)

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig
 
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
+from milora_vl.models.base import Base
 from milora_vl.models.quantized import bytes_per_number
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.dry_run.cost import OVERHEAD, memory_savings, needed, verdict
+from milora_vl.train.dry_run.cost import OVERHEAD, activations, memory_savings, needed, verdict
 from milora_vl.train.dry_run.estimate import GIB, Workload, duration_text, flops_per_step, host_memory, memory
 from milora_vl.train.dry_run.simulate import Resident, Shape, simulate
 
@@ -114,6 +115,26 @@ def test_what_a_step_adds_is_simulated() -> None:
     assert eager.anchors == eager.trained
     assert frugal.activations < 0.75 * eager.activations
     assert simulated(False, records=8).activations == pytest.approx(2 * eager.activations, rel=0.05)
+
+
+def test_few_layers_tell_the_peak_of_all_beside_a_large_tower() -> None:
+    """The frozen tower has the peak of the model with few layers, and the language model that with all."""
+    text = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=12, num_attention_heads=4, vocab_size=100
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=224, patch_size=8
+    )
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=99)
+    base = Base.of("towers", config)
+    targets = Policy.parse([{"modules": "language", "method": "lora", "rank": 4}]).resolve(base.meta)
+    shape = Shape(
+        records=4, tokens=60, supervised=40, pictures=4, image_tokens=8, half=False, checkpointing=False,
+        base_dtype=torch.float32,
+    )  # fmt: skip
+    whole = simulate(config, targets, shape)
+    assert whole.pictures > whole.language / 4
+    assert activations(base, targets, shape) == pytest.approx(whole.activations, rel=0.02)
 
 
 def test_durations_are_for_people() -> None:
