@@ -33,9 +33,6 @@ PARTS = {
     "smollm2": "init_model.py",
     "cache_7b": "init_model.py --model 7b-block --rank 128 --alone",
     "step": "step.py",
-    "step_bf16": "step.py --dtype bfloat16",
-    "step_bf16_checkpointing": "step.py --dtype bfloat16 --checkpointing",
-    "step_bf16_autocast": "step.py --dtype bfloat16 --autocast",
     "loss": "loss.py",
     "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
     "whole_training_text": "whole_training.py --data text --steps 5",
@@ -50,7 +47,7 @@ PARTS = {
     "demo": "demo.py",
 }
 LONG = ("whole_training_text", "start", "demo", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
-QUICK = ("smollm2", "step_bf16", "loss", "whole_training")
+QUICK = ("smollm2", "step", "loss", "whole_training")
 SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}
 
 

@@ -69,23 +69,14 @@ GOALS = (
     Goal("factors of SmolLM2, 210 layers, r = 32", "", "smollm2", lambda r: _way(r, "milora_vl"), 8, " s", True),
     Goal("the same from the cache", "", "smollm2", lambda r: _way(r, "milora_vl, from its cache"), 1, " s", True),
     *(
-        Goal(f"training step of {of}, {kind}", against, part, _time(pair), goal, at_most=True)
-        for kind, part, most in (
-            ("4096², r = 128, float32", "step", 1.089),
-            ("bfloat16", "step_bf16", 1.06),
-            ("bfloat16, checkpointing", "step_bf16_checkpointing", 1.09),
-            ("bfloat16 autocast", "step_bf16_autocast", 1.06),
-        )
+        Goal(f"training step of {of}, 4096², r = 128, float32", against, "step", _time(pair), goal, at_most=True)
         for of, against, pair, goal in (
-            ("MiLoRA", LORA, "milora_over_lora", most),
+            ("MiLoRA", LORA, "milora_over_lora", 1.089),
             ("the default", LORA, "default_over_lora", 1.03),
-            ("the default", "PEFT LoRA with as many trained numbers", "default_over_lora_of_equal_size", most),
+            ("the default", "PEFT LoRA with as many trained numbers", "default_over_lora_of_equal_size", 1.06),
         )
     ),
-    *(
-        Goal(f"saved activations of the default, {kind}", LORA, part, lambda r: r["memory"], 1, at_most=True)
-        for kind, part in (("float32", "step"), ("bfloat16 autocast", "step_bf16_autocast"))
-    ),
+    Goal("activations of the default in a layer of Llama", LORA, "step", lambda r: r["memory"], 1, at_most=True),
     Goal("the loss with all tokens, time", "the model's own loss", "loss", _full("time"), 1, at_most=True),
     Goal("the loss with all tokens, memory", "the model's own loss", "loss", _full("memory"), 0.4, at_most=True),
     Goal(

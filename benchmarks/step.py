@@ -4,7 +4,7 @@ python benchmarks/step.py [--width 4096] [--rank 128] [--tokens 512] [--layers 2
 Prints one JSON line: for MiLoRA (the difference form, rank r) and the default (a fixed A, rank r) the ratios of the
 medians to LoRA of rank r, for the default also to LoRA with as many trained numbers (rank r / 2 in a square layer). And
 the memory that autograd saves in a layer of Llama, the default's over LoRA's. On a CPU, seconds are processor time of
-one thread, which another program on the machine disturbs little.
+one thread, which another program on the machine disturbs little. A CPU without bfloat16 emulates it for minutes.
 """
 
 from __future__ import annotations
