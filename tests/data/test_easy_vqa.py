@@ -48,7 +48,7 @@ def test_every_official_question_is_asked_once_about_its_picture_in_its_split(tm
     assert Counter(item.kind for item in items) == {"yes/no": 7136, "shape": 1257, "color": 1280}
     assert all("single word" in item.question for item in items)
     blind = [Answer(item, "", 0.0) for item in items]
-    baselines = {metric.name: metric.baseline for metric in benchmark.summarise(blind)}
+    baselines = {m.name: m.baseline for m in benchmark.summarise(blind) if m.baseline is not None}
     assert baselines == pytest.approx(
         {"accuracy": 4239 / 9673, "color": 178 / 1280, "shape": 450 / 1257, "yes/no": 3611 / 7136}
     )

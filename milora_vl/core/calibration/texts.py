@@ -75,7 +75,7 @@ def sampled_rows(
     tokens, `count * (length - 1)` in all: a text that ends early counts as a whole one.
     """
     written: list[list[int]] = []
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on any device
     with evaluated(model), torch.inference_mode():
         for begin in range(0, count, batch_size):
             first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
@@ -117,7 +117,7 @@ class _Draw(LogitsProcessor):
         self.left -= len(ids)
         self.on_tokens(len(ids))
         shares = scores.float().softmax(dim=-1).cumsum(dim=-1)
-        draws = torch.rand(len(ids), 1, generator=self.generator, device=scores.device) * shares[:, -1:]
+        draws = torch.rand(len(ids), 1, generator=self.generator).to(scores.device) * shares[:, -1:]
         drawn = torch.searchsorted(shares, draws, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
