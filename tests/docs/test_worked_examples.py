@@ -92,7 +92,7 @@ def run(commands: str, folder: Path) -> str:
 def test_a_method(copy: Path) -> None:
     printed = applied("docs/add-a-method.md", copy)
     assert "\n2 passed, " in printed
-    rows = [line.split() for line in printed.splitlines() if line.startswith("language ")]
+    rows = [line.split() for line in printed.splitlines() if re.match(r"language +\d", line)]
     assert [row[2] for row in rows] == ["subspace", "subspace"]  # of the dry run and of the run
     assert rows[1][-1] == "%"  # the share of the weight that was measured
     assert (copy / "runs" / "subspace" / "adapter_model.safetensors").is_file()
