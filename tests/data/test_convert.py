@@ -168,7 +168,7 @@ def test_the_size_of_the_held_out_part_is_as_close_as_whole_pictures_allow(
     rows = [{"image": f"{n // 5}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
     held, kept = hold_out(rows, tmp_path, "8")
     assert (len(held), len(kept)) == (10, 30)
-    assert "eval.json: 10 records, held out by picture, the closest number to 8\n" in capsys.readouterr().err
+    assert "eval.json: 10 records, held out by picture, for the 8 of --hold_out\n" in capsys.readouterr().err
     (tmp_path / "one").mkdir()
     with raises_code("hold-out-one-group", where="--hold_out_by", kind=DataError):
         hold_out(rows[:5], tmp_path / "one", "2")

@@ -112,7 +112,7 @@ def _hold_out(
     by = chosen.hold_out_by or PICTURE
     numbers = held_out(records, chosen.hold_out, by)
     write_objects(path, (value for number, value in enumerate(records) if number in numbers))
-    asked = "" if len(numbers) == chosen.hold_out else f", the closest number to {chosen.hold_out:,}"
+    asked = "" if len(numbers) == chosen.hold_out else f", for the {chosen.hold_out:,} of --hold_out"
     sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
     if shared := 0 if by == PICTURE else shared_pictures(records, numbers):
         sys.stderr.write(f"note: {shared:,} of them show a picture that training records show too\n")

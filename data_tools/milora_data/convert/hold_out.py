@@ -15,9 +15,9 @@ def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str) -> froze
     """Return the indices of about `count` random records, always the same, without dividing a group.
 
     by: `record` (each record is a group), `picture` (records that share a picture or video, also through a third
-    record; others are groups of their own), or a key of the records (records with an equal value).
+    record), or a key of the records (records with an equal value).
 
-    Groups of one record are those of `train_test_split(count, seed=42)` of `datasets`. Raises `DataError` if no record
+    Where each record is a group, the choice equals `train_test_split(count, seed=42)` of `datasets`. Raises `DataError` if no record
     would be left for training, or if a record lacks the key.
 
     >>> sorted(held_out([{"conversations": []}] * 10, 3, "record"))
@@ -37,14 +37,16 @@ def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str) -> froze
     )
     if len(groups) == 1:
         raise DataError(
-            f"all {len(records):,} records have the same {by}",
+            f"shared pictures link all {len(records):,} records"
+            if by == PICTURE
+            else f"all records have the same {by}",
             code="hold-out-one-group",
             where="--hold_out_by",
             hint=f"use:  --hold_out_by {RECORD}",
         )
     order = np.random.default_rng(42).permutation(len(groups)).tolist()
     sizes = [len(groups[number]) for number in order]
-    return frozenset(index for place in _closest(sizes, count) for index in groups[order[place]])
+    return frozenset(index for place in _about(sizes, count) for index in groups[order[place]])
 
 
 def shared_pictures(records: Sequence[Mapping[str, Any]], chosen: frozenset[int]) -> int:
@@ -95,33 +97,18 @@ def _by_key(records: Sequence[Mapping[str, Any]], key: str) -> list[list[int]]:
     return list(groups.values())
 
 
-def _closest(sizes: Sequence[int], count: int) -> Iterator[int]:
-    """Yield the places of sizes whose sum is as close to `count` as possible, the first such places.
+def _about(sizes: Sequence[int], count: int) -> Iterator[int]:
+    """Yield the places of sizes, in order, whose sum is at most `count`; then the smallest other one if that is closer.
 
-    The sum is neither 0 nor that of all sizes; of two equally close sums it is the smaller one.
+    At least one place is taken, and one is left.
     """
-    import numpy as np
-
-    largest = max(sizes)
-    start = 0  # far from the sum, every place is taken
-    while count - sizes[start] >= 10 * largest:
-        count -= sizes[start]
-        yield start
-        start += 1
-    limit = min(count + largest, sum(sizes[start:]) - 1)
-    reached_by = np.full(limit + 1, -1)  # sum -> the first place with which the sizes before it reach it
-    reached = np.zeros(limit + 1, bool)
-    reached[0] = True
-    for place, size in enumerate(sizes[start:], start=start):
-        new = np.zeros_like(reached)
-        new[size:] = reached[: max(0, limit + 1 - size)]
-        new &= ~reached
-        reached_by[new] = place
-        reached |= new
-        if reached[count]:
-            break
-    sums = np.flatnonzero(reached)[1 if start == 0 else 0 :]
-    total = int(min(sums.tolist(), key=lambda value: (abs(value - count), value)))
-    while total:
-        yield int(reached_by[total])
-        total -= sizes[int(reached_by[total])]
+    total, left = 0, []
+    for place, size in enumerate(sizes):
+        if total + size <= count:
+            total += size
+            yield place
+        else:
+            left.append(place)
+    smallest = min(left, key=sizes.__getitem__)
+    if not total or (len(left) > 1 and total + sizes[smallest] - count < count - total):
+        yield smallest
