@@ -107,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = options.jobs or _jobs(len(cells))
     _same_sweep(sweep)
     if todo := _show_plan(sweep, cells, jobs, retry=options.retry):
-        words = _time_left(sweep, cells, len(todo), jobs) or _cost(sweep, todo, jobs)
+        from milora_vl.sweep.cost import planned
+
+        words = _time_left(sweep, cells, len(todo), jobs) or planned(sweep, todo, jobs)
         sys.stderr.write(f"cost{words}\n")
     if options.plan:
         return 0
@@ -226,12 +228,6 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
     if not todo:
         sys.stderr.write("nothing is left to run\n")
     return todo
-
-
-def _cost(sweep: Sweep, todo: Sequence[Cell], jobs: int) -> str:
-    from milora_vl.sweep.cost import planned
-
-    return planned(sweep, todo, jobs)
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:

@@ -16,11 +16,10 @@ from milora_vl.sweep.cells import Cell, recipe_of
 from milora_vl.sweep.runner import Sweep
 from milora_vl.train.dry_run.cost import A100, CPU
 from milora_vl.train.dry_run.dry_run import Outlook, num_parameters, outlook
-from milora_vl.train.dry_run.estimate import A100_FLOPS, BANDWIDTH, GIB, duration_text, measured_flops
+from milora_vl.train.dry_run.estimate import A100_FLOPS, BANDWIDTH, CPU_BANDWIDTH, GIB, duration_text, measured_flops
 
 START = 15.0  # seconds until a command has imported everything and checked its flags, on two cores
 READ = 0.5 * GIB  # bytes of weights that are read a second
-MEMORY = 10e9  # bytes that a CPU reads from its memory a second: the limit of generation
 PROMPT = 200  # tokens of a question, with its picture
 
 
@@ -51,7 +50,7 @@ def cell_seconds(run: Outlook, questions: QuestionSet, jobs: int) -> dict[str, f
     With a GPU, the rate is that of an A100 for each cell; without, `jobs` cells share this CPU.
     """
     on_gpu = torch.cuda.is_available()
-    flops, memory = (A100_FLOPS, BANDWIDTH) if on_gpu else (measured_flops() / jobs, MEMORY / jobs)
+    flops, memory = (A100_FLOPS, BANDWIDTH) if on_gpu else (measured_flops() / jobs, CPU_BANDWIDTH / jobs)
     size = num_parameters(run.plan.base.meta)
     weights = size * (2.0 if on_gpu else 4.0)
 

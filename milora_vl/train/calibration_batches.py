@@ -164,7 +164,7 @@ def shown_start(
 
     def plan(parts: Sequence[str]) -> dict[str, float]:
         inputs, parameters = distinct_inputs(targets), sum(p.numel() for p in model.parameters())
-        pace = measured_pace(model) if TEXTS in parts else planned_pace(parameters, measured_flops())
+        pace = measured_pace(model) if TEXTS in parts else planned_pace(parameters, measured_flops(device=model.device))
         seconds = start_seconds(
             pace,
             inputs,

@@ -17,8 +17,8 @@ def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str) -> froze
     by: `record` (each record is a group), `picture` (records that share a picture or video, also through a third
     record), or a key of the records (records with an equal value).
 
-    Where each record is a group, the choice equals `train_test_split(count, seed=42)` of `datasets`. Raises `DataError` if no record
-    would be left for training, or if a record lacks the key.
+    Where each record is a group, the choice equals `train_test_split(count, seed=42)` of `datasets`. Raises `DataError`
+    if no record would be left for training, or if a record lacks the key.
 
     >>> sorted(held_out([{"conversations": []}] * 10, 3, "record"))
     [0, 5, 6]
@@ -37,9 +37,7 @@ def held_out(records: Sequence[Mapping[str, Any]], count: int, by: str) -> froze
     )
     if len(groups) == 1:
         raise DataError(
-            f"shared pictures link all {len(records):,} records"
-            if by == PICTURE
-            else f"all records have the same {by}",
+            "shared pictures link all records" if by == PICTURE else f"all records have the same {by}",
             code="hold-out-one-group",
             where="--hold_out_by",
             hint=f"use:  --hold_out_by {RECORD}",

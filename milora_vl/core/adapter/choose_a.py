@@ -123,25 +123,27 @@ def cached_factors(
     if content is None:
         with warnings.catch_warnings(record=True) as caught:
             factors, protections = choose()
-        notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        for one in caught:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
         if is_first:
+            notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
             try:
                 described = {path: asdict(protection) for path, protection in protections.items()}
                 write_entry(folder, key, factors, {"protection": described, "warnings": notes})
             except OSError as error:
-                notes.append(f"what the calibration chose is not cached in {folder}: {error}")
+                warnings.warn(f"what the calibration chose is not cached in {folder}: {error}", stacklevel=4)
     else:
         if is_shown and is_first:
             sys.stderr.write(f"the calibration of an earlier start is used ({folder}/calibration-{key}.safetensors)\n")
-        device, notes = next(model.parameters()).device, content["warnings"]
+        device = next(model.parameters()).device
         protections = {path: Protection(**values) for path, values in content["protection"].items()}
         shapes = {target.path: (target.rank or 0, target.shape[1]) for target in fixed}
         stored = {path: None if entry is None else entry[0][path].to(device) for path in shapes}
         factors = {
             path: broadcast(stored[path], shape, torch.float32, device, owner=0) for path, shape in shapes.items()
         }
-    for note in notes if is_first else ():
-        warnings.warn(note, stacklevel=4)
+        for note in content["warnings"] if is_first else ():
+            warnings.warn(note, stacklevel=4)
     return factors, protections
 
 

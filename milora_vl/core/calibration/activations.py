@@ -284,7 +284,7 @@ def _basis(one: _Input) -> InputBasis:
     V, shares = first_directions(mirror(one.total), one.protect)
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
         V, shares = _from_first_rank(V), _from_first_rank(shares)
-    return InputBasis(V.cpu(), shares)  # a 7B's are 5 to 7 GiB
+    return InputBasis(V.cpu(), shares, one.num_positions)  # a 7B's are 5 to 7 GiB
 
 
 def _not_finite(one: _Input) -> CalibrationError:
@@ -321,4 +321,4 @@ def _checked(one: _Input) -> InputBasis:
     if not math.isfinite(total):
         raise _not_finite(one)
     held_out = F.pad(inside.cumsum(0) / total, (1, 0)) if total > 0 else None
-    return replace(one.basis, held_out_shares=held_out, num_positions=one.num_positions)
+    return replace(one.basis, held_out_shares=held_out)

@@ -23,14 +23,14 @@ class InputBasis:
 
     - `V`: (in, k) orthonormal in float32, on the CPU, in descending order of energy.
     - `shares`: (k + 1,) the share of the activation energy trace(C) that the first 0, 1, ..., k directions hold.
-    - `held_out_shares`: the same on calibration batches that C does not contain; None without such batches.
-    - `num_positions`: the number of input vectors in C; None if the file does not say it.
+    - `num_positions`: the number of input vectors in C.
+    - `held_out_shares`: `shares` on calibration batches that C does not contain; None without such batches.
     """
 
     V: Tensor
     shares: Tensor
+    num_positions: int
     held_out_shares: Tensor | None = None
-    num_positions: int | None = None
 
     @property
     def size(self) -> int:

@@ -134,11 +134,10 @@ def _warn_of_little_data(found: ProtectedInputs) -> None:
     if unsure:
         basis = bases[unsure[0]]
         seen = "nothing was held out" if basis.held_out is None else f"{basis.held_out:.1%} on held-out data"
-        count = "unknown" if basis.num_positions is None else f"{basis.num_positions:,}"
         warnings.warn(
             f"too little calibration data for {len(unsure):,} of {len(bases):,} layers: {unsure[0]} has {basis.size:,} "
-            f"inputs and {count} positions; its directions hold {basis.share:.1%} of the activation energy on them, "
-            f"and {seen}. Calibrate with more data.",
+            f"inputs and {basis.num_positions:,} positions; its directions hold {basis.share:.1%} of the activation "
+            f"energy on them, and {seen}. Calibrate with more data.",
             stacklevel=3,
         )
 
@@ -146,4 +145,4 @@ def _warn_of_little_data(found: ProtectedInputs) -> None:
 def _is_unsure(basis: InputBasis) -> bool:
     if basis.held_out is not None:
         return basis.held_out < LEAST_HELD_OUT * basis.share
-    return basis.V.dim() == 2 and basis.num_positions is not None and basis.num_positions < basis.size
+    return basis.num_positions < basis.size

@@ -238,7 +238,9 @@ def calibration_seconds(pace: Pace, inputs: Sequence[Target], tokens: int) -> fl
 
 def start_lines(seconds: Mapping[str, float], where: str) -> list[str]:
     """Return the time of a run before its first step, and on this machine that of each part."""
-    whole = f"start  about {duration_text(sum(seconds.values()))} on {where} before the first step, once: it is cached"
+    whole = (
+        f"start  about {duration_text(sum(seconds.values()))} on {where} before the first step; later starts reuse it"
+    )
     return [whole, *(f"       {name:<31}  {duration_text(value)}" for name, value in seconds.items())]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -50,6 +51,18 @@ def test_the_plan_refuses_it_and_names_the_setting(flags: str, code: str, name: 
     with raises_code(code, where=name) as error:
         main([*words(records, flags), "--dry-run"])
     assert error.value.first.hint
+
+
+def test_a_recipe_with_zero_needs_deepspeed_unless_a_flag_ends_it(
+    records: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "deepspeed" else found(name, *more)
+    )
+    with raises_code("package-missing", where="train.deepspeed", hint="'.[deepspeed]'"):
+        main([*words(records, "--deepspeed zero2"), "--dry-run"])
+    assert main([*words(records, "--deepspeed="), "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(
