@@ -60,7 +60,7 @@ def test_a_recipe_with_zero_needs_deepspeed_unless_a_flag_ends_it(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "deepspeed" else found(name, *more)
     )
-    with raises_code("package-missing", where="train.deepspeed", hint="'.[deepspeed]'"):
+    with raises_code("package-missing", where="--deepspeed", hint="'.[deepspeed]'"):
         main([*words(records, "--deepspeed zero2"), "--dry-run"])
     assert main([*words(records, "--deepspeed="), "--dry-run"]) == 0
 
