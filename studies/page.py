@@ -167,7 +167,7 @@ def question_table(found: Sequence[tuple[Study, Mapping[str, Ratio | None]]]) ->
     rows = tuple((label, *(column.get(label, "") for column in columns)) for label in labels)
     seeds = ", ".join(f"{study.task} {study.search_seeds or study.seeds}" for study, _ in found)
     caption = (
-        "Forgetting divided by that of the reference (1), at [equal loss](index.md#how-they-are-read). "
+        "Forgetting relative to the reference (1), at [equal loss](index.md#how-they-are-read). "
         f"Seeds: {seeds}. ≥: a lower bound."
     )
     return Table(("arm", *(study.task for study, _ in found)), rows, caption)

@@ -179,7 +179,7 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
             *(column.get(arm, "–") for column in columns.values()), f"{reached} of {len(fronts)}",
         ))  # fmt: skip
     caption = (
-        f"Forgetting divided by that of {reference}, at the lowest validation loss, or the highest score, that both "
+        f"Forgetting relative to {reference}, at the lowest validation loss, or the highest score, that both "
         "reach with the same seed: geometric means with 95 % intervals over seeds. "
         f"≥: a lower bound, as {reference} might forget less there at a lower rate. "
         f"Last column: the seeds that reach the lowest loss of {reference}."

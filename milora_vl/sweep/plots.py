@@ -130,7 +130,7 @@ def _logarithmic(axis: Axes, values: Sequence[Mean]) -> None:
 
 
 def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: Iterable[str], title: str) -> Figure:
-    """Draw forgetting at equal loss, divided by that of the panel's reference: one row per arm, one panel per task.
+    """Draw forgetting at equal loss, relative to the panel's reference: one row per arm, one panel per task.
 
     One or two panels (of one task) are sorted by the first; of several tasks, the arms keep their order.
     """
@@ -152,7 +152,8 @@ def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: 
             for label, ratio in ratios.items():
                 _ratio_row(axis, labels.index(label), ratio, method_colour(label) or INK, low, high)
             axis.set(xscale="log", xlim=(low, high * (high / low) ** 0.45), ylim=(max(len(labels), 1) - 0.5, -0.5))
-            ticks = [tick for tick in ((0.25, 1, 4) if high < 30 * low else (0.01, 0.1, 1, 10)) if low <= tick <= high]
+            few = (0.5, 1, 2) if high < 12 * low else (0.25, 1, 4)
+            ticks = [tick for tick in (few if high < 30 * low else (0.01, 0.1, 1, 10)) if low <= tick <= high]
             axis.set_xticks(ticks, [reference if reference and tick == 1 else f"{tick:g}×" for tick in ticks])
             axis.set_xticks([], minor=True)
             axis.set_title(name, loc="left", fontsize=9.5)
@@ -161,7 +162,9 @@ def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: 
         axes[0].set_yticks(range(len(labels)), labels)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         of = reference or "the reference"
-        words = f"\N{LEFTWARDS ARROW} better.  Forgetting at equal validation loss, divided by that of {of}"
+        words = f"\N{LEFTWARDS ARROW} better.  Forgetting at equal validation loss, relative to {of}"
+        if any(ratio.is_lower_bound for ratios in shown for ratio in ratios.values()):
+            words += "; a triangle is a lower bound"
         figure.supxlabel(words, x=0.01, ha="left", fontsize=8.5, color=GREY)
     return figure
 

@@ -47,7 +47,7 @@ class BaseKL:
     def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor] | None:
         """Return the next batch of this process in a step, counted from 0; None in a step without the term.
 
-        The step alone decides, so that all processes agree, and a resumed run goes on where the run before it stopped.
+        The step alone decides, so that all processes agree, and a resumed run continues with the next batch.
         All read pictures at the same time: they gather the weights of a sharded vision tower together.
         """
         if (step + 1) % self.every:  # not the first step: a new adapter leaves the base as it is
