@@ -192,7 +192,7 @@ def test_records_of_one_patient_are_held_out_together(kind: str, tmp_path: Path)
     assert len(held) == 12
     assert not {record["patient"] for record in held} & {record["patient"] for record in kept}
     (tmp_path / "b").mkdir()
-    with raises_code("hold-out-unknown-field", where="--hold_out_by", kind=DataError):
+    with raises_code("hold-out-unknown-field", where="--hold_out_by", message=", patient", kind=DataError):
         hold_out(rows, tmp_path / "b", "12", "--hold_out_by", "patients", kind=kind)
     with raises_code("flag-needs-another", where="--hold_out_by"):
         convert(kind, {"i.json": rows}, tmp_path / "b", "--hold_out_by", "patient")

@@ -26,11 +26,15 @@ def test_the_id_0_of_a_row_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["alpaca", "table"])
-def test_an_empty_answer_is_left_out(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"instruction": "Say hi.", "output": "Hi"}, {"instruction": "Say no.", "output": " "}]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert len(convert_file(tmp_path / "a.json", kind, tmp_path / "out")) == 1
-    assert "left out: " in capsys.readouterr().err
+def test_a_row_without_question_or_answer_is_left_out(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [("Say hi.", "Hi"), ("Say no.", " "), ("Say no.", None), ("", "No"), (None, "No")]
+    rows = [{"instruction": instruction, "output": output} for instruction, output in pairs]
+    (tmp_path / "a.json").write_text(json.dumps([*rows, {"instruction": "", "input": "Paris", "output": "France"}]))
+    kept = convert_file(tmp_path / "a.json", kind, tmp_path / "out")
+    assert [turn.text for record in kept for turn in record.turns] == ["Say hi.", "Hi", "Paris", "France"]
+    assert capsys.readouterr().err.count("left out: ") == 4
 
 
 @pytest.mark.parametrize("kind", ["alpaca", "table"])

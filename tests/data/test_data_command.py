@@ -101,7 +101,9 @@ def test_stats_counts(tiny_data: Path, capsys: Out) -> None:
     assert content["most_frequent_answers"][0] == ["Yes, it is.", 3]
     assert content["repeated_records"] == 0
     assert main(["stats", str(tiny_data / "train.json")]) == 0
-    assert "Yes, it is." in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "Yes, it is." in shown.out
+    assert "train.json --image_folder " in shown.err
 
 
 def test_stats_counts_missing_pictures_and_hands_the_folder_on(tiny_data: Path, tmp_path: Path, capsys: Out) -> None:

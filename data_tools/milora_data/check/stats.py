@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.format == "json"
         else f"{chosen.data}\n" + as_text(content, chosen.limit)
     )
-    pictures = [] if folder is None else ["--image_folder", folder]
+    pictures = ["--image_folder", folder or image_folder(chosen.data, None)] if content["picture_files"] else []
     next_step("milora_data", "show", chosen.data, *pictures, "--limit", 50, "--html", "OUT.html")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from milora_data.formats.vqa_files import field_of
 from milora_data.records.record import parse_record
 from milora_vl.common.errors import DataError
 
@@ -84,14 +85,7 @@ def _by_picture(records: Sequence[Mapping[str, Any]]) -> list[list[int]]:
 def _by_key(records: Sequence[Mapping[str, Any]], key: str) -> list[list[int]]:
     groups: dict[str, list[int]] = {}
     for number, value in enumerate(records):
-        if value.get(key) in (None, ""):
-            raise DataError(
-                f'record {value.get("id", number)} has nothing under "{key}"; its keys: {", ".join(value)}',
-                code="hold-out-unknown-field",
-                where="--hold_out_by",
-                hint=f"name a column or key that every record has, or {PICTURE} or {RECORD}",
-            )
-        groups.setdefault(repr(value[key]), []).append(number)
+        groups.setdefault(repr(field_of(value, key)), []).append(number)
     return list(groups.values())
 
 

@@ -168,8 +168,8 @@ def _empty_cell(name: str, place: str) -> DataError:
 def instructions(sources: Sequence[Path], options: Options) -> Records:
     """{"instruction", "input"?, "output"} or {"query", "response"}, as a list or one per line; texts are not changed.
 
-    Records with an empty answer are left out, as in a table. A `system` text and the exchanges of `history` come first.
-    Raises `DataError` if the fields are missing.
+    Records without a question or an answer are left out, as in a table. A `system` text and the exchanges of `history`
+    come first. Raises `DataError` if the fields are missing.
     """
     for path in sources:
         for number, (place, value) in enumerate(read_rows(path), start=1):
@@ -186,8 +186,8 @@ def instructions(sources: Sequence[Path], options: Options) -> Records:
 
 
 def with_input(instruction: str, text: str) -> str:
-    """Return the instruction, followed by the input `text` on a new line if there is one."""
-    return f"{instruction}\n{text}" if text else instruction
+    """Return the instruction, followed by the input `text` on a new line; either may be empty."""
+    return "\n".join(filter(None, (instruction, text)))
 
 
 def with_system(converted: dict[str, Any], text: object) -> dict[str, Any]:
@@ -200,11 +200,13 @@ def with_system(converted: dict[str, Any], text: object) -> dict[str, Any]:
 def _exchange(fields: Mapping[str, Any], place: str) -> tuple[str, str]:
     text = fields.get("input") or ""
     for names in FIELDS:
-        question, answer = (fields.get(name) for name in names)
+        question, answer = ("" if fields.get(name, 0) is None else fields.get(name) for name in names)
         if isinstance(question, str) and isinstance(answer, str) and isinstance(text, str):
-            if not answer.strip():
-                raise _empty_cell(names[1], place)
-            return with_input(question, text), answer
+            exchange = with_input(question, text), answer
+            for name, part in zip(names, exchange, strict=True):
+                if not part.strip():
+                    raise _empty_cell(name, place)
+            return exchange
     expected = " or ".join(f"{first} and {second}" for first, second in FIELDS)
     raise DataError(
         f"expected an object with the texts {expected}; it has {', '.join(fields) or 'none'}",

@@ -40,8 +40,10 @@ class Options:
         self.left_out.append(f"{error.first.where}: {error.first.message}")
 
     def with_kept(self, converted: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a record with what it keeps of its row."""
-        return converted if self.kept is None or self.kept not in row else {self.kept: row[self.kept], **converted}
+        """Return a record with what it keeps of its row. Raises `DataError` for a row without it."""
+        if self.kept is None:
+            return converted
+        return {self.kept: field_of({**row, **converted}, self.kept), **converted}
 
     def image(self, identifier: Any, default: str) -> str:
         """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""
@@ -54,6 +56,18 @@ class Options:
                 code="convert-image-pattern",
                 hint="for example  --image_pattern '{:012d}.jpg'",
             ) from None
+
+
+def field_of(row: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field that every record must have. Raises `DataError` with the names of its fields."""
+    if row.get(name) in (None, ""):
+        raise DataError(
+            f'record {row.get("id", "")} has nothing under "{name}"; it has: {", ".join(row)}',
+            code="hold-out-unknown-field",
+            where="--hold_out_by",
+            hint="name a field that every record has, or picture or record",
+        )
+    return row[name]
 
 
 Records = Iterator[dict[str, Any]]
