@@ -154,8 +154,14 @@ def _listed(value: str) -> tuple[str, ...]:
 
 
 def data_folder(value: str, data: str | Path | None = None) -> Path:
-    """Return the folder of the benchmark files: `data`, else the folder of a FILE, else data/NAME of the first name."""
+    """Return the folder of the benchmark files: `data`, else the folder of a FILE, else data/NAME of the first name.
+
+    Raises UserError if `data` names a file of questions.
+    """
     if data is not None:
+        if Path(data).suffix in (".json", ".jsonl"):
+            hint = f"for the questions of a file:  --benchmarks {data}"
+            raise UserError(f"expected a folder, got {data}", code="path-not-a-folder", hint=hint)
         return Path(data)
     first = Path(value.partition(",")[0].strip())
     return first.parent if first.suffix else Path("data") / first

@@ -182,8 +182,10 @@ def test_a_question_with_tools_is_not_asked_without_them(row: dict[str, Any], tm
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with raises_code("data-missing-file", message="nothing.json"):
+    with raises_code("data-missing-file", message="nothing.json", hint="check the path"):
         evaluate("nothing.json", tmp_path)
+    with raises_code("path-not-a-folder", where="--data", hint="--benchmarks nothing.json"):
+        evaluate("pope", tmp_path, "--data", "nothing.json")
     with raises_code("eval-benchmark-import", says=r"no file .*nothing\.py"):
         evaluate("nothing.py", tmp_path)
 

@@ -110,7 +110,8 @@ def require_questions(questions: QuestionSet, *, at: str | Key = "--suite", data
     That is unknown names, missing files, and mistakes in own files of questions, which are read.
     """
     value = questions.suite or questions.benchmarks
-    folder = data_folder(value, questions.data)
+    with at_flag(data_at):
+        folder = data_folder(value, questions.data)
     with at_flag(at):
         chosen = choose(value)
     own = [benchmark for benchmark in chosen.benchmarks if isinstance(benchmark, OwnData)]

@@ -34,7 +34,7 @@ from milora_eval.rules.pope import pope_answer
 from milora_eval.rules.textvqa import m4c_normalise
 from milora_eval.rules.vqa import vqav2_accuracy
 from milora_eval.stats import clustered_stderr, mean
-from milora_vl.common.cli.command_line import suggest
+from milora_vl.common.cli.command_line import beside, suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, Problem, UserError, collected
 
@@ -86,7 +86,8 @@ class OwnData(Benchmark):
             problem = url_problem(self.path)
             if problem is not None:
                 raise UserError(problems=[problem])
-            raise MissingData(f"no file {self.path}, and no file of that name in {data_dir}", code="data-missing-file")
+            message = f"no file {self.path}, and no file of that name in {data_dir}"
+            raise MissingData(message, code="data-missing-file", hint=beside(self.path))
         # Training data may use one id for several records; the number of the record makes the id unique.
         items: list[Item] = []
         problems: list[Problem] = []

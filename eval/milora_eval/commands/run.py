@@ -190,7 +190,8 @@ def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[Eva
     if options.template is not None:
         with at_flag("--template"):
             template_name(options.template)
-    data = data_folder(value, options.data)
+    with at_flag("--data"):
+        data = data_folder(value, options.data)
     items = read_chosen(chosen, data, options.limit)
     from milora_vl.models.prompts import Prompts, prompts_of
 
