@@ -61,7 +61,7 @@ def _front_matter(path: Path, recipe: Mapping[str, Any], base: str) -> ModelCard
         license_name="license-of-the-base-model",
         license_link=f"https://huggingface.co/{base}" if is_on_hub and "/" in base else None,
         pipeline_tag=_task(path),
-        tags=sorted({"milora"} | {str(rule["method"]) for rule in recipe["policy"] or () if "method" in rule}),
+        tags=sorted({"milora-vl"} | {str(rule["method"]) for rule in recipe["policy"] or () if "method" in rule}),
         datasets=sets or None,
         model_name=path.resolve().name,
         eval_results=_results(path) or None,

@@ -9,7 +9,16 @@ from typing import Any
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.methods import label_of, what_trains
 from milora_vl.report.run_page import Comparison, Json, Run, Score
-from milora_vl.report.wording import amount, cut_words, forgetting_rows, gain, lowered_shares, number, percent
+from milora_vl.report.wording import (
+    amount,
+    cut_words,
+    forgetting_rows,
+    gain,
+    lowered_shares,
+    method_name,
+    number,
+    percent,
+)
 
 
 def forgetting_table(forgetting: Json) -> Table:
@@ -30,7 +39,7 @@ def policy_table(run: Run) -> Table:
         cells = (
             tower,
             f"{len(paths):,}",
-            label_of(method) + (f", off {100 * protect:g} % of the inputs" if protect else ""),
+            method_name(method, protect),
             _cell(rank or None),
             _cell(alpha or None),
             _cell(rate or None),

@@ -82,11 +82,20 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {remaining:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def method_name(method: str, protect: float) -> str:
+    """Return the name of a method with the share that it protects.
+
+    >>> method_name("milora", 0.0), method_name("milora", 0.95)
+    ('MiLoRA', 'MiLoRA, off 95 % of the inputs')
+    """
+    return label_of(method) + (f", off {100 * protect:g} % of the inputs" if protect else "")
+
+
 def methods(run: Run) -> list[str]:
-    """Return the display names of the methods that train something; adapters take precedence over full training."""
-    names = dict.fromkeys(str(target["method"]) for target in run.policy.get("targets", ()))
-    adapters = [label_of(name) for name in names if name not in ("full", "frozen")]
-    return adapters or (["full fine-tuning"] if "full" in names else [])
+    """Return the names of the methods that train something; adapters take precedence over full training."""
+    kinds = dict.fromkeys((str(t["method"]), t.get("protect") or 0.0) for t in run.policy.get("targets", ()))
+    adapters = [method_name(*kind) for kind in kinds if kind[0] not in ("full", "frozen")]
+    return adapters or (["full fine-tuning"] if kinds else [])
 
 
 def title(run: Run) -> str:

@@ -19,7 +19,7 @@ def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:
     front = yaml.safe_load(model_card.render(tmp_path, RECIPE.model_dump()).split("---")[1])
     assert front["base_model"] == "tiny"
     assert front["library_name"] == "peft"
-    assert "milora" in front["tags"]
+    assert front["tags"] == ["milora", "milora-vl"]
 
 
 def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
     front = yaml.safe_load((run / "README.md").read_text().split("---")[1])
     assert front["base_model"] == "tiny"
-    assert "milora" in front["tags"]
+    assert front["tags"] == ["full", "gradient", "milora-vl"]
 
 
 def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: Path) -> None:
