@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig
+from safetensors.torch import load_file
+from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+import llava_recipes
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.common.errors import UserError
 from milora_vl.interop.adapters.llava import KNOWN_KEYS
@@ -21,6 +26,7 @@ from milora_vl.interop.llava import main as llava_main
 from milora_vl.interop.llava import renamed_flags
 from milora_vl.interop.replace import get_peft_model_replaced, main
 from support.adapter_cases import anchors, one_rule, train_steps
+from support.launched import in_two_processes, needs_deepspeed
 from support.llava_parts import small_vicuna_and_clip
 from support.problems import raises_code
 
@@ -165,24 +171,8 @@ torch.save(logits.detach(), sys.argv[0] + ".logits")
 @pytest.mark.slow
 def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_path: Path, tiny_records) -> None:
     pytest.importorskip("llava")
-    from PIL import Image
-
-    small_vicuna_and_clip(tmp_path)
-    (tmp_path / "images").mkdir()
-    for i in range(8):
-        Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(tmp_path / "images" / f"{i}.png")
-    (tmp_path / "train.json").write_text(json.dumps(tiny_records), encoding="utf-8")
+    flags, out = llava_flags(tmp_path, tiny_records), tmp_path / "llava-lora"
     (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
-    out = tmp_path / "llava-lora"
-    flags = f"""--lora_enable True --lora_r 4 --lora_alpha 8 --mm_projector_lr 2e-3
-        --model_name_or_path {tmp_path}/vicuna --version v1 --data_path {tmp_path}/train.json
-        --image_folder {tmp_path}/images --vision_tower {tmp_path}/clip
-        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
-        --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True --bf16 False
-        --output_dir {out} --num_train_epochs 1 --per_device_train_batch_size 4 --evaluation_strategy no
-        --save_strategy no --learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
-        --logging_steps 1 --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True
-        --report_to none --use_cpu True""".split()
     done = subprocess.run(
         [
             *(sys.executable, "-W", "ignore", "-m", "milora_vl.interop.llava", "--protect", "0.5"),
@@ -198,6 +188,60 @@ def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_pat
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 4
     assert torch.allclose(_as_llava_loads(tmp_path, out), torch.load(tmp_path / "train.py.logits"), atol=1e-4)
+
+
+def llava_flags(folder: Path, records: list[dict[str, Any]]) -> list[str]:
+    """Write models, pictures and records for LLaVA's `train()`; returns its flags. The result is in `llava-lora`."""
+    from PIL import Image
+
+    small_vicuna_and_clip(folder)
+    (folder / "images").mkdir()
+    for i in range(8):
+        Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(folder / "images" / f"{i}.png")
+    (folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    return f"""--lora_enable True --lora_r 4 --lora_alpha 8 --mm_projector_lr 2e-3
+        --model_name_or_path {folder}/vicuna --version v1 --data_path {folder}/train.json
+        --image_folder {folder}/images --vision_tower {folder}/clip
+        --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
+        --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True --bf16 False
+        --output_dir {folder}/llava-lora --num_train_epochs 1 --per_device_train_batch_size 4 --evaluation_strategy no
+        --save_strategy no --learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+        --logging_steps 1 --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True
+        --report_to none --use_cpu True""".split()
+
+
+# On CPUs, HF skips what it does for DeepSpeed on GPUs.
+SHARDED = """
+import deepspeed
+from llava.train.train import train
+
+deepspeed.init_distributed("gloo")
+train()
+"""
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_llavas_own_training_under_zero_3_is_that_under_zero_2(tmp_path: Path, tiny_records) -> None:
+    pytest.importorskip("llava")
+    flags, out = llava_flags(tmp_path, tiny_records), tmp_path / "llava-lora"
+    torch.manual_seed(0)
+    projector = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)).state_dict()
+    torch.save({f"mm_projector.{name}": weight for name, weight in projector.items()}, tmp_path / "projector.bin")
+    (tmp_path / "train.py").write_text(SHARDED, encoding="utf-8")
+    flags += ["--pretrain_mm_mlp_adapter", str(tmp_path / "projector.bin"), "--lora_dropout", "0"]
+    trained = []
+    for stage in ("zero2", "zero3"):
+        (tmp_path / f"{stage}.json").write_text(llava_recipes.read(stage, "deepspeed"), encoding="utf-8")
+        words = ["-m", "milora_vl.interop.llava", str(tmp_path / "train.py"), *flags]
+        codes, printed = in_two_processes([*words, "--deepspeed", str(tmp_path / f"{stage}.json")], tmp_path)
+        assert codes == [0, 0], printed[0][-3000:]
+        whole = torch.load(out / "non_lora_trainables.bin", weights_only=True)
+        trained.append({**load_file(out / "adapter_model.safetensors"), **whole})
+        shutil.rmtree(out)
+    moved = trained[0]["base_model.model.model.mm_projector.0.weight"] - projector["0.weight"]
+    assert float(moved.abs().max()) > 1e-3
+    torch.testing.assert_close(trained[1], trained[0], atol=5e-4, rtol=0)
 
 
 @torch.no_grad()

@@ -155,7 +155,7 @@ CHANGES: dict[tuple[str, str], tuple[str, tuple[tuple[str, str], ...]]] = {
         "rows = [{'input_ids': [1, 2, 3], 'labels': [1, 2, 3]}] * 8\n"
         "batches = [{name: torch.tensor([ids]) for name, ids in rows[0].items()}]\n",
         (
-            ("rank: 64", "rank: 4, protect: 0.8"),
+            ("rank: 64", "rank: 4"),
             ("model=model, ...)", "model=model, args=arguments, train_dataset=rows)"),
             ("resume_from_checkpoint=...", "resume_from_checkpoint=None"),
         ),
