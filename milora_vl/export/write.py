@@ -216,8 +216,14 @@ def write_rank(job: Job) -> Written:
 
 def write_gguf(job: Job) -> Written:
     """Write the merged model as GGUF, by llama.cpp's script, with a Modelfile."""
-    base = _base_for_llama_cpp(job, "merged")
-    files = _convert(job, job.merged(base)[0], base, "model", job.options.outtype or "f16")
+    base, outtype = _base_for_llama_cpp(job, "merged"), job.options.outtype or "f16"
+    model, rounding = job.merged(base)
+    if rounding:
+        sys.stderr.write(
+            f"merged in the data type of the base; the largest change of a weight by rounding is {rounding:.1e}, to "
+            f"which llama.cpp's script adds that of {outtype}\n"
+        )
+    files = _convert(job, model, base, "model", outtype)
     _write_modelfile(job, files)
     return Written()
 
