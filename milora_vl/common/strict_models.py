@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from milora_vl.common.errors import Key, Problem, UserError
+from milora_vl.common.yaml_text import FLOAT
 
 # What a value must be, by pydantic's type of error; the fields of Strict models raise no other types.
 EXPECTED = {
@@ -104,7 +105,8 @@ def _wrong_value(fault: Any, place: Key, field: FieldInfo | None, section: type[
         hint = f"its keys: {', '.join(section.model_fields)}"
         return Problem(f"expected a mapping, got {value!r}", code, place, hint)
     expected = described or EXPECTED[fault["type"]].format(**fault.get("ctx", {}))
-    return Problem(f"expected {expected}, got {value!r}", code, place)
+    hint = f"without quotes it is a number:  {value}" if isinstance(value, str) and FLOAT.match(value) else ""
+    return Problem(f"expected {expected}, got {value!r}", code, place, hint)
 
 
 def unknown_key(place: Key, known: Iterable[str], code: str) -> Problem:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -44,11 +45,12 @@ from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.train import collators
 from milora_vl.train.dry_run.estimate import (
+    BANDWIDTH,
+    CPU_BANDWIDTH,
     SMOKE_NOTE,
     SMOKE_STEPS,
     distinct_inputs,
     measured_flops,
-    measured_pace,
     part_of,
     planned_pace,
     start_lines,
@@ -163,11 +165,10 @@ def shown_start(
         screen.say(SMOKE_NOTE)
 
     def plan(parts: Sequence[str]) -> dict[str, float]:
-        inputs, parameters = distinct_inputs(targets), sum(p.numel() for p in model.parameters())
-        pace = measured_pace(model) if TEXTS in parts else planned_pace(parameters, measured_flops(device=model.device))
+        bandwidth = CPU_BANDWIDTH if model.device.type == "cpu" else BANDWIDTH
         seconds = start_seconds(
-            pace,
-            inputs,
+            planned_pace(base.meta, measured_flops(device=model.device), bandwidth),
+            distinct_inputs(targets),
             texts=part_of(samples, steps),
             captions=part_of(settings.num_pictures, steps) if base.reads_pictures else 0,
             picture_tokens=base.tokens_of_a_picture or 0,
@@ -383,7 +384,7 @@ def _cached(sources: _Sources, what: str, settings: str, write: Callable[[], lis
     with gathered_in_forward(sources.model):
         written = list(gather(write())[0])
     if is_whole and is_first:
-        _store(file, written, sources.screen)
+        _store(file, written)
     return written
 
 
@@ -404,11 +405,11 @@ def _read(file: Path) -> list[Any] | None:
         return None
 
 
-def _store(file: Path, written: list[Any], screen: Screen) -> None:
+def _store(file: Path, written: list[Any]) -> None:
     try:
         write_json(file, written)
-    except OSError as error:
-        screen.warn(f"calibration texts are not cached in {file.parent}: {error}")
+    except OSError as error:  # Python shows equal warnings once
+        warnings.warn(f"calibration texts are not cached in {file.parent}: {error.strerror}", stacklevel=2)
 
 
 def _bar(what: str, total: int, unit: str, done: int) -> tqdm[Any]:

@@ -286,8 +286,7 @@ def collect_first_files(ready: Ready, screen: Screen) -> FirstFiles:
     """Return the files that are written when the first step begins."""
     plan, recipe = ready.plan, ready.plan.recipe
     environment = run_files.describe_environment(
-        recipe,
-        ["python", "-m", "milora_vl.train", *plan.settings.request.words],
+        plan,
         base=run_files.base_name(base_model_of(ready.built.model)) or recipe.model,
         device=run_files.device_name(ready.args.device),
         data=ready.data,

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from milora_data.encode.tokens import remember_legacy
 from milora_vl.core.adapter import checkpoints
 from milora_vl.models import loading
 from milora_vl.train.model import Built
+from milora_vl.train.plan.plan import Plan
 from milora_vl.train.plan.run_data import RunData
 from milora_vl.train.plan.run_folder import ENVIRONMENT, RunFolder, lock, refuse_to_overwrite, unlock
 from milora_vl.train.plan.screen import Screen
@@ -36,17 +36,18 @@ PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", 
 
 
 def describe_environment(
-    recipe: Recipe, command: Sequence[str], *, base: str, device: str, data: RunData, dtype: str, processes: int
+    plan: Plan, *, base: str, device: str, data: RunData, dtype: str, processes: int
 ) -> dict[str, Any]:
     """Return environment.json for the start of a run; `dtype` is the dtype of the frozen weights."""
+    recipe = plan.recipe
     return {
-        "command": list(command),
+        "command": ["python", "-m", "milora_vl.train", *plan.settings.request.words],
         "versions": {"python": sys.version.split()[0], **_versions()},
         "git": _git_state(),
         "device": device,
         "processes": processes,
         "dtype": dtype,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "started": plan.started.isoformat(timespec="seconds"),
         "finished": None,
         "seconds": 0.0,
         "seconds_before_training": 0.0,  # of these: loading, calibration

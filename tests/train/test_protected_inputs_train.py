@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -182,17 +185,36 @@ def test_the_probe_on_samples_measures_no_calibration_text(tiny_data: Path) -> N
             next(sampled_batches(base, processor.tokenizer, seed=seed))
 
 
+def test_a_cache_that_cannot_be_written_is_one_warning(tiny_data: Path, cache: Path) -> None:
+    cache.parent.write_text("a file")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        calibrated(recipe(tiny_data), list(load_records(tiny_data / "train.json")))
+    assert ["not cached" in str(one.message) for one in caught] == [True]
+
+
+def planned_seconds(shown: str) -> float:
+    """The seconds before the first step on this machine, as a plan shows them."""
+    (number,) = re.findall(r"^start  about ([\d.]+) s on (?:this machine|the CPU)", shown, re.MULTILINE)
+    return float(number)
+
+
 def test_a_start_after_an_interruption_uses_what_the_first_one_chose(
     tiny_data: Path, tmp_path: Path, cache: Path, monkeypatch, capfd: Any
 ) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
+    for module in ("calibration_batches", "dry_run.cost"):
+        monkeypatch.setattr(f"milora_vl.train.{module}.measured_flops", lambda **_: 1e10)
+    assert main(training(tiny_data, tmp_path / "run", *PROTECT, "--dry-run")) == 0
+    planned = planned_seconds(capfd.readouterr().out)
     with monkeypatch.context() as patched:
         patched.setattr("milora_vl.train.run.make_trainer", interrupted)  # after the calibration
         with pytest.raises(KeyboardInterrupt):
             main(training(tiny_data, tmp_path / "run", *PROTECT))
     first = capfd.readouterr().err
+    assert planned_seconds(first) == pytest.approx(planned, rel=0.2)  # it counts the tokens of all records
     assert "a smoke test" in first
     for part in PARTS:
         assert part in first.split("before the first step")[1].split("applying")[0]  # planned before it begins
@@ -205,6 +227,8 @@ def test_a_start_after_an_interruption_uses_what_the_first_one_chose(
     assert "before the first step" not in again  # nothing is left to plan
     environment = read_json(tmp_path / "run", "environment.json")
     assert 0 < environment["seconds_before_training"] < environment["seconds"]
+    started, finished = (datetime.fromisoformat(environment[name]) for name in ("started", "finished"))
+    assert (finished - started).total_seconds() == pytest.approx(environment["seconds"], abs=1.5)  # whole seconds
 
 
 def test_an_interrupted_calibration_does_not_write_its_parts_again(tiny_data: Path, monkeypatch) -> None:

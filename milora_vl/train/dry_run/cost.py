@@ -128,7 +128,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     start: dict[str, float] = {}
     for name, rate in rates.items():
         seconds = start_seconds(
-            planned_pace(work.total, None if rate == A100_FLOPS else rate),
+            planned_pace(base.meta, None if rate == A100_FLOPS else rate),
             inputs,
             texts=part_of(samples, steps) * reads_texts,
             captions=part_of(settings.num_pictures, steps) * (reads_texts and base.reads_pictures),

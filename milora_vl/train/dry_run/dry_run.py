@@ -102,7 +102,7 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
         counts, num_records = data(screen, recipe, base)
     except UserError as error:
         problems += error.problems
-        counts, num_records = _assumed(screen, recipe, "cannot be read"), None
+        counts, num_records = _assumed(screen, recipe, "cannot be used"), None
     rows = math.ceil((num_records or 1) / counts.records)
     batching = Batching(
         num_records=None if recipe.data.streaming else rows,
@@ -116,7 +116,7 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     )
     screen.say(f"\nbatch  {batching.describe()}")
     has_steps = recipe.data.streaming or num_records is not None
-    unknown = "unknown: the data cannot be read" if recipe.data.path else "unknown without data"
+    unknown = "unknown: the data cannot be used" if recipe.data.path else "unknown without data"
     screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
     costs = costs_of(plan, counts, batching, has_steps=has_steps)
     screen.say("\n".join(costs.lines))

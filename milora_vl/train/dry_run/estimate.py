@@ -17,8 +17,7 @@ import torch
 
 from milora_vl.core.calibration import CAPTIONS, GRADIENT, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import PASS_BYTES
-from milora_vl.core.calibration.modes import evaluated
-from milora_vl.core.calibration.texts import COUNT, LENGTH, rows_at_once
+from milora_vl.core.calibration.texts import COUNT, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.train.plan.launch import Strategy
 
@@ -29,6 +28,7 @@ BANDWIDTH = 1.55e12 * 0.6  # bytes a second of an A100 with 40 GB, times the sha
 SMOKE_STEPS = 10  # a run with fewer steps is a smoke test, and calibrates with a tenth
 SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth"
 CPU_BANDWIDTH = 1e10  # of one thread
+LAYER, TOKENS = 2e-3, 400  # seconds of a layer without work, and tokens of a forward of the calibration
 LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters gathered, or stepped, at once
 
 
@@ -156,7 +156,7 @@ def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a model runs on a machine. `measured_pace` measures it, `planned_pace` computes it from a speed."""
+    """How fast a model runs on a machine, computed from the speed of a matrix product by `planned_pace`."""
 
     token: float  # seconds of a token in a forward of many
     written: float  # seconds of a token that the model writes, in a batch of texts
@@ -164,32 +164,17 @@ class Pace:
     bandwidth: float  # bytes a second
 
 
-def planned_pace(parameters: int, flops: float | None = None) -> Pace:
-    """Return the pace of an A100, or of a CPU with `flops` operations a second.
+def planned_pace(model: Any, flops: float | None = None, bandwidth: float = CPU_BANDWIDTH) -> Pace:
+    """Return the pace of a model, which may be on the meta device, on an A100 or at `flops` operations a second.
 
     An A100 reads the weights in half precision once for each step of 16 texts. A CPU needs twice as long for a token
-    that it writes as for one that it reads.
+    that it writes as for one that it reads, and LAYER seconds for each layer of a forward, however small it is.
     """
-    if flops is not None:
-        return Pace(2 * parameters / flops, 4 * parameters / flops, flops, CPU_BANDWIDTH)
-    return Pace(2 * parameters / A100_FLOPS, 2 * parameters / BANDWIDTH / 16, FLOAT32_FLOPS, BANDWIDTH)
-
-
-def measured_pace(model: Any) -> Pace:
-    """Return the pace of a loaded model that writes text, from two short forwards."""
-    rows = min(COUNT, rows_at_once(model, LENGTH))
-
-    def seconds(*shape: int) -> float:
-        ids = torch.ones(shape, dtype=torch.long, device=model.device)
-        start = time.perf_counter()
-        float(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 0, 0])  # waits for a GPU
-        return time.perf_counter() - start
-
-    with evaluated(model), torch.inference_mode():
-        seconds(1, 2)  # the first one prepares what later ones use
-        bandwidth = CPU_BANDWIDTH if model.device.type == "cpu" else BANDWIDTH
-        # The keys and values of a text, and drawing an id, take a fourth of the step.
-        return Pace(seconds(4, 16) / 64, 1.3 * seconds(rows, 1) / rows, measured_flops(device=model.device), bandwidth)
+    parameters = sum(p.numel() for p in model.parameters())
+    if flops is None:
+        return Pace(2 * parameters / A100_FLOPS, 2 * parameters / BANDWIDTH / 16, FLOAT32_FLOPS, BANDWIDTH)
+    least = LAYER * model.config.get_text_config().num_hidden_layers
+    return Pace(2 * parameters / flops + least / TOKENS, 4 * parameters / flops + least / COUNT, flops, bandwidth)
 
 
 def part_of(count: int, steps: int) -> int:

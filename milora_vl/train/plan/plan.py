@@ -36,6 +36,7 @@ class Plan:
     hub_token: str | None
     folder: RunFolder
     resumed: Resumed | None
+    started: datetime
     warnings: tuple[str, ...]
 
     def composed(self) -> tuple[Plan, str]:
@@ -49,10 +50,10 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
 
     Raises RecipeError with all problems of the recipe and its model, UserError for other mistakes.
     """
-    request = settings.request
+    request, started = settings.request, datetime.now().astimezone()
     fitting, base, targets, warnings = fit(settings)
     recipe, token = run_folder.without_token(with_dtype(fitting, request))
-    path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
+    path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, started)
     folder = run_folder.choose(path, request.resume)
     launch = read_launch(recipe.train)
     requirements.require_installed(recipe)
@@ -71,6 +72,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         hub_token=token,
         folder=folder,
         resumed=None if earlier is None else resuming.resumed(earlier, recipe, base, processes),
+        started=started,
         warnings=tuple(warnings),
     )
 
