@@ -213,10 +213,12 @@ def llava_flags(folder: Path, records: list[dict[str, Any]]) -> list[str]:
 # On CPUs, HF skips what it does for DeepSpeed on GPUs.
 SHARDED = """
 import deepspeed
-from llava.train.train import train
+from milora_vl.interop.llava import milora_in_llava
 
 deepspeed.init_distributed("gloo")
-train()
+with milora_in_llava():
+    from llava.train.train import train
+    train()
 """
 
 
@@ -233,8 +235,8 @@ def test_llavas_own_training_under_zero_3_is_that_under_zero_2(tmp_path: Path, t
     trained = []
     for stage in ("zero2", "zero3"):
         (tmp_path / f"{stage}.json").write_text(llava_recipes.read(stage, "deepspeed"), encoding="utf-8")
-        words = ["-m", "milora_vl.interop.llava", str(tmp_path / "train.py"), *flags]
-        codes, printed = in_two_processes([*words, "--deepspeed", str(tmp_path / f"{stage}.json")], tmp_path)
+        words = [str(tmp_path / "train.py"), *renamed_flags(flags), "--deepspeed", str(tmp_path / f"{stage}.json")]
+        codes, printed = in_two_processes(words, tmp_path)
         assert codes == [0, 0], printed[0][-3000:]
         whole = torch.load(out / "non_lora_trainables.bin", weights_only=True)
         trained.append({**load_file(out / "adapter_model.safetensors"), **whole})
