@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +24,7 @@ from milora_vl.train.calibration_batches import CAPTION_TOKENS, QUESTION, ROWS, 
 from studies.tasks import EASY_VQA, EMOJI
 from studies.tasks.answers import AnswerTask
 
-CALIBRATION_PICTURES = 64  # as in milora_vl.train
+CALIBRATION_PICTURES = 64
 VALIDATION = 64
 
 
@@ -56,11 +55,13 @@ class PictureQuestions(AnswerTask):
             pictures = list(answer_batches(base, processor, drawn, image_folder=Path(folder)))
         super().__init__(base, collator, train, validation, test[:: self.test_every], {"pictures": pictures})
         self.processor = processor
+        self._captions: dict[int, list[Mapping[str, Tensor]]] = {}  # by the number of pictures
 
-    @cached_property
-    def _described(self) -> list[Mapping[str, Tensor]]:
-        """Pictures of the training set with captions that the base model writes."""
-        chosen = with_pictures(self.train, CALIBRATION_PICTURES)
+    def _described(self, count: int) -> list[Mapping[str, Tensor]]:
+        """Return `count` pictures of the training set with captions that the base model writes."""
+        if count in self._captions:
+            return self._captions[count]
+        chosen = with_pictures(self.train, count)
         asks = Turn("user", f"{IMAGE}\n{QUESTION}")
         prompts = [Prompt((asks,), tuple(self.folder / "images" / name for name in record.images)) for record in chosen]
         captions = generate(self.base, self.processor, prompts, max_new_tokens=CAPTION_TOKENS)
@@ -69,11 +70,12 @@ class PictureQuestions(AnswerTask):
             for record, caption in zip(chosen, captions, strict=True)
         ]
         batches = (self.collator(records[start : start + ROWS]) for start in range(0, len(records), ROWS))
-        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        found = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        return self._captions.setdefault(count, found)
 
-    def calibration(self) -> list[Mapping[str, Tensor]]:
+    def calibration(self, pictures: int = CALIBRATION_PICTURES) -> list[Mapping[str, Tensor]]:
         """Return texts and captions of training pictures, both written by the base model itself."""
-        return [*super().calibration(), *self._described]
+        return [*super().calibration(), *self._described(pictures)]
 
 
 class EmojiQuestions(PictureQuestions):
