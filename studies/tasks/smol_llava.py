@@ -9,10 +9,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from milora_data.batches.image_text_collator import ImageTextCollator
-from milora_data.records.record import IMAGE, Turn
+from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.forgetting import answer_batches, drawn_questions
 from milora_vl.interop.adapters.load_model import load_model
@@ -52,8 +53,13 @@ class PictureQuestions(AnswerTask):
         validation = validation[:: self.validation_every][:VALIDATION]
         with TemporaryDirectory() as folder:
             drawn = drawn_questions(Path(folder))[::4]
-            pictures = list(answer_batches(base, processor, drawn, image_folder=Path(folder)))
-        super().__init__(base, collator, train, validation, test[:: self.test_every], {"pictures": pictures})
+            words = [_in_one_word(record) for record in drawn]
+            asked = {"pictures": drawn, "words": words, "photos": _photos(Path(folder))}
+            probes = {
+                name: list(answer_batches(base, processor, records, image_folder=Path(folder)))
+                for name, records in asked.items()
+            }
+        super().__init__(base, collator, train, validation, test[:: self.test_every], probes)
         self.processor = processor
         self._captions: dict[int, list[Mapping[str, Tensor]]] = {}  # by the number of pictures
 
@@ -76,6 +82,26 @@ class PictureQuestions(AnswerTask):
     def calibration(self, pictures: int = CALIBRATION_PICTURES) -> list[Mapping[str, Tensor]]:
         """Return texts and captions of training pictures, both written by the base model itself."""
         return [*super().calibration(), *self._described(pictures)]
+
+
+def _in_one_word(record: Record) -> Record:
+    """Return a question about the same picture whose answers are of another form than a sentence."""
+    return replace(record, turns=(Turn("user", f"{IMAGE}\nName the shape in one word, in capital letters."),))
+
+
+def _photos(folder: Path) -> list[Record]:
+    """Write 24 pieces of the two photographs in scikit-learn to `folder`, and return a question about each."""
+    from sklearn.datasets import load_sample_images
+
+    records = []
+    for number, photograph in enumerate(load_sample_images().images):
+        for place in range(12):
+            top, left = place // 4 * 133, place % 4 * 142
+            name = f"photo_{number}_{place}.png"
+            Image.fromarray(photograph[top : top + 160, left : left + 213]).save(folder / name)
+            turn = Turn("user", f"{IMAGE}\nDescribe this picture in one sentence.")
+            records.append(Record(name, (name,), (turn,), source=name))
+    return records
 
 
 class EmojiQuestions(PictureQuestions):
