@@ -26,15 +26,19 @@ def pieces(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
     return chain.from_iterable(zip(*map(cycle, kinds.values()), strict=True))
 
 
-def loss_with(rival: Rival, task: Any, model: Any, batch: Any, texts: Iterator[Batch]) -> Tensor:
-    """Return the loss of a batch of the task with the term of the rival."""
+def loss_with(rival: Rival, task: Any, model: Any, batch: Any, texts: Iterator[Batch], step: int) -> Tensor:
+    """Return the loss of a batch of the task with the term of the rival, if step `step`, from 0, has it."""
+    if (step + 1) % rival.every:
+        loss: Tensor = task.loss(model, batch)
+        return loss
+    weight = rival.every * rival.weight
     if rival.kind == "rest":
         logits, labels = task.answer_logits(model, batch)
         with torch.no_grad(), model.disable_adapter():
             before, _ = task.answer_logits(model, batch)
         others = torch.ones_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], value=False)
         term = _kl(*(part[others].view(len(labels), -1) for part in (before, logits)))
-        return cross_entropy(logits, labels) + rival.weight * term
+        return cross_entropy(logits, labels) + weight * term
     text = next(texts)
     ids, picture = text["input_ids"][:, 1:], image_token_of(model)
     is_real = text["attention_mask"][:, 1:].bool() & (ids != (-1 if picture is None else picture))
@@ -45,8 +49,8 @@ def loss_with(rival: Rival, task: Any, model: Any, batch: Any, texts: Iterator[B
         with torch.no_grad(), model.disable_adapter():
             before = task.logits(model, text)[:, :-1][is_real].float()
         term = _kl(before, logits)
-    loss: Tensor = task.loss(model, batch)
-    return loss + rival.weight * term
+    loss = task.loss(model, batch)
+    return loss + weight * term
 
 
 def _kl(before: Tensor, after: Tensor) -> Tensor:

@@ -23,15 +23,16 @@ from milora_vl.sweep.cells import Cell, arm_rules
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "rival", "scale", "osf")
+_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "rival", "scale", "osf", "pictures", "rows")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `rival`, and a `scale`, by
-    which the finished adapter is multiplied; with `osf: true`, PEFT's OSF adapts the layers of its rules.
+    rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `rival`, another number of
+    calibration `pictures`, other `rows` of a fixed A, and a `scale`, by which the finished adapter is multiplied; with
+    `osf: true`, PEFT's OSF adapts the layers of its rules.
     `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` is
     the plot of score over forgetting. `search_seeds` is the number of seeds for the search over learning rates; only
     the best rate by validation loss runs all seeds.
@@ -71,6 +72,10 @@ class Study(Strict):
         """Return the term that the arm adds to its loss, if any."""
         return Rival.model_validate(self.arms[arm]["rival"]) if "rival" in self.arms[arm] else None
 
+    def rows(self, arm: str) -> Rows | None:
+        """Return what decides the rows of the arm's fixed A in place of its method, if anything."""
+        return Rows.model_validate(self.arms[arm]["rows"]) if "rows" in self.arms[arm] else None
+
     def rates(self, arm: str) -> list[float]:
         """Return the learning rates of an arm."""
         rates: list[float] = self.arms[arm].get("learning_rates", self.learning_rates)
@@ -94,12 +99,13 @@ class Study(Strict):
         training = self.training(cell.method).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
-        parts = (self.ranks(cell.method), self.rival(cell.method))
+        parts = (self.ranks(cell.method), self.rival(cell.method), self.rows(cell.method))
         content += [part.model_dump() for part in parts if part is not None]
         if any(rule.get("protect") for rule in rules):
             content.append(CALIBRATION_VERSION)
         arm = self.arms[cell.method]
         content += ["osf"] if arm.get("osf") else []
+        content += [{"pictures": arm["pictures"]}] if "pictures" in arm else []
         content += [arm["scale"]] if "scale" in arm and not of_training else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -128,11 +134,24 @@ class Rival(Strict):
       texts as further records.
     - `weight`: the factor of the term; the loss of the answers has factor 1. All are means over tokens.
     - `texts`: the number of texts in each step, for `own` and `mix`.
+    - `every`: one step in so many has the term, so many times the weight.
     """
 
     kind: Literal["rest", "own", "mix"]
     weight: PositiveFloat
     texts: PositiveInt = 2
+    every: PositiveInt = 1
+
+
+class Rows(Strict):
+    """The key `rows` of an arm: its fixed A has the first rows of the gradient, or of W, off some directions.
+
+    `off_weight` is the part of W's first right singular vectors that the rows keep off, beside the protected inputs of
+    the rules: a number is their share of the squared singular values, `half` half of all directions.
+    """
+
+    of: Literal["gradient", "weight"]
+    off_weight: Literal["half"] | PositiveFloat | None = None
 
 
 def chosen(name: str) -> list[str]:
@@ -183,7 +202,7 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
         )
     for arm in study.arms:
         try:
-            study.training(arm), study.ranks(arm), study.rival(arm)
+            study.training(arm), study.ranks(arm), study.rival(arm), study.rows(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
         except (ValidationError, UserError) as error:
             of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")

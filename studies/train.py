@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from peft.tuners.osf import OSFLayer
 from torch import Tensor, nn
 
 from milora_vl import Policy, apply_milora
+from milora_vl.core.adapter.fixed_a import fix_A
 from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.adapter.parameter_groups import parameter_groups
 from milora_vl.core.policy.ranks import with_ranks
 from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.rivals import loss_with, pieces
+from studies.rows import rows_of
 from studies.study import Study
 from studies.task import Task
 from studies.update import Updates
@@ -70,12 +73,33 @@ def rules_on(base: nn.Module, study: Study, cell: Cell, factors: Path) -> list[d
 def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
     if study.arms[cell.method].get("osf"):
         return _osf(base, rules)
-    texts = task.calibration() if any(rule.get("protect") for rule in rules) else None
+    rows = study.rows(cell.method)
+    texts = _texts(task, study, cell) if any(rule.get("protect") for rule in rules) else None
     batches = None
-    if any(rule.get("method") == "gradient" for rule in rules):
+    if rows or any(rule.get("method") == "gradient" for rule in rules):
         shuffled = task.batches(study.training(cell.method).batch_size, _OTHER_ORDER + cell.seed)
         batches = list(islice(shuffled, _GRADIENT_BATCHES))
+    if rows and batches:
+        fixed = rows_of(base, rules, rows, texts, batches)
+        model = apply_milora(base, [_as_lora(rule) for rule in rules], cache_dir=factors)
+        for path, A in fixed.items():
+            fix_A(lora_layer(model, path), "default", A)
+        return model
     return apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
+
+
+def _as_lora(rule: dict[str, Any]) -> dict[str, Any]:
+    return {**rule, "method": "lora", "protect": 0} if rule["method"] == "gradient" else rule
+
+
+def _texts(task: Any, study: Study, cell: Cell) -> Sequence[Mapping[str, Tensor]]:
+    """Return the calibration batches of an arm; a task with pictures describes as many as the arm says."""
+    texts: Sequence[Mapping[str, Tensor]] = task.calibration(**_only(study.arms[cell.method], "pictures"))
+    return texts
+
+
+def _only(arm: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {name: arm[name]} if name in arm else {}
 
 
 def _osf(base: nn.Module, rules: list[dict[str, Any]]) -> Any:
@@ -120,10 +144,10 @@ def _train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, flo
     from transformers import get_cosine_schedule_with_warmup
 
     training, rival = study.training(cell.method), study.rival(cell.method)
-    texts = pieces(task.calibration(), rival.texts) if rival else iter(())
+    texts = pieces(_texts(task, study, cell), rival.texts) if rival else iter(())
 
-    def loss_of(batch: Any) -> Tensor:
-        return task.loss(model, batch) if rival is None else loss_with(rival, task, model, batch, texts)
+    def loss_of(batch: Any, step: int) -> Tensor:
+        return task.loss(model, batch) if rival is None else loss_with(rival, task, model, batch, texts, step)
 
     groups = parameter_groups(model, learning_rate=cell.learning_rate, weight_decay=training.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=cell.learning_rate)
@@ -132,8 +156,8 @@ def _train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, flo
     model.train()
     last = math.nan
     began = time.monotonic()
-    for _ in range(training.steps):
-        loss = loss_of(next(batches))
+    for step in range(training.steps):
+        loss = loss_of(next(batches), step)
         loss.backward()
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], _CLIP)
         optimizer.step()

@@ -1,10 +1,12 @@
 """The key `base_kl` of a recipe: a term of the loss that keeps the answers of the base on the calibration texts.
 
-In every n-th step the forwards also read a few texts, or captions, with the adapter and, without gradients, without it:
+In every n-th step the first forward also reads a few texts, or captions, with the adapter and, without gradients,
+without it:
 
     loss = cross-entropy of the task + n * weight * mean over the tokens of KL(base || model)
 
-Both are parts of one forward, so that DDP, DeepSpeed and FSDP2 see one forward and one backward a step.
+Both are parts of one forward, so that DDP, DeepSpeed and FSDP2 see one forward and one backward for a batch. The price
+does not depend on the division of a step into batches.
 """
 
 from __future__ import annotations
@@ -35,9 +37,8 @@ class BaseKL:
         without = [batch for batch in batches if "pixel_values" not in batch]
         self.kinds = [kind for kind in (without, with_pictures) if kind]
         self.every, self.factor = every, every * weight
-        self.place = -1, 0  # step, and batches of it so far
-        self.terms: list[Tensor] = []  # since the last log line; the terms of a step add up to their mean
-        self.num_steps = 0
+        self.last = -1  # step that had the term
+        self.terms: list[Tensor] = []  # since the last log line
 
     @property
     def num_texts(self) -> int:
@@ -45,24 +46,22 @@ class BaseKL:
         return sum(len(batch["input_ids"]) for kind in self.kinds for batch in kind)
 
     def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor] | None:
-        """Return the next batch of this process in a step, counted from 0; None in a step without the term.
+        """Return the batch of this process at the first forward of a step with the term, counted from 0; else None.
 
         The step alone decides, so that all processes agree, and a resumed run continues with the next batch.
         All read pictures at the same time: they gather the weights of a sharded vision tower together.
         """
-        if (step + 1) % self.every:  # not the first step: a new adapter leaves the base as it is
+        # Not the first step: a new adapter leaves the base as it is. Further forwards of a step accumulate gradients.
+        if (step + 1) % self.every or step == self.last:
             return None
-        is_first = self.place[0] != step
-        self.num_steps += is_first
-        self.place = step, 0 if is_first else self.place[1] + 1
-        turn, kind = divmod(step // self.every * args.gradient_accumulation_steps + self.place[1], len(self.kinds))
+        self.last = step
+        turn, kind = divmod(step // self.every, len(self.kinds))
         return self.kinds[kind][(turn * args.world_size + args.process_index) % len(self.kinds[kind])]
 
     def taken(self) -> float | None:
         """Return the mean of the term over the steps of this process that had it since the last call, None if none."""
-        mean = float(torch.stack(self.terms).sum()) / self.num_steps if self.terms else None
+        mean = float(torch.stack(self.terms).mean()) if self.terms else None
         self.terms.clear()
-        self.num_steps = 0
         return mean
 
 

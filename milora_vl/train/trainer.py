@@ -269,7 +269,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         if self.base_kl is not None and "base_kl" in inputs:
-            term = outputs[0]["base_kl"] / self.current_gradient_accumulation_steps
+            term = outputs[0]["base_kl"]
             self.base_kl.terms.append(term.detach())
             loss = loss + self.base_kl.factor * term
         return (loss, {}) if return_outputs else loss

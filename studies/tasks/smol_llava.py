@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from milora_data.batches.image_text_collator import ImageTextCollator
-from milora_data.records.record import IMAGE, Turn
+from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl.forgetting import answer_batches, drawn_questions
 from milora_vl.interop.adapters.load_model import load_model
@@ -25,7 +25,7 @@ from milora_vl.train.calibration_batches import CAPTION_TOKENS, QUESTION, ROWS, 
 from studies.tasks import EASY_VQA, EMOJI
 from studies.tasks.answers import AnswerTask
 
-CALIBRATION_PICTURES = 64  # as in milora_vl.train
+CALIBRATION_PICTURES = 64
 VALIDATION = 64
 
 
@@ -53,14 +53,21 @@ class PictureQuestions(AnswerTask):
         validation = validation[:: self.validation_every][:VALIDATION]
         with TemporaryDirectory() as folder:
             drawn = drawn_questions(Path(folder))[::4]
-            pictures = list(answer_batches(base, processor, drawn, image_folder=Path(folder)))
-        super().__init__(base, collator, train, validation, test[:: self.test_every], {"pictures": pictures})
+            words = [_in_one_word(record) for record in drawn]
+            asked = {"pictures": drawn, "words": words, "photos": _photos(Path(folder))}
+            probes = {
+                name: list(answer_batches(base, processor, records, image_folder=Path(folder)))
+                for name, records in asked.items()
+            }
+        super().__init__(base, collator, train, validation, test[:: self.test_every], probes)
         self.processor = processor
+        self._captions: dict[int, list[Mapping[str, Tensor]]] = {}  # by the number of pictures
 
-    @cached_property
-    def _described(self) -> list[Mapping[str, Tensor]]:
-        """Pictures of the training set with captions that the base model writes."""
-        chosen = with_pictures(self.train, CALIBRATION_PICTURES)
+    def _described(self, count: int) -> list[Mapping[str, Tensor]]:
+        """Return `count` pictures of the training set with captions that the base model writes."""
+        if count in self._captions:
+            return self._captions[count]
+        chosen = with_pictures(self.train, count)
         asks = Turn("user", f"{IMAGE}\n{QUESTION}")
         prompts = [Prompt((asks,), tuple(self.folder / "images" / name for name in record.images)) for record in chosen]
         captions = generate(self.base, self.processor, prompts, max_new_tokens=CAPTION_TOKENS)
@@ -69,11 +76,32 @@ class PictureQuestions(AnswerTask):
             for record, caption in zip(chosen, captions, strict=True)
         ]
         batches = (self.collator(records[start : start + ROWS]) for start in range(0, len(records), ROWS))
-        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        found = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        return self._captions.setdefault(count, found)
 
-    def calibration(self) -> list[Mapping[str, Tensor]]:
+    def calibration(self, pictures: int = CALIBRATION_PICTURES) -> list[Mapping[str, Tensor]]:
         """Return texts and captions of training pictures, both written by the base model itself."""
-        return [*super().calibration(), *self._described]
+        return [*super().calibration(), *self._described(pictures)]
+
+
+def _in_one_word(record: Record) -> Record:
+    """Return a question about the same picture whose answers are of another form than a sentence."""
+    return replace(record, turns=(Turn("user", f"{IMAGE}\nName the shape in one word, in capital letters."),))
+
+
+def _photos(folder: Path) -> list[Record]:
+    """Write 24 pieces of the two photographs in scikit-learn to `folder`, and return a question about each."""
+    from sklearn.datasets import load_sample_images
+
+    records = []
+    for number, photograph in enumerate(load_sample_images().images):
+        for place in range(12):
+            top, left = place // 4 * 133, place % 4 * 142
+            name = f"photo_{number}_{place}.png"
+            Image.fromarray(photograph[top : top + 160, left : left + 213]).save(folder / name)
+            turn = Turn("user", f"{IMAGE}\nDescribe this picture in one sentence.")
+            records.append(Record(name, (name,), (turn,), source=name))
+    return records
 
 
 class EmojiQuestions(PictureQuestions):

@@ -114,7 +114,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
         texts, every = amount(recipe.base_kl.texts, "text"), recipe.base_kl.every
         price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
-        out.append(f"base_kl  reads {texts} in each forward of one step in {every}: {price}")
+        out.append(f"base_kl  reads {texts} in one step of {every}: {price}")
     if recipe.adapter is not None:  # its A is known
         return Costs(out, change, step)
     inputs = distinct_inputs(plan.targets)
@@ -245,7 +245,7 @@ def workload_of(
 
 
 def base_kl_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, int]:
-    """Return the tokens that `base_kl` reads in a micro-step, on average over all steps and at most.
+    """Return the tokens that `base_kl` reads in a step, on average over all steps and at most.
 
     Texts and captions take turns. A caption has its picture, and about 80 tokens of system text, question and answer.
     """

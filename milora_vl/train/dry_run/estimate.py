@@ -53,7 +53,7 @@ class Workload:
     checkpointing: bool
     half: bool  # activations in 16 bits
     activations: float  # peak bytes that a micro-step adds
-    base_kl: float = 0.0  # tokens of the texts of `base_kl` that a micro-step reads too, on average
+    base_kl: float = 0.0  # tokens of the texts of `base_kl` that a step reads too, on average
     base_kl_activations: float = 0.0  # and the peak bytes that they add
     optimizer_bytes: float = 8.0  # per trained parameter: two moments of Adam; 2.0 with 8 bits
     offload_optimizer: bool = False
@@ -123,7 +123,7 @@ def flops_per_step(work: Workload) -> float:
     passes = 4 + 2 * work.checkpointing
     through = work.total + work.adapters + work.anchors + work.fixed
     token = passes * through + 2 * work.trained
-    return work.accumulation * (work.records * work.tokens * token + work.base_kl * (token + 2 * work.total))
+    return work.accumulation * work.records * work.tokens * token + work.base_kl * (token + 2 * work.total)
 
 
 # The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.

@@ -124,8 +124,8 @@ class CalibrationConfig(Strict):
 class BaseKLConfig(Strict):
     """A term of the loss: KL from the base to the model on the texts of the calibration."""
 
-    weight: NonNegativeFloat = 0.0  # of the term; 0: none. The task's loss has weight 1
-    texts: PositiveInt = 2  # that a device reads in each forward of a step with the term
+    weight: NonNegativeFloat | None = None  # beside the task's loss; None: 1 if `gradient` trains on pictures, else 0
+    texts: PositiveInt = 2  # that a device reads in a step with the term
     every: PositiveInt = 4  # one step in `every` has the term, `every` times the weight
 
 

@@ -250,3 +250,21 @@ def test_the_term_in_one_step_of_n_costs_an_nth_and_needs_the_memory_of_that_ste
     assert same_memory == memory
     assert in_step == in_all == in_fourth > 50
     assert in_all_steps == pytest.approx(in_all / 4, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "has_term"),
+    [
+        (("--model", "tiny"), True),
+        (("--model", "tiny", "--base_kl_weight", "0"), False),
+        (("--model", "tiny", "--method", "milora"), False),
+        (("--model", "tiny", "--method", "lora", "--base_kl_weight", "1"), True),
+        (("--model", "tiny-text", "--template", "chatml"), False),
+    ],
+)
+def test_the_default_keeps_the_answers_of_the_base_on_pictures(
+    words: tuple[str, ...], has_term: bool, capsys: Any
+) -> None:
+    assert main([*words, "--rank", "4", "--dry-run", "--format", "json"]) == 0
+    lines = json.loads(capsys.readouterr().out)["cost"]
+    assert any(line.startswith("base_kl") for line in lines) == has_term
