@@ -37,6 +37,7 @@ PARTS = {
     "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
     "whole_training_text": "whole_training.py --data text --steps 5",
     "start": "start.py",
+    "base_kl": "base_kl.py",
     "data": "data.py",
     "eval": "eval.py",
     "plan": "plan.py",

@@ -42,11 +42,11 @@ KEPT = (
     Row("SmolLM2: topics of names", "fixed-a.smollm2"),
     Row("SmolLM2: topics of names", "fixed-a.smollm2-300"),
     Row("MiniLM-L6: topics of names (shorter rows of A)", "fixed-a.minilm", SHORT),
-    Row("smol-llava: easy-VQA", "fixed-a.easy-vqa"),
-    Row("the same with the KL term in every step", "fixed-a.easy-vqa", WITH_KL),
-    Row("smol-llava: emoji", "fixed-a.smol-llava"),
-    Row("the same with the KL term in every step", "fixed-a.smol-llava", WITH_KL),
-    Row("smol-llava: emoji", "fixed-a.smol-llava-300"),
+    Row("smol-llava: easy-VQA, without `base_kl`", "fixed-a.easy-vqa"),
+    Row("the same with `base_kl` in every step", "fixed-a.easy-vqa", WITH_KL),
+    Row("smol-llava: emoji, without `base_kl`", "fixed-a.smol-llava"),
+    Row("the same with `base_kl` in every step", "fixed-a.smol-llava", WITH_KL),
+    Row("smol-llava: emoji, without `base_kl`", "fixed-a.smol-llava-300"),
 )
 # Setting -> its arm of each study. The arms of `curves` have an earlier form of protection.
 OTHERS = {
