@@ -41,9 +41,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellN
         base = task.model()
         updates = Updates.of(base, study.overlap, factors)
         rules = rules_on(base, study, cell, factors)
-        model = _adapted(task, study, cell, base, rules, factors)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data = parameter.data.float()  # half precision loses small Adam steps
+        model = adapted(task, study, cell, base, rules, factors)
         last, step_seconds = _trained(task, study, cell, model, factors)
     model.eval()
     with torch.no_grad():
@@ -67,7 +65,8 @@ def rules_on(base: nn.Module, study: Study, cell: Cell, factors: Path) -> list[d
     return with_ranks(policy, base, ranks, lambda path: read_matrix(base.get_submodule(path)), cache=factors).to_list()
 
 
-def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
+def adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
+    """Return the model with the adapter of a cell, ready to train."""
     if study.arms[cell.method].get("osf"):
         return _osf(base, rules)
     texts = task.calibration() if any(rule.get("protect") for rule in rules) else None
@@ -75,7 +74,10 @@ def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[
     if any(rule.get("method") == "gradient" for rule in rules):
         shuffled = task.batches(study.training(cell.method).batch_size, _OTHER_ORDER + cell.seed)
         batches = list(islice(shuffled, _GRADIENT_BATCHES))
-    return apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
+    model = apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data.float()  # half precision loses small Adam steps
+    return model
 
 
 def _osf(base: nn.Module, rules: list[dict[str, Any]]) -> Any:
@@ -98,10 +100,10 @@ def _trained(task: Task, study: Study, cell: Cell, model: Any, factors: Path) ->
     """
     scale = study.arms[cell.method].get("scale")
     if scale is None:
-        return _train(task, model, study, cell)
+        return train(task, model, study, cell)
     file = factors / "trained" / f"{study.key(cell, of_training=True)}.pt"
     if not file.is_file():
-        numbers = _train(task, model, study, cell)
+        numbers = train(task, model, study, cell)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save((numbers, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}), file)
     numbers, state = torch.load(file)
@@ -112,7 +114,7 @@ def _trained(task: Task, study: Study, cell: Cell, model: Any, factors: Path) ->
     return numbers
 
 
-def _train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, float]:
+def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, float]:
     """Train with AdamW, linear warm-up, cosine decay and gradient clipping, like HF's Trainer.
 
     Return the last loss and the seconds of a step.
