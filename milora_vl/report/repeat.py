@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
-from milora_vl.report.run_page import Run
+from milora_vl.models.recipe_of_run import recipe_of_run
+from milora_vl.report.run_page import Run, earlier_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Commands:
     analyze: str
     chat: str
     report: str
+    earlier: tuple[str, ...] = ()  # evaluate this run on the tasks of earlier ones that have no score yet
 
 
 def commands(run: Run) -> Commands:
@@ -48,6 +50,14 @@ def commands(run: Run) -> Commands:
         analyze=command_line("milora_vl.analyze", weights, *of_base, *into_analysis),
         chat=command_line("milora_vl.chat", *flags, *_question(run)),
         report=command_line("milora_vl.report", run.folder),
+        earlier=tuple(
+            command_line(
+                *evaluator().command(
+                    replace(_evaluation(run, model, adapter, base), questions=of_task, with_base=False)
+                )
+            )
+            for of_task in _missing(run)
+        ),
     )
 
 
@@ -76,6 +86,23 @@ def questions_of(recipe: Mapping[str, Any]) -> QuestionSet | None:
     if Path(path).parent.name == "emoji" or Path(path).with_name("captions_val.json").is_file():
         return QuestionSet("emoji", str(Path(path).parent))
     return QuestionSet(benchmarks=held_out, data=pictures) if is_file(held_out) else None
+
+
+def earlier_questions(folder: Path) -> dict[Path, QuestionSet]:
+    """Return the questions of the runs that a run came after, where the recipe of such a run names them."""
+    found = {}
+    for run in earlier_runs(folder):
+        recipe = recipe_of_run(run)
+        questions = questions_of(recipe)
+        if questions is not None:
+            found[run] = replace(questions, limit=(recipe.get("eval") or {}).get("limit"))
+    return found
+
+
+def _missing(run: Run) -> list[QuestionSet]:
+    """Return the questions of earlier runs without a score of this run."""
+    scored = {each.run for each in run.earlier if each.score.after}
+    return [questions for folder, questions in earlier_questions(run.folder).items() if folder not in scored]
 
 
 def is_file(suite: str) -> bool:

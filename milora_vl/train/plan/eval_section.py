@@ -7,14 +7,22 @@ from pathlib import Path
 
 from milora_vl.common.errors import Key, UserError
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
-from milora_vl.report.repeat import is_file
+from milora_vl.report.repeat import earlier_questions, is_file
 from milora_vl.train.recipe.schema import Recipe
 
 
 def commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
-    """Return one command per suite, without the interpreter: it evaluates the base model and the trained model."""
+    """Return one command per suite, without the interpreter: it evaluates the base model and the trained model.
+
+    The questions of the runs that this one came after follow, for the trained model alone.
+    """
     questions = [QuestionSet(suite, data, recipe.eval.limit) for suite, data in suites_of(recipe).items()]
     requests = [EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions]
+    names = {Path(each.suite).stem for each in questions}
+    for each in earlier_questions(output_dir).values() if questions else ():
+        if (name := Path(each.suite or each.benchmarks).stem) not in names:  # results go to eval/NAME
+            names.add(name)
+            requests.append(EvaluationRequest.of_run(output_dir, recipe.model, each, with_base=False))
     return [["-m", *evaluator().command(request)] for request in requests]
 
 
