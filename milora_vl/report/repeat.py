@@ -12,8 +12,7 @@ from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
-from milora_vl.models.recipe_of_run import recipe_of_run
-from milora_vl.report.run_page import Run, earlier_runs
+from milora_vl.report.run_page import Run, earlier_tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +41,19 @@ def commands(run: Run) -> Commands:
     apart = weights != run.folder
     into_run: list[str | Path] = ["--output_dir", run.folder] if apart else []
     into_analysis: list[str | Path] = ["--output_dir", run.folder / "analysis"] if apart else []
+    evaluation = _evaluation(run, model, adapter, base)
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
-        evaluate=command_line(*evaluator().command(_evaluation(run, model, adapter, base))),
+        evaluate=command_line(*evaluator().command(evaluation)),
         forgetting=command_line("milora_vl.forgetting", *flags, *of_base, *into_run),
         analyze=command_line("milora_vl.analyze", weights, *of_base, *into_analysis),
         chat=command_line("milora_vl.chat", *flags, *_question(run)),
         report=command_line("milora_vl.report", run.folder),
         earlier=tuple(
-            command_line(
-                *evaluator().command(
-                    replace(_evaluation(run, model, adapter, base), questions=of_task, with_base=False)
-                )
-            )
-            for of_task in _missing(run)
+            command_line(*evaluator().command(of_task))
+            for task, of_task in of_earlier(run.folder, evaluation).items()
+            if not any(each.run == task and each.score.after for each in run.earlier)
         ),
     )
 
@@ -88,21 +85,17 @@ def questions_of(recipe: Mapping[str, Any]) -> QuestionSet | None:
     return QuestionSet(benchmarks=held_out, data=pictures) if is_file(held_out) else None
 
 
-def earlier_questions(folder: Path) -> dict[Path, QuestionSet]:
-    """Return the questions of the runs that a run came after, where the recipe of such a run names them."""
+def of_earlier(folder: Path, request: EvaluationRequest) -> dict[Path, EvaluationRequest]:
+    """Return an evaluation like `request` on the questions of each run that the run in `folder` came after.
+
+    A run without known questions has none.
+    """
     found = {}
-    for run in earlier_runs(folder):
-        recipe = recipe_of_run(run)
-        questions = questions_of(recipe)
-        if questions is not None:
-            found[run] = replace(questions, limit=(recipe.get("eval") or {}).get("limit"))
+    for task in earlier_tasks(folder):
+        if (questions := questions_of(task)) is not None:
+            asked = replace(questions, limit=(task.get("eval") or {}).get("limit"))
+            found[Path(task["run"])] = replace(request, questions=asked, template=task.get("template"), with_base=False)
     return found
-
-
-def _missing(run: Run) -> list[QuestionSet]:
-    """Return the questions of earlier runs without a score of this run."""
-    scored = {each.run for each in run.earlier if each.score.after}
-    return [questions for folder, questions in earlier_questions(run.folder).items() if folder not in scored]
 
 
 def is_file(suite: str) -> bool:

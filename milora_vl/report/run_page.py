@@ -175,16 +175,16 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def earlier_runs(folder: Path) -> list[Path]:
-    """Return the folders of the runs that a run came after, first task first, as its milora.json names them."""
-    return [Path(task["run"]) for task in _json(folder / "milora.json", {}).get("tasks", ())[:-1]]
+def earlier_tasks(folder: Path) -> list[Json]:
+    """Return the tasks that a run came after, in order: `run`, `data`, `eval` and more, as in its milora.json."""
+    return list(_json(folder / "milora.json", {}).get("tasks", ())[:-1])
 
 
 def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[EarlierScore]:
     """Yield the scores of earlier tasks. A benchmark belongs to the first run that was evaluated on it."""
     now = {each.suite: each.after for each in comparisons if each.after}
     known: set[tuple[str, str]] = set()
-    for run in earlier_runs(folder):
+    for run in [Path(task["run"]) for task in earlier_tasks(folder)]:
         for file in sorted(run.glob("eval/*/final/results.json")):
             before = _evaluation(file.parent)
             after = now.get(before.suite)

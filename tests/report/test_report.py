@@ -359,7 +359,8 @@ def test_a_run_is_asked_the_questions_that_its_recipe_names(
 
 
 def test_scores_of_earlier_tasks_stand_beside_those_after_their_own_run(run: Path, finished: Path) -> None:
-    dump(run / "milora.json", {"tasks": [{"run": str(finished)}, {"run": str(run)}]})
+    first = {"run": str(finished), "data": {"path": "data/emoji/train.json"}}
+    dump(run / "milora.json", {"tasks": [first, {"run": str(run)}]})
     (earlier,) = read_run(run).earlier
     assert (earlier.run, earlier.score.benchmark, earlier.score.gain) == (finished, "emoji", 0)
     assert "Earlier tasks" in page_of(run).text

@@ -55,16 +55,13 @@ def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:
 
 
 def test_a_run_after_others_is_asked_their_questions_too(tmp_path: Path) -> None:
-    first, second = tmp_path / "a", tmp_path / "b"
-    for folder, name in ((first, "cells.json"), (second, "signs.json")):
-        folder.mkdir()
-        (folder / "recipe.yaml").write_text(f"model: tiny\neval: {{suites: [{name}], data: d, limit: 5}}\n")
-    (second / "milora.json").write_text(json.dumps({"tasks": [{"run": str(first)}, {"run": str(second)}]}))
+    first = {"run": "a", "template": "plain", "eval": {"suites": ["cells.json"], "data": "d", "limit": 5}}
+    (tmp_path / "milora.json").write_text(json.dumps({"tasks": [first, {"run": str(tmp_path)}]}))
     recipe = Recipe.parse({"model": "tiny", "eval": {"suites": ["signs.json"], "data": "d"}})
-    own, earlier = (" ".join(command) for command in commands(recipe, second))
-    assert own.endswith(f"--suite signs.json --data d --with_base --output_dir {second}")
-    assert earlier.endswith(f"--suite cells.json --data d --limit 5 --output_dir {second}")
-    assert commands(Recipe.parse({"model": "tiny"}), second) == [], "a run that does not evaluate at its end"
+    own, earlier = (" ".join(command) for command in commands(recipe, tmp_path))
+    assert own.endswith(f"--suite signs.json --data d --with_base --output_dir {tmp_path}")
+    assert earlier.endswith(f"--suite cells.json --data d --template plain --limit 5 --output_dir {tmp_path}")
+    assert commands(Recipe.parse({"model": "tiny"}), tmp_path) == [], "a run that does not evaluate at its end"
 
 
 @pytest.mark.slow

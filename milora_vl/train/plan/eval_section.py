@@ -7,7 +7,7 @@ from pathlib import Path
 
 from milora_vl.common.errors import Key, UserError
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
-from milora_vl.report.repeat import earlier_questions, is_file
+from milora_vl.report.repeat import is_file, of_earlier
 from milora_vl.train.recipe.schema import Recipe
 
 
@@ -19,10 +19,11 @@ def commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
     questions = [QuestionSet(suite, data, recipe.eval.limit) for suite, data in suites_of(recipe).items()]
     requests = [EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions]
     names = {Path(each.suite).stem for each in questions}
-    for each in earlier_questions(output_dir).values() if questions else ():
-        if (name := Path(each.suite or each.benchmarks).stem) not in names:  # results go to eval/NAME
+    for each in of_earlier(output_dir, requests[0]).values() if requests else ():
+        name = Path(each.questions.suite or each.questions.benchmarks).stem  # of the folder of its results
+        if name not in names:
             names.add(name)
-            requests.append(EvaluationRequest.of_run(output_dir, recipe.model, each, with_base=False))
+            requests.append(each)
     return [["-m", *evaluator().command(request)] for request in requests]
 
 
