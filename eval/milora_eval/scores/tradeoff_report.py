@@ -22,7 +22,7 @@ CSV_HEADER = ("run", "part", "benchmark", "metric", "n", "base", "score", "chang
 def table(result: Tradeoff) -> Table:
     """Return one row per benchmark: its score on the base, and the change of each run; then the means.
 
-    A sequence has the score of each target after each run before that.
+    A sequence begins with the score of each target after each run.
     """
     first = result.stages[0]
     rows: list[tuple[str, ...]] = []
