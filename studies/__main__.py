@@ -94,7 +94,8 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     if options.docs:
         sys.stderr.write(f"docs: {page.document(name, folder, options.docs)}\n")
         return 0
-    require_task(study.task)  # before the workers start
+    for task in (study.task, *study.then):
+        require_task(task)  # before the workers start
     command = f"python -m studies {name}"
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:

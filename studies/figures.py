@@ -1,4 +1,4 @@
-"""Write the measured numbers of README.md and docs/choose.md: `python -m studies.figures`.
+"""Write the measured numbers of README.md, docs/choose.md and docs/continue.md: `python -m studies.figures`.
 
 A page has each table between two comments, <!-- figures: NAME --> and <!-- end -->. All numbers come from the CSV files
 in docs/studies, read as the pages of the studies read them.
@@ -22,7 +22,7 @@ from studies.study import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "studies"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "choose.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "choose.md", ROOT / "docs" / "continue.md")
 BLOCK = re.compile(r"(<!-- figures: (.*?) -->).*?(<!-- end -->)", re.DOTALL)
 # Arms of the studies: the default, the same with base_kl, and the study's first form with shorter rows of A.
 LORA, DEFAULT, WITH_KL, SHORT = "lora", "gradient", "gradient-base_kl", "short-gradient"
@@ -68,6 +68,19 @@ OTHERS = {
 }
 
 
+# How to train one task after the other -> its arm of the study `sequence`.
+SEQUENCE = "sequence.smollm2"
+WAYS = {
+    "`--method lora`, then `--adapter`": "lora",
+    "the default, then `--adapter`": "gradient-further",
+    "the default, merged, then the default": "gradient",
+    "the default, then `--after`": "after",
+    "LoRA with 10 % of the earlier records": "lora-replay",
+    "LoRA on all data at once": "lora-joint",
+    "the default on all data at once": "gradient-joint",
+}
+
+
 def kept() -> str:
     """Return the table of README: what the default forgets, where LoRA forgets 1, and the losses that both reach."""
     rows = []
@@ -109,7 +122,20 @@ def rates() -> str:
     return Table(("task", "steps x records", "rates of the default", "of LoRA"), tuple(rows)).markdown()
 
 
-FIGURES: dict[str, Callable[[], str]] = {"kept": kept, "others": others, "rates": rates}
+def sequence() -> str:
+    """Return the table of continue.md: the scores of three tasks after their own training and at the end."""
+    cells = cells_of(SEQUENCE, read_study(SEQUENCE), DOCS)
+    keys = ("score_1_1", "score_3_1", "score_2_2", "score_3_2", "score_3_3", "forgetting_3")
+    rows = []
+    for way, arm in WAYS.items():
+        of_arm = [row for cell, row in cells.items() if cell.method == arm]
+        columns = [[float(row[key]) for row in of_arm if row.get(key)] for key in keys]
+        rows += [(way, str(len(of_arm)), *(mean_of(values).text if values else "–" for values in columns))]
+    header = ("", "seeds", "task 1, then", "at the end", "task 2, then", "at the end", "task 3", "text forgotten")
+    return Table(header, tuple(row for row in rows if row[1] != "0")).markdown()
+
+
+FIGURES: dict[str, Callable[[], str]] = {"kept": kept, "others": others, "rates": rates, "sequence": sequence}
 
 
 def written(page: str) -> str:

@@ -59,7 +59,7 @@ def write(folder: Folder, command: str) -> tuple[Path, Table]:
             cells_are,
         )
     )
-    return written, table(study, results)
+    return written, chains_table(study, results) if study.then else table(study, results)
 
 
 def table(study: Study, results: Mapping[Cell, CellNumbers]) -> Table:
@@ -89,6 +89,23 @@ def _row(arm: Arm, results: Mapping[Cell, CellNumbers], more: Sequence[str], see
     others = [mean_of([float(result[key]) for result in at_best]).text for key in more]
     trained = f"{round(sum(int(float(r['trainable'])) for r in at_best) / len(at_best)):,}"
     return (arm.label, rate, best.validation.text, best.score.text, best.forgetting.text, *others, trained)
+
+
+def chains_table(study: Study, results: Mapping[Cell, CellNumbers]) -> Table:
+    """Return a table with one row per arm of a study with chains: means over its seeds, ± half a 95 % interval."""
+    tasks = [study.task, *study.then]
+    after = [(i, j) for i in range(1, len(tasks) + 1) for j in range(i, len(tasks) + 1)]
+    keys = [f"score_{j}_{i}" for i, j in after] + ["average", "score", "backward", "forgetting"]
+    header = ("arm", "seeds", *(f"{i} after {j}" for i, j in after), "average", "last", "backward", "text")
+    rows = []
+    for arm in dict.fromkeys(cell.method for cell in results):
+        of_arm = [row for cell, row in results.items() if cell.method == arm]
+        columns = [[float(row[key]) for row in of_arm if row.get(key) not in (None, "")] for key in keys]
+        means = [mean_of(values).text if values else "–" for values in columns]
+        rows.append((arm, str(len(of_arm)), *means))
+    named = "; ".join(f"{i}: {name}" for i, name in enumerate(tasks, start=1))
+    caption = f"Tasks: {named}. 1 after 3 is the score of the first task after the third. ± is half a 95 % interval."
+    return Table(header, tuple(rows), caption)
 
 
 def document(name: str, folder: Folder, docs: Path) -> Path:
@@ -121,6 +138,8 @@ def redraw(name: str, study: Study, docs: Path) -> Path:
             hint="write the two comment lines into the page, where the tables belong",
         )
     write_text(file, documented(text, name, study, docs))
+    if study.then:
+        return file
     title, references = f"{study.question} ({study.task}, {study.steps} steps)", {study.reference}
     panels = ratios_to(study.reference, cells_of(name, study, docs))
     if marked == question:
@@ -185,18 +204,20 @@ def documented(text: str, name: str, study: Study, docs: Path) -> str:
     question = name.partition(".")[0]
     if _start(question) in text:
         return with_block(text, question, question_table(_ratios_of(question, docs)))
+    if study.then:
+        return with_block(text, name, chains_table(study, cells_of(name, study, docs)), figure=False)
     table = equal_loss_table(cells_of(name, study, docs), study.reference)
     assert table is not None
     return with_block(text, name, table)
 
 
-def with_block(text: str, name: str, filled: Table) -> str:
+def with_block(text: str, name: str, filled: Table, *, figure: bool = True) -> str:
     """Return the text of a page with a new block for one study: its table, and its figure unless it has few arms."""
     start = _start(name)
     before, _, from_block = text.partition(start)
     _, _, after = from_block.partition("<!-- end -->")
-    figure = f"\n![Forgetting at equal loss]({name}.png)\n" if len(filled.rows) >= _FEW else ""
-    return f"{before}{start}\n{filled.markdown()}{figure}<!-- end -->{after}"
+    drawn = f"\n![Forgetting at equal loss]({name}.png)\n" if figure and len(filled.rows) >= _FEW else ""
+    return f"{before}{start}\n{filled.markdown()}{drawn}<!-- end -->{after}"
 
 
 def cells_of(name: str, study: Study, docs: Path) -> dict[Cell, dict[str, Any]]:

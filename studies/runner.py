@@ -24,6 +24,7 @@ from milora_vl.common.atomic_write import read_json, write_json
 from milora_vl.common.errors import UserError
 from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.results import arms
+from studies.sequence import run_chain
 from studies.study import Study
 from studies.task import Task
 from studies.tasks import load_task
@@ -135,7 +136,8 @@ class Worker:
             shared = self.folder.shared(cell)
             known = read_json(shared)
             if known is None:
-                result, items = run_cell(self.task, self.folder.study, cell, self.folder.path.parent / "factors")
+                run = run_chain if self.folder.study.then else run_cell
+                result, items = run(self.task, self.folder.study, cell, self.folder.path.parent / "factors")
                 write_json(shared, known := {"result": result, "items": items})
             self.folder.keep(cell, known["result"] | {"method": cell.method}, known["items"])
         except Exception:

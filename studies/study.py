@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.errors import Problem, UserError
@@ -23,7 +23,7 @@ from milora_vl.sweep.cells import Cell, arm_rules
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "rival", "scale", "osf", "pictures", "rows")
+_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "rival", "scale", "osf", "pictures", "rows", "chain")
 
 
 class Study(Strict):
@@ -33,6 +33,7 @@ class Study(Strict):
     rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `rival`, another number of
     calibration `pictures`, other `rows` of a fixed A, and a `scale`, by which the finished adapter is multiplied; with
     `osf: true`, PEFT's OSF adapts the layers of its rules.
+    With `then`, a cell is a chain: it trains these tasks after `task`, as the `chain` of its arm says.
     `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` is
     the plot of score over forgetting. `search_seeds` is the number of seeds for the search over learning rates; only
     the best rate by validation loss runs all seeds.
@@ -40,6 +41,7 @@ class Study(Strict):
 
     question: str
     task: str
+    then: list[str] = Field(default_factory=list)
     steps: PositiveInt
     batch_size: PositiveInt
     warmup: float = Field(0.1, ge=0, lt=1)
@@ -76,6 +78,10 @@ class Study(Strict):
         """Return what decides the rows of the arm's fixed A in place of its method, if anything."""
         return Rows.model_validate(self.arms[arm]["rows"]) if "rows" in self.arms[arm] else None
 
+    def chain(self, arm: str) -> Chain:
+        """Return how the arm trains one task after the other."""
+        return Chain.model_validate(self.arms[arm].get("chain", {}))
+
     def rates(self, arm: str) -> list[float]:
         """Return the learning rates of an arm."""
         rates: list[float] = self.arms[arm].get("learning_rates", self.learning_rates)
@@ -106,6 +112,7 @@ class Study(Strict):
         arm = self.arms[cell.method]
         content += ["osf"] if arm.get("osf") else []
         content += [{"pictures": arm["pictures"]}] if "pictures" in arm else []
+        content += [self.then, self.chain(cell.method).model_dump()] if self.then else []
         content += [arm["scale"]] if "scale" in arm and not of_training else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -124,6 +131,23 @@ class Training(Strict):
     batch_size: PositiveInt
     warmup: float
     weight_decay: float
+
+
+class Chain(Strict):
+    """The key `chain` of an arm: how the tasks of `then` follow the first one.
+
+    - `start`: `new`: a new adapter on the base and all earlier updates. `further`: one adapter for all tasks. `apart`:
+      one adapter for each task, all on the base; their updates are added. `joint`: one training on the records of all
+      tasks, with the steps of all.
+    - `earlier`: the number of records of each earlier task in the calibration.
+    - `equal`: repeat these records, so that each task has as many tokens there as the texts of the base.
+    - `replay`: the share of the records of each earlier task that the training data contains.
+    """
+
+    start: Literal["new", "further", "apart", "joint"] = "new"
+    earlier: NonNegativeInt = 0
+    equal: bool = False
+    replay: float = Field(0.0, ge=0, le=1)
 
 
 class Rival(Strict):
@@ -202,7 +226,7 @@ def parse_study(content: Mapping[str, Any], source: str) -> Study:
         )
     for arm in study.arms:
         try:
-            study.training(arm), study.ranks(arm), study.rival(arm), study.rows(arm)
+            study.training(arm), study.ranks(arm), study.rival(arm), study.rows(arm), study.chain(arm)
             Policy.parse(study.rules(arm, study.rates(arm)[0]))
         except (ValidationError, UserError) as error:
             of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")

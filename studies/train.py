@@ -44,9 +44,7 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellN
         base = task.model()
         updates = Updates.of(base, study.overlap, factors)
         rules = rules_on(base, study, cell, factors)
-        model = _adapted(task, study, cell, base, rules, factors)
-        for parameter in (p for p in model.parameters() if p.requires_grad):
-            parameter.data = parameter.data.float()  # half precision loses small Adam steps
+        model = adapted(task, study, cell, base, rules, factors)
         last, step_seconds = _trained(task, study, cell, model, factors)
     model.eval()
     with torch.no_grad():
@@ -70,7 +68,8 @@ def rules_on(base: nn.Module, study: Study, cell: Cell, factors: Path) -> list[d
     return with_ranks(policy, base, ranks, lambda path: read_matrix(base.get_submodule(path)), cache=factors).to_list()
 
 
-def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
+def adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:
+    """Return the model with the adapter of a cell, ready to train."""
     if study.arms[cell.method].get("osf"):
         return _osf(base, rules)
     rows = study.rows(cell.method)
@@ -84,8 +83,11 @@ def _adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[
         model = apply_milora(base, [_as_lora(rule) for rule in rules], cache_dir=factors)
         for path, A in fixed.items():
             fix_A(lora_layer(model, path), "default", A)
-        return model
-    return apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
+    else:
+        model = apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data = parameter.data.float()  # half precision loses small Adam steps
+    return model
 
 
 def _as_lora(rule: dict[str, Any]) -> dict[str, Any]:
@@ -122,10 +124,10 @@ def _trained(task: Task, study: Study, cell: Cell, model: Any, factors: Path) ->
     """
     scale = study.arms[cell.method].get("scale")
     if scale is None:
-        return _train(task, model, study, cell)
+        return train(task, model, study, cell)
     file = factors / "trained" / f"{study.key(cell, of_training=True)}.pt"
     if not file.is_file():
-        numbers = _train(task, model, study, cell)
+        numbers = train(task, model, study, cell)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save((numbers, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}), file)
     numbers, state = torch.load(file)
@@ -136,7 +138,7 @@ def _trained(task: Task, study: Study, cell: Cell, model: Any, factors: Path) ->
     return numbers
 
 
-def _train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, float]:
+def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, float]:
     """Train with AdamW, linear warm-up, cosine decay and gradient clipping, like HF's Trainer.
 
     Return the last loss and the seconds of a step.

@@ -66,6 +66,7 @@ def _content(content: Run) -> dict[str, Any]:
         "lede": wording.summary(content),
         "facts": parts.facts(content),
         "suites": parts.suites(content, list(plots)),
+        "earlier": tables.earlier_table(content),
         "outcome_class": _OUTCOME_CLASS,
         "gallery": parts.gallery(content),
         "forgetting": measured[0] if measured else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
-from milora_vl.report.run_page import Run
+from milora_vl.report.run_page import Run, earlier_tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class Commands:
     analyze: str
     chat: str
     report: str
+    earlier: tuple[str, ...] = ()  # evaluate this run on the tasks of earlier ones that have no score yet
 
 
 def commands(run: Run) -> Commands:
@@ -40,14 +41,20 @@ def commands(run: Run) -> Commands:
     apart = weights != run.folder
     into_run: list[str | Path] = ["--output_dir", run.folder] if apart else []
     into_analysis: list[str | Path] = ["--output_dir", run.folder / "analysis"] if apart else []
+    evaluation = _evaluation(run, model, adapter, base)
     return Commands(
         as_typed=_as_typed(run.environment.get("command") or ()),
         repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
-        evaluate=command_line(*evaluator().command(_evaluation(run, model, adapter, base))),
+        evaluate=command_line(*evaluator().command(evaluation)),
         forgetting=command_line("milora_vl.forgetting", *flags, *of_base, *into_run),
         analyze=command_line("milora_vl.analyze", weights, *of_base, *into_analysis),
         chat=command_line("milora_vl.chat", *flags, *_question(run)),
         report=command_line("milora_vl.report", run.folder),
+        earlier=tuple(
+            command_line(*evaluator().command(of_task))
+            for task, of_task in of_earlier(run.folder, evaluation).items()
+            if not any(each.run == task and each.score.after for each in run.earlier)
+        ),
     )
 
 
@@ -76,6 +83,19 @@ def questions_of(recipe: Mapping[str, Any]) -> QuestionSet | None:
     if Path(path).parent.name == "emoji" or Path(path).with_name("captions_val.json").is_file():
         return QuestionSet("emoji", str(Path(path).parent))
     return QuestionSet(benchmarks=held_out, data=pictures) if is_file(held_out) else None
+
+
+def of_earlier(folder: Path, request: EvaluationRequest) -> dict[Path, EvaluationRequest]:
+    """Return an evaluation like `request` on the questions of each run that the run in `folder` came after.
+
+    A run without known questions has none.
+    """
+    found = {}
+    for task in earlier_tasks(folder):
+        if (questions := questions_of(task)) is not None:
+            asked = replace(questions, limit=(task.get("eval") or {}).get("limit"))
+            found[Path(task["run"])] = replace(request, questions=asked, template=task.get("template"), with_base=False)
+    return found
 
 
 def is_file(suite: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,14 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
+class EarlierScore:
+    """The headline of a benchmark that an earlier run was evaluated on: after that run, and after this one."""
+
+    run: Path
+    score: Score
+
+
+@dataclass(frozen=True, slots=True)
 class Layer:
     """One entry of spectrum.json."""
 
@@ -125,6 +133,7 @@ class Run:
     history: tuple[Json, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     forgetting: Json = field(default_factory=dict)
+    earlier: tuple[EarlierScore, ...] = ()
 
     @property
     def bands(self) -> list[Layer]:
@@ -152,6 +161,7 @@ def read_run(folder: Path) -> Run:
             hint=f"expected the output_dir of a training, with {', '.join(_KNOWN[:4])}, ...\n"
             "make one:  python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo",
         )
+    comparisons = tuple(_comparisons(folder / "eval"))
     return Run(
         folder=folder,
         recipe=_yaml(folder / "recipe.yaml"),
@@ -159,9 +169,35 @@ def read_run(folder: Path) -> Run:
         policy=_json(folder / "policy.json", {}),
         layers=tuple(map(_layer, _json(folder / "spectrum.json", []))),
         history=tuple(_json(folder / "trainer_state.json", {}).get("log_history", ())),
-        comparisons=tuple(_comparisons(folder / "eval")),
+        comparisons=comparisons,
         forgetting=_json(folder / "forgetting.json", {}),
+        earlier=tuple(_earlier(folder, comparisons)),
     )
+
+
+def earlier_tasks(folder: Path) -> list[Json]:
+    """Return the tasks that a run came after, in order: `run`, `data`, `eval` and more, as in its milora.json."""
+    return list(_json(folder / "milora.json", {}).get("tasks", ())[:-1])
+
+
+def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[EarlierScore]:
+    """Yield the scores of earlier tasks. A benchmark belongs to the first run that was evaluated on it."""
+    now = {each.suite: each.after for each in comparisons if each.after}
+    known: set[tuple[str, str]] = set()
+    for run in [Path(task["run"]) for task in earlier_tasks(folder)]:
+        for file in sorted(run.glob("eval/*/final/results.json")):
+            before = _evaluation(file.parent)
+            after = now.get(before.suite)
+            is_same = after is not None and _asked(after) == _asked(before)
+            for score in _scores(before, after if is_same else None):
+                if score.is_headline and score.before and (before.suite, score.benchmark) not in known:
+                    known.add((before.suite, score.benchmark))
+                    yield EarlierScore(run, score)
+
+
+def _asked(evaluation: Evaluation) -> set[tuple[str, ...]]:
+    """Return what tells the questions of an evaluation from those of another file with the same name."""
+    return {tuple(str(line.get(key)) for key in ("benchmark", "id", "question")) for line in evaluation.predictions}
 
 
 def _comparisons(folder: Path) -> Iterator[Comparison]:

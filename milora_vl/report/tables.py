@@ -87,6 +87,16 @@ def _mean_and_span(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.1f} % ({_span(values)})" if values else "–"
 
 
+def earlier_table(run: Run) -> Table:
+    """Return a table with one row per benchmark of the earlier tasks; without rows if the run came after none."""
+    rows = [
+        (str(each.run), each.score.benchmark, number(each.score.before), number(each.score.after), gain(each.score))
+        for each in run.earlier
+    ]
+    caption = "Earlier tasks: their scores after their own run and after this one. Brackets show one standard error."
+    return Table(("run", "benchmark", "after its run", "after this run", "change"), tuple(rows), caption)
+
+
 def score_tables(comparison: Comparison) -> list[Table]:
     """Return one table per benchmark, headline first, with a column of notes if any score has one."""
     tables = []

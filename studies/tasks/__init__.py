@@ -20,6 +20,8 @@ TASKS = {
     "smol-llava": ("smol_llava", "EmojiQuestions"),
     "easy-vqa": ("smol_llava", "EasyVqa"),
     "smollm2": ("smollm2", "NamedTopics"),
+    "smollm2-groups": ("smollm2", "NamedGroups"),
+    "smollm2-hues": ("smollm2", "NamedHues"),
     "minilm": ("sentences", "SentenceTopics"),
     "lite0": ("pictures", "TurnedEmoji"),
     "digits-cnn": ("digits", "DigitsCnn"),

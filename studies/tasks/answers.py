@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from functools import cached_property
 from itertools import count
 from statistics import fmean
@@ -53,6 +53,7 @@ class AnswerTask:
     ) -> None:
         self.base, self.collator, self.train = base, collator, train
         self.lengths = lengths_of(train, collator)
+        self.calibrated: Sequence[Mapping[str, Tensor]] | None = None  # in place of the base's own texts
         self.validation, self.test = self._by_length(validation), self._by_length(test)
         text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with torch.no_grad():  # predictions of the base model (n, vocabulary), the reference for all trainings
@@ -66,6 +67,17 @@ class AnswerTask:
         copied: nn.Module = deepcopy(self.base)
         add_chunked_loss(copied)
         return copied
+
+    def changed(self, train: Sequence[Record], calibration: Sequence[Mapping[str, Tensor]]) -> AnswerTask:
+        """Return the same task with other training records and calibration batches."""
+        other = copy(self)
+        other.train, other.lengths, other.calibrated = train, lengths_of(train, self.collator), calibration
+        return other
+
+    def inputs(self, records: Sequence[Record]) -> list[Mapping[str, Tensor]]:
+        """Return records as calibration batches."""
+        batches = (self.collator(records[start : start + BATCH]) for start in range(0, len(records), BATCH))
+        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Any]:
         """Yield batches of records of similar length, in an order that depends on the seed."""
@@ -117,21 +129,27 @@ class AnswerTask:
         )
         return [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
 
-    def calibration(self) -> list[Mapping[str, Tensor]]:
+    def calibration(self) -> Sequence[Mapping[str, Tensor]]:
         """Return texts that the base model writes itself, at temperature 1."""
+        if self.calibrated is not None:
+            return self.calibrated
         rows = [(str(number), row) for number, row in enumerate(self._written)]
         return [batch.inputs for batch in padded_batches(rows, 8, self.collator.tokenizer)]
 
     def measure(self, model: nn.Module) -> Measured:
         """Measure the loss on held-out records, exact answers on test questions, and the KL on text and the probes."""
         losses, _ = self._answers(model, self.validation)
-        test_losses, right = self._answers(model, self.test)
-        items = {record.id: float(hit) for record, hit in zip(self.test, right, strict=True)}
+        test_losses, items = self.tested(model)
         text, *others = (self._kl(model, probe) for probe in self.probes.values())
         more = {"test_loss": fmean(test_losses)}
         more |= {f"forgetting_{name}": probe.kl for name, probe in zip(list(self.probes)[1:], others, strict=True)}
         more |= {"forgetting_stderr": text.kl_stderr or 0.0, "change_of_loss": text.loss_change}
         return Measured(fmean(losses), fmean(items.values()), items, text.kl, more)
+
+    def tested(self, model: nn.Module) -> tuple[list[float], dict[str, float]]:
+        """Return the loss of each test question, and by record id whether the whole answer is right."""
+        losses, right = self._answers(model, self.test)
+        return losses, {record.id: float(hit) for record, hit in zip(self.test, right, strict=True)}
 
     def _answers(self, model: nn.Module, records: Sequence[Record]) -> tuple[list[float], list[bool]]:
         """Return per record the mean loss over its answer tokens, and whether every token is the most likely one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,22 @@ def test_a_sequence_has_the_numbers_of_gem(questions: Path, tmp_path: Path, caps
     assert float(rows["backward transfer"]) == pytest.approx(backward["value"])
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("final accuracy", "average over the stages", "backward transfer", "-25.0"))
+    row = next(line for line in shown.splitlines() if "score: birds" in line)
+    assert re.findall(r"([\d.]+) ±", row) == ["10.0", "80.0", "60.0", "70.0"]
     with raises_code("flag-conflict", where="--sequence"):
         main(["tradeoff", *map(str, folders), "--sequence", "--targets", "birds", "cells"])
+
+
+def test_a_sequence_needs_nothing_that_is_held_out(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], real_plots: None
+) -> None:
+    stages = {"0": (6, 6), "1": (48, 6), "2": (36, 54)}
+    folders = [evaluated(tmp_path / name, questions, {"birds": a, "cells": b}) for name, (a, b) in stages.items()]
+    arguments = [*map(str, folders), "--sequence", "--targets", "birds", "cells", "--output_dir", str(tmp_path)]
+    assert main(["tradeoff", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "held out" not in shown.partition("\n")[2]
+    assert (tmp_path / "tradeoff.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_a_run_folder_stands_for_all_its_suites(

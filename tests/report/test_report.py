@@ -356,3 +356,20 @@ def test_a_run_is_asked_the_questions_that_its_recipe_names(
     recipe: dict[str, Any], questions: QuestionSet | None
 ) -> None:
     assert questions_of(recipe) == questions
+
+
+def test_scores_of_earlier_tasks_stand_beside_those_after_their_own_run(run: Path, finished: Path) -> None:
+    first = {"run": str(finished), "data": {"path": "data/emoji/train.json"}}
+    dump(run / "milora.json", {"tasks": [first, {"run": str(run)}]})
+    (earlier,) = read_run(run).earlier
+    assert (earlier.run, earlier.score.benchmark, earlier.score.gain) == (finished, "emoji", 0)
+    assert "Earlier tasks" in page_of(run).text
+    assert commands(read_run(run)).earlier == ()
+
+    answers = run / "eval" / "emoji" / "final" / "predictions.jsonl"
+    answers.write_text(answers.read_text().replace("What", "Which"))  # another file of the same name
+    (earlier,) = read_run(run).earlier
+    assert (earlier.score.before is not None, earlier.score.after) == (True, None)
+    (command,) = commands(read_run(run)).earlier
+    assert "--suite emoji --data data/emoji" in command
+    assert "--with_base" not in command

@@ -44,6 +44,8 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
         picture("red").save(made((folder / place).parent) / Path(place).name)
     (folder / "my pictures" / "cat.txt").write_text("A cat.")
     dump(folder / "llava.json", records)
+    for name in ("a-test.json", "b-test.json"):
+        shutil.copy(folder / "val.json", folder / name)
     drawn = sorted(path.name for path in (folder / "images").iterdir())
     (folder / "answers.csv").write_text(
         "image,question,answer\n" + "".join(f"{n},What is this?,It is {n}.\n" for n in drawn)

@@ -96,6 +96,7 @@ SLOW: dict[str, str] = {
 # Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
 PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/choose.md": ("runs/mine",),
+    "docs/continue.md": ("runs/a",),
     "docs/evaluation.md": ("runs/a", "runs/demo"),
     "docs/exporting.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
     "docs/forgetting.md": ("runs/demo", "runs/full"),

@@ -54,6 +54,16 @@ def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:
     assert full == ["-m", "milora_eval", "run", "--model", run, "--base", "tiny", *tail]
 
 
+def test_a_run_after_others_is_asked_their_questions_too(tmp_path: Path) -> None:
+    first = {"run": "a", "template": "plain", "eval": {"suites": ["cells.json"], "data": "d", "limit": 5}}
+    (tmp_path / "milora.json").write_text(json.dumps({"tasks": [first, {"run": str(tmp_path)}]}))
+    recipe = Recipe.parse({"model": "tiny", "eval": {"suites": ["signs.json"], "data": "d"}})
+    own, earlier = (" ".join(command) for command in commands(recipe, tmp_path))
+    assert own.endswith(f"--suite signs.json --data d --with_base --output_dir {tmp_path}")
+    assert earlier.endswith(f"--suite cells.json --data d --template plain --limit 5 --output_dir {tmp_path}")
+    assert commands(Recipe.parse({"model": "tiny"}), tmp_path) == [], "a run that does not evaluate at its end"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [["--rank", "4"], ["--method", "projector"], ["--method", "full"]])
 def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def tradeoff(base: ModelAnswers, runs: Sequence[ModelAnswers], targets: Sequence
 
     With `sequence`, run i was trained on target i after the targets before it; its gain is over the targets so far.
     Raises UserError for a target that an evaluation lacks or that has no score, for other rules, settings or questions,
-    and if nothing is held out.
+    and if nothing is held out, except in a sequence.
     """
     everyone = [base, *runs]
     _require_targets(targets, everyone, len(runs), sequence)
@@ -131,7 +131,7 @@ def tradeoff(base: ModelAnswers, runs: Sequence[ModelAnswers], targets: Sequence
         hint = "the judge scores it: python -m milora_eval judge FOLDER; or a server does"
         raise UserError(f"{no_score[0]} has no score yet", code="tradeoff-no-score", where="--targets", hint=hint)
     held_out = tuple(name for name in pairs if name not in targets)
-    if not held_out:
+    if not held_out and not sequence:
         raise UserError(
             "nothing is held out: every benchmark that all evaluations have is a target",
             code="tradeoff-nothing-held-out",

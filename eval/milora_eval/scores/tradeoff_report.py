@@ -1,4 +1,4 @@
-"""A trade-off as a table, as rows of a .csv, and as a plot: gain over what changed elsewhere."""
+"""A trade-off as a table, as rows of a .csv, and as a plot: gain over what changed elsewhere, or tasks over runs."""
 
 from __future__ import annotations
 
@@ -20,18 +20,25 @@ CSV_HEADER = ("run", "part", "benchmark", "metric", "n", "base", "score", "chang
 
 
 def table(result: Tradeoff) -> Table:
-    """Return one row per benchmark: its score on the base, and the change of each run; then the means."""
+    """Return one row per benchmark: its score on the base, and the change of each run; then the means.
+
+    A sequence begins with the score of each target after each run.
+    """
     first = result.stages[0]
     rows: list[tuple[str, ...]] = []
+    for name in result.targets if result.sequence else ():
+        scores = (value(stage.pairs[name].b) for stage in result.stages)
+        rows.append((f"score: {name}", f"{first.pairs[name].b.n:,}", value(first.pairs[name].a), *scores))
     for part, names in (("target", result.targets), ("held out", result.held_out)):
         for name in names:
             changes = (difference(stage.pairs[name]) for stage in result.stages)
             rows.append((f"{part}: {name}", f"{first.pairs[name].b.n:,}", value(first.pairs[name].a), *changes))
     so_far = " so far" if result.sequence else ""
     rows += _mean_rows(f"mean of targets{so_far}", [stage.gain for stage in result.stages])
-    rows += _mean_rows(f"mean of {len(result.held_out)} held out", [stage.held_out for stage in result.stages])
+    if result.held_out:
+        rows += _mean_rows(f"mean of {len(result.held_out)} held out", [stage.held_out for stage in result.stages])
     notes = ["±: standard error of the paired difference. The errors of the means treat the benchmarks as independent."]
-    means = [each for stage in result.stages for each in (stage.gain, stage.held_out)]
+    means = [each for stage in result.stages for each in (stage.gain, *([stage.held_out] if result.held_out else []))]
     if result.sequence is not None:
         blank = [Mean(None)] * (len(result.stages) - 1)
         final, average, backward = result.sequence.final, Mean(result.sequence.average), result.sequence.backward
@@ -69,7 +76,10 @@ def csv_rows(result: Tradeoff) -> Iterator[tuple[object, ...]]:
 
 
 def figure(result: Tradeoff) -> Figure:
-    """Draw the mean gain over the mean change elsewhere, one mark per run, and the change of every benchmark."""
+    """Draw the change of every benchmark beside the mean gain over the mean change elsewhere, one mark per run.
+
+    A sequence has the scores of its targets over the runs in place of the means.
+    """
     from matplotlib.figure import Figure
 
     names = (*result.targets, *result.held_out)
@@ -78,7 +88,10 @@ def figure(result: Tradeoff) -> Figure:
     with styled():
         drawn = Figure(figsize=(WIDTH, max(3.4, 1.0 + 0.3 * len(names))), layout="constrained")
         means, each = drawn.subplots(1, 2, width_ratios=(1, 1.15))
-        _means_panel(means, result, colours, marks)
+        if result.sequence is None:
+            _means_panel(means, result, colours, marks)
+        else:
+            _scores_panel(means, result, colours)
         for place, stage in enumerate(result.stages):
             apart = min(0.2, 0.6 / len(result.stages))
             rows = [row + apart * (place - (len(result.stages) - 1) / 2) for row in range(len(names))]
@@ -102,8 +115,6 @@ def figure(result: Tradeoff) -> Figure:
 
 def _means_panel(axis: Axes, result: Tradeoff, colours: Mapping[str, str], marks: Mapping[str, str]) -> None:
     places = [(_place(stage.held_out), _place(stage.gain)) for stage in result.stages]
-    if result.sequence is not None:
-        axis.plot(*zip((0, 0), *places, strict=True), color=GREY, lw=1, zorder=1)
     for place, stage in enumerate(result.stages):
         axis.errorbar(
             *places[place], xerr=_reach(stage.held_out), yerr=_reach(stage.gain), fmt=marks[stage.name],
@@ -115,8 +126,23 @@ def _means_panel(axis: Axes, result: Tradeoff, colours: Mapping[str, str], marks
     axis.axvline(0, color=GREY, lw=0.8, zorder=0)
     axis.margins(0.12)
     axis.set_title("better \N{NORTH EAST ARROW}", loc="right", color=GREY, fontsize=9.5)
-    gain = "gain on the targets so far, %" if result.sequence else "gain on the targets, %"
-    axis.set(xlabel="change on what is held out, %", ylabel=gain)
+    axis.set(xlabel="change on what is held out, %", ylabel="gain on the targets, %")
+
+
+def _scores_panel(axis: Axes, result: Tradeoff, colours: Mapping[str, str]) -> None:
+    """Draw one line per target, in the colour of the run that learned it: the score before and after each run."""
+    for learned, name in enumerate(result.targets, start=1):
+        colour = colours[result.stages[learned - 1].name]
+        pairs = [stage.pairs[name] for stage in result.stages]
+        scores = [100 * metric.value for metric in (pairs[0].a, *(pair.b for pair in pairs))]
+        axis.plot(scores, color=colour, marker="o", ms=6, markevery=[learned], lw=1.4)
+        axis.annotate(
+            name, (len(pairs), scores[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8,
+            color=colour,
+        )  # fmt: skip
+    axis.set_xticks(range(len(result.stages) + 1), ["base", *(stage.name for stage in result.stages)])
+    axis.margins(x=0.12)
+    axis.set(xlabel="after the run (mark: it learned this target)", ylabel="score, %")
 
 
 def _scale(unit: str) -> float:

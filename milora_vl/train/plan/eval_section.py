@@ -7,14 +7,23 @@ from pathlib import Path
 
 from milora_vl.common.errors import Key, UserError
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
-from milora_vl.report.repeat import is_file
+from milora_vl.report.repeat import is_file, of_earlier
 from milora_vl.train.recipe.schema import Recipe
 
 
 def commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
-    """Return one command per suite, without the interpreter: it evaluates the base model and the trained model."""
+    """Return one command per suite, without the interpreter: it evaluates the base model and the trained model.
+
+    The questions of the runs that this one came after follow, for the trained model alone.
+    """
     questions = [QuestionSet(suite, data, recipe.eval.limit) for suite, data in suites_of(recipe).items()]
     requests = [EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions]
+    names = {Path(each.suite).stem for each in questions}
+    for each in of_earlier(output_dir, requests[0]).values() if requests else ():
+        name = Path(each.questions.suite or each.questions.benchmarks).stem  # of the folder of its results
+        if name not in names:
+            names.add(name)
+            requests.append(each)
     return [["-m", *evaluator().command(request)] for request in requests]
 
 
