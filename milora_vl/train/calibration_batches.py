@@ -54,6 +54,7 @@ from milora_vl.train.dry_run.estimate import (
     start_lines,
     start_seconds,
 )
+from milora_vl.train.plan.earlier_tasks import NUM_RECORDS, Task, records_of
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 
@@ -111,8 +112,9 @@ def make_texts(
     records: Sequence[Record],
     screen: Screen,
     steps: int = SMOKE_STEPS,
+    tasks: Sequence[Task] = (),
 ) -> Texts:
-    """Return the calibration texts and captions of a run of `steps` steps.
+    """Return the calibration texts and captions of a run of `steps` steps, and a sample of the records of `tasks`.
 
     `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
@@ -138,6 +140,11 @@ def make_texts(
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
         found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
+    for task in records_of(tasks, recipe, screen.say):
+        collate = collators.collator(task.recipe, base, processor, task.records[:100])
+        drawn = (task.records[place] for place in task.order)
+        usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
+        found.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in found):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
     return Texts(rows, found, sources.tokenizer)
@@ -287,6 +294,10 @@ def _is_readable(folder: Path, record: Record) -> bool:
         return all(load_image(place_of(folder, name)) for name in record.images)
     except ImageError:
         return False
+
+
+def _is_of_probe(record: Record) -> bool:
+    return shares_probe_text(" ".join(turn.text for turn in record.turns))
 
 
 def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:

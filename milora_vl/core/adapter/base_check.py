@@ -91,7 +91,7 @@ def require_same_kind(folder: Path, saved: Sidecar | None, expected: Sidecar) ->
 
 
 def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
-    """Raise AdapterError for an adapter of several tasks that would train further: it holds no start for all of them."""
+    """Raise AdapterError for an adapter of several tasks that would train further: it holds no start of them."""
     if is_trainable and saved is not None and saved.own is not None:
         raise AdapterError(
             f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further as it is",

@@ -77,7 +77,7 @@ def read_earlier(
                 f"the update of {target.path} is no pair of factors of a linear layer (method {target.method})",
                 code="adapter-unsupported-kind",
                 where=str(folder),
-                hint="merge it:  python -m milora_vl.export FOLDER --to merged --output_dir MERGED\nthen  --model MERGED",
+                hint=f"use it merged, as a base:  python -m milora_vl.export {folder} --to merged --output_dir MERGED",
             )
         scaling = scalings.get(target.path, target.scaling)  # one scaling per module in the file that `join` writes
         change = target.scaling / scaling
@@ -157,7 +157,7 @@ def join(folder: Path, earlier: Earlier, model: nn.Module) -> None:
     if apart:
         save_file({name: t.contiguous() for name, t in apart.items()}, folder / APART_FILE, metadata={"format": "pt"})
     every = [*targets.values(), *full.values()]
-    names, prints = earlier.sidecar.names | dict(own.names), {**earlier.sidecar.fingerprints, **own.fingerprints}
+    names, prints = {**earlier.sidecar.names, **own.names}, {**earlier.sidecar.fingerprints, **own.fingerprints}
     Sidecar(
         every,
         {target.path: names[target.path] for target in every},

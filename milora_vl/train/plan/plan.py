@@ -12,7 +12,7 @@ from milora_vl.core.adapter import checkpoints
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
 from milora_vl.models.devices import fastest_dtype, train_device
-from milora_vl.train.plan import rates, requirements, resuming, run_folder, train_section
+from milora_vl.train.plan import earlier_tasks, rates, requirements, resuming, run_folder, train_section
 from milora_vl.train.plan.base import compose
 from milora_vl.train.plan.fit import fit
 from milora_vl.train.plan.launch import read_launch
@@ -37,6 +37,7 @@ class Plan:
     folder: RunFolder
     resumed: Resumed | None
     warnings: tuple[str, ...]
+    tasks: tuple[earlier_tasks.Task, ...] = ()  # that the run comes after
 
     def composed(self) -> tuple[Plan, str]:
         """Return the plan on a base that exists, composed of its parts at first use, and a log line."""
@@ -54,6 +55,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
     recipe, token = run_folder.without_token(with_dtype(fitting, request))
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, datetime.now())
     folder = run_folder.choose(path, request.resume)
+    tasks, notes = earlier_tasks.tasks_before(recipe, targets, folder.checkpoint)
     launch = read_launch(recipe.train)
     requirements.require_installed(recipe)
     section = train_section.derive(recipe, base, targets, launch)
@@ -61,7 +63,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         raise UserError(problems=problems)
     train_section.require_accepted(recipe, section)
     earlier = resuming.read_earlier(folder, request.resume)
-    warnings += rates.warnings(targets, section.arguments, method=request.edits.method)
+    warnings += notes + rates.warnings(targets, section.arguments, method=request.edits.method)
     return Plan(
         settings=settings,
         recipe=recipe,
@@ -72,6 +74,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         folder=folder,
         resumed=None if earlier is None else resuming.resumed(earlier, recipe, base, processes),
         warnings=tuple(warnings),
+        tasks=tasks,
     )
 
 

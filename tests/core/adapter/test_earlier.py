@@ -127,12 +127,12 @@ def test_the_new_update_vanishes_on_inputs_of_the_earlier_task(tiny_llama, tmp_p
     rules = [{"modules": "language", "method": "lora", "rank": 4, "protect": 0.9999999}]
     model = after(tiny_llama()[0], tmp_path / "a", rules, calibration=[earlier])
     before = [logits(model, batch) for batch in (earlier, other)]
-    move(model, 1.0)
+    move(model)
     changes = [float((logits(model, b) - old).norm()) for b, old in zip((earlier, other), before, strict=True)]
-    assert changes[0] < 0.01 * changes[1]
+    assert changes[0] < 1e-4 * changes[1]
 
 
-def test_layers_of_gpt2_and_quantized_layers_hold_an_update(tiny_llama, tmp_path: Path) -> None:
+def test_layers_of_gpt2_hold_an_update(tmp_path: Path) -> None:
     batch = {"input_ids": token_batch()}
     first_run(tiny_gpt2(), one_rule(), tmp_path / "gpt2")
     model = after(tiny_gpt2(), tmp_path / "gpt2", [{"modules": "language", "method": "lora", "rank": 2}])
@@ -140,7 +140,10 @@ def test_layers_of_gpt2_and_quantized_layers_hold_an_update(tiny_llama, tmp_path
     save_adapter(model, tmp_path / "second")
     assert_close(logits(PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "second"), batch), logits(model, batch))
 
+
+def test_quantized_layers_hold_an_update(tiny_llama, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
+    batch = {"input_ids": token_batch()}
     tiny_llama()[0].save_pretrained(tmp_path / "base")
 
     def quantized() -> nn.Module:
