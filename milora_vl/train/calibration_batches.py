@@ -159,10 +159,12 @@ def shown_start(
     task: Sequence[Mapping[str, Tensor]] | None,
     steps: int,
     screen: Screen,
+    num_tasks: int = 0,
 ) -> Iterator[None]:
     """Print the plan of the slow parts inside before the first one begins, and show them as one bar.
 
-    `targets` are those whose A a calibration chooses. What an earlier start has cached is not planned.
+    `targets` are those whose A a calibration chooses, with records of `num_tasks` earlier tasks. What an earlier start
+    has cached is not planned.
     """
     settings = recipe.calibration
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
@@ -172,13 +174,15 @@ def shown_start(
     def plan(parts: Sequence[str]) -> dict[str, float]:
         inputs, parameters = distinct_inputs(targets), sum(p.numel() for p in model.parameters())
         pace = measured_pace(model) if TEXTS in parts else planned_pace(parameters, measured_flops(device=model.device))
+        tokens = sum(batch["input_ids"].numel() for batch in task or ())
         seconds = start_seconds(
             pace,
             inputs,
             texts=part_of(samples, steps),
             captions=part_of(settings.num_pictures, steps) if base.reads_pictures else 0,
             picture_tokens=base.tokens_of_a_picture or 0,
-            task_tokens=sum(batch["input_ids"].numel() for batch in task or ()),
+            task_tokens=tokens,
+            earlier_tokens=part_of(NUM_RECORDS, steps) * num_tasks * (tokens / len(task) if task else LENGTH),
         )
         seconds = {name: value for name, value in seconds.items() if name in parts}
         for line in start_lines(seconds, "this machine"):

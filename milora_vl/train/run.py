@@ -232,7 +232,7 @@ def adapt(
     if source is None:
         task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train, steps)
     chosen = targets if source is None else []
-    with calibration_batches.shown_start(recipe, plan.base, loaded, chosen, task, steps, screen):
+    with calibration_batches.shown_start(recipe, plan.base, loaded, chosen, task, steps, screen, len(plan.tasks)):
         if protects or recipe.base_kl.weight:
             texts = calibration_batches.make_texts(
                 recipe, plan.base, loaded, processor, data.train, screen, steps, plan.tasks

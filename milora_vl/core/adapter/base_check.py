@@ -88,15 +88,3 @@ def require_same_kind(folder: Path, saved: Sidecar | None, expected: Sidecar) ->
             where=str(folder),
             hint="load it under another adapter name, or into the base model",
         )
-
-
-def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
-    """Raise AdapterError for an adapter of several tasks that would train further: it holds no start of them."""
-    if is_trainable and saved is not None and saved.own is not None:
-        raise AdapterError(
-            f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further as it is",
-            code="adapter-several-tasks",
-            where=str(folder),
-            hint=f"train another task after it:  python -m milora_vl.train --after {folder}\n"
-            "or merge it:  python -m milora_vl.export FOLDER --to merged --output_dir MERGED",
-        )

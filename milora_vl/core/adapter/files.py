@@ -17,7 +17,7 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from milora_vl.core.adapter.base_check import fitted, require_one_task
+from milora_vl.core.adapter.base_check import fitted
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.config import quiet_peft, read_by_peft
 from milora_vl.core.adapter.earlier import hold, split
@@ -26,7 +26,7 @@ from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
 from milora_vl.core.adapter.names import moved
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_one_task, stored_tensors
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.core.weights.torch_files import AGAIN
 

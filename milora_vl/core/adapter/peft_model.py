@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from milora_vl.common.atomic_write import atomic_folder
 from milora_vl.common.compat.peft import keep_hooks_apart, set_variant
 from milora_vl.common.compat.torch import change_class, ignore_in_ddp
-from milora_vl.core.adapter.base_check import fitted, require_one_task, require_same_kind
+from milora_vl.core.adapter.base_check import fitted, require_same_kind
 from milora_vl.core.adapter.choose_a import Protection
 from milora_vl.core.adapter.config import read_by_peft
 from milora_vl.core.adapter.difference import ANCHOR, ANCHOR_SUFFIX, DELTA, joined_state
@@ -42,7 +42,7 @@ from milora_vl.core.adapter.install import (
     unrecoverable,
 )
 from milora_vl.core.adapter.names import PREFIX
-from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
+from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_one_task
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.fingerprint import Fingerprint, distance, fingerprint

@@ -148,6 +148,18 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         ) from error
 
 
+def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
+    """Raise AdapterError for an adapter of several tasks that would train further: it holds no start of them."""
+    if is_trainable and saved is not None and saved.own is not None:
+        raise AdapterError(
+            f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further as it is",
+            code="adapter-several-tasks",
+            where=str(folder),
+            hint=f"train another task after it:  python -m milora_vl.train --after {folder}\n"
+            "or merge it:  python -m milora_vl.export FOLDER --to merged --output_dir MERGED",
+        )
+
+
 def _from_content(content: Mapping[str, Any]) -> Sidecar:
     known = {field.name for field in dataclasses.fields(Target)}
     measures = {field.name for field in dataclasses.fields(LayerReport)}

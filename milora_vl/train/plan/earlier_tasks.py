@@ -207,6 +207,12 @@ def has_other_records(adapter: Path, fingerprint: str) -> bool:
     return before is not None and before != fingerprint
 
 
+def num_held(recipe: Recipe) -> int:
+    """Return the numbers in the factors of the earlier runs, which the base of a run holds."""
+    saved = None if recipe.after is None else read_sidecar(Path(recipe.after))
+    return 0 if saved is None else sum((t.rank or 0) * (2 if t.has_anchor else 1) * sum(t.shape) for t in saved.targets)
+
+
 def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Task]) -> list[str]:
     """Return a line per tower: the share of input directions that is free, and what the records of each task take.
 

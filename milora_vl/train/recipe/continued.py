@@ -56,8 +56,8 @@ def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
 
     Raises UserError if `folder` holds no adapter that `flag` takes.
     """
-    from milora_vl.core.adapter.base_check import require_one_task
-    from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar  # they import torch, and --help needs neither
+    # It imports torch, which --help does not need.
+    from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_one_task
 
     if flag == "--after" and (folder / "config.json").is_file() and not has_config(folder):
         raise UserError(
