@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from milora_vl import load_adapter, load_model
 from milora_vl.core.adapter.sidecar import read_sidecar
+from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.command import main
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
+from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.plans import plan
 from support.problems import raises_code
 from support.train_runs import losses, read_json, training
@@ -33,7 +35,7 @@ PROJECTOR_TOO = (
 def data(tmp_path_factory: pytest.TempPathFactory, tiny_records: list[dict[str, Any]]) -> Path:
     """train.json is the first task, next.json the second one."""
     folder = write_tiny_data(tmp_path_factory.mktemp("after") / "data", tiny_records)
-    (folder / "next.json").write_text(json.dumps(tiny_records[::-1][:6]))
+    (folder / "next.json").write_text(json.dumps(tiny_records[::-1][:8]))
     return folder
 
 
@@ -73,7 +75,7 @@ def test_three_tasks_in_a_row_are_one_lora_that_lists_them(
     assert saved is not None
     assert [task["run"] for task in saved.tasks] == [str(first), str(tmp_path / "b"), str(tmp_path / "c")]
     assert [Path(task["data"]["path"]).name for task in saved.tasks] == ["train.json", "next.json", "next.json"]
-    assert [task["records"] for task in saved.tasks] == [len(json.loads((data / "train.json").read_text())), 6, 6]
+    assert [task["records"] for task in saved.tasks] == [len(json.loads((data / "train.json").read_text())), 8, 8]
     rules = [rule for task in saved.tasks for rule in task["rules"] if rule["tower"] == "language"]
     assert [(rule["rank"], rule["protect"], rule["modules"]) for rule in rules] == [
         (4, 0.5, 14),
@@ -177,6 +179,11 @@ def test_what_is_no_adapter_of_ours_is_refused(data: Path, first: Path, tmp_path
         plan(second(data, tmp_path / "whole", tmp_path / "b"))
     with raises_code("adapter-no-folder", where="--after"):
         plan(second(data, tmp_path / "none", tmp_path / "b"))
+    other, processor = tiny_llava(seed=1)
+    for part in (other, processor):
+        part.save_pretrained(tmp_path / "other")
+    with raises_code("adapter-wrong-base"):
+        main(second(data, first, tmp_path / "b", "--model", str(tmp_path / "other")))
     assert main(second(data, first, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")) == 0
     with raises_code("adapter-several-tasks", hint="--after"):
         plan(training(data, tmp_path / "c", "--adapter", str(tmp_path / "b")))
@@ -188,3 +195,20 @@ def test_more_steps_on_other_records_are_told_of_the_other_way(
     words = training(data, tmp_path / "b", "--adapter", str(first), "--max_steps", "1", "--save_strategy", "no")
     assert main([word.replace("train.json", "next.json") for word in words]) == 0
     assert f"--after {first} keeps it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_two_processes_train_as_one(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    model = ["--model", str(tiny_folder)]
+    words = training(data, tmp_path / "a", *model, "--policy", PROJECTOR_TOO, "--save_strategy", "no")
+    assert main(words) == 0
+    assert main(second(data, tmp_path / "a", tmp_path / "one", *model)) == 0
+    halved = [*model, "--per_device_train_batch_size", "2"]
+    train_in_two([second(data, tmp_path / "a", tmp_path / k, *halved, *more) for k, more in KINDS.items()], tmp_path)
+    expected = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    for kind in KINDS:
+        found = load_file(tmp_path / kind / "adapter_model.safetensors")
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
