@@ -140,9 +140,8 @@ def make_texts(
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
         found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
-    for task in records_of(tasks, recipe, screen.say):
-        collate = collators.collator(task.recipe, base, processor, task.records[:100])
-        drawn = (task.records[place] for place in task.order)
+    for of_task, drawn in records_of(tasks, recipe, screen):
+        collate = collators.collator(of_task, base, processor)
         usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
         found.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in found):

@@ -12,8 +12,7 @@ milora.json of the run lists all tasks in order, the run's own last. An entry ho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
 from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.plan import run_data
-from milora_vl.train.plan.screen import protected_directions
+from milora_vl.train.plan.screen import Screen, protected_directions
 from milora_vl.train.recipe.schema import DataConfig, Recipe, SourceConfig
 
 NUM_RECORDS = 128  # of each earlier task
@@ -52,7 +51,7 @@ def tasks_before(
         saved = read_sidecar(checkpoint)
         return (() if saved is None else tuple(saved.tasks[:-1])), []
     _require_rules(recipe, Path(recipe.after), targets)
-    tasks = _tasks_of(Path(recipe.after))
+    tasks = _tasks_of(Path(recipe.after), recipe.template)
     if recipe.calibration.earlier is not None:
         replaced = {"path": recipe.calibration.earlier, "image_folder": recipe.calibration.image_folder}
         tasks = [{**task, "data": {**task["data"], **replaced}, "fingerprint": ""} for task in tasks]
@@ -89,15 +88,18 @@ def entry(
     }
 
 
-def _tasks_of(folder: Path) -> list[Task]:
-    """Return the entries of a finished run: those in its milora.json, or the one of a run that came after none."""
+def _tasks_of(folder: Path, template: str) -> list[Task]:
+    """Return the entries of a finished run: those in its milora.json, or the one of a run that came after none.
+
+    `template` is that of an adapter without a recipe.
+    """
     saved = read_sidecar(folder)
     assert saved is not None
     if saved.tasks:
         return list(saved.tasks)
     environment = read_environment(folder) or read_environment(folder.parent)  # of the run of a checkpoint
     count, fingerprint = environment.get("data", {}).get("train"), environment.get("records", "")
-    recipe = Recipe.parse(recipe_of_run(folder))
+    recipe = Recipe.parse({"template": template, **recipe_of_run(folder)})
     return [entry(folder, recipe, saved.targets, saved.protection, count, fingerprint)]
 
 
@@ -169,36 +171,23 @@ def _missing(run: str, why: str) -> UserError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class TaskRecords:
-    """All records of an earlier task in random order, and the recipe that they are collated by."""
-
-    recipe: Recipe
-    records: Sequence[Record]
-    order: Sequence[int]
-
-
-def records_of(tasks: Sequence[Task], recipe: Recipe, say: Callable[[str], None]) -> list[TaskRecords]:
-    """Return the records of each task, those in one place once; `say` prints a note about records that have changed.
+def records_of(tasks: Sequence[Task], recipe: Recipe, screen: Screen) -> Iterator[tuple[Recipe, Iterator[Record]]]:
+    """Yield the records of each task in random order, those in one place once, and the recipe to collate them by.
 
     Raises UserError for records that cannot be read any more.
     """
-    found: dict[str, TaskRecords] = {}
-    for task in tasks:
-        data = _data_of(task)
-        place = f"{data.path} {data.image_folder}"
-        if place in found:
-            continue
+    places = {str(data): (data, task) for task in tasks if (data := _data_of(task))}
+    for data, task in places.values():
         try:
-            read = run_data.read_records(data)
+            with screen.step(f"reading the records of {task['run']}"):
+                read = run_data.read_records(data)
         except UserError as error:
             raise with_context(error, hint=HINT) from error
         if task["fingerprint"] and read.fingerprint != task["fingerprint"]:
-            say(f"note: the records of {task['run']} have changed since; those that are there now are used")
+            screen.say(f"note: the records of {task['run']} have changed since; those that are there now are used")
         order = torch.randperm(len(read.train), generator=torch.Generator().manual_seed(SEED)).tolist()
         own = recipe.model_copy(update={"template": task["template"], "data": data})
-        found[place] = TaskRecords(own, read.train, order)
-    return list(found.values())
+        yield own, map(read.train.__getitem__, order)
 
 
 def has_other_records(adapter: Path, fingerprint: str) -> bool:
