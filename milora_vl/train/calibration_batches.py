@@ -56,6 +56,7 @@ from milora_vl.train.dry_run.estimate import (
     start_lines,
     start_seconds,
 )
+from milora_vl.train.plan.earlier_tasks import NUM_RECORDS, Task, records_of
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 
@@ -113,8 +114,9 @@ def make_texts(
     records: Sequence[Record],
     screen: Screen,
     steps: int = SMOKE_STEPS,
+    tasks: Sequence[Task] = (),
 ) -> Texts:
-    """Return the calibration texts and captions of a run of `steps` steps.
+    """Return the calibration texts and captions of a run of `steps` steps, and a sample of the records of `tasks`.
 
     `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
@@ -140,6 +142,10 @@ def make_texts(
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
         found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
+    for of_task, drawn in records_of(tasks, recipe, screen):
+        collate = collators.collator(of_task, base, processor)
+        usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
+        found.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in found):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
     return Texts(rows, found, sources.tokenizer)
@@ -154,10 +160,12 @@ def shown_start(
     task: Sequence[Mapping[str, Tensor]] | None,
     steps: int,
     screen: Screen,
+    num_tasks: int = 0,
 ) -> Iterator[None]:
     """Print the plan of the slow parts inside before the first one begins, and show them as one bar.
 
-    `targets` are those whose A a calibration chooses. What an earlier start has cached is not planned.
+    `targets` are those whose A a calibration chooses, with records of `num_tasks` earlier tasks. What an earlier start
+    has cached is not planned.
     """
     settings = recipe.calibration
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
@@ -166,13 +174,15 @@ def shown_start(
 
     def plan(parts: Sequence[str]) -> dict[str, float]:
         bandwidth = CPU_BANDWIDTH if model.device.type == "cpu" else BANDWIDTH
+        tokens = sum(batch["input_ids"].numel() for batch in task or ())
         seconds = start_seconds(
             planned_pace(base.meta, measured_flops(device=model.device), bandwidth),
             distinct_inputs(targets),
             texts=part_of(samples, steps),
             captions=part_of(settings.num_pictures, steps) if base.reads_pictures else 0,
             picture_tokens=base.tokens_of_a_picture or 0,
-            task_tokens=sum(batch["input_ids"].numel() for batch in task or ()),
+            task_tokens=tokens,
+            earlier_tokens=part_of(NUM_RECORDS, steps) * num_tasks * (tokens / len(task) if task else LENGTH),
         )
         seconds = {name: value for name, value in seconds.items() if name in parts}
         for line in start_lines(seconds, "this machine"):
@@ -288,6 +298,10 @@ def _is_readable(folder: Path, record: Record) -> bool:
         return all(load_image(place_of(folder, name)) for name in record.images)
     except ImageError:
         return False
+
+
+def _is_of_probe(record: Record) -> bool:
+    return shares_probe_text(" ".join(turn.text for turn in record.turns))
 
 
 def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:

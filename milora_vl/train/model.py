@@ -14,7 +14,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import Key, UserError, first_line
 from milora_vl.core.adapter.apply import apply_targets
-from milora_vl.core.adapter.files import load_adapter
+from milora_vl.core.adapter.earlier import Earlier, hold
+from milora_vl.core.adapter.files import load_checkpoint
 from milora_vl.core.adapter.install import base_model_of
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.init.initialize import LayerReport
@@ -104,11 +105,12 @@ def build(
     calibration: Sequence[Mapping[str, Any]] | None = None,
     task: Sequence[Mapping[str, Any]] | None = None,
     dtype: torch.dtype = torch.float32,
+    earlier: Earlier | None = None,
 ) -> Built:
     """Apply the resolved policy, or load the adapter of `checkpoint`, else of the recipe, with its initial factors.
 
     `calibration` and `task` hold the batches for protected inputs and for the task's gradient. `dtype` is the data type
-    of the trained weights.
+    of the trained weights. `earlier` is the update that the base of a new run holds.
     """
     checkpoint_kind = checkpoint_kind_of(targets)
     adapter = checkpoint or (Path(recipe.adapter) if recipe.adapter else None)
@@ -116,10 +118,12 @@ def build(
     frozen = frozen_towers(base, targets)
     if checkpoint_kind == "adapter" and adapter is not None:
         _require_sidecar(adapter)
-        model = load_adapter(base, adapter, is_trainable=True)
+        model = load_checkpoint(base, adapter)
         _require_same_targets(adapter, targets, model.milora_targets)
         model.remember("default", replace(model.sidecars["default"], targets=targets))  # the rates of this run
     else:
+        if earlier is not None:
+            hold(base, earlier)
         model = apply_targets(
             base,
             targets,
@@ -129,6 +133,8 @@ def build(
             calibration_cache=cache_folder(recipe),
             progress=True,
         )
+        if earlier is not None:
+            model.earlier = earlier
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from milora_vl.common.errors import UserError, with_context
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
+from milora_vl.core.adapter.earlier import read_earlier
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.adapter.install import base_model_of
 from milora_vl.core.weights.distributed import gather
@@ -44,7 +45,7 @@ from milora_vl.train.base_kl import BaseKL
 from milora_vl.train.evaluation import SuiteCallback, training_questions
 from milora_vl.train.forgetting import ForgettingCallback, Probe
 from milora_vl.train.model import Built
-from milora_vl.train.plan import eval_section, record_checks, resuming, run_data
+from milora_vl.train.plan import earlier_tasks, eval_section, record_checks, resuming, run_data
 from milora_vl.train.plan.base import require_usable
 from milora_vl.train.plan.batching import Batching
 from milora_vl.train.plan.fit import template_warnings
@@ -152,6 +153,11 @@ def read_inputs(plan: Plan, screen: Screen) -> tuple[RunData, TrainingArguments,
         data = run_data.read_records(recipe.data)
     if plan.resumed is not None:
         resuming.require_same_records(plan.resumed.earlier, data)
+    elif recipe.adapter and earlier_tasks.has_other_records(Path(recipe.adapter), data.fingerprint):
+        screen.say(
+            f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
+            f"--after {recipe.adapter} keeps it"
+        )
     args, warnings = training_arguments.for_this_process(plan.section, plan.folder.path)
     resuming.require_same_checkpoint(plan.folder.path, gather(None if checkpoint is None else checkpoint.name))
     batching = count_steps(plan, args, None if recipe.data.streaming else len(data.train))
@@ -219,13 +225,18 @@ def adapt(
             spectra = layer_spectra(loaded, targets)
     batches, task, base_kl = None, None, None
     source = checkpoint or recipe.adapter
+    earlier = None
+    if recipe.after and checkpoint is None:
+        earlier = read_earlier(loaded, Path(recipe.after), targets, plan.tasks)
     protects = source is None and any(target.protect for target in targets)  # an adapter holds what a calibration chose
     if source is None:
         task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train, steps)
     chosen = targets if source is None else []
-    with calibration_batches.shown_start(recipe, plan.base, loaded, chosen, task, steps, screen):
+    with calibration_batches.shown_start(recipe, plan.base, loaded, chosen, task, steps, screen, len(plan.tasks)):
         if protects or recipe.base_kl.weight:
-            texts = calibration_batches.make_texts(recipe, plan.base, loaded, processor, data.train, screen, steps)
+            texts = calibration_batches.make_texts(
+                recipe, plan.base, loaded, processor, data.train, screen, steps, plan.tasks
+            )
             batches = texts.batches() if protects else None
         if recipe.base_kl.weight:
             term = recipe.base_kl
@@ -233,7 +244,11 @@ def adapt(
         set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
         with screen.step("applying the policy" if source is None else f"restoring {source}"):
             dtype = training_arguments.trained_dtype(args)
-            built = model.build(recipe, loaded, targets, checkpoint, batches, task, dtype)
+            built = model.build(recipe, loaded, targets, checkpoint, batches, task, dtype, earlier)
+    if earlier is not None:
+        count, protection = data.counts().get("train"), built.model.milora_protection
+        own = earlier_tasks.entry(plan.folder.path, recipe, targets, protection, count, data.fingerprint)
+        built.model.earlier = replace(earlier, tasks=(*plan.tasks, own))
     if plan.section.compiled is not None:
         model.compile_blocks(built.model, plan.section.compiled)
     if args.gradient_checkpointing:
@@ -254,7 +269,7 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
     note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
     source = f"   recipe {request.recipe}" if request.recipe else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
-    continued = [("adapter", str(recipe.adapter))] if recipe.adapter else []
+    continued = [(name, str(getattr(recipe, name))) for name in ("adapter", "after") if getattr(recipe, name)]
     resumed = [] if folder.checkpoint is None else [("resumed", folder.checkpoint.name)]
     screen.block(
         [
@@ -270,7 +285,10 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
     )
     screen.policy(policy_rows(built.targets, built.sizes, base_model_of(built.model), built.report), built.frozen)
     screen.say(trainable_line(built.model))
-    for line in protection_lines(built.targets, built.model.milora_protection):
+    protection = built.model.milora_protection
+    for line in protection_lines(built.targets, protection):
+        screen.say(line)
+    for line in earlier_tasks.room_lines(built.targets, protection, plan.tasks) if plan.tasks else ():
         screen.say(line)
     if ready.base_kl is not None:
         base_kl, every = ready.base_kl, f"in one step of {ready.base_kl.every}"

@@ -36,6 +36,7 @@ from milora_vl.common.compat.accelerate import enable_fsdp_on_cpus
 from milora_vl.common.compat.trainer import CheckpointTrainer
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import STATE, step_of
+from milora_vl.core.adapter.earlier import APART_FILE
 from milora_vl.core.adapter.folders import PROJECTOR_FILES
 from milora_vl.core.adapter.install import base_model_of
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from peft import PeftModel
 
-OUR_FILES = (FILE_NAME, ANCHORS_FILE, *PROJECTOR_FILES)
+OUR_FILES = (FILE_NAME, ANCHORS_FILE, APART_FILE, *PROJECTOR_FILES)
 CheckpointKind = Literal["adapter", "projector", "full"]
 
 

@@ -29,7 +29,7 @@ from milora_vl.core.adapter.errors import AdapterError, require_module
 from milora_vl.core.adapter.fixed_a import fix_A
 from milora_vl.core.adapter.install import install_factors, lora_layer, set_dropout
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
-from milora_vl.core.adapter.peft_model import adopt
+from milora_vl.core.adapter.peft_model import MiloraMixin, adopt
 from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.calibration.calibrate import protected_inputs, require_calibration, require_task, task_sketches
 from milora_vl.core.init.initialize import Initial, Progress, initialize
@@ -157,6 +157,12 @@ def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
             f"merge needs a PeftModel, got {type(model).__name__}",
             code="adapter-not-a-peft-model",
             hint="pass the model that apply_milora or load_adapter returned",
+        )
+    if isinstance(model, MiloraMixin) and model.earlier is not None:
+        raise AdapterError(
+            "the base holds the update of earlier runs, which merge would leave out",
+            code="adapter-earlier-update",
+            hint="save the adapter, and merge what load_adapter returns for its folder",
         )
     if path is not None and not can_save(model.get_base_model()):
         raise AdapterError(

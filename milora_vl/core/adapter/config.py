@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from milora_vl.common.errors import UserError, first_line
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.folders import CONFIG
+from milora_vl.core.adapter.install import base_layer
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import peft_task
 from milora_vl.core.weights.torch_files import unreadable
@@ -33,10 +34,10 @@ def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
     adapters = [t for t in targets if t.rank is not None]
     full = [t.path for t in targets if t.method == "full"]
     _require_distinct(model, full)
-    config = _config(model, adapters, full)
+    config = lora_config(model, adapters, full)
     with quiet_peft():
         tuned = get_peft_model(model, config)
-    _require_exactly(tuned, {t.path: _peft_rank(t) for t in adapters})
+    _require_exactly(tuned, {t.path: peft_rank(t) for t in adapters})
     if isinstance(config.target_modules, set):
         # PEFT shortens long lists to suffixes that are unique in this model. Full paths hold for any model.
         config.target_modules = {t.path for t in adapters}
@@ -78,9 +79,10 @@ def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:
+def lora_config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:
+    """Return PEFT's config for a LoRA on `adapters`, with the modules at the paths `full` trained in full."""
     use_rslora = all(t.rslora for t in adapters)  # PEFT has a single switch for all modules
-    ranks = {t.path: _peft_rank(t) for t in adapters}
+    ranks = {t.path: peft_rank(t) for t in adapters}
     alphas = {t.path: _peft_alpha(t, use_rslora) for t in adapters}
     method = adapters[0].method
     rank, alpha = _most_common(ranks), _most_common(alphas)
@@ -95,7 +97,7 @@ def _config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> Lo
         use_rslora=use_rslora,
         use_dora=method == "dora",
         init_lora_weights="mica" if method == "mica" else True,
-        fan_in_fan_out=isinstance(model.get_submodule(adapters[0].path), Conv1D),
+        fan_in_fan_out=isinstance(base_layer(model, adapters[0].path), Conv1D),
         task_type=peft_task(model),
     )
 
@@ -134,14 +136,15 @@ def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
         )
 
 
-def _peft_rank(target: Target) -> int:
+def peft_rank(target: Target) -> int:
+    """Return the rank that PEFT stores: 2r with an anchor."""
     assert target.rank is not None
     return target.rank * (2 if target.has_anchor else 1)
 
 
 def _peft_alpha(target: Target, use_rslora: bool) -> int | float:
     """Return the alpha that keeps the target's scaling at PEFT's rank: 2 alpha at 2r, sqrt(2) alpha with rsLoRA."""
-    rank = _peft_rank(target)
+    rank = peft_rank(target)
     alpha = target.scaling * (rank**0.5 if use_rslora else rank)
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
 

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -19,12 +20,13 @@ from torch import nn
 from milora_vl.core.adapter.base_check import fitted
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.config import quiet_peft, read_by_peft
+from milora_vl.core.adapter.earlier import hold, split
 from milora_vl.core.adapter.errors import AdapterError, require_module
 from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
 from milora_vl.core.adapter.names import moved
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_one_task, stored_tensors
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.core.weights.torch_files import AGAIN
 
@@ -92,6 +94,7 @@ def load_adapter(
     if saved is None:
         logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
         return _load_stock(base, folder, is_trainable)
+    require_one_task(folder, saved, is_trainable=is_trainable)
     here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
     anchors = here.read_anchors(folder)
     paths = new_paths(saved, here)
@@ -104,6 +107,19 @@ def load_adapter(
     if is_trainable:
         check_rates_at_first_step(ours, if_they_differ=True)
     return ours
+
+
+def load_checkpoint(base: nn.Module, path: str | Path) -> Any:
+    """Return `base` with the adapter in a checkpoint of a run, to train on; of a run after others, on their update."""
+    saved = read_sidecar(Path(path))
+    if saved is None or saved.own is None:
+        return load_adapter(base, path, is_trainable=True)
+    with TemporaryDirectory() as own:
+        earlier = split(Path(path), base, Path(own))
+        hold(base, earlier)
+        model = load_adapter(base, own, is_trainable=True)
+    model.earlier = earlier
+    return model
 
 
 def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:

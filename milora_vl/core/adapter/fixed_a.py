@@ -56,19 +56,24 @@ class FixedA(ForwardVariant):
 
     def update(self, down: Any, up: Any, x: Tensor, onto: Tensor, scaling: float, drops: bool) -> Tensor:
         """Return y = W x + s B A x for `onto` (..., out), the output W x of the base layer."""
-        A, B, device = down.weight, up.weight, onto.device.type
-        if onto.dtype == torch.float16:  # A x can leave its range, and infinity times B = 0 is NaN
-            first = dtype = torch.float32
-        elif torch.is_autocast_enabled(device):
-            first = dtype = torch.get_autocast_dtype(device)
-        else:
-            first = x.dtype if drops else onto.dtype  # undoes PEFT's cast; dropout divides by 1 - p, in float32
-            dtype = torch.bfloat16 if onto.dtype == torch.bfloat16 else B.dtype
-        with autocast(device, enabled=False):
-            hidden, B = _rows(F.linear(x.to(first), A.to(first))).to(dtype), B.to(dtype)
-            if onto.dtype == dtype:
-                return torch.addmm(_rows(onto), hidden, B.T, alpha=scaling).view(onto.shape)
-            return (onto + scaling * F.linear(hidden, B).view(onto.shape)).to(onto.dtype)
+        # PEFT has cast x, which the dtype of `onto` undoes; dropout divides by 1 - p, in float32
+        return plus_update(onto, x, down.weight, up.weight, scaling, x.dtype if drops else onto.dtype)
+
+
+def plus_update(onto: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, first: torch.dtype) -> Tensor:
+    """Return `onto` + s B A x in the dtype of `onto` (..., out); `first` is that of A x without autocast."""
+    device = onto.device.type
+    if onto.dtype == torch.float16:  # A x can leave its range, and infinity times B = 0 is NaN
+        first = dtype = torch.float32
+    elif torch.is_autocast_enabled(device):
+        first = dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.bfloat16 if onto.dtype == torch.bfloat16 else B.dtype
+    with autocast(device, enabled=False):
+        hidden, B = _rows(F.linear(x.to(first), A.to(first))).to(dtype), B.to(dtype)
+        if onto.dtype == dtype:
+            return torch.addmm(_rows(onto), hidden, B.T, alpha=scaling).view(onto.shape)
+        return (onto + scaling * F.linear(hidden, B).view(onto.shape)).to(onto.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from milora_vl.core.adapter.difference import (
     split,
 )
 from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.names import EARLIER
 from milora_vl.core.weights.matrices import factor_dtype
 
 _CLASSES: dict[type[nn.Module], type[DifferenceFactor]] = {nn.Linear: DifferenceLinear, nn.Conv2d: DifferenceConv2d}
@@ -191,8 +192,10 @@ def has_anchor(layer: LoraLayer, adapter: str) -> bool:
 
 
 def fixed_names(model: nn.Module) -> Iterator[str]:
-    """Yield the names of the buffers of a model that never change: anchors, and each fixed A."""
+    """Yield the names of the buffers of a model that never change: anchors, each fixed A, updates of earlier runs."""
     for name, module in model.named_modules():
+        if EARLIER[0] in module._buffers:
+            yield from (f"{name}.{buffer}" for buffer in EARLIER)
         if isinstance(module, DifferenceFactor):
             yield f"{name}.{ANCHOR}"
         elif isinstance(module, DifferenceEmbedding) or ".lora_A." in name:

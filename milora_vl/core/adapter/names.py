@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 PREFIX = "base_model.model."
+EARLIER = ("earlier_A", "earlier_B")  # buffers of a base layer with the update of an earlier run
 
 
 def module_path(name: str, paths: Collection[str]) -> str:

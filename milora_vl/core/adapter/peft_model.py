@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
@@ -27,6 +28,7 @@ from milora_vl.core.adapter.base_check import fitted, require_same_kind
 from milora_vl.core.adapter.choose_a import Protection
 from milora_vl.core.adapter.config import read_by_peft
 from milora_vl.core.adapter.difference import ANCHOR, ANCHOR_SUFFIX, DELTA, joined_state
+from milora_vl.core.adapter.earlier import Earlier, join, split
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.fixed_a import fix_A, has_fixed_A
 from milora_vl.core.adapter.install import (
@@ -40,7 +42,7 @@ from milora_vl.core.adapter.install import (
     unrecoverable,
 )
 from milora_vl.core.adapter.names import PREFIX
-from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar
+from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_one_task
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.fingerprint import Fingerprint, distance, fingerprint
@@ -53,6 +55,7 @@ class MiloraMixin(PeftModel):
     """
 
     sidecars: dict[str, Sidecar]
+    earlier: Earlier | None = None  # the update that the base holds; every saved adapter of ours is joined with it
     milora_targets: list[Target]
     milora_report: list[LayerReport]
     milora_protection: dict[str, Protection]
@@ -94,6 +97,8 @@ class MiloraMixin(PeftModel):
                     adapter_folder = folder if name == "default" else folder / name
                     anchors = self._unrecoverable(name, kwargs.get("state_dict") or {})
                     self.sidecars[name].write(adapter_folder, anchors)
+                    if self.earlier is not None:
+                        join(adapter_folder, self.earlier, self)
 
     def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
@@ -217,6 +222,11 @@ class MiloraMixin(PeftModel):
         base model that the adapter was made for.
         """
         sidecar, existing = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
+        if sidecar is not None and sidecar.own is not None and self.earlier is not None:
+            with TemporaryDirectory() as own:
+                split(Path(model_id), self, Path(own))
+                return self.load_adapter(own, adapter_name, is_trainable, *args, **kwargs)
+        require_one_task(Path(model_id), sidecar, is_trainable=is_trainable)
         anchors: Mapping[str, Tensor] = {}
         if existing is not None:
             require_same_kind(Path(model_id), sidecar, existing)

@@ -3,6 +3,9 @@
 Without this file the folder is still a correct LoRA for inference. With it, the trained difference and the anchor, or
 the A that never changes, are known again, so training can continue.
 
+In the folder of a run that trained after others (`earlier.py`), the modules are those of one plain LoRA for all tasks.
+`tasks` then lists the tasks in order, and `own` is the sidecar of the last one alone.
+
 Format version 3 stores the factors [D; A0] and [B0 + E, E] (`difference.py`), and B0 itself in
 milora_anchors.safetensors where it cannot be computed from them bit for bit, above all for float32 bases. Other
 versions are refused.
@@ -39,7 +42,8 @@ class Sidecar:
     """The content of milora.json. `names` maps the path of each target to a name that holds in every layout.
 
     `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE. `fixed` holds the fingerprint of each A that
-    never changes, and `protection` what the calibration found for its layer.
+    never changes, and `protection` what the calibration found for its layer. `tasks` holds one entry per task, as the
+    training writes it; it is empty for a single task.
     """
 
     targets: Sequence[Target]
@@ -49,12 +53,18 @@ class Sidecar:
     anchors: Sequence[str] = ()
     fixed: Mapping[str, Fingerprint] = field(default_factory=dict)
     protection: Mapping[str, Protection] = field(default_factory=dict)
+    tasks: Sequence[Mapping[str, Any]] = ()
+    own: Sidecar | None = None
 
     def to_json(self) -> str:
         """Return the text of the file."""
-        modules = {target.path: self._module(target) for target in self.targets}
-        content: dict[str, Any] = {"format_version": FORMAT_VERSION, "anchors": list(self.anchors)}
-        return json.dumps({**content, "modules": modules}, indent=1) + "\n"
+        content: dict[str, Any] = {"format_version": FORMAT_VERSION, **self._content()}
+        if self.own is not None:
+            content |= {"tasks": list(self.tasks), "own": self.own._content()}
+        return json.dumps(content, indent=1) + "\n"
+
+    def _content(self) -> dict[str, Any]:
+        return {"anchors": list(self.anchors), "modules": {t.path: self._module(t) for t in self.targets}}
 
     def _module(self, target: Target) -> dict[str, Any]:
         fields = target.to_dict()
@@ -125,8 +135,8 @@ def read_sidecar(folder: Path) -> Sidecar | None:
                 where=str(file),
                 hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
             )
-        sidecar = _from_modules(data["modules"])
-        return dataclasses.replace(sidecar, anchors=tuple(data.get("anchors", ())))
+        own = _from_content(data["own"]) if "own" in data else None
+        return dataclasses.replace(_from_content(data), tasks=tuple(data.get("tasks", ())), own=own)
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -138,11 +148,23 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         ) from error
 
 
-def _from_modules(modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
+def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
+    """Raise AdapterError for an adapter of several tasks that would train further: it holds no start of them."""
+    if is_trainable and saved is not None and saved.own is not None:
+        raise AdapterError(
+            f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further as it is",
+            code="adapter-several-tasks",
+            where=str(folder),
+            hint=f"train another task after it:  python -m milora_vl.train --after {folder}\n"
+            "or merge it:  python -m milora_vl.export FOLDER --to merged --output_dir MERGED",
+        )
+
+
+def _from_content(content: Mapping[str, Any]) -> Sidecar:
     known = {field.name for field in dataclasses.fields(Target)}
     measures = {field.name for field in dataclasses.fields(LayerReport)}
     targets, fingerprints, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
-    for path, entry in modules.items():
+    for path, entry in content["modules"].items():
         fields = {name: value for name, value in entry.items() if name in known}
         sigma = fields.get("sigma", "keep")
         fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
@@ -161,7 +183,8 @@ def _from_modules(modules: Mapping[str, Mapping[str, Any]]) -> Sidecar:
             fixed[path] = Fingerprint.from_dict(entry["fixed_A"])
         if "protection" in entry:
             protection[path] = Protection(**entry["protection"])
-    return Sidecar(targets, names, fingerprints, reports, fixed=fixed, protection=protection)
+    anchors = tuple(content.get("anchors", ()))
+    return Sidecar(targets, names, fingerprints, reports, anchors, fixed=fixed, protection=protection)
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -189,4 +212,5 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         sidecar.anchors,
         {path_of[path]: fingerprint for path, fingerprint in sidecar.fixed.items()},
         {path_of[path]: protection for path, protection in sidecar.protection.items()},
+        sidecar.tasks,
     )

@@ -43,6 +43,7 @@ from milora_vl.train.dry_run.estimate import (
 from milora_vl.train.dry_run.first_batch import Counts
 from milora_vl.train.dry_run.simulate import Resident, Shape, simulate
 from milora_vl.train.plan.batching import Batching
+from milora_vl.train.plan.earlier_tasks import NUM_RECORDS, num_held
 from milora_vl.train.plan.launch import strategy_of
 from milora_vl.train.plan.plan import Plan
 from milora_vl.train.plan.screen import trained_sizes
@@ -80,14 +81,15 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     if recipe.quantization != "none":
         packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
     base_kl = base_kl_tokens(recipe, base, counts)
-    work = workload_of(section, base, plan.targets, counts, batching, packed_bytes, base_kl)
+    held = num_held(recipe)
+    work = workload_of(section, base, plan.targets, counts, batching, packed_bytes, base_kl, held)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
     frugal = {name: True for name, lacks in missing.items() if lacks}
     flags = " ".join(f"--{name.replace('activation', 'gradient')} True" for name in frugal)
     lean = work
     if frugal:
         leaner = replace(section, arguments=section.arguments | frugal)
-        lean = workload_of(leaner, base, plan.targets, counts, batching, packed_bytes, base_kl)
+        lean = workload_of(leaner, base, plan.targets, counts, batching, packed_bytes, base_kl, held)
     sizes, leanest = memory(work), sum(memory(lean).values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items() if size >= 0.05 * GIB)
     stage = "FSDP2" if work.fsdp else f"ZeRO-{work.stage}" if work.stage else "no ZeRO"
@@ -134,6 +136,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
             captions=part_of(settings.num_pictures, steps) * (reads_texts and base.reads_pictures),
             picture_tokens=base.tokens_of_a_picture or min(work.tokens, 700),
             task_tokens=part_of(RECORDS, steps) * work.tokens * has_gradient,
+            earlier_tokens=part_of(NUM_RECORDS, steps) * len(plan.tasks) * work.tokens,
         )
         start[name] = sum(seconds.values())
         if seconds:
@@ -197,11 +200,12 @@ def workload_of(
     batching: Batching,
     packed_bytes: float | None,
     base_kl: tuple[float, int] = (0.0, 0),
+    held: int = 0,
 ) -> Workload:
     """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
 
     `packed_bytes` is the bytes per parameter of a quantised base; None if the base is not quantised. `base_kl` has the
-    `base_kl_tokens`.
+    `base_kl_tokens`, `held` the numbers in the update of earlier runs.
     """
     train, launch, model = section.arguments, section.launch, base.meta
     sizes = trained_sizes(targets, model)
@@ -214,7 +218,7 @@ def workload_of(
         adapters=adapters,
         anchors=sum(sizes[t.path] for t in targets if t.has_anchor),
         full=sum(sizes.values()) - adapters,
-        fixed=sum((t.rank or 0) * t.shape[1] for t in targets if t.has_fixed_A),
+        fixed=sum((t.rank or 0) * t.shape[1] for t in targets if t.has_fixed_A) + held,
         base_bytes=2.0 if half else 4.0,
         packable=0 if not adapters else sum(_numel(model.get_submodule(path)) for path in quantized_layers(model)),
         packed_bytes=packed_bytes,

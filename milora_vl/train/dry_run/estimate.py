@@ -187,24 +187,32 @@ def part_of(count: int, steps: int) -> int:
 
 
 def start_seconds(
-    pace: Pace, inputs: Sequence[Target], *, texts: int, captions: int, picture_tokens: int, task_tokens: int
+    pace: Pace,
+    inputs: Sequence[Target],
+    *,
+    texts: int,
+    captions: int,
+    picture_tokens: int,
+    task_tokens: int,
+    earlier_tokens: float = 0,
 ) -> dict[str, float]:
     """Return about the seconds of each slow part before the first step, by the names of their progress bars.
 
-    `inputs` are the `distinct_inputs`. A caption has 112 tokens beside its picture, of which the model writes 32. The
-    task's gradient is a forward, a backward and the sketches; accelerators run the forward twice.
+    `inputs` are the `distinct_inputs`, `earlier_tokens` the tokens in records of earlier tasks. A caption has 112
+    tokens beside its picture, of which the model writes 32. The task's gradient is a forward, a backward and the
+    sketches; accelerators run the forward twice.
     """
     row = picture_tokens + 112
     seconds = {
         TEXTS: texts * LENGTH * pace.written,
         CAPTIONS: captions * (row * pace.token + 32 * pace.written),
-        INPUTS: calibration_seconds(pace, inputs, texts * LENGTH + captions * row) if inputs else 0.0,
+        INPUTS: calibration_seconds(pace, inputs, texts * LENGTH + captions * row + earlier_tokens) if inputs else 0.0,
         GRADIENT: 3.5 * task_tokens * pace.token,
     }
     return {name: value for name, value in seconds.items() if value}
 
 
-def calibration_seconds(pace: Pace, inputs: Sequence[Target], tokens: int) -> float:
+def calibration_seconds(pace: Pace, inputs: Sequence[Target], tokens: float) -> float:
     """Return about the seconds that a machine needs to find the protected directions of these inputs.
 
     Each pass over the calibration runs the model and sums C of 2 GiB of inputs; a pass ends at its last layer, so it

@@ -18,10 +18,10 @@ from milora_vl.train.recipe.schema import Recipe
 # saving and speed. The records and the number of steps are compared when they are known: see resuming.py.
 DECISIVE = frozenset(
     """
-    model adapter quantization quant_type double_quant projector_weights template dtype
+    model adapter after quantization quant_type double_quant projector_weights template dtype
     parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
-    calibration.samples calibration.pictures calibration.text calibration.data base_kl.weight base_kl.texts
-    base_kl.every
+    calibration.samples calibration.pictures calibration.text calibration.data calibration.earlier
+    base_kl.weight base_kl.texts base_kl.every
     data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels
     data.video_min_pixels data.video_max_pixels data.fps data.num_frames data.packing
     data.bad_images data.web_pictures data.streaming data.shuffle_buffer data.limit

@@ -156,7 +156,8 @@ def _reads_texts(recipe: Recipe, targets: Sequence[Target]) -> bool:
 
 def _require_calibration_files(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
     calibration = recipe.calibration
-    files = {"text": calibration.text or [], "data": [calibration.data] if calibration.data else []}
+    files = {"text": calibration.text or []}
+    files |= {key: [name] for key in ("data", "earlier") if (name := getattr(calibration, key))}
     for key, names in files.items():
         for name in names:
             if not Path(name).exists() and not name.startswith("hub:"):

@@ -12,7 +12,7 @@ from milora_vl.core.adapter import checkpoints
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
 from milora_vl.models.devices import fastest_dtype, train_device
-from milora_vl.train.plan import rates, requirements, resuming, run_folder, train_section
+from milora_vl.train.plan import earlier_tasks, rates, requirements, resuming, run_folder, train_section
 from milora_vl.train.plan.base import compose
 from milora_vl.train.plan.fit import fit
 from milora_vl.train.plan.launch import read_launch
@@ -38,6 +38,7 @@ class Plan:
     resumed: Resumed | None
     started: datetime
     warnings: tuple[str, ...]
+    tasks: tuple[earlier_tasks.Task, ...] = ()  # that the run comes after
 
     def composed(self) -> tuple[Plan, str]:
         """Return the plan on a base that exists, composed of its parts at first use, and a log line."""
@@ -55,6 +56,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
     recipe, token = run_folder.without_token(with_dtype(fitting, request))
     path = Path(request.output_dir) if request.output_dir else run_folder.default_path(recipe, started)
     folder = run_folder.choose(path, request.resume)
+    tasks, notes = earlier_tasks.tasks_before(recipe, targets, folder.checkpoint)
     launch = read_launch(recipe.train)
     requirements.require_installed(recipe)
     section = train_section.derive(recipe, base, targets, launch)
@@ -62,7 +64,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         raise UserError(problems=problems)
     train_section.require_accepted(recipe, section)
     earlier = resuming.read_earlier(folder, request.resume)
-    warnings += rates.warnings(targets, section.arguments, method=request.edits.method)
+    warnings += notes + rates.warnings(targets, section.arguments, method=request.edits.method)
     return Plan(
         settings=settings,
         recipe=recipe,
@@ -74,6 +76,7 @@ def make_plan(settings: Settings, *, processes: int) -> Plan:
         resumed=None if earlier is None else resuming.resumed(earlier, recipe, base, processes),
         started=started,
         warnings=tuple(warnings),
+        tasks=tasks,
     )
 
 

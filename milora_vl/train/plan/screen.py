@@ -147,6 +147,16 @@ def _span_of_blocks(blocks: Collection[int]) -> str:
     return "-".join(map(str, ends)) if is_range else ", ".join(map(str, sorted(blocks)))
 
 
+def protected_directions(targets: Sequence[Target], protection: Mapping[str, Protection]) -> dict[str, float]:
+    """Return the mean share of protected input directions over the layers of each tower."""
+    shares: dict[str, list[float]] = {}
+    for target in targets:
+        if target.path in protection:
+            entry = protection[target.path]
+            shares.setdefault(target.tower or "other", []).append(entry.directions / entry.inputs)
+    return {tower: round(sum(values) / len(values), 4) for tower, values in shares.items()}
+
+
 def protection_lines(targets: Sequence[Target], protection: Mapping[str, Protection]) -> list[str]:
     """Return one line per tower about its protected inputs: means over layers of their shares."""
     lines = []

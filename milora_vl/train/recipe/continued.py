@@ -1,6 +1,7 @@
-"""`--adapter FOLDER`: what a run takes from the adapter that it trains further, and what cannot differ from it.
+"""`--adapter FOLDER` and `--after FOLDER`: what a run takes from an adapter, and what cannot differ from it.
 
-The adapter decides what trains and on which base. The data, the schedule and the rates come from the new run.
+With `--adapter` the adapter trains further: it decides what trains and on which base. The data, the schedule and the
+rates come from the new run. With `--after` a new adapter trains on the sum, by the same rules unless others are set.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.core.adapter.folders import (
     base_of,
     from_there,
+    has_config,
     holds_llava_adapter,
     holds_projector_alone,
     holds_residual,
     require_adapter,
 )
-from milora_vl.core.policy import Policy, Target
+from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.methods import METHODS
 from milora_vl.models.recipe_of_run import recipe_of_run
+from milora_vl.train.recipe.policy_edits import PolicyEdits, edited
 from milora_vl.train.recipe.schema import Recipe
 
 # The keys of a recipe that describe a model and its inputs. The keys of FIXED are parts of the adapter itself.
@@ -48,19 +51,27 @@ OF_SECTIONS = {
 RATES = ("learning_rate", "weight_decay")
 
 
-def settings_of(folder: Path) -> dict[str, Any]:
+def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
     """Return the settings of the adapter in `folder`, as a recipe: of its run, or what its own files say.
 
-    Raises UserError if `folder` holds no adapter that can train further.
+    Raises UserError if `folder` holds no adapter that `flag` takes.
     """
-    from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar  # they import torch, and --help needs neither
+    # It imports torch, which --help does not need.
+    from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_one_task
 
-    require_adapter(folder, "--adapter", "milora_vl.train", "--adapter")
+    if flag == "--after" and (folder / "config.json").is_file() and not has_config(folder):
+        raise UserError(
+            f"{folder} holds a whole model: its training in full left no adapter to keep",
+            code="adapter-missing",
+            where=flag,
+            hint=f"train on it as a base of its own:  --model {folder}",
+        )
+    require_adapter(folder, flag, "milora_vl.train", flag)
     if holds_projector_alone(folder):
         raise UserError(
             f"{folder} holds a projector alone",
             code="adapter-missing",
-            where="--adapter",
+            where=flag,
             hint=f"use  --projector_weights {folder}",
         )
     is_other = holds_residual(folder) or holds_llava_adapter(folder)
@@ -70,19 +81,54 @@ def settings_of(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} {why}",
             code="adapter-plain-lora",
-            where="--adapter",
+            where=flag,
             hint=to_merge(folder),
         )
+    require_one_task(folder, sidecar, is_trainable=flag == "--adapter")
     run = recipe_of_run(folder)
     if not run.get("policy"):  # saved in Python
         rules = [_rule_of(target) for target in sidecar.targets]
         return {"model": base_of(folder), "policy": rules}
     run["model"] = from_there(folder, str(run.get("model") or base_of(folder)))
-    sections = {
+    return {**{name: value for name, value in run.items() if name in TAKEN}, **_of_sections(run)}
+
+
+def _of_sections(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         section: {name: value for name, value in run.get(section, {}).items() if name in names}
         for section, names in OF_SECTIONS.items()
     }
-    return {**{name: value for name, value in run.items() if name in TAKEN}, **sections}
+
+
+def settings_after(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return the settings that a run takes from the run in `folder`, whose update it keeps, and a note, if any.
+
+    A module that trained in full gets an adapter like the others. Rules without protection get the default method.
+    Raises UserError as `settings_of`.
+    """
+    settings = settings_of(folder, "--after")
+    if calibration := settings.get("calibration"):
+        kept = {name: value for name, value in calibration.items() if name != "earlier"}
+        settings["calibration"] = kept if kept.get("data") else {**kept, "image_folder": None}
+    rules = [Rule.model_validate(rule) for rule in settings["policy"]]
+    adapter = next(rule for rule in rules if rule.method not in (None, "full", "frozen"))
+    settings["policy"] = [
+        {**(adapter if rule.method == "full" else rule).model_dump(exclude_none=True), "modules": rule.modules}
+        for rule in rules
+    ]
+    if any(rule.in_force().get("protect") for rule in rules):
+        return settings, ""
+    settings["policy"] = edited(settings["policy"], PolicyEdits(method="gradient"))
+    return settings, (
+        f"{folder} was trained without protection, so it has moved what the base knew already; this run protects what "
+        "is left, with method gradient if nothing else is set"
+    )
+
+
+def settings_resumed(run: Path) -> dict[str, Any]:
+    """Return the settings of a run with `--after` that resumes: from its own folder, the earlier one may be gone."""
+    recipe = recipe_of_run(run)
+    return {name: value for name, value in recipe.items() if name in TAKEN} | _of_sections(recipe)
 
 
 def _rule_of(target: Target) -> dict[str, Any]:

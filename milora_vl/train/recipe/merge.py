@@ -14,6 +14,7 @@ from pathlib import Path
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import Key, Problem, UserError, collected, with_problems
 from milora_vl.common.yaml_text import TEXT, read_mapping
+from milora_vl.core.adapter import checkpoints
 from milora_vl.train.recipe import continued, hf_flags, llava_flags
 from milora_vl.train.recipe.flags import PROG, RECIPE_FLAGS, Request
 from milora_vl.train.recipe.layers import RecipeFile, Section, merged, place_of, placed
@@ -78,24 +79,24 @@ class Settings:
 def merge(request: Request) -> Settings:
     """Merge the layers of a run, and check all values. Raises UserError only for a recipe that cannot be read."""
     problems, file, meaning = list(request.problems), request.recipe_file, Meaning([])
-    adapter = str(request.overrides.get("adapter") or file.content.get("adapter") or "")
-    of_adapter, of_flags = Section(), _of_flags(request)
+    adapter, after = (str(request.overrides.get(n) or file.content.get(n) or "") for n in ("adapter", "after"))
+    of_adapter, note, of_flags = Section(), "", _of_flags(request)
     with collected(problems):
-        of_adapter = _of_adapter(adapter)
+        of_adapter, note = _of_after(after, request) if after and not adapter else (_of_adapter(adapter), "")
     with collected(problems):
-        meaning = _meaning(request, adapter)
+        meaning = _meaning(request, adapter or after)
     if request.policy is not None:
         with collected(problems):
             of_flags.put("policy", _read_policy(request.policy), "--policy")
     for layer in (file.content, of_flags):  # each by itself, too: a flag hides no mistake of the file
         problems += replace(file, content=layer).located(checked(layer, is_whole=False)[1])
     below = merged(_newest(of_adapter), _newest(file.content))
-    notes = _give_way(below, of_flags)
-    of_llava = _of_llava(request, meaning, adapter)
+    notes = [*filter(None, [note]), *_give_way(below, of_flags)]
+    of_llava = _of_llava(request, meaning, adapter or after)
     if "data" in of_llava and not request.sets("data.image_aspect_ratio"):
         notes.append("LLaVA flags: without --image_aspect_ratio images are cropped to a square")
     content = merged(below, of_llava, _newest(of_flags))
-    is_known = bool(of_adapter) or not adapter  # what an adapter with a problem names is not
+    is_known = bool(of_adapter) or not (adapter or after)  # what an adapter with a problem names is not
     rules, after_flags = content.get("policy"), None
     if is_known and (rules is None or (isinstance(rules, list) and all(isinstance(rule, Mapping) for rule in rules))):
         with collected(problems):
@@ -105,7 +106,7 @@ def merge(request: Request) -> Settings:
     file = replace(file, content=content)
     settings = Settings(request=request, recipe=recipe, file=file, warnings=meaning.warnings)
     problems += settings.located(wrong)
-    if of_adapter and not problems:
+    if adapter and of_adapter and not problems:
         problems += settings.located(continued.contradictions(adapter, of_adapter, recipe))
     if not content.get("model") and is_known:
         hint = f"see: {PROG} --list-recipes"
@@ -125,6 +126,16 @@ def batch_of(file: RecipeFile) -> tuple[int, int] | None:
 def _of_adapter(adapter: str) -> Section:
     """Return the settings of the adapter that trains further; they stand in its folder."""
     return placed(continued.settings_of(Path(adapter)), lambda key: adapter) if adapter else Section()
+
+
+def _of_after(after: str, request: Request) -> tuple[Section, str]:
+    """Return the settings of the run that the new one comes after, and a note; a resumed run has them itself."""
+    run = checkpoints.resumed_run(request.output_dir, request.resume)
+    if run is not None and checkpoints.latest(run)[0] is not None:
+        settings, note, after = continued.settings_resumed(run), "", str(run)
+    else:
+        settings, note = continued.settings_after(Path(after))
+    return placed(settings, lambda key: after), note
 
 
 def _of_flags(request: Request) -> Section:

@@ -99,12 +99,13 @@ class CalibrationConfig(Strict):
     pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 32, or 0 beside data
     text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
     data: str | None = None  # records, as in data.path
-    image_folder: str | None = None  # of data
+    earlier: str | None = None  # records in place of those of the earlier runs, with `after`
+    image_folder: str | None = None  # of data and of earlier
 
     @model_validator(mode="after")
     def _has_a_source(self) -> CalibrationConfig:
-        if self.image_folder is not None and self.data is None:
-            raise ValueError("image_folder belongs to data, which is missing")
+        if self.image_folder is not None and self.data is None and self.earlier is None:
+            raise ValueError("image_folder belongs to data or earlier, which are missing")
         if self.text is None and self.data is None and self.samples == 0 and not self.pictures:
             raise ValueError("expected samples, pictures, text or data, got none")
         return self
@@ -161,6 +162,7 @@ class Recipe(Strict):
 
     model: str = ""
     adapter: str | None = None  # folder of an adapter that trains further; it decides the rules
+    after: str | None = None  # folder of a run whose update stays: a new adapter trains another task beside it
     quantization: Literal["none", "4bit", "8bit"] = "none"
     quant_type: Literal["nf4", "fp4"] = "nf4"  # data type with 4bit
     double_quant: bool = True  # with 4bit: also quantise the quantisation constants
@@ -265,6 +267,13 @@ def train_section(section: Any) -> tuple[Section, list[Problem]]:
 def conflicts(recipe: Recipe) -> list[Problem]:
     """Return the problems of settings that do not work together."""
     problems = _with_streaming(recipe.data, recipe.train) if recipe.data.streaming else []
+    if recipe.adapter and recipe.after:
+        message = "an adapter trains further, or a new one trains after it, got both"
+        hint = "--after keeps what the adapter has learned; --adapter trains the same adapter for more steps"
+        problems.append(Problem(message, "flag-conflict", Key.of("after"), hint))
+    if recipe.calibration.earlier and not recipe.after:
+        message, hint = "no earlier run, so these records have no use", "add --after FOLDER, or use calibration.data"
+        problems.append(Problem(message, "flag-needs-another", Key.of("calibration.earlier"), hint))
     train, dtype = recipe.train, recipe.dtype
     if train.get("bf16", dtype == "bfloat16") and train.get("fp16", dtype == "float16"):
         message = f"a run computes in bfloat16 or in float16, got both (dtype {dtype})"
