@@ -76,7 +76,8 @@ class PictureQuestions(AnswerTask):
             for record, caption in zip(chosen, captions, strict=True)
         ]
         batches = (self.collator(records[start : start + ROWS]) for start in range(0, len(records), ROWS))
-        found = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        found: list[Mapping[str, Tensor]] = []
+        found += ({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
         return self._captions.setdefault(count, found)
 
     def calibration(self, pictures: int = CALIBRATION_PICTURES) -> list[Mapping[str, Tensor]]:
