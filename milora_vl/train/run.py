@@ -25,7 +25,7 @@ from milora_vl.common.errors import UserError, with_context
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
-from milora_vl.core.adapter.earlier import read_earlier
+from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
 from milora_vl.core.adapter.install import base_model_of
 from milora_vl.core.weights.distributed import gather
@@ -158,6 +158,8 @@ def read_inputs(plan: Plan, screen: Screen) -> tuple[RunData, TrainingArguments,
             f"note: {recipe.adapter} was trained on other records, and this run overwrites what it has learned; "
             f"--after {recipe.adapter} keeps it"
         )
+    elif any(task["fingerprint"] == data.fingerprint for task in plan.tasks):
+        screen.say("note: an earlier run was trained on these records; for more steps on them use --adapter")
     args, warnings = training_arguments.for_this_process(plan.section, plan.folder.path)
     resuming.require_same_checkpoint(plan.folder.path, gather(None if checkpoint is None else checkpoint.name))
     batching = count_steps(plan, args, None if recipe.data.streaming else len(data.train))
@@ -269,7 +271,10 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
     note = f"   (recipe: {stated[0]} x {stated[1]})" if stated and stated != actual else ""
     source = f"   recipe {request.recipe}" if request.recipe else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
-    continued = [(name, str(getattr(recipe, name))) for name in ("adapter", "after") if getattr(recipe, name)]
+    continued = [("adapter", recipe.adapter)] if recipe.adapter else []
+    if plan.tasks:
+        rank = joined_rank(built.model.earlier, built.targets)
+        continued = [("after", f"{recipe.after}; the LoRA of all {len(plan.tasks) + 1} tasks has rank {rank}")]
     resumed = [] if folder.checkpoint is None else [("resumed", folder.checkpoint.name)]
     screen.block(
         [
@@ -293,7 +298,8 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
     if ready.base_kl is not None:
         base_kl, every = ready.base_kl, f"in one step of {ready.base_kl.every}"
         rows = f"{base_kl.num_texts} rows of the calibration"
-        screen.say(f"base_kl  {base_kl.factor:g} x KL from the base on {rows}, {every}")
+        start = "the base after the earlier runs" if plan.tasks else "the base"
+        screen.say(f"base_kl  {base_kl.factor:g} x KL from {start} on {rows}, {every}")
         if ready.batching.steps < base_kl.every:
             screen.warn("base_kl has no effect: the run has fewer steps than base_kl.every")
     if plan.resumed is not None and plan.resumed.changes:

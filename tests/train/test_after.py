@@ -64,8 +64,8 @@ def test_three_tasks_in_a_row_are_one_lora_that_lists_them(
     assert main(second(data, tmp_path / "b", tmp_path / "c", "--save_strategy", "no", "--rank", "2")) == 0
     shown = capsys.readouterr().err
     assert "room  language: " in shown
-    assert f"{first} takes " in shown
-    assert f"{tmp_path / 'b'} takes " in shown
+    assert f"% in {first}, " in shown
+    assert "the LoRA of all 3 tasks has rank " in shown
     rules = yaml.safe_load((tmp_path / "b" / "recipe.yaml").read_text())["policy"]
     assert [(rule["modules"], rule["method"], rule["rank"], rule["protect"]) for rule in rules] == [
         ("language", "gradient", 4, 0.5),

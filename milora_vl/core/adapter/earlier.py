@@ -12,6 +12,7 @@ run in its weight. `split` is the inverse: a resumed run needs its own folder al
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +219,14 @@ def split(folder: Path, model: nn.Module, own_folder: Path) -> Earlier:
     _write(own_folder, {PREFIX + name: tensor for name, tensor in mine.items()})
     own.write(own_folder, own.read_anchors(folder))
     return Earlier(factors, {**whole, **state}, saved, saved.tasks)
+
+
+def joined_rank(earlier: Earlier, targets: Sequence[Target]) -> int:
+    """Return the largest rank of the LoRA that `join` writes for a run that trains `targets`."""
+    ranks = Counter({path: len(A) for path, (A, _, _) in earlier.factors.items()})
+    new = [target for target in targets if target.rank is not None and f"{target.path}.weight" not in earlier.whole]
+    ranks.update({target.path: peft_rank(target) for target in new})
+    return max(ranks.values())
 
 
 def _names(path: str) -> tuple[str, str]:

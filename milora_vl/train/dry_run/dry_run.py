@@ -93,7 +93,8 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     for line in [*settings.notes, *(f"warning: {warning}" for warning in warnings)]:
         screen.say(line)
     model = base.parts.describe() if base.parts else base.name
-    adapter = f", with the adapter {recipe.adapter or recipe.after}" if recipe.adapter or recipe.after else ""
+    adapter = f", with the adapter {recipe.adapter}" if recipe.adapter else ""
+    adapter += f", after {recipe.after} ({amount(len(plan.tasks), 'earlier task')})" if plan.tasks else ""
     screen.say(f"model  {model}, {num_parameters(base.meta):,} parameters{adapter}")
     screen.say(f"run    {plan.folder.path} (not created)\n")
     policy(screen, base.meta, plan.targets)

@@ -29,7 +29,7 @@ from milora_vl.core.policy import Target
 from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.plan import run_data
 from milora_vl.train.plan.screen import Screen, protected_directions
-from milora_vl.train.recipe.schema import DataConfig, Recipe, SourceConfig
+from milora_vl.train.recipe.schema import CalibrationConfig, DataConfig, Recipe, SourceConfig
 
 NUM_RECORDS = 128  # of each earlier task
 HINT = "name records like those of the earlier runs in the recipe:  calibration: {earlier: FILE}"
@@ -52,15 +52,15 @@ def tasks_before(
         return (() if saved is None else tuple(saved.tasks[:-1])), []
     _require_rules(recipe, Path(recipe.after), targets)
     tasks = _tasks_of(Path(recipe.after), recipe.template)
-    if recipe.calibration.earlier is not None:
-        replaced = {"path": recipe.calibration.earlier, "image_folder": recipe.calibration.image_folder}
-        tasks = [{**task, "data": {**task["data"], **replaced}, "fingerprint": ""} for task in tasks]
-    protects = any(target.protect for target in targets)
+    protects, warnings = any(target.protect for target in targets), []
     if protects or recipe.base_kl.weight:
-        for task in tasks:
-            _data_of(task)
-    warning = "no rule has protect: what the earlier runs have learned is not protected (--method gradient)"
-    return tuple(tasks), [] if protects else [warning]
+        found = [_with_records(task, recipe.calibration) for task in tasks]
+        if recipe.calibration.earlier is not None and found == tasks:
+            warnings.append("calibration.earlier has no effect: the records of all earlier runs are in place")
+        tasks = found
+    if not protects:
+        warnings.append("no rule has protect: what the earlier runs have learned is not protected (--method gradient)")
+    return tuple(tasks), warnings
 
 
 def entry(
@@ -138,6 +138,18 @@ def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> No
             )
 
 
+def _with_records(task: Task, calibration: CalibrationConfig) -> Task:
+    """Return a task with the records of `calibration.earlier` in the place of missing ones, or raise UserError."""
+    try:
+        _data_of(task)
+    except UserError:
+        if calibration.earlier is None:
+            raise
+        folder = {} if calibration.image_folder is None else {"image_folder": calibration.image_folder}
+        return {**task, "data": {**task["data"], "path": calibration.earlier, **folder}}
+    return task
+
+
 def _data_of(task: Task) -> DataConfig:
     """Return where the records of a task are now. Raises UserError for a file that is not there any more.
 
@@ -203,18 +215,10 @@ def num_held(recipe: Recipe) -> int:
 
 
 def room_lines(targets: Sequence[Target], protection: Mapping[str, Protection], tasks: Sequence[Task]) -> list[str]:
-    """Return a line per tower: the share of input directions that is free, and what the records of each task take.
-
-    A task takes what the next run protects beyond what its own run did.
-    """
+    """Return a line per tower: the share of input directions that is free, and what was free in each earlier run."""
     lines = []
     for tower, now in protected_directions(targets, protection).items():
-        after = [*(task["directions"].get(tower) for task in tasks[1:]), now]
-        pairs = ((task["run"], task["directions"].get(tower), share) for task, share in zip(tasks, after, strict=True))
-        taken = [
-            f"{run} takes {max(share - own, 0):.1%}"
-            for run, own, share in pairs
-            if own is not None and share is not None
-        ]
-        lines.append("; ".join([f"room  {tower}: {1 - now:.1%} of the input directions are free", *taken]))
+        before = [f"{1 - share:.1%} in {task['run']}" for task in tasks if (share := task["directions"].get(tower))]
+        line = f"room  {tower}: {1 - now:.1%} of the input directions are free"
+        lines.append(f"{line}; {', '.join(before)}" if before else line)
     return lines

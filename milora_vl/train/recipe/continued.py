@@ -120,8 +120,8 @@ def settings_after(folder: Path) -> tuple[dict[str, Any], str]:
         return settings, ""
     settings["policy"] = edited(settings["policy"], PolicyEdits(method="gradient"))
     return settings, (
-        f"{folder} was trained without protection, so it has moved what the base knew already; this run protects what "
-        "is left, with method gradient if nothing else is set"
+        f"note: {folder} was trained without protection, so it has moved what the base knew already; without other "
+        "rules this run trains with method gradient and protects what is left"
     )
 
 
