@@ -194,9 +194,10 @@ def has_anchor(layer: LoraLayer, adapter: str) -> bool:
 def fixed_names(model: nn.Module) -> Iterator[str]:
     """Yield the names of the buffers of a model that never change: anchors, each fixed A, updates of earlier runs."""
     for name, module in model.named_modules():
-        if EARLIER[0] in module._buffers:
-            yield from (f"{name}.{buffer}" for buffer in EARLIER)
+        buffers = [buffer for buffer, _ in module.named_buffers(recurse=False)]
         if isinstance(module, DifferenceFactor):
             yield f"{name}.{ANCHOR}"
         elif isinstance(module, DifferenceEmbedding) or ".lora_A." in name:
-            yield from (f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
+            yield from (f"{name}.{buffer}" for buffer in buffers)
+        else:
+            yield from (f"{name}.{buffer}" for buffer in buffers if buffer in EARLIER)

@@ -156,7 +156,7 @@ def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool)
             code="adapter-several-tasks",
             where=str(folder),
             hint=f"train another task after it:  python -m milora_vl.train --after {folder}\n"
-            "or merge it:  python -m milora_vl.export FOLDER --to merged --output_dir MERGED",
+            f"or merge it:  python -m milora_vl.export {folder} --to merged --output_dir MERGED",
         )
 
 
