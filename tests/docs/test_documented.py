@@ -138,6 +138,7 @@ def repeats(command: Command, seen: set[str]) -> bool:
     return is_repeated
 
 
+@pytest.mark.filterwarnings("ignore:too little calibration")  # the data of the pages is tiny
 @pytest.mark.parametrize("page", [name for name in NAMES if commands(name)])
 def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
     seen: set[str] = set()
