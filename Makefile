@@ -43,9 +43,10 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 
 # Packages that no extra names: TRL, transformers' server, the notebook, SmolVLM's numbers.
 EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" nbclient nbformat ipykernel num2words
-EXTRAS_TESTS := tests/core/adapter/test_quantized.py tests/chat/test_chat_web.py tests/chat/test_vlm_chat.py tests/interop/test_trl.py \
-    tests/interop/test_trl_collator.py tests/train/recipe/test_llava_scripts.py tests/export/test_serving.py \
-    tests/docs/test_examples.py tests/train/test_vlm_train.py tests/data/test_videos.py tests/train/test_gpu_options.py
+EXTRAS_TESTS := tests/core/adapter/test_quantized.py tests/core/adapter/test_earlier.py tests/chat/test_chat_web.py \
+    tests/chat/test_vlm_chat.py tests/interop/test_trl.py tests/interop/test_trl_collator.py \
+    tests/train/recipe/test_llava_scripts.py tests/export/test_serving.py tests/docs/test_examples.py \
+    tests/train/test_vlm_train.py tests/data/test_videos.py tests/train/test_gpu_options.py
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment
 	$(BIN)/uv venv --quiet --seed --clear --python $(BIN)/python .venv-extras

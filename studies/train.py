@@ -96,12 +96,9 @@ def _as_lora(rule: dict[str, Any]) -> dict[str, Any]:
 
 def _texts(task: Any, study: Study, cell: Cell) -> Sequence[Mapping[str, Tensor]]:
     """Return the calibration batches of an arm; a task with pictures describes as many as the arm says."""
-    texts: Sequence[Mapping[str, Tensor]] = task.calibration(**_only(study.arms[cell.method], "pictures"))
+    arm = study.arms[cell.method]
+    texts: Sequence[Mapping[str, Tensor]] = task.calibration(*([arm["pictures"]] if "pictures" in arm else []))
     return texts
-
-
-def _only(arm: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {name: arm[name]} if name in arm else {}
 
 
 def _osf(base: nn.Module, rules: list[dict[str, Any]]) -> Any:

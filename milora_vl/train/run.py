@@ -301,7 +301,7 @@ def show_header_and_policy(ready: Ready, screen: Screen) -> None:
         start = "the base after the earlier runs" if plan.tasks else "the base"
         screen.say(f"base_kl  {base_kl.factor:g} x KL from {start} on {rows}, {every}")
         if ready.batching.steps < base_kl.every:
-            screen.warn("base_kl has no effect: the run has fewer steps than base_kl.every")
+            screen.say("base_kl has no effect: the run has fewer steps than base_kl.every")
     if plan.resumed is not None and plan.resumed.changes:
         screen.say(f"changed since {folder.checkpoint}: {'; '.join(map(str, plan.resumed.changes))}")
 

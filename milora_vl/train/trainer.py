@@ -272,7 +272,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if self.base_kl is not None and "base_kl" in inputs:
             term = outputs[0]["base_kl"]
             self.base_kl.terms.append(term.detach())
-            loss = loss + self.base_kl.factor * term
+            loss = loss + self.base_kl.factor * (term - term.detach())  # the gradient alone: `loss` is the task's
         return (loss, {}) if return_outputs else loss
 
     def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Gradients(TrainerCallback):
 def test_one_step_in_n_has_n_times_the_gradient_of_the_term(make: Callable[..., MiloraTrainer]) -> None:
     text = {"input_ids": torch.arange(5, 15)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
 
-    def gradients(base_kl: BaseKL | None) -> tuple[Tensor, dict[int, float]]:
+    def gradients(base_kl: BaseKL | None) -> tuple[Tensor, dict[int, float], list[float]]:
         # two batches, then one, in each epoch of two steps: neither divides 3
         options = {"max_steps": 7, "gradient_accumulation_steps": 2, "learning_rate": 0.0, "max_grad_norm": 0.0}
         trainer = make([row(i, 5) for i in range(3)], None, base_kl, per_device_train_batch_size=1, **options)
@@ -115,11 +115,13 @@ def test_one_step_in_n_has_n_times_the_gradient_of_the_term(make: Callable[..., 
         trainer.add_callback(found := Gradients())
         trainer.train()
         terms = {entry["step"]: entry["base_kl"] for entry in trainer.state.log_history if "base_kl" in entry}
-        return torch.stack(found.of_steps), terms
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return torch.stack(found.of_steps), terms, losses
 
-    task, _ = gradients(None)
-    always, terms = gradients(BaseKL([text], 0.5, 1))
-    third, terms_of_third = gradients(BaseKL([text], 0.5, 3))
+    task, _, losses = gradients(None)
+    always, terms, losses_beside = gradients(BaseKL([text], 0.5, 1))
+    third, terms_of_third, _ = gradients(BaseKL([text], 0.5, 3))
+    assert losses_beside == losses, "the loss that is logged is the task's"
     assert [*terms] == [1, 2, 3, 4, 5, 6, 7]
     assert terms_of_third == {step: terms[step] for step in (3, 6)}
     scale = (always - task).abs().max()

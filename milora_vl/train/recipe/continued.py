@@ -61,10 +61,10 @@ def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
 
     if flag == "--after" and (folder / "config.json").is_file() and not has_config(folder):
         raise UserError(
-            f"{folder} holds a whole model: its training in full left no adapter to keep",
+            f"{folder} holds a whole model, without an adapter",
             code="adapter-missing",
             where=flag,
-            hint=f"train on it as a base of its own:  --model {folder}",
+            hint=f"train on it as a base:  --model {folder}",
         )
     require_adapter(folder, flag, "milora_vl.train", flag)
     if holds_projector_alone(folder):

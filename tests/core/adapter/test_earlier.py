@@ -17,6 +17,7 @@ from milora_vl import apply_milora, load_adapter, merge, save_adapter
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import APART_FILE, hold, read_earlier
 from milora_vl.core.adapter.files import load_checkpoint
+from milora_vl.core.adapter.install import fixed_names
 from milora_vl.core.adapter.names import EARLIER
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.policy import Policy
@@ -164,7 +165,7 @@ def test_a_copy_computes_with_its_own_update_and_ddp_broadcasts_none(tiny_llama,
     expected, other = logits(model, batch), copy.deepcopy(model)
     held = {name: buffer for name, buffer in other.named_buffers() if name.rpartition(".")[2] in EARLIER}
     assert held
-    assert set(held) <= set(model._ddp_params_and_buffers_to_ignore)
+    assert set(held) <= set(fixed_names(model)), "DDP ignores these"
     assert not held.keys() & model.state_dict().keys()
     for buffer in held.values():
         buffer.zero_()
