@@ -2,9 +2,9 @@
 
 python benchmarks/base_kl.py [--records 8] [--data data/emoji]
 
-`--data` is the folder of `python -m milora_data emoji`. Prints one JSON line with the seconds of a step alone, of one
-that also reads two texts, of one that reads two captions, and `price`: the mean time of a step by the default, which
-has the term in every fourth step, over that of a step alone. One thread; the best of `--repeats`.
+`--data` is the folder of `python -m milora_data emoji`. Prints one JSON line: the seconds of a step `alone`,
+`with_texts` and `with_captions`, two of each; and `price`, the mean time of a step with the term in every fourth, as by
+default, divided by `alone`. One thread; the best of `--repeats`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rows of a fixed A that no method of the product chooses: those of published relatives."""
+"""Rows of a fixed A as published relatives choose them; no method of the product does."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _trained(task: AnswerTask, study: Study, cell: Cell, model: Any, factors: Pa
 def _calibration(
     earlier: Sequence[AnswerTask], texts: Sequence[Mapping[str, Tensor]], study: Study, cell: Cell
 ) -> list[Mapping[str, Tensor]]:
-    """Return the calibration batches: those of earlier tasks, then the texts of the base."""
+    """Return the calibration batches: of earlier tasks first, then the texts of the base."""
     chain = study.chain(cell.method)
     batches: list[Mapping[str, Tensor]] = []
     for task in earlier:

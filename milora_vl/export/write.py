@@ -220,8 +220,8 @@ def write_gguf(job: Job) -> Written:
     model, rounding = job.merged(base)
     if rounding:
         sys.stderr.write(
-            f"merged in the data type of the base; the largest change of a weight by rounding is {rounding:.1e}, to "
-            f"which llama.cpp's script adds that of {outtype}\n"
+            f"merged in the data type of the base; the largest change of a weight by rounding is {rounding:.1e}; "
+            f"llama.cpp's script then rounds to {outtype}\n"
         )
     files = _convert(job, model, base, "model", outtype)
     _write_modelfile(job, files)

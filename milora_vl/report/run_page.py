@@ -196,7 +196,7 @@ def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[Earlie
 
 
 def _asked(evaluation: Evaluation) -> set[tuple[str, ...]]:
-    """Return what tells the questions of an evaluation from those of another file with the same name."""
+    """Return what identifies the questions of an evaluation: another file may have the same name."""
     return {tuple(str(line.get(key)) for key in ("benchmark", "id", "question")) for line in evaluation.predictions}
 
 

@@ -29,7 +29,7 @@ from milora_vl.core.policy.towers import image_token_of
 class BaseKL:
     """The texts of the term in every `every`-th step. Batches with pictures and without take turns.
 
-    `weight` is that of the term in an average step: `factor`, that of a step with the term, is `every` times as large.
+    `weight` is the weight of the term in an average step. A step with the term has `factor`, `every` times as large.
     """
 
     def __init__(self, batches: Sequence[Mapping[str, Tensor]], weight: float, every: int) -> None:

@@ -126,7 +126,7 @@ def test_records_that_have_moved_or_changed(
     for name in ("recipe.yaml", "milora.json"):
         (moved / name).write_text((moved / name).read_text().replace(str(data / "train.json"), "nowhere.json"))
     words = second(data, moved, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")
-    with raises_code("after-no-records", where="--after", hint="calibration: {earlier: FILE}"):
+    with raises_code("after-no-records", where="--after", hint="calibration: {earlier: FILE"):
         plan(words)
     recipe = tmp_path / "recipe.yaml"
     earlier = {"earlier": str(data / "train.json"), "image_folder": str(data / "images")}
@@ -200,7 +200,7 @@ def test_more_steps_on_other_records_are_told_of_the_other_way(
 @pytest.mark.slow
 @needs_deepspeed
 def test_two_processes_train_as_one(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    model = ["--model", str(tiny_folder), "--base_kl_weight", "0"]  # each process would read texts of its own
+    model = ["--model", str(tiny_folder), "--base_kl_weight", "0"]  # each process would read other texts
     words = training(data, tmp_path / "a", *model, "--policy", PROJECTOR_TOO, "--save_strategy", "no")
     assert main(words) == 0
     assert main(second(data, tmp_path / "a", tmp_path / "one", *model)) == 0

@@ -46,7 +46,7 @@ def shorten(run: Path) -> None:
 def test_checkpoints_continue_with_and_without_fsdp(tiny_data: Path, tiny_folder: Path, tmp_path: Path) -> None:
     """A run of two processes goes on in one, and the other way round; stock PEFT loads the result."""
     extra = ["--model", str(tiny_folder), "--rank", "4", "--dropout", "0", "--gradient_checkpointing"]
-    extra += ["--base_kl_weight", "0"]  # each process reads texts of its own
+    extra += ["--base_kl_weight", "0"]  # each process reads other texts
     two = [*extra, "--per_device_train_batch_size", "2"]
     for run in ("one", "from_one"):
         assert main(training(tiny_data, tmp_path / run, *extra)) == 0

@@ -234,7 +234,7 @@ def _names(path: str) -> tuple[str, str]:
 
 
 def _joined(target: Target, rank: int, scaling: float | None = None) -> Target:
-    """Return a plain LoRA on the module of a target; the scaling is that of the target, if no other is given."""
+    """Return a plain LoRA on the module of a target, with its scaling or the given one."""
     alpha = (target.scaling if scaling is None else scaling) * rank
     alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
     return Target(path=target.path, shape=target.shape, tower=target.tower, method="lora", rank=rank, alpha=alpha)

@@ -110,7 +110,7 @@ def load_adapter(
 
 
 def load_checkpoint(base: nn.Module, path: str | Path) -> Any:
-    """Return `base` with the adapter in a checkpoint of a run, to train on; of a run after others, on their update."""
+    """Return `base` with the adapter in a checkpoint, to train further. A base of a run after others holds theirs."""
     saved = read_sidecar(Path(path))
     if saved is None or saved.own is None:
         return load_adapter(base, path, is_trainable=True)

@@ -61,7 +61,7 @@ class FixedA(ForwardVariant):
 
 
 def plus_update(onto: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, first: torch.dtype) -> Tensor:
-    """Return `onto` + s B A x in the dtype of `onto` (..., out); `first` is that of A x without autocast."""
+    """Return `onto` + s B A x in the dtype of `onto` (..., out); `first` is the dtype of A x without autocast."""
     device = onto.device.type
     if onto.dtype == torch.float16:  # A x can leave its range, and infinity times B = 0 is NaN
         first = dtype = torch.float32

@@ -3,7 +3,7 @@
 Without this file the folder is still a correct LoRA for inference. With it, the trained difference and the anchor, or
 the A that never changes, are known again, so training can continue.
 
-In the folder of a run that trained after others (`earlier.py`), the modules are those of one plain LoRA for all tasks.
+In the folder of a run that trained after others (`earlier.py`), `modules` describes one plain LoRA for all tasks.
 `tasks` then lists the tasks in order, and `own` is the sidecar of the last one alone.
 
 Format version 3 stores the factors [D; A0] and [B0 + E, E] (`difference.py`), and B0 itself in
@@ -152,7 +152,7 @@ def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool)
     """Raise AdapterError for an adapter of several tasks that would train further: it holds no start of them."""
     if is_trainable and saved is not None and saved.own is not None:
         raise AdapterError(
-            f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further as it is",
+            f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further",
             code="adapter-several-tasks",
             where=str(folder),
             hint=f"train another task after it:  python -m milora_vl.train --after {folder}\n"

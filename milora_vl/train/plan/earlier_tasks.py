@@ -32,7 +32,7 @@ from milora_vl.train.plan.screen import Screen, protected_directions
 from milora_vl.train.recipe.schema import CalibrationConfig, DataConfig, Recipe, SourceConfig
 
 NUM_RECORDS = 128  # of each earlier task
-HINT = "name records like those of the earlier runs in the recipe:  calibration: {earlier: FILE}"
+HINT = "name similar records in the recipe:  calibration: {earlier: FILE, image_folder: FOLDER}"
 
 Task = Mapping[str, Any]
 
@@ -91,7 +91,7 @@ def entry(
 def _tasks_of(folder: Path, template: str) -> list[Task]:
     """Return the entries of a finished run: those in its milora.json, or the one of a run that came after none.
 
-    `template` is that of an adapter without a recipe.
+    `template` is used for an adapter without a recipe.
     """
     saved = read_sidecar(folder)
     assert saved is not None
@@ -104,7 +104,7 @@ def _tasks_of(folder: Path, template: str) -> list[Task]:
 
 
 def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> None:
-    """Raise UserError for targets whose update cannot be added to that of the run in `after`."""
+    """Raise UserError for targets whose update cannot be added to the update of the run in `after`."""
     saved = read_sidecar(after)
     assert saved is not None
 
@@ -157,7 +157,7 @@ def _data_of(task: Task) -> DataConfig:
     """
     data, run = DataConfig.model_validate({**task["data"], "eval_path": None}), str(task["run"])
     if data.path is None:
-        raise _missing(run, "the folder does not say which records it was trained on")
+        raise _missing(run, "its folder names no records")
 
     def here(name: str | None) -> Any:
         if name is None or name.startswith("hub:") or Path(name).exists():

@@ -41,7 +41,7 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "after",
         "str",
         (),
-        "run whose update stays as it is: a new adapter learns other data beside it, off the inputs of its records",
+        "run whose update stays: a new adapter learns other data beside it, off the inputs of its records",
     ),
     "data_path": ("data.path", "str", (), cli_flags.RECORDS),
     "image_folder": ("data.image_folder", "str", (), "folder that the image paths of the records are relative to"),

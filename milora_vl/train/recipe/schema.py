@@ -99,7 +99,7 @@ class CalibrationConfig(Strict):
     pictures: NonNegativeInt | None = None  # training pictures with the base's captions; default 32, or 0 beside data
     text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
     data: str | None = None  # records, as in data.path
-    earlier: str | None = None  # records in place of those of the earlier runs, with `after`
+    earlier: str | None = None  # records for earlier runs whose own are missing, with `after`
     image_folder: str | None = None  # of data and of earlier
 
     @model_validator(mode="after")
