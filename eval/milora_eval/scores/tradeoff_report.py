@@ -91,7 +91,7 @@ def figure(result: Tradeoff) -> Figure:
         if result.sequence is None:
             _means_panel(means, result, colours, marks)
         else:
-            _scores_panel(means, result, colours)
+            _scores_panel(means, result, colours, marks)
         for place, stage in enumerate(result.stages):
             apart = min(0.2, 0.6 / len(result.stages))
             rows = [row + apart * (place - (len(result.stages) - 1) / 2) for row in range(len(names))]
@@ -102,7 +102,8 @@ def figure(result: Tradeoff) -> Figure:
                 ms=5, elinewidth=1, label=stage.name,
             )  # fmt: skip
         each.axvline(0, color=GREY, lw=0.8)
-        each.axhline(len(result.targets) - 0.5, color=GREY, lw=0.8, ls=":")
+        if result.held_out:
+            each.axhline(len(result.targets) - 0.5, color=GREY, lw=0.8, ls=":")
         each.set_yticks(range(len(names)), names)
         for label in each.get_yticklabels()[: len(result.targets)]:
             label.set_fontweight("bold")
@@ -129,20 +130,21 @@ def _means_panel(axis: Axes, result: Tradeoff, colours: Mapping[str, str], marks
     axis.set(xlabel="change on what is held out, %", ylabel="gain on the targets, %")
 
 
-def _scores_panel(axis: Axes, result: Tradeoff, colours: Mapping[str, str]) -> None:
-    """Draw one line per target, in the colour of the run that learned it: the score before and after each run."""
+def _scores_panel(axis: Axes, result: Tradeoff, colours: Mapping[str, str], marks: Mapping[str, str]) -> None:
+    """Draw one line per target, with colour and mark of the run that learned it: the score before and after each."""
     for learned, name in enumerate(result.targets, start=1):
-        colour = colours[result.stages[learned - 1].name]
+        run = result.stages[learned - 1].name
+        colour = colours[run]
         pairs = [stage.pairs[name] for stage in result.stages]
         scores = [100 * metric.value for metric in (pairs[0].a, *(pair.b for pair in pairs))]
-        axis.plot(scores, color=colour, marker="o", ms=6, markevery=[learned], lw=1.4)
+        axis.plot(scores, color=colour, marker=marks[run], ms=6, markevery=[learned], lw=1.4)
         axis.annotate(
             name, (len(pairs), scores[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8,
             color=colour,
         )  # fmt: skip
     axis.set_xticks(range(len(result.stages) + 1), ["base", *(stage.name for stage in result.stages)])
     axis.margins(x=0.12)
-    axis.set(xlabel="after the run (mark: it learned this target)", ylabel="score, %")
+    axis.set(xlabel="after the run (mark: that learned this target)", ylabel="score, %")
 
 
 def _scale(unit: str) -> float:
