@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +10,14 @@ from torch import Tensor, nn
 
 from milora_vl import Policy
 from milora_vl.core.adapter.choose_a import first_rows_off
+from milora_vl.core.calibration.bases import Batches, Calibration
 from milora_vl.core.calibration.calibrate import protected_inputs, task_sketches
 from milora_vl.core.weights.matrices import read_matrix
 from studies.study import Rows
 
-Batches = Sequence[Mapping[str, Any]]
-
 
 def rows_of(
-    base: nn.Module, rules: list[dict[str, Any]], rows: Rows, texts: Batches | None, task: Batches
+    base: nn.Module, rules: list[dict[str, Any]], rows: Rows, texts: Calibration | None, task: Batches
 ) -> dict[str, Tensor]:
     """Return A (r, in) of each adapted layer, by path: the first rows of the task's gradient or of W, off directions.
 

@@ -12,16 +12,18 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain as chain_of
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 
 from milora_data.records.record import Record
 from milora_vl import merge
+from milora_vl.core.calibration.bases import Batches, Calibration, sources_of
 from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.study import Study
 from studies.task import Task
@@ -134,17 +136,17 @@ def _trained(task: AnswerTask, study: Study, cell: Cell, model: Any, factors: Pa
     return model, done
 
 
-def _calibration(
-    earlier: Sequence[AnswerTask], texts: Sequence[Mapping[str, Tensor]], study: Study, cell: Cell
-) -> list[Mapping[str, Tensor]]:
-    """Return the calibration batches: of earlier tasks first, then the texts of the base."""
+def _calibration(earlier: Sequence[AnswerTask], texts: Calibration, study: Study, cell: Cell) -> Mapping[str, Batches]:
+    """Return the sources of the calibration: the texts of the base, and records of each earlier task."""
     chain = study.chain(cell.method)
-    batches: list[Mapping[str, Tensor]] = []
-    for task in earlier:
+    sources = {"base": list(chain_of(*sources_of(texts)))}
+    for number, task in enumerate(earlier if chain.earlier else (), start=1):
         of_task = task.inputs(_drawn(task, min(chain.earlier, len(task.train)), cell.seed))
-        repeats = round(_tokens(texts) / _tokens(of_task)) if chain.equal else 1
-        batches += of_task * max(repeats, 1)
-    return [*batches, *texts]
+        if chain.is_sum:
+            sources["base"] = [*of_task, *sources["base"]]
+        else:
+            sources[str(number)] = of_task
+    return sources
 
 
 def _drawn(task: AnswerTask, count: int, seed: int) -> list[Record]:
@@ -152,14 +154,12 @@ def _drawn(task: AnswerTask, count: int, seed: int) -> list[Record]:
     return [task.train[place] for place in order[:count]]
 
 
-def _tokens(batches: Sequence[Mapping[str, Tensor]]) -> int:
-    return sum(int(batch["attention_mask"].sum()) for batch in batches)
-
-
-def _digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
+def _digest(calibration: Calibration) -> str:
     digest = hashlib.sha256()
-    for batch in batches:
-        digest.update(batch["input_ids"].numpy().tobytes())
+    for batches in sources_of(calibration):
+        digest.update(f"{len(batches)}".encode())
+        for batch in batches:
+            digest.update(batch["input_ids"].numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -140,13 +140,13 @@ class Chain(Strict):
       one adapter for each task, all on the base; their updates are added. `joint`: one training on the records of all
       tasks, with the steps of all.
     - `earlier`: the number of records of each earlier task in the calibration.
-    - `equal`: repeat these records, so that each task has as many tokens there as the texts of the base.
+    - `is_sum`: these records and the texts of the base are one source of the calibration, not one each.
     - `replay`: the share of the records of each earlier task that the training data contains.
     """
 
     start: Literal["new", "further", "apart", "joint"] = "new"
     earlier: NonNegativeInt = 0
-    equal: bool = False
+    is_sum: bool = False
     replay: float = Field(0.0, ge=0, le=1)
 
 

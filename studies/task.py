@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from milora_vl.core.calibration.bases import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,7 @@ class Task(Protocol):
         """Measure a tuned model in eval mode, without gradients."""
         ...
 
-    def calibration(self) -> Sequence[Mapping[str, Tensor]]:
+    def calibration(self) -> Calibration:
         """Return batches for rules that protect inputs: arguments of the model's forward. `measure` uses other data."""
         ...
 

@@ -33,6 +33,7 @@ from milora_vl.common.atomic_write import write_json
 from milora_vl.common.errors import DataError, Key, UserError, first_line
 from milora_vl.common.progress import one_bar, progress_bar
 from milora_vl.core.calibration import CAPTIONS, PARTS, TEXTS
+from milora_vl.core.calibration.bases import Batches
 from milora_vl.core.calibration.cache import weights_digest
 from milora_vl.core.calibration.gradients import RECORDS
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
@@ -92,16 +93,25 @@ class _Sources:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the base knows: rows of ids, each with the name of its text, and records, each list with its collator."""
+    """What the base knows: rows of ids, each with the name of its text, and records, each list with its collator.
+
+    `tasks` has records of what it has learned, by the run that did.
+    """
 
     rows: list[tuple[str, list[int]]]
     records: list[tuple[RecordCollator[Any], Sequence[Record]]]
+    tasks: dict[str, tuple[RecordCollator[Any], Sequence[Record]]]
     tokenizer: Any
+
+    def sources(self) -> Mapping[str, Batches]:
+        """Return the sources of a calibration: texts and captions, and the records of each earlier task."""
+        own = replace(self, tasks={}).batches()
+        return {"base": own} | {run: _collated(*of_task, ROWS) for run, of_task in self.tasks.items()}
 
     def batches(self, size: int = ROWS) -> list[Mapping[str, Tensor]]:
         """Return batches of at most `size`, arguments of the model's forward."""
         found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(self.rows, size, self.tokenizer)]
-        for collate, records in self.records:
+        for collate, records in [*self.records, *self.tasks.values()]:
             found += _collated(collate, records, size)
         return found
 
@@ -142,13 +152,14 @@ def make_texts(
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
         found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
-    for of_task, drawn in records_of(tasks, recipe, screen):
+    of_tasks: dict[str, tuple[RecordCollator[Any], Sequence[Record]]] = {}
+    for run, of_task, drawn in records_of(tasks, recipe, screen):
         collate = collators.collator(of_task, base, processor)
         usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
-        found.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
-    if not rows and not any(records for _, records in found):
+        of_tasks[run] = collate, list(islice(usable, part_of(NUM_RECORDS, steps)))
+    if not rows and not any(records for _, records in [*found, *of_tasks.values()]):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
-    return Texts(rows, found, sources.tokenizer)
+    return Texts(rows, found, of_tasks, sources.tokenizer)
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def adapt(
             texts = calibration_batches.make_texts(
                 recipe, plan.base, loaded, processor, data.train, screen, steps, plan.tasks
             )
-            batches = texts.batches() if protects else None
+            batches = texts.sources() if protects else None
         if recipe.base_kl.weight:
             term = recipe.base_kl
             base_kl = BaseKL(texts.batches(term.texts), recipe.base_kl.weight, term.every)

@@ -20,6 +20,7 @@ from milora_data.batches.lengths import lengths_of
 from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
+from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
 from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Forgetting, ProbeBatch, logits_of, summary, token_sums
@@ -53,7 +54,7 @@ class AnswerTask:
     ) -> None:
         self.base, self.collator, self.train = base, collator, train
         self.lengths = lengths_of(train, collator)
-        self.calibrated: Sequence[Mapping[str, Tensor]] | None = None  # in place of the base's own texts
+        self.calibrated: Calibration | None = None  # in place of the base's own texts
         self.validation, self.test = self._by_length(validation), self._by_length(test)
         text = text_batches(general_text(), collator.tokenizer, num_tokens=TOKENS, block_length=256, batch_size=4)
         with torch.no_grad():  # predictions of the base model (n, vocabulary), the reference for all trainings
@@ -68,7 +69,7 @@ class AnswerTask:
         add_chunked_loss(copied)
         return copied
 
-    def changed(self, train: Sequence[Record], calibration: Sequence[Mapping[str, Tensor]]) -> AnswerTask:
+    def changed(self, train: Sequence[Record], calibration: Calibration) -> AnswerTask:
         """Return the same task with other training records and calibration batches."""
         other = copy(self)
         other.train, other.lengths, other.calibrated = train, lengths_of(train, self.collator), calibration
@@ -129,7 +130,7 @@ class AnswerTask:
         )
         return [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
 
-    def calibration(self) -> Sequence[Mapping[str, Tensor]]:
+    def calibration(self) -> Calibration:
         """Return texts that the base model writes itself, at temperature 1."""
         if self.calibrated is not None:
             return self.calibrated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
+from milora_vl.core.calibration.bases import Calibration, sources_of
 from milora_vl.forgetting import answer_batches, drawn_questions
 from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.devices import fastest_dtype
@@ -80,9 +82,11 @@ class PictureQuestions(AnswerTask):
         found += ({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
         return self._captions.setdefault(count, found)
 
-    def calibration(self, pictures: int = CALIBRATION_PICTURES) -> list[Mapping[str, Tensor]]:
+    def calibration(self, pictures: int = CALIBRATION_PICTURES) -> Calibration:
         """Return texts and captions of training pictures, both written by the base model itself."""
-        return [*super().calibration(), *self._described(pictures)]
+        if self.calibrated is not None:
+            return self.calibrated
+        return [*chain(*sources_of(super().calibration())), *self._described(pictures)]
 
 
 def _in_one_word(record: Record) -> Record:

@@ -81,10 +81,9 @@ def test_a_finished_task_is_not_trained_again(
 def test_the_earlier_inputs_are_protected_and_the_sum_of_updates_is_exact() -> None:
     topics = task(NamedTopics)
     study = STUDY.model_copy(update={"arms": {"after": {"chain": {"earlier": 40}}}})
-    batches = sequence._calibration([topics], topics.calibration(), study, Cell("after", 1e-2, None, 0))
-    assert sum(len(batch["input_ids"]) for batch in batches) == 40 + sum(
-        len(batch["input_ids"]) for batch in topics.calibration()
-    )
+    sources = sequence._calibration([topics], topics.calibration(), study, Cell("after", 1e-2, None, 0))
+    rows = {name: sum(len(batch["input_ids"]) for batch in batches) for name, batches in sources.items()}
+    assert rows == {"base": sum(len(batch["input_ids"]) for batch in topics.calibration()), "1": 40}
     total, tuned = topics.model(), topics.model()
     with torch.no_grad():
         for parameter in tuned.parameters():

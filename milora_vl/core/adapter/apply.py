@@ -31,6 +31,7 @@ from milora_vl.core.adapter.install import install_factors, lora_layer, set_drop
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import MiloraMixin, adopt
 from milora_vl.core.adapter.sidecar import Sidecar
+from milora_vl.core.calibration.bases import Batches, Calibration
 from milora_vl.core.calibration.calibrate import protected_inputs, require_calibration, require_task, task_sketches
 from milora_vl.core.init.initialize import Initial, Progress, initialize
 from milora_vl.core.policy import Policy, Rule, Target
@@ -43,8 +44,8 @@ def apply_milora(
     model: nn.Module,
     policy: Policy | str | Path | Sequence[Mapping[str, Any] | Rule],
     *,
-    calibration: Sequence[Mapping[str, Any]] | None = None,
-    task: Sequence[Mapping[str, Any]] | None = None,
+    calibration: Calibration | None = None,
+    task: Batches | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
@@ -58,9 +59,10 @@ def apply_milora(
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).
 
     `calibration` is for rules with `protect`, and for `method: gradient`, whose default is 0.95: arguments of the
-    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. The base model runs
-    on them once. `task` is for `method: gradient`: a few training batches of the same kind, with labels; the base model
-    runs forward and backward.
+    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. With several lists of
+    batches in a mapping by name, each layer protects its share of each list. The base model runs on them once. `task`
+    is for `method: gradient`: a few training batches of the same kind, with labels; the base model runs forward and
+    backward.
 
     Factors, spectra and every fixed A are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
@@ -99,8 +101,8 @@ def apply_targets(
     model: nn.Module,
     targets: Sequence[Target],
     *,
-    calibration: Sequence[Mapping[str, Any]] | None = None,
-    task: Sequence[Mapping[str, Any]] | None = None,
+    calibration: Calibration | None = None,
+    task: Batches | None = None,
     cache_dir: str | Path | None = None,
     calibration_cache: str | Path | None = None,
     progress: Progress = False,

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.calibration.bases import ProtectedInputs
-from milora_vl.core.calibration.cache import Batches, calibration_key, read_entry, write_entry
+from milora_vl.core.calibration.bases import Batches, Calibration, ProtectedInputs
+from milora_vl.core.calibration.cache import calibration_key, read_entry, write_entry
 from milora_vl.core.init.initialize import Initial
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.svd.precision import full_precision
@@ -38,7 +38,7 @@ class Protection:
 
     - `directions`: the number k of protected input directions, of `inputs` in total.
     - `energy`: the share of the layer's input energy that they hold on calibration data: at least the rule's `protect`,
-      or what leaves as many other directions as the rank.
+      or what leaves as many other directions as the rank. Of several sources, the lowest share, or less.
     - `held_out`: the same on calibration data that did not choose them; None without such data.
     - `kept`: the mean share of the start's rows, or of the task's gradient, that lies off the protected directions.
     - `overlap`: ||A V|| / ||A|| at the start; rounding alone.
@@ -99,7 +99,7 @@ def fixed_factors(
 def cached_factors(
     model: nn.Module,
     targets: Sequence[Target],
-    calibration: Batches | None,
+    calibration: Calibration | None,
     task: Batches | None,
     cache_dir: str | Path | None,
     choose: Callable[[], tuple[dict[str, Tensor], dict[str, Protection]]],

@@ -6,7 +6,6 @@ of a MiLoRA adapter that stock PEFT has loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from milora_vl.core.adapter.install import factors, has_anchor, lora_layer
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
+from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.init.initialize import Progress
 from milora_vl.core.policy.methods import METHODS, RuleMethod
 from milora_vl.core.policy.rules import Rule
@@ -44,7 +44,7 @@ def reinit_peft(
     part: Part = "minor",
     *,
     protect: float = 0.0,
-    calibration: Sequence[Mapping[str, Any]] | None = None,
+    calibration: Calibration | None = None,
     progress: Progress = False,
 ) -> Any:
     """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.

@@ -1,5 +1,6 @@
 """Run the base model on calibration batches with hooks, sum C = E[x x'] of each layer input, find its protected inputs.
 
+Each source of batches has a C of its own, and adds the directions that `protect` of its energy still needs.
 The memory of C (in, in) decides how many layers one pass over the batches serves: all layers of a small model, a few
 blocks of a large one. A pass ends at its last layer. Nothing of the model changes.
 """
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import INPUTS
-from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, first_directions
+from milora_vl.core.calibration.bases import (
+    Calibration,
+    CalibrationError,
+    InputBasis,
+    ProtectedInputs,
+    further_directions,
+    sources_of,
+    together,
+)
 from milora_vl.core.calibration.modes import evaluated, without_caches
 from milora_vl.core.calibration.positions import positions_of
 from milora_vl.core.policy.rules import Target
@@ -47,10 +56,12 @@ class _Input:
     size: int
     is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
-    total: Tensor | None = None  # C (in, in) below its diagonal
-    num_positions: int = 0  # in `total`
+    total: Tensor | None = None  # C (in, in) of one source, below its diagonal
+    num_positions: int = 0  # of all sources
+    V: Tensor | None = None  # (in, k) the directions of the sources so far
+    shares: list[Tensor] = field(default_factory=list)  # of each source so far, see `further_directions`
     basis: InputBasis | None = None
-    held: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # energy along each of V (k,) and in total, held out
+    held: list[list[Any]] = field(default_factory=list)  # of each source, held out: energy along V (k,), and in total
 
     @property
     def num_bytes(self) -> int:
@@ -60,33 +71,39 @@ class _Input:
 
 @torch.no_grad()
 def find_inputs(
-    model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch], *, is_shown: bool = False
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration, *, is_shown: bool = False
 ) -> ProtectedInputs:
-    """Return the protected inputs of all targets whose rule has `protect`.
+    """Return the protected inputs of all targets whose rule has `protect`: that share of the energy of each source.
 
-    `batches` holds arguments of the model's forward, for example {"input_ids": ..., "attention_mask": ...}. One batch
-    in eight is held out. All processes get identical bits from the first one.
+    One batch in eight is held out. All processes get identical bits from the first one.
     `is_shown` shows a progress bar on stderr.
 
     Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
     """
-    fit, held = _split(batches)
-    fit_positions, held_positions = _positions(model, fit), _positions(model, held) if held else []
+    fit, held = zip(*(_split(batches) for batches in sources_of(calibration)), strict=True)
+    fits = [_with_positions(model, batches) for batches in fit]
+    helds = [_with_positions(model, batches) for batches in held if batches]
+    num_fit, num_held = (sum(map(len, part)) for part in (fit, held))
     shown = is_shown and rank_and_world_size()[0] == 0
     with evaluated(model), without_caches(model):
-        inputs = _inputs_in_order(model, targets, fit)
-        passes = list(_passes(inputs))
-        with progress_bar(INPUTS, len(passes) * len(fit) + len(held), "batches", is_shown=shown) as bar:
+        inputs = _inputs_in_order(model, targets, [batch for batches in fit for batch in batches])
+        passes = list(_passes(inputs, len(fits)))
+        with progress_bar(INPUTS, len(passes) * num_fit + num_held, "batches", is_shown=shown) as bar:
             for part in passes:
-                for batch, positions in zip(fit, fit_positions, strict=True):
-                    _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
-                    bar.update()
+                for of_source in fits:
+                    for batch, positions in of_source:
+                        _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
+                        bar.update()
+                    for one in part:
+                        _extend(one)
                 for one in part:
                     one.basis = _basis(one)
-                    one.total = None
-            for batch, positions in zip(held, held_positions, strict=True):
-                _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
-                bar.update()
+            for of_source in helds:
+                for one in inputs:
+                    one.held.append([0.0, 0.0])
+                for batch, positions in of_source:
+                    _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
+                    bar.update()
     return ProtectedInputs(
         [_checked(one) for one in inputs],
         {path: number for number, one in enumerate(inputs) for path in one.paths},
@@ -108,10 +125,10 @@ def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return fit, held
 
 
-def _positions(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor | None]:
+def _with_positions(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[Batch, Tensor | None]]:
     positions = positions_of(batches, image_token_of(model))
     # An encoder and its decoder read different ids: there every position counts.
-    return [None] * len(batches) if is_encoder_decoder(model) else positions
+    return [(batch, None if is_encoder_decoder(model) else one) for batch, one in zip(batches, positions, strict=True)]
 
 
 def _kind(batch: Batch) -> tuple[str, ...]:
@@ -217,11 +234,15 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     return list(inputs.values())
 
 
-def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
-    """Yield consecutive inputs whose sums fit into memory together; at least one at a time."""
+def _passes(inputs: Sequence[_Input], num_sources: int) -> Iterator[list[_Input]]:
+    """Yield consecutive inputs whose sums, and the directions of earlier sources, fit into memory together.
+
+    At least one input is in a part.
+    """
     part: list[_Input] = []
+    most = PASS_BYTES if num_sources == 1 else PASS_BYTES // 2
     for one in inputs:
-        if part and sum(other.num_bytes for other in part) + one.num_bytes > PASS_BYTES:
+        if part and sum(other.num_bytes for other in part) + one.num_bytes > most:
             yield part
             part = []
         part.append(one)
@@ -277,11 +298,23 @@ def _adder(one: _Input, positions: Tensor | None) -> Hook:
     return add
 
 
-def _basis(one: _Input) -> InputBasis:
-    assert one.total is not None
+def _extend(one: _Input) -> None:
+    """Add the directions of the source whose C is complete."""
+    if one.total is None:  # no batch of this source reaches the layer
+        return
     if not bool(torch.isfinite(one.total).all()):
         raise _not_finite(one)
-    V, shares = first_directions(mirror(one.total), one.protect)
+    C, one.total = mirror(one.total), None
+    V = C.new_zeros(one.size, 0) if one.V is None else one.V
+    new, shares = further_directions(C, one.protect, V)
+    one.V = torch.cat([V, new], dim=1)
+    one.shares.append(shares)
+
+
+def _basis(one: _Input) -> InputBasis:
+    assert one.V is not None
+    V, shares = together(one.V, one.shares)
+    one.V = None
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
         V, shares = _from_first_rank(V), _from_first_rank(shares)
     return InputBasis(V.cpu(), shares, one.num_positions)  # a 7B's are 5 to 7 GiB
@@ -308,8 +341,8 @@ def _checker(one: _Input, positions: Tensor | None) -> Hook:
         rows, weights = _rows(one, x, positions)
         with full_precision(rows.device):
             scaled = rows * weights.sqrt()[:, None]
-            one.held[0] += (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
-            one.held[1] += float(scaled.double().square().sum())
+            one.held[-1][0] += (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
+            one.held[-1][1] += float(scaled.double().square().sum())
 
     return check
 
@@ -317,8 +350,7 @@ def _checker(one: _Input, positions: Tensor | None) -> Hook:
 def _checked(one: _Input) -> InputBasis:
     """Return the basis with the shares that it holds of held-out batches."""
     assert one.basis is not None
-    inside, total = one.held
-    if not math.isfinite(total):
+    if not all(math.isfinite(total) for _, total in one.held):
         raise _not_finite(one)
-    held_out = F.pad(inside.cumsum(0) / total, (1, 0)) if total > 0 else None
-    return replace(one.basis, held_out_shares=held_out)
+    shares = [F.pad(inside.cumsum(0) / total, (1, 0)) for inside, total in one.held if total > 0]
+    return replace(one.basis, held_out_shares=torch.stack(shares).amin(0) if shares else None)

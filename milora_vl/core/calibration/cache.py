@@ -19,9 +19,8 @@ from transformers import PreTrainedModel
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.core.calibration import VERSION
+from milora_vl.core.calibration.bases import Batches, Calibration, sources_of
 from milora_vl.core.policy.rules import Target
-
-Batches = Sequence[Mapping[str, Any]]
 
 
 def read_entry(folder: Path, key: str) -> tuple[dict[str, Tensor], Any] | None:
@@ -47,14 +46,15 @@ def _file(folder: Path, key: str) -> Path:
 
 
 def calibration_key(
-    model: nn.Module, targets: Sequence[Target], batches: Batches | None, task: Batches | None = None
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None, task: Batches | None = None
 ) -> str:
-    """Return a hash of all that decides a fixed A: weights, rules, calibration batches and batches of the task."""
+    """Return a hash of all that decides a fixed A: weights, rules, calibration and batches of the task."""
     digest = hashlib.sha256(f"{VERSION}".encode())
     for t in targets:
         digest.update(f"{t.path} {t.tower} {t.method} {t.rank} {t.seed} {t.sigma} {t.protect}\n".encode())
     content = BytesIO()
-    torch.save([[dict(batch) for batch in part or ()] for part in (batches, task)], content)
+    sources = [] if calibration is None else sources_of(calibration)
+    torch.save([[dict(batch) for batch in part or ()] for part in (*sources, task)], content)
     digest.update(xxhash.xxh3_128_digest(content.getbuffer()))
     digest.update(weights_digest(model).encode())
     return digest.hexdigest()[:32]

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from milora_vl.core.calibration.activations import find_inputs
-from milora_vl.core.calibration.bases import CalibrationError, InputBasis, ProtectedInputs, leaving_ranks
+from milora_vl.core.calibration.bases import (
+    Batches,
+    Calibration,
+    CalibrationError,
+    InputBasis,
+    ProtectedInputs,
+    leaving_ranks,
+    sources_of,
+)
 from milora_vl.core.calibration.gradients import gradient_sketches
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.distributed import rank_and_world_size
@@ -21,22 +28,21 @@ FEWEST = 0.01  # a layer that protects a smaller share of its input directions t
 def protected_inputs(
     model: nn.Module,
     targets: Sequence[Target],
-    batches: Sequence[Mapping[str, Any]] | None,
+    calibration: Calibration | None,
     *,
     is_shown: bool = False,
 ) -> ProtectedInputs | None:
     """Return the protected inputs of all targets with `protect`, or None without such targets.
 
     A layer keeps as many free directions as its rank, so it may protect less than its rule asks for.
-    `batches` holds arguments of the model's forward. `is_shown` shows a progress bar on stderr. Warns about layers that
-    protect less than asked or almost nothing, and about too little data. Raises CalibrationError as `find_inputs` and
-    `require_calibration`.
+    `is_shown` shows a progress bar on stderr. Warns about layers that protect less than asked or almost nothing, and
+    about too little data. Raises CalibrationError as `find_inputs` and `require_calibration`.
     """
-    require_calibration(targets, batches)
+    require_calibration(targets, calibration)
     wanted = [t for t in targets if t.protect]
-    if batches is None:
+    if calibration is None:
         return None
-    found = find_inputs(model, wanted, batches, is_shown=is_shown)
+    found = find_inputs(model, wanted, calibration, is_shown=is_shown)
     lowered, changed = leaving_ranks(found, {t.path: t.rank for t in wanted if t.rank is not None})
     if rank_and_world_size()[0] == 0:
         _warn_of_little(found)
@@ -45,31 +51,31 @@ def protected_inputs(
     return lowered
 
 
-def require_calibration(targets: Sequence[Target], batches: Sequence[Mapping[str, Any]] | None) -> None:
+def require_calibration(targets: Sequence[Target], calibration: Calibration | None) -> None:
     """Raise CalibrationError for calibration batches that are missing, that no rule needs, or that are no list."""
     wanted = [t for t in targets if t.protect]
-    if not wanted and batches is not None:
+    if not wanted and calibration is not None:
         raise CalibrationError(
             "no rule protects inputs, so the calibration would have no effect",
             code="calibration-unused",
             where="calibration",
             hint="add  protect: 0.95  to a rule, or remove the calibration",
         )
-    if wanted and batches is None:
+    if wanted and calibration is None:
         raise CalibrationError(
             f"{wanted[0].path} protects {wanted[0].protect:.0%} of its inputs, which needs calibration batches",
             code="calibration-missing",
             where="calibration",
             hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
         )
-    if batches is not None:
+    for batches in () if calibration is None else sources_of(calibration):
         _require_batches(batches, "calibration")
 
 
 def task_sketches(
     model: nn.Module,
     targets: Sequence[Target],
-    batches: Sequence[Mapping[str, Any]] | None,
+    batches: Batches | None,
     *,
     is_shown: bool = False,
 ) -> dict[str, Tensor]:
@@ -78,7 +84,7 @@ def task_sketches(
     return {} if batches is None else gradient_sketches(model, wanted, batches, is_shown=is_shown)
 
 
-def require_task(targets: Sequence[Target], batches: Sequence[Mapping[str, Any]] | None) -> None:
+def require_task(targets: Sequence[Target], batches: Batches | None) -> None:
     """Raise CalibrationError for batches of the task that are missing, that no rule needs, or that are no list."""
     is_needed = any(t.method == "gradient" for t in targets)
     if not batches if is_needed else batches is not None:
