@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import chain, cycle
 from typing import Any
 
@@ -10,20 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from milora_vl.core.calibration.bases import Calibration, kinds_of
 from milora_vl.core.policy.towers import image_token_of
 from studies.study import Rival
 
 Batch = Mapping[str, Tensor]
 
 
-def pieces(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
-    """Yield `rows` rows of the batches at a time, in an endless stream. Texts and pictures take turns."""
-    kinds: dict[bool, list[Batch]] = {}
-    for batch in batches:
-        for start in range(0, len(batch["attention_mask"]), rows):
-            part = {name: value[start : start + rows] for name, value in batch.items()}
-            kinds.setdefault("pixel_values" in batch, []).append(part)
-    return chain.from_iterable(zip(*map(cycle, kinds.values()), strict=True))
+def pieces(calibration: Calibration, rows: int) -> Iterator[Batch]:
+    """Yield `rows` rows of the batches at a time, in an endless stream. Sources, texts and pictures take turns."""
+    kinds = [
+        [
+            {name: value[start : start + rows] for name, value in batch.items()}
+            for batch in kind
+            for start in range(0, len(batch["attention_mask"]), rows)
+        ]
+        for kind in kinds_of(calibration)
+    ]
+    return chain.from_iterable(zip(*map(cycle, kinds), strict=True))
 
 
 def loss_with(rival: Rival, task: Any, model: Any, batch: Any, texts: Iterator[Batch], step: int) -> Tensor:

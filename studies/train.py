@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from milora_vl import Policy, apply_milora
 from milora_vl.core.adapter.fixed_a import fix_A
 from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.adapter.parameter_groups import parameter_groups
-from milora_vl.core.calibration.bases import Calibration, sources_of
+from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy.ranks import with_ranks
 from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.sweep.cells import Cell, CellNumbers
@@ -143,7 +143,7 @@ def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, floa
     from transformers import get_cosine_schedule_with_warmup
 
     training, rival = study.training(cell.method), study.rival(cell.method)
-    texts = pieces(list(chain(*sources_of(_texts(task, study, cell)))), rival.texts) if rival else iter(())
+    texts = pieces(_texts(task, study, cell), rival.texts) if rival else iter(())
 
     def loss_of(batch: Any, step: int) -> Tensor:
         return task.loss(model, batch) if rival is None else loss_with(rival, task, model, batch, texts, step)

@@ -11,7 +11,7 @@ does not depend on the division of a step into batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,20 +22,19 @@ from transformers import TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
 from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.calibration.bases import Calibration, kinds_of
 from milora_vl.core.calibration.modes import evaluated
 from milora_vl.core.policy.towers import image_token_of
 
 
 class BaseKL:
-    """The texts of the term in every `every`-th step. Batches with pictures and without take turns.
+    """The texts of the term in every `every`-th step. Sources take turns, and in each those with pictures and without.
 
     `weight` is the weight of the term in an average step. A step with the term has `factor`, `every` times as large.
     """
 
-    def __init__(self, batches: Sequence[Mapping[str, Tensor]], weight: float, every: int) -> None:
-        with_pictures = [batch for batch in batches if "pixel_values" in batch]
-        without = [batch for batch in batches if "pixel_values" not in batch]
-        self.kinds = [kind for kind in (without, with_pictures) if kind]
+    def __init__(self, texts: Calibration, weight: float, every: int) -> None:
+        self.kinds = kinds_of(texts)
         self.every, self.factor = every, every * weight
         self.last = -1  # step that had the term
         self.terms: list[Tensor] = []  # since the last log line

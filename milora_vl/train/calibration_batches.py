@@ -103,15 +103,16 @@ class Texts:
     tasks: dict[str, tuple[RecordCollator[Any], Sequence[Record]]]
     tokenizer: Any
 
-    def sources(self) -> Mapping[str, Batches]:
-        """Return the sources of a calibration: texts and captions, and the records of each earlier task."""
-        own = replace(self, tasks={}).batches()
-        return {"base": own} | {run: _collated(*of_task, ROWS) for run, of_task in self.tasks.items()}
+    def sources(self, size: int = ROWS) -> Mapping[str, Batches]:
+        """Return the sources of a calibration, in batches of at most `size`: `base`, and earlier tasks by their runs."""
+        found = {"base": self.batches(size)}
+        found |= {run: _collated(collate, records, size) for run, (collate, records) in self.tasks.items()}
+        return {name: batches for name, batches in found.items() if batches}
 
     def batches(self, size: int = ROWS) -> list[Mapping[str, Tensor]]:
-        """Return batches of at most `size`, arguments of the model's forward."""
+        """Return batches of what the base writes and sees, arguments of the model's forward."""
         found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(self.rows, size, self.tokenizer)]
-        for collate, records in [*self.records, *self.tasks.values()]:
+        for collate, records in self.records:
             found += _collated(collate, records, size)
         return found
 

@@ -242,7 +242,7 @@ def adapt(
             batches = texts.sources() if protects else None
         if recipe.base_kl.weight:
             term = recipe.base_kl
-            base_kl = BaseKL(texts.batches(term.texts), recipe.base_kl.weight, term.every)
+            base_kl = BaseKL(texts.sources(term.texts), recipe.base_kl.weight, term.every)
         set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
         with screen.step("applying the policy" if source is None else f"restoring {source}"):
             dtype = training_arguments.trained_dtype(args)

@@ -23,6 +23,16 @@ def sources_of(calibration: Calibration) -> list[Batches]:
     return list(calibration.values()) if isinstance(calibration, Mapping) else [calibration]
 
 
+def kinds_of(calibration: Calibration) -> list[Batches]:
+    """Return the batches of each source in two parts, without and with pictures; no part is empty."""
+    parts = [
+        [batch for batch in batches if ("pixel_values" in batch) is pictured]
+        for batches in sources_of(calibration)
+        for pictured in (False, True)
+    ]
+    return [part for part in parts if part]
+
+
 class CalibrationError(UserError):
     """A calibration that cannot find protected inputs. `where` is a module path or a file."""
 
