@@ -104,7 +104,7 @@ class Texts:
     tokenizer: Any
 
     def sources(self, size: int = ROWS) -> Mapping[str, Batches]:
-        """Return the sources of a calibration, in batches of at most `size`: `base`, and earlier tasks by their runs."""
+        """Return the sources of a calibration, batches of at most `size`: `base`, and earlier tasks by their runs."""
         found = {"base": self.batches(size)}
         found |= {run: _collated(collate, records, size) for run, (collate, records) in self.tasks.items()}
         return {name: batches for name, batches in found.items() if batches}
