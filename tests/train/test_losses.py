@@ -45,7 +45,8 @@ def assert_equal_to_own(model: nn.Module, base: nn.Module, inputs: dict[str, tor
     found = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+        error = torch.linalg.vector_norm(found[name] - gradient)  # sums in another order: single numbers may be far off
+        assert float(error) <= 1e-4 * float(torch.linalg.vector_norm(gradient)) + 1e-6, name
 
 
 @pytest.mark.parametrize("positions", [1, 4, 1000])
