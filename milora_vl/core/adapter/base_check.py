@@ -46,7 +46,8 @@ def _require_base(base: nn.Module, sidecar: Sidecar) -> None:
             f"differ, this one most ({distances[wrong[0]]:.0f} times what rounding explains)",
             code="adapter-wrong-base",
             where=wrong[0],
-            hint="load the right base model, or pass allow_base_mismatch=True (--allow-base-mismatch)",
+            hint="load the base model that adapter_config.json names; export, analyze and load_adapter can skip this "
+            "check (allow_base_mismatch)",
         )
 
 
