@@ -25,7 +25,7 @@ def test_the_same_base_fits_in_any_precision(tiny_llava, dtype: torch.dtype) -> 
 def test_another_base_is_refused_with_the_way_out(tiny_llava) -> None:
     sidecar = sidecar_of(tiny_llava()[0], LLAVA_POLICY)
     other, _ = tiny_llava(seed=1)
-    way_out = "load the right base model, or pass allow_base_mismatch=True (--allow-base-mismatch)"
+    way_out = "load the base model that adapter_config.json names"
     with raises_code("adapter-wrong-base", "model.language_model.layers.", "14 of 14 weights differ", way_out):
         fitted(other, sidecar, allow_base_mismatch=False)
     assert fitted(other, sidecar, allow_base_mismatch=True) == sidecar
