@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl import Policy
-from milora_vl.core.calibration.bases import further_directions
+from milora_vl.core.calibration.bases import first_directions
 from milora_vl.core.calibration.gradients import gradient_sketches
 
 RECORD = 700  # tokens: the picture of LLaVA-1.5 and its text
@@ -56,13 +56,13 @@ def measure(hidden: int, mlp: int, tokens: int, share: float, seed: int) -> dict
     for size in (hidden, mlp):  # the inputs of q, o and gate have one size
         x = activations(tokens, size, generator)
         sums, C = timed(lambda x=x: x.T @ x / len(x))  # type: ignore[misc]
-        vectors, (V, held) = timed(lambda C=C: further_directions(C, share, C.new_zeros(len(C), 0)))  # type: ignore[misc]
+        vectors, (V, held) = timed(lambda C=C: first_directions(C, share))  # type: ignore[misc]
         found[size] = {
             "sums": sums,
             "vectors": vectors,
             "C": C.nbytes,
             "directions": V.shape[1],
-            "held": float(held.sum()),
+            "held": float(held[-1]),
         }
     small, large = found[hidden], found[mlp]
     return {

@@ -59,8 +59,8 @@ def apply_milora(
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).
 
     `calibration` is for rules with `protect`, and for `method: gradient`, whose default is 0.95: arguments of the
-    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. With several lists of
-    batches in a mapping by name, each layer protects its share of each list. The base model runs on them once. `task`
+    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. Several lists
+    of batches in a mapping by name weigh the same. The base model runs on them once. `task`
     is for `method: gradient`: a few training batches of the same kind, with labels; the base model runs forward and
     backward.
 

@@ -38,7 +38,7 @@ class Protection:
 
     - `directions`: the number k of protected input directions, of `inputs` in total.
     - `energy`: the share of the layer's input energy that they hold on calibration data: at least the rule's `protect`,
-      or what leaves as many other directions as the rank. Of several sources, the lowest share, or less.
+      or what leaves as many other directions as the rank.
     - `held_out`: the same on calibration data that did not choose them; None without such data.
     - `kept`: the mean share of the start's rows, or of the task's gradient, that lies off the protected directions.
     - `overlap`: ||A V|| / ||A|| at the start; rounding alone.

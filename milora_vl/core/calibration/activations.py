@@ -1,6 +1,6 @@
 """Run the base model on calibration batches with hooks, sum C = E[x x'] of each layer input, find its protected inputs.
 
-Each source of batches has a C of its own, and adds the directions that `protect` of its energy still needs.
+C is the mean of the E[x x'] of all sources of batches, so that a small source counts as much as a large one.
 The memory of C (in, in) decides how many layers one pass over the batches serves: all layers of a small model, a few
 blocks of a large one. A pass ends at its last layer. Nothing of the model changes.
 """
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import INPUTS
 from milora_vl.core.calibration.bases import (
+    Batches,
     Calibration,
     CalibrationError,
     InputBasis,
     ProtectedInputs,
-    further_directions,
+    first_directions,
     sources_of,
-    together,
 )
 from milora_vl.core.calibration.modes import evaluated, without_caches
 from milora_vl.core.calibration.positions import positions_of
@@ -56,12 +56,12 @@ class _Input:
     size: int
     is_repeated: bool  # True if a forward runs the module more than once
     paths: list[str] = field(default_factory=list)
-    total: Tensor | None = None  # C (in, in) of one source, below its diagonal
-    num_positions: int = 0  # of all sources
-    V: Tensor | None = None  # (in, k) the directions of the sources so far
-    shares: list[Tensor] = field(default_factory=list)  # of each source so far, see `further_directions`
+    total: Tensor | None = None  # of the sources so far, the sum of E[x x'] (in, in) below its diagonal
+    num_positions: int = 0  # in `total`
+    now: Tensor | None = None  # of the present source, the sum of x x' below its diagonal
+    num_now: int = 0  # positions in `now`
     basis: InputBasis | None = None
-    held: list[list[Any]] = field(default_factory=list)  # of each source, held out: energy along V (k,), and in total
+    held: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # energy along each of V (k,) and in total, held out
 
     @property
     def num_bytes(self) -> int:
@@ -73,37 +73,34 @@ class _Input:
 def find_inputs(
     model: nn.Module, targets: Sequence[Target], calibration: Calibration, *, is_shown: bool = False
 ) -> ProtectedInputs:
-    """Return the protected inputs of all targets whose rule has `protect`: that share of the energy of each source.
+    """Return the protected inputs of all targets whose rule has `protect`.
 
     One batch in eight is held out. All processes get identical bits from the first one.
     `is_shown` shows a progress bar on stderr.
 
     Raises CalibrationError for batches without tokens, for a layer that no batch reaches, and for NaN activations.
     """
-    fit, held = zip(*(_split(batches) for batches in sources_of(calibration)), strict=True)
-    fits = [_with_positions(model, batches) for batches in fit]
-    helds = [_with_positions(model, batches) for batches in held if batches]
-    num_fit, num_held = (sum(map(len, part)) for part in (fit, held))
+    parted = [_split(batches) for batches in sources_of(calibration)]
+    fits = [_with_positions(model, fit) for fit, _ in parted]
+    held = [one for _, batches in parted if batches for one in _with_positions(model, batches)]
     shown = is_shown and rank_and_world_size()[0] == 0
     with evaluated(model), without_caches(model):
-        inputs = _inputs_in_order(model, targets, [batch for batches in fit for batch in batches])
+        inputs = _inputs_in_order(model, targets, [batch for fit, _ in parted for batch in fit])
         passes = list(_passes(inputs, len(fits)))
-        with progress_bar(INPUTS, len(passes) * num_fit + num_held, "batches", is_shown=shown) as bar:
+        with progress_bar(INPUTS, len(passes) * sum(map(len, fits)) + len(held), "batches", is_shown=shown) as bar:
             for part in passes:
-                for of_source in fits:
-                    for batch, positions in of_source:
+                for fit in fits:
+                    for batch, positions in fit:
                         _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
                         bar.update()
                     for one in part:
-                        _extend(one)
+                        _end_source(one)
                 for one in part:
                     one.basis = _basis(one)
-            for of_source in helds:
-                for one in inputs:
-                    one.held.append([0.0, 0.0])
-                for batch, positions in of_source:
-                    _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
-                    bar.update()
+                    one.total = None
+            for batch, positions in held:
+                _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
+                bar.update()
     return ProtectedInputs(
         [_checked(one) for one in inputs],
         {path: number for number, one in enumerate(inputs) for path in one.paths},
@@ -125,7 +122,7 @@ def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     return fit, held
 
 
-def _with_positions(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[Batch, Tensor | None]]:
+def _with_positions(model: nn.Module, batches: Batches) -> list[tuple[Batch, Tensor | None]]:
     positions = positions_of(batches, image_token_of(model))
     # An encoder and its decoder read different ids: there every position counts.
     return [(batch, None if is_encoder_decoder(model) else one) for batch, one in zip(batches, positions, strict=True)]
@@ -235,10 +232,7 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
 
 
 def _passes(inputs: Sequence[_Input], num_sources: int) -> Iterator[list[_Input]]:
-    """Yield consecutive inputs whose sums, and the directions of earlier sources, fit into memory together.
-
-    At least one input is in a part.
-    """
+    """Yield consecutive inputs whose sums fit into memory together; at least one at a time."""
     part: list[_Input] = []
     most = PASS_BYTES if num_sources == 1 else PASS_BYTES // 2
     for one in inputs:
@@ -289,32 +283,29 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
 def _adder(one: _Input, positions: Tensor | None) -> Hook:
     def add(x: Tensor) -> None:
         rows, weights = _rows(one, x, positions)
-        one.num_positions += len(rows)
+        one.num_now += len(rows)
         with full_precision(rows.device):
-            if one.total is None:
-                one.total = rows.new_zeros(one.size, one.size)
-            add_to_lower(one.total, rows * weights.sqrt()[:, None])
+            if one.now is None:
+                one.now = rows.new_zeros(one.size, one.size)
+            add_to_lower(one.now, rows * weights.sqrt()[:, None])
 
     return add
 
 
-def _extend(one: _Input) -> None:
-    """Add the directions of the source whose C is complete."""
-    if one.total is None:  # no batch of this source reaches the layer
-        return
-    if not bool(torch.isfinite(one.total).all()):
-        raise _not_finite(one)
-    C, one.total = mirror(one.total), None
-    V = C.new_zeros(one.size, 0) if one.V is None else one.V
-    new, shares = further_directions(C, one.protect, V)
-    one.V = torch.cat([V, new], dim=1)
-    one.shares.append(shares)
+def _end_source(one: _Input) -> None:
+    """Add the mean over the positions of a source to the sum of all; no batch of it may reach an expert."""
+    if one.now is not None and one.num_now:
+        mean = one.now.div_(one.num_now)
+        one.total = mean if one.total is None else one.total.add_(mean)
+    one.num_positions += one.num_now
+    one.now, one.num_now = None, 0
 
 
 def _basis(one: _Input) -> InputBasis:
-    assert one.V is not None
-    V, shares = together(one.V, one.shares)
-    one.V = None
+    assert one.total is not None
+    if not bool(torch.isfinite(one.total).all()):
+        raise _not_finite(one)
+    V, shares = first_directions(mirror(one.total), one.protect)
     if rank_and_world_size()[1] > 1:  # the number of directions may differ between processes, too
         V, shares = _from_first_rank(V), _from_first_rank(shares)
     return InputBasis(V.cpu(), shares, one.num_positions)  # a 7B's are 5 to 7 GiB
@@ -341,8 +332,8 @@ def _checker(one: _Input, positions: Tensor | None) -> Hook:
         rows, weights = _rows(one, x, positions)
         with full_precision(rows.device):
             scaled = rows * weights.sqrt()[:, None]
-            one.held[-1][0] += (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
-            one.held[-1][1] += float(scaled.double().square().sum())
+            one.held[0] += (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
+            one.held[1] += float(scaled.double().square().sum())
 
     return check
 
@@ -350,7 +341,8 @@ def _checker(one: _Input, positions: Tensor | None) -> Hook:
 def _checked(one: _Input) -> InputBasis:
     """Return the basis with the shares that it holds of held-out batches."""
     assert one.basis is not None
-    if not all(math.isfinite(total) for _, total in one.held):
+    inside, total = one.held
+    if not math.isfinite(total):
         raise _not_finite(one)
-    shares = [F.pad(inside.cumsum(0) / total, (1, 0)) for inside, total in one.held if total > 0]
-    return replace(one.basis, held_out_shares=torch.stack(shares).amin(0) if shares else None)
+    held_out = F.pad(inside.cumsum(0) / total, (1, 0)) if total > 0 else None
+    return replace(one.basis, held_out_shares=held_out)

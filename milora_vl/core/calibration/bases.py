@@ -1,4 +1,4 @@
-"""The protected input directions of a layer: eigenvectors of C that hold a share of its energy, for each source."""
+"""The protected input directions of a layer: eigenvectors of C that hold a share of its energy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from milora_vl.core.svd.precision import full_precision
 
 Batches = Sequence[Mapping[str, Any]]
 Calibration = Batches | Mapping[str, Batches]
-"""Batches, arguments of the model's forward; or several sources of them by name: a layer protects its share of each."""
+"""Batches, arguments of the model's forward; or several sources of them by name, which weigh the same."""
 
 
 def sources_of(calibration: Calibration) -> list[Batches]:
@@ -42,10 +42,9 @@ class InputBasis:
     """The protected directions of one layer input; layers that read the same input share one object.
 
     - `V`: (in, k) orthonormal in float32, on the CPU, in descending order of energy.
-    - `shares`: (k + 1,) the share of the activation energy trace(C) that the first 0, 1, ..., k directions hold. Of
-      several sources, at least the lowest one.
+    - `shares`: (k + 1,) the share of the activation energy trace(C) that the first 0, 1, ..., k directions hold.
     - `num_positions`: the number of input vectors in C.
-    - `held_out_shares`: the lowest share on calibration batches that no C contains; None without such batches.
+    - `held_out_shares`: `shares` on calibration batches that C does not contain; None without such batches.
     """
 
     V: Tensor
@@ -91,46 +90,24 @@ class ProtectedInputs:
         return self.bases[self.numbers[path]]
 
 
-def further_directions(C: Tensor, share: float, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the fewest directions (in, n) off V (in, k) that hold `share` of the trace of C together with V.
+def first_directions(C: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return V (in, k), the fewest eigenvectors of C (in, in) that hold `share` of its trace, and `InputBasis.shares`.
 
-    The second value (k + n,) is the share of the trace along each direction of V and of the new ones, which are
-    eigenvectors of C times I - V V' on both sides. C (in, in) is symmetric and has no negative eigenvalues. For one
-    source after the other this is gradient projection memory (arXiv:2103.09762). Raises torch.linalg.LinAlgError if the
-    decomposition fails.
+    C is symmetric and has no negative eigenvalues. Raises torch.linalg.LinAlgError if the decomposition fails.
 
-    >>> further_directions(torch.diag(torch.tensor([1.0, 6.0, 3.0])), 0.9, torch.zeros(3, 0))[0].abs()
+    >>> first_directions(torch.diag(torch.tensor([1.0, 6.0, 3.0])), 0.9)[0].abs()
     tensor([[0., 0.],
             [1., 0.],
             [0., 1.]])
     """
     total = float(C.diagonal().sum(dtype=torch.float64))
     if total <= 0:
-        return C.new_zeros(len(C), 0), torch.zeros(V.shape[1], dtype=torch.float64)
+        return C.new_zeros(len(C), 0, dtype=torch.float32), torch.ones(1, dtype=torch.float64)
     with full_precision(C.device):
-        CV = C @ V
-        inside = (V * CV).sum(0).double().cpu() / total
-        if V.shape[1]:
-            left = CV @ V.T
-            C = C - left - left.T + V @ (V.T @ CV) @ V.T
         values, vectors = (half.flip(-1) for half in torch.linalg.eigh(C))
-        held = inside.sum() + values.double().clamp(min=0).cumsum(0).cpu() / total
-        count = 0 if inside.sum() >= share else min(int((held < share).sum()) + 1, len(C) - V.shape[1])
-        new = vectors[:, :count].float()
-        if V.shape[1]:
-            new = torch.linalg.qr(new - V @ (V.T @ new)).Q  # rounding leaves eigenvectors almost off V
-    return new.contiguous(), torch.cat([inside, values[:count].double().clamp(min=0).cpu() / total])
-
-
-def together(V: Tensor, of_sources: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the directions V (in, k) of all sources in descending order of energy, and `InputBasis.shares`.
-
-    `of_sources` holds the second values of `further_directions`. Directions of later sources hold more of earlier ones
-    than it says, so that the lowest of the shares is a lower bound.
-    """
-    shares = torch.stack([pad(of_source, (0, V.shape[1] - len(of_source))) for of_source in of_sources])
-    order = shares.amax(0).argsort(descending=True, stable=True)
-    return V[:, order.to(V.device)].contiguous(), pad(shares[:, order].cumsum(1).amin(0), (1, 0)).clamp(max=1)
+    held = pad(values.double().clamp(min=0).cumsum(0).cpu() / total, (1, 0)).clamp(max=1)
+    count = min(int((held[1:] < share).sum()) + 1, len(C))
+    return vectors[:, :count].float().contiguous(), held[: count + 1]
 
 
 def leaving_ranks(protected: ProtectedInputs, ranks: Mapping[str, int]) -> tuple[ProtectedInputs, list[str]]:
