@@ -272,6 +272,8 @@ def keep_weights_readable(model: nn.Module) -> list[str]:
     """
     repacked = []
     for path, module in model.named_modules():
+        if hasattr(module, "base_layer"):  # PEFT's layers have the same class names
+            continue
         if type(module).__name__ == "Linear4bit":
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             state = getattr(module.weight, "quant_state", None)
