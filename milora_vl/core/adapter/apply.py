@@ -59,10 +59,9 @@ def apply_milora(
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).
 
     `calibration` is for rules with `protect`, and for `method: gradient`, whose default is 0.95: arguments of the
-    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. Several lists
-    of batches in a mapping by name weigh the same. The base model runs on them once. `task`
-    is for `method: gradient`: a few training batches of the same kind, with labels; the base model runs forward and
-    backward.
+    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. Several lists of
+    batches in a mapping by name weigh the same. The base model runs on them once. `task` is for `method: gradient`: a
+    few training batches of the same kind, with labels; the base model runs forward and backward.
 
     Factors, spectra and every fixed A are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
