@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, cycle
 from typing import Any
 
@@ -19,15 +19,22 @@ Batch = Mapping[str, Tensor]
 
 def pieces(calibration: Calibration, rows: int) -> Iterator[Batch]:
     """Yield `rows` rows of the batches at a time, in an endless stream. Sources, texts and pictures take turns."""
-    kinds = [
+    return _in_turn(_in_turn(_cut(kind, rows) for kind in kinds) for kinds in kinds_of(calibration))
+
+
+def _cut(batches: Sequence[Batch], rows: int) -> Iterator[Batch]:
+    """Yield `rows` rows of the batches at a time, in an endless stream."""
+    return cycle(
         [
             {name: value[start : start + rows] for name, value in batch.items()}
-            for batch in kind
+            for batch in batches
             for start in range(0, len(batch["attention_mask"]), rows)
         ]
-        for kind in kinds_of(calibration)
-    ]
-    return chain.from_iterable(zip(*map(cycle, kinds), strict=True))
+    )
+
+
+def _in_turn(streams: Iterable[Iterator[Batch]]) -> Iterator[Batch]:
+    return chain.from_iterable(zip(*streams, strict=True))
 
 
 def loss_with(rival: Rival, task: Any, model: Any, batch: Any, texts: Iterator[Batch], step: int) -> Tensor:

@@ -154,7 +154,7 @@ class Rival(Strict):
     """The key `rival` of an arm, for tasks of language models.
 
     - `kind`: `rest`: KL from the base to the model on the answer tokens, over all tokens but the right one
-      (arXiv:2605.29498). `own`: KL from the base on texts that the base wrote for the calibration. `mix`: these
+      (arXiv:2605.29498). `own`: KL from the base on the calibration, whose sources take turns. `mix`: these
       texts as further records.
     - `weight`: the factor of the term; the loss of the answers has factor 1. All are means over tokens.
     - `texts`: the number of texts in each step, for `own` and `mix`.

@@ -34,7 +34,7 @@ class BaseKL:
     """
 
     def __init__(self, texts: Calibration, weight: float, every: int) -> None:
-        self.kinds = kinds_of(texts)
+        self.sources = kinds_of(texts)
         self.every, self.factor = every, every * weight
         self.last = -1  # step that had the term
         self.terms: list[Tensor] = []  # since the last log line
@@ -42,7 +42,7 @@ class BaseKL:
     @property
     def num_texts(self) -> int:
         """Return the number of texts, with and without pictures."""
-        return sum(len(batch["input_ids"]) for kind in self.kinds for batch in kind)
+        return sum(len(batch["input_ids"]) for kinds in self.sources for kind in kinds for batch in kind)
 
     def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor] | None:
         """Return the batch of this process at the first forward of a step with the term, counted from 0; else None.
@@ -54,8 +54,10 @@ class BaseKL:
         if (step + 1) % self.every or step == self.last:
             return None
         self.last = step
-        turn, kind = divmod(step // self.every, len(self.kinds))
-        return self.kinds[kind][(turn * args.world_size + args.process_index) % len(self.kinds[kind])]
+        turn, source = divmod(step // self.every, len(self.sources))
+        turn, number = divmod(turn, len(self.sources[source]))
+        kind = self.sources[source][number]
+        return kind[(turn * args.world_size + args.process_index) % len(kind)]
 
     def taken(self) -> float | None:
         """Return the mean of the term over the steps of this process that had it since the last call, None if none."""

@@ -95,18 +95,18 @@ class _Sources:
 class Texts:
     """What the base knows: rows of ids, each with the name of its text, and records, each list with its collator.
 
-    `tasks` has records of what it has learned, by the run that did.
+    `tasks` has records of what it has learned, from each run that did.
     """
 
     rows: list[tuple[str, list[int]]]
     records: list[tuple[RecordCollator[Any], Sequence[Record]]]
-    tasks: dict[str, tuple[RecordCollator[Any], Sequence[Record]]]
+    tasks: list[tuple[RecordCollator[Any], Sequence[Record]]]
     tokenizer: Any
 
     def sources(self, size: int = ROWS) -> Mapping[str, Batches]:
-        """Return the sources of a calibration, batches of at most `size`: `base`, and earlier tasks by their runs."""
+        """Return the sources of a calibration, batches of at most `size`: `base`, and each earlier task."""
         found = {"base": self.batches(size)}
-        found |= {run: _collated(collate, records, size) for run, (collate, records) in self.tasks.items()}
+        found |= {f"task {number}": _collated(*task, size) for number, task in enumerate(self.tasks, start=1)}
         return {name: batches for name, batches in found.items() if batches}
 
     def batches(self, size: int = ROWS) -> list[Mapping[str, Tensor]]:
@@ -153,12 +153,12 @@ def make_texts(
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
         found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
-    of_tasks: dict[str, tuple[RecordCollator[Any], Sequence[Record]]] = {}
-    for run, of_task, drawn in records_of(tasks, recipe, screen):
+    of_tasks: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
+    for of_task, drawn in records_of(tasks, recipe, screen):
         collate = collators.collator(of_task, base, processor)
         usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
-        of_tasks[run] = collate, list(islice(usable, part_of(NUM_RECORDS, steps)))
-    if not rows and not any(records for _, records in [*found, *of_tasks.values()]):
+        of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
+    if not rows and not any(records for _, records in [*found, *of_tasks]):
         raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
     return Texts(rows, found, of_tasks, sources.tokenizer)
 

@@ -23,6 +23,8 @@ ARMS: dict[str, Any] = {
     "new": {},
     "after": {"chain": {"earlier": 8}},
 }
+pytestmark = pytest.mark.filterwarnings("ignore:too little calibration data")  # tiny tasks
+
 STUDY: Study = parse_study(
     {
         "question": "How much?", "task": "smollm2", "then": ["smollm2-groups"], "steps": 2, "batch_size": 4,

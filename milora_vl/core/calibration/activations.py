@@ -7,7 +7,6 @@ blocks of a large one. A pass ends at its last layer. Nothing of the model chang
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,7 +37,7 @@ from milora_vl.core.weights.matrices import gathered_in_forward, is_linear
 
 Batch = Mapping[str, Any]
 Hook = Callable[[Tensor], None]
-PASS_BYTES = 2 * 1024**3  # memory of all C of one pass
+PASS_BYTES = 2 * 1024**3  # memory of all C of one pass; as much again with several sources
 # A position counts with at most this many times the median energy. Attention sinks have thousands of times the energy,
 # and one of them would be 90 % of C. Without them, V lacks their directions: the update then moves what all later
 # positions read, and SmolLM2 forgets six times as much at p = 0.9.
@@ -61,7 +60,8 @@ class _Input:
     now: Tensor | None = None  # of the present source, the sum of x x' below its diagonal
     num_now: int = 0  # positions in `now`
     basis: InputBasis | None = None
-    held: list[Any] = field(default_factory=lambda: [0.0, 0.0])  # energy along each of V (k,) and in total, held out
+    held: Tensor | float = 0.0  # of held-out batches (k + 1,): the energy along each of V, and in total
+    held_now: Tensor | float = 0.0  # the same of the present source
 
     @property
     def num_bytes(self) -> int:
@@ -82,25 +82,29 @@ def find_inputs(
     """
     parted = [_split(batches) for batches in sources_of(calibration)]
     fits = [_with_positions(model, fit) for fit, _ in parted]
-    held = [one for _, batches in parted if batches for one in _with_positions(model, batches)]
+    helds = [_with_positions(model, held) for _, held in parted if held]
+    num_fit, num_held = (sum(map(len, part)) for part in (fits, helds))
     shown = is_shown and rank_and_world_size()[0] == 0
     with evaluated(model), without_caches(model):
         inputs = _inputs_in_order(model, targets, [batch for fit, _ in parted for batch in fit])
-        passes = list(_passes(inputs, len(fits)))
-        with progress_bar(INPUTS, len(passes) * sum(map(len, fits)) + len(held), "batches", is_shown=shown) as bar:
+        passes = list(_passes(inputs))
+        with progress_bar(INPUTS, len(passes) * num_fit + num_held, "batches", is_shown=shown) as bar:
             for part in passes:
                 for fit in fits:
                     for batch, positions in fit:
                         _run(model, batch, {one.module: _adder(one, positions) for one in part}, _ends(part))
                         bar.update()
                     for one in part:
-                        _end_source(one)
+                        _end_source(one, _count(fit))
                 for one in part:
                     one.basis = _basis(one)
                     one.total = None
-            for batch, positions in held:
-                _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
-                bar.update()
+            for held in helds:
+                for batch, positions in held:
+                    _run(model, batch, {one.module: _checker(one, positions) for one in inputs}, _ends(inputs))
+                    bar.update()
+                for one in inputs:
+                    _end_source(one, _count(held))
     return ProtectedInputs(
         [_checked(one) for one in inputs],
         {path: number for number, one in enumerate(inputs) for path in one.paths},
@@ -126,6 +130,11 @@ def _with_positions(model: nn.Module, batches: Batches) -> list[tuple[Batch, Ten
     positions = positions_of(batches, image_token_of(model))
     # An encoder and its decoder read different ids: there every position counts.
     return [(batch, None if is_encoder_decoder(model) else one) for batch, one in zip(batches, positions, strict=True)]
+
+
+def _count(source: Sequence[tuple[Batch, Tensor | None]]) -> int:
+    """Return the number of positions of a source that count, where they are known."""
+    return sum(int((positions > 0).sum()) for _, positions in source if positions is not None)
 
 
 def _kind(batch: Batch) -> tuple[str, ...]:
@@ -231,12 +240,11 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
     return list(inputs.values())
 
 
-def _passes(inputs: Sequence[_Input], num_sources: int) -> Iterator[list[_Input]]:
+def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
     """Yield consecutive inputs whose sums fit into memory together; at least one at a time."""
     part: list[_Input] = []
-    most = PASS_BYTES if num_sources == 1 else PASS_BYTES // 2
     for one in inputs:
-        if part and sum(other.num_bytes for other in part) + one.num_bytes > most:
+        if part and sum(other.num_bytes for other in part) + one.num_bytes > PASS_BYTES:
             yield part
             part = []
         part.append(one)
@@ -292,13 +300,20 @@ def _adder(one: _Input, positions: Tensor | None) -> Hook:
     return add
 
 
-def _end_source(one: _Input) -> None:
-    """Add the mean over the positions of a source to the sum of all; no batch of it may reach an expert."""
-    if one.now is not None and one.num_now:
-        mean = one.now.div_(one.num_now)
+def _end_source(one: _Input, count: int) -> None:
+    """Add the mean over the positions of a source to the sum of all.
+
+    `count` is their number where it is known: an expert that few of them reach weighs the source less.
+    """
+    count = count if one.has_positions and count else one.num_now
+    if one.now is not None and count:
+        mean = one.now.div_(count)
         one.total = mean if one.total is None else one.total.add_(mean)
-    one.num_positions += one.num_now
-    one.now, one.num_now = None, 0
+    if count:
+        one.held = one.held + one.held_now / count
+    if one.basis is None:
+        one.num_positions += one.num_now
+    one.now, one.num_now, one.held_now = None, 0, 0.0
 
 
 def _basis(one: _Input) -> InputBasis:
@@ -332,8 +347,9 @@ def _checker(one: _Input, positions: Tensor | None) -> Hook:
         rows, weights = _rows(one, x, positions)
         with full_precision(rows.device):
             scaled = rows * weights.sqrt()[:, None]
-            one.held[0] += (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
-            one.held[1] += float(scaled.double().square().sum())
+            inside = (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
+            one.held_now = one.held_now + F.pad(inside, (0, 1), value=float(scaled.double().square().sum()))
+            one.num_now += len(rows)
 
     return check
 
@@ -341,8 +357,8 @@ def _checker(one: _Input, positions: Tensor | None) -> Hook:
 def _checked(one: _Input) -> InputBasis:
     """Return the basis with the shares that it holds of held-out batches."""
     assert one.basis is not None
-    inside, total = one.held
-    if not math.isfinite(total):
+    if not isinstance(one.held, Tensor) or one.held[-1] == 0:
+        return one.basis
+    if not bool(torch.isfinite(one.held[-1])):
         raise _not_finite(one)
-    held_out = F.pad(inside.cumsum(0) / total, (1, 0)) if total > 0 else None
-    return replace(one.basis, held_out_shares=held_out)
+    return replace(one.basis, held_out_shares=F.pad(one.held[:-1].cumsum(0) / one.held[-1], (1, 0)))

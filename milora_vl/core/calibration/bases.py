@@ -20,17 +20,16 @@ Calibration = Batches | Mapping[str, Batches]
 
 def sources_of(calibration: Calibration) -> list[Batches]:
     """Return the batches of each source."""
-    return list(calibration.values()) if isinstance(calibration, Mapping) else [calibration]
+    return list(calibration.values()) or [[]] if isinstance(calibration, Mapping) else [calibration]
 
 
-def kinds_of(calibration: Calibration) -> list[Batches]:
-    """Return the batches of each source in two parts, without and with pictures; no part is empty."""
-    parts = [
-        [batch for batch in batches if ("pixel_values" in batch) is pictured]
+def kinds_of(calibration: Calibration) -> list[list[Batches]]:
+    """Return the batches of each source in up to two parts, without and with pictures; no part is empty."""
+    parts = (
+        [[batch for batch in batches if ("pixel_values" in batch) is pictured] for pictured in (False, True)]
         for batches in sources_of(calibration)
-        for pictured in (False, True)
-    ]
-    return [part for part in parts if part]
+    )
+    return [[part for part in of_source if part] for of_source in parts]
 
 
 class CalibrationError(UserError):

@@ -252,6 +252,7 @@ def base_kl_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, i
     """Return the tokens that `base_kl` reads in a step, on average over all steps and at most.
 
     Texts and captions take turns. A caption has its picture, and about 80 tokens of system text, question and answer.
+    Records of earlier tasks count as long as those of this one.
     """
     if not recipe.base_kl.weight:
         return 0.0, 0
@@ -259,6 +260,8 @@ def base_kl_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, i
     if base.reads_pictures and recipe.calibration.num_pictures:
         largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
         longest = max(LENGTH, (largest or int(counts.tokens)) + 80)
+    if recipe.after:
+        longest = max(longest, int(counts.tokens))
     texts, every = recipe.base_kl.texts, recipe.base_kl.every
     return texts * (LENGTH + longest) / 2 / every, texts * longest
 

@@ -183,8 +183,8 @@ def _missing(run: str, why: str) -> UserError:
     )
 
 
-def records_of(tasks: Sequence[Task], recipe: Recipe, screen: Screen) -> Iterator[tuple[str, Recipe, Iterator[Record]]]:
-    """Yield each task, the recipe to collate its records by, and them in random order; those in one place once.
+def records_of(tasks: Sequence[Task], recipe: Recipe, screen: Screen) -> Iterator[tuple[Recipe, Iterator[Record]]]:
+    """Yield the records of each task in random order, those in one place once, and the recipe to collate them by.
 
     Raises UserError for records that cannot be read any more.
     """
@@ -199,7 +199,7 @@ def records_of(tasks: Sequence[Task], recipe: Recipe, screen: Screen) -> Iterato
             screen.say(f"note: the records of {task['run']} have changed since; those that are there now are used")
         order = torch.randperm(len(read.train), generator=torch.Generator().manual_seed(SEED)).tolist()
         own = recipe.model_copy(update={"template": task["template"], "data": data})
-        yield task["run"], own, map(read.train.__getitem__, order)
+        yield own, map(read.train.__getitem__, order)
 
 
 def has_other_records(adapter: Path, fingerprint: str) -> bool:
