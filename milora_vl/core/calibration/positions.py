@@ -1,4 +1,4 @@
-"""Weights of the token positions in a source of a calibration: padding counts nothing, text and picture tokens half each.
+"""Weights of the token positions of a source: padding counts nothing, text and picture tokens half each.
 
 Padding does not count. The first position of a row does: it is an attention sink, which all later positions read, so an
 update that moves it changes every text. `activations.LARGEST` limits its energy. Text and picture positions weigh half
