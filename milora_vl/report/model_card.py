@@ -121,9 +121,11 @@ def _summary(path: Path, recipe: Mapping[str, Any], environment: dict[str, Any])
     loss = _last_loss(path)
     adapter = f" with the adapter `{recipe['adapter']}`" if recipe["adapter"] else ""
     rules = "\n".join(f"- {_rule_text(rule)}" for rule in recipe["policy"] or ())
+    earlier = ", ".join(f"`{task['run']}`" for task in _json(path / "milora.json").get("tasks", ())[:-1])
     return (
         f"`{recipe['model']}`{adapter} fine-tuned{data}{trained}."
         + (f" Training loss at the end: {loss:.4f}." if loss is not None else "")
+        + (f" The LoRA also holds the updates of {earlier}." if earlier else "")
         + f"\n\n{rules}"
         + (f"\n\n{lowered}" if (lowered := lowered_shares(policy)) else "")
     )

@@ -77,6 +77,7 @@ def _content(content: Run) -> dict[str, Any]:
         "analysis": read_analysis(content.folder),
         "plots": plots,
         "loss_words": wording.loss_words(content),
+        "tasks": tables.tasks_table(content),
         "policy": tables.policy_table(content),
         "protection": tables.protection_table(content),
         "protection_words": wording.PROTECTION,

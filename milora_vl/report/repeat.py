@@ -12,7 +12,7 @@ from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
-from milora_vl.report.run_page import Run, earlier_tasks
+from milora_vl.report.run_page import Run, tasks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def of_earlier(folder: Path, request: EvaluationRequest) -> dict[Path, Evaluatio
     A run without known questions has none.
     """
     found = {}
-    for task in earlier_tasks(folder):
+    for task in tasks_of(folder)[:-1]:
         if (questions := questions_of(task)) is not None:
             asked = replace(questions, limit=(task.get("eval") or {}).get("limit"))
             found[Path(task["run"])] = replace(request, questions=asked, template=task.get("template"), with_base=False)

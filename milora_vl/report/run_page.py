@@ -175,29 +175,35 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def earlier_tasks(folder: Path) -> list[Json]:
-    """Return the tasks that a run came after, in order: `run`, `data`, `eval` and more, as in its milora.json."""
-    return list(_json(folder / "milora.json", {}).get("tasks", ())[:-1])
+def tasks_of(folder: Path) -> list[Json]:
+    """Return the tasks whose updates a run with `--after` holds, in order, its own last, as in its milora.json."""
+    return list(_json(folder / "milora.json", {}).get("tasks", ()))
 
 
 def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[EarlierScore]:
-    """Yield the scores of earlier tasks. A benchmark belongs to the first run that was evaluated on it."""
-    now = {each.suite: each.after for each in comparisons if each.after}
-    known: set[tuple[str, str]] = set()
-    for run in [Path(task["run"]) for task in earlier_tasks(folder)]:
+    """Yield the scores that earlier runs had, and this run's on the same questions; the first run of each set alone."""
+    now = {asked: metric for each in comparisons if each.after for asked, _, metric in _headlines(each.after)}
+    known = set[Any]()
+    for run in [Path(task["run"]) for task in tasks_of(folder)[:-1]]:
         for file in sorted(run.glob("eval/*/final/results.json")):
-            before = _evaluation(file.parent)
-            after = now.get(before.suite)
-            is_same = after is not None and _asked(after) == _asked(before)
-            for score in _scores(before, after if is_same else None):
-                if score.is_headline and score.before and (before.suite, score.benchmark) not in known:
-                    known.add((before.suite, score.benchmark))
-                    yield EarlierScore(run, score)
+            for asked, benchmark, before in _headlines(_evaluation(file.parent)):
+                if asked not in known:
+                    known.add(asked)
+                    yield EarlierScore(run, Score(benchmark, before.name, before, now.get(asked), is_headline=True))
 
 
-def _asked(evaluation: Evaluation) -> set[tuple[str, ...]]:
-    """Return what identifies the questions of an evaluation: another file may have the same name."""
-    return {tuple(str(line.get(key)) for key in ("benchmark", "id", "question")) for line in evaluation.predictions}
+def _headlines(evaluation: Evaluation) -> Iterator[tuple[Any, str, Metric]]:
+    """Yield what identifies the questions of each benchmark, its name and its first metric.
+
+    Another file of questions may have the same name.
+    """
+    for entry in evaluation.results.get("benchmarks", ()):
+        name, reference = str(entry["name"]), entry.get("reference")
+        lines = [line for line in evaluation.predictions if line.get("benchmark") == reference]
+        metrics = [metric for benchmark, metric in evaluation.metrics if benchmark == name]
+        if metrics:
+            asked = frozenset((str(line.get("id")), str(line.get("question"))) for line in lines)
+            yield (name, asked), name, metrics[0]
 
 
 def _comparisons(folder: Path) -> Iterator[Comparison]:

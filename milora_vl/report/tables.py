@@ -8,7 +8,7 @@ from typing import Any
 
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.methods import label_of, what_trains
-from milora_vl.report.run_page import Comparison, Json, Run, Score
+from milora_vl.report.run_page import Comparison, Json, Run, Score, tasks_of
 from milora_vl.report.wording import (
     amount,
     cut_words,
@@ -87,14 +87,30 @@ def _mean_and_span(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.1f} % ({_span(values)})" if values else "–"
 
 
+def tasks_table(run: Run) -> Table:
+    """Return a table with one row per task whose update the run holds; without rows unless it came after others."""
+    rows = []
+    for task in tasks_of(run.folder):
+        of_towers = [
+            f"{rule['tower']}: {method_name(rule['method'], rule['protect'])}"
+            + (f", rank {rule['rank']}" if rule["rank"] else "")
+            for rule in task["rules"]
+        ]
+        path = task["data"].get("path")
+        name = path if isinstance(path, str) else "several files" if path else "–"
+        rows.append((str(task["run"]), name, f"{task['records']:,}" if task["records"] else "–", "; ".join(of_towers)))
+    caption = "The tasks that this run has learned, in order. One LoRA holds their updates: ranks add."
+    return Table(("run", "data", "records", "what trained"), tuple(rows), caption)
+
+
 def earlier_table(run: Run) -> Table:
-    """Return a table with one row per benchmark of the earlier tasks; without rows if the run came after none."""
+    """Return a table with one row per benchmark of the earlier runs; without rows if the run came after none."""
     rows = [
         (str(each.run), each.score.benchmark, number(each.score.before), number(each.score.after), gain(each.score))
         for each in run.earlier
     ]
-    caption = "Earlier tasks: their scores after their own run and after this one. Brackets show one standard error."
-    return Table(("run", "benchmark", "after its run", "after this run", "change"), tuple(rows), caption)
+    caption = "Earlier runs: their scores, and this run's on the same questions. Brackets show one standard error."
+    return Table(("earlier run", "benchmark", "its score", "after this run", "change"), tuple(rows), caption)
 
 
 def score_tables(comparison: Comparison) -> list[Table]:

@@ -57,7 +57,7 @@ from milora_vl.train.dry_run.estimate import (
     start_lines,
     start_seconds,
 )
-from milora_vl.train.plan.earlier_tasks import NUM_RECORDS, Task, records_of
+from milora_vl.train.plan.earlier_tasks import NUM_RECORDS, EarlierRecords
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 
@@ -125,9 +125,9 @@ def make_texts(
     records: Sequence[Record],
     screen: Screen,
     steps: int = SMOKE_STEPS,
-    tasks: Sequence[Task] = (),
+    earlier: EarlierRecords | None = None,
 ) -> Texts:
-    """Return the calibration texts and captions of a run of `steps` steps, and a sample of the records of `tasks`.
+    """Return the calibration texts and captions of a run of `steps` steps, and a sample of the `earlier` records.
 
     `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
     cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
@@ -154,8 +154,9 @@ def make_texts(
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
         found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
     of_tasks: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
-    for of_task, drawn in records_of(tasks, recipe, screen):
+    for of_task, of_run, order in earlier.found if earlier else ():
         collate = collators.collator(of_task, base, processor)
+        drawn = (of_run[place] for place in order)
         usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
         of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
     if not rows and not any(records for _, records in [*found, *of_tasks]):

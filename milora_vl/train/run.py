@@ -118,6 +118,8 @@ def make_ready(plan: Plan, screen: Screen) -> Ready:
     """Read the records, load the base, order the rows and apply the policy. Only caches are written."""
     data, args, batching = read_inputs(plan, screen)
     require_template_for_tools(plan.recipe, data)
+    earlier = earlier_tasks.read_earlier_records(plan.tasks, plan.recipe, plan.targets, plan.folder.checkpoint, screen)
+    plan = replace(plan, tasks=earlier.tasks)
     hub.open_repository(plan.recipe.train, plan.folder.path, plan.hub_token)
     with args.main_process_first(desc="composing the base"):
         plan, line = plan.composed()
@@ -140,7 +142,7 @@ def make_ready(plan: Plan, screen: Screen) -> Ready:
     elif plan.recipe.data.streaming:
         args.ignore_data_skip = True  # a resumed stream itself skips the records that it has read
         rows = loaders.stream_of(plan.recipe, args)
-    built, base_kl, spectra = adapt(plan, loaded, processor, data, args, batching.steps, screen)
+    built, base_kl, spectra = adapt(plan, loaded, processor, data, earlier, args, batching.steps, screen)
     run_files.set_chat_template(processor, plan.recipe.template)
     return Ready(plan, data, args, processor, built, base_kl, spectra, rows, lengths, batching, probe, questions)
 
@@ -210,6 +212,7 @@ def adapt(
     loaded: torch.nn.Module,
     processor: Any,
     data: RunData,
+    records: earlier_tasks.EarlierRecords,
     args: TrainingArguments,
     steps: int,
     screen: Screen,
@@ -237,7 +240,7 @@ def adapt(
     with calibration_batches.shown_start(recipe, plan.base, loaded, chosen, task, steps, screen, len(plan.tasks)):
         if protects or recipe.base_kl.weight:
             texts = calibration_batches.make_texts(
-                recipe, plan.base, loaded, processor, data.train, screen, steps, plan.tasks
+                recipe, plan.base, loaded, processor, data.train, screen, steps, records
             )
             batches = texts.sources() if protects else None
         if recipe.base_kl.weight:

@@ -359,12 +359,18 @@ def test_a_run_is_asked_the_questions_that_its_recipe_names(
 
 
 def test_scores_of_earlier_tasks_stand_beside_those_after_their_own_run(run: Path, finished: Path) -> None:
-    first = {"run": str(finished), "data": {"path": "data/emoji/train.json"}}
-    dump(run / "milora.json", {"tasks": [first, {"run": str(run)}]})
+    first = {"run": str(finished), "data": {"path": "data/emoji/train.json"}, "records": 8, "rules": []}
+    dump(run / "milora.json", {"tasks": [first, {**first, "run": str(run)}]})
     (earlier,) = read_run(run).earlier
     assert (earlier.run, earlier.score.benchmark, earlier.score.gain) == (finished, "emoji", 0)
-    assert "Earlier tasks" in page_of(run).text
+    assert "Earlier runs" in page_of(run).text
     assert commands(read_run(run)).earlier == ()
+
+    for each in (run, finished):  # the same questions again, with others
+        shutil.copytree(each / "eval" / "emoji", each / "eval" / "emoji+other", dirs_exist_ok=True)
+    assert len(read_run(run).earlier) == 1
+    shutil.rmtree(run / "eval" / "emoji+other")
+    shutil.rmtree(finished / "eval" / "emoji+other")
 
     answers = run / "eval" / "emoji" / "final" / "predictions.jsonl"
     answers.write_text(answers.read_text().replace("What", "Which"))  # another file of the same name

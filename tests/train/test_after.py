@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from milora_vl import load_adapter, load_model
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.models.tiny import tiny_llava
+from milora_vl.report.run_page import read_run
+from milora_vl.report.tables import tasks_table
 from milora_vl.train.command import main
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
@@ -83,6 +85,9 @@ def test_three_tasks_in_a_row_are_one_lora_that_lists_them(
         (2, 0.5, 14),
     ]
     assert {target.rank for target in saved.targets if target.tower == "language"} == {10}
+    table = tasks_table(read_run(tmp_path / "c"))
+    assert [row[0] for row in table.rows] == [str(first), str(tmp_path / "b"), str(tmp_path / "c")]
+    assert f"also holds the updates of `{first}`, `{tmp_path / 'b'}`" in (tmp_path / "c" / "README.md").read_text()
     base, _ = load_model("tiny")
     assert torch.allclose(
         logits(PeftModel.from_pretrained(load_model("tiny")[0], tmp_path / "c")),
@@ -123,23 +128,59 @@ def test_records_that_have_moved_or_changed(
 ) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(first, moved)
-    for name in ("recipe.yaml", "milora.json"):
-        (moved / name).write_text((moved / name).read_text().replace(str(data / "train.json"), "nowhere.json"))
+
+    def recorded(name: str) -> None:
+        for file in ("recipe.yaml", "milora.json"):
+            (moved / file).write_text((first / file).read_text().replace("train.json", name))
+
+    recorded("nowhere.json")
     words = second(data, moved, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")
-    with raises_code("after-no-records", where="--after", hint="calibration: {earlier: FILE"):
-        plan(words)
+    for more in ([], ["--dry_run"]):
+        with raises_code("after-no-records", where="--after", hint="calibration: {earlier: FILE"):
+            main([*words, *more])
     recipe = tmp_path / "recipe.yaml"
     earlier = {"earlier": str(data / "train.json"), "image_folder": str(data / "images")}
     recipe.write_text(yaml.safe_dump({"calibration": earlier}))
     assert main([*words, "--recipe", str(recipe)]) == 0
     [task, _] = read_json(tmp_path / "b", "milora.json")["tasks"]
     assert task["data"]["path"] == str(data / "train.json")
-    (moved / "recipe.yaml").write_text(
-        (moved / "recipe.yaml").read_text().replace("nowhere.json", str(data / "next.json"))
-    )
-    capsys.readouterr()
-    assert main([*words[:-4], "--output_dir", str(tmp_path / "c"), "--max_steps", "1", "--save_strategy", "no"]) == 0
-    assert f"the records of {moved} have changed since" in capsys.readouterr().err
+    recorded("next.json")
+    words = second(data, moved, tmp_path / "c", "--dry_run")
+    for more, said in (
+        ([], "have changed since; those that are there now are used"),
+        (["--recipe", str(recipe)], f"{data / 'train.json'} is used for the records of {moved}, which have changed"),
+    ):
+        capsys.readouterr()
+        assert main([*words, *more]) == 0
+        assert said in capsys.readouterr().out
+    (data / "broken.json").write_text("{")
+    recorded("broken.json")
+    with raises_code("json-syntax", hint="calibration: {earlier: FILE"):
+        main(words)
+    assert main([*words, "--recipe", str(recipe)]) == 0
+
+
+def test_a_resumed_run_with_base_kl_takes_other_records_for_those_that_are_gone(
+    data: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    shutil.copytree(first, gone)
+    (data / "gone.json").write_text((data / "train.json").read_text())
+    for file in ("recipe.yaml", "milora.json"):
+        (gone / file).write_text((first / file).read_text().replace("train.json", "gone.json"))
+    run = tmp_path / "b"
+    assert main(second(data, gone, run, "--base_kl_weight", "1")) == 0
+    shutil.rmtree(run / "checkpoint-6")
+    for name in ("adapter_model.safetensors", "trainer_state.json"):
+        (run / name).unlink()
+    (data / "gone.json").unlink()
+    again = [*second(data, gone, run, "--base_kl_weight", "1"), "--resume_from_checkpoint", "auto"]
+    with raises_code("after-no-records", hint="calibration: {earlier: FILE"):
+        main(again)
+    recipe = tmp_path / "recipe.yaml"
+    earlier = {"earlier": str(data / "train.json"), "image_folder": str(data / "images")}
+    recipe.write_text(yaml.safe_dump({"calibration": earlier}))
+    assert main([*again, "--recipe", str(recipe)]) == 0
 
 
 def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from milora_vl.train.dry_run.cost import MIX665K, Costs, costs_of
 from milora_vl.train.plan import eval_section, record_checks, run_data
 from milora_vl.train.plan.base import require_usable
 from milora_vl.train.plan.batching import Batching
+from milora_vl.train.plan.earlier_tasks import read_earlier_records
 from milora_vl.train.plan.fit import require_template
 from milora_vl.train.plan.plan import Plan, make_plan
 from milora_vl.train.plan.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_text, trained_sizes
@@ -104,6 +105,8 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     except UserError as error:
         problems += error.problems
         counts, num_records = _assumed(screen, recipe, "cannot be used"), None
+    with collected(problems):
+        read_earlier_records(plan.tasks, recipe, plan.targets, plan.folder.checkpoint, screen)
     rows = math.ceil((num_records or 1) / counts.records)
     batching = Batching(
         num_records=None if recipe.data.streaming else rows,

@@ -20,7 +20,7 @@ DECISIVE = frozenset(
     """
     model adapter after quantization quant_type double_quant projector_weights template dtype
     parts.vision_tower parts.vision_weights parts.select_layer parts.select_feature
-    calibration.samples calibration.pictures calibration.text calibration.data calibration.earlier
+    calibration.samples calibration.pictures calibration.text calibration.data
     base_kl.weight base_kl.texts base_kl.every
     data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels
     data.video_min_pixels data.video_max_pixels data.fps data.num_frames data.packing

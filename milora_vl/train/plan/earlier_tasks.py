@@ -12,7 +12,8 @@ milora.json of the run lists all tasks in order, the run's own last. An entry ho
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from milora_vl.core.policy import Target
 from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.plan import run_data
 from milora_vl.train.plan.screen import Screen, protected_directions
-from milora_vl.train.recipe.schema import CalibrationConfig, DataConfig, Recipe, SourceConfig
+from milora_vl.train.recipe.continued import to_merge
+from milora_vl.train.recipe.schema import DataConfig, Recipe, SourceConfig
 
 NUM_RECORDS = 128  # of each earlier task
 HINT = "name similar records in the recipe:  calibration: {earlier: FILE, image_folder: FOLDER}"
@@ -42,8 +44,7 @@ def tasks_before(
 ) -> tuple[tuple[Task, ...], list[str]]:
     """Return the entries of the tasks that a run comes after, in order, and warnings.
 
-    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks, and for
-    records that are missing.
+    A resumed run has them in its checkpoint. Raises UserError for rules that cannot train after these tasks.
     """
     if recipe.after is None:
         return (), []
@@ -51,16 +52,69 @@ def tasks_before(
         saved = read_sidecar(checkpoint)
         return (() if saved is None else tuple(saved.tasks[:-1])), []
     _require_rules(recipe, Path(recipe.after), targets)
-    tasks = _tasks_of(Path(recipe.after), recipe.template)
-    protects, warnings = any(target.protect for target in targets), []
-    if protects or recipe.base_kl.weight:
-        found = [_with_records(task, recipe.calibration) for task in tasks]
-        if recipe.calibration.earlier is not None and found == tasks:
-            warnings.append("calibration.earlier has no effect: the records of all earlier runs are in place")
-        tasks = found
-    if not protects:
+    tasks, warnings = _tasks_of(Path(recipe.after), recipe.template), []
+    if not any(target.protect for target in targets):
         warnings.append("no rule has protect: what the earlier runs have learned is not protected (--method gradient)")
     return tuple(tasks), warnings
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierRecords:
+    """The entries of earlier tasks, with the places where their records are now; and these, in random order."""
+
+    tasks: tuple[Task, ...]
+    found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]  # the recipe to collate by, records, their order
+
+
+def read_earlier_records(
+    tasks: Sequence[Task], recipe: Recipe, targets: Sequence[Target], checkpoint: Path | None, screen: Screen
+) -> EarlierRecords:
+    """Read the records of earlier tasks where the run has a use for them, those in one place once.
+
+    Those of `calibration.earlier` stand in for records that are missing, unreadable or changed. Raises UserError where
+    there are none.
+    """
+    protects = checkpoint is None and any(target.protect for target in targets)
+    if not tasks or not (protects or recipe.base_kl.weight):
+        return EarlierRecords(tuple(tasks), ())
+    read = [_read(task, recipe, screen) for task in tasks]
+    if recipe.calibration.earlier is not None and all(task == now for task, (now, *_) in zip(tasks, read, strict=True)):
+        screen.warn("calibration.earlier has no effect: the records of all earlier runs are in place")
+    places = {str(data): (task, data, records) for task, data, records in read}
+    found = []
+    for task, data, records in places.values():
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(SEED)).tolist()
+        found.append((recipe.model_copy(update={"template": task["template"], "data": data}), records, order))
+    return EarlierRecords(tuple(task for task, *_ in read), tuple(found))
+
+
+def _read(task: Task, recipe: Recipe, screen: Screen) -> tuple[Task, DataConfig, Sequence[Record]]:
+    """Return a task, where its records are, and the records; a task whose records are others has their place."""
+    run, other = task["run"], recipe.calibration.earlier
+    try:
+        data, read = _records(task, recipe, screen)
+        why = "have changed since" if task["fingerprint"] not in ("", read.fingerprint) else ""
+    except UserError as error:
+        if other is None:
+            raise with_context(error, hint=HINT) from error
+        why = "cannot be read"
+    if why and other is not None:
+        screen.say(f"note: {other} is used for the records of {run}, which {why}")
+        folder = {} if recipe.calibration.image_folder is None else {"image_folder": recipe.calibration.image_folder}
+        task = {**task, "data": {**task["data"], "path": other, **folder}}
+        data, read = _records(task, recipe, screen)
+        task = {**task, "fingerprint": read.fingerprint}
+    elif why:
+        screen.say(f"note: the records of {run} {why}; those that are there now are used")
+    return task, data, read.train
+
+
+def _records(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, run_data.RunData]:
+    data = _data_of(task)
+    if recipe.data.bad_images != "raise":
+        data = data.model_copy(update={"bad_images": recipe.data.bad_images})
+    with screen.step(f"reading the records of {task['run']}"):
+        return data, run_data.read_records(data)
 
 
 def entry(
@@ -112,14 +166,18 @@ def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> No
         numbers = [number for number, rule in enumerate(recipe.policy or ()) if rule.get("method") == method]
         return Key(("policy", numbers[0], "method")) if numbers else Key.of("policy")
 
-    found = [t for t in (*saved.targets, *targets) if t.method == "dora"]
-    if found:
-        raise UserError(
-            f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0].path}",
-            code="after-method",
-            where=Key.of("after") if found[0] in saved.targets else rule_with("dora"),
-            hint="use another method",
-        )
+    for places, where, hint in (
+        (saved.targets, Key.of("after"), to_merge(after)),
+        (targets, rule_with("dora"), "use another method"),
+    ):
+        found = [target.path for target in places if target.method == "dora"]
+        if found:
+            raise UserError(
+                f"DoRA scales the rows of a weight, so its update cannot be added to another one: {found[0]}",
+                code="after-method",
+                where=where,
+                hint=hint,
+            )
     if all(target.rank is None for target in targets):
         raise UserError(
             "the rules train weights in full, which changes what the earlier runs have learned",
@@ -136,18 +194,6 @@ def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> No
                 where=rule_with("full"),
                 hint="give it an adapter, or leave its rule out; without a policy the run takes the earlier one's",
             )
-
-
-def _with_records(task: Task, calibration: CalibrationConfig) -> Task:
-    """Return a task with the records of `calibration.earlier` in the place of missing ones, or raise UserError."""
-    try:
-        _data_of(task)
-    except UserError:
-        if calibration.earlier is None:
-            raise
-        folder = {} if calibration.image_folder is None else {"image_folder": calibration.image_folder}
-        return {**task, "data": {**task["data"], "path": calibration.earlier, **folder}}
-    return task
 
 
 def _data_of(task: Task) -> DataConfig:
@@ -179,27 +225,7 @@ def _missing(run: str, why: str) -> UserError:
         f"the records of {run} are needed to protect what it has learned, and {why}",
         code="after-no-records",
         where=Key.of("after"),
-        hint=HINT,
     )
-
-
-def records_of(tasks: Sequence[Task], recipe: Recipe, screen: Screen) -> Iterator[tuple[Recipe, Iterator[Record]]]:
-    """Yield the records of each task in random order, those in one place once, and the recipe to collate them by.
-
-    Raises UserError for records that cannot be read any more.
-    """
-    places = {str(data): (data, task) for task in tasks if (data := _data_of(task))}
-    for data, task in places.values():
-        try:
-            with screen.step(f"reading the records of {task['run']}"):
-                read = run_data.read_records(data)
-        except UserError as error:
-            raise with_context(error, hint=HINT) from error
-        if task["fingerprint"] and read.fingerprint != task["fingerprint"]:
-            screen.say(f"note: the records of {task['run']} have changed since; those that are there now are used")
-        order = torch.randperm(len(read.train), generator=torch.Generator().manual_seed(SEED)).tolist()
-        own = recipe.model_copy(update={"template": task["template"], "data": data})
-        yield own, map(read.train.__getitem__, order)
 
 
 def has_other_records(adapter: Path, fingerprint: str) -> bool:
