@@ -75,6 +75,7 @@ WAYS = {
     "the default, then `--adapter`": "gradient-further",
     "the default, merged, then the default": "gradient",
     "the default, then `--after`": "after",
+    "the same with `--base_kl_weight 1`": "after-kl",
     "LoRA with 10 % of the earlier records": "lora-replay",
     "LoRA on all data at once": "lora-joint",
     "the default on all data at once": "gradient-joint",
