@@ -91,7 +91,10 @@ def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer], count: int | Non
     pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right][:count]
     resampled = _resampled(benchmark, pairs, a, b)
     units = benchmark.units(a), benchmark.units(b)
-    return [Pair(name, left, other, resampled.get(left.name) or _difference(left, *units)) for left, other in pairs]
+    return [
+        Pair(benchmark.name, left, other, resampled.get(left.name) or _difference(left, *units))
+        for left, other in pairs
+    ]
 
 
 def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:

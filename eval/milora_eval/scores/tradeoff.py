@@ -170,7 +170,7 @@ def mean_change(pairs: Sequence[Pair], groups: Mapping[str, int]) -> Mean:
     if len(errors) < len(pairs):
         return Mean(value, note="no interval: a benchmark has no paired error")
     stderr = 100 * math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
-    small = [name for name in map(_name, pairs) if groups[name] < MIN_GROUPS]
+    small = [pair.benchmark for pair in pairs if groups[pair.benchmark] < MIN_GROUPS]
     changed = sum(each.only_a + each.only_b for each in differences)
     if small:
         note = f"no interval: fewer than {MIN_GROUPS} independent questions in {', '.join(small)}"
@@ -202,10 +202,6 @@ def _sequence(
 
 def _keys(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
     return Counter((line["id"], line["prediction"]) for line in lines)
-
-
-def _name(pair: Pair) -> str:
-    return stored_benchmark(pair.benchmark).name
 
 
 def _require_targets(targets: Sequence[str], everyone: Sequence[ModelAnswers], num_runs: int, sequence: bool) -> None:
