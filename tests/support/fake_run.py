@@ -187,8 +187,8 @@ def results(which: str, lines: list[Json]) -> Json:
     return {
         "suite": "emoji", "which": which, "model": "smol-llava", "template": "vicuna_v1", "seconds": 31.0,
         "adapter": "runs/demo" if which == "final" else None,
-        "benchmarks": [{"name": "emoji", "reference": "emoji", "version": 1, "protocol": "exact match after normalisation", "split": "test",
-                        "n": len(lines), "metrics": metrics}],
+        "benchmarks": [{"name": "emoji", "reference": "emoji", "version": 1, "split": "test",
+                        "protocol": "exact match after normalisation", "n": len(lines), "metrics": metrics}],
         "forgetting": forgetting if which == "final" else None,
         "generation": {"max_new_tokens": {"emoji": 16}},
     }  # fmt: skip
