@@ -11,7 +11,7 @@ def hub_is_known() -> bool:
     """Return whether the host of the hub resolves; without a network the client would retry for half a minute."""
     from huggingface_hub.constants import ENDPOINT
 
-    if getproxies():
+    if getproxies().keys() & {"https", "all"}:  # not `no`, the hosts that NO_PROXY excepts
         return True
     try:
         socket.getaddrinfo(urlsplit(ENDPOINT).hostname, 443)

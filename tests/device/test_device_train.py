@@ -118,6 +118,7 @@ def test_a_logged_step_waits_once(sim: torch.device, tiny_data: Path, tmp_path: 
     """HF's Trainer reads the loss and the norm of the gradient, one after the other."""
     words = [*on_device(training(tiny_data, tmp_path / "a", *PLAIN)), "--save_strategy", "no"]
     words += ["--logging_first_step", "False"]
+    assert main([*words, "--output_dir", str(tmp_path / "first")]) == 0  # the calibration, which both runs find
     each, _ = waits_of(words)
     once, _ = waits_of([*words, "--output_dir", str(tmp_path / "b"), "--logging_steps", "100"])
     assert [line.rpartition(":")[0] for line in each - once] == ["transformers/trainer.py"] * 2
