@@ -46,14 +46,15 @@ KEPT = (
     Row("the same without `base_kl`", "pictures.easy-vqa"),
     Row("smol-llava: emoji", "pictures.smol-llava", WITH_KL),
     Row("the same without `base_kl`", "pictures.smol-llava"),
-    Row("smol-llava: emoji, without `base_kl`", "fixed-a.smol-llava-300"),
+    Row("smol-llava: emoji", "pictures.smol-llava-300", WITH_KL),
+    Row("the same without `base_kl`", "pictures.smol-llava-300"),
 )
 # Setting -> its arm of each study. The arms of `curves` have an earlier form of protection.
 OTHERS = {
     "the default (MiniLM-L6: shorter rows of A)": {
         "fixed-a.smollm2": DEFAULT,
         "fixed-a.minilm": SHORT,
-        "fixed-a.smol-llava": DEFAULT,
+        "pictures.smol-llava": WITH_KL,
     },
     "`protect` 0.98, shorter rows of A": {"fixed-a.smollm2": f"{SHORT}-0.98"},
     "`protect` 0.9, shorter rows of A": {"fixed-a.smollm2": f"{SHORT}-0.9", "fixed-a.minilm": f"{SHORT}-0.9"},

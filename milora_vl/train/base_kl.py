@@ -22,8 +22,9 @@ from transformers import TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
 from milora_vl.core.adapter.install import base_model_of
-from milora_vl.core.calibration.bases import Calibration, kinds_of
+from milora_vl.core.calibration.bases import Batches, Calibration, kinds_of
 from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy.towers import image_token_of
 
 
@@ -34,7 +35,8 @@ class BaseKL:
     """
 
     def __init__(self, texts: Calibration, weight: float, every: int) -> None:
-        self.sources = kinds_of(texts)
+        shuffle = torch.Generator().manual_seed(SEED)  # texts lie by length, and a short run reads the first alone
+        self.sources = [[_shuffled(kind, shuffle) for kind in kinds] for kinds in kinds_of(texts)]
         self.every, self.factor = every, every * weight
         self.last = -1  # step that had the term
         self.terms: list[Tensor] = []  # since the last log line
@@ -66,6 +68,10 @@ class BaseKL:
         return mean
 
 
+def _shuffled(kind: Batches, generator: torch.Generator) -> Batches:
+    return [kind[place] for place in torch.randperm(len(kind), generator=generator).tolist()]
+
+
 def add_base_kl(model: PeftModel) -> None:
     """Add the argument `base_kl`, a batch, to the forward of a model; the output then has the term as `base_kl`."""
     extend_forward(model, _forward)
@@ -80,10 +86,11 @@ def _forward(
     picture = image_token_of(base_model_of(model))
     ids, mask = base_kl["input_ids"][:, 1:], base_kl["attention_mask"][:, 1:].bool()
     counted = mask if picture is None else mask & (ids != picture)
+    columns = counted.any(0).nonzero().squeeze(1)  # the head skips the positions of pictures
 
     def logits() -> Tensor:
-        found: Tensor = stock(**base_kl, use_cache=False)["logits"]
-        return found[:, :-1][counted].float().log_softmax(-1)
+        found: Tensor = stock(**base_kl, use_cache=False, logits_to_keep=columns)["logits"]
+        return found[counted[:, columns]].float().log_softmax(-1)
 
     with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise
         before = logits()

@@ -58,6 +58,7 @@ from milora_vl.train.dry_run.estimate import (
     start_seconds,
 )
 from milora_vl.train.plan.earlier_tasks import NUM_RECORDS, EarlierRecords
+from milora_vl.train.plan.plan import Plan
 from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 
@@ -166,23 +167,20 @@ def make_texts(
 
 @contextmanager
 def shown_start(
-    recipe: Recipe,
-    base: Base,
+    of_run: Plan,
     model: Any,
     targets: Sequence[Target],
     task: Sequence[Mapping[str, Tensor]] | None,
     steps: int,
     screen: Screen,
-    num_tasks: int = 0,
 ) -> Iterator[None]:
     """Print the plan of the slow parts inside before the first one begins, and show them as one bar.
 
-    `targets` are those whose A a calibration chooses, with records of `num_tasks` earlier tasks. What an earlier start
-    has cached is not planned.
+    `targets` are those whose A a calibration chooses. What an earlier start has cached is not planned.
     """
-    settings = recipe.calibration
+    base, settings = of_run.base, of_run.recipe.calibration
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
-    if steps < SMOKE_STEPS and (task or recipe.base_kl.weight or any(target.protect for target in targets)):
+    if steps < SMOKE_STEPS and (task or of_run.base_kl.weight or any(target.protect for target in targets)):
         screen.say(SMOKE_NOTE)
 
     def plan(parts: Sequence[str]) -> dict[str, float]:
@@ -195,7 +193,7 @@ def shown_start(
             captions=part_of(settings.num_pictures, steps) if base.reads_pictures else 0,
             picture_tokens=base.tokens_of_a_picture or 0,
             task_tokens=tokens,
-            earlier_tokens=part_of(NUM_RECORDS, steps) * num_tasks * (tokens / len(task) if task else LENGTH),
+            earlier_tokens=part_of(NUM_RECORDS, steps) * len(of_run.tasks) * (tokens / len(task) if task else LENGTH),
         )
         seconds = {name: value for name, value in seconds.items() if name in parts}
         for line in start_lines(seconds, "this machine"):

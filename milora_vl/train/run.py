@@ -118,7 +118,7 @@ def make_ready(plan: Plan, screen: Screen) -> Ready:
     """Read the records, load the base, order the rows and apply the policy. Only caches are written."""
     data, args, batching = read_inputs(plan, screen)
     require_template_for_tools(plan.recipe, data)
-    earlier = earlier_tasks.read_earlier_records(plan.tasks, plan.recipe, plan.targets, plan.folder.checkpoint, screen)
+    earlier = earlier_tasks.read_earlier_records(plan.tasks, plan.recipe, screen, are_used=plan.reads_calibration)
     plan = replace(plan, tasks=earlier.tasks)
     hub.open_repository(plan.recipe.train, plan.folder.path, plan.hub_token)
     with args.main_process_first(desc="composing the base"):
@@ -237,15 +237,14 @@ def adapt(
     if source is None:
         task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train, steps)
     chosen = targets if source is None else []
-    with calibration_batches.shown_start(recipe, plan.base, loaded, chosen, task, steps, screen, len(plan.tasks)):
-        if protects or recipe.base_kl.weight:
+    with calibration_batches.shown_start(plan, loaded, chosen, task, steps, screen):
+        if protects or plan.base_kl.weight:
             texts = calibration_batches.make_texts(
                 recipe, plan.base, loaded, processor, data.train, screen, steps, records
             )
             batches = texts.sources() if protects else None
-        if recipe.base_kl.weight:
-            term = recipe.base_kl
-            base_kl = BaseKL(texts.sources(term.texts), recipe.base_kl.weight, term.every)
+        if plan.base_kl.weight:
+            base_kl = BaseKL(texts.sources(plan.base_kl.texts), plan.base_kl.weight, plan.base_kl.every)
         set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
         with screen.step("applying the policy" if source is None else f"restoring {source}"):
             dtype = training_arguments.trained_dtype(args)

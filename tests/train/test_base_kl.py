@@ -66,9 +66,13 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.add_(0.02 * torch.randn_like(parameter))
     alone = model(**batches[0]).logits
+    in_head: list[int] = []
+    hook = base_model_of(model).lm_head.register_forward_hook(lambda m, inputs, out: in_head.append(out.shape[1]))
     output = model(**batches[0], base_kl=batches[0])
+    hook.remove()
     assert torch.equal(output["logits"], alone)
     real = batches[0]["attention_mask"][:, 1:].bool() & (ids[:, 1:] != base.config.image_token_id)
+    assert in_head == [ids.shape[1], *[int(real.any(0).sum())] * 2], "no logits where pictures are"
     before, after = (m(**batches[0]).logits[:, :-1][real].log_softmax(-1) for m in (base, model))
     expected = kl_div(after, before, log_target=True, reduction="batchmean")
     assert float(output["base_kl"]) == pytest.approx(float(expected), rel=1e-4)
@@ -116,6 +120,26 @@ def test_texts_and_pictures_take_turns_and_every_process_has_its_own(every: int,
     assert not any(a == b for a, b in zip(first, second, strict=True))
     assert len(set(first + second)) == 3 + 2 + 4
     assert read(0, range(steps // 2 + every - 1, steps)) == first[6:], "a resumed run goes on"
+
+
+def test_a_short_run_reads_texts_of_all_lengths() -> None:
+    by_length: list[Any] = [{"name": place} for place in range(28)]
+    base_kl = BaseKL({"base": by_length}, 1.0, 1)
+    args: Any = SimpleNamespace(world_size=1, process_index=0)
+    read = [batch["name"] for step in range(8) if (batch := base_kl.next_batch(step, args)) is not None]
+    assert max(read) >= 14 > min(read)
+
+
+def test_another_method_from_the_recipe_of_a_run_has_its_own_default(
+    tiny_data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    assert main(training(tiny_data, tmp_path / "a", "--rank", "4", "--max_steps", "1")) == 0
+    for method, has_term in (("gradient", True), ("lora", False)):
+        words = ["--recipe", str(tmp_path / "a" / "recipe.yaml"), "--method", method, "--dry-run", "--format", "json"]
+        capsys.readouterr()
+        assert main(words) == 0
+        lines = json.loads(capsys.readouterr().out)["cost"]
+        assert any(line.startswith("base_kl") for line in lines) == has_term
 
 
 def test_a_run_keeps_the_answers_of_the_base_and_resumes(tiny_data: Path, tmp_path: Path) -> None:

@@ -48,7 +48,6 @@ from milora_vl.train.plan.launch import strategy_of
 from milora_vl.train.plan.plan import Plan
 from milora_vl.train.plan.screen import trained_sizes
 from milora_vl.train.plan.train_section import TrainSection
-from milora_vl.train.recipe.schema import Recipe
 
 A100, CPU = "one A100 per device at 40 % of peak", "the CPU of this machine"
 MIX665K = Counts(tokens=700, supervised=60, exact=False)  # approximate, per record
@@ -80,7 +79,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     packed_bytes = None
     if recipe.quantization != "none":
         packed_bytes = bytes_per_number(recipe.quantization, double_quant=recipe.double_quant)
-    base_kl = base_kl_tokens(recipe, base, counts)
+    base_kl = base_kl_tokens(plan, counts)
     held = num_held(recipe)
     work = workload_of(section, base, plan.targets, counts, batching, packed_bytes, base_kl, held)
     missing = {"bf16": not work.half, "activation_checkpointing": not work.checkpointing}
@@ -114,26 +113,27 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
         out.append(f"time   about {duration_text(step / rate)} a step on {name}{total}")
     if work.base_kl:
         share = step / flops_per_step(replace(work, base_kl=0.0)) - 1
-        texts, every = amount(recipe.base_kl.texts, "text"), recipe.base_kl.every
+        texts, every = amount(plan.base_kl.texts, "text"), plan.base_kl.every
         price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
-        out.append(f"base_kl  reads {texts} in one step of {every}: {price}")
-    if recipe.adapter is not None:  # its A is known
-        return Costs(out, change, step)
-    inputs = distinct_inputs(plan.targets)
+        room = sum(sizes.values()) - sum(memory(replace(work, base_kl_activations=0.0)).values())
+        out.append(f"base_kl  reads {texts} in one step of {every}: {price}, {room / GIB:.1f} GiB")
+    chosen = plan.targets if recipe.adapter is None else ()  # the A of an adapter is known
+    inputs = distinct_inputs(chosen)
     if inputs:
         share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
         out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
     settings, steps = recipe.calibration, batching.steps if has_steps else SMOKE_STEPS
-    reads_texts = bool(inputs or recipe.base_kl.weight)
+    reads_texts = bool(inputs or plan.base_kl.weight)
+    captions = part_of(settings.num_pictures, steps) if base.reads_pictures and counts.has_pictures else 0
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
-    has_gradient = any(target.method == "gradient" for target in plan.targets)
+    has_gradient = any(target.method == "gradient" for target in chosen)
     start: dict[str, float] = {}
     for name, rate in rates.items():
         seconds = start_seconds(
             planned_pace(base.meta, None if rate == A100_FLOPS else rate),
             inputs,
             texts=part_of(samples, steps) * reads_texts,
-            captions=part_of(settings.num_pictures, steps) * (reads_texts and base.reads_pictures),
+            captions=captions * reads_texts,
             picture_tokens=base.tokens_of_a_picture or min(work.tokens, 700),
             task_tokens=part_of(RECORDS, steps) * work.tokens * has_gradient,
             earlier_tokens=part_of(NUM_RECORDS, steps) * len(plan.tasks) * work.tokens,
@@ -199,7 +199,7 @@ def workload_of(
     counts: Counts,
     batching: Batching,
     packed_bytes: float | None,
-    base_kl: tuple[float, int] = (0.0, 0),
+    base_kl: tuple[float, int, int] = (0.0, 0, 0),
     held: int = 0,
 ) -> Workload:
     """Return the workload of a run: resident memory is counted, the memory of a step is simulated.
@@ -243,27 +243,27 @@ def workload_of(
     # In proportion; and logits and probabilities of the model and of the base in float32, with their gradients.
     extra = (
         step * base_kl[1] / (shape.records * shape.tokens)
-        + 5 * 4 * base_kl[1] * base.config.get_text_config().vocab_size
+        + 5 * 4 * base_kl[2] * base.config.get_text_config().vocab_size
     )
     return replace(work, activations=step, base_kl_activations=extra)
 
 
-def base_kl_tokens(recipe: Recipe, base: Base, counts: Counts) -> tuple[float, int]:
-    """Return the tokens that `base_kl` reads in a step, on average over all steps and at most.
+def base_kl_tokens(plan: Plan, counts: Counts) -> tuple[float, int, int]:
+    """Return the tokens that `base_kl` reads in a step, on average over all steps and at most, and those with logits.
 
     Texts and captions take turns. A caption has its picture, and about 80 tokens of system text, question and answer.
     Records of earlier tasks count as long as those of this one.
     """
-    if not recipe.base_kl.weight:
-        return 0.0, 0
-    longest = LENGTH
-    if base.reads_pictures and recipe.calibration.num_pictures:
+    recipe, base, texts, every = plan.recipe, plan.base, plan.base_kl.texts, plan.base_kl.every
+    if not plan.base_kl.weight:
+        return 0.0, 0, 0
+    longest = of_text = LENGTH
+    if base.reads_pictures and recipe.calibration.num_pictures and counts.has_pictures:
         largest = base.tokens_of_a_picture if base.tiling is None else base.tiling.most_tokens
         longest = max(LENGTH, (largest or int(counts.tokens)) + 80)
     if recipe.after:
-        longest = max(longest, int(counts.tokens))
-    texts, every = recipe.base_kl.texts, recipe.base_kl.every
-    return texts * (LENGTH + longest) / 2 / every, texts * longest
+        longest, of_text = max(longest, int(counts.tokens)), max(of_text, int(counts.tokens))
+    return texts * (LENGTH + longest) / 2 / every, texts * longest, texts * of_text
 
 
 def _numel(module: nn.Module) -> int:

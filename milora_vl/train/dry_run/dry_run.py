@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
         problems += error.problems
         counts, num_records = _assumed(screen, recipe, "cannot be used"), None
     with collected(problems):
-        read_earlier_records(plan.tasks, recipe, plan.targets, plan.folder.checkpoint, screen)
+        read_earlier_records(plan.tasks, recipe, screen, are_used=plan.reads_calibration)
     rows = math.ceil((num_records or 1) / counts.records)
     batching = Batching(
         num_records=None if recipe.data.streaming else rows,
@@ -236,6 +236,7 @@ def data(screen: Screen, recipe: Recipe, base: Base) -> tuple[first_batch.Counts
         if recipe.data.bad_images != "raise":  # the run leaves out the others
             first = record_checks.usable(collate, read.train[: record_checks.FIRST])[: len(first)]
     counts = first_batch.count(first, counter, is_exact=collate is not None).within(recipe.data.max_length)
+    counts = replace(counts, has_pictures=any(record.images for record in read.train))
     screen.say(f"\ndata   {found}")
     screen.say(f"first batch: {amount(len(first), 'record')}, {counts.describe()}   (> supervised, . not supervised)")
     for line in first_batch.lines(first, counter, base.tokens_of_a_picture):

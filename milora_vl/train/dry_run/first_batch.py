@@ -26,6 +26,7 @@ class Counts:
     supervised: float
     exact: bool
     records: float = 1.0
+    has_pictures: bool = True  # any record that was read
 
     def within(self, max_length: int) -> Counts:
         """Return the counts of the same records, cut to a length.
@@ -39,10 +40,10 @@ class Counts:
         """Return the counts of full rows of `capacity` tokens with such records.
 
         >>> Counts(tokens=500, supervised=50, exact=True).packed(2000)
-        Counts(tokens=2000, supervised=200.0, exact=False, records=4.0)
+        Counts(tokens=2000, supervised=200.0, exact=False, records=4.0, has_pictures=True)
         """
         records = max(capacity / max(self.tokens, 1), 1.0)
-        return Counts(capacity, self.supervised * records, exact=False, records=records)
+        return replace(self, tokens=capacity, supervised=self.supervised * records, exact=False, records=records)
 
     def describe(self) -> str:
         """Return the counts as text; `~` marks an estimate."""

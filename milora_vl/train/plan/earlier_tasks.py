@@ -66,16 +66,13 @@ class EarlierRecords:
     found: tuple[tuple[Recipe, Sequence[Record], Sequence[int]], ...]  # the recipe to collate by, records, their order
 
 
-def read_earlier_records(
-    tasks: Sequence[Task], recipe: Recipe, targets: Sequence[Target], checkpoint: Path | None, screen: Screen
-) -> EarlierRecords:
-    """Read the records of earlier tasks where the run has a use for them, those in one place once.
+def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
+    """Read the records of earlier tasks if the run uses them, those in one place once.
 
     Those of `calibration.earlier` stand in for records that are missing, unreadable or changed. Raises UserError where
     there are none.
     """
-    protects = checkpoint is None and any(target.protect for target in targets)
-    if not tasks or not (protects or recipe.base_kl.weight):
+    if not tasks or not are_used:
         return EarlierRecords(tuple(tasks), ())
     read = [_read(task, recipe, screen) for task in tasks]
     if recipe.calibration.earlier is not None and all(task == now for task, (now, *_) in zip(tasks, read, strict=True)):

@@ -35,9 +35,6 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
             if not settings.is_set("policy") and find_towers(base.meta).projector is None:
                 recipe = recipe.model_copy(update={"policy": without_projector(recipe.policy)})
             targets = _targets(settings, Policy.parse(recipe.policy or []), base)
-            if recipe.base_kl.weight is None:
-                term = recipe.base_kl.model_copy(update={"weight": _base_kl_weight(base, targets)})
-                recipe = recipe.model_copy(update={"base_kl": term})
     if base is not None and not settings.problems:
         if base.own_pictures and not settings.is_set("template"):
             recipe = recipe.model_copy(update={"template": OWN})
@@ -81,13 +78,15 @@ def _of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
     return [*(problem for problem in problems if problem not in large), fix]
 
 
-def _base_kl_weight(base: Base, targets: Sequence[Target]) -> float:
-    """Return the weight that is used if none is set: the default keeps what the base says about pictures, too.
+def base_kl_of(recipe: Recipe, base: Base, targets: Sequence[Target]) -> BaseKLConfig:
+    """Return `base_kl` with its weight; if none is set, the default keeps what the base says about pictures, too.
 
     A term of the loss reaches what protection does not: the projector (docs/studies/pictures.md).
     """
+    if recipe.base_kl.weight is not None:
+        return recipe.base_kl
     is_default = any(target.method == "gradient" and target.protect for target in targets)
-    return 1.0 if is_default and base.reads_pictures else 0.0
+    return recipe.base_kl.model_copy(update={"weight": 1.0 if is_default and base.reads_pictures else 0.0})
 
 
 def _require_prepared(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -150,8 +149,8 @@ def _require_base(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None
         )
 
 
-def _reads_texts(recipe: Recipe, targets: Sequence[Target]) -> bool:
-    return bool(recipe.base_kl.weight) or any(target.protect for target in targets)
+def _reads_texts(recipe: Recipe, base: Base, targets: Sequence[Target]) -> bool:
+    return bool(base_kl_of(recipe, base, targets).weight) or any(target.protect for target in targets)
 
 
 def _require_calibration_files(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
@@ -197,9 +196,10 @@ def _warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str
     messages = bases.warnings(recipe.parts, base)
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
-    if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe, targets):
+    if recipe.calibration != CalibrationConfig() and not _reads_texts(recipe, base, targets):
         messages.append("the calibration has no effect: no rule has protect, and base_kl has no weight")
-    if not recipe.base_kl.weight and recipe.base_kl.model_copy(update={"weight": None}) != BaseKLConfig():
+    is_set = recipe.base_kl.model_copy(update={"weight": None}) != BaseKLConfig()
+    if is_set and not base_kl_of(recipe, base, targets).weight:
         messages.append("base_kl has no effect: its weight is 0")
     tiling, longest = base.tiling, recipe.data.max_length
     if tiling is not None and recipe.data.image_aspect_ratio == "pad":

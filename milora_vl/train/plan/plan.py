@@ -14,14 +14,14 @@ from milora_vl.models.base import Base
 from milora_vl.models.devices import fastest_dtype, train_device
 from milora_vl.train.plan import earlier_tasks, rates, requirements, resuming, run_folder, train_section
 from milora_vl.train.plan.base import compose
-from milora_vl.train.plan.fit import fit
+from milora_vl.train.plan.fit import base_kl_of, fit
 from milora_vl.train.plan.launch import read_launch
 from milora_vl.train.plan.resuming import Resumed
 from milora_vl.train.plan.run_folder import RunFolder
 from milora_vl.train.plan.train_section import TrainSection
 from milora_vl.train.recipe.flags import Request
 from milora_vl.train.recipe.merge import Settings
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe.schema import BaseKLConfig, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,17 @@ class Plan:
     started: datetime
     warnings: tuple[str, ...]
     tasks: tuple[earlier_tasks.Task, ...] = ()  # that the run comes after
+
+    @property
+    def base_kl(self) -> BaseKLConfig:
+        """Return the term with its weight. `recipe` keeps an open weight open: another method has its own."""
+        return base_kl_of(self.recipe, self.base, self.targets)
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Return whether the run reads the calibration; a resumed run has its protected inputs already."""
+        protects = self.folder.checkpoint is None and any(target.protect for target in self.targets)
+        return protects or bool(self.base_kl.weight)
 
     def composed(self) -> tuple[Plan, str]:
         """Return the plan on a base that exists, composed of its parts at first use, and a log line."""

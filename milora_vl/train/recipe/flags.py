@@ -121,8 +121,8 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "base_kl.weight",
         "float",
         (),
-        "weight of a term of the loss that keeps the base's answers on the calibration texts [1 if gradient trains on "
-        "pictures, else 0]",
+        "weight of a term of the loss that keeps the base's answers on the calibration texts [1 if gradient trains a "
+        "model that reads pictures, else 0]",
     ),
     "projector_weights": (
         "projector_weights",

@@ -125,7 +125,7 @@ class CalibrationConfig(Strict):
 class BaseKLConfig(Strict):
     """A term of the loss: KL from the base to the model on the texts of the calibration."""
 
-    weight: NonNegativeFloat | None = None  # beside the task's loss; None: 1 if `gradient` trains on pictures, else 0
+    weight: NonNegativeFloat | None = None  # beside the task's loss; None: 1 for `gradient` on a model with pictures
     texts: PositiveInt = 2  # that a device reads in a step with the term
     every: PositiveInt = 4  # one step in `every` has the term, `every` times the weight
 
