@@ -22,9 +22,8 @@ from transformers import TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
 from milora_vl.core.adapter.install import base_model_of
-from milora_vl.core.calibration.bases import Batches, Calibration, kinds_of
+from milora_vl.core.calibration.bases import Calibration, kinds_of
 from milora_vl.core.calibration.modes import evaluated
-from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy.towers import image_token_of
 
 
@@ -35,8 +34,7 @@ class BaseKL:
     """
 
     def __init__(self, texts: Calibration, weight: float, every: int) -> None:
-        shuffle = torch.Generator().manual_seed(SEED)  # texts lie by length, and a short run reads the first alone
-        self.sources = [[_shuffled(kind, shuffle) for kind in kinds] for kinds in kinds_of(texts)]
+        self.sources = kinds_of(texts)
         self.every, self.factor = every, every * weight
         self.last = -1  # step that had the term
         self.terms: list[Tensor] = []  # since the last log line
@@ -66,10 +64,6 @@ class BaseKL:
         mean = float(torch.stack(self.terms).mean()) if self.terms else None
         self.terms.clear()
         return mean
-
-
-def _shuffled(kind: Batches, generator: torch.Generator) -> Batches:
-    return [kind[place] for place in torch.randperm(len(kind), generator=generator).tolist()]
 
 
 def add_base_kl(model: PeftModel) -> None:

@@ -279,7 +279,6 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
                 )
 
         rows += _cached(sources, "texts", f"{number} {part} {LENGTH}", write)
-    rows = sorted(rows[:-ROWS], key=len) + rows[-ROWS:]  # little padding; the last batch checks the shares
     kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
     return [(f"sample {number}", row) for number, row in enumerate(kept)]
 

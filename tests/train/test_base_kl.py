@@ -122,14 +122,6 @@ def test_texts_and_pictures_take_turns_and_every_process_has_its_own(every: int,
     assert read(0, range(steps // 2 + every - 1, steps)) == first[6:], "a resumed run goes on"
 
 
-def test_a_short_run_reads_texts_of_all_lengths() -> None:
-    by_length: list[Any] = [{"name": place} for place in range(28)]
-    base_kl = BaseKL({"base": by_length}, 1.0, 1)
-    args: Any = SimpleNamespace(world_size=1, process_index=0)
-    read = [batch["name"] for step in range(8) if (batch := base_kl.next_batch(step, args)) is not None]
-    assert max(read) >= 14 > min(read)
-
-
 def test_another_method_from_the_recipe_of_a_run_has_its_own_default(
     tiny_data: Path, tmp_path: Path, capsys: Any
 ) -> None:

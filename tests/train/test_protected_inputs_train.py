@@ -138,6 +138,15 @@ def test_texts_are_written_once_and_shared_with_no_probe(tiny_data: Path, monkey
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, calibrated(settings), strict=True))
 
 
+def test_texts_keep_the_order_in_which_they_were_written(tiny_data: Path, monkeypatch) -> None:
+    """`base_kl` reads them one after the other: by length, a short run would read the shortest alone."""
+    monkeypatch.setattr(
+        calibration_batches, "sampled_rows", lambda *_, count, **__: [[1, *[9] * (count - n)] for n in range(count)]
+    )
+    lengths = calibrated(recipe(tiny_data, samples=20, pictures=0))[0]["attention_mask"].sum(1)
+    assert (lengths.diff() < 0).all()
+
+
 def test_captions_are_cached_by_the_content_of_the_pictures(tiny_data: Path, tmp_path: Path, monkeypatch) -> None:
     """Two projects with data/images/0.png: the second one must not get the captions of the first."""
     written = []
