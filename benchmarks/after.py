@@ -43,8 +43,8 @@ def chain(way: str, first: str, steps: int, questions: int, seed: int) -> dict[s
     second = next(task for task in TASKS if task != first)
     start, end = (RUNS / f"{way}-{order}-{steps}-{seed}" for order in (first, f"{first}-{second}"))
     recipe = ("--recipe", "smol-llava-demo", *(LORA if way == "lora" else ()))
-    train(start, first, steps, seed, *recipe)
-    train(end, second, steps, seed, "--after" if way == "after" else "--adapter", str(start))
+    train(start, DATA / first, steps, seed, *recipe)
+    train(end, DATA / second, steps, seed, "--after" if way == "after" else "--adapter", start)
     scores: dict[str, list[float]] = {}
     for task in TASKS:
         scores[task] = [*scored(start, task, questions, "--with_base"), *scored(end, task, questions)]
@@ -55,11 +55,11 @@ def chain(way: str, first: str, steps: int, questions: int, seed: int) -> dict[s
     }  # fmt: skip
 
 
-def train(folder: Path, task: str, steps: int, seed: int, *flags: str) -> None:
-    """Train on the records of a task, or continue; a finished run stays."""
+def train(folder: Path, records: Path, steps: int, seed: int, *flags: object) -> None:
+    """Train on train.json and images in the folder `records`, or continue; a finished run stays."""
     if (folder / "adapter_config.json").exists():
         return
-    data = ("--data_path", f"{DATA / task}/train.json", "--image_folder", f"{DATA / task}/images")
+    data = ("--data_path", records / "train.json", "--image_folder", records / "images")
     own = ("--max_steps", steps, "--save_steps", 25, "--eval_strategy", "no", "--seed", seed, "--output_dir", folder)
     module("milora_vl.train", *flags, *data, *own, "--resume", "auto")
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
+from after import module, train
 from all import ROOT
 
 RUNS = ROOT / "runs" / "icons"
@@ -51,7 +50,7 @@ def main() -> None:
         ways[f"lora-{rate:g}"] = ["--method", "lora", "--rank", 32, "--learning_rate", rate, "--mm_projector_lr", 1e-3]
     for name, flags in ways.items():
         folder = RUNS / f"{name}-{options.steps}-{options.seed}"
-        train(folder, options.steps, options.seed, flags)
+        train(folder, RUNS / "data", options.steps, options.seed, "--recipe", "smol-llava-demo", *flags)
         print(json.dumps({"way": name, "steps": options.steps, "seed": options.seed, **measured(folder)}), flush=True)
 
 
@@ -96,15 +95,6 @@ def groups_of(file: Path) -> dict[str, str]:
     return {icon: group for icon, group in found if times[icon] == 1}
 
 
-def train(folder: Path, steps: int, seed: int, flags: list[object]) -> None:
-    """Train the demo's recipe on the icons, or continue; a finished run stays."""
-    if (folder / "adapter_config.json").exists():
-        return
-    data = ["--data_path", RUNS / "data" / "train.json", "--image_folder", RUNS / "data" / "images"]
-    own = ["--max_steps", steps, "--save_steps", 20, "--eval_strategy", "no", "--seed", seed, "--output_dir", folder]
-    module("milora_vl.train", "--recipe", "smol-llava-demo", *flags, *data, *own, "--resume", "auto")
-
-
 def measured(folder: Path) -> dict[str, float]:
     """Return the score of a run on the held-out icons, and the KL from the base on text and about drawn shapes."""
     asked = ["--benchmarks", RUNS / "data" / "icons.json", "--data", RUNS / "data" / "images"]
@@ -113,12 +103,6 @@ def measured(folder: Path) -> dict[str, float]:
     probes = json.loads(module("milora_vl.forgetting", "--on", "text,pictures", *own))
     score = answered["final"]["benchmarks"][0]["metrics"][0]["value"]
     return {"score": round(score, 3), **{name: round(probes[name]["kl"], 4) for name in ("text", "pictures")}}
-
-
-def module(name: str, *words: object) -> str:
-    """Run a command of the package; return what it printed."""
-    command = [sys.executable, "-m", name, *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

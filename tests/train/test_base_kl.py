@@ -119,7 +119,7 @@ def test_texts_and_pictures_take_turns_and_every_process_has_its_own(every: int,
     assert kinds == [name.split()[0] for name in second] == ["text", "earlier", "picture", "earlier"] * 3
     assert not any(a == b for a, b in zip(first, second, strict=True))
     assert len(set(first + second)) == 3 + 2 + 4
-    assert read(0, range(steps // 2 + every - 1, steps)) == first[6:], "a resumed run goes on"
+    assert read(0, range(steps // 2 + every - 1, steps)) == first[6:], "a resumed run continues"
 
 
 def test_another_method_from_the_recipe_of_a_run_has_its_own_default(

@@ -252,7 +252,7 @@ def base_kl_tokens(plan: Plan, counts: Counts) -> tuple[float, int, int]:
     """Return the tokens that `base_kl` reads in a step, on average over all steps and at most, and those with logits.
 
     Texts and captions take turns. A caption has its picture, and about 80 tokens of system text, question and answer.
-    Records of earlier tasks count as long as those of this one.
+    Records of earlier tasks are as long as this run's.
     """
     recipe, base, texts, every = plan.recipe, plan.base, plan.base_kl.texts, plan.base_kl.every
     if not plan.base_kl.weight:
