@@ -84,6 +84,8 @@ def _forward(
 
     def logits() -> Tensor:
         found: Tensor = stock(**base_kl, use_cache=False, logits_to_keep=columns)["logits"]
+        if found.shape[1] != len(columns):  # VideoLLaMA3, MiniCPM-V and Qwen's omni models compute all
+            found = found[:, columns]
         return found[counted[:, columns]].float().log_softmax(-1)
 
     with torch.no_grad(), model.disable_adapter(), evaluated(model):  # the base has no dropout and no noise

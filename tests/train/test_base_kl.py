@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import kl_div
+from transformers import LlavaForConditionalGeneration
 
 from milora_vl import apply_milora
 from milora_vl.core.adapter.install import base_model_of
@@ -86,6 +87,24 @@ def test_the_term_is_the_kl_from_the_base_and_leaves_the_model_as_it_is(rules: s
     base_model_of(model).model.language_model.register_forward_hook(lambda m, *_: modes.append(m.training))
     model.train()(**batches[0], base_kl=batches[0])
     assert modes == [True, False, True], "the base has no dropout and no noise"
+
+
+def test_a_model_that_computes_all_logits_has_the_same_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    def term() -> float:
+        base, _ = tiny_llava()
+        batch = llava_batches(base)[0]
+        model = apply_milora(base, RULES["anchored"])
+        add_base_kl(model)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.add_(0.02)
+            return float(model(**batch, base_kl=batch)["base_kl"])
+
+    chosen, stock = term(), LlavaForConditionalGeneration.forward
+    monkeypatch.setattr(
+        LlavaForConditionalGeneration, "forward", lambda self, *_, logits_to_keep=0, **given: stock(self, **given)
+    )
+    assert term() == pytest.approx(chosen, rel=1e-4) != 0
 
 
 def test_a_deep_copy_computes_its_own_term() -> None:
