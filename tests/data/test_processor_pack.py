@@ -16,9 +16,8 @@ from transformers import AttentionInterface, AutoConfig
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from milora_data.batches.lengths import lengths_of
-from milora_data.batches.pack import PackedRecords, pack
+from milora_data.batches.pack import PACKED, PackedRecords, pack, require_packable
 from milora_data.batches.processor_collator import ProcessorCollator
-from milora_data.batches.processor_pack import PACKED, require_packable
 from milora_data.records.record import parse_record
 from milora_vl import collator_for
 from milora_vl.models.losses import summed_loss

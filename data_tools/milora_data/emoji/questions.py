@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_data.emoji.catalogue import COLOURS, KINDS, Emoji
+from milora_data.encode.templates import LETTER, SHORT
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
 NAMING = ("What is this?", "What does the picture show?", "What is the name of the thing in the picture?")
 CATEGORY = ("What kind of thing is this?", "What kind of thing does the picture show?")
 COLOUR = ("What is the main color?", "Which color is most of the picture?", "What color is this mostly?")
@@ -58,19 +57,19 @@ def naming(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     """`What is this?`: the name; the aliases are also correct."""
     if not emoji.named:
         return None
-    return [(pool.rng.choice(NAMING) + SHORT, emoji.name)], [emoji.name, *emoji.aliases]
+    return [(pool.rng.choice(NAMING) + f"\n{SHORT}", emoji.name)], [emoji.name, *emoji.aliases]
 
 
 def category(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     """`What kind of thing is this?`: animal, food, vehicle, ...: it can be answered for new pictures too."""
-    return [(pool.rng.choice(CATEGORY) + SHORT, emoji.kind)], [emoji.kind]
+    return [(pool.rng.choice(CATEGORY) + f"\n{SHORT}", emoji.kind)], [emoji.kind]
 
 
 def colour(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     """`What is the main color?`, for pictures with a dominant colour."""
     if emoji.colour is None:
         return None
-    return [(pool.rng.choice(COLOUR) + SHORT, emoji.colour)], _colour_answers(emoji.colour)
+    return [(pool.rng.choice(COLOUR) + f"\n{SHORT}", emoji.colour)], _colour_answers(emoji.colour)
 
 
 def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -91,7 +90,7 @@ def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
         word = emoji.colour if truth else rng.choice([word for word in COLOURS if word != emoji.colour])
         question = f"Is the picture mostly {word}?"
     answer = "Yes" if truth else "No"
-    return [(question + SHORT, answer)], [answer]
+    return [(question + f"\n{SHORT}", answer)], [answer]
 
 
 def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -99,7 +98,7 @@ def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     options = _options(emoji, pool)
     listed = ", ".join(a(option) for option in options[:-1]) + f" or {a(options[-1])}"
     right = _label(emoji)
-    return [(f"{WHICH}: {listed}?" + SHORT, right)], [right, a(right)]
+    return [(f"{WHICH}: {listed}?" + f"\n{SHORT}", right)], [right, a(right)]
 
 
 def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -107,7 +106,7 @@ def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     options = _options(emoji, pool)
     lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
     letter = "ABCD"[options.index(_label(emoji))]
-    return [("What is in the picture?" + lines + LETTER, letter)], [letter]
+    return [("What is in the picture?" + lines + f"\n{LETTER}", letter)], [letter]
 
 
 def multi_turn(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -122,11 +121,11 @@ def text_only(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     if not emoji.named:
         return None
     if pool.rng.random() < 0.5:
-        return [(f"What kind of thing is {a(emoji.name)}?" + SHORT, emoji.kind)], [emoji.kind]
+        return [(f"What kind of thing is {a(emoji.name)}?" + f"\n{SHORT}", emoji.kind)], [emoji.kind]
     truth = pool.rng.random() < 0.5
     kind = emoji.kind if truth else pool.rng.choice([kind for kind in KINDS if kind != emoji.kind])
     answer = "Yes" if truth else "No"
-    return [(f"Is {a(emoji.name)} {a(kind)}?" + SHORT, answer)], [answer]
+    return [(f"Is {a(emoji.name)} {a(kind)}?" + f"\n{SHORT}", answer)], [answer]
 
 
 TYPES: dict[str, Callable[[Emoji, Pool], tuple[Turns, list[str]] | None]] = {

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
-from milora_data.pictures.embedded import is_embedded, refusal
-from milora_data.pictures.files import place_of
+from milora_data.pictures.files import is_embedded, place_of, refusal
 from milora_data.records.record import (
     IMAGE,
     VIDEO,
@@ -23,7 +22,6 @@ from milora_data.records.record import (
     identifier_of,
     parse_record,
     renamed_video,
-    uses_tools,
 )
 from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData
 from milora_eval.data_files import read_jsonl
@@ -183,7 +181,6 @@ _Asked = tuple[tuple[Turn, ...], tuple[str, ...], tuple[Video, ...], tuple[str, 
 def _conversation(row: dict[str, Any], place: str) -> _Asked:
     """Return the turns up to the last answer, pictures and videos, and that answer (or the row's `answers`)."""
     record = parse_record(row, source=place, embedded="keep")
-    _refuse_tools(uses_tools(record), place)
     turns, answers = record.turns, _answers(row)
     if turns and turns[-1].role == "assistant":
         answers = answers if row.get("answers") else (turns[-1].text,)
@@ -206,16 +203,6 @@ def _answers(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(map(str, answers))
 
 
-def _refuse_tools(tools: object, place: str) -> None:
-    if tools:
-        raise DataError(
-            "questions with tools are not supported",
-            code="own-data-not-supported",
-            where=place,
-            hint="remove the question",
-        )
-
-
 def _question(row: dict[str, Any], place: str) -> _Asked:
     if not isinstance(row.get("question"), str):
         raise DataError(
@@ -223,7 +210,8 @@ def _question(row: dict[str, Any], place: str) -> _Asked:
             code="own-data-format",
             where=place,
         )
-    _refuse_tools(row.get("tools"), place)
+    if row.get("tools"):
+        raise DataError("questions with tools are not supported", code="own-data-not-supported", where=place)
     value = row.get("images") or row.get("image") or []
     images = tuple(value) if isinstance(value, list) else (value,)
     if not all(isinstance(name, str) for name in images):

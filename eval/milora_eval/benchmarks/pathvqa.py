@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.other_files import read_plain_pickle
+from milora_data.formats.jsonfile import read_plain_pickle
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
 from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.data_files import find, is_table, table_rows

@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.jsonfile import read_json
-from milora_data.formats.other_files import read_plain_pickle
+from milora_data.formats.jsonfile import read_json, read_plain_pickle
 from milora_data.pictures.files import on_padded_square
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import picture_item
