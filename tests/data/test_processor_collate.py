@@ -336,7 +336,7 @@ def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, m
     with pytest.raises(ImageError) as error:
         make()([QUESTION, bad[name]])
     assert f"{name}.png" in str(error.value)
-    assert f"needed by {name}; --bad_images skip" in error.value.first.hint
+    assert f"needed by record {name!r}; --bad_images skip" in error.value.first.hint
     skip, replace = make(bad_images="skip"), make(bad_images="replace")
     good = make()([QUESTION])
     batch = skip([QUESTION, bad[name]])

@@ -209,5 +209,5 @@ def test_a_family_that_cannot_is_refused_with_the_reason(make: Any, pictures: Pa
             require_packable(AutoConfig.for_model(kind))
     for kind in ("llama", "llava", "llava_next", "gemma2", "gpt2"):
         require_packable(AutoConfig.for_model(kind))
-    with raises_code("collate-unsupported-layout", where="model_config", hint="collator_for"):
+    with raises_code("collate-unsupported-layout", message="model_config", hint="collator_for"):
         ProcessorCollator(processor_of("qwen2_5_vl"), image_folder=pictures)([mixed_records()[:2]])
