@@ -24,8 +24,7 @@ is one LoRA of rank 2r, and this is what stock PEFT sees.
 | A' x      | hidden | (..., 2r)           | [D x, A0 x]                        |
 | s B' A' x | output | (..., out)          | s ((B0 + E) D x + E A0 x)          |
 
-A convolution with kernel (kh, kw) has A' of shape (2r, in, kh, kw) and B' of shape (out, 2r, 1, 1). An embedding has
-A' of shape (2r, tokens) and B' of shape (dim, 2r); PEFT keeps both in ParameterDicts, see `DifferenceEmbedding`.
+A convolution with kernel (kh, kw) has A' of shape (2r, in, kh, kw) and B' of shape (out, 2r, 1, 1).
 
 PEFT creates the factor layers; `convert` then changes the class of each one. Names, hooks and the PeftModel stay
 PEFT's. State dicts hold the joined factor under its stock name, so that PEFT loads the file without this package.
@@ -51,7 +50,7 @@ Four choices need a reason:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -66,7 +65,6 @@ from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.weights.distributed import is_sharded
 
 DELTA, ANCHOR = "delta", "anchor"
-ANCHOR_SUFFIX = "_anchor"  # of the buffers of an embedding, one for each adapter
 
 
 def join(delta: Tensor, anchor: Tensor, axis: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -151,58 +149,6 @@ def _is_in_place(name: str) -> bool:
     return name.endswith("_") and not name.startswith("__")
 
 
-class _Differences(OwnState):
-    """A module of PEFT that holds stock factors, some of which became a trained difference and an anchor.
-
-    `axis` is the dimension that the rank runs along: 0 for A' = [D; A0], 1 for B' = [B0 + E, E]. A state dict of the
-    module holds the joined factor under the name and in the shape of stock PEFT.
-    """
-
-    axis: int
-
-    def stored(self) -> Iterator[tuple[str, str, str]]:
-        """Yield the names of each difference, of its anchor, and of the stock factor that joins them."""
-        raise NotImplementedError
-
-    def write_state(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write the joined factors."""
-        super().write_state(destination, prefix, keep_vars)
-        for delta, anchor, stock in self.stored():
-            if not is_sharded(self.get_parameter(delta)):  # the raw names are gathered later, see `joined_state`
-                _to_stock(destination, prefix + delta, prefix + anchor, prefix + stock, self.axis)
-
-    def read_state(
-        self,
-        state_dict: MutableMapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Read the joined factors, or the raw names of differences and anchors. Both together set B0 exactly."""
-        stock_of: dict[str, str] = {}
-        for delta, anchor, stock in self.stored():
-            here, names = self.get_buffer(anchor), (prefix + delta, prefix + anchor, prefix + stock)
-            joined = state_dict.get(names[2])
-            if joined is not None and not (names[1] in state_dict and joined.shape == here.shape):
-                expected = torch.Size(n * (1 + (axis == self.axis)) for axis, n in enumerate(here.shape))
-                if joined.shape != expected:
-                    path = prefix.removeprefix(PREFIX).split(".lora_")[0]
-                    error_msgs.append(rank_message(path, joined.shape, expected, self.axis))
-                    return
-                del state_dict[names[2]]
-                state_dict[names[0]], read = _read(joined, here, self.axis)
-                state_dict.setdefault(names[1], read)
-            if names[1] in state_dict:
-                self.register_buffer(anchor, here.to(state_dict[names[1]].dtype))
-            stock_of |= dict.fromkeys(names, names[2])
-        missing: list[str] = []
-        super().read_state(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        missing_keys.extend(dict.fromkeys(stock_of.get(key, key) for key in missing))  # one key for each stock factor
-
-
 def _read(joined: Tensor, anchor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Return the difference and the anchor of a saved factor. The present anchor stays if it gives the same factor."""
     delta = joined.detach().chunk(2, dim=axis)[axis].clone(memory_format=torch.contiguous_format)
@@ -212,10 +158,10 @@ def _read(joined: Tensor, anchor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return split(joined, axis, anchor.dtype)
 
 
-def _to_stock(state: MutableMapping[str, Any], delta: str, anchor: str, stock: str, axis: int) -> None:
-    """Replace a difference and an anchor in a state dict by the joined factor, under the name `stock`."""
-    difference, fixed = state.pop(delta), state.pop(anchor)
-    state[stock] = join(difference, fixed.to(difference.device), axis)
+def _join_in(state: MutableMapping[str, Any], prefix: str, axis: int) -> None:
+    """Replace the difference and the anchor of a factor in a state dict by the joined weight."""
+    delta, anchor = state.pop(prefix + DELTA), state.pop(prefix + ANCHOR)
+    state[prefix + "weight"] = join(delta, anchor.to(delta.device), axis)
 
 
 def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -231,15 +177,18 @@ def joined_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key in state:
         prefix, _, name = key.rpartition(".")
         if name == DELTA and f"{prefix}.{ANCHOR}" in state:
-            _to_stock(out, key, f"{prefix}.{ANCHOR}", f"{prefix}.weight", int(".lora_B." in key))
-        elif key + ANCHOR_SUFFIX in state:
-            _to_stock(out, key, key + ANCHOR_SUFFIX, key, int(".lora_embedding_B." in key))
+            _join_in(out, f"{prefix}.", int(".lora_B." in key))
     return out
 
 
-class DifferenceFactor(_Differences):
-    """PEFT's `lora_A[name]` or `lora_B[name]` with a trained difference and an anchor in the place of its weight."""
+class DifferenceFactor(OwnState):
+    """PEFT's `lora_A[name]` or `lora_B[name]` with a trained difference and an anchor in the place of its weight.
 
+    `axis` is the dimension that the rank runs along: 0 for A' = [D; A0], 1 for B' = [B0 + E, E]. A state dict holds the
+    joined factor under the name and in the shape of stock PEFT.
+    """
+
+    axis: int
     delta: nn.Parameter
     anchor: Tensor
 
@@ -259,21 +208,50 @@ class DifferenceFactor(_Differences):
 
     @property
     def joined(self) -> Tensor:
-        """Return the factor of rank 2r, (2r, in) or (out, 2r), as a new tensor."""
+        """The factor of rank 2r, (2r, in) or (out, 2r), as a new tensor."""
         if is_sharded(self.delta):  # PEFT reads the dtype alone
             return self.delta
         return join(self.delta, self.anchor, self.axis)
 
     @property
     def weight(self) -> Tensor:
-        """Return the factor of rank 2r that PEFT merges and saves. It is read-only, see `ReadOnlyFactor`."""
+        """The factor of rank 2r that PEFT merges and saves. It is read-only, see `ReadOnlyFactor`."""
         joined = self.joined
         is_plain = type(joined) in (Tensor, nn.Parameter)  # torch's fake tensors keep their class
         return joined.as_subclass(ReadOnlyFactor) if is_plain and not torch.compiler.is_compiling() else joined
 
-    def stored(self) -> Iterator[tuple[str, str, str]]:
-        """Yield the names in the module, and `weight`."""
-        yield DELTA, ANCHOR, "weight"
+    def write_state(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
+        super().write_state(destination, prefix, keep_vars)
+        if not is_sharded(self.delta):  # the raw names are gathered later, see `joined_state`
+            _join_in(destination, prefix, self.axis)
+
+    def read_state(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Read the joined factor, or the raw names of difference and anchor. Both together set B0 exactly."""
+        delta, anchor, stock = prefix + DELTA, prefix + ANCHOR, prefix + "weight"
+        joined = state_dict.get(stock)
+        if joined is not None:
+            expected = torch.Size(n * (1 + (axis == self.axis)) for axis, n in enumerate(self.anchor.shape))
+            if joined.shape != expected:
+                path = prefix.removeprefix(PREFIX).split(".lora_")[0]
+                error_msgs.append(rank_message(path, joined.shape, expected, self.axis))
+                return
+            del state_dict[stock]
+            state_dict[delta], read = _read(joined, self.anchor, self.axis)
+            state_dict.setdefault(anchor, read)
+        if anchor in state_dict:
+            self.register_buffer(ANCHOR, self.anchor.to(state_dict[anchor].dtype))
+        missing: list[str] = []
+        super().read_state(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        missing_keys.extend(dict.fromkeys(stock if key in (delta, anchor) else key for key in missing))
 
 
 class DifferenceLinear(DifferenceFactor, nn.Linear):  # type: ignore[misc,override]
@@ -303,60 +281,6 @@ class Difference(ForwardVariant):
         if not isinstance(up, DifferenceFactor):  # other code has replaced the factors
             return onto + up(down(x)) * scaling
         return multiply_up(down(x), up.delta, up.anchor, onto, scaling)
-
-
-class DifferenceEmbedding(_Differences, nn.ParameterDict):  # type: ignore[misc,override]
-    """PEFT's `lora_embedding_A` or `lora_embedding_B`, where some adapters have a difference and an anchor.
-
-    `axis` 0 is A' = [D; A0] (2r, tokens), `axis` 1 is B' = [B0 + E, E] (dim, 2r). PEFT multiplies `factors[adapter]`,
-    so indexing returns the joined factor. It sets `requires_grad` through `values()`, so iteration returns the trained
-    differences. An anchor is a buffer named `<adapter>_anchor`.
-    """
-
-    @classmethod
-    def convert(cls, factors: nn.ParameterDict, axis: int) -> DifferenceEmbedding:
-        """Change the class of PEFT's ParameterDict. All adapters keep their stock factors until `set_difference`."""
-        ours = change_class(factors, cls)
-        ours.axis = axis
-        return ours
-
-    def set_difference(self, adapter: str, delta: Tensor, anchor: Tensor) -> None:
-        """Replace the stock factor of an adapter by a difference and an anchor, each of rank r."""
-        requires_grad = self.get_parameter(adapter).requires_grad
-        self.register_buffer(adapter + ANCHOR_SUFFIX, anchor)
-        super().__setitem__(adapter, nn.Parameter(delta, requires_grad=requires_grad))
-
-    def anchor_of(self, adapter: str) -> Tensor | None:
-        """Return the anchor of an adapter, or None if the adapter has a stock factor."""
-        return getattr(self, adapter + ANCHOR_SUFFIX, None)
-
-    def __getitem__(self, key: str) -> Any:
-        anchor = self.anchor_of(key)
-        return super().__getitem__(key) if anchor is None else join(self.get_parameter(key), anchor, self.axis)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        anchor = self.anchor_of(key)
-        if anchor is None:
-            super().__setitem__(key, value)
-            return
-        self.set_difference(key, *_read(value, anchor, self.axis))
-
-    def __delitem__(self, key: str) -> None:
-        if self.anchor_of(key) is not None:
-            delattr(self, key + ANCHOR_SUFFIX)
-        super().__delitem__(key)
-
-    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
-        """Iterate over (adapter, difference or stock factor)."""
-        return ((key, self.get_parameter(key)) for key in self)
-
-    def values(self) -> Iterator[Any]:  # type: ignore[override]
-        """Iterate over the differences and stock factors."""
-        return (self.get_parameter(key) for key in self)
-
-    def stored(self) -> Iterator[tuple[str, str, str]]:
-        """Yield the names of the adapters that have an anchor; the joined factor has the name of the adapter."""
-        return ((key, key + ANCHOR_SUFFIX, key) for key in self if self.anchor_of(key) is not None)
 
 
 def multiply_down(x: Tensor, delta: Tensor, anchor: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Put D, E and the anchor into the LoRA layers that PEFT created, and read the factors back; dropout of a layer.
 
-`difference.py` explains both. PEFT stores factors in three ways (Linear and Conv2d modules, ParameterDicts of
-embeddings); the functions here hide the difference from the rest of the package.
+`difference.py` explains both.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ from torch import Tensor, nn
 from milora_vl.common.compat.peft import set_variant
 from milora_vl.core.adapter.difference import (
     ANCHOR,
-    ANCHOR_SUFFIX,
     DELTA,
     Difference,
     DifferenceConv2d,
-    DifferenceEmbedding,
     DifferenceFactor,
     DifferenceLinear,
     lossless,
@@ -91,7 +88,7 @@ def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
         A, B = (split(joined, axis, dtype) for axis, joined in enumerate(factors(layer, adapter)))
         _put(layer, adapter, (A, B if exact is None else (B[0], exact)))
     elif exact is not None:
-        _set_anchor(layer, adapter, exact)
+        layer.lora_B[adapter].register_buffer(ANCHOR, exact)
 
 
 def _belonging(B0: Tensor, joined: Tensor) -> Tensor:
@@ -105,7 +102,8 @@ def _belonging(B0: Tensor, joined: Tensor) -> Tensor:
 
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
     """Initialize an adapter at a copy of the anchor of `source`, with differences of the same dtype."""
-    pairs = zip(trained_factors(layer, source), anchors_of(layer, source), strict=True)
+    both = (layer.lora_A[source], layer.lora_B[source])
+    pairs = zip((factor.get_parameter(DELTA) for factor in both), anchors_of(layer, source), strict=True)
     _put(layer, adapter, [(torch.zeros_like(delta), anchor.clone()) for delta, anchor in pairs])
 
 
@@ -123,21 +121,10 @@ def unrecoverable(layer: LoraLayer, adapter: str, joined: Tensor | None = None) 
 
 def _put(layer: LoraLayer, adapter: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Replace the stock factors of `adapter`; `pairs` is (difference, anchor) for A, then for B."""
-    if adapter in layer.lora_embedding_A:
-        for axis, stock_dict in enumerate((layer.lora_embedding_A, layer.lora_embedding_B)):
-            DifferenceEmbedding.convert(stock_dict, axis).set_difference(adapter, *pairs[axis])
-        return
     for axis, stock in enumerate((layer.lora_A[adapter], layer.lora_B[adapter])):
         _CLASSES[type(stock)].convert(stock, axis, *pairs[axis])
     if type(layer) is lora.Linear:  # a quantized layer or a subclass keeps its own forward
         set_variant(layer, adapter, Difference())
-
-
-def _set_anchor(layer: LoraLayer, adapter: str, B0: Tensor) -> None:
-    if adapter in layer.lora_embedding_B:
-        layer.lora_embedding_B.register_buffer(adapter + ANCHOR_SUFFIX, B0)
-    else:
-        layer.lora_B[adapter].register_buffer(ANCHOR, B0)
 
 
 def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
@@ -153,42 +140,17 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def trained_factors(layer: LoraLayer, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return the trained parameters of an adapter: D (r, in) and E (out, r), or A and B of a plain LoRA.
-
-    For a convolution they are (r, in, kh, kw) and (out, r, 1, 1).
-    """
-    if adapter in layer.lora_embedding_A:
-        holders = (layer.lora_embedding_A, layer.lora_embedding_B)
-        return holders[0].get_parameter(adapter), holders[1].get_parameter(adapter)
-    pair = (layer.lora_A[adapter], layer.lora_B[adapter])
-    first, second = (f.get_parameter(DELTA if isinstance(f, DifferenceFactor) else "weight") for f in pair)
-    return first, second
-
-
 def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return the anchor of an adapter: A0 (r, in) and B0 (out, r)."""
-    return _anchor(layer, adapter, 0), _anchor(layer, adapter, 1)
-
-
-def _anchor(layer: LoraLayer, adapter: str, axis: int) -> Tensor:
-    if adapter in layer.lora_embedding_A:
-        holder = (layer.lora_embedding_A, layer.lora_embedding_B)[axis]
-        assert isinstance(holder, DifferenceEmbedding)
-        anchor = holder.anchor_of(adapter)
-        assert anchor is not None
-        return anchor
-    factor = (layer.lora_A, layer.lora_B)[axis][adapter]
-    assert isinstance(factor, DifferenceFactor)
-    return factor.anchor
+    first, second = layer.lora_A[adapter], layer.lora_B[adapter]
+    assert isinstance(first, DifferenceFactor)
+    assert isinstance(second, DifferenceFactor)
+    return first.anchor, second.anchor
 
 
 def has_anchor(layer: LoraLayer, adapter: str) -> bool:
     """Return True if `adapter` has a trained difference and an anchor in this layer."""
-    if adapter in layer.lora_A:
-        return isinstance(layer.lora_A[adapter], DifferenceFactor)
-    holder = layer.lora_embedding_A
-    return isinstance(holder, DifferenceEmbedding) and adapter in holder and holder.anchor_of(adapter) is not None
+    return adapter in layer.lora_A and isinstance(layer.lora_A[adapter], DifferenceFactor)
 
 
 def fixed_names(model: nn.Module) -> Iterator[str]:
@@ -197,7 +159,7 @@ def fixed_names(model: nn.Module) -> Iterator[str]:
         buffers = [buffer for buffer, _ in module.named_buffers(recurse=False)]
         if isinstance(module, DifferenceFactor):
             yield f"{name}.{ANCHOR}"
-        elif isinstance(module, DifferenceEmbedding) or ".lora_A." in name:
+        elif ".lora_A." in name:
             yield from (f"{name}.{buffer}" for buffer in buffers)
         else:
             yield from (f"{name}.{buffer}" for buffer in buffers if buffer in EARLIER)

@@ -196,9 +196,7 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_anchor(layer, adapter)
-    is_embedding = adapter in layer.lora_embedding_A
-    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-    for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
+    for axis, (name, factor) in enumerate(zip(("lora_A.weight", "lora_B.weight"), factors(layer, adapter), strict=True)):
         saved = stored[f"{PREFIX}{path}.{name}"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
         # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].

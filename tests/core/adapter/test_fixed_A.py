@@ -126,7 +126,7 @@ def test_convolutions_are_protected(method: str, tmp_path: Path) -> None:
 
 
 def test_an_embedding_cannot_be_protected() -> None:
-    rules = [{"modules": "words", "method": "milora", "rank": 1, "protect": 0.5}]
+    rules = [{"modules": "words", "method": "lora", "rank": 1, "protect": 0.5}]
     with raises_code("policy-protect", where="policy[0].protect"):
         apply_milora(Pictures(), rules, calibration=picture_batches())
     rules.append({"modules": "words", "protect": 0})
