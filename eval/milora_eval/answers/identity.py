@@ -18,11 +18,11 @@ from milora_vl.core.adapter.folders import (
     ADAPTER_FILES,
     CONFIG,
     NON_LORA,
+    PREFIX,
     PROJECTOR_FILES,
     holds_adapter,
     holds_residual,
 )
-from milora_vl.core.adapter.names import PREFIX
 
 FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
 # A residual adapter consists of its factors and of the residual base beside them.

@@ -104,7 +104,7 @@ def test_an_adapter_of_a_float32_base_keeps_its_anchor_on_a_bfloat16_one(tiny_ll
 def test_without_milora_json_the_folder_is_a_plain_lora(saved, tiny_llava, caplog) -> None:
     model, folder = saved
     (folder / "milora.json").unlink()
-    with caplog.at_level(logging.INFO, logger="milora_vl.core.adapter.files"):
+    with caplog.at_level(logging.INFO, logger="milora_vl.core.adapter.save_load"):
         back = load_adapter(tiny_llava()[0], folder)
     assert "has no milora.json: loaded as a plain LoRA" in caplog.text
     batch = llava_batch(model)

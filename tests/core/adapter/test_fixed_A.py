@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from milora_vl import apply_milora, load_adapter, merge, restore_split, save_adapter
-from milora_vl.core.adapter.choose_a import ROW_LENGTH, fixed_factors, off_inputs, overlap
-from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.fixed_a import ROW_LENGTH, fixed_factors, off_inputs, overlap
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.core.policy import Policy
 from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch

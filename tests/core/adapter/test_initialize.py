@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from milora_vl.core.init.initialize import Initial, initialize
+from milora_vl.core.adapter.initialize import Initial, initialize
 from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.core.svd import decompose
 from support.adapter_cases import one_rule, tiny_gpt2
@@ -123,7 +123,7 @@ def test_cached_factors_are_the_same_and_a_damaged_entry_is_made_anew(tmp_path) 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="factors are not cached in"):
+    with pytest.warns(UserWarning, match="is not cached in"):
         made = initial(linear(W), one_rule(), cache_dir=tmp_path / "file")
     assert torch.equal(made["0"].A0, initial(linear(W), one_rule())["0"].A0)
 

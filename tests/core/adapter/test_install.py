@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from milora_vl.core.adapter.anchored import anchors_of, factors, fixed_names, has_anchor, joined_state
 from milora_vl.core.adapter.apply import apply_milora
-from milora_vl.core.adapter.difference import joined_state
-from milora_vl.core.adapter.install import anchors_of, factors, fixed_names, has_anchor, lora_layer
+from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import LLAVA_POLICY, Pictures, anchors, move
 
 EVERY_KIND = [

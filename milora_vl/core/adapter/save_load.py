@@ -17,18 +17,15 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
-from milora_vl.core.adapter.base_check import fitted
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
-from milora_vl.core.adapter.config import quiet_peft, read_by_peft
 from milora_vl.core.adapter.earlier import hold, split
-from milora_vl.core.adapter.errors import AdapterError, require_module
-from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
-from milora_vl.core.adapter.names import moved
-from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
+from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, AdapterError, moved, not_a_folder
+from milora_vl.core.adapter.lora import quiet_peft, read_by_peft, require_module
 from milora_vl.core.adapter.peft_model import restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_trainable, stored_tensors
+from milora_vl.core.adapter.rates import check_rates_at_first_step
+from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, fitted, read_sidecar, require_trainable, stored_tensors
 from milora_vl.core.policy.towers import is_wrapped_by_peft
-from milora_vl.core.weights.torch_files import AGAIN
+from milora_vl.core.weights.tensor_files import AGAIN
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Translate targets into PEFT's LoraConfig (rank and alpha patterns, target modules), and let PEFT create the LoRA."""
+"""PEFT's LoRA: its LoraConfig from targets, and its layers in a model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.common.errors import UserError, first_line
-from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.folders import CONFIG
-from milora_vl.core.adapter.install import base_layer
+from milora_vl.core.adapter.folders import CONFIG, AdapterError
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import peft_task
-from milora_vl.core.weights.torch_files import unreadable
+from milora_vl.core.weights.tensor_files import unreadable
 
 
 def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
@@ -149,3 +147,45 @@ def _peft_alpha(target: Target, use_rslora: bool) -> int | float:
 
 def _most_common(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
+
+
+def lora_layer(model: PeftModel, path: str) -> LoraLayer:
+    """Return PEFT's LoRA layer at a module path of the base model. Raises AdapterError if it has been merged."""
+    layer = model.get_base_model().get_submodule(path)
+    if not isinstance(layer, LoraLayer):
+        raise AdapterError(
+            f"this layer has no adapter any more: it is a {type(layer).__name__}",
+            code="adapter-merged",
+            where=path,
+            hint="after merge(model), save what it returned with its save_pretrained",
+        )
+    return layer
+
+
+def base_model_of(model: nn.Module) -> nn.Module:
+    """Return the model under a PEFT wrapper, or the model itself."""
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
+
+
+def base_layer(model: nn.Module, path: str) -> nn.Module:
+    """Return the base model's own layer at `path`, without the LoRA layer around it."""
+    layer = base_model_of(model).get_submodule(path)
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
+    """Set the dropout of one adapter in one layer. PEFT's config has a single value for all layers."""
+    was_training = layer.lora_dropout.training
+    layer.lora_dropout[adapter] = nn.Dropout(probability) if probability > 0 else nn.Identity()
+    layer.lora_dropout.train(was_training)
+
+
+def require_module(model: object) -> None:
+    """Raise AdapterError unless `model` is a torch module; users pass the name of a model here."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"expected a model (a torch.nn.Module), got {model!r:.80}",
+            code="adapter-not-a-model",
+            hint="load it:  model, processor = load_model(NAME)",
+        )

@@ -33,9 +33,8 @@ from milora_vl.core.calibration import FACTORS
 from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.core.svd import Factors, Part, decompose
 from milora_vl.core.weights.distributed import assign_work, broadcast, gather, rank_and_world_size
-from milora_vl.core.weights.factor_cache import cache_key, cached_singular_values, read_factors, write_factors
-from milora_vl.core.weights.fingerprint import Fingerprint, fingerprint
-from milora_vl.core.weights.matrices import factor_dtype, read_matrix
+from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, read_matrix
+from milora_vl.core.weights.tensor_files import cache_key, cached_singular_values, read_factors, write_factors
 
 Progress = bool | Literal["lines"]
 

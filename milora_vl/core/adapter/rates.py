@@ -15,8 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.names import module_path
+from milora_vl.core.adapter.folders import AdapterError, module_path
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import TOWERS
 
