@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from milora_vl.core.adapter.initialize import Initial, initialize
 from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.core.svd import decompose
+from milora_vl.core.weights.matrices import as_matrix, matrix_shape
 from support.adapter_cases import one_rule, tiny_gpt2
 from support.problems import raises_code
 
@@ -68,6 +70,14 @@ def test_conv1d_and_convolution_are_read_in_peft_orientation() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 5))
     made = initial(model, [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}])
     assert made["0"].A0.shape == (2, 75)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 5), Conv1D(5, 3), nn.Conv2d(6, 5, 3), nn.Embedding(3, 5)])
+def test_the_shape_of_a_layer_is_known_where_zero3_has_taken_its_weight(layer: nn.Module) -> None:
+    expected = tuple(as_matrix(layer, layer.get_parameter("weight")).shape)
+    for parameter in layer.parameters():
+        parameter.data = torch.empty(0)
+    assert matrix_shape(layer) == expected
 
 
 def test_equal_weights_draw_different_random_components_and_the_same_again() -> None:
