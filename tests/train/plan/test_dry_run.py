@@ -167,7 +167,7 @@ def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
 
 def test_rules_that_do_not_fit_and_data_that_is_not_there_are_both_told_of() -> None:
     with pytest.raises(UserError) as error:
-        main(["--model", "tiny", "--data_path", "nowhere.json", "--dry-run"])
+        main(["--model", "tiny", "--rank", "4000", "--data_path", "nowhere.json", "--dry-run"])
     assert [problem.code for problem in error.value.problems] == ["policy-rank-too-large", "data-missing-file"]
 
 
