@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from milora_data.encode.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
@@ -72,19 +74,34 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(fast_backend(tokenizer).to_str().encode()).hexdigest()[:16]
 
 
-def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item) -> str:
-    """Return the key of one answer: a digest of the settings, the prompt, and the names and sizes of its files."""
-    pictures = [_name_and_size(image) for image in item.images]
+def file_digest(path: str) -> str | None:
+    """Return a hash of the content of a picture or video; None without the file."""
+    total = xxhash.xxh3_128()
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 22):
+                total.update(chunk)
+    except FileNotFoundError:
+        return None
+    return total.hexdigest()
+
+
+def answer_key(
+    settings: Mapping[str, Any],
+    benchmark: Benchmark,
+    item: Item,
+    content: Callable[[str], str | None] = file_digest,
+) -> str:
+    """Return the key of one answer: a digest of the settings, the prompt, and the content of its pictures and videos.
+
+    The names of files do not count. `content` returns the hash of a file.
+    """
+    pictures: list[Any] = [content(image) for image in item.images]
     for video in item.videos:
-        pictures.append([*map(_name_and_size, video.files), video.fps, video.num_frames])
+        pictures.append([*map(content, video.files), video.fps, video.num_frames])
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
     decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
     return digest([settings, benchmark.name, decoding, turns, pictures])
-
-
-def _name_and_size(file: str) -> list[Any]:
-    path = Path(file)
-    return [path.name, path.stat().st_size if path.is_file() else None]
 
 
 def _base_name(name: str) -> str | None:

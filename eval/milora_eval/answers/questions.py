@@ -7,10 +7,11 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_eval.answers.identity import answer_key
+from milora_eval.answers.identity import answer_key, file_digest
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import load_items, other_questions
@@ -57,9 +58,10 @@ class Question:
 
 
 def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:
-    """Return the items of the plan's benchmarks, each with the key of its answer."""
+    """Return the items of the plan's benchmarks, each with the key of its answer. Each picture is read once."""
+    content = cache(file_digest)
     return [
-        Question(benchmark, item, answer_key(plan.settings, benchmark, item))
+        Question(benchmark, item, answer_key(plan.settings, benchmark, item, content))
         for benchmark in plan.benchmarks
         for item in items[benchmark.name]
     ]
