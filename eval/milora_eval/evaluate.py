@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,21 +18,21 @@ from milora_data.batches.processor_inputs import takes_videos
 from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_items
+from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_chosen, read_items
 from milora_eval.answers.runner import Asker, Outcome, ask, ask_model, audit, finish, prompt_of
-from milora_eval.answers.served import ask_server, require_servable, served_name, served_settings
+from milora_eval.answers.served import ChatServer, ask_server, require_servable, served_name, served_settings
 from milora_eval.answers.store import alone
 from milora_eval.answers.target import EvalTarget
 from milora_eval.benchmark import Benchmark
-from milora_eval.chat_server import ChatServer
+from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.scores.exports import export
-from milora_eval.scores.results import Results, numbers, read_results, write_results
+from milora_eval.scores.results import Results, headlines, numbers, read_results, write_results
 from milora_eval.scores.table import write_table
-from milora_eval.suites import find_benchmark
+from milora_eval.suites import choose, data_folder, find_benchmark, name_apart
 from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
-from milora_vl.interop.adapters.load_model import load_by_flags
+from milora_vl.interop.adapters.load_model import load_by_flags, require_scalable
 from milora_vl.interop.adapters.scale import Update
 from milora_vl.models.base import find_base
 from milora_vl.models.generate import require_prompts
@@ -58,6 +60,7 @@ def run(
     more settings, such as shards and an audit. Raises UserError for unknown benchmarks and missing data.
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
+    name_apart(resolved, Path(data_dir), Path(output_dir))
     plan = EvaluationPlan(
         suite="+".join(benchmark.name for benchmark in resolved),
         benchmarks=resolved,
@@ -100,6 +103,9 @@ def _write(plan: EvaluationPlan, outcome: Outcome, checked: dict[str, Any] | Non
     same = before if (before.get("generation") or {}).get("key") == digest(plan.settings) else {}
     results = _results(plan, outcome, before) | numbers(folder, plan.suite)
     results |= {"forgetting": same.get("forgetting"), "audit": checked or same.get("audit")}
+    own = [benchmark for benchmark in plan.benchmarks if isinstance(benchmark, OwnData)]
+    if own:
+        results["questions"] = {benchmark.name: benchmark.identity(plan.data_dir) for benchmark in own}
     write_results(folder, results)
     write_table(folder)
     export(folder)
@@ -107,7 +113,6 @@ def _write(plan: EvaluationPlan, outcome: Outcome, checked: dict[str, Any] | Non
 
 
 def results_folder(output_dir: str | Path, suite: str, which: str) -> Path:
-    """Return the folder for the files of one evaluation."""
     return Path(output_dir) / "eval" / suite / which
 
 
@@ -171,15 +176,9 @@ def _results(plan: EvaluationPlan, outcome: Outcome, before: Results) -> Results
 
 
 def run_loaded(
-    target: EvalTarget,
-    plan: EvaluationPlan,
-    items: Items,
-    output_dir: Path,
-    *,
-    with_base: bool,
-    forgetting_tokens: int,
+    target: EvalTarget, plan: EvaluationPlan, items: Items, output_dir: Path, forgetting_tokens: int
 ) -> list[Path] | None:
-    """Load and evaluate the tuned model, and its base if `with_base`; 0 `forgetting_tokens`: no forgetting is measured.
+    """Load and evaluate the model at each scale of its update; 0 `forgetting_tokens`: no forgetting is measured.
 
     Returns their results folders, None while shards are missing.
     """
@@ -191,44 +190,101 @@ def run_loaded(
         prompts.limit(named.processor)
     for benchmark in plan.benchmarks:
         require_prompts(named, (prompt_of(benchmark, item) for item in items[benchmark.name]))
-    scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     with at_flag("--model"):
-        model, processor = load_by_flags(target.model, target.adapter, target.dtype, target.device, scale)
+        model, processor = load_by_flags(target.model, target.adapter, target.dtype, target.device)
     prompts.limit(processor)
     base: Any = None
     base_name = target.base or target.model
-    if (target.base or with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
+    is_trained = target.base or isinstance(model, PeftModel) or target.scales != (1.0,)
+    if is_trained and not can_recover_base(model):
         with at_flag("--base" if target.base else "--model"):
             base, _ = load_by_flags(base_name, None, target.dtype, target.device)
-    if target.adapter is None and target.scale != 1:
-        Update(model, base.state_dict()).set(target.scale)
-    done = []
-    if with_base:
-        of_base = replace(plan, which="base", model_name=base_name)
-        with nullcontext() if base is not None else model.disable_adapter():
-            done.append(evaluate(base or model, processor, of_base, items, output_dir))
-    tuned = replace(plan, which=target.which, model_name=target.model, adapter=target.adapter, scale=target.scale)
-    done.append(evaluate(model, processor, tuned, items, output_dir))
-    if not all(done):
-        return None
-    folders = [results_folder(output_dir, plan.suite, result["which"]) for result in done if result]
-    if forgetting_tokens and (base is not None or can_recover_base(model)):
-        sys.stderr.write(f"measuring forgetting on {forgetting_tokens:,} tokens of general text\n")
-        key = str((done[-1] or {})["generation"]["key"])
-        add_forgetting(folders[-1], model, processor, base, key, forgetting_tokens)
-    return folders
+    is_scaled = bool(set(target.scales) - {0.0, 1.0})
+    if is_scaled and isinstance(model, PeftModel) and target.adapter is not None:
+        require_scalable(model.get_base_model(), target.adapter)
+    update = Update(model, None if base is None else base.state_dict()) if is_scaled else None
+    folders = []
+    for scale in target.scales:
+        sized = replace(plan, which=target.named(scale), model_name=target.model, adapter=target.adapter, scale=scale)
+        if scale == 0:
+            sized = replace(plan, which="base", model_name=base_name)
+            with nullcontext() if base is not None else model.disable_adapter():
+                done = evaluate(base or model, processor, sized, items, output_dir)
+        else:
+            if update is not None:
+                update.set(scale)
+            done = evaluate(model, processor, sized, items, output_dir)
+        if done is None:
+            continue
+        folders.append(results_folder(output_dir, plan.suite, sized.which))
+        if scale and forgetting_tokens and (base is not None or can_recover_base(model)):
+            sys.stderr.write(f"measuring forgetting on {forgetting_tokens:,} tokens of general text\n")
+            key = str(done["generation"]["key"])
+            add_forgetting(folders[-1], model, processor, base, key, forgetting_tokens)
+    return folders if len(folders) == len(target.scales) else None
 
 
 def run_served(
-    server: ChatServer, model: str | None, plan: EvaluationPlan, items: Items, output_dir: Path
+    url: str, key: str, model: str | None, plan: EvaluationPlan, items: Items, output_dir: Path
 ) -> list[Path] | None:
     """Evaluate the model of this name on a server; return its results folder, None while shards are missing.
 
     Raises UserError for benchmarks that it cannot be asked, for a name that the server does not list, and (exit code 1)
     if the server stops answering.
     """
+    server = ChatServer(url, key)
     require_servable(plan, items)
     model = server.listed(model)
     plan = replace(plan, which=served_name(model), model_name=model, settings=served_settings(model))
     done = _evaluate(partial(ask_server, server, plan), plan, items, output_dir)
     return None if done is None else [results_folder(output_dir, plan.suite, plan.which)]
+
+
+class Suites:
+    """Suites, or lists of benchmarks and files, whose items are read once, to ask a model during its training.
+
+    `suites` has the data folder of each. `names` has the names of the benchmarks; `measure` returns a score
+    `eval_suite_NAME` for each. Raises UserError for missing data.
+    """
+
+    def __init__(
+        self,
+        suites: Mapping[str, str | None],
+        limit: int,
+        *,
+        template: str,
+        image_aspect_ratio: Literal["pad", "plain", "anyres"],
+    ) -> None:
+        self._planned: list[tuple[EvaluationPlan, Items]] = []
+        folders = {value: data_folder(value, data) for value, data in suites.items()}
+        every = {value: choose(value) for value in suites}
+        name_apart([benchmark for chosen in every.values() for benchmark in chosen.benchmarks], Path())
+        for value, chosen in every.items():
+            folder = folders[value]
+            items = read_chosen(chosen, folder, limit)
+            plan = EvaluationPlan(
+                suite=chosen.name,
+                benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
+                data_dir=folder,
+                template=template,
+                image_aspect_ratio=image_aspect_ratio,
+                limit=limit,
+            )
+            self._planned.append((plan, items))
+        self.names = tuple(benchmark.name for plan, _ in self._planned for benchmark in plan.benchmarks)
+
+    def measure(self, model: Any, processor: Any) -> dict[str, float]:
+        """Return the headline of each benchmark and its standard error, for example `eval_suite_emoji`.
+
+        Fractions are in percent, as in tables. The mode of the model and the random state do not change. The next step
+        must not find these answers, so they go to a temporary folder.
+        """
+        entries: dict[str, float] = {}
+        for plan, items in self._planned:
+            with tempfile.TemporaryDirectory() as scratch, redirect_stderr(io.StringIO()):
+                results = evaluate(model, processor, plan, items, scratch)
+            assert results is not None  # a single shard is always complete
+            for benchmark, metric in headlines(results).items():
+                entries[f"eval_suite_{benchmark}"] = metric.scale * metric.value
+                entries[f"eval_suite_{benchmark}_stderr"] = metric.scale * (metric.stderr or 0.0)
+        return entries

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_eval.rules.anls import anls
-from milora_eval.rules.answers import exact_match, normalise
+from milora_eval.benchmarks.short_answers import anls, exact_match, normalise
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def test_two_evaluations_are_compared(both: tuple[Path, str, str], capsys: pytes
     assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n", "p_bootstrap", "note"} == set(
         pairs[0]["difference"]
     )
+    assert main(["compare", str(both[0]), str(both[0]), "--format", "json"]) == 0  # of a run folder, base and final
+    assert json.loads(capsys.readouterr().out) == pairs
 
 
 def test_a_checkpoint_is_named_after_its_step(adapter: Path, data: Path, tmp_path: Path) -> None:
@@ -163,13 +165,15 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
     [
         (["--suite", "emoij"], ['no suite or benchmark "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
+        (["--suite", "refcoco"], ["lmms-eval with --model milora"]),
+        (["--benchmarks", "gqa,nocaps"], ["lmms-eval with --model milora"]),
         (["--benchmarks", ","], ["--benchmarks: no benchmark name", "milora_eval ls"]),
         (["--benchmarks", "emoji,emoji"], ["emoji is listed twice", "--output_dir"]),
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
         (["--suite", "emoji", "--adapter", "nowhere"], ["--adapter: no such adapter folder", "adapter_config"]),
-        (["--suite", "emoji", "--with_base"], ["--with_base", "--adapter"]),
+        (["--suite", "emoji", "--with_base"], ["--with_base: ", "--adapter"]),
         (["--suite", "emoji", "--shard", "3/2"], ["--shard: ", "3/2", "1/4"]),
         (
             ["--benchmarks", "gqa", "--data", "nowhere"],

@@ -13,7 +13,8 @@ import torch
 
 from milora_data.records.record import Turn
 from milora_eval import run
-from milora_eval.answers.identity import adapter_digest, answer_key, weights_digest
+from milora_eval.answers.identity import adapter_digest, answer_key, content_of, weights_digest
+from milora_eval.benchmark import Item
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.evaluate import settings
 from support.drawn import draw
@@ -57,12 +58,16 @@ def test_the_key_covers_prompt_picture_and_every_setting(tiny_llava: Callable[..
     benchmark = Emoji()
     item = benchmark.load(write_questions(tmp_path))[0]
     made = settings(*tiny_llava(), None, "vicuna_v1", "pad")
-    key = answer_key(made, benchmark, item)
-    assert answer_key(dict(made), Emoji(), item) == key
-    others = [answer_key(made | {name: "other"}, benchmark, item) for name in made]
-    others.append(answer_key(made, benchmark, replace(item, turns=(Turn("user", "<image>\nOther?"),))))
+
+    def key_of(settings: dict[str, Any], asked: Item) -> str:
+        return answer_key(settings, benchmark, asked, content_of(asked))
+
+    key = key_of(made, item)
+    assert key_of(dict(made), item) == key
+    others = [key_of(made | {name: "other"}, item) for name in made]
+    others.append(key_of(made, replace(item, turns=(Turn("user", "<image>\nOther?"),))))
     Path(item.images[0]).write_bytes(b"another picture")
-    others.append(answer_key(made, benchmark, item))
+    others.append(key_of(made, item))
     assert len({key, *others}) == len(made) + 3
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from milora_eval.__main__ import main
 from milora_eval.answers.store import Store, read_lines, to_answer, to_line
 from milora_eval.benchmark import Answer, Item
+from milora_eval.benchmarks import math_answers
 from milora_eval.benchmarks.own_data import METRICS
 from milora_eval.data_files import load_items
-from milora_eval.rules import math_answers
 from milora_eval.scores.results import numbers, read_results, score, write_results
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 from support import official_data
@@ -60,9 +60,9 @@ def test_strange_answers_are_scored_stored_and_read_back(name: str, data: Path, 
         store = Store(tmp_path / str(number))
         store.append(lines)
         assert [line["prediction"] for line in read_lines(store.path)] == [text] * len(items)
-        for metric in benchmark.summarise(to_answer(benchmark, line) for line in lines):
+        for metric in benchmark.summarise(to_answer(line) for line in lines):
             assert metric.value == metric.value  # NaN is not equal to itself
-        answers = [to_answer(benchmark, line) for line in lines]
+        answers = [to_answer(line) for line in lines]
         if "\ud83d" not in text:  # a server's file is UTF-8
             benchmark.submission(answers, tmp_path / str(number), folder_of(benchmark, data))
 

@@ -35,7 +35,7 @@ def stored(suite: str, data: Path, folder: Path, right_every: int) -> Path:
         benchmark = find_benchmark(name)
         items = benchmark.load(folder_of(benchmark, data))
         for number, item in enumerate(items):
-            text = item.answers[0] if number % right_every == 0 else "Not this one"
+            text = item.answers[0] if item.answers and number % right_every == 0 else "Not this one"
             lines.append(to_line(benchmark, item, text, f"{name}/{item.id}", data))
     Store(folder).finish(lines)
     about = {"suite": suite, "which": folder.name, "data": str(data), "limit": None, "model": "m"}

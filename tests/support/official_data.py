@@ -355,36 +355,6 @@ def document_questions(folder: Path, file: str, pictures: str, key: str) -> None
     dump(folder / file, {"dataset_split": "val", "data": rows})
 
 
-def refcoco(folder: Path, refs: str = "refs(unc).p") -> None:
-    records, images, boxes = [], [], []
-    for i, (name, split) in enumerate(zip(NAMES, ("val", "testA", "train"), strict=True)):
-        draw(folder / "train2014" / coco(i, "train2014"), name)
-        images.append({"id": i, "file_name": coco(i, "train2014"), "width": 48, "height": 32})
-        boxes.append({"id": 10 + i, "image_id": i, "bbox": [8, 4, 24, 24]})
-        sentences = [{"sent_id": 10 * i + j, "sent": text} for j, text in enumerate((f"{name} disc", "left"))]
-        records.append({"ref_id": i, "ann_id": 10 + i, "image_id": i, "split": split, "sentences": sentences})
-    (folder / refs).write_bytes(pickle.dumps(records, protocol=2))
-    dump(folder / "instances.json", {"images": images, "annotations": boxes})
-
-
-def captions(folder: Path) -> None:
-    images = []
-    for i, name in enumerate(NAMES):
-        draw(folder / "val2014" / coco(i), name)
-        sentences = [{"raw": f"A {name} disc."}, {"raw": f"Some {name} round thing"}]
-        images.append({"filename": coco(i), "cocoid": i, "split": "test", "sentences": sentences})
-    dump(folder / "dataset_coco.json", {"images": [*images, images[0] | {"split": "train"}]})
-
-
-def nocaps(folder: Path) -> None:
-    images, notes = [], []
-    for i, name in enumerate(NAMES):
-        draw(folder / "images" / f"{i}.jpg", name)
-        images.append({"id": i, "file_name": f"{i}.jpg"})
-        notes += [{"image_id": i, "caption": f"a {name} disc {j}"} for j in range(2)]
-    dump(folder / "nocaps_val_4500_captions.json", {"images": images, "annotations": notes})
-
-
 def commonsense(folder: Path) -> None:
     labels = {"boolq": "true", "piqa": "solution1", "social_i_qa": "answer2", "hellaswag": "ending4"}
     labels |= {"winogrande": "option2", "ARC-Easy": "answer4", "ARC-Challenge": "answer5", "openbookqa": "answer1"}
@@ -401,8 +371,7 @@ def mathematics(folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     **{writer.__name__: writer for writer in (vqav2, okvqa, gqa, vizwiz, scienceqa, textvqa, pope, mmbench, chartqa)},
-    **{writer.__name__: writer for writer in (mmmu, refcoco, nocaps)},
-    **{writer.__name__: writer for writer in (ai2d, realworldqa, mmstar, pathvqa, cub200)},
+    **{writer.__name__: writer for writer in (mmmu, ai2d, realworldqa, mmstar, pathvqa, cub200)},
     "MME": mme,
     "seed_bench": seed_bench,
     "mm-vet": mm_vet,
@@ -411,9 +380,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "infovqa": lambda folder: document_questions(
         folder, "infographicsVQA_val_v1.0_withQT.json", "infographicsvqa_images", "image_local_name"
     ),
-    "refcoco+": refcoco,
-    "refcocog": lambda folder: refcoco(folder, "refs(umd).p"),
-    "coco-captions": captions,
 }
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from milora_data.encode.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
+from milora_eval.data_files import file_digest
 from milora_vl.core.adapter.folders import (
     ADAPTER_FILES,
     CONFIG,
@@ -33,7 +32,6 @@ _SAMPLES = 256
 
 
 def digest(value: Any) -> str:
-    """Return a short hash of a JSON-like value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
@@ -70,38 +68,20 @@ def weights_digest(model: Any) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of a tokenizer's vocabulary and rules."""
     return hashlib.sha256(fast_backend(tokenizer).to_str().encode()).hexdigest()[:16]
 
 
-def file_digest(path: str) -> str | None:
-    """Return a hash of the content of a picture or video; None without the file."""
-    total = xxhash.xxh3_128()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 22):
-                total.update(chunk)
-    except FileNotFoundError:
-        return None
-    return total.hexdigest()
+def content_of(item: Item, read: Callable[[str], str | None] = file_digest) -> list[Any]:
+    """Return what identifies the pictures and videos of an item: the hash of each file, which `read` returns."""
+    videos = [[*map(read, video.files), video.fps, video.num_frames] for video in item.videos]
+    return [*map(read, item.images), *videos]
 
 
-def answer_key(
-    settings: Mapping[str, Any],
-    benchmark: Benchmark,
-    item: Item,
-    content: Callable[[str], str | None] = file_digest,
-) -> str:
-    """Return the key of one answer: a digest of the settings, the prompt, and the content of its pictures and videos.
-
-    The names of files do not count. `content` returns the hash of a file.
-    """
-    pictures: list[Any] = [content(image) for image in item.images]
-    for video in item.videos:
-        pictures.append([*map(content, video.files), video.fps, video.num_frames])
+def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
+    """Return the key of one answer: a digest of the settings, the prompt, and the content of pictures and videos."""
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
     decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
-    return digest([settings, benchmark.name, decoding, turns, pictures])
+    return digest([settings, benchmark.name, decoding, turns, list(content)])
 
 
 def _base_name(name: str) -> str | None:

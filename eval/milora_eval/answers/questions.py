@@ -11,10 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_eval.answers.identity import answer_key, file_digest
+from milora_eval.answers.identity import answer_key, content_of
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.benchmarks.own_data import OwnData
-from milora_eval.data_files import load_items, other_questions
+from milora_eval.data_files import file_digest, load_items, other_questions
 from milora_eval.suites import Chosen, choose, data_folder, folder_of, has_files
 from milora_vl.common.errors import DataError, Key, UserError, at_flag
 from milora_vl.common.evaluator import QuestionSet
@@ -50,21 +50,23 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """An item of a benchmark with the key of its answer."""
+    """An item of a benchmark with the key of its answer, and what identifies its pictures."""
 
     benchmark: Benchmark
     item: Item
     key: str
+    content: Sequence[Any] = ()
 
 
 def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:
     """Return the items of the plan's benchmarks, each with the key of its answer. Each picture is read once."""
-    content = cache(file_digest)
-    return [
-        Question(benchmark, item, answer_key(plan.settings, benchmark, item, content))
-        for benchmark in plan.benchmarks
-        for item in items[benchmark.name]
-    ]
+    read = cache(file_digest)
+    questions = []
+    for benchmark in plan.benchmarks:
+        for item in items[benchmark.name]:
+            content = content_of(item, read)
+            questions.append(Question(benchmark, item, answer_key(plan.settings, benchmark, item, content), content))
+    return questions
 
 
 def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None = None) -> Items:
@@ -82,12 +84,9 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
             missing.append(error)
             continue
         if not items:
-            raise UserError(
-                f"no questions in the data of benchmark {benchmark.name} in {data_dir}",
-                code="benchmark-empty",
-                where="--data",
-                hint="download the files of the benchmark again; python -m milora_eval ls  lists them",
-            )
+            hint = "download the files of the benchmark again; python -m milora_eval ls  lists them"
+            message = f"no questions in the data of benchmark {benchmark.name} in {data_dir}"
+            raise UserError(message, where="--data", hint=hint)
         _check_ids(benchmark, items)
         _check_pictures(benchmark, items)
         result[benchmark.name] = items
@@ -188,33 +187,21 @@ def parse_shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
         return int(number), int(count)
-    raise UserError(
-        f"expected i/n with i from 1 to n, got {text!r}",
-        code="flag-value",
-        where="--shard",
-        hint="for example: --shard 1/4, --shard 2/4, ...",
-    )
+    hint = "for example: --shard 1/4, --shard 2/4, ..."
+    raise UserError(f"expected i/n with i from 1 to n, got {text!r}", where="--shard", hint=hint)
 
 
 def _check_names(benchmarks: Sequence[Benchmark]) -> None:
     for name, times in Counter(benchmark.name for benchmark in benchmarks).items():
         if times > 1:  # its numbers and files would replace the other's
-            raise UserError(
-                f"the benchmark {name} is listed twice",
-                code="eval-duplicate-benchmark",
-                hint="use a separate --output_dir for each protocol, or for each file with the same name",
-            )
+            raise UserError(f"the benchmark {name} is listed twice", hint="use a separate --output_dir for each")
 
 
 def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
     for name, times in Counter(item.id for item in items).items():
         if times > 1:
-            raise UserError(
-                f'the id "{name}" appears twice in the questions',
-                code="benchmark-duplicate-id",
-                where=f"benchmark {benchmark.name}",
-                hint="give every question its own id",
-            )
+            message, hint = f'the id "{name}" appears twice in the questions', "give every question its own id"
+            raise UserError(message, where=f"benchmark {benchmark.name}", hint=hint)
 
 
 def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
