@@ -72,7 +72,6 @@ class Answer:
 
     @property
     def worth(self) -> float:
-        """The value, 0.0 instead of None."""
         return self.value or 0.0
 
 
@@ -135,11 +134,11 @@ class Benchmark:
     def __init__(self, protocol: str | None = None) -> None:
         self.protocol = protocol or self.protocols[0]
         if self.protocol not in self.protocols:
-            raise UserError(
-                f'benchmark {self.name} has no protocol "{protocol}"; expected one of: {", ".join(self.protocols)}',
-                code="eval-unknown-protocol",
-                hint=did_you_mean(suggest(self.protocol, self.protocols)[:1]),
+            message = (
+                f'benchmark {self.name} has no protocol "{protocol}"; expected one of: {", ".join(self.protocols)}'
             )
+            hint = did_you_mean(suggest(self.protocol, self.protocols)[:1])
+            raise UserError(message, code="eval-unknown-protocol", hint=hint)
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read the items from a folder. Raises MissingData (a UserError) if a file is missing."""

@@ -221,7 +221,6 @@ def _no_openpyxl() -> UserError:
 
 
 def _unpacked(image: Any, pictures: Mapping[str, Any], place: str) -> Path:
-    """Unpack the picture of a row: {bytes}, base64, or at most 64 characters, the index of the row that has it."""
     content = image.get("bytes") if isinstance(image, dict) else image
     if isinstance(content, str) and len(content) <= 64:
         content = pictures.get(content)

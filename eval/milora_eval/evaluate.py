@@ -12,23 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
 from peft import PeftModel
 
 from milora_data.batches.processor_inputs import takes_videos
 from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_chosen, read_items
-from milora_eval.answers.runner import Asker, Outcome, ask, ask_model, audit, finish, prompt_of
+from milora_eval.answers.questions import EvaluationPlan, Items, plan_of, questions_of
+from milora_eval.answers.runner import Asker, ask, ask_model, audit, finish, prompt_of
 from milora_eval.answers.served import ChatServer, ask_server, require_servable, served_name, served_settings
-from milora_eval.answers.store import alone
 from milora_eval.answers.target import EvalTarget
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.scores.exports import export
 from milora_eval.scores.results import Results, headlines, numbers, read_results, write_results
 from milora_eval.scores.table import write_table
-from milora_eval.suites import choose, data_folder, find_benchmark, name_apart
+from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, folder_of, name_apart
 from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
@@ -61,17 +61,12 @@ def run(
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
     name_apart(resolved, Path(data_dir), Path(output_dir))
-    plan = EvaluationPlan(
-        suite="+".join(benchmark.name for benchmark in resolved),
-        benchmarks=resolved,
-        data_dir=Path(data_dir),
-        template=template,
-        image_aspect_ratio=image_aspect_ratio,
-        limit=limit,
-        batch_size=batch_size,
-        adapter=adapter,
+    chosen = Chosen("+".join(benchmark.name for benchmark in resolved), resolved)
+    plan, items = plan_of(chosen, Path(data_dir), limit)
+    plan = replace(
+        plan, template=template, image_aspect_ratio=image_aspect_ratio, batch_size=batch_size, adapter=adapter
     )
-    results = evaluate(model, processor, plan, read_items(resolved, plan.data_dir, limit), output_dir)
+    results = evaluate(model, processor, plan, items, output_dir)
     assert results is not None  # a single shard is always complete
     return results
 
@@ -90,22 +85,36 @@ def _evaluate(asker: Asker, plan: EvaluationPlan, items: Items, output_dir: str 
     folder = results_folder(output_dir, plan.suite, plan.which)
     questions = questions_of(plan, items)
     outcome = ask(asker, plan, questions, folder)
-    with nullcontext() if plan.shard[1] == 1 else alone(folder):
+    # The last two shards may finish at the same time. The system releases the lock also after a kill.
+    with nullcontext() if plan.shard[1] == 1 else FileLock(folder / ".lock"):
         if not finish(plan, questions, folder):
             return None
         return _write(plan, outcome, audit(asker, plan, questions, folder) if plan.audit else None, folder)
 
 
-def _write(plan: EvaluationPlan, outcome: Outcome, checked: dict[str, Any] | None, folder: Path) -> Results:
-    """Write results.json, the table and the files for other programs from the answers in `folder`."""
-    before = read_results(folder)
+def _write(plan: EvaluationPlan, asked: tuple[int, float], checked: dict[str, Any] | None, folder: Path) -> Results:
+    before, (num_asked, seconds), key = read_results(folder), asked, digest(plan.settings)
     # Forgetting and audit are kept only if the weights and settings are still the ones they were measured with.
-    same = before if (before.get("generation") or {}).get("key") == digest(plan.settings) else {}
-    results = _results(plan, outcome, before) | numbers(folder, plan.suite)
-    results |= {"forgetting": same.get("forgetting"), "audit": checked or same.get("audit")}
+    same = before if (before.get("generation") or {}).get("key") == key else {}
     own = [benchmark for benchmark in plan.benchmarks if isinstance(benchmark, OwnData)]
-    if own:
-        results["questions"] = {benchmark.name: benchmark.identity(plan.data_dir) for benchmark in own}
+    limits = {benchmark.name: benchmark.max_new_tokens for benchmark in plan.benchmarks}
+    results: Results = {
+        "suite": plan.suite,
+        "which": plan.which,
+        "model": plan.model_name,
+        "adapter": plan.adapter and str(plan.adapter),
+        **({} if plan.scale == 1 else {"scale": plan.scale}),
+        "template": plan.template,
+        "data": str(plan.data_dir),
+        "limit": plan.limit,
+        "generation": plan.settings | {"key": key, "batch_size": plan.batch_size, "max_new_tokens": limits},
+        "seconds": round(seconds if num_asked else before.get("seconds", seconds), 1),
+        "asked": num_asked,
+        **numbers(folder, plan.suite),
+        "forgetting": same.get("forgetting"),
+        "audit": checked or same.get("audit"),
+        **({"questions": {each.name: each.identity(folder_of(each, plan.data_dir)) for each in own}} if own else {}),
+    }
     write_results(folder, results)
     write_table(folder)
     export(folder)
@@ -121,7 +130,9 @@ def settings(
 ) -> dict[str, Any]:
     """Return everything except the question that an answer depends on; weights and tokenizer as digests."""
     tokenizer, image_processor = split_processor(processor)
-    own = {"chat_template": digest(_own_template(tokenizer))} if template_name(template) == OWN else {}
+    own: dict[str, Any] = {}
+    if template_name(template) == OWN:  # a model whose processor has a plain prompt has no chat template
+        own["chat_template"] = digest(own_template(tokenizer) if tokenizer.chat_template else "")
     return {
         "base": weights_digest(model),
         "adapter": None if adapter is None else adapter_digest(Path(adapter)),
@@ -135,44 +146,13 @@ def settings(
     }
 
 
-def _own_template(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template; empty for a model whose processor has a plain prompt instead."""
-    return own_template(tokenizer) if tokenizer.chat_template else ""
-
-
-def add_forgetting(
-    folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int
-) -> dict[str, Any]:
+def add_forgetting(folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int) -> None:
     """Measure the text forgetting and write it to results.json, unless it holds a value with the same key."""
     results = read_results(folder)
     key = digest([key, num_tokens, general_text(), "errors by document"])
     if (results.get("forgetting") or {}).get("key") != key:
         measured = measure_forgetting(model, split_processor(processor)[0], base=base, num_tokens=num_tokens)
-        results["forgetting"] = asdict(measured) | {"key": key}
-        write_results(folder, results)
-    return dict(results["forgetting"])
-
-
-def _results(plan: EvaluationPlan, outcome: Outcome, before: Results) -> Results:
-    seconds = outcome.seconds if outcome.asked else before.get("seconds", outcome.seconds)
-    return {
-        "suite": plan.suite,
-        "which": plan.which,
-        "model": plan.model_name,
-        "adapter": plan.adapter and str(plan.adapter),
-        **({} if plan.scale == 1 else {"scale": plan.scale}),
-        "template": plan.template,
-        "data": str(plan.data_dir),
-        "limit": plan.limit,
-        "generation": plan.settings
-        | {
-            "key": digest(plan.settings),
-            "batch_size": plan.batch_size,
-            "max_new_tokens": {benchmark.name: benchmark.max_new_tokens for benchmark in plan.benchmarks},
-        },
-        "seconds": round(seconds, 1),
-        "asked": outcome.asked,
-    }
+        write_results(folder, results | {"forgetting": asdict(measured) | {"key": key}})
 
 
 def run_loaded(
@@ -255,21 +235,12 @@ class Suites:
         template: str,
         image_aspect_ratio: Literal["pad", "plain", "anyres"],
     ) -> None:
+        every = [(choose(value), data_folder(value, data)) for value, data in suites.items()]
+        name_apart([benchmark for chosen, _ in every for benchmark in chosen.benchmarks], Path())
         self._planned: list[tuple[EvaluationPlan, Items]] = []
-        folders = {value: data_folder(value, data) for value, data in suites.items()}
-        every = {value: choose(value) for value in suites}
-        name_apart([benchmark for chosen in every.values() for benchmark in chosen.benchmarks], Path())
-        for value, chosen in every.items():
-            folder = folders[value]
-            items = read_chosen(chosen, folder, limit)
-            plan = EvaluationPlan(
-                suite=chosen.name,
-                benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
-                data_dir=folder,
-                template=template,
-                image_aspect_ratio=image_aspect_ratio,
-                limit=limit,
-            )
+        for chosen, folder in every:
+            plan, items = plan_of(chosen, folder, limit)
+            plan = replace(plan, template=template, image_aspect_ratio=image_aspect_ratio)
             self._planned.append((plan, items))
         self.names = tuple(benchmark.name for plan, _ in self._planned for benchmark in plan.benchmarks)
 

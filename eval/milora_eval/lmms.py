@@ -63,7 +63,6 @@ class Milora(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return the log-probability of each target, and whether greedy decoding produces it."""
         pairs = []
         for request in requests:
             context, target, *source = request.args
@@ -98,7 +97,6 @@ def _beams(options: dict[str, Any]) -> int:
 
 
 def _until(text: str, stops: Any) -> str:
-    """Return the text up to the first of the stop strings."""
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.split(stop)[0] if stop else text
     return text.strip()

@@ -178,7 +178,6 @@ def resampled_difference(
 
 
 def interval(draws: Sequence[float]) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles; nan if there are no draws."""
     if not len(draws):
         return math.nan, math.nan
     low, high = np.percentile(draws, [2.5, 97.5])

@@ -129,7 +129,7 @@ def choose(value: str, protocol: str | None = None, *, data_dir: Path | None = N
     that no benchmark has.
     """
     suite = SUITES.get(value) or Suite(_listed(value), "")
-    names = suite.benchmarks if protocol is None else _all_with_protocol(suite.benchmarks, protocol)
+    names = suite.benchmarks if protocol is None else with_protocol(suite.benchmarks, protocol)
     benchmarks = tuple(map(find_benchmark, names))
     name_apart(benchmarks, data_dir or Path(), run)
     name = value if value in SUITES else "+".join(benchmark.name for benchmark in benchmarks)
@@ -152,7 +152,7 @@ def name_apart(benchmarks: Sequence[Benchmark], data_dir: Path, run: Path | None
             for each in own
             if times[each.name] > 1
             or each.name in others
-            or (each.name in taken and not each.is_one_of(taken[each.name], data_dir))
+            or (each.name in taken and not each.is_one_of(taken[each.name], folder_of(each, data_dir)))
         ]
         for each in clashes:
             each.rename("-".join(each.path.absolute().with_suffix("").parts[1:][-level - 1 :]) if each.path else "")
@@ -161,7 +161,6 @@ def name_apart(benchmarks: Sequence[Benchmark], data_dir: Path, run: Path | None
 
 
 def _files_of(run: Path) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
-    """Yield the name of each benchmark that a run has results of, with its files; none for an official benchmark."""
     files: dict[str, list[Mapping[str, str]]] = {}
     for path in run.glob("eval/*/*/results.json"):
         with suppress(*MALFORMED):  # whoever reads the file reports it
@@ -190,11 +189,9 @@ def _listed(value: str) -> tuple[str, ...]:
         near = suggest(value, {**SUITES, **BENCHMARKS})[:1]
         if value in ELSEWHERE or (near and near[0] not in SUITES):
             raise _unknown(value)
-        raise UserError(
-            f'no suite or benchmark "{value}"; the suites: {", ".join(SUITES)}',
-            code="eval-unknown-suite",
-            hint="\n".join(filter(None, [did_you_mean(near), SEE])),
-        )
+        hint = "\n".join(filter(None, [did_you_mean(near), SEE]))
+        message = f'no suite or benchmark "{value}"; the suites: {", ".join(SUITES)}'
+        raise UserError(message, code="eval-unknown-suite", hint=hint)
     return names
 
 
@@ -264,22 +261,20 @@ def import_plugins(names: Sequence[str]) -> None:
         find_benchmark(name)
 
 
-def with_protocol(name: str, protocol: str) -> str:
-    """Return `name@protocol` if the benchmark has several protocols with this one among them; else the name itself.
+def with_protocol(names: Sequence[str], protocol: str) -> list[str]:
+    """Add the protocol to the names whose benchmark has it among others, unless a name has one.
 
-    A name that already carries a protocol is returned unchanged.
+    Raises UserError if no benchmark has it.
     """
-    known = find_benchmark(name).protocols
-    return f"{name}@{protocol}" if "@" not in name and protocol in known and len(known) > 1 else name
-
-
-def _all_with_protocol(names: Sequence[str], protocol: str) -> list[str]:
-    """Add the protocol to the names whose benchmark has it. Raises UserError if none has it."""
-    if not any(protocol in find_benchmark(name).protocols for name in names):
-        known = ", ".join(sorted({known for name in names for known in find_benchmark(name).protocols}))
-        message, hint = f"none of these benchmarks has the protocol {protocol!r}", f"their protocols are: {known}"
+    known = {name: find_benchmark(name).protocols for name in names}
+    if not any(protocol in protocols for protocols in known.values()):
+        every = ", ".join(sorted({each for protocols in known.values() for each in protocols}))
+        message, hint = f"none of these benchmarks has the protocol {protocol!r}", f"their protocols are: {every}"
         raise UserError(message, code="eval-unknown-protocol", where="--protocol", hint=hint)
-    return [with_protocol(name, protocol) for name in names]
+    return [
+        f"{name}@{protocol}" if "@" not in name and protocol in protocols and len(protocols) > 1 else name
+        for name, protocols in known.items()
+    ]
 
 
 def reference(benchmark: Benchmark) -> str:
@@ -307,23 +302,15 @@ def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
 def listing(data_dir: Path | None) -> dict[str, Any]:
     """Return suites and benchmarks as JSON data; `found` is null without a data folder."""
     suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}
-    return {"suites": suites, "benchmarks": [_about(find_benchmark(name), data_dir) for name in BENCHMARKS]}
-
-
-def _about(benchmark: Benchmark, data_dir: Path | None) -> dict[str, Any]:
-    return {
-        "name": benchmark.name,
-        "version": benchmark.version,
-        "protocol": benchmark.protocol,
-        "protocols": list(benchmark.protocols),
-        "split": benchmark.split,
-        "files": list(benchmark.files),
-        "found": None if data_dir is None else has_files(benchmark, data_dir),
-    }
+    fields = ("name", "version", "protocol", "protocols", "split", "files")
+    benchmarks = []
+    for benchmark in map(find_benchmark, BENCHMARKS):
+        found = None if data_dir is None else has_files(benchmark, data_dir)
+        benchmarks.append({field: getattr(benchmark, field) for field in fields} | {"found": found})
+    return {"suites": suites, "benchmarks": benchmarks}
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file once, under a unique module name."""
     path = path.absolute()
     if not path.is_file():
         raise ImportError(f"no file {path}")

@@ -187,9 +187,10 @@ def test_rows_with_a_metrics_name_need_no_code(tmp_path: Path) -> None:
     assert [json.loads(line)["meta"]["metric"] for line in lines] == ["contains", "exact"]
 
 
-@pytest.mark.parametrize("name", ["shades.py", "shades.py:Shades"])
+@pytest.mark.parametrize("name", ["shades.py", "shades.py:Shades", "shades:Shades"])
 def test_a_file_of_code_is_a_benchmark(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     Path("shades.py").write_text(code_of_the_docs())
     Path("shades.txt").write_text("Grey or black?\nWhite or black?\n")
     results = evaluate(name, tmp_path / "out", "--data", ".")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,27 +279,7 @@ def pathvqa(folder: Path) -> None:
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", with_pictures([*rows, rows[0]]))
 
 
-def pathvqa_original(folder: Path) -> None:
-    for i, name in enumerate(NAMES):
-        draw(folder / "pvqa" / "images" / "test" / f"test_{i:04d}.jpg", name)
-    rows = [("test_0000", "what is shown?", "the liver"), ("test_0001", "is it red?", "no")]
-    rows.append(("test_0002", "what is shown?", "the liver"))
-    stored = [dict(zip(("image", "question", "answer"), row, strict=True)) for row in rows]
-    (made(folder / "pvqa" / "qas" / "test") / "test_qa.pkl").write_bytes(pickle.dumps(stored))
-
-
 def cub200(folder: Path) -> None:
-    root = made(folder / "CUB_200_2011")
-    species = [f"{i + 1:03d}.Bird_number_{i}" for i in range(30)]
-    files = [f"{species[i]}/Bird_{i:04d}.jpg" for i in range(3)]
-    for path, name in zip(files, NAMES, strict=True):
-        draw(root / "images" / path, name)
-    columns = {"classes": species, "images": files, "image_class_labels": (1, 2, 3), "train_test_split": (0, 1, 0)}
-    for name, values in columns.items():
-        (root / f"{name}.txt").write_text("".join(f"{i} {value}\n" for i, value in enumerate(values, start=1)))
-
-
-def cub200_hub(folder: Path) -> None:
     options = "".join(f"\n{letter}. Bird {letter}" for letter in "ABC")
     letter = "Answer with the option's letter from the given choices directly."
     text = f"What species is the bird in this photo?\n{letter}{options}"
@@ -386,7 +365,6 @@ WRITERS: dict[str, Callable[[Path], None]] = {
 # The same questions in the other forms in which users have them.
 OTHER_FORMS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "ai2d": (ai2d_table,),
-    "pathvqa": (pathvqa_original,),
     "chartqa": (chartqa_hub, chartqa_table),
     "docvqa": (docvqa_hub, docvqa_table),
     "infovqa": (lambda f: docvqa_hub(f, "InfographicVQA"), lambda f: docvqa_table(f, "InfoVQA_VAL.tsv")),

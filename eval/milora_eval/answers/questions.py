@@ -15,7 +15,7 @@ from milora_eval.answers.identity import answer_key, content_of
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import file_digest, load_items, other_questions
-from milora_eval.suites import Chosen, choose, data_folder, folder_of, has_files
+from milora_eval.suites import SEE, Chosen, choose, data_folder, folder_of, has_files
 from milora_vl.common.errors import DataError, Key, UserError, at_flag
 from milora_vl.common.evaluator import QuestionSet
 
@@ -95,14 +95,16 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     return result
 
 
-def read_chosen(chosen: Chosen, data_dir: Path, limit: int | None = None) -> Items:
-    """Read the items of a suite or a list of benchmarks, at most `limit` of each (default: the suite's limit).
+def plan_of(chosen: Chosen, data_dir: Path, limit: int | None = None) -> tuple[EvaluationPlan, Items]:
+    """Return the plan of a suite or a list of benchmarks, and its items: at most `limit` of each, or the suite's limit.
 
     A partial suite skips benchmarks without files. One line counts them and names the files with other questions.
     Raises UserError for missing data, or if all benchmarks are skipped.
     """
-    read = _items_that_exist if chosen.partial else read_items
-    return read(chosen.benchmarks, data_dir, limit or chosen.limit)
+    limit = limit or chosen.limit
+    items = (_items_that_exist if chosen.partial else read_items)(chosen.benchmarks, data_dir, limit)
+    benchmarks = tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items)
+    return EvaluationPlan(suite=chosen.name, benchmarks=benchmarks, data_dir=data_dir, limit=limit), items
 
 
 def require_questions(questions: QuestionSet, *, at: str | Key = "--suite", data_at: str | Key = "--data") -> None:
@@ -121,11 +123,8 @@ def require_questions(questions: QuestionSet, *, at: str | Key = "--suite", data
         found = [has_files(benchmark, folder) for benchmark in chosen.benchmarks]
         if not (any(found) if chosen.partial else all(found)):
             files = ", ".join(chosen.benchmarks[found.index(False)].files)
-            raise UserError(
-                f"the files of {value} are not in {folder} ({files})",
-                code="eval-missing-files",
-                hint=f"see: python -m milora_eval ls --data {folder}",
-            )
+            message, hint = f"the files of {value} are not in {folder} ({files})", f"{SEE} --data {folder}"
+            raise UserError(message, code="eval-missing-files", hint=hint)
 
 
 def _items_that_exist(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None) -> Items:
@@ -141,12 +140,8 @@ def _items_that_exist(benchmarks: Sequence[Benchmark], data_dir: Path, limit: in
         elif (path := other_questions(benchmark, folder)) is not None:
             others[path] = f"other questions; ask them with --benchmarks {path}"
     if not items:
-        hints = [f"{path}: {reason}" for path, reason in others.items()]
-        raise UserError(
-            f"no benchmark's files are in {data_dir}",
-            code="eval-missing-files",
-            hint="\n".join([*hints, f"see: python -m milora_eval ls --data {data_dir}"]),
-        )
+        hint = "\n".join([*(f"{path}: {reason}" for path, reason in others.items()), f"{SEE} --data {data_dir}"])
+        raise UserError(f"no benchmark's files are in {data_dir}", code="eval-missing-files", hint=hint)
     if len(items) < len(benchmarks):
         reasons = "".join(f"; {path.name}: {reason}" for path, reason in others.items())
         sys.stderr.write(f"skipped: {len(benchmarks) - len(items)} benchmarks without files in {data_dir}{reasons}\n")
@@ -212,9 +207,6 @@ def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
         shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
         folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
         shown += [f"put their folder next to the questions: {names.replace('|', ' or ')}" for names in folders]
-        raise UserError(
-            f"{len(missing)} pictures{' or videos' if videos else ''} of benchmark {benchmark.name} are missing",
-            code="benchmark-missing-pictures",
-            where="--data",
-            hint="\n".join([*shown, "or name the folder with the pictures:  --data FOLDER"]),
-        )
+        what = f"{len(missing)} pictures{' or videos' if videos else ''} of benchmark {benchmark.name} are missing"
+        hint = "\n".join([*shown, "or name the folder with the pictures:  --data FOLDER"])
+        raise UserError(what, code="benchmark-missing-pictures", where="--data", hint=hint)

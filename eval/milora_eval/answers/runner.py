@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 
@@ -24,34 +24,22 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.models.generate import Prompt, Reader, generate, reader_of
 
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
+# Asks questions and passes each batch of answers to a `Keep`; with `one_by_one`, no answer depends on a batch.
+Asker = Callable[..., None]
 
 
-class Asker(Protocol):
-    """Asks a model questions and passes each batch of answers to `keep`; `one_by_one`, so that no answer depends on it.
+def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> tuple[int, float]:
+    """Generate the answers of the plan's shard that are missing in `folder`; `finish` scores them.
 
-    `ask_model` is one after its first arguments, `ask_server` of `served` another.
+    Returns how many questions the model answered, and the seconds that took.
     """
-
-    def __call__(self, todo: Sequence[Question], keep: Keep, *, one_by_one: bool = False) -> None:
-        """Ask the questions, in any order."""
-
-
-class Outcome(NamedTuple):
-    """How many questions the model answered, and how many seconds that took."""
-
-    asked: int
-    seconds: float
-
-
-def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> Outcome:
-    """Generate the answers of the plan's shard that are missing in `folder`; `finish` scores them."""
     store, start = Store(folder, plan.shard), time.perf_counter()
     # POPE repeats some questions in its sets. The same question about the same picture is asked once.
     own = {question.key: question for question in reversed(shard_of(questions, plan.shard))}
     known = store.known()
     todo = [question for question in reversed(own.values()) if question.key not in known]
     if not todo:
-        return Outcome(0, time.perf_counter() - start)
+        return 0, time.perf_counter() - start
     if len(todo) < len(own):
         sys.stderr.write(f"{len(own) - len(todo):,} of {len(own):,} answers are stored already\n")
     store.open()
@@ -63,7 +51,7 @@ def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folde
             bar.update(len(done))
 
         asker(todo, keep)
-    return Outcome(len(todo), time.perf_counter() - start)
+    return len(todo), time.perf_counter() - start
 
 
 def finish(plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> bool:

@@ -69,11 +69,11 @@ class ChatServer:
             )
         return model
 
-    def chat(self, model: str, messages: Sequence[dict[str, Any]], max_tokens: int) -> Reply:
+    def chat(self, model: str, messages: list[Any], max_tokens: int) -> Reply:
         """Return the greedy answer to a conversation. Raises UserError (exit code 1) without one."""
         with self._errors("chat/completions"):
             answer = self.client.chat.completions.create(
-                model=model, messages=list(messages), max_tokens=max_tokens, **GREEDY
+                model=model, messages=messages, max_tokens=max_tokens, **GREEDY
             )
             [choice] = answer.choices
             # The content is missing if a model was stopped while it reasoned.

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from milora_data.records.record import Reply, Turn, Video
 from milora_eval.benchmark import Answer, Benchmark, Item
@@ -45,16 +43,6 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write a file atomically, line by line: the file is complete or does not exist."""
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_text(line) for line in lines)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock a folder while it is finished: the last two shards may finish at the same time.
-
-    The system releases the lock when the process ends, also after a kill; the lock file stays.
-    """
-    with FileLock(folder / ".lock"):
-        yield
 
 
 class Store:
@@ -112,14 +100,15 @@ def unscored_line(
     benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path, content: Sequence[Any]
 ) -> Line:
     """Return the line of one answer without its score; one that was stopped at `max_new_tokens` is marked."""
-    picture = item.images[0] if item.images else None
+    picture, root = next(iter(item.images), None), data_dir.absolute()
+    is_inside = picture is not None and Path(picture).is_relative_to(root)
     turns = benchmark.prompt(item)
     line: Line = {
         "id": item.id,
         "benchmark": reference(benchmark),
         "type": item.kind,
         "question": turns[-1].text,
-        "image": _relative(picture, data_dir),
+        "image": Path(picture).relative_to(root).as_posix() if picture and is_inside else picture,
         "image_file": picture,
         "prediction": text,
         "answers": list(item.answers),
@@ -163,10 +152,10 @@ def to_answer(line: Mapping[str, Any]) -> Answer:
 
 
 def same_question(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Return whether two lines answer the same question: all texts, and the pictures if both lines identify them."""
+    """Return whether two lines answer the same question: all texts, and the pictures whose content both lines know."""
     texts = all(a.get(key) == b.get(key) for key in ("id", "question", "context", "answers"))
-    contents = [line["content"] for line in (a, b) if "content" in line]
-    return texts and all(content == contents[0] for content in contents)
+    contents = zip(a.get("content", ()), b.get("content", ()), strict=False)
+    return texts and all(one == other or None in (one, other) for one, other in contents)
 
 
 def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]:
@@ -181,13 +170,6 @@ def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]
 
 def expected(message: str) -> AbstractContextManager[None]:
     return expected_format(message, code="predictions-format", where=PREDICTIONS, hint=RESTORE)
-
-
-def _relative(picture: str | None, data_dir: Path) -> str | None:
-    if picture is None:
-        return None
-    path, root = Path(picture), data_dir.absolute()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else picture
 
 
 def _text(line: Mapping[str, Any]) -> str:

@@ -31,7 +31,6 @@ HEAD = "Below is an instruction that describes a task. Write a response that app
 
 
 def alpaca(instruction: str) -> str:
-    """Return the prompt of one instruction, byte for byte the same as the script's f-string."""
     return f"{HEAD}{_INDENT}### Instruction:{_INDENT}{instruction}\n{_INDENT}### Response:{_INDENT}"
 
 

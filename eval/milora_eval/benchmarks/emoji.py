@@ -44,11 +44,9 @@ class Emoji(Benchmark):
     def load(self, data_dir: Path) -> list[Item]:
         path = data_dir / "test.json"
         if not path.is_file():
-            raise MissingData(
-                f"{data_dir} holds no emoji questions: no test.json",
-                code="eval-missing-files",
-                hint=f"create them: python -m milora_data emoji --output_dir {data_dir}",
-            )
+            message, hint = "holds no emoji questions: no test.json", "create them: python -m milora_data emoji"
+            hint = f"{hint} --output_dir {data_dir}"
+            raise MissingData(f"{data_dir} {message}", code="eval-missing-files", hint=hint)
         records = list(load_records(path))
         baselines = _baselines(records)
         return [_item(record, data_dir, baselines[record.id]) for record in records]
@@ -113,7 +111,6 @@ def _baselines(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _form(record: Record) -> str:
-    """Return the form of the answer: yes or no, one of the options, or a free word."""
     if {normalise(answer) for answer in _answers(record)} <= {"yes", "no"}:
         return "yes/no"
     return "options" if _options(record.turns[-2].text) else "open"
@@ -139,7 +136,6 @@ def _choosing(records: Sequence[Record]) -> list[list[float]]:
 
 
 def _options(question: str) -> list[str]:
-    """Return the options of a question: letters of lettered lines, or the parts of `...: a, b or c?`."""
     letters = re.findall(r"^([A-Z])\. ", question, flags=re.MULTILINE)
     if letters:
         return letters

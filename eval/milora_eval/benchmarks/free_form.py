@@ -30,7 +30,6 @@ class MMVet(FreeForm):
     source = "github.com/yuweihao/MM-Vet"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the questions; the prompt adds nothing to them."""
         questions, pictures = find_all(self, data_dir)
         return [
             picture_item(
@@ -45,7 +44,6 @@ class MMVet(FreeForm):
         ]
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write {"v1_0": answer}."""
         return [write_json(folder / "mm-vet_results.json", {a.item.id: a.text for a in answers})]
 
 

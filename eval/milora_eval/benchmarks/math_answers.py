@@ -65,7 +65,6 @@ def gsm8k_correct(text: str, truth: int) -> bool:
 
 
 def same_number(value: float, truth: float) -> bool:
-    """Return whether two numbers are equal up to 1e-4 or a factor of 100, like grader.py."""
     return any(math.isclose(own, value, rel_tol=1e-4) for own in (truth / 100, truth, truth * 100))
 
 
@@ -95,7 +94,6 @@ def math_correct(text: str, reference: str) -> bool:
 
 
 def is_equivalent(answer: str, reference: str) -> bool:
-    """Return whether two LaTeX answers are equal by the script's rules."""
     try:
         own, true = simplified(answer), simplified(reference)
         return math_equal(own, true) or own == true
@@ -135,7 +133,6 @@ def _bare(text: str, reference: str, *, of: str | None = None) -> str:
 
 
 def _equal_parts(answer: str, reference: str) -> bool:
-    """Return whether two lists or two tuples are equal part by part."""
     for left, right in ("[]", "()"):
         if all(text.startswith(left) and text.endswith(right) for text in (answer, reference)):
             own, true = answer[1:-1].split(","), reference[1:-1].split(",")

@@ -24,8 +24,6 @@ _STOP = re.compile("Instruction|Response")  # as in MiLoRA's scripts; MetaMath's
 
 
 class GSM8K(Benchmark):
-    """Grade-school word problems."""
-
     name = "gsm8k"
     protocols = ("milora",)
     max_new_tokens = 1024
@@ -40,7 +38,6 @@ class GSM8K(Benchmark):
         return isinstance(question, dict) and any(self.mark in str(question.get(key)) for key in self.solutions)
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read one JSON object per line: query and response, or question and answer."""
         path = find(self, data_dir, self.files[0])
         return [self._item(number, entry) for number, entry in enumerate(json_values(path), start=1)]
 

@@ -62,7 +62,6 @@ class MMBench(Benchmark):
         return float(mmbench_option(text, item.meta["options"]) == item.answers[0]) if item.answers else None
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the circular accuracy, the accuracy on the first rotation, and the circular accuracy per category."""
         scored = [answer for answer in answers if answer.value is not None]
         if not scored:
             return []
@@ -143,7 +142,6 @@ class MMBenchTest(MMBench):
 
 
 def _questions(answers: Iterable[Answer]) -> list[list[Answer]]:
-    """Return, per question, the answers to its rotations."""
     return list(grouped(answers, lambda answer: answer.item.meta["index"] % ROTATION).values())
 
 

@@ -118,12 +118,11 @@ def _picture(folder: Path, stem: str) -> Path:
         for ending in (".jpg", ".png", ".jpeg"):
             if (place / (stem + ending)).is_file():
                 return place / (stem + ending)
-    raise UserError(
+    message, hint = (
         f"no picture {stem}.jpg or .png in {folder} or {folder / 'images'}",
-        code="benchmark-missing-pictures",
-        where="benchmark mme",
-        hint="copy the pictures of the release into one of these folders",
+        "copy the release's pictures there",
     )
+    raise UserError(message, code="benchmark-missing-pictures", where="benchmark mme", hint=hint)
 
 
 def _pairs(answers: Iterable[Answer]) -> dict[str, list[list[Answer]]]:
@@ -142,7 +141,6 @@ def _points(name: str, pairs: Sequence[Sequence[Answer]]) -> Metric:
 
 
 def _total(name: str, tasks: list[Metric]) -> Metric | None:
-    """Return the sum of the subtasks; their errors are treated as independent."""
     if not tasks:
         return None
     errors = [task.stderr for task in tasks if task.stderr is not None]

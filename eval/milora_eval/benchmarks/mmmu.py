@@ -40,7 +40,6 @@ class MMMU(Benchmark):
     source = "huggingface.co/datasets/MMMU/MMMU (a folder of parquet files per subject)"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read validation*.parquet of every subject and unpack the pictures into the user's cache."""
         import pyarrow.parquet as parquet
 
         files = sorted([*data_dir.glob("*/validation*.parquet"), *data_dir.glob("validation*.parquet")])

@@ -88,7 +88,6 @@ class OwnData(Benchmark):
         return {"file": str(path.resolve()), "hash": file_digest(str(path))}
 
     def is_one_of(self, files: Sequence[Mapping[str, str | None]], data_dir: Path) -> bool:
-        """Return whether the file, or a copy of it, is among the identities of files."""
         own = self.identity(data_dir)
         return any(own["file"] == each["file"] or own["hash"] == each["hash"] for each in files)
 
@@ -117,7 +116,6 @@ class OwnData(Benchmark):
         return METRICS[item.meta["metric"]](text, item.answers)
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean and those of the types, then how often a reply mentions the answer in its first line."""
         answers = list(answers)
         lenient = [
             replace(each, value=float(in_first_line(each.text, each.item.answers)))
@@ -190,7 +188,6 @@ def _conversation(row: dict[str, Any], place: str) -> _Asked:
 
 
 def _answers(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the texts under "answers" or "answer", a list or one of them."""
     answers = row.get("answers", row.get("answer"))
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     return tuple(map(str, answers))

@@ -13,7 +13,6 @@ Columns of VLMEvalKit's tables (index, A, B, ...) are asked as in its prompt for
 from __future__ import annotations
 
 import ast
-import random
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
-from milora_data.formats.other_files import read_plain_pickle
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, Upload, means, means_of_types
 from milora_eval.benchmarks.llava_prompts import LETTER, LETTERS, SHORT, picture_item
 from milora_eval.benchmarks.mmbench import mmbench_option
@@ -53,7 +51,7 @@ class PlainSet(Benchmark):
         return [self.item(number, row) for number, row in enumerate(rows)]
 
     def rows(self, *paths: Path) -> Iterable[Row]:
-        raise NotImplementedError
+        raise NotImplementedError  # all files are tables
 
     def item(self, number: int, row: Row) -> Item:
         raise NotImplementedError
@@ -136,62 +134,20 @@ class MMStar(PlainSet):
 
 
 class CUB200(PlainSet):
-    """Which of 26 species is the bird?
-
-    From the original CUB_200_2011, utils/cub200_to_llava.py makes the same kind of question. That script draws without
-    a seed; here the draw depends on the picture's number alone. Its evaluation also prints its settings into the
-    prompt, by a mistake that is not kept.
-    """
+    """Which of 26 species is the bird? The official evaluation also prints its settings into the prompt, by mistake."""
 
     name = "cub200"
     protocols = ("lmm-cl",)
     max_new_tokens = 16
-    files = (
-        "classes.txt|CUB_200_2011/classes.txt|data/train-*.parquet|train-*.parquet",
-        "images|CUB_200_2011/images|data/train-*.parquet|train-*.parquet",
-    )
-    source = "data.caltech.edu/records/65de6-vp158 (CUB_200_2011), or huggingface.co/datasets/Jessemel/cub200-test"
-    questions = (
-        "What species is the bird in this photo?",
-        "Can you identify the bird species in this image?",
-        "Which bird species is shown in this picture?",
-        "What type of bird is depicted in this photograph?",
-        "Identify the species of the bird in this image.",
-        "What is the bird species presented in this photo?",
-        "Which of the following species does this bird belong to?",
-        "What would you classify this bird as?",
-        "From the options below, what species is this bird?",
-        "Looking at this bird, what species would you say it is?",
-    )
+    files = ("data/train-*.parquet|train-*.parquet",)
+    source = "huggingface.co/datasets/Jessemel/cub200-test"
 
     def recognises(self, question: Any) -> bool:
         return LETTER.strip() in question.get("question", "")
 
-    def rows(self, *paths: Path) -> Iterable[Row]:
-        """Yield a question for each test picture: 26 species in random order, among them the right one."""
-        classes = paths[0]
-        names = {number: name.partition(".")[2].replace("_", " ") for number, name in _columns(classes)}
-        species = dict(_columns(classes.with_name("image_class_labels.txt")))
-        is_train = dict(_columns(classes.with_name("train_test_split.txt")))
-        for number, path in _columns(classes.with_name("images.txt")):
-            if is_train[number] == "0":
-                draw = random.Random(f"cub200 {number}")
-                wrong = [name for key, name in names.items() if key != species[number]]
-                options = draw.sample(wrong, min(len(wrong), len(LETTERS) - 1))
-                place = draw.randint(0, len(options))
-                options.insert(place, names[species[number]])
-                lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
-                question = f"{draw.choice(self.questions)}{LETTER}\n{lines}"
-                yield {
-                    "id": number,
-                    "question": question,
-                    "answer": LETTERS[place],
-                    "picture": classes.with_name("images") / path,
-                }
-
     def item(self, number: int, row: Row) -> Item:
         text = row["question"].replace("\n<image>", "").replace("<image>", "")
-        return picture_item(row.get("id", number), text, row["picture"], answers=[row["answer"]])
+        return picture_item(number, text, row["picture"], answers=[row["answer"]])
 
     def score(self, item: Item, text: str) -> float:
         return float(cub200_correct(text, item.answers[0]))
@@ -279,11 +235,8 @@ class PathVQA(PlainSet):
 
     name = "pathvqa"
     max_new_tokens = 64
-    files = (
-        f"qas/test/test_qa.pkl|pvqa/qas/test/test_qa.pkl|{HUB_TEST}",
-        f"images/test|pvqa/images/test|{HUB_TEST}",
-    )
-    source = "huggingface.co/datasets/flaviagiammarino/path-vqa, or github.com/UCSD-AI4H/PathVQA (qas and images)"
+    files = (HUB_TEST,)
+    source = "huggingface.co/datasets/flaviagiammarino/path-vqa"
     metric = "exact match"
     before = "Look at the medical image and answer the following question: "
     after = (
@@ -293,9 +246,6 @@ class PathVQA(PlainSet):
 
     def recognises(self, question: Any) -> bool:
         return question.keys() == {"question", "answer"} and "directly" not in question["question"]
-
-    def rows(self, *paths: Path) -> Iterable[Row]:
-        return [row | {"picture": paths[1] / f"{row['image']}.jpg"} for row in read_plain_pickle(paths[0])]
 
     def item(self, number: int, row: Row) -> Item:
         kind = "yes/no" if row["answer"].strip().lower() in ("yes", "no") else "open"
@@ -319,14 +269,7 @@ def _choices(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _asked_for_letter(question: str, choices: Mapping[str, str]) -> str:
-    """Return a question, its options as lines "A. ...", and the request for a letter."""
     return question + "".join(f"\n{letter}. {option}" for letter, option in choices.items()) + LETTER
-
-
-def _columns(file: Path) -> list[tuple[str, Any]]:
-    """Return the two columns of a file of CUB_200_2011."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [(first, second) for first, _, second in (line.strip().partition(" ") for line in lines) if second]
 
 
 def ai2d_correct(text: str, letter: str) -> bool:

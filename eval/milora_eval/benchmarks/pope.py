@@ -26,8 +26,6 @@ LLAVA_FILE = "llava_pope_test.jsonl"
 
 
 class POPE(Benchmark):
-    """The mean F1, and five numbers per set."""
-
     name = "pope"
     split = "coco val2014"
     files = (
@@ -38,7 +36,6 @@ class POPE(Benchmark):
     metric = "mean F1"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the three sets, and LLaVA's ids if its question file exists."""
         *sets, pictures = find_all(self, data_dir)
         llava_ids = _llava_ids(data_dir)
         free = count(1 + max((number for number in llava_ids.values() if isinstance(number, int)), default=-1))
@@ -62,7 +59,6 @@ class POPE(Benchmark):
         return float((pope_answer(text) == "no") == (item.answers[0] == "no"))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean F1, then F1, accuracy, precision, recall and the share of yes of each set."""
         found = grouped(answers)
         sets = {name: found[name] for name in SETS if name in found}
         if not sets:
@@ -83,7 +79,6 @@ class POPE(Benchmark):
         return [headline, *(metric for metrics in of_sets for metric in metrics)]
 
     def llava_keys(self, item: Item) -> tuple[str, ...]:
-        """Return the item's id, and LLaVA's question number if it is known."""
         return (str(item.meta["question_id"]), item.id) if item.meta.get("llava") else (item.id,)
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:

@@ -104,6 +104,5 @@ def scienceqa_letter(text: str) -> str:
 
 
 def scienceqa_index(text: str, num_choices: int) -> int:
-    """Return the index of the choice that an answer names, -1 (wrong) if it names none."""
     letter = scienceqa_letter(text)
     return LETTERS.index(letter) if letter in list(LETTERS[:num_choices]) else -1

@@ -68,7 +68,6 @@ def anls(text: str, references: Sequence[str]) -> float:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Return the smallest number of insertions, deletions and replacements that turn one text into the other."""
     short, long = sorted((a, b), key=len)
     row = list(range(len(short) + 1))
     for i, letter in enumerate(long):

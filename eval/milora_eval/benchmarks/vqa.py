@@ -192,7 +192,6 @@ def normalise_words(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Return the stripped text with newlines and tabs replaced by spaces."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 

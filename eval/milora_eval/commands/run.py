@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from milora_data.encode.templates import OWN, template_name
-from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, read_chosen
+from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, plan_of
 from milora_eval.answers.target import EvalTarget, eval_target
 from milora_eval.commands.flags import PROTOCOL
 from milora_eval.scores.exports import SUBMISSION
@@ -105,7 +105,7 @@ examples:
 )
 # Flags that have no effect with and without --server.
 OF_LOADED = "model adapter base template device dtype with_base scale batch_size forgetting_tokens".split()
-OF_SERVED = ("served_model", "concurrency", "key_variable")
+OF_SERVED = "served_model concurrency key_variable".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     _refuse_unused(options)
     target = _target(options) if options.server is None else None
     plan, items = planned(options, target)
-    plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
     key = "" if target is not None else api_key(options.key_variable)
     if target is not None:
         _announce(options, target)
@@ -190,18 +189,17 @@ def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[Eva
         data = data_folder(value, options.data)
     with at_flag(f"--{name}"):
         chosen = choose(value, options.protocol, data_dir=data, run=options.output_dir)
-    items = read_chosen(chosen, data, options.limit)
+    plan, items = plan_of(chosen, data, options.limit)
     from milora_vl.models.prompts import Prompts, prompts_of
 
     prompts = Prompts(OWN, "plain") if target is None else prompts_of(target.model, target.adapter, options.template)
-    plan = EvaluationPlan(
-        suite=chosen.name,
-        benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
-        data_dir=data,
+    plan = replace(
+        plan,
         template=prompts.template,
         image_aspect_ratio=prompts.image_aspect_ratio,
-        limit=options.limit or chosen.limit,
         batch_size=options.batch_size if target else options.concurrency or CONCURRENCY,
+        shard=parse_shard(options.shard),
+        audit=options.audit,
     )
     return plan, items
 

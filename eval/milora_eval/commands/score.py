@@ -77,7 +77,9 @@ def _score_file(options: argparse.Namespace, path: Path) -> int:
     if options.benchmark is None or options.data is None:
         message = f"{path} is a file with predictions: --benchmark NAME and --data DIR are required"
         raise UserError(message, code="flag-required", hint=COMMAND.examples.rstrip())
-    name = with_protocol(options.benchmark, options.protocol) if options.protocol else options.benchmark
+    name = options.benchmark
+    if options.protocol:
+        (name,) = with_protocol([name], options.protocol)
     benchmark = find_benchmark(name)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

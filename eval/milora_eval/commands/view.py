@@ -46,7 +46,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the path of the page goes to stdout."""
     options = COMMAND.parse(argv)
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
     if options.output is not None:
@@ -98,7 +97,6 @@ def page(runs: Runs, limit: int) -> tuple[str, int, int]:
 
 
 def _lede(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the result in one line: how many answers are right, or how two runs differ."""
     marks = [[None if a is None or a["value"] is None else a["value"] >= 0.5 for a in row["answers"]] for row in rows]
     if len(names) == 1:
         scored = [mark for (mark,) in marks if mark is not None]

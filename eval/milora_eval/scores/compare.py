@@ -121,7 +121,6 @@ def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Dif
 
 
 def _copy(answer: Answer, times: int) -> Answer:
-    """Return the answer with a new group, for a picture that is drawn again."""
     if not times:
         return answer
     return replace(answer, item=replace(answer.item, group=f"{answer.item.group} again {times}"))

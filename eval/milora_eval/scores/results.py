@@ -48,7 +48,6 @@ def score(folder: str | Path) -> Results:
 
 
 def numbers(folder: Path, suite: str) -> dict[str, Any]:
-    """Return the entries of results.json that depend on the answers: benchmarks, mean of the suite, a digest."""
     by_benchmark: dict[str, list[Line]] = {}
     total = hashlib.sha256()
     for line in each_line(folder / PREDICTIONS):
@@ -72,14 +71,10 @@ def require_answers(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(problems=[replace(no_folder(folder, str(folder)), message="no such folder")])
     if next(each_line(folder / PREDICTIONS), None) is None:
-        near = sorted(path.parent for path in folder.glob(f"**/{PREDICTIONS}"))[:5] if folder.is_dir() else []
+        near = ", ".join(str(path.parent) for path in sorted(folder.glob(f"**/{PREDICTIONS}"))[:5])
+        hint = f"there are answers in: {near}" if near else "to generate answers: python -m milora_eval run"
         raise UserError(
-            f"no answers: the folder has no {PREDICTIONS}",
-            code="eval-no-answers",
-            where=str(folder),
-            hint="there are answers in: " + ", ".join(map(str, near))
-            if near
-            else "to generate answers: python -m milora_eval run",
+            f"no answers: the folder has no {PREDICTIONS}", code="eval-no-answers", where=str(folder), hint=hint
         )
 
 

@@ -79,7 +79,8 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means
 
 def scales_table(sizes: Mapping[float, Results], suite: str) -> Table:
     """Return one row for each size of an update: forgetting, and the headline of each benchmark."""
-    rows, header = [], ("scale", "text forgetting")
+    header: tuple[str, ...] = ("scale", "text forgetting")
+    rows = []
     for scale, results in sizes.items():
         metrics = headlines(results)
         header = ("scale", "text forgetting", *(f"{name}: {metric.name}" for name, metric in metrics.items()))
@@ -135,7 +136,6 @@ def runs_table(result: Comparison) -> Table:
 
 
 def _mean_rows(name: str, means: Sequence[Mean], sign: str = "+") -> list[tuple[str, ...]]:
-    """Return a row of means with their errors, and one of their intervals if there are any."""
     cells = ["" if each.value is None else _with_error(f"{each.value:{sign}.1f}", each.stderr) for each in means]
     spans = ["" if each.low is None else f"{each.low:+.1f} to {each.high:+.1f}" for each in means]
     return [(name, "", "", *cells), *([("  95 % interval", "", "", *spans)] if any(spans) else [])]
@@ -160,7 +160,6 @@ def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table
 
 
 def label(benchmark: str, name: str, metrics: Keyed) -> str:
-    """Return the name of a metric, with its benchmark if there are several."""
     return name if len({key[0] for key in metrics}) == 1 else f"{benchmark}: {name}"
 
 
@@ -182,7 +181,6 @@ def baseline(metric: Metric) -> str:
 
 
 def difference(pair: Pair) -> str:
-    """Return b minus a, with the paired standard error if there is one."""
     paired = pair.difference
     change = pair.change if paired is None else pair.b.scale * paired.value
     return _with_error(f"{change:+.1f}", pair.b.scale * (paired.stderr or 0.0) if paired else None)
