@@ -14,16 +14,7 @@ from typing import Any
 
 from milora_data.pictures.embedded import is_embedded, refusal
 from milora_data.pictures.files import place_of
-from milora_data.records.record import (
-    IMAGE,
-    VIDEO,
-    Turn,
-    Video,
-    identifier_of,
-    parse_record,
-    renamed_video,
-    uses_tools,
-)
+from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video, uses_tools
 from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
 from milora_eval.benchmarks.pope import pope_answer
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
@@ -143,10 +134,21 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
         message = f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}'
         raise DataError(message, where=place, hint=did_you_mean(suggest(str(metric), METRICS)[:1]))
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
-    turns, images, videos, answers = _conversation(row, place) if is_record else _question(row, place)
+    record = parse_record(row if is_record else _as_record(row, place), source=place, embedded="keep")
+    if uses_tools(record) or row.get("tools"):
+        raise DataError("questions with tools are not supported", where=place, hint="remove the question")
+    turns, answers = record.turns, row.get("answers", row.get("answer"))
+    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
+    if turns and turns[-1].role == "assistant":
+        turns, answers = turns[:-1], answers if row.get("answers") else [turns[-1].text]
+    if not turns or turns[-1].role != "user":
+        roles = ", ".join(turn.role for turn in record.turns) or "none"
+        message = f"no turn of the user before the answer; the turns: {roles}"
+        hint = "end the conversation with a question of the user, and its answer"
+        raise DataError(message, where=place, hint=hint)
     if not answers:
         raise DataError("no answer to compare with", where=place, hint='add "answer" to the question')
-    files = (*images, *(name for video in videos for name in video.files))
+    files = (*record.images, *(name for video in record.videos for name in video.files))
     if embedded := next(filter(is_embedded, files), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
@@ -158,9 +160,9 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     return Item(
         id=identifier_of(row, ("id", "question_id"), number),
         turns=turns,
-        images=tuple(map(found, images)),
-        videos=tuple(renamed_video(video, found) for video in videos),
-        answers=answers,
+        images=tuple(map(found, record.images)),
+        videos=tuple(renamed_video(video, found) for video in record.videos),
+        answers=tuple(map(str, answers)),
         kind=str(row.get("type") or row.get("category") or ""),
         group=files[0] if files else f"{number}",
         meta={"metric": metric},
@@ -168,42 +170,12 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     )
 
 
-_Asked = tuple[tuple[Turn, ...], tuple[str, ...], tuple[Video, ...], tuple[str, ...]]
-
-
-def _conversation(row: dict[str, Any], place: str) -> _Asked:
-    """Return the turns up to the last answer, pictures and videos, and that answer (or the row's `answers`)."""
-    record = parse_record(row, source=place, embedded="keep")
-    _refuse_tools(uses_tools(record), place)
-    turns, answers = record.turns, _answers(row)
-    if turns and turns[-1].role == "assistant":
-        answers = answers if row.get("answers") else (turns[-1].text,)
-        turns = turns[:-1]
-    if not turns or turns[-1].role != "user":
-        roles = ", ".join(turn.role for turn in record.turns) or "none"
-        message = f"no turn of the user before the answer; the turns: {roles}"
-        hint = "end the conversation with a question of the user, and its answer"
-        raise DataError(message, where=place, hint=hint)
-    return turns, record.images, record.videos, answers
-
-
-def _answers(row: dict[str, Any]) -> tuple[str, ...]:
-    answers = row.get("answers", row.get("answer"))
-    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
-    return tuple(map(str, answers))
-
-
-def _refuse_tools(tools: object, place: str) -> None:
-    if tools:
-        raise DataError("questions with tools are not supported", where=place, hint="remove the question")
-
-
-def _question(row: dict[str, Any], place: str) -> _Asked:
+def _as_record(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return a row with "question" as a record, with a mark for each picture and video."""
     if not isinstance(row.get("question"), str):
         raise DataError(f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}', where=place)
-    _refuse_tools(row.get("tools"), place)
     value = row.get("images") or row.get("image") or []
-    images = tuple(value) if isinstance(value, list) else (value,)
+    images = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in images):
         message = f'"image" must be a file name or a list of file names, got {str(value)[:80]}'
         raise DataError(message, where=place)
@@ -212,7 +184,7 @@ def _question(row: dict[str, Any], place: str) -> _Asked:
     text = row["question"]
     for mark, number in ((VIDEO, len(videos)), (IMAGE, len(images))):
         text = text if mark in text else f"{mark}\n" * number + text
-    return (Turn("user", text),), images, videos, _answers(row)
+    return {"conversations": [{"from": "human", "value": text}], "image": images, **shown}
 
 
 def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
