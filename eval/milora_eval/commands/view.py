@@ -14,7 +14,7 @@ from typing import Any
 
 from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
 from milora_eval.answers.questions import select
-from milora_eval.answers.store import Line, to_answer
+from milora_eval.answers.store import Line, same_question, to_answer
 from milora_eval.commands.flags import names_of
 from milora_eval.scores.results import require_lines
 from milora_vl.common.atomic_write import write_text
@@ -110,6 +110,7 @@ def _row(key: tuple[str, str], lines: Sequence[Line | None], pictures: dict[str,
     first = lines[0]
     assert first is not None
     names = [name for name in (first["image_file"], *first.get("more_images", ())) if name]
+    said = [line if line is not None and same_question(first, line) else None for line in lines]
     return {
         "benchmark": key[0],
         "id": key[1],
@@ -118,7 +119,7 @@ def _row(key: tuple[str, str], lines: Sequence[Line | None], pictures: dict[str,
         "question": _shown(first["question"]),
         "truths": list(dict.fromkeys(map(str, first["answers"]))),
         "pictures": [pictures.setdefault(name, len(pictures)) for name in names],
-        "answers": [line and {"text": line["prediction"], "value": line["correct"]} for line in lines],
+        "answers": [line and {"text": line["prediction"], "value": line["correct"]} for line in said],
     }
 
 

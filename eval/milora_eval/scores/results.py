@@ -7,11 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, read_lines, to_answer, write_lines
-from milora_eval.benchmark import Benchmark, Metric
+from milora_eval.benchmark import Metric
 from milora_eval.stats import mean
 from milora_eval.suites import SUITES, stored_benchmark
 from milora_vl.common.atomic_write import read_json, write_json
@@ -31,12 +32,11 @@ def score(folder: str | Path) -> Results:
     require_answers(folder)
     before = read_results(folder)
     check_ids(folder, before)
-    benchmarks: dict[str, Benchmark] = {}
+    benchmark_of = cache(stored_benchmark)
 
     def rescored() -> Iterator[Line]:
         for line in each_line(folder / PREDICTIONS):
-            benchmark = benchmarks.setdefault(line["benchmark"], stored_benchmark(line["benchmark"]))
-            answer = to_answer(line | {"correct": None})
+            benchmark, answer = benchmark_of(line["benchmark"]), to_answer(line | {"correct": None})
             with expected_of(benchmark, line["id"]):
                 yield line | {"correct": benchmark.score(answer.item, answer.text)}
 
