@@ -1,10 +1,13 @@
-"""MATH as MiLoRA scores it: the answer after the marker equals the reference as text, as a number or as a formula.
+"""GSM8K and MATH as MiLoRA scores them: the answer follows "The answer is: ".
 
-Follows sufenlp/MiLoRA inference/MATH_inference.py, util.py and grader.py, including their quirks. A factor of 100 is
-accepted. An answer or reference that cannot be rewritten ("x/2", two units) makes the answer right, for any text of the
-other. sympy's parse_expr parses the formulas, as in the paper's environment (without a LaTeX parser), so ^ is exclusive
-or. parse_expr would execute the output of a model. Therefore only a small alphabet reaches it, names mean symbols or a
-few functions, and two formulas that take more than ten seconds are not equal.
+GSM8K follows sufenlp/MiLoRA inference/gsm8k_inference.py: the rounded number after the last marker.
+
+MATH follows MATH_inference.py, util.py and grader.py, including their quirks: the answer equals the reference as text,
+as a number or as a formula. A factor of 100 is accepted. An answer or reference that cannot be rewritten ("x/2", two
+units) makes the answer right, for any text of the other. sympy's parse_expr parses the formulas, as in the paper's
+environment (without a LaTeX parser), so ^ is exclusive or. parse_expr would execute the output of a model. Therefore
+only a small alphabet reaches it, names mean symbols or a few functions, and two formulas that take more than ten
+seconds are not equal.
 
 Answers as text are rewritten as in MetaMath's util.py, which unifies spellings of LaTeX. A text that it cannot rewrite
 raises ValueError, as in the script; the scorer has its own rule for this case.
@@ -18,16 +21,67 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NoReturn
 
-from milora_eval.rules.gsm8k import MARKER, same_number
-
+MARKER = "The answer is: "
+_GSM8K_NUMBER = re.compile(r"[\-+]?\d*[\.,/]?\d+")
 _BRACES = str.maketrans("", "", "{}()")
 _NAMES = frozenset(("sqrt", "sin", "cos", "tan", "log", "ln", "exp", "pi", "E", "I", "factorial"))
 _FORMULA = re.compile(r"[a-zA-Z\d\s+\-*/^().,!]{1,80}")
 _SECONDS = 10.0
 # Attributes; also numbers, factorials and powers that would obviously exceed the time limit.
 _RISKY = re.compile(r"\.\s*[a-zA-Z]|\d{20}|\d{4}\s*!|!\s*!|(\*\*|\^).*(\*\*|\^)|(\*\*|\^)[\s(\-]*\d{3}")
+
+
+def gsm8k_number(text: str) -> int | None:
+    """Return the first number after the last marker, with Python's rounding; None without a marker or number.
+
+    Only one separator is parsed: "1,234,567" is 1234. A fraction is divided; with denominator 0 it is its numerator.
+
+    >>> gsm8k_number("so. The answer is: 1/2"), gsm8k_number("The answer is 42")
+    (0, None)
+    """
+    parts = text.split(MARKER)
+    found = _GSM8K_NUMBER.search(parts[-1].strip()) if len(parts) > 1 else None
+    if found is None:
+        return None
+    number = found.group().replace(",", "")
+    if "/" in number:
+        return _rounded_fraction(*number.split("/"))
+    value = float(number)
+    return None if abs(value) == float("inf") else round(value)
+
+
+def gsm8k_correct(text: str, truth: int) -> bool:
+    """Return whether the number is right within 1e-4 or a factor of 100, because the script also uses MATH's grader.
+
+    >>> gsm8k_correct("The answer is: 1,800", 18), gsm8k_correct("The answer is: 19", 18)
+    (True, False)
+    """
+    number = gsm8k_number(text)
+    return number is not None and same_number(float(number), float(truth))
+
+
+def same_number(value: float, truth: float) -> bool:
+    return any(math.isclose(own, value, rel_tol=1e-4) for own in (truth / 100, truth, truth * 100))
+
+
+def _rounded_fraction(numerator: str, denominator: str) -> int | None:
+    if not numerator.strip("+-"):
+        return None
+    if denominator == "0":
+        value = float(numerator)
+        return None if abs(value) == float("inf") else round(value)
+    # Through Decimal, since int() refuses texts of more than 4,300 digits.
+    if int(Decimal(denominator)) == 0:  # "1/00", which the script divides by
+        return None
+    fraction = Fraction(int(Decimal(numerator)), int(Decimal(denominator)))
+    try:
+        return round(fraction.numerator / fraction.denominator)
+    except OverflowError:
+        return None
 
 
 def math_correct(text: str, reference: str) -> bool:
@@ -40,7 +94,6 @@ def math_correct(text: str, reference: str) -> bool:
 
 
 def is_equivalent(answer: str, reference: str) -> bool:
-    """Return whether two LaTeX answers are equal by the script's rules."""
     try:
         own, true = simplified(answer), simplified(reference)
         return math_equal(own, true) or own == true
@@ -80,7 +133,6 @@ def _bare(text: str, reference: str, *, of: str | None = None) -> str:
 
 
 def _equal_parts(answer: str, reference: str) -> bool:
-    """Return whether two lists or two tuples are equal part by part."""
     for left, right in ("[]", "()"):
         if all(text.startswith(left) and text.endswith(right) for text in (answer, reference)):
             own, true = answer[1:-1].split(","), reference[1:-1].split(",")
