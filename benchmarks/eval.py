@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw
 
 from milora_data.records.record import Turn
 from milora_eval.answers.store import PREDICTIONS, to_line
-from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_eval.benchmarks import vqa
+from milora_eval.benchmarks.llava_prompts import picture_item
 from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 
