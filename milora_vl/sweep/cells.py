@@ -9,7 +9,7 @@ from typing import Any
 
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.recipe.hf_flags import replaced, value_of
 from milora_vl.train.recipe.layers import RecipeFile
 from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
@@ -18,7 +18,8 @@ from milora_vl.train.recipe.schema import EvalConfig, Recipe, SweepConfig
 # Names for --methods, with fields of the adapter rules and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in (*ADAPTERS, "full")},
-    "minor-flat": {"method": "milora", "sigma": "none"},  # the minor directions without their singular values
+    # the minor directions without their singular values
+    "minor-flat": {"method": "milora", "protect": 0, "sigma": "none"},
     "lora-decay": {"method": "lora", "train": {"weight_decay": 0.1}},
 }
 CellNumbers = Mapping[str, Any]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.plan import RUNS, measure
 from milora_vl import apply_milora, decompose, load_adapter, load_model, merge, save_adapter
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.models.generate import generate
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.command import main
@@ -30,7 +30,7 @@ from support.drawn import write_tiny_data
 from support.train_runs import losses, training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
-RULES = [{"modules": "language", "method": "milora", "rank": 4}]
+RULES = [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}]
 PLAIN = ("--rank", "4", "--dropout", "0")
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from transformers import LlavaForConditionalGeneration
 
 from milora_vl import apply_milora
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.base_kl import BaseKL, add_base_kl
 from milora_vl.train.command import main
@@ -25,7 +25,7 @@ from support.train_runs import losses, read_json, training
 
 FULL = {"modules": "projector", "method": "full"}
 RULES: dict[str, list[dict[str, Any]]] = {
-    "anchored": [{"modules": "language", "method": "milora", "rank": 3}, FULL],
+    "anchored": [{"modules": "language", "method": "milora", "protect": 0, "rank": 3}, FULL],
     "fixed": [{"modules": "language", "method": "milora", "rank": 3, "protect": 0.5}, FULL],
     "lora": [
         {"modules": "language", "method": "lora", "rank": 3},
@@ -38,8 +38,8 @@ LORA = ["--policy", json.dumps(RULES["lora"]), "--dropout", "0"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.FEWEST", 0.0)
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.LEAST_HELD_OUT", 0.0)
+    monkeypatch.setattr("milora_vl.core.calibration.activations.FEWEST", 0.0)
+    monkeypatch.setattr("milora_vl.core.calibration.activations.LEAST_HELD_OUT", 0.0)
 
 
 def recipe_of(folder: Path, every: int, **calibration: Any) -> list[str]:
@@ -145,7 +145,7 @@ def test_another_method_from_the_recipe_of_a_run_has_its_own_default(
     tiny_data: Path, tmp_path: Path, capsys: Any
 ) -> None:
     assert main(training(tiny_data, tmp_path / "a", "--rank", "4", "--max_steps", "1")) == 0
-    for method, has_term in (("gradient", True), ("lora", False)):
+    for method, has_term in (("milora", True), ("lora", False)):
         words = ["--recipe", str(tmp_path / "a" / "recipe.yaml"), "--method", method, "--dry-run", "--format", "json"]
         capsys.readouterr()
         assert main(words) == 0

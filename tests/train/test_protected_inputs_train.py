@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl import load_adapter
-from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration import PARTS
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy
@@ -40,7 +40,7 @@ from support.train_runs import losses, read_json, training
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 3, "protect": 0.5},
-    {"modules": "language.mlp", "method": "gradient", "rank": 3, "protect": 0.5},
+    {"modules": "language.mlp", "method": "pissa", "rank": 3, "protect": 0.5},
     {"modules": "projector", "method": "milora", "rank": 2, "protect": 0.5},
 ]
 PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
@@ -50,8 +50,8 @@ PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibration texts."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.LEAST_HELD_OUT", 0.0)  # and few texts
+    monkeypatch.setattr("milora_vl.core.calibration.activations.FEWEST", 0.0)  # tiny layers have few inputs
+    monkeypatch.setattr("milora_vl.core.calibration.activations.LEAST_HELD_OUT", 0.0)  # and few texts
     return tmp_path / "cache" / "calibration"
 
 
@@ -227,8 +227,7 @@ def test_a_start_after_an_interruption_uses_what_the_first_one_chose(
     assert "a smoke test" in first
     for part in PARTS:
         assert part in first.split("before the first step")[1].split("applying")[0]  # planned before it begins
-    for name in ("calibrate.find_inputs", "calibrate.gradient_sketches"):
-        monkeypatch.setattr(f"milora_vl.core.calibration.{name}", None)
+    monkeypatch.setattr("milora_vl.core.calibration.activations.find_inputs", None)
     assert main(training(tiny_data, tmp_path / "run", *PROTECT)) == 0
     (entry,) = cache.glob("calibration-*.safetensors")
     again = capfd.readouterr().err
@@ -298,16 +297,13 @@ def test_the_plan_shows_protected_inputs(tiny_data: Path, tmp_path: Path, capfd:
     assert main(training(tiny_data, tmp_path / "run", *PROTECT, "--dry-run")) == 0
     plan = capfd.readouterr().out
     assert "of the input directions protected" in plan
-    assert "language.attention  milora: A fixed at minor directions, off 50 % of the inputs; B trains\n" in plan
-    assert "language.mlp  gradient: A fixed along the task's gradient, off 50 % of the inputs; B trains\n" in plan
+    assert "language.mlp: new directions only; 50 % of what ordinary text and pictures use stays untouched\n" in plan
 
 
-def test_method_milora_trains_the_minor_triplets_whatever_the_recipe_protects(
-    tiny_data: Path, tmp_path: Path, capfd: Any
-) -> None:
+def test_protect_0_trains_the_minor_triplets_as_in_the_paper(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
     run = tmp_path / "run"
-    assert main(training(tiny_data, run, *PROTECT, "--method", "milora", "--max_steps", "2")) == 0
-    assert "language  milora: A and B, from the minor singular triplets" in capfd.readouterr().err
+    assert main(training(tiny_data, run, *PROTECT, "--method", "milora", "--protect", "0", "--max_steps", "2")) == 0
+    assert "language: A and B, from the minor singular triplets" in capfd.readouterr().err
     base = tiny_llava()[0]
     weights = {path: module.weight.detach() for path, module in base.named_modules() if hasattr(module, "weight")}
     tuned = load_adapter(base, run, is_trainable=True)

@@ -1,4 +1,4 @@
-"""Read and write the objects of a JSON list or of JSON lines one at a time; read the rows of tables, and pickles.
+"""Read and write the objects of a JSON list or of JSON lines one at a time; read the rows of tables.
 
 Errors show the line and an excerpt.
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,7 +19,7 @@ import ijson
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.cli.command_line import beside, command_line
 from milora_vl.common.cli.web import url_problem
-from milora_vl.common.errors import MALFORMED, DataError, first_line
+from milora_vl.common.errors import DataError
 
 TABLES = (".csv", ".tsv")
 DELIMITERS = ",;\t"
@@ -247,23 +246,3 @@ def complete_lines(path: Path) -> Iterator[Any]:
             except ValueError:
                 continue
             yield value
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Loading a pickle can run any code; this unpickler accepts only lists, dicts, texts and numbers."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it contains {module}.{name}, not data alone")
-
-
-def read_plain_pickle(path: Path) -> Any:
-    """Return the lists, dicts, texts and numbers of a pickle (also Python 2). Raises `DataError` for other content."""
-    if not path.is_file():
-        raise missing_file(path)
-    try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, *MALFORMED) as error:
-        message = f"cannot be read as a pickle of plain data: {first_line(error)}"
-        hint = "use the published file, or store its content as JSON"
-        raise DataError(message, where=str(path), hint=hint) from None

@@ -9,7 +9,7 @@ import base64
 import binascii
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -227,20 +227,6 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
     square = Image.new(image.mode, (side, side), color)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
-
-
-def on_padded_square(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """Return a box (left, top, right, bottom) in pixels as fractions of the square that `expand_to_square` returns.
-
-    LLaVA-1.5 was trained with such boxes (its issues 606 and 822).
-
-    >>> on_padded_square((0, 0, 200, 100), 200, 100)
-    (0.0, 0.25, 1.0, 0.75)
-    """
-    side = max(width, height)
-    x, y = (side - width) // 2, (side - height) // 2
-    left, top, right, bottom = box
-    return (left + x) / side, (top + y) / side, (right + x) / side, (bottom + y) / side
 
 
 def is_embedded(name: object) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli import flags as cli_flags
 from milora_vl.common.errors import Problem, UserError
-from milora_vl.core.policy.methods import METHODS as RULE_METHODS
+from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.train.recipe import hf_flags, llava_flags
 from milora_vl.train.recipe.layers import RecipeFile, read_recipe
 from milora_vl.train.recipe.policy_edits import METHODS, PolicyEdits
@@ -115,8 +115,8 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "base_kl.weight",
         "float",
         (),
-        "weight of a term of the loss that keeps the base's answers on the calibration texts [1 if gradient trains a "
-        "model that reads pictures, else 0]",
+        "weight of a term of the loss that keeps the base's answers on the calibration texts [1 if protected milora "
+        "trains a model that reads pictures, else 0]",
     ),
     "projector_weights": (
         "projector_weights",
@@ -133,7 +133,7 @@ POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "float",
         (),
         "share of the input energy of ordinary text and pictures that updates leave alone; 0: none "
-        f"[gradient: {RULE_METHODS['gradient'].protect}, other methods: 0]",
+        f"[milora: {RULE_METHODS['milora'].protect}, other methods: 0; 0 with milora is the paper's method]",
     ),
     "rank": ("rank", "int", ("lora_r",), "rank of the adapter rules, as PEFT stores it; doubled by an anchor"),
     "alpha": ("alpha", "float", ("lora_alpha",), "alpha of the adapter rules; the scale is alpha/rank"),

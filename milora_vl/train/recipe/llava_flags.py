@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 
 # name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in flags.py.
 FLAGS: dict[str, tuple[str, str]] = {
     "lora_enable": (
         "bool",
-        "an adapter on the language tower (gradient, or --method), the projector in full",
+        "an adapter on the language tower (milora, or --method), the projector in full",
     ),
     "lora_bias": ("str", "only none is supported: biases stay frozen"),
     "tune_mm_mlp_adapter": ("bool", "train the projector alone (stage 1, pretrain.sh)"),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from milora_vl import apply_milora, load_adapter, merge, save_adapter
+from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import APART_FILE, hold, read_earlier
-from milora_vl.core.adapter.files import load_checkpoint
-from milora_vl.core.adapter.install import fixed_names
-from milora_vl.core.adapter.names import EARLIER
+from milora_vl.core.adapter.folders import EARLIER
+from milora_vl.core.adapter.save_load import load_checkpoint
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.policy import Policy
 from support.adapter_cases import (
@@ -35,10 +35,10 @@ from support.problems import raises_code
 
 ADAPTERS = [
     {"modules": "language.attention", "method": "lora", "rank": 2, "alpha": 3},
-    {"modules": "language.layers[1].mlp", "method": "milora", "rank": 2},
+    {"modules": "language.layers[1].mlp", "method": "milora", "protect": 0, "rank": 2},
     {"modules": "projector", "method": "lora", "rank": 3, "rslora": True},
 ]
-SEVENTH = [{"modules": "language.mlp", "method": "milora", "rank": 1, "alpha": 0.7}]
+SEVENTH = [{"modules": "language.mlp", "method": "milora", "protect": 0, "rank": 1, "alpha": 0.7}]
 
 
 def first_run(base: nn.Module, policy: Any, folder: Path) -> Path:

@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, save_adapter
-from milora_vl.core.adapter.install import has_anchor, lora_layer
+from milora_vl.core.adapter.anchored import has_anchor
+from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import LLAVA_POLICY, anchors, move, one_rule, token_batch, train_steps
 from support.problems import raises_code
 
@@ -162,7 +163,7 @@ def test_saving_asks_no_hub_and_notices_a_grown_vocabulary(tiny_llama, tmp_path,
     base, tokenizer = tiny_llama()
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = "someone/a-model"
-    rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 2}]
     save_adapter(apply_milora(base, rules), tmp_path / "a")
 
     base, tokenizer = tiny_llama()
