@@ -385,26 +385,6 @@ class TrainingCheck:
         return set(missing)
 
 
-def check_for_training(
-    data: str | Path | Iterable[Record], image_folder: str | Path | None = None, bad_images: ImagePolicy = "raise"
-) -> dict[str, int]:
-    """Check a data set, a file or its records, as `TrainingCheck` does.
-
-    Returns counts: records, with_pictures, missing_pictures, unlearnable (skipped by the collator).
-    """
-    path = Path(data) if isinstance(data, str | Path) else None
-    check = TrainingCheck()
-    for record in load_records(data) if isinstance(data, str | Path) else data:
-        check.add(record)
-    missing = check.finish(image_folder, bad_images, path)
-    return {
-        "records": len(check.with_images),
-        "with_pictures": sum(check.with_images),
-        "missing_pictures": len(missing),
-        "unlearnable": len(check.unlearnable),
-    }
-
-
 def image_folder(data: Path, option: Path | None) -> Path:
     """Return the folder that picture names are relative to.
 

@@ -88,24 +88,6 @@ def test_ids_masks_and_tensors_equal_those_of_transformers(name: str, make: Any,
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3", "mllama"])
-def test_pixels_are_what_the_processor_makes_of_the_picture(name: str, make: Any) -> None:
-    """A narrow picture and one with transparency stay PIL pictures, which the processor reads in its own way."""
-    inputs = make(name).inputs
-    noise = Image.effect_noise((31, 19), 60).convert("RGB")
-    clear = noise.copy()
-    clear.info["transparency"] = noise.getpixel((0, 0))
-    kinds = {"plain": noise, "clear": clear, "narrow": noise.crop((0, 0, 4, 19)), "grey": noise.convert("L")}
-    tensors = {kind for kind, picture in kinds.items() if isinstance(inputs.pixels(picture), torch.Tensor)}
-    assert tensors == {"plain"}
-    ours, theirs = (
-        inputs.processor.image_processor(images=[picture], return_tensors="pt")
-        for picture in (inputs.pixels(noise), noise)
-    )
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key])) for key in theirs)
-
-
 def test_line_breaks_around_a_picture_of_messages_are_the_users(make: Any, pictures: Path) -> None:
     collator = make("qwen2_5_vl")
     parts = [
