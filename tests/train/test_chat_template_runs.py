@@ -162,25 +162,6 @@ def test_a_template_that_refuses_the_records_is_found_before_weights_load(
     assert not (tmp_path / "run").exists()
 
 
-def test_tools_without_a_template_that_writes_them_are_found_before_weights_load(
-    text_model: Path, text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load_weights(*_: Any, **__: Any) -> Any:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(loading, "load_weights", load_weights)
-    values = json.loads(text_data.read_text())
-    values[30]["tools"] = [{"type": "function", "function": {"name": "zoom"}}]
-    data = tmp_path / "tools.json"
-    data.write_text(json.dumps(values, indent=1))
-    words = text_words(text_model, data, tmp_path / "run")
-    words[words.index("chat_template")] = "vicuna_v1"
-    with raises_code("record-tools", where="tools.json:", kind=DataError) as error:
-        main(words)
-    assert error.value.first.where == list(load_records(data))[30].source
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.slow
 def test_smol_llava_sees_pictures_in_its_own_template(tiny_data: Path, tmp_path: Path) -> None:
     more = ["--model", "smol-llava", "--template", "chat_template", "--rank", "4", "--max_steps", "1"]
