@@ -29,7 +29,7 @@ from milora_data.pictures.files import (
 )
 from milora_data.pictures.videos import require_pyav, require_whole_video
 from milora_data.records.record import IMAGE, Record, content_digest, identity
-from milora_data.stream.sources import is_json, load_records, record_items
+from milora_data.stream import is_json, load_records, record_items
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.cli.web import url_problem, web_address

@@ -13,7 +13,7 @@ from PIL import Image
 from milora_data.__main__ import main
 from milora_data.check import MissingImages, TrainingCheck, find_missing, scan
 from milora_data.pictures.files import place_of
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 

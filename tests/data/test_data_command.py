@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 

@@ -20,7 +20,7 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.lengths import LengthGroupedSampler, lengths_of
 from milora_data.batches.pack import PackedRecords, Row, fill, joined, pack
 from milora_data.encode.labels import IGNORE
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from support.questions import TOKENS, image_id, question
 
 

@@ -21,7 +21,7 @@ from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
 from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from support.problems import raises_code

@@ -16,7 +16,7 @@ import pytest
 
 from milora_data.formats.jsonfile import read_objects, read_rows, write_objects
 from milora_data.records.record import CompactRecords, Record, Turn, parse_record
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 

@@ -18,7 +18,7 @@ from milora_data.check import TrainingCheck
 from milora_data.pictures import videos
 from milora_data.pictures.files import ImageError
 from milora_data.records.record import parse_record
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError, UserError
 from milora_vl.models.processor_settings import ProcessorSettings
 from milora_vl.models.processors import configure_processor

@@ -16,7 +16,7 @@ from typing import Any
 
 from milora_data.emoji.questions import TYPES
 from milora_data.records.record import Record
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData, means_of_types
 from milora_eval.benchmarks.short_answers import FIRST_LINE, exact_match, in_first_line, normalise
 from milora_eval.stats import mean

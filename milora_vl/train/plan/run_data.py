@@ -12,8 +12,8 @@ from pathlib import Path
 
 from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, readable
 from milora_data.records.record import CompactRecords, Record
+from milora_data.stream import Source, load_records, mixed_records
 from milora_data.stream.dataset import record_stream
-from milora_data.stream.sources import Source, load_records, mixed_records
 from milora_vl.common.cli.command_line import amount, command_line
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context
 from milora_vl.train.recipe.schema import DataConfig, SourceConfig
