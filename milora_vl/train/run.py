@@ -251,7 +251,7 @@ def adapt(
             built = model.build(recipe, loaded, targets, checkpoint, batches, task, dtype, earlier)
     if earlier is not None:
         count, protection = data.counts().get("train"), built.model.milora_protection
-        own = earlier_tasks.entry(plan.folder.path, recipe, targets, protection, count, data.fingerprint)
+        own = earlier_tasks.entry(plan.folder.path, recipe, targets, protection, count, data.fingerprint, data.pictures)
         built.model.earlier = replace(earlier, tasks=(*plan.tasks, own))
     if plan.section.compiled is not None:
         model.compile_blocks(built.model, plan.section.compiled)

@@ -56,6 +56,7 @@ def describe_environment(
         "base": base,
         "data": data.counts(),
         "records": data.fingerprint,
+        "pictures": data.pictures,
     }
 
 

@@ -2,7 +2,7 @@
 
 milora.json of the run lists all tasks in order, the run's own last. An entry holds what is needed to read its records:
 
-    {"run": "runs/a", "template": "vicuna_v1", "records": 1200, "fingerprint": "4f0c...",
+    {"run": "runs/a", "template": "vicuna_v1", "records": 1200, "fingerprint": "4f0c...", "pictures": "77a1...",
      "data": {"path": "a.json", "image_folder": "pictures", "eval_path": "held_out.json"},   # keys that are set
      "eval": {"suites": ["emoji"], "data": "questions"},                                     # the same
      "rules": [{"tower": "language", "method": "gradient", "rank": 64, "protect": 0.95, "modules": 224}],
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from milora_data.records.record import Record
-from milora_vl.common.errors import Key, UserError, with_context
+from milora_vl.common.errors import Key, UserError
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.choose_a import Protection
 from milora_vl.core.adapter.names import module_path
@@ -69,8 +69,8 @@ class EarlierRecords:
 def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, *, are_used: bool) -> EarlierRecords:
     """Read the records of earlier tasks if the run uses them, those in one place once.
 
-    Those of `calibration.earlier` stand in for records that are missing, unreadable or changed. Raises UserError where
-    there are none.
+    Those of `calibration.earlier` replace records that are missing, unreadable or changed. Raises UserError where there
+    are none.
     """
     if not tasks or not are_used:
         return EarlierRecords(tuple(tasks), ())
@@ -87,31 +87,80 @@ def read_earlier_records(tasks: Sequence[Task], recipe: Recipe, screen: Screen, 
 
 def _read(task: Task, recipe: Recipe, screen: Screen) -> tuple[Task, DataConfig, Sequence[Record]]:
     """Return a task, where its records are, and the records; a task whose records are others has their place."""
-    run, other = task["run"], recipe.calibration.earlier
+    run, calibration = task["run"], recipe.calibration
     try:
         data, read = _records(task, recipe, screen)
-        why = "have changed since" if task["fingerprint"] not in ("", read.fingerprint) else ""
     except UserError as error:
-        if other is None:
-            raise with_context(error, hint=HINT) from error
-        why = "cannot be read"
-    if why and other is not None:
-        screen.say(f"note: {other} is used for the records of {run}, which {why}")
-        folder = {} if recipe.calibration.image_folder is None else {"image_folder": recipe.calibration.image_folder}
-        task = {**task, "data": {**task["data"], "path": other, **folder}}
-        data, read = _records(task, recipe, screen)
-        task = {**task, "fingerprint": read.fingerprint}
-    elif why:
-        screen.say(f"note: the records of {run} {why}; those that are there now are used")
+        if calibration.earlier is None:
+            raise
+        screen.say(f"note: {calibration.earlier} is used for the records of {run}: {error.first.message}")
+        folder = {} if calibration.image_folder is None else {"image_folder": calibration.image_folder}
+        task = {**task, "data": {**task["data"], "path": calibration.earlier, **folder}}
+        data = _data_of(task, recipe)
+        read = run_data.read_records(data)
+        task = {**task, "fingerprint": read.fingerprint, "pictures": read.pictures}
     return task, data, read.train
 
 
 def _records(task: Task, recipe: Recipe, screen: Screen) -> tuple[DataConfig, run_data.RunData]:
-    data = _data_of(task)
-    if recipe.data.bad_images != "raise":
-        data = data.model_copy(update={"bad_images": recipe.data.bad_images})
-    with screen.step(f"reading the records of {task['run']}"):
-        return data, run_data.read_records(data)
+    """Find and read the records of a task: those with its fingerprint, in its text and in its pictures.
+
+    A relative path begins in this folder or in one above a run: the training ran in one of them. Raises UserError with
+    the places that were looked at.
+    """
+    run, stored = str(task["run"]), _data_of(task, recipe)
+    if stored.path is None:
+        raise _missing(run, "its folder names no records")
+    reasons: dict[str, str] = {}
+    for place in (Path(), *Path(run).resolve().parents, *Path(recipe.after or run).resolve().parents):
+        data = _placed(stored, place)
+        name = run_data.source_text(data)
+        missing = [file for file in _files_of(data) if not (file.startswith("hub:") or Path(file).exists())]
+        if name in reasons or len(missing) == len(_files_of(data)):
+            continue
+        if missing:
+            reasons[name] = f"{missing[0]} is missing"
+            continue
+        try:
+            with screen.step(f"reading the records of {run} in {name}"):
+                read = run_data.read_records(data)
+        except UserError as error:
+            reasons[name] = str(error.first).splitlines()[0]
+            continue
+        if task["fingerprint"] not in ("", read.fingerprint):
+            reasons[name] = f"{name} has other records"
+        elif task.get("pictures", "") not in ("", read.pictures):
+            reasons[name] = f"{name} fits, but the pictures in {data.image_folder} are others"
+        else:
+            return data, read
+    if reasons:
+        raise _missing(run, "they have changed since\n" + "\n".join(reasons.values()))
+    raise _missing(run, f"{run_data.source_text(stored)} is neither in {Path.cwd()} nor in a folder above {run}")
+
+
+def _data_of(task: Task, recipe: Recipe) -> DataConfig:
+    data = DataConfig.model_validate({**task["data"], "eval_path": None})
+    return data if recipe.data.bad_images == "raise" else data.model_copy(update={"bad_images": recipe.data.bad_images})
+
+
+def _placed(data: DataConfig, place: Path) -> DataConfig:
+    """Return data whose relative paths begin in a folder."""
+
+    def inside(name: str | None) -> Any:
+        return name if name is None or name.startswith("hub:") else str(place / name)
+
+    path: Any = data.path
+    if isinstance(path, list):
+        path = [s.model_copy(update={"path": inside(s.path), "image_folder": inside(s.image_folder)}) for s in path]
+    else:
+        path = inside(path)
+    return data.model_copy(update={"path": path, "image_folder": inside(data.image_folder)})
+
+
+def _files_of(data: DataConfig) -> list[str]:
+    sources = data.path if isinstance(data.path, list) else [SourceConfig(path=str(data.path))]
+    names = [data.image_folder, *(name for source in sources for name in (source.path, source.image_folder))]
+    return [name for name in names if name is not None]
 
 
 def entry(
@@ -121,6 +170,7 @@ def entry(
     protection: Mapping[str, Protection],
     num_records: int | None,
     fingerprint: str,
+    pictures: str,
 ) -> Task:
     """Return the entry of a task."""
     rules = Counter((target.tower, target.method, target.rank, target.protect) for target in targets)
@@ -129,6 +179,7 @@ def entry(
         "template": recipe.template,
         "records": num_records,
         "fingerprint": fingerprint,
+        "pictures": pictures,
         "data": recipe.data.model_dump(exclude_defaults=True),
         "eval": recipe.eval.model_dump(exclude_defaults=True),
         "rules": [
@@ -149,9 +200,10 @@ def _tasks_of(folder: Path, template: str) -> list[Task]:
     if saved.tasks:
         return list(saved.tasks)
     environment = read_environment(folder) or read_environment(folder.parent)  # of the run of a checkpoint
-    count, fingerprint = environment.get("data", {}).get("train"), environment.get("records", "")
+    count = environment.get("data", {}).get("train")
+    fingerprints = environment.get("records", ""), environment.get("pictures", "")
     recipe = Recipe.parse({"template": template, **recipe_of_run(folder)})
-    return [entry(folder, recipe, saved.targets, saved.protection, count, fingerprint)]
+    return [entry(folder, recipe, saved.targets, saved.protection, count, *fingerprints)]
 
 
 def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> None:
@@ -193,35 +245,12 @@ def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> No
             )
 
 
-def _data_of(task: Task) -> DataConfig:
-    """Return where the records of a task are now. Raises UserError for a file that is not there any more.
-
-    A relative path is looked up here, then in the folders above the run: the training ran in one of them.
-    """
-    data, run = DataConfig.model_validate({**task["data"], "eval_path": None}), str(task["run"])
-    if data.path is None:
-        raise _missing(run, "its folder names no records")
-
-    def here(name: str | None) -> Any:
-        if name is None or name.startswith("hub:") or Path(name).exists():
-            return name
-        found = next((place / name for place in Path(run).resolve().parents if (place / name).exists()), None)
-        if found is None:
-            raise _missing(run, f"{name} is not there any more")
-        return str(found)
-
-    folder = here(data.image_folder)
-    if isinstance(data.path, str):
-        return data.model_copy(update={"path": here(data.path), "image_folder": folder})
-    sources = [SourceConfig(path=here(s.path), weight=s.weight, image_folder=here(s.image_folder)) for s in data.path]
-    return data.model_copy(update={"path": sources, "image_folder": folder})
-
-
 def _missing(run: str, why: str) -> UserError:
     return UserError(
         f"the records of {run} are needed to protect what it has learned, and {why}",
         code="after-no-records",
         where=Key.of("after"),
+        hint=HINT,
     )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from milora_data.check.command import check_for_training, readable
 from milora_data.check.findings import KINDS, Finding, Report, examine
 from milora_data.check.pictures import find_missing
+from milora_data.pictures.files import content_of, place_of
 from milora_data.records.compact import CompactRecords
 from milora_data.records.record import Record, tools_of, uses_tools
 from milora_data.stream.dataset import record_stream
@@ -23,6 +24,7 @@ from milora_vl.common.cli.command_line import amount, command_line
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context
 from milora_vl.train.recipe.schema import DataConfig, SourceConfig
 
+HASHED = 64  # pictures of a data set that identify it
 INSPECTED = 100  # records of a stream that are checked before training
 
 
@@ -37,6 +39,7 @@ class RunData:
     broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
     fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
+    pictures: str = ""  # hash of the contents of some pictures of `train`
     tools_at: str = ""  # place of the first record that uses tools
     with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
     num_with_videos: int = 0  # of `train`
@@ -139,6 +142,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
         broken=tuple(report.findings),
         streamed=True,
         fingerprint=seen.fingerprint(),
+        pictures=picture_digest(records, seen.with_images, config.image_folder),
         tools_at=seen.tools_at,
         with_images=bytes(seen.with_images),
         num_with_videos=seen.num_with_videos,
@@ -194,6 +198,7 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         len(records) - skipped - len(kept),
         tuple(report.findings),
         fingerprint=seen.fingerprint(),
+        pictures=picture_digest(kept, seen.with_images, config.image_folder),
         tools_at=seen.tools_at,
         with_images=bytes(seen.with_images),
         num_with_videos=seen.num_with_videos,
@@ -248,6 +253,18 @@ def _identity(record: Record) -> bytes:
     if record.extra.get("tools"):
         parts.append(json.dumps(tools_of(record), ensure_ascii=False))
     return "\0".join([*parts, ""]).encode("utf-8", "surrogatepass")
+
+
+def picture_digest(records: Sequence[Record], with_images: Sequence[int], folder: str | None) -> str:
+    """Return a hash of the contents of up to HASHED pictures, evenly spread over the records; "" without pictures."""
+    places = [number for number, has_image in enumerate(with_images) if has_image]
+    digest = hashlib.blake2b(digest_size=16)
+    for number in places[:: -(-len(places) // HASHED) or 1]:
+        try:
+            digest.update(content_of(place_of(Path(folder or ""), records[number].images[0])))
+        except OSError:  # `bad_images` decides about it
+            digest.update(b"unreadable")
+    return digest.hexdigest() if places else ""
 
 
 def _none_left(path: str, report: Report, **others: int) -> Problem:
