@@ -24,8 +24,8 @@ from milora_vl.models.base import Base
 from milora_vl.models.devices import dtype_named
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.processors import limit_pixels
-from milora_vl.train.collators import collator
-from milora_vl.train.recipe.schema import Recipe, load
+from milora_vl.train.data import collator
+from milora_vl.train.recipe import Recipe, load
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import torch
 
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
 from milora_vl.train import training_arguments
-from milora_vl.train.plan.plan import with_dtype
-from milora_vl.train.recipe.flags import parse
+from milora_vl.train.setup import with_dtype
+from milora_vl.train.flags import parse
 from support import programs
 from support.machine import fastest
 from support.plans import plan, section, settings

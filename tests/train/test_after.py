@@ -21,8 +21,8 @@ from milora_vl.models.tiny import tiny_llava
 from milora_vl.report.run_page import read_run
 from milora_vl.report.tables import tasks_table
 from milora_vl.train.command import main
-from milora_vl.train.plan import earlier_tasks
-from milora_vl.train.plan.screen import Screen
+from milora_vl.train import inherit
+from milora_vl.train.screen import Screen
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
 from support.launched import KINDS, needs_deepspeed, train_in_two
@@ -171,9 +171,9 @@ def test_equal_names_in_the_folder_of_the_next_run_are_not_taken_for_the_earlier
         Image.new("RGB", (32, 32), "red").save(picture)
     monkeypatch.chdir(there)
 
-    def read() -> earlier_tasks.EarlierRecords:
+    def read() -> inherit.EarlierRecords:
         found = plan(second(Path(), here / "runs" / "a", Path("runs/b")))
-        return earlier_tasks.read_earlier_records(found.tasks, found.recipe, Screen(io.StringIO()), are_used=True)
+        return inherit.read_earlier_records(found.tasks, found.recipe, Screen(io.StringIO()), are_used=True)
 
     [(recipe, _, _)] = read().found
     assert (recipe.data.path, recipe.data.image_folder) == (str(here / "train.json"), str(here / "images"))

@@ -16,7 +16,7 @@ from milora_vl.core.adapter.checkpoints import (
     why_incomplete,
     zero_stage,
 )
-from milora_vl.train.plan import resuming
+from milora_vl.train import resuming
 from support.checkpoint_files import write_checkpoint
 from support.problems import raises_code
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from milora_vl.common.errors import UserError
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
 from milora_vl.train.command import main
-from milora_vl.train.plan import launch
+from milora_vl.train import launch
 from support.launched import ENVIRONMENT, FSDP, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training

@@ -30,9 +30,9 @@ from milora_vl.report.run_page import read_run
 from milora_vl.report.tables import protection_table
 from milora_vl.train import calibration_batches
 from milora_vl.train.command import main
-from milora_vl.train.dry_run.estimate import distinct_inputs
-from milora_vl.train.plan.screen import Screen
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.memory import distinct_inputs
+from milora_vl.train.screen import Screen
+from milora_vl.train.recipe import Recipe
 from support.calibrated import directions, leaks
 from support.launched import KINDS, needs_deepspeed, train_in_two
 from support.problems import raises_code

@@ -11,8 +11,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.core.policy.methods import METHODS
-from milora_vl.train.plan import rates
-from milora_vl.train.plan.screen import policy_rows, trainable_line, trained_sizes
+from milora_vl.train import rates
+from milora_vl.train.screen import policy_rows, trainable_line, trained_sizes
 
 RULES = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "learning_rate": 2e-4},

@@ -13,7 +13,7 @@ from milora_data.pictures.files import ImageError
 from milora_vl.common.cli.command_line import run
 from milora_vl.common.errors import DataError, Key, Problem, UserError, render, with_context
 from milora_vl.train import main as train
-from milora_vl.train.recipe.schema import RecipeError
+from milora_vl.train.recipe import RecipeError
 
 RULES = "[{modules: langauge, method: milora, protect: 0, rank: 4}, {modules: projector, method: full, rank: 3}]"
 

@@ -10,7 +10,7 @@ from torch import nn
 from milora_vl import apply_milora
 from milora_vl.common.errors import Problem
 from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule
-from milora_vl.train.recipe.schema import Recipe, RecipeError
+from milora_vl.train.recipe import Recipe, RecipeError
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 

@@ -10,9 +10,9 @@ import pytest
 
 from milora_vl.common.errors import Key, UserError
 from milora_vl.train import main
-from milora_vl.train.plan import run_data
-from milora_vl.train.recipe.flags import parse
-from milora_vl.train.recipe.merge import merge
+from milora_vl.train import run_data
+from milora_vl.train.flags import parse
+from milora_vl.train.merge import merge
 from support.problems import raises_code
 
 WORDS = ["--model", "tiny", "--rank", "4", "--device", "cpu"]

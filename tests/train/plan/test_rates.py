@@ -11,8 +11,8 @@ import pytest
 import llava_recipes
 from milora_vl.core.policy import Target
 from milora_vl.train.command import main
-from milora_vl.train.plan import rates
-from milora_vl.train.recipe.flags import parse
+from milora_vl.train import rates
+from milora_vl.train.flags import parse
 from support.plans import fitted
 
 BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"

@@ -12,13 +12,8 @@ from typing import Any, Literal
 
 import llava_recipes
 from milora_vl.common.cli.command_line import did_you_mean, suggest
-from milora_vl.common.errors import Key, Problem, UserError
+from milora_vl.common.errors import Key, UserError
 
-FOREIGN_FSDP = Problem(
-    "accelerate has FSDP settings, which differ from those of this command",
-    "launch-accelerate-fsdp",
-    hint="pass --fsdp to this command\nand let accelerate only start the processes: distributed_type: MULTI_GPU",
-)
 Strategy = Literal["full_shard", "shard_grad_op"]
 # --fsdp: whether the weights of a layer are freed between its forward and its backward.
 RESHARDS: dict[Strategy, bool] = {"full_shard": True, "shard_grad_op": False}
@@ -33,12 +28,6 @@ FSDP_VALUES: dict[str, tuple[Any, str]] = {
     "state_dict_type": ("FULL_STATE_DICT", "checkpoints have the format of one process"),
     "xla": (False, "TPUs are not supported"),
 }  # fmt: skip
-FOREIGN_DEEPSPEED = Problem(
-    "accelerate has DeepSpeed settings, so every process would load the whole model",
-    "launch-accelerate-deepspeed",
-    hint="pass the settings to this command: --deepspeed zero2, zero3, zero3_offload or a JSON file\n"
-    "and let accelerate only start the processes: distributed_type: MULTI_GPU",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +53,18 @@ def read_launch(train: Mapping[str, Any]) -> Launch:
         _require_fsdp_alone(train)
         return Launch(fsdp=fsdp_settings(train["fsdp"], train.get("fsdp_config")))
     if train.get("fsdp_config"):
-        raise UserError(
-            "no effect without --fsdp",
-            code="launch-fsdp",
-            where=Key.of("train.fsdp_config"),
-            hint="add --fsdp, or remove it",
-        )
-    if _is_on("ACCELERATE_USE_FSDP"):
-        raise UserError(problems=[FOREIGN_FSDP])
+        where = Key.of("train.fsdp_config")
+        raise UserError("no effect without --fsdp", code="launch-fsdp", where=where, hint="add --fsdp, or remove it")
+    for name, flag in (("FSDP", "fsdp"), ("DEEPSPEED", "deepspeed")):
+        is_on = os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("1", "true", "yes")
+        if is_on and not train.get("deepspeed"):
+            raise UserError(
+                f"accelerate has settings of {name}, which differ from those of this command",
+                code=f"launch-accelerate-{flag}",
+                hint=f"pass --{flag} to this command\n"
+                "and let accelerate only start the processes: distributed_type: MULTI_GPU",
+            )
     if not train.get("deepspeed"):
-        if _is_on("ACCELERATE_USE_DEEPSPEED"):
-            raise UserError(problems=[FOREIGN_DEEPSPEED])
         return Launch()
     return _complete_deepspeed(_read_deepspeed(train["deepspeed"]))
 
@@ -184,7 +174,3 @@ def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
         raise _fsdp_error(
             "needs several processes, and this is one", "start it with  torchrun --nproc_per_node N -m milora_vl.train"
         )
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
