@@ -229,7 +229,9 @@ def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list
     if projector is None:
         if rate:
             hint = "remove the flag"
-            raise UserError(f"{base.name} has no projector", code="flag-no-effect", where="--mm_projector_lr", hint=hint)
+            raise UserError(
+                f"{base.name} has no projector", code="flag-no-effect", where="--mm_projector_lr", hint=hint
+            )
         rules = without_projector(rules)
     elif base.parts is not None and not recipe.projector_weights:
         rules = [*without_projector(rules), UNALIGNED_PROJECTOR | rate]

@@ -12,8 +12,8 @@ import pytest
 
 from milora_vl.train import run
 from milora_vl.train.command import main
-from milora_vl.train.setup import commands, require_runnable
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.setup import commands, require_runnable
 from support.problems import raises_code
 from support.train_runs import training
 

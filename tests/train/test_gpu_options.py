@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from milora_vl import apply_milora, load_model
 from milora_vl.train import model as train_model
+from milora_vl.train import requirements, train_section
 from milora_vl.train.command import main
 from milora_vl.train.model import compile_blocks
-from milora_vl.train import requirements, train_section
 from milora_vl.train.recipe import Recipe
 from support.adapter_cases import one_rule, token_batch
 from support.problems import raises_code

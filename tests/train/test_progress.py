@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from milora_vl.common import progress
-from milora_vl.train.command import main
 from milora_vl.train.callbacks import log_line
+from milora_vl.train.command import main
 from support.problems import raises_code
 from support.programs import run as run_program
 

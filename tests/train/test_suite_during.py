@@ -12,8 +12,8 @@ import torch
 from milora_eval.during import Suites
 from milora_vl import load_model
 from milora_vl.train.command import main
-from milora_vl.train.setup import require_runnable
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.setup import require_runnable
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.train_runs import training

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from milora_vl.common.errors import Key, UserError
-from milora_vl.train import main
-from milora_vl.train import run_data
+from milora_vl.train import main, run_data
 from milora_vl.train.flags import parse
 from milora_vl.train.merge import merge
 from support.problems import raises_code

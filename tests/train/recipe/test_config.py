@@ -72,7 +72,10 @@ def test_keys_that_are_removed_are_refused_by_name() -> None:
             {"path": [{"path": "a.json", "weight": -1}]},
             "data.path[0].weight in my.yaml: expected a number of at least 0",
         ),
-        ({"path": [{"path": "a.json", "wieght": 1}]}, "data.path[0].wieght in my.yaml: unknown key\ndid you mean weight?"),
+        (
+            {"path": [{"path": "a.json", "wieght": 1}]},
+            "data.path[0].wieght in my.yaml: unknown key\ndid you mean weight?",
+        ),
         ({"path": 3}, "expected a file or a list of {path, weight, image_folder}, got 3"),
         ({"max_length": 0}, "expected a number above 0, got 0"),
         ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip?"),
