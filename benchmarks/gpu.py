@@ -311,7 +311,7 @@ def planned(model: str, config: Any, targets: Sequence[Any], tokens: int, train:
     from milora_vl.train.memory import memory
     from milora_vl.train.memory import Counts
     from milora_vl.train.setup import Batching
-    from milora_vl.train.launch import Launch
+    from milora_vl.train.arguments import Launch
     from milora_vl.train.arguments import TrainSection
 
     section = TrainSection(train | {"activation_checkpointing": True}, Launch(), (), None)

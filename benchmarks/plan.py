@@ -28,7 +28,7 @@ from milora_vl.train.memory import MIX665K, activations, shape_of, workload_of
 from milora_vl.train.memory import GIB
 from milora_vl.train.memory import Shape, simulate
 from milora_vl.train.setup import Batching
-from milora_vl.train.launch import Launch
+from milora_vl.train.arguments import Launch
 from milora_vl.train.arguments import TrainSection
 
 RULES = [

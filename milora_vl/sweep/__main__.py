@@ -22,10 +22,9 @@ from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, alone, run_cells
-from milora_vl.train.setup import data_of
-from milora_vl.train.recipe import read_recipe
 from milora_vl.train.flags import ADAPTERS
-from milora_vl.train.recipe import Recipe
+from milora_vl.train.recipe import Recipe, read_recipe
+from milora_vl.train.setup import data_of
 
 
 def _words(text: str) -> list[str]:

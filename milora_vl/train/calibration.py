@@ -77,12 +77,10 @@ class _Sources:
 
     @property
     def tokenizer(self) -> Any:
-        """Return the tokenizer of the model."""
         return loading.split_processor(self.processor)[0]
 
     @cached_property
     def weights(self) -> str:
-        """Return the hash of the weights."""
         return weights_digest(self.model)
 
 
@@ -185,7 +183,6 @@ def _with_data(recipe: Recipe, **values: Any) -> Recipe:
 
 
 def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
-    """Return blocks of the text files: (file, ids)."""
     texts = {}
     for name in sources.recipe.calibration.text or ():
         try:
@@ -363,7 +360,6 @@ def _cached(sources: _Sources, what: str, settings: str, write: Callable[[], lis
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Return the folder that caches what the calibration writes and chooses."""
     return Path(recipe.factor_cache or cache_dir() / "calibration")
 
 

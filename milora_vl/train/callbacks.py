@@ -114,7 +114,6 @@ class SuiteCallback(TrainerCallback):
         self._step, self._scores = -1, dict[str, float]()
 
     def scores(self) -> dict[str, float]:
-        """Return the scores of the current step, measured once."""
         trainer = self.trainer
         if self._step != trainer.state.global_step:
             with trainer.compute_loss_context_manager():
@@ -123,7 +122,6 @@ class SuiteCallback(TrainerCallback):
         return dict(self._scores)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure if this step is due."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             due = control.should_log
             self.trainer.log(self.scores())
@@ -174,11 +172,9 @@ class Lines(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Count steps and time from here."""
         self.first, self.start = state.global_step, time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
-        """Write the line."""
         done, seconds = state.global_step - self.first, time.monotonic() - self.start
         line = log_line(objects["logs"], state.global_step, state.max_steps, done=done, seconds=seconds)
         if line and state.is_world_process_zero:
@@ -203,7 +199,6 @@ class Meter:
         self.start = time.perf_counter()
 
     def add(self, counts: Sequence[int]) -> None:
-        """Count one batch, by the `counts` of `CountingCollator`."""
         self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
 
     def take(self, totals: Sequence[float]) -> dict[str, float]:
@@ -239,7 +234,6 @@ class IntervalsOfThisRun(TrainerCallback):
     """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Trainer's hook after the state of a checkpoint is loaded."""
         state.compute_steps(args, state.max_steps)
 
 
@@ -268,7 +262,6 @@ class StopOnSignal(TrainerCallback):
         self.received = self.stopped = False
 
     def on_signal(self, *_: object) -> None:
-        """Handle the signal."""
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -282,7 +275,6 @@ class StopOnSignal(TrainerCallback):
 
 @contextmanager
 def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
-    """Inside this context SIGTERM calls `callback` instead of ending the process."""
     before = signal.signal(signal.SIGTERM, callback)
     try:
         yield

@@ -80,7 +80,6 @@ class RunData:
     num_with_videos: int = 0  # of `train`
 
     def describe(self) -> str:
-        """Return the data as the header shows it."""
         if self.streamed:
             return f"a stream; the first {len(self.train):,} records were checked"
         kinds = (("images", sum(self.with_images)), ("videos", self.num_with_videos))
@@ -88,7 +87,6 @@ class RunData:
         return f"{amount(len(self.train), 'record')}, {shown or 'text only'}"
 
     def warnings(self) -> list[str]:
-        """Return warnings about skipped records and the reasons."""
         messages = []
         if self.skipped:
             messages.append(f"{amount(self.skipped, 'record')} skipped: images missing or empty (--bad_images skip)")
@@ -108,8 +106,8 @@ class RunData:
 
 def read_records(config: DataConfig) -> RunData:
     """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
-    if config.path is None:
-        raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
+    require_named(config)
+    assert config.path is not None
     held_out = None if config.eval_path is None else _load_checked(config.eval_path, config)  # it is small: first
     train = _inspect_stream(config, config.path) if config.streaming else _load_checked(config.path, config)
     if held_out is None:
@@ -121,6 +119,12 @@ def read_records(config: DataConfig) -> RunData:
         unlearnable=train.unlearnable + held_out.unlearnable,
         broken=train.broken + held_out.broken,
     )
+
+
+def require_named(config: DataConfig) -> None:
+    """Raise UserError if the recipe names no training data."""
+    if config.path is None:
+        raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
 
 
 def source_text(config: DataConfig) -> str:
@@ -270,7 +274,6 @@ def collator(
     *,
     bad_images: ImagePolicy | None = None,
 ) -> RecordCollator[Any]:
-    """Return the collator of the run; `bad_images` replaces the recipe's."""
     return collator_for(
         base,
         processor,
@@ -437,7 +440,6 @@ class CountingCollator:
 
 
 def process_settings(args: TrainingArguments) -> dict[str, Any]:
-    """Return the arguments of a DataLoader that concern its processes."""
     return {
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory,
@@ -522,7 +524,6 @@ def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, 
 
 
 def save_position(loader: Any, folder: Path, args: TrainingArguments) -> None:
-    """Write the stream position of this process into the checkpoint `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(loader.state_dict(), folder / _position_file(args))
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from milora_vl.common.errors import UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import WEIGHTS
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
+from milora_vl.core.weights.torch_files import unreadable
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.report.repeat import of_earlier
@@ -89,7 +91,6 @@ def push(folder: Path, repository: str, revision: str | None) -> str:
 
 
 def push_command(folder: Path, repository: str) -> str:
-    """Return the command that uploads a run."""
     left_out = [word for pattern in NOT_UPLOADED for word in ("--exclude", pattern)]
     return shlex.join(["hf", "upload", repository, str(folder), ".", *left_out])
 
@@ -101,6 +102,9 @@ def run_failures(args: TrainingArguments) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(problems=error.problems, exit_code=1) from None
+    except UnpicklingError as error:  # optimizer, scheduler or random states of a resumed run
+        message, hint = f"a file of the checkpoint {unreadable('', error).message}", "resume from an earlier checkpoint"
+        raise UserError(message, code="checkpoint-unreadable", hint=hint, exit_code=1) from None
     except torch.OutOfMemoryError as error:
         batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
         smaller = f"--per_device_train_batch_size {max(batch // 2, 1)} --gradient_accumulation_steps {2 * accumulation}"
@@ -184,7 +188,6 @@ def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | Non
 
 
 def next_command(path: Path, recipe: Recipe) -> str:
-    """Return the command that a user most likely needs next."""
     question = ["QUESTION"] if holds_text_model(path) else ["--image", "PICTURE", "What is this?"]
     if has_config(path):
         return command_line("milora_vl.chat", "--model", recipe.model, "--adapter", path, *question)

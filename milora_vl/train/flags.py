@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add(group, (name, *others), convert, text, f"run.{name}")
     group = parser.add_argument_group("fields of the recipe")
     for key, flag, annotation in flags_of():
-        _add(group, flag.names, _type_of(annotation), flag.help, f"recipe.{key}")
+        _add(group, (flag.name, *flag.others), _type_of(annotation), flag.help, f"recipe.{key}")
     group = parser.add_argument_group("the policy")
     for name, (convert, others, text) in POLICY_FLAGS.items():
         _add(group, (name, *others), convert, text, f"policy.{name}")
@@ -188,7 +188,7 @@ def parse(argv: Sequence[str] | None) -> Request:
         train["use_cpu"] = True
     overrides: dict[str, Any] = {"train": train} if train else {}
     flags = {f"train.{arguments.RENAMED.get(name, name)}": f"--{name}" for name in sections["hf"]}
-    names = {key: flag.names[0] for key, flag, _ in flags_of()}
+    names = {key: flag.name for key, flag, _ in flags_of()}
     for key, value in sections["recipe"].items():
         *section, name = key.split(".")
         inner = overrides.setdefault(section[0], {}) if section else overrides
@@ -256,7 +256,8 @@ def edited(rules: Sequence[RuleDict] | None, edits: PolicyEdits) -> list[RuleDic
     # Drop a rule that only refined the old method. A rule that was empty before stays: its error is reported later.
     out = [rule for rule, before in zip(out, original, strict=True) if len(rule) > 1 or rule == before]
     if edits.method == "projector":
-        out = [rule for rule in out if of_projector(rule)] or [{"modules": "projector", "method": "full"}]
+        in_full = {"modules": "projector", "method": "full"}
+        out = [rule for rule in out if of_projector(rule) and not is_adapter(rule)] or [in_full]
         if edits.learning_rate is not None:
             out[0]["learning_rate"] = edits.learning_rate
     if edits.mm_projector_lr is not None:
@@ -276,7 +277,6 @@ def is_adapter(rule: RuleDict) -> bool:
 
 
 def of_projector(rule: RuleDict) -> bool:
-    """Return whether a rule is about the projector."""
     return str(rule.get("modules", "")).startswith("projector")
 
 

@@ -52,7 +52,6 @@ class RunFolder:
         atomic_write.write_json(self.path / name, content, hides_secrets=name == ENVIRONMENT)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file atomically."""
         atomic_write.write_text(self.path / name, text, hides_secrets=name == CARD)
 
 
@@ -145,7 +144,6 @@ class FirstFiles:
     has_begun: bool = False
 
     def write(self) -> None:
-        """Write the files and rename incomplete checkpoints. Later calls do nothing."""
         if self.has_begun:
             return
         if self.is_writer and self.folder.is_new:  # loading takes minutes, and another run may have begun here

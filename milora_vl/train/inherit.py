@@ -313,7 +313,6 @@ def _data_of(task: Task, recipe: Recipe) -> DataConfig:
 
 
 def _placed(data: DataConfig, place: Path) -> DataConfig:
-    """Return data whose relative paths begin in a folder."""
 
     def inside(name: str | None) -> Any:
         return name if name is None or name.startswith("hub:") else str(place / name)

@@ -9,7 +9,6 @@ and autocast.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import time
 import warnings
@@ -39,7 +38,7 @@ from milora_vl.models.base import Base
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
 from milora_vl.models.quantized import bytes_per_number, quantized_layers
-from milora_vl.train.launch import Launch, Strategy, strategy_of
+from milora_vl.train.arguments import Launch, Strategy, strategy_of
 from milora_vl.train.screen import trained_sizes
 
 if TYPE_CHECKING:
@@ -61,8 +60,6 @@ LAYER, TOKENS = 2e-3, 400  # seconds of a layer without work, and tokens of a fo
 LIVE = 1_000_000_000  # stage3_max_live_parameters, sub_group_size: parameters gathered, or stepped, at once
 LONG_START, FEWER_SAMPLES = 120.0, 16  # seconds, texts
 NUM_RECORDS = 128  # of each earlier task in a calibration
-# The share of a layer's input directions that hold a share of its activation energy: SmolLM2-135M, means over layers.
-DIRECTIONS = ((0.0, 0.0), (0.6, 0.06), (0.8, 0.18), (0.9, 0.36), (0.95, 0.54), (0.99, 0.82), (1.0, 1.0))
 _SAME_INPUT = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
@@ -88,12 +85,10 @@ class Costs:
 
     @property
     def fits(self) -> bool:
-        """Return whether the run fits --gpu-memory without changes."""
         return self.change == ""
 
 
 def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -> Costs:
-    """Return memory by purpose and the time of a run."""
     base, request = run.base, run.request
     work = workload_of(run.derived.train, run.launch, base, run.targets, counts, batching)
     work = replace(work, fixed=work.fixed + num_held(run))
@@ -134,10 +129,6 @@ def costs_of(run: Run, counts: Counts, batching: Batching, *, has_steps: bool) -
         texts, every = amount(run.base_kl.texts, "text"), run.base_kl.every
         price = f"{share * every:.0%} more time in that step, {share:.0%} in all"
         out.append(f"base_kl  reads {texts} in one step of {every}: {price}, {room / GIB:.1f} GiB")
-    inputs = distinct_inputs(run.targets) if run.protects else []
-    if inputs:
-        share = sum(map(expected_directions, inputs)) / sum(target.shape[1] for target in inputs)
-        out.append(f"inputs  about {share:.0%} of the input directions protected (the calibration finds how many)")
     return Costs(out, change)
 
 
@@ -188,7 +179,6 @@ class Workload:
 
     @property
     def trained(self) -> int:
-        """Return the number of parameters with an optimizer state."""
         return self.adapters + self.full
 
 
@@ -233,7 +223,6 @@ def frozen_weights(work: Workload) -> float:
 
 
 def host_memory(work: Workload) -> float:
-    """Return the bytes per process that offloading moves to host memory."""
     share = work.devices if work.stage == 3 else 1
     states = work.devices if work.stage >= 1 else 1
     weights = (frozen_weights(work) + work.trained * 2) / share * work.offload_weights
@@ -285,7 +274,6 @@ def activations(base: Base, targets: Sequence[Target], shape: Shape) -> float:
 
 
 def shape_of(base: Base, work: Workload, counts: Counts) -> Shape:
-    """Return the shape of one micro-step on one device."""
     # Elsewhere the size of a picture decides what the tower computes; `tokens` includes the tokens of pictures.
     return Shape(
         records=work.records,
@@ -365,7 +353,6 @@ def _with_base_kl(work: Workload, run: Run, counts: Counts) -> Workload:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Return the number of parameters; tied ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -374,7 +361,6 @@ def _offloads(zero: dict[str, Any], what: str) -> bool:
 
 
 def needed(work: Workload) -> float:
-    """Return the GiB on one device, including CUDA."""
     return sum(memory(work).values()) / GIB + OVERHEAD
 
 
@@ -426,18 +412,6 @@ def _with_batch(work: Workload, records: int) -> Workload:
     accumulation = work.accumulation * work.records // records
     return replace(work, records=records, accumulation=accumulation,
                    activations=work.activations * records / work.records)  # fmt: skip
-
-
-def expected_directions(target: Target) -> int:
-    """Return about how many input directions a target protects; only the calibration finds the number.
-
-    >>> expected_directions(Target(path="a", shape=(8, 100), tower=None, method="lora", protect=0.85))
-    27
-    """
-    share = target.protect
-    (low, few), (high, many) = next(pair for pair in itertools.pairwise(DIRECTIONS) if pair[1][0] >= share)
-    expected = round((few + (many - few) * (share - low) / (high - low)) * target.shape[1])
-    return min(expected, target.shape[1] - (target.rank or 0))
 
 
 def distinct_inputs(targets: Sequence[Target]) -> list[Target]:
@@ -571,7 +545,6 @@ class Resident:
 
     @property
     def activations(self) -> int:
-        """Return the peak without gradients."""
         return max(self.pictures, self.language)
 
 
@@ -594,20 +567,16 @@ class _Ledger:
         self.note()
 
     def release(self, size: int) -> None:
-        """Subtract a freed storage."""
         self.live -= size
 
     def note(self) -> None:
-        """Update the peaks."""
         self.peak = max(self.peak, self.live - self.gradients)
         self.peak_with_gradients = max(self.peak_with_gradients, self.live)
 
     def begin_language(self) -> None:
-        """Note the peak so far, and begin another one."""
         self.peak_of_pictures, self.peak = self.peak, self.live - self.gradients
 
     def gradient(self, parameter: Tensor) -> None:
-        """Count a complete gradient, which is not an activation."""
         assert parameter.grad is not None
         self.gradients += parameter.grad.untyped_storage().nbytes()
 
@@ -727,14 +696,12 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return an empty result; all shapes are (batch, heads, length, width)."""
         out = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return empty gradients of query, key and value."""
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 

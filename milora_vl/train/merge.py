@@ -69,7 +69,7 @@ def located(problems: Sequence[Problem], request: Request, source: str, recipe: 
             return request.flags[dotted]
         if source:
             return f"{dotted} in {source}"
-        names = {key: flag.names[0] for key, flag, _ in flags_of()}
+        names = {key: flag.name for key, flag, _ in flags_of()}
         is_argument = dotted.startswith("train.") and last in arguments.known()
         return f"--{last}" if is_argument else f"--{names[dotted]}" if dotted in names else dotted
 
@@ -150,7 +150,6 @@ def _of_after(after: str, request: Request) -> tuple[dict[str, Any], list[str]]:
 
 
 def _of_llava(request: Request, meaning: Meaning, adapter: str) -> dict[str, Any]:
-    """Return the settings that LLaVA's flags mean."""
     layer: dict[str, Any] = {}
     flags = request.llava
     if meaning.rules:
@@ -204,7 +203,6 @@ def _is_file(text: str) -> bool:
 
 
 def _read_policy(text: str) -> list[Any]:
-    """Return the unchecked rules of --policy."""
     is_file = _is_file(text)
     source = text if is_file else "--policy"
     if not is_file and text.endswith((".yaml", ".yml")):

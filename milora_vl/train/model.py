@@ -90,7 +90,6 @@ def _set_attention(model: Any, recipe: Recipe) -> None:
 
 
 def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
-    """Return what the checkpoints of a run with these targets hold."""
     if any(t.rank is not None for t in targets):
         return "adapter"
     return "projector" if all(t.tower == "projector" for t in targets) else "full"

@@ -7,9 +7,9 @@ result is validated once. No model, data or device is looked at.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import (
@@ -38,17 +38,12 @@ SAMPLES, PICTURES = 48, 32  # of a calibration
 TRAIN_DEFAULTS: dict[str, Any] = {"logging_steps": 10, "logging_first_step": True, "report_to": ["none"]}
 
 
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """The flag of a key: its spellings, our own first, and its help."""
+class Flag(NamedTuple):
+    """The flag of a key: its help, and its spellings beside the name of the key; `name` replaces that."""
 
-    names: tuple[str, ...]
     help: str
-
-    @classmethod
-    def of(cls, names: str, about: str) -> Flag:
-        """Return the flag with these spellings, separated by spaces."""
-        return cls(tuple(names.split()), about)
+    others: tuple[str, ...] = ()
+    name: str = ""
 
 
 class SourceConfig(Strict):
@@ -64,55 +59,38 @@ class DataConfig(Strict):
 
     path: Annotated[
         str | Annotated[list[SourceConfig], Field(min_length=1)] | None,
-        Flag.of("data_path", RECORDS),
+        Flag(RECORDS, name="data_path"),
         Field(description="a file or a list of {path, weight, image_folder}"),
     ] = None
-    image_folder: Annotated[
-        str | None, Flag.of("image_folder", "folder that the image paths of the records are relative to")
-    ] = None
-    eval_path: Annotated[str | None, Flag.of("eval_data_path", "held-out records for the evaluation loss")] = None
+    image_folder: Annotated[str | None, Flag("folder that the image paths of the records are relative to")] = None
+    eval_path: Annotated[str | None, Flag("held-out records for the evaluation loss", name="eval_data_path")] = None
     max_length: Annotated[
-        PositiveInt, Flag.of("max_length model_max_length", "longest sequence in tokens, image tokens included")
+        PositiveInt, Flag("longest sequence in tokens, image tokens included", ("model_max_length",))
     ] = 2048
     image_aspect_ratio: Annotated[
         Literal["pad", "plain", "anyres"],
-        Flag.of("image_aspect_ratio", "pad, plain (LLaVA: square), or anyres (LLaVA-1.6)"),
+        Flag("pad, plain (LLaVA: square), or anyres (LLaVA-1.6)"),
     ] = "pad"
-    min_pixels: Annotated[
-        PositiveInt | None, Flag.of("min_pixels", "least pixels of a resized picture (Qwen-VL, GLM-V)")
-    ] = None
-    max_pixels: Annotated[
-        PositiveInt | None, Flag.of("max_pixels", "most pixels of a resized picture; limits its tokens")
-    ] = None
+    min_pixels: Annotated[PositiveInt | None, Flag("least pixels of a resized picture (Qwen-VL, GLM-V)")] = None
+    max_pixels: Annotated[PositiveInt | None, Flag("most pixels of a resized picture; limits its tokens")] = None
     video_min_pixels: Annotated[
         PositiveInt | None,
-        Flag.of(
-            "video_min_pixels",
-            "least pixels of a resized video: per frame (Qwen2-VL), or of all frames (Qwen3-VL, GLM-4V)",
-        ),
+        Flag("least pixels of a resized video: per frame (Qwen2-VL), or of all frames (Qwen3-VL, GLM-4V)"),
     ] = None
-    video_max_pixels: Annotated[
-        PositiveInt | None, Flag.of("video_max_pixels", "most pixels of a resized video; limits its tokens")
-    ] = None
+    video_max_pixels: Annotated[PositiveInt | None, Flag("most pixels of a resized video; limits its tokens")] = None
     fps: Annotated[
         PositiveFloat | None,
-        Flag.of("fps", "frames per second to read of video files (default: the processor's, or 2)"),
+        Flag("frames per second to read of video files (default: the processor's, or 2)"),
     ] = None
-    num_frames: Annotated[
-        PositiveInt | None, Flag.of("num_frames", "frames to read of each video file, in place of --fps")
-    ] = None
-    packing: Annotated[
-        bool, Flag.of("packing", "pack several records into one row of twice max_length to reduce padding")
-    ] = False
+    num_frames: Annotated[PositiveInt | None, Flag("frames to read of each video file, in place of --fps")] = None
+    packing: Annotated[bool, Flag("pack several records into one row of twice max_length to reduce padding")] = False
     bad_images: Annotated[
         Literal["raise", "skip", "replace"],
-        Flag.of("bad_images", "what to do about missing or broken images: raise, skip or replace"),
+        Flag("what to do about missing or broken images: raise, skip or replace"),
     ] = "raise"
-    streaming: Annotated[bool, Flag.of("streaming", "read records while training; needs --max_steps")] = False
-    shuffle_buffer: Annotated[
-        NonNegativeInt, Flag.of("shuffle_buffer", "number of streamed records in the shuffle buffer")
-    ] = 1000
-    limit: Annotated[PositiveInt | None, Flag.of("limit", "use only the first N records")] = None
+    streaming: Annotated[bool, Flag("read records while training; needs --max_steps")] = False
+    shuffle_buffer: Annotated[NonNegativeInt, Flag("number of streamed records in the shuffle buffer")] = 1000
+    limit: Annotated[PositiveInt | None, Flag("use only the first N records")] = None
 
     @model_validator(mode="after")
     def _samples_in_one_way(self) -> DataConfig:
@@ -122,7 +100,6 @@ class DataConfig(Strict):
 
     @property
     def processor(self) -> ProcessorSettings:
-        """The keys that the processor of a model follows."""
         return ProcessorSettings(**{key.name: getattr(self, key.name) for key in fields(ProcessorSettings)})
 
 
@@ -140,10 +117,10 @@ class CalibrationConfig(Strict):
 
     samples: Annotated[
         NonNegativeInt | None,
-        Flag.of("calibration_samples", "texts that the base writes to find protected inputs [48]"),
+        Flag("texts that the base writes to find protected inputs [48]", name="calibration_samples"),
     ] = None  # 0 beside text or data
     pictures: Annotated[
-        NonNegativeInt | None, Flag.of("calibration_pictures", "pictures that the base describes for it [32]")
+        NonNegativeInt | None, Flag("pictures that the base describes for it [32]", name="calibration_pictures")
     ] = None  # 0 beside data
     text: Annotated[list[str], Field(min_length=1)] | None = None  # text files
     data: str | None = None  # records, as in data.path
@@ -160,7 +137,6 @@ class CalibrationConfig(Strict):
 
     @property
     def num_samples(self) -> int:
-        """Return the number of texts that the base model writes."""
         alone = self.text is None and self.data is None
         return self.samples if self.samples is not None else SAMPLES if alone else 0
 
@@ -175,10 +151,9 @@ class BaseKLConfig(Strict):
 
     weight: Annotated[
         NonNegativeFloat | None,
-        Flag.of(
-            "base_kl_weight",
-            "weight of a term of the loss that keeps the base's answers on the calibration texts [1 if protected "
-            "milora trains a model that reads pictures, else 0]",
+        Flag(
+            "weight of a loss that keeps the base's answers [1 if protected milora trains on pictures, else 0]",
+            name="base_kl_weight",
         ),
     ] = None
     texts: PositiveInt = 2  # that a device reads in a step with the term
@@ -193,12 +168,12 @@ class EvalConfig(Strict):
     limit: PositiveInt | None = None
     suite_every: Annotated[
         PositiveInt | None,
-        Flag.of("eval_suite_every", "score the suites of the recipe every N steps and at the last step"),
+        Flag("score the suites of the recipe every N steps and at the last step", name="eval_suite_every"),
     ] = None
-    suite_limit: Annotated[PositiveInt, Flag.of("eval_suite_limit", "questions per benchmark during training")] = 64
-    forgetting_every: Annotated[
-        PositiveInt | None, Flag.of("forgetting_every", "measure forgetting every N steps and at the last step")
-    ] = None
+    suite_limit: Annotated[PositiveInt, Flag("questions per benchmark during training", name="eval_suite_limit")] = 64
+    forgetting_every: Annotated[PositiveInt | None, Flag("measure forgetting every N steps and at the last step")] = (
+        None
+    )
 
 
 class SweepConfig(Strict):
@@ -219,56 +194,42 @@ class Recipe(Strict):
     0.03
     """
 
-    model: Annotated[
-        str, Flag.of("model model_name_or_path", "a named model, a folder or a hub id; see --list-models")
-    ] = ""
+    model: Annotated[str, Flag("a named model, a folder or a hub id; see --list-models", ("model_name_or_path",))] = ""
     adapter: Annotated[
         str | None,
-        Flag.of(
-            "adapter lora_weight_path",
-            "adapter to train further on its data, such as the output_dir of a run; it decides rules, template and "
-            "base",
+        Flag(
+            "adapter to train further, such as the output_dir of a run; it decides rules and base",
+            ("lora_weight_path",),
         ),
     ] = None
     after: Annotated[
         str | None,
-        Flag.of(
-            "after", "run whose update stays: a new adapter learns other data beside it, off the inputs of its records"
-        ),
+        Flag("run whose update stays: a new adapter learns other data beside it, off the inputs of its records"),
     ] = None
-    quantization: Annotated[Literal["none", "4bit", "8bit"], Flag.of("quantization", "none, 4bit or 8bit")] = "none"
-    quant_type: Annotated[Literal["nf4", "fp4"], Flag.of("quant_type", "4-bit data type of the base: nf4 or fp4")] = (
-        "nf4"
-    )
-    double_quant: Annotated[bool, Flag.of("double_quant", "also quantise the constants of a 4-bit base")] = True
+    quantization: Annotated[Literal["none", "4bit", "8bit"], Flag("none, 4bit or 8bit")] = "none"
+    quant_type: Annotated[Literal["nf4", "fp4"], Flag("4-bit data type of the base: nf4 or fp4")] = "nf4"
+    double_quant: Annotated[bool, Flag("also quantise the constants of a 4-bit base")] = True
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "fastest"],
-        Flag.of("dtype", "data type of the frozen weights: auto, float32, bfloat16, float16 or fastest"),
+        Flag("data type of the frozen weights: auto, float32, bfloat16, float16 or fastest"),
     ] = "auto"
     attn_implementation: Annotated[
         str | dict[Literal["language", "vision"], str],
-        Flag.of(
-            "attn_implementation",
-            "attention by its name in transformers: sdpa (default), eager, flash_attention_2, ...; or one per tower",
-        ),
+        Flag("attention by its name in transformers: sdpa (default), eager, flash_attention_2, ...; or one per tower"),
     ] = "sdpa"
     parts: PartsConfig = PartsConfig()
     projector_weights: Annotated[
         str | None,
-        Flag.of(
-            "projector_weights pretrain_mm_mlp_adapter", "file or folder with the initial weights of the projector"
-        ),
+        Flag("file or folder with the initial weights of the projector", ("pretrain_mm_mlp_adapter",)),
     ] = None
     template: Annotated[
         str,
-        Flag.of(
-            "template version",
+        Flag(
             "prompt format, e.g. vicuna_v1 (LLaVA: v1), plain or chat_template (the template of the model)",
+            ("version",),
         ),
     ] = "vicuna_v1"
-    factor_cache: Annotated[
-        str | None, Flag.of("factor_cache", "folder that caches the initial factors for later runs")
-    ] = None
+    factor_cache: Annotated[str | None, Flag("folder that caches the initial factors for later runs")] = None
     data: DataConfig = DataConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     base_kl: BaseKLConfig = BaseKLConfig()
@@ -296,7 +257,6 @@ class Recipe(Strict):
         return recipe
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML; reading it gives the same recipe."""
         return yaml.safe_dump(
             self.model_dump(), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None
         )
@@ -309,7 +269,7 @@ def flags_of(model: type[Strict] = Recipe, above: str = "") -> Iterator[tuple[st
             yield from flags_of(info.annotation, f"{above}{name}.")
         for flag in info.metadata:
             if isinstance(flag, Flag):
-                yield f"{above}{name}", flag, info.annotation
+                yield f"{above}{name}", flag._replace(name=flag.name or name), info.annotation
 
 
 def checked(content: Mapping[str, Any]) -> tuple[Recipe, list[Problem]]:
@@ -363,7 +323,6 @@ def train_section(section: Any) -> tuple[dict[str, Any], list[Problem]]:
 
 
 def conflicts(recipe: Recipe) -> list[Problem]:
-    """Return the problems of settings that do not work together."""
     data, train, dtype = recipe.data, recipe.train, recipe.dtype
     found: list[tuple[str, str, str]] = []
     if recipe.adapter and recipe.after:
@@ -389,7 +348,6 @@ def conflicts(recipe: Recipe) -> list[Problem]:
 
 
 def load(path: Path) -> Recipe:
-    """Return the recipe in a YAML file."""
     return Recipe.parse(read_file(path), str(path))
 
 

@@ -136,12 +136,10 @@ def schedule_has_end(recipe: Recipe) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a recipe writes it, on one line."""
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def _batch(recipe: Recipe, processes: int) -> tuple[int, int, int]:
-    """Return the records per device, accumulation steps, processes."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps")
     per_device, accumulation = (value_of(recipe.train, name) for name in names)
     return per_device, accumulation, processes

@@ -45,6 +45,7 @@ def train(settings: Settings) -> int:
     """Run a training from its settings to its report. Returns the exit code."""
     start, screen = time.monotonic(), Screen()
     run = make_run(settings, is_started=True)
+    data.require_named(run.recipe.data)
     show_notes(run, screen)
     if run.earlier is not None and not run.earlier.gets_steps:  # a requeued job has nothing left to do
         screen.say(f"{run.folder.path} is finished; nothing to resume")
@@ -78,7 +79,6 @@ def train(settings: Settings) -> int:
 
 
 def show_notes(run: Run, screen: Screen) -> None:
-    """Print what the flags change, and warnings about settings."""
     for note in run.notes:
         screen.say(note)
     for warning in run.warnings:
@@ -139,7 +139,6 @@ def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, An
 
 
 def make_probe(run: Run, loaded: nn.Module, processor: Any, screen: Screen) -> Probe | None:
-    """Return the base's predictions, for forgetting during training."""
     if not run.recipe.eval.forgetting_every:
         return None
     with screen.step("keeping the base's predictions, for forgetting"):
@@ -218,7 +217,6 @@ def set_chat_template(processor: Any, template: str) -> None:
 def show_header_and_policy(
     run: Run, records: RunData, built: Built, base_kl: BaseKL | None, batching: Batching, screen: Screen
 ) -> None:
-    """Print what trains, on what, and for how many steps."""
     recipe, args, folder, protection = run.recipe, run.args, run.folder, built.model.milora_protection
     source = f"   recipe {run.request.recipe}" if run.request.recipe else ""
     precision = "bf16 autocast" if args.bf16 else "fp16 autocast" if args.fp16 else "no autocast"
@@ -260,7 +258,6 @@ def show_header_and_policy(
 
 
 def collect_first_files(run: Run, records: RunData, built: Built, screen: Screen, start: float) -> FirstFiles:
-    """Return the files that are written when the first step begins."""
     recipe, device = run.recipe, run.args.device
     environment = {
         "command": ["python", "-m", "milora_vl.train", *run.request.words],
@@ -306,15 +303,13 @@ class AtFirstStep(TrainerCallback):
         self.files = files
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write them before every step; repeated calls do nothing."""
         self.files.write()
 
 
 def make_trainer(
     run: Run, records: RunData, rows: Rows, built: Built, base_kl: BaseKL | None, processor: Any, files: FirstFiles
 ) -> MiloraTrainer:
-    """Return the trainer with its collator."""
-    with arguments.refused(run.recipe.train, kinds=(ValueError, ImportError)):  # what no check knows
+    with arguments.refused(kinds=(ValueError, ImportError)):  # what no check knows
         trainer = MiloraTrainer(
             built.model,
             run.args,
@@ -353,7 +348,6 @@ def train_and_save(run: Run, trainer: MiloraTrainer, batching: Batching, files: 
 
 
 def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstFiles) -> None:
-    """Train with HF's loop; a keyboard interrupt prints how to resume."""
     checkpoint, screen = run.folder.checkpoint, files.screen
     if has_all_steps(checkpoint, batching):
         files.write()

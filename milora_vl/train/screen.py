@@ -38,16 +38,13 @@ class Screen:
             self.console.width = 110  # a log file needs no narrow lines
 
     def say(self, text: str) -> None:
-        """Print a line."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Print a warning."""
         self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
 
     @contextmanager
     def step(self, what: str) -> Iterator[None]:
-        """Announce a slow step, and print its time."""
         self.say(f"{what} ...")
         start = time.perf_counter()
         yield
@@ -146,7 +143,6 @@ def _mean(shares: Sequence[float]) -> str:
 
 
 def frozen_towers(base: nn.Module, targets: Sequence[Target]) -> list[str]:
-    """Return the towers of the model in which no target trains."""
     towers, trained = find_towers(base), {target.tower for target in targets}
     present = {"language": towers.language, "projector": towers.projector, "vision": towers.vision}
     return [tower for tower in TOWERS if present[tower] is not None and tower not in trained]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,10 +42,9 @@ from milora_vl.models.projector import projector_file
 from milora_vl.models.quantized import quantized_layers
 from milora_vl.report.repeat import is_file
 from milora_vl.train import arguments, folder, inherit, resume
-from milora_vl.train.arguments import Derived, value_of
+from milora_vl.train.arguments import Derived, Launch, read_launch, require_processes_for_fsdp, value_of
 from milora_vl.train.flags import Request
 from milora_vl.train.folder import RunFolder
-from milora_vl.train.launch import Launch, read_launch, require_processes_for_fsdp
 from milora_vl.train.merge import Settings
 from milora_vl.train.recipe import BaseKLConfig, CalibrationConfig, PartsConfig, Recipe
 
@@ -52,6 +52,7 @@ from milora_vl.train.recipe import BaseKLConfig, CalibrationConfig, PartsConfig,
 FEATURES = {"patch": "default", "cls_patch": "full"}
 HIGH_FULL_RATE = 5e-5
 SMALL, SMALL_RATE = 1e9, 2e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
+FLASH_PACKAGES = {f"flash_attention_{n}": f"flash-attn-{n}".removesuffix("-2") for n in (2, 3, 4)}
 QUANT = "pip install -e '.[quant]'"
 
 
@@ -87,7 +88,6 @@ class Run:
 
     @property
     def reads_calibration(self) -> bool:
-        """Return whether the run reads the calibration."""
         return self.protects or bool(self.base_kl.weight)
 
     def composed(self) -> tuple[Run, str]:
@@ -430,9 +430,14 @@ def require_installed(recipe: Recipe) -> None:
                 where=Key.of("attn_implementation"),
                 hint=did_you_mean(suggest(name, known)) or "use sdpa",
             )
-        if name == "flash_attention_2" and not any(map(importlib.util.find_spec, ("flash_attn", "kernels"))):
-            hint, where = "pip install kernels, or --attn_implementation sdpa", Key.of("attn_implementation")
-            raise UserError(f"{name} needs the package flash-attn", code="package-missing", where=where, hint=hint)
+        package = "kernels" if "/" in name else FLASH_PACKAGES.get(name, "torch")
+        if not (_is_installed(package) or _is_installed("kernels")):
+            message, where = (
+                f"{name} needs the package {package}, which is not installed",
+                Key.of("attn_implementation"),
+            )
+            hint = f"pip install {package}, or pip install kernels, or --attn_implementation sdpa"
+            raise UserError(message, code="package-missing", where=where, hint=hint)
     for is_needed, package, key, hint in (
         (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
         (of_bitsandbytes, "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
@@ -453,6 +458,14 @@ def require_installed(recipe: Recipe) -> None:
         raise UserError(first_line(error), code="tracker-unavailable", where=where, hint=hint) from None
 
 
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
 def require_usable(recipe: Recipe, base: Base) -> None:
     """Raise UserError, before any weights load, if a part is missing or pictures cannot be prepared for the model.
 
@@ -470,7 +483,6 @@ def require_usable(recipe: Recipe, base: Base) -> None:
 
 
 def suites_of(recipe: Recipe) -> dict[str, str | None]:
-    """Return the folder of the data of each entry in `eval.suites`."""
     return {suite: data_of(suite, recipe, recipe.eval.data) for suite in recipe.eval.suites}
 
 
@@ -547,12 +559,10 @@ class Batching:
         return self.max_steps if self.max_steps > 0 else math.ceil(self.epochs * self.steps_per_epoch)
 
     def describe(self) -> str:
-        """Return the batch as the header shows it."""
         devices = f"{self.num_devices} device{'s' if self.num_devices > 1 else ''}"
         return f"{self.per_device} x {self.accumulation} accumulation x {devices} = {self.total}"
 
     def describe_steps(self) -> str:
-        """Return the steps with the number of epochs and records."""
         if self.num_records is None:
             return f"{self.steps:,} ({amount(self.steps * self.total, self.unit)} of a stream)"
         epochs = f"{self.steps / self.steps_per_epoch:.3g}"

@@ -112,14 +112,12 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         self._eval_sums: list[tuple[Tensor, int]] = []  # loss and number of tokens of each batch
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator as HF does; FSDP2 runs on CPUs too."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             enable_fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = self.accelerator.state.fsdp_plugin is not None
 
     def trained(self) -> nn.Module:
-        """Return the model without wrappers."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -325,7 +323,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
 
     def load_sharded_optimizer(self, folder: Path) -> None:
-        """Read what `save_sharded_optimizer` or a run without FSDP wrote."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         files = [folder / name for name in ("optimizer.pt", "scheduler.pt")]

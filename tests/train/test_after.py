@@ -212,7 +212,7 @@ def test_a_resumed_run_with_base_kl_takes_other_records_for_those_that_are_gone(
 def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_path: Path) -> None:
     assert main(training(data, tmp_path / "a", "--method", "lora", "--rank", "4", "--save_strategy", "no")) == 0
     found = plan(second(data, tmp_path / "a", tmp_path / "b"))
-    assert "without protection" in found.settings.notes[0]
+    assert "without protection" in found.notes[0]
     assert {(target.method, target.rank, target.protect) for target in found.targets} == {("milora", 4, 0.95)}
     chosen = plan(second(data, tmp_path / "a", tmp_path / "b", "--method", "lora"))
     assert {target.protect for target in chosen.targets} == {0}
@@ -222,7 +222,7 @@ def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "code", "where"),
     [
-        (["--adapter", "FIRST"], "flag-conflict", "--after"),
+        (["--adapter", "FIRST"], "recipe-conflict", "--after"),
         (["--method", "full"], "after-full-module", "--method"),
         (["--method", "dora"], "after-method", "--method"),
         (["--policy", PROJECTOR_TOO], "after-full-module", "--policy"),

@@ -58,7 +58,6 @@ class Table:
 
 
 def show(table: Table, form: str) -> None:
-    """Print a table to stdout as human, markdown or latex."""
     if form != "human":
         sys.stdout.write(table.markdown() if form == "markdown" else table.latex())
         return

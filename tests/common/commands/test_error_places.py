@@ -42,7 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("main", "words", "code", "where", "hint"),
     [
         (train, RUN.replace("tiny", "tinny"), "model-unknown", "--model", "did you mean: tiny"),
-        (train, "--recipe model.yaml --output_dir out", "model-unknown", "model.yaml:2: model", "tiny"),
+        (train, "--recipe model.yaml --output_dir out", "model-unknown", "model in model.yaml", "tiny"),
         (train, f"{RUN} --recipe img", "recipe-unknown", "--recipe", "recipes:"),
         (train, "--print_recipe nope", "recipe-unknown", "--print_recipe", "recipes:"),
         (train, f"{RUN} --data_path train.json --image_folder igm", "path-missing", "--image_folder", "did you mean"),
