@@ -74,7 +74,7 @@ def located(problems: Sequence[Problem], request: Request, source: str, recipe: 
         return f"--{last}" if is_argument else f"--{names[dotted]}" if dotted in names else dotted
 
     placed = [replace(p, where=place(p.where)) if isinstance(p.where, Key) else p for p in problems]
-    return list(dict.fromkeys(placed))
+    return list({(p.where, p.message): p for p in reversed(placed)}.values())[::-1]
 
 
 def merge(request: Request) -> Settings:
