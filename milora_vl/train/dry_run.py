@@ -144,6 +144,9 @@ def _missing(recipe: Recipe, base: Base) -> list[Problem]:
         if not (_is_absent(error) and base.own_pictures):
             problems += error.problems
     with collected(problems):
+        if recipe.data.path is None and not base.own_pictures:
+            _collator(recipe, base)  # its template
+    with collected(problems):
         require_evaluation(recipe)
     return problems
 
