@@ -162,9 +162,9 @@ def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
     on_cpu = model.device.type == "cpu"
     flops = measured_flops() if on_cpu else None
     start = start_seconds(run, steps, flops, run.base.tokens_of_a_picture or LENGTH)
-    if start >= 1:
+    if start:
         where = CPU if on_cpu else A100
-        screen.say(f"start  about {duration_text(start)} before the first step, on {where}")
+        screen.say(f"start  about {duration_text(start)} before the first step, on {where}, if nothing is cached")
     for line in start_notes(run, steps, start):
         screen.say(line)
 

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from milora_vl.core.policy import Target
 from milora_vl.models.base import Base
-from milora_vl.train.arguments import Derived, derive
+from milora_vl.train.arguments import Derived, derive, read_launch
 from milora_vl.train.flags import parse
-from milora_vl.train.arguments import read_launch
 from milora_vl.train.merge import Settings, merge
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.setup import Run, fit, make_run

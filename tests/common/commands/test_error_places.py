@@ -117,6 +117,5 @@ def test_a_cell_that_cannot_run_keeps_the_codes_of_its_problems(folder: Path) ->
     assert [problem.code for problem in error.value.problems] == [
         "sweep-cell-cannot-run",
         "image-aspect-ratio",
-        "data-missing-file",
     ]
     assert error.value.problems[1].where.startswith("milora-")

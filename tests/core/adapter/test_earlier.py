@@ -199,7 +199,7 @@ def test_another_base_and_more_steps_of_several_tasks_are_refused(tiny_llama, tm
         merge(model)
 
 
-def test_a_second_adapter_after_others_loads_into_another_base_where_that_is_allowed(tiny_llama, tmp_path: Path) -> None:
+def test_a_second_adapter_after_others_loads_into_another_base_if_allowed(tiny_llama, tmp_path: Path) -> None:
     first_run(tiny_llama()[0], one_rule(), tmp_path / "a")
     model = after(tiny_llama()[0], tmp_path / "a", one_rule(), [{}, {}])
     save_adapter(model, tmp_path / "b")

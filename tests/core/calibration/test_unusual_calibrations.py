@@ -19,8 +19,8 @@ from milora_vl.core.calibration.calibrate import protected_inputs
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
 from milora_vl.train import calibration
-from milora_vl.train.screen import Screen
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import Screen
 from support.adapter_cases import one_rule, token_batch
 from support.calibrated import text_batches
 from support.problems import raises_code
