@@ -28,7 +28,7 @@ from milora_vl.common.compat.transformers import unstarted_arguments, use_one_gp
 from milora_vl.common.errors import Key, UserError
 from milora_vl.common.strict_models import EXPECTED
 from milora_vl.core.policy import Target
-from milora_vl.core.policy.default import DEFAULT_RULES
+from milora_vl.core.policy.rules import DEFAULT_RULES
 from milora_vl.models.base import Base
 from milora_vl.models.devices import train_device
 

@@ -23,7 +23,7 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import Key, UserError
 from milora_vl.common.evaluator import TrainingQuestions, evaluator
-from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.loading import split_processor

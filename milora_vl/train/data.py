@@ -28,20 +28,17 @@ from transformers import TrainingArguments
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.pack import PackedRecords, fill, pack
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.check.command import check_for_training, readable
-from milora_data.check.findings import KINDS, Finding, Report, examine
-from milora_data.check.pictures import find_missing
+from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, readable
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import OWN, TEMPLATES
 from milora_data.encode.tokens import own_template
 from milora_data.pictures.files import ImagePolicy, content_of, place_of
-from milora_data.records.compact import CompactRecords
-from milora_data.records.record import IMAGE, Record
+from milora_data.records.record import IMAGE, CompactRecords, Record
 from milora_data.stream.dataset import RecordStream, record_stream
 from milora_data.stream.sources import Source, load_records, mixed_records
 from milora_vl.common.cli.command_line import amount, command_line
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context, with_problems
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base
 from milora_vl.models.collator import collator_for
 from milora_vl.models.loading import split_processor
@@ -150,10 +147,11 @@ def _inspect_stream(config: DataConfig, path: str | list[SourceConfig]) -> RunDa
         records = list(_usable(records, report))
     if not records:
         raise errors[0] if errors else UserError(problems=[_none_left(source_text(config), report)])
-    check_for_training(records, config.image_folder, config.bad_images)
-    seen = _Seen()
-    found = RunData(CompactRecords(seen.passing(records)), None, broken=tuple(report.findings), streamed=True)
-    return seen.described(found, config.image_folder)
+    check = TrainingCheck()
+    kept = CompactRecords(check.passing(records))
+    check.finish(config.image_folder, config.bad_images)
+    found = RunData(kept, None, broken=tuple(report.findings), streamed=True)
+    return _described(found, check, config)
 
 
 def _sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
@@ -169,9 +167,9 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     stream = reader(sources) if isinstance(sources, str) else mixed_records(sources, read=reader)
     if config.bad_images != "raise":
         stream = _usable(stream, report)
-    seen = _Seen()
+    check = TrainingCheck()
     try:
-        records = CompactRecords(seen.passing(islice(stream, config.limit)))
+        records = CompactRecords(check.passing(islice(stream, config.limit)))
     except DataError as error:
         if error.first.hint or not Path(name).is_file():
             raise
@@ -179,71 +177,39 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         raise with_context(error, hint=hint) from None
     if not records:
         raise UserError(problems=[_none_left(name, report)])
-    counts = check_for_training(records, config.image_folder, config.bad_images)
-    missing: set[str] = set()
-    if config.bad_images == "skip" and counts["missing_pictures"]:
-        names = {name for record in records for name in record.files}
-        missing.update(find_missing(names, Path(config.image_folder or "")))
+    missing = check.finish(config.image_folder, config.bad_images)
+    missing = missing if config.bad_images == "skip" else set()
     kept, skipped = records, 0
-    if missing or counts["unlearnable"]:
+    if missing or check.unlearnable:
         complete = [place for place, record in enumerate(records) if missing.isdisjoint(record.files)]
         skipped = len(records) - len(complete)
-        kept = records.only(place for place in complete if _is_learnable(records[place]))
-        seen = _Seen()
+        unlearnable = set(check.unlearnable)
+        kept = records.only(place for place in complete if place not in unlearnable)
+        check = TrainingCheck()
         for record in kept:
-            seen.add(record)
+            check.add(record)
     if not kept:
         raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
     found = RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
-    return seen.described(found, config.image_folder)
+    return _described(found, check, config)
 
 
-def _is_learnable(record: Record) -> bool:
-    return all(finding.kind != "no_answer" for finding in examine(record))
-
-
-class _Seen:
-    """What a run has to know about all of its records, collected while they pass: there may be millions."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-        self.with_images = bytearray()
-        self.num_with_videos = 0
-
-    def passing(self, records: Iterable[Record]) -> Iterator[Record]:
-        for record in records:
-            self.add(record)
-            yield record
-
-    def add(self, record: Record) -> None:
-        self.with_images.append(bool(record.images))
-        self.num_with_videos += bool(record.videos)
-        parts = [*record.files, ""]  # not the place of the record: a moved file is the same data
-        parts += [f"{video.fps} {video.num_frames}" for video in record.videos if video.file is not None]
-        for turn in record.turns:
-            parts += (turn.role, turn.text)
-        self._digest.update("\0".join([*parts, ""]).encode("utf-8", "surrogatepass"))
-
-    def described(self, data: RunData, folder: str | None) -> RunData:
-        """Return the data with what was seen of its records: hashes of texts and of pictures, and counts."""
-        return replace(
-            data,
-            fingerprint=self._digest.hexdigest(),
-            pictures=self._pictures(data.train, Path(folder or "")),
-            with_images=bytes(self.with_images),
-            num_with_videos=self.num_with_videos,
-        )
-
-    def _pictures(self, records: Sequence[Record], folder: Path) -> str:
-        """Return a hash of the contents of up to HASHED pictures, evenly spread over the records; "" without any."""
-        places = [number for number, has_image in enumerate(self.with_images) if has_image]
-        digest = hashlib.blake2b(digest_size=16)
-        for number in places[:: -(-len(places) // HASHED) or 1]:
-            try:
-                digest.update(content_of(place_of(folder, records[number].images[0])))
-            except OSError:  # `bad_images` decides about it
-                digest.update(b"unreadable")
-        return digest.hexdigest() if places else ""
+def _described(data: RunData, check: TrainingCheck, config: DataConfig) -> RunData:
+    """Return the data with hashes of its texts and of up to HASHED pictures, evenly spread over it, and counts."""
+    places = [number for number, has_image in enumerate(check.with_images) if has_image]
+    digest = hashlib.blake2b(digest_size=16)
+    for number in places[:: -(-len(places) // HASHED) or 1]:
+        try:
+            digest.update(content_of(place_of(Path(config.image_folder or ""), data.train[number].images[0])))
+        except OSError:  # `bad_images` decides about it
+            digest.update(b"unreadable")
+    return replace(
+        data,
+        fingerprint=check.fingerprint(),
+        pictures=digest.hexdigest() if places else "",
+        with_images=bytes(check.with_images),
+        num_with_videos=check.num_with_videos,
+    )
 
 
 def _none_left(path: str, report: Report, **others: int) -> Problem:
@@ -259,7 +225,7 @@ def _none_left(path: str, report: Report, **others: int) -> Problem:
 def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
     """Yield the records that can be encoded; add the problem of every other record to `report`."""
     for record in records:
-        errors = [finding for finding in examine(record) if finding.severity == "error"]
+        errors = errors_of(record)
         if all(finding.kind == "no_answer" for finding in errors):
             yield record
         else:

@@ -22,7 +22,7 @@ from milora_vl.common.errors import UserError, first_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import WEIGHTS
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.core.weights.torch_files import unreadable
+from milora_vl.core.weights.tensor_files import unreadable
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
 from milora_vl.report.repeat import of_earlier

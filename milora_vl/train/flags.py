@@ -17,8 +17,8 @@ from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli import flags as cli_flags
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.yaml_text import parse_yaml
-from milora_vl.core.policy.default import DEFAULT_RULES, RuleDict
-from milora_vl.core.policy.methods import METHODS as RULE_METHODS
+from milora_vl.core.policy.rules import DEFAULT_RULES, RuleDict
+from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.train import arguments, llava_flags
 from milora_vl.train.recipe import flags_of
 

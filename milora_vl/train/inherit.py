@@ -27,7 +27,7 @@ from milora_data.records.record import Record
 from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.core.adapter.checkpoints import read_environment
-from milora_vl.core.adapter.choose_a import Protection
+from milora_vl.core.adapter.fixed_a import Protection
 from milora_vl.core.adapter.folders import (
     base_of,
     from_there,
@@ -35,13 +35,13 @@ from milora_vl.core.adapter.folders import (
     holds_llava_adapter,
     holds_projector_alone,
     holds_residual,
+    module_path,
     require_adapter,
 )
-from milora_vl.core.adapter.names import module_path
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy, Rule, Target
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.data import RunData, read_records, source_text
 from milora_vl.train.flags import PolicyEdits, edited

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.compat.torch import after_operations, without_data
-from milora_vl.core.adapter.config import make_lora
+from milora_vl.core.adapter.anchored import fixed_names, install_factors
 from milora_vl.core.adapter.fixed_a import fix_A
-from milora_vl.core.adapter.install import fixed_names, install_factors, lora_layer, set_dropout
+from milora_vl.core.adapter.lora import lora_layer, make_lora, set_dropout
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.calibration.activations import PASS_BYTES
 from milora_vl.core.calibration.texts import COUNT, HELD_OUT_TEXTS, LENGTH

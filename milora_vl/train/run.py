@@ -25,7 +25,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.weights.distributed import gather
 from milora_vl.models import loading
 from milora_vl.train import arguments, calibration, data, finish, inherit, model, resume

@@ -17,11 +17,11 @@ from torch import nn
 from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_vl.common.cli.table import drawn
-from milora_vl.core.adapter.choose_a import Protection
-from milora_vl.core.init.initialize import LayerReport
+from milora_vl.core.adapter.fixed_a import Protection
+from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.policy import Target
-from milora_vl.core.policy.methods import what_trains
-from milora_vl.core.policy.selectors import Selector
+from milora_vl.core.policy.resolve import Selector
+from milora_vl.core.policy.rules import what_trains
 from milora_vl.core.policy.towers import TOWERS, find_towers
 
 Rows = Sequence[tuple[str, str]]

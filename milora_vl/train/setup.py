@@ -20,7 +20,7 @@ import torch
 from transformers import AttentionInterface, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from milora_data.batches.processor_pack import require_packable
+from milora_data.batches.pack import require_packable
 from milora_data.encode.templates import OWN, no_videos
 from milora_vl.common.cli.command_line import amount, beside, did_you_mean, require_folder, suggest
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected, first_line
@@ -28,8 +28,8 @@ from milora_vl.common.evaluator import QuestionSet, evaluator
 from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.policy import Policy, PolicyError, Target
-from milora_vl.core.policy.default import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
+from milora_vl.core.policy.rules import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models import loading
