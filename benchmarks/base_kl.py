@@ -29,8 +29,8 @@ from milora_vl.train import calibration_batches, collators
 from milora_vl.train import model as models
 from milora_vl.train.base_kl import add_base_kl
 from milora_vl.train.data import read_records
-from milora_vl.train.screen import Screen
 from milora_vl.train.recipe import BaseKLConfig, Recipe
+from milora_vl.train.screen import Screen
 
 Batch = Mapping[str, Tensor]
 

@@ -42,8 +42,8 @@ from milora_vl.models.loading import split_processor
 from milora_vl.train import calibration_batches, collators
 from milora_vl.train import model as models
 from milora_vl.train.data import read_records
-from milora_vl.train.screen import Screen
 from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import Screen
 
 NAMES = ("tiny", "smollm2", "smol-llava")
 

@@ -45,13 +45,13 @@ def train(settings: Settings) -> int:
     """Run a training from its settings to its report. Returns the exit code."""
     start, screen = time.monotonic(), Screen()
     run = make_run(settings, is_started=True)
-    data.require_named(run.recipe.data)
-    show_notes(run, screen)
     if run.earlier is not None and not run.earlier.gets_steps:  # a requeued job has nothing left to do
         screen.say(f"{run.folder.path} is finished; nothing to resume")
         return 0
     require_evaluation(run.recipe)
     require_usable(run.recipe, run.base)
+    data.require_named(run.recipe.data)
+    show_notes(run, screen)
     with created(run.folder.path) if run.args.should_save else nullcontext():
         records = read_records(run, screen)
         run, earlier = read_earlier_tasks(run, screen)

@@ -56,11 +56,11 @@ def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Pa
     assert main(["check", str(out / "data.json"), "--image_folder", str(out / "images")]) == 0
 
 
-@pytest.mark.parametrize("kind", ["llava", "jsonl", "messages", "table", "hub"])
+@pytest.mark.parametrize("kind", ["llava", "messages", "table", "hub"])
 def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data.json", tmp_path / "out"
     row = {"image": url("red"), "question": "What colour?", "answer": "Red."}
-    forms = {"llava": in_llavas(url("red")), "jsonl": asked(url("red")), "messages": asked(url("red"))}
+    forms = {"llava": in_llavas(url("red")), "messages": asked(url("red"))}
     dump(data, [forms.get(kind, row)])
     if kind == "hub":
         import datasets
@@ -72,7 +72,7 @@ def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path)
     assert convert(data, out, kind) == 0
     (record,) = load_records(out / "data.json")
     assert load_image(out / "images" / record.images[0]).size == (48, 32)
-    assert record.turns[0].text.startswith("<image>\n") or kind in ("jsonl", "messages")
+    assert record.turns[0].text.startswith("<image>\n") or kind == "messages"
 
 
 BROKEN = {

@@ -61,7 +61,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (evaluate, "ls --data train.json", "path-not-a-folder", "--data", "name a folder"),
         (evaluate, "view nope", "path-missing", "nope", "check the path"),
         (data, "check train.json --image_folder igm", "path-missing", "--image_folder", "did you mean img?"),
-        (data, "convert train.json --from gqa --output_dir out", "convert-wrong-format", "train.json", "--from llava"),
         (forgetting, "--model bad --base tiny --on text --text nope.txt", "data-missing-file", "--text", "check"),
     ],
 )  # fmt: skip
@@ -118,4 +117,4 @@ def test_a_cell_that_cannot_run_keeps_the_codes_of_its_problems(folder: Path) ->
         "sweep-cell-cannot-run",
         "image-aspect-ratio",
     ]
-    assert error.value.problems[1].where.startswith("milora-")
+    assert "in milora-" in error.value.problems[1].where
