@@ -132,7 +132,8 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     metric = row.get("metric", "exact")
     if metric not in METRICS:
         message = f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}'
-        raise DataError(message, where=place, hint=did_you_mean(suggest(str(metric), METRICS)[:1]))
+        hint = did_you_mean(suggest(str(metric), METRICS)[:1])
+        raise DataError(message, code="own-data-unknown-metric", where=place, hint=hint)
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
     record = parse_record(row if is_record else _as_record(row, place), source=place, embedded="keep")
     if uses_tools(record) or row.get("tools"):
