@@ -81,7 +81,6 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
         rank=args.process_index,
         world_size=args.world_size,
         num_workers=args.dataloader_num_workers,
-        web_pictures=recipe.data.web_pictures,
     )
 
 

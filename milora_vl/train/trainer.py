@@ -28,8 +28,8 @@ from transformers import (
 )
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
+from milora_data.batches.lengths import LengthGroupedSampler
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.batches.sampler import LengthGroupedSampler
 from milora_data.encode.tokens import IGNORE
 from milora_data.stream.dataset import RecordStream
 from milora_vl.common.compat.accelerate import enable_fsdp_on_cpus

@@ -115,7 +115,7 @@ RULES = (
 # Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
 FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),
-    ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data stats mixture.yaml"),
+    ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data check mixture.yaml"),
     ("docs/evaluation.md", '[{"image": "a.png", "question": "How many?", "answer": "3", "metric": "relaxed"}]'): (
         "rows.json",
         "",

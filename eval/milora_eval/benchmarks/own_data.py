@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_data.pictures.embedded import is_embedded, refusal
-from milora_data.pictures.files import place_of
-from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video, uses_tools
+from milora_data.pictures.files import is_embedded, place_of, refusal
+from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video
 from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
 from milora_eval.benchmarks.pope import pope_answer
 from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
@@ -135,8 +134,6 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
         raise DataError(message, code="own-data-unknown-metric", where=place, hint=hint)
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
     record = parse_record(row if is_record else _as_record(row, place), source=place, embedded="keep")
-    if uses_tools(record) or row.get("tools"):
-        raise DataError("questions with tools are not supported", where=place, hint="remove the question")
     turns, answers = record.turns, row.get("answers", row.get("answer"))
     answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
     if turns and turns[-1].role == "assistant":
@@ -179,7 +176,7 @@ def _as_record(row: dict[str, Any], place: str) -> dict[str, Any]:
     if not all(isinstance(name, str) for name in images):
         message = f'"image" must be a file name or a list of file names, got {str(value)[:80]}'
         raise DataError(message, where=place)
-    shown = {key: row[key] for key in ("video", "videos") if row.get(key)}
+    shown = {key: row[key] for key in ("video", "videos", "tools") if row.get(key)}
     videos = parse_record({"conversations": [], **shown}, source=place, embedded="keep").videos
     text = row["question"]
     for mark, number in ((VIDEO, len(videos)), (IMAGE, len(images))):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.batches.processor_pack import require_packable
+from milora_data.batches.pack import require_packable
 from milora_data.encode.templates import OWN, TEMPLATES, no_videos
 from milora_data.encode.tokens import own_template
 from milora_vl.common.cli.command_line import amount, beside

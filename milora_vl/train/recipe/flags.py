@@ -78,12 +78,6 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "packing": ("data.packing", "bool", (), "pack several records into one row to reduce padding"),
     "streaming": ("data.streaming", "bool", (), "read records while training; needs --max_steps"),
     "shuffle_buffer": ("data.shuffle_buffer", "int", (), "number of streamed records in the shuffle buffer"),
-    "web_pictures": (
-        "data.web_pictures",
-        "str",
-        (),
-        "pictures named by web addresses: refuse (default), or download, each once into the cache",
-    ),
     "bad_images": ("data.bad_images", "str", (), "what to do about missing or broken images: raise, skip or replace"),
     "template": (
         "template",
