@@ -15,7 +15,7 @@ from torch import Tensor
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import IMAGE, Record, Turn
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.core.calibration.bases import Calibration, sources_of
 from milora_vl.forgetting import answer_batches, drawn_questions
 from milora_vl.interop.adapters.load_model import load_model
