@@ -23,7 +23,7 @@ from milora_vl.models.devices import fastest_dtype
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_tokens
 from milora_vl.models.loading import split_processor
-from milora_vl.train.calibration_batches import CAPTION_TOKENS, QUESTION, ROWS, with_pictures
+from milora_vl.train.calibration import CAPTION_TOKENS, QUESTION, ROWS, with_pictures
 from studies.tasks import EASY_VQA, EMOJI
 from studies.tasks.answers import AnswerTask
 

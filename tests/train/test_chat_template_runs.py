@@ -24,7 +24,7 @@ from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.models import loading
 from milora_vl.models.generate import Prompt, generate, prompt_ids
 from milora_vl.models.image_tokens import image_token_id, image_tokens
-from milora_vl.train import collators
+from milora_vl.train import data as run_data
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
 from support.plans import fitted
@@ -80,10 +80,12 @@ def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     recipe, base, tokenizer = found.recipe, found.base, found.base.processor
     record = next(iter(load_records(text_data)))
     expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)
-    batch = collators.collator(recipe, base, tokenizer)([record])
+    batch = run_data.collator(recipe, base, tokenizer)([record])
     assert batch["input_ids"][0].tolist() == expected.input_ids
     assert batch["labels"][0].tolist() == expected.labels
-    assert collators.lengths(recipe, base, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
+    assert run_data.lengths(recipe, run_data.collator(recipe, base, tokenizer), [record]) == (
+        [len(expected.input_ids)] if flags else None
+    )
 
 
 @pytest.mark.parametrize(

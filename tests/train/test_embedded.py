@@ -115,7 +115,7 @@ def test_training_reads_them_as_they_are(how: list[str], tmp_path: Path) -> None
     data, out = tmp_path / "my chat.jsonl", tmp_path / "out"
     dump_lines(data, [asked(url("red")), in_llavas(url("blue", "JPEG"))] * 2)
     assert convert(data, out, "llava") == 0
-    words = ["--rank", "4", "--protect", "0", "--max_steps", "1", "--learning_rate", "1e-2", *how, "--data_path"]
+    words = ["--method", "lora", "--rank", "4", "--max_steps", "1", "--learning_rate", "1e-2", *how, "--data_path"]
     inside = [*words, str(data), "--image_folder", str(tmp_path)]
     files = [*words, str(out / "data.json"), "--image_folder", str(out / "images")]
     assert train(training(tmp_path, tmp_path / "a", *inside)) == 0
@@ -127,8 +127,19 @@ def test_training_reads_them_as_they_are(how: list[str], tmp_path: Path) -> None
 def test_training_names_file_and_record_of_a_broken_one(fault: str, tmp_path: Path) -> None:
     data = tmp_path / "chat.jsonl"
     dump_lines(data, [asked(url("red")), asked(BROKEN[fault])])
-    words = ["--rank", "4", "--max_steps", "1", "--per_device_train_batch_size", "2", "--data_path", str(data)]
-    words += ["--image_folder", str(tmp_path), "--protect", "0"]
+    words = [
+        "--method",
+        "lora",
+        "--rank",
+        "4",
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+        "--data_path",
+        str(data),
+    ]
+    words += ["--image_folder", str(tmp_path)]
     with pytest.raises(UserError) as caught:
         train(training(tmp_path, tmp_path / "run", *words))
     assert f"{data}:2" in str(caught.value)

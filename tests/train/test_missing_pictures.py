@@ -50,6 +50,20 @@ def test_skip_leaves_their_records_out_and_counts_them(with_empty: Path, tmp_pat
 
 def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: Any) -> None:
     assert (
-        main(training(with_empty, tmp_path / "run", "--rank", "4", "--max_steps", "3", "--bad_images", "replace")) == 0
+        main(
+            training(
+                with_empty,
+                tmp_path / "run",
+                "--method",
+                "lora",
+                "--rank",
+                "4",
+                "--max_steps",
+                "3",
+                "--bad_images",
+                "replace",
+            )
+        )
+        == 0
     )
     assert "3 times while training: a missing or broken picture was replaced" in capfd.readouterr().err

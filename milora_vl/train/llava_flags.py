@@ -13,28 +13,28 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 
 # name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in flags.py.
-FLAGS: dict[str, tuple[str, str]] = {
+FLAGS: dict[str, tuple[type, str]] = {
     "lora_enable": (
-        "bool",
+        bool,
         "an adapter on the language tower (milora, or --method), the projector in full",
     ),
-    "lora_bias": ("str", "only none is supported: biases stay frozen"),
-    "tune_mm_mlp_adapter": ("bool", "train the projector alone (stage 1, pretrain.sh)"),
-    "freeze_mm_mlp_adapter": ("bool", "keep the projector frozen"),
-    "freeze_backbone": ("bool", "keep the language model frozen"),
-    "bits": ("int", "16, or 8 or 4 to quantise the base"),
-    "vision_tower": ("str", "vision tower to add to a text-only model: a folder, a hub id or timm/NAME"),
-    "mm_projector_type": ("str", "only mlp2x_gelu is supported, as in LLaVA-1.5"),
-    "mm_vision_select_layer": ("int", "layer of the tower that supplies the features [-2]"),
-    "mm_vision_select_feature": ("str", "patch, or cls_patch to keep the class token"),
-    "mm_patch_merge_type": ("str", "only flat is supported, as in LLaVA-1.5"),
-    "mm_use_im_start_end": ("bool", "only False is supported, as in LLaVA-1.5"),
-    "mm_use_im_patch_token": ("bool", "only False is supported, as in LLaVA-1.5"),
-    "is_multimodal": ("bool", "no effect: records with and without images can always be mixed"),
-    "lazy_preprocess": ("bool", "no effect: records are always encoded during training"),
-    "group_by_modality_length": ("bool", "build batches of one modality and similar length"),
-    "mpt_attn_impl": ("str", "no effect: MPT models are not supported"),
-    "cache_dir": ("str", "no effect; set HF_HOME"),
+    "lora_bias": (str, "only none is supported: biases stay frozen"),
+    "tune_mm_mlp_adapter": (bool, "train the projector alone (stage 1, pretrain.sh)"),
+    "freeze_mm_mlp_adapter": (bool, "keep the projector frozen"),
+    "freeze_backbone": (bool, "keep the language model frozen"),
+    "bits": (int, "16, or 8 or 4 to quantise the base"),
+    "vision_tower": (str, "vision tower to add to a text-only model: a folder, a hub id or timm/NAME"),
+    "mm_projector_type": (str, "only mlp2x_gelu is supported, as in LLaVA-1.5"),
+    "mm_vision_select_layer": (int, "layer of the tower that supplies the features [-2]"),
+    "mm_vision_select_feature": (str, "patch, or cls_patch to keep the class token"),
+    "mm_patch_merge_type": (str, "only flat is supported, as in LLaVA-1.5"),
+    "mm_use_im_start_end": (bool, "only False is supported, as in LLaVA-1.5"),
+    "mm_use_im_patch_token": (bool, "only False is supported, as in LLaVA-1.5"),
+    "is_multimodal": (bool, "no effect: records with and without images can always be mixed"),
+    "lazy_preprocess": (bool, "no effect: records are always encoded during training"),
+    "group_by_modality_length": (bool, "build batches of one modality and similar length"),
+    "mpt_attn_impl": (str, "no effect: MPT models are not supported"),
+    "cache_dir": (str, "no effect; set HF_HOME"),
 }
 # Values of LLaVA-1.5's scripts that are accepted.
 ACCEPTED: dict[str, tuple[Any, ...]] = {

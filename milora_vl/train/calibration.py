@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -29,11 +28,10 @@ from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.errors import DataError, Key, UserError, first_line
-from milora_vl.common.progress import one_bar, progress_bar
-from milora_vl.core.calibration import CAPTIONS, PARTS, TEXTS
+from milora_vl.common.progress import progress_bar
+from milora_vl.core.calibration import CAPTIONS, TEXTS
 from milora_vl.core.calibration.bases import Batches
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
-from milora_vl.core.policy import Target
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
 from milora_vl.core.weights.matrices import gathered_in_forward
 from milora_vl.core.weights.tensor_files import weights_digest
@@ -41,23 +39,22 @@ from milora_vl.forgetting.text import ends_of, general_text, padded_batches, tex
 from milora_vl.models import loading
 from milora_vl.models.base import Base
 from milora_vl.models.generate import Prompt, generate
-from milora_vl.train import collators
-from milora_vl.train.dry_run.estimate import (
-    BANDWIDTH,
-    CPU_BANDWIDTH,
-    SMOKE_NOTE,
+from milora_vl.train.data import collator
+from milora_vl.train.inherit import EarlierRecords
+from milora_vl.train.memory import (
+    A100,
+    CPU,
+    NUM_RECORDS,
     SMOKE_STEPS,
-    distinct_inputs,
+    duration_text,
     measured_flops,
     part_of,
-    planned_pace,
-    start_lines,
+    start_notes,
     start_seconds,
 )
-from milora_vl.train.plan.earlier_tasks import NUM_RECORDS, EarlierRecords
-from milora_vl.train.plan.plan import Plan
-from milora_vl.train.plan.screen import Screen
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import Screen
+from milora_vl.train.setup import Run
 
 CAPTION_TOKENS = 32
 PROMPT_TOKENS = 128  # of system text, question and caption
@@ -80,12 +77,10 @@ class _Sources:
 
     @property
     def tokenizer(self) -> Any:
-        """Return the tokenizer of the model."""
         return loading.split_processor(self.processor)[0]
 
     @cached_property
     def weights(self) -> str:
-        """Return the hash of the weights."""
         return weights_digest(self.model)
 
 
@@ -134,7 +129,7 @@ def make_texts(
     rows = _text_rows(sources)
     if settings.num_samples:
         rows += _written_rows(sources, part_of(settings.num_samples + HELD_OUT_TEXTS, steps))
-    collate = collators.collator(_with_data(recipe, max_length=MOST_TOKENS), base, processor)  # no caption is cut
+    collate = collator(_with_data(recipe, max_length=MOST_TOKENS), base, processor)  # no caption is cut
     found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     if settings.num_pictures and base.reads_pictures:
         pictured = with_pictures(records, part_of(settings.num_pictures, steps))
@@ -150,10 +145,10 @@ def make_texts(
             raise _empty(f"{settings.data} has no records to calibrate with", Key.of("calibration.data"))
         for record in own:
             _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
-        found.append((collators.collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
+        found.append((collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
     of_tasks: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
     for of_task, of_run, order in earlier.found if earlier else ():
-        collate = collators.collator(of_task, base, processor)
+        collate = collator(of_task, base, processor)
         drawn = (of_run[place] for place in order)
         usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
         of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
@@ -162,41 +157,16 @@ def make_texts(
     return Texts(rows, found, of_tasks, sources.tokenizer)
 
 
-@contextmanager
-def shown_start(
-    of_run: Plan,
-    model: Any,
-    targets: Sequence[Target],
-    steps: int,
-    screen: Screen,
-) -> Iterator[None]:
-    """Print the plan of the slow parts inside before the first one begins, and show them as one bar.
-
-    `targets` are those whose A a calibration chooses. What an earlier start has cached is not planned.
-    """
-    base, settings = of_run.base, of_run.recipe.calibration
-    samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
-    if steps < SMOKE_STEPS and (of_run.base_kl.weight or any(target.protect for target in targets)):
-        screen.say(SMOKE_NOTE)
-
-    def plan(parts: Sequence[str]) -> dict[str, float]:
-        bandwidth = CPU_BANDWIDTH if model.device.type == "cpu" else BANDWIDTH
-        seconds = start_seconds(
-            planned_pace(base.meta, measured_flops(device=model.device), bandwidth),
-            distinct_inputs(targets),
-            texts=part_of(samples, steps),
-            captions=part_of(settings.num_pictures, steps) if base.reads_pictures else 0,
-            picture_tokens=base.tokens_of_a_picture or 0,
-            decomposed=[target for target in targets if target.is_decomposed],
-            earlier_tokens=part_of(NUM_RECORDS, steps) * len(of_run.tasks) * LENGTH,
-        )
-        seconds = {name: value for name, value in seconds.items() if name in parts}
-        for line in start_lines(seconds, "this machine"):
-            screen.say(line)
-        return seconds
-
-    with one_bar(PARTS, plan, is_shown=rank_and_world_size()[0] == 0):
-        yield
+def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
+    """Say about how long the start takes, before its first slow part, if no earlier start has cached anything."""
+    on_cpu = model.device.type == "cpu"
+    flops = measured_flops() if on_cpu else None
+    start = start_seconds(run, steps, flops, run.base.tokens_of_a_picture or LENGTH)
+    if start:
+        where = CPU if on_cpu else A100
+        screen.say(f"start  about {duration_text(start)} before the first step, on {where}, if nothing is cached")
+    for line in start_notes(run, steps, start):
+        screen.say(line)
 
 
 def _empty(message: str, where: Key) -> UserError:
@@ -213,7 +183,6 @@ def _with_data(recipe: Recipe, **values: Any) -> Recipe:
 
 
 def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
-    """Return blocks of the text files: (file, ids)."""
     texts = {}
     for name in sources.recipe.calibration.text or ():
         try:
@@ -391,7 +360,6 @@ def _cached(sources: _Sources, what: str, settings: str, write: Callable[[], lis
 
 
 def cache_folder(recipe: Recipe) -> Path:
-    """Return the folder that caches what the calibration writes and chooses."""
     return Path(recipe.factor_cache or cache_dir() / "calibration")
 
 
