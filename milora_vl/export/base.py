@@ -19,10 +19,10 @@ from torch import nn
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.models import loading
-from milora_vl.models.timm_tower_config import TimmTowerConfig
+from milora_vl.models.timm_tower import TimmTowerConfig
 
 # The code of a model with a timm tower, and the class that transformers loads from it with trust_remote_code=True.
-CODE_FILES = ("timm_llava.py", "timm_tower.py", "timm_tower_config.py")
+CODE_FILES = ("timm_llava.py", "timm_tower.py")
 PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 AUTO_MAP = {"AutoConfig": "timm_llava.TimmLlavaConfig"}
 

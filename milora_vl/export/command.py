@@ -193,6 +193,8 @@ def _print_serving(done: Exported) -> None:
     folder, rank = done.folder, max((rank for rank, _ in done.layers.values()), default=0)
     if done.loads_with == "transformers" and done.form == "merged":
         sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
+    elif done.loads_with == "trust_remote_code" and done.form == "merged":
+        sys.stderr.write(f"serve: transformers serve {folder} --trust-remote-code\n")
     elif done.loads_with == "transformers" and done.form.startswith("rank"):
         limit = next((size for size in VLLM_RANKS if size >= rank), VLLM_RANKS[-1])
         lora = f"--enable-lora --max-lora-rank {limit} --lora-modules tuned={folder}"
@@ -222,13 +224,13 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-
 _TO_LOAD = {
     "transformers": "the model loads in plain transformers\n",
     "milora_vl": (
-        "note: transformers and servers do not support its vision tower, a network from timm\n"
-        "      in transformers:       import milora_vl     before from_pretrained\n"
-        "      without this package:  export with --remote_code, load with trust_remote_code=True\n"
+        "note: its vision tower is a network from timm, which transformers and servers do not know\n"
+        "      in Python:                  milora_vl.load_model\n"
+        "      in transformers, its server:  export with --remote_code\n"
     ),
     "trust_remote_code": (
-        "note: servers do not support its vision tower, a network from timm\n"
-        "      in transformers:  trust_remote_code=True, with timm installed; or import milora_vl\n"
+        "note: its vision tower is a network from timm: servers other than transformers' do not load it\n"
+        "      in transformers:  trust_remote_code=True, with timm installed\n"
     ),
 }
 _ORIGINS = {

@@ -21,12 +21,14 @@ from milora_vl.core.adapter.folders import newest_of_unfinished
 from milora_vl.models import smol_llava, tiny
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
 from milora_vl.models.quiet import quiet_bars
+from milora_vl.models.timm_tower import register
 
 
 def config_of(name: str) -> Any:
     """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
     from transformers import AutoConfig
 
+    register()
     if name in MADE_IN_MEMORY:
         return copy.deepcopy(_tiny_config(name))
     if name in PART_OF:
@@ -99,34 +101,56 @@ def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
 
     Raises UserError, which names the model as the user did (`name`), if it fails.
     """
+    from huggingface_hub.errors import RepositoryNotFoundError
     from safetensors import SafetensorError
 
+    register()
     local = Path(source).is_dir()
     try:
         return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
     except ImportError as error:
-        raise _missing_package(source, error) or _unreadable(source, error) from None
-    except (
-        SafetensorError,
-        ValueError,
-        TypeError,
-    ) as error:  # truncated, unknown type, no tokenizer
-        raise _unreadable(source, error) from None
+        raise _without_sentencepiece(source) or _missing_package(source, error) or _unreadable(source, error) from None
+    except (SafetensorError, ValueError, TypeError) as error:  # truncated, unknown type, no tokenizer
+        raise _without_sentencepiece(source) or _unreadable(source, error) from None
     except OSError as error:
         if local:
             raise _unreadable(source, error) from None
+        unknown = any(isinstance(cause, RepositoryNotFoundError) for cause in (error, error.__cause__))
+        plan = f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
         raise UserError(
-            f"{name} is not on this machine, and the model hub does not answer",
+            f"the model hub has no {source}, or you may not read it"
+            if unknown
+            else f"{name} is not on this machine, and the model hub does not answer",
             code="model-not-available",
-            hint=f"searched:    {source}, in the local cache and on the hub\n"
+            hint="check the name; a private or gated model needs a token: HF_TOKEN"
+            if unknown
+            else f"searched:    {source}, in the local cache and on the hub\n"
             f"error:       {first_line(error)}\n"
             f"try:         hf download {source}      (on a machine with a network), or name a folder that holds it"
-            + (
-                ""
-                if _packaged_config(name) is None
-                else f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
-            ),
+            + ("" if _packaged_config(name) is None else plan),
         ) from None
+
+
+def _without_sentencepiece(source: str) -> UserError | None:
+    """Return the error of a tokenizer.model alone without the packages that read it; None for another cause."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    def has(name: str) -> bool:
+        if Path(source).is_dir():
+            return (Path(source) / name).is_file()
+        return isinstance(try_to_load_from_cache(source, name), str)
+
+    if is_sentencepiece_available() and is_protobuf_available():
+        return None
+    if not has("tokenizer.model") or has("tokenizer.json"):
+        return None
+    return UserError(
+        "its tokenizer.model needs the packages sentencepiece and protobuf",
+        code="package-missing",
+        where=source,
+        hint="pip install sentencepiece protobuf",
+    )
 
 
 def _missing_package(source: str, error: ImportError) -> UserError | None:

@@ -23,7 +23,7 @@ from milora_vl.core.policy.towers import Towers
 from milora_vl.core.weights.torch_files import read_weights
 from milora_vl.interop.adapters.plain import LowRank, PlainAdapter, read_plain, write_plain
 from milora_vl.models.parts import TOWER_NAME
-from milora_vl.models.timm_tower_config import TimmTowerConfig
+from milora_vl.models.timm_tower import TimmTowerConfig
 
 # Keys of LoraConfig in the PEFT of LLaVA's pins (transformers 4.37.2, accelerate 0.21), which rejects other keys.
 KNOWN_KEYS = frozenset(
