@@ -109,7 +109,10 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
 ALTERNATIVES = ("docs/scaling.md",)
 
 DEMO = "model: tiny\ndata: {path: train.json, image_folder: images, eval_path: val.json}\n"
-RULES = "policy: [{modules: language, method: milora, rank: 4, learning_rate: 1.0e-3}]\ntrain: {max_steps: 100}\n"
+RULES = (
+    "policy: [{modules: language, method: milora, protect: 0, rank: 4, learning_rate: 1.0e-3}]\n"
+    "train: {max_steps: 100}\n"
+)
 # Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
 FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),

@@ -25,7 +25,7 @@ from support.train_runs import losses, read_json, training
 
 FULL = {"modules": "projector", "method": "full"}
 RULES: dict[str, list[dict[str, Any]]] = {
-    "anchored": [{"modules": "language", "method": "milora", "rank": 3}, FULL],
+    "anchored": [{"modules": "language", "method": "milora", "protect": 0, "rank": 3}, FULL],
     "fixed": [{"modules": "language", "method": "milora", "rank": 3, "protect": 0.5}, FULL],
     "lora": [
         {"modules": "language", "method": "lora", "rank": 3},

@@ -15,7 +15,7 @@ from milora_vl.train.plan import rates
 from milora_vl.train.plan.screen import policy_rows, trainable_line, trained_sizes
 
 RULES = [
-    {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4},
+    {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "learning_rate": 2e-4},
     {"modules": "language.layers[0].attention", "rank": 8},
     {"modules": "projector", "method": "full"},
 ]

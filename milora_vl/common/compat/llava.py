@@ -145,7 +145,8 @@ def _without_deepspeed(shims: ExitStack) -> None:
     LLaVA's train.py may be `__main__`, whose functions nothing can replace, so the modules exist that it imports.
     """
     if find_spec("deepspeed") is None:
-        package, parameters = (ModuleType(name) for name in ("deepspeed", "deepspeed.runtime.zero.partition_parameters"))
+        package = ModuleType("deepspeed")
+        parameters = ModuleType("deepspeed.runtime.zero.partition_parameters")
         package.__spec__ = ModuleSpec(package.__name__, None)  # find_spec fails on a module without one
         package.zero = parameters.ZeroParamStatus = None  # type: ignore[attr-defined]
         for module in (package, parameters):

@@ -12,7 +12,7 @@ from milora_data.encode.tokens import own_template
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
-from milora_vl.core.policy.default import without_projector
+from milora_vl.core.policy.default import UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
@@ -28,12 +28,13 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
 
     Raises RecipeError with all problems of both.
     """
-    problems, recipe, targets = list(settings.problems), settings.recipe, list[Target]()
+    problems, recipe, targets, notes = list(settings.problems), settings.recipe, list[Target](), list[str]()
     base = _base_of(settings, problems)
     if base is not None and recipe.policy is not None:
         with collected(problems):
-            if not settings.is_set("policy") and find_towers(base.meta).projector is None:
-                recipe = recipe.model_copy(update={"policy": without_projector(recipe.policy)})
+            if not settings.is_set("policy"):
+                rules, notes = _default_rules(settings, base)
+                recipe = recipe.model_copy(update={"policy": rules})
             targets = _targets(settings, Policy.parse(recipe.policy or []), base)
     if base is not None and not settings.problems:
         if base.own_pictures and not settings.is_set("template"):
@@ -44,7 +45,24 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
                 check(recipe, base, targets)
     if base is None or problems:
         raise RecipeError(problems=problems, source=settings.source)
-    return recipe, base, targets, [*settings.warnings, *_warnings(recipe, base, targets)]
+    return recipe, base, targets, [*settings.warnings, *notes, *_warnings(recipe, base, targets)]
+
+
+def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list[str]]:
+    """Return the default rules on a base, after the flags, and a note about a projector that starts at random."""
+    recipe = settings.recipe
+    rules = list(recipe.policy or [])
+    if find_towers(base.meta).projector is None:
+        return without_projector(rules), []
+    if base.parts is None or recipe.projector_weights:
+        return rules, []
+    rate = settings.request.edits.projector_learning_rate
+    projector = UNALIGNED_PROJECTOR | ({} if rate is None else {"learning_rate": rate})
+    note = (
+        "the projector has never been aligned, so it trains in full and unprotected; align it first with  "
+        "--recipe pretrain-projector-llava, then pass  --projector_weights"
+    )
+    return [*without_projector(rules), projector], [note]
 
 
 def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
@@ -81,11 +99,11 @@ def _of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
 def base_kl_of(recipe: Recipe, base: Base, targets: Sequence[Target]) -> BaseKLConfig:
     """Return `base_kl` with its weight; if none is set, the default keeps what the base says about pictures, too.
 
-    A term of the loss reaches what protection does not: the projector (docs/studies/pictures.md).
+    A term of the loss reaches the five percent of the inputs that protection does not (docs/studies/default.md).
     """
     if recipe.base_kl.weight is not None:
         return recipe.base_kl
-    is_default = any(target.method == "gradient" and target.protect for target in targets)
+    is_default = any(target.method == "milora" and target.protect for target in targets)
     return recipe.base_kl.model_copy(update={"weight": 1.0 if is_default and base.reads_pictures else 0.0})
 
 
@@ -173,14 +191,6 @@ def _require_trained_parts(recipe: Recipe, base: Base, targets: Sequence[Target]
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
-    for target in targets:
-        if target.method == "mica" and target.path in quantized:  # PEFT reads the weight as a matrix of floats
-            raise UserError(
-                f"method mica needs float weights: {target.path}",
-                code="policy-no-adapter",
-                where=Key.of("quantization"),
-                hint="use another method, or remove the quantization",
-            )
     packed = [target.path for target in targets if target.rank is None and target.path in quantized]
     if packed:  # integers have no gradient
         raise UserError(

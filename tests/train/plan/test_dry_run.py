@@ -190,7 +190,7 @@ def test_the_recipe_of_milora_shows_the_papers_method_on_both_towers(capsys: Any
 
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
     with raises_code("data-missing-file", where="llava_v1_5_mix665k"):
-        main(["--recipe", "gradient-llava-1.5-7b", "--dry-run"])
+        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
     shown = capsys.readouterr().out
     assert "174,063,616" in shown
     assert "assume records of 700 tokens" in shown

@@ -15,7 +15,7 @@ from milora_vl.train.plan import rates
 from milora_vl.train.recipe.flags import parse
 from support.plans import fitted
 
-BOTH = "[{modules: language, method: milora, rank: 4}, {modules: projector, method: full}]"
+BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"
 
 
 def planned(*words: str) -> tuple[list[Target], list[str]]:

@@ -50,8 +50,8 @@ def test_a_flag_by_an_older_name_wins_over_the_recipe_too(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["milora", "lora", "pissa"])
 def test_methods_differ_only_by_their_name(method: str) -> None:
-    chosen = settings(f"--recipe gradient-llava-1.5-7b --method {method}").recipe
-    base = settings("--recipe gradient-llava-1.5-7b").recipe
+    chosen = settings(f"--recipe milora-llava-1.5-7b --method {method}").recipe
+    base = settings("--recipe milora-llava-1.5-7b").recipe
     assert chosen.policy is not None
     assert base.policy is not None
     kept = {name: value for name, value in base.policy[0].items() if name != "protect"}
@@ -174,7 +174,7 @@ def test_a_broken_policy_file_is_told_with_its_line(text: str, line: int, code: 
 def test_a_policy_can_be_given_as_text() -> None:
     found = settings(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
     assert found.recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
-    many = "{modules: language, method: milora, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
+    many = "{modules: language, method: milora, protect: 0, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
     assert len(settings(["--model", "tiny", "--policy", f"[{many}]"]).recipe.policy) == 21
     with raises_code("policy-value", where="policy[0].method", message="expected one of"):
         settings(["--model", "tiny", "--policy", "[{modules: language, method: fool, rank: 4}]"])
@@ -183,9 +183,9 @@ def test_a_policy_can_be_given_as_text() -> None:
 FAULTY = """
 model: tiny
 policy:
-  - {modules: language, method: milora, rank: 0, alfa: 3}
-  - {modules: "*.nothing", method: milora, rank: 4}
-  - {modules: projector.linear_1, method: milora, rank: 4000}
+  - {modules: language, method: milora, protect: 0, rank: 0, alfa: 3}
+  - {modules: "*.nothing", method: milora, protect: 0, rank: 4}
+  - {modules: projector.linear_1, method: milora, protect: 0, rank: 4000}
   - {modules: "language.layers[0]", method: full, sigma: none}
 train: {max_stepps: 3}
 """

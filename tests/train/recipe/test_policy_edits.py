@@ -10,7 +10,15 @@ from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 RULES = [
-    {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
+    {
+        "modules": "language",
+        "method": "milora",
+        "protect": 0,
+        "rank": 128,
+        "alpha": 128,
+        "dropout": 0.05,
+        "learning_rate": 2e-4,
+    },
     {"modules": "language.layers[0-3].mlp", "rank": 64},
     PROJECTOR,
 ]
@@ -31,16 +39,16 @@ def test_a_method_replaces_the_adapters_method(method: str) -> None:
 def test_method_milora_is_the_papers_whatever_the_recipe_says() -> None:
     own = [RULES[0] | {"method": "milora", "alpha": 256, "sigma": "none", "rslora": True, "protect": 0.5}]
     (rule,) = edited(own, PolicyEdits(method="milora"))
-    assert rule == RULES[0] | {"method": "milora", "alpha": RULES[0]["rank"]}
+    assert rule == RULES[0] | {"method": "milora", "protect": 0, "alpha": RULES[0]["rank"]}
 
 
 def test_another_method_drops_what_only_the_old_one_has() -> None:
     drawn = [RULES[0] | {"method": "random", "seed": 3}]
     assert edited(drawn, PolicyEdits(method="random")) == drawn
-    assert edited(drawn, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
+    assert edited(drawn, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora", "protect": 0}]
     assert "seed" not in edited(drawn, PolicyEdits(method="full"))[0]
     refined = [*drawn, {"modules": "language.mlp", "seed": 5}]
-    assert edited(refined, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
+    assert edited(refined, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora", "protect": 0}]
     refined = [RULES[0], {"modules": "language.mlp", "rank": 8, "sigma": "none"}]
     assert edited(refined, PolicyEdits(method="lora"))[1] == {"modules": "language.mlp", "rank": 8}
 

@@ -86,9 +86,17 @@ def test_vision_language_models_have_their_published_sizes_without_a_network(nam
 
 
 def test_the_papers_recipe_is_that_of_table_11() -> None:
-    chosen = recipe("paper-visual")
+    chosen = recipe("milora-paper-llava-1.5-7b")
     assert chosen.policy == [
-        {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
+        {
+            "modules": "language",
+            "method": "milora",
+            "protect": 0,
+            "rank": 128,
+            "alpha": 128,
+            "dropout": 0.05,
+            "learning_rate": 2e-4,
+        },
         {"modules": "projector", "method": "full", "learning_rate": 2e-5},
     ]
     train = chosen.train
@@ -103,13 +111,13 @@ def test_the_recipes_of_milora_train_the_papers_method_on_both_towers(name: str)
     assert settings_of == {("language", "milora", 128, *rest), ("projector", "milora", 64, *rest)}
 
 
-@pytest.mark.parametrize("name", ["gradient-llava-1.5-7b", "gradient-llava-1.5-13b", "gradient-llava-v1.6-mistral-7b"])
+@pytest.mark.parametrize("name", ["milora-llava-1.5-7b", "milora-llava-1.5-13b", "milora-llava-v1.6-mistral-7b"])
 def test_the_recipes_of_gradient_train_what_the_default_trains(name: str) -> None:
     assert fitted(["--recipe", name]).targets == fitted(["--model", str(recipe(name).model)]).targets
 
 
 def test_the_recipe_of_lora_trains_on_the_same_data_at_the_same_rates() -> None:
-    lora, ours = recipe("lora-llava-1.5-7b"), recipe("gradient-llava-1.5-7b")
+    lora, ours = recipe("lora-llava-1.5-7b"), recipe("milora-llava-1.5-7b")
     assert lora.policy is not None
     assert ours.policy is not None
     kept = {name: value for name, value in ours.policy[0].items() if name != "protect"}
