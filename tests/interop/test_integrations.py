@@ -153,7 +153,7 @@ def test_the_launcher_of_llava_trims_the_config_and_reaches_the_named_modules(
         llava_main(["--in", "llava_user", str(tmp_path / "train.py"), *f"{spelling}{tmp_path / 'out'}".split()])
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
-    assert config["r"] == 8  # not protected: D and A0
+    assert config["r"] == 4  # protected: B alone
 
 
 def test_the_launcher_of_llava_leaves_the_config_of_another_run_as_it_is(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(forgetting --(?!.*--on).*)", r"\1 --limit 2"),
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
     (r"(milora_eval run .*--limit) 1000", r"\1 8"),
-    (r"(--methods milora,lora,gradient --lrs) 3e-4,1e-3,3e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
+    (r"(--methods milora,lora --lrs) 3e-4,1e-3,3e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
     (r"(studies [\w.-]+) --docs", r"\1 --plan --docs"),
     # An output folder that the page's other way to the same result has filled.
     (r"--output_dir vicuna-clip", "--output_dir composed"),

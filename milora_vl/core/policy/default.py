@@ -15,6 +15,8 @@ DEFAULT_RULES: tuple[RuleDict, ...] = (
 )
 # A projector with random weights cannot learn its task at rank 64; the rate is that of LLaVA's first stage.
 UNALIGNED_PROJECTOR: RuleDict = {"modules": "projector", "method": "full", "learning_rate": 1e-3}
+# A projector without linear layers takes no adapter; the rate is that of LLaVA's second stage.
+FULL_PROJECTOR: RuleDict = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 
 
 def without_projector(rules: Sequence[Mapping[str, Any]]) -> list[RuleDict]:

@@ -12,9 +12,10 @@ from milora_data.encode.tokens import own_template
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
-from milora_vl.core.policy.default import UNALIGNED_PROJECTOR, RuleDict, without_projector
+from milora_vl.core.policy.default import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.quantized import quantized_layers
@@ -35,7 +36,7 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
             if not settings.is_set("policy"):
                 rules, notes = _default_rules(settings, base)
                 recipe = recipe.model_copy(update={"policy": rules})
-            targets = _targets(settings, Policy.parse(recipe.policy or []), base)
+            targets = Policy.parse(recipe.policy or []).resolve(base.meta)
     if base is not None and not settings.problems:
         if base.own_pictures and not settings.is_set("template"):
             recipe = recipe.model_copy(update={"template": OWN})
@@ -49,20 +50,32 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
 
 
 def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list[str]]:
-    """Return the default rules on a base, after the flags, and a note about a projector that starts at random."""
-    recipe = settings.recipe
+    """Return the default rules as they fit a base, after the flags, and notes about what is not as usual."""
+    recipe, edits, notes = settings.recipe, settings.request.edits, list[str]()
     rules = list(recipe.policy or [])
-    if find_towers(base.meta).projector is None:
-        return without_projector(rules), []
-    if base.parts is None or recipe.projector_weights:
-        return rules, []
-    rate = settings.request.edits.projector_learning_rate
-    projector = UNALIGNED_PROJECTOR | ({} if rate is None else {"learning_rate": rate})
-    note = (
-        "the projector has never been aligned, so it trains in full and unprotected; align it first with  "
-        "--recipe pretrain-projector-llava, then pass  --projector_weights"
-    )
-    return [*without_projector(rules), projector], [note]
+    projector = find_towers(base.meta).projector
+    rate = {} if edits.projector_learning_rate is None else {"learning_rate": edits.projector_learning_rate}
+    if projector is None:
+        rules = without_projector(rules)
+    elif base.parts is not None and not recipe.projector_weights:
+        rules = [*without_projector(rules), UNALIGNED_PROJECTOR | rate]
+        notes.append(
+            "the projector has never been aligned, so it trains in full and unprotected; align it first with  "
+            "--recipe pretrain-projector-llava, then pass  --projector_weights"
+        )
+    elif not any(map(is_linear, base.meta.get_submodule(projector).modules())):
+        rules = [*without_projector(rules), FULL_PROJECTOR | rate]
+        notes.append("the projector has no linear layers, so it trains in full and unprotected")
+    if edits.rank is None:
+        try:
+            Policy.parse(rules).resolve(base.meta)
+        except PolicyError as error:
+            largest = [problem.largest for problem in error.problems if isinstance(problem, RankTooLarge)]
+            if largest:
+                rank = max(1, min(largest) // 2)
+                rules = [{**rule, "rank": rank, "alpha": rank} if "rank" in rule else rule for rule in rules]
+                notes.append(f"the smallest matrix of this model has rank {min(largest)}: the ranks are {rank}")
+    return rules, notes
 
 
 def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
@@ -73,27 +86,6 @@ def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
     with collected(problems), at_flag(settings.file.where(Key.of("model"))):
         return bases.base_of_run(recipe.model, recipe.parts, recipe.projector_weights)
     return None
-
-
-def _targets(settings: Settings, policy: Policy, base: Base) -> list[Target]:
-    """Return the targets of the policy. Raises PolicyError with its problems on this model."""
-    try:
-        return policy.resolve(base.meta)
-    except PolicyError as error:
-        if not settings.is_set("policy") and not settings.is_set("policy", 0, "rank"):
-            raise PolicyError(problems=_of_default_rank(error.problems)) from None
-        raise
-
-
-def _of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems; problems of a too large default rank become one, with the flag that fixes it."""
-    large = [problem for problem in problems if isinstance(problem, RankTooLarge)]
-    if not large:
-        return list(problems)
-    most = min(problem.largest for problem in large)
-    message = f"the default rank {large[0].rank} is too large: the smallest matrix of this model has rank {most}"
-    fix = Problem(message, large[0].code, hint=f"use --rank {most}, or less")
-    return [*(problem for problem in problems if problem not in large), fix]
 
 
 def base_kl_of(recipe: Recipe, base: Base, targets: Sequence[Target]) -> BaseKLConfig:

@@ -10,15 +10,7 @@ from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 RULES = [
-    {
-        "modules": "language",
-        "method": "milora",
-        "protect": 0,
-        "rank": 128,
-        "alpha": 128,
-        "dropout": 0.05,
-        "learning_rate": 2e-4,
-    },
+    {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
     {"modules": "language.layers[0-3].mlp", "rank": 64},
     PROJECTOR,
 ]
@@ -39,16 +31,16 @@ def test_a_method_replaces_the_adapters_method(method: str) -> None:
 def test_method_milora_is_the_papers_whatever_the_recipe_says() -> None:
     own = [RULES[0] | {"method": "milora", "alpha": 256, "sigma": "none", "rslora": True, "protect": 0.5}]
     (rule,) = edited(own, PolicyEdits(method="milora"))
-    assert rule == RULES[0] | {"method": "milora", "protect": 0, "alpha": RULES[0]["rank"]}
+    assert rule == RULES[0] | {"method": "milora", "alpha": RULES[0]["rank"]}
 
 
 def test_another_method_drops_what_only_the_old_one_has() -> None:
     drawn = [RULES[0] | {"method": "random", "seed": 3}]
     assert edited(drawn, PolicyEdits(method="random")) == drawn
-    assert edited(drawn, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora", "protect": 0}]
+    assert edited(drawn, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
     assert "seed" not in edited(drawn, PolicyEdits(method="full"))[0]
     refined = [*drawn, {"modules": "language.mlp", "seed": 5}]
-    assert edited(refined, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora", "protect": 0}]
+    assert edited(refined, PolicyEdits(method="milora")) == [RULES[0] | {"method": "milora"}]
     refined = [RULES[0], {"modules": "language.mlp", "rank": 8, "sigma": "none"}]
     assert edited(refined, PolicyEdits(method="lora"))[1] == {"modules": "language.mlp", "rank": 8}
 
@@ -103,8 +95,9 @@ def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, code: s
 
 def test_protect_sets_the_share_of_every_adapter_rule_and_ends_with_zero() -> None:
     assert edited(None, PolicyEdits(protect=0.9))[0]["protect"] == 0.9
-    assert edited(None, PolicyEdits(protect=0.0))[0]["protect"] == 0, "the default of gradient is another one"
-    assert "protect" not in edited([RULES[0] | {"protect": 0.5}], PolicyEdits(protect=0.0))[0]
+    assert edited(None, PolicyEdits(protect=0.0))[0]["protect"] == 0, "the default of milora is another one"
+    lora = {"modules": "language", "method": "lora", "rank": 4, "protect": 0.5}
+    assert "protect" not in edited([lora], PolicyEdits(protect=0.0))[0]
     own = [RULES[0] | {"protect": 0.5}, {"modules": "language.mlp", "protect": 0.7}, PROJECTOR]
     out = edited(own, PolicyEdits(protect=0.9))
     assert out == [RULES[0] | {"protect": 0.9}, PROJECTOR], "a refinement that set protect alone is gone"
@@ -112,7 +105,7 @@ def test_protect_sets_the_share_of_every_adapter_rule_and_ends_with_zero() -> No
     assert edited(own, PolicyEdits(protect=0.9))[1] == own[1], "an exception stays one"
 
 
-@pytest.mark.parametrize("method", ["milora", "gradient", "lora"])
+@pytest.mark.parametrize("method", ["milora", "pissa", "lora"])
 def test_a_method_drops_the_share_of_the_recipe_unless_the_flag_sets_one(method: str) -> None:
     own = [RULES[0] | {"protect": 0.5}, {"modules": "language.mlp", "protect": 0}, PROJECTOR]
     assert edited(own, PolicyEdits(method=method)) == [RULES[0] | {"method": method}, PROJECTOR]
