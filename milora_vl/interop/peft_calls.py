@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from milora_vl.common.cli.command_line import amount
-from milora_vl.common.errors import UserError, first_line
+from milora_vl.common.errors import UserError, first_line, with_context
 from milora_vl.core.adapter.reinit import METHOD_OF_PART, reinit_peft, restore_split
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
@@ -43,6 +43,9 @@ def replacement(stock: Callable[..., Any], part: Part, protect: float | None) ->
             _remove_vision_adapters(adapted, chosen or ())
         try:
             tuned = reinit_peft(adapted, part, protect=share, calibration=texts, progress=True)
+        except CalibrationError as error:
+            hint = "texts reach neither vision tower nor projector: exclude them, or protect=0"
+            raise with_context(error, hint=hint) from None
         except UserError:
             raise
         except ValueError as error:

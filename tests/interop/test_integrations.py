@@ -96,10 +96,14 @@ def test_vision_modules_that_a_pattern_or_full_paths_choose_stay(tiny_llava, tar
     """LLaMA-Factory lists full paths with `freeze_vision_tower: false`, ms-swift writes a pattern."""
     base = tiny_llava()[0]
     chosen = targets or [path for path, _ in base.named_modules() if path.endswith("q_proj")]
-    with get_peft_model_replaced():
-        model = peft.get_peft_model(base, LoraConfig(r=2, target_modules=chosen))
+    config = LoraConfig(r=2, target_modules=chosen)
+    with get_peft_model_replaced(protect=0):
+        model = peft.get_peft_model(base, config)
     assert {"language", "vision"} <= {t.tower for t in model.milora_targets}
     assert "stay frozen" not in capsys.readouterr().err
+    if targets is None:
+        with get_peft_model_replaced(), raises_code("calibration-unreached-layer", hint="protect=0"):
+            peft.get_peft_model(tiny_llava()[0], config)
 
 
 def test_each_method_is_printed_with_the_number_of_its_modules(tiny_llava, capsys) -> None:
@@ -108,7 +112,7 @@ def test_each_method_is_printed_with_the_number_of_its_modules(tiny_llava, capsy
     with get_peft_model_replaced(protect=0.5):
         peft.get_peft_model(tiny_llava()[0], config)
     said = capsys.readouterr().err
-    assert "milora: method milora on 4 modules: A fixed at minor directions, off 50 % of the inputs" in said
+    assert "milora: method milora on 4 modules: new directions only; 50 % of what ordinary text and pictures" in said
     assert "milora: method full on 2 modules: the weight itself" in said
 
 
@@ -205,7 +209,7 @@ def test_llavas_own_training_runs_resumes_and_its_own_classes_load_what_it_saved
         assert last.name != "checkpoint-1"
         shutil.rmtree(last)  # LLaVA's train() resumes from the checkpoint before it
     assert torch.allclose(*results, atol=1e-5)
-    assert "milora: method milora on 14 modules: A fixed at minor directions, off 50 % of the inputs" in done.stderr
+    assert "milora: method milora on 14 modules: new directions only; 50 % of what ordinary" in done.stderr
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 4
