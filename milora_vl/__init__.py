@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from milora_vl.core.calibration.texts import calibration_texts
     from milora_vl.core.policy import Policy, Rule
     from milora_vl.core.svd import Factors, decompose
-    from milora_vl.interop.adapters.load_model import load_model
-    from milora_vl.models.collator import collator_for
+    from milora_vl.interop.load_model import load_model
+    from milora_vl.models.collator_for import collator_for
 
 __all__ = [
     "Factors",
@@ -42,10 +42,10 @@ _MODULE_OF = {
     "Rule": "core.policy",
     "apply_milora": "core.adapter.apply",
     "calibration_texts": "core.calibration.texts",
-    "collator_for": "models.collator",
+    "collator_for": "models.collator_for",
     "decompose": "core.svd",
     "load_adapter": "core.adapter.files",
-    "load_model": "interop.adapters.load_model",
+    "load_model": "interop.load_model",
     "merge": "core.adapter.apply",
     "parameter_groups": "core.adapter.parameter_groups",
     "reinit_peft": "core.adapter.reinit",

@@ -20,8 +20,8 @@ from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.interop.adapters.load_model import load_by_flags, require_scalable
-from milora_vl.interop.adapters.scale import Update
+from milora_vl.interop.load_model import load_by_flags, require_scalable
+from milora_vl.interop.scale import Update
 from milora_vl.report.plots import WIDTH, draw, styled
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from milora_vl.common.cli.command_line import report
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.interop.adapters.load_model import load_by_flags, update_since
-from milora_vl.interop.adapters.scale import Update
+from milora_vl.interop.load_model import load_by_flags, update_since
+from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base
 from milora_vl.models.generate import Prompt, generate, require_prompts, require_shown
 from milora_vl.models.image_tokens import uses_processor

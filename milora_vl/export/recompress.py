@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from milora_vl.interop.adapters.plain import LowRank, PlainAdapter
+from milora_vl.interop.lora_folder import LowRank, PlainAdapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
 
     Files that existed before and did not change belong to another run and are not changed.
     """
-    from milora_vl.interop.adapters.llava import KNOWN_KEYS
+    from milora_vl.interop.llava_layout import KNOWN_KEYS
 
     files = [folder / CONFIG for folder in folders]
     before = {file: file.read_bytes() for file in files if file.is_file()}

@@ -19,10 +19,10 @@ from milora_data.encode.tokens import share_template
 from milora_vl.common.compat.transformers import forget_conversions, whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.towers import keep_weights_readable
-from milora_vl.models import hub, original, parts
+from milora_vl.models import original, parts, pretrained
+from milora_vl.models.devices import Quantization, quantization_config, unquantized
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
 from milora_vl.models.processors import complete_processor
-from milora_vl.models.quantized import Quantization, quantization_config, unquantized
 from milora_vl.models.quiet import quiet_bars
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ def load_weights(
                 code="quantization-in-memory",
                 hint="save it to a folder and load that folder",
             )
-        return _named(hub.made_in_memory(name)[0].to(dtype or torch.float32), name)
-    source = hub.source_of(name)
-    config = hub.read(AutoConfig.from_pretrained, source, name)
+        return _named(pretrained.made_in_memory(name)[0].to(dtype or torch.float32), name)
+    source = pretrained.source_of(name)
+    config = pretrained.read(AutoConfig.from_pretrained, source, name)
     if original.MARK in config.to_dict():
         raise UserError(
             f"{name} is in the layout of the original LLaVA code, which only loads from a folder",
@@ -69,7 +69,7 @@ def load_weights(
                 chosen = quantization_config(chosen, unquantized(auto.from_config(config)))
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
     with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
-        model = hub.read(auto.from_pretrained, source, name, **arguments)
+        model = pretrained.read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():
         forget_conversions(model)
     keep_weights_readable(model)
@@ -87,10 +87,12 @@ def load_processor(name: str | Path) -> Any:
 
     name = in_hf_layout(name)
     if name in MADE_IN_MEMORY:
-        return hub.made_in_memory(name)[1]
-    config = hub.config_of(name)
+        return pretrained.made_in_memory(name)[1]
+    config = pretrained.config_of(name)
     has_images = "vision_config" in config.to_dict()
-    processor = hub.read((AutoProcessor if has_images else AutoTokenizer).from_pretrained, hub.source_of(name), name)
+    processor = pretrained.read(
+        (AutoProcessor if has_images else AutoTokenizer).from_pretrained, pretrained.source_of(name), name
+    )
     if has_images:
         share_template(processor)
         complete_processor(processor, config)
@@ -101,7 +103,7 @@ def config_of(name: str) -> Any:
     """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
     if original.is_original(Path(name)):
         return parts.planned_config(parts.parts_of_original(Path(name)))
-    return hub.config_of(name)
+    return pretrained.config_of(name)
 
 
 def meta_model(config: Any) -> nn.Module:
@@ -119,7 +121,7 @@ def prepare(name: str) -> None:
     Raises UserError for an unknown name, and if the folder cannot be written.
     """
     if name not in MADE_IN_MEMORY:
-        hub.source_of(in_hf_layout(name))
+        pretrained.source_of(in_hf_layout(name))
 
 
 def weights_folder(name: str) -> Path | None:
@@ -132,7 +134,7 @@ def weights_folder(name: str) -> Path | None:
     name = in_hf_layout(name)
     if name in MADE_IN_MEMORY:
         return None
-    source = hub.source_of(name)
+    source = pretrained.source_of(name)
     if Path(source).is_dir():
         return Path(source)
 
@@ -140,7 +142,7 @@ def weights_folder(name: str) -> Path | None:
         patterns = ["*.json", "*.safetensors", "tokenizer.model"]
         return str(snapshot_download(source, local_files_only=local_files_only, allow_patterns=patterns))
 
-    return Path(hub.read(load, source, name))
+    return Path(pretrained.read(load, source, name))
 
 
 def in_hf_layout(name: str | Path) -> str:

@@ -20,7 +20,7 @@ from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.compat.transformers import whole_weights
 from milora_vl.common.errors import UserError
-from milora_vl.models import hub, original, vision
+from milora_vl.models import original, pretrained, vision
 from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for
 from milora_vl.models.names import MADE_IN_MEMORY
 from milora_vl.models.projector import load_projector, projector_file
@@ -39,10 +39,10 @@ def load_language(name: str) -> tuple[Any, Any]:
             hint="fine-tune it unchanged:  python -m milora_vl.train --model NAME",
         )
     if name in MADE_IN_MEMORY:
-        language, tokenizer = hub.made_in_memory(name)
+        language, tokenizer = pretrained.made_in_memory(name)
     else:
-        language = hub.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
-        tokenizer = hub.read_pretrained(AutoTokenizer, name)
+        language = pretrained.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
+        tokenizer = pretrained.read_pretrained(AutoTokenizer, name)
     require_plain_head(language, name)
     return language.eval(), tokenizer
 
@@ -100,7 +100,7 @@ def parts_of_original(folder: Path) -> Parts:
 def language_config(name: str) -> Any:
     """Return the config of a text-only model, or of the Llama in a folder in LLaVA's original layout."""
     folder = Path(name)
-    return original.read_original(folder).text_config() if original.is_original(folder) else hub.config_of(name)
+    return original.read_original(folder).text_config() if original.is_original(folder) else pretrained.config_of(name)
 
 
 def planned_config(parts: Parts) -> Any:

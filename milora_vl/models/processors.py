@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs, takes_videos
@@ -11,7 +12,24 @@ from milora_data.pictures.videos import sampler
 from milora_data.records.record import IMAGE, Turn
 from milora_vl.common.errors import DataError, Key, UserError, at_flag, first_line
 from milora_vl.models.image_tokens import extra_tokens, is_llava
-from milora_vl.models.processor_settings import ProcessorSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorSettings:
+    """What a recipe says about the sizes of pictures and videos, and about the frames of video files; None: nothing."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    video_max_pixels: int | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+
+    @property
+    def of_videos(self) -> list[str]:
+        """The names of the settings of videos that have a value."""
+        names = ("video_min_pixels", "video_max_pixels", "fps", "num_frames")
+        return [name for name in names if getattr(self, name) is not None]
 
 
 def complete_processor(processor: Any, config: Any) -> None:

@@ -14,7 +14,7 @@ from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import UserError, first_line
 from milora_vl.common.hub_host import hub_is_known
 from milora_vl.core.weights.torch_files import read_weights
-from milora_vl.models import hub
+from milora_vl.models import pretrained
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
 
@@ -29,7 +29,7 @@ def tower_config(name: str) -> Any:
     if name.startswith(TIMM):
         size, grid = _timm_sizes(name.removeprefix(TIMM))
         return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
-    config = hub.config_of(name)
+    config = pretrained.config_of(name)
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if name in BUILT_IN_MODELS or "image_size" not in config.to_dict():
@@ -54,7 +54,7 @@ def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None =
     if weights == RANDOM:
         return AutoModel.from_config(config).to(dtype).eval()
     cls = type(_meta(config))
-    return hub.read_pretrained(cls, name, config=config, dtype=dtype).eval()
+    return pretrained.read_pretrained(cls, name, config=config, dtype=dtype).eval()
 
 
 def with_weights(config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

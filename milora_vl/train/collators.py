@@ -12,7 +12,7 @@ from milora_data.batches.record_collator import RecordCollator
 from milora_data.pictures.files import ImagePolicy
 from milora_data.records.record import Record
 from milora_vl.models.base import Base
-from milora_vl.models.collator import collator_for
+from milora_vl.models.collator_for import collator_for
 from milora_vl.train.recipe.hf_flags import value_of
 from milora_vl.train.recipe.schema import Recipe
 

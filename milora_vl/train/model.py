@@ -23,10 +23,10 @@ from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
+from milora_vl.models.devices import quantization_config, unquantized
 from milora_vl.models.loading import load_weights
 from milora_vl.models.processors import configure_processor
 from milora_vl.models.projector import load_projector
-from milora_vl.models.quantized import quantization_config, unquantized
 from milora_vl.train.calibration_batches import cache_folder
 from milora_vl.train.plan.screen import frozen_towers, trained_sizes
 from milora_vl.train.recipe.schema import Recipe

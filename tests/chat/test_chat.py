@@ -11,7 +11,7 @@ from PIL import Image
 from milora_data.records.record import Turn
 from milora_vl import chat
 from milora_vl.common.errors import UserError
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
 from support.problems import raises_code

@@ -13,7 +13,7 @@ from milora_data.records.record import Turn
 from milora_vl.chat.command import main
 from milora_vl.chat.session import Chat, ChatSettings
 from milora_vl.chat.web import answers, free_port, page
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support.adapter_cases import move
 from support.problems import raises_code

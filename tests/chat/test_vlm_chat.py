@@ -21,7 +21,7 @@ from milora_vl.chat.command import main as chat
 from milora_vl.chat.picture import open_video
 from milora_vl.chat.session import Chat
 from milora_vl.common.errors import UserError
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.losses import summed_loss
 from support.problems import raises_code

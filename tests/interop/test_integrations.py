@@ -21,9 +21,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 import llava_recipes
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.common.errors import UserError
-from milora_vl.interop.adapters.llava import KNOWN_KEYS
 from milora_vl.interop.llava import main as llava_main
 from milora_vl.interop.llava import renamed_flags
+from milora_vl.interop.llava_layout import KNOWN_KEYS
 from milora_vl.interop.replace import get_peft_model_replaced, main
 from support.adapter_cases import anchors, one_rule, train_steps
 from support.launched import in_two_processes, needs_deepspeed

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.assemble import compose, processor_for
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.models.loading import config_of

@@ -19,7 +19,7 @@ from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
-from milora_vl.models.quantized import bytes_per_number, quantized_layers
+from milora_vl.models.devices import bytes_per_number, quantized_layers
 from milora_vl.train.dry_run.estimate import (
     A100_FLOPS,
     GIB,

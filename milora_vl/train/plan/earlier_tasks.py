@@ -27,7 +27,7 @@ from milora_vl.core.adapter.names import module_path
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target
-from milora_vl.models.recipe_of_run import recipe_of_run
+from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train.plan import run_data
 from milora_vl.train.plan.screen import Screen, protected_directions
 from milora_vl.train.recipe.continued import to_merge

@@ -17,8 +17,8 @@ from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models.base import Base
+from milora_vl.models.devices import quantized_layers
 from milora_vl.models.loading import split_processor
-from milora_vl.models.quantized import quantized_layers
 from milora_vl.train.plan import base as bases
 from milora_vl.train.recipe.merge import Settings
 from milora_vl.train.recipe.schema import BaseKLConfig, CalibrationConfig, Recipe, RecipeError

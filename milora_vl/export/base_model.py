@@ -39,24 +39,17 @@ class Base:
 
     @property
     def name(self) -> str:
-        """Return the name of the base model. A loaded model has it in its config.
-
-        Raises UserError if the adapter names no base model.
-        """
+        """The name of the base model. A loaded model has it in its config."""
         if isinstance(self._source, nn.Module):
             return str(self.config.name_or_path)
         if not self._source:
-            raise UserError(
-                "adapter_config.json does not name the base model",
-                code="adapter-no-base-name",
-                where="--base",
-                hint="add:  --base NAME-OR-FOLDER",
-            )
+            message, hint = "adapter_config.json does not name the base model", "add:  --base NAME-OR-FOLDER"
+            raise UserError(message, where="--base", hint=hint)
         return str(self._source)
 
     @cached_property
     def config(self) -> Any:
-        """Return the HF config without loading weights."""
+        """The HF config; loads no weights."""
         if isinstance(self._source, nn.Module):
             return self._source.config
         with at_flag("--base"):
@@ -64,7 +57,7 @@ class Base:
 
     @cached_property
     def model(self) -> nn.Module:
-        """Return the model with its weights, in the requested data type, else as stored."""
+        """The model with its weights, in the requested data type, else as stored."""
         if isinstance(self._source, nn.Module):
             return self._source
         dtype, saved = self._dtype, self.config.dtype

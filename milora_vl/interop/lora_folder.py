@@ -1,7 +1,4 @@
-"""Read and write a PEFT LoRA folder as tensors, without a base model: factors by module, modules trained in full.
-
-Exports that need a base model (merged, residual) use a loaded model; all others use this.
-"""
+"""Read and write a PEFT LoRA folder as tensors, without a base model: factors by module, modules trained in full."""
 
 from __future__ import annotations
 
@@ -206,6 +203,13 @@ def write_plain(
         content = {key: value for key, value in content.items() if key in known_keys}
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_ours(adapter: PlainAdapter, folder: Path) -> None:
+    """Write an adapter with its milora.json."""
+    write_plain(adapter, folder)
+    if adapter.sidecar is not None:
+        adapter.sidecar.write(folder, adapter.anchors)
 
 
 def lora_config_of(adapter: PlainAdapter) -> LoraConfig:
