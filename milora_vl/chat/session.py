@@ -121,10 +121,7 @@ class Chat:
 
     @classmethod
     def load(cls, options: Namespace) -> Chat:
-        """Load the model and adapter of the flags of the command.
-
-        Raises UserError if `--compare` is set and the adapter cannot be switched off, and for another kind of base.
-        """
+        """Load the model and adapter of the flags of the command."""
         prompts = prompts_of(options.model, options.adapter, options.template)
         size, update = 1.0 if options.base else options.scale, None
         with at_flag("--model"):  # the update of a fully trained model gets its size below

@@ -49,7 +49,6 @@ class Base:
 
     @cached_property
     def config(self) -> Any:
-        """The HF config; loads no weights."""
         if isinstance(self._source, nn.Module):
             return self._source.config
         with at_flag("--base"):
@@ -138,7 +137,6 @@ _FILES = (
 
 
 def copy_processor(source: Path, target: Path, base: Base) -> None:
-    """Copy the processor files of `source`. If it has none, write the base model's."""
     present = [name for name in _FILES if (source / name).is_file()]
     for name in present:
         shutil.copyfile(source / name, target / name)

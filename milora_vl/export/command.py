@@ -63,7 +63,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit code. Raises UserError if the adapter cannot be exported."""
     options = COMMAND.parse(argv)
     silence_deepspeed()
     import torch
@@ -107,7 +106,6 @@ def _beside(folder: Path, to: str, scale: float) -> Path:
 
 
 def _show(done: Exported, style: str) -> None:
-    """Print layers and folder to stdout, and what was converted to stderr."""
     if style == "json":
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
@@ -174,7 +172,6 @@ def _print_serving(done: Exported) -> None:
 
 
 def _print_llama_cpp(folder: Path) -> None:
-    """Print how llama.cpp and Ollama load the GGUF files in the folder."""
     flags = {"--mmproj": "mmproj-*.gguf", "--lora": "adapter-*.gguf"}
     found = {flag: str(path) for flag, names in flags.items() for path in folder.glob(names)}
     model = next((str(path) for name in ("model", "base") for path in folder.glob(f"{name}-*.gguf")), "BASE.gguf")

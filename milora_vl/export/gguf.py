@@ -46,10 +46,7 @@ def require_scripts(llama_cpp: str | Path | None) -> Path:
 
 
 def write_model_folder(model: Any, folder: Path, base: Base, processor: Path) -> None:
-    """Write a model for the script: weights, and the processor of `processor` (a run folder), else of the base.
-
-    Raises UserError for a tokenizer that would split texts differently after the conversion.
-    """
+    """Write a model for the script: weights, and the processor of `processor` (a run folder), else of the base."""
     _name_language_model(model.config)
     save_model(model, folder)
     copy_processor(processor, folder, base)
@@ -105,16 +102,12 @@ def convert_model(
 
 
 def convert_lora(llama_cpp: Path, adapter: Path, base_config: Path, output: Path, outtype: OutType) -> None:
-    """Write a stock PEFT adapter as a GGUF LoRA; `base_config` is a folder with config.json of its base model."""
     arguments = ("--outtype", outtype, "--outfile", output, "--base", base_config, adapter)
     run_script(llama_cpp / LORA_SCRIPT, *arguments)
 
 
 def run_script(script: Path, *arguments: str | Path, may_lack: bool = False) -> str | None:
-    """Run a script of llama.cpp with this Python; with `may_lack`, return its message for an unsupported model.
-
-    Raises UserError with the last lines of its output if it fails.
-    """
+    """Run a script of llama.cpp with this Python; with `may_lack`, return its message for an unsupported model."""
     sys.stderr.write(f"running {script.name}\n")
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(

@@ -225,7 +225,6 @@ def write_merged(job: Job) -> Exported:
 
 
 def write_llava_form(job: Job) -> Exported:
-    """Write a LoRA folder of LLaVA's own code."""
     base = Base(job.base, job.options.dtype)
     if job.kind == "llava":
         adapter = read_llava(job.folder)
@@ -265,7 +264,6 @@ def write_rank(job: Job) -> Exported:
 
 
 def write_gguf(job: Job) -> Exported:
-    """Write the merged model as GGUF, by llama.cpp's script, with a Modelfile."""
     base, outtype = _base_for_llama_cpp(job), job.options.outtype or "f16"
     model, rounding = job.merged(base)
     if rounding:
@@ -354,10 +352,7 @@ def _write_modelfile(job: Job, files: list[str], adapter: str | None = None) -> 
 
 
 def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapter, list[str]]:
-    """Return the adapter with its factors of the language tower alone, and the modules that this leaves out.
-
-    Raises UserError for modules of the language tower that were trained in full: a LoRA cannot hold them.
-    """
+    """Return the adapter with its factors of the language tower alone, and the modules that this leaves out."""
     towers = find_towers(model)
     outside = [path for path in adapter.factors if towers.tower_of(path) != "language"]
     for name in adapter.whole:

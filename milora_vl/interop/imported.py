@@ -40,10 +40,7 @@ _MUTATING = ("pissa", "olora", "corda", "lora", "loftq")
 
 
 def kind_of(folder: Path) -> AdapterKind:
-    """Return who wrote the adapter in `folder`, by its files.
-
-    Raises UserError if the folder has no adapter, and AdapterError if files cannot be read.
-    """
+    """Return who wrote the adapter in `folder`, by its files."""
     problem = not_a_folder(folder)
     if problem is None and not has_config(folder):
         problem = no_adapter_in(folder, "", "milora_vl.export", "--to", "FORM")
@@ -107,10 +104,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _on_unchanged_base(trained: PlainAdapter, initial: PlainAdapter) -> PlainAdapter:
-    """Return s B A - s B0 A0 as factors [A; A0] and [B, -B0] of twice the rank; other modules did not change the base.
-
-    Raises UserError if the initial factors are those of other modules or ranks.
-    """
+    """Return s B A - s B0 A0 as factors [A; A0] and [B, -B0] of twice the rank. Other modules keep their factors."""
     factors = dict(trained.factors)
     for path, first in initial.factors.items():
         low = trained.factors.get(path)
@@ -127,7 +121,6 @@ def _on_unchanged_base(trained: PlainAdapter, initial: PlainAdapter) -> PlainAda
 
 
 def _sidecar_of(adapter: PlainAdapter, base: nn.Module) -> Sidecar:
-    """Return the sidecar of a LoRA with fingerprints of `base`."""
     towers, names = find_towers(base), canonical_names(base)
     targets, fingerprints = [], {}
     for path, low in adapter.factors.items():
@@ -182,7 +175,6 @@ def require_copies(adapter: PlainAdapter, base: nn.Module) -> None:
         if distance(fingerprint(as_matrix(module, copy)), read_matrix(module)) > 1:
             raise UserError(
                 "the saved weight differs from the base model, for example because tokens were added",
-                code="adapter-other-embeddings",
                 where=path,
                 hint="use --to merged with the base that was trained:  --base FOLDER",
             )

@@ -37,8 +37,6 @@ def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: 
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.
     `protect` is as in `get_peft_model_replaced`.
-
-    Raises UserError if llava is not installed.
     """
     if find_spec("llava") is None:
         raise UserError(
@@ -97,7 +95,6 @@ COMMAND = launcher(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run LLaVA's script and return the exit code."""
     chosen, given = parse(COMMAND, argv)
     arguments = renamed_flags(given)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
@@ -111,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _output_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Return the values of `--output_dir DIR` and `--output_dir=DIR`."""
     values = []
     for argument, following in pairwise([*arguments, ""]):
         flag, equals, value = argument.partition("=")

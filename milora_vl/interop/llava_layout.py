@@ -81,8 +81,6 @@ def canonical_of_any(path: str) -> str:
 def original_path(canonical: str) -> str:
     """Return the path in LLaVA's classes of a module with that layout-free name.
 
-    Raises UserError for modules of the vision tower, which LLaVA loads after the adapter.
-
     >>> original_path("projector.linear_1"), original_path("language.norm"), original_path("language.lm_head")
     ('model.mm_projector.0', 'model.norm', 'lm_head')
     """

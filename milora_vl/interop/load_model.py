@@ -111,11 +111,7 @@ def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
 
 
 def _load_any(model: nn.Module, folder: Path) -> Any:
-    """Return `model` with the adapter in `folder`, which may be of any kind.
-
-    Raises AdapterError and UserError for an adapter that does not fit, and UserError for one that was trained on a
-    residual base: it would load on the unchanged base and be wrong.
-    """
+    """Return `model` with the adapter in `folder`, which may be of any kind."""
     if not has_config(folder):
         return load_adapter(model, folder)  # reports what is missing
     message, hint = "the files of this adapter do not belong together", "restore the files of one save"

@@ -51,7 +51,6 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Return the rank of the stored factors."""
         return self.A.shape[0]
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,6 @@ class LowRank:
         return self.A.float().flatten(1), self.scaling * self.B.float().flatten(1)
 
     def cast(self, dtype: torch.dtype) -> LowRank:
-        """Return the factors in `dtype`."""
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
 
     def replaced(self, A: Tensor, B: Tensor, scaling: float) -> LowRank:
@@ -102,7 +100,6 @@ class PlainAdapter:
         )
 
     def cast(self, dtype: torch.dtype | None) -> PlainAdapter:
-        """Return the adapter in `dtype`, without exact anchors, which its factors are not; None changes nothing."""
         if dtype is None:
             return self
         factors = {path: low.cast(dtype) for path, low in self.factors.items()}
@@ -151,7 +148,6 @@ def more_than_factors(folder: Path) -> dict[str, str]:
 def from_state(
     weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, sidecar: Sidecar | None
 ) -> PlainAdapter:
-    """Sort stored tensors into factors and whole weights."""
     state = {key.removeprefix(PREFIX): tensor for key, tensor in weights.items()}
     factors, used = {}, set()
     for key, A in state.items():
@@ -206,7 +202,6 @@ def write_plain(
 
 
 def write_ours(adapter: PlainAdapter, folder: Path) -> None:
-    """Write an adapter with its milora.json."""
     write_plain(adapter, folder)
     if adapter.sidecar is not None:
         adapter.sidecar.write(folder, adapter.anchors)

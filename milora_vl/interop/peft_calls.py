@@ -32,7 +32,6 @@ def replacement(stock: Callable[..., Any], part: Part, protect: float | None) ->
     share = METHODS[METHOD_OF_PART[part]].protect if protect is None else protect
 
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
         texts = _texts(model) if share and isinstance(peft_config, LoraConfig) else None
         chosen = getattr(peft_config, "target_modules", None)  # PEFT writes names in place of `all-linear`
         adapted = stock(model, peft_config, *args, **kwargs)
@@ -64,7 +63,6 @@ def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(
         model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """Call PEFT's method, and restore difference and anchor of a MiLoRA adapter that is trainable."""
         loaded = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
         if is_trainable and (Path(model_id) / FILE_NAME).is_file():
             loaded = restore_split(loaded, model_id)

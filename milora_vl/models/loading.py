@@ -36,10 +36,7 @@ def load_weights(
     quantization: Quantization | BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return a model without its processor, in `dtype` or the dtype it was saved in.
-
-    Raises UserError for an unknown name, a model that is not available, and a folder without a model.
-    """
+    """Return a model without its processor, in `dtype` or the dtype it was saved in."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -57,7 +54,6 @@ def load_weights(
     if original.MARK in config.to_dict():
         raise UserError(
             f"{name} is in the layout of the original LLaVA code, which only loads from a folder",
-            code="model-original-layout",
             hint=f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER",
         )
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
@@ -79,10 +75,7 @@ def load_weights(
 
 
 def load_processor(name: str | Path) -> Any:
-    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights.
-
-    Raises UserError for an unknown name and a processor that is not available.
-    """
+    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights."""
     from transformers import AutoProcessor, AutoTokenizer
 
     name = in_hf_layout(name)
@@ -116,19 +109,13 @@ def meta_model(config: Any) -> nn.Module:
 
 
 def prepare(name: str) -> None:
-    """Write the folder of a model that is built at first use: smol-llava, or one in LLaVA's original layout.
-
-    Raises UserError for an unknown name, and if the folder cannot be written.
-    """
+    """Write the folder of a model that is built at first use: smol-llava, or one in LLaVA's original layout."""
     if name not in MADE_IN_MEMORY:
         pretrained.source_of(in_hf_layout(name))
 
 
 def weights_folder(name: str) -> Path | None:
-    """Return the folder with a model's files, downloaded if needed; None for models in memory.
-
-    Raises UserError for an unknown name and a model that is not available.
-    """
+    """Return the folder with a model's files, downloaded if needed; None for models in memory."""
     from huggingface_hub import snapshot_download
 
     name = in_hf_layout(name)
@@ -157,7 +144,6 @@ def in_hf_layout(name: str | Path) -> str:
 
 
 def split_processor(processor: Any) -> tuple[Any, Any | None]:
-    """Return (tokenizer, image processor); the second is None for a text-only model."""
     from transformers import ProcessorMixin
 
     if isinstance(processor, ProcessorMixin):

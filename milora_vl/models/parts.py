@@ -34,7 +34,6 @@ def load_language(name: str) -> tuple[Any, Any]:
     if "vision_config" in config.to_dict():
         raise UserError(
             "this is already a vision-language model; composing needs a text-only model",
-            code="compose-not-text-only",
             where=name,
             hint="fine-tune it unchanged:  python -m milora_vl.train --model NAME",
         )
@@ -58,7 +57,6 @@ def require_plain_head(language: Any, name: str) -> None:
     if not torch.allclose(logits.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
         raise UserError(
             "its logits are not its head times its last hidden states (a cap, a scale, a bias)",
-            code="compose-head",
             where=name,
             hint="Hugging Face's LLaVA does not support this; use another language model",
         )
@@ -83,13 +81,11 @@ class Parts:
     vision_weights: str | None = None
 
     def describe(self) -> str:
-        """Return the parts as text."""
         projector = f"projector {self.projector}" if self.projector else "a new projector"
         return f"{self.language} + {self.vision} (layer {self.select_layer}, {self.select_feature}) + {projector}"
 
 
 def parts_of_original(folder: Path) -> Parts:
-    """Return the parts of a model in LLaVA's original layout; only the tower may be outside its folder."""
     config = original.read_original(folder)
     tower = config.vision_tower
     beside = folder / tower
@@ -113,7 +109,6 @@ def planned_config(parts: Parts) -> Any:
 
 
 def planned_folder(parts: Parts) -> Path:
-    """Return the cache folder of a base of these parts; a hash of the parts is in its name."""
     return cache_dir() / "models" / f"{_name(parts)}-{_digest(parts)}"
 
 

@@ -42,19 +42,16 @@ def config_of(name: str) -> Any:
 
 
 def _packaged_config(name: str) -> dict[str, Any] | None:
-    """Return the content of a named model's config in this package, or None."""
     file = files("milora_vl.models") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
-    """Return what a class of transformers loads by name, folder or hub id. Raises UserError if it fails."""
     with quiet_bars():
         return read(load.from_pretrained, source_of(name), name, **arguments)
 
 
 def made_in_memory(name: str) -> tuple[Any, Any]:
-    """Return model and processor of `tiny`, or model and tokenizer of `tiny-text`."""
     with whole_weights():  # ZeRO-3 would initialize shards, which gives other random weights
         return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
@@ -65,10 +62,7 @@ def _tiny_config(name: str) -> Any:
 
 
 def source_of(name: str) -> str:
-    """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use.
-
-    Raises UserError for a folder without a model and for an unknown name.
-    """
+    """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use."""
     if name.startswith("smol") and name in BUILT_IN_MODELS:
         return str(smol_llava.made_folder(name))
     folder = Path(name)
@@ -77,10 +71,7 @@ def source_of(name: str) -> str:
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             newest = newest_of_unfinished(folder, "--model")
             raise UserError(
-                "no model in this folder: it has no config.json",
-                code="model-not-in-folder",
-                where=name,
-                hint=newest or f"found: {names}",
+                "no model in this folder: it has no config.json", where=name, hint=newest or f"found: {names}"
             )
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
@@ -97,10 +88,7 @@ def source_of(name: str) -> str:
 
 
 def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
-    """Return what `load`, a `from_pretrained` or `snapshot_download`, reads from `source`, without remote code.
-
-    Raises UserError, which names the model as the user did (`name`), if it fails.
-    """
+    """Return what `load`, a `from_pretrained` or `snapshot_download`, reads from `source`, without remote code."""
     from huggingface_hub.errors import RepositoryNotFoundError
     from safetensors import SafetensorError
 

@@ -27,7 +27,6 @@ class ProcessorSettings:
 
     @property
     def of_videos(self) -> list[str]:
-        """The names of the settings of videos that have a value."""
         names = ("video_min_pixels", "video_max_pixels", "fps", "num_frames")
         return [name for name in names if getattr(self, name) is not None]
 
@@ -50,10 +49,7 @@ _LONGEST_SIDE = 65_536
 
 
 def usable_inputs(processor: Any, name: str) -> ProcessorInputs:
-    """Return the inputs of a processor after preparing one picture with it.
-
-    Raises UserError with the reason for a processor that does not take texts with pictures in their places.
-    """
+    """Return the inputs of a processor after preparing one picture with it."""
     try:
         inputs = ProcessorInputs(processor)
         prompt = _asked(inputs)
@@ -86,16 +82,12 @@ def _asked(inputs: ProcessorInputs) -> Rendered:
 def _unsupported(processor: Any, name: str, reason: str) -> UserError:
     return UserError(
         f"pictures of {name} cannot be prepared with {type(processor).__name__}: {reason}",
-        code="model-pictures-unsupported",
         hint="apply_milora still works, with your own batches and trainer\nsee: docs/other-models.md",
     )
 
 
 def configure_processor(processor: Any, data: ProcessorSettings) -> None:
-    """Set what a recipe says about the sizes of pictures and videos, and about the frames of video files.
-
-    Raises UserError for a setting that the processor cannot follow.
-    """
+    """Set what a recipe says about the sizes of pictures and videos, and about the frames of video files."""
     limit_pixels(processor, data.min_pixels, data.max_pixels)
     if data.of_videos and not takes_videos(processor):
         with at_flag(Key.of(f"data.{data.of_videos[0]}")):
@@ -108,10 +100,7 @@ def configure_processor(processor: Any, data: ProcessorSettings) -> None:
 
 
 def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Set how many pixels a picture has at least and at most after the processor has resized it.
-
-    Raises UserError if the limits contradict each other, or for a processor that resizes to fixed sizes.
-    """
+    """Set how many pixels a picture has at least and at most after the processor has resized it."""
     if min_pixels is not None or max_pixels is not None:
         _limit(processor.image_processor, min_pixels, max_pixels)
 

@@ -32,7 +32,6 @@ PROJECTOR = files("milora_vl.models") / "assets" / "smol_llava_projector.safeten
 
 
 def folder_of(name: str) -> Path:
-    """Return the cache folder of `smol-llava`, `smol-llava-unaligned` or `smollm2`."""
     names = {
         "smol-llava": f"smol-llava-{FOLDER_VERSION}-{hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12]}",
         "smol-llava-unaligned": f"smol-llava-{FOLDER_VERSION}-unaligned",

@@ -49,10 +49,7 @@ class TimmTowerConfig(PretrainedConfig):
 
     @classmethod
     def of(cls, architecture: str, *, image_size: int, grid: int, levels: Sequence[int] = ()) -> TimmTowerConfig:
-        """Return the config of a timm encoder; the meta device counts its channels.
-
-        Raises ValueError if image_size is not a multiple of grid.
-        """
+        """Return the config of a timm encoder; the meta device counts its channels."""
         import timm
 
         if image_size % grid:

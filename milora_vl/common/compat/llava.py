@@ -49,8 +49,6 @@ def _layernorm_layers(shims: ExitStack) -> None:
 def _tokenizer_argument(shims: ExitStack) -> None:
     """Accept `Trainer(tokenizer=...)`, which is called `processing_class` now."""
     stock = Trainer.__init__
-    if "tokenizer" in signature(stock).parameters:
-        return
 
     def initialise(self: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         if tokenizer is not None:
@@ -63,13 +61,19 @@ def _tokenizer_argument(shims: ExitStack) -> None:
 
 def _sampler_and_optimizer(shims: ExitStack) -> None:
     """Call LLaVA's `_get_train_sampler` and `create_optimizer` without the arguments that Trainer now passes."""
-    llava = import_module("llava.train.llava_trainer").LLaVATrainer
+    llava, stock = import_module("llava.train.llava_trainer").LLaVATrainer, Trainer._get_train_sampler
     for name in ("_get_train_sampler", "create_optimizer"):
-        if len(signature(vars(llava)[name]).parameters) == 1:
-            shims.enter_context(patch.object(llava, name, _ignoring_arguments(vars(llava)[name])))
-    sampler = Trainer._get_train_sampler
-    if len(signature(sampler).parameters) > 1:  # LLaVA calls super()._get_train_sampler()
-        shims.enter_context(patch.object(Trainer, "_get_train_sampler", _on_train_dataset(sampler)))
+        if len(signature(method := vars(llava)[name]).parameters) == 1:
+            shims.enter_context(patch.object(llava, name, _ignoring_arguments(method)))
+
+    def sampler(self: Any, train_dataset: Any = None) -> Any:  # LLaVA calls super()._get_train_sampler()
+        return stock(self, self.train_dataset if train_dataset is None else train_dataset)
+
+    shims.enter_context(patch.object(Trainer, "_get_train_sampler", sampler))
+
+
+def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda self, *_, **__: method(self)
 
 
 def _checkpoints(shims: ExitStack) -> None:
@@ -123,20 +127,6 @@ def _cache(shims: ExitStack) -> None:
         return stock(self, *args, **kwargs)
 
     shims.enter_context(patch.object(llava, "forward", forward))
-
-
-def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:
-    def call(self: Any, *_: Any, **__: Any) -> Any:
-        return method(self)
-
-    return call
-
-
-def _on_train_dataset(method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: Any, train_dataset: Any = None) -> Any:
-        return method(self, self.train_dataset if train_dataset is None else train_dataset)
-
-    return call
 
 
 def _without_deepspeed(shims: ExitStack) -> None:

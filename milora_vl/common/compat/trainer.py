@@ -29,11 +29,9 @@ class CheckpointTrainer(Trainer):
     """
 
     def save_sharded_optimizer(self, folder: Path) -> None:
-        """Write optimizer and scheduler under FSDP2."""
         raise NotImplementedError
 
     def load_sharded_optimizer(self, folder: Path) -> None:
-        """Read what `save_sharded_optimizer` wrote."""
         raise NotImplementedError
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
