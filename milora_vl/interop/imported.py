@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.files import require_adapter_files
 from milora_vl.core.adapter.folders import (
     CONFIG,
     has_config,
@@ -24,11 +23,11 @@ from milora_vl.core.adapter.folders import (
     no_adapter_in,
     not_a_folder,
 )
+from milora_vl.core.adapter.save_load import require_adapter_files
 from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import canonical_names, find_towers
-from milora_vl.core.weights.fingerprint import distance, fingerprint
-from milora_vl.core.weights.matrices import as_matrix, matrix_shape, read_matrix
+from milora_vl.core.weights.matrices import as_matrix, distance, fingerprint, matrix_shape, read_matrix
 from milora_vl.interop.llava_layout import in_hf_layout, read_llava
 from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_plain, whole_modules
 

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import original
 
 PREFIX = "multi_modal_projector."
@@ -55,15 +56,16 @@ def load_projector(model: nn.Module, source: Path) -> None:
     """Load the weights of a file or folder into the projector of the model."""
     weights = read_projector(source)
     projector = projector_of(model)
-    expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
-    shapes = {name: tuple(t.shape) for name, t in weights.items()}
-    if shapes != expected:
-        raise UserError(
-            "the weights do not fit the projector of this model",
-            where=str(source),
-            hint=f"  has       {shapes}\n  expected  {expected}",
-        )
-    projector.load_state_dict(weights)
+    with gather_params_ctx(list(projector.parameters()), modifier_rank=0):  # ZeRO-3 has shards of them
+        expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in weights.items()}
+        if shapes != expected:
+            raise UserError(
+                "the weights do not fit the projector of this model",
+                where=str(source),
+                hint=f"  has       {shapes}\n  expected  {expected}",
+            )
+        projector.load_state_dict(weights)
 
 
 def read_projector(source: Path) -> dict[str, Tensor]:

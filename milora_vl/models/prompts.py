@@ -70,7 +70,7 @@ def _default_template(base: Base, folder: Path) -> str:
 def recipe_of_run(folder: Path) -> dict[str, Any]:
     """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one."""
     file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    return {} if file is None else read_file(file)[0]
+    return {} if file is None else read_file(file)
 
 
 def trained_template(folder: Path) -> str:

@@ -76,7 +76,6 @@ EXCEPTIONS: dict[str, str] = {
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
-    r"python -m milora_eval judge ": "needs a server; tests/eval/test_eval_judge.py is one",
     r"python -m milora_eval run --server ": "needs a server; tests/eval/test_eval_server.py starts one",
     r"python -m studies\.peft_metamath ": "needs a GPU and the hub; tests/studies/test_peft_metamath.py has a stand-in",
     r"python (benchmarks|tests/support)/": "minutes to an hour each",
@@ -115,7 +114,7 @@ RULES = (
 # Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
 FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),
-    ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data stats mixture.yaml"),
+    ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data check mixture.yaml"),
     ("docs/evaluation.md", '[{"image": "a.png", "question": "How many?", "answer": "3", "metric": "relaxed"}]'): (
         "rows.json",
         "",
