@@ -42,7 +42,7 @@ from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trai
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.rules import METHODS
-from milora_vl.models.recipe_of_run import recipe_of_run
+from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train.data import RunData, read_records, source_text
 from milora_vl.train.flags import PolicyEdits, edited
 from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig

@@ -35,11 +35,10 @@ from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
-from milora_vl.models.devices import fastest_dtype, train_device
+from milora_vl.models.devices import fastest_dtype, quantized_layers, train_device
 from milora_vl.models.parts import Parts
 from milora_vl.models.processors import configure_processor, usable_inputs
 from milora_vl.models.projector import projector_file
-from milora_vl.models.quantized import quantized_layers
 from milora_vl.report.repeat import is_file
 from milora_vl.train import arguments, folder, inherit, resume
 from milora_vl.train.arguments import Derived, Launch, read_launch, require_processes_for_fsdp, value_of

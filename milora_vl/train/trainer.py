@@ -23,8 +23,7 @@ from milora_data.batches.lengths import LengthGroupedSampler
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.tokens import IGNORE
 from milora_data.stream.dataset import RecordStream
-from milora_vl.common.compat.accelerate import enable_fsdp_on_cpus
-from milora_vl.common.compat.trainer import CheckpointTrainer
+from milora_vl.common.compat.trainer import CheckpointTrainer, enable_fsdp_on_cpus
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import STATE, step_of
 from milora_vl.core.adapter.earlier import APART_FILE
