@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from milora_vl.common.errors import UserError
@@ -61,16 +62,17 @@ def load_projector(model: nn.Module, source: Path) -> None:
     """
     weights = read_projector(source)
     projector = projector_of(model)
-    expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
-    shapes = {name: tuple(t.shape) for name, t in weights.items()}
-    if shapes != expected:
-        raise UserError(
-            "the weights do not fit the projector of this model",
-            code="projector-wrong-shape",
-            where=str(source),
-            hint=f"  has       {shapes}\n  expected  {expected}",
-        )
-    projector.load_state_dict(weights)
+    with gather_params_ctx(list(projector.parameters()), modifier_rank=0):  # ZeRO-3 has shards of them
+        expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in weights.items()}
+        if shapes != expected:
+            raise UserError(
+                "the weights do not fit the projector of this model",
+                code="projector-wrong-shape",
+                where=str(source),
+                hint=f"  has       {shapes}\n  expected  {expected}",
+            )
+        projector.load_state_dict(weights)
 
 
 def read_projector(source: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ def recipe_of_run(folder: Path) -> dict[str, Any]:
     Raises UserError if the recipe cannot be read.
     """
     file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
-    return {} if file is None else read_file(file)[0]
+    return {} if file is None else read_file(file)
 
 
 def trained_template(folder: Path) -> str:

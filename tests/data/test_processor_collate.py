@@ -21,7 +21,7 @@ from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
 from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from support.problems import raises_code
@@ -86,24 +86,6 @@ def test_ids_masks_and_tensors_equal_those_of_transformers(name: str, make: Any,
     assert list(batch)[:3] == ["input_ids", "attention_mask", "labels"]
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
-
-
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "idefics3", "mllama"])
-def test_pixels_are_what_the_processor_makes_of_the_picture(name: str, make: Any) -> None:
-    """A narrow picture and one with transparency stay PIL pictures, which the processor reads in its own way."""
-    inputs = make(name).inputs
-    noise = Image.effect_noise((31, 19), 60).convert("RGB")
-    clear = noise.copy()
-    clear.info["transparency"] = noise.getpixel((0, 0))
-    kinds = {"plain": noise, "clear": clear, "narrow": noise.crop((0, 0, 4, 19)), "grey": noise.convert("L")}
-    tensors = {kind for kind, picture in kinds.items() if isinstance(inputs.pixels(picture), torch.Tensor)}
-    assert tensors == {"plain"}
-    ours, theirs = (
-        inputs.processor.image_processor(images=[picture], return_tensors="pt")
-        for picture in (inputs.pixels(noise), noise)
-    )
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(theirs[key])) for key in theirs)
 
 
 def test_line_breaks_around_a_picture_of_messages_are_the_users(make: Any, pictures: Path) -> None:

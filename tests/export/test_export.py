@@ -25,7 +25,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.export import Options, export, main
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
-from milora_vl.train.run_files import set_chat_template
+from milora_vl.train.run import set_chat_template
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 from support.problems import raises_code
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from milora_vl.__main__ import main as milora
 from milora_vl.core.policy import Rule
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
 from studies.__main__ import main as studies
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -43,7 +43,7 @@ BATCH_OF_ONE = (
 
 @dataclass(frozen=True, slots=True)
 class ProcessorSample:
-    """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it.
+    """One record as text, with its pictures (PIL). `is_cut`: max_length shortened it.
 
     `row` is the number of its row in a packed batch.
     """
@@ -214,7 +214,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
     def _image(self, name: str) -> Any:
         try:
-            return self.inputs.pixels(load_image(self._place(name)))
+            return load_image(self._place(name))
         except ImageError as error:
             return self._replaced(error)
 
@@ -327,8 +327,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         try:
             self.inputs.processor.image_processor(images=[image], return_tensors="pt")
         except PROCESSOR_ERRORS as error:
-            height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
-            reason = f"{width} x {height} pixels: {first_line(error)}"
+            reason = f"{image.width} x {image.height} pixels: {first_line(error)}"
             hint = "save it again as RGB, in a usual size and aspect ratio"
             message = f"the processor refuses this picture: {reason}"
             return self._replaced(ImageError(message, reason, where=str(place), hint=hint))

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from milora_data.batches.record_collator import BLANK
@@ -98,7 +97,7 @@ class ProcessorInputs:
         pad_to_multiple_of: int | None = None,
         with_places: bool = False,
     ) -> dict[str, Any]:
-        """Return the processor's tensors for texts with their pictures (PIL, or as `pixels` returns them) and videos.
+        """Return the processor's tensors for texts with their pictures (PIL) and videos.
 
         `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
         placeholders, and PLACES: per text and picture two ranges of characters (start, end), of the placeholder and of
@@ -132,29 +131,6 @@ class ProcessorInputs:
                 batch[name] = value.float()
         # Without places, this family expands no placeholder.
         return batch | ({PLACES: places or [[] for _ in texts]} if with_places else {})
-
-    def pixels(self, image: Any) -> Any:
-        """Return a picture (PIL) in the form that the processor takes fastest: (3, height, width) bytes, or unchanged.
-
-        The processor makes the same tensor of a PIL picture, in twice the time.
-        """
-        # A processor may mistake a side of 1, 3 or 4 pixels for channels, and it blends transparent pixels with white.
-        if not self._takes_tensors or image.mode != "RGB" or min(image.size) <= 4 or "transparency" in image.info:
-            return image
-        lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
-        return torch.from_numpy(np.ascontiguousarray(lines.transpose(1, 0, 2)))
-
-    @cached_property
-    def _takes_tensors(self) -> bool:
-        """Whether the image processor is one of transformers' that work on tensors."""
-        from transformers.image_processing_backends import TorchvisionBackend
-
-        kind = type(self.processor.image_processor)
-        return (
-            kind.__module__.startswith("transformers.")
-            and issubclass(kind, TorchvisionBackend)
-            and kind.process_image is TorchvisionBackend.process_image
-        )
 
     @cached_property
     def takes_mixed_videos(self) -> bool:
