@@ -89,7 +89,6 @@ def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def resume_hint(run: Path) -> str:
-    """Return a sentence about how to continue a stopped run."""
     newest, _ = latest(run)
     if newest is None:
         return "there is no checkpoint yet; the same command with  --resume_from_checkpoint auto  starts again"
@@ -109,7 +108,6 @@ def zero_stage(folder: Path) -> int:
 
 
 def num_processes(folder: Path) -> int:
-    """Return the number of processes that wrote a checkpoint, from its files with random states."""
     return 1 if (folder / "rng_state.pth").is_file() else len(list(folder.glob("rng_state_*.pth")))
 
 
@@ -131,7 +129,6 @@ def set_aside(folder: Path) -> Path:
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether the training in this folder has finished."""
     return bool(read_environment(path).get("finished")) and holds_weights(path)
 
 

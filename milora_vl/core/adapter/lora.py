@@ -71,7 +71,6 @@ def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError) as error:  # a text of many lines
         raise AdapterError(
             f"the adapter does not fit {type(base).__name__}: {' '.join(str(error).split())[:300]}",
-            code="adapter-missing-modules",
             where=str(folder),
             hint="load the base model that the adapter was trained on",
         ) from error
@@ -112,7 +111,6 @@ def _require_distinct(model: nn.Module, full: list[str]) -> None:
     if full and extra:
         raise AdapterError(
             f"PEFT would train {extra[0]} in full as well, because its name ends like one of {', '.join(full[:3])}",
-            code="adapter-ambiguous-names",
             where=extra[0],
             hint=f"use an adapter instead of method full for {', '.join(full[:3])}, or no adapters at all",
         )
@@ -126,7 +124,6 @@ def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
         raise AdapterError(
             f"PEFT matched unexpected modules: this one has rank {adapted.get(differ[0])}, expected "
             f"{ranks.get(differ[0])} ({len(differ):,} modules differ)",
-            code="adapter-ambiguous-names",
             where=differ[0],
             hint="reload the base model and try again",
         )
@@ -163,7 +160,6 @@ def lora_layer(model: PeftModel, path: str) -> LoraLayer:
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """Return the model under a PEFT wrapper, or the model itself."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 
@@ -186,6 +182,5 @@ def require_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise AdapterError(
             f"expected a model (a torch.nn.Module), got {model!r:.80}",
-            code="adapter-not-a-model",
             hint="load it:  model, processor = load_model(NAME)",
         )

@@ -50,7 +50,7 @@ def parameter_groups(
     """
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if not (isinstance(value, int | float) and 0 <= value < math.inf):
-            raise AdapterError(f"expected a number from 0, got {value!r}", code="adapter-value", where=name)
+            raise AdapterError(f"expected a number from 0, got {value!r}", where=name)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     towers: dict[float, list[str]] = {}
     for name, parameter, target in sorted(_trained(model), key=_place):
@@ -76,7 +76,6 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Target | Non
     if owner is None:
         raise AdapterError(
             f"no rules belong to this {type(model).__name__}",
-            code="adapter-no-rules",
             hint="pass the model that apply_milora, or load_adapter(..., is_trainable=True), returned",
         )
     settings = {target.path: target for target in vars(owner)["milora_targets"]}

@@ -21,17 +21,12 @@ from milora_vl.core.adapter.folders import PREFIX, AdapterError
 from milora_vl.core.adapter.initialize import Progress
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, require_trainable, stored_tensors
 from milora_vl.core.calibration.bases import Calibration, CalibrationError
 from milora_vl.core.policy.rules import METHODS, Rule, RuleMethod
-from milora_vl.core.policy.towers import forget_peft
 from milora_vl.core.svd import Part
 
-METHOD_OF_PART: dict[str, RuleMethod] = {
-    "minor": "milora",
-    "principal": "pissa",
-    "random": "random",
-}
+METHOD_OF_PART: dict[str, RuleMethod] = {"minor": "milora", "principal": "pissa", "random": "random"}
 assert all(METHODS[method].part == part for part, method in METHOD_OF_PART.items())
 # Initializations of PEFT that do not change the base weight.
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
@@ -63,9 +58,7 @@ def reinit_peft(
     ('milora', 4)
     """
     if part not in METHOD_OF_PART:
-        raise AdapterError(
-            f"expected one of {', '.join(METHOD_OF_PART)}, got {part!r}", code="adapter-value", where="part"
-        )
+        raise AdapterError(f"expected one of {', '.join(METHOD_OF_PART)}, got {part!r}", where="part")
     adapter = _the_adapter(peft_model)
     modules = dict(peft_model.get_base_model().named_modules())
     layers = {path: module for path, module in modules.items() if isinstance(module, LoraLayer)}
@@ -82,7 +75,7 @@ def reinit_peft(
     rules = [_rule(path, layer, adapter, method, protect) for path, layer in layers.items()]
     rules += [Rule(modules=path, method="full") for path in full]
     base = peft_model.unload()
-    forget_peft(base)
+    vars(base).pop("peft_config", None)  # older versions of PEFT leave it
     return apply_milora(base, rules, calibration=calibration, progress=progress)
 
 
@@ -103,6 +96,7 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
             where=str(folder),
             hint="train it without restore_split",
         )
+    require_trainable(Path(folder), saved, is_trainable=True)
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
     stored = stored_tensors(Path(folder))
     for path in sidecar.ranks:
@@ -122,21 +116,16 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
 def _the_adapter(model: PeftModel) -> str:
     if not isinstance(model, PeftModel):
         raise AdapterError(
-            f"expected a PeftModel, got {type(model).__name__}",
-            code="adapter-not-a-peft-model",
-            hint="to add an adapter:  apply_milora(model, policy)",
+            f"expected a PeftModel, got {type(model).__name__}", hint="to add an adapter:  apply_milora(model, policy)"
         )
     if isinstance(model, MiloraMixin) and model.sidecars:
         raise AdapterError(
             "this model already has a difference and an anchor, from apply_milora or load_adapter",
-            code="adapter-already-present",
             hint="use the model without this call",
         )
     if len(model.peft_config) != 1:
         raise AdapterError(
-            f"expected one adapter, found {', '.join(model.peft_config)}",
-            code="adapter-several",
-            hint="delete the other adapters first",
+            f"expected one adapter, found {', '.join(model.peft_config)}", hint="delete the other adapters first"
         )
     name, config = next(iter(model.peft_config.items()))
     unsupported = _unsupported(config)
@@ -173,15 +162,15 @@ def _require_fresh(layers: dict[str, LoraLayer], full: dict[str, ModulesToSaveWr
     if trained:
         raise AdapterError(
             "this adapter has been trained already, and a new initialization would lose that training",
-            code="adapter-already-trained",
             where=trained[0],
             hint="if it is a MiLoRA adapter loaded from a folder, call  restore_split(model, folder)  instead",
         )
 
 
 def _update_norm(layer: LoraLayer, adapter: str) -> float:
-    is_zero = not all(factor.any() for factor in factors(layer, adapter))
-    return 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
+    if not all(factor.any() for factor in factors(layer, adapter)):
+        return 0.0
+    return float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
 
 
 def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect: float | None) -> Rule:
@@ -194,10 +183,8 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_anchor(layer, adapter)
-    for axis, (name, factor) in enumerate(
-        zip(("lora_A.weight", "lora_B.weight"), factors(layer, adapter), strict=True)
-    ):
-        saved = stored[f"{PREFIX}{path}.{name}"].to(factor.dtype).to(factor.device)
+    for axis, factor in enumerate(factors(layer, adapter)):
+        saved = stored[f"{PREFIX}{path}.lora_{'AB'[axis]}.weight"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
         # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].
         pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 else second

@@ -136,7 +136,6 @@ def _ended(ids: Sequence[int], end: int) -> list[int]:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """Return rows of ids as a batch padded on the right."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

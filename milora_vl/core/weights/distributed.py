@@ -86,6 +86,5 @@ def is_fsdp_shard(tensor: Tensor) -> bool:
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    """Return True if FSDP2 shards modules of a model."""
     module = sys.modules.get(_FSDP)
     return module is not None and any(isinstance(child, module.FSDPModule) for child in model.modules())

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import MALFORMED, Problem, UserError
-from milora_vl.core.svd import Factors, singular_values
+from milora_vl.core.svd import Factors, Part, decompose, singular_values
 
 AGAIN = "copy or download the file again, or use a checkpoint of the run"
 UNREAD = (SafetensorError, UnpicklingError, RuntimeError, EOFError, *MALFORMED)
@@ -80,21 +80,24 @@ def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
     return digest.hexdigest()
 
 
-def read_factors(folder: Path, key: str) -> Factors | None:
-    """Return a stored entry, or None if it is missing or damaged."""
-    entry = read_cached(folder, key)
-    if entry is None:
-        return None
-    tensors, metadata = entry
-    norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
-    return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
+def cached_factors(W: Tensor, rank: int, part: Part, folder: Path | None, *, seed: int = 0) -> Factors:
+    """Return `decompose(W, rank, part)` of W (out, in), from the cache if it has it; `seed` draws a random part.
 
-
-def write_factors(folder: Path, key: str, factors: Factors) -> None:
-    """Store an entry. Warns if it cannot be written."""
-    tensors = {name: getattr(factors, name) for name in ("U", "S", "Vh", "index")}
-    metadata = {name: str(getattr(factors, name)) for name in ("norm", "sigma_max", "excess", "method")}
-    write_cached(folder, key, tensors, metadata)
+    Raises ValueError as `decompose`. Warns if the cache cannot be written.
+    """
+    key = "" if folder is None or W.is_meta else cache_key(W, rank, part, seed)
+    entry = read_cached(folder, key) if folder is not None and key else None
+    if entry is not None:
+        tensors, metadata = entry
+        numbers = {name: float(metadata[name]) for name in ("norm", "sigma_max", "excess")}
+        moved = {name: tensors[name].to(W.device) for name in ("U", "S", "Vh")}
+        return Factors(**moved, index=tensors["index"], **numbers, method=metadata["method"])
+    factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
+    if folder is not None:
+        tensors = {name: getattr(factors, name) for name in ("U", "S", "Vh", "index")}
+        metadata = {name: str(getattr(factors, name)) for name in ("norm", "sigma_max", "excess", "method")}
+        write_cached(folder, key, tensors, metadata)
+    return factors
 
 
 def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:

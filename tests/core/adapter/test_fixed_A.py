@@ -22,7 +22,7 @@ from milora_vl.core.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.core.policy import Policy
 from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import directions, leaks, llava_batches, picture_batches, text_batches
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 METHODS = ["milora", "pissa", "random", "lora"]
 IDS = token_batch(200)
@@ -127,7 +127,7 @@ def test_convolutions_are_protected(method: str, tmp_path: Path) -> None:
 
 def test_an_embedding_cannot_be_protected() -> None:
     rules = [{"modules": "words", "method": "lora", "rank": 1, "protect": 0.5}]
-    with raises_code("policy-protect", where="policy[0].protect"):
+    with raises_problem(where="policy[0].protect"):
         apply_milora(Pictures(), rules, calibration=picture_batches())
     rules.append({"modules": "words", "protect": 0})
     assert apply_milora(Pictures(), rules).milora_protection == {}
@@ -305,5 +305,5 @@ def test_damaged_directions_are_noticed_before_the_first_step() -> None:
     base = nn.Sequential(nn.Linear(6, 4))
     targets = Policy.parse([{"modules": "0", "method": "lora", "rank": 2, "protect": 0.5}]).resolve(base)
     V = torch.full((6, 2), 0.7)  # neither orthogonal nor of length 1
-    with raises_code("protect-overlap", where="0"):
+    with raises_problem(where="0"):
         fixed_factors(targets, {}, ProtectedInputs([InputBasis(V, torch.tensor([0.0, 0.3, 0.5]), 9)], {"0": 0}))

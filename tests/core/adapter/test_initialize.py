@@ -13,7 +13,7 @@ from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.core.svd import decompose
 from milora_vl.core.weights.matrices import as_matrix, matrix_shape
 from support.adapter_cases import one_rule, tiny_gpt2
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 
 def initial(model: nn.Module, rules, **options) -> dict[str, Initial]:
@@ -103,7 +103,7 @@ def test_another_seed_draws_other_random_components() -> None:
 def test_broken_weights_are_refused_with_their_module(value: float, message: str) -> None:
     broken = W.clone()
     broken[0, 0] = value
-    with raises_code("weight-decomposition", says=message, kind=ValueError):
+    with raises_problem(says=message, kind=ValueError):
         initial(linear(broken), one_rule())
 
 

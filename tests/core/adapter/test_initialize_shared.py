@@ -41,11 +41,12 @@ if broken:
         model[2].weight.data[0, 0] = float("nan")
 
 import milora_vl.core.adapter.initialize as module
+import milora_vl.core.weights.tensor_files as cache
 from milora_vl.core.policy import Policy
 
 calls = []
-decompose = module.decompose
-module.decompose = lambda W, *a, **k: calls.append(list(W.shape)) or decompose(W, *a, **k)
+decompose = cache.decompose
+cache.decompose = lambda W, *a, **k: calls.append(list(W.shape)) or decompose(W, *a, **k)
 targets = Policy.parse([{"modules": "language", "method": method, "rank": 3}]).resolve(model)
 try:
     made = module.initialize(model, targets)

@@ -23,7 +23,7 @@ from milora_vl.train.plan.screen import Screen
 from milora_vl.train.recipe.schema import Recipe
 from support.adapter_cases import one_rule, token_batch
 from support.calibrated import text_batches
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 RULES = one_rule(rank=2, protect=0.5)
 NOISE = torch.Generator().manual_seed(0)
@@ -112,13 +112,13 @@ def test_experts_that_the_first_batch_does_not_reach_are_calibrated() -> None:
     assert len(reached[0].unique()) <= 2
     assert len(calibrated(Experts(), batches, 0.5)) == 8
     few = [batch for batch, chosen in zip(batches, reached, strict=True) if 3 not in chosen]
-    with raises_code("calibration-unreached-layer", where="experts.3", message="1 of the 8", hint="more text"):
+    with raises_problem(where="experts.3", message="1 of the 8", hint="more text"):
         calibrated(Experts(), few, 0.5)
 
 
 def test_damaged_batches_that_are_held_out_are_refused() -> None:
     damaged = [*({"input": rows()} for _ in range(7)), {"input": torch.full((8, 16), torch.nan)}]
-    with raises_code("calibration-not-finite", where="0"):
+    with raises_problem(where="0"):
         calibrated(nn.Sequential(nn.Linear(16, 16)), damaged)
 
 
@@ -163,7 +163,7 @@ IDS = torch.tensor([[1, 2, 3]])
 
 @pytest.mark.parametrize("batches", [{"input_ids": IDS}, ["hello"], [IDS]])
 def test_what_is_no_list_of_batches_is_refused(tiny_llama: Any, batches: Any) -> None:
-    with raises_code("calibration-batch", where="calibration", message="expected a list of batches"):
+    with raises_problem(where="calibration", message="expected a list of batches"):
         calibrated(tiny_llama()[0], batches)
 
 

@@ -12,7 +12,7 @@ from milora_vl.common.errors import Problem
 from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule
 from milora_vl.train.recipe.schema import Recipe, RecipeError
 from support.adapter_cases import one_rule
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 YAML = """
 - {modules: language, method: milora, protect: 0, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
@@ -55,7 +55,7 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
     assert [(str(problem.where), problem.code) for problem in found] == [
         ("policy[0].methods", "policy-unknown-key"),
         ("policy[1].modules", "policy-value"),
-        ("policy[1].rank", "policy-rank"),
+        ("policy[1].rank", "policy-value"),
         ("policy[2]", "policy-value"),
     ]
     assert found[0].hint == "did you mean method?"
@@ -67,10 +67,10 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
         ("modules: language", "policy-value", "expected a list of rules, got dict"),
         ("[", "yaml-syntax", "not valid YAML"),
         ("language", "policy-value", "expected a list of rules, got str"),
-        ([], "policy-empty", "no rules, so nothing would train"),
+        ([], "policy-value", "expected a list of rules, got an empty list"),
         (
             [{"modules": "language", "rank": {"energy": 0.5}}],
-            "policy-rank",
+            "policy-value",
             r"policy\[0\].rank: expected a positive integer, got {'energy': 0.5}",
         ),
         (
@@ -98,7 +98,7 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
     assert {(str(problem.where), problem.code) for problem in found} == {
         ("policy[0].method", "policy-value"),
         ("policy[0].rnk", "policy-unknown-key"),
-        ("policy[0].protect", "policy-protect"),
+        ("policy[0].protect", "policy-value"),
         ("policy[0].alpha", "policy-value"),
     }
     with pytest.raises(PolicyError) as in_python:
@@ -114,7 +114,7 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
 
 @pytest.mark.parametrize("protect", [1, -0.1, "much", {"inputs": 0.9}])
 def test_what_is_no_protection_is_refused(protect) -> None:
-    with raises_code("policy-protect", where="policy[0].protect", says="a share from 0, below 1", kind=PolicyError):
+    with raises_problem(where="policy[0].protect", says="a share from 0, below 1", kind=PolicyError):
         Policy.parse(one_rule(protect=protect))
 
 
@@ -124,7 +124,7 @@ def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_lla
     assert {target.protect for target in targets if ".mlp." in target.path} == {0}
     assert {target.has_anchor for target in targets if ".mlp." in target.path} == {True}
     assert {target.has_fixed_A for target in targets if ".mlp." not in target.path} == {True}
-    with raises_code("policy-protect", where="policy[0].sigma"):
+    with raises_problem(where="policy[0].sigma"):
         Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
 
 

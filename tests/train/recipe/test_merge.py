@@ -204,12 +204,12 @@ def test_a_model_that_is_not_here_hides_no_fault_of_the_recipe(tmp_path: Path) -
     with pytest.raises(UserError) as error:
         fitted(f"--recipe {file}")
     assert [problem.code for problem in error.value.problems][:3] == [
-        "recipe-unknown-key", "policy-rank", "policy-unknown-key"
+        "recipe-unknown-key", "policy-value", "policy-unknown-key"
     ]  # fmt: skip
     assert error.value.problems[-1].code.startswith("model-")
     with pytest.raises(UserError) as error:
         fitted(["--model", "tiny", "--policy", "[{modules: language, rank: 0}, {modules: x, method: full}]"])
-    assert [problem.code for problem in error.value.problems] == ["policy-rank"]
+    assert [problem.code for problem in error.value.problems] == ["policy-value"]
     assert error.value.source == "--policy"
 
 
@@ -319,7 +319,7 @@ def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "code", "where"),
     [
-        ("--rank -4", "policy-rank", "--rank"),
+        ("--rank -4", "policy-value", "--rank"),
         ("--rank 4 --alpha -1", "policy-value", "--alpha"),
         ("--rank 4 --learning_rate -1", "policy-value", "--learning_rate"),
         ("--rank 4 --mm_projector_lr -1", "policy-value", "--mm_projector_lr"),
@@ -327,7 +327,7 @@ def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Pa
         ("--rank 4 --limit 0", "recipe-value", "--limit"),
         ("--rank 4 --bf16 True --fp16 True", "recipe-precision", "--fp16"),
         ("--rank 4 --dtype float16 --bf16 True", "recipe-precision", "--bf16"),
-        ("--recipe tiny-test --rank 0", "policy-rank", "--rank"),
+        ("--recipe tiny-test --rank 0", "policy-value", "--rank"),
     ],
 )
 def test_a_wrong_value_of_a_flag_is_one_problem_at_the_flag(words: str, code: str, where: str) -> None:
