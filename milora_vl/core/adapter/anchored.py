@@ -62,7 +62,7 @@ from torch.autograd.function import once_differentiable
 
 from milora_vl.common.compat.peft import ForwardVariant, set_variant
 from milora_vl.common.compat.torch import OwnState, call_on_plain_tensors, change_class
-from milora_vl.core.adapter.folders import ANCHORS_FILE, EARLIER, PREFIX, AdapterError
+from milora_vl.core.adapter.folders import ANCHORS_FILE, EARLIER, PREFIX, RESTORE, AdapterError
 from milora_vl.core.weights.distributed import is_sharded
 from milora_vl.core.weights.matrices import factor_dtype
 
@@ -360,13 +360,7 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        delta: Tensor,
-        anchor: Tensor,
-        dtype: torch.dtype,
-        scaling: float,
-        onto: Tensor | None,
+        ctx: Any, hidden: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype, scaling: float, onto: Tensor | None
     ) -> Tensor:
         ctx.dtypes, ctx.scaling = (hidden.dtype, dtype), scaling
         hidden = hidden.to(dtype)
@@ -428,7 +422,7 @@ def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
                 "the anchor does not belong to the factors: B0 + E is not B",
                 code="adapter-wrong-anchor",
                 where=ANCHORS_FILE,
-                hint="restore the files of one save",
+                hint=RESTORE,
             )
         layer.lora_B[adapter].register_buffer(ANCHOR, lossless(B0, dtype))
 

@@ -146,15 +146,11 @@ def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
     )
     """
     if not isinstance(model, PeftModel):
-        raise AdapterError(
-            f"merge needs a PeftModel, got {type(model).__name__}",
-            hint="pass the model that apply_milora or load_adapter returned",
-        )
+        hint = "pass the model that apply_milora or load_adapter returned"
+        raise AdapterError(f"merge needs a PeftModel, got {type(model).__name__}", hint=hint)
     if isinstance(model, MiloraMixin) and model.earlier is not None:
-        raise AdapterError(
-            "the base holds the update of earlier runs, which merge would leave out",
-            hint="save the adapter, and merge what load_adapter returns for its folder",
-        )
+        message = "the base holds the update of earlier runs, which merge would leave out"
+        raise AdapterError(message, hint="save the adapter, and merge what load_adapter returns for its folder")
     if path is not None and not hasattr(model.get_base_model(), "save_pretrained"):
         hint = "call merge(model) without a path, and save the state dict of the result"
         raise AdapterError(f"{type(model.get_base_model()).__name__} has no save_pretrained", where="path", hint=hint)

@@ -19,15 +19,9 @@ SET_ASIDE = "incomplete-"
 STATE = "trainer_state.json"
 # Files that only a resumed run needs.
 NO_RESULT = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "stream_state_*.pth",
-    "latest",
-    "zero_to_*.py",
+    "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "stream_state_*.pth", "latest", "zero_to_*.py",
     STATE,
-)
+)  # fmt: skip
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 

@@ -26,9 +26,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.core.adapter.fixed_a import plus_update
-from milora_vl.core.adapter.folders import ADAPTER_FILES, EARLIER, PREFIX, AdapterError, module_path, moved
+from milora_vl.core.adapter.folders import ADAPTER_FILES, EARLIER, PREFIX, RESTORE, AdapterError, module_path, moved
 from milora_vl.core.adapter.lora import base_layer, base_model_of, lora_config, peft_rank
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, fitted, new_paths, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import (
+    FILE_NAME,
+    MERGE,
+    Sidecar,
+    fitted,
+    new_paths,
+    read_sidecar,
+    refuse_retired,
+    stored_tensors,
+)
 from milora_vl.core.policy.rules import Target
 
 APART_FILE = "milora_apart.safetensors"  # the adapter of the new run on modules that are whole, and their weights
@@ -60,6 +69,7 @@ def read_earlier(
     saved = read_sidecar(folder)
     if saved is None:
         raise AdapterError(f"has no {FILE_NAME}", code="adapter-plain-lora", where=str(folder))
+    refuse_retired(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=False)
     paths = new_paths(saved, here)
     state = {moved(name, paths).removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
@@ -70,23 +80,16 @@ def read_earlier(
             continue
         A, B = (state.pop(name, None) for name in _names(target.path))
         if A is None or B is None or A.ndim != 2 or target.method == "dora":
-            raise AdapterError(
-                f"the update of {target.path} is no pair of factors of a linear layer (method {target.method})",
-                code="adapter-unsupported-kind",
-                where=str(folder),
-                hint=f"use it merged, as a base:  python -m milora_vl.export {folder} --to merged --output_dir MERGED",
-            )
+            message = f"the update of {target.path} is no pair of factors of a linear layer (method {target.method})"
+            hint = f"use it merged, as a base:  {MERGE} {folder}"
+            raise AdapterError(message, code="adapter-unsupported-kind", where=str(folder), hint=hint)
         scaling = scalings.get(target.path, target.scaling)  # one scaling per module in the file that `join` writes
         change = target.scaling / scaling
         factors[target.path] = A.float(), B.float() if change == 1 else B.float() * change, scaling
     in_full = [target.path for target in here.targets if target.rank is None]
     for name in state:
         if not module_path(name, in_full):
-            raise AdapterError(
-                f"contains {name}, which {FILE_NAME} does not list",
-                where=str(folder),
-                hint="restore the files of one save",
-            )
+            raise AdapterError(f"contains {name}, which {FILE_NAME} does not list", where=str(folder), hint=RESTORE)
     return Earlier(factors, {name: tensor.float() for name, tensor in state.items()}, here, tuple(tasks))
 
 

@@ -134,8 +134,8 @@ def fixed_factors(
     The rows are the right singular vectors in `initial`, or random for a method without triplets.
     """
     factors, protections = {}, {}
-    for target in targets if inputs is not None else ():
-        if not target.has_fixed_A:
+    for target in targets:
+        if not target.has_fixed_A or inputs is None:
             continue
         start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
         basis = inputs.of(target.path)

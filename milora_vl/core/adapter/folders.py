@@ -26,6 +26,7 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ANCHORS_FILE = "milora_anchors.safetensors"  # of ours, beside milora.json
 NON_LORA = "non_lora_trainables.bin"  # of LLaVA: what it trained beside the LoRA
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+RESTORE = "restore the files of one save"
 EXPECTED = f"expected a folder with {CONFIG}, for example the output_dir of a run"
 
 

@@ -32,7 +32,7 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import FACTORS
 from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.core.svd import Factors
-from milora_vl.core.weights.distributed import assign_work, broadcast, gather, rank_and_world_size
+from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
 from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, read_matrix
 from milora_vl.core.weights.tensor_files import cached_factors, cached_singular_values
 
@@ -112,11 +112,14 @@ def initialize(
     """
     wanted = [t for t in targets if t.is_decomposed]
     cache = None if cache_dir is None else Path(cache_dir)
-    is_first = rank_and_world_size()[0] == 0
+    rank, processes = rank_and_world_size()
+    is_first, order = rank == 0, wanted
+    if processes > 1:  # a batch takes as long as its most expensive piece, so pieces of similar cost belong together
+        order = sorted(wanted, key=lambda t: -t.shape[0] * t.shape[1] * min(t.shape))
     by_path: dict[str, Initial] = {}
     with progress_bar(FACTORS, len(wanted), "matrices", is_shown=bool(progress and wanted) and is_first) as bar:
-        # the cost of a whole decomposition, up to a factor: out * in * min(out, in)
-        for batch in assign_work([(float(t.shape[0] * t.shape[1] * min(t.shape)), t) for t in wanted]):
+        for start in range(0, len(order), processes):
+            batch = order[start : start + processes]
             for initial in _decompose_batch(model, batch, cache):
                 by_path[initial.report.path] = initial
                 if progress == "lines" and is_first:

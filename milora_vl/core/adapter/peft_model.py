@@ -40,13 +40,7 @@ from milora_vl.core.adapter.fixed_a import Protection, fix_A, has_fixed_A
 from milora_vl.core.adapter.folders import PREFIX, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import lora_layer, read_by_peft, set_dropout
-from milora_vl.core.adapter.sidecar import (
-    Sidecar,
-    fitted,
-    read_sidecar,
-    require_same_kind,
-    require_trainable,
-)
+from milora_vl.core.adapter.sidecar import Sidecar, fitted, read_sidecar, require_same_kind, require_trainable
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.matrices import Fingerprint, distance, fingerprint
 
@@ -307,17 +301,22 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
 
     `anchors` has the exact B0 by path, see `Sidecar.read_anchors`.
     """
-    ours = adopt(model)
+    ours, plain = adopt(model), {}
     for target in sidecar.targets:
         if target.rank is None:
             continue
         layer = lora_layer(ours, target.path)
-        if target.has_anchor:
+        if target.has_anchor and adapter in layer.lora_embedding_A:
+            if layer.lora_embedding_A[adapter].requires_grad:
+                message = "MiLoRA trained this embedding, which this version does not: it cannot train further"
+                raise AdapterError(message, code="adapter-retired-method", where=target.path)
+            plain[target.path] = replace(target, method="lora", rank=2 * target.rank, alpha=2 * (target.alpha or 0))
+        elif target.has_anchor:
             install_loaded(layer, adapter, anchors.get(target.path))
         elif target.has_fixed_A and not has_fixed_A(layer, adapter):
             fix_A(layer, adapter)
         set_dropout(layer, adapter, target.dropout)
-    ours.remember(adapter, replace(sidecar, anchors=()))
+    ours.remember(adapter, replace(sidecar, targets=[plain.get(t.path, t) for t in sidecar.targets], anchors=()))
     return ours
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.earlier import hold, split
-from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, AdapterError, moved, not_a_folder
+from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, RESTORE, AdapterError, moved, not_a_folder
 from milora_vl.core.adapter.lora import quiet_peft, read_by_peft, require_module
 from milora_vl.core.adapter.peft_model import restore
 from milora_vl.core.adapter.rates import check_rates_at_first_step
@@ -56,27 +56,16 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'milora.json']
     """
     if not isinstance(model, PeftModel):
-        raise AdapterError(
-            f"{type(model).__name__} has no adapter to save",
-            hint="for weights trained in full, use the model's own save_pretrained",
-        )
+        hint = "for weights trained in full, use the model's own save_pretrained"
+        raise AdapterError(f"{type(model).__name__} has no adapter to save", hint=hint)
     folder = Path(path)  # raises TypeError for None; str(None) would create a folder named None
     if folder.is_file():
-        raise AdapterError(
-            "this is a file, but an adapter is a folder",
-            code="adapter-no-folder",
-            where=str(folder),
-            hint="choose another folder",
-        )
+        raise AdapterError("this is a file, but an adapter is a folder", where=str(folder))
     model.save_pretrained(str(folder))
 
 
 def load_adapter(
-    base: nn.Module,
-    path: str | Path,
-    *,
-    is_trainable: bool = False,
-    allow_base_mismatch: bool = False,
+    base: nn.Module, path: str | Path, *, is_trainable: bool = False, allow_base_mismatch: bool = False
 ) -> Any:
     """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can continue.
 
@@ -89,10 +78,8 @@ def load_adapter(
     require_module(base)
     require_adapter_files(folder)
     if is_wrapped_by_peft(base):
-        raise AdapterError(
-            "this model already has an adapter",
-            hint="pass the base model, or use the model's own load_adapter(path, name)",
-        )
+        hint = "pass the base model, or use the model's own load_adapter(path, name)"
+        raise AdapterError("this model already has an adapter", hint=hint)
     saved = read_sidecar(folder)
     if saved is None:
         logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
@@ -143,19 +130,16 @@ def require_adapter_files(folder: Path) -> None:
             where=str(folder),
             hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
         )
+    file = str(folder / CONFIG)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         imports_code = config.get("megatron_config") is not None
     except (ValueError, AttributeError) as error:
-        message, file = f"not a mapping in JSON: {error}", str(folder / CONFIG)
-        raise AdapterError(message, where=file, hint=AGAIN) from error
+        raise AdapterError(f"not a mapping in JSON: {error}", where=file, hint=AGAIN) from error
     if imports_code:  # PEFT would import the module that the file names beside it
-        raise AdapterError(
-            "the config names a module of Megatron, which would be imported: it was not read",
-            code="adapter-unsupported-kind",
-            where=str(folder / CONFIG),
-            hint="remove megatron_config and megatron_core from the file if you trust it",
-        )
+        message = "the config names a module of Megatron, which would be imported: it was not read"
+        hint = "remove megatron_config and megatron_core from the file if you trust it"
+        raise AdapterError(message, code="adapter-unsupported-kind", where=file, hint=hint)
 
 
 def _load_renamed(
@@ -180,12 +164,8 @@ def _load_renamed(
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if expected != state.keys():
         wrong = sorted(expected ^ state.keys())
-        raise AdapterError(
-            f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)",
-            code="adapter-missing-weights",
-            where=str(folder),
-            hint="restore the files of one save",
-        )
+        message, hint = f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)", RESTORE
+        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=hint)
     set_peft_model_state_dict(model, state)
     if not is_trainable:
         model.eval()

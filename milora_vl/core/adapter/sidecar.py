@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.fixed_a import Protection
-from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, AdapterError
+from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
 from milora_vl.core.policy.rules import METHODS, RETIRED, FloorSigma, Target
@@ -37,6 +37,7 @@ Kind = TypeVar("Kind")
 logger = logging.getLogger(__name__)
 FILE_NAME = "milora.json"
 FORMAT_VERSION = 3
+MERGE = "python -m milora_vl.export --to merged --output_dir MERGED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class Sidecar:
                 f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
                 code="adapter-missing-weights",
                 where=str(file),
-                hint="restore the files of one save",
+                hint=RESTORE,
             )
         path_of = {name: path for path, name in self.names.items()}
         return {path_of[name]: stored[name] for name in self.anchors}
@@ -134,47 +135,43 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["format_version"] != FORMAT_VERSION:
-            raise AdapterError(
-                f"this file has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read",
-                where=str(file),
-                hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
-            )
+            message = f"has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read"
+            hint = "use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA"
+            raise AdapterError(message, where=str(file), hint=hint)
         own = _from_content(data["own"]) if "own" in data else None
         return dataclasses.replace(_from_content(data), tasks=tuple(data.get("tasks", ())), own=own)
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AdapterError(
-            f"the file is damaged ({type(error).__name__}: {error})",
-            where=str(file),
-            hint="restore the file, or remove it: the folder is then a plain LoRA for inference",
-        ) from error
+        message = f"the file is damaged ({type(error).__name__}: {error})"
+        hint = "restore the file, or remove it: the folder is then a plain LoRA for inference"
+        raise AdapterError(message, where=str(file), hint=hint) from error
 
 
 def require_trainable(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
     """Raise AdapterError for an adapter that would train further, and cannot: of several tasks, or a retired method."""
     if saved is None or not is_trainable:
         return
-    merge = f"python -m milora_vl.export {folder} --to merged --output_dir MERGED"
-    if saved.retired:
-        raise AdapterError(
-            f"was trained with method {saved.retired}, which this version does not train",
-            code="adapter-retired-method",
-            where=str(folder),
-            hint=f"merge it and train on the result:  {merge}",
-        )
+    refuse_retired(folder, saved)
     if saved.own is not None:
-        raise AdapterError(
-            f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further",
-            code="adapter-several-tasks",
-            where=str(folder),
-            hint=f"train another task after it:  python -m milora_vl.train --after {folder}\nor merge it:  {merge}",
+        message = f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further"
+        hint = (
+            f"train another task after it:  python -m milora_vl.train --after {folder}\nor merge it:  {MERGE} {folder}"
         )
+        raise AdapterError(message, code="adapter-several-tasks", where=str(folder), hint=hint)
+
+
+def refuse_retired(folder: Path, saved: Sidecar) -> None:
+    """Raise AdapterError for an adapter of a method that left, which no training continues or follows."""
+    if saved.retired:
+        message = f"was trained with method {saved.retired}, which this version does not train"
+        hint = f"merge it and train on the result:  {MERGE} {folder}"
+        raise AdapterError(message, code="adapter-retired-method", where=str(folder), hint=hint)
 
 
 def _from_content(content: Mapping[str, Any]) -> Sidecar:
     targets, names, retired = [], {}, ""
-    parts: dict[str, dict[str, Any]] = {name: {} for name, _ in _PARTS.values()}
+    parts: dict[str, Any] = {name: {} for name, _ in _PARTS.values()}
     for path, entry in content["modules"].items():
         values = {**entry, "path": path}
         if entry["method"] in RETIRED:
@@ -209,14 +206,13 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
     path_by_name = {name: path for path, name in model_names.items()}
     missing = [name for name in sidecar.names.values() if name not in path_by_name]
     if missing:
-        raise AdapterError(
-            f"the model lacks {len(missing):,} of the {len(sidecar.names):,} modules that the adapter trains: "
-            f"{', '.join(missing[:3])}",
-            hint="load the base model that the adapter was trained on",
-        )
+        count = f"{len(missing):,} of the {len(sidecar.names):,} modules"
+        message = f"the model lacks {count} that the adapter trains: {', '.join(missing[:3])}"
+        raise AdapterError(message, hint="load the base model that the adapter was trained on")
     path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
-    by_path = ("names", *(name for name, _ in _PARTS.values()))
-    changes = {name: {path_of[path]: value for path, value in getattr(sidecar, name).items()} for name in by_path}
+    changes: dict[str, Any] = {}
+    for name in ("names", *(name for name, _ in _PARTS.values())):
+        changes[name] = {path_of[path]: value for path, value in getattr(sidecar, name).items()}
     changes["reports"] = {path: dataclasses.replace(report, path=path) for path, report in changes["reports"].items()}
     targets = [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets]
     return dataclasses.replace(sidecar, targets=targets, own=None, **changes)
@@ -270,30 +266,21 @@ def require_readable(base: nn.Module) -> None:
     """Raise AdapterError if bitsandbytes has repacked 4-bit weights, which makes them unreadable."""
     repacked = keep_weights_readable(base)
     if repacked:
-        raise AdapterError(
-            f"a forward pass in eval mode has repacked this 4-bit weight ({len(repacked):,} in total); "
-            "bitsandbytes cannot dequantize it any more",
-            where=repacked[0],
-            hint="reload the base model and add the adapter before any forward pass",
-        )
+        message = f"a forward in eval mode has repacked this 4-bit weight, so it is unreadable ({len(repacked):,} are)"
+        hint = "reload the base model and add the adapter before any forward pass"
+        raise AdapterError(message, where=repacked[0], hint=hint)
 
 
 def require_same_kind(folder: Path, saved: Sidecar | None, expected: Sidecar) -> None:
     """Raise AdapterError unless the adapter in `folder` has the same modules and ranks as the loaded one."""
+    hint = "load it under another adapter name, or into the base model"
     if saved is None:
-        raise AdapterError(
-            f"has no {FILE_NAME}: a plain LoRA would replace the anchor of this adapter",
-            code="adapter-plain-lora",
-            where=str(folder),
-            hint="load it under another adapter name, or into the base model",
-        )
+        message = f"has no {FILE_NAME}: a plain LoRA would replace the anchor of this adapter"
+        raise AdapterError(message, code="adapter-plain-lora", where=str(folder), hint=hint)
     saved_ranks = {saved.names[path]: rank for path, rank in saved.ranks.items()}
     ranks = {expected.names[path]: rank for path, rank in expected.ranks.items()}
     differ = sorted(name for name in saved_ranks | ranks if saved_ranks.get(name) != ranks.get(name))
     if differ:
-        raise AdapterError(
-            f"the saved adapter differs from the loaded one in {len(differ):,} modules, first {differ[0]}: saved rank "
-            f"{saved_ranks.get(differ[0])}, loaded rank {ranks.get(differ[0])}",
-            where=str(folder),
-            hint="load it under another adapter name, or into the base model",
-        )
+        both = f"saved rank {saved_ranks.get(differ[0])}, loaded rank {ranks.get(differ[0])}"
+        message = f"the saved adapter differs from the loaded one in {len(differ):,} modules, first {differ[0]}: {both}"
+        raise AdapterError(message, where=str(folder), hint=hint)

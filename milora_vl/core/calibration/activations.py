@@ -49,11 +49,7 @@ FEWEST = 0.01  # a layer that protects a smaller share of its input directions t
 
 
 def protected_inputs(
-    model: nn.Module,
-    targets: Sequence[Target],
-    calibration: Calibration | None,
-    *,
-    is_shown: bool = False,
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None, *, is_shown: bool = False
 ) -> ProtectedInputs | None:
     """Return the protected inputs of all targets with `protect`, or None without such targets.
 
@@ -224,8 +220,7 @@ def find_inputs(
                 for one in inputs:
                     _end_source(one, _count(held))
     return ProtectedInputs(
-        [_checked(one) for one in inputs],
-        {path: number for number, one in enumerate(inputs) for path in one.paths},
+        [_checked(one) for one in inputs], {path: number for number, one in enumerate(inputs) for path in one.paths}
     )
 
 
@@ -348,11 +343,9 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
         inputs[key].paths.append(target.path)
     missing = [target.path for module, target in wanted.items() if module not in calls]
     if missing:
-        raise CalibrationError(
-            f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs",
-            where=missing[0],
-            hint="calibrate with pictures too, and with more text for experts of a mixture, or do not protect it",
-        )
+        message = f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs"
+        hint = "calibrate with pictures too, and with more text for experts of a mixture, or do not protect it"
+        raise CalibrationError(message, where=missing[0], hint=hint)
     return list(inputs.values())
 
 

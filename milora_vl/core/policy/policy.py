@@ -145,12 +145,7 @@ class SpectralRank(RulePart):
 
 
 def with_ranks(
-    policy: Policy,
-    model: nn.Module,
-    rank: SpectralRank,
-    spectrum: Callable[[str], Tensor],
-    *,
-    is_shown: bool = False,
+    policy: Policy, model: nn.Module, rank: SpectralRank, spectrum: Callable[[str], Tensor], *, is_shown: bool = False
 ) -> Policy:
     """Return the policy with one more rule for each module that has an adapter: its rank. Scales alpha/rank stay.
 
@@ -205,12 +200,9 @@ def _share_budget(
     ranks = {target.path: rank.within(0, target) for target in adapters}
     left = budget - sum(ranks[path] * cost[path] for path in ranks)
     if left < 0:
-        raise PolicyError(
-            f"{budget:,} parameters are too few: rank {rank.min} in every module needs {budget - left:,}",
-            code="policy-rank",
-            where=Key.of("budget"),
-            hint="raise the budget, or select fewer modules",
-        )
+        message = f"{budget:,} parameters are too few: rank {rank.min} in every module needs {budget - left:,}"
+        hint = "raise the budget, or select fewer modules"
+        raise PolicyError(message, code="policy-rank", where=Key.of("budget"), hint=hint)
     shares = {path: _shares(spectrum) for path, spectrum in spectra.items()}
     queue = [(shares[path][ranks[path]], path) for path in ranks if ranks[path] < largest[path]]
     heapq.heapify(queue)

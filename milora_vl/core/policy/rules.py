@@ -49,9 +49,7 @@ METHODS: dict[str, Method] = {
         part="minor",
     ),
     "lora": Method(
-        label="LoRA",
-        trains="A and B, as PEFT starts them: A at random, B at zero",
-        fields=_ADAPTER | {"protect"},
+        label="LoRA", trains="A and B, as PEFT starts them: A at random, B at zero", fields=_ADAPTER | {"protect"}
     ),
     "pissa": Method(
         label="PiSSA",

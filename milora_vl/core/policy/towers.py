@@ -2,7 +2,7 @@
 
 LAYOUTS is a table of module paths. A model has the layout of the first row whose modules all exist. The table lists
 module paths and not the keys of checkpoints, because transformers renames keys, and PEFT matches modules.
-Apart from `ds_id` in weights/matrices.py, only this file of the library inspects which attributes a model has.
+Only this file of the core inspects which attributes a model has.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
@@ -89,9 +89,9 @@ def cached_factors(W: Tensor, rank: int, part: Part, folder: Path | None, *, see
     entry = read_cached(folder, key) if folder is not None and key else None
     if entry is not None:
         tensors, metadata = entry
-        numbers = {name: float(metadata[name]) for name in ("norm", "sigma_max", "excess")}
-        moved = {name: tensors[name].to(W.device) for name in ("U", "S", "Vh")}
-        return Factors(**moved, index=tensors["index"], **numbers, method=metadata["method"])
+        norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
+        U, S, Vh = (tensors[name].to(W.device) for name in ("U", "S", "Vh"))
+        return Factors(U, S, Vh, tensors["index"], norm, sigma_max, excess, metadata["method"])
     factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
     if folder is not None:
         tensors = {name: getattr(factors, name) for name in ("U", "S", "Vh", "index")}
@@ -140,7 +140,8 @@ def weights_digest(model: nn.Module) -> str:
     Under ZeRO-3 one weight is gathered at a time, so every process calls this.
     """
     digest = hashlib.sha256()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    tensors: Iterable[tuple[str, Any]] = chain(model.named_parameters(), model.named_buffers())
+    for name, tensor in tensors:
         with gather_params_ctx([tensor], modifier_rank=None):
             values = tensor.detach().cpu().contiguous()
             digest.update(f"{name}{tuple(values.shape)} {values.dtype}".encode() + _digest(values))

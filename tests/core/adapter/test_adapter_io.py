@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -29,16 +28,6 @@ def saved(tiny_llava, tmp_path: Path):
     move(model)
     save_adapter(model, tmp_path / "a")
     return model, tmp_path / "a"
-
-
-def test_the_folder_is_a_stock_peft_adapter_with_milora_json(saved) -> None:
-    _, folder = saved
-    names = {file.name for file in folder.iterdir()}
-    assert {"adapter_config.json", "adapter_model.safetensors", "milora.json"} <= names
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (6, 12, True)
-    data = json.loads((folder / "milora.json").read_text())
-    assert len(data["modules"]) == 16
 
 
 @pytest.mark.parametrize("is_trainable", [False, True])
@@ -139,26 +128,12 @@ def test_what_is_no_adapter_folder_is_refused_in_words(saved, tiny_llava, tmp_pa
         load_adapter(base, folder)
 
 
-def test_an_adapter_that_does_not_fit_is_refused(saved, tiny_llama) -> None:
-    _, folder = saved
-    (folder / "milora.json").unlink()
-    with raises_problem(str(folder), "does not fit LlamaForCausalLM"):
-        load_adapter(tiny_llama()[0], folder)
-
-
-def test_saving_a_model_without_an_adapter_says_what_to_use(tmp_path: Path) -> None:
+def test_what_cannot_be_saved_or_loaded_this_way_is_refused(saved) -> None:
+    model, folder = saved
     with raises_problem(hint="save_pretrained"):
-        save_adapter(nn.Linear(2, 2), tmp_path)
-
-
-def test_an_adapter_is_not_saved_onto_a_file(saved) -> None:
-    model, folder = saved
-    with raises_code("adapter-no-folder", "milora.json"):
+        save_adapter(nn.Linear(2, 2), folder)
+    with raises_problem("milora.json", "this is a file"):
         save_adapter(model, folder / "milora.json")
-
-
-def test_a_model_with_an_adapter_takes_no_second_one_this_way(saved) -> None:
-    model, folder = saved
     with raises_problem(hint="load_adapter(path, name)"):
         load_adapter(model, folder)
 

@@ -57,13 +57,19 @@ def train(model: nn.Module, inputs: dict[str, Tensor] | None = None, steps: int 
     return losses
 
 
-@pytest.mark.parametrize("method", METHODS)
+# What users get who set nothing but a rank: the share is 0.95.
+DEFAULT = [{"modules": "language", "method": "milora", "rank": 2, "alpha": 4}]
+
+
+@pytest.mark.parametrize("method", ["default", *METHODS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_trained_adapter_answers_nothing_to_protected_inputs(tiny_llama, tmp_path: Path, method: str, dtype) -> None:
     base = tiny_llama()[0].to(dtype)
     expected = base(IDS).logits
-    protected = directions(base, protecting(method=method), TEXT)
-    model = apply_milora(base, protecting(method=method), calibration=TEXT)
+    rules = DEFAULT if method == "default" else protecting(method=method)
+    protected = directions(base, rules, TEXT)
+    model = apply_milora(base, rules, calibration=TEXT)
+    assert all(protection.energy >= rules[0].get("protect", 0.95) for protection in model.milora_protection.values())
     assert torch.equal(model(IDS).logits, expected)
     losses = train(model)
     assert losses[-1] < losses[0]
@@ -155,10 +161,11 @@ def test_each_tower_of_a_llava_is_protected(tiny_llava) -> None:
     assert max(leaks(model, protected)) < 1e-5
 
 
-def test_a_merged_model_passes_protected_inputs_as_the_base_does(tiny_llama) -> None:
+@pytest.mark.parametrize("rules", [DEFAULT, protecting()])
+def test_a_merged_model_passes_protected_inputs_as_the_base_does(tiny_llama, rules: list[dict[str, Any]]) -> None:
     base = tiny_llama()[0]
-    V = directions(base, protecting(), TEXT)[Q]
-    model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT)
+    V = directions(base, rules, TEXT)[Q]
+    model = apply_milora(tiny_llama()[0], rules, calibration=TEXT)
     train(model)
     change = merge(model).get_submodule(Q).weight - base.get_submodule(Q).weight
     assert float((change @ V).norm() / change.norm()) < 1e-5

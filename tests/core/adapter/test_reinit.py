@@ -78,6 +78,8 @@ def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     ]:
         with raises_code("adapter-unsupported-kind", "", message):
             reinit_peft(get_peft_model(tiny_llama()[0], config(**fields)))
+    with raises_code("calibration-missing", where="calibration", hint="protect=0"):
+        reinit_peft(get_peft_model(tiny_llama()[0], config()))
     with raises_problem("", "got LlamaForCausalLM"):
         reinit_peft(tiny_llama()[0])
     with raises_problem("part"):
