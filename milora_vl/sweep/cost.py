@@ -7,16 +7,15 @@ from collections.abc import Sequence
 
 import torch
 
-from milora_eval.answers.questions import read_chosen
+from milora_eval.answers.questions import plan_of
 from milora_eval.commands.run import BATCH_SIZE, FORGETTING_TOKENS
 from milora_eval.suites import choose, data_folder
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep.cells import Cell, recipe_of
 from milora_vl.sweep.runner import Sweep
-from milora_vl.train.dry_run.cost import A100, CPU
-from milora_vl.train.dry_run.dry_run import Outlook, num_parameters, outlook
-from milora_vl.train.dry_run.estimate import A100_FLOPS, BANDWIDTH, CPU_BANDWIDTH, GIB, duration_text, measured_flops
+from milora_vl.train.dry_run import Outlook, num_parameters, outlook
+from milora_vl.train.memory import A100, A100_FLOPS, BANDWIDTH, CPU, CPU_BANDWIDTH, GIB, duration_text, measured_flops
 
 START = 15.0  # seconds until a command has imported everything and checked its flags, on two cores
 READ = 0.5 * GIB  # bytes of weights that are read a second
@@ -60,7 +59,7 @@ def cell_seconds(run: Outlook, questions: QuestionSet, jobs: int) -> dict[str, f
         return batches * tokens * weights / memory + 2 * size * rows * (prompt + tokens) / flops
 
     chosen = choose(questions.suite)
-    items = read_chosen(chosen, data_folder(questions.suite, questions.data), questions.limit)
+    _, items = plan_of(chosen, data_folder(questions.suite, questions.data), questions.limit)
     limits = {benchmark.name: benchmark.max_new_tokens for benchmark in chosen.benchmarks}
     answers = sum(generation(len(asked), PROMPT, limits[name]) for name, asked in items.items())
     return {
