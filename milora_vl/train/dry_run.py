@@ -194,8 +194,7 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
         collate = None
     if collate is None:
         counts = _assumed(screen, recipe, f"{found}, not checked: the tokenizer of {recipe.model} is not here")
-        rows = None if number is None else max(round(number / counts.records), 1)
-        return counts, number, rows
+        return counts, number, None if number is None else max(round(number / counts.records), 1)
     data.check(collate, recipe, read)
     first = list(read.train[: value_of(recipe.train, "per_device_train_batch_size")])
     if recipe.data.bad_images != "raise":  # the run leaves out the others

@@ -25,7 +25,6 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
-from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.weights.distributed import gather
 from milora_vl.models import loading
 from milora_vl.train import arguments, calibration, data, finish, inherit, model, resume
@@ -165,7 +164,8 @@ class Rows:
 
 def order_rows(run: Run, records: RunData, processor: Any, screen: Screen) -> Rows:
     """Pack or order the records, and count the steps. Raises UserError where a resumed run had other steps."""
-    recipe, rows = run.recipe, records.train
+    recipe = run.recipe
+    rows: Any = records.train
     lengths = data.lengths(recipe, data.collator(recipe, run.base, processor), records.train)
     number: int | None = len(records.train)
     if recipe.data.packing:
@@ -281,7 +281,7 @@ def collect_first_files(run: Run, records: RunData, built: Built, screen: Screen
         "seconds_before_training": round(time.monotonic() - start, 1),  # of these: loading, calibration
         "seed": run.args.seed,
         "model": recipe.model,
-        "base": str(base_model_of(built.model).config.name_or_path) or recipe.model,  # as adapters record it
+        "base": str(built.model.config.name_or_path) or recipe.model,  # as adapters record it
         "data": records.counts(),
         "records": records.fingerprint,
         "pictures": records.pictures,
