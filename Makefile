@@ -70,7 +70,7 @@ peers: $(INSTALLED)
 bench: peers $(DATA)/test.json  ## Run the benchmarks (twenty minutes), write benchmarks/results.json and docs/performance.md
 	$(BIN)/python benchmarks/all.py
 
-bench-full: peers $(DATA)/test.json  ## Also run a 7B at full size and kills (two hours more)
+bench-full: peers $(DATA)/test.json  ## Also run a 7B at full size, the demo and a start (an hour more)
 	$(BIN)/python benchmarks/all.py --full
 
 bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training
