@@ -123,7 +123,7 @@ def _trained(task: AnswerTask, study: Study, cell: Cell, model: Any, factors: Pa
     """Train an adapter on a model, a new one unless it has one; return the model and a hash of all trainings so far."""
     torch.manual_seed(cell.seed)
     if not isinstance(model, PeftModel):
-        model = adapted(task, study, cell, model, study.rules(cell.method, cell.learning_rate, cell.seed), factors)
+        model = adapted(task, study, cell, model, factors)
     single = study.model_copy(update={"then": []})
     content = [before, single.key(cell), [[r.id, r.turns[0].text] for r in task.train], _digest(task.calibration())]
     done = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]

@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+import yaml
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from milora_vl.common.cli.command_line import suggest
-from milora_vl.common.errors import Problem, UserError
-from milora_vl.common.strict_models import Strict, problems_of
-from milora_vl.common.yaml_text import read_mapping
+from milora_vl.common.errors import UserError
+from milora_vl.common.strict_models import Strict
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.ranks import SpectralRank
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "ranks", "rival", "scale", "osf", "pictures", "rows", "chain")
+_OF_ARM = ("train", "learning_rates", "seeds", "rival", "rows", "chain")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. An arm may have fewer `seeds`, `ranks` from singular values, a `rival`, another number of
-    calibration `pictures`, other `rows` of a fixed A, and a `scale`, by which the finished adapter is multiplied; with
-    `osf: true`, PEFT's OSF adapts the layers of its rules.
+    rates of the study. An arm may have fewer `seeds`, a `rival`, and other `rows` of a fixed A.
     With `then`, a cell is a chain: it trains these tasks after `task`, as the `chain` of its arm says.
     `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` is
-    the plot of score over forgetting. `search_seeds` is the number of seeds for the search over learning rates; only
-    the best rate by validation loss runs all seeds.
+    the plot of score over forgetting.
     """
 
     question: str
@@ -52,9 +46,17 @@ class Study(Strict):
     figure: ScoreFigure | None = None
     learning_rates: list[PositiveFloat]
     seeds: PositiveInt = 3
-    search_seeds: PositiveInt | None = None  # None: all seeds
     reference: str  # read the curves of all arms at the losses of this one (`milora_vl/sweep/curves.py`)
-    overlap: PositiveInt | None = None  # measure the share of the update in this number of first singular directions
+
+    @model_validator(mode="after")
+    def _arms_are_known(self) -> Study:
+        named = [*self.arms, *(arm for arms in self.also.values() for arm in arms)]
+        if self.reference not in named:
+            raise ValueError(f"reference: no arm has the name {self.reference!r}; arms: {', '.join(named)}")
+        for arm in self.arms:
+            self.training(arm), self.rival(arm), self.rows(arm), self.chain(arm)
+            Policy.parse(self.rules(arm, self.rates(arm)[0]))
+        return self
 
     def rules(self, arm: str, learning_rate: float, seed: int = 0) -> list[dict[str, Any]]:
         """Return the policy of an arm at a learning rate; `seed` is for randomly drawn components."""
@@ -65,10 +67,6 @@ class Study(Strict):
         """Return the training settings of an arm."""
         defaults = {name: getattr(self, name) for name in Training.model_fields}
         return Training.model_validate(defaults | self.arms[arm].get("train", {}))
-
-    def ranks(self, arm: str) -> SpectralRank | None:
-        """Return how the ranks of an arm follow from the singular values; None if its rules have them."""
-        return SpectralRank(**self.arms[arm]["ranks"]) if "ranks" in self.arms[arm] else None
 
     def rival(self, arm: str) -> Rival | None:
         """Return the term that the arm adds to its loss, if any."""
@@ -87,33 +85,25 @@ class Study(Strict):
         rates: list[float] = self.arms[arm].get("learning_rates", self.learning_rates)
         return rates
 
-    def cells(self, seeds: range) -> list[Cell]:
-        """Return the cells of all arms and learning rates for some seeds, seed by seed."""
+    def cells(self) -> list[Cell]:
+        """Return the cells of all arms, learning rates and seeds, seed by seed."""
         return [
             Cell(arm, rate, None, seed)
-            for seed in seeds
+            for seed in range(self.seeds)
             for arm in self.arms
             if seed < self.arms[arm].get("seeds", self.seeds)
             for rate in self.rates(arm)
         ]
 
-    def key(self, cell: Cell, *, of_training: bool = False) -> str:
-        """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them.
-
-        `of_training`: without the scale of the finished adapter.
-        """
+    def key(self, cell: Cell) -> str:
+        """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them."""
         training = self.training(cell.method).model_dump()
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
-        content: list[Any] = [VERSION, self.task, self.overlap, training, rules, cell.seed]
-        parts = (self.ranks(cell.method), self.rival(cell.method), self.rows(cell.method))
-        content += [part.model_dump() for part in parts if part is not None]
+        content: list[Any] = [VERSION, self.task, None, training, rules, cell.seed]
+        content += [part.model_dump() for part in (self.rival(cell.method), self.rows(cell.method)) if part is not None]
         if any(rule.get("protect") for rule in rules):
             content.append(CALIBRATION_VERSION)
-        arm = self.arms[cell.method]
-        content += ["osf"] if arm.get("osf") else []
-        content += [{"pictures": arm["pictures"]}] if "pictures" in arm else []
         content += [self.then, self.chain(cell.method).model_dump()] if self.then else []
-        content += [arm["scale"]] if "scale" in arm and not of_training else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -151,17 +141,14 @@ class Chain(Strict):
 
 
 class Rival(Strict):
-    """The key `rival` of an arm, for tasks of language models.
+    """The key `rival` of an arm: a term of its loss, the KL from the base on the calibration, as `base_kl` has it.
 
-    - `kind`: `rest`: KL from the base to the model on the answer tokens, over all tokens but the right one
-      (arXiv:2605.29498). `own`: KL from the base on the calibration, whose sources take turns. `mix`: these
-      texts as further records.
-    - `weight`: the factor of the term; the loss of the answers has factor 1. All are means over tokens.
-    - `texts`: the number of texts in each step, for `own` and `mix`.
+    - `weight`: the factor of the term; the loss of the answers has factor 1. Both are means over tokens.
+    - `texts`: the number of texts in each step. The sources of the calibration take turns.
     - `every`: one step in so many has the term, so many times the weight.
     """
 
-    kind: Literal["rest", "own", "mix"]
+    kind: Literal["own"]
     weight: PositiveFloat
     texts: PositiveInt = 2
     every: PositiveInt = 1
@@ -179,7 +166,7 @@ class Rows(Strict):
 
 
 def chosen(name: str) -> list[str]:
-    """Return the studies with this name: `components.minilm`, or all tasks of `components`.
+    """Return the studies with this name: `curves.minilm`, or all tasks of `curves`.
 
     Raises UserError for an unknown name.
     """
@@ -189,7 +176,6 @@ def chosen(name: str) -> list[str]:
         near = suggest(name, [*names, *dict.fromkeys(study.partition(".")[0] for study in names)])
         raise UserError(
             f"unknown study {name!r}",
-            code="study-unknown",
             hint=f"did you mean {near[0]}?" if near else f"known studies: {', '.join(names)}",
         )
     return matches
@@ -201,41 +187,5 @@ def study_names() -> list[str]:
 
 
 def read_study(name: str) -> Study:
-    """Read a study by name. Raises UserError with all problems in its file."""
-    source = f"study {name}"
-    content, _ = read_mapping((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), source)
-    return parse_study(content, source)
-
-
-def parse_study(content: Mapping[str, Any], source: str) -> Study:
-    """Return a study from nested mappings. Raises UserError with all problems in it."""
-    try:
-        study = Study.model_validate(content)
-    except ValidationError as error:
-        raise UserError(problems=_placed(problems_of(error, Study, "study"), source), source=source) from None
-    problems: list[Problem] = []
-    named = [*study.arms, *(arm for arms in study.also.values() for arm in arms)]
-    if study.reference not in named:
-        problems.append(
-            Problem(
-                f"no arm has the name {study.reference!r}",
-                "study-reference",
-                where=f"{source}: reference",
-                hint=f"arms: {', '.join(named)}",
-            )
-        )
-    for arm in study.arms:
-        try:
-            study.training(arm), study.ranks(arm), study.rival(arm), study.rows(arm), study.chain(arm)
-            Policy.parse(study.rules(arm, study.rates(arm)[0]))
-        except (ValidationError, UserError) as error:
-            of_arm = error.problems if isinstance(error, UserError) else problems_of(error, Training, "study")
-            problems += _placed(of_arm, f"{source}: arm {arm}")
-    if problems:
-        raise UserError(problems=problems, source=source)
-    return study
-
-
-def _placed(problems: Sequence[Problem], place: str) -> list[Problem]:
-    wheres = (": ".join(filter(None, (place, str(problem.where).removeprefix(".")))) for problem in problems)
-    return [replace(problem, where=where) for problem, where in zip(problems, wheres, strict=True)]
+    """Read a study by name."""
+    return Study.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))

@@ -79,7 +79,6 @@ EXCEPTIONS: dict[str, str] = {
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
     r"python -m milora_eval judge ": "needs a server; tests/eval/test_eval_judge.py is one",
     r"python -m milora_eval run --server ": "needs a server; tests/eval/test_eval_server.py starts one",
-    r"python -m studies\.peft_metamath ": "needs a GPU and the hub; tests/studies/test_peft_metamath.py has a stand-in",
     r"python (benchmarks|tests/support)/": "minutes to an hour each",
     r"(\S+/python -m )?pytest ": "would run tests inside a test",
     r"pre-commit ": "installs a hook into the reader's checkout",
