@@ -48,7 +48,7 @@ def test_cells_are_every_combination_and_full_has_no_rank() -> None:
     ("method", "rule", "train"),
     [
         ("lora", {"method": "lora", "rank": 8, "alpha": 16.0}, {}),
-        ("minor-flat", {"method": "milora", "sigma": "none"}, {}),
+        ("minor-flat", {"method": "milora", "protect": 0, "sigma": "none"}, {}),
         ("lora-decay", {"method": "lora"}, {"weight_decay": 0.1}),
         ("strong", {"method": "lora", "alpha": 16}, {"weight_decay": 0.2}),
         ("full", {"method": "full"}, {}),
@@ -133,14 +133,14 @@ def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
 
 
 def test_every_row_names_its_share_of_protected_inputs(sweep: Sweep) -> None:
-    shares = {"milora": "0", "gradient": "0.95"}
+    shares = {"lora": "0", "milora": "0.95"}
     cells = make_cells(sweep.recipe, list(shares), [1e-3], None, 1)
     for cell in cells:
         (rule, *_) = Policy.parse(recipe_of(sweep.recipe, cell).policy or []).rules
         assert f"{rule.in_force()['protect']:g}" == shares[cell.method]
         finish_cell(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1, protect=shares[cell.method])
     _, table = page.write(page.of_sweep(sweep, cells, 1, "..."))
-    assert [row[0] for row in table.rows] == ["milora, protect 0", "gradient, protect 0.95"]
+    assert [row[0] for row in table.rows] == ["lora, protect 0", "milora, protect 0.95"]
 
 
 def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:
@@ -216,18 +216,18 @@ def test_the_plan_of_a_cell_has_loading_calibration_and_evaluation(
     data = {"path": str(tiny_data / "train.json"), "eval_path": str(tiny_data / "val.json")}
     content = RECIPE | {"data": data | {"image_folder": str(tiny_data / "images")}, "sweep": {}}
     recipe = Recipe.parse(content)
-    cells = make_cells(recipe, ["gradient", "lora"], [1e-3], None, 1)
+    cells = make_cells(recipe, ["milora", "lora"], [1e-3], None, 1)
     plans = {cell.method: outlook(recipe_of(recipe, cell), cell.name, tmp_path / "planned") for cell in cells}
     planned = {name: cell_seconds(run, QuestionSet(str(questions)), jobs=1) for name, run in plans.items()}
     assert all(seconds["loading"] > 20 for seconds in planned.values())
-    assert planned["gradient"]["calibration"] > 0
+    assert planned["milora"]["calibration"] > 0
     assert planned["lora"]["calibration"] == 0
     assert all(seconds["evaluation"] > 0 < seconds["training"] for seconds in planned.values())
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
-    words = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "gradient,lora", "--lrs", "1e-3", "--seeds", "1"]
+    words = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora,lora", "--lrs", "1e-3", "--seeds", "1"]
     assert main([*words, "--suite", str(questions), "--output_dir", str(tmp_path / "out"), "--plan"]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0].strip() for line in lines if ", a cell: about " in line] == ["gradient", "lora"]
+    assert [line.split(",")[0].strip() for line in lines if ", a cell: about " in line] == ["milora", "lora"]
     assert not (tmp_path / "out").exists()
 
 
