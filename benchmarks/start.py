@@ -6,7 +6,7 @@ python benchmarks/start.py --base_kl [--records 8]    the price of the term, for
 `--data` is the folder of `python -m milora_data emoji`; SmolLM2 trains on its questions without pictures. Nothing is
 cached: the folder of the cache is temporary. Prints one JSON line with, by model:
 
-    seconds   processor time of loading, each part of `milora_vl.core.calibration.PARTS`, and the choice of A
+    seconds   processor time of loading, and of each part of `milora_vl.core.calibration.PARTS`
     wall      seconds in all, which depend on what else the machine does
     held_out  the mean share over layers of the input energy that the protected directions hold on batches that did not
               choose them: the calibration's own, three books, and held-out records with pictures
@@ -33,11 +33,11 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternately, clocked
 from milora_vl import Policy, apply_milora
-from milora_vl.core.calibration import CAPTIONS, GRADIENT, INPUTS, TEXTS
+from milora_vl.core.calibration import CAPTIONS, FACTORS, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import energy_limits, find_inputs, input_rows
 from milora_vl.core.calibration.bases import ProtectedInputs
-from milora_vl.core.calibration.gradients import gradient_sketches
 from milora_vl.core.calibration.texts import LENGTH
+from milora_vl.core.init.initialize import initialize
 from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
@@ -73,7 +73,7 @@ def recipe_of(name: str, data: Path, cache: str, **changes: Any) -> Recipe:
     """Return the recipe of a default training; `tiny` has too few directions for the default rank."""
     rules = [dict(rule) for rule in DEFAULT_RULES]
     if name == "tiny":
-        rules[0] |= {"rank": 4, "alpha": 4}
+        rules = [{**rule, "rank": 4, "alpha": 4} for rule in rules]
     records = {"path": str(data / "train.json"), "image_folder": str(data / "images")}
     if name == "smollm2":
         rules = without_projector(rules)
@@ -102,9 +102,8 @@ def start(name: str, data: Path) -> dict[str, Any]:
             texts = calibration_batches.make_texts(recipe, base, model, processor, records, Screen())
         with part(INPUTS):
             inputs = find_inputs(model, targets, texts.batches())
-        with part(GRADIENT):
-            task = calibration_batches.task_batches(recipe, base, processor, targets, records, 100) or []
-            gradient_sketches(model, [t for t in targets if t.method == "gradient"], task)
+        with part(FACTORS):
+            initialize(model, targets)
     held = {"calibration": mean(b.held_out or 0.0 for b in map(inputs.of, inputs.numbers))}
     tokenizer, pictures = split_processor(processor)
     books = text_batches(general_text(), tokenizer, num_tokens=3072, block_length=192, batch_size=8)
@@ -142,7 +141,7 @@ def share(model: nn.Module, inputs: ProtectedInputs, batches: Sequence[Mapping[s
         model(**{key: value for key, value in batch.items() if key != "labels"})
     for handle in handles:
         handle.remove()
-    return mean(inside / total for inside, total in sums.values())
+    return mean(inside / total for inside, total in sums.values() if total)  # text alone leaves the projector out
 
 
 def base_kl(data: Path, records: int) -> dict[str, Any]:
@@ -158,7 +157,7 @@ def base_kl(data: Path, records: int) -> dict[str, Any]:
     ids = torch.randint(1000, 40_000, (term.texts, LENGTH), generator=torch.Generator().manual_seed(0))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     # A LoRA costs what the default does (docs/performance.md) and needs no calibration.
-    rules = [{**rule, "method": "lora", "protect": 0} if "rank" in rule else rule for rule in DEFAULT_RULES]
+    rules = [{**rule, "method": "lora"} for rule in DEFAULT_RULES]
     tuned = apply_milora(model, Policy.parse(rules))
     add_chunked_loss(model)
     add_base_kl(tuned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,19 +16,20 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.strict_models import Strict
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.core.policy import Policy
+from milora_vl.core.policy.methods import METHODS
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies
 VERSION = 2  # increase it if the results of an unchanged cell may change
 # The keys of an arm that are not fields of its adapter rules.
-_OF_ARM = ("train", "learning_rates", "seeds", "rival", "rows", "chain")
+_OF_ARM = ("train", "learning_rates", "seeds", "rival", "chain")
 
 
 class Study(Strict):
     """One file of studies. An arm sets fields of the adapter rules, or has its own `policy`.
 
     The `train` of an arm replaces `steps`, `weight_decay` and so on for this arm, and its `learning_rates` replace the
-    rates of the study. An arm may have fewer `seeds`, a `rival`, and other `rows` of a fixed A.
+    rates of the study. An arm may have fewer `seeds`, and a `rival`.
     With `then`, a cell is a chain: it trains these tasks after `task`, as the `chain` of its arm says.
     `also` names arms whose cells are read from the CSV of another study with the same task and settings. `figure` is
     the plot of score over forgetting.
@@ -54,7 +56,7 @@ class Study(Strict):
         if self.reference not in named:
             raise ValueError(f"reference: no arm has the name {self.reference!r}; arms: {', '.join(named)}")
         for arm in self.arms:
-            self.training(arm), self.rival(arm), self.rows(arm), self.chain(arm)
+            self.training(arm), self.rival(arm), self.chain(arm)
             Policy.parse(self.rules(arm, self.rates(arm)[0]))
         return self
 
@@ -71,10 +73,6 @@ class Study(Strict):
     def rival(self, arm: str) -> Rival | None:
         """Return the term that the arm adds to its loss, if any."""
         return Rival.model_validate(self.arms[arm]["rival"]) if "rival" in self.arms[arm] else None
-
-    def rows(self, arm: str) -> Rows | None:
-        """Return what decides the rows of the arm's fixed A in place of its method, if anything."""
-        return Rows.model_validate(self.arms[arm]["rows"]) if "rows" in self.arms[arm] else None
 
     def chain(self, arm: str) -> Chain:
         """Return how the arm trains one task after the other."""
@@ -97,14 +95,18 @@ class Study(Strict):
 
     def key(self, cell: Cell) -> str:
         """Return a hash of everything that determines the numbers of a cell; studies with equal cells share them."""
-        training = self.training(cell.method).model_dump()
+        training, rival = self.training(cell.method).model_dump(), self.rival(cell.method)
         rules = self.rules(cell.method, cell.learning_rate, cell.seed)
         content: list[Any] = [VERSION, self.task, None, training, rules, cell.seed]
-        content += [part.model_dump() for part in (self.rival(cell.method), self.rows(cell.method)) if part is not None]
-        if any(rule.get("protect") for rule in rules):
-            content.append(CALIBRATION_VERSION)
+        content += [rival.model_dump()] if rival else []
+        content += [CALIBRATION_VERSION] if protects(rules) else []
         content += [self.then, self.chain(cell.method).model_dump()] if self.then else []
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def protects(rules: Sequence[dict[str, Any]]) -> bool:
+    """Return whether any rule protects inputs, by itself or by default of its method."""
+    return any(rule.get("protect", METHODS[rule.get("method", "full")].protect) for rule in rules)
 
 
 class ScoreFigure(Strict):
@@ -126,17 +128,14 @@ class Training(Strict):
 class Chain(Strict):
     """The key `chain` of an arm: how the tasks of `then` follow the first one.
 
-    - `start`: `new`: a new adapter on the base and all earlier updates. `further`: one adapter for all tasks. `apart`:
-      one adapter for each task, all on the base; their updates are added. `joint`: one training on the records of all
-      tasks, with the steps of all.
+    - `start`: `new`: a new adapter on the base and all earlier updates. `further`: one adapter for all tasks. `joint`:
+      one training on the records of all tasks, with the steps of all.
     - `earlier`: the number of records of each earlier task in the calibration.
-    - `is_sum`: these records and the texts of the base are one source of the calibration, not one each.
     - `replay`: the share of the records of each earlier task that the training data contains.
     """
 
-    start: Literal["new", "further", "apart", "joint"] = "new"
+    start: Literal["new", "further", "joint"] = "new"
     earlier: NonNegativeInt = 0
-    is_sum: bool = False
     replay: float = Field(0.0, ge=0, le=1)
 
 
@@ -152,17 +151,6 @@ class Rival(Strict):
     weight: PositiveFloat
     texts: PositiveInt = 2
     every: PositiveInt = 1
-
-
-class Rows(Strict):
-    """The key `rows` of an arm: its fixed A has the first rows of the gradient, or of W, off some directions.
-
-    `off_weight` is the part of W's first right singular vectors that the rows keep off, beside the protected inputs of
-    the rules: a number is their share of the squared singular values, `half` half of all directions.
-    """
-
-    of: Literal["gradient", "weight"]
-    off_weight: Literal["half"] | PositiveFloat | None = None
 
 
 def chosen(name: str) -> list[str]:

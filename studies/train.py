@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,13 @@ import torch
 from torch import nn
 
 from milora_vl import apply_milora
-from milora_vl.core.adapter.fixed_a import fix_A
-from milora_vl.core.adapter.install import lora_layer
 from milora_vl.core.adapter.parameter_groups import parameter_groups
 from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.rivals import kl_from_base, pieces
-from studies.rows import rows_of
-from studies.study import Study
+from studies.study import Study, protects
 from studies.task import Task
 
 _CLIP = 1.0  # HF's max_grad_norm
-_OTHER_ORDER = 1000  # added to the seed: the gradient's batches come in another order than the training's
-_GRADIENT_BATCHES = 4
 
 
 def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellNumbers, dict[str, float]]:
@@ -51,26 +45,10 @@ def run_cell(task: Task, study: Study, cell: Cell, factors: Path) -> tuple[CellN
 def adapted(task: Task, study: Study, cell: Cell, base: nn.Module, factors: Path) -> Any:
     """Return the model with the adapter of a cell, ready to train."""
     rules = study.rules(cell.method, cell.learning_rate, cell.seed)
-    rows = study.rows(cell.method)
-    texts = task.calibration() if any(rule.get("protect") for rule in rules) else None
-    batches = None
-    if rows or any(rule["method"] == "gradient" for rule in rules):
-        shuffled = task.batches(study.training(cell.method).batch_size, _OTHER_ORDER + cell.seed)
-        batches = list(islice(shuffled, _GRADIENT_BATCHES))
-    if rows and batches:
-        fixed = rows_of(base, rules, rows, texts, batches)
-        model = apply_milora(base, [_as_lora(rule) for rule in rules], cache_dir=factors)
-        for path, A in fixed.items():
-            fix_A(lora_layer(model, path), "default", A)
-    else:
-        model = apply_milora(base, rules, cache_dir=factors, calibration=texts, task=batches)
+    model = apply_milora(base, rules, cache_dir=factors, calibration=task.calibration() if protects(rules) else None)
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.data = parameter.data.float()  # half precision loses small Adam steps
     return model
-
-
-def _as_lora(rule: dict[str, Any]) -> dict[str, Any]:
-    return {**rule, "method": "lora", "protect": 0} if "rank" in rule else rule
 
 
 def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, float]:

@@ -45,7 +45,6 @@ def tiny_task(topics: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_study_that_ships_is_sound(name: str) -> None:
     study = read_study(name)
     assert name.partition(".")[2].removesuffix(f"-{study.steps}") == study.task, "QUESTION.TASK or QUESTION.TASK-STEPS"
-    assert study.arms, "read_study has parsed the policy of each"
     assert study.seeds >= 3, "a claim needs three seeds"
 
 

@@ -26,8 +26,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "protected": {"method": "milora", "protect": 0.95},
     "own": {"rival": {"kind": "own", "weight": 1.0}},
     "later": {"rival": {"kind": "own", "weight": 1.0, "every": 4}},
-    "rows": {"method": "milora", "protect": 0.95, "rows": {"of": "gradient", "off_weight": "half"}},
-    "kore": {"method": "milora", "protect": 0.95, "rows": {"of": "weight"}},
 }
 STUDY = Study.model_validate({
     "question": "Which?", "task": "smollm2", "steps": 1, "batch_size": 4, "arms": ARMS, "learning_rates": [1e-2],
