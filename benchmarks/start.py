@@ -128,7 +128,8 @@ def share(model: nn.Module, inputs: ProtectedInputs, batches: Sequence[Mapping[s
     mask = torch.zeros(0)
 
     def hook(path: str, module: nn.Module, x: Tensor) -> None:
-        rows = input_rows(module, x)[mask]
+        rows = input_rows(module, x)
+        rows = rows[mask] if len(rows) == len(mask) else rows  # a projector's rows are pictures
         rows = rows * energy_limits(rows).sqrt()[:, None]
         sums[path][0] += float((rows @ inputs.of(path).V).square().sum())
         sums[path][1] += float(rows.square().sum())
