@@ -41,11 +41,11 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-# Packages that no extra names: TRL, transformers' server, the notebook, SmolVLM's numbers.
-EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" nbclient nbformat ipykernel num2words
+# Packages that no extra names: TRL, transformers' server, SmolVLM's numbers.
+EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" num2words
 EXTRAS_TESTS := tests/core/adapter/test_quantized.py tests/core/adapter/test_earlier.py tests/chat/test_chat_web.py \
     tests/chat/test_vlm_chat.py tests/interop/test_trl.py tests/interop/test_trl_collator.py \
-    tests/train/recipe/test_llava_scripts.py tests/export/test_serving.py tests/docs/test_examples.py \
+    tests/train/recipe/test_llava_scripts.py tests/export/test_serving.py \
     tests/train/test_vlm_train.py tests/data/test_videos.py tests/train/test_gpu_options.py
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment
