@@ -37,8 +37,8 @@ from milora_vl.core.calibration import CAPTIONS, FACTORS, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import energy_limits, find_inputs, input_rows
 from milora_vl.core.calibration.bases import ProtectedInputs
 from milora_vl.core.calibration.texts import LENGTH
-from milora_vl.core.init.initialize import initialize
-from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
+from milora_vl.core.adapter.initialize import initialize
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor

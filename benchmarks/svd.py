@@ -27,7 +27,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.timing import Work, memory, reset_peak, timed
-from milora_vl.core.init.initialize import initialize
+from milora_vl.core.adapter.initialize import initialize
 from milora_vl.core.policy import Policy
 from milora_vl.core.svd import Factors, decompose
 from milora_vl.core.weights.matrices import read_matrix

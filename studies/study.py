@@ -16,7 +16,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.strict_models import Strict
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies

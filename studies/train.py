@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from milora_vl import apply_milora
-from milora_vl.core.adapter.parameter_groups import parameter_groups
+from milora_vl.core.adapter.rates import parameter_groups
 from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.rivals import kl_from_base, pieces
 from studies.study import Study, protects

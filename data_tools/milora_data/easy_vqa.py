@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.assets import fetch
-from milora_data.data_sets import create
-from milora_data.formats.vqa_files import SHORT, record
+from milora_data.assets import create, fetch
+from milora_data.encode.templates import SHORT
+from milora_data.formats.tables import record
 from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.cli.flags import Command, shared
 
@@ -72,7 +72,6 @@ def write(folder: Path) -> dict[str, int]:
 
 
 def _questions(folder: Path) -> Questions:
-    """Return question and answer pairs by the number of the picture."""
     by_picture: dict[int, list[tuple[str, str]]] = {}
     for question, answer, picture in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         by_picture.setdefault(picture, []).append((question, answer))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from milora_data.pictures.anyres import Tiling
+from milora_data.pictures.pixels import Tiling
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_tokens, tiling_of, uses_processor
 from milora_vl.models.parts import Parts, planned_config

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from milora_data.batches.processor_collator import labelled_inputs, with_video_marks
-from milora_data.batches.processor_image_tokens import ProcessorImageTokens
 from milora_data.batches.processor_inputs import PROCESSOR_ERRORS, ProcessorInputs
 from milora_data.batches.record_collator import pad_id_of
 from milora_data.encode.chat_template_mask import Rendered, parts_of, segments_of
@@ -31,7 +30,7 @@ from milora_data.pictures.videos import Frames
 from milora_data.records.record import IMAGE, VIDEO, Record, Reply, Turn, Video
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context
-from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.models.base import Base
 from milora_vl.models.image_tokens import image_token_id, image_tokens, is_llava, tiling_of, uses_processor
@@ -240,7 +239,6 @@ class ProcessorReader(Reader):
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model
         self.call = ProcessorInputs(processor)
-        self.image_tokens = ProcessorImageTokens(self.call)
         self.tokenizer = self.call.tokenizer
         self.pad = pad_id_of(self.tokenizer)
 
@@ -328,7 +326,7 @@ class ProcessorReader(Reader):
         return value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
 
     def _length(self, text: Rendered, prompt: Prompt) -> int:
-        return self.image_tokens.of_text(text, [_size(image) for image in prompt.images], prompt.videos)
+        return self.call.num_tokens(text, [_size(image) for image in prompt.images], prompt.videos)
 
     def _frames(self, prompt: Prompt) -> list[Frames]:
         try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from milora_data.pictures.anyres import Tiling
+from milora_data.pictures.pixels import Tiling
 from milora_vl.common.errors import UserError
 
 LLAVAS = ("llava", "llava_next")

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.errors import UserError
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.train.meter import CountingCollator
 from milora_vl.train.plan.run_data import sources_of
 from milora_vl.train.recipe.schema import Recipe
@@ -81,7 +81,6 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
         rank=args.process_index,
         world_size=args.world_size,
         num_workers=args.dataloader_num_workers,
-        web_pictures=recipe.data.web_pictures,
     )
 
 

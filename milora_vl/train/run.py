@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from milora_data.encode.templates import OWN, no_tools
 from milora_vl.common.cli.command_line import command_line
-from milora_vl.common.errors import UserError, with_context
+from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.weights.distributed import gather
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report
@@ -117,7 +116,6 @@ class Ready:
 def make_ready(plan: Plan, screen: Screen) -> Ready:
     """Read the records, load the base, order the rows and apply the policy. Only caches are written."""
     data, args, batching = read_inputs(plan, screen)
-    require_template_for_tools(plan.recipe, data)
     earlier = earlier_tasks.read_earlier_records(plan.tasks, plan.recipe, screen, are_used=plan.reads_calibration)
     plan = replace(plan, tasks=earlier.tasks)
     hub.open_repository(plan.recipe.train, plan.folder.path, plan.hub_token)
@@ -188,12 +186,6 @@ def count_steps(plan: Plan, args: TrainingArguments, num_items: int | None) -> B
     if plan.folder.checkpoint is not None:
         resuming.require_same_steps(plan.folder.checkpoint, plan.recipe, batching.steps)
     return batching
-
-
-def require_template_for_tools(recipe: Recipe, data: RunData) -> None:
-    """Raise DataError if a record uses tools and the model's own chat template, which may write them, is not used."""
-    if data.tools_at and recipe.template != OWN and recipe.data.bad_images == "raise":
-        raise with_context(no_tools(), data.tools_at)
 
 
 def load_base_model(plan: Plan, args: TrainingArguments, screen: Screen) -> tuple[torch.nn.Module, Any]:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from milora_data.batches.image_text_collator import ImageTextCollator
-from milora_data.batches.lengths import lengths_of
-from milora_data.batches.sampler import LengthGroupedSampler
+from milora_data.batches.lengths import LengthGroupedSampler, lengths_of
 from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
 from milora_vl.core.calibration.bases import Calibration

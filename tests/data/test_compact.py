@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.records.compact import CompactRecords
-from milora_data.records.record import Record, Turn
+from milora_data.records.record import CompactRecords, Record, Turn
 
 MEGABYTE = 1 << 20
 

@@ -46,10 +46,10 @@ def parquet(tmp_path: Path) -> Path:
 def test_what_exists_is_said_before_any_picture_is_written(parquet: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "eval.json").write_text("mine")
-    with raises_code("output-exists", message="eval.json exists already", hint="nothing was written"):
+    (out / "out-eval.json").write_text("mine")
+    with raises_code("output-exists", message="out-eval.json exists already", hint="nothing was written"):
         main(["convert", "--from", "hub", str(parquet), "--hold_out", "1", "--output_dir", str(out)])
-    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("eval.json", "mine")]
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("out-eval.json", "mine")]
 
 
 def test_parquet_is_read_with_its_pictures_and_can_be_written_out(parquet: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_what_is_broken_off_leaves_nothing_in_the_way_of_the_next_try(
 
     words = ["convert", "--from", "hub", str(parquet), "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr("milora_data.convert.command.write_objects", full)
+        patch.setattr("milora_data.convert.write_objects", full)
         with pytest.raises(error):
             main(words)
     assert not list((tmp_path / "out").iterdir())

@@ -17,8 +17,7 @@ from transformers import AttentionInterface
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.lengths import lengths_of
-from milora_data.batches.pack import PackedRecords, fill, pack
-from milora_data.batches.rows import Row, joined
+from milora_data.batches.pack import PackedRecords, Row, fill, joined, pack
 from milora_data.encode.labels import IGNORE
 from milora_data.stream.sources import load_records
 from support.questions import TOKENS, image_id, question

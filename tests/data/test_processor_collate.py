@@ -327,7 +327,7 @@ def test_a_batch_without_usable_records_takes_only_a_usable_substitute(make: Any
         batch = collate([unusable])
         assert all(torch.equal(batch[key], good[key]) for key in good)
         assert sum(collate.counts().values()) == 1
-        with raises_code("collate-empty-batch"):
+        with raises_code("", message="every record of the first batch"):
             make(bad_images="skip", max_length=70, substitutes=[unusable])([unusable])
 
 
@@ -336,7 +336,7 @@ def test_a_picture_that_cannot_be_used_stops_is_skipped_or_replaced(name: str, m
     with pytest.raises(ImageError) as error:
         make()([QUESTION, bad[name]])
     assert f"{name}.png" in str(error.value)
-    assert f"needed by {name}; --bad_images skip" in error.value.first.hint
+    assert f"needed by record {name!r}; --bad_images skip" in error.value.first.hint
     skip, replace = make(bad_images="skip"), make(bad_images="replace")
     good = make()([QUESTION])
     batch = skip([QUESTION, bad[name]])
@@ -381,7 +381,7 @@ def test_a_template_that_rewrites_answers_is_an_error(make: Any) -> None:
     processor.chat_template = processor.chat_template.replace("{{ part.text }}", "{{ part.text | upper }}")
     with pytest.raises(DataError) as error:
         ProcessorCollator(processor)([record([("human", "A?"), ("gpt", "yes")], [])])
-    assert error.value.first.code == "chat-template-rewrites-text"
+    assert "rewrites an answer" in str(error.value)
 
 
 def test_what_a_template_writes_for_other_texts_is_not_reused_for_this_one(make: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milora_data.batches.sampler import LengthGroupedSampler
+from milora_data.batches.lengths import LengthGroupedSampler
 
 LENGTHS = [(37 * i) % 101 + 20 for i in range(1000)]
 

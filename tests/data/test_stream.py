@@ -183,7 +183,7 @@ def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: in
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with raises_code("data-missing-file"):
         record_stream(tmp_path / "a.jsonl")
-    with raises_code("mixture-weight", message="no source has a weight"):
+    with raises_code("", message="no source has a weight"):
         record_stream([Source("a.jsonl", 0.0)])
     (tmp_path / "empty.jsonl").write_text("")
     with raises_code("data-no-records", message="no records"):

@@ -25,10 +25,9 @@ ASKED = ("instructions.json", "LLM-Adapters/ft-training_set/commonsense_170k.jso
 def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     """Write records, pictures, benchmark files, scripts and parts of models."""
     write_tiny_data(folder, records)
-    for place in ("cat.png", "cats/0.jpg", "my pictures/cat.jpg", "photos/0.png", "playground/data/0.png", "a.png"):
+    for place in ("cat.png", "my pictures/cat.jpg", "playground/data/0.png", "a.png"):
         picture("red").save(made((folder / place).parent) / Path(place).name)
     (folder / "my pictures" / "cat.txt").write_text("A cat.")
-    dump(folder / "llava.json", records)
     for name in ("a-test.json", "b-test.json"):
         shutil.copy(folder / "val.json", folder / name)
     drawn = sorted(path.name for path in (folder / "images").iterdir())
@@ -66,7 +65,9 @@ def write_messages(path: Path) -> None:
 
 def write_benchmarks(folder: Path) -> None:
     """Write small official benchmark files, questions like the demo's, and answers of other programs."""
-    from milora_eval.benchmarks.xlsx import write_xlsx
+    from pandas import DataFrame
+
+    from milora_eval.data_files import write_excel
     from milora_eval.suites import find_benchmark, folder_of
 
     evaluated = official_data.write_all(folder / "playground" / "data" / "eval")
@@ -82,8 +83,8 @@ def write_benchmarks(folder: Path) -> None:
     dump_lines(folder / "merge.jsonl", answers)
     mmbench = find_benchmark("mmbench")
     items = mmbench.load(folder_of(mmbench, folder / "data"))
-    write_xlsx(folder / "M_MMBench_DEV_EN.xlsx", ("index", "prediction"), [[int(item.id), "A"] for item in items])
-    (folder / "shades.txt").write_text("Black or white?\n")
+    table = DataFrame([{"index": int(item.id), "prediction": "A"} for item in items])
+    write_excel(folder / "M_MMBench_DEV_EN.xlsx", table)
 
 
 def write_parts(folder: Path) -> None:
@@ -140,8 +141,8 @@ def demo() -> None:
 
 
 def quickstart() -> None:
-    shutil.copy("val.json", made(Path("data")) / "eval.json")
-    call(*TINY, "--eval_data_path", "data/eval.json", "--output_dir", "runs/mine")
+    shutil.copy("val.json", made(Path("data")) / "data-eval.json")
+    call(*TINY, "--eval_data_path", "data/data-eval.json", "--output_dir", "runs/mine")
 
 
 # What a page may presume -> the function that makes it, in a folder with the files above.

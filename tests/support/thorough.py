@@ -43,7 +43,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_vlm_train\.py::test_a_run_learns.*packing",
         r"test_missing_pictures\.py::test_replace",
         r"test_video_run\.py::test_the_plan_counts",
-        r"test_web_pictures\.py::.*\[stream\]",
         r"test_saved_sets\.py::test_a_training_reads_it\[.*(streaming|packing)",
         r"test_train_stream\.py::test_a_plan_counts",
         r"test_chat_template_runs\.py::test_(a_model_with_pictures_trains|every_way_through_the_data)",

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.check.command import check_for_training
-from milora_data.check.pictures import MissingImages
+from milora_data.check import MissingImages, check_for_training
 from milora_vl.train.command import main
 from support.problems import raises_code
 from support.train_runs import training

@@ -109,7 +109,6 @@ class Emoji:
 
     @property
     def file(self) -> str:
-        """File name of the picture, relative to the folder `images`."""
         return f"{self.code}.png"
 
 
@@ -220,7 +219,13 @@ def render(code: str, size: int = PICTURE_SIZE) -> Image.Image:
     """Return the picture of an emoji, RGBA with a transparent background, `size` pixels square."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(_png(code, size))).convert("RGBA")
+    try:
+        import resvg_py
+    except ImportError:
+        message = "rendering emoji needs the package resvg-py, which is not installed"
+        raise UserError(message, code="package-missing", hint="try: pip install -e '.[demo]'") from None
+    png = resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -230,18 +235,6 @@ def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255
     canvas = Image.new("RGBA", picture.size, (*colour, 255))
     canvas.alpha_composite(picture)
     return canvas.convert("RGB")
-
-
-def _png(code: str, size: int) -> bytes:
-    try:
-        import resvg_py
-    except ImportError:
-        raise UserError(
-            "rendering emoji needs the package resvg-py, which is not installed",
-            code="package-missing",
-            hint="try: pip install -e '.[demo]'",
-        ) from None
-    return bytes(resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size))
 
 
 def main_colour(code: str) -> str | None:

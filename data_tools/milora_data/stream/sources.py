@@ -5,20 +5,24 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from milora_data.formats.jsonfile import not_utf8, read_objects
-from milora_data.formats.stored import is_saved, stored_records
-from milora_data.pictures.files import PlacedPicture, StoredPicture, WebPicture, leads_outside
+from milora_data.formats.stored import is_stored, stored_items
+from milora_data.pictures.files import PlacedPicture, StoredPicture, leads_outside
 from milora_data.records.record import Record, parse_record, with_names
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.cli.web import url_problem, web_address
 from milora_vl.common.errors import DataError
 from milora_vl.common.strict_models import Strict, problems_of
 from milora_vl.common.yaml_text import YamlTextError, parse_yaml
+
+Item: TypeAlias = Record | DataError
+AnyItem = TypeVar("AnyItem", Record, Item)
 
 
 def load_records(path: str | Path) -> Iterator[Record]:
@@ -28,20 +32,43 @@ def load_records(path: str | Path) -> Iterator[Record]:
     folder of `save_to_disk` and hub:OWNER/NAME[:SPLIT], which `datasets` reads; .yaml, a mixture of such sources.
     Raises `DataError` with file and line if the file is missing, its JSON is broken, or a value is not a record.
     """
+    for item in record_items(path):
+        if isinstance(item, DataError):
+            raise item
+        yield item
+
+
+def record_items(path: str | Path) -> Iterator[Item]:
+    """Yield the records of a data set like `load_records`, and a `DataError` in place of each that is broken."""
     if is_json(path):
-        for place, value in read_objects(Path(path)):
-            yield parse_record(value, source=f"{path}:{place}")
+        yield from json_items(path, partial(read_objects, Path(path)))
     elif str(path).endswith((".yaml", ".yml")):
-        yield from mixed_records(*read_sources(Path(path)))
+        yield from mixed_records(*read_sources(Path(path)), read=record_items)
     else:
-        yield from stored_records(str(path))
+        yield from stored_items(str(path))
+
+
+def json_items(
+    path: str | Path, objects: Callable[[Callable[[DataError], None]], Iterator[tuple[str, object]]]
+) -> Iterator[Item]:
+    """Yield the records of the (place, value) of `objects`, or their errors; a list cannot be read beyond its first."""
+    broken: list[DataError] = []
+    try:
+        for place, value in objects(broken.append):
+            yield from broken
+            broken.clear()
+            try:
+                yield parse_record(value, source=f"{path}:{place}")
+            except DataError as error:
+                yield error
+    except DataError as error:
+        broken.append(error)
+    yield from broken
 
 
 def is_json(path: str | Path) -> bool:
     """Return whether `path` is read as JSON: it is not a mixture and not in a format that `datasets` reads."""
-    if str(path).startswith("hub:") or Path(path).suffix in (".yaml", ".yml", ".parquet", ".tar", ".arrow"):
-        return False
-    return not is_saved(path)
+    return not is_stored(path) and Path(path).suffix not in (".yaml", ".yml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +112,8 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except YamlTextError as error:
-        line = f":{error.line}" if error.line else ""
-        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=f"{path}{line}") from None
+        where = f"{path}:{error.line}" if error.line else str(path)
+        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=where) from None
     try:
         mixture = _Mixture.model_validate({"sources": content} if isinstance(content, list) else content)
     except ValidationError as error:
@@ -105,8 +132,8 @@ def _placed(entry: _Entry, folder: Path) -> Source:
 
 
 def mixed_records(
-    sources: Sequence[Source], seed: int = 0, read: Callable[[str], Iterator[Record]] = load_records
-) -> Iterator[Record]:
+    sources: Sequence[Source], seed: int = 0, read: Callable[[str], Iterator[AnyItem]] = load_records
+) -> Iterator[AnyItem]:
     """Yield the records of all sources, one source after another, repeated or sampled according to its weight.
 
     Picture names are joined to the image folder of their source. Raises what `read` raises.
@@ -118,16 +145,16 @@ def mixed_records(
             copies = int(times) + (chance.random() < share)
             if copies:
                 record = within(record, source.image_folder)
-            for _ in range(copies):
+            for _ in range(min(copies, 1) if isinstance(record, DataError) else copies):
                 yield record
 
 
-def within(record: Record, image_folder: str | None) -> Record:
-    """Return a record whose picture names include the image folder of its source, if the source has one.
+def within(record: AnyItem, image_folder: str | None) -> AnyItem:
+    """Return a record (not an error) whose picture names include the image folder of its source, if the source has one.
 
     A name that leads out of that folder is not changed; it is then relative to the image folder of the training.
     """
-    if image_folder is None:
+    if image_folder is None or isinstance(record, DataError):
         return record
     folder = Path(image_folder)
 
@@ -137,10 +164,3 @@ def within(record: Record, image_folder: str | None) -> Record:
         return PlacedPicture((folder / name).absolute())
 
     return with_names(record, placed)
-
-
-def from_web(record: Record) -> Record:
-    """Return a record whose pictures at web addresses are downloaded when they are read (pictures/download.py)."""
-    if not any(map(web_address, record.files)):
-        return record
-    return with_names(record, lambda name: WebPicture(name) if web_address(name) else name)

@@ -24,7 +24,7 @@ DECISIVE = frozenset(
     base_kl.weight base_kl.texts base_kl.every
     data.max_length data.image_aspect_ratio data.min_pixels data.max_pixels
     data.video_min_pixels data.video_max_pixels data.fps data.num_frames data.packing
-    data.bad_images data.web_pictures data.streaming data.shuffle_buffer data.limit
+    data.bad_images data.streaming data.shuffle_buffer data.limit
     train.accelerator_config train.adam_beta1 train.adam_beta2 train.adam_epsilon
     train.auto_find_batch_size train.average_tokens_across_devices train.bf16 train.data_seed
     train.dataloader_drop_last train.dataloader_in_order train.fp16

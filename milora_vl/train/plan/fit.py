@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.batches.processor_pack import require_packable
+from milora_data.batches.pack import require_packable
 from milora_data.encode.templates import OWN, TEMPLATES, no_videos
 from milora_data.encode.tokens import own_template
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
-from milora_vl.core.policy.default import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
+from milora_vl.core.policy.rules import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models.base import Base

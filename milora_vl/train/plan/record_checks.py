@@ -86,9 +86,8 @@ def _require_some(read: Callable[[Record], object], records: Sequence[Record]) -
 
 
 def _form(record: Record) -> object:
-    """Return what chat templates decide by: roles, pictures, videos and tools. There may be millions of records."""
-    turns = [(turn.role, IMAGE in turn.text, bool(turn.call)) for turn in record.turns]
-    return tuple(turns), len(record.videos), "tools" in record.extra
+    """Return what chat templates decide by: roles, pictures and videos. There may be millions of records."""
+    return tuple((turn.role, IMAGE in turn.text) for turn in record.turns), len(record.videos)
 
 
 def _require_written(collate: RecordCollator[Any], records: Sequence[Record]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,13 +10,10 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from milora_data.check.command import check_for_training, readable
-from milora_data.check.findings import KINDS, Finding, Report, examine
-from milora_data.check.pictures import find_missing
-from milora_data.records.compact import CompactRecords
-from milora_data.records.record import Record, tools_of, uses_tools
+from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, readable
+from milora_data.records.record import CompactRecords, Record
 from milora_data.stream.dataset import record_stream
-from milora_data.stream.sources import Source, from_web, load_records, mixed_records
+from milora_data.stream.sources import Source, load_records, mixed_records
 from milora_vl.common.cli.command_line import amount, command_line
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context
 from milora_vl.train.recipe.schema import DataConfig, SourceConfig
@@ -37,7 +32,6 @@ class RunData:
     broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
     streamed: bool = False  # `train` holds the first records of a stream
     fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
-    tools_at: str = ""  # place of the first record that uses tools
     with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
     num_with_videos: int = 0  # of `train`
 
@@ -91,7 +85,6 @@ def read_records(config: DataConfig) -> RunData:
         skipped=train.skipped + held_out.skipped,
         unlearnable=train.unlearnable + held_out.unlearnable,
         broken=train.broken + held_out.broken,
-        tools_at=train.tools_at or held_out.tools_at,
     )
 
 
@@ -119,7 +112,7 @@ def _inspect_stream(config: DataConfig) -> RunData:
             hint="pip install -e '.[data]'",
         )
     assert config.path is not None
-    stream = record_stream(sources_of(config.path), shuffle_buffer=0, web_pictures=config.web_pictures)
+    stream = record_stream(sources_of(config.path), shuffle_buffer=0)
     items = list(islice(stream, INSPECTED))
     errors = [item for item in items if isinstance(item, DataError)]
     if errors and config.bad_images == "raise":
@@ -131,17 +124,17 @@ def _inspect_stream(config: DataConfig) -> RunData:
         records = list(_usable(records, report))
     if not records:
         raise errors[0] if errors else UserError(problems=[_none_left(source_text(config), report)])
-    check_for_training(records, config.image_folder, config.bad_images)
-    seen = _Seen()
+    check = TrainingCheck()
+    kept = CompactRecords(check.passing(records))
+    check.finish(config.image_folder, config.bad_images)
     return RunData(
-        CompactRecords(seen.passing(records)),
+        kept,
         None,
         broken=tuple(report.findings),
         streamed=True,
-        fingerprint=seen.fingerprint(),
-        tools_at=seen.tools_at,
-        with_images=bytes(seen.with_images),
-        num_with_videos=seen.num_with_videos,
+        fingerprint=check.fingerprint(),
+        with_images=bytes(check.with_images),
+        num_with_videos=check.num_with_videos,
     )
 
 
@@ -157,13 +150,11 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
     reader = load_records if config.bad_images == "raise" else partial(readable, report=report)
     name, sources = path if isinstance(path, str) else source_text(config), sources_of(path)
     stream = reader(sources) if isinstance(sources, str) else mixed_records(sources, read=reader)
-    if config.web_pictures == "download":
-        stream = map(from_web, stream)
     if config.bad_images != "raise":
         stream = _usable(stream, report)
-    seen = _Seen()
+    check = TrainingCheck()
     try:
-        records = CompactRecords(seen.passing(islice(stream, config.limit)))
+        records = CompactRecords(check.passing(islice(stream, config.limit)))
     except DataError as error:
         if error.first.hint or not Path(name).is_file():
             raise
@@ -172,19 +163,17 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         ) from None
     if not records:
         raise UserError(problems=[_none_left(name, report)])
-    counts = check_for_training(records, config.image_folder, config.bad_images)
-    missing: set[str] = set()
-    if config.bad_images == "skip" and counts["missing_pictures"]:
-        names = {name for record in records for name in record.files}
-        missing.update(find_missing(names, Path(config.image_folder or "")))
+    missing = check.finish(config.image_folder, config.bad_images)
+    missing = missing if config.bad_images == "skip" else set()
     kept, skipped = records, 0
-    if missing or counts["unlearnable"]:
+    if missing or check.unlearnable:
         complete = [place for place, record in enumerate(records) if missing.isdisjoint(record.files)]
         skipped = len(records) - len(complete)
-        kept = records.only(place for place in complete if _is_learnable(records[place]))
-        seen = _Seen()
+        unlearnable = set(check.unlearnable)
+        kept = records.only(place for place in complete if place not in unlearnable)
+        check = TrainingCheck()
         for record in kept:
-            seen.add(record)
+            check.add(record)
     if not kept:
         raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
     return RunData(
@@ -193,61 +182,10 @@ def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData
         skipped,
         len(records) - skipped - len(kept),
         tuple(report.findings),
-        fingerprint=seen.fingerprint(),
-        tools_at=seen.tools_at,
-        with_images=bytes(seen.with_images),
-        num_with_videos=seen.num_with_videos,
+        fingerprint=check.fingerprint(),
+        with_images=bytes(check.with_images),
+        num_with_videos=check.num_with_videos,
     )
-
-
-def _is_learnable(record: Record) -> bool:
-    return all(finding.kind != "no_answer" for finding in examine(record))
-
-
-class _Seen:
-    """What a run has to know about all of its records, collected while they pass: there may be millions."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.blake2b(digest_size=16)
-        self.tools_at = ""
-        self.with_images = bytearray()
-        self.num_with_videos = 0
-
-    def passing(self, records: Iterable[Record]) -> Iterator[Record]:
-        """Yield the records, and add each of them."""
-        for record in records:
-            self.add(record)
-            yield record
-
-    def add(self, record: Record) -> None:
-        """Add a record. One whose tools are broken is left out: `check_for_training`, which comes next, reports it."""
-        self.with_images.append(bool(record.images))
-        self.num_with_videos += bool(record.videos)
-        try:
-            self._digest.update(_identity(record))
-            if not self.tools_at and uses_tools(record):
-                self.tools_at = record.source or f"record {record.id!r}"
-        except DataError:
-            return
-
-    def fingerprint(self) -> str:
-        """Return a hash of the contents and the order of the records."""
-        return self._digest.hexdigest()
-
-
-def _identity(record: Record) -> bytes:
-    """Return the turns and the image names of a record, without its place.
-
-    >>> _identity(Record("a", (), (), "train.json:1")) == _identity(Record("a", (), (), "moved.json:1"))
-    True
-    """
-    parts = [*record.files, ""]
-    parts += [f"{video.fps} {video.num_frames}" for video in record.videos if video.file is not None]
-    for turn in record.turns:
-        parts += (turn.role, turn.text, *filter(None, [turn.call]))
-    if record.extra.get("tools"):
-        parts.append(json.dumps(tools_of(record), ensure_ascii=False))
-    return "\0".join([*parts, ""]).encode("utf-8", "surrogatepass")
 
 
 def _none_left(path: str, report: Report, **others: int) -> Problem:
@@ -263,7 +201,7 @@ def _none_left(path: str, report: Report, **others: int) -> Problem:
 def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
     """Yield the records that can be encoded; add the problem of every other record to `report`."""
     for record in records:
-        errors = [finding for finding in examine(record) if finding.severity == "error"]
+        errors = errors_of(record)
         if all(finding.kind == "no_answer" for finding in errors):
             yield record
         else:

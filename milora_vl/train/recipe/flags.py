@@ -15,7 +15,7 @@ from typing import Any
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli import flags as cli_flags
 from milora_vl.common.errors import Problem, UserError
-from milora_vl.core.policy.methods import METHODS as RULE_METHODS
+from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.train.recipe import hf_flags, llava_flags
 from milora_vl.train.recipe.layers import RecipeFile, read_recipe
 from milora_vl.train.recipe.policy_edits import METHODS, PolicyEdits
@@ -78,12 +78,6 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "packing": ("data.packing", "bool", (), "pack several records into one row to reduce padding"),
     "streaming": ("data.streaming", "bool", (), "read records while training; needs --max_steps"),
     "shuffle_buffer": ("data.shuffle_buffer", "int", (), "number of streamed records in the shuffle buffer"),
-    "web_pictures": (
-        "data.web_pictures",
-        "str",
-        (),
-        "pictures named by web addresses: refuse (default), or download, each once into the cache",
-    ),
     "bad_images": ("data.bad_images", "str", (), "what to do about missing or broken images: raise, skip or replace"),
     "template": (
         "template",

@@ -66,7 +66,6 @@ class DataConfig(Strict):
     num_frames: PositiveInt | None = None  # frames that are read of each video file, in place of fps
     packing: bool = False  # pack several records into a row of 2 * max_length
     bad_images: Literal["raise", "skip", "replace"] = "raise"
-    web_pictures: Literal["refuse", "download"] = "refuse"  # pictures that records name by http(s) addresses
     streaming: bool = False  # read records while training; weights are shares of the records
     shuffle_buffer: NonNegativeInt = 1000  # number of streamed records that are shuffled at a time
     limit: PositiveInt | None = None  # the first N records only

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.difference import DifferenceLinear
+from milora_vl.core.adapter.anchored import DifferenceLinear
 from milora_vl.core.svd import decompose
 
 WIDTH, RANK, TOKENS, HALF = 256, 16, 64, torch.bfloat16
