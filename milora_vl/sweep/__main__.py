@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -21,7 +20,7 @@ from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.runner import Sweep, alone, run_cells
+from milora_vl.sweep.runner import Sweep, alone, run_cells, usable_cores
 from milora_vl.train.plan.eval_section import data_of
 from milora_vl.train.recipe.layers import read_recipe
 from milora_vl.train.recipe.policy_edits import ADAPTERS
@@ -179,7 +178,7 @@ def _missing(name: str, recipe: Recipe, questions: QuestionSet) -> list[Problem]
 def _jobs(cells: int) -> int:
     import torch
 
-    return max(1, min(torch.cuda.device_count() or min(os.cpu_count() or 1, 4), cells))
+    return max(1, min(torch.cuda.device_count() or min(usable_cores(), 4), cells))
 
 
 def _same_sweep(sweep: Sweep) -> None:

@@ -189,12 +189,26 @@ def _collect(sweep: Sweep, cell: Cell) -> dict[str, Any]:
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
     """Return the environment of a cell: its share of the cores, and one GPU if there are several."""
+    variables = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
+    gpus = _visible_gpus()
+    if len(gpus) > 1:
+        variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return {**os.environ, **variables}
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which taskset or a container limits."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _visible_gpus() -> list[str]:
+    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them: indices or UUIDs."""
     import torch
 
-    variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    if torch.cuda.device_count() > 1:
-        variables["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    return {**os.environ, **variables}
+    count = torch.cuda.device_count()
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if inherited is None else inherited.split(",")
+    return [name.strip() for name in names[:count]]
 
 
 @contextmanager

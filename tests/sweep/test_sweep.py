@@ -82,6 +82,31 @@ def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
     assert f"-m milora_eval run --model {run} --base tiny --suite emoji --output_dir {run}" in log
 
 
+@pytest.mark.parametrize(
+    ("inherited", "devices"),
+    [("4,5", {"4", "5"}), ("GPU-8d1f, GPU-30c2,7", {"GPU-8d1f", "GPU-30c2"}), (None, {"0", "1"})],
+)
+def test_cells_share_the_gpus_and_cores_that_the_sweep_may_use(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, inherited: str | None, devices: set[str]
+) -> None:
+    """CUDA counts two GPUs; the third name is invalid. Each cell waits for the other, so that both hold a GPU."""
+    lines, stand_in = sweep.folder / "lines", sweep.folder / "python"
+    stand_in.write_text(
+        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS" >> {lines}\n'
+        f"until [ $(wc -l < {lines}) -ge 2 ]; do sleep 0.02; done; exit 1\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8, 14)), raising=False)
+    if inherited is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    run_cells(sweep, [Cell("lora", rate, None, 7) for rate in (1e-4, 1e-3)], 2, retry=False, on_done=lambda *_: None)
+    assert set(lines.read_text().splitlines()) == {f"{device} 3" for device in devices}
+
+
 def test_means_have_students_intervals() -> None:
     assert mean_of([1.0, 2.0, 3.0]).half == pytest.approx(4.303 / 3**0.5, rel=1e-4)
     assert (mean_of([2.0]).half, mean_of([2.0]).value) == (None, 2.0)
