@@ -20,7 +20,7 @@ from milora_vl.sweep.curves import (
     ratio_texts,
     ratios_to,
 )
-from milora_vl.sweep.plots import ratios_figure, score_figure
+from milora_vl.sweep.page import ratios_figure, score_figure
 from milora_vl.sweep.results import Arm, arms, mean_of
 from studies.runner import Folder, all_cells, finished
 from studies.study import Study, chosen, read_study

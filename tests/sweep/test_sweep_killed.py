@@ -39,7 +39,7 @@ def write_recipe(folder: Path) -> Path:
 
 @pytest.mark.usefixtures("forked_programs")
 def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The plan runs a dry run for the cost, which must not look like a resumed training in the cell's folder."""
+    """The plan makes a dry run, which must not look like a resumed training in the cell's folder."""
     run = tmp_path / "out" / "cells" / "milora-lr0.001-seed42"
     (run / "checkpoint-3").mkdir(parents=True)
     (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
