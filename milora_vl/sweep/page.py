@@ -203,8 +203,10 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
         axes[0].set_ylim(min(scores) - 0.15 * spread, max(scores) + 0.3 * spread)
         axes[0].set_title(f"score: {metric}", loc="left", fontsize=9.5)
         lines = [axes[0].plot([], [], marker=marks[label], color=colours[label])[0] for label in labels]
-        figure.legend(lines, list(map(label_of, labels)), loc="outside upper left", ncols=5)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        figure.legend(
+            lines, list(map(label_of, labels)), loc="outside upper left", ncols=5, alignment="left",
+            title=title, title_fontproperties={"size": 11, "weight": "bold"},
+        )  # fmt: skip
         words = "Mean over seeds, with its 95 % interval. A marker is one rate; filled: the lowest validation loss."
         figure.supxlabel(words, x=0.01, ha="left", fontsize=8.5, color=GREY)
     return figure
