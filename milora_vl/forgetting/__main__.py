@@ -15,8 +15,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.core.adapter.folders import base_of, holds_adapter, model_of, newest_of_unfinished, require_adapter
 from milora_vl.report.page import regenerate_report
-from milora_vl.report.tables import forgetting_table
-from milora_vl.report.wording import score_changes
+from milora_vl.report.tables import forgetting_table, score_changes
 
 PROBES = ("text", "samples", "pictures")
 
