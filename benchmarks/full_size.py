@@ -30,7 +30,7 @@ from milora_vl.models.loading import meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.dry_run.simulate import Shape, simulate
 
-RULES = [{"modules": "language", "method": "milora", "rank": 16}]
+RULES = [{"modules": "language", "method": "milora", "protect": 0, "rank": 16}]
 PICTURE, ANSWER = 576, 60
 RESULTS: dict[str, Any] = {}
 

@@ -38,7 +38,7 @@ from milora_vl.common.atomic_write import write_json
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b")
 RANK, RECORDS, TEXT, SUPERVISED, WARM, STEPS = 16, 4, 124, 60, 3, 10
-RULE = {"modules": "language", "method": "milora", "rank": RANK, "alpha": RANK}
+RULE = {"modules": "language", "method": "milora", "protect": 0, "rank": RANK, "alpha": RANK}
 OURS = {"milora": [RULE], "protected": [RULE | {"method": "gradient", "protect": 0.95}]}
 PEERS = ("hf", "trl")
 NO_CARD = "none, tried on a CPU"

@@ -39,7 +39,7 @@ def main() -> None:
     options.add_argument("--alone", action="store_true", help="leave out PEFT and the full decomposition")
     chosen = options.parse_args()
     model = language_model(chosen.model, getattr(torch, chosen.dtype))
-    policy = [{"modules": "language", "method": "milora", "rank": chosen.rank}]
+    policy = [{"modules": "language", "method": "milora", "protect": 0, "rank": chosen.rank}]
     targets = Policy.parse(policy).resolve(model)
     rows = ours(model, targets)
     if not chosen.alone:

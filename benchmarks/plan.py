@@ -32,7 +32,7 @@ from milora_vl.train.plan.launch import Launch
 from milora_vl.train.plan.train_section import TrainSection
 
 RULES = [
-    {"modules": "language", "method": "milora", "rank": 16, "dropout": 0.05},
+    {"modules": "language", "method": "milora", "protect": 0, "rank": 16, "dropout": 0.05},
     {"modules": "projector", "method": "full"},
 ]
 # layers, width, records, tokens, checkpointing, bf16

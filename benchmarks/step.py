@@ -113,7 +113,7 @@ def build(name: str, chosen: argparse.Namespace, inner: int) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name == "milora":
-            model: Any = apply_milora(base, [{"modules": "language", "method": "milora", "rank": rank}])
+            model: Any = apply_milora(base, [{"modules": "language", "method": "milora", "protect": 0, "rank": rank}])
         else:
             model = with_lora(base, rank, fixed=name == "default")
     return torch.compile(model) if chosen.compile else model  # type: ignore[return-value]

@@ -143,7 +143,7 @@ def ours(records: list[dict[str, Any]], data: str, emoji: Path, folder: Path, st
     from milora_vl.train.command import main as train_command
 
     (folder / "train.json").write_text(json.dumps(records))
-    rule = f"{{modules: language, method: milora, rank: {RANK}, alpha: {RANK}}}"
+    rule = f"{{modules: language, method: milora, protect: 0, rank: {RANK}, alpha: {RANK}}}"
     (folder / "recipe.yaml").write_text(
         f"model: {'smol-llava' if data == 'pictures' else 'smollm2'}\ndtype: bfloat16\ntemplate: vicuna_v1\n"
         f"data: {{path: {folder / 'train.json'}, image_folder: {emoji / 'images'}, max_length: 512}}\n"

@@ -26,7 +26,9 @@ for colour, other in (("red", "green"), ("green", "blue"), ("blue", "red")):
     pairs.append((f"{colour}.png", "What colour is it?", f"It is {colour}.", f"It is {other}."))
 
 model, processor = load_model(name, device=device, dtype=torch.bfloat16 if device == "cuda" else None)
-model = apply_milora(model, [{"modules": "language", "method": "milora", "rank": 64 if device == "cuda" else 4}])
+model = apply_milora(
+    model, [{"modules": "language", "method": "milora", "protect": 0, "rank": 64 if device == "cuda" else 4}]
+)
 collate = collator_for(model, processor, image_folder=folder)
 
 

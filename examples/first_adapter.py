@@ -23,7 +23,7 @@ before = model.state_dict()[name].clone()
 
 # %%
 policy = """
-- {modules: language, method: milora, rank: 4}
+- {modules: language, method: milora, protect: 0, rank: 4}
 - {modules: projector, method: full}
 """
 model = apply_milora(model, policy)

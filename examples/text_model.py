@@ -25,7 +25,7 @@ records = [
 
 model, tokenizer = load_model(name, dtype=torch.bfloat16 if is_gpu else None)
 template = "chat_template" if tokenizer.chat_template else "vicuna_v1"
-model = apply_milora(model, [{"modules": "language", "method": "milora", "rank": 64 if is_gpu else 4}])
+model = apply_milora(model, [{"modules": "language", "method": "milora", "protect": 0, "rank": 64 if is_gpu else 4}])
 
 trainer = Trainer(
     model=model,

@@ -34,7 +34,7 @@ pixels = torch.stack([prepare(picture) for picture in pictures])
 model = apply_milora(
     network,
     [
-        {"modules": "blocks.*.attn.*", "method": "milora", "rank": 8},
+        {"modules": "blocks.*.attn.*", "method": "milora", "protect": 0, "rank": 8},
         {"modules": "head", "method": "full"},
     ],
 )

@@ -32,7 +32,7 @@ RENAMED_FLAGS = {"--evaluation_strategy": "--eval_strategy", "--warmup_ratio": "
 
 
 @contextmanager
-def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: float = 0.0) -> Iterator[None]:
+def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: float | None = None) -> Iterator[None]:
     """Inside this context LLaVA's `train()` creates MiLoRA adapters and runs on the installed transformers.
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.

@@ -14,37 +14,38 @@ from torch import Tensor
 
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import UserError, first_line
-from milora_vl.core.adapter.reinit import reinit_peft, restore_split
+from milora_vl.core.adapter.reinit import METHOD_OF_PART, reinit_peft, restore_split
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.calibration.texts import calibration_texts
-from milora_vl.core.policy.methods import what_trains
+from milora_vl.core.policy.methods import METHODS, what_trains
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.svd import Part
 
 
-def replacement(stock: Callable[..., Any], part: Part, protect: float) -> Callable[..., Any]:
+def replacement(stock: Callable[..., Any], part: Part, protect: float | None) -> Callable[..., Any]:
     """Return `get_peft_model` for MiLoRA: it calls PEFT's function `stock`, then initializes the LoRA.
 
-    With `protect`, the base model writes the texts that calibrate it.
+    With `protect`, the default of `minor`, the base model writes the texts that calibrate it.
     """
+    share = METHODS[METHOD_OF_PART[part]].protect if protect is None else protect
 
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
-        texts = _texts(model) if protect and isinstance(peft_config, LoraConfig) else None
+        texts = _texts(model) if share and isinstance(peft_config, LoraConfig) else None
         adapted = stock(model, peft_config, *args, **kwargs)
         if not isinstance(peft_config, LoraConfig):
             sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
             return adapted
         _remove_vision_adapters(adapted)
         try:
-            tuned = reinit_peft(adapted, part, protect=protect, calibration=texts, progress=True)
+            tuned = reinit_peft(adapted, part, protect=share, calibration=texts, progress=True)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
         method, modules = tuned.milora_targets[0].method, amount(len(tuned.milora_targets), "module")
-        sys.stderr.write(f"milora: method {method} on {modules}: {what_trains(method, protect)}\n")
+        sys.stderr.write(f"milora: method {method} on {modules}: {what_trains(method, share)}\n")
         return tuned
 
     return get_peft_model
@@ -78,7 +79,7 @@ def _texts(model: Any) -> list[dict[str, Tensor]]:
             f"the base model cannot write the texts that find its inputs: {first_line(error)}",
             code="calibration-cannot-generate",
             where="protect",
-            hint="train without protect",
+            hint="train the paper's MiLoRA, which needs no texts, with  protect 0",
         ) from error
 
 

@@ -25,17 +25,18 @@ PARTS = ("minor", "principal", "random")
 
 
 @contextmanager
-def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float = 0.0) -> Iterator[None]:
-    """Inside this context `get_peft_model` creates the same LoRA with MiLoRA's initialization and anchor.
+def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float | None = None) -> Iterator[None]:
+    """Inside this context `get_peft_model` creates the same LoRA as MiLoRA.
 
     The function is replaced in `peft`, for every later `from peft import get_peft_model`, and in `modules`, which have
     imported it already. Modules, rank, alpha and dropout come from the LoraConfig of the calling code.
     `PeftModel.from_pretrained(..., is_trainable=True)` restores the difference and the anchor of a MiLoRA adapter.
-    `protect` is the share of the input energy of ordinary text that updates leave alone: the base model writes the
-    texts, and A is fixed off their inputs.
+    `protect` is the share of the input energy of ordinary text that updates leave alone, by default 0.95 for `minor`
+    and 0 for the others: the base model writes the texts, and A is fixed off their inputs. With 0 the base model
+    writes nothing, and the LoRA is the paper's MiLoRA.
 
     >>> import peft, torch
-    >>> with get_peft_model_replaced():
+    >>> with get_peft_model_replaced(protect=0):
     ...     model = peft.get_peft_model(
     ...         torch.nn.Sequential(torch.nn.Linear(4, 4)), peft.LoraConfig(r=2, target_modules=["0"])
     ...     )
@@ -47,7 +48,7 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float 
     from milora_vl.common.compat.peft import calls_replaced
     from milora_vl.interop.peft_calls import replacement, restoring_loader  # before: they need the stock functions
 
-    if not 0 <= protect < 1:
+    if protect is not None and not 0 <= protect < 1:
         raise UserError(
             f"expected a share from 0 to below 1, got {protect}",
             code="protect-value",
@@ -81,9 +82,9 @@ def launcher(name: str, about: str, example: str) -> Command:
             option(
                 "--protect",
                 type=float,
-                default=0.0,
                 metavar="SHARE",
-                help="share of the input energy of ordinary text that updates leave alone (default: %(default)s)",
+                help="share of the input energy of ordinary text that updates leave alone (default: 0.95 for minor, "
+                "0 for the others)",
             ),
             option(
                 "--in",

@@ -17,12 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationMixin
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_data.assets import cache_dir
 from milora_data.batches.record_collator import RecordCollator
@@ -35,7 +33,6 @@ from milora_vl.common.progress import one_bar, progress_bar
 from milora_vl.core.calibration import CAPTIONS, PARTS, TEXTS
 from milora_vl.core.calibration.bases import Batches
 from milora_vl.core.calibration.cache import weights_digest
-from milora_vl.core.calibration.gradients import RECORDS
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
 from milora_vl.core.policy import Target
 from milora_vl.core.weights.distributed import gather, rank_and_world_size
@@ -170,7 +167,6 @@ def shown_start(
     of_run: Plan,
     model: Any,
     targets: Sequence[Target],
-    task: Sequence[Mapping[str, Tensor]] | None,
     steps: int,
     screen: Screen,
 ) -> Iterator[None]:
@@ -180,20 +176,19 @@ def shown_start(
     """
     base, settings = of_run.base, of_run.recipe.calibration
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
-    if steps < SMOKE_STEPS and (task or of_run.base_kl.weight or any(target.protect for target in targets)):
+    if steps < SMOKE_STEPS and (of_run.base_kl.weight or any(target.protect for target in targets)):
         screen.say(SMOKE_NOTE)
 
     def plan(parts: Sequence[str]) -> dict[str, float]:
         bandwidth = CPU_BANDWIDTH if model.device.type == "cpu" else BANDWIDTH
-        tokens = sum(batch["input_ids"].numel() for batch in task or ())
         seconds = start_seconds(
             planned_pace(base.meta, measured_flops(device=model.device), bandwidth),
             distinct_inputs(targets),
             texts=part_of(samples, steps),
             captions=part_of(settings.num_pictures, steps) if base.reads_pictures else 0,
             picture_tokens=base.tokens_of_a_picture or 0,
-            task_tokens=tokens,
-            earlier_tokens=part_of(NUM_RECORDS, steps) * len(of_run.tasks) * (tokens / len(task) if task else LENGTH),
+            decomposed=[target for target in targets if target.is_decomposed],
+            earlier_tokens=part_of(NUM_RECORDS, steps) * len(of_run.tasks) * LENGTH,
         )
         seconds = {name: value for name, value in seconds.items() if name in parts}
         for line in start_lines(seconds, "this machine"):
@@ -202,22 +197,6 @@ def shown_start(
 
     with one_bar(PARTS, plan, is_shown=rank_and_world_size()[0] == 0):
         yield
-
-
-def task_batches(
-    recipe: Recipe, base: Base, processor: Any, targets: Sequence[Target], records: Sequence[Record], steps: int
-) -> list[Mapping[str, Tensor]] | None:
-    """Return usable training records with labels, drawn at random; None if no rule has `method: gradient`.
-
-    Each is a batch of its own: a backward of the base needs no more memory than any training step.
-    """
-    if not any(target.method == "gradient" for target in targets):
-        return None
-    generator = torch.Generator().manual_seed(SEED)
-    collate = collators.collator(recipe, base, processor, records[:100])
-    drawn = (records[place] for place in torch.randperm(len(records), generator=generator).tolist())
-    usable = (record for record in drawn if _is_usable(collate, record))
-    return [collate([record]) for record in islice(usable, part_of(RECORDS, steps))]
 
 
 def _empty(message: str, where: Key) -> UserError:
@@ -396,18 +375,17 @@ def _grams(text: str) -> set[tuple[str, ...]]:
 def _cached(sources: _Sources, what: str, settings: str, write: Callable[[], list[Any]]) -> list[Any]:
     """Return what the first process reads from the cache or, if it misses there, writes; the same in every process.
 
-    All processes write, because a model that ZeRO-3 partitions needs all of them. It has no hash, and so no cache.
+    All processes write, because a model that ZeRO-3 partitions needs all of them.
     """
-    is_whole = not is_deepspeed_zero3_enabled()
-    file = _cache_file(sources, f"{what} {settings}") if is_whole else Path()
+    file = _cache_file(sources, f"{what} {settings}")
     is_first = rank_and_world_size()[0] == 0
-    stored = gather(_read(file) if is_whole and is_first else None)[0]
+    stored = gather(_read(file) if is_first else None)[0]
     if stored is not None:
         sources.screen.say(f"{len(stored)} calibration {what} of an earlier start are used")
         return list(stored)
     with gathered_in_forward(sources.model):
         written = list(gather(write())[0])
-    if is_whole and is_first:
+    if is_first:
         _store(file, written)
     return written
 

@@ -18,7 +18,7 @@ from milora_vl.core.adapter.earlier import Earlier, hold
 from milora_vl.core.adapter.files import load_checkpoint
 from milora_vl.core.adapter.install import base_model_of
 from milora_vl.core.adapter.sidecar import FILE_NAME
-from milora_vl.core.calibration.bases import Batches, Calibration
+from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
@@ -104,14 +104,13 @@ def build(
     targets: list[Target],
     checkpoint: Path | None,
     calibration: Calibration | None = None,
-    task: Batches | None = None,
     dtype: torch.dtype = torch.float32,
     earlier: Earlier | None = None,
 ) -> Built:
     """Apply the resolved policy, or load the adapter of `checkpoint`, else of the recipe, with its initial factors.
 
-    `calibration` and `task` are the batches for protected inputs and for the task's gradient. `dtype` is the data type
-    of the trained weights. `earlier` is the update that the base of a new run holds.
+    `calibration` holds the batches for protected inputs. `dtype` is the data type of the trained weights. `earlier` is
+    the update that the base of a new run holds.
     """
     checkpoint_kind = checkpoint_kind_of(targets)
     adapter = checkpoint or (Path(recipe.adapter) if recipe.adapter else None)
@@ -129,7 +128,6 @@ def build(
             base,
             targets,
             calibration=calibration,
-            task=task,
             cache_dir=recipe.factor_cache,
             calibration_cache=cache_folder(recipe),
             progress=True,

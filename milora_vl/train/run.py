@@ -228,16 +228,14 @@ def adapt(
     if writes_policy_files(plan.folder):
         with screen.step("measuring the spectrum of one layer per tower"):
             spectra = layer_spectra(loaded, targets)
-    batches, task, base_kl = None, None, None
+    batches, base_kl = None, None
     source = checkpoint or recipe.adapter
     earlier = None
     if recipe.after and checkpoint is None:
         earlier = read_earlier(loaded, Path(recipe.after), targets, plan.tasks)
     protects = source is None and any(target.protect for target in targets)  # an adapter holds what a calibration chose
-    if source is None:
-        task = calibration_batches.task_batches(recipe, plan.base, processor, targets, data.train, steps)
     chosen = targets if source is None else []
-    with calibration_batches.shown_start(plan, loaded, chosen, task, steps, screen):
+    with calibration_batches.shown_start(plan, loaded, chosen, steps, screen):
         if protects or plan.base_kl.weight:
             texts = calibration_batches.make_texts(
                 recipe, plan.base, loaded, processor, data.train, screen, steps, records
@@ -248,7 +246,7 @@ def adapt(
         set_seed(args.seed)  # LoRA starts from random numbers, here as in HF's example scripts
         with screen.step("applying the policy" if source is None else f"restoring {source}"):
             dtype = training_arguments.trained_dtype(args)
-            built = model.build(recipe, loaded, targets, checkpoint, batches, task, dtype, earlier)
+            built = model.build(recipe, loaded, targets, checkpoint, batches, dtype, earlier)
     if earlier is not None:
         count, protection = data.counts().get("train"), built.model.milora_protection
         own = earlier_tasks.entry(plan.folder.path, recipe, targets, protection, count, data.fingerprint)

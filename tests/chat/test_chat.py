@@ -29,7 +29,9 @@ def adapter(tmp_path: Path) -> Path:
     """A trained-looking adapter for the tiny model: its answers differ from the base's."""
     from milora_vl import Policy, apply_milora, save_adapter
 
-    model = apply_milora(load_model("tiny")[0], Policy.parse("[{modules: language, method: milora, rank: 8}]"))
+    model = apply_milora(
+        load_model("tiny")[0], Policy.parse("[{modules: language, method: milora, protect: 0, rank: 8}]")
+    )
     move(model, 1.0)
     save_adapter(model, tmp_path / "adapter")
     return tmp_path / "adapter"

@@ -76,7 +76,7 @@ def test_base_and_tuned_answer_the_same_conversation(settings: ChatSettings) -> 
 
     chat = Chat.load(settings)
     chat.compare = True
-    chat.model = apply_milora(chat.model, "[{modules: language, method: milora, rank: 8}]")
+    chat.model = apply_milora(chat.model, "[{modules: language, method: milora, protect: 0, rank: 8}]")
     move(chat.model, 1.0)
     turns, (base, tuned) = list(answers(chat, "What?", [], [], [[], []]))[-1]
     assert base[0] == tuned[0]

@@ -322,7 +322,9 @@ def test_another_template_is_refused(qwen: Path) -> None:
 
 def test_a_chat_has_the_limits_of_the_training(qwen: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
     model, processor = load_model(qwen)
-    save_adapter(apply_milora(model, Policy.parse("[{modules: language, method: milora, rank: 2}]")), tmp_path)
+    save_adapter(
+        apply_milora(model, Policy.parse("[{modules: language, method: milora, protect: 0, rank: 2}]")), tmp_path
+    )
     (tmp_path / "recipe.yaml").write_text("{template: chat_template, data: {max_pixels: 256}}")
     processor.image_processor.size = type(processor.image_processor.size)(shortest_edge=256, longest_edge=256)
     prompt = Prompt((Turn("user", "<image>\nWhat?"),), (pictures / "1.png",))

@@ -39,7 +39,9 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def adapter(model: str, tmp_path: Path) -> Path:
     """An adapter whose answers differ from those of its base."""
-    tuned = apply_milora(load_model(model)[0], Policy.parse("[{modules: language, method: milora, rank: 4}]"))
+    tuned = apply_milora(
+        load_model(model)[0], Policy.parse("[{modules: language, method: milora, protect: 0, rank: 4}]")
+    )
     move(tuned, 0.3)
     save_adapter(tuned, tmp_path / "adapter")
     return tmp_path / "adapter"

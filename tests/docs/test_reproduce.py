@@ -39,7 +39,7 @@ TRAININGS = list(trainings())
 # The paper's tables of hyperparameters: r, alpha (of LoRA: twice r), dropout, rate, schedule, warm-up, records a step,
 # epochs, the linear layers of a block that train.
 PAPER = {
-    "paper-visual": (128, 128, 0.05, 2e-4, "cosine", 0.03, 128, 1, 7),
+    "milora-paper-llava-1.5-7b": (128, 128, 0.05, 2e-4, "cosine", 0.03, 128, 1, 7),
     "paper-commonsense": (32, 32, 0.05, 3e-4, "linear", 100, 16, 3, 5),
     "paper-math": (64, 64, 0.05, 3e-4, "linear", 100, 16, 3, 5),
     "paper-instructions": (32, 32, 0.05, 3e-4, "linear", 100, 16, 3, 5),

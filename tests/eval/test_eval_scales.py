@@ -25,7 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter with a projector trained in full, whose answers differ from its base."""
     folder = tmp_path_factory.mktemp("run")
-    rules = "[{modules: language, method: milora, rank: 4}, {modules: projector, method: full}]"
+    rules = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"
     model = apply_milora(load_model("tiny")[0], rules)
     move(model, 0.1)
     save_adapter(model, folder)

@@ -30,12 +30,12 @@ def made(tiny_llava: Factory, tmp_path_factory: pytest.TempPathFactory) -> Simpl
     for part in tiny_llava():
         part.save_pretrained(root / "base")
     rules = {
-        "a": [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 3}],
+        "a": [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "protect": 0, "rank": 3}],
         "b": [
             {"modules": "language.mlp", "method": "lora", "rank": 2, "rslora": True},
             {"modules": "projector", "method": "full"},
         ],
-        "c": [{"modules": "projector", "method": "milora", "rank": 2}],
+        "c": [{"modules": "projector", "method": "milora", "protect": 0, "rank": 2}],
     }
     for name, policy in rules.items():
         model = apply_milora(load_model(root / "base")[0], policy)

@@ -46,7 +46,9 @@ def made(tiny_llava: Factory, tmp_path_factory: pytest.TempPathFactory) -> Simpl
         part.save_pretrained(root / "base")
     base = fresh(root)
     before = logits(base, base)
-    model = apply_milora(base, [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 3}])
+    model = apply_milora(
+        base, [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "protect": 0, "rank": 3}]
+    )
     move(model)
     save_adapter(model, root / "adapter")
     return SimpleNamespace(root=root, model=model, before=before, after=logits(model, base))

@@ -159,18 +159,25 @@ def test_what_llavas_loader_could_not_read_is_refused(both) -> None:
     trained(both)
     with raises_code("flag-required", where="--vision_tower"):
         export(both.root / "adapter", "llava", both.root / "out")
-    model = apply_milora(load_model(both.root / "hf")[0], [{"modules": "vision", "method": "milora", "rank": 2}])
+    model = apply_milora(
+        load_model(both.root / "hf")[0], [{"modules": "vision", "method": "milora", "protect": 0, "rank": 2}]
+    )
     save_adapter(model, both.root / "seeing")
     with raises_code("export-llava-module", where="vision.layers.0", message="does not support this module"):
         export(both.root / "seeing", "llava", both.root / "out", Options(vision_tower=both.clip))
-    model = apply_milora(load_model("tiny-text")[0], [{"modules": "language", "method": "milora", "rank": 2}])
+    model = apply_milora(
+        load_model("tiny-text")[0], [{"modules": "language", "method": "milora", "protect": 0, "rank": 2}]
+    )
     save_adapter(model, both.root / "text")
     with raises_code("export-llava-base", message="this base is llama"):
         export(both.root / "text", "llava", both.root / "out")
 
 
 def test_a_longer_vocabulary_is_cut(both) -> None:
-    rules = [{"modules": "*lm_head", "method": "full"}, {"modules": "*embed_tokens", "method": "milora", "rank": 2}]
+    rules = [
+        {"modules": "*lm_head", "method": "full"},
+        {"modules": "*embed_tokens", "method": "milora", "protect": 0, "rank": 2},
+    ]
     model = apply_milora(load_model(both.root / "hf")[0], rules)
     move(model)
     save_adapter(model, both.root / "adapter")

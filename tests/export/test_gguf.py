@@ -20,7 +20,7 @@ from support.llama_cpp import calls, write_stand_in
 from support.problems import raises_code
 from support.vlm_families import model_of, processor_of
 
-RULES = "[{modules: language, method: milora, rank: 4}]"
+RULES = "[{modules: language, method: milora, protect: 0, rank: 4}]"
 Factory = Callable[..., tuple[Any, Any]]
 
 
@@ -177,7 +177,7 @@ def test_a_lora_with_its_base_has_everything_else_in_it(vision: Path, llama_cpp:
 
 
 def test_a_lora_cannot_hold_language_modules_trained_in_full(text: Path, llama_cpp: Path, tmp_path: Path) -> None:
-    rules = "[{modules: language, method: milora, rank: 2}, {modules: '*lm_head', method: full}]"
+    rules = "[{modules: language, method: milora, protect: 0, rank: 2}, {modules: '*lm_head', method: full}]"
     trained(text / "base", tmp_path / "a", rules)
     with raises_code("export-gguf-module", where="lm_head"):
         export(tmp_path / "a", "gguf-lora", tmp_path / "out", Options(llama_cpp=llama_cpp))

@@ -19,7 +19,7 @@ from support.problems import raises_code
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base, _ = load_model("tiny")
-    model = apply_milora(base, Policy.parse("[{modules: language, method: milora, rank: 4}]"))
+    model = apply_milora(base, Policy.parse("[{modules: language, method: milora, protect: 0, rank: 4}]"))
     move(model, 0.3)
     folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(str(folder))

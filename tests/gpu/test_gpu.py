@@ -30,7 +30,7 @@ from support.drawn import write_tiny_data
 from support.train_runs import losses, training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
-RULES = [{"modules": "language", "method": "milora", "rank": 4}]
+RULES = [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}]
 PLAIN = ("--rank", "4", "--dropout", "0")
 
 

@@ -63,7 +63,7 @@ def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monke
     from support import adapter_cases
 
     monkeypatch.setattr(adapter_cases, "get_peft_model", peft.get_peft_model, raising=False)
-    with get_peft_model_replaced("support.adapter_cases"):
+    with get_peft_model_replaced("support.adapter_cases", protect=0):
         model = adapter_cases.get_peft_model(tiny_llama()[0], LoraConfig(r=2, target_modules=["q_proj"]))
     assert model.milora_targets[0].method == "milora"
 
@@ -71,7 +71,7 @@ def test_modules_that_imported_the_function_before_are_reached(tiny_llama, monke
 def test_an_adapter_of_ours_that_the_code_loads_keeps_its_anchor(tiny_llama, tmp_path: Path, capsys) -> None:
     save_adapter(apply_milora(tiny_llama()[0], one_rule()), tmp_path / "ours")
     stock = PeftModel.from_pretrained
-    with get_peft_model_replaced():
+    with get_peft_model_replaced(protect=0):
         model = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path / "ours"), is_trainable=True)
         assert type(load_adapter(tiny_llama()[0], tmp_path / "ours", is_trainable=True)) is type(model)
         plain = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path / "ours"))
@@ -85,14 +85,14 @@ def test_an_adapter_of_ours_that_the_code_loads_keeps_its_anchor(tiny_llama, tmp
 
 
 def test_names_shared_with_the_vision_tower_hit_the_language_alone(tiny_llava, capsys) -> None:
-    with get_peft_model_replaced():
+    with get_peft_model_replaced(protect=0):
         model = peft.get_peft_model(tiny_llava()[0], LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     assert {t.tower for t in model.milora_targets} == {"language"}
     assert "6 modules of the vision tower, matched by name only, stay frozen" in capsys.readouterr().err
 
 
 def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
-    with get_peft_model_replaced():
+    with get_peft_model_replaced(protect=0):
         made = peft.get_peft_model(tiny_llama()[0], PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     assert type(made).__module__.startswith("peft")
     assert "PrefixTuningConfig is not a LoRA" in capsys.readouterr().err
@@ -132,7 +132,7 @@ def test_the_launcher_of_llava_trims_the_config_and_reaches_the_named_modules(
         llava_main(["--in", "llava_user", str(tmp_path / "train.py"), *f"{spelling}{tmp_path / 'out'}".split()])
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
-    assert config["r"] == 8  # not protected: D and A0
+    assert config["r"] == 4  # protected: B alone
 
 
 def test_the_launcher_of_llava_leaves_the_config_of_another_run_as_it_is(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from support.adapter_cases import move
 from support.problems import raises_code
 from support.programs import run as run_program
 
-POLICY = "[{modules: language, method: milora, rank: 2}, {modules: projector, method: full, learning_rate: 1.0e-3}]"
+POLICY = (
+    "[{modules: language, method: milora, protect: 0, rank: 2}, "
+    "{modules: projector, method: full, learning_rate: 1.0e-3}]"
+)
 INPUTS = {"input_ids": [[5, *[260] * 100, 9, 7]]}
 
 

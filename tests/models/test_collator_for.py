@@ -33,7 +33,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", [name for name in VLM_FAMILIES if not LACKS.get(name)])
 def test_a_batch_of_every_family_goes_through_its_model(name: str, pictures: Path) -> None:
     processor = processor_of(name)
-    model = apply_milora(model_of(name, processor), [{"modules": "language", "method": "milora", "rank": 2}])
+    model = apply_milora(
+        model_of(name, processor), [{"modules": "language", "method": "milora", "protect": 0, "rank": 2}]
+    )
     collate = collator_for(model, processor, image_folder=pictures)
     assert isinstance(collate, ProcessorCollator)
     assert model(**collate([ASKED])).loss > 0

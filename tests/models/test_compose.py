@@ -194,7 +194,7 @@ def adapter_on(kind: str, root: Path) -> Path:
     words = ["--vision", tower(kind, root / "tower"), "--language", str(language("llama", root / "language"))]
     weights = ["--vision_weights", "random"] if kind.startswith("timm/") else []
     assert compose.main([*words, *weights, "--output_dir", str(root / "base")]) == 0
-    rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 2}]
     save_adapter(apply_milora(load_model(root / "base")[0], rules), root / "adapter")
     return root / "adapter"
 

@@ -49,7 +49,7 @@ for folder in map(pathlib.Path, sys.argv[1:]):
 
 
 def rules(name: str) -> list[dict[str, object]]:
-    made: list[dict[str, object]] = [{"modules": "language", "method": "milora", "rank": 2, "alpha": 4}]
+    made: list[dict[str, object]] = [{"modules": "language", "method": "milora", "protect": 0, "rank": 2, "alpha": 4}]
     return made + ([{"modules": "projector", "method": "full"}] if name in FAMILIES else [])
 
 

@@ -11,7 +11,9 @@ from huggingface_hub import ModelCard
 from milora_vl.report import model_card
 from milora_vl.train.recipe.schema import Recipe
 
-RECIPE = Recipe.parse({"model": "tiny", "policy": [{"modules": "language", "method": "milora", "rank": 4}]})
+RECIPE = Recipe.parse(
+    {"model": "tiny", "policy": [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}]}
+)
 
 
 def test_the_front_matter_names_base_and_method(tmp_path: Path) -> None:

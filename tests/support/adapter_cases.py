@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 LLAVA_POLICY = [
-    {"modules": "language", "method": "milora", "rank": 3, "alpha": 6, "dropout": 0.05, "learning_rate": 2e-4},
+    {
+        "modules": "language",
+        "method": "milora",
+        "protect": 0,
+        "rank": 3,
+        "alpha": 6,
+        "dropout": 0.05,
+        "learning_rate": 2e-4,
+    },
     {"modules": "language.layers[1].mlp", "rank": 5},
     {"modules": "language.layers[0].q_proj", "method": "lora", "rank": 4, "alpha": 8},
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
@@ -21,7 +29,8 @@ LLAVA_POLICY = [
 
 def one_rule(**fields: object) -> list[dict[str, object]]:
     """A policy of one milora rule on the language tower, with `fields` over its defaults."""
-    return [{"modules": "language", "method": "milora", "rank": 2, **fields}]
+    share = {} if fields.get("method") == "dora" else {"protect": 0}
+    return [{"modules": "language", "method": "milora", "rank": 2, **share, **fields}]
 
 
 def tiny_gpt2() -> nn.Module:

@@ -56,7 +56,7 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"(forgetting --(?!.*--on).*)", r"\1 --limit 2"),
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
     (r"(milora_eval run .*--limit) 1000", r"\1 8"),
-    (r"(--methods milora,lora,gradient --lrs) 3e-4,1e-3,3e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
+    (r"(--methods milora,lora --lrs) 3e-4,1e-3,3e-3 --seeds 3", r"\1 1e-3 --seeds 1"),
     (r"(studies [\w.-]+) --docs", r"\1 --plan --docs"),
     # An output folder that the page's other way to the same result has filled.
     (r"--output_dir vicuna-clip", "--output_dir composed"),
@@ -109,7 +109,10 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
 ALTERNATIVES = ("docs/scaling.md",)
 
 DEMO = "model: tiny\ndata: {path: train.json, image_folder: images, eval_path: val.json}\n"
-RULES = "policy: [{modules: language, method: milora, rank: 4, learning_rate: 1.0e-3}]\ntrain: {max_steps: 100}\n"
+RULES = (
+    "policy: [{modules: language, method: milora, protect: 0, rank: 4, learning_rate: 1.0e-3}]\n"
+    "train: {max_steps: 100}\n"
+)
 # Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
 FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),

@@ -39,7 +39,7 @@ def make_run(folder: Path, *, num_questions: int = 216) -> Path:
     (folder / "recipe.yaml").write_text(
         "model: smol-llava\ntemplate: vicuna_v1\nform: anchored\n"
         "data: {path: data/emoji/train.json, image_folder: data/emoji/images, eval_path: data/emoji/val.json}\n"
-        "policy:\n  - {modules: language, method: milora, rank: 32, alpha: 32, dropout: 0.05, learning_rate: 2.0e-4}\n"
+        "policy:\n  - {modules: language, method: milora, protect: 0, rank: 32, alpha: 32, learning_rate: 2.0e-4}\n"
         "  - {modules: projector, method: full, learning_rate: 2.0e-5}\ntrain: {max_steps: 100, seed: 42}\n"
     )
     dump(folder / "environment.json", environment())
@@ -78,7 +78,9 @@ def policy() -> Json:
         for leaf, shape in SHAPES.items():
             path = f"model.language_model.layers.{block}.{leaf}"
             common = {"path": path, "shape": shape, "tower": "language", "rank": 32}
-            targets.append(common | {"method": "milora", "alpha": 32.0, "dropout": 0.05, "learning_rate": 2e-4})
+            targets.append(
+                common | {"method": "milora", "protect": 0, "alpha": 32.0, "dropout": 0.05, "learning_rate": 2e-4}
+            )
             low = 0.02 + 0.001 * block
             measured = {
                 "sigma_min": low,
@@ -86,7 +88,9 @@ def policy() -> Json:
                 "sigma_top": 6.0,
                 "energy": 0.003 + 0.0001 * block,
             }
-            layers.append(common | measured | {"method": "milora", "excess": 4e-7, "svd": "exact", "seconds": 0.05})
+            layers.append(
+                common | measured | {"method": "milora", "protect": 0, "excess": 4e-7, "svd": "exact", "seconds": 0.05}
+            )
     for leaf, shape in (("linear_1", (576, 320)), ("linear_2", (576, 576))):
         path = f"model.multi_modal_projector.{leaf}"
         common = {"path": path, "shape": shape, "tower": "projector", "rank": None}

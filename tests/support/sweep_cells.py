@@ -12,7 +12,7 @@ RECIPE: dict[str, Any] = {
     "model": "tiny",
     "data": {"path": "train.json", "eval_path": "val.json"},
     "policy": [
-        {"modules": "language", "method": "milora", "rank": 4, "alpha": 8, "learning_rate": 1e-3},
+        {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "alpha": 8, "learning_rate": 1e-3},
         {"modules": "projector", "method": "full", "learning_rate": 1e-4},
     ],
     "train": {"max_steps": 6, "seed": 7, "warmup_steps": 0.03},

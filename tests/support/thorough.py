@@ -25,7 +25,7 @@ THOROUGH: dict[str, tuple[str, ...]] = {
     "ZeRO-3 and DDP: the factors in two processes": (
         r"test_distributed\.py::test_zero3",
         r"test_gradients\.py::test_zero3",
-        r"test_initialize_shared\.py::.*\[(whole-olora|zero3-olora|zero3)\]",
+        r"test_initialize_shared\.py::.*\[(whole-pissa|zero3-pissa|zero3)\]",
     ),
     "one training where several say as much": (
         r"test_interrupted\.py::test_a_run_with_loader_processes_that_was_killed_in_an_epoch",
@@ -56,8 +56,8 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_safety\.py::test_a_compiled_model",
     ),
     "plans of three recipes and of each kind of launch": (
-        r"test_rates\.py::test_no_shipped_recipe.*\[(?!gradient-llava-1\.5-7b|paper-math|tiny-test)",
-        r"test_recipes\.py::test_it_fits_devices.*\[(?!gradient-llava-1\.5-7b|paper-math|tiny-test)",
+        r"test_rates\.py::test_no_shipped_recipe.*\[(?!milora-llava-1\.5-7b|paper-math|tiny-test)",
+        r"test_recipes\.py::test_it_fits_devices.*\[(?!milora-llava-1\.5-7b|paper-math|tiny-test)",
         r"test_dry_run\.py::test_(a_named_model_of_another|estimates_say_so|packing_is_planned|a_stream_is_planned)",
         r"test_dry_run\.py::test_a_template_of_the_tokenizer",
         r"test_llava_scripts\.py::test_every_script.*\[(?!scripts/v1_5/finetune_lora)",

@@ -17,4 +17,3 @@ CALLS_BY_KEYWORD = PEFT >= (0, 20)
 # PEFT 0.18 and 0.20 lose the biases of `lora_only` between saving and loading, 0.21 does not.
 SAVES_BIASES = PEFT >= (0, 21)
 needs_places = pytest.mark.skipif(TRANSFORMERS < (5, 18), reason="transformers' processors report places from 5.18 on")
-needs_mica = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT has MiCA from 0.20 on")

@@ -157,14 +157,14 @@ def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
 
 
 def test_every_row_names_its_share_of_protected_inputs(sweep: Sweep) -> None:
-    shares = {"milora-paper": "0", "lora": "0"}
+    shares = {"milora-paper": "0", "milora": "0.95", "lora": "0"}
     cells = make_cells(sweep.recipe, list(shares), [1e-3], None, 1)
     for cell in cells:
         (rule, *_) = Policy.parse(recipe_of(sweep.recipe, cell).policy or []).rules
         assert f"{rule.in_force()['protect']:g}" == shares[cell.method]
         finish_cell(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1, protect=shares[cell.method])
     _, table = page.write(page.of_sweep(sweep, cells, 1, "..."))
-    assert [row[0] for row in table.rows] == ["milora-paper, protect 0", "lora, protect 0"]
+    assert [row[0] for row in table.rows] == [f"{name}, protect {share}" for name, share in shares.items()]
 
 
 def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:

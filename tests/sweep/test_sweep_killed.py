@@ -19,7 +19,7 @@ RECIPE = """
 model: tiny
 data: {{path: {data}/train.json, image_folder: {data}/images, eval_path: {data}/val.json}}
 policy:
-  - {{modules: language, method: milora, rank: 4, alpha: 4, learning_rate: 1.0e-3}}
+  - {{modules: language, method: milora, protect: 0, rank: 4, alpha: 4, learning_rate: 1.0e-3}}
   - {{modules: projector, method: full, learning_rate: 1.0e-3}}
 train:
   {{max_steps: 6, per_device_train_batch_size: 4, use_cpu: true, eval_strategy: steps, eval_steps: 3, save_steps: 3}}

@@ -28,7 +28,7 @@ from support.train_runs import losses, read_json, training
 
 pytestmark = pytest.mark.filterwarnings("ignore:too little calibration", "ignore:.* protect less than their rule")
 PROJECTOR_TOO = (
-    "[{modules: language, method: gradient, rank: 4, protect: 0.5, learning_rate: 0.002}, "
+    "[{modules: language, method: milora, rank: 4, protect: 0.5, learning_rate: 0.002}, "
     "{modules: projector, method: full, learning_rate: 0.003}]"
 )
 
@@ -70,8 +70,8 @@ def test_three_tasks_in_a_row_are_one_lora_that_lists_them(
     assert "the LoRA of all 3 tasks has rank " in shown
     rules = yaml.safe_load((tmp_path / "b" / "recipe.yaml").read_text())["policy"]
     assert [(rule["modules"], rule["method"], rule["rank"], rule["protect"]) for rule in rules] == [
-        ("language", "gradient", 4, 0.5),
-        ("projector", "gradient", 4, 0.5),
+        ("language", "milora", 4, 0.5),
+        ("projector", "milora", 4, 0.5),
     ]
     saved = read_sidecar(tmp_path / "c")
     assert saved is not None
@@ -187,7 +187,7 @@ def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_pat
     assert main(training(data, tmp_path / "a", "--method", "lora", "--rank", "4", "--save_strategy", "no")) == 0
     found = plan(second(data, tmp_path / "a", tmp_path / "b"))
     assert "without protection" in found.settings.notes[0]
-    assert {(target.method, target.rank, target.protect) for target in found.targets} == {("gradient", 4, 0.95)}
+    assert {(target.method, target.rank, target.protect) for target in found.targets} == {("milora", 4, 0.95)}
     chosen = plan(second(data, tmp_path / "a", tmp_path / "b", "--method", "lora"))
     assert {target.protect for target in chosen.targets} == {0}
     assert any("no rule has protect" in warning for warning in chosen.warnings)

@@ -25,7 +25,7 @@ from support.train_runs import losses, read_json, training
 
 FULL = {"modules": "projector", "method": "full"}
 RULES: dict[str, list[dict[str, Any]]] = {
-    "anchored": [{"modules": "language", "method": "milora", "rank": 3}, FULL],
+    "anchored": [{"modules": "language", "method": "milora", "protect": 0, "rank": 3}, FULL],
     "fixed": [{"modules": "language", "method": "milora", "rank": 3, "protect": 0.5}, FULL],
     "lora": [
         {"modules": "language", "method": "lora", "rank": 3},
@@ -145,7 +145,7 @@ def test_another_method_from_the_recipe_of_a_run_has_its_own_default(
     tiny_data: Path, tmp_path: Path, capsys: Any
 ) -> None:
     assert main(training(tiny_data, tmp_path / "a", "--rank", "4", "--max_steps", "1")) == 0
-    for method, has_term in (("gradient", True), ("lora", False)):
+    for method, has_term in (("milora", True), ("lora", False)):
         words = ["--recipe", str(tmp_path / "a" / "recipe.yaml"), "--method", method, "--dry-run", "--format", "json"]
         capsys.readouterr()
         assert main(words) == 0

@@ -153,7 +153,9 @@ def test_what_is_no_adapter_of_ours_and_an_output_folder_in_use_are_refused(
 
 def test_an_adapter_that_python_saved_trains_further(data: Path, tmp_path: Path) -> None:
     """Its folder has no recipe: the rules are one for each module."""
-    model = apply_milora(load_model("tiny")[0], "[{modules: language.q_proj, method: milora, rank: 4, dropout: 0.1}]")
+    model = apply_milora(
+        load_model("tiny")[0], "[{modules: language.q_proj, method: milora, protect: 0, rank: 4, dropout: 0.1}]"
+    )
     save_adapter(model, tmp_path / "saved")
     assert main(training(data, tmp_path / "run", "--adapter", str(tmp_path / "saved"))) == 0
     again = load_adapter(load_model("tiny")[0], tmp_path / "run", is_trainable=True)

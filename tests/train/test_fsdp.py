@@ -98,8 +98,8 @@ def test_the_head_of_a_text_model_trains_under_fsdp(tied: bool, tiny_data: Path,
     ]  # fmt: skip
     (tiny_data / "train.json").write_text(json.dumps(records))
     methods = {
-        "milora": ["--method", "milora", "--rank", "4", "--dropout", "0"],
-        "gradient": ["--rank", "4", "--dropout", "0", "--protect", "0.5"],
+        "paper": ["--protect", "0", "--rank", "4", "--dropout", "0"],
+        "default": ["--rank", "4", "--dropout", "0", "--protect", "0.5"],
     }
     extra = ["--model", str(tmp_path / "base"), "--template", "vicuna_v1", "--max_steps", "4"]
     evaluation = ["--eval_data_path", str(tiny_data / "train.json"), "--eval_strategy", "steps", "--eval_steps", "2"]

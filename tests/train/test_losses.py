@@ -97,8 +97,8 @@ def test_under_peft_checkpointing_and_an_adapter_on_the_head(
     base = tiny_llama()[0]
     monkeypatch.setattr(losses, "CHUNK", 4 * base.config.vocab_size)
     rules = [
-        {"modules": "language", "method": "milora", "rank": 4},
-        {"modules": "lm_head", "method": "milora", "rank": 4},
+        {"modules": "language", "method": "milora", "protect": 0, "rank": 4},
+        {"modules": "lm_head", "method": "milora", "protect": 0, "rank": 4},
     ]
     model = apply_milora(base, rules).train()
     model.enable_input_require_grads()

@@ -17,7 +17,7 @@ from milora_vl.interop.trainer import RatesOfRules
 from support.problems import raises_code
 
 RULES: list[dict[str, Any]] = [
-    {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4, "weight_decay": 0.1},
+    {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "learning_rate": 2e-4, "weight_decay": 0.1},
     {"modules": "language.layers[0].mlp", "learning_rate": 1e-4},
     {"modules": "projector", "method": "full"},
 ]
@@ -38,7 +38,7 @@ def test_groups_follow_the_rules(tiny_llava: Callable[..., Any]) -> None:
 
 
 TWO_RATES: list[dict[str, Any]] = [
-    {"modules": "language", "method": "milora", "rank": 4, "learning_rate": 2e-4},
+    {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "learning_rate": 2e-4},
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
 ]
 
@@ -91,7 +91,9 @@ def test_an_optimizer_without_the_rates_of_the_rules_warns_once_and_names_them(t
 
 
 def test_an_ignored_weight_decay_warns_too(tiny_llava: Callable[..., Any]) -> None:
-    rules: list[dict[str, Any]] = [{"modules": "language", "method": "milora", "rank": 4, "weight_decay": 0.1}]
+    rules: list[dict[str, Any]] = [
+        {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "weight_decay": 0.1}
+    ]
     model = apply_milora(tiny_llava()[0], rules)
     [message] = first_step(torch.optim.AdamW(trained_parts(model), weight_decay=0.0))
     assert "weight_decay 0.1 of language (it has 0)" in message
@@ -102,7 +104,7 @@ def test_the_groups_of_the_rules_do_not_warn_also_under_a_schedule(tiny_llava: C
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-3))
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1)
     assert first_step(optimizer) == []
-    plain = apply_milora(tiny_llava()[0], [{"modules": "language", "method": "milora", "rank": 4}])
+    plain = apply_milora(tiny_llava()[0], [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}])
     assert first_step(torch.optim.AdamW(trained_parts(plain), lr=1.0)) == []  # the rules have no rates
 
 

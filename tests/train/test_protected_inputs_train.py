@@ -40,7 +40,7 @@ from support.train_runs import losses, read_json, training
 
 RULES = [
     {"modules": "language", "method": "milora", "rank": 3, "protect": 0.5},
-    {"modules": "language.mlp", "method": "gradient", "rank": 3, "protect": 0.5},
+    {"modules": "language.mlp", "method": "pissa", "rank": 3, "protect": 0.5},
     {"modules": "projector", "method": "milora", "rank": 2, "protect": 0.5},
 ]
 PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
@@ -298,16 +298,13 @@ def test_the_plan_shows_protected_inputs(tiny_data: Path, tmp_path: Path, capfd:
     assert main(training(tiny_data, tmp_path / "run", *PROTECT, "--dry-run")) == 0
     plan = capfd.readouterr().out
     assert "of the input directions protected" in plan
-    assert "language.attention  milora: A fixed at minor directions, off 50 % of the inputs; B trains\n" in plan
-    assert "language.mlp  gradient: A fixed along the task's gradient, off 50 % of the inputs; B trains\n" in plan
+    assert "language.mlp: new directions only; 50 % of what ordinary text and pictures use stays untouched\n" in plan
 
 
-def test_method_milora_trains_the_minor_triplets_whatever_the_recipe_protects(
-    tiny_data: Path, tmp_path: Path, capfd: Any
-) -> None:
+def test_protect_0_trains_the_minor_triplets_as_in_the_paper(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
     run = tmp_path / "run"
-    assert main(training(tiny_data, run, *PROTECT, "--method", "milora", "--max_steps", "2")) == 0
-    assert "language  milora: A and B, from the minor singular triplets" in capfd.readouterr().err
+    assert main(training(tiny_data, run, *PROTECT, "--method", "milora", "--protect", "0", "--max_steps", "2")) == 0
+    assert "language: A and B, from the minor singular triplets" in capfd.readouterr().err
     base = tiny_llava()[0]
     weights = {path: module.weight.detach() for path, module in base.named_modules() if hasattr(module, "weight")}
     tuned = load_adapter(base, run, is_trainable=True)

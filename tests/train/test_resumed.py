@@ -59,7 +59,7 @@ def refusal(*command: str) -> list[str]:
     [
         (
             ["--rank", "8", "--method", "lora"],
-            ["policy[0].method gradient lora", "policy[0].protect 0.95"],
+            ["policy[0].method milora lora", "policy[0].protect 0.95"],
         ),
         (["--rank", "4"], ["policy[0].rank 8 4", "policy[0].alpha 8 4"]),
         (["--rank", "8", "--learning_rate", "5e-4"], ["policy[0].learning_rate 0.001 0.0005"]),

@@ -43,13 +43,13 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     assert environment["base"] == "tiny"
     policy = read_json(run, "policy.json")
     assert len(policy["targets"]) == 16
-    assert len(policy["protection"]) == 14
+    assert len(policy["protection"]) == 16
     assert {entry["tower"] for entry in read_json(run, "spectrum.json")} == {"language", "projector", "vision"}
     log = read_json(run, "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
     front = yaml.safe_load((run / "README.md").read_text().split("---")[1])
     assert front["base_model"] == "tiny"
-    assert front["tags"] == ["full", "gradient", "milora-vl"]
+    assert front["tags"] == ["milora", "milora-vl"]
 
 
 def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_factors_are_computed_once_for_several_runs(tiny_data: Path, tmp_path: P
     extra = ["--rank", "4", "--max_steps", "1", "--factor_cache", str(cache), "--method", "milora", "--protect", "0"]
     assert main(training(tiny_data, tmp_path / "a", *extra)) == 0
     made = {file: file.stat().st_mtime_ns for file in cache.iterdir()}
-    assert len(made) == 14
+    assert len(made) == 16
     assert main(training(tiny_data, tmp_path / "b", *extra, "--learning_rate", "1e-2")) == 0
     assert {file: file.stat().st_mtime_ns for file in cache.iterdir()} == made
     first, second = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "ab")

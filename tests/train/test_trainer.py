@@ -37,7 +37,7 @@ def make(tiny_llama: Callable[..., Any], tmp_path: Path) -> Callable[..., Milora
     def factory(
         train: list[Any], evaluation: list[Any] | None = None, base_kl: BaseKL | None = None, **options: Any
     ) -> MiloraTrainer:
-        rules = [{"modules": "language", "method": "milora", "rank": 4}]
+        rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}]
         model = apply_milora(tiny_llama()[0], Policy.parse(rules))
         arguments = {"max_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
         args = TrainingArguments(

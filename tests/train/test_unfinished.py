@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was killed while it wrote checkpoint-11."""
     monkeypatch.chdir(tmp_path)
     folder = Path("run")
-    model = apply_milora(load_model("tiny")[0], "[{modules: language, method: milora, rank: 2}]")
+    model = apply_milora(load_model("tiny")[0], "[{modules: language, method: milora, protect: 0, rank: 2}]")
     for step in (9, 10):
         move(model)
         save_adapter(model, folder / f"checkpoint-{step}")

@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.base_check import precision, require_readable
-from milora_vl.core.adapter.choose_a import Protection, cached_factors, fixed_factors
+from milora_vl.core.adapter.choose_a import Protection, chosen_factors, fixed_factors
 from milora_vl.core.adapter.config import make_lora
 from milora_vl.core.adapter.errors import AdapterError, require_module
 from milora_vl.core.adapter.fixed_a import fix_A
@@ -31,8 +31,8 @@ from milora_vl.core.adapter.install import install_factors, lora_layer, set_drop
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import MiloraMixin, adopt
 from milora_vl.core.adapter.sidecar import Sidecar
-from milora_vl.core.calibration.bases import Batches, Calibration
-from milora_vl.core.calibration.calibrate import protected_inputs, require_calibration, require_task, task_sketches
+from milora_vl.core.calibration.bases import Calibration
+from milora_vl.core.calibration.calibrate import protected_inputs, require_calibration
 from milora_vl.core.init.initialize import Initial, Progress, initialize
 from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
@@ -45,23 +45,22 @@ def apply_milora(
     policy: Policy | str | Path | Sequence[Mapping[str, Any] | Rule],
     *,
     calibration: Calibration | None = None,
-    task: Batches | None = None,
     cache_dir: str | Path | None = None,
     progress: Progress = False,
 ) -> Any:
     """Return `model` as a PeftModel whose adapters follow the policy. Its output is unchanged until training starts.
 
-    Each adapted layer computes y = W x + s (B A - B0 A0) x. A (r, in) and B (out, r) train, from A0 and B0 on: the
-    parameters are the differences D = A - A0 and E = B - B0, from zero on (`difference.py`). With `protect` in its
-    rule, a layer computes y = W x + s B A x: A never changes and is zero on the protected inputs (`fixed_a.py`).
+    With `protect` in its rule, which is 0.95 for `milora`, a layer computes y = W x + s B A x: A (r, in) never changes
+    and is zero on the protected inputs, B (out, r) trains from zero (`fixed_a.py`). Fixing A there is ours. Without
+    it (`protect: 0`), `milora` is the paper's: y = W x + s (B A - B0 A0) x, where A and B train from A0 and B0 on; the
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`difference.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
     has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).
 
-    `calibration` is for rules with `protect`, and for `method: gradient`, whose default is 0.95: arguments of the
-    model's forward, one mapping per batch, for example {"input_ids": ..., "attention_mask": ...}. Several lists of
-    batches in a mapping by name weigh the same. The base model runs on them once. `task` is for `method: gradient`: a
-    few training batches of the same kind, with labels; the base model runs forward and backward.
+    `calibration` is for rules with `protect`: arguments of the model's forward, one mapping per batch, for example
+    {"input_ids": ..., "attention_mask": ...}; `calibration_texts(model)` writes them. Several lists of batches in a
+    mapping by name weigh the same. The base model runs on them once.
 
     Factors, spectra and every fixed A are cached in `cache_dir`. `progress` shows a progress bar on stderr; "lines"
     also prints one line per layer.
@@ -73,8 +72,14 @@ def apply_milora(
     CalibrationError for batches that do not calibrate the model, and AdapterError for models that already have an
     adapter.
 
-    >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "dropout": 0.05}]
-    >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), rules)
+    >>> from milora_vl import calibration_texts
+    >>> from milora_vl.models.tiny import tiny_llama
+    >>> model = tiny_llama()[0]
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> tuned = apply_milora(model, rules, calibration=calibration_texts(model))
+    >>> tuned.peft_config["default"].r, round(min(p.energy for p in tuned.milora_protection.values()), 2) >= 0.95
+    (2, True)
+    >>> tuned = apply_milora(nn.Sequential(nn.Linear(4, 4)), [{**rules[0], "protect": 0}])  # the paper's MiLoRA
     >>> tuned.milora_report[0].rank, tuned.base_model.model[0].lora_A["default"].weight.shape
     (2, torch.Size([4, 4]))
     """
@@ -90,7 +95,6 @@ def apply_milora(
         model,
         Policy.parse(policy).resolve(model),
         calibration=calibration,
-        task=task,
         cache_dir=cache_dir,
         progress=progress,
     )
@@ -101,7 +105,6 @@ def apply_targets(
     targets: Sequence[Target],
     *,
     calibration: Calibration | None = None,
-    task: Batches | None = None,
     cache_dir: str | Path | None = None,
     calibration_cache: str | Path | None = None,
     progress: Progress = False,
@@ -110,7 +113,6 @@ def apply_targets(
 
     `calibration_cache` caches every fixed A in place of `cache_dir`.
     """
-    require_task(targets, task)  # before the calibration, which takes minutes
     require_calibration(targets, calibration)
     if all(target.rank is None for target in targets):
         check_rates_at_first_step(_train_in_full(model, targets))
@@ -119,12 +121,11 @@ def apply_targets(
 
     def choose() -> tuple[dict[str, Tensor], dict[str, Protection]]:
         inputs = protected_inputs(model, targets, calibration, is_shown=bool(progress))
-        sketches = task_sketches(model, targets, task, is_shown=bool(progress))
         initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
-        return fixed_factors(targets, initial, sketches, inputs)
+        return fixed_factors(targets, initial, inputs)
 
     folder = calibration_cache or cache_dir
-    fixed, protection = cached_factors(model, targets, calibration, task, folder, choose, is_shown=bool(progress))
+    fixed, protection = chosen_factors(model, targets, calibration, folder, choose, is_shown=bool(progress))
     if not initial:  # the cache had what `choose` returns
         initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
     sidecar = _describe(model, targets, initial, fixed, protection)
@@ -147,7 +148,7 @@ def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
     The PeftModel cannot be used afterwards, as with PEFT's merge_and_unload. Raises AdapterError if `model` is no
     PeftModel, or if `path` is given and the base model has no `save_pretrained`.
 
-    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> rules = [{"modules": "language", "method": "milora", "rank": 2, "protect": 0}]
     >>> merge(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules))
     Sequential(
       (0): Linear(in_features=4, out_features=4, bias=True)

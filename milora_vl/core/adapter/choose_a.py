@@ -1,8 +1,8 @@
 """The choice of a fixed A: rows off the protected inputs of a layer, of one length, and how well they protect it.
 
 V (in, k) holds the input directions that ordinary text and pictures use (`milora_vl/core/calibration`). The rows are
-the first right singular vectors of the task's gradient, those of a method's triplets, or random, times I - V V'.
-`fixed_a.py` has the layer. B alone trains there, so equal trained parameters need a higher rank.
+the right singular vectors of a method's triplets, for MiLoRA those of the last r (arXiv:2406.09044), or random, times
+I - V V'. `fixed_a.py` has the layer. B alone trains there, so equal trained parameters need a higher rank.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.calibration.bases import Batches, Calibration, ProtectedInputs
+from milora_vl.core.calibration.bases import Calibration, ProtectedInputs
 from milora_vl.core.calibration.cache import calibration_key, read_entry, write_entry
 from milora_vl.core.init.initialize import Initial
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.svd.precision import full_precision
 from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
 
-# Twice the length that PEFT's LoRA starts with in every layer: a fixed A learns best at twice the learning rate
-# (docs/studies/fixed-a.md), so that the rate of a LoRA suits it.
-ROW_LENGTH = 2 * 3**-0.5
+# Four times the length that PEFT's LoRA starts with in every layer: minor directions learn best at four times the
+# learning rate there (docs/studies/default.md), so that the rate of a LoRA suits them.
+ROW_LENGTH = 4 * 3**-0.5
 LARGEST_OVERLAP = 1e-4
 
 
@@ -40,7 +39,7 @@ class Protection:
     - `energy`: the share of the layer's input energy that they hold on calibration data: at least the rule's `protect`,
       or what leaves as many other directions as the rank.
     - `held_out`: the same on calibration data that did not choose them; None without such data.
-    - `kept`: the mean share of the start's rows, or of the task's gradient, that lies off the protected directions.
+    - `kept`: the mean share of the start's rows that lies off the protected directions.
     - `overlap`: ||A V|| / ||A|| at the start; rounding alone.
     """
 
@@ -55,28 +54,22 @@ class Protection:
 def fixed_factors(
     targets: Sequence[Target],
     initial: Mapping[str, Initial],
-    sketches: Mapping[str, Tensor],
     inputs: ProtectedInputs | None,
 ) -> tuple[dict[str, Tensor], dict[str, Protection]]:
-    """Return A (r, in) in float32 of every target with a fixed A, and the protection of each with protected inputs.
+    """Return A (r, in) in float32 of every target with `protect`, and the protection of each.
 
-    The rows are the right singular vectors in `initial`, the first ones of the task's gradient in `sketches`, or random
-    for a method that has neither.
+    The rows are the right singular vectors in `initial`, or random for a method without triplets.
     """
     factors, protections = {}, {}
     for target in targets:
         if not target.has_fixed_A:
             continue
-        start = sketches.get(target.path)
-        if start is None:
-            start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
-        basis = inputs.of(target.path) if inputs is not None and target.protect else None
-        V = start.new_zeros(target.shape[1], 0) if basis is None else basis.V
-        V = V.to(start.device, torch.float32)
-        A, kept = first_rows_off(start, V, target.rank) if target.path in sketches else off_inputs(start, V)
+        assert inputs is not None
+        start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
+        basis = inputs.of(target.path)
+        V = basis.V.to(start.device, torch.float32)
+        A, kept = off_inputs(start, V)
         factors[target.path] = A
-        if basis is None:
-            continue
         inside = overlap(A, V)
         if inside > LARGEST_OVERLAP:
             raise AdapterError(
@@ -96,67 +89,54 @@ def fixed_factors(
     return factors, protections
 
 
-def cached_factors(
+def chosen_factors(
     model: nn.Module,
     targets: Sequence[Target],
     calibration: Calibration | None,
-    task: Batches | None,
     cache_dir: str | Path | None,
     choose: Callable[[], tuple[dict[str, Tensor], dict[str, Protection]]],
     *,
     is_shown: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Protection]]:
-    """Return what `choose` returns, the same in every process, from the cache if the first process has it there.
+    """Return what `choose` returns in the first process, from its cache if it has it there, in every process.
 
-    An entry repeats the warnings of its calibration; `is_shown` names its file on stderr. There is no cache under
-    ZeRO-3, which partitions the weights that decide the entry.
+    Devices differ in the signs and in the order of nearly equal directions, and gradients of B add up only for one A.
+    An entry repeats the warnings of its calibration; `is_shown` names its file on stderr.
     """
     fixed = [target for target in targets if target.has_fixed_A]
-    if cache_dir is None or not fixed or is_deepspeed_zero3_enabled():
-        return choose()
-    folder, entry, key = Path(cache_dir), None, ""
+    if not fixed:
+        return {}, {}
     is_first = rank_and_world_size()[0] == 0
-    if is_first:  # alone: each node may have a cache of its own, with other bits
-        key = calibration_key(model, fixed, calibration, task)
-        entry = read_entry(folder, key)
+    key = "" if cache_dir is None else calibration_key(model, fixed, calibration)
+    folder = Path(cache_dir or "")
+    entry = read_entry(folder, key) if key and is_first else None  # alone: each node may have a cache of its own
     content = gather(None if entry is None else entry[1])[0]
+    device = next(model.parameters()).device
     if content is None:
         with warnings.catch_warnings(record=True) as caught:
             factors, protections = choose()
+        notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
         for one in caught:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-        if is_first:
-            notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        if key and is_first:
             try:
                 described = {path: asdict(protection) for path, protection in protections.items()}
                 write_entry(folder, key, factors, {"protection": described, "warnings": notes})
             except OSError as error:
                 warnings.warn(f"what the calibration chose is not cached in {folder}: {error}", stacklevel=4)
+        protections = gather(protections)[0]
     else:
         if is_shown and is_first:
             sys.stderr.write(f"the calibration of an earlier start is used ({folder}/calibration-{key}.safetensors)\n")
-        device = next(model.parameters()).device
+        factors = {} if entry is None else entry[0]
         protections = {path: Protection(**values) for path, values in content["protection"].items()}
-        shapes = {target.path: (target.rank or 0, target.shape[1]) for target in fixed}
-        stored = {path: None if entry is None else entry[0][path].to(device) for path in shapes}
-        factors = {
-            path: broadcast(stored[path], shape, torch.float32, device, owner=0) for path, shape in shapes.items()
-        }
         for note in content["warnings"] if is_first else ():
             warnings.warn(note, stacklevel=4)
-    return factors, protections
-
-
-def first_rows_off(sketch: Tensor, V: Tensor, rank: int | None) -> tuple[Tensor, float]:
-    """Return the first `rank` right singular vectors of a sketch (m, in) times I - V V', of length ROW_LENGTH.
-
-    The second value is the share of the sketch's energy off V.
-    """
-    rows = sketch.float()
-    with full_precision(rows.device):
-        left = rows - (rows @ V) @ V.T
-        A, _ = off_inputs(torch.linalg.svd(left, full_matrices=False).Vh[:rank], V)
-    return A, float(left.square().sum() / rows.square().sum().clamp(min=torch.finfo(torch.float32).tiny))
+    shapes = {target.path: (target.rank or 0, target.shape[1]) for target in fixed}
+    return {
+        path: broadcast(factors.get(path), shape, torch.float32, device, owner=0).to(device)
+        for path, shape in shapes.items()
+    }, protections
 
 
 def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:

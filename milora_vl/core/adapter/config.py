@@ -84,7 +84,6 @@ def lora_config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -
     use_rslora = all(t.rslora for t in adapters)  # PEFT has a single switch for all modules
     ranks = {t.path: peft_rank(t) for t in adapters}
     alphas = {t.path: _peft_alpha(t, use_rslora) for t in adapters}
-    method = adapters[0].method
     rank, alpha = _most_common(ranks), _most_common(alphas)
     return LoraConfig(
         r=rank,
@@ -95,8 +94,7 @@ def lora_config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -
         alpha_pattern={f"^{path}": a for path, a in alphas.items() if a != alpha},
         modules_to_save=full or None,
         use_rslora=use_rslora,
-        use_dora=method == "dora",
-        init_lora_weights="mica" if method == "mica" else True,
+        use_dora=adapters[0].method == "dora",
         fan_in_fan_out=isinstance(base_layer(model, adapters[0].path), Conv1D),
         task_type=peft_task(model),
     )

@@ -26,7 +26,7 @@ from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, not_a_folder
 from milora_vl.core.adapter.names import moved
 from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
 from milora_vl.core.adapter.peft_model import restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_one_task, stored_tensors
+from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, require_trainable, stored_tensors
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.core.weights.torch_files import AGAIN
 
@@ -44,7 +44,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     >>> from tempfile import mkdtemp
     >>> from milora_vl import apply_milora
-    >>> rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    >>> rules = [{"modules": "language", "method": "lora", "rank": 2}]
     >>> folder = Path(mkdtemp())
     >>> save_adapter(apply_milora(nn.Sequential(nn.Linear(4, 4)), rules), folder)
     >>> sorted(file.name for file in folder.iterdir())
@@ -94,7 +94,7 @@ def load_adapter(
     if saved is None:
         logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
         return _load_stock(base, folder, is_trainable)
-    require_one_task(folder, saved, is_trainable=is_trainable)
+    require_trainable(folder, saved, is_trainable=is_trainable)
     here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
     anchors = here.read_anchors(folder)
     paths = new_paths(saved, here)

@@ -42,7 +42,7 @@ from milora_vl.core.adapter.install import (
     unrecoverable,
 )
 from milora_vl.core.adapter.names import PREFIX
-from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_one_task
+from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_trainable
 from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.fingerprint import Fingerprint, distance, fingerprint
@@ -226,7 +226,7 @@ class MiloraMixin(PeftModel):
             with TemporaryDirectory() as own:
                 split(Path(model_id), self, Path(own))
                 return self.load_adapter(own, adapter_name, is_trainable, *args, **kwargs)
-        require_one_task(Path(model_id), sidecar, is_trainable=is_trainable)
+        require_trainable(Path(model_id), sidecar, is_trainable=is_trainable)
         anchors: Mapping[str, Tensor] = {}
         if existing is not None:
             require_same_kind(Path(model_id), sidecar, existing)

@@ -22,19 +22,19 @@ from milora_vl.core.adapter.install import factors, has_anchor, lora_layer
 from milora_vl.core.adapter.names import PREFIX
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
-from milora_vl.core.calibration.bases import Calibration
+from milora_vl.core.calibration.bases import Calibration, CalibrationError
 from milora_vl.core.init.initialize import Progress
 from milora_vl.core.policy.methods import METHODS, RuleMethod
 from milora_vl.core.policy.rules import Rule
 from milora_vl.core.policy.towers import forget_peft
 from milora_vl.core.svd import Part
 
-_METHOD_OF_PART: dict[str, RuleMethod] = {
+METHOD_OF_PART: dict[str, RuleMethod] = {
     "minor": "milora",
     "principal": "pissa",
     "random": "random",
 }
-assert all(METHODS[method].part == part for part, method in _METHOD_OF_PART.items())
+assert all(METHODS[method].part == part for part, method in METHOD_OF_PART.items())
 # Initializations of PEFT that do not change the base weight.
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -43,35 +43,45 @@ def reinit_peft(
     peft_model: PeftModel,
     part: Part = "minor",
     *,
-    protect: float = 0.0,
+    protect: float | None = None,
     calibration: Calibration | None = None,
     progress: Progress = False,
 ) -> Any:
     """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
 
     Modules, ranks, scales, dropout and modules_to_save come from the given LoraConfig. The given object cannot be
-    used afterwards. With `protect`, the share of the rules of the same name, and `calibration` batches (see
-    `apply_milora`) the updates leave ordinary inputs alone. `progress` shows a progress bar on stderr.
+    used afterwards. `protect` is the share of the rules of the same name, by default 0.95 for `minor` and 0 for the
+    others; it needs `calibration` batches (see `apply_milora`), and 0 makes the paper's MiLoRA. `progress` shows a
+    progress bar on stderr.
 
-    Raises AdapterError if the adapter has been trained already, is no plain LoRA, or has an initialization that changes
-    the base weights. Raises PolicyError for ranks larger than a matrix.
+    Raises CalibrationError without the batches that `protect` needs. Raises AdapterError if the adapter has been
+    trained already, is no plain LoRA, or has an initialization that changes the base weights. Raises PolicyError for
+    ranks larger than a matrix.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> base = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    >>> model = reinit_peft(get_peft_model(base, LoraConfig(r=2, target_modules=["0"])))
+    >>> model = reinit_peft(get_peft_model(base, LoraConfig(r=2, target_modules=["0"])), protect=0)
     >>> model.milora_targets[0].method, model.peft_config["default"].r
     ('milora', 4)
     """
-    if part not in _METHOD_OF_PART:
+    if part not in METHOD_OF_PART:
         raise AdapterError(
-            f"expected one of {', '.join(_METHOD_OF_PART)}, got {part!r}", code="adapter-value", where="part"
+            f"expected one of {', '.join(METHOD_OF_PART)}, got {part!r}", code="adapter-value", where="part"
         )
     adapter = _the_adapter(peft_model)
     modules = dict(peft_model.get_base_model().named_modules())
     layers = {path: module for path, module in modules.items() if isinstance(module, LoraLayer)}
     full = {path: module for path, module in modules.items() if isinstance(module, ModulesToSaveWrapper)}
     _require_fresh(layers, full, adapter)
-    rules = [_rule(path, layer, adapter, _METHOD_OF_PART[part], protect) for path, layer in layers.items()]
+    method = METHOD_OF_PART[part]
+    if (METHODS[method].protect if protect is None else protect) and calibration is None:
+        raise CalibrationError(
+            f"method {method} protects the inputs of ordinary text, which needs calibration batches",
+            code="calibration-missing",
+            where="calibration",
+            hint="pass  calibration=calibration_texts(model)  or batches of your own, or  protect=0",
+        )
+    rules = [_rule(path, layer, adapter, method, protect) for path, layer in layers.items()]
     rules += [Rule(modules=path, method="full") for path in full]
     base = peft_model.unload()
     forget_peft(base)
@@ -176,7 +186,7 @@ def _update_norm(layer: LoraLayer, adapter: str) -> float:
     return 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
 
 
-def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect: float) -> Rule:
+def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect: float | None) -> Rule:
     rank, dropout = layer.r[adapter], layer.lora_dropout[adapter]
     probability = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
     alpha = layer.scaling[adapter] * rank

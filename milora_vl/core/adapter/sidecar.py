@@ -27,7 +27,7 @@ from milora_vl.core.adapter.choose_a import Protection
 from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.folders import ADAPTER_FILES
 from milora_vl.core.init.initialize import LayerReport
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.methods import METHODS, RETIRED
 from milora_vl.core.policy.rules import FloorSigma, Target
 from milora_vl.core.weights.fingerprint import Fingerprint
 from milora_vl.core.weights.torch_files import read_weights
@@ -43,7 +43,8 @@ class Sidecar:
 
     `anchors` holds the names of the modules whose B0 is in ANCHORS_FILE. `fixed` holds the fingerprint of each A that
     never changes, and `protection` what the calibration found for its layer. `tasks` holds one entry per task, as the
-    training writes it; it is empty for a single task.
+    training writes it; it is empty for a single task. `retired` is the method of an adapter that earlier code trained;
+    its targets are then those of a plain LoRA.
     """
 
     targets: Sequence[Target]
@@ -55,6 +56,7 @@ class Sidecar:
     protection: Mapping[str, Protection] = field(default_factory=dict)
     tasks: Sequence[Mapping[str, Any]] = ()
     own: Sidecar | None = None
+    retired: str = ""
 
     def to_json(self) -> str:
         """Return the text of the file."""
@@ -148,8 +150,16 @@ def read_sidecar(folder: Path) -> Sidecar | None:
         ) from error
 
 
-def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
-    """Raise AdapterError for an adapter of several tasks that would train further: it holds no start of them."""
+def require_trainable(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
+    """Raise AdapterError for an adapter that would train further, and cannot: of several tasks, or a retired method."""
+    if is_trainable and saved is not None and saved.retired:
+        raise AdapterError(
+            f"was trained with method {saved.retired}, which this version does not train",
+            code="adapter-retired-method",
+            where=str(folder),
+            hint=f"merge it and train on the result:  python -m milora_vl.export {folder} --to merged "
+            "--output_dir MERGED",
+        )
     if is_trainable and saved is not None and saved.own is not None:
         raise AdapterError(
             f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further",
@@ -163,12 +173,22 @@ def require_one_task(folder: Path, saved: Sidecar | None, *, is_trainable: bool)
 def _from_content(content: Mapping[str, Any]) -> Sidecar:
     known = {field.name for field in dataclasses.fields(Target)}
     measures = {field.name for field in dataclasses.fields(LayerReport)}
+    retired = next((e["method"] for e in content["modules"].values() if e["method"] in RETIRED), "")
     targets, fingerprints, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
     for path, entry in content["modules"].items():
         fields = {name: value for name, value in entry.items() if name in known}
         sigma = fields.get("sigma", "keep")
         fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
         fields["shape"] = tuple(fields["shape"])
+        if fields["method"] in RETIRED:
+            factor = RETIRED[fields["method"]]
+            fields |= {
+                "method": "lora",
+                "rank": factor * fields["rank"],
+                "alpha": factor * fields["alpha"],
+                "protect": 0,
+            }
+            entry = {name: value for name, value in entry.items() if name not in ("report", "fixed_A", "protection")}
         if fields["method"] not in METHODS:
             raise KeyError(f"method {fields['method']!r}")
         targets.append(Target(path=path, **fields))
@@ -184,7 +204,7 @@ def _from_content(content: Mapping[str, Any]) -> Sidecar:
         if "protection" in entry:
             protection[path] = Protection(**entry["protection"])
     anchors = tuple(content.get("anchors", ()))
-    return Sidecar(targets, names, fingerprints, reports, anchors, fixed=fixed, protection=protection)
+    return Sidecar(targets, names, fingerprints, reports, anchors, fixed, protection, retired=retired)
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -213,4 +233,5 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
         {path_of[path]: fingerprint for path, fingerprint in sidecar.fixed.items()},
         {path_of[path]: protection for path, protection in sidecar.protection.items()},
         sidecar.tasks,
+        retired=sidecar.retired,
     )

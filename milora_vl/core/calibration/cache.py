@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import xxhash
+from peft.utils.integrations import gather_params_ctx
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.core.calibration import VERSION
-from milora_vl.core.calibration.bases import Batches, Calibration, sources_of
+from milora_vl.core.calibration.bases import Calibration, sources_of
 from milora_vl.core.policy.rules import Target
 
 
@@ -45,26 +46,28 @@ def _file(folder: Path, key: str) -> Path:
     return folder / f"calibration-{key}.safetensors"
 
 
-def calibration_key(
-    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None, task: Batches | None = None
-) -> str:
-    """Return a hash of all that decides a fixed A: weights, rules, calibration and batches of the task."""
+def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> str:
+    """Return a hash of all that decides a fixed A: weights, rules and calibration. Every process calls this."""
     digest = hashlib.sha256(f"{VERSION}".encode())
     for t in targets:
         digest.update(f"{t.path} {t.tower} {t.method} {t.rank} {t.seed} {t.sigma} {t.protect}\n".encode())
     content = BytesIO()
     sources = [] if calibration is None else sources_of(calibration)
-    torch.save([[dict(batch) for batch in part or ()] for part in (*sources, task)], content)
+    torch.save([[dict(batch) for batch in part] for part in sources], content)
     digest.update(xxhash.xxh3_128_digest(content.getbuffer()))
     digest.update(weights_digest(model).encode())
     return digest.hexdigest()[:32]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Return a hash of all weights and buffers of a model, and of its config, which decides what they compute."""
+    """Return a hash of all weights and buffers of a model, and of its config, which decides what they compute.
+
+    Under ZeRO-3 one weight is gathered at a time, so every process calls this.
+    """
     digest = hashlib.sha256()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        digest.update(name.encode() + _digest(tensor))
+        with gather_params_ctx([tensor], modifier_rank=None):
+            digest.update(name.encode() + _digest(tensor))
     if isinstance(model, PreTrainedModel):
         settings = {**model.config.to_dict(), "_name_or_path": None}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())

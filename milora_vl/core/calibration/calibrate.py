@@ -1,15 +1,14 @@
-"""Protected inputs of a model, and the task's gradient; which batches they need. Too little data gets a warning."""
+"""Protected inputs of a model, and which batches they need. Too little data gets a warning."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.calibration.bases import (
-    Batches,
     Calibration,
     CalibrationError,
     InputBasis,
@@ -17,7 +16,6 @@ from milora_vl.core.calibration.bases import (
     leaving_ranks,
     sources_of,
 )
-from milora_vl.core.calibration.gradients import gradient_sketches
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.distributed import rank_and_world_size
 
@@ -69,44 +67,18 @@ def require_calibration(targets: Sequence[Target], calibration: Calibration | No
             hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
         )
     for batches in () if calibration is None else sources_of(calibration):
-        _require_batches(batches, "calibration")
+        _require_batches(batches)
 
 
-def task_sketches(
-    model: nn.Module,
-    targets: Sequence[Target],
-    batches: Batches | None,
-    *,
-    is_shown: bool = False,
-) -> dict[str, Tensor]:
-    """Return the gradient sketches of all targets of `method: gradient`, see `gradient_sketches`."""
-    wanted = [t for t in targets if t.method == "gradient"]
-    return {} if batches is None else gradient_sketches(model, wanted, batches, is_shown=is_shown)
-
-
-def require_task(targets: Sequence[Target], batches: Batches | None) -> None:
-    """Raise CalibrationError for batches of the task that are missing, that no rule needs, or that are no list."""
-    is_needed = any(t.method == "gradient" for t in targets)
-    if not batches if is_needed else batches is not None:
-        raise CalibrationError(
-            "method gradient needs batches of the task" if is_needed else "no rule has method gradient",
-            code="task-missing" if is_needed else "task-unused",
-            where="task",
-            hint='pass  task=[{"input_ids": ..., "labels": ...}, ...]  to apply_milora' if is_needed else "remove task",
-        )
-    if batches is not None:
-        _require_batches(batches, "task")
-
-
-def _require_batches(batches: object, name: str) -> None:
+def _require_batches(batches: object) -> None:
     rows: Sequence[object] = batches if isinstance(batches, Sequence) else ()
     wrong = next((row for row in rows if not isinstance(row, Mapping)), None if rows is batches else batches)
     if wrong is not None:
         raise CalibrationError(
             f"expected a list of batches (mappings of tensors), found {type(wrong).__name__}",
             code="calibration-batch",
-            where=name,
-            hint=f'pass  {name}=[{{"input_ids": ids, "attention_mask": mask}}, ...]  with tensors (rows, length); '
+            where="calibration",
+            hint='pass  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with tensors (rows, length); '
             "list(loader) makes it from a DataLoader",
         )
 

@@ -10,8 +10,6 @@ alpha, so W - s B0 A0 is W without its r components.
 
 One weight is in memory at a time, and the model is not changed. Factors are rounded to the dtype of the weight. With
 several processes each one decomposes a share of the weights, and all of them get identical bits.
-
-A method may start from other factors than singular triplets: `milora_vl/core/policy/methods.py` declares its function.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.progress import progress_bar
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.calibration import FACTORS
 from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
 from milora_vl.core.svd import Factors, Part, decompose
 from milora_vl.core.weights.distributed import assign_work, broadcast, gather, rank_and_world_size
@@ -118,7 +116,7 @@ def initialize(
     cache = None if cache_dir is None else Path(cache_dir)
     rank, _ = rank_and_world_size()
     by_path: dict[str, Initial] = {}
-    with progress_bar("decomposing", len(wanted), "matrices", is_shown=bool(progress and wanted) and rank == 0) as bar:
+    with progress_bar(FACTORS, len(wanted), "matrices", is_shown=bool(progress and wanted) and rank == 0) as bar:
         batches = assign_work([(_cost(target), target) for target in wanted])
         for batch in batches:
             for initial in _decompose_batch(model, batch, cache):
@@ -184,31 +182,13 @@ def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) 
     assert target.rank is not None
     # The seed depends on the path, because modules of equal shape must not draw the same positions.
     seed = zlib.crc32(target.path.encode(), target.seed)
-    if target.part is None:
-        A0, B0, factors = _from_function(W, seed, target, cache)
-    else:
-        salt = seed if target.part == "random" else 0
-        factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=salt)
-        sigma = "none" if target.has_fixed_A else target.sigma
-        A0, B0 = _scaled(factors, W, sigma, target.scaling, cache)
+    assert target.part is not None
+    salt = seed if target.part == "random" else 0
+    factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=salt)
+    sigma = "none" if target.has_fixed_A else target.sigma
+    A0, B0 = _scaled(factors, W, sigma, target.scaling, cache)
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), report)
-
-
-def _from_function(W: Tensor, seed: int, target: Target, cache: Path | None) -> tuple[Tensor, Tensor, Factors]:
-    """Return A0 (r, in) and B0 (out, r) from the function of the method, and the triplets of s B0 A0."""
-    start = METHODS[target.method].start
-    assert callable(start)
-    assert target.rank is not None
-    of_weight = cached_factors(W, 1, "principal", path=target.path, cache=cache)  # refuses NaN, too
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    A0, B0 = start(W, target.rank, target.scaling, torch.Generator().manual_seed(seed))
-    shapes = (target.rank, W.shape[1]), (W.shape[0], target.rank)
-    assert (A0.shape, B0.shape) == shapes, f"{target.method} must return A0 and B0 of shapes {shapes}"
-    Q, R = torch.linalg.qr(B0)  # B0 A0 and the small matrix R A0 (r, in) have the same singular values
-    U, S, Vh = torch.linalg.svd(target.scaling * R @ A0, full_matrices=False)
-    triplets = replace(of_weight, U=Q @ U, S=S, Vh=Vh, excess=0.0, method=target.method)
-    return A0.contiguous(), B0.contiguous(), triplets
 
 
 def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path | None, seed: int = 0) -> Factors:
@@ -287,9 +267,7 @@ def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) ->
 def _smallest_sigma(initial: Initial, target: Target) -> float:
     """Return the smallest singular value that the adapter starts with, zero if it cannot learn.
 
-    Row i of A0 and column i of B0 both have the norm sqrt(S_i / s). Factors of a function may differ in size; then the
-    larger one counts, because it gives the other one a gradient.
+    Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
     """
     rows = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
-    columns = torch.linalg.vector_norm(initial.B0, dim=0, dtype=torch.float64)
-    return float(torch.maximum(rows, columns).min()) ** 2 * target.scaling
+    return float(rows.min()) ** 2 * target.scaling

@@ -7,19 +7,16 @@ from typing import Any
 
 RuleDict = dict[str, Any]
 
-# What forgets least at equal loss: docs/studies/fixed-a.md. Rank and rates are from the paper's LLaVA-1.5-7B (arXiv:
-# 2406.09044, Table 11), and the projector trains as in LLaVA's script.
+# MiLoRA off the protected inputs (docs/studies/default.md). Rank and rate of the language tower are from the paper's
+# LLaVA-1.5-7B (arXiv:2406.09044, Table 11).
 DEFAULT_RULES: tuple[RuleDict, ...] = (
-    {
-        "modules": "language",
-        "method": "gradient",
-        "rank": 128,
-        "alpha": 128,
-        "dropout": 0.05,
-        "learning_rate": 2e-4,
-    },
-    {"modules": "projector", "method": "full", "learning_rate": 2e-5},
+    {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},
+    {"modules": "projector", "method": "milora", "rank": 64, "alpha": 64, "dropout": 0.05, "learning_rate": 2e-4},
 )
+# A projector with random weights cannot learn its task at rank 64; the rate is that of LLaVA's first stage.
+UNALIGNED_PROJECTOR: RuleDict = {"modules": "projector", "method": "full", "learning_rate": 1e-3}
+# A projector without linear layers takes no adapter; the rate is that of LLaVA's second stage.
+FULL_PROJECTOR: RuleDict = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
 
 
 def without_projector(rules: Sequence[Mapping[str, Any]]) -> list[RuleDict]:

@@ -12,7 +12,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from itertools import product
 from typing import Any
 
@@ -225,7 +224,7 @@ def _alpha(plan: _Plan) -> float:
 
 
 def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
-    """Return a problem if a baseline is mixed with other methods: PEFT has one DoRA, OLoRA or MiCA per adapter."""
+    """Return a problem if a baseline is mixed with other methods: PEFT's DoRA is for all modules of an adapter."""
     methods = sorted({t.method for t in targets if t.rank is not None})
     baselines = [method for method in methods if METHODS[method].is_baseline]
     if baselines and len(methods) > 1:
@@ -238,9 +237,6 @@ def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
                 f"use {baselines[0]} in all rules that have an adapter",
             )
         ]
-    if baselines == ["mica"] and tuple(map(int, version("peft").split(".")[:2])) < (0, 20):
-        message = f"method mica needs peft 0.20 or newer, found {version('peft')}"
-        return [Problem(message, "package-version", Key.of("policy"), "pip install -U peft")]
     return []
 
 

@@ -118,12 +118,12 @@ class Target:
     @property
     def is_decomposed(self) -> bool:
         """Return True if the adapter starts from factors of its weight."""
-        return METHODS[self.method].start is not None
+        return self.part is not None
 
     @property
     def has_fixed_A(self) -> bool:
         """Return True if A stays at its start, off the protected inputs, and B trains from zero at PEFT's rank r."""
-        return self.protect > 0 or METHODS[self.method].fixes_A
+        return self.protect > 0
 
     @property
     def has_anchor(self) -> bool:

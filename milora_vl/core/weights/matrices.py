@@ -52,12 +52,8 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 
 def why_refused(module: nn.Module, method: str = "lora") -> str | None:
     """Return the kind of layer for which stock PEFT would compute this method wrongly, or None if it is correct."""
-    if method == "gradient" and isinstance(module, nn.Embedding):
-        return "an embedding with method gradient, which chooses input directions"
-    if method in ("olora", "mica") and not is_linear(module):
-        return f"a layer of type {type(module).__name__} with method {method}, which supports linear layers only"
-    if method == "mica" and not next(module.parameters()).is_floating_point():
-        return "a quantized layer with method mica (PEFT needs float weights for it)"
+    if method not in ("lora", "dora") and isinstance(module, nn.Embedding):
+        return f"an embedding with method {method}: use lora or full"
     if not isinstance(module, nn.Conv2d):
         return None
     if module.groups > 1:

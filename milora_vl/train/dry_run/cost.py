@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from milora_vl.common.cli.command_line import amount
-from milora_vl.core.calibration.gradients import RECORDS
 from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
@@ -126,7 +125,6 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
     reads_texts = bool(inputs or plan.base_kl.weight)
     captions = part_of(settings.num_pictures, steps) if base.reads_pictures and counts.has_pictures else 0
     samples = settings.num_samples + HELD_OUT_TEXTS if settings.num_samples else 0
-    has_gradient = any(target.method == "gradient" for target in chosen)
     start: dict[str, float] = {}
     for name, rate in rates.items():
         seconds = start_seconds(
@@ -135,7 +133,7 @@ def costs_of(plan: Plan, counts: Counts, batching: Batching, *, has_steps: bool)
             texts=part_of(samples, steps) * reads_texts,
             captions=captions * reads_texts,
             picture_tokens=base.tokens_of_a_picture or min(work.tokens, 700),
-            task_tokens=part_of(RECORDS, steps) * work.tokens * has_gradient,
+            decomposed=[target for target in chosen if target.is_decomposed],
             earlier_tokens=part_of(NUM_RECORDS, steps) * len(plan.tasks) * work.tokens,
         )
         start[name] = sum(seconds.values())

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from milora_vl.core.calibration import CAPTIONS, GRADIENT, INPUTS, TEXTS
+from milora_vl.core.calibration import CAPTIONS, FACTORS, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import PASS_BYTES
 from milora_vl.core.calibration.texts import COUNT, LENGTH
 from milora_vl.core.policy import Target
@@ -26,6 +26,7 @@ A100_FLOPS = 312e12 * 0.4  # bf16 peak times the utilization of LLaVA's scripts
 FLOAT32_FLOPS = 15e12  # A100 without TF32
 BANDWIDTH = 1.55e12 * 0.6  # bytes a second of an A100 with 40 GB, times the share that matrix-vector products reach
 SMOKE_STEPS = 10  # a run with fewer steps is a smoke test, and calibrates with a tenth
+DECOMPOSITION = 1.8  # products of out x in x min(out, in) that the factors of a weight cost: 1.4 to 2.0 measured
 SMOKE_NOTE = f"a run of fewer than {SMOKE_STEPS} steps is a smoke test: it calibrates with a tenth"
 CPU_BANDWIDTH = 1e10  # of one thread
 LAYER, TOKENS = 2e-3, 400  # seconds of a layer without work, and tokens of a forward of the calibration
@@ -193,21 +194,21 @@ def start_seconds(
     texts: int,
     captions: int,
     picture_tokens: int,
-    task_tokens: int,
+    decomposed: Sequence[Target],
     earlier_tokens: float = 0,
 ) -> dict[str, float]:
     """Return about the seconds of each slow part before the first step, by the names of their progress bars.
 
     `inputs` are the `distinct_inputs`, `earlier_tokens` the tokens in records of earlier tasks. A caption has 112
-    tokens beside its picture, of which the model writes 32. The task's gradient is a forward, a backward and the
-    sketches; accelerators run the forward twice.
+    tokens beside its picture, of which the model writes 32. The factors of a weight take DECOMPOSITION times as long as
+    a product of its size (docs/performance.md).
     """
     row = picture_tokens + 112
     seconds = {
         TEXTS: texts * LENGTH * pace.written,
         CAPTIONS: captions * (row * pace.token + 32 * pace.written),
         INPUTS: calibration_seconds(pace, inputs, texts * LENGTH + captions * row + earlier_tokens) if inputs else 0.0,
-        GRADIENT: 3.5 * task_tokens * pace.token,
+        FACTORS: DECOMPOSITION * sum(2.0 * math.prod(t.shape) * min(t.shape) for t in decomposed) / pace.flops,
     }
     return {name: value for name, value in seconds.items() if value}
 

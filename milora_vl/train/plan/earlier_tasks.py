@@ -5,7 +5,7 @@ milora.json of the run lists all tasks in order, the run's own last. An entry ho
     {"run": "runs/a", "template": "vicuna_v1", "records": 1200, "fingerprint": "4f0c...",
      "data": {"path": "a.json", "image_folder": "pictures", "eval_path": "held_out.json"},   # keys that are set
      "eval": {"suites": ["emoji"], "data": "questions"},                                     # the same
-     "rules": [{"tower": "language", "method": "gradient", "rank": 64, "protect": 0.95, "modules": 224}],
+     "rules": [{"tower": "language", "method": "milora", "rank": 64, "protect": 0.95, "modules": 224}],
      "directions": {"language": 0.268}}   # share of the input directions that the run protected, mean over the layers
 """
 
@@ -54,7 +54,7 @@ def tasks_before(
     _require_rules(recipe, Path(recipe.after), targets)
     tasks, warnings = _tasks_of(Path(recipe.after), recipe.template), []
     if not any(target.protect for target in targets):
-        warnings.append("no rule has protect: what the earlier runs have learned is not protected (--method gradient)")
+        warnings.append("no rule has protect: what the earlier runs have learned is not protected (--protect 0.95)")
     return tuple(tasks), warnings
 
 
@@ -180,7 +180,7 @@ def _require_rules(recipe: Recipe, after: Path, targets: Sequence[Target]) -> No
             "the rules train weights in full, which changes what the earlier runs have learned",
             code="after-full-module",
             where=rule_with("full"),
-            hint="train adapters, for example  --method gradient",
+            hint="train adapters, for example  --method milora",
         )
     before = [target.path for target in saved.targets]
     for path in [target.path for target in targets if target.rank is None]:

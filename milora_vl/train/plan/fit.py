@@ -12,9 +12,10 @@ from milora_data.encode.tokens import own_template
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
-from milora_vl.core.policy.default import without_projector
+from milora_vl.core.policy.default import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.towers import find_towers
+from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models.base import Base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.quantized import quantized_layers
@@ -28,13 +29,14 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
 
     Raises RecipeError with all problems of both.
     """
-    problems, recipe, targets = list(settings.problems), settings.recipe, list[Target]()
+    problems, recipe, targets, notes = list(settings.problems), settings.recipe, list[Target](), list[str]()
     base = _base_of(settings, problems)
     if base is not None and recipe.policy is not None:
         with collected(problems):
-            if not settings.is_set("policy") and find_towers(base.meta).projector is None:
-                recipe = recipe.model_copy(update={"policy": without_projector(recipe.policy)})
-            targets = _targets(settings, Policy.parse(recipe.policy or []), base)
+            if not settings.is_set("policy"):
+                rules, notes = _default_rules(settings, base)
+                recipe = recipe.model_copy(update={"policy": rules})
+            targets = Policy.parse(recipe.policy or []).resolve(base.meta)
     if base is not None and not settings.problems:
         if base.own_pictures and not settings.is_set("template"):
             recipe = recipe.model_copy(update={"template": OWN})
@@ -44,7 +46,36 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
                 check(recipe, base, targets)
     if base is None or problems:
         raise RecipeError(problems=problems, source=settings.source)
-    return recipe, base, targets, [*settings.warnings, *_warnings(recipe, base, targets)]
+    return recipe, base, targets, [*settings.warnings, *notes, *_warnings(recipe, base, targets)]
+
+
+def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list[str]]:
+    """Return the default rules as they fit a base, after the flags, and notes about what is not as usual."""
+    recipe, edits, notes = settings.recipe, settings.request.edits, list[str]()
+    rules = list(recipe.policy or [])
+    projector = find_towers(base.meta).projector
+    rate = {} if edits.projector_learning_rate is None else {"learning_rate": edits.projector_learning_rate}
+    if projector is None:
+        rules = without_projector(rules)
+    elif base.parts is not None and not recipe.projector_weights:
+        rules = [*without_projector(rules), UNALIGNED_PROJECTOR | rate]
+        notes.append(
+            "the projector has never been aligned, so it trains in full and unprotected; align it first with  "
+            "--recipe pretrain-projector-llava, then pass  --projector_weights"
+        )
+    elif not any(map(is_linear, base.meta.get_submodule(projector).modules())):
+        rules = [*without_projector(rules), FULL_PROJECTOR | rate]
+        notes.append("the projector has no linear layers, so it trains in full and unprotected")
+    if edits.rank is None:
+        try:
+            Policy.parse(rules).resolve(base.meta)
+        except PolicyError as error:
+            largest = [problem.largest for problem in error.problems if isinstance(problem, RankTooLarge)]
+            if largest:
+                rank = max(1, min(largest) // 2)
+                rules = [{**rule, "rank": rank, "alpha": rank} if "rank" in rule else rule for rule in rules]
+                notes.append(f"the smallest matrix of this model has rank {min(largest)}: the ranks are {rank}")
+    return rules, notes
 
 
 def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
@@ -57,35 +88,14 @@ def _base_of(settings: Settings, problems: list[Problem]) -> Base | None:
     return None
 
 
-def _targets(settings: Settings, policy: Policy, base: Base) -> list[Target]:
-    """Return the targets of the policy. Raises PolicyError with its problems on this model."""
-    try:
-        return policy.resolve(base.meta)
-    except PolicyError as error:
-        if not settings.is_set("policy") and not settings.is_set("policy", 0, "rank"):
-            raise PolicyError(problems=_of_default_rank(error.problems)) from None
-        raise
-
-
-def _of_default_rank(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the problems; problems of a too large default rank become one, with the flag that fixes it."""
-    large = [problem for problem in problems if isinstance(problem, RankTooLarge)]
-    if not large:
-        return list(problems)
-    most = min(problem.largest for problem in large)
-    message = f"the default rank {large[0].rank} is too large: the smallest matrix of this model has rank {most}"
-    fix = Problem(message, large[0].code, hint=f"use --rank {most}, or less")
-    return [*(problem for problem in problems if problem not in large), fix]
-
-
 def base_kl_of(recipe: Recipe, base: Base, targets: Sequence[Target]) -> BaseKLConfig:
     """Return `base_kl` with its weight; if none is set, the default keeps what the base says about pictures, too.
 
-    A term of the loss reaches what protection does not: the projector (docs/studies/pictures.md).
+    A term of the loss reaches the five percent of the inputs that protection does not (docs/studies/default.md).
     """
     if recipe.base_kl.weight is not None:
         return recipe.base_kl
-    is_default = any(target.method == "gradient" and target.protect for target in targets)
+    is_default = any(target.method == "milora" and target.protect for target in targets)
     return recipe.base_kl.model_copy(update={"weight": 1.0 if is_default and base.reads_pictures else 0.0})
 
 
@@ -173,14 +183,6 @@ def _require_trained_parts(recipe: Recipe, base: Base, targets: Sequence[Target]
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
-    for target in targets:
-        if target.method == "mica" and target.path in quantized:  # PEFT reads the weight as a matrix of floats
-            raise UserError(
-                f"method mica needs float weights: {target.path}",
-                code="policy-no-adapter",
-                where=Key.of("quantization"),
-                hint="use another method, or remove the quantization",
-            )
     packed = [target.path for target in targets if target.rank is None and target.path in quantized]
     if packed:  # integers have no gradient
         raise UserError(

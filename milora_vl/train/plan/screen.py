@@ -78,8 +78,8 @@ class Screen:
         for tower in frozen:
             table.add_row(tower, "-", "frozen")
         self.console.print(table)
-        for names, _, method, *_, trains in rows:
-            self.say(f"{', '.join(names.splitlines())}  {method}: {trains}")
+        for names, *_, trains in rows:
+            self.say(f"{', '.join(names.splitlines())}: {trains}")
 
 
 def policy_rows(
@@ -207,14 +207,12 @@ def trained_sizes(targets: Sequence[Target], base: nn.Module) -> dict[str, int]:
 def adapter_size(target: Target) -> int:
     """Return the number of trained parameters of an adapter: r (in + out), with exceptions.
 
-    A fixed A leaves B, MiCA trains A alone, and DoRA one more number for each row of the weight.
+    A fixed A leaves B, and DoRA trains one more number for each row of the weight.
     """
     rows, columns = target.shape
     assert target.rank is not None
     if target.has_fixed_A:
         return target.rank * rows
-    if target.method == "mica":
-        return target.rank * columns
     return target.rank * (rows + columns) + (rows if target.method == "dora" else 0)
 
 

@@ -57,7 +57,7 @@ def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
     Raises UserError if `folder` holds no adapter that `flag` takes.
     """
     # It imports torch, which --help does not need.
-    from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_one_task
+    from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
 
     if flag == "--after" and (folder / "config.json").is_file() and not has_config(folder):
         raise UserError(
@@ -84,7 +84,7 @@ def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
             where=flag,
             hint=to_merge(folder),
         )
-    require_one_task(folder, sidecar, is_trainable=flag == "--adapter")
+    require_trainable(folder, sidecar, is_trainable=flag == "--adapter")
     run = recipe_of_run(folder)
     if not run.get("policy"):  # saved in Python
         rules = [_rule_of(target) for target in sidecar.targets]
@@ -118,10 +118,10 @@ def settings_after(folder: Path) -> tuple[dict[str, Any], str]:
     ]
     if any(rule.in_force().get("protect") for rule in rules):
         return settings, ""
-    settings["policy"] = edited(settings["policy"], PolicyEdits(method="gradient"))
+    settings["policy"] = edited(settings["policy"], PolicyEdits(method="milora"))
     return settings, (
         f"note: {folder} was trained without protection, so it has moved what the base knew already; without other "
-        "rules this run trains with method gradient and protects what is left"
+        "rules this run trains with method milora and protects what is left"
     )
 
 

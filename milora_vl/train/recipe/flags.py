@@ -121,8 +121,8 @@ RECIPE_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "base_kl.weight",
         "float",
         (),
-        "weight of a term of the loss that keeps the base's answers on the calibration texts [1 if gradient trains a "
-        "model that reads pictures, else 0]",
+        "weight of a term of the loss that keeps the base's answers on the calibration texts [1 if protected milora "
+        "trains a model that reads pictures, else 0]",
     ),
     "projector_weights": (
         "projector_weights",
@@ -139,7 +139,7 @@ POLICY_FLAGS: dict[str, tuple[str, str, tuple[str, ...], str]] = {
         "float",
         (),
         "share of the input energy of ordinary text and pictures that updates leave alone; 0: none "
-        f"[gradient: {RULE_METHODS['gradient'].protect}, other methods: 0]",
+        f"[milora: {RULE_METHODS['milora'].protect}, other methods: 0; 0 with milora is the paper's method]",
     ),
     "rank": ("rank", "int", ("lora_r",), "rank of the adapter rules, as PEFT stores it; doubled by an anchor"),
     "alpha": ("alpha", "float", ("lora_alpha",), "alpha of the adapter rules; the scale is alpha/rank"),

@@ -16,7 +16,7 @@ from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
 FLAGS: dict[str, tuple[str, str]] = {
     "lora_enable": (
         "bool",
-        "an adapter on the language tower (gradient, or --method), the projector in full",
+        "an adapter on the language tower (milora, or --method), the projector in full",
     ),
     "lora_bias": ("str", "only none is supported: biases stay frozen"),
     "tune_mm_mlp_adapter": ("bool", "train the projector alone (stage 1, pretrain.sh)"),

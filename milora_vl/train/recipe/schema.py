@@ -125,7 +125,9 @@ class CalibrationConfig(Strict):
 class BaseKLConfig(Strict):
     """A term of the loss: KL from the base to the model on the texts of the calibration."""
 
-    weight: NonNegativeFloat | None = None  # beside the task's loss; None: 1 for `gradient` on a model with pictures
+    weight: NonNegativeFloat | None = (
+        None  # beside the task's loss; None: 1 for protected `milora` on a model with pictures
+    )
     texts: PositiveInt = 2  # that a device reads in a step with the term
     every: PositiveInt = 4  # one step in `every` has the term, `every` times the weight
 
@@ -154,7 +156,7 @@ class SweepConfig(Strict):
 
 
 class Recipe(Strict):
-    """One run. `policy: null` is a protected adapter on the language tower and the projector in full.
+    """One run. `policy: null` is protected MiLoRA on the language tower and the projector.
 
     >>> Recipe.parse({"model": "tiny", "train": {"warmup_ratio": 0.03}}).train["warmup_steps"]
     0.03

@@ -108,7 +108,7 @@ def test_a_repair_is_offered_only_if_a_record_is_usable(capsys: pytest.CaptureFi
 def test_a_cell_that_cannot_run_keeps_the_codes_of_its_problems(folder: Path) -> None:
     (folder / "sweep.yaml").write_text(
         "model: tiny\ndata: {path: train.json, eval_path: nope.json, image_aspect_ratio: anyres}\n"
-        "policy: [{modules: language, method: milora, rank: 4}]\nsweep: {suite: gsm8k, data: img}\n"
+        "policy: [{modules: language, method: milora, protect: 0, rank: 4}]\nsweep: {suite: gsm8k, data: img}\n"
     )
     (folder / "img" / "gsm8k").mkdir()
     (folder / "img" / "gsm8k" / "test.jsonl").write_text('{"question": "1?", "answer": "#### 1"}\n')

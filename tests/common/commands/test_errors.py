@@ -15,7 +15,7 @@ from milora_vl.common.errors import DataError, Key, Problem, UserError, render, 
 from milora_vl.train import main as train
 from milora_vl.train.recipe.schema import RecipeError
 
-RULES = "[{modules: langauge, method: milora, rank: 4}, {modules: projector, method: full, rank: 3}]"
+RULES = "[{modules: langauge, method: milora, protect: 0, rank: 4}, {modules: projector, method: full, rank: 3}]"
 
 
 def test_a_problem_reads_place_message_and_hint() -> None:

@@ -30,7 +30,7 @@ def base():
 
 
 ids = torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(0))
-rules = "[{modules: language, method: milora, rank: 4}, {modules: language.mlp, protect: 0.5}]"
+rules = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: language.mlp, protect: 0.5}]"
 before = base()(ids).logits
 model = apply_milora(base(), rules, calibration=[{"input_ids": ids}, {"input_ids": ids + 0}], cache_dir="cache")
 assert torch.equal(model(ids).logits, before)

@@ -19,7 +19,7 @@ def test_the_result_reports_every_decomposed_weight_and_every_target(tiny_llava)
 
 def test_every_method_and_its_parameters(tiny_llava) -> None:
     rules = [
-        {"modules": "language.layers[0].attention", "method": "milora", "rank": 2},
+        {"modules": "language.layers[0].attention", "method": "milora", "protect": 0, "rank": 2},
         {"modules": "language.layers[0].mlp", "method": "pissa", "rank": 2},
         {"modules": "language.layers[1].attention", "method": "random", "rank": 2},
         {"modules": "language.layers[1].mlp", "method": "lora", "rank": 2},
@@ -39,7 +39,7 @@ def test_every_method_and_its_parameters(tiny_llava) -> None:
 
 
 def test_yaml_lists_and_policies_are_all_taken(tiny_llama) -> None:
-    for policy in ("[{modules: language, method: milora, rank: 2}]", one_rule(), Policy.parse(one_rule())):
+    for policy in ("[{modules: language, method: milora, protect: 0, rank: 2}]", one_rule(), Policy.parse(one_rule())):
         assert len(apply_milora(tiny_llama()[0], policy).milora_targets) == 14
 
 

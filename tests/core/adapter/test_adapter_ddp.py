@@ -21,7 +21,7 @@ model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8))
 if rank == 1:  # another machine rounds otherwise
     for parameter in model.parameters():
         parameter.data *= 1 + 1e-3 * torch.rand(parameter.shape)
-rules = [{"modules": "language", "method": "milora", "rank": 3}, {"modules": "2", "protect": 0.9999}]
+rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 3}, {"modules": "2", "protect": 0.9999}]
 calibration = [{"input": torch.randn(9, 12, generator=torch.Generator().manual_seed(i))} for i in range(2)]
 tuned = apply_milora(model, rules, calibration=calibration)
 wrapped = DistributedDataParallel(tuned)

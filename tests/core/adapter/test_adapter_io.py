@@ -74,7 +74,7 @@ def test_dropout_per_module_comes_back(tiny_llama, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("modules", ["patch", "words", "head", "*"])
 def test_every_kind_of_layer_comes_back(tmp_path: Path, modules: str) -> None:
-    model = apply_milora(Pictures(), [{"modules": modules, "method": "milora", "rank": 2}])
+    model = apply_milora(Pictures(), [{"modules": modules, "method": "milora", "protect": 0, "rank": 2}])
     move(model)
     save_adapter(model, tmp_path)
     back = load_adapter(Pictures(), tmp_path, is_trainable=True)

@@ -40,7 +40,7 @@ def test_one_changed_layer_is_found(tiny_llava) -> None:
 
 
 def test_a_padded_vocabulary_is_the_same_base(tiny_llama) -> None:
-    rules = [{"modules": "lm_head", "method": "milora", "rank": 2}]
+    rules = [{"modules": "lm_head", "method": "milora", "protect": 0, "rank": 2}]
     sidecar = sidecar_of(tiny_llama()[0], rules)
     other, _ = tiny_llama()
     other.resize_token_embeddings(320)

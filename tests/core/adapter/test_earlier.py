@@ -35,10 +35,10 @@ from support.problems import raises_code
 
 ADAPTERS = [
     {"modules": "language.attention", "method": "lora", "rank": 2, "alpha": 3},
-    {"modules": "language.layers[1].mlp", "method": "milora", "rank": 2},
+    {"modules": "language.layers[1].mlp", "method": "milora", "protect": 0, "rank": 2},
     {"modules": "projector", "method": "lora", "rank": 3, "rslora": True},
 ]
-SEVENTH = [{"modules": "language.mlp", "method": "milora", "rank": 1, "alpha": 0.7}]
+SEVENTH = [{"modules": "language.mlp", "method": "milora", "protect": 0, "rank": 1, "alpha": 0.7}]
 
 
 def first_run(base: nn.Module, policy: Any, folder: Path) -> Path:

@@ -306,4 +306,4 @@ def test_damaged_directions_are_noticed_before_the_first_step() -> None:
     targets = Policy.parse([{"modules": "0", "method": "lora", "rank": 2, "protect": 0.5}]).resolve(base)
     V = torch.full((6, 2), 0.7)  # neither orthogonal nor of length 1
     with raises_code("protect-overlap", where="0"):
-        fixed_factors(targets, {}, {}, ProtectedInputs([InputBasis(V, torch.tensor([0.0, 0.3, 0.5]), 9)], {"0": 0}))
+        fixed_factors(targets, {}, ProtectedInputs([InputBasis(V, torch.tensor([0.0, 0.3, 0.5]), 9)], {"0": 0}))

@@ -37,7 +37,7 @@ class Two(nn.Module):
 
 def adapted(*, bias: bool = False, dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
     torch.manual_seed(0)
-    rule = {"modules": "*", "method": "milora", "rank": 4, "alpha": 6, **fields}
+    rule = {"modules": "*", "method": "milora", "protect": 0, "rank": 4, "alpha": 6, **fields}
     model = apply_milora(Two(bias=bias).to(dtype), [rule])
     move(model, 0.1)
     return model
@@ -238,7 +238,7 @@ def test_a_new_adapter_changes_no_bit_of_the_output() -> None:
     base = Two(bias=True).bfloat16()
     x = batch(4, 9).bfloat16()
     before = base(x)
-    model = apply_milora(base, [{"modules": "*", "method": "milora", "rank": 4}])
+    model = apply_milora(base, [{"modules": "*", "method": "milora", "protect": 0, "rank": 4}])
     for autocast in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             assert torch.equal(model(x), before)

@@ -63,10 +63,10 @@ def test_a_floor_lifts_small_singular_values_alone() -> None:
 
 
 def test_conv1d_and_convolution_and_embedding_are_read_in_peft_orientation() -> None:
-    made = initial(tiny_gpt2(), [{"modules": "language.c_attn", "method": "milora", "rank": 2}])
+    made = initial(tiny_gpt2(), [{"modules": "language.c_attn", "method": "milora", "protect": 0, "rank": 2}])
     assert {m.report.shape for m in made.values()} == {(48, 16)}
     model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Embedding(11, 6))
-    made = initial(model, [{"modules": "*", "method": "milora", "rank": 2}])
+    made = initial(model, [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}])
     assert made["0"].A0.shape == (2, 75)
     assert made["1"].A0.shape == (2, 11)
     assert made["1"].B0.shape == (6, 2)

@@ -61,7 +61,7 @@ dist.barrier()
 weights = pytest.mark.parametrize("weights", ["whole", pytest.param("zero3", marks=needs_deepspeed)])
 
 
-@pytest.mark.parametrize("method", ["milora", "olora"])  # singular triplets, and factors that a function returns
+@pytest.mark.parametrize("method", ["milora", "pissa"])
 @weights
 def test_each_layer_is_decomposed_once_and_all_processes_hold_the_same_bits(
     tmp_path: Path, weights: str, method: str

@@ -8,7 +8,7 @@ from milora_vl.core.adapter.difference import joined_state
 from milora_vl.core.adapter.install import anchors_of, factors, fixed_names, has_anchor, lora_layer
 from support.adapter_cases import LLAVA_POLICY, Pictures, anchors, move
 
-EVERY_KIND = [{"modules": "*", "method": "milora", "rank": 2}]
+EVERY_KIND = [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}]
 
 
 def test_the_factors_of_every_kind_of_layer_are_found() -> None:

@@ -54,14 +54,14 @@ def test_a_path_that_ends_another_is_adapted_alone(tmp_path) -> None:
 
 
 def test_a_full_module_that_peft_would_confuse_is_refused() -> None:
-    rules = [{"modules": "fc", "method": "full"}, {"modules": "inner.fc", "method": "milora", "rank": 2}]
+    rules = [{"modules": "fc", "method": "full"}, {"modules": "inner.fc", "method": "milora", "protect": 0, "rank": 2}]
     with raises_code("adapter-ambiguous-names", "inner.fc"):
         apply_milora(Endings(), rules)
 
 
 def test_layers_of_both_kinds_in_one_policy() -> None:
     """GPT-2 keeps its weights transposed, its head does not."""
-    rules = [*one_rule(), {"modules": "lm_head", "method": "milora", "rank": 2}]
+    rules = [*one_rule(), {"modules": "lm_head", "method": "milora", "protect": 0, "rank": 2}]
     base, model = tiny_gpt2(), apply_milora(tiny_gpt2(), rules)
     ids = torch.arange(6)[None]
     assert torch.equal(base(ids).logits, model(ids).logits)

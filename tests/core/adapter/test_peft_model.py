@@ -162,7 +162,7 @@ def test_saving_asks_no_hub_and_notices_a_grown_vocabulary(tiny_llama, tmp_path,
     base, tokenizer = tiny_llama()
     base.save_pretrained(tmp_path / "base")
     base.name_or_path = "someone/a-model"
-    rules = [{"modules": "language", "method": "milora", "rank": 2}]
+    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 2}]
     save_adapter(apply_milora(base, rules), tmp_path / "a")
 
     base, tokenizer = tiny_llama()

@@ -28,15 +28,15 @@ def test_it_is_what_apply_milora_makes(tiny_llama) -> None:
     stock = get_peft_model(
         tiny_llama()[0], config(lora_dropout=0.1, modules_to_save=["lm_head"], rank_pattern={"up_proj": 2})
     )
-    model = reinit_peft(stock)
+    model = reinit_peft(stock, protect=0)
     assert torch.allclose(model.eval()(ids).logits, before, atol=1e-6)
     found = {t.path: t for t in model.milora_targets}
     assert (found[Q].method, found[Q].rank, found[Q].scaling, found[Q].dropout) == ("milora", 4, 2, 0.1)
     assert found["model.layers.1.mlp.up_proj"].rank == 2
     assert found["lm_head"].method == "full"
     rules = [
-        {"modules": "language.q_proj", "method": "milora", "rank": 4, "alpha": 8},
-        {"modules": "language.up_proj", "method": "milora", "rank": 2, "alpha": 8},
+        {"modules": "language.q_proj", "method": "milora", "protect": 0, "rank": 4, "alpha": 8},
+        {"modules": "language.up_proj", "method": "milora", "protect": 0, "rank": 2, "alpha": 8},
         {"modules": "lm_head", "method": "full"},
     ]
     for name, anchor in anchors(apply_milora(tiny_llama()[0], rules)).items():
@@ -49,7 +49,7 @@ def test_it_is_what_apply_milora_makes(tiny_llama) -> None:
 def test_other_parts(tiny_llama, part) -> None:
     ids = token_batch(200)
     before = tiny_llama()[0](ids).logits
-    model = reinit_peft(get_peft_model(tiny_llama()[0], config()), part)
+    model = reinit_peft(get_peft_model(tiny_llama()[0], config()), part, protect=0)
     assert torch.allclose(model.eval()(ids).logits, before, atol=1e-5)
     assert {t.part for t in model.milora_targets} == {part}
 
@@ -57,14 +57,16 @@ def test_other_parts(tiny_llama, part) -> None:
 def test_rslora_keeps_its_scale(tiny_llama) -> None:
     stock = get_peft_model(tiny_llama()[0], config(use_rslora=True))
     scaling = stock.get_submodule(f"base_model.model.{Q}").scaling["default"]
-    assert reinit_peft(stock).get_submodule(f"base_model.model.{Q}").scaling["default"] == pytest.approx(scaling)
+    assert reinit_peft(stock, protect=0).get_submodule(f"base_model.model.{Q}").scaling["default"] == pytest.approx(
+        scaling
+    )
 
 
 def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     stock = get_peft_model(tiny_llama()[0], config())
     move(stock)
     with raises_code("adapter-already-trained", hint="restore_split"):
-        reinit_peft(stock)
+        reinit_peft(stock, protect=0)
     head = get_peft_model(tiny_llama()[0], config(modules_to_save=["lm_head"]))
     head.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.01)
     with raises_code("adapter-already-trained", where="lm_head"):
@@ -90,7 +92,9 @@ def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
 
 def test_a_folder_of_ours_loaded_by_stock_peft_is_mended(tiny_llava, tmp_path: Path) -> None:
     batch = llava_batch(tiny_llava()[0])
-    model = apply_milora(tiny_llava()[0], [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "rank": 2}])
+    model = apply_milora(
+        tiny_llava()[0], [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "protect": 0, "rank": 2}]
+    )
     move(model)
     save_adapter(model, tmp_path)
     stock = PeftModel.from_pretrained(tiny_llava()[0], str(tmp_path), is_trainable=True)

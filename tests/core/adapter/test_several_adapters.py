@@ -17,7 +17,10 @@ from milora_vl.export import Options, export
 from support.adapter_cases import llava_batch, move
 from support.problems import raises_code
 
-POLICY = "[{modules: language, method: milora, rank: 2}, {modules: projector, method: full, learning_rate: 1.0e-3}]"
+POLICY = (
+    "[{modules: language, method: milora, protect: 0, rank: 2}, "
+    "{modules: projector, method: full, learning_rate: 1.0e-3}]"
+)
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def test_on_a_model_of_ours_full_modules_are_not_added_up(made: SimpleNamespace,
 
 
 def test_on_a_model_of_ours_updates_are_added_and_not_factors() -> None:
-    rules = "[{modules: language.up_proj, method: milora, rank: 4}]"
+    rules = "[{modules: language.up_proj, method: milora, protect: 0, rank: 4}]"
     model = apply_milora(load_model("tiny")[0], rules)
     model.add_adapter("b", model.peft_config["default"])
     layer = model.get_base_model().get_submodule("model.language_model.layers.0.mlp.up_proj")

@@ -11,19 +11,16 @@ from peft import PeftModel
 from milora_vl import apply_milora, load_adapter, merge, save_adapter
 from milora_vl.core.policy.methods import METHODS
 from support.adapter_cases import one_rule, token_batch, train_steps
-from support.versions import needs_mica
 
 ADAPTERS = [name for name, method in METHODS.items() if "rank" in method.fields]
 IDS = token_batch(200)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=needs_mica) if m == "mica" else m for m in ADAPTERS])
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_a_method_from_start_to_merge(tiny_llama, tmp_path: Path, method: str) -> None:
     base = tiny_llama()[0](IDS).logits
-    share = {"protect": 0} if method == "gradient" else {}  # the default of the others
-    rules = [*one_rule(method=method, alpha=4, **share), {"modules": "lm_head", "method": "full"}]
-    task = [{"input_ids": IDS, "labels": IDS}] if method == "gradient" else None
-    model = apply_milora(tiny_llama()[0], rules, task=task).eval()
+    rules = [*one_rule(method=method, alpha=4), {"modules": "lm_head", "method": "full"}]
+    model = apply_milora(tiny_llama()[0], rules).eval()
     start = model(IDS).logits
     # DoRA scales every row by a norm that it computes again, so it equals the base up to rounding.
     assert torch.allclose(start, base, atol=1e-5) if method == "dora" else torch.equal(start, base)
@@ -40,7 +37,7 @@ def test_a_method_from_start_to_merge(tiny_llama, tmp_path: Path, method: str) -
         assert torch.allclose(reloaded.eval()(IDS).logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [name for name in ADAPTERS if METHODS[name].start is not None])
+@pytest.mark.parametrize("method", [name for name in ADAPTERS if METHODS[name].part is not None])
 def test_the_report_describes_the_initial_factors(tiny_llama, method: str) -> None:
     model = apply_milora(tiny_llama()[0], one_rule(method=method, alpha=4))
     for layer in model.milora_report:

@@ -15,7 +15,7 @@ from support.adapter_cases import one_rule
 from support.problems import raises_code
 
 YAML = """
-- {modules: language, method: milora, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
+- {modules: language, method: milora, protect: 0, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
 - {modules: "language.layers[0-3].mlp", rank: 64, sigma: {floor: 0.1}}
 - {modules: projector, method: full}
 """
@@ -128,7 +128,7 @@ def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_lla
         Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
 
 
-@pytest.mark.parametrize("method", ["dora", "olora", "mica", "full", "frozen"])
+@pytest.mark.parametrize("method", ["dora", "full", "frozen"])
 def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
     rule = {"modules": "language", "method": method, "protect": 0.5}
     rule |= {} if method in ("full", "frozen") else {"rank": 2}

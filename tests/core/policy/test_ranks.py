@@ -18,7 +18,7 @@ from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.models.loading import load_weights
 from support.problems import raises_code
 
-FIVE = {"modules": "language", "method": "milora", "rank": 5, "alpha": 10}
+FIVE = {"modules": "language", "method": "milora", "protect": 0, "rank": 5, "alpha": 10}
 
 
 class Spectra(nn.Module):
@@ -126,7 +126,7 @@ def test_the_command_writes_a_policy_that_fits_the_model(capsys: pytest.CaptureF
     rules = yaml.safe_load(capsys.readouterr().out)
     model = load_weights("tiny")
     adapters = [target for target in Policy.parse(rules).resolve(model) if target.rank is not None]
-    assert len(adapters) == len(rules) - 2 == len(list(tmp_path.iterdir())) == 14
+    assert len(adapters) == len(rules) - 2 == len(list(tmp_path.iterdir())) == 16
     for target in adapters:
         sigma = torch.linalg.svdvals(read_matrix(model.get_submodule(target.path)).double())
         minor = sigma.flip(0).square().cumsum(0) / sigma.square().sum()
@@ -139,7 +139,11 @@ def test_the_command_writes_a_policy_that_fits_the_model(capsys: pytest.CaptureF
         (("--energy", "2"), "policy-value", "--energy"),
         (("--energy", "0.1", "--min", "4", "--max", "2"), "policy-value", "--min --max"),
         (("--budget", "20"), "policy-rank", "--budget"),
-        (("--energy", "0.1", "--policy", "[{modules: mlps, method: milora}]"), "policy-no-match", "policy[0].modules"),
+        (
+            ("--energy", "0.1", "--policy", "[{modules: mlps, method: milora, protect: 0}]"),
+            "policy-no-match",
+            "policy[0].modules",
+        ),
     ],
 )
 def test_the_command_names_the_flag_of_a_mistake(words: tuple[str, ...], code: str, where: str) -> None:

@@ -38,15 +38,15 @@ def test_later_rules_override_the_fields_they_name(tiny_llava) -> None:
 def test_alpha_is_the_rank_unless_set(tiny_llama) -> None:
     model, _ = tiny_llama()
     first = f"{LM}.0".replace("language_model.", "") + ".mlp.up_proj"
-    assert resolved(model, [{"modules": "language", "method": "milora", "rank": 4}])[first].alpha == 4
-    rules = [{"modules": "language", "method": "milora", "rank": 4, "alpha": 4}]
+    assert resolved(model, [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}])[first].alpha == 4
+    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 4, "alpha": 4}]
     assert resolved(model, [*rules, {"modules": "language", "rank": 8, "alpha": 4}])[first].alpha == 4
     assert resolved(model, [*rules, {"modules": "language", "rank": 8}])[first].alpha == 8
     assert resolved(model, [*rules, {"modules": "language", "alpha": 8}])[first].scaling == 2
 
 
 def test_alpha_and_rank_of_two_rules_scale_as_in_one(tiny_llama) -> None:
-    base = {"modules": "language", "method": "milora", "rank": 4}
+    base = {"modules": "language", "method": "milora", "protect": 0, "rank": 4}
     alpha, rank = {"modules": "language", "alpha": 16}, {"modules": "language", "rank": 8}
     orders = [[{**base, **alpha, **rank}], [base, alpha, rank], [base, rank, alpha]]
     scales = {target.scaling for rules in orders for target in resolved(tiny_llama()[0], rules).values()}
@@ -55,7 +55,7 @@ def test_alpha_and_rank_of_two_rules_scale_as_in_one(tiny_llama) -> None:
 
 def test_a_later_rank_keeps_the_scale_of_rslora(tiny_llama) -> None:
     rules = [
-        {"modules": "language", "method": "milora", "rank": 4, "alpha": 4, "rslora": True},
+        {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "alpha": 4, "rslora": True},
         {"modules": "language.mlp", "rank": 16},
     ]
     targets = resolved(tiny_llama()[0], rules)
@@ -73,7 +73,7 @@ class Gated(nn.Module):
 
 def test_a_module_that_trains_in_full_takes_along_what_it_holds() -> None:
     model = nn.ModuleDict({"first": Gated(), "last": nn.Linear(3, 2)})
-    rules = [{"modules": "*", "method": "milora", "rank": 2}, {"modules": "first", "method": "full"}]
+    rules = [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}, {"modules": "first", "method": "full"}]
     assert {path: target.method for path, target in resolved(model, rules).items()} == {
         "first": "full",
         "last": "milora",
@@ -81,14 +81,17 @@ def test_a_module_that_trains_in_full_takes_along_what_it_holds() -> None:
 
 
 def test_a_policy_that_ends_all_frozen_is_refused(tiny_llama) -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 2}, {"modules": "language", "method": "frozen"}]
+    rules = [
+        {"modules": "language", "method": "milora", "protect": 0, "rank": 2},
+        {"modules": "language", "method": "frozen"},
+    ]
     with raises_code("policy-nothing-trains", where="policy"):
         apply_milora(tiny_llama()[0], rules)
 
 
 def test_frozen_rules_take_modules_out_again(tiny_llama) -> None:
     rules = [
-        {"modules": "language", "method": "milora", "rank": 4},
+        {"modules": "language", "method": "milora", "protect": 0, "rank": 4},
         {"modules": "language.layers[0]", "method": "frozen"},
     ]
     assert all(".layers.1." in path for path in resolved(tiny_llama()[0], rules))
@@ -96,7 +99,7 @@ def test_frozen_rules_take_modules_out_again(tiny_llama) -> None:
 
 def test_a_new_method_drops_what_it_cannot_use_of_earlier_rules(tiny_llama) -> None:
     rules = [
-        {"modules": "language", "method": "milora", "rank": 4, "sigma": "none", "learning_rate": 1e-3},
+        {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "sigma": "none", "learning_rate": 1e-3},
         {"modules": "language.mlp", "method": "full"},
         {"modules": "language.attention", "method": "lora"},
     ]
@@ -120,9 +123,9 @@ def test_norms_and_heads_train_in_full_where_a_rule_names_them(tiny_llama) -> No
 
 def test_all_faults_come_together(tiny_llava) -> None:
     rules = [
-        {"modules": "langauge", "method": "milora", "rank": 4},
-        {"modules": "language.mlp", "method": "milora", "rank": 65},
-        {"modules": "language.attention", "method": "milora"},
+        {"modules": "langauge", "method": "milora", "protect": 0, "rank": 4},
+        {"modules": "language.mlp", "method": "milora", "protect": 0, "rank": 65},
+        {"modules": "language.attention", "method": "milora", "protect": 0},
         {"modules": "projector", "method": "full", "rank": 4, "dropout": 0.1},
         {"modules": "vision", "learning_rate": 1e-4},
     ]
@@ -137,7 +140,12 @@ def test_all_faults_come_together(tiny_llava) -> None:
 
 
 def test_a_rank_too_large_for_several_shapes_is_one_problem_with_the_largest_rank_that_fits(tiny_llava) -> None:
-    rule = {"modules": "language", "method": "milora", "rank": 65}  # shapes (64, 64), (32, 64), (128, 64), (64, 128)
+    rule = {
+        "modules": "language",
+        "method": "milora",
+        "protect": 0,
+        "rank": 65,
+    }  # shapes (64, 64), (32, 64), (128, 64), (64, 128)
     with raises_code("policy-rank-too-large", message="min(out, in) = 32", hint="a rank of at most 32") as error:
         Policy.parse([rule]).resolve(tiny_llava()[0])
     assert len(error.value.problems) == 1
@@ -155,12 +163,12 @@ def test_fields_a_method_cannot_use_are_faults(tiny_llama) -> None:
 def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
     model, _ = tiny_llama()
     model.lm_head.weight = model.model.embed_tokens.weight
-    for method in ({"method": "milora", "rank": 4}, {"method": "full"}):
+    for method in ({"method": "milora", "protect": 0, "rank": 4}, {"method": "full"}):
         text = faults(model, [{"modules": "lm_head", **method}])
         assert "lm_head: shares its weight with model.embed_tokens" in text
     whole = {"modules": "language.*", "method": "full"}
     assert {"lm_head", "model.embed_tokens"} <= resolved(model, [whole]).keys()
-    adapted = {"modules": "language", "method": "milora", "rank": 4}
+    adapted = {"modules": "language", "method": "milora", "protect": 0, "rank": 4}
     assert "shares its weight with" in faults(model, [whole, adapted])
 
 
@@ -174,7 +182,7 @@ def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
 )
 def test_convolutions_that_peft_gets_wrong_are_refused_by_name(layer: nn.Module, message: str) -> None:
     with raises_code("policy-no-adapter", says=f"{message}.*: 0\n", kind=PolicyError):
-        Policy.parse([{"modules": "0", "method": "milora", "rank": 2}]).resolve(nn.Sequential(layer))
+        Policy.parse([{"modules": "0", "method": "milora", "protect": 0, "rank": 2}]).resolve(nn.Sequential(layer))
 
 
 def test_only_plain_lora_may_have_a_rank_above_the_matrix() -> None:

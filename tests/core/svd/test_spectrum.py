@@ -13,7 +13,7 @@ from milora_vl.core.weights.matrices import as_matrix, matrix_shape
 from milora_vl.train.spectrum import layer_spectra
 
 POLICY = """
-- {modules: language, method: milora, rank: 4}
+- {modules: language, method: milora, protect: 0, rank: 4}
 - {modules: projector, method: full}
 """
 

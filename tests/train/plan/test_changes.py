@@ -13,7 +13,7 @@ from milora_vl.train.recipe.schema import Recipe, load
 from support.plans import settings
 
 POLICY = [
-    {"modules": "language", "method": "milora", "rank": 8, "alpha": 8, "learning_rate": 1e-3},
+    {"modules": "language", "method": "milora", "protect": 0, "rank": 8, "alpha": 8, "learning_rate": 1e-3},
     {"modules": "projector", "method": "full", "learning_rate": 2e-5},
 ]
 
@@ -91,13 +91,13 @@ def test_a_change_of_what_leaves_the_weights_alone_is_allowed_and_told(key: str)
 
 
 def test_the_runs_rate_decides_where_a_rule_has_none() -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 8}, POLICY[1]]
+    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 8}, POLICY[1]]
     before, now = ({"policy": rules, "train": {"learning_rate": rate}} for rate in (1e-3, 1e-4))
     assert refused(side(**before), side(**now)) == ["policy[0].learning_rate"]
 
 
 def test_a_rule_may_name_the_rate_that_it_had_from_the_run() -> None:
-    rules = [{"modules": "language", "method": "milora", "rank": 8}]
+    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 8}]
     before = side(policy=rules, train={"learning_rate": 1e-3})
     same, other = (
         side(policy=[rules[0] | {"learning_rate": rate}], train={"learning_rate": 1e-3}) for rate in (1e-3, 1e-4)

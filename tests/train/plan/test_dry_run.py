@@ -20,8 +20,8 @@ from support.problems import raises_code
 def test_llava_7b_has_the_known_counts(capsys: Any) -> None:
     assert main(["--model", "llava-1.5-7b", "--bf16", "--deepspeed", "zero3", "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "adapters 174,063,616, in full 20,979,712" in shown
-    assert "trainable params: 195,043,328 || " in shown
+    assert "adapters 174,587,904" in shown
+    assert "trainable params: 174,587,904 || " in shown
     assert "ZeRO-3" in shown
     assert "GiB per device" in shown
     assert "a step on one A100" in shown
@@ -178,19 +178,19 @@ def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
         main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
 
 
-def test_the_recipe_of_milora_shows_the_papers_method_on_both_towers(capsys: Any) -> None:
+def test_the_recipe_of_milora_protects_both_towers(capsys: Any) -> None:
     with raises_code("data-missing-file"):
         main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
     shown = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
     assert ["language", "224", "milora", "128"] in shown
     assert ["projector", "2", "milora", "64"] in shown
-    assert ["language", "milora:", "A", "and"] in shown
-    assert ["projector", "milora:", "A", "and"] in shown
+    for tower in ("language:", "projector:"):
+        assert [tower, "new", "directions", "only;"] in shown
 
 
 def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
     with raises_code("data-missing-file", where="llava_v1_5_mix665k"):
-        main(["--recipe", "gradient-llava-1.5-7b", "--dry-run"])
+        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
     shown = capsys.readouterr().out
     assert "174,063,616" in shown
     assert "assume records of 700 tokens" in shown
@@ -198,12 +198,13 @@ def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
 
 
 def test_a_half_precision_base_without_autocast_is_refused_where_a_module_trains_in_full() -> None:
-    words = ["--model", "tiny", "--rank", "4", "--dtype", "bfloat16", "--bf16", "False", "--dry-run"]
+    full = "[{modules: projector, method: full, learning_rate: 1.0e-4}]"
+    words = ["--model", "tiny", "--policy", full, "--dtype", "bfloat16", "--bf16", "False", "--dry-run"]
     with pytest.raises(UserError) as caught:
         main(words)
     assert [problem.code for problem in caught.value.problems] == ["recipe-precision"]
     lora = "[{modules: language, method: lora, rank: 2, learning_rate: 1.0e-4}]"
-    assert main([*words[:2], "--policy", lora, *words[4:]]) == 0
+    assert main([*words[:3], lora, *words[4:]]) == 0
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_the_term_in_one_step_of_n_costs_an_nth_and_needs_the_memory_of_that_ste
     [
         (("--model", "tiny"), True),
         (("--model", "tiny", "--base_kl_weight", "0"), False),
-        (("--model", "tiny", "--method", "milora"), False),
+        (("--model", "tiny", "--protect", "0"), False),
         (("--model", "tiny", "--method", "lora", "--base_kl_weight", "1"), True),
         (("--model", "tiny-text", "--template", "chatml"), False),
     ],

@@ -99,7 +99,7 @@ def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Reside
     config = tiny_llama()[0].config
     with torch.device("meta"):
         base = LlamaForCausalLM(config)
-    targets = Policy.parse([{"modules": "language", "method": "milora", "rank": 4}]).resolve(base)
+    targets = Policy.parse([{"modules": "language", "method": "milora", "protect": 0, "rank": 4}]).resolve(base)
     shape = Shape(
         records=records, tokens=300, supervised=learnt, pictures=0, image_tokens=0, half=False,
         checkpointing=checkpointing, base_dtype=torch.float32,
@@ -110,7 +110,7 @@ def simulated(checkpointing: bool, learnt: int = 60, records: int = 4) -> Reside
 def test_what_a_step_adds_is_simulated() -> None:
     """Twice the records, twice the activations; checkpointing takes most of them away; weights are counted apart."""
     eager, frugal = simulated(False), simulated(True)
-    model = apply_milora(tiny_llama()[0], [{"modules": "language", "method": "milora", "rank": 4}])
+    model = apply_milora(tiny_llama()[0], [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}])
     assert eager.trained == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert eager.anchors == eager.trained
     assert frugal.activations < 0.75 * eager.activations

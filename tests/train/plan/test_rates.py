@@ -15,7 +15,7 @@ from milora_vl.train.plan import rates
 from milora_vl.train.recipe.flags import parse
 from support.plans import fitted
 
-BOTH = "[{modules: language, method: milora, rank: 4}, {modules: projector, method: full}]"
+BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"
 
 
 def planned(*words: str) -> tuple[list[Target], list[str]]:
@@ -52,7 +52,7 @@ def test_a_rate_that_is_hugging_faces_default_is_warned_of_with_the_rules_that_h
     assert planned("--model", "tiny", "--rank", "4")[1] == []
 
 
-@pytest.mark.parametrize("method", ["milora", "pissa", "random", "olora", "lora", "dora"])
+@pytest.mark.parametrize("method", ["milora", "pissa", "random", "lora", "dora"])
 def test_weight_decay_pulls_every_adapter_towards_no_update_and_needs_no_warning(method: str) -> None:
     assert planned("--model", "tiny", "--rank", "4", "--method", method, "--weight_decay", "0.1")[1] == []
 

@@ -29,7 +29,7 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
         "modle: tiny\n"
         "data: {paht: a.json}\n"
         "policy:\n"
-        "  - {modules: language, method: milora, rnak: 4}\n"
+        "  - {modules: language, method: milora, protect: 0, rnak: 4}\n"
         "train: {lerning_rate: 1, bf16: maybe}\n"
     )
     with pytest.raises(RecipeError) as error:
@@ -51,7 +51,9 @@ def test_keys_that_are_removed_are_refused_by_name() -> None:
         "form": "residual",
         "keep": {"weight": 1.0},
         "data": {"feature_cache": "folder", "jpeg_decoding": "fast"},
-        "policy": [{"modules": "language", "method": "milora", "rank": {"spectrum": 0.1}, "form": "residual"}],
+        "policy": [
+            {"modules": "language", "method": "milora", "protect": 0, "rank": {"spectrum": 0.1}, "form": "residual"}
+        ],
     }
     with pytest.raises(RecipeError) as error:
         Recipe.parse(removed)
@@ -111,7 +113,7 @@ def test_a_recipe_given_back_is_the_same_recipe() -> None:
         {
             "model": "tiny",
             "data": {"path": "a.json", "bad_images": "skip"},
-            "policy": [{"modules": "language", "method": "milora", "rank": 4, "sigma": {"floor": 0.1}}],
+            "policy": [{"modules": "language", "method": "milora", "protect": 0, "rank": 4, "sigma": {"floor": 0.1}}],
             "train": {"learning_rate": 2e-5, "warmup_ratio": 0.03, "eval_strategy": "no", "report_to": "none"},
             "eval": {"suites": ["quick"], "limit": 10},
         }

@@ -32,8 +32,8 @@ def test_a_missing_key_of_an_item_is_at_the_item_and_one_of_a_section_is_nowhere
 def test_rules_keep_their_lines_in_a_policy_file_and_when_flags_drop_others(tmp_path: Path) -> None:
     file = tmp_path / "rules.yaml"
     file.write_text(
-        "- {modules: language, method: milora, rank: 4}\n- modules: projector.linear_9\n  method: full\n"
-        "- {modules: language.mlp, method: milora}\n"
+        "- {modules: language, method: milora, protect: 0, rank: 4}\n- modules: projector.linear_9\n  method: full\n"
+        "- {modules: language.mlp, method: milora, protect: 0}\n"
     )
     with pytest.raises(UserError) as caught:
         fitted(f"--model tiny --policy {file}")

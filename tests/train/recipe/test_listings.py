@@ -25,7 +25,7 @@ def test_recipes_and_models_are_listed_one_a_line(capsys: Any) -> None:
     assert "llava-1.5-7b " in printed(capsys, "--list_models")
 
 
-@pytest.mark.parametrize("name", ["tiny-test", "gradient-llava-1.5-7b"])
+@pytest.mark.parametrize("name", ["tiny-test", "milora-llava-1.5-7b"])
 def test_a_printed_recipe_is_the_recipe_with_every_key(name: str, capsys: Any) -> None:
     text = printed(capsys, "--print-recipe", name)
     content, _ = read_mapping(text, "printed")

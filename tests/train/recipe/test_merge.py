@@ -11,7 +11,6 @@ from milora_vl.core.policy.default import DEFAULT_RULES
 from milora_vl.train.command import main as train
 from support.plans import fitted, plan, section, settings
 from support.problems import raises_code
-from support.versions import needs_mica
 
 # scripts/v1_5/finetune_lora.sh of haotian-liu/LLaVA, without its launcher.
 FINETUNE_LORA = """--lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 --deepspeed zero3
@@ -50,8 +49,8 @@ def test_a_flag_by_an_older_name_wins_over_the_recipe_too(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("method", ["milora", "lora", "pissa"])
 def test_methods_differ_only_by_their_name(method: str) -> None:
-    chosen = settings(f"--recipe gradient-llava-1.5-7b --method {method}").recipe
-    base = settings("--recipe gradient-llava-1.5-7b").recipe
+    chosen = settings(f"--recipe milora-llava-1.5-7b --method {method}").recipe
+    base = settings("--recipe milora-llava-1.5-7b").recipe
     assert chosen.policy is not None
     assert base.policy is not None
     kept = {name: value for name, value in base.policy[0].items() if name != "protect"}
@@ -115,12 +114,6 @@ def test_bits_alone_mean_a_quantised_base() -> None:
         settings("--model tiny --bits 5")
 
 
-@needs_mica
-def test_a_method_that_reads_float_weights_is_refused_on_a_quantised_base_before_it_loads() -> None:
-    with raises_code("policy-no-adapter", where="--quantization", message="mica needs float weights"):
-        fitted("--model tiny --rank 4 --quantization 4bit --method mica --freeze_mm_mlp_adapter True")
-
-
 def test_a_frozen_projector_alone_leaves_the_default_adapters() -> None:
     plain = settings("--model tiny --rank 8").recipe.policy
     frozen = settings("--model tiny --rank 8 --freeze_mm_mlp_adapter True")
@@ -174,7 +167,7 @@ def test_a_broken_policy_file_is_told_with_its_line(text: str, line: int, code: 
 def test_a_policy_can_be_given_as_text() -> None:
     found = settings(["--model", "tiny", "--policy", "[{modules: projector, method: full, learning_rate: 1e-3}]"])
     assert found.recipe.policy == [{"modules": "projector", "method": "full", "learning_rate": 1e-3}]
-    many = "{modules: language, method: milora, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
+    many = "{modules: language, method: milora, protect: 0, rank: 4}" + ", {modules: language.q_proj, rank: 2}" * 20
     assert len(settings(["--model", "tiny", "--policy", f"[{many}]"]).recipe.policy) == 21
     with raises_code("policy-value", where="policy[0].method", message="expected one of"):
         settings(["--model", "tiny", "--policy", "[{modules: language, method: fool, rank: 4}]"])
@@ -183,9 +176,9 @@ def test_a_policy_can_be_given_as_text() -> None:
 FAULTY = """
 model: tiny
 policy:
-  - {modules: language, method: milora, rank: 0, alfa: 3}
-  - {modules: "*.nothing", method: milora, rank: 4}
-  - {modules: projector.linear_1, method: milora, rank: 4000}
+  - {modules: language, method: milora, protect: 0, rank: 0, alfa: 3}
+  - {modules: "*.nothing", method: milora, protect: 0, rank: 4}
+  - {modules: projector.linear_1, method: milora, protect: 0, rank: 4000}
   - {modules: "language.layers[0]", method: full, sigma: none}
 train: {max_stepps: 3}
 """
@@ -251,10 +244,9 @@ def test_rules_that_do_not_fit_the_model_are_told_with_their_line_before_anythin
     with pytest.raises(UserError) as error:
         fitted("--model tiny --rank 4000")
     assert {(problem.code, problem.where) for problem in error.value.problems} == {("policy-rank-too-large", "--rank")}
-    with raises_code(
-        "policy-rank-too-large", message="the default rank 128 is too large", hint="use --rank 32, or less"
-    ):
-        fitted("--model tiny")
+    small = fitted("--model tiny")
+    assert {target.rank for target in small.targets} == {16}
+    assert any("ranks are 16" in warning for warning in small.warnings)
 
 
 def test_what_is_said_of_a_tower_that_is_there_already_has_no_effect_and_is_told() -> None:

@@ -95,8 +95,9 @@ def test_a_flag_without_use_is_an_error(rules: list, edits: PolicyEdits, code: s
 
 def test_protect_sets_the_share_of_every_adapter_rule_and_ends_with_zero() -> None:
     assert edited(None, PolicyEdits(protect=0.9))[0]["protect"] == 0.9
-    assert edited(None, PolicyEdits(protect=0.0))[0]["protect"] == 0, "the default of gradient is another one"
-    assert "protect" not in edited([RULES[0] | {"protect": 0.5}], PolicyEdits(protect=0.0))[0]
+    assert edited(None, PolicyEdits(protect=0.0))[0]["protect"] == 0, "the default of milora is another one"
+    lora = {"modules": "language", "method": "lora", "rank": 4, "protect": 0.5}
+    assert "protect" not in edited([lora], PolicyEdits(protect=0.0))[0]
     own = [RULES[0] | {"protect": 0.5}, {"modules": "language.mlp", "protect": 0.7}, PROJECTOR]
     out = edited(own, PolicyEdits(protect=0.9))
     assert out == [RULES[0] | {"protect": 0.9}, PROJECTOR], "a refinement that set protect alone is gone"
@@ -104,7 +105,7 @@ def test_protect_sets_the_share_of_every_adapter_rule_and_ends_with_zero() -> No
     assert edited(own, PolicyEdits(protect=0.9))[1] == own[1], "an exception stays one"
 
 
-@pytest.mark.parametrize("method", ["milora", "gradient", "lora"])
+@pytest.mark.parametrize("method", ["milora", "pissa", "lora"])
 def test_a_method_drops_the_share_of_the_recipe_unless_the_flag_sets_one(method: str) -> None:
     own = [RULES[0] | {"protect": 0.5}, {"modules": "language.mlp", "protect": 0}, PROJECTOR]
     assert edited(own, PolicyEdits(method=method)) == [RULES[0] | {"method": method}, PROJECTOR]
