@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
 from milora_vl.report import tables
-from milora_vl.report.plots import Plot, plots_of
+from milora_vl.report.plots import Plot, plots_of, suites_of
 from milora_vl.report.read_run import Comparison, Json, Run, Score, is_fraction, label, read_run
 from milora_vl.report.repeat import commands
-from milora_vl.report.tables import amount, method_name, number, percent, points
+from milora_vl.report.tables import amount, change, method_name, number, percent, points
 
 # A question with the answers of the base model and of the tuned one, as predictions.jsonl has them.
 Asked = tuple[Json | None, Json | None]
@@ -70,12 +70,13 @@ def regenerate_report(folder: Path) -> None:
 
 def _content(run: Run) -> dict[str, Any]:
     """Return the variables of the template."""
-    recipe, typed = run.folder / "recipe.yaml", commands(run)
-    plots = plots_of(run)
+    recipe, plots, found = run.folder / "recipe.yaml", plots_of(run), run.headline()
     return {
+        "run": run,
         "title": title(run),
         "lede": summary(run),
-        "facts": list(facts(run)),
+        "headline": found,
+        "interval": _interval(run, found[1]) if found else "",
         "suites": [_suite(comparison, plots) for comparison in run.comparisons],
         "outcome_class": {name: css for name, (_, css) in OUTCOMES.items()},
         "earlier": tables.earlier_table(run),
@@ -85,15 +86,15 @@ def _content(run: Run) -> dict[str, Any]:
         "score_changes": tables.score_changes(run.forgetting),
         "analysis": _analysis(run.folder / "analysis"),
         "plots": plots,
+        "during_training": suites_of(run.history),
         "tasks": tables.tasks_table(run),
         "policy": tables.policy_table(run),
         "protection": tables.protection_table(run),
-        "commands": typed,
+        "commands": commands(run),
         "versions": _versions(run.environment),
         "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "",
         "credits": credits_of(run),
-        "percent": percent,
-        "label": label,
+        **{function.__name__: function for function in (amount, change, duration, label, percent, points)},
     }
 
 
@@ -156,36 +157,6 @@ def _unevaluated(run: Run) -> str:
     return f"Trained{words}; not evaluated yet."
 
 
-def facts(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Yield (name, value, more) of the key figures that the files of the run provide."""
-    if found := run.headline():
-        score = found[1]
-        if run.gain is not None:
-            over = {"base": "the base", "majority": "the majority answer"}[run.gain.over]
-            yield f"gain over {over}", f"{points(score.any, run.gain.value)} points", _interval(run, score)
-        elif score.before and score.after:
-            ends = (amount(metric, metric["value"]) for metric in (score.before, score.after))
-            yield "gain", f"{tables.change(score)} points", "from {} to {}".format(*ends)
-        if (baseline := score.any.get("baseline")) is not None:
-            yield "majority answer", amount(score.any, baseline), "without looking at the picture"
-    if lost := forgotten(run):
-        yield "forgetting", f"{lost['kl']:.3f} nats", "per token of ordinary text"
-    trainable, total = run.policy.get("trainable"), run.policy.get("total")
-    if trainable and total:
-        yield "parameters trained", percent(trainable / total), f"{trainable:,} of {total:,}"
-    known = run.environment
-    if known.get("finished") and known.get("seconds"):
-        before = known.get("seconds_before_training")
-        start = f", {duration(before)} of it before the first step" if before else ""
-        yield "training", duration(known["seconds"]), f"{known.get('device', '')}{start}"
-    records = known.get("data", {})
-    if records.get("train"):
-        skipped = f", {records['skipped']:,} skipped" if records.get("skipped") else ""
-        if later := max((int(entry.get("skipped_records", 0)) for entry in run.history), default=0):
-            skipped += f", {later:,} more while training"
-        yield "training records", f"{records['train']:,}", f"{records.get('eval') or 0:,} for evaluation{skipped}"
-
-
 def duration(seconds: float) -> str:
     """Return a duration as text.
 
@@ -204,12 +175,12 @@ def forgotten(run: Run) -> Json | None:
     return next(filter(None, measured), None)
 
 
-def _suite(comparison: Comparison, plots: Mapping[str, Plot]) -> dict[str, Any]:
+def _suite(comparison: Comparison, plots: Mapping[str, str]) -> dict[str, Any]:
     return {
         "name": comparison.suite,
         "has_before": comparison.before is not None,
         "has_after": comparison.after is not None,
-        "plot": plots.get(f"scores-{comparison.suite}"),
+        "plot": plots.get(f"scores-{comparison.suite}".replace("/", "-")),
         "outcomes": outcomes(questions(comparison)),
         "tables": tables.score_tables(comparison),
     }

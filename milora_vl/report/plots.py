@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from milora_data.pictures.thumbnails import data_uri
 from milora_vl.common.atomic_write import write_text
 from milora_vl.report.read_run import Json, Run, Score, is_fraction, label
-from milora_vl.report.tables import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +39,7 @@ History = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot in the page: its data URI, and its caption as alternative text."""
+    """A plot in a page: its data URI, and its caption as alternative text."""
 
     uri: str
     alt: str
@@ -73,77 +72,65 @@ def draw(folder: Path, name: str, figure: Figure, alt: str) -> Plot:
     return Plot(data_uri(image, "image/png"), alt)
 
 
-def plots_of(run: Run) -> dict[str, Plot]:
-    """Draw the plots that the run's files allow into its folder plots/.
+def plots_of(run: Run) -> dict[str, str]:
+    """Draw the plots that the run's files allow into its folder plots/, and return them as URIs.
 
     `loss`, `forgetting`, `suite`, `protection` for protected inputs, `scores-SUITE`.
     """
-    folder, drawn = run.folder / "plots", dict[str, Plot]()
-    folder.mkdir(exist_ok=True)
     targets = run.policy.get("targets", ())
     adapted = [str(target["method"]) for target in targets if target.get("rank")]
     colour = method_colour(next(iter(adapted), "full")) or INK
-
-    def add(name: str, figure: Figure, words: str) -> None:
-        drawn[name] = draw(folder, name, figure, words)
-
+    figures = {}
     if any("loss" in entry for entry in run.history):
-        add("loss", loss_figure(run.history, colour), loss_words(run.history))
-    if measured := [entry for entry in run.history if "forgetting" in entry]:
-        last = measured[-1]
-        words = (
-            f"Forgetting on general text during training, in nats per token: {last['forgetting']:.3f} "
-            f"(±{last['forgetting_stderr']:.3f}) at step {last['step']:,}. The loss on the text itself changed by "
-            f"{last['forgetting_loss_change']:+.3f}."
-        )
-        add("forgetting", forgetting_figure(run.history, colour), words)
+        figures["loss"] = loss_figure(run.history, colour)
+    if any("forgetting" in entry for entry in run.history):
+        figures["forgetting"] = forgetting_figure(run.history, colour)
     if names := suites_of(run.history):
-        latest = {key: value for entry in run.history for key, value in entry.items()}
-        words = ", ".join(f"{name} {latest[f'{SCORE}{name}']:.1f}" for name in names)
-        words = f"Scores of a small suite during training; at the last step: {words}."
-        add("suite", suite_figure(run.history, names), words)
+        figures["suite"] = suite_figure(run.history, names)
     if protection := run.policy.get("protection"):
         shares = sorted({float(target["protect"]) for target in targets if target.get("protect")})
-        words = (
-            "The share of the energy of each layer's inputs that lies in its protected directions. There the update is "
-            "zero, before and after any training."
-        )
-        add("protection", protection_figure(protection, shares), words)
+        figures["protection"] = protection_figure(protection, shares)
     for comparison in run.comparisons:
         scores = [score for score in comparison.scores() if is_fraction(score.any)]
         if scores:
             after = comparison.after
-            words = "Correct answers before and after. " + " ".join(
-                f"{name}: {number(score.before)}, then {number(score.after)}."
-                for name, score in zip(names_of(scores), scores, strict=True)
-            )
             models = ("base", "tuned" if after is None or after.which == "final" else after.which)
-            file = f"scores-{comparison.suite.replace('/', '-')}"
-            drawn[f"scores-{comparison.suite}"] = draw(folder, file, scores_figure(scores, models, colour), words)
-    return drawn
+            figures[f"scores-{comparison.suite}".replace("/", "-")] = scores_figure(scores, models, colour)
+    (run.folder / "plots").mkdir(exist_ok=True)
+    return {name: draw(run.folder / "plots", name, figure, "").uri for name, figure in figures.items()}
 
 
-def loss_words(history: History) -> str:
-    """Return the first and last losses in one sentence."""
-    logged = [entry for entry in history if "loss" in entry]
-    train = [float(entry["loss"]) for entry in logged]
-    evaluated = [float(entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    tail = train[-max(1, len(train) // 10) :]
-    first = f" (mean of the first {logged[0]['step']:,} steps)" if logged[0]["step"] > 1 else ""
-    steps = max(int(entry["step"]) for entry in history)
-    words = f"Over {steps:,} steps the training loss went from {train[0]:.2f}{first} to {sum(tail) / len(tail):.2f}"
-    words += " (mean of the last tenth)" if len(tail) > 1 else ""
-    return f"{words}; on the evaluation records it is {evaluated[-1]:.2f} at the end." if evaluated else f"{words}."
+@contextmanager
+def styled() -> Iterator[None]:
+    """Use our sizes and colours as defaults of matplotlib inside the block."""
+    import matplotlib as mpl
+
+    settings: dict[Any, Any] = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        "figure.dpi": _DPI,
+        "font.size": 9.5,
+        "axes.linewidth": 0.8,
+        "axes.titlepad": 8.0,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+@contextmanager
+def page_figure(height: float) -> Iterator[Figure]:
+    """Yield an empty figure as wide as the page, in our style."""
+    from matplotlib.figure import Figure
+
+    with styled():
+        yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def loss_figure(history: History, colour: str = INK) -> Figure:
     """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
-    with styled():
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    with page_figure(3.6) as figure:
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
         many = len(train[0]) > 30
         top.plot(*train, color=colour, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train")
@@ -159,7 +146,7 @@ def loss_figure(history: History, colour: str = INK) -> Figure:
         peak = max(rate[1], default=0.0) or 1.0
         strip.fill_between(*rate, color=GREY, alpha=0.35, lw=0)
         strip.set(xlabel="step", xlim=(0, None), ylim=(0, peak))
-        strip.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        strip.locator_params(axis="x", nbins=8, integer=True)
         strip.set_yticks([0, peak], ["0", f"{peak:.0e}".replace("e-0", "e-")])
         strip.set_ylabel("rate", rotation=0, ha="right", va="center")
     return figure
@@ -170,9 +157,6 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
 
     `protection` maps the path of a module to its numbers in policy.json; `shares` are the `protect` of the rules.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     key = "held_out" if all(numbers["held_out"] is not None for numbers in protection.values()) else "energy"
     lines: dict[str, dict[int, float]] = {}  # path of the module without its block -> block -> share
     for path, numbers in protection.items():
@@ -181,8 +165,7 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
     names: dict[tuple[tuple[int, float], ...], list[str]] = {}  # modules that read the same input share a line
     for path, shares_of in lines.items():
         names.setdefault(tuple(sorted(shares_of.items())), []).append(path.rpartition(".")[2])
-    with styled():
-        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    with page_figure(3.2) as figure:
         axis = figure.subplots()
         for share in shares:
             axis.axhline(100 * share, color=GREY, lw=1, ls="--")
@@ -202,7 +185,7 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
         last = max(block for line in names for block, _ in line)
         axis.set(xlabel="layer", ylim=(bottom, 100 + (100 - bottom) / 25), xlim=(-0.5, last + 0.5))
         axis.yaxis.set_major_formatter("{x:g} %")
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.locator_params(axis="x", nbins=8, integer=True)
         of = "held-out" if key == "held_out" else "the calibration"
         title = f"What the update cannot touch: share of the energy of {of} inputs"
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -223,19 +206,15 @@ def _apart(values: Sequence[float], least: float) -> list[float]:
 
 def forgetting_figure(history: History, colour: str = INK) -> Figure:
     """Draw forgetting over steps with one standard error on either side. It is 0 at step 0."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
     steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
-    with styled():
-        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    with page_figure(2.6) as figure:
         axis = figure.subplots()
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
         axis.plot(steps, values, color=colour, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
         axis.set(xlabel="step", ylabel="forgetting, nats per token", xlim=(0, None), ylim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.locator_params(axis="x", nbins=8, integer=True)
     return figure
 
 
@@ -250,12 +229,8 @@ def suites_of(history: History) -> list[str]:
 
 def suite_figure(history: History, names: Sequence[str]) -> Figure:
     """Draw the scores during training over steps with one standard error on either side."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     colours, marks = colours_of(names), marks_of(names)
-    with styled():
-        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    with page_figure(2.6) as figure:
         axis = figure.subplots()
         for name in names:
             steps, values = _series(history, f"{SCORE}{name}")
@@ -265,7 +240,7 @@ def suite_figure(history: History, names: Sequence[str]) -> Figure:
                 lw=1.6, elinewidth=0.8, label=name,
             )  # fmt: skip
         axis.set(xlabel="step", ylabel="score, % or points", xlim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.locator_params(axis="x", nbins=8, integer=True)
         axis.legend(loc="best")
     return figure
 
@@ -278,12 +253,9 @@ def names_of(scores: Sequence[Score]) -> list[str]:
 
 def scores_figure(scores: Sequence[Score], models: tuple[str, str] = ("base", "tuned"), colour: str = INK) -> Figure:
     """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
-    from matplotlib.figure import Figure
-
     shown: dict[str, Any] = {}  # name in the legend -> a marker
     rings = {"fmt": "o", "ms": 8, "mew": 1.8, "elinewidth": 1.6, "capsize": 3, "zorder": 3}
-    with styled():
-        figure = Figure(figsize=(WIDTH, 0.95 + 0.36 * len(scores)), layout="constrained")
+    with page_figure(0.95 + 0.36 * len(scores)) as figure:
         axis = figure.subplots()
         for row, score in enumerate(scores):
             if score.before and score.after:
@@ -329,24 +301,6 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     write_text(path, text.getvalue())
-
-
-@contextmanager
-def styled() -> Iterator[None]:
-    """Use our sizes and colours as defaults of matplotlib inside the block."""
-    import matplotlib as mpl
-
-    settings: dict[Any, Any] = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
-        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-        "figure.dpi": _DPI,
-        "font.size": 9.5,
-        "axes.linewidth": 0.8,
-        "axes.titlepad": 8.0,
-    }
-    with mpl.rc_context(settings):
-        yield
 
 
 def _series(history: History, key: str) -> tuple[list[int], list[float]]:

@@ -28,14 +28,6 @@ class Commands:
     report: str
     earlier: tuple[str, ...] = ()  # evaluate this run on the tasks of earlier ones that have no score yet
 
-    def steps(self) -> list[tuple[str, str]]:
-        """Return (purpose, command) pairs in the order of work."""
-        named = {
-            "original command": self.as_typed, "train again": self.repeat, "evaluate": self.evaluate,
-            "ask": self.chat, "this page": self.report,
-        }  # fmt: skip
-        return [(purpose, command) for purpose, command in named.items() if command]
-
 
 def commands(run: Run) -> Commands:
     """Return the command of this run and the commands that use it."""

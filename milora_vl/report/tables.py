@@ -97,7 +97,7 @@ def score_tables(comparison: Comparison) -> list[Table]:
         header: tuple[str, ...] = (*columns, "note")
         if not any(row[-1] for row in rows):
             header, rows = columns, [row[:-1] for row in rows]
-        tables.append(Table(header, tuple(rows), _about(comparison, benchmark)))
+        tables.append(Table(header, tuple(rows), _about(comparison, benchmark), title=benchmark))
     return tables
 
 

@@ -13,7 +13,18 @@ from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.methods import label_of
-from milora_vl.report.plots import GREY, INK, PAPER, WIDTH, colours_of, draw, marks_of, method_colour, styled, write_csv
+from milora_vl.report.plots import (
+    GREY,
+    INK,
+    PAPER,
+    Plot,
+    colours_of,
+    draw,
+    marks_of,
+    method_colour,
+    page_figure,
+    write_csv,
+)
 from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.curves import Ratio, equal_loss_table, ratios_to
 from milora_vl.sweep.results import Answers, Arm, Mean, Pair, arms, pairs
@@ -150,12 +161,12 @@ def pairs_table(compared: Sequence[Pair]) -> Table:
 
 def _figures(
     compared: Compared, all_arms: Sequence[Arm], ratios: Mapping[str, Mapping[str, Ratio | None]]
-) -> dict[str, dict[str, Any]]:
-    """Draw the figures that the results allow; return plot and caption of each by name."""
-    drawn: dict[str, dict[str, Any]] = {}
+) -> dict[str, Plot]:
+    """Draw the figures that the results allow, by name."""
+    drawn = dict[str, Plot]()
 
     def add(name: str, figure: Figure, caption: str) -> None:
-        drawn[name] = {"plot": draw(compared.folder, name, figure, caption), "caption": caption}
+        drawn[name] = draw(compared.folder, name, figure, caption)
 
     if compared.reference and ratios:
         words = f"The ratios of the table: a line is a 95 % interval over seeds, 1 is {compared.reference}."
@@ -174,13 +185,10 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
 
     `panels` maps the name of what is forgotten (the x axis) to the arms with it: text and pictures.
     """
-    from matplotlib.figure import Figure
-
     labels = [arm.label for arm in next(iter(panels.values()))]
     colours, marks = colours_of(labels), marks_of(labels)
     panels = {forgets: list(map(_finite, of_panel)) for forgets, of_panel in panels.items()}
-    with styled():
-        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    with page_figure(4.6) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (forgets, of_panel) in zip(axes, panels.items(), strict=True):
             for arm in of_panel:
@@ -235,8 +243,6 @@ def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: 
 
     One or two panels (of one task) are sorted by the first; of several tasks, the arms keep their order.
     """
-    from matplotlib.figure import Figure
-
     names = set(references)
     reference = names.pop() if len(names) == 1 else None  # None: each panel has its own, with a row
     shown = [{arm: ratio for arm, ratio in ratios.items() if ratio and arm != reference} for ratios in panels.values()]
@@ -245,8 +251,7 @@ def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: 
         labels.sort(key=lambda label: shown[0][label].value if label in shown[0] else 0.0)
     values = [ratio.value for ratios in shown for ratio in ratios.values()] + [0.6, 1.7]
     low, high = min(values) / 1.5, max(values) * 1.5
-    with styled():
-        figure = Figure(figsize=(WIDTH, 1.4 + 0.27 * len(labels)), layout="constrained")
+    with page_figure(1.4 + 0.27 * len(labels)) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, name, ratios in zip(axes, panels, shown, strict=True):
             axis.axvline(1, color=GREY, lw=1, ls="--", zorder=0)
@@ -277,13 +282,10 @@ def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: 
 
 def rates_figure(all_arms: Sequence[Arm]) -> Figure:
     """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
-    from matplotlib.figure import Figure
-
     labels = [arm.label for arm in all_arms]
     colours, marks = colours_of(labels), marks_of(labels)
     rates = {point.learning_rate for arm in all_arms for point in arm.points}
-    with styled():
-        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    with page_figure(3.0) as figure:
         axes = figure.subplots(1, 3)
         for axis, field in zip(axes, ("validation", "score", "forgetting"), strict=True):
             for arm in all_arms:

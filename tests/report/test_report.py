@@ -15,9 +15,8 @@ from milora_eval.scores.results import numbers
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.report.__main__ import main as report_main
-from milora_vl.report.page import credits_of, duration, facts, regenerate_report, summary, write_report
-from milora_vl.report.plots import loss_words
-from milora_vl.report.read_run import Run, read_run
+from milora_vl.report.page import credits_of, regenerate_report, summary, write_report
+from milora_vl.report.read_run import read_run
 from milora_vl.report.repeat import commands, questions_of
 from milora_vl.report.tables import number
 from support.fake_run import dump, make_run
@@ -70,15 +69,15 @@ def page_of(run: Path) -> Page:
     return page
 
 
-def test_the_first_loss_and_the_time_of_a_training_say_what_they_are() -> None:
-    def words(first: int) -> str:
-        return loss_words([{"step": first, "loss": 2.0}, {"step": 25, "loss": 1.0}])
-
-    assert "went from 2.00 to 1.00" in words(1)
-    assert "from 2.00 (mean of the first 10 steps) to 1.00" in words(10)
-    environment = {"finished": "now", "seconds": 300.0, "seconds_before_training": 120.0, "device": "cpu"}
-    (fact,) = facts(Run(Path(), environment=environment))
-    assert fact[2] == f"cpu, {duration(120)} of it before the first step"
+def test_the_first_loss_and_the_time_of_a_training_say_what_they_are(run: Path) -> None:
+    shutil.rmtree(run / "eval")
+    edit(run / "environment.json", lambda content: content.update(seconds=300.0, seconds_before_training=120.0))
+    for first, words in (1, "from 2.00 to 1.00;"), (10, "from 2.00 (mean of the first 10 steps) to 1.00;"):
+        log = [{"step": first, "loss": 2.0}, {"step": 25, "loss": 1.0, "eval_loss": 1.5}]
+        dump(run / "trainer_state.json", {"log_history": log})
+        text = page_of(run).text
+        assert f"Over 25 steps the training loss went {words} on the evaluation records it is 1.50" in text
+    assert "5 min 00 scpu, 2 threads, 2 min 00 s of it before the first step" in text
 
 
 def test_the_page_tells_the_result_in_words(finished: Path) -> None:
