@@ -115,13 +115,13 @@ def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
         return model
     if scale != 1:
         require_scalable(model, folder)
-    tuned: nn.Module = _load_any(model, folder)
+    tuned: nn.Module = load_any(model, folder)
     if scale != 1:
         Update(tuned).set(scale)
     return tuned
 
 
-def _load_any(model: nn.Module, folder: Path) -> Any:
+def load_any(model: nn.Module, folder: Path, *, allow_base_mismatch: bool = False) -> Any:
     """Return `model` with the adapter in `folder`, which may be of any kind.
 
     Raises AdapterError and UserError for an adapter that does not fit, and UserError for an adapter that was
@@ -135,7 +135,7 @@ def _load_any(model: nn.Module, folder: Path) -> Any:
         if source.kind == "plain":
             refuse_mutating(source.folder)
         if source.kind in ("ours", "plain") or _is_residual_of(model, source):
-            return load_adapter(model, source.folder)
+            return load_adapter(model, source.folder, allow_base_mismatch=allow_base_mismatch)
         adapter, _ = import_adapter(source, model, str(model.name_or_path))
         with tempfile.TemporaryDirectory() as scratch:
             write_plain(adapter, Path(scratch))
