@@ -75,14 +75,14 @@ def _values(rows: Sequence[Row], field: str) -> list[float]:
 def _figures(groups: dict[str, list[Row]]) -> dict[str, tuple[Figure, str]]:
     """Draw the figures that the rows allow; return figure and caption of each by name, in the order of the page."""
     rows = [row for members in groups.values() for row in members]
+    deep = {name: members for name, members in groups.items() if len({row["block"] for row in members}) > 1}
     drawn = {}
     if "sigma" in rows[0]:
         words = "Singular values of every layer. Darker lines are closer to the input."
         drawn["spectra"] = _panels(groups, _draw_spectra, "position, largest first, %", "σ / σ₁"), words
     else:
         words = "Similarity between the left singular vectors of the update and of W, mean over the modules of a layer."
-        drawn["similarity"] = _panels(groups, _draw_similarities, "layer", "subspace similarity"), words
-    deep = {name: members for name, members in groups.items() if len({row["block"] for row in members}) > 1}
+        drawn["similarity"] = _panels(deep or groups, _draw_similarities, "layer", "subspace similarity"), words
     for field, (name, caption) in _OVER_LAYERS.items() if deep else ():
         if len(set(_values(rows, field))) > 1:  # a figure with one value shows nothing
             words = f"{caption} One line per module."
