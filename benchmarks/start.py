@@ -35,15 +35,15 @@ from milora_vl.core.calibration.activations import energy_limits, find_inputs, i
 from milora_vl.core.calibration.bases import ProtectedInputs
 from milora_vl.core.calibration.gradients import gradient_sketches
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor
 from milora_vl.train import calibration_batches, collators
 from milora_vl.train import model as models
-from milora_vl.train.plan.run_data import read_records
-from milora_vl.train.plan.screen import Screen
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.data import read_records
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import Screen
 
 NAMES = ("tiny", "smollm2", "smol-llava")
 

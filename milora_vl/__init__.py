@@ -1,7 +1,6 @@
-"""The public Python names, such as `Policy`, `apply_milora`, `load_model`; each is imported at its first use.
+"""The stable Python API, such as `apply_milora` and `load_model`.
 
-The names below are the stable API. Each is imported at its first use, so that `import milora_vl` is fast. Importing has
-one side effect: transformers' Auto classes can load models with a timm tower (`milora_vl.models.auto_classes`).
+Each name is imported at its first use, so that `import milora_vl` is fast and has no side effects.
 """
 
 from __future__ import annotations
@@ -9,18 +8,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from milora_vl.models import auto_classes
-
 if TYPE_CHECKING:
     from milora_vl.core.adapter.apply import apply_milora, merge
-    from milora_vl.core.adapter.files import load_adapter, save_adapter
-    from milora_vl.core.adapter.parameter_groups import parameter_groups
+    from milora_vl.core.adapter.rates import parameter_groups
     from milora_vl.core.adapter.reinit import reinit_peft, restore_split
+    from milora_vl.core.adapter.save_load import load_adapter, save_adapter
     from milora_vl.core.calibration.texts import calibration_texts
     from milora_vl.core.policy import Policy, Rule
     from milora_vl.core.svd import Factors, decompose
-    from milora_vl.interop.adapters.load_model import load_model
-    from milora_vl.models.collator import collator_for
+    from milora_vl.interop.load_model import load_model
+    from milora_vl.models.collator_for import collator_for
 
 __all__ = [
     "Factors",
@@ -45,15 +42,15 @@ _MODULE_OF = {
     "Rule": "core.policy",
     "apply_milora": "core.adapter.apply",
     "calibration_texts": "core.calibration.texts",
-    "collator_for": "models.collator",
+    "collator_for": "models.collator_for",
     "decompose": "core.svd",
-    "load_adapter": "core.adapter.files",
-    "load_model": "interop.adapters.load_model",
+    "load_adapter": "core.adapter.save_load",
+    "load_model": "interop.load_model",
     "merge": "core.adapter.apply",
-    "parameter_groups": "core.adapter.parameter_groups",
+    "parameter_groups": "core.adapter.rates",
     "reinit_peft": "core.adapter.reinit",
     "restore_split": "core.adapter.reinit",
-    "save_adapter": "core.adapter.files",
+    "save_adapter": "core.adapter.save_load",
 }
 
 
@@ -65,6 +62,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-auto_classes.register_when_imported()

@@ -17,7 +17,7 @@ from milora_vl.common.strict_models import Strict, problems_of
 from milora_vl.common.yaml_text import read_mapping
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.ranks import SpectralRank
+from milora_vl.core.policy.policy import SpectralRank
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies
@@ -203,7 +203,7 @@ def study_names() -> list[str]:
 def read_study(name: str) -> Study:
     """Read a study by name. Raises UserError with all problems in its file."""
     source = f"study {name}"
-    content, _ = read_mapping((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), source)
+    content = read_mapping((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), source)
     return parse_study(content, source)
 
 

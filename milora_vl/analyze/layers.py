@@ -28,6 +28,7 @@ from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import UserError, with_problems
 from milora_vl.common.progress import progress_bar
+from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
 from milora_vl.core.adapter.folders import (
     CONFIG,
     adapters_inside,
@@ -36,15 +37,15 @@ from milora_vl.core.adapter.folders import (
     holds_projector_alone,
     holds_residual,
 )
-from milora_vl.core.adapter.install import anchors_of, factors, has_anchor, trained_factors
 from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
-from milora_vl.core.policy.ranks import SpectralRank, with_ranks
+from milora_vl.core.policy.policy import SpectralRank, with_ranks
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.core.policy.towers import Towers, find_towers
 from milora_vl.core.svd import decompose, singular_values
 from milora_vl.core.weights.matrices import is_adaptable, is_linear, read_matrix
-from milora_vl.interop.adapters.load_model import load_any
+from milora_vl.core.weights.tensor_files import cached_singular_values
+from milora_vl.interop.load_model import load_any
 from milora_vl.models.devices import device_named
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
@@ -124,10 +125,11 @@ class Layer:
         """Return the relative distance of A and B from their start, or their norms if B started at 0 (LoRA)."""
         if not isinstance(self.after, LoraLayer):
             return {}
-        if has_anchor(self.after, "default"):
-            pairs = zip(trained_factors(self.after, "default"), anchors_of(self.after, "default"), strict=True)
-            return dict(zip(("moved_A", "moved_B"), (measures.moved(*pair) for pair in pairs), strict=True))
         A, B = factors(self.after, "default")
+        if has_anchor(self.after, "default"):  # [D; A0] and [B0 + E, E]
+            A0, B0 = anchors_of(self.after, "default")
+            D, E = A.chunk(2, dim=0)[0], B.chunk(2, dim=1)[1]
+            return {"moved_A": measures.moved(D, A0), "moved_B": measures.moved(E, B0)}
         norms = (float(torch.linalg.vector_norm(factor.double())) for factor in (A, self.after.scaling["default"] * B))
         return dict(zip(("norm_A", "norm_B"), norms, strict=True))
 
@@ -274,12 +276,12 @@ def write_ranks(options: argparse.Namespace) -> None:
         has_projector = find_towers(model).projector is not None
         policy = Policy.parse(DEFAULT_RULES if has_projector else without_projector(DEFAULT_RULES))
 
-    def weight(path: str) -> Tensor:
-        return read_matrix(model.get_submodule(path)).to(place)
+    def spectrum(path: str) -> Tensor:
+        return cached_singular_values(read_matrix(model.get_submodule(path)).to(place), options.factor_cache)
 
     try:
         fields = {name: getattr(options, name) for name in ("energy", "threshold", "budget", "min", "max")}
-        found = with_ranks(policy, model, SpectralRank(**fields), weight, cache=options.factor_cache, is_shown=True)
+        found = with_ranks(policy, model, SpectralRank(**fields), spectrum, is_shown=True)
     except UserError as error:  # its places are keys of the rank or of the policy
         flags = {"": "--min --max"} | {name: f"--{name}" for name in fields}
         problems = [replace(problem, where=flags.get(str(problem.where), problem.where)) for problem in error.problems]

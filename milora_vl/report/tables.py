@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from milora_vl.common.cli.table import Table
-from milora_vl.core.policy.methods import label_of, what_trains
+from milora_vl.core.policy.rules import label_of, what_trains
 from milora_vl.report.read_run import Comparison, Json, Run, Score, in_units, is_fraction, label, tasks_of
 
 

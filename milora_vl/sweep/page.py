@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
-from milora_vl.core.policy.methods import label_of
+from milora_vl.core.policy.rules import label_of
 from milora_vl.report.plots import (
     GREY,
     INK,

@@ -21,9 +21,9 @@ from torch.nn.functional import kl_div
 from transformers import TrainingArguments
 
 from milora_vl.common.compat.torch import extend_forward
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.calibration.bases import Calibration, kinds_of
-from milora_vl.core.calibration.modes import evaluated
 from milora_vl.core.policy.towers import image_token_of
 
 
@@ -41,7 +41,6 @@ class BaseKL:
 
     @property
     def num_texts(self) -> int:
-        """Return the number of texts, with and without pictures."""
         return sum(len(batch["input_ids"]) for kinds in self.sources for kind in kinds for batch in kind)
 
     def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor] | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from milora_vl.common.compat.transformers import layer_kinds
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -31,7 +31,6 @@ class RequireShards(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Look at every parameter; FSDP2 makes DTensors of all of them."""
         from torch.distributed.tensor import DTensor
 
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]

@@ -90,7 +90,9 @@ def write_messages(path: Path) -> None:
 
 def write_benchmarks(folder: Path) -> None:
     """Write small official benchmark files, questions like the demo's, and answers of other programs."""
-    from milora_eval.benchmarks.xlsx import write_xlsx
+    from pandas import DataFrame
+
+    from milora_eval.data_files import write_excel
     from milora_eval.suites import find_benchmark, folder_of
 
     evaluated = official_data.write_all(folder / "playground" / "data" / "eval")
@@ -106,7 +108,8 @@ def write_benchmarks(folder: Path) -> None:
     dump_lines(folder / "merge.jsonl", answers)
     mmbench = find_benchmark("mmbench")
     items = mmbench.load(folder_of(mmbench, folder / "data"))
-    write_xlsx(folder / "M_MMBench_DEV_EN.xlsx", ("index", "prediction"), [[int(item.id), "A"] for item in items])
+    table = DataFrame([{"index": int(item.id), "prediction": "A"} for item in items])
+    write_excel(folder / "M_MMBench_DEV_EN.xlsx", table)
     (folder / "shades.txt").write_text("Black or white?\n")
 
 
@@ -159,10 +162,9 @@ def released_lora() -> None:
 
 
 def residual() -> None:
-    """Train an adapter as PiSSA's scripts do: residual base, adapter and initial factors."""
+    """Train an adapter as PiSSA's scripts do, with its initial factors beside it."""
     pissa_trained(load_model("tiny")[0], Path()).save_pretrained("trained")
-    shutil.move("residual", "RESIDUAL")
-    shutil.copytree("RESIDUAL/pissa_init", "pissa_init")
+    shutil.move("residual/pissa_init", "pissa_init")
 
 
 def demo() -> None:
@@ -171,8 +173,8 @@ def demo() -> None:
 
 
 def quickstart() -> None:
-    shutil.copy("val.json", made(Path("data")) / "eval.json")
-    call(*TINY, "--eval_data_path", "data/eval.json", "--output_dir", "runs/mine")
+    shutil.copy("val.json", made(Path("data")) / "data-eval.json")
+    call(*TINY, "--eval_data_path", "data/data-eval.json", "--output_dir", "runs/mine")
 
 
 # What a page may presume -> the function that makes it, in a folder with the files above.
@@ -184,7 +186,7 @@ PRESUMED: dict[str, Callable[[], None]] = {
     "runs/full": lambda: call(*TINY[:-2], "--method", "full", "--output_dir", "runs/full"),
     "vicuna-clip": composed,
     "llava-v1.5-7b-lora": llava_lora,
-    "RESIDUAL": residual,
+    "pissa_init": residual,
     "checkpoints/llava-v1.5-7b-lora": released_lora,
 }
 

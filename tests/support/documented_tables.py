@@ -34,7 +34,6 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"lmsys/vicuna-7b-v1\.5", "language"),
     (r"openai/clip-vit-large-patch14-336", "tower"),
     (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
-    (r"--base BASE --residual RESIDUAL", "--base tiny --residual RESIDUAL --output_dir of-residual"),
     (r"--base BASE --initial pissa_init", "--base tiny --initial pissa_init --output_dir of-initial"),
     (r"hub:HuggingFaceH4/ultrafeedback_binarized:train_sft", "ultrafeedback.parquet"),
     # Recipes: their models.
@@ -77,7 +76,6 @@ EXCEPTIONS: dict[str, str] = {
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
-    r"python -m milora_eval judge ": "needs a server; tests/eval/test_eval_judge.py is one",
     r"python -m milora_eval run --server ": "needs a server; tests/eval/test_eval_server.py starts one",
     r"python -m studies\.peft_metamath ": "needs a GPU and the hub; tests/studies/test_peft_metamath.py has a stand-in",
     r"python (benchmarks|tests/support)/": "minutes to an hour each",
@@ -98,7 +96,7 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/choose.md": ("runs/mine",),
     "docs/continue.md": ("runs/a",),
     "docs/evaluation.md": ("runs/a", "runs/demo"),
-    "docs/exporting.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
+    "docs/exporting.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "pissa_init"),
     "docs/forgetting.md": ("runs/demo", "runs/full"),
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),
@@ -116,7 +114,7 @@ RULES = (
 # Page and first line of a block -> name of the file it shows, text to put before it, and a command that reads the file.
 FILES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("docs/data-format.md", "["): ("cats.json", "", "python -m milora_data check cats.json --image_folder ."),
-    ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data stats mixture.yaml"),
+    ("docs/data-format.md", "seed: 0"): ("mixture.yaml", "", "python -m milora_data check mixture.yaml"),
     ("docs/evaluation.md", '[{"image": "a.png", "question": "How many?", "answer": "3", "metric": "relaxed"}]'): (
         "rows.json",
         "",

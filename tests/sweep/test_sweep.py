@@ -23,7 +23,7 @@ from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import arms, mean_of, pairs
 from milora_vl.sweep.runner import Sweep, run_cells
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.sweep_cells import RECIPE, finish_cell

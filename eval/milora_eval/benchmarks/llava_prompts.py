@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.encode import templates
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Item
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
+SHORT, LETTER = f"\n{templates.SHORT}", f"\n{templates.LETTER}"
 LETTER_CN = "\n请直接回答选项字母。"
 LETTERS = string.ascii_uppercase
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -41,18 +41,6 @@ def picture_item(
     )
 
 
-def choices_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options of a row by letter: its list `options`, or as in VLMEvalKit's tables its columns A, B, ..."""
-    if "options" in row:
-        return {LETTERS[place]: str(option) for place, option in enumerate(row["options"])}
-    return {letter: row[letter] for letter in LETTERS if letter in row}
-
-
-def asked_for_letter(question: str, choices: Mapping[str, str]) -> str:
-    """Return a question, its options as lines "A. ...", and the request for a letter."""
-    return question + "".join(f"\n{letter}. {option}" for letter, option in choices.items()) + LETTER
-
-
 def lettered(options: Sequence[str]) -> str:
     """Return options as lines "A. ...", each after a newline."""
-    return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False))
+    return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

@@ -6,6 +6,7 @@ of a MiLoRA adapter that stock PEFT has loaded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,15 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
+from milora_vl.core.adapter.anchored import factors, has_anchor
 from milora_vl.core.adapter.apply import apply_milora
-from milora_vl.core.adapter.base_check import fitted
-from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.install import factors, has_anchor, lora_layer
-from milora_vl.core.adapter.names import PREFIX
+from milora_vl.core.adapter.folders import PREFIX, AdapterError
+from milora_vl.core.adapter.initialize import Progress
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, stored_tensors
 from milora_vl.core.calibration.bases import Calibration, CalibrationError
-from milora_vl.core.init.initialize import Progress
-from milora_vl.core.policy.methods import METHODS, RuleMethod
-from milora_vl.core.policy.rules import Rule
+from milora_vl.core.policy.rules import METHODS, Rule, RuleMethod
 from milora_vl.core.policy.towers import forget_peft
 from milora_vl.core.svd import Part
 
@@ -82,8 +81,8 @@ def reinit_peft(
             hint="pass  calibration=calibration_texts(model)  or batches of your own, or  protect=0",
         )
     rules = [_rule(path, layer, adapter, method, protect) for path, layer in layers.items()]
-    rules += [Rule(modules=path, method="full") for path in full]
     base = peft_model.unload()
+    rules += [Rule(modules=path, method="full") for path in _with_weights(base, full)]
     forget_peft(base)
     return apply_milora(base, rules, calibration=calibration, progress=progress)
 
@@ -193,12 +192,19 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect
     return Rule(modules=path, method=method, rank=rank, alpha=alpha, dropout=probability, protect=protect)
 
 
+def _with_weights(base: torch.nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return the modules that hold the weights: modules_to_save may name a container, such as a projector."""
+    inside = {path: base.get_submodule(path).named_modules(prefix=path) for path in paths}
+    holding = (p for pairs in inside.values() for p, m in pairs if next(m.parameters(recurse=False), None) is not None)
+    return list(dict.fromkeys(holding))
+
+
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_anchor(layer, adapter)
-    is_embedding = adapter in layer.lora_embedding_A
-    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-    for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
+    for axis, (name, factor) in enumerate(
+        zip(("lora_A.weight", "lora_B.weight"), factors(layer, adapter), strict=True)
+    ):
         saved = stored[f"{PREFIX}{path}.{name}"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
         # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].

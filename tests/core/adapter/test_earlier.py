@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from milora_vl import apply_milora, load_adapter, merge, save_adapter
+from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import APART_FILE, hold, read_earlier
-from milora_vl.core.adapter.files import load_checkpoint
-from milora_vl.core.adapter.install import fixed_names
-from milora_vl.core.adapter.names import EARLIER
+from milora_vl.core.adapter.folders import EARLIER
+from milora_vl.core.adapter.save_load import load_checkpoint
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.policy import Policy
 from support.adapter_cases import (
@@ -197,3 +197,17 @@ def test_another_base_and_more_steps_of_several_tasks_are_refused(tiny_llama, tm
         load_adapter(tiny_llama()[0], tmp_path / "b", is_trainable=True)
     with raises_code("adapter-earlier-update"):
         merge(model)
+
+
+def test_a_second_adapter_after_others_loads_into_another_base_if_allowed(tiny_llama, tmp_path: Path) -> None:
+    first_run(tiny_llama()[0], one_rule(), tmp_path / "a")
+    model = after(tiny_llama()[0], tmp_path / "a", one_rule(), [{}, {}])
+    save_adapter(model, tmp_path / "b")
+    with torch.no_grad():
+        for layer in model.modules():
+            if hasattr(layer, "get_base_layer"):
+                layer.get_base_layer().weight += 1.0
+    with raises_code("adapter-wrong-base"):
+        model.load_adapter(str(tmp_path / "b"), "second")
+    model.load_adapter(str(tmp_path / "b"), "second", allow_base_mismatch=True)
+    assert "second" in model.peft_config
