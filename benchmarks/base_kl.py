@@ -22,7 +22,7 @@ from torch import Tensor
 
 from milora_vl import Policy, apply_milora
 from milora_vl.core.calibration.texts import LENGTH
-from milora_vl.core.policy.default import DEFAULT_RULES
+from milora_vl.core.policy.rules import DEFAULT_RULES
 from milora_vl.models.base import find_base
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train import calibration_batches, collators

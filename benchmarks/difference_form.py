@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.difference import DifferenceLinear
+from milora_vl.core.adapter.anchored import DifferenceLinear
 from milora_vl.core.svd import decompose
 
 SHARES = (1e-3, 1e-2, 1e-1, 1.0)

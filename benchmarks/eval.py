@@ -23,9 +23,8 @@ from PIL import Image, ImageDraw
 
 from milora_data.records.record import Turn
 from milora_eval.answers.store import PREDICTIONS, to_line
+from milora_eval.benchmarks import vqa
 from milora_eval.benchmarks.llava_prompts import picture_item
-from milora_eval.benchmarks.vqav2 import VQAv2
-from milora_eval.rules import vqa
 from milora_vl.interop.adapters.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 
@@ -110,7 +109,7 @@ def memory(count: int) -> dict[str, Any]:
 
 def write_predictions(folder: Path, count: int) -> None:
     """Write predictions.jsonl for VQAv2, line by line."""
-    benchmark, data = VQAv2(), Path("data")
+    benchmark, data = vqa.VQAv2(), Path("data")
     with (folder / PREDICTIONS).open("w", encoding="utf-8") as file:
         for i in range(count):
             picture = data / "val2014" / f"COCO_val2014_{i // 6:012d}.jpg"

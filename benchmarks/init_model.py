@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from milora_vl.core.init.initialize import initialize
+from milora_vl.core.adapter.initialize import initialize
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.weights.matrices import read_matrix
 from milora_vl.interop.adapters.load_model import load_model

@@ -35,7 +35,7 @@ from milora_vl.core.calibration.activations import energy_limits, find_inputs, i
 from milora_vl.core.calibration.bases import ProtectedInputs
 from milora_vl.core.calibration.gradients import gradient_sketches
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor

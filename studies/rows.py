@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl import Policy
-from milora_vl.core.adapter.choose_a import first_rows_off
+from milora_vl.core.adapter.fixed_a import first_rows_off
+from milora_vl.core.calibration.activations import protected_inputs, task_sketches
 from milora_vl.core.calibration.bases import Batches, Calibration
-from milora_vl.core.calibration.calibrate import protected_inputs, task_sketches
 from milora_vl.core.weights.matrices import read_matrix
 from studies.study import Rows
 

@@ -17,7 +17,7 @@ from milora_vl.common.strict_models import Strict, problems_of
 from milora_vl.common.yaml_text import read_mapping
 from milora_vl.core.calibration import VERSION as CALIBRATION_VERSION
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.ranks import SpectralRank
+from milora_vl.core.policy.policy import SpectralRank
 from milora_vl.sweep.cells import Cell, arm_rules
 
 FOLDER = Path(__file__).parent  # its YAML files are the studies

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from milora_vl import Policy, apply_milora
 from milora_vl.core.adapter.fixed_a import fix_A
-from milora_vl.core.adapter.install import lora_layer
-from milora_vl.core.adapter.parameter_groups import parameter_groups
+from milora_vl.core.adapter.lora import lora_layer
+from milora_vl.core.adapter.rates import parameter_groups
 from milora_vl.core.calibration.bases import Calibration
-from milora_vl.core.policy.ranks import with_ranks
+from milora_vl.core.policy.policy import with_ranks
 from milora_vl.core.weights.matrices import read_matrix
+from milora_vl.core.weights.tensor_files import cached_singular_values
 from milora_vl.sweep.cells import Cell, CellNumbers
 from studies.rivals import loss_with, pieces
 from studies.rows import rows_of
@@ -65,7 +66,11 @@ def rules_on(base: nn.Module, study: Study, cell: Cell, factors: Path) -> list[d
     if ranks is None:
         return rules
     policy = Policy.parse(rules)
-    return with_ranks(policy, base, ranks, lambda path: read_matrix(base.get_submodule(path)), cache=factors).to_list()
+
+    def spectrum(path: str) -> Tensor:
+        return cached_singular_values(read_matrix(base.get_submodule(path)), factors)
+
+    return with_ranks(policy, base, ranks, spectrum).to_list()
 
 
 def adapted(task: Task, study: Study, cell: Cell, base: nn.Module, rules: list[dict[str, Any]], factors: Path) -> Any:

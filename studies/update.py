@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.install import base_layer, lora_layer
-from milora_vl.core.init.initialize import cached_factors
+from milora_vl.core.adapter.initialize import cached_factors
+from milora_vl.core.adapter.lora import base_layer, lora_layer
 from milora_vl.core.weights.matrices import as_matrix, is_adaptable
 
 

@@ -1,4 +1,4 @@
-"""The command `python -m milora_eval`: run, ls, score, judge, scales, compare, tradeoff, view.
+"""The command `python -m milora_eval`: run, ls, score, compare, view.
 
 It imports torch only when it loads a model.
 """
@@ -18,12 +18,9 @@ MENU = Menu(
             "run": ("milora_eval.commands.run", "run benchmarks on a model and compare it with its base"),
             "ls": ("milora_eval.commands.ls", "list suites and benchmarks"),
             "score": ("milora_eval.commands.score", "score stored answers or another program's predictions"),
-            "judge": ("milora_eval.commands.judge", "grade free-form answers with a judge model (MM-Vet, LLaVA-Bench)"),
         },
         "look": {
-            "scales": ("milora_eval.commands.scales", "scan sizes of an update: score against forgetting"),
-            "compare": ("milora_eval.commands.compare", "compute paired differences of two evaluations"),
-            "tradeoff": ("milora_eval.commands.tradeoff", "weigh the gain on targets against the change elsewhere"),
+            "compare": ("milora_eval.commands.compare", "compute paired differences of evaluations, means, sequences"),
             "view": ("milora_eval.commands.view", "write one HTML page to browse the answers of one or two runs"),
         },
     },
@@ -37,7 +34,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the commands and return its exit code."""
     return MENU.main(argv)
 
 

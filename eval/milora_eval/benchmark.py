@@ -1,4 +1,4 @@
-"""`Benchmark`, the base class: load items, make a prompt, score one answer, average with standard errors, submission.
+"""`Benchmark`, the base class: load items, make a prompt, score one answer, average with standard errors, upload.
 
 A new benchmark is one class with `name`, `files` and the methods `load` and `score`; everything else has defaults.
 Items carry everything that scoring needs, so stored answers can be scored again without the data and without a model.
@@ -6,15 +6,16 @@ Items carry everything that scoring needs, so stored answers can be scored again
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from milora_data.records.record import Turn, Video
-from milora_eval.stats import clustered_stderr, mean
-from milora_vl.common.cli.command_line import suggest
+from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.cli.command_line import did_you_mean, suggest
 from milora_vl.common.errors import UserError
 
 
@@ -53,25 +54,24 @@ class Item:
 
     @property
     def question(self) -> str:
-        """The text of the last turn."""
         return self.turns[-1].text
+
+    @property
+    def plain_text(self) -> str:
+        """The question without its `<image>` line, as in LLaVA's question files."""
+        return self.question.removeprefix("<image>\n")
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The model's answer to one item and its score; None if the answer alone cannot be scored.
-
-    `judgement` is the text of the judge model, for benchmarks that need one.
-    """
+    """The model's answer to one item and its score; None if the answer alone cannot be scored."""
 
     item: Item
     text: str
     value: float | None
-    judgement: str | None = None
 
     @property
     def worth(self) -> float:
-        """The value, 0.0 instead of None."""
         return self.value or 0.0
 
 
@@ -95,6 +95,23 @@ class Metric:
     mean_of: Literal["items", "types"] | None = None
     detail: bool = False
 
+    @property
+    def scale(self) -> float:
+        """The factor between the value and the number that people see: fractions are shown in percent."""
+        return 100.0 if self.unit == "fraction" else 1.0
+
+
+class Upload(NamedTuple):
+    """The file that a server or an official script reads: a list of objects, each with the id and text of an answer.
+
+    `file` may contain {name} and {split} of the benchmark. `source` is the key of `Item.meta` with the id.
+    """
+
+    file: str
+    id: str
+    text: str
+    source: str = "question_id"
+
 
 class Benchmark:
     """The base class of all benchmarks. `protocol` names the scoring rules; every result stores it."""
@@ -110,22 +127,18 @@ class Benchmark:
     folders: tuple[str, ...] = ()  # other names for the subfolder of the data folder, besides the benchmark's name
     source = ""  # where the files come from, one line
     metric = "accuracy"
-    can_resample = True  # whether the numbers are valid for pictures drawn twice and fast to compute (bootstrap)
-    judge = ""  # the model that grades the answers, for benchmarks that need one
-    judge_system = ""  # the system message for the judge
+    details = ("", "")  # name and key of `Item.meta`: results.json also has the score of each value of this key
+    upload: Upload | None = None
     origin = ""  # `module:Class` or `file.py:Class` of a benchmark that is not in the table of suites.py
 
     def __init__(self, protocol: str | None = None) -> None:
-        """Raises UserError if this benchmark does not have the protocol."""
-        if protocol is not None and protocol not in self.protocols:
-            near = suggest(protocol, self.protocols)
-            known = ", ".join(self.protocols)
-            raise UserError(
-                f'benchmark {self.name} has no protocol "{protocol}"; expected one of: {known}',
-                code="eval-unknown-protocol",
-                hint=f"did you mean {near[0]}?" if near else "",
-            )
         self.protocol = protocol or self.protocols[0]
+        if self.protocol not in self.protocols:
+            message = (
+                f'benchmark {self.name} has no protocol "{protocol}"; expected one of: {", ".join(self.protocols)}'
+            )
+            hint = did_you_mean(suggest(self.protocol, self.protocols)[:1])
+            raise UserError(message, code="eval-unknown-protocol", hint=hint)
 
     def load(self, data_dir: Path) -> list[Item]:
         """Read the items from a folder. Raises MissingData (a UserError) if a file is missing."""
@@ -136,24 +149,21 @@ class Benchmark:
         return True
 
     def prompt(self, item: Item) -> tuple[Turn, ...]:
-        """Return the conversation to show the model; its last turn is the user's."""
         return item.turns
 
     def score(self, item: Item, text: str) -> float | None:
         """Return the value of one answer, 0.0 to 1.0; None if the answer alone does not determine it."""
         raise NotImplementedError(f"benchmark {type(self).__name__} has no method score(item, text)")
 
-    def grade(self, item: Item, judgement: str) -> float | None:
-        """Return the value of an answer from the judge's text."""
-        return None
-
-    def judge_prompt(self, item: Item, text: str) -> str:
-        """Return the prompt for the judge about an answer."""
-        raise NotImplementedError(f"benchmark {self.name} has no judge")
-
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the numbers, the headline first: the mean, then the mean of each type if there are several types."""
-        return means(answers, self.metric)
+        answers = list(answers)
+        label, key = self.details
+        details = means(answers, "", kind_of=lambda answer: answer.item.meta[key], detail=True)[1:] if key else []
+        return [
+            *means(answers, self.metric),
+            *(replace(each, name=f"{label}: {each.name}", mean_of=None) for each in details),
+        ]
 
     def units(self, answers: Sequence[Answer]) -> Sequence[Answer]:
         """Return the answers that the headline averages, in the order of the items; several items can share one."""
@@ -161,7 +171,7 @@ class Benchmark:
 
     def llava_question(self, item: Item) -> dict[str, Any]:
         """Return the item as a line of LLaVA's question files; question_id joins the answers to it."""
-        line = {"question_id": item.meta.get("question_id", item.id), "text": plain_text(item)}
+        line = {"question_id": item.meta.get("question_id", item.id), "text": item.plain_text}
         if item.images:
             line["image"] = item.meta.get("image", Path(item.images[0]).name)
         return line | {"category": item.kind or "default"}
@@ -174,14 +184,24 @@ class Benchmark:
         """Return the key of a line of LLaVA's answers file (question_id, prompt, text)."""
         return str(line["question_id"])
 
+    def uploaded(self, text: str) -> str:
+        """Return an answer in the form that the server or the official script reads."""
+        return text
+
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write files for the benchmark's server or official script; return them (default: none)."""
-        return []
+        """Write files for the benchmark's server or official script, by default that of `upload`; return them."""
+        if self.upload is None:
+            return []
+        file, number, text, source = self.upload
+        rows = [{number: answer.item.meta[source], text: self.uploaded(answer.text)} for answer in answers]
+        return [write_rows(folder / file.format(name=self.name, split=self.split), rows)]
 
 
-def plain_text(item: Item) -> str:
-    """Return the question without its `<image>` line, as in LLaVA's question files."""
-    return item.question.removeprefix("<image>\n")
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a JSON list of objects, or JSON lines if the name ends in .jsonl."""
+    if path.suffix == ".jsonl":
+        return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return write_text(path, json.dumps(rows, ensure_ascii=False))
 
 
 def means(
@@ -198,16 +218,38 @@ def means(
     scored = [answer for answer in answers if answer.value is not None]
     if not scored:
         return []
-    by_kind: dict[str, list[Answer]] = defaultdict(list)
-    for answer in scored:
-        by_kind[kind_of(answer)].append(answer)
+    by_kind = grouped(scored, kind_of)
     of_kinds = sorted(by_kind.items()) if len(by_kind) > 1 else []
-    return [_mean(name, scored), *(_mean(kind, part, detail=detail) for kind, part in of_kinds)]
+    return [mean_of_items(name, scored), *(mean_of_items(kind, part, detail=detail) for kind, part in of_kinds)]
 
 
-def _mean(name: str, answers: Sequence[Answer], *, detail: bool = False) -> Metric:
+def means_of_types(answers: Iterable[Answer], name: str) -> list[Metric]:
+    """Return the mean over the types of their means, then the mean of each type; standard errors are clustered."""
+    scored = [answer for answer in answers if answer.value is not None]
+    if not scored:
+        return []
+    values, kinds = [answer.worth for answer in scored], [answer.item.kind for answer in scored]
+    of_kinds = [mean_of_items(kind, part) for kind, part in grouped(scored).items()]
+    baselines = [metric.baseline for metric in of_kinds if metric.baseline is not None]
+    baseline = mean(baselines) if len(baselines) == len(of_kinds) else None
+    stderr = stratified_stderr(values, kinds, [answer.item.group for answer in scored])
+    headline = Metric(name, stratified_mean(values, kinds), stderr, len(scored), baseline, mean_of="types")
+    return [headline, *of_kinds]
+
+
+def mean_of_items(name: str, answers: Sequence[Answer], *, detail: bool = False) -> Metric:
     values = [answer.worth for answer in answers]
     stderr = clustered_stderr(values, [answer.item.group for answer in answers])
     baselines = [answer.item.baseline for answer in answers if answer.item.baseline is not None]
     baseline = mean(baselines) if len(baselines) == len(values) else None
     return Metric(name, mean(values), stderr, len(values), baseline, mean_of="items", detail=detail)
+
+
+def grouped(
+    answers: Iterable[Answer], key: Callable[[Answer], Hashable] = lambda answer: answer.item.kind
+) -> dict[Any, list[Answer]]:
+    """Return the answers by a key (default: the type of the question), in the order in which the keys appear."""
+    groups: dict[Any, list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(key(answer), []).append(answer)
+    return groups

@@ -1,32 +1,34 @@
-"""Find, read and write the official files of benchmarks (`--data`); errors say where to download missing ones.
+"""Find and read the official files of benchmarks (`--data`); errors say where to download missing ones.
 
 Names of files may be patterns (`data/test-*.parquet`). A table (`.parquet` of a data set of the hub, `.tsv` of
-VLMEvalKit) holds the questions and their pictures.
+VLMEvalKit) holds the questions and their pictures. pandas reads and writes text tables, as LLaVA's scripts do.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import csv
 import hashlib
-import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import ParseError
+from zipfile import BadZipFile
+
+import xxhash
 
 from milora_data.assets import cache_dir
 from milora_data.formats.jsonfile import not_utf8, read_objects
 from milora_data.pictures.files import ImageError, picture_size
 from milora_eval.benchmark import Benchmark, Item, MissingData
-from milora_vl.common.atomic_write import atomic_file, write_text
-from milora_vl.common.errors import MALFORMED, DataError, Problem, UserError, collected, with_context
+from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.errors import MALFORMED, DataError, Problem, UserError, collected, first_line
 
-# Texts that pandas reads as NaN: LLaVA's scripts read their tables with pandas.
-NOT_A_NUMBER = frozenset(
-    "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null|".split("|")
-)
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+AGAIN = "download the file again"
 
 
 def existing(data_dir: Path, names: str) -> list[Path]:
@@ -36,6 +38,11 @@ def existing(data_dir: Path, names: str) -> list[Path]:
         if paths and paths[0].exists():
             return paths
     return []
+
+
+def find_all(benchmark: Benchmark, data_dir: Path) -> list[Path]:
+    """Return the path of each entry of the benchmark's `files`. Raises MissingData with the expected files."""
+    return [find(benchmark, data_dir, names) for names in benchmark.files]
 
 
 def find(benchmark: Benchmark, data_dir: Path, names: str) -> Path:
@@ -67,10 +74,7 @@ def other_questions(benchmark: Benchmark, data_dir: Path) -> Path | None:
     if path is None:
         return None
     try:
-        if is_table(path):
-            first: Any = next(_rows(path, without="image"), {})
-        else:
-            first = next((value for _, value in read_objects(path)), None)
+        first: Any = next(_rows(path, without="image"), {}) if is_table(path) else next(json_values(path), None)
     except UserError:  # whoever reads the file reports it
         return None
     return None if benchmark.recognises(first) else path
@@ -94,7 +98,7 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
         return benchmark.load(data_dir)
     except UserError:
         raise
-    except (*MALFORMED, SyntaxError, csv.Error) as error:
+    except (*MALFORMED, SyntaxError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else str(error)
         files = ", ".join(name.partition("|")[0] for name in benchmark.files)
         raise DataError(
@@ -105,33 +109,24 @@ def load_items(benchmark: Benchmark, data_dir: Path) -> list[Item]:
         ) from None
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
-    """Yield the values of a JSONL file. Raises DataError with the line if one is not JSON or not UTF-8."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise with_context(not_utf8(path, error), f"line {number}") from None
-                except ValueError as error:
-                    raise DataError(
-                        f"not JSON: {error}",
-                        code="json-syntax",
-                        where=f"{path}:{number}",
-                        hint="download the file again",
-                    ) from None
+def json_values(path: Path) -> Iterator[Any]:
+    """Yield the values of JSON lines, or of a JSON list. Raises DataError with the place of broken JSON."""
+    return (value for _, value in read_objects(path))
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a JSON list of objects, or JSON lines if the name ends in .jsonl."""
-    if path.suffix == ".jsonl":
-        return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return write_text(path, json.dumps(rows, ensure_ascii=False))
+def file_digest(path: str) -> str | None:
+    """Return a hash of the content of a file; None without the file."""
+    total = xxhash.xxh3_128()
+    try:
+        with Path(path).open("rb") as file:
+            while chunk := file.read(1 << 22):
+                total.update(chunk)
+    except FileNotFoundError:
+        return None
+    return total.hexdigest()
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file is a table: a file of questions with their pictures."""
     return path.suffix in (".parquet", ".tsv")
 
 
@@ -144,7 +139,7 @@ def table_rows(benchmark: Benchmark, data_dir: Path) -> list[dict[str, Any]]:
     problems: list[Problem] = []
     rows = []
     for path in existing(data_dir, benchmark.files[0]):
-        found = read_table(path) if path.suffix == ".tsv" else _rows(path)  # a row of a .tsv may name a later one
+        found = list(_rows(path)) if path.suffix == ".tsv" else _rows(path)  # a row of a .tsv may name a later one
         pictures = {row["index"]: row.get("image") for row in found} if isinstance(found, list) else {}
         for number, row in enumerate(found, start=1):
             with collected(problems):
@@ -156,9 +151,10 @@ def table_rows(benchmark: Benchmark, data_dir: Path) -> list[dict[str, Any]]:
 
 
 def _rows(path: Path, without: str = "") -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table, of a parquet file without one of its columns."""
+    """Yield the rows of a table, of a parquet file without one of its columns; missing cells of a .tsv are omitted."""
     if path.suffix == ".tsv":
-        yield from _lines(path)
+        for row in read_table(path).to_dict("records"):
+            yield {str(name): cell for name, cell in row.items() if isinstance(cell, str)}
         return
     import pyarrow as arrow
     import pyarrow.parquet as parquet
@@ -169,51 +165,74 @@ def _rows(path: Path, without: str = "") -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(64, columns=columns):  # a file may hold a gigabyte of pictures
             yield from batch.to_pylist()
     except (arrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"cannot be read: {error}", code="table-syntax", where=str(path), hint="download the file again"
-        ) from None
+        raise DataError(f"cannot be read: {error}", code="table-syntax", where=str(path), hint=AGAIN) from None
+
+
+def read_table(path: Path) -> DataFrame:
+    """Return a tab-separated file, all cells as text; what pandas reads as missing ("None", "NA") is missing."""
+    import pandas
+
+    try:
+        return pandas.read_csv(path, sep="\t", dtype=str)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+    except pandas.errors.EmptyDataError:
+        return pandas.DataFrame()
+    except pandas.errors.ParserError as error:
+        raise DataError(f"broken table: {error}", code="table-syntax", where=str(path), hint=AGAIN) from None
+
+
+def read_excel(path: Path) -> DataFrame:
+    """Return the first sheet of an Excel table, text as it is, empty cells as "". Raises DataError if it is damaged."""
+    import pandas
+
+    try:
+        return pandas.read_excel(path, dtype=object, keep_default_na=False, engine="openpyxl")
+    except ImportError:
+        raise _no_openpyxl() from None
+    except (BadZipFile, zlib.error, ParseError, OSError, *MALFORMED) as error:
+        reason = f"cannot be read as an Excel table: {first_line(error)}"
+        raise DataError(reason, code="data-unreadable", where=str(path), hint="copy or save the file again") from None
+
+
+def write_excel(path: Path, frame: DataFrame) -> Path:
+    """Write one sheet. Control characters are removed; text stays text, even if it looks like a formula."""
+    import pandas
+
+    try:
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    except ImportError:
+        raise _no_openpyxl() from None
+    clean = frame.map(lambda cell: ILLEGAL_CHARACTERS_RE.sub("", cell)[:32767] if isinstance(cell, str) else cell)
+    with (
+        atomic_file(path) as partial,
+        partial.open("wb") as file,
+        pandas.ExcelWriter(file, engine="openpyxl") as writer,
+    ):
+        clean.to_excel(writer, index=False)
+        for cell in (cell for row in writer.book.active.iter_rows() for cell in row):
+            if isinstance(cell.value, str) and cell.value:
+                cell.data_type = "s"
+    return path
+
+
+def _no_openpyxl() -> UserError:
+    return UserError(".xlsx files need openpyxl", code="package-missing", hint="install it: pip install -e '.[eval]'")
 
 
 def _unpacked(image: Any, pictures: Mapping[str, Any], place: str) -> Path:
-    """Unpack the picture of a row: {bytes}, base64, or at most 64 characters, the index of the row that has it."""
     content = image.get("bytes") if isinstance(image, dict) else image
     if isinstance(content, str) and len(content) <= 64:
         content = pictures.get(content)
-    hint = "download the file again"
     if not content:
-        raise DataError("the row has no picture", code="data-picture-base64", where=place, hint=hint)
+        raise DataError("the row has no picture", where=place, hint=AGAIN)
     path = unpack_picture(content, place)
     try:
         picture_size(path)
     except ImageError as error:
         message = f"cannot read the picture: {error.reason}"
-        raise DataError(message, code="image-unreadable", where=place, hint=hint) from None
+        raise DataError(message, code="image-unreadable", where=place, hint=AGAIN) from None
     return path
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a tab-separated file with a header, as text; values that pandas reads as NaN are omitted."""
-    return list(_lines(path))
-
-
-def _lines(path: Path) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file, delimiter="\t", restkey=""):
-                yield {key: text for key, text in row.items() if isinstance(text, str) and text not in NOT_A_NUMBER}
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
-    except csv.Error as error:
-        raise DataError(
-            f"broken table: {error}", code="table-syntax", where=str(path), hint="download the file again"
-        ) from None
-
-
-def table_columns(path: Path) -> list[str]:
-    """Return the header of a tab-separated file."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file, delimiter="\t"), [])
 
 
 def unpack_picture(data: str | bytes, place: str) -> Path:
@@ -224,12 +243,7 @@ def unpack_picture(data: str | bytes, place: str) -> Path:
     try:
         content = base64.b64decode(data) if isinstance(data, str) else data
     except (binascii.Error, ValueError) as error:
-        raise DataError(
-            f"the picture is not base64: {error}",
-            code="data-picture-base64",
-            where=place,
-            hint="download the file again",
-        ) from None
+        raise DataError(f"the picture is not base64: {error}", where=place, hint=AGAIN) from None
     path = cache_dir() / "eval-pictures" / f"{hashlib.sha256(content).hexdigest()[:24]}.img"
     if not path.is_file():
         with atomic_file(path) as partial:  # shards may write the same picture at the same time

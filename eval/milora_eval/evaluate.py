@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
 from peft import PeftModel
 
 from milora_data.batches.processor_inputs import takes_videos
 from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
-from milora_eval.answers.questions import EvaluationPlan, Items, questions_of, read_items
-from milora_eval.answers.runner import Asker, Outcome, ask, ask_model, audit, finish, prompt_of
-from milora_eval.answers.served import ask_server, require_servable, served_name, served_settings
-from milora_eval.answers.store import alone
+from milora_eval.answers.questions import EvaluationPlan, Items, plan_of, questions_of
+from milora_eval.answers.runner import Asker, ask, ask_model, audit, finish, prompt_of
+from milora_eval.answers.served import ChatServer, ask_server, require_servable, served_name, served_settings
 from milora_eval.answers.target import EvalTarget
 from milora_eval.benchmark import Benchmark
-from milora_eval.chat_server import ChatServer
+from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.scores.exports import export
-from milora_eval.scores.results import Results, numbers, read_results, write_results
+from milora_eval.scores.results import Results, headlines, numbers, read_results, write_results
 from milora_eval.scores.table import write_table
-from milora_eval.suites import find_benchmark
+from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, folder_of, name_apart
 from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
-from milora_vl.interop.adapters.load_model import load_by_flags
+from milora_vl.interop.adapters.load_model import load_by_flags, require_scalable
 from milora_vl.interop.adapters.scale import Update
 from milora_vl.models.base import find_base
 from milora_vl.models.generate import require_prompts
@@ -58,17 +60,13 @@ def run(
     more settings, such as shards and an audit. Raises UserError for unknown benchmarks and missing data.
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
-    plan = EvaluationPlan(
-        suite="+".join(benchmark.name for benchmark in resolved),
-        benchmarks=resolved,
-        data_dir=Path(data_dir),
-        template=template,
-        image_aspect_ratio=image_aspect_ratio,
-        limit=limit,
-        batch_size=batch_size,
-        adapter=adapter,
+    name_apart(resolved, Path(data_dir), Path(output_dir))
+    chosen = Chosen("+".join(benchmark.name for benchmark in resolved), resolved)
+    plan, items = plan_of(chosen, Path(data_dir), limit)
+    plan = replace(
+        plan, template=template, image_aspect_ratio=image_aspect_ratio, batch_size=batch_size, adapter=adapter
     )
-    results = evaluate(model, processor, plan, read_items(resolved, plan.data_dir, limit), output_dir)
+    results = evaluate(model, processor, plan, items, output_dir)
     assert results is not None  # a single shard is always complete
     return results
 
@@ -87,19 +85,36 @@ def _evaluate(asker: Asker, plan: EvaluationPlan, items: Items, output_dir: str 
     folder = results_folder(output_dir, plan.suite, plan.which)
     questions = questions_of(plan, items)
     outcome = ask(asker, plan, questions, folder)
-    with nullcontext() if plan.shard[1] == 1 else alone(folder):
+    # The last two shards may finish at the same time. The system releases the lock also after a kill.
+    with nullcontext() if plan.shard[1] == 1 else FileLock(folder / ".lock"):
         if not finish(plan, questions, folder):
             return None
         return _write(plan, outcome, audit(asker, plan, questions, folder) if plan.audit else None, folder)
 
 
-def _write(plan: EvaluationPlan, outcome: Outcome, checked: dict[str, Any] | None, folder: Path) -> Results:
-    """Write results.json, the table and the files for other programs from the answers in `folder`."""
-    before = read_results(folder)
+def _write(plan: EvaluationPlan, asked: tuple[int, float], checked: dict[str, Any] | None, folder: Path) -> Results:
+    before, (num_asked, seconds), key = read_results(folder), asked, digest(plan.settings)
     # Forgetting and audit are kept only if the weights and settings are still the ones they were measured with.
-    same = before if (before.get("generation") or {}).get("key") == digest(plan.settings) else {}
-    results = _results(plan, outcome, before) | numbers(folder, plan.suite)
-    results |= {"forgetting": same.get("forgetting"), "audit": checked or same.get("audit")}
+    same = before if (before.get("generation") or {}).get("key") == key else {}
+    own = [benchmark for benchmark in plan.benchmarks if isinstance(benchmark, OwnData)]
+    limits = {benchmark.name: benchmark.max_new_tokens for benchmark in plan.benchmarks}
+    results: Results = {
+        "suite": plan.suite,
+        "which": plan.which,
+        "model": plan.model_name,
+        "adapter": plan.adapter and str(plan.adapter),
+        **({} if plan.scale == 1 else {"scale": plan.scale}),
+        "template": plan.template,
+        "data": str(plan.data_dir),
+        "limit": plan.limit,
+        "generation": plan.settings | {"key": key, "batch_size": plan.batch_size, "max_new_tokens": limits},
+        "seconds": round(seconds if num_asked else before.get("seconds", seconds), 1),
+        "asked": num_asked,
+        **numbers(folder, plan.suite),
+        "forgetting": same.get("forgetting"),
+        "audit": checked or same.get("audit"),
+        **({"questions": {each.name: each.identity(folder_of(each, plan.data_dir)) for each in own}} if own else {}),
+    }
     write_results(folder, results)
     write_table(folder)
     export(folder)
@@ -107,7 +122,6 @@ def _write(plan: EvaluationPlan, outcome: Outcome, checked: dict[str, Any] | Non
 
 
 def results_folder(output_dir: str | Path, suite: str, which: str) -> Path:
-    """Return the folder for the files of one evaluation."""
     return Path(output_dir) / "eval" / suite / which
 
 
@@ -116,7 +130,9 @@ def settings(
 ) -> dict[str, Any]:
     """Return everything except the question that an answer depends on; weights and tokenizer as digests."""
     tokenizer, image_processor = split_processor(processor)
-    own = {"chat_template": digest(_own_template(tokenizer))} if template_name(template) == OWN else {}
+    own: dict[str, Any] = {}
+    if template_name(template) == OWN:  # a model whose processor has a plain prompt has no chat template
+        own["chat_template"] = digest(own_template(tokenizer) if tokenizer.chat_template else "")
     return {
         "base": weights_digest(model),
         "adapter": None if adapter is None else adapter_digest(Path(adapter)),
@@ -130,56 +146,19 @@ def settings(
     }
 
 
-def _own_template(tokenizer: Any) -> str:
-    """Return the tokenizer's chat template; empty for a model whose processor has a plain prompt instead."""
-    return own_template(tokenizer) if tokenizer.chat_template else ""
-
-
-def add_forgetting(
-    folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int
-) -> dict[str, Any]:
+def add_forgetting(folder: Path, model: Any, processor: Any, base: Any | None, key: str, num_tokens: int) -> None:
     """Measure the text forgetting and write it to results.json, unless it holds a value with the same key."""
     results = read_results(folder)
     key = digest([key, num_tokens, general_text(), "errors by document"])
     if (results.get("forgetting") or {}).get("key") != key:
         measured = measure_forgetting(model, split_processor(processor)[0], base=base, num_tokens=num_tokens)
-        results["forgetting"] = asdict(measured) | {"key": key}
-        write_results(folder, results)
-    return dict(results["forgetting"])
-
-
-def _results(plan: EvaluationPlan, outcome: Outcome, before: Results) -> Results:
-    seconds = outcome.seconds if outcome.asked else before.get("seconds", outcome.seconds)
-    return {
-        "suite": plan.suite,
-        "which": plan.which,
-        "model": plan.model_name,
-        "adapter": plan.adapter and str(plan.adapter),
-        **({} if plan.scale == 1 else {"scale": plan.scale}),
-        "template": plan.template,
-        "data": str(plan.data_dir),
-        "limit": plan.limit,
-        "generation": plan.settings
-        | {
-            "key": digest(plan.settings),
-            "batch_size": plan.batch_size,
-            "max_new_tokens": {benchmark.name: benchmark.max_new_tokens for benchmark in plan.benchmarks},
-        },
-        "seconds": round(seconds, 1),
-        "asked": outcome.asked,
-    }
+        write_results(folder, results | {"forgetting": asdict(measured) | {"key": key}})
 
 
 def run_loaded(
-    target: EvalTarget,
-    plan: EvaluationPlan,
-    items: Items,
-    output_dir: Path,
-    *,
-    with_base: bool,
-    forgetting_tokens: int,
+    target: EvalTarget, plan: EvaluationPlan, items: Items, output_dir: Path, forgetting_tokens: int
 ) -> list[Path] | None:
-    """Load and evaluate the tuned model, and its base if `with_base`; 0 `forgetting_tokens`: no forgetting is measured.
+    """Load and evaluate the model at each scale of its update; 0 `forgetting_tokens`: no forgetting is measured.
 
     Returns their results folders, None while shards are missing.
     """
@@ -191,44 +170,92 @@ def run_loaded(
         prompts.limit(named.processor)
     for benchmark in plan.benchmarks:
         require_prompts(named, (prompt_of(benchmark, item) for item in items[benchmark.name]))
-    scale = target.scale if target.adapter is not None else 1.0  # of a fully trained model: below, with its base
     with at_flag("--model"):
-        model, processor = load_by_flags(target.model, target.adapter, target.dtype, target.device, scale)
+        model, processor = load_by_flags(target.model, target.adapter, target.dtype, target.device)
     prompts.limit(processor)
     base: Any = None
     base_name = target.base or target.model
-    if (target.base or with_base or isinstance(model, PeftModel)) and not can_recover_base(model):
+    is_trained = target.base or isinstance(model, PeftModel) or target.scales != (1.0,)
+    if is_trained and not can_recover_base(model):
         with at_flag("--base" if target.base else "--model"):
             base, _ = load_by_flags(base_name, None, target.dtype, target.device)
-    if target.adapter is None and target.scale != 1:
-        Update(model, base.state_dict()).set(target.scale)
-    done = []
-    if with_base:
-        of_base = replace(plan, which="base", model_name=base_name)
-        with nullcontext() if base is not None else model.disable_adapter():
-            done.append(evaluate(base or model, processor, of_base, items, output_dir))
-    tuned = replace(plan, which=target.which, model_name=target.model, adapter=target.adapter, scale=target.scale)
-    done.append(evaluate(model, processor, tuned, items, output_dir))
-    if not all(done):
-        return None
-    folders = [results_folder(output_dir, plan.suite, result["which"]) for result in done if result]
-    if forgetting_tokens and (base is not None or can_recover_base(model)):
-        sys.stderr.write(f"measuring forgetting on {forgetting_tokens:,} tokens of general text\n")
-        key = str((done[-1] or {})["generation"]["key"])
-        add_forgetting(folders[-1], model, processor, base, key, forgetting_tokens)
-    return folders
+    is_scaled = bool(set(target.scales) - {0.0, 1.0})
+    if is_scaled and isinstance(model, PeftModel) and target.adapter is not None:
+        require_scalable(model.get_base_model(), target.adapter)
+    update = Update(model, None if base is None else base.state_dict()) if is_scaled else None
+    folders = []
+    for scale in target.scales:
+        sized = replace(plan, which=target.named(scale), model_name=target.model, adapter=target.adapter, scale=scale)
+        if scale == 0:
+            sized = replace(plan, which="base", model_name=base_name)
+            with nullcontext() if base is not None else model.disable_adapter():
+                done = evaluate(base or model, processor, sized, items, output_dir)
+        else:
+            if update is not None:
+                update.set(scale)
+            done = evaluate(model, processor, sized, items, output_dir)
+        if done is None:
+            continue
+        folders.append(results_folder(output_dir, plan.suite, sized.which))
+        if scale and forgetting_tokens and (base is not None or can_recover_base(model)):
+            sys.stderr.write(f"measuring forgetting on {forgetting_tokens:,} tokens of general text\n")
+            key = str(done["generation"]["key"])
+            add_forgetting(folders[-1], model, processor, base, key, forgetting_tokens)
+    return folders if len(folders) == len(target.scales) else None
 
 
 def run_served(
-    server: ChatServer, model: str | None, plan: EvaluationPlan, items: Items, output_dir: Path
+    url: str, key: str, model: str | None, plan: EvaluationPlan, items: Items, output_dir: Path
 ) -> list[Path] | None:
     """Evaluate the model of this name on a server; return its results folder, None while shards are missing.
 
     Raises UserError for benchmarks that it cannot be asked, for a name that the server does not list, and (exit code 1)
     if the server stops answering.
     """
+    server = ChatServer(url, key)
     require_servable(plan, items)
     model = server.listed(model)
     plan = replace(plan, which=served_name(model), model_name=model, settings=served_settings(model))
     done = _evaluate(partial(ask_server, server, plan), plan, items, output_dir)
     return None if done is None else [results_folder(output_dir, plan.suite, plan.which)]
+
+
+class Suites:
+    """Suites, or lists of benchmarks and files, whose items are read once, to ask a model during its training.
+
+    `suites` has the data folder of each. `names` has the names of the benchmarks; `measure` returns a score
+    `eval_suite_NAME` for each. Raises UserError for missing data.
+    """
+
+    def __init__(
+        self,
+        suites: Mapping[str, str | None],
+        limit: int,
+        *,
+        template: str,
+        image_aspect_ratio: Literal["pad", "plain", "anyres"],
+    ) -> None:
+        every = [(choose(value), data_folder(value, data)) for value, data in suites.items()]
+        name_apart([benchmark for chosen, _ in every for benchmark in chosen.benchmarks], Path())
+        self._planned: list[tuple[EvaluationPlan, Items]] = []
+        for chosen, folder in every:
+            plan, items = plan_of(chosen, folder, limit)
+            plan = replace(plan, template=template, image_aspect_ratio=image_aspect_ratio)
+            self._planned.append((plan, items))
+        self.names = tuple(benchmark.name for plan, _ in self._planned for benchmark in plan.benchmarks)
+
+    def measure(self, model: Any, processor: Any) -> dict[str, float]:
+        """Return the headline of each benchmark and its standard error, for example `eval_suite_emoji`.
+
+        Fractions are in percent, as in tables. The mode of the model and the random state do not change. The next step
+        must not find these answers, so they go to a temporary folder.
+        """
+        entries: dict[str, float] = {}
+        for plan, items in self._planned:
+            with tempfile.TemporaryDirectory() as scratch, redirect_stderr(io.StringIO()):
+                results = evaluate(model, processor, plan, items, scratch)
+            assert results is not None  # a single shard is always complete
+            for benchmark, metric in headlines(results).items():
+                entries[f"eval_suite_{benchmark}"] = metric.scale * metric.value
+                entries[f"eval_suite_{benchmark}_stderr"] = metric.scale * (metric.stderr or 0.0)
+        return entries

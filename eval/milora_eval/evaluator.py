@@ -27,7 +27,7 @@ def training_questions(
     image_aspect_ratio: Literal["pad", "plain", "anyres"],
 ) -> TrainingQuestions:
     """Read the questions of suites, each with its data folder. Raises UserError for missing data."""
-    from milora_eval.during import Suites
+    from milora_eval.evaluate import Suites
 
     return Suites(suites, limit, template=template, image_aspect_ratio=image_aspect_ratio)
 

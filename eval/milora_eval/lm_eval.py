@@ -48,7 +48,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: the harness' table goes to stdout, its results to OUTPUT_DIR/lm_eval.json."""
     options = COMMAND.parse(argv)
     options.model = model_of(options.model, options.adapter, "milora_eval.lm_eval", "--adapter")
     evaluator, tasks, harness, utils = _harness()

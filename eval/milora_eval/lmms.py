@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from milora_data.records.record import Turn
-from milora_eval.answers.likelihood import loglikelihoods
+from milora_eval.answers.runner import loglikelihoods
 from milora_vl.common.errors import UserError
 from milora_vl.interop.adapters.load_model import load_by_flags
 from milora_vl.models.generate import Prompt, generate
@@ -63,7 +63,6 @@ class Milora(lmms):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Return the log-probability of each target, and whether greedy decoding produces it."""
         pairs = []
         for request in requests:
             context, target, *source = request.args
@@ -72,7 +71,6 @@ class Milora(lmms):
         return loglikelihoods(self.loaded, self.processor, pairs, template=self.template)
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Raises UserError: tasks with several rounds are not supported."""
         raise UserError(
             "the model milora does not support tasks with several rounds",
             code="lmms-unsupported",
@@ -99,7 +97,6 @@ def _beams(options: dict[str, Any]) -> int:
 
 
 def _until(text: str, stops: Any) -> str:
-    """Return the text up to the first of the stop strings."""
     for stop in [stops] if isinstance(stops, str) else stops:
         text = text.split(stop)[0] if stop else text
     return text.strip()

@@ -24,7 +24,6 @@ MIN_UNLIKE = 5
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the arithmetic mean; nan if there are no values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
@@ -51,7 +50,6 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
 
 
 def stratified_mean(values: Sequence[float], strata: Sequence[Hashable]) -> float:
-    """Return the mean of the means of the strata (question types)."""
     return mean([mean(part) for part in _parts(values, strata).values()])
 
 
@@ -180,7 +178,6 @@ def resampled_difference(
 
 
 def interval(draws: Sequence[float]) -> tuple[float, float]:
-    """Return the 2.5 and 97.5 percentiles; nan if there are no draws."""
     if not len(draws):
         return math.nan, math.nan
     low, high = np.percentile(draws, [2.5, 97.5])
@@ -235,6 +232,5 @@ def _bootstrap(
 
 
 def _numbered(names: Sequence[Hashable]) -> NDArray[np.int64]:
-    """Return a number from 0 for each name, equal for equal names."""
     numbers: dict[Hashable, int] = {}
     return np.fromiter((numbers.setdefault(name, len(numbers)) for name in names), np.int64, len(names))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,16 +19,19 @@ from typing import Any
 from milora_eval.benchmark import Benchmark
 from milora_eval.benchmarks.own_data import OwnData
 from milora_eval.data_files import existing, other_questions
-from milora_vl.common.cli.command_line import suggest
-from milora_vl.common.errors import UserError
+from milora_vl.common.atomic_write import read_json
+from milora_vl.common.cli.command_line import did_you_mean, suggest
+from milora_vl.common.errors import MALFORMED, UserError
+
+SEE = "see: python -m milora_eval ls"
 
 _HERE = "milora_eval.benchmarks"
 BENCHMARKS: dict[str, str] = {
-    "vqav2": f"{_HERE}.vqav2:VQAv2",
-    "vqav2-testdev": f"{_HERE}.vqav2:VQAv2TestDev",
+    "vqav2": f"{_HERE}.vqa:VQAv2",
+    "vqav2-testdev": f"{_HERE}.vqa:VQAv2TestDev",
     "gqa": f"{_HERE}.gqa:GQA",
-    "vizwiz": f"{_HERE}.vizwiz:VizWiz",
-    "vizwiz-test": f"{_HERE}.vizwiz:VizWizTest",
+    "vizwiz": f"{_HERE}.vqa:VizWiz",
+    "vizwiz-test": f"{_HERE}.vqa:VizWizTest",
     "scienceqa": f"{_HERE}.scienceqa:ScienceQAImages",
     "scienceqa-all": f"{_HERE}.scienceqa:ScienceQA",
     "textvqa": f"{_HERE}.textvqa:TextVQA",
@@ -37,23 +42,18 @@ BENCHMARKS: dict[str, str] = {
     "mmbench-test": f"{_HERE}.mmbench:MMBenchTest",
     "mme": f"{_HERE}.mme:MME",
     "seed-bench": f"{_HERE}.seed_bench:SEEDBench",
-    "mm-vet": f"{_HERE}.mm_vet:MMVet",
-    "llava-bench": f"{_HERE}.llava_bench:LLaVABench",
+    "mm-vet": f"{_HERE}.free_form:MMVet",
+    "llava-bench": f"{_HERE}.free_form:LLaVABench",
     "mmmu": f"{_HERE}.mmmu:MMMU",
-    "chartqa": f"{_HERE}.chartqa:ChartQA",
-    "docvqa": f"{_HERE}.docvqa:DocVQA",
-    "infovqa": f"{_HERE}.docvqa:InfoVQA",
-    "okvqa": f"{_HERE}.okvqa:OKVQA",
-    "ai2d": f"{_HERE}.ai2d:AI2D",
-    "realworldqa": f"{_HERE}.realworldqa:RealWorldQA",
-    "mmstar": f"{_HERE}.mmstar:MMStar",
-    "pathvqa": f"{_HERE}.pathvqa:PathVQA",
-    "cub200": f"{_HERE}.cub200:CUB200",
-    "refcoco": f"{_HERE}.refcoco:RefCOCO",
-    "refcoco+": f"{_HERE}.refcoco:RefCOCOPlus",
-    "refcocog": f"{_HERE}.refcoco:RefCOCOg",
-    "coco-captions": f"{_HERE}.captions:COCOCaptions",
-    "nocaps": f"{_HERE}.captions:NoCaps",
+    "chartqa": f"{_HERE}.plain_sets:ChartQA",
+    "docvqa": f"{_HERE}.plain_sets:DocVQA",
+    "infovqa": f"{_HERE}.plain_sets:InfoVQA",
+    "okvqa": f"{_HERE}.vqa:OKVQA",
+    "ai2d": f"{_HERE}.plain_sets:AI2D",
+    "realworldqa": f"{_HERE}.plain_sets:RealWorldQA",
+    "mmstar": f"{_HERE}.plain_sets:MMStar",
+    "pathvqa": f"{_HERE}.plain_sets:PathVQA",
+    "cub200": f"{_HERE}.plain_sets:CUB200",
     "boolq": f"{_HERE}.commonsense:BoolQ",
     "piqa": f"{_HERE}.commonsense:PIQA",
     "siqa": f"{_HERE}.commonsense:SIQA",
@@ -66,6 +66,7 @@ BENCHMARKS: dict[str, str] = {
     "math": f"{_HERE}.mathematics:MATH",
     "emoji": f"{_HERE}.emoji:Emoji",
 }
+ELSEWHERE = ("refcoco", "refcoco+", "refcocog", "coco-captions", "nocaps")
 LLAVA_PAPER = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mmbench")
 MATHEMATICS = ("gsm8k", "math")
 HELD_OUT = ("ai2d", "chartqa", "docvqa", "infovqa", "realworldqa", "seed-bench", "scienceqa", "mmstar")
@@ -121,35 +122,76 @@ class Chosen:
     partial: bool = False
 
 
-def choose(value: str, protocol: str | None = None) -> Chosen:
+def choose(value: str, protocol: str | None = None, *, data_dir: Path | None = None, run: Path | None = None) -> Chosen:
     """Return the benchmarks of a suite, or of a list with commas: names, FILE.json, FILE.py, module:Class.
 
-    Raises UserError for unknown names, and for a protocol that no benchmark has.
+    `run` is the folder that the results go to: see `name_apart`. Raises UserError for unknown names, and for a protocol
+    that no benchmark has.
     """
     suite = SUITES.get(value) or Suite(_listed(value), "")
-    names = suite.benchmarks if protocol is None else _all_with_protocol(suite.benchmarks, protocol)
-    return Chosen(results_name(value), tuple(map(find_benchmark, names)), suite.limit, suite.partial)
+    names = suite.benchmarks if protocol is None else with_protocol(suite.benchmarks, protocol)
+    benchmarks = tuple(map(find_benchmark, names))
+    name_apart(benchmarks, data_dir or Path(), run)
+    name = value if value in SUITES else "+".join(benchmark.name for benchmark in benchmarks)
+    return Chosen(name, benchmarks, suite.limit, suite.partial)
+
+
+def name_apart(benchmarks: Sequence[Benchmark], data_dir: Path, run: Path | None = None) -> None:
+    """Name a file of questions after its folder too (`de-eval`) if another benchmark here, or in a run, has its name.
+
+    A run stores the path and the content of the files that it has answers to; one of them may have changed.
+    """
+    own = [each for each in benchmarks if isinstance(each, OwnData) and each.path is not None]
+    others = {each.name for each in benchmarks if each not in own}
+    taken = dict(_files_of(run)) if run is not None else {}
+    for level in range(1, max((len(each.path.absolute().parts) for each in own if each.path), default=0) - 1):
+        files = {(each.name, each.path.resolve()) for each in own if each.path}
+        times = Counter(name for name, _ in files)
+        clashes = [
+            each
+            for each in own
+            if times[each.name] > 1
+            or each.name in others
+            or (each.name in taken and not each.is_one_of(taken[each.name], folder_of(each, data_dir)))
+        ]
+        for each in clashes:
+            each.rename("-".join(each.path.absolute().with_suffix("").parts[1:][-level - 1 :]) if each.path else "")
+        if not clashes:
+            return
+
+
+def _files_of(run: Path) -> Iterator[tuple[str, list[Mapping[str, str]]]]:
+    files: dict[str, list[Mapping[str, str]]] = {}
+    for path in run.glob("eval/*/*/results.json"):
+        with suppress(*MALFORMED):  # whoever reads the file reports it
+            results = read_json(path) or {}
+            for entry in results["benchmarks"]:
+                known = results.get("questions", {}).get(entry["name"])
+                files.setdefault(entry["name"], []).extend([known] if known else [])
+    yield from files.items()
 
 
 def results_name(value: str) -> str:
-    """Return the name of `choose(value)`: the suite's, or the names of the benchmarks."""
-    return value if value in SUITES else "+".join(find_benchmark(name).name for name in _listed(value))
+    return choose(value).name
+
+
+def _is_file(name: str) -> bool:
+    """Return whether a name is a file of questions or of code, perhaps with a class."""
+    return Path(name).suffix in (".json", ".jsonl", ".py") or ".py:" in name
 
 
 def _listed(value: str) -> tuple[str, ...]:
     names = tuple(name for part in value.split(",") if (name := part.strip()))
     if not names:
-        raise UserError("no benchmark name given", code="flag-value", hint="see: python -m milora_eval ls")
+        raise UserError("no benchmark name given", hint=SEE)
     spec = names[0].partition("@")[0]
-    if len(names) == 1 and spec not in BENCHMARKS and ":" not in spec and not Path(spec).suffix:
-        near = suggest(value, {**SUITES, **BENCHMARKS})
-        if near and near[0] not in SUITES:
+    if len(names) == 1 and spec not in BENCHMARKS and ":" not in spec and not _is_file(spec):
+        near = suggest(value, {**SUITES, **BENCHMARKS})[:1]
+        if value in ELSEWHERE or (near and near[0] not in SUITES):
             raise _unknown(value)
-        raise UserError(
-            f'no suite or benchmark "{value}"; the suites: {", ".join(SUITES)}',
-            code="eval-unknown-suite",
-            hint=(f"did you mean {near[0]}?\n" if near else "") + "see: python -m milora_eval ls",
-        )
+        hint = "\n".join(filter(None, [did_you_mean(near), SEE]))
+        message = f'no suite or benchmark "{value}"; the suites: {", ".join(SUITES)}'
+        raise UserError(message, code="eval-unknown-suite", hint=hint)
     return names
 
 
@@ -157,14 +199,17 @@ def data_folder(value: str, data: str | Path | None = None) -> Path:
     """Return the folder of the benchmark files: `data`, else the folder of a FILE, else data/NAME of the first name.
 
     Raises UserError if `data` names a file of questions.
+
+    >>> [str(data_folder(value)) for value in ("llava-1.5", "gqa@official,pope", "my/val.json")]
+    ['data/llava-1.5', 'data/gqa', 'my']
     """
     if data is not None:
         if Path(data).suffix in (".json", ".jsonl"):
             hint = f"for the questions of a file:  --benchmarks {data}"
             raise UserError(f"expected a folder, got {data}", code="path-not-a-folder", hint=hint)
         return Path(data)
-    first = Path(value.partition(",")[0].strip())
-    return first.parent if first.suffix else Path("data") / first
+    first = value.partition(",")[0].strip()
+    return Path(first).parent if _is_file(first) else Path("data") / first.partition("@")[0]
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -183,21 +228,14 @@ def find_benchmark(name: str) -> Benchmark:
         holder = _import_file(Path(module)) if module.endswith(".py") else import_module(module)
         kind = getattr(holder, attribute) if attribute else _only_benchmark(holder)
     except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise UserError(
-            f'cannot import the benchmark "{place}": {error}',
-            code="eval-benchmark-import",
-            hint="expected: module:Class or file.py:Class",
-        ) from None
+        hint = "expected: module:Class or file.py:Class"
+        raise UserError(f'cannot import the benchmark "{place}": {error}', hint=hint) from None
     if not (isinstance(kind, type) and issubclass(kind, Benchmark)):
-        raise UserError(
-            f"{place} is not a benchmark",
-            code="eval-not-a-benchmark",
-            hint="expected: a class that derives from milora_eval.Benchmark",
-        )
+        hint = "expected: a class that derives from milora_eval.Benchmark"
+        raise UserError(f"{place} is not a benchmark", hint=hint)
     benchmark: Benchmark = kind(protocol) if protocol else kind()
-    benchmark.origin = (
-        "" if spec in BENCHMARKS else f"{holder.__file__}:{kind.__name__}" if module.endswith(".py") else place
-    )
+    if spec not in BENCHMARKS:
+        benchmark.origin = f"{holder.__file__}:{kind.__name__}" if module.endswith(".py") else place
     return benchmark
 
 
@@ -212,12 +250,8 @@ def stored_benchmark(name: str) -> Benchmark:
     if is_code and (":" in spec or module.endswith(".py")):
         imported = _module_name(Path(module).absolute()) if module.endswith(".py") else module
         if imported not in sys.modules and not module.startswith(f"{__package__}."):
-            raise UserError(
-                f"the stored answers name code, which was not run: {spec}",
-                code="eval-benchmark-code",
-                where="--plugin",
-                hint=f"if you trust this code:  --plugin {spec}",
-            )
+            message, hint = f"the stored answers name code, which was not run: {spec}", "if you trust this code:  "
+            raise UserError(message, code="eval-benchmark-code", where="--plugin", hint=f"{hint}--plugin {spec}")
     return find_benchmark(name)
 
 
@@ -227,26 +261,20 @@ def import_plugins(names: Sequence[str]) -> None:
         find_benchmark(name)
 
 
-def with_protocol(name: str, protocol: str) -> str:
-    """Return `name@protocol` if the benchmark has several protocols with this one among them; else the name itself.
+def with_protocol(names: Sequence[str], protocol: str) -> list[str]:
+    """Add the protocol to the names whose benchmark has it among others, unless a name has one.
 
-    A name that already carries a protocol is returned unchanged.
+    Raises UserError if no benchmark has it.
     """
-    known = find_benchmark(name).protocols
-    return f"{name}@{protocol}" if "@" not in name and protocol in known and len(known) > 1 else name
-
-
-def _all_with_protocol(names: Sequence[str], protocol: str) -> list[str]:
-    """Add the protocol to the names whose benchmark has it. Raises UserError if none has it."""
-    if not any(protocol in find_benchmark(name).protocols for name in names):
-        known = sorted({known for name in names for known in find_benchmark(name).protocols})
-        raise UserError(
-            f"none of these benchmarks has the protocol {protocol!r}",
-            code="eval-unknown-protocol",
-            where="--protocol",
-            hint=f"their protocols are: {', '.join(known)}",
-        )
-    return [with_protocol(name, protocol) for name in names]
+    known = {name: find_benchmark(name).protocols for name in names}
+    if not any(protocol in protocols for protocols in known.values()):
+        every = ", ".join(sorted({each for protocols in known.values() for each in protocols}))
+        message, hint = f"none of these benchmarks has the protocol {protocol!r}", f"their protocols are: {every}"
+        raise UserError(message, code="eval-unknown-protocol", where="--protocol", hint=hint)
+    return [
+        f"{name}@{protocol}" if "@" not in name and protocol in protocols and len(protocols) > 1 else name
+        for name, protocols in known.items()
+    ]
 
 
 def reference(benchmark: Benchmark) -> str:
@@ -274,23 +302,15 @@ def has_files(benchmark: Benchmark, data_dir: Path) -> bool:
 def listing(data_dir: Path | None) -> dict[str, Any]:
     """Return suites and benchmarks as JSON data; `found` is null without a data folder."""
     suites = {name: {"benchmarks": suite.benchmarks, "about": suite.about} for name, suite in SUITES.items()}
-    return {"suites": suites, "benchmarks": [_about(find_benchmark(name), data_dir) for name in BENCHMARKS]}
-
-
-def _about(benchmark: Benchmark, data_dir: Path | None) -> dict[str, Any]:
-    return {
-        "name": benchmark.name,
-        "version": benchmark.version,
-        "protocol": benchmark.protocol,
-        "protocols": list(benchmark.protocols),
-        "split": benchmark.split,
-        "files": list(benchmark.files),
-        "found": None if data_dir is None else has_files(benchmark, data_dir),
-    }
+    fields = ("name", "version", "protocol", "protocols", "split", "files")
+    benchmarks = []
+    for benchmark in map(find_benchmark, BENCHMARKS):
+        found = None if data_dir is None else has_files(benchmark, data_dir)
+        benchmarks.append({field: getattr(benchmark, field) for field in fields} | {"found": found})
+    return {"suites": suites, "benchmarks": benchmarks}
 
 
 def _import_file(path: Path) -> ModuleType:
-    """Import a file once, under a unique module name."""
     path = path.absolute()
     if not path.is_file():
         raise ImportError(f"no file {path}")
@@ -322,10 +342,9 @@ def _only_benchmark(module: ModuleType) -> type[Benchmark]:
 
 
 def _unknown(name: str) -> UserError:
-    near = suggest(name, BENCHMARKS)
-    guess = f"did you mean {near[0]}?\n" if near else ""
-    return UserError(
-        f'unknown benchmark "{name}"; expected one of: {", ".join(BENCHMARKS)}',
-        code="eval-unknown-benchmark",
-        hint=f"{guess}see: python -m milora_eval ls",
-    )
+    if name in ELSEWHERE:
+        hint = "docs/evaluation.md#other-suites"
+        return UserError(f"{name} is not part of this evaluator: use lmms-eval with --model milora", hint=hint)
+    near = did_you_mean(suggest(name, BENCHMARKS)[:1])
+    message = f'unknown benchmark "{name}"; expected one of: {", ".join(BENCHMARKS)}'
+    return UserError(message, code="eval-unknown-benchmark", hint="\n".join(filter(None, [near, SEE])))

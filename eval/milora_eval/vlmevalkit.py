@@ -7,28 +7,23 @@ no plug-in hook, so `register` adds the model to this dict.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.records.record import Turn
-from milora_eval.benchmarks.xlsx import read_xlsx
-from milora_eval.data_files import read_table
+from milora_eval.data_files import read_excel, read_table
 from milora_vl.common.errors import DataError, UserError
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a predictions table as {question_id, text}. Raises DataError if a column is missing."""
-    rows: Sequence[Mapping[str, Any]] = read_xlsx(path) if path.suffix == ".xlsx" else read_table(path)
-    if not rows or "index" not in rows[0] or not any("prediction" in row for row in rows):
-        columns = ", ".join(map(str, rows[0])) if rows else "nothing"
-        raise DataError(
-            f"expected a table with the columns index and prediction, got: {columns}",
-            code="predictions-format",
-            where=str(path),
-        )
-    texts = ["" if row.get("prediction") is None else str(row["prediction"]) for row in rows]  # 0 is an answer
-    return [{"question_id": row["index"], "text": text} for row, text in zip(rows, texts, strict=True)]
+    table = read_excel(path) if path.suffix == ".xlsx" else read_table(path).fillna("")
+    if table.empty or not {"index", "prediction"} <= set(table.columns):
+        columns = ", ".join(map(str, table.columns)) or "nothing"
+        message = f"expected a table with the columns index and prediction, got: {columns}"
+        raise DataError(message, code="predictions-format", where=str(path))
+    pairs = zip(table["index"], table["prediction"], strict=True)
+    return [{"question_id": index, "text": str(text)} for index, text in pairs if index != ""]
 
 
 def register(name: str, model: str, adapter: str | None = None, *, template: str = "vicuna_v1") -> None:

@@ -13,11 +13,11 @@ from torch import Tensor
 from milora_vl.analyze.measures import Update, moved
 from milora_vl.analyze.weights import Weights
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.files import new_paths
-from milora_vl.core.adapter.names import moved as moved_name
+from milora_vl.core.adapter.folders import moved as moved_name
+from milora_vl.core.adapter.save_load import new_paths
 from milora_vl.core.adapter.sidecar import Sidecar, locate, read_sidecar
 from milora_vl.core.policy.towers import canonical_names
-from milora_vl.core.weights.fingerprint import distance
+from milora_vl.core.weights.matrices import distance
 from milora_vl.interop.adapters.imported import import_adapter
 from milora_vl.interop.adapters.llava import in_hf_layout, read_llava
 from milora_vl.interop.adapters.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config

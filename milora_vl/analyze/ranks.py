@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import yaml
+from torch import Tensor
 
 from milora_vl.analyze.weights import open_weights
 from milora_vl.common.cli.command_line import amount
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
-from milora_vl.core.policy.ranks import SpectralRank, with_ranks
+from milora_vl.core.policy.policy import SpectralRank, with_ranks
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
+from milora_vl.core.weights.tensor_files import cached_singular_values
 from milora_vl.models.devices import device_named
 
 
@@ -25,9 +27,11 @@ def write(model: str, rank: SpectralRank, rules: str | None, *, cache: Path | No
     if policy is None:
         has_projector = weights.towers.projector is not None
         policy = Policy.parse(DEFAULT_RULES if has_projector else without_projector(DEFAULT_RULES))
-    found = with_ranks(
-        policy, weights.model, rank, lambda path: weights.matrix(path).to(place), cache=cache, is_shown=True
-    )
+
+    def spectrum(path: str) -> Tensor:
+        return cached_singular_values(weights.matrix(path).to(place), cache)
+
+    found = with_ranks(policy, weights.model, rank, spectrum, is_shown=True)
     sys.stdout.write(yaml.safe_dump(found.to_list(), sort_keys=False, default_flow_style=None, width=1000))
     ranks = [rule.rank for rule in found.rules[len(policy.rules) :] if rule.rank is not None]
     mean = sum(ranks) / len(ranks)

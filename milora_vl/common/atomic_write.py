@@ -54,6 +54,20 @@ def read_json(file: Path) -> dict[str, Any] | None:
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects in a file of JSON lines, none without a file; skip a line that a kill has truncated."""
+    if not file.is_file():
+        return
+    with file.open("rb") as lines:
+        for line in lines:  # bytes end at a newline alone; texts may hold other line ends
+            try:
+                value = json.loads(line.decode("utf-8", "replace"))
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
     """Yield the path of a new folder to write; it is renamed to `folder` when the block ends. Its parent is temporary.

@@ -19,11 +19,9 @@ from torch import nn
 from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.apply import merge
-from milora_vl.core.adapter.base_check import fitted
-from milora_vl.core.adapter.files import load_adapter, new_paths
-from milora_vl.core.adapter.folders import from_there
-from milora_vl.core.adapter.names import moved
-from milora_vl.core.adapter.sidecar import locate, read_sidecar
+from milora_vl.core.adapter.folders import from_there, moved
+from milora_vl.core.adapter.save_load import load_adapter, new_paths
+from milora_vl.core.adapter.sidecar import fitted, locate, read_sidecar
 from milora_vl.core.policy.towers import canonical_names, find_towers
 from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
 from milora_vl.export.clip_pictures import has_clip_tower, require_gguf

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.text import ProbeBatch, general_text, text_batches
 
 # Positions at a time. Their distributions over the vocabulary, in float32, should stay in the caches of a CPU.

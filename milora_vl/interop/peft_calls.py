@@ -18,7 +18,7 @@ from milora_vl.core.adapter.reinit import METHOD_OF_PART, reinit_peft, restore_s
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
 from milora_vl.core.calibration.texts import calibration_texts
-from milora_vl.core.policy.methods import METHODS, what_trains
+from milora_vl.core.policy.rules import METHODS, what_trains
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.svd import Part
 

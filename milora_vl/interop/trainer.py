@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.parameter_groups import parameter_groups
+from milora_vl.core.adapter.rates import parameter_groups
 
 if TYPE_CHECKING:
     import torch

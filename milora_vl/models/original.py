@@ -17,7 +17,7 @@ from torch import Tensor
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import has_config
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 
 MARK = "mm_vision_tower"
 PROJECTOR = re.compile(r"^model\.mm_projector\.(.+)")

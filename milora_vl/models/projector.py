@@ -16,7 +16,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.folders import PROJECTOR_FILES, holds_projector_alone, newest_of_unfinished
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import original
 
 PREFIX = "multi_modal_projector."

@@ -13,7 +13,7 @@ from torch import Tensor
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import UserError, first_line
 from milora_vl.common.hub_host import hub_is_known
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import hub
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map

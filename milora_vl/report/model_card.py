@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from milora_vl.core.adapter.checkpoints import read_environment
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.core.policy.methods import what_trains
+from milora_vl.core.policy.rules import what_trains
 from milora_vl.report.wording import lowered_shares
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from milora_vl.common.cli.table import Table
-from milora_vl.core.policy.methods import label_of, what_trains
+from milora_vl.core.policy.rules import label_of, what_trains
 from milora_vl.report.run_page import Comparison, Json, Run, Score, tasks_of
 from milora_vl.report.wording import (
     amount,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from milora_vl.common.evaluator import Gain
-from milora_vl.core.policy.methods import label_of
+from milora_vl.core.policy.rules import label_of
 from milora_vl.report.plots import SCORE, suites_of
 from milora_vl.report.run_page import Comparison, Json, Layer, Metric, Run, Score, label
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.recipe.hf_flags import replaced, value_of
 from milora_vl.train.recipe.layers import RecipeFile
 from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter

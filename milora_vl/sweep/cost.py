@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from milora_eval.answers.questions import read_chosen
+from milora_eval.answers.questions import plan_of
 from milora_eval.commands.run import BATCH_SIZE, FORGETTING_TOKENS
 from milora_eval.suites import choose, data_folder
 from milora_vl.common.errors import Problem, UserError
@@ -60,7 +60,7 @@ def cell_seconds(run: Outlook, questions: QuestionSet, jobs: int) -> dict[str, f
         return batches * tokens * weights / memory + 2 * size * rows * (prompt + tokens) / flops
 
     chosen = choose(questions.suite)
-    items = read_chosen(chosen, data_folder(questions.suite, questions.data), questions.limit)
+    _, items = plan_of(chosen, data_folder(questions.suite, questions.data), questions.limit)
     limits = {benchmark.name: benchmark.max_new_tokens for benchmark in chosen.benchmarks}
     answers = sum(generation(len(asked), PROMPT, limits[name]) for name, asked in items.items())
     return {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from milora_vl.core.policy.methods import label_of
+from milora_vl.core.policy.rules import label_of
 from milora_vl.report.plots import GREY, INK, PAPER, WIDTH, colours_of, marks_of, method_colour, styled
 from milora_vl.sweep.curves import Ratio
 from milora_vl.sweep.results import Arm, Mean, Point

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from milora_vl.common.errors import Problem, UserError
-from milora_vl.core.weights.torch_files import unreadable
+from milora_vl.core.weights.tensor_files import unreadable
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

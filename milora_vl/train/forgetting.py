@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from milora_vl.core.calibration.modes import evaluated
+from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.loading import split_processor

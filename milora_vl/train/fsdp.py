@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from milora_vl.common.compat.transformers import layer_kinds
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from milora_data.stream.dataset import RecordStream, record_stream
 from milora_vl.common.errors import UserError
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.train.meter import CountingCollator
 from milora_vl.train.plan.run_data import sources_of
 from milora_vl.train.recipe.schema import Recipe

@@ -15,11 +15,11 @@ from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import Key, UserError, first_line
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import Earlier, hold
-from milora_vl.core.adapter.files import load_checkpoint
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.initialize import LayerReport
+from milora_vl.core.adapter.lora import base_model_of
+from milora_vl.core.adapter.save_load import load_checkpoint
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import Calibration
-from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base

@@ -27,7 +27,7 @@ from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import WEIGHTS, step_of
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
 from milora_vl.core.adapter.folders import has_config, holds_projector_alone, holds_text_model
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.weights.distributed import gather
 from milora_vl.report import model_card
 from milora_vl.report.page import try_write_report

@@ -12,9 +12,9 @@ from typing import TypedDict
 
 from torch import nn
 
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.policy import Target
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.core.policy.towers import TOWERS, find_towers
 from milora_vl.core.svd import singular_values
 from milora_vl.core.weights.matrices import is_linear, matrix_shape, read_matrix

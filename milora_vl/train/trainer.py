@@ -38,7 +38,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import STATE, step_of
 from milora_vl.core.adapter.earlier import APART_FILE
 from milora_vl.core.adapter.folders import PROJECTOR_FILES
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.interop.trainer import RatesOfRules

@@ -15,7 +15,7 @@ from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import parts_of
 from milora_data.pictures.videos import read_video, sampler
 from milora_data.records.record import Reply, Turn
-from milora_eval.answers.likelihood import loglikelihoods
+from milora_eval.answers.runner import loglikelihoods
 from milora_vl import Policy, apply_milora, save_adapter
 from milora_vl.chat.command import main as chat
 from milora_vl.chat.picture import open_video

@@ -12,9 +12,7 @@ import pytest
 
 from milora_data.__main__ import main
 from milora_data.stream.sources import Source, load_records, mixed_records
-from milora_eval.benchmarks.refcoco import RefCOCO
 from milora_vl.common.errors import DataError, UserError
-from support import official_data
 from support.problems import raises_code
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -233,16 +231,6 @@ def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
         "flag-no-effect", where="--split", message="only applies to --from ocrvqa, scienceqa, refcoco, not to gqa"
     ):
         convert("gqa", CASES["gqa"][0], tmp_path, "--split", "val")
-
-
-def test_the_boxes_of_refcoco_are_those_that_its_benchmark_expects(tmp_path: Path) -> None:
-    official_data.refcoco(tmp_path)
-    files = [str(tmp_path / name) for name in ("refs(unc).p", "instances.json")]
-    main(["convert", "--from", "refcoco", *files, "--split", "val", "--output_dir", str(tmp_path / "out")])
-    record = next(load_records(tmp_path / "out" / "data.json"))
-    asked = [item for item in RefCOCO().load(tmp_path) if item.kind == "val"]
-    assert record.turns[1].text == asked[0].answers[0]
-    assert RefCOCO().score(asked[0], record.turns[1].text) == 1.0
 
 
 def test_tables_have_columns_of_many_names(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import torch
 
 from milora_eval.__main__ import main
 from milora_vl.common.errors import UserError
-from support import official_data
 from support.eval_questions import write_questions
 from support.problems import raises_code
 
@@ -120,6 +119,8 @@ def test_two_evaluations_are_compared(both: tuple[Path, str, str], capsys: pytes
     assert {"value", "stderr", "low", "high", "only_a", "only_b", "p_value", "n", "p_bootstrap", "note"} == set(
         pairs[0]["difference"]
     )
+    assert main(["compare", str(both[0]), str(both[0]), "--format", "json"]) == 0  # of a run folder, base and final
+    assert json.loads(capsys.readouterr().out) == pairs
 
 
 def test_a_checkpoint_is_named_after_its_step(adapter: Path, data: Path, tmp_path: Path) -> None:
@@ -163,13 +164,15 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
     [
         (["--suite", "emoij"], ['no suite or benchmark "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
+        (["--suite", "refcoco"], ["lmms-eval with --model milora"]),
+        (["--benchmarks", "gqa,nocaps"], ["lmms-eval with --model milora"]),
         (["--benchmarks", ","], ["--benchmarks: no benchmark name", "milora_eval ls"]),
         (["--benchmarks", "emoji,emoji"], ["emoji is listed twice", "--output_dir"]),
         (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
         (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
         (["--suite", "emoji", "--adapter", "nowhere"], ["--adapter: no such adapter folder", "adapter_config"]),
-        (["--suite", "emoji", "--with_base"], ["--with_base", "--adapter"]),
+        (["--suite", "emoji", "--with_base"], ["--with_base: ", "--adapter"]),
         (["--suite", "emoji", "--shard", "3/2"], ["--shard: ", "3/2", "1/4"]),
         (
             ["--benchmarks", "gqa", "--data", "nowhere"],
@@ -190,15 +193,6 @@ def test_a_mistake_is_a_few_lines_with_the_way_out(
     assert len(message.splitlines()) <= 7
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
-
-
-def test_pictures_that_are_not_there_are_told_with_their_place(data: Path, tmp_path: Path) -> None:
-    official_data.pope(tmp_path / "pope")
-    shutil.rmtree(tmp_path / "pope" / "val2014")
-    with raises_code(
-        "benchmark-missing-pictures", message="3 pictures of benchmark pope are missing", hint=": val2014 or images"
-    ):
-        main(["run", "--model", "tiny", "--benchmarks", "pope", "--data", str(tmp_path), "--output_dir", str(tmp_path)])
 
 
 def test_a_folder_without_answers_names_those_that_have_some(both: tuple[Path, str, str]) -> None:
@@ -244,17 +238,3 @@ def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str
     assert "found" in shown
     with raises_code("path-missing", where="--data", message="no such folder: nowhere"):
         main(["ls", "--data", "nowhere"])
-
-
-def test_a_benchmark_of_ones_own_is_named_by_module_and_class(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my_bench.py").write_text(
-        "from milora_eval.benchmarks.emoji import Emoji\n\n"
-        "class Mine(Emoji):\n    name = 'mine'\n    max_new_tokens = 2\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    flags = ["--model", "tiny", "--benchmarks", "my_bench:Mine", "--data", str(data), "--output_dir", str(tmp_path)]
-    assert main(["run", *flags]) == 0
-    folder = tmp_path / "eval" / "mine" / "base"
-    assert json.loads((folder / "results.json").read_text())["benchmarks"][0]["name"] == "mine"

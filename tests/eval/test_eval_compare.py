@@ -1,18 +1,213 @@
-"""Comparing two evaluations: paired by id, over their common items."""
+"""`milora_eval compare`: paired by question, over the common ones; gain on targets, change elsewhere, sequences."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from milora_eval.answers.store import to_line
+from milora_eval.__main__ import main
+from milora_eval.answers.store import Store, to_line
 from milora_eval.benchmarks.emoji import Emoji
-from milora_eval.scores.compare import compare, num_common
+from milora_eval.scores.compare import compare, gain
+from milora_eval.scores.results import numbers, write_results
+from milora_eval.stats import clustered_stderr
+from milora_eval.suites import find_benchmark
 from milora_vl.common.cli.table import Table, show
+from milora_vl.common.errors import UserError
 from support.eval_questions import write_questions
 from support.problems import raises_code
+
+SETTINGS = {"base": "w", "template": "vicuna_v1", "decoding": "greedy", "dtype": "float32", "key": "k"}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of 60 questions each, which are benchmarks."""
+    folder = tmp_path_factory.mktemp("questions")
+    for name in ("birds", "cells", "signs", "charts", "maps", "tiny"):
+        rows = [{"id": f"{i}", "question": f"{name} {i}?", "answer": "yes"} for i in range(8 if name == "tiny" else 60)]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    return folder
+
+
+def evaluated(folder: Path, questions: Path, right: dict[str, int], *, skip: int = 0, **settings: Any) -> Path:
+    """Return a results folder in which the first N answers to each benchmark are right."""
+    lines = []
+    for name, num_right in right.items():
+        benchmark = find_benchmark(str(questions / f"{name}.json"))
+        items = benchmark.load(questions)[skip:]
+        texts = ["yes" if place < num_right else "no" for place in range(len(items))]
+        lines += [to_line(benchmark, item, text, item.id, questions) for item, text in zip(items, texts, strict=True)]
+    Store(folder).finish(lines)
+    limits = {"max_new_tokens": dict.fromkeys(right, 128)}
+    about = {"suite": "s", "which": folder.name, "generation": SETTINGS | limits | settings}
+    write_results(folder, about | numbers(folder, "s"))
+    return folder
+
+
+def read(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["compare", *map(str, arguments), "--format", "json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_gain_and_change_are_means_of_paired_differences(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "maps": 48})
+    a = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 24, "maps": 48})
+    b = evaluated(tmp_path / "b", questions, {"birds": 30, "charts": 36, "maps": 42})
+    found = read([base, a, b, "--targets", "birds"], capsys)
+    assert (found["targets"], found["held_out"], found["notes"]) == (["birds"], ["charts", "maps"], [])
+    assert [stage["name"] for stage in found["stages"]] == ["a", "b"]
+    assert [stage["gain"]["value"] for stage in found["stages"]] == pytest.approx([50, 30])
+    kept = [stage["held_out"] for stage in found["stages"]]
+    assert [each["value"] for each in kept] == pytest.approx([-5, 0])
+    # charts: 6 of 60 lost by a; 6 won by b, which lost 6 of maps
+    lost = clustered_stderr([-1.0] * 6 + [0.0] * 54, range(60))
+    assert lost is not None
+    assert [each["stderr"] for each in kept] == pytest.approx([100 * lost / 2, 100 * math.hypot(lost, lost) / 2])
+    assert kept[0]["high"] - kept[0]["low"] == pytest.approx(2 * 1.96 * 100 * lost / 2)
+    pair = found["stages"][0]["pairs"]["charts"]
+    assert (pair["a"]["value"], pair["b"]["value"], pair["difference"]["only_a"]) == (0.5, 0.4, 6)
+
+    assert main(["compare", *map(str, (base, a, b)), "--targets", "birds"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("target: birds", "+50.0 ± ", "held out: charts", "mean of 2 held out"))
+    assert main(["compare", *map(str, (base, a, b))]) == 0
+    shown = capsys.readouterr().out
+    assert "mean of 3" in shown
+    assert "target" not in shown
+
+
+def test_a_sequence_has_the_numbers_of_gem(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stage(name: str, birds: int, cells: int, signs: int) -> Path:
+        scores = {"birds": birds, "cells": cells, "signs": signs, "charts": 30}
+        return evaluated(tmp_path / name, questions, scores)
+
+    folders = [stage("0", 6, 6, 6), stage("1", 48, 6, 12), stage("2", 36, 54, 12), stage("3", 42, 30, 60)]
+    found = read([*folders, "--sequence", "--targets", "birds", "cells", "signs"], capsys)
+    after = {(1, 1): 80, (2, 1): 60, (2, 2): 90, (3, 1): 70, (3, 2): 50, (3, 3): 100}
+    assert found["sequence"]["final"]["value"] == pytest.approx((70 + 50 + 100) / 3)
+    stages = [80, (60 + 90) / 2, (70 + 50 + 100) / 3]
+    assert found["sequence"]["average"] == pytest.approx(sum(stages) / 3)
+    backward = found["sequence"]["backward"]
+    assert backward["value"] == pytest.approx(((after[3, 1] - after[1, 1]) + (after[3, 2] - after[2, 2])) / 2)
+    assert backward["low"] < backward["value"] < backward["high"]
+    gains = [stage["gain"]["value"] for stage in found["stages"]]  # over the tasks so far, against 10 % before
+    assert gains == pytest.approx([70, (50 + 80) / 2, (60 + 40 + 90) / 3])
+    assert main(["compare", *map(str, folders), "--sequence", "--targets", "birds", "cells", "signs"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("final accuracy", "average over the stages", "backward transfer", "-25.0"))
+    row = next(line for line in shown.splitlines() if "score: birds" in line)
+    assert re.findall(r"([\d.]+) ±", row) == ["10.0", "80.0", "60.0", "70.0"]
+    with pytest.raises(UserError, match="--sequence: needs one run for each target"):
+        main(["compare", *map(str, folders), "--sequence", "--targets", "birds", "cells"])
+
+
+def test_a_sequence_needs_nothing_that_is_held_out(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = {"0": (6, 6), "1": (48, 6), "2": (36, 54)}
+    folders = [evaluated(tmp_path / name, questions, {"birds": a, "cells": b}) for name, (a, b) in stages.items()]
+    assert main(["compare", *map(str, folders), "--sequence", "--targets", "birds", "cells"]) == 0
+    assert "held out" not in capsys.readouterr().out.partition("\n")[2]
+
+
+def test_a_run_folder_stands_for_all_its_suites(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for which, birds, maps in (("base", 0, 60), ("final", 60, 30), ("checkpoint-5", 30, 45)):
+        evaluated(tmp_path / "run" / "eval" / "birds" / which, questions, {"birds": birds})
+        evaluated(tmp_path / "run" / "eval" / "rest" / which, questions, {"maps": maps, "charts": 30})
+    run = tmp_path / "run"
+    found = read([run, run / "checkpoint-5", run, "--targets", "birds"], capsys)
+    assert [stage["gain"]["value"] for stage in found["stages"]] == pytest.approx([50, 100])
+    assert [stage["held_out"]["value"] for stage in found["stages"]] == pytest.approx([-12.5, -25])
+    evaluated(run / "eval" / "again" / "final", questions, {"maps": 29})
+    with raises_code("compare-two-evaluations", says="two evaluations of data:maps"):
+        main(["compare", str(run), str(run), "--targets", "birds"])
+    with raises_code("eval-no-answers"):
+        main(["compare", str(tmp_path / "run" / "checkpoint-6"), str(run), "--targets", "birds"])
+
+
+def test_what_one_evaluation_lacks_is_left_out_of_all_and_said(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "maps": 48})
+    a = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 24, "signs": 3}, dtype="bfloat16")
+    b = evaluated(tmp_path / "b", questions, {"birds": 42, "charts": 30}, skip=10)
+    found = read([base, a, b, "--targets", "birds"], capsys)
+    assert found["held_out"] == ["charts"]
+    assert found["notes"] == [
+        "birds: compared on the 50 questions that all have (the base 60, a 60, b 50)",
+        "charts: compared on the 50 questions that all have (the base 60, a 60, b 50)",
+        "left out: maps is not in a, b",
+        "left out: signs is not in the base, b",
+        "a was evaluated with another dtype than the base",
+    ]
+    assert {pair["a"]["n"] for stage in found["stages"] for pair in stage["pairs"].values()} == {50}
+
+
+def test_few_questions_or_no_changes_give_no_interval(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "tiny": 4})
+    run = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 30, "tiny": 3})
+    (stage,) = read([base, run, "--targets", "birds"], capsys)["stages"]
+    assert stage["held_out"]["low"] is None
+    assert stage["held_out"]["note"] == "no interval: fewer than 30 independent questions in tiny"
+    (stage,) = read([base, run, "--targets", "birds", "tiny"], capsys)["stages"]
+    assert (stage["held_out"]["low"], stage["held_out"]["note"]) == (
+        None,
+        "no interval: only 0 answers changed in value",
+    )
+
+
+def test_what_cannot_be_compared_is_refused_or_said(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30})
+    run = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 24})
+    with pytest.raises(UserError, match="--targets: (.|\n)*did you mean birds"):
+        main(["compare", str(base), str(run), "--targets", "bird"])
+    sampled = evaluated(tmp_path / "sampled", questions, {"birds": 42}, decoding="sampled")
+    found = read([base, sampled, "--targets", "birds"], capsys)
+    assert "sampled was evaluated with another decoding than the base" in found["notes"]
+    path = run / "predictions.jsonl"
+    path.write_text(path.read_text().replace("charts 7?", "charts seven?"))
+    found = read([base, run, "--targets", "birds"], capsys)
+    assert found["notes"] == ["charts: compared on the 59 questions that all have (the base 60, a 60)"]
+    path.write_text(path.read_text().replace("charts ", "chart "))
+    with raises_code("eval-nothing-in-common", hint="left out: charts is not in B"):
+        main(["compare", str(base), str(evaluated(tmp_path / "other", questions, {"signs": 4}))])
+    assert read([base, run, "--targets", "birds"], capsys)["notes"] == [
+        "left out: charts has no question in common (the base 60, a 60)"
+    ]
+
+
+def test_other_rules_are_refused(data_of_gqa: list[Path]) -> None:
+    with raises_code("compare-other-rules", says="gqa in A, gqa@official in B"):
+        main(["compare", *map(str, data_of_gqa)])
+
+
+@pytest.fixture
+def data_of_gqa(tmp_path: Path) -> list[Path]:
+    from support import official_data
+
+    official_data.gqa(tmp_path / "gqa")
+    folders = []
+    for name in ("gqa", "gqa@official"):
+        benchmark = find_benchmark(name)
+        lines = [to_line(benchmark, item, "red", item.id, tmp_path) for item in benchmark.load(tmp_path / "gqa")]
+        Store(tmp_path / name).finish(lines)
+        write_results(tmp_path / name, {"suite": "gqa", "which": name} | numbers(tmp_path / name, "gqa"))
+        folders.append(tmp_path / name)
+    return folders
 
 
 @pytest.fixture
@@ -43,16 +238,16 @@ def test_differences_are_paired_by_id_whatever_the_order(data: Path) -> None:
     assert overall.n == 22
 
 
-def test_only_common_items_are_compared(data: Path) -> None:
+def test_only_equal_questions_are_compared(data: Path) -> None:
+    """An id may belong to another question, and a picture may be another one under the same name."""
     a, b = answered(data, set()), answered(data, {"colour-red"})
-    assert num_common(a, b[:10]) == 10
     assert sum(pair.b.n for pair in compare(a, b[:10])[1:-1]) == 10
-
-
-def test_nothing_in_common_is_an_error(data: Path) -> None:
-    lines = answered(data, set())
-    with raises_code("eval-nothing-in-common", message="no item in common"):
-        compare(lines[:3], lines[5:])
+    other = [line | {"question": f"{line['question']} Now?"} if n < 5 else line for n, line in enumerate(b)]
+    assert sum(pair.b.n for pair in compare(a, other)[1:-1]) == 17
+    shown, redrawn = ([line | {"content": [text]} for line in b] for text in ("1", "2"))
+    assert compare(a, shown) == compare(a, b)
+    assert compare(shown, redrawn) == []
+    assert gain(shown, redrawn) is None
 
 
 def test_names_with_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from milora_data.records.record import Turn
-from milora_eval.answers.identity import adapter_digest, answer_key, weights_digest
+from milora_eval import run
+from milora_eval.answers.identity import adapter_digest, answer_key, content_of, weights_digest
+from milora_eval.benchmark import Item
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.evaluate import settings
+from support.drawn import draw
 from support.eval_questions import write_questions
 
 Made = tuple[Any, Any]
@@ -54,13 +58,36 @@ def test_the_key_covers_prompt_picture_and_every_setting(tiny_llava: Callable[..
     benchmark = Emoji()
     item = benchmark.load(write_questions(tmp_path))[0]
     made = settings(*tiny_llava(), None, "vicuna_v1", "pad")
-    key = answer_key(made, benchmark, item)
-    assert answer_key(dict(made), Emoji(), item) == key
-    others = [answer_key(made | {name: "other"}, benchmark, item) for name in made]
-    others.append(answer_key(made, benchmark, replace(item, turns=(Turn("user", "<image>\nOther?"),))))
+
+    def key_of(settings: dict[str, Any], asked: Item) -> str:
+        return answer_key(settings, benchmark, asked, content_of(asked))
+
+    key = key_of(made, item)
+    assert key_of(dict(made), item) == key
+    others = [key_of(made | {name: "other"}, item) for name in made]
+    others.append(key_of(made, replace(item, turns=(Turn("user", "<image>\nOther?"),))))
     Path(item.images[0]).write_bytes(b"another picture")
-    others.append(answer_key(made, benchmark, item))
+    others.append(key_of(made, item))
     assert len({key, *others}) == len(made) + 3
+
+
+def test_a_picture_is_known_by_its_content(tiny_llava: Callable[..., Made], tmp_path: Path) -> None:
+    """Two folders with pictures of equal names and sizes are asked separately, and a redrawn picture again."""
+    rows = [{"image": f"{case}/scan.bmp", "question": "Color?", "answer": "x"} for case in ("case1", "case2", "same")]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    for case, color in (("case1", "red"), ("case2", "blue"), ("same", "red")):
+        draw(tmp_path / case / "scan.bmp", color)
+
+    def asked() -> int:
+        model = tiny_llava()
+        return int(run(*model, [str(tmp_path / "own.json")], data_dir=tmp_path, output_dir=tmp_path / "out")["asked"])
+
+    assert asked() == 2
+    assert asked() == 0
+    one, two = tmp_path / "case1" / "scan.bmp", tmp_path / "case2" / "scan.bmp"
+    assert one.stat().st_size == two.stat().st_size
+    draw(one, "green")
+    assert asked() == 1
 
 
 @pytest.mark.parametrize("change", ["template", "dtype", "aspect", "mean"])

@@ -21,7 +21,7 @@ from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 NAMES = ["vqav2", "gqa", "vizwiz", "scienceqa", "scienceqa-all", "textvqa", "textvqa-no-ocr", "mmbench", "mmbench-cn"]
-NAMES += ["mme", "seed-bench", "mm-vet", "llava-bench", "pope", "refcoco", "docvqa", "mmmu"]
+NAMES += ["mme", "seed-bench", "mm-vet", "pope", "docvqa", "mmmu"]
 
 
 @pytest.fixture(scope="module")

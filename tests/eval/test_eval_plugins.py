@@ -14,11 +14,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from pandas import DataFrame, Series
 
 from milora_data.records.record import Turn
 from milora_eval.__main__ import main
-from milora_eval.answers.likelihood import loglikelihoods
-from milora_eval.benchmarks.xlsx import write_xlsx
+from milora_eval.answers.runner import loglikelihoods
+from milora_eval.data_files import write_excel
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.suites import find_benchmark, folder_of
 from milora_eval.vlmevalkit import milora_vlm, read_predictions, register
@@ -167,8 +168,8 @@ def test_vlmevalkits_predictions_are_scored(tmp_path: Path, capsys: pytest.Captu
     data = official_data.write(tmp_path / "data", "mmbench")
     benchmark = find_benchmark("mmbench")
     items = benchmark.load(folder_of(benchmark, data))
-    rows = [[item.meta["index"], item.answers[0]] for item in items]
-    path = write_xlsx(tmp_path / "Mine_MMBench_DEV_EN.xlsx", ("index", "prediction"), rows)
+    rows = [{"index": item.meta["index"], "prediction": item.answers[0]} for item in items]
+    path = write_excel(tmp_path / "Mine_MMBench_DEV_EN.xlsx", DataFrame(rows))
     assert main(["score", str(path), "--benchmark", "mmbench", "--data", str(data), "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["benchmarks"][0]["metrics"][0]["value"] == 1.0
 
@@ -180,9 +181,14 @@ def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeyp
         read_predictions(tmp_path / "theirs.xlsx")
 
 
-def test_a_prediction_of_zero_is_an_answer(tmp_path: Path) -> None:
-    path = write_xlsx(tmp_path / "a.xlsx", ("index", "prediction"), [[1, 0], [2, None], [3, "A"]])
-    assert [row["text"] for row in read_predictions(path)] == ["0", "", "A"]
+def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
+    said = {1: 0, 2: None, 3: "A", 4: "None", 5: "=1+1", 6: "a\x00b"}
+    table = DataFrame({"index": list(said), "prediction": Series(list(said.values()), dtype=object)})
+    path = write_excel(tmp_path / "a.xlsx", table)
+    assert [row["text"] for row in read_predictions(path)] == ["0", "", "A", "None", "=1+1", "ab"]
+    (tmp_path / "b.xlsx").write_bytes(path.read_bytes()[:-100])
+    with raises_code("data-unreadable", where="b.xlsx"):
+        read_predictions(tmp_path / "b.xlsx")
 
 
 def test_vlmevalkit_builds_a_registered_model_with_its_own_keyword(monkeypatch: pytest.MonkeyPatch) -> None:

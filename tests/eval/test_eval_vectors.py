@@ -9,27 +9,23 @@ from typing import Any
 
 import pytest
 
-from milora_data.pictures.files import on_padded_square
 from milora_eval import stats
-from milora_eval.rules import (
-    anls,
-    chartqa,
-    cider,
+from milora_eval.benchmark import Benchmark, Item
+from milora_eval.benchmarks import (
     commonsense,
-    gsm8k,
     math_answers,
     mmbench,
     mme,
     mmmu,
-    multiple_choice,
-    pathvqa,
+    plain_sets,
     pope,
-    refcoco,
     scienceqa,
-    short_rules,
+    short_answers,
     textvqa,
     vqa,
 )
+from milora_eval.benchmarks.gqa import GQA
+from milora_eval.benchmarks.seed_bench import SEEDBench
 
 VECTORS: list[dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "reference" / "eval-vectors.json").read_text(encoding="utf-8")
@@ -41,10 +37,14 @@ def circular(texts: list[str], answers: list[str]) -> int:
     return int(all(mmbench.option_letter(text, "ABCD") == answer for text, answer in zip(texts, answers, strict=True)))
 
 
+def scored(benchmark: Benchmark, text: str, reference: str) -> bool:
+    return benchmark.score(Item("", (), answers=(reference,)), text) == 1.0
+
+
 # metric -> function of (prediction, references)
 METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "vqa_normalize": lambda p, r: vqa.normalise(vqa.clean(p)),
-    "m4c_normalize": lambda p, r: textvqa.m4c_normalise(p),
+    "m4c_normalize": lambda p, r: vqa.m4c_normalise(p),
     "vqav2_accuracy": vqa.vqav2_accuracy,
     "textvqa_accuracy": textvqa.textvqa_accuracy,
     "vizwiz_accuracy": vqa.vizwiz_accuracy,
@@ -57,20 +57,15 @@ METRICS: dict[str, Callable[[Any, Any], Any]] = {
     "mmbench_circular": circular,
     "mme_parse": lambda p, r: mme.mme_answer(p),
     "mme_subtask_score": mme.mme_score,
-    "seedbench_correct": short_rules.seed_correct,
-    "gqa_correct": short_rules.gqa_correct,
+    "seedbench_correct": lambda p, r: scored(SEEDBench(), p, r),
+    "gqa_correct": lambda p, r: scored(GQA(), p, r),
     "mmmu_mc_parse": mmmu.mmmu_option,
     "mmmu_open_correct": mmmu.mmmu_open_correct,
-    "chartqa_relaxed": chartqa.chartqa_correct,
-    "docvqa_anls": anls.anls,
-    "refcoco_parse": lambda p, r: list(refcoco.box_of(p)),
-    "refcoco_iou": refcoco.iou,
-    "refcoco_llava_box_normalise": lambda p, r: list(on_padded_square(p["bbox_xyxy"], p["width"], p["height"])),
-    "llava_bench_scores": lambda p, r: list(short_rules.judge_scores(p)),
+    "chartqa_relaxed": short_answers.chartqa_correct,
+    "docvqa_anls": short_answers.anls,
     "commonsense_extract": lambda p, r: commonsense.commonsense_label(p["text"], p["dataset"]),
-    "gsm8k_extract_milora": lambda p, r: gsm8k.gsm8k_number(p),
+    "gsm8k_extract_milora": lambda p, r: math_answers.gsm8k_number(p),
     "math_equiv_milora": lambda p, r: any(math_answers.math_correct(p, reference) for reference in r),
-    "cider_d": cider.cider_d,
     "mean_stderr": lambda p, r: stats.mean_stderr(p),
     "clustered_stderr": lambda p, r: stats.clustered_stderr(p["scores"], p["clusters"]),
 }
@@ -92,15 +87,15 @@ SKILLS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parents[1] / "reference" / "skill-vectors.json").read_text(encoding="utf-8")
 )
 RULES: dict[str, Callable[[str, Any], Any]] = {
-    "ai2d": multiple_choice.ai2d_correct,
-    "mmstar": multiple_choice.mmstar_correct,
-    "mcq_letter": multiple_choice.mcq_letter,
-    "realworldqa": multiple_choice.realworldqa_correct,
-    "cub200": multiple_choice.cub200_correct,
-    "pathvqa_exact_match": pathvqa.pathvqa_exact_match,
-    "pathvqa_f1": pathvqa.pathvqa_f1,
-    "chartqa": chartqa.chartqa_correct,
-    "anls": anls.anls,
+    "ai2d": plain_sets.ai2d_correct,
+    "mmstar": plain_sets.mmstar_correct,
+    "mcq_letter": plain_sets.mcq_letter,
+    "realworldqa": plain_sets.realworldqa_correct,
+    "cub200": plain_sets.cub200_correct,
+    "pathvqa_exact_match": short_answers.pathvqa_exact_match,
+    "pathvqa_f1": short_answers.pathvqa_f1,
+    "chartqa": short_answers.chartqa_correct,
+    "anls": short_answers.anls,
 }
 
 

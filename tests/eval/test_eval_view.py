@@ -38,6 +38,10 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
     assert found["rows"][0]["question"].startswith("What color is it?")
     assert len(found["pictures"]) == 3  # each picture once, for any number of questions
     assert all(source.startswith("data:image/jpeg;base64,") for source in found["pictures"])
+    lines = (base / "predictions.jsonl").read_text()
+    (base / "predictions.jsonl").write_text(lines.replace("What color is it?", "Another question?", 1))
+    assert main(["view", str(base), str(final), "--output", str(tmp_path / "other.html")]) == 0
+    assert content(tmp_path / "other.html")["rows"][0]["answers"][1] is None  # an id of another question
     text = page.read_text()
     assert "Pictures by us, licence CC BY 4.0." in text
     assert "src=" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)

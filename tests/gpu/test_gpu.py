@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.plan import RUNS, measure
 from milora_vl import apply_milora, decompose, load_adapter, load_model, merge, save_adapter
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.models.generate import generate
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.command import main

@@ -1,4 +1,4 @@
-"""Every problem has a code, and docs/troubleshooting.md explains only codes that exist, each once."""
+"""docs/troubleshooting.md explains only codes that exist, each once."""
 
 from __future__ import annotations
 
@@ -22,38 +22,6 @@ def nodes() -> Iterator[tuple[str, ast.AST]]:
     for file, tree in TREES.items():
         for node in ast.walk(tree):
             yield f"{file}:{getattr(node, 'lineno', 0)}", node
-
-
-def error_classes() -> set[str]:
-    """The names of UserError and of all classes below it."""
-    bases = {
-        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
-        for _, node in nodes()
-        if isinstance(node, ast.ClassDef)
-    }
-    found, before = {"UserError"}, 0
-    while len(found) != before:
-        before = len(found)
-        found |= {name for name, above in bases.items() if found & above}
-    return found
-
-
-def test_every_problem_and_error_has_a_code() -> None:
-    """Classes with a constructor of their own add the code there."""
-    own_constructor = {
-        node.name
-        for _, node in nodes()
-        if isinstance(node, ast.ClassDef)
-        and any(isinstance(child, ast.FunctionDef) and child.name == "__init__" for child in node.body)
-    }
-    classes = error_classes() - own_constructor | {"UserError", "Problem"}
-    lacking = [
-        place
-        for place, node in nodes()
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes
-        if len(node.args) == 1 and not {keyword.arg for keyword in node.keywords} & {"code", "problems"}
-    ]
-    assert not lacking
 
 
 def test_every_entry_of_the_page_is_a_code_and_none_has_two() -> None:

@@ -25,7 +25,6 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "milora_vl/demo.py": (1, "torch, which --help does not wait for"),
     "data_tools/milora_data/__init__.py": (1, "the collator needs torch"),
     "eval/milora_eval/commands/run.py": (2, QUICK_HELP),
-    "eval/milora_eval/commands/scales.py": (1, QUICK_HELP),
     "eval/milora_eval/evaluator.py": (3, "a report has the words of an evaluation and asks nothing"),
     "eval/milora_eval/lm_eval.py": (2, QUICK_HELP),
     "eval/milora_eval/vlmevalkit.py": (2, "tables are read and written without torch"),

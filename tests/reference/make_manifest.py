@@ -27,7 +27,7 @@ COMMANDS = [
     "milora_vl.interop.llava",
     "milora_vl.interop.replace",
     *(f"milora_data {name}" for name in "check convert show stats emoji easy-vqa".split()),
-    *(f"milora_eval {name}" for name in "run ls score scales judge compare tradeoff view".split()),
+    *(f"milora_eval {name}" for name in "run ls score compare view".split()),
     "milora_eval.lm_eval",
     "studies",
 ]

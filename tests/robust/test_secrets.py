@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milora_eval.chat_server import ChatServer
+from milora_eval.answers.served import ChatServer
 from milora_vl.common.errors import DataError, UserError, with_context
 from milora_vl.common.secrets import HIDDEN, without_secrets
 from milora_vl.train.command import main
@@ -91,7 +91,7 @@ def test_no_file_and_no_line_of_a_run_has_a_secret(
 
 def test_a_server_that_refuses_is_named_without_its_password() -> None:
     with pytest.raises(UserError) as raised:
-        ChatServer("http://me:planted-secret@127.0.0.1:9/v1?api_key=planted-too", "planted-key").chat("m", [])
+        ChatServer("http://me:planted-secret@127.0.0.1:9/v1?api_key=planted-too", "planted-key").chat("m", [], 1)
     assert "planted" not in str(raised.value)
     assert "127.0.0.1:9" in str(raised.value)
 

@@ -115,6 +115,6 @@ def train_steps(model: nn.Module, inputs: dict[str, Tensor], steps: int = 3) -> 
 
 def anchors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all anchors, by buffer name; there are some, or a comparison of them would say nothing."""
-    found = {name: b.clone() for name, b in model.named_buffers() if name.endswith(("anchor", "_anchor"))}
+    found = {name: b.clone() for name, b in model.named_buffers() if name.endswith("anchor")}
     assert found
     return found

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.policy import Policy
 from milora_vl.core.weights.matrices import is_linear

@@ -29,7 +29,7 @@ class Answers:
     faults: Sequence[int | None] = ()
     dies: int | None = None
     refuses: str = ""  # a text of the questions that get an error 400
-    retry_after: str = "0"
+    wrong: str = ""  # a text in place of every answer
     asked: list[tuple[str, Body]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     most_at_once: int = 0
@@ -83,11 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"choices": [{**said, "finish_reason": reason}]})
 
     def _send(self, status: int, value: Any) -> None:
-        content = json.dumps(value).encode()
+        content = (self.answers.wrong or json.dumps(value)).encode()
         self.send_response(status)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
-        if status != 200:
-            self.send_header("Retry-After", self.answers.retry_after)
         self.end_headers()
         self.wfile.write(content)
 

@@ -90,7 +90,9 @@ def write_messages(path: Path) -> None:
 
 def write_benchmarks(folder: Path) -> None:
     """Write small official benchmark files, questions like the demo's, and answers of other programs."""
-    from milora_eval.benchmarks.xlsx import write_xlsx
+    from pandas import DataFrame
+
+    from milora_eval.data_files import write_excel
     from milora_eval.suites import find_benchmark, folder_of
 
     evaluated = official_data.write_all(folder / "playground" / "data" / "eval")
@@ -106,7 +108,8 @@ def write_benchmarks(folder: Path) -> None:
     dump_lines(folder / "merge.jsonl", answers)
     mmbench = find_benchmark("mmbench")
     items = mmbench.load(folder_of(mmbench, folder / "data"))
-    write_xlsx(folder / "M_MMBench_DEV_EN.xlsx", ("index", "prediction"), [[int(item.id), "A"] for item in items])
+    table = DataFrame([{"index": int(item.id), "prediction": "A"} for item in items])
+    write_excel(folder / "M_MMBench_DEV_EN.xlsx", table)
     (folder / "shades.txt").write_text("Black or white?\n")
 
 

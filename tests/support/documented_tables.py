@@ -77,7 +77,6 @@ EXCEPTIONS: dict[str, str] = {
     r"swift sft ": "ms-swift needs a separate environment",
     r"python -m lmms_eval ": "lmms-eval needs a separate environment",
     r"python -m milora_eval\.lm_eval ": "lm-evaluation-harness is not installed, and reads its tasks from the hub",
-    r"python -m milora_eval judge ": "needs a server; tests/eval/test_eval_judge.py is one",
     r"python -m milora_eval run --server ": "needs a server; tests/eval/test_eval_server.py starts one",
     r"python -m studies\.peft_metamath ": "needs a GPU and the hub; tests/studies/test_peft_metamath.py has a stand-in",
     r"python (benchmarks|tests/support)/": "minutes to an hour each",

@@ -34,8 +34,7 @@ from milora_data.records.record import Turn  # noqa: E402
 from milora_eval import run as evaluate  # noqa: E402
 from milora_vl import Policy, apply_milora, collator_for, load_adapter, merge, save_adapter  # noqa: E402
 from milora_vl.common.errors import UserError  # noqa: E402
-from milora_vl.core.policy.default import without_projector  # noqa: E402
-from milora_vl.core.policy.rules import Target  # noqa: E402
+from milora_vl.core.policy.rules import Target, without_projector  # noqa: E402
 from milora_vl.core.policy.towers import find_towers  # noqa: E402
 from milora_vl.models.base import Base  # noqa: E402
 from milora_vl.models.generate import Prompt, generate  # noqa: E402

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,27 +279,7 @@ def pathvqa(folder: Path) -> None:
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", with_pictures([*rows, rows[0]]))
 
 
-def pathvqa_original(folder: Path) -> None:
-    for i, name in enumerate(NAMES):
-        draw(folder / "pvqa" / "images" / "test" / f"test_{i:04d}.jpg", name)
-    rows = [("test_0000", "what is shown?", "the liver"), ("test_0001", "is it red?", "no")]
-    rows.append(("test_0002", "what is shown?", "the liver"))
-    stored = [dict(zip(("image", "question", "answer"), row, strict=True)) for row in rows]
-    (made(folder / "pvqa" / "qas" / "test") / "test_qa.pkl").write_bytes(pickle.dumps(stored))
-
-
 def cub200(folder: Path) -> None:
-    root = made(folder / "CUB_200_2011")
-    species = [f"{i + 1:03d}.Bird_number_{i}" for i in range(30)]
-    files = [f"{species[i]}/Bird_{i:04d}.jpg" for i in range(3)]
-    for path, name in zip(files, NAMES, strict=True):
-        draw(root / "images" / path, name)
-    columns = {"classes": species, "images": files, "image_class_labels": (1, 2, 3), "train_test_split": (0, 1, 0)}
-    for name, values in columns.items():
-        (root / f"{name}.txt").write_text("".join(f"{i} {value}\n" for i, value in enumerate(values, start=1)))
-
-
-def cub200_hub(folder: Path) -> None:
     options = "".join(f"\n{letter}. Bird {letter}" for letter in "ABC")
     letter = "Answer with the option's letter from the given choices directly."
     text = f"What species is the bird in this photo?\n{letter}{options}"
@@ -355,36 +334,6 @@ def document_questions(folder: Path, file: str, pictures: str, key: str) -> None
     dump(folder / file, {"dataset_split": "val", "data": rows})
 
 
-def refcoco(folder: Path, refs: str = "refs(unc).p") -> None:
-    records, images, boxes = [], [], []
-    for i, (name, split) in enumerate(zip(NAMES, ("val", "testA", "train"), strict=True)):
-        draw(folder / "train2014" / coco(i, "train2014"), name)
-        images.append({"id": i, "file_name": coco(i, "train2014"), "width": 48, "height": 32})
-        boxes.append({"id": 10 + i, "image_id": i, "bbox": [8, 4, 24, 24]})
-        sentences = [{"sent_id": 10 * i + j, "sent": text} for j, text in enumerate((f"{name} disc", "left"))]
-        records.append({"ref_id": i, "ann_id": 10 + i, "image_id": i, "split": split, "sentences": sentences})
-    (folder / refs).write_bytes(pickle.dumps(records, protocol=2))
-    dump(folder / "instances.json", {"images": images, "annotations": boxes})
-
-
-def captions(folder: Path) -> None:
-    images = []
-    for i, name in enumerate(NAMES):
-        draw(folder / "val2014" / coco(i), name)
-        sentences = [{"raw": f"A {name} disc."}, {"raw": f"Some {name} round thing"}]
-        images.append({"filename": coco(i), "cocoid": i, "split": "test", "sentences": sentences})
-    dump(folder / "dataset_coco.json", {"images": [*images, images[0] | {"split": "train"}]})
-
-
-def nocaps(folder: Path) -> None:
-    images, notes = [], []
-    for i, name in enumerate(NAMES):
-        draw(folder / "images" / f"{i}.jpg", name)
-        images.append({"id": i, "file_name": f"{i}.jpg"})
-        notes += [{"image_id": i, "caption": f"a {name} disc {j}"} for j in range(2)]
-    dump(folder / "nocaps_val_4500_captions.json", {"images": images, "annotations": notes})
-
-
 def commonsense(folder: Path) -> None:
     labels = {"boolq": "true", "piqa": "solution1", "social_i_qa": "answer2", "hellaswag": "ending4"}
     labels |= {"winogrande": "option2", "ARC-Easy": "answer4", "ARC-Challenge": "answer5", "openbookqa": "answer1"}
@@ -401,8 +350,7 @@ def mathematics(folder: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     **{writer.__name__: writer for writer in (vqav2, okvqa, gqa, vizwiz, scienceqa, textvqa, pope, mmbench, chartqa)},
-    **{writer.__name__: writer for writer in (mmmu, refcoco, nocaps)},
-    **{writer.__name__: writer for writer in (ai2d, realworldqa, mmstar, pathvqa, cub200)},
+    **{writer.__name__: writer for writer in (mmmu, ai2d, realworldqa, mmstar, pathvqa, cub200)},
     "MME": mme,
     "seed_bench": seed_bench,
     "mm-vet": mm_vet,
@@ -411,16 +359,12 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "infovqa": lambda folder: document_questions(
         folder, "infographicsVQA_val_v1.0_withQT.json", "infographicsvqa_images", "image_local_name"
     ),
-    "refcoco+": refcoco,
-    "refcocog": lambda folder: refcoco(folder, "refs(umd).p"),
-    "coco-captions": captions,
 }
 
 
 # The same questions in the other forms in which users have them.
 OTHER_FORMS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "ai2d": (ai2d_table,),
-    "pathvqa": (pathvqa_original,),
     "chartqa": (chartqa_hub, chartqa_table),
     "docvqa": (docvqa_hub, docvqa_table),
     "infovqa": (lambda f: docvqa_hub(f, "InfographicVQA"), lambda f: docvqa_table(f, "InfoVQA_VAL.tsv")),

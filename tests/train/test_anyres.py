@@ -18,7 +18,7 @@ from milora_data.pictures.anyres import Tiling
 from milora_data.pictures.files import picture_size
 from milora_data.pictures.pixels import PixelMaker
 from milora_data.records.record import Turn, parse_record
-from milora_eval.answers.likelihood import loglikelihoods
+from milora_eval.answers.runner import loglikelihoods
 from milora_vl import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import image_tokens, tiling_of

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from transformers import LlavaForConditionalGeneration
 
 from milora_vl import apply_milora
-from milora_vl.core.adapter.install import base_model_of
+from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.models.tiny import tiny_llava
 from milora_vl.train.base_kl import BaseKL, add_base_kl
 from milora_vl.train.command import main
@@ -38,8 +38,8 @@ LORA = ["--policy", json.dumps(RULES["lora"]), "--dropout", "0"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.FEWEST", 0.0)
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.LEAST_HELD_OUT", 0.0)
+    monkeypatch.setattr("milora_vl.core.calibration.activations.FEWEST", 0.0)
+    monkeypatch.setattr("milora_vl.core.calibration.activations.LEAST_HELD_OUT", 0.0)
 
 
 def recipe_of(folder: Path, every: int, **calibration: Any) -> list[str]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream.sources import load_records
 from milora_vl import load_adapter
-from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration import PARTS
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy
@@ -50,8 +50,8 @@ PROTECT = ["--policy", json.dumps(RULES), "--dropout", "0"]
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of calibration texts."""
     monkeypatch.setenv("MILORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.FEWEST", 0.0)  # tiny layers have few inputs
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.LEAST_HELD_OUT", 0.0)  # and few texts
+    monkeypatch.setattr("milora_vl.core.calibration.activations.FEWEST", 0.0)  # tiny layers have few inputs
+    monkeypatch.setattr("milora_vl.core.calibration.activations.LEAST_HELD_OUT", 0.0)  # and few texts
     return tmp_path / "cache" / "calibration"
 
 
@@ -227,8 +227,7 @@ def test_a_start_after_an_interruption_uses_what_the_first_one_chose(
     assert "a smoke test" in first
     for part in PARTS:
         assert part in first.split("before the first step")[1].split("applying")[0]  # planned before it begins
-    for name in ("calibrate.find_inputs", "calibrate.gradient_sketches"):
-        monkeypatch.setattr(f"milora_vl.core.calibration.{name}", None)
+    monkeypatch.setattr("milora_vl.core.calibration.activations.find_inputs", None)
     assert main(training(tiny_data, tmp_path / "run", *PROTECT)) == 0
     (entry,) = cache.glob("calibration-*.safetensors")
     again = capfd.readouterr().err

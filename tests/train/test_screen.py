@@ -10,7 +10,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.plan import rates
 from milora_vl.train.plan.screen import policy_rows, trainable_line, trained_sizes
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from milora_eval.during import Suites
+from milora_eval.evaluate import Suites
 from milora_vl import load_model
 from milora_vl.train.command import main
 from milora_vl.train.plan.eval_section import require_runnable

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.encode.tokens import fast_backend
 from milora_eval.benchmark import Benchmark, Item
+from milora_eval.data_files import file_digest
 from milora_vl.core.adapter.folders import (
     ADAPTER_FILES,
     CONFIG,
     NON_LORA,
+    PREFIX,
     PROJECTOR_FILES,
     holds_adapter,
     holds_residual,
 )
-from milora_vl.core.adapter.names import PREFIX
 
 FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
 # A residual adapter consists of its factors and of the residual base beside them.
@@ -31,7 +32,6 @@ _SAMPLES = 256
 
 
 def digest(value: Any) -> str:
-    """Return a short hash of a JSON-like value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:16]
 
 
@@ -68,23 +68,20 @@ def weights_digest(model: Any) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a hash of a tokenizer's vocabulary and rules."""
     return hashlib.sha256(fast_backend(tokenizer).to_str().encode()).hexdigest()[:16]
 
 
-def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item) -> str:
-    """Return the key of one answer: a digest of the settings, the prompt, and the names and sizes of its files."""
-    pictures = [_name_and_size(image) for image in item.images]
-    for video in item.videos:
-        pictures.append([*map(_name_and_size, video.files), video.fps, video.num_frames])
+def content_of(item: Item, read: Callable[[str], str | None] = file_digest) -> list[Any]:
+    """Return what identifies the pictures and videos of an item: the hash of each file, which `read` returns."""
+    videos = [[*map(read, video.files), video.fps, video.num_frames] for video in item.videos]
+    return [*map(read, item.images), *videos]
+
+
+def answer_key(settings: Mapping[str, Any], benchmark: Benchmark, item: Item, content: Sequence[Any]) -> str:
+    """Return the key of one answer: a digest of the settings, the prompt, and the content of pictures and videos."""
     turns = [[turn.role, turn.text] for turn in benchmark.prompt(item)]
     decoding = [benchmark.max_new_tokens, benchmark.num_beams, benchmark.form]
-    return digest([settings, benchmark.name, decoding, turns, pictures])
-
-
-def _name_and_size(file: str) -> list[Any]:
-    path = Path(file)
-    return [path.name, path.stat().st_size if path.is_file() else None]
+    return digest([settings, benchmark.name, decoding, turns, list(content)])
 
 
 def _base_name(name: str) -> str | None:

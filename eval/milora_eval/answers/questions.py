@@ -7,14 +7,15 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from milora_eval.answers.identity import answer_key
+from milora_eval.answers.identity import answer_key, content_of
 from milora_eval.benchmark import Benchmark, Item, MissingData
 from milora_eval.benchmarks.own_data import OwnData
-from milora_eval.data_files import load_items, other_questions
-from milora_eval.suites import Chosen, choose, data_folder, folder_of, has_files
+from milora_eval.data_files import file_digest, load_items, other_questions
+from milora_eval.suites import SEE, Chosen, choose, data_folder, folder_of, has_files
 from milora_vl.common.errors import DataError, Key, UserError, at_flag
 from milora_vl.common.evaluator import QuestionSet
 
@@ -49,20 +50,23 @@ class EvaluationPlan:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """An item of a benchmark with the key of its answer."""
+    """An item of a benchmark with the key of its answer, and what identifies its pictures."""
 
     benchmark: Benchmark
     item: Item
     key: str
+    content: Sequence[Any] = ()
 
 
 def questions_of(plan: EvaluationPlan, items: Items) -> list[Question]:
-    """Return the items of the plan's benchmarks, each with the key of its answer."""
-    return [
-        Question(benchmark, item, answer_key(plan.settings, benchmark, item))
-        for benchmark in plan.benchmarks
-        for item in items[benchmark.name]
-    ]
+    """Return the items of the plan's benchmarks, each with the key of its answer. Each picture is read once."""
+    read = cache(file_digest)
+    questions = []
+    for benchmark in plan.benchmarks:
+        for item in items[benchmark.name]:
+            content = content_of(item, read)
+            questions.append(Question(benchmark, item, answer_key(plan.settings, benchmark, item, content), content))
+    return questions
 
 
 def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None = None) -> Items:
@@ -80,12 +84,9 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
             missing.append(error)
             continue
         if not items:
-            raise UserError(
-                f"no questions in the data of benchmark {benchmark.name} in {data_dir}",
-                code="benchmark-empty",
-                where="--data",
-                hint="download the files of the benchmark again; python -m milora_eval ls  lists them",
-            )
+            hint = "download the files of the benchmark again; python -m milora_eval ls  lists them"
+            message = f"no questions in the data of benchmark {benchmark.name} in {data_dir}"
+            raise UserError(message, where="--data", hint=hint)
         _check_ids(benchmark, items)
         _check_pictures(benchmark, items)
         result[benchmark.name] = items
@@ -94,14 +95,16 @@ def read_items(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | Non
     return result
 
 
-def read_chosen(chosen: Chosen, data_dir: Path, limit: int | None = None) -> Items:
-    """Read the items of a suite or a list of benchmarks, at most `limit` of each (default: the suite's limit).
+def plan_of(chosen: Chosen, data_dir: Path, limit: int | None = None) -> tuple[EvaluationPlan, Items]:
+    """Return the plan of a suite or a list of benchmarks, and its items: at most `limit` of each, or the suite's limit.
 
     A partial suite skips benchmarks without files. One line counts them and names the files with other questions.
     Raises UserError for missing data, or if all benchmarks are skipped.
     """
-    read = _items_that_exist if chosen.partial else read_items
-    return read(chosen.benchmarks, data_dir, limit or chosen.limit)
+    limit = limit or chosen.limit
+    items = (_items_that_exist if chosen.partial else read_items)(chosen.benchmarks, data_dir, limit)
+    benchmarks = tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items)
+    return EvaluationPlan(suite=chosen.name, benchmarks=benchmarks, data_dir=data_dir, limit=limit), items
 
 
 def require_questions(questions: QuestionSet, *, at: str | Key = "--suite", data_at: str | Key = "--data") -> None:
@@ -120,11 +123,8 @@ def require_questions(questions: QuestionSet, *, at: str | Key = "--suite", data
         found = [has_files(benchmark, folder) for benchmark in chosen.benchmarks]
         if not (any(found) if chosen.partial else all(found)):
             files = ", ".join(chosen.benchmarks[found.index(False)].files)
-            raise UserError(
-                f"the files of {value} are not in {folder} ({files})",
-                code="eval-missing-files",
-                hint=f"see: python -m milora_eval ls --data {folder}",
-            )
+            message, hint = f"the files of {value} are not in {folder} ({files})", f"{SEE} --data {folder}"
+            raise UserError(message, code="eval-missing-files", hint=hint)
 
 
 def _items_that_exist(benchmarks: Sequence[Benchmark], data_dir: Path, limit: int | None) -> Items:
@@ -140,12 +140,8 @@ def _items_that_exist(benchmarks: Sequence[Benchmark], data_dir: Path, limit: in
         elif (path := other_questions(benchmark, folder)) is not None:
             others[path] = f"other questions; ask them with --benchmarks {path}"
     if not items:
-        hints = [f"{path}: {reason}" for path, reason in others.items()]
-        raise UserError(
-            f"no benchmark's files are in {data_dir}",
-            code="eval-missing-files",
-            hint="\n".join([*hints, f"see: python -m milora_eval ls --data {data_dir}"]),
-        )
+        hint = "\n".join([*(f"{path}: {reason}" for path, reason in others.items()), f"{SEE} --data {data_dir}"])
+        raise UserError(f"no benchmark's files are in {data_dir}", code="eval-missing-files", hint=hint)
     if len(items) < len(benchmarks):
         reasons = "".join(f"; {path.name}: {reason}" for path, reason in others.items())
         sys.stderr.write(f"skipped: {len(benchmarks) - len(items)} benchmarks without files in {data_dir}{reasons}\n")
@@ -186,33 +182,21 @@ def parse_shard(text: str) -> tuple[int, int]:
     number, _, count = text.partition("/")
     if number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
         return int(number), int(count)
-    raise UserError(
-        f"expected i/n with i from 1 to n, got {text!r}",
-        code="flag-value",
-        where="--shard",
-        hint="for example: --shard 1/4, --shard 2/4, ...",
-    )
+    hint = "for example: --shard 1/4, --shard 2/4, ..."
+    raise UserError(f"expected i/n with i from 1 to n, got {text!r}", where="--shard", hint=hint)
 
 
 def _check_names(benchmarks: Sequence[Benchmark]) -> None:
     for name, times in Counter(benchmark.name for benchmark in benchmarks).items():
         if times > 1:  # its numbers and files would replace the other's
-            raise UserError(
-                f"the benchmark {name} is listed twice",
-                code="eval-duplicate-benchmark",
-                hint="use a separate --output_dir for each protocol, or for each file with the same name",
-            )
+            raise UserError(f"the benchmark {name} is listed twice", hint="use a separate --output_dir for each")
 
 
 def _check_ids(benchmark: Benchmark, items: Sequence[Item]) -> None:
     for name, times in Counter(item.id for item in items).items():
         if times > 1:
-            raise UserError(
-                f'the id "{name}" appears twice in the questions',
-                code="benchmark-duplicate-id",
-                where=f"benchmark {benchmark.name}",
-                hint="give every question its own id",
-            )
+            message, hint = f'the id "{name}" appears twice in the questions', "give every question its own id"
+            raise UserError(message, where=f"benchmark {benchmark.name}", hint=hint)
 
 
 def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
@@ -223,9 +207,6 @@ def _check_pictures(benchmark: Benchmark, items: Sequence[Item]) -> None:
         shown = [*missing[:3], *(["..."] if len(missing) > 3 else [])]
         folders = [names.removesuffix("|.") for names in benchmark.files if names.endswith("|.")]
         shown += [f"put their folder next to the questions: {names.replace('|', ' or ')}" for names in folders]
-        raise UserError(
-            f"{len(missing)} pictures{' or videos' if videos else ''} of benchmark {benchmark.name} are missing",
-            code="benchmark-missing-pictures",
-            where="--data",
-            hint="\n".join([*shown, "or name the folder with the pictures:  --data FOLDER"]),
-        )
+        what = f"{len(missing)} pictures{' or videos' if videos else ''} of benchmark {benchmark.name} are missing"
+        hint = "\n".join([*shown, "or name the folder with the pictures:  --data FOLDER"])
+        raise UserError(what, code="benchmark-missing-pictures", where="--data", hint=hint)

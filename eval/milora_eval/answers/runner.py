@@ -8,70 +8,59 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import torch
+
+from milora_data.encode.tokens import IGNORE
 from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Question, select, shard_of
-from milora_eval.answers.store import Line, Store, to_line
+from milora_eval.answers.store import Store, to_line, unscored_line
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import folder_of
 from milora_vl.common.progress import progress_bar
-from milora_vl.models.generate import Prompt, generate
+from milora_vl.models.generate import Prompt, Reader, generate, reader_of
 
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
+# Asks questions and passes each batch of answers to a `Keep`; with `one_by_one`, no answer depends on a batch.
+Asker = Callable[..., None]
 
 
-class Asker(Protocol):
-    """Asks a model questions and passes each batch of answers to `keep`; `one_by_one`, so that no answer depends on it.
+def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> tuple[int, float]:
+    """Generate the answers of the plan's shard that are missing in `folder`; `finish` scores them.
 
-    `ask_model` is one after its first arguments, `ask_server` of `served` another.
+    Returns how many questions the model answered, and the seconds that took.
     """
-
-    def __call__(self, todo: Sequence[Question], keep: Keep, *, one_by_one: bool = False) -> None:
-        """Ask the questions, in any order."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How many questions the model answered, and how many seconds that took."""
-
-    asked: int
-    seconds: float
-
-
-def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> Outcome:
-    """Generate the answers of the plan's shard that are missing in `folder`."""
     store, start = Store(folder, plan.shard), time.perf_counter()
     # POPE repeats some questions in its sets. The same question about the same picture is asked once.
     own = {question.key: question for question in reversed(shard_of(questions, plan.shard))}
     known = store.known()
     todo = [question for question in reversed(own.values()) if question.key not in known]
     if not todo:
-        return Outcome(0, time.perf_counter() - start)
+        return 0, time.perf_counter() - start
     if len(todo) < len(own):
         sys.stderr.write(f"{len(own) - len(todo):,} of {len(own):,} answers are stored already\n")
     store.open()
     with progress_bar(f"{plan.suite} {plan.which}", len(todo), "questions") as bar:
 
         def keep(done: Sequence[Question], answers: Sequence[Reply]) -> None:
-            store.append([_line(plan, question, text) for question, text in zip(done, answers, strict=True)])
+            pairs = zip(done, answers, strict=True)
+            store.append([unscored_line(*_answered(plan, question, text)) for question, text in pairs])
             bar.update(len(done))
 
         asker(todo, keep)
-    return Outcome(len(todo), time.perf_counter() - start)
+    return len(todo), time.perf_counter() - start
 
 
 def finish(plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> bool:
-    """Write the complete predictions.jsonl; return False without writing while answers of other shards are missing."""
+    """Score all answers and write predictions.jsonl; return False, unwritten, while answers of shards are missing."""
     store = Store(folder, plan.shard)
     known = store.known()
     if any(question.key not in known for question in questions):
         return False
-    # All answers are scored again, so that an answer of an older version follows the current rules.
-    store.finish([_line(plan, question, known[question.key]) for question in questions])
+    store.finish([to_line(*_answered(plan, question, known[question.key])) for question in questions])
     return True
 
 
@@ -126,6 +115,32 @@ def ask_model(
         )
 
 
-def _line(plan: EvaluationPlan, question: Question, text: str) -> Line:
+def _answered(
+    plan: EvaluationPlan, question: Question, text: str
+) -> tuple[Benchmark, Item, str, str, Path, Sequence[Any]]:
     folder = folder_of(question.benchmark, plan.data_dir)
-    return to_line(question.benchmark, question.item, text, question.key, folder)
+    return question.benchmark, question.item, text, question.key, folder, question.content
+
+
+def loglikelihoods(
+    model: Any, processor: Any, pairs: Sequence[tuple[Prompt, str]], *, template: str = "vicuna_v1"
+) -> list[tuple[float, bool]]:
+    """Return per (prompt, answer) the sum of the answer's log-probabilities, and whether greedy decoding produces it.
+
+    The answer follows the prompt directly. Pairs run one at a time, so padding has no effect. Benchmarks of other
+    suites rank options by it.
+    """
+    reader = reader_of(model, processor, template, "pad")
+    return [_loglikelihood(reader, prompt, answer) for prompt, answer in pairs]
+
+
+@torch.inference_mode()
+def _loglikelihood(reader: Reader, prompt: Prompt, answer: str) -> tuple[float, bool]:
+    if not answer:
+        return 0.0, True
+    inputs = reader.labelled(prompt, answer)
+    labels = inputs.pop("labels")[0, 1:]
+    is_answer = labels != IGNORE
+    logits, targets = reader.model(**inputs).logits[0, :-1][is_answer].float(), labels[is_answer]
+    values = logits.log_softmax(-1).gather(1, targets[:, None])
+    return float(values.sum()), bool((logits.argmax(-1) == targets).all())

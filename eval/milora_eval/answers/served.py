@@ -1,19 +1,23 @@
 """Ask a model on a server the questions that the local run asks a loaded model; the server writes them in its template.
 
-A picture travels inside the request, as a data URL: the bytes of the file if it is an upright JPEG or PNG in RGB or
-grey, which all servers decode alike; otherwise its pixels as PNG, as the local run reads them.
+The server has OpenAI's interface (vLLM, SGLang, llama.cpp, `transformers serve`). The package `openai` sends a request
+again, after growing pauses, where the connection fails or the server is busy. A picture travels inside the request, as
+a data URL: the bytes of the file if it is an upright JPEG or PNG in RGB or grey, which all servers decode alike;
+otherwise its pixels as PNG, as the local run reads them.
 """
 
 from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from milora_data.batches.processor_collator import with_video_marks
 from milora_data.encode.chat_template_mask import parts_of
@@ -22,9 +26,97 @@ from milora_data.pictures.files import ORIENTATION, content_of, load_image, open
 from milora_data.records.record import Reply
 from milora_eval.answers.questions import EvaluationPlan, Items, Question
 from milora_eval.answers.runner import Keep, prompt_of
-from milora_eval.chat_server import ChatServer
-from milora_vl.common.errors import Problem, UserError, with_context
+from milora_vl.common.cli.command_line import did_you_mean, suggest
+from milora_vl.common.errors import MALFORMED, Problem, UserError, first_line, with_context
+from milora_vl.common.secrets import HIDDEN
 from milora_vl.models.generate import Prompt
+
+RETRIES = 6
+SECONDS = 600.0  # for one answer
+CONTINUE = "the answers so far are stored; run the same command again to continue"
+
+
+class ChatServer:
+    """A server by its address, up to and including /v1; no message contains the `key`.
+
+    A server that has never answered gets one try: its address is wrong, or it is still starting.
+    """
+
+    def __init__(self, url: str, key: str = "") -> None:
+        """Raises UserError for a text that is not an http or https address, and without the package `openai`."""
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+            hint = "for example  --server http://localhost:8000/v1"
+            raise UserError(f"expected an address, got {url!r}", where="--server", hint=hint)
+        try:
+            from openai import OpenAI
+        except ImportError:
+            message, hint = "--server needs the package openai", "install it: pip install -e '.[eval]'"
+            raise UserError(message, code="package-missing", hint=hint) from None
+        self.url, self.key = url.rstrip("/"), key
+        self.client = OpenAI(base_url=self.url, api_key=key or "none", timeout=SECONDS, max_retries=RETRIES)
+
+    def listed(self, model: str | None) -> str:
+        """Return the name of a model that the server lists. Raises UserError for another name, or if none answers."""
+        with self._errors("models"):
+            listing = self.client.with_options(timeout=30.0, max_retries=0).models.list()
+            names = [str(entry.id) for entry in listing.data]
+        if model is None or model not in names:
+            hint = did_you_mean(suggest(model or "", names)[:1])
+            raise UserError(
+                f"the server has no model {model!r}" if model else "required: the name of the model on the server",
+                where="--served_model",
+                hint="\n".join(filter(None, [hint, f"it lists: {', '.join(names) or 'no model'}"])),
+            )
+        return model
+
+    def chat(self, model: str, messages: list[Any], max_tokens: int) -> Reply:
+        """Return the greedy answer to a conversation. Raises UserError (exit code 1) without one."""
+        with self._errors("chat/completions"):
+            answer = self.client.chat.completions.create(
+                model=model, messages=messages, max_tokens=max_tokens, **GREEDY
+            )
+            [choice] = answer.choices
+            # The content is missing if a model was stopped while it reasoned.
+            return Reply((choice.message.content or "").strip(), choice.finish_reason == "length")
+
+    def complete(self, model: str, prompt: str, max_tokens: int) -> Reply:
+        with self._errors("completions"):
+            answer = self.client.completions.create(model=model, prompt=prompt, max_tokens=max_tokens, **GREEDY)
+            [choice] = answer.choices
+            return Reply(choice.text.strip(), choice.finish_reason == "length")
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """Raise the errors of a request as a UserError without the key; its exit code is 1 if it ends a run."""
+        import openai
+
+        code, hint = "server-no-answer", ""
+        try:
+            yield
+            return
+        except openai.APIStatusError as error:
+            message = f"the server answers {error.status_code}: {first_line(error)}"
+            code = "server-refuses" if error.status_code < 500 and error.status_code != 429 else code
+            hints = {404: "the address ends with /v1 at most servers", 401: "the key comes from --key_variable"}
+            hint = hints.get(error.status_code, "")
+        except openai.APITimeoutError:
+            message = "the server gives no answer in time; ask fewer questions at once"
+        except openai.APIConnectionError as error:
+            message = f"no server answers: {first_line(error.__cause__ or error)}"
+        except (openai.OpenAIError, *MALFORMED) as error:
+            code, message = "server-format", f"this is no answer of OpenAI's interface: {first_line(error)}"
+        is_running = path != "models"
+        raise UserError(
+            message.replace(self.key, HIDDEN) if self.key else message,
+            code=code,
+            where=f"{self.url}/{path}",
+            hint="\n".join(filter(None, [hint, CONTINUE if is_running else ""])),
+            exit_code=1 if is_running else 2,
+        )
+
+
+# transformers serve applies the repetition penalty of the model, unless a request has this one.
+GREEDY: dict[str, Any] = {"temperature": 0, "frequency_penalty": 0}
 
 
 def served_name(model: str) -> str:
@@ -46,18 +138,16 @@ def require_servable(plan: EvaluationPlan, items: Items) -> None:
     """Raise UserError for benchmarks that cannot be asked through OpenAI's interface, before anything is asked."""
     for shown in (item for asked in items.values() for item in asked if item.videos):
         raise with_context(no_videos("OpenAI's interface"), shown.source)
-    reasons = {
-        benchmark.name: f"asks with {benchmark.num_beams} beams, which OpenAI's interface does not offer"
-        if benchmark.num_beams > 1
-        else "shows pictures without a chat template, which OpenAI's interface does not offer"
-        for benchmark in plan.benchmarks
-        if benchmark.num_beams > 1 or (benchmark.form == "raw" and any(item.images for item in items[benchmark.name]))
-    }
-    if reasons:
-        hint = "leave it out, or load the model:  --model MODEL"
-        problems = [
-            Problem(f"benchmark {name} {why}", "server-benchmark", "--server", hint) for name, why in reasons.items()
-        ]
+    problems = []
+    for benchmark in plan.benchmarks:
+        why = f"asks with {benchmark.num_beams} beams" if benchmark.num_beams > 1 else ""
+        if benchmark.form == "raw" and any(item.images for item in items[benchmark.name]):
+            why = "shows pictures without a chat template"
+        if why:
+            message = f"benchmark {benchmark.name} {why}, which OpenAI's interface does not offer"
+            hint = "leave it out, or load the model:  --model MODEL"
+            problems.append(Problem(message, where="--server", hint=hint))
+    if problems:
         raise UserError(problems=problems)
 
 
@@ -68,34 +158,17 @@ def ask_server(
 
     The first error ends the run, after the answers that are on their way are kept. Raises UserError.
     """
-    at_once = 1 if one_by_one else plan.batch_size
-    waiting: dict[Future[Reply], Question] = {}
-
-    def store(futures: Collection[Future[Reply]]) -> None:
-        answered = [future for future in futures if not future.cancelled() and future.exception() is None]
-        if answered:
-            keep([waiting[future] for future in answered], [future.result() for future in answered])
-
-    def store_next() -> None:
-        done = wait(waiting, return_when=FIRST_COMPLETED).done
-        store(done)
-        for future in done:
-            del waiting[future]
-        for future in done:
-            future.result()  # raises the error of a question
-
-    with ThreadPoolExecutor(at_once) as pool:
+    with ThreadPoolExecutor(1 if one_by_one else plan.batch_size) as pool:
+        waiting = {pool.submit(_reply, server, plan.model_name, question): question for question in todo}
         try:
-            for question in todo:
-                waiting[pool.submit(_reply, server, plan.model_name, question)] = question
-                if len(waiting) == 2 * at_once:  # so that no thread waits while answers are stored
-                    store_next()
-            while waiting:
-                store_next()
+            for future in as_completed(waiting):
+                keep([waiting[future]], [future.result()])
+                del waiting[future]
         except BaseException:  # also Ctrl-C
-            server.stopped.set()
             pool.shutdown(cancel_futures=True)
-            store(waiting)
+            for future, question in waiting.items():
+                if not future.cancelled() and future.exception() is None:
+                    keep([question], [future.result()])
             raise
 
 

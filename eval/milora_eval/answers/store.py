@@ -3,7 +3,6 @@
 predictions.jsonl   the answers behind results.json, in the order of the items
 predictions.K-of-N.jsonl   the answers of one shard, until all shards are complete
 spare.jsonl         answers of earlier selections or settings; reused if their key matches, never scored
-judgements.jsonl    the texts of a judge model, for the benchmarks that need one
 """
 
 from __future__ import annotations
@@ -11,46 +10,32 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock
 
 from milora_data.records.record import Reply, Turn, Video
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.suites import reference
-from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.atomic_write import atomic_file, json_lines
 from milora_vl.common.errors import UserError, expected_format
 
 Line = dict[str, Any]
-PREDICTIONS, SPARE, JUDGEMENTS = "predictions.jsonl", "spare.jsonl", "judgements.jsonl"
+RESTORE = "evaluate again, or restore the file"
+PREDICTIONS, SPARE = "predictions.jsonl", "spare.jsonl"
 
 
 def each_line(path: Path) -> Iterator[Line]:
-    """Yield the lines of a file, none if it does not exist. Skips a last line that a kill has truncated."""
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for text in file:  # bytes end at a newline alone; answers may hold other line ends
-            try:
-                line = json.loads(text.decode("utf-8", "replace"))
-            except ValueError:
-                continue
-            if not isinstance(line, dict) or "key" not in line:
-                continue
+    """Yield the answers in a file, none if it does not exist. Skips a last line that a kill has truncated."""
+    for line in json_lines(path):
+        if "key" in line:
             if not all(isinstance(line.get(name), str) for name in ("benchmark", "id", "prediction")):
-                raise UserError(
-                    "a stored answer has no texts for benchmark, id and prediction",
-                    code="predictions-format",
-                    where=str(path),
-                    hint="evaluate again, or restore the file",
-                )
+                message = "a stored answer has no texts for benchmark, id and prediction"
+                raise UserError(message, code="predictions-format", where=str(path), hint=RESTORE)
             yield line
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Return the lines of a file."""
     return list(each_line(path))
 
 
@@ -58,16 +43,6 @@ def write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write a file atomically, line by line: the file is complete or does not exist."""
     with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(_text(line) for line in lines)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Lock a folder while it is finished: the last two shards may finish at the same time.
-
-    The system releases the lock when the process ends, also after a kill; the lock file stays.
-    """
-    with FileLock(folder / ".lock"):
-        yield
 
 
 class Store:
@@ -93,7 +68,6 @@ class Store:
             write_lines(self.path, each_line(self.path))
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Append lines and sync them to the disk."""
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(_text(line) for line in lines)
             file.flush()
@@ -114,23 +88,31 @@ class Store:
         return [self.folder / SPARE, *sorted(self.folder.glob("predictions*.jsonl"))]
 
 
-def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path) -> Line:
-    """Return the scored line of one answer; `correct` stays empty (None) if a judge or a server scores it.
+def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path, content: Sequence[Any] = ()) -> Line:
+    """Return the scored line of one answer; `correct` stays empty (None) if a server or an official script scores it.
 
-    An answer that was stopped at `max_new_tokens` is marked as truncated.
+    `content` identifies the pictures.
     """
-    picture = item.images[0] if item.images else None
+    return unscored_line(benchmark, item, text, key, data_dir, content) | {"correct": benchmark.score(item, text)}
+
+
+def unscored_line(
+    benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Path, content: Sequence[Any]
+) -> Line:
+    """Return the line of one answer without its score; one that was stopped at `max_new_tokens` is marked."""
+    picture, root = next(iter(item.images), None), data_dir.absolute()
+    is_inside = picture is not None and Path(picture).is_relative_to(root)
     turns = benchmark.prompt(item)
     line: Line = {
         "id": item.id,
         "benchmark": reference(benchmark),
         "type": item.kind,
         "question": turns[-1].text,
-        "image": _relative(picture, data_dir),
+        "image": Path(picture).relative_to(root).as_posix() if picture and is_inside else picture,
         "image_file": picture,
         "prediction": text,
         "answers": list(item.answers),
-        "correct": benchmark.score(item, text),
+        "correct": None,
         "baseline": item.baseline,
         "group": item.group,
         "key": key,
@@ -143,25 +125,19 @@ def to_line(benchmark: Benchmark, item: Item, text: str, key: str, data_dir: Pat
         line["more_images"] = list(item.images[1:])
     if item.videos:
         line["videos"] = [video._asdict() for video in item.videos]
+    if content:
+        line["content"] = list(content)
     if item.meta:
         line["meta"] = dict(item.meta)
     return line
 
 
-def to_answer(benchmark: Benchmark, line: Mapping[str, Any], judgement: str | None = None) -> Answer:
-    """Return the answer of a line and score it again, from its judgement if there is one."""
-    item, text = to_item(line), line["prediction"]
-    with expected_of(benchmark, str(line["id"])):
-        value = benchmark.score(item, text) if judgement is None else benchmark.grade(item, judgement)
-    return Answer(item, text, value, judgement)
-
-
-def to_item(line: Mapping[str, Any]) -> Item:
-    """Return the item of a line, with the turns that the model saw. Raises UserError for a line of another form."""
-    with _expected(f"the stored answer {line.get('id')!r:.60} is damaged"):
+def to_answer(line: Mapping[str, Any]) -> Answer:
+    """Return the answer of a line with its stored score. Raises UserError for a line of another form."""
+    with expected(f"the stored answer {line.get('id')!r:.60} is damaged"):
         turns = [*line.get("context", ()), ["user", line["question"]]]
         first = [line["image_file"]] if line["image_file"] else []
-        return Item(
+        item = Item(
             id=line["id"],
             turns=tuple(Turn(role, text) for role, text in turns),
             images=(*first, *line.get("more_images", ())),
@@ -172,6 +148,14 @@ def to_item(line: Mapping[str, Any]) -> Item:
             meta=line.get("meta", {}),
             videos=tuple(Video(**{**video, "frames": tuple(video["frames"])}) for video in line.get("videos", ())),
         )
+        return Answer(item, line["prediction"], None if line["correct"] is None else float(line["correct"]))
+
+
+def same_question(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Return whether two lines answer the same question: all texts, and the pictures whose content both lines know."""
+    texts = all(a.get(key) == b.get(key) for key in ("id", "question", "context", "answers"))
+    contents = zip(a.get("content", ()), b.get("content", ()), strict=False)
+    return texts and all(one == other or None in (one, other) for one, other in contents)
 
 
 def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]:
@@ -181,19 +165,11 @@ def expected_of(benchmark: Benchmark, what: str) -> AbstractContextManager[None]
     """
     if not type(benchmark).__module__.startswith("milora_eval."):
         return nullcontext()
-    return _expected(f"the stored answer {what!r:.60} does not fit the benchmark {benchmark.name}")
+    return expected(f"the stored answer {what!r:.60} does not fit the benchmark {benchmark.name}")
 
 
-def _expected(message: str) -> AbstractContextManager[None]:
-    hint = "evaluate again, or restore the file"
-    return expected_format(message, code="predictions-format", where="predictions.jsonl", hint=hint)
-
-
-def _relative(picture: str | None, data_dir: Path) -> str | None:
-    if picture is None:
-        return None
-    path, root = Path(picture), data_dir.absolute()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else picture
+def expected(message: str) -> AbstractContextManager[None]:
+    return expected_format(message, code="predictions-format", where=PREDICTIONS, hint=RESTORE)
 
 
 def _text(line: Mapping[str, Any]) -> str:

@@ -10,17 +10,19 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from milora_data.emoji.questions import TYPES
 from milora_data.records.record import Record
 from milora_data.stream.sources import load_records
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData
-from milora_eval.rules.answers import FIRST_LINE, exact_match, in_first_line, normalise
-from milora_eval.stats import clustered_stderr, mean, stratified_mean, stratified_stderr
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData, means_of_types
+from milora_eval.benchmarks.short_answers import FIRST_LINE, exact_match, in_first_line, normalise
+from milora_eval.stats import mean
 
 LENIENT = "mean, answer in first line"
+LETTER = "choice_letter"
 LETTER_NOTE = "small models rarely learn to answer with a letter: this type may stay at its baseline"
 
 
@@ -36,75 +38,36 @@ class Emoji(Benchmark):
     files = ("test.json", "images")
 
     def recognises(self, question: Any) -> bool:
-        """Return whether a record has accepted answers, and one of the demo's types in its id."""
         kind = question.get("type") if isinstance(question, dict) else None
         return kind in TYPES and "answers" in question and str(question.get("id")).startswith(f"{kind}-")
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read test.json."""
         path = data_dir / "test.json"
         if not path.is_file():
-            raise MissingData(
-                f"{data_dir} holds no emoji questions: no test.json",
-                code="eval-missing-files",
-                hint=f"create them: {make_command(data_dir)}",
-            )
+            message, hint = "holds no emoji questions: no test.json", "create them: python -m milora_data emoji"
+            hint = f"{hint} --output_dir {data_dir}"
+            raise MissingData(f"{data_dir} {message}", code="eval-missing-files", hint=hint)
         records = list(load_records(path))
         baselines = _baselines(records)
         return [_item(record, data_dir, baselines[record.id]) for record in records]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for an accepted answer, else 0.0."""
         return float(exact_match(text, item.answers))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean over types, then each type; standard errors are clustered by picture."""
+        """Return the mean over types, then each type, then how often a reply mentions an accepted answer."""
         answers = list(answers)
-        by_type: dict[str, list[Answer]] = defaultdict(list)
-        for answer in answers:
-            by_type[answer.item.kind].append(answer)
-        values, types = [a.worth for a in answers], [a.item.kind for a in answers]
-        metrics = [_accuracy(kind, part) for kind, part in by_type.items()]
-        baselines = [metric.baseline for metric in metrics if metric.baseline is not None]
-        overall = Metric(
-            name="mean over types",
-            value=stratified_mean(values, types),
-            stderr=stratified_stderr(values, types, [a.item.group for a in answers]),
-            n=len(answers),
-            baseline=mean(baselines) if len(baselines) == len(metrics) else None,
-            mean_of="types",
-        )
-        return [overall, *metrics, *_lenient(answers)]
-
-
-def make_command(data_dir: Path) -> str:
-    """Return the command that creates the data set in a folder."""
-    return f"python -m milora_data emoji --output_dir {data_dir}"
-
-
-def _accuracy(kind: str, answers: Sequence[Answer]) -> Metric:
-    values = [answer.worth for answer in answers]
-    baselines = [answer.item.baseline for answer in answers if answer.item.baseline is not None]
-    return Metric(
-        name=kind,
-        value=mean(values),
-        stderr=clustered_stderr(values, [answer.item.group for answer in answers]),
-        n=len(values),
-        baseline=mean(baselines) if len(baselines) == len(values) else None,
-        note=LETTER_NOTE if kind == "choice_letter" else None,
-        mean_of="items",
-    )
-
-
-def _lenient(answers: Sequence[Answer]) -> list[Metric]:
-    """Return how often a reply mentions an accepted answer, so that a reply in a sentence counts too."""
-    asked = [answer for answer in answers if answer.item.kind != "choice_letter"]
-    if not asked:
-        return []
-    values, types = [float(in_first_line(a.text, a.item.answers)) for a in asked], [a.item.kind for a in asked]
-    stderr = stratified_stderr(values, types, [a.item.group for a in asked])
-    note = f"{FIRST_LINE}; without letters"
-    return [Metric(LENIENT, stratified_mean(values, types), stderr, len(asked), note=note)]
+        metrics = means_of_types(answers, "mean over types")
+        metrics = [replace(each, note=LETTER_NOTE) if each.name == LETTER else each for each in metrics]
+        asked = [
+            replace(each, value=float(in_first_line(each.text, each.item.answers)))
+            for each in answers
+            if each.item.kind != LETTER
+        ]
+        note = f"{FIRST_LINE}; without letters"
+        return metrics + [
+            replace(each, baseline=None, note=note, mean_of=None) for each in means_of_types(asked, LENIENT)[:1]
+        ]
 
 
 def _item(record: Record, data_dir: Path, baseline: float) -> Item:
@@ -148,7 +111,6 @@ def _baselines(records: Sequence[Record]) -> dict[str, float]:
 
 
 def _form(record: Record) -> str:
-    """Return the form of the answer: yes or no, one of the options, or a free word."""
     if {normalise(answer) for answer in _answers(record)} <= {"yes", "no"}:
         return "yes/no"
     return "options" if _options(record.turns[-2].text) else "open"
@@ -174,7 +136,6 @@ def _choosing(records: Sequence[Record]) -> list[list[float]]:
 
 
 def _options(question: str) -> list[str]:
-    """Return the options of a question: letters of lettered lines, or the parts of `...: a, b or c?`."""
     letters = re.findall(r"^([A-Z])\. ", question, flags=re.MULTILINE)
     if letters:
         return letters

@@ -5,14 +5,12 @@ Open and binary are properties of the question. Consistency and similar metrics 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from milora_data.formats.jsonfile import read_json
-from milora_eval.benchmark import Answer, Benchmark, Item
+from milora_eval.benchmark import Benchmark, Item, Upload
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.data_files import find, write_rows
-from milora_eval.rules.short_rules import gqa_correct
+from milora_eval.data_files import find_all
 
 
 class GQA(Benchmark):
@@ -26,11 +24,10 @@ class GQA(Benchmark):
         "images|data/images",
     )
     source = "cs.stanford.edu/people/dorarad/gqa/download.html"
+    upload = Upload("testdev_balanced_predictions.json", "questionId", "prediction")  # for eval.py
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the balanced questions."""
-        questions = read_json(find(self, data_dir, self.files[0]))
-        pictures = find(self, data_dir, self.files[1])
+        questions, pictures = find_all(self, data_dir)
         return [
             picture_item(
                 name,
@@ -40,21 +37,12 @@ class GQA(Benchmark):
                 kind="open" if entry.get("types", {}).get("structural") == "query" else "binary",
                 meta=entry.get("types", {}),
             )
-            for name, entry in questions.items()
+            for name, entry in read_json(questions).items()
             if entry.get("isBalanced", True)
         ]
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return 1.0 if the answer equals the reference by the protocol's rule."""
-        if not item.answers:
-            return None
-        return float(gqa_correct(text, item.answers[0]) if self.protocol == "llava" else text == item.answers[0])
+        return float(self.uploaded(text) == item.answers[0]) if item.answers else None
 
-    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write [{questionId, prediction}] for eval.py."""
-        predictions = [(a.item.meta["question_id"], a.text) for a in answers]
-        if self.protocol == "llava":
-            predictions = [(name, text.rstrip(".").lower()) for name, text in predictions]
-        rows = [{"questionId": name, "prediction": text} for name, text in predictions]
-        path = folder / "testdev_balanced_predictions.json"
-        return [write_rows(path, rows)]
+    def uploaded(self, text: str) -> str:
+        return text.rstrip(".").lower() if self.protocol == "llava" else text

@@ -41,18 +41,6 @@ def picture_item(
     )
 
 
-def choices_of(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the options of a row by letter: its list `options`, or as in VLMEvalKit's tables its columns A, B, ..."""
-    if "options" in row:
-        return {LETTERS[place]: str(option) for place, option in enumerate(row["options"])}
-    return {letter: row[letter] for letter in LETTERS if letter in row}
-
-
-def asked_for_letter(question: str, choices: Mapping[str, str]) -> str:
-    """Return a question, its options as lines "A. ...", and the request for a letter."""
-    return question + "".join(f"\n{letter}. {option}" for letter, option in choices.items()) + LETTER
-
-
 def lettered(options: Sequence[str]) -> str:
     """Return options as lines "A. ...", each after a newline."""
-    return "".join(f"\n{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False))
+    return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

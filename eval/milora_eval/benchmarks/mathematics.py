@@ -13,10 +13,8 @@ from typing import Any
 
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Benchmark, Item
-from milora_eval.data_files import find, read_jsonl
-from milora_eval.rules.gsm8k import gsm8k_correct
-from milora_eval.rules.math_answers import last_boxed, math_correct
-from milora_vl.common.errors import DataError
+from milora_eval.benchmarks.math_answers import gsm8k_correct, last_boxed, math_correct
+from milora_eval.data_files import find, json_values
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -26,8 +24,6 @@ _STOP = re.compile("Instruction|Response")  # as in MiLoRA's scripts; MetaMath's
 
 
 class GSM8K(Benchmark):
-    """Grade-school word problems."""
-
     name = "gsm8k"
     protocols = ("milora",)
     max_new_tokens = 1024
@@ -39,32 +35,24 @@ class GSM8K(Benchmark):
     mark = "####"
 
     def recognises(self, question: Any) -> bool:
-        """Return whether a solution marks its answer as this set does."""
         return isinstance(question, dict) and any(self.mark in str(question.get(key)) for key in self.solutions)
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read one JSON object per line: query and response, or question and answer."""
         path = find(self, data_dir, self.files[0])
-        return [self._item(number, entry, path) for number, entry in enumerate(read_jsonl(path), start=1)]
+        return [self._item(number, entry) for number, entry in enumerate(json_values(path), start=1)]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for the right number."""
         return float(gsm8k_correct(stopped(text), int(item.answers[0])))
 
     def truth(self, solution: str) -> str:
-        """Return the number after the last ####."""
         return str(int(float(solution.split("#### ")[-1].replace(",", ""))))
 
-    def _item(self, number: int, entry: dict[str, Any], path: Path) -> Item:
+    def _item(self, number: int, entry: dict[str, Any]) -> Item:
         question = next((entry[key] for key in self.questions if key in entry), None)
         solution = next((entry[key] for key in self.solutions if key in entry), None)
         if question is None or solution is None:
-            raise DataError(
-                f"expected {self.questions[0]} and {self.solutions[0]}, got {list(entry)}",
-                code="benchmark-file-format",
-                where=f"{path}:{number}",
-                hint="use the published file, unchanged",
-            )
+            message = f"question {number}: expected {self.questions[0]} and {self.solutions[0]}, got {list(entry)}"
+            raise ValueError(message)
         return Item(
             id=str(number),
             turns=(Turn("user", PROMPT.format(question)),),
@@ -87,14 +75,11 @@ class MATH(GSM8K):
     mark = "\\boxed"
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for an equivalent answer."""
         return float(math_correct(stopped(text), item.answers[0]))
 
     def truth(self, solution: str) -> str:
-        """Return the content of the last \\boxed."""
         return last_boxed(solution) or ""
 
 
 def stopped(text: str) -> str:
-    """Return an answer up to the first stop word of the scripts."""
     return _STOP.split(text, maxsplit=1)[0]

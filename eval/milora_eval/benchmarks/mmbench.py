@@ -1,26 +1,38 @@
 """MMBench, English and Chinese: a question counts as right if the model is right for every rotation of its options.
 
-Prompts follow llava/eval/model_vqa_mmbench.py. The chosen option is parsed with VLMEvalKit's exact matching (no judge).
+Prompts follow llava/eval/model_vqa_mmbench.py. The chosen option is parsed with VLMEvalKit's exact matching, without a
+judge: vlmeval/utils/matching_util.py, whose switch VERBOSE is off, and vlmeval/dataset/utils/multiple_choice.py.
 The submission follows scripts/convert_mmbench_for_submission.py. The legacy dev file has one row per rotation (index +
 1,000,000 each), which LLaVA asks once each. Without them the rotations are generated, as with --all-rounds.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means, plain_text
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, grouped, means
 from milora_eval.benchmarks.llava_prompts import LETTER, LETTER_CN, lettered, picture_item
-from milora_eval.benchmarks.xlsx import write_xlsx
-from milora_eval.data_files import find, read_table, table_columns, table_rows
-from milora_eval.rules.mmbench import mmbench_option
+from milora_eval.data_files import find, read_table, table_rows, write_excel
 
 ROTATION = 1_000_000
-DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+DROPPED = ["hint", "category", "source", "image", "comment", "l2-category"]
+
+Option = str | Literal[False]
+
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+NO_ANSWER = "Failed to obtain answer via API"
+_VERBOSE = re.compile(r"(?i)(?:correct\s+)?answer\s+is\s+\**([ABCD])\**")
+_BLANKED = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
 class MMBench(Benchmark):
@@ -36,7 +48,6 @@ class MMBench(Benchmark):
     suffix = LETTER
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the table and unpack its pictures into the user's cache."""
         rows = table_rows(self, data_dir)
         num_rows = Counter(int(row["index"]) % ROTATION for row in rows)
         rotated = len(num_rows) < len(rows)
@@ -48,11 +59,9 @@ class MMBench(Benchmark):
         return items
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return 1.0 if the chosen option is right; None if the table has no answers."""
         return float(mmbench_option(text, item.meta["options"]) == item.answers[0]) if item.answers else None
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the circular accuracy, the accuracy on the first rotation, and the circular accuracy per category."""
         scored = [answer for answer in answers if answer.value is not None]
         if not scored:
             return []
@@ -69,30 +78,25 @@ class MMBench(Benchmark):
         return [min(rotations, key=lambda answer: answer.worth) for rotations in complete or questions]
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Return the possible (row, round) of the item."""
+        """Return the possible (row, round) of the item; `llava_key` returns those of a line."""
         index, turn = item.meta["index"], item.meta["round"]
         return ((index, 0), (index % ROTATION, turn)) if turn else ((index, 0),)
 
     def llava_key(self, line: Mapping[str, Any]) -> Any:
-        """Return (row, round)."""
         return int(line["question_id"]), int(line.get("round_id", 0))
 
     def llava_question(self, item: Item) -> dict[str, Any]:
         """Return the prompt as in model_vqa_mmbench.py, without the request for a letter."""
-        return super().llava_question(item) | {"text": plain_text(item).removesuffix(self.suffix)}
+        return super().llava_question(item) | {"text": item.plain_text.removesuffix(self.suffix)}
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write the table for the server: the rows of the file, with `prediction` as the seventh column."""
         texts = {a.item.meta["index"]: a.text for a in answers}
-        path = find(self, data_dir, self.files[0])
-        rows = read_table(path)
-        names = [name for name in table_columns(path) if name not in DROPPED]
-        names.insert(min(6, len(names)), "prediction")
-        table = [
-            [texts.get(int(row["index"])) if name == "prediction" else _cell(name, row.get(name)) for name in names]
-            for row in rows
-        ]
-        return [write_xlsx(folder / f"{self.name}_{self.split}.xlsx", names, table)]
+        table = read_table(find(self, data_dir, self.files[0])).drop(columns=DROPPED, errors="ignore")
+        indices = [int(index) for index in table["index"]]
+        table["index"] = indices
+        table.insert(min(6, len(table.columns)), "prediction", [texts.get(index) for index in indices])
+        return [write_excel(folder / f"{self.name}_{self.split}.xlsx", table)]
 
     def _item(self, row: dict[str, Any], turn: int, rotations: int) -> Item:
         options = _options(row)
@@ -138,11 +142,7 @@ class MMBenchTest(MMBench):
 
 
 def _questions(answers: Iterable[Answer]) -> list[list[Answer]]:
-    """Return, per question, the answers to its rotations."""
-    by_question: dict[int, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        by_question[answer.item.meta["index"] % ROTATION].append(answer)
-    return list(by_question.values())
+    return list(grouped(answers, lambda answer: answer.item.meta["index"] % ROTATION).values())
 
 
 def _is_complete(rotations: Sequence[Answer]) -> bool:
@@ -163,5 +163,36 @@ def _is_there(text: str | None) -> bool:
     return text is not None and text.lower() not in ("nan", "none")
 
 
-def _cell(name: str, text: str | None) -> str | int | None:
-    return int(text) if name == "index" and text else text
+def mmbench_option(text: str, choices: Mapping[str, str]) -> Option:
+    """Return the letter of an answer by VLMEvalKit's rules, "Z" for a refusal, False if it is not clear.
+
+    >>> mmbench_option("The answer is (B).", {"A": "red", "B": "green"})
+    'B'
+    """
+    return option_letter(text, choices) or _option_by_text(text, choices)
+
+
+def option_letter(text: str, letters: Iterable[str]) -> Option:
+    """Return the letter named in an answer: alone among its last words, or after "answer is"."""
+    letters = list(letters)
+    if NO_ANSWER in text:
+        return False
+    if any(refusal in text for refusal in REFUSALS):
+        return "Z"
+    words = text.translate(_BLANKED).split()
+    named = [letter for letter in letters if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if not named and "Z" in words:
+        return "Z"
+    found = _VERBOSE.search(text)
+    return found.group(1).upper() if found is not None and found.group(1).upper() in letters else False
+
+
+def _option_by_text(text: str, choices: Mapping[str, str]) -> Option:
+    """Return the only option whose text is in the answer; one more than twice as long as all options has none."""
+    text = text.lower()
+    if len(text) > 2 * sum(len(str(option)) for option in choices.values()):
+        return False
+    named = [letter for letter, option in choices.items() if str(option).lower() in text]
+    return named[0] if len(named) == 1 else False

@@ -6,19 +6,19 @@ for a single word or phrase; its convert_answer_to_mme.py restores the sentence.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, grouped
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
 from milora_eval.data_files import find
-from milora_eval.rules.mme import COGNITION, PERCEPTION, mme_answer, mme_score
 from milora_eval.stats import mean_stderr
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.errors import DataError, UserError
 
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 YES_OR_NO = "Please answer yes or no."
 
 
@@ -38,39 +38,54 @@ class MME(Benchmark):
         return [item for name in (*PERCEPTION, *COGNITION) if (root / name).is_dir() for item in _subtask(root / name)]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 if the yes or no is right."""
         return float(mme_answer(text) == item.answers[0].lower())
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
         """Return the two sums and the points of each subtask; a picture counts only if both answers exist."""
-        by_task: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
-        for answer in answers:
-            by_task[answer.item.kind][answer.item.group].append(answer)
-        tasks = [metric for name, pictures in by_task.items() if (metric := _points(name, pictures)) is not None]
+        tasks = [_points(name, pairs) for name, pairs in _pairs(answers).items() if pairs]
         sums = [("perception", PERCEPTION), ("cognition", COGNITION)]
         totals = [_total(name, [task for task in tasks if task.name in names]) for name, names in sums]
         return [*(total for total in totals if total is not None), *tasks]
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Return (picture, question)."""
-        return ((item.meta["question_id"], item.question.removeprefix("<image>\n").removesuffix(SHORT)),)
+        return ((item.meta["question_id"], item.plain_text.removesuffix(SHORT)),)
 
     def llava_key(self, line: Mapping[str, Any]) -> Any:
-        """Return (picture, question)."""
         question = line["prompt"].removesuffix(SHORT)
         return line["question_id"], question.removesuffix(YES_OR_NO).rstrip()
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write one text file per subtask for calculation.py: picture, question, truth, answer; pairs are adjacent."""
-        tasks: dict[str, dict[str, list[Answer]]] = defaultdict(lambda: defaultdict(list))
-        for answer in answers:
-            tasks[answer.item.kind][answer.item.group].append(answer)
-        files = []
-        for name, pictures in tasks.items():
-            pairs = [pair for pair in pictures.values() if len(pair) == 2]
-            lines = [_line(answer) for pair in pairs for answer in pair]
-            files.append(write_text(folder / f"{name}.txt", "".join(lines)))
-        return files
+        return [
+            write_text(folder / f"{name}.txt", "".join(_line(answer) for pair in pairs for answer in pair))
+            for name, pairs in _pairs(answers).items()
+        ]
+
+
+def mme_answer(text: str) -> Literal["yes", "no", "other"]:
+    """Return "yes", "no" or "other": the whole answer counts, else "yes", then "no", in its first four characters.
+
+    >>> mme_answer("Yes, it is"), mme_answer("not sure"), mme_answer("y")
+    ('yes', 'no', 'other')
+    """
+    start = text.lower()[:4]
+    if "yes" in start:
+        return "yes"
+    return "no" if "no" in start else "other"
+
+
+def mme_score(texts: Sequence[str], labels: Sequence[str]) -> float:
+    """Return 100 x accuracy + 100 x the share of pictures with both questions right; two adjacent lines are a picture.
+
+    Raises ValueError for an odd number of lines.
+    """
+    right = [mme_answer(text) == label.lower() for text, label in zip(texts, labels, strict=True)]
+    if len(right) % 2:
+        raise ValueError(f"MME has two questions per picture, got {len(right)} answers")
+    if not right:
+        return 0.0
+    both = sum(first and second for first, second in zip(right[::2], right[1::2], strict=True))
+    return 100 * sum(right) / len(right) + 100 * both / (len(right) // 2)
 
 
 def _subtask(folder: Path) -> list[Item]:
@@ -81,11 +96,8 @@ def _subtask(folder: Path) -> list[Item]:
         for number, line in enumerate((line for line in lines if line.strip()), start=1):
             question, tab, answer = line.rpartition("\t")
             if not tab or answer.strip() not in ("Yes", "No"):
-                raise DataError(
-                    f"expected a question, a tab, Yes or No; got {line[:80]!r}",
-                    code="benchmark-file-format",
-                    where=f"{file}:{number}",
-                )
+                message = f"expected a question, a tab, Yes or No; got {line[:80]!r}"
+                raise DataError(message, code="benchmark-file-format", where=f"{file}:{number}")
             place = picture.relative_to(folder.parent).as_posix()
             item = picture_item(
                 place,
@@ -106,18 +118,22 @@ def _picture(folder: Path, stem: str) -> Path:
         for ending in (".jpg", ".png", ".jpeg"):
             if (place / (stem + ending)).is_file():
                 return place / (stem + ending)
-    raise UserError(
+    message, hint = (
         f"no picture {stem}.jpg or .png in {folder} or {folder / 'images'}",
-        code="benchmark-missing-pictures",
-        where="benchmark mme",
-        hint="copy the pictures of the release into one of these folders",
+        "copy the release's pictures there",
     )
+    raise UserError(message, code="benchmark-missing-pictures", where="benchmark mme", hint=hint)
 
 
-def _points(name: str, pictures: Mapping[str, list[Answer]]) -> Metric | None:
-    pairs = [pair for pair in pictures.values() if len(pair) == 2]
-    if not pairs:
-        return None
+def _pairs(answers: Iterable[Answer]) -> dict[str, list[list[Answer]]]:
+    """Return, per subtask, the two answers about each picture; a picture with one answer is left out."""
+    return {
+        task: [pair for pair in grouped(part, lambda answer: answer.item.group).values() if len(pair) == 2]
+        for task, part in grouped(answers).items()
+    }
+
+
+def _points(name: str, pairs: Sequence[Sequence[Answer]]) -> Metric:
     per_picture = [mme_score([a.text for a in pair], [a.item.answers[0] for a in pair]) for pair in pairs]
     lines = [answer for pair in pairs for answer in pair]
     points = mme_score([a.text for a in lines], [a.item.answers[0] for a in lines])
@@ -125,7 +141,6 @@ def _points(name: str, pictures: Mapping[str, list[Answer]]) -> Metric | None:
 
 
 def _total(name: str, tasks: list[Metric]) -> Metric | None:
-    """Return the sum of the subtasks; their errors are treated as independent."""
     if not tasks:
         return None
     errors = [task.stderr for task in tasks if task.stderr is not None]

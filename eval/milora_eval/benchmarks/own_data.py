@@ -1,40 +1,26 @@
 """A user's own benchmark as a data file: records of training data, or rows with image, question, answer and a metric.
 
-`--benchmarks my.json` reads both. Pictures are searched for next to the file, in `images` and in `--data`. Each row may
-name a `metric`; the default compares answers after a light normalisation.
+`--benchmarks my.json` reads both, as a JSON list or as JSON lines. Pictures are searched for next to the file, in
+`images` and in `--data`. Each row may name a `metric`; the default compares answers after a light normalisation.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from milora_data.formats.jsonfile import read_json
 from milora_data.pictures.embedded import is_embedded, refusal
 from milora_data.pictures.files import place_of
-from milora_data.records.record import (
-    IMAGE,
-    VIDEO,
-    Turn,
-    Video,
-    identifier_of,
-    parse_record,
-    renamed_video,
-    uses_tools,
-)
-from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData
-from milora_eval.data_files import read_jsonl
-from milora_eval.rules.anls import anls
-from milora_eval.rules.answers import FIRST_LINE, exact_match, in_first_line
-from milora_eval.rules.chartqa import chartqa_correct
-from milora_eval.rules.pope import pope_answer
-from milora_eval.rules.textvqa import m4c_normalise
-from milora_eval.rules.vqa import vqav2_accuracy
-from milora_eval.stats import clustered_stderr, mean
-from milora_vl.common.cli.command_line import beside, suggest
+from milora_data.records.record import IMAGE, VIDEO, identifier_of, parse_record, renamed_video, uses_tools
+from milora_eval.benchmark import Answer, Benchmark, Form, Item, Metric, MissingData, mean_of_items
+from milora_eval.benchmarks.pope import pope_answer
+from milora_eval.benchmarks.short_answers import FIRST_LINE, anls, chartqa_correct, exact_match, in_first_line
+from milora_eval.benchmarks.vqa import m4c_normalise, vqav2_accuracy
+from milora_eval.data_files import file_digest, json_values
+from milora_vl.common.cli.command_line import beside, did_you_mean, suggest
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError, Problem, UserError, collected
 
@@ -53,7 +39,10 @@ LENIENT = "answer in first line"
 
 
 class OwnData(Benchmark):
-    """Questions from one file. Stored answers name it `data:NAME` and hold the metric of each question."""
+    """Questions from one file. Stored answers name it `data:NAME` and hold the metric of each question.
+
+    The name is that of the file; `suites.choose` changes it where another file of a run has it.
+    """
 
     protocols = ("own data",)
     split = "own"
@@ -62,25 +51,19 @@ class OwnData(Benchmark):
     def __init__(self, place: str) -> None:
         super().__init__()
         self.path = None if place.startswith("data:") else Path(place)
-        self.name = place.removeprefix("data:") if self.path is None else self.path.stem
+        self.rename(place.removeprefix("data:") if self.path is None else self.path.stem)
         if Path(self.name).name != self.name:  # stored answers may come from anybody, and it names folders
-            raise UserError(
-                f"{place!r:.80} is no name of a benchmark",
-                code="own-data-no-file",
-                where="--benchmarks",
-                hint="rename the file: its name without extension names the folder of the results",
-            )
-        self.origin = f"data:{self.name}"
+            hint = "rename the file: its name without extension names the folder of the results"
+            raise UserError(f"{place!r:.80} is no name of a benchmark", where="--benchmarks", hint=hint)
 
-    def load(self, data_dir: Path) -> list[Item]:
-        """Read the file, or if it does not exist the file of that name in the data folder."""
+    def rename(self, name: str) -> None:
+        self.name, self.origin = name, f"data:{name}"
+
+    def file(self, data_dir: Path) -> Path:
+        """Return the file of the questions, or if it does not exist the file of that name in the data folder."""
         if self.path is None:
-            raise UserError(
-                f"{self.origin} does not name the file with its questions",
-                code="own-data-no-file",
-                where="--benchmarks",
-                hint="name the file: --benchmarks FILE.json",
-            )
+            hint = "name the file: --benchmarks FILE.json"
+            raise UserError(f"{self.origin} does not name the file with its questions", where="--benchmarks", hint=hint)
         path = self.path if self.path.is_file() else data_dir / self.path
         if not path.is_file():
             problem = url_problem(self.path)
@@ -88,10 +71,23 @@ class OwnData(Benchmark):
                 raise UserError(problems=[problem])
             message = f"no file {self.path}, and no file of that name in {data_dir}"
             raise MissingData(message, code="data-missing-file", hint=beside(self.path))
+        return path
+
+    def identity(self, data_dir: Path) -> dict[str, str | None]:
+        """Return path and hash of the file, by which a run knows whose answers it has."""
+        path = self.file(data_dir)
+        return {"file": str(path.resolve()), "hash": file_digest(str(path))}
+
+    def is_one_of(self, files: Sequence[Mapping[str, str | None]], data_dir: Path) -> bool:
+        own = self.identity(data_dir)
+        return any(own["file"] == each["file"] or own["hash"] == each["hash"] for each in files)
+
+    def load(self, data_dir: Path) -> list[Item]:
+        path = self.file(data_dir)
         # Training data may use one id for several records; the number of the record makes the id unique.
         items: list[Item] = []
         problems: list[Problem] = []
-        for number, row in enumerate(_rows(path), start=1):
+        for number, row in enumerate(json_values(path), start=1):
             with collected(problems):
                 items.append(_item(row, number, path, data_dir))
         if problems:
@@ -108,54 +104,51 @@ class OwnData(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float:
-        """Return the value by the metric of the row."""
         return METRICS[item.meta["metric"]](text, item.answers)
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean and those of the types, then how often a reply mentions the answer in its first line."""
         answers = list(answers)
-        asked = [answer for answer in answers if answer.item.meta["metric"] in EQUALITIES]
-        lenient = [float(in_first_line(answer.text, answer.item.answers)) for answer in asked]
-        stderr = clustered_stderr(lenient, [answer.item.group for answer in asked])
-        row = Metric(LENIENT, mean(lenient), stderr, len(asked), note=FIRST_LINE)
-        return [*super().summarise(answers), *([row] if asked else [])]
+        lenient = [
+            replace(each, value=float(in_first_line(each.text, each.item.answers)))
+            for each in answers
+            if each.item.meta["metric"] in EQUALITIES
+        ]
+        rows = [mean_of_items(LENIENT, lenient)] if lenient else []
+        rows = [replace(row, baseline=None, note=FIRST_LINE, mean_of=None) for row in rows]
+        return [*super().summarise(answers), *rows]
 
 
 def _frequent_answers(items: Sequence[Item]) -> dict[str, str]:
-    """Return the most frequent answer to the questions of each type."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         answers[item.kind][item.answers[0]] += 1
     return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
 
-def _rows(path: Path) -> list[Any]:
-    rows = list(read_jsonl(path)) if path.suffix == ".jsonl" else read_json(path)
-    if not isinstance(rows, list):
-        raise DataError("expected a list of questions", code="own-data-format", where=str(path))
-    return rows
-
-
 def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     place = f"{path}, question {number}"
     if not isinstance(row, dict):
-        raise DataError(f"expected an object, got {type(row).__name__}", code="own-data-format", where=place)
+        raise DataError(f"expected an object, got {type(row).__name__}", where=place)
     metric = row.get("metric", "exact")
     if metric not in METRICS:
-        near = suggest(str(metric), METRICS)
-        raise DataError(
-            f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}',
-            code="own-data-unknown-metric",
-            where=place,
-            hint=f"did you mean {near[0]}?" if near else "",
-        )
+        message = f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}'
+        raise DataError(message, where=place, hint=did_you_mean(suggest(str(metric), METRICS)[:1]))
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
-    turns, images, videos, answers = _conversation(row, place) if is_record else _question(row, place)
+    record = parse_record(row if is_record else _as_record(row, place), source=place, embedded="keep")
+    if uses_tools(record) or row.get("tools"):
+        raise DataError("questions with tools are not supported", where=place, hint="remove the question")
+    turns, answers = record.turns, row.get("answers", row.get("answer"))
+    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
+    if turns and turns[-1].role == "assistant":
+        turns, answers = turns[:-1], answers if row.get("answers") else [turns[-1].text]
+    if not turns or turns[-1].role != "user":
+        roles = ", ".join(turn.role for turn in record.turns) or "none"
+        message = f"no turn of the user before the answer; the turns: {roles}"
+        hint = "end the conversation with a question of the user, and its answer"
+        raise DataError(message, where=place, hint=hint)
     if not answers:
-        raise DataError(
-            "no answer to compare with", code="own-data-no-answer", where=place, hint='add "answer" to the question'
-        )
-    files = (*images, *(name for video in videos for name in video.files))
+        raise DataError("no answer to compare with", where=place, hint='add "answer" to the question')
+    files = (*record.images, *(name for video in record.videos for name in video.files))
     if embedded := next(filter(is_embedded, files), ""):
         form = "messages" if "messages" in row else "llava" if is_record else "table"
         problems = refusal(embedded, f"{path}:{number}", form).problems
@@ -167,9 +160,9 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     return Item(
         id=identifier_of(row, ("id", "question_id"), number),
         turns=turns,
-        images=tuple(map(found, images)),
-        videos=tuple(renamed_video(video, found) for video in videos),
-        answers=answers,
+        images=tuple(map(found, record.images)),
+        videos=tuple(renamed_video(video, found) for video in record.videos),
+        answers=tuple(map(str, answers)),
         kind=str(row.get("type") or row.get("category") or ""),
         group=files[0] if files else f"{number}",
         meta={"metric": metric},
@@ -177,77 +170,27 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     )
 
 
-_Asked = tuple[tuple[Turn, ...], tuple[str, ...], tuple[Video, ...], tuple[str, ...]]
-
-
-def _conversation(row: dict[str, Any], place: str) -> _Asked:
-    """Return the turns up to the last answer, pictures and videos, and that answer (or the row's `answers`)."""
-    record = parse_record(row, source=place, embedded="keep")
-    _refuse_tools(uses_tools(record), place)
-    turns, answers = record.turns, _answers(row)
-    if turns and turns[-1].role == "assistant":
-        answers = answers if row.get("answers") else (turns[-1].text,)
-        turns = turns[:-1]
-    if not turns or turns[-1].role != "user":
-        roles = ", ".join(turn.role for turn in record.turns) or "none"
-        raise DataError(
-            f"no turn of the user before the answer; the turns: {roles}",
-            code="own-data-format",
-            where=place,
-            hint="end the conversation with a question of the user, and its answer",
-        )
-    return turns, record.images, record.videos, answers
-
-
-def _answers(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the texts under "answers" or "answer", a list or one of them."""
-    answers = row.get("answers", row.get("answer"))
-    answers = answers if isinstance(answers, list) else [] if answers is None else [answers]
-    return tuple(map(str, answers))
-
-
-def _refuse_tools(tools: object, place: str) -> None:
-    if tools:
-        raise DataError(
-            "questions with tools are not supported",
-            code="own-data-not-supported",
-            where=place,
-            hint="remove the question",
-        )
-
-
-def _question(row: dict[str, Any], place: str) -> _Asked:
+def _as_record(row: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return a row with "question" as a record, with a mark for each picture and video."""
     if not isinstance(row.get("question"), str):
-        raise DataError(
-            f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}',
-            code="own-data-format",
-            where=place,
-        )
-    _refuse_tools(row.get("tools"), place)
+        raise DataError(f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}', where=place)
     value = row.get("images") or row.get("image") or []
-    images = tuple(value) if isinstance(value, list) else (value,)
+    images = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in images):
-        raise DataError(
-            f'"image" must be a file name or a list of file names, got {str(value)[:80]}',
-            code="own-data-format",
-            where=place,
-        )
+        message = f'"image" must be a file name or a list of file names, got {str(value)[:80]}'
+        raise DataError(message, where=place)
     shown = {key: row[key] for key in ("video", "videos") if row.get(key)}
     videos = parse_record({"conversations": [], **shown}, source=place, embedded="keep").videos
     text = row["question"]
     for mark, number in ((VIDEO, len(videos)), (IMAGE, len(images))):
         text = text if mark in text else f"{mark}\n" * number + text
-    return (Turn("user", text),), images, videos, _answers(row)
+    return {"conversations": [{"from": "human", "value": text}], "image": images, **shown}
 
 
 def _picture(name: str, beside: Path, data_dir: Path, row: str) -> Path:
     candidates = [place_of(folder, name) for folder in (beside, beside / "images", data_dir)]
     paths = [path for path in candidates if isinstance(path, Path)]
     if not paths:
-        raise DataError(
-            f"{name} is outside the folders of the pictures",
-            code="image-outside-folder",
-            where=row,
-            hint="use:  --data FOLDER (it may be /)",
-        )
+        message, hint = f"{name} is outside the folders of the pictures", "use:  --data FOLDER (it may be /)"
+        raise DataError(message, code="image-outside-folder", where=row, hint=hint)
     return next((path for path in paths if path.is_file()), paths[-1]).absolute()  # else the folder of --data

@@ -1,32 +1,31 @@
 """POPE: three sets of yes/no questions about the same pictures; the paper reports the mean of their F1 scores.
 
 Follows RUCAIBox/POPE evaluate.py and llava/eval/eval_pope.py, but joins answers by id, never by position: LLaVA's
-script gives wrong results for the current files, whose random set has 3,000 questions instead of 2,910.
+script gives wrong results for the current files, whose random set has 3,000 questions instead of 2,910. A number is 0
+where the scripts divide by zero.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, plain_text
+from milora_eval.benchmark import Answer, Benchmark, Item, Metric, grouped, write_rows
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.data_files import find, read_jsonl, write_rows
-from milora_eval.rules.pope import PopeNumbers, pope_answer, pope_numbers
+from milora_eval.data_files import find_all, json_values
 from milora_eval.stats import mean
 from milora_vl.common.errors import UserError
 
+YesNo = Literal["yes", "no"]
 SETS = ("random", "popular", "adversarial")
 LLAVA_FILE = "llava_pope_test.jsonl"
 
 
 class POPE(Benchmark):
-    """The mean F1, and five numbers per set."""
-
     name = "pope"
     split = "coco val2014"
     files = (
@@ -37,13 +36,12 @@ class POPE(Benchmark):
     metric = "mean F1"
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the three sets, and LLaVA's ids if its question file exists."""
-        pictures = find(self, data_dir, self.files[-1])
+        *sets, pictures = find_all(self, data_dir)
         llava_ids = _llava_ids(data_dir)
         free = count(1 + max((number for number in llava_ids.values() if isinstance(number, int)), default=-1))
         items: list[Item] = []
-        for name, file in zip(SETS, self.files, strict=False):
-            for entry in read_jsonl(find(self, data_dir, file)):
+        for name, path in zip(SETS, sets, strict=True):
+            for entry in json_values(path):
                 known = llava_ids.get((name, entry["image"], entry["text"]))
                 item = picture_item(
                     next(free) if known is None else known,
@@ -58,58 +56,80 @@ class POPE(Benchmark):
         return items
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 if the answer, read as yes or no, equals the label."""
         return float((pope_answer(text) == "no") == (item.answers[0] == "no"))
 
     def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the mean F1, then F1, accuracy, precision, recall and the share of yes of each set."""
-        predicted: dict[str, list[str]] = defaultdict(list)
-        labels: dict[str, list[str]] = defaultdict(list)
-        groups: dict[str, list[str]] = defaultdict(list)
-        for answer in answers:
-            predicted[answer.item.kind].append(pope_answer(answer.text))
-            labels[answer.item.kind].append(answer.item.answers[0])
-            groups[answer.item.kind].append(answer.item.group)
-        names = [name for name in SETS if name in predicted]
-        if not names:
+        found = grouped(answers)
+        sets = {name: found[name] for name in SETS if name in found}
+        if not sets:
             return []
-        numbers = {name: pope_numbers(predicted[name], labels[name]) for name in names}
-        shares = {name: _influence(predicted[name], labels[name], groups[name], numbers[name].f1) for name in names}
-        missing = [name for name in SETS if name not in numbers]
+        texts = {name: [answer.text for answer in part] for name, part in sets.items()}
+        labels = {name: [answer.item.answers[0] for answer in part] for name, part in sets.items()}
+        numbers = {name: pope_numbers(texts[name], labels[name]) for name in sets}
+        shares = {name: _influence(part, numbers[name].f1) for name, part in sets.items()}
+        missing = [name for name in SETS if name not in sets]
         headline = Metric(
             self.metric,
             mean([each.f1 for each in numbers.values()]),
-            _stderr([shares[name] for name in names]),
-            sum(map(len, predicted.values())),
+            _stderr(list(shares.values())),
+            sum(map(len, sets.values())),
             note=f"without {', '.join(missing)}" if missing else None,
         )
-        sets = [_metrics(name, numbers[name], len(predicted[name]), _stderr([shares[name]])) for name in names]
-        return [headline, *(metric for metrics in sets for metric in metrics)]
+        of_sets = [_metrics(name, numbers[name], len(part), _stderr([shares[name]])) for name, part in sets.items()]
+        return [headline, *(metric for metrics in of_sets for metric in metrics)]
 
     def llava_keys(self, item: Item) -> tuple[str, ...]:
-        """Return the item's id, and LLaVA's question number if it is known."""
         return (str(item.meta["question_id"]), item.id) if item.meta.get("llava") else (item.id,)
-
-    def llava_key(self, line: Mapping[str, Any]) -> str:
-        """Return the id of a line."""
-        return str(line["question_id"])
 
     def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
         """Write one JSONL file per set, {question, answer}, in the order of the questions, for evaluate.py."""
         files = []
-        for name in SETS:
+        for name, part in grouped(answers).items():
             rows = [
                 {
-                    "question_id": a.item.id.split("/")[1],
-                    "question": plain_text(a.item).removesuffix(SHORT),
-                    "answer": a.text,
+                    "question_id": answer.item.id.split("/")[1],
+                    "question": answer.item.plain_text.removesuffix(SHORT),
+                    "answer": answer.text,
                 }
-                for a in answers
-                if a.item.kind == name
+                for answer in part
             ]
-            if rows:
-                files.append(write_rows(folder / f"coco_pope_{name}_answers.jsonl", rows))
+            files.append(write_rows(folder / f"coco_pope_{name}_answers.jsonl", rows))
         return files
+
+
+class PopeNumbers(NamedTuple):
+    """The five numbers in the order of the script; `yes_ratio` is the share of yes among the answers."""
+
+    f1: float
+    accuracy: float
+    precision: float
+    recall: float
+    yes_ratio: float
+
+
+def pope_answer(text: str) -> YesNo:
+    """Return "no" if a word of the first sentence is exactly No, not or no; else "yes".
+
+    >>> pope_answer("No, there is none."), pope_answer("NO"), pope_answer("")
+    ('no', 'yes', 'yes')
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def pope_numbers(texts: Sequence[str], labels: Sequence[str]) -> PopeNumbers:
+    """Return the numbers of one split; labels other than "no" count as yes."""
+    pairs = [(pope_answer(text) == "yes", label != "no") for text, label in zip(texts, labels, strict=True)]
+    true_yes = sum(said and true for said, true in pairs)
+    said_yes, are_yes = sum(said for said, _ in pairs), sum(true for _, true in pairs)
+    precision, recall = _ratio(true_yes, said_yes), _ratio(true_yes, are_yes)
+    return PopeNumbers(
+        f1=_ratio(2 * precision * recall, precision + recall),
+        accuracy=_ratio(sum(said == true for said, true in pairs), len(pairs)),
+        precision=precision,
+        recall=recall,
+        yes_ratio=_ratio(said_yes, len(pairs)),
+    )
 
 
 def _metrics(name: str, numbers: PopeNumbers, count: int, stderr: float | None) -> list[Metric]:
@@ -121,12 +141,12 @@ def _metrics(name: str, numbers: PopeNumbers, count: int, stderr: float | None) 
     ]
 
 
-def _influence(predicted: list[str], labels: list[str], groups: list[str], f1: float) -> dict[str, float]:
+def _influence(answers: Sequence[Answer], f1: float) -> dict[str, float]:
     """Return the influence of each picture on F1 = 2 x true yes / (predicted yes + labelled yes), linearised."""
-    total = sum(text == "yes" for text in predicted) + sum(label != "no" for label in labels)
+    pairs = [(pope_answer(each.text) == "yes", each.item.answers[0] != "no", each.item.group) for each in answers]
+    total = sum(yes + true for yes, true, _ in pairs)
     influence: dict[str, float] = defaultdict(float)
-    for text, label, group in zip(predicted, labels, groups, strict=True):
-        yes, true = text == "yes", label != "no"
+    for yes, true, group in pairs:
         influence[group] += (2 * (yes and true) - f1 * (yes + true)) / total if total else 0.0
     return influence
 
@@ -146,14 +166,14 @@ def _llava_ids(data_dir: Path) -> dict[tuple[str, str, str], Any]:
     if not path.is_file():
         return {}
     ids: dict[tuple[str, str, str], Any] = {}
-    for line in read_jsonl(path):
+    for line in json_values(path):
         key = (line["category"], line["image"], line["text"].removesuffix(SHORT))
         if key in ids:
-            raise UserError(
-                f"the question {key} appears twice",
-                code="benchmark-duplicate-id",
-                where=str(path),
-                hint="use the published file, unchanged",
-            )
+            hint = "use the published file, unchanged"
+            raise UserError(f"the question {key} appears twice", where=str(path), hint=hint)
         ids[key] = line["question_id"]
     return ids
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0

@@ -4,6 +4,7 @@ model_vqa_science.py (--single-pred-prompt) and eval_science_qa.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from milora_data.formats.jsonfile import read_json
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Answer, Benchmark, Item
 from milora_eval.benchmarks.llava_prompts import LETTER, picture_item
-from milora_eval.data_files import find
-from milora_eval.rules.scienceqa import LETTERS, scienceqa_index
+from milora_eval.data_files import find_all
 from milora_vl.common.atomic_write import write_json
+
+FAILED = "FAILED"
+LETTERS = "ABCDE"
 
 
 class ScienceQA(Benchmark):
@@ -29,15 +32,12 @@ class ScienceQA(Benchmark):
     only_pictures = False
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the problems of the test split."""
-        problems = read_json(find(self, data_dir, self.files[0]))
-        names = read_json(find(self, data_dir, self.files[1]))[self.split]
-        pictures = find(self, data_dir, self.files[2])
-        items = [_item(name, problems[name], pictures) for name in names]
+        problems, splits, pictures = find_all(self, data_dir)
+        known = read_json(problems)
+        items = [_item(name, known[name], pictures) for name in read_json(splits)[self.split]]
         return [item for item in items if item.images or not self.only_pictures]
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for the letter of the right choice."""
         return float(scienceqa_index(text, item.meta["num_choices"]) == item.meta["answer"])
 
     def llava_question(self, item: Item) -> dict[str, Any]:
@@ -87,3 +87,22 @@ def _prompt(problem: dict[str, Any]) -> str:
     choices = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
     block = f"Context: {context}\nQuestion: {problem['question']}\nOptions: {choices}\n"
     return block.replace("  ", " ").strip().replace("<image>", "").strip() + LETTER
+
+
+def scienceqa_letter(text: str) -> str:
+    """Return the letter of an answer (a bare letter, "B. ...", or one "The answer is B" and a character), or FAILED.
+
+    >>> scienceqa_letter("B"), scienceqa_letter("B. red"), scienceqa_letter("(B)")
+    ('B', 'B', 'FAILED')
+    """
+    if len(text) == 1 and text in LETTERS:
+        return text
+    if len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return str(found[0]) if len(found) == 1 else FAILED
+
+
+def scienceqa_index(text: str, num_choices: int) -> int:
+    letter = scienceqa_letter(text)
+    return LETTERS.index(letter) if letter in list(LETTERS[:num_choices]) else -1

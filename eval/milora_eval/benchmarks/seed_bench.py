@@ -5,16 +5,13 @@ The official script ranks the likelihoods of the options instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
-from milora_eval.benchmark import Answer, Benchmark, Item, Metric, means
+from milora_eval.benchmark import Benchmark, Item, Upload
 from milora_eval.benchmarks.llava_prompts import LETTER, lettered, picture_item
-from milora_eval.data_files import find, write_rows
-from milora_eval.rules.short_rules import seed_correct
+from milora_eval.data_files import find_all
 
 CHOICES = ("choice_a", "choice_b", "choice_c", "choice_d")
 VIDEO = "SEED-Bench-video-image"
@@ -29,10 +26,13 @@ class SEEDBench(Benchmark):
     folders = ("seed_bench",)
     source = "github.com/AILab-CVC/SEED-Bench (frames: LLaVA's extract_video_frames.py, into SEED-Bench-video-image)"
 
+    details = ("type", "type")
+    upload = Upload("seed_bench_predictions.jsonl", "question_id", "prediction")
+
     def load(self, data_dir: Path) -> list[Item]:
         """Read the questions; questions about videos only if the frames exist."""
-        content = read_json(find(self, data_dir, self.files[0]))
-        pictures = find(self, data_dir, self.files[1])
+        questions, pictures = find_all(self, data_dir)
+        content = read_json(questions)
         types = {number: name for name, number in content["question_type"].items()}
         frames = {path.stem: path for path in (data_dir / VIDEO).glob("*")} if (data_dir / VIDEO).is_dir() else {}
         items = []
@@ -46,20 +46,7 @@ class SEEDBench(Benchmark):
         return items
 
     def score(self, item: Item, text: str) -> float:
-        """Return 1.0 for the right letter."""
-        return float(seed_correct(text, item.answers[0]))
-
-    def summarise(self, answers: Iterable[Answer]) -> list[Metric]:
-        """Return the accuracy: overall, for pictures and videos, and per type as details."""
-        answers = list(answers)
-        metrics = means(answers, self.metric)
-        details = means(answers, self.metric, kind_of=lambda answer: answer.item.meta["type"], detail=True)[1:]
-        return [*metrics, *(replace(each, name=f"type: {each.name}", mean_of=None) for each in details)]
-
-    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write {question_id, prediction} lines."""
-        rows = [{"question_id": a.item.meta["question_id"], "prediction": a.text} for a in answers]
-        return [write_rows(folder / "seed_bench_predictions.jsonl", rows)]
+        return float(text == item.answers[0])
 
 
 def _item(entry: dict[str, Any], picture: Path, types: dict[int, str]) -> Item:

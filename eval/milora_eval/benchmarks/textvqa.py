@@ -6,16 +6,16 @@ its question file uses the picture as the question_id.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import read_json
-from milora_eval.benchmark import Answer, Benchmark, Item, plain_text
+from milora_eval.benchmark import Benchmark, Item, Upload
 from milora_eval.benchmarks.llava_prompts import SHORT, picture_item
-from milora_eval.data_files import find, is_table, read_jsonl, table_rows, write_rows
-from milora_eval.rules.textvqa import question_of, textvqa_accuracy
-from milora_vl.common.errors import DataError
+from milora_eval.benchmarks.vqa import leave_one_out, m4c_normalise
+from milora_eval.data_files import find, is_table, json_values, table_rows
 
 LLAVA_FILE = "llava_textvqa_val_v051_ocr.jsonl"
 TABLE = "data/validation-*.parquet|validation-*.parquet"
@@ -33,9 +33,9 @@ class TextVQA(Benchmark):
         f"{LLAVA_FILE}|TextVQA_Rosetta_OCR_v0.2_val.json|{TABLE}",
     )
     source = "textvqa.org/dataset, or huggingface.co/datasets/lmms-lab/textvqa"
+    upload = Upload("textvqa_val.json", "question_id", "answer", "server_id")  # of EvalAI
 
     def load(self, data_dir: Path) -> list[Item]:
-        """Read the questions and their tokens."""
         path = find(self, data_dir, self.files[0])
         if is_table(path):
             entries = table_rows(self, data_dir)
@@ -46,12 +46,7 @@ class TextVQA(Benchmark):
         texts = self._texts(data_dir, entries)
         odd = next((entry for entry in entries if len(entry.get("answers", range(10))) != 10), None)
         if odd is not None:
-            raise DataError(
-                f"question {odd['question_id']} has {len(odd['answers'])} answers, expected ten",
-                code="benchmark-file-format",
-                where=self.files[0],
-                hint="use the published file, unchanged",
-            )
+            raise ValueError(f"question {odd['question_id']} has {len(odd['answers'])} answers, expected ten")
         return [
             picture_item(
                 entry["image_id"],
@@ -65,26 +60,18 @@ class TextVQA(Benchmark):
         ]
 
     def score(self, item: Item, text: str) -> float | None:
-        """Return the accuracy over the ten annotators."""
         return textvqa_accuracy(text, item.answers) if item.answers else None
 
     def llava_keys(self, item: Item) -> tuple[Any, ...]:
-        """Return (picture, question)."""
-        return ((item.meta["question_id"], question_of(plain_text(item))),)
+        return ((item.meta["question_id"], question_of(item.plain_text)),)
 
     def llava_key(self, line: Mapping[str, Any]) -> Any:
-        """Return (picture, question)."""
         return line["question_id"], question_of(line["prompt"])
-
-    def submission(self, answers: Sequence[Answer], folder: Path, data_dir: Path) -> list[Path]:
-        """Write [{question_id, answer}] for the EvalAI server."""
-        rows = [{"question_id": a.item.meta["server_id"], "answer": a.text} for a in answers]
-        return [write_rows(folder / "textvqa_val.json", rows)]
 
     def _texts(self, data_dir: Path, entries: list[dict[str, Any]]) -> list[str]:
         path = find(self, data_dir, self.files[2])
         if path.name == LLAVA_FILE:
-            known = {(line["question_id"], question_of(line["text"])): line["text"] for line in read_jsonl(path)}
+            known = {(line["question_id"], question_of(line["text"])): line["text"] for line in json_values(path)}
             return [known[entry["image_id"], entry["question"].lower()] for entry in entries]
         if is_table(path):
             return [_with_tokens(entry["question"], entry["ocr_tokens"]) for entry in entries]
@@ -107,3 +94,27 @@ def _with_tokens(question: str, tokens: list[str]) -> str:
     # A newline in a token would make a prompt of four lines, which LLaVA's scorer cannot parse.
     listed = ", ".join(token.replace("\n", " ") for token in tokens)
     return f"{question}\nReference OCR token: {listed}" + SHORT
+
+
+def textvqa_accuracy(text: str, references: Sequence[str]) -> float:
+    """Return the accuracy of one answer against ten references. Raises ValueError for another number."""
+    if len(references) != 10:
+        raise ValueError(f"TextVQA's rule needs 10 references, got {len(references)}")
+    return leave_one_out(m4c_normalise(text), [m4c_normalise(reference) for reference in references])
+
+
+def question_of(prompt: str) -> str:
+    """Return the lower-case question of a prompt; together with the image id it is the key of the annotation.
+
+    Raises ValueError for a prompt with another format, for example with a newline inside an OCR token.
+    """
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        found = re.search(r"Question: (.*?) Short answer:", prompt, re.DOTALL)
+        if found is not None:
+            return found.group(1).lower()
+    elif "Reference OCR token: " in prompt and len(lines) == 3:
+        return lines[1 if prompt.startswith("Reference OCR token:") else 0].lower()
+    elif len(lines) == 2:
+        return lines[0].lower()
+    raise ValueError(f"not a TextVQA prompt of LLaVA: {prompt!r}")

@@ -1,4 +1,4 @@
-"""`python -m milora_eval compare A B`: compute paired differences of two evaluations of the same items."""
+"""`python -m milora_eval compare BASE RUN...`: paired differences of evaluations of the same questions."""
 
 from __future__ import annotations
 
@@ -8,53 +8,78 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from milora_eval.commands.flags import PLUGIN
-from milora_eval.scores.compare import Pair, compare, num_common
-from milora_eval.scores.results import require_lines
-from milora_eval.scores.table import pairs_table
+from milora_eval.commands.flags import PLUGIN, names_of
+from milora_eval.scores.compare import Evaluation, Pair, compare, compare_runs, read_evaluation
+from milora_eval.scores.table import pairs_table, runs_table
 from milora_eval.suites import import_plugins
 from milora_vl.common.cli.command_line import next_step
-from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.flags import Command, flag, option, shared
 from milora_vl.common.cli.table import FORMATS, show
 
 COMMAND = Command(
     "milora_eval compare",
-    "Compute paired differences of two evaluations of the same items.",
+    "Compute paired differences of evaluations of the same questions.",
     """\
+The command reads the answers that `run` has stored. BASE and RUN are results folders (eval/SUITE/WHICH) or run folders.
+In a run folder it reads all eval/*/base for BASE and all eval/*/final for RUN; for runs/a/checkpoint-50 it reads all
+runs/a/eval/*/checkpoint-50. One RUN without --targets shows all metrics; else the table has the headlines and means.
+
 examples:
   python -m milora_eval compare runs/a/eval/llava-paper/final runs/b/eval/llava-paper/final
-  python -m milora_eval compare runs/a/eval/emoji/base runs/a/eval/emoji/final --format latex
+  python -m milora_eval compare runs/a runs/a runs/b --targets cub200 pathvqa --format latex
+  python -m milora_eval compare runs/1 runs/1 runs/2 runs/3 --sequence --targets cub200 pathvqa textvqa
 """,
     inputs=(
-        option("a", type=Path, metavar="A", help="results folder, for example runs/one/eval/emoji/final"),
-        option("b", type=Path, metavar="B", help="second results folder; differences are B minus A"),
+        option("base", type=Path, metavar="BASE", help="results to compare with; differences are RUN minus BASE"),
+        option("runs", type=Path, nargs="+", metavar="RUN", help="results folder, or run folder"),
     ),
-    settings=(PLUGIN,),
+    settings=(
+        option(
+            "--targets",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help="benchmarks that were trained for; all others are held out",
+        ),
+        flag("--sequence", "the runs learned the targets one after another: RUN i learned target i last"),
+        PLUGIN,
+    ),
     outputs=(shared("format", choices=FORMATS),),
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
     options = COMMAND.parse(argv)
     import_plugins(options.plugin)
-    a, b = require_lines(options.a), require_lines(options.b)
-    pairs, common = compare(a, b), num_common(a, b)
-    if common < max(len(a), len(b)):
-        sys.stderr.write(f"comparing the {common:,} items that both have (A {len(a):,}, B {len(b):,})\n")
-    if options.format == "json":
-        sys.stdout.write(json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
+    is_pair = len(options.runs) == 1 and not (options.targets or options.sequence)
+    names = ["B"] if is_pair else names_of(options.runs)
+    base = read_evaluation(options.base, "base", "A" if is_pair else "the base")
+    runs = [read_evaluation(folder, "final", name) for folder, name in zip(options.runs, names, strict=True)]
+    result = compare_runs(base, runs, options.targets, sequence=options.sequence)
+    if is_pair:
+        pairs = compare(_lines(base), _lines(runs[0]))
+        sys.stderr.write("".join(f"{note}\n" for note in result.notes))
+        if options.format == "json":
+            sys.stdout.write(json.dumps([asdict(pair) for pair in pairs], indent=1) + "\n")
+        else:
+            show(pairs_table(f"A {options.base}, B {options.runs[0]}", pairs, ("A", "B")), options.format)
+        if options.format == "human":
+            shown = [pair for pair in pairs if pair.difference is not None and not pair.b.detail]
+            sys.stdout.write("".join(map(_sentence, shown)))
+    elif options.format == "json":
+        sys.stdout.write(json.dumps(asdict(result), indent=1) + "\n")
     else:
-        show(pairs_table(f"A {options.a}, B {options.b}", pairs, ("A", "B")), options.format)
-    if options.format == "human":
-        shown = [pair for pair in pairs if pair.difference is not None and not pair.b.detail]
-        sys.stdout.write("".join(map(_sentence, shown)))
-    next_step("milora_eval", "view", options.a, options.b)
+        show(runs_table(result), options.format)
+    next_step("milora_eval", "view", options.base, options.runs[-1])
     return 0
 
 
+def _lines(evaluation: Evaluation) -> list:
+    return [line for lines in evaluation.lines.values() for line in lines]
+
+
 def _sentence(pair: Pair) -> str:
-    paired, scale = pair.difference, 100.0 if pair.b.unit == "fraction" else 1.0
+    paired, scale = pair.difference, pair.b.scale
     assert paired is not None
     between = ""
     if paired.low is not None and paired.high is not None:

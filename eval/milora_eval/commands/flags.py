@@ -1,8 +1,10 @@
-"""Flags that several commands of `milora_eval` share."""
+"""What several commands of `milora_eval` share: flags, and names for results folders."""
 
 from __future__ import annotations
 
-from milora_eval.chat_server import KEY_VARIABLE
+from collections.abc import Sequence
+from pathlib import Path
+
 from milora_vl.common.cli.flags import option
 
 PLUGIN = option(
@@ -13,9 +15,13 @@ PLUGIN = option(
     help="own benchmark that the answers name: module:Class or file.py:Class. Its code runs.",
 )
 PROTOCOL = option("--protocol", metavar="NAME", help="official or llava, for benchmarks that have both")
-KEY = option(
-    "--key_variable",
-    default=KEY_VARIABLE,
-    metavar="NAME",
-    help="environment variable with the API key (default: %(default)s)",
-)
+
+
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """Return the last part of each path if it differs between the folders, else an earlier part, else the paths."""
+    paths = [folder.resolve().parts for folder in folders]
+    for position in range(1, min(map(len, paths)) + 1):
+        names = [parts[-position] for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return list(map(str, folders))

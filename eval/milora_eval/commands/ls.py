@@ -26,7 +26,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command."""
     options = COMMAND.parse(argv)
     if options.data and not options.data.is_dir():
         raise UserError(problems=[no_folder(options.data, "--data")])

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from milora_data.encode.templates import OWN, template_name
-from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, read_chosen
+from milora_eval.answers.questions import EvaluationPlan, Items, parse_shard, plan_of
 from milora_eval.answers.target import EvalTarget, eval_target
-from milora_eval.chat_server import KEY_VARIABLE, ChatServer, api_key
-from milora_eval.commands.flags import KEY, PROTOCOL
+from milora_eval.commands.flags import PROTOCOL
 from milora_eval.scores.exports import SUBMISSION
 from milora_eval.scores.results import read_results
-from milora_eval.scores.table import write_table
+from milora_eval.scores.table import scales_table, write_table
 from milora_eval.suites import choose, data_folder
 from milora_vl.common.cli.command_line import next_step
-from milora_vl.common.cli.flags import OR_ADAPTER, Command, count, flag, option, positive, shared
+from milora_vl.common.cli.flags import OR_ADAPTER, Command, count, flag, from_zero, option, positive, shared
 from milora_vl.common.cli.table import FORMATS, show
 from milora_vl.common.errors import Problem, UserError, at_flag
 from milora_vl.core.adapter.folders import holds_adapter, model_of
@@ -27,30 +27,13 @@ from milora_vl.report.model_card import update_scores
 from milora_vl.report.page import regenerate_report
 
 BATCH_SIZE, CONCURRENCY, FORGETTING_TOKENS = 32, 16, 8192
-# `scales` has these flags too.
-INPUTS = (
-    shared("model", about=OR_ADAPTER),
-    shared("adapter"),
-    shared("base"),
-    (
-        shared("suite", about="list of benchmarks, or FILE.json; see: python -m milora_eval ls"),
-        option("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class"),
-    ),
-    shared(
-        "data",
-        about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
-    ),
-)
-ASKING = (
-    shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
-    PROTOCOL,
-    shared("template"),
-    shared("batch_size", default=BATCH_SIZE, about="questions per batch (default: %(default)s)"),
-)
-OUTPUTS = (
-    shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
-    shared("format", choices=FORMATS),
-)
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+def scales(text: str) -> tuple[float, ...]:
+    return tuple(from_zero(part) for part in text.split(","))
+
+
 COMMAND = Command(
     "milora_eval run",
     "Run benchmarks on a model and compare it with its base.",
@@ -61,17 +44,37 @@ examples:
   python -m milora_eval run --model llava-1.5-7b --suite llava-paper --data playground/data/eval --output_dir out
   python -m milora_eval run --model llava-1.5-7b --benchmarks pope,gqa@official --data data --limit 100 --output_dir out
   python -m milora_eval run --model llava-1.5-7b --benchmarks my_questions.json --output_dir out
+  python -m milora_eval run --adapter runs/demo --scale 0,0.5,1 --suite emoji --data data/emoji --output_dir runs/demo
   python -m milora_eval run --server http://localhost:8000/v1 --served_model merged --suite emoji --output_dir out
 """,
     inputs=(
-        *INPUTS,
+        shared("model", about=OR_ADAPTER),
+        shared("adapter"),
+        shared("base"),
+        (
+            shared("suite", about="list of benchmarks, or FILE.json; see: python -m milora_eval ls"),
+            option("--benchmarks", metavar="a,b", help="names, or your own: FILE.json, FILE.py, module:Class"),
+        ),
+        shared(
+            "data",
+            about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
+        ),
         option("--server", metavar="URL", help="ask a server with OpenAI's interface; up to and including /v1"),
         option("--served_model", metavar="NAME", help="name of the model on the --server"),
     ),
     settings=(
-        shared("scale"),
+        option(
+            "--scale",
+            type=scales,
+            default=(1.0,),
+            metavar="X,Y",
+            help="sizes of the finished update: 1 as trained, 0.5 half of it, 0 the base (default: 1)",
+        ),
         flag("--with_base", "also evaluate the base model"),
-        *ASKING,
+        shared("limit", about="number of items per benchmark; a larger N contains the items of a smaller one"),
+        PROTOCOL,
+        shared("template"),
+        shared("batch_size", default=BATCH_SIZE, about="questions per batch (default: %(default)s)"),
         option("--audit", type=count, default=0, help="ask N items again, one by one, and compare"),
         option(
             "--forgetting_tokens",
@@ -88,79 +91,82 @@ examples:
             metavar="N",
             help=f"questions that the --server gets at once (default: {CONCURRENCY})",
         ),
-        KEY,
+        option(
+            "--key_variable",
+            default=KEY_VARIABLE,
+            metavar="NAME",
+            help="environment variable with the key of the --server (default: %(default)s)",
+        ),
     ),
-    outputs=OUTPUTS,
+    outputs=(
+        shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
+        shared("format", choices=FORMATS),
+    ),
 )
-
-
-# Flags of a model that this program loads -> what they are without a value.
-OF_LOADED = {
-    "--model": None,
-    "--adapter": None,
-    "--base": None,
-    "--template": None,
-    "--device": None,
-    "--dtype": None,
-    "--with_base": False,
-    "--scale": 1.0,
-    "--batch_size": BATCH_SIZE,
-    "--forgetting_tokens": FORGETTING_TOKENS,
-}
-OF_SERVED = {"--served_model": None, "--concurrency": None, "--key_variable": KEY_VARIABLE}
+# Flags that have no effect with and without --server.
+OF_LOADED = "model adapter base template device dtype with_base scale batch_size forgetting_tokens".split()
+OF_SERVED = "served_model concurrency key_variable".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
-    server = None if options.server is None else _server(options)
-    target = _target(options) if server is None else None
+    _refuse_unused(options)
+    target = _target(options) if options.server is None else None
     plan, items = planned(options, target)
-    plan = replace(plan, shard=parse_shard(options.shard), audit=options.audit)
+    key = "" if target is not None else api_key(options.key_variable)
     if target is not None:
         _announce(options, target)
     from milora_eval.evaluate import run_loaded, run_served
 
     if target is not None:
-        folders = run_loaded(
-            target,
-            plan,
-            items,
-            options.output_dir,
-            with_base=options.with_base,
-            forgetting_tokens=options.forgetting_tokens,
-        )
+        folders = run_loaded(target, plan, items, options.output_dir, options.forgetting_tokens)
     else:
-        assert server is not None
-        folders = run_served(server, options.served_model, plan, items, options.output_dir)
+        folders = run_served(options.server, key, options.served_model, plan, items, options.output_dir)
     if folders is None:
         sys.stderr.write(f"shard {options.shard} is complete; the last shard to finish writes the results\n")
         return 0
     _print(options, folders)
     if target is not None:
         _report(options.output_dir)
-    next_step("milora_eval", "view", *folders)
+    if target is not None and target.adapter is not None and len(options.scale) > 1:
+        next_step("milora_vl.export", target.adapter, "--scale", "X", "--to", "adapter")
+    else:
+        next_step("milora_eval", "view", *folders[-2:])
     return 0
 
 
-def _server(options: argparse.Namespace) -> ChatServer:
-    _refuse(options, OF_LOADED, "has no effect on a model on a server", "remove it, or --server")
-    return ChatServer(options.server, api_key(options.key_variable))
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raise UserError with a problem for each flag that was given and has no effect."""
+    names, why, hint = OF_SERVED, "belongs to a --server", "add:  --server URL"
+    if options.server is not None:
+        names, why, hint = OF_LOADED, "has no effect on a model on a server", "remove it, or --server"
+    defaults = vars(COMMAND.parse(["--suite", "", "--output_dir", str(options.output_dir)]))
+    given = [name for name in names if getattr(options, name) != defaults[name]]
+    if given:
+        raise UserError(problems=[Problem(why, where=f"--{name}", hint=hint) for name in given])
+
+
+def api_key(variable: str) -> str:
+    """Return the key in an environment variable; empty without OPENAI_API_KEY, because many servers need no key."""
+    key = os.environ.get(variable, "").strip()
+    if (variable != KEY_VARIABLE and not key) or not (key.isascii() and key.isprintable()):
+        message = f"the environment variable {variable} {'has no key of ASCII characters' if key else 'is not set'}"
+        raise UserError(message, where="--key_variable")
+    return key
 
 
 def _target(options: argparse.Namespace) -> EvalTarget:
-    _refuse(options, OF_SERVED, "belongs to a --server", "add:  --server URL")
     options.model = model_of(options.model, options.adapter, "milora_eval", "run", "--adapter")
-    target = eval_target(
-        options.model, options.adapter, options.base, options.scale, dtype=options.dtype, device=options.device
+    return eval_target(
+        options.model,
+        options.adapter,
+        options.base,
+        options.scale,
+        with_base=options.with_base,
+        dtype=options.dtype,
+        device=options.device,
     )
-    if options.with_base and not target.has_base:
-        raise UserError(
-            "this flag needs a trained model: --adapter A, or --model RUN with --base B",
-            code="flag-conflict",
-            where="--with_base",
-        )
-    return target
 
 
 def _announce(options: argparse.Namespace, target: EvalTarget) -> None:
@@ -170,52 +176,44 @@ def _announce(options: argparse.Namespace, target: EvalTarget) -> None:
     sys.stderr.write(f"loading {options.model}" + (f" with {target.adapter}\n" if target.adapter else "\n"))
 
 
-def _refuse(options: argparse.Namespace, flags: Mapping[str, object], why: str, hint: str) -> None:
-    """Raise UserError with a problem for each of these flags that has another value than this one."""
-    typed = [flag for flag, default in flags.items() if getattr(options, flag[2:]) != default]
-    if typed:
-        raise UserError(problems=[Problem(why, "flag-conflict", flag, hint) for flag in typed])
-
-
 def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[EvaluationPlan, Items]:
     """Return the plan of --suite or --benchmarks, and the items of its benchmarks, which are read once.
 
-    Without a target, a server answers, in the chat template of its model.
-
-    Raises UserError for missing data.
+    Without a target, a server answers, in the chat template of its model. Raises UserError for missing data.
     """
     value, name = (options.suite, "suite") if options.suite is not None else (options.benchmarks, "benchmarks")
-    with at_flag(f"--{name}"):
-        chosen = choose(value, options.protocol)
     if options.template is not None:
         with at_flag("--template"):
             template_name(options.template)
     with at_flag("--data"):
         data = data_folder(value, options.data)
-    items = read_chosen(chosen, data, options.limit)
+    with at_flag(f"--{name}"):
+        chosen = choose(value, options.protocol, data_dir=data, run=options.output_dir)
+    plan, items = plan_of(chosen, data, options.limit)
     from milora_vl.models.prompts import Prompts, prompts_of
 
     prompts = Prompts(OWN, "plain") if target is None else prompts_of(target.model, target.adapter, options.template)
-    plan = EvaluationPlan(
-        suite=chosen.name,
-        benchmarks=tuple(benchmark for benchmark in chosen.benchmarks if benchmark.name in items),
-        data_dir=data,
+    plan = replace(
+        plan,
         template=prompts.template,
         image_aspect_ratio=prompts.image_aspect_ratio,
-        limit=options.limit or chosen.limit,
         batch_size=options.batch_size if target else options.concurrency or CONCURRENCY,
+        shard=parse_shard(options.shard),
+        audit=options.audit,
     )
     return plan, items
 
 
 def _print(options: argparse.Namespace, folders: list[Path]) -> None:
-    results = [read_results(folder) for folder in folders]
     table = write_table(folders[-1])  # with the forgetting, which is measured after the answers
+    results = [read_results(folder) for folder in folders]
     if options.format == "json":
-        sys.stdout.write(
-            json.dumps({result["which"]: result for result in results}, ensure_ascii=False, indent=1) + "\n"
-        )
+        by_model = {result["which"]: result for result in results}
+        sys.stdout.write(json.dumps(by_model, ensure_ascii=False, indent=1) + "\n")
     else:
+        if len(options.scale) > 1:
+            sizes = {0.0 if result["which"] == "base" else result.get("scale", 1.0): result for result in results}
+            table = scales_table(sizes, results[-1]["suite"])
         show(table, options.format)
     for result in results:
         for entry in result["benchmarks"]:
@@ -234,7 +232,6 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
 
 def _report(output_dir: Path) -> None:
     """Update the report and the model card of the run with the scores; an error here does not fail the evaluation."""
-    if not (output_dir / "recipe.yaml").is_file():
-        return
-    update_scores(output_dir)
-    regenerate_report(output_dir)
+    if (output_dir / "recipe.yaml").is_file():
+        update_scores(output_dir)
+        regenerate_report(output_dir)

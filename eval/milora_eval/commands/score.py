@@ -7,15 +7,16 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from milora_eval.answers.identity import digest
+from milora_eval.answers.identity import content_of, digest
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
 from milora_eval.benchmark import Benchmark
 from milora_eval.commands.flags import PLUGIN, PROTOCOL
-from milora_eval.data_files import load_items
+from milora_eval.data_files import file_digest, load_items
 from milora_eval.scores.exports import export, join, read_llava_answers
 from milora_eval.scores.results import Results, numbers, score, write_results
 from milora_eval.scores.table import write_table
@@ -53,7 +54,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command: rewrite results.json, table.md and the submission files of a folder."""
     options = COMMAND.parse(argv)
     import_plugins(options.plugin)
     path = options.folder
@@ -63,11 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _score_file(options, path)
     flags = [flag for flag in ("benchmark", "protocol", "data", "limit", "output_dir") if getattr(options, flag)]
     if flags:
-        raise UserError(
-            f"this flag is for a file with predictions; the answers in {path} already name their benchmark",
-            code="flag-conflict",
-            where=f"--{flags[0]}",
-        )
+        message = f"this flag is for a file with predictions; the answers in {path} already name their benchmark"
+        raise UserError(message, where=f"--{flags[0]}")
     results = score(path)
     _print(options, path, results)
     for file in export(path):
@@ -78,21 +75,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _score_file(options: argparse.Namespace, path: Path) -> int:
     if options.benchmark is None or options.data is None:
-        raise UserError(
-            f"{path} is a file with predictions: --benchmark NAME and --data DIR are required",
-            code="flag-required",
-            hint=COMMAND.examples.rstrip(),
-        )
-    name = with_protocol(options.benchmark, options.protocol) if options.protocol else options.benchmark
+        message = f"{path} is a file with predictions: --benchmark NAME and --data DIR are required"
+        raise UserError(message, code="flag-required", hint=COMMAND.examples.rstrip())
+    name = options.benchmark
+    if options.protocol:
+        (name,) = with_protocol([name], options.protocol)
     benchmark = find_benchmark(name)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if options.output_dir is not None:
             folder = options.output_dir / "eval" / benchmark.name / path.stem
             if (folder / PREDICTIONS).exists():
-                raise UserError(
-                    f"{folder} holds results already", code="output-exists", hint="choose another --output_dir"
-                )
+                hint = "choose another --output_dir"
+                raise UserError(f"{folder} holds results already", code="output-exists", hint=hint)
             folder.mkdir(parents=True, exist_ok=True)
         results = _results(benchmark, path, options, folder)
         _print(options, folder, results)
@@ -101,9 +96,8 @@ def _score_file(options: argparse.Namespace, path: Path) -> int:
             sys.stderr.write(f"written: {folder}\n")
             next_step("milora_eval", "view", folder)
         else:
-            next_step(
-                "milora_eval", "score", path, "--benchmark", name, "--data", options.data, "--output_dir", "FOLDER"
-            )
+            asked = ("--benchmark", name, "--data", options.data, "--output_dir", "FOLDER")
+            next_step("milora_eval", "score", path, *asked)
     return 0
 
 
@@ -112,7 +106,9 @@ def _results(benchmark: Benchmark, path: Path, options: argparse.Namespace, fold
     items = select(list(load_items(benchmark, data)), options.limit)
     texts = join(benchmark, items, _rows(path), path)
     keys = {item.id: digest([str(path), item.id]) for item in items}
-    write_lines(folder / PREDICTIONS, (to_line(benchmark, item, texts[item.id], keys[item.id], data) for item in items))
+    read = cache(file_digest)
+    lines = (to_line(benchmark, item, texts[item.id], keys[item.id], data, content_of(item, read)) for item in items)
+    write_lines(folder / PREDICTIONS, lines)
     about = {"suite": benchmark.name, "which": path.stem, "model": str(path), "adapter": None}
     results = about | {"data": str(options.data), "limit": options.limit} | numbers(folder, benchmark.name)
     write_results(folder, results)

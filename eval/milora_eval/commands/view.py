@@ -1,20 +1,29 @@
-"""`python -m milora_eval view RUN [OTHER]`: write one HTML page to browse the answers."""
+"""`python -m milora_eval view RUN [OTHER]`: write one HTML page to browse the answers of one or two evaluations.
+
+The page shows pictures, questions, answers and references, with filters. It is self-contained, with small copies of the
+pictures, and needs no network.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from milora_eval.commands.flags import PLUGIN
+from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
+from milora_eval.answers.questions import select
+from milora_eval.answers.store import Line, same_question, to_answer
+from milora_eval.commands.flags import names_of
 from milora_eval.scores.results import require_lines
-from milora_eval.scores.view import page
-from milora_eval.suites import import_plugins
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.command_line import next_step, require_folder
 from milora_vl.common.cli.flags import Command, option, shared
+from milora_vl.common.cli.page import MAX_BYTES, render
 from milora_vl.common.errors import UserError
+
+Runs = Sequence[tuple[str, Sequence[Line]]]
 
 COMMAND = Command(
     "milora_eval view",
@@ -28,7 +37,6 @@ examples:
         option("folder", type=Path, metavar="RUN", help="results folder, for example runs/one/eval/emoji/base"),
         option("other", type=Path, nargs="?", metavar="OTHER", help="second results folder to compare with"),
     ),
-    settings=(PLUGIN,),
     outputs=(
         shared("limit", default=1000, about="largest number of questions on the page (default: %(default)s)"),
         option("--output", type=Path, help="HTML file to write (default: view.html in the last folder)"),
@@ -38,19 +46,14 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the path of the page goes to stdout."""
     options = COMMAND.parse(argv)
-    import_plugins(options.plugin)
     folders = [folder for folder in (options.folder, options.other) if folder is not None]
     if options.output is not None:
         require_folder(options.output.parent, "--output")
-    runs = [(_name(folder, folders), require_lines(folder)) for folder in folders]
+    runs = [(name, require_lines(folder)) for name, folder in zip(names_of(folders), folders, strict=True)]
     if options.output is not None and options.output.exists():
-        raise UserError(
-            f"{options.output} exists already",
-            code="output-exists",
-            hint="nothing was written; choose another file with --output",
-        )
+        hint = "nothing was written; choose another file with --output"
+        raise UserError(f"{options.output} exists already", code="output-exists", hint=hint)
     target = options.output or folders[-1] / "view.html"
     html, shown, total = page(runs, options.limit)
     write_text(target, html)
@@ -60,10 +63,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _name(folder: Path, folders: list[Path]) -> str:
-    """Return the last part of the folder's path that differs between the folders."""
-    paths = [path.resolve().parts for path in folders]
-    for position in range(1, min(map(len, paths)) + 1):
-        if len(folders) == 1 or len({parts[-position] for parts in paths}) > 1:
-            return folder.resolve().parts[-position]
-    return str(folder)
+def page(runs: Runs, limit: int) -> tuple[str, int, int]:
+    """Return the page, the number of questions on it (at most `limit`), and the number of all questions.
+
+    The page shows the questions of the first run, one or two answers to each, and small copies of the pictures.
+    """
+    names = [name for name, _ in runs]
+    lines = [{(line["benchmark"], line["id"]): line for line in run_lines} for _, run_lines in runs]
+    items = [to_answer(line).item for line in lines[0].values()]
+    kept = {id(item) for item in select(items, limit)}
+    pictures: dict[str, int] = {}
+    rows = [
+        _row(key, [by_key.get(key) for by_key in lines], pictures)
+        for key, item in zip(lines[0], items, strict=True)
+        if id(item) in kept
+    ]
+    budget = max(MAX_BYTES * 9 // 10 - len(json.dumps(rows)), MAX_BYTES // 3)
+    small = fitting([thumbnail(Path(name)) for name in pictures], budget)
+    content = json.dumps({"runs": names, "rows": rows, "pictures": small})
+    count = f"{len(rows):,} of {len(items):,}" if len(rows) < len(items) else f"{len(rows):,}"
+    html = render(
+        Path(__file__).with_name("view.html.j2"),
+        {
+            "title": " and ".join(names),
+            "lede": _lede(names, rows),
+            "about": f"{count} questions",
+            "credits": credit_lines(folder for name in pictures for folder in list(Path(name).parents)[:2]),
+            # Plain ASCII without "<", so no answer can end the script element that contains it.
+            "content": content.replace("<", "\\u003c"),
+        },
+    )
+    return html, len(rows), len(items)
+
+
+def _lede(names: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    marks = [[None if a is None or a["value"] is None else a["value"] >= 0.5 for a in row["answers"]] for row in rows]
+    if len(names) == 1:
+        scored = [mark for (mark,) in marks if mark is not None]
+        return f"{sum(scored):,} of {len(scored):,} answers are right" if scored else "The answers are not scored yet"
+    gained, lost = marks.count([False, True]), marks.count([True, False])
+    first, second = names
+    return f"{second} corrects {gained:,} wrong answers of {first}, and gets {lost:,} of its right ones wrong"
+
+
+def _row(key: tuple[str, str], lines: Sequence[Line | None], pictures: dict[str, int]) -> dict[str, Any]:
+    first = lines[0]
+    assert first is not None
+    names = [name for name in (first["image_file"], *first.get("more_images", ())) if name]
+    said = [line if line is not None and same_question(first, line) else None for line in lines]
+    return {
+        "benchmark": key[0],
+        "id": key[1],
+        "type": first["type"],
+        "context": [f"{role}: {_shown(text)}" for role, text in first.get("context", ())],
+        "question": _shown(first["question"]),
+        "truths": list(dict.fromkeys(map(str, first["answers"]))),
+        "pictures": [pictures.setdefault(name, len(pictures)) for name in names],
+        "answers": [line and {"text": line["prediction"], "value": line["correct"]} for line in said],
+    }
+
+
+def _shown(text: str) -> str:
+    return text.replace("<image>", "").strip()

@@ -1,19 +1,39 @@
-"""Compare two evaluations of the same items: paired differences, standard errors, intervals and tests."""
+"""Compare evaluations of the same questions: paired differences, errors, intervals and tests; sequences of tasks.
+
+GEM defines final accuracy and backward transfer (Lopez-Paz & Ranzato 2017, arXiv:1706.08840, section 2), iCaRL the
+average over the stages, its average incremental accuracy (Rebuffi et al. 2017, arXiv:1611.07725, section 4).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from milora_eval.answers.store import Line, to_answer
+from milora_eval.answers.store import PREDICTIONS, Line, expected_of, same_question, to_answer
 from milora_eval.benchmark import Answer, Benchmark, Metric
-from milora_eval.stats import Difference, paired_difference, resampled_difference, too_few
+from milora_eval.scores.results import check_ids, read_results, require_answers, require_lines
+from milora_eval.stats import (
+    MIN_GROUPS,
+    MIN_UNLIKE,
+    Difference,
+    mean,
+    paired_difference,
+    resampled_difference,
+    too_few,
+)
 from milora_eval.suites import stored_benchmark
+from milora_vl.common.cli.command_line import amount, did_you_mean, suggest
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import Gain, Over
+from milora_vl.core.adapter.checkpoints import step_of
 
 WORK = 1_000_000  # largest number of answers that a bootstrap scores
 MIN_RESAMPLES = 100
+WEIGHTS = ("base", "adapter", "scale", "key", "batch_size")  # settings that name the weights, or change no answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,40 +45,29 @@ class Pair:
     b: Metric
     difference: Difference | None
 
+    @property
+    def change(self) -> float:
+        """b minus a, in percent or points."""
+        return self.b.scale * (self.b.value - self.a.value)
+
 
 def compare(a: Sequence[Line], b: Sequence[Line]) -> list[Pair]:
-    """Return every metric that both sides have, computed over their common items.
-
-    Raises UserError if there are no common items.
-    """
+    """Return every metric that both sides have, computed over the questions that both answer; [] without any."""
     pairs: list[Pair] = []
     for name in dict.fromkeys(line["benchmark"] for line in a):
-        left, right = _common(name, a, b)
+        left, right = common([[line for line in side if line["benchmark"] == name] for side in (a, b)])
         if left:
             pairs += _pairs(name, left, right)
-    if not pairs:
-        raise UserError(
-            "the two evaluations have no item in common",
-            code="eval-nothing-in-common",
-            hint="both must come from the same benchmark and data",
-        )
     return pairs
-
-
-def headline(a: Sequence[Line], b: Sequence[Line]) -> Pair | None:
-    """Return the first metric of two sides with the answers to one benchmark; None if it has no score yet."""
-    name = a[0]["benchmark"]
-    return next(iter(_pairs(name, *_common(name, a, b), count=1)), None)
 
 
 def gain(base: Sequence[Line], tuned: Sequence[Line]) -> Gain | None:
     """Return how much better the tuned model is than the base and than the most frequent answer.
 
-    The lines answer one benchmark. None if its headline is not a mean over items.
+    The lines answer one benchmark. None if its headline is not a mean over items, or without common questions.
     """
-    name = tuned[0]["benchmark"]
-    benchmark = stored_benchmark(name)
-    left, right = _common(name, base, tuned)
+    benchmark = stored_benchmark(tuned[0]["benchmark"])
+    left, right = (list(map(to_answer, side)) for side in common([base, tuned]))
     metric = next(iter(benchmark.summarise(right)), None)
     if metric is None or metric.mean_of is None:
         return None
@@ -70,31 +79,31 @@ def gain(base: Sequence[Line], tuned: Sequence[Line]) -> Gain | None:
     return None if difference is None else Gain(over, difference.value, difference.low, difference.high)
 
 
-def num_common(a: Sequence[Line], b: Sequence[Line]) -> int:
-    """Return the number of common items."""
-    return len({(line["benchmark"], line["id"]) for line in a} & {(line["benchmark"], line["id"]) for line in b})
+def common(sides: Sequence[Sequence[Line]]) -> list[list[Line]]:
+    """Return, per side, the answers to the questions of one benchmark that all sides have, in the order of the first.
 
-
-def _common(name: str, a: Sequence[Line], b: Sequence[Line]) -> tuple[list[Answer], list[Answer]]:
-    benchmark = stored_benchmark(name)
-    others = {line["id"]: line for line in b if line["benchmark"] == name}
-    lines = [line for line in a if line["benchmark"] == name and line["id"] in others]
-    return [to_answer(benchmark, line, line.get("judgement")) for line in lines], [
-        to_answer(benchmark, others[line["id"]], others[line["id"]].get("judgement")) for line in lines
+    Two lines with one id can ask different questions, for example of files with one name: these are not common.
+    """
+    first, *others = by_id = [{line["id"]: line for line in side} for side in sides]
+    ids = [
+        key for key, line in first.items() if all(key in lines and same_question(line, lines[key]) for lines in others)
     ]
+    return [[lines[key] for key in ids] for lines in by_id]
 
 
-def _pairs(name: str, a: Sequence[Answer], b: Sequence[Answer], count: int | None = None) -> list[Pair]:
+def _pairs(name: str, a: Sequence[Line], b: Sequence[Line], count: int | None = None) -> list[Pair]:
     """Return the first `count` metrics that both sides have (default: all)."""
     benchmark = stored_benchmark(name)
-    right = {metric.name: metric for metric in benchmark.summarise(b)}
-    pairs = [(metric, right[metric.name]) for metric in benchmark.summarise(a) if metric.name in right][:count]
-    resampled = _resampled(benchmark, pairs, a, b)
-    units = benchmark.units(a), benchmark.units(b)
-    return [
-        Pair(benchmark.name, left, other, resampled.get(left.name) or _difference(left, *units))
-        for left, other in pairs
-    ]
+    left, right = list(map(to_answer, a)), list(map(to_answer, b))
+    with expected_of(benchmark, name):
+        others = {metric.name: metric for metric in benchmark.summarise(right)}
+        found = [(metric, others[metric.name]) for metric in benchmark.summarise(left) if metric.name in others][:count]
+        resampled = _resampled(benchmark, found, left, right)
+        units = benchmark.units(left), benchmark.units(right)
+        return [
+            Pair(benchmark.name, metric, other, resampled.get(metric.name) or _difference(metric, *units))
+            for metric, other in found
+        ]
 
 
 def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Difference | None:
@@ -112,7 +121,6 @@ def _difference(metric: Metric, a: Sequence[Answer], b: Sequence[Answer]) -> Dif
 
 
 def _copy(answer: Answer, times: int) -> Answer:
-    """Return the answer with a new group, for a picture that is drawn again."""
     if not times:
         return answer
     return replace(answer, item=replace(answer.item, group=f"{answer.item.group} again {times}"))
@@ -126,23 +134,21 @@ def _resampled(
     Each draw computes all numbers of the benchmark again, so more answers mean fewer draws.
     """
     resamples = min(1000, WORK // max(len(a), 1))
-    if not pairs or pairs[0][0].mean_of is not None or not benchmark.can_resample or resamples < MIN_RESAMPLES:
+    groups = [answer.item.group for answer in a]
+    if not pairs or pairs[0][0].mean_of is not None or resamples < MIN_RESAMPLES or len(set(groups)) < 2:
         return {}
+    (left, right), name = pairs[0], pairs[0][0].name
 
     def compute(drawn: list[tuple[int, int]]) -> float | None:
         sides = [benchmark.summarise([_copy(side[place], times) for place, times in drawn]) for side in (a, b)]
-        left, right = ({metric.name: metric.value for metric in side} for side in sides)
-        return right[name] - left[name] if name in left and name in right else None
+        before, after = ({metric.name: metric.value for metric in side} for side in sides)
+        return after[name] - before[name] if name in before and name in after else None
 
-    groups = [answer.item.group for answer in a]
-    if len(set(groups)) < 2:
-        return {}
-    name = pairs[0][0].name
     stderr, low, high, p_value = resampled_difference(compute, groups, resamples)
-    (left, right), only = pairs[0], [x.worth - y.worth for x, y in zip(a, b, strict=True)]
+    only = [x.worth - y.worth for x, y in zip(a, b, strict=True)]
     note = too_few(only, groups)
     return {
-        left.name: Difference(
+        name: Difference(
             value=right.value - left.value,
             stderr=stderr,
             low=None if note else low,
@@ -155,3 +161,231 @@ def _resampled(
             note=note,
         )
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The stored answers of one model: the lines of each benchmark and the settings they were generated with."""
+
+    name: str
+    lines: dict[str, list[Line]]
+    settings: dict[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A mean over benchmarks, in percent, with its 95 % interval; without one, `note` says why."""
+
+    value: float | None
+    stderr: float | None = None
+    low: float | None = None
+    high: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One run: its headline of each benchmark beside the base's, the mean gain and the mean change elsewhere."""
+
+    name: str
+    pairs: dict[str, Pair]
+    gain: Mean
+    held_out: Mean
+
+
+@dataclass(frozen=True, slots=True)
+class Sequential:
+    """Numbers of tasks that are learned one after another, with R[i, j] the score on task j after learning task i.
+
+    `final` is the mean of R[T, j], `average` the mean over the stages i of the mean of R[i, 1..i], and `backward` the
+    mean of R[T, j] - R[j, j] over the tasks before the last.
+    """
+
+    final: Mean
+    average: float
+    backward: Mean
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All stages, over the benchmarks that every evaluation has. `notes` lists what was left out and what differs."""
+
+    targets: tuple[str, ...]
+    held_out: tuple[str, ...]
+    stages: list[Stage]
+    notes: list[str]
+    sequence: Sequential | None = None
+
+
+def read_evaluation(folder: Path, which: str, name: str) -> Evaluation:
+    """Read the answers in a results folder, or in all `eval/*/WHICH` of a run; of a checkpoint those with its name.
+
+    Raises UserError without answers, with too few, and for a benchmark with other answers in another suite of the run.
+    """
+    run, which = (folder.parent, folder.name) if step_of(folder) >= 0 else (folder, which)
+    folders = sorted(path.parent for path in run.glob(f"eval/*/{which}/{PREDICTIONS}"))
+    if (folder / PREDICTIONS).is_file() or not folders:
+        folders = [folder]
+        require_answers(run if step_of(folder) >= 0 else folder)
+    found = Evaluation(name, {}, {})
+    for each in folders:
+        lines, results = require_lines(each), read_results(each)
+        check_ids(each, results)
+        for reference in dict.fromkeys(line["benchmark"] for line in lines):
+            benchmark = stored_benchmark(reference).name
+            own = [line for line in lines if line["benchmark"] == reference]
+            known = found.lines.setdefault(benchmark, own)
+            if _answered(known) != _answered(own):
+                message = f"{folder} has two evaluations of {reference} with different answers"
+                hint = "name the results folder of one of them, eval/SUITE/WHICH"
+                raise UserError(message, code="compare-two-evaluations", where=str(each), hint=hint)
+            found.settings[benchmark] = results.get("generation") or {}
+    return found
+
+
+def _answered(lines: Sequence[Line]) -> Counter[tuple[str, str]]:
+    return Counter((line["id"], line["prediction"]) for line in lines)
+
+
+def compare_runs(
+    base: Evaluation, runs: Sequence[Evaluation], targets: Sequence[str] = (), *, sequence: bool = False
+) -> Comparison:
+    """Compare runs with their base: the gain on the targets, the change on every other benchmark that all have.
+
+    With `sequence`, run i was trained on target i after the targets before it; its gain is over the targets so far.
+    Raises UserError for a target that an evaluation lacks or that has no score, for different rules, and if nothing is
+    in common.
+    """
+    everyone = [base, *runs]
+    _require_targets(targets, everyone, len(runs), sequence)
+    shared, notes = _shared(everyone)
+    pairs: dict[str, list[Pair]] = {}
+    for name, lines in shared.items():
+        found = [_pairs(lines[0][0]["benchmark"], lines[0], own, count=1) for own in lines[1:]]
+        if all(found):
+            pairs[name] = [pair for (pair,) in found]
+        else:
+            notes.append(f"left out: {name} has no score here; a server or an official script scores it")
+    if lacking := [name for name in targets if name not in pairs]:
+        raise UserError(f"{lacking[0]} cannot be compared", where="--targets", hint="\n".join(notes))
+    held_out = tuple(name for name in pairs if name not in targets)
+    if points := [name for name in (*targets, *held_out) if pairs[name][0].b.unit == "points"]:
+        notes.append(f"not in the means, because their unit is points: {', '.join(points)}")
+        if sequence and points[0] in targets:
+            message = f"{points[0]} is measured in points, which cannot be averaged with fractions"
+            raise UserError(message, where="--sequence")
+    groups = {name: len({line["group"] for line in lines[0]}) for name, lines in shared.items()}
+    stages = []
+    for place, run in enumerate(runs):
+        so_far = targets[: place + 1] if sequence else targets
+        gained, kept = (mean_change([pairs[name][place] for name in part], groups) for part in (so_far, held_out))
+        stages.append(Stage(run.name, {name: own[place] for name, own in pairs.items()}, gained, kept))
+    summary = _sequence(shared, pairs, targets, groups) if sequence else None
+    return Comparison(tuple(targets), held_out, stages, notes, summary)
+
+
+def mean_change(pairs: Sequence[Pair], groups: Mapping[str, int]) -> Mean:
+    """Return the mean paired difference of the benchmarks whose headline is a fraction, in percent.
+
+    The standard error treats the benchmarks as independent; the interval is 1.96 standard errors on each side. `groups`
+    is the number of independent questions of each benchmark.
+    """
+    pairs = [pair for pair in pairs if pair.b.unit == "fraction"]
+    if not pairs:
+        return Mean(None, note="no benchmark to average")
+    value = mean([pair.change for pair in pairs])
+    differences = [pair.difference for pair in pairs if pair.difference is not None]
+    errors = [each.stderr for each in differences if each.stderr is not None]
+    if len(errors) < len(pairs):
+        return Mean(value, note="no interval: a benchmark has no paired error")
+    stderr = 100 * math.sqrt(math.fsum(error**2 for error in errors)) / len(errors)
+    small = [pair.benchmark for pair in pairs if groups[pair.benchmark] < MIN_GROUPS]
+    changed = sum(each.only_a + each.only_b for each in differences)
+    if small:
+        note = f"no interval: fewer than {MIN_GROUPS} independent questions in {', '.join(small)}"
+        return Mean(value, stderr, note=note)
+    if changed < MIN_UNLIKE:
+        return Mean(value, stderr, note=f"no interval: only {amount(changed, 'answer')} changed in value")
+    return Mean(value, stderr, value - 1.96 * stderr, value + 1.96 * stderr)
+
+
+def _sequence(
+    shared: Mapping[str, list[list[Line]]],
+    pairs: Mapping[str, list[Pair]],
+    targets: Sequence[str],
+    groups: Mapping[str, int],
+) -> Sequential:
+    scores = [[pairs[name][stage].b for name in targets] for stage in range(len(targets))]
+    errors = [metric.stderr for metric in scores[-1] if metric.stderr is not None]
+    stderr = 100 * math.sqrt(math.fsum(error**2 for error in errors)) / len(targets)
+    final = Mean(100 * mean([metric.value for metric in scores[-1]]), stderr if len(errors) == len(targets) else None)
+    so_far = [mean([metric.value for metric in own[: stage + 1]]) for stage, own in enumerate(scores)]
+    kept = []
+    for stage, name in enumerate(targets[:-1], start=1):
+        lines = shared[name]
+        kept += _pairs(lines[0][0]["benchmark"], lines[stage], lines[-1], count=1)
+    return Sequential(final, 100 * mean(so_far), mean_change(kept, groups))
+
+
+def _require_targets(targets: Sequence[str], everyone: Sequence[Evaluation], num_runs: int, sequence: bool) -> None:
+    for name in targets:
+        for each in everyone:
+            if name not in each.lines:
+                message = f"{each.name} has no answers to {name}; it has: {', '.join(each.lines)}"
+                hint = did_you_mean(suggest(name, each.lines)[:1]) or "to generate them: python -m milora_eval run"
+                raise UserError(message, where="--targets", hint=hint)
+    if doubled := next((name for name, times in Counter(targets).items() if times > 1), None):
+        raise UserError(f"{doubled} is named twice", where="--targets")
+    if sequence and (num_runs != len(targets) or num_runs < 2):
+        raise UserError(
+            f"needs one run for each target, at least two, in the order of learning; got {amount(num_runs, 'run')} "
+            f"and {amount(len(targets), 'target')}",
+            where="--sequence",
+        )
+
+
+def _shared(everyone: Sequence[Evaluation]) -> tuple[dict[str, list[list[Line]]], list[str]]:
+    """Return, per benchmark that all have, each one's answers to the common questions, and notes on what differs.
+
+    Raises UserError for different rules, and if all have no question in common.
+    """
+    shared, notes = {}, []
+    for name in dict.fromkeys(name for each in everyone for name in each.lines):
+        lacking = [each.name for each in everyone if name not in each.lines]
+        if lacking:
+            notes.append(f"left out: {name} is not in {', '.join(lacking)}")
+            continue
+        sides = [each.lines[name] for each in everyone]
+        rules = {lines[0]["benchmark"]: each.name for each, lines in zip(everyone, sides, strict=True)}
+        if len(rules) > 1:
+            which = ", ".join(f"{rule} in {run}" for rule, run in rules.items())
+            hint = "evaluate all of them with the same --protocol"
+            raise UserError(f"{name} is scored by different rules: {which}", code="compare-other-rules", hint=hint)
+        lines = common(sides)
+        counts = ", ".join(f"{each.name} {len(side):,}" for each, side in zip(everyone, sides, strict=True))
+        if lines[0]:
+            shared[name] = lines
+            if any(len(side) > len(lines[0]) for side in sides):
+                notes.append(f"{name}: compared on the {amount(len(lines[0]), 'question')} that all have ({counts})")
+        else:
+            notes.append(f"left out: {name} has no question in common ({counts})")
+    if not shared:
+        hint = "\n".join([*notes, "all must come from the same benchmark and data"])
+        raise UserError("the evaluations have no question in common", code="eval-nothing-in-common", hint=hint)
+    return shared, [*notes, *_other_settings(everyone, list(shared))]
+
+
+def _other_settings(everyone: Sequence[Evaluation], names: Sequence[str]) -> list[str]:
+    """Return a note for each setting in which a run differs from the base."""
+    notes: dict[str, None] = {}
+    base, *runs = everyone
+    for name in names:
+        for run in runs:
+            settings, others = base.settings[name], run.settings[name]
+            for key in sorted((settings.keys() & others.keys()) - set(WEIGHTS)):
+                a, b = settings[key], others[key]
+                if key == "max_new_tokens":
+                    a, b = a.get(name), b.get(name)
+                if a != b:
+                    notes[f"{run.name} was evaluated with another {key} than {base.name}"] = None
+    return list(notes)

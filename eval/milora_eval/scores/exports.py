@@ -15,8 +15,8 @@ from typing import Any
 from milora_eval.answers.identity import digest
 from milora_eval.answers.store import PREDICTIONS, read_lines, to_answer, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Item
-from milora_eval.data_files import read_jsonl
-from milora_eval.scores.results import judgements, read_results, review_of
+from milora_eval.data_files import json_values
+from milora_eval.scores.results import read_results
 from milora_eval.suites import folder_of, stored_benchmark
 from milora_vl.common.errors import DataError, UserError
 
@@ -34,11 +34,10 @@ def export(folder: Path) -> list[Path]:
     if results.get("limit") is not None:
         return []
     data, model, written = Path(results.get("data") or "."), str(results.get("model", "")), []
-    reviews, lines = judgements(folder), read_lines(folder / PREDICTIONS)
+    lines = read_lines(folder / PREDICTIONS)
     for entry in results.get("benchmarks", ()):
         benchmark = stored_benchmark(entry["reference"])
-        own = (line for line in lines if line["benchmark"] == entry["reference"])
-        answers = [to_answer(benchmark, line, review_of(line, reviews)) for line in own]
+        answers = [to_answer(line) for line in lines if line["benchmark"] == entry["reference"]]
         target = folder / SUBMISSION / benchmark.name
         try:
             written += benchmark.submission(answers, target, folder_of(benchmark, data))
@@ -50,7 +49,6 @@ def export(folder: Path) -> list[Path]:
 
 
 def write_llava_files(benchmark: Benchmark, answers: Iterable[Answer], folder: Path, model: str) -> list[Path]:
-    """Write questions.jsonl and answers.jsonl for LLaVA's scripts; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     questions_file, answers_file = folder / "questions.jsonl", folder / "answers.jsonl"
     write_lines(questions_file, (benchmark.llava_question(answer.item) for answer in answers))
@@ -68,14 +66,11 @@ def _answer_line(benchmark: Benchmark, answer: Answer, model: str) -> dict[str, 
 
 def read_llava_answers(path: Path) -> list[Mapping[str, Any]]:
     """Return the lines of an answers file. Raises DataError if it has another format."""
-    rows = list(read_jsonl(path))
+    rows = list(json_values(path))
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or "question_id" not in row or not isinstance(row.get("text"), str):
-            raise DataError(
-                f'expected {{"question_id": ..., "prompt": ..., "text": ...}}, got {row!r:.80}',
-                code="predictions-format",
-                where=f"{path}:{number}",
-            )
+            message = f'expected {{"question_id": ..., "prompt": ..., "text": ...}}, got {row!r:.80}'
+            raise DataError(message, code="predictions-format", where=f"{path}:{number}")
     return rows
 
 
@@ -92,34 +87,19 @@ def join(benchmark: Benchmark, items: Sequence[Item], rows: Iterable[Mapping[str
         except (KeyError, ValueError, TypeError):
             key = None
         if key not in ids:
-            raise UserError(
-                f"{benchmark.name} has no question {row['question_id']!r}",
-                code="predictions-unknown-id",
-                where=str(path),
-                hint=_hint(benchmark),
-            )
+            hint = f"check that the predictions and the data have the same split ({benchmark.name}: {benchmark.split})"
+            if benchmark.name == "pope":
+                hint = "LLaVA's answers use the ids of llava_pope_test.jsonl: put this file next to coco_pope_*.json"
+            message = f"{benchmark.name} has no question {row['question_id']!r}"
+            raise UserError(message, code="predictions-unknown-id", where=str(path), hint=hint)
         if ids[key] in texts:
-            raise UserError(
-                f'two answers for the id "{ids[key]}"',
-                code="predictions-duplicate-id",
-                where=str(path),
-                hint="keep one answer for each id",
-            )
+            message, hint = f'two answers for the id "{ids[key]}"', "keep one answer for each id"
+            raise UserError(message, code="predictions-duplicate-id", where=str(path), hint=hint)
         texts[ids[key]] = row["text"]
     missing = [item.id for item in items if item.id not in texts]
     if missing:
         listed = ", ".join(f'"{name}"' for name in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise UserError(
-            f"{len(missing)} of {len(items)} answers are missing",
-            code="predictions-missing-ids",
-            where=str(path),
-            hint=f"missing ids: {listed}{more}",
-        )
+        message, hint = f"{len(missing)} of {len(items)} answers are missing", f"missing ids: {listed}{more}"
+        raise UserError(message, code="predictions-missing-ids", where=str(path), hint=hint)
     return texts
-
-
-def _hint(benchmark: Benchmark) -> str:
-    if benchmark.name == "pope":
-        return "LLaVA's POPE answers use the ids of llava_pope_test.jsonl: put this file next to coco_pope_*.json"
-    return f"check that the predictions and the data have the same split ({benchmark.name}: {benchmark.split})"

@@ -7,20 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from milora_eval.answers.store import (
-    JUDGEMENTS,
-    PREDICTIONS,
-    Line,
-    each_line,
-    expected_of,
-    read_lines,
-    to_answer,
-    write_lines,
-)
-from milora_eval.benchmark import Benchmark, Metric
+from milora_eval.answers.store import PREDICTIONS, Line, each_line, expected_of, read_lines, to_answer, write_lines
+from milora_eval.benchmark import Metric
 from milora_eval.stats import mean
 from milora_eval.suites import SUITES, stored_benchmark
 from milora_vl.common.atomic_write import read_json, write_json
@@ -29,15 +21,6 @@ from milora_vl.common.errors import UserError, expected_format
 
 RESULTS, TABLE = "results.json", "table.md"
 Results = dict[str, Any]
-
-
-def summarise(folder: Path) -> list[dict[str, Any]]:
-    """Return the `benchmarks` entry of results.json; every answer is scored again."""
-    reviews = judgements(folder)
-    by_benchmark: dict[str, list[Line]] = {}
-    for line in each_line(folder / PREDICTIONS):
-        by_benchmark.setdefault(line["benchmark"], []).append(line)
-    return [_entry(name, lines, reviews) for name, lines in by_benchmark.items()]
 
 
 def score(folder: str | Path) -> Results:
@@ -49,13 +32,13 @@ def score(folder: str | Path) -> Results:
     require_answers(folder)
     before = read_results(folder)
     check_ids(folder, before)
-    benchmarks: dict[str, Benchmark] = {}
+    benchmark_of = cache(stored_benchmark)
 
     def rescored() -> Iterator[Line]:
-        reviews = judgements(folder)
         for line in each_line(folder / PREDICTIONS):
-            benchmark = benchmarks.setdefault(line["benchmark"], stored_benchmark(line["benchmark"]))
-            yield line | {"correct": to_answer(benchmark, line, review_of(line, reviews)).value}
+            benchmark, answer = benchmark_of(line["benchmark"]), to_answer(line | {"correct": None})
+            with expected_of(benchmark, line["id"]):
+                yield line | {"correct": benchmark.score(answer.item, answer.text)}
 
     write_lines(folder / PREDICTIONS, rescored())
     about = {"suite": folder.absolute().parent.name, "which": folder.absolute().name} | before
@@ -65,13 +48,13 @@ def score(folder: str | Path) -> Results:
 
 
 def numbers(folder: Path, suite: str) -> dict[str, Any]:
-    """Return the entries of results.json that depend on the answers: benchmarks, mean of the suite, a digest."""
-    entries = summarise(folder)
-    return {
-        "benchmarks": entries,
-        "mean": suite_mean(suite, entries),
-        "predictions": lines_digest(each_line(folder / PREDICTIONS)),
-    }
+    by_benchmark: dict[str, list[Line]] = {}
+    total = hashlib.sha256()
+    for line in each_line(folder / PREDICTIONS):
+        by_benchmark.setdefault(line["benchmark"], []).append(line)
+        total.update(json.dumps([line["benchmark"], line["id"], line["prediction"]]).encode())
+    entries = [_entry(name, lines) for name, lines in by_benchmark.items()]
+    return {"benchmarks": entries, "mean": suite_mean(suite, entries), "predictions": total.hexdigest()[:16]}
 
 
 def suite_mean(suite: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -83,43 +66,21 @@ def suite_mean(suite: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, An
     return {"value": mean([100 * headlines[name] for name in wanted]), "of": list(wanted)}
 
 
-def judgements(folder: Path) -> dict[tuple[str, str, str], str]:
-    """Return the texts of the judge by (benchmark, item id, answer), so a new answer has no judgement yet."""
-    lines = each_line(folder / JUDGEMENTS)
-    return {
-        (line["benchmark"], line["id"], line["prediction"]): str(line["judgement"])
-        for line in lines
-        if "judgement" in line
-    }
-
-
-def review_of(line: Line, reviews: Mapping[tuple[str, str, str], str]) -> str | None:
-    """Return the judgement of a line's answer, or None."""
-    return reviews.get((line["benchmark"], line["id"], line["prediction"])) if reviews else None
-
-
 def require_answers(folder: Path) -> None:
     """Raise UserError if a folder has no answers; the hint lists subfolders that have some."""
     if not folder.is_dir():
         raise UserError(problems=[replace(no_folder(folder, str(folder)), message="no such folder")])
     if next(each_line(folder / PREDICTIONS), None) is None:
-        near = sorted(path.parent for path in folder.glob(f"**/{PREDICTIONS}"))[:5] if folder.is_dir() else []
+        near = ", ".join(str(path.parent) for path in sorted(folder.glob(f"**/{PREDICTIONS}"))[:5])
+        hint = f"there are answers in: {near}" if near else "to generate answers: python -m milora_eval run"
         raise UserError(
-            f"no answers: the folder has no {PREDICTIONS}",
-            code="eval-no-answers",
-            where=str(folder),
-            hint="there are answers in: " + ", ".join(map(str, near))
-            if near
-            else "to generate answers: python -m milora_eval run",
+            f"no answers: the folder has no {PREDICTIONS}", code="eval-no-answers", where=str(folder), hint=hint
         )
 
 
 def require_lines(folder: Path) -> list[Line]:
-    """Return the answers in `folder` with their judgements. Raises UserError without answers."""
     require_answers(folder)
-    reviews = judgements(folder)
-    lines = read_lines(folder / PREDICTIONS)
-    return [line | {"judgement": review_of(line, reviews)} for line in lines] if reviews else lines
+    return read_lines(folder / PREDICTIONS)
 
 
 def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
@@ -128,27 +89,13 @@ def check_ids(folder: Path, results: Mapping[str, Any]) -> None:
     times = Counter((line["benchmark"], line["id"]) for line in each_line(path))
     (benchmark, name), most = max(times.items(), key=lambda entry: entry[1])
     if most > 1:
-        raise UserError(
-            f'{benchmark} has two answers for the id "{name}"',
-            code="predictions-duplicate-id",
-            where=str(path),
-            hint="delete one of them, then score again",
-        )
+        message, hint = f'{benchmark} has two answers for the id "{name}"', "delete one of them, then score again"
+        raise UserError(message, code="predictions-duplicate-id", where=str(path), hint=hint)
     expected = sum(entry["n"] for entry in results.get("benchmarks", ()))
     if len(times) < expected:
-        raise UserError(
-            f"{path} holds {len(times)} answers, expected {expected}",
-            code="predictions-missing-ids",
-            hint="generate them: run the same  python -m milora_eval run  again",
-        )
-
-
-def lines_digest(lines: Iterable[Line]) -> str:
-    """Return a hash of the benchmark, id and answer of all lines."""
-    total = hashlib.sha256()
-    for line in lines:
-        total.update(json.dumps([line["benchmark"], line["id"], line["prediction"]]).encode())
-    return total.hexdigest()[:16]
+        message = f"{path} holds {len(times)} answers, expected {expected}"
+        hint = "generate them: run the same  python -m milora_eval run  again"
+        raise UserError(message, code="predictions-missing-ids", hint=hint)
 
 
 def read_results(folder: Path) -> Results:
@@ -164,12 +111,10 @@ def read_results(folder: Path) -> Results:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write results.json atomically."""
     write_json(folder / RESULTS, results)
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:
-    """Return the metrics of results by (benchmark, name)."""
     return {
         (entry["name"], metric["name"]): Metric(**metric)
         for entry in results.get("benchmarks", ())
@@ -177,10 +122,15 @@ def metrics_of(results: Mapping[str, Any]) -> dict[tuple[str, str], Metric]:
     }
 
 
-def _entry(name: str, lines: Sequence[Line], reviews: Mapping[tuple[str, str, str], str]) -> dict[str, Any]:
+def headlines(results: Mapping[str, Any]) -> dict[str, Metric]:
+    entries = results.get("benchmarks", ())
+    return {entry["name"]: Metric(**entry["metrics"][0]) for entry in entries if entry["metrics"]}
+
+
+def _entry(name: str, lines: Sequence[Line]) -> dict[str, Any]:
     benchmark = stored_benchmark(name)
+    answers = list(map(to_answer, lines))
     with expected_of(benchmark, name):
-        answers = [to_answer(benchmark, line, review_of(line, reviews)) for line in lines]
         metrics = [asdict(metric) for metric in benchmark.summarise(answers)]
     return {
         "name": benchmark.name,

@@ -1,4 +1,4 @@
-"""The tables of results: one model, a model beside its base, two evaluations."""
+"""The tables of results: one model, a model beside its base, several sizes of an update, runs beside a base."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 from milora_eval.answers.store import PREDICTIONS
 from milora_eval.benchmark import Metric
-from milora_eval.scores.compare import Pair, compare
-from milora_eval.scores.results import TABLE, Results, metrics_of, read_results, require_lines
+from milora_eval.scores.compare import Comparison, Mean, Pair, compare
+from milora_eval.scores.results import TABLE, Results, headlines, metrics_of, read_results, require_lines
 from milora_vl.common.atomic_write import write_text
+from milora_vl.common.cli.command_line import amount
 from milora_vl.common.cli.table import Table
+
+Keyed = Mapping[tuple[str, str], Metric]
 
 
 def write_table(folder: Path) -> Table:
@@ -24,7 +27,7 @@ def write_table(folder: Path) -> Table:
         names = ("base", "tuned" if results["which"] == "final" else results["which"])
         means = (read_results(base).get("mean"), results.get("mean"))
         pairs = compare(require_lines(base), require_lines(folder))
-        table = pairs_table(table.title, pairs, names, means)
+        table = pairs_table(table.title, pairs, names, means) if pairs else table
     table = with_forgetting(table, results.get("forgetting"))
     write_text(folder / TABLE, table.markdown())
     return table
@@ -32,7 +35,7 @@ def write_table(folder: Path) -> Table:
 
 def results_table(results: Results) -> Table:
     """Return the table of one model: metric, n, baseline, value. For several benchmarks also protocol and version."""
-    metrics = shown(metrics_of(results))
+    metrics = {key: metric for key, metric in metrics_of(results).items() if not metric.detail}
     rows: list[tuple[str, ...]] = [
         (label(benchmark, name, metrics), f"{metric.n:,}", baseline(metric), value(metric))
         for (benchmark, name), metric in metrics.items()
@@ -74,8 +77,71 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means
     return Table(("", "n", "baseline", *names, "difference"), tuple(rows), "\n".join(_notes(metrics)), title)
 
 
+def scales_table(sizes: Mapping[float, Results], suite: str) -> Table:
+    """Return one row for each size of an update: forgetting, and the headline of each benchmark."""
+    header: tuple[str, ...] = ("scale", "text forgetting")
+    rows = []
+    for scale, results in sizes.items():
+        metrics = headlines(results)
+        header = ("scale", "text forgetting", *(f"{name}: {metric.name}" for name, metric in metrics.items()))
+        forgetting = results.get("forgetting") or {"kl": 0.0 if scale == 0 else None}
+        kept = "" if forgetting["kl"] is None else _nats(forgetting["kl"], forgetting.get("kl_stderr"), 4)
+        rows.append((f"{scale:g}", kept, *map(value, metrics.values())))
+    note = "text forgetting: KL divergence from the base model on general text, nats per token"
+    return Table(header, tuple(rows), note, f"suite {suite}: sizes of the update")
+
+
+def runs_table(result: Comparison) -> Table:
+    """Return one row per benchmark: its score on the base, and the change of each run; then the means.
+
+    A sequence begins with the score of each target after each run.
+    """
+    first = result.stages[0]
+    rows: list[tuple[str, ...]] = []
+
+    def row(text: str, name: str, cells: Sequence[str]) -> None:
+        pair = first.pairs[name]
+        rows.append((text, f"{pair.b.n:,}", value(pair.a), *cells))
+
+    for name in result.targets if result.sequence else ():
+        row(f"score: {name}", name, [value(stage.pairs[name].b) for stage in result.stages])
+    for part, names in (("target: ", result.targets), ("held out: " if result.targets else "", result.held_out)):
+        for name in names:
+            row(part + name, name, [difference(stage.pairs[name]) for stage in result.stages])
+    means: list[Mean] = []
+    if result.targets:
+        means += [stage.gain for stage in result.stages]
+        rows += _mean_rows(f"mean of targets{' so far' if result.sequence else ''}", means)
+    if result.held_out:
+        kept = [stage.held_out for stage in result.stages]
+        rows += _mean_rows(f"mean of {len(result.held_out)}{' held out' if result.targets else ''}", kept)
+        means += kept
+    notes = ["±: standard error of the paired difference. The errors of the means treat the benchmarks as independent."]
+    if result.sequence is not None:
+        blank = [Mean(None)] * (len(result.stages) - 1)
+        final, average, backward = result.sequence.final, Mean(result.sequence.average), result.sequence.backward
+        rows += _mean_rows("final accuracy", [*blank, final], sign="")
+        rows += _mean_rows("average over the stages", [*blank, average], sign="")
+        rows += _mean_rows("backward transfer", [*blank, backward])
+        notes.append(
+            "final accuracy and backward transfer: arXiv:1706.08840; average over the stages: arXiv:1611.07725"
+        )
+        means.append(backward)
+    notes += dict.fromkeys(each.note for each in means if each.note)
+    header = ("", "n", "base", *(stage.name for stage in result.stages))
+    title = "change against the base"
+    if result.targets:
+        title += f": {amount(len(result.targets), 'target')}, {len(result.held_out)} held out"
+    return Table(header, tuple(rows), "\n".join([*notes, *result.notes]), title)
+
+
+def _mean_rows(name: str, means: Sequence[Mean], sign: str = "+") -> list[tuple[str, ...]]:
+    cells = ["" if each.value is None else _with_error(f"{each.value:{sign}.1f}", each.stderr) for each in means]
+    spans = ["" if each.low is None else f"{each.low:+.1f} to {each.high:+.1f}" for each in means]
+    return [(name, "", "", *cells), *([("  95 % interval", "", "", *spans)] if any(spans) else [])]
+
+
 def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table:
-    """Return the table with the text-forgetting row and its note."""
     if not forgetting:
         return table
     change = _nats(forgetting["kl"], forgetting["kl_stderr"])
@@ -93,18 +159,11 @@ def with_forgetting(table: Table, forgetting: Mapping[str, Any] | None) -> Table
     return replace(table, rows=(*table.rows, row), caption="\n".join(filter(None, (table.caption, note))))
 
 
-def shown(metrics: Mapping[tuple[str, str], Metric]) -> dict[tuple[str, str], Metric]:
-    """Return the metrics that a table shows, without the details."""
-    return {key: metric for key, metric in metrics.items() if not metric.detail}
-
-
-def label(benchmark: str, name: str, metrics: Mapping[tuple[str, str], Metric]) -> str:
-    """Return the name of a metric, with its benchmark if there are several."""
+def label(benchmark: str, name: str, metrics: Keyed) -> str:
     return name if len({key[0] for key in metrics}) == 1 else f"{benchmark}: {name}"
 
 
 def mean_label(entry: Mapping[str, Any]) -> str:
-    """Return the name of a suite's mean."""
     return f"mean of {len(entry['of'])}"
 
 
@@ -114,40 +173,35 @@ def value(metric: Metric) -> str:
     >>> value(Metric("accuracy", 0.5, 0.012, 100)), value(Metric("accuracy", 1.0, 0.0, 2))
     ('50.0 ± 1.2', '100.0')
     """
-    scale = _scale(metric)
-    text = f"{scale * metric.value:.1f}"
-    return f"{text} ± {scale * metric.stderr:.1f}" if metric.stderr else text
+    return _with_error(f"{metric.scale * metric.value:.1f}", metric.scale * (metric.stderr or 0.0))
 
 
 def baseline(metric: Metric) -> str:
-    """Return the baseline of a metric, an empty text if it has none."""
-    return "" if metric.baseline is None else f"{_scale(metric) * metric.baseline:.1f}"
+    return "" if metric.baseline is None else f"{metric.scale * metric.baseline:.1f}"
 
 
 def difference(pair: Pair) -> str:
-    """Return b minus a, with the paired standard error if there is one."""
-    scale, paired = _scale(pair.b), pair.difference
-    if paired is None:
-        return f"{scale * (pair.b.value - pair.a.value):+.1f}"
-    text = f"{scale * paired.value:+.1f}"
-    return f"{text} ± {scale * paired.stderr:.1f}" if paired.stderr else text
+    paired = pair.difference
+    change = pair.change if paired is None else pair.b.scale * paired.value
+    return _with_error(f"{change:+.1f}", pair.b.scale * (paired.stderr or 0.0) if paired else None)
 
 
-def _nats(value: float, stderr: float | None) -> str:
-    return f"{value:.3f}" if stderr is None else f"{value:.3f} ± {stderr:.3f}"
+def _with_error(text: str, stderr: float | None) -> str:
+    return f"{text} ± {stderr:.1f}" if stderr else text
 
 
-def _scale(metric: Metric) -> float:
-    return 100.0 if metric.unit == "fraction" else 1.0
+def _nats(value: float, stderr: float | None, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if stderr is None else f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def _notes(metrics: Mapping[tuple[str, str], Metric], results: Mapping[str, Any] | None = None) -> list[str]:
+def _notes(metrics: Keyed, results: Mapping[str, Any] | None = None) -> list[str]:
     notes = [f"{label(*key, metrics)}: {metric.note}" for key, metric in metrics.items() if metric.note]
     if any(metric.baseline is not None for metric in metrics.values()):
         notes.insert(0, "baseline: the most frequent answer, or the best fixed choice, without looking at the picture")
     for entry in (results or {}).get("benchmarks", ()):
         if not entry["metrics"]:
-            notes.append(f"{entry['name']}: {entry['n']:,} answers, scored by a server or a judge (docs/evaluation.md)")
+            where = "by a server or an official script, which read submission/ (docs/evaluation.md)"
+            notes.append(f"{entry['name']}: {entry['n']:,} answers, scored {where}")
     return notes
 
 

@@ -3,10 +3,10 @@
 The way of `apply_milora`, with the modules to read next:
 
 1. `Policy.resolve` selects the modules, with method and rank                 policy/resolve.py
-2. `initialize` decomposes each weight and returns A0 and B0                  init/initialize.py, svd/
-3. `make_lora` lets PEFT create a LoRA on these modules, of rank r or 2r      config.py
+2. `initialize` decomposes each weight and returns A0 and B0                  initialize.py, svd/
+3. `make_lora` lets PEFT create a LoRA on these modules, of rank r or 2r      lora.py
 4. `fix_A` makes the A of a rule with `protect` a buffer                      fixed_a.py
-   `install_factors` gives other factors a difference and an anchor           difference.py, install.py
+   `install_factors` gives other factors a difference and an anchor           anchored.py
 
 The base weights never change. Nothing of the model is changed before step 3, so an error in a rule or a weight leaves
 the model unchanged.
@@ -22,22 +22,19 @@ from typing import Any
 from peft import PeftModel
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.base_check import precision, require_readable
-from milora_vl.core.adapter.choose_a import Protection, chosen_factors, fixed_factors
-from milora_vl.core.adapter.config import make_lora
-from milora_vl.core.adapter.errors import AdapterError, require_module
-from milora_vl.core.adapter.fixed_a import fix_A
-from milora_vl.core.adapter.install import install_factors, lora_layer, set_dropout
-from milora_vl.core.adapter.parameter_groups import check_rates_at_first_step
+from milora_vl.core.adapter.anchored import install_factors
+from milora_vl.core.adapter.fixed_a import Protection, chosen_factors, fix_A, fixed_factors
+from milora_vl.core.adapter.folders import AdapterError
+from milora_vl.core.adapter.initialize import Initial, Progress, initialize
+from milora_vl.core.adapter.lora import lora_layer, make_lora, require_module, set_dropout
 from milora_vl.core.adapter.peft_model import MiloraMixin, adopt
-from milora_vl.core.adapter.sidecar import Sidecar
+from milora_vl.core.adapter.rates import check_rates_at_first_step
+from milora_vl.core.adapter.sidecar import Sidecar, precision, require_readable
+from milora_vl.core.calibration.activations import protected_inputs, require_calibration
 from milora_vl.core.calibration.bases import Calibration
-from milora_vl.core.calibration.calibrate import protected_inputs, require_calibration
-from milora_vl.core.init.initialize import Initial, Progress, initialize
 from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
-from milora_vl.core.weights.fingerprint import fingerprint
-from milora_vl.core.weights.matrices import read_matrix
+from milora_vl.core.weights.matrices import fingerprint, read_matrix
 
 
 def apply_milora(
@@ -53,7 +50,7 @@ def apply_milora(
     With `protect` in its rule, which is 0.95 for `milora`, a layer computes y = W x + s B A x: A (r, in) never changes
     and is zero on the protected inputs, B (out, r) trains from zero (`fixed_a.py`). Fixing A there is ours. Without
     it (`protect: 0`), `milora` is the paper's: y = W x + s (B A - B0 A0) x, where A and B train from A0 and B0 on; the
-    parameters are the differences D = A - A0 and E = B - B0, from zero on (`difference.py`).
+    parameters are the differences D = A - A0 and E = B - B0, from zero on (`anchored.py`).
     If the policy has only `full` and `frozen` rules, the model itself is returned, with `requires_grad` set. The result
     has the attributes `milora_targets` (one Target per trained module), `milora_report` (one LayerReport per
     decomposed weight) and `milora_protection` (one Protection per protected module, by path).

@@ -25,14 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from milora_vl.core.adapter.base_check import fitted
-from milora_vl.core.adapter.config import lora_config, peft_rank
-from milora_vl.core.adapter.errors import AdapterError
 from milora_vl.core.adapter.fixed_a import plus_update
-from milora_vl.core.adapter.folders import ADAPTER_FILES
-from milora_vl.core.adapter.install import base_layer, base_model_of
-from milora_vl.core.adapter.names import EARLIER, PREFIX, module_path, moved
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, read_sidecar, stored_tensors
+from milora_vl.core.adapter.folders import ADAPTER_FILES, EARLIER, PREFIX, AdapterError, module_path, moved
+from milora_vl.core.adapter.lora import base_layer, base_model_of, lora_config, peft_rank
+from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, fitted, read_sidecar, stored_tensors
 from milora_vl.core.policy.rules import Target
 
 APART_FILE = "milora_apart.safetensors"  # the adapter of the new run on modules that are whole, and their weights

@@ -2,9 +2,11 @@
 
     y = W x + s B A x          A (r, in) is a buffer with A V = 0, B (out, r) trains from zero
 
-V (in, k) holds the input directions that ordinary text and pictures use; `choose_a.py` chooses A off them. The update
-s B A vanishes on them at every step by construction: under any optimizer and in any trainer, without a hook and without
-V in memory.
+V (in, k) holds the input directions that ordinary text and pictures use (`milora_vl/core/calibration`). The rows of A
+are the right singular vectors of a method's triplets, for MiLoRA those of the last r (arXiv:2406.09044), or random,
+times I - V V', of one length. Fixing A off the protected inputs is ours. The update s B A vanishes on them at every
+step by construction: under any optimizer and in any trainer, without a hook and without V in memory. B alone trains,
+so equal trained parameters need a higher rank.
 
 PEFT creates a stock LoRA, and `fix_A` makes its A a buffer of the same name. A buffer, because PEFT switches
 `requires_grad` on for each parameter of an adapter. Files, state dicts, merging and the PeftModel are PEFT's own.
@@ -20,15 +22,33 @@ PEFT creates a stock LoRA, and `fix_A` makes its A a buffer of the same name. A 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from peft.tuners import lora
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, autocast
+from torch import Tensor, autocast, nn
 
 from milora_vl.common.compat.peft import ForwardVariant, set_variant
+from milora_vl.core.adapter.folders import AdapterError
+from milora_vl.core.adapter.initialize import Initial
+from milora_vl.core.calibration import VERSION
+from milora_vl.core.calibration.bases import Calibration, ProtectedInputs, sources_of
+from milora_vl.core.policy.rules import Target
+from milora_vl.core.svd.gram import full_precision
+from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
+from milora_vl.core.weights.tensor_files import read_cached, weights_digest, write_cached
 
 
 def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
@@ -78,3 +98,159 @@ def plus_update(onto: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, f
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+# Four times the length that PEFT's LoRA starts with in every layer: minor directions learn best at four times the
+# learning rate there (docs/studies/default.md), so that the rate of a LoRA suits them.
+ROW_LENGTH = 4 * 3**-0.5
+LARGEST_OVERLAP = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protection:
+    """How one layer is protected.
+
+    - `directions`: the number k of protected input directions, of `inputs` in total.
+    - `energy`: the share of the layer's input energy that they hold on calibration data: at least the rule's `protect`,
+      or what leaves as many other directions as the rank.
+    - `held_out`: the same on calibration data that did not choose them; None without such data.
+    - `kept`: the mean share of the start's rows that lies off the protected directions.
+    - `overlap`: ||A V|| / ||A|| at the start; rounding alone.
+    """
+
+    directions: int
+    inputs: int
+    energy: float
+    held_out: float | None
+    kept: float
+    overlap: float
+
+
+def fixed_factors(
+    targets: Sequence[Target],
+    initial: Mapping[str, Initial],
+    inputs: ProtectedInputs | None,
+) -> tuple[dict[str, Tensor], dict[str, Protection]]:
+    """Return A (r, in) in float32 of every target with `protect`, and the protection of each.
+
+    The rows are the right singular vectors in `initial`, or random for a method without triplets.
+    """
+    factors, protections = {}, {}
+    for target in targets:
+        if not target.has_fixed_A:
+            continue
+        assert inputs is not None
+        start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
+        basis = inputs.of(target.path)
+        V = basis.V.to(start.device, torch.float32)
+        A, kept = off_inputs(start, V)
+        factors[target.path] = A
+        inside = overlap(A, V)
+        if inside > LARGEST_OVERLAP:
+            raise AdapterError(
+                f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5",
+                code="protect-overlap",
+                where=target.path,
+                hint="calibrate without cache_dir: the cached directions are damaged",
+            )
+        protections[target.path] = Protection(
+            directions=basis.num_directions,
+            inputs=basis.size,
+            energy=basis.share,
+            held_out=basis.held_out,
+            kept=kept,
+            overlap=inside,
+        )
+    return factors, protections
+
+
+def chosen_factors(
+    model: nn.Module,
+    targets: Sequence[Target],
+    calibration: Calibration | None,
+    cache_dir: str | Path | None,
+    choose: Callable[[], tuple[dict[str, Tensor], dict[str, Protection]]],
+    *,
+    is_shown: bool = False,
+) -> tuple[dict[str, Tensor], dict[str, Protection]]:
+    """Return what `choose` returns in the first process, from its cache if it has it there, in every process.
+
+    Devices differ in the signs and in the order of nearly equal directions, and gradients of B add up only for one A.
+    An entry repeats the warnings of its calibration; `is_shown` names its file on stderr.
+    """
+    fixed = [target for target in targets if target.has_fixed_A]
+    if not fixed:
+        return {}, {}
+    is_first = rank_and_world_size()[0] == 0
+    key = "" if cache_dir is None else calibration_key(model, fixed, calibration)
+    folder = Path(cache_dir or "")
+    entry = read_cached(folder, key) if key and is_first else None  # alone: each node may have a cache of its own
+    content = gather(None if entry is None else json.loads(entry[1]["content"]))[0]
+    device = next(model.parameters()).device
+    if content is None:
+        with warnings.catch_warnings(record=True) as caught:
+            factors, protections = choose()
+        notes = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+        for one in caught:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        if key and is_first:
+            described = {path: asdict(protection) for path, protection in protections.items()}
+            content = {"protection": described, "warnings": notes}
+            write_cached(folder, key, factors, {"content": json.dumps(content)})
+        protections = gather(protections)[0]
+    else:
+        if is_shown and is_first:
+            sys.stderr.write(f"the calibration of an earlier start is used ({folder}/{key}.safetensors)\n")
+        factors = {} if entry is None else entry[0]
+        protections = {path: Protection(**values) for path, values in content["protection"].items()}
+        for note in content["warnings"] if is_first else ():
+            warnings.warn(note, stacklevel=4)
+    shapes = {target.path: (target.rank or 0, target.shape[1]) for target in fixed}
+    return {
+        path: broadcast(factors.get(path), shape, torch.float32, device, owner=0).to(device)
+        for path, shape in shapes.items()
+    }, protections
+
+
+def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
+    """Return the rows (r, in) times I - V V', each of length ROW_LENGTH, and the mean share of them that is left.
+
+    >>> A, kept = off_inputs(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+    >>> A, round(kept, 2)
+    (tensor([[0.0000, 1.1547]]), 0.64)
+    """
+    rows = rows.float()
+    with full_precision(rows.device):
+        left = rows
+        for _ in range(2):  # the second time removes what rounding left of the first
+            left = left - (left @ V) @ V.T
+    lengths = torch.linalg.vector_norm(left, dim=1, keepdim=True)
+    before = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    share = (lengths / before.clamp(min=torch.finfo(torch.float32).tiny)).square()
+    return left * (ROW_LENGTH / lengths.clamp(min=torch.finfo(torch.float32).tiny)), float(share.mean())
+
+
+def overlap(A: Tensor, V: Tensor) -> float:
+    """Return ||A V|| / ||A||, which is 0 if A (r, in) is off the directions V (in, k)."""
+    with full_precision(A.device):
+        inside, whole = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (A.float() @ V, A))
+    return float(inside / whole) if whole > 0 else 0.0
+
+
+def _random_rows(target: Target) -> Tensor:
+    assert target.rank is not None
+    generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
+    return torch.randn(target.rank, target.shape[1], generator=generator)
+
+
+def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> str:
+    """Return a hash of all that decides a fixed A: weights, rules and calibration. Every process calls this."""
+    digest = hashlib.sha256(f"{VERSION}".encode())
+    for t in targets:
+        digest.update(f"{t.path} {t.tower} {t.method} {t.rank} {t.seed} {t.sigma} {t.protect}\n".encode())
+    content = BytesIO()
+    sources = [] if calibration is None else sources_of(calibration)
+    torch.save([[dict(batch) for batch in part] for part in sources], content)
+    digest.update(xxhash.xxh3_128_digest(content.getbuffer()))
+    digest.update(weights_digest(model).encode())
+    return f"calibration-{digest.hexdigest()[:32]}"

@@ -1,6 +1,6 @@
-"""Recognize by its files what a folder holds (adapter, projector, text model), with the errors for a wrong folder.
+"""What a folder holds, by its files (adapter, projector, text model), with the errors for a wrong one; tensor names.
 
-Other modules ask here instead of looking for the files. `foreign/source.py` tells the kinds of adapters apart.
+Other modules ask here instead of looking for the files. `interop/adapters/source.py` tells the kinds of adapters apart.
 """
 
 from __future__ import annotations
@@ -8,11 +8,19 @@ from __future__ import annotations
 import difflib
 import json
 import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint, step_of
 
+
+class AdapterError(UserError):
+    """An adapter that cannot be created, saved or loaded as requested."""
+
+
+PREFIX = "base_model.model."
+EARLIER = ("earlier_A", "earlier_B")  # buffers of a base layer with the update of an earlier run
 CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 NON_LORA = "non_lora_trainables.bin"  # of LLaVA: what it trained beside the LoRA
@@ -178,3 +186,28 @@ def holds_text_model(folder: Path) -> bool:
     """Return whether a run folder holds a tokenizer but no image processor."""
     processors = ("processor_config.json", "preprocessor_config.json")
     return (folder / "tokenizer_config.json").is_file() and not any((folder / name).is_file() for name in processors)
+
+
+def module_path(name: str, paths: Collection[str]) -> str:
+    """Return the longest module path in `paths` that the tensor `name` is inside, or "" if none.
+
+    >>> module_path("base_model.model.lm.q.lora_A.weight", ["lm.q", "lm"])
+    'lm.q'
+    """
+    path = name.removeprefix(PREFIX)
+    while path and path not in paths:
+        path = path.rpartition(".")[0]
+    return path
+
+
+def moved(name: str, paths: Mapping[str, str]) -> str:
+    """Return the name of a tensor with its module path replaced by that in `paths`, if it is there.
+
+    >>> moved("base_model.model.a.b.lora_A.weight", {"a.b": "c"})
+    'base_model.model.c.lora_A.weight'
+    """
+    path = module_path(name, paths)
+    if not path:
+        return name
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    return prefix + paths[path] + name.removeprefix(prefix + path)

@@ -24,28 +24,32 @@ from torch import Tensor, nn
 from milora_vl.common.atomic_write import atomic_folder
 from milora_vl.common.compat.peft import keep_hooks_apart, set_variant
 from milora_vl.common.compat.torch import change_class, ignore_in_ddp
-from milora_vl.core.adapter.base_check import fitted, require_same_kind
-from milora_vl.core.adapter.choose_a import Protection
-from milora_vl.core.adapter.config import read_by_peft
-from milora_vl.core.adapter.difference import ANCHOR, ANCHOR_SUFFIX, DELTA, joined_state
-from milora_vl.core.adapter.earlier import Earlier, join, split
-from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.fixed_a import fix_A, has_fixed_A
-from milora_vl.core.adapter.install import (
+from milora_vl.core.adapter.anchored import (
+    ANCHOR,
+    DELTA,
     factors,
     fixed_names,
     has_anchor,
     install_copy,
     install_loaded,
-    lora_layer,
-    set_dropout,
+    joined_state,
     unrecoverable,
 )
-from milora_vl.core.adapter.names import PREFIX
-from milora_vl.core.adapter.sidecar import ANCHORS_FILE, Sidecar, read_sidecar, require_trainable
-from milora_vl.core.init.initialize import LayerReport
+from milora_vl.core.adapter.earlier import Earlier, join, split
+from milora_vl.core.adapter.fixed_a import Protection, fix_A, has_fixed_A
+from milora_vl.core.adapter.folders import PREFIX, AdapterError
+from milora_vl.core.adapter.initialize import LayerReport
+from milora_vl.core.adapter.lora import lora_layer, read_by_peft, set_dropout
+from milora_vl.core.adapter.sidecar import (
+    ANCHORS_FILE,
+    Sidecar,
+    fitted,
+    read_sidecar,
+    require_same_kind,
+    require_trainable,
+)
 from milora_vl.core.policy.rules import Target
-from milora_vl.core.weights.fingerprint import Fingerprint, distance, fingerprint
+from milora_vl.core.weights.matrices import Fingerprint, distance, fingerprint
 
 
 class MiloraMixin(PeftModel):
@@ -105,8 +109,7 @@ class MiloraMixin(PeftModel):
         saved = {name.removeprefix("_forward_module."): tensor for name, tensor in state.items()}
         anchors = {}
         for path in self.sidecars[adapter].ranks:
-            names = (f"lora_B.{adapter}.weight", f"lora_embedding_B.{adapter}")
-            joined = next((saved[key] for name in names if (key := f"{PREFIX}{path}.{name}") in saved), None)
+            joined = saved.get(f"{PREFIX}{path}.lora_B.{adapter}.weight")
             B0 = unrecoverable(lora_layer(self, path), adapter, joined)
             if B0 is not None:
                 anchors[path] = B0
@@ -168,7 +171,7 @@ class MiloraMixin(PeftModel):
         trained = {
             name: name.replace(".lora_A.", ".lora_B.")
             if name.endswith(".weight")
-            else name.replace(f".{ANCHOR}", f".{DELTA}").removesuffix(ANCHOR_SUFFIX)
+            else name.replace(f".{ANCHOR}", f".{DELTA}")
             for name in fixed_names(self)
         }
         missing = {name for name, partner in trained.items() if partner in state and name not in state}

@@ -15,17 +15,15 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
+from milora_vl.core.adapter.anchored import factors, has_anchor
 from milora_vl.core.adapter.apply import apply_milora
-from milora_vl.core.adapter.base_check import fitted
-from milora_vl.core.adapter.errors import AdapterError
-from milora_vl.core.adapter.install import factors, has_anchor, lora_layer
-from milora_vl.core.adapter.names import PREFIX
+from milora_vl.core.adapter.folders import PREFIX, AdapterError
+from milora_vl.core.adapter.initialize import Progress
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, stored_tensors
 from milora_vl.core.calibration.bases import Calibration, CalibrationError
-from milora_vl.core.init.initialize import Progress
-from milora_vl.core.policy.methods import METHODS, RuleMethod
-from milora_vl.core.policy.rules import Rule
+from milora_vl.core.policy.rules import METHODS, Rule, RuleMethod
 from milora_vl.core.policy.towers import forget_peft
 from milora_vl.core.svd import Part
 
@@ -196,9 +194,9 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_anchor(layer, adapter)
-    is_embedding = adapter in layer.lora_embedding_A
-    names = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
-    for axis, (name, factor) in enumerate(zip(names, factors(layer, adapter), strict=True)):
+    for axis, (name, factor) in enumerate(
+        zip(("lora_A.weight", "lora_B.weight"), factors(layer, adapter), strict=True)
+    ):
         saved = stored[f"{PREFIX}{path}.{name}"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
         # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].

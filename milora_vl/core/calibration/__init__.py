@@ -1,7 +1,7 @@
 """Protected inputs: the input directions of each layer that ordinary text and pictures use, found by calibration.
 
-`positions` decides which positions of a batch count, `activations` runs the model and sums C = E[x x'] per layer input,
-`bases` takes the first eigenvectors V of C. `adapter/choose_a.py` chooses A off them, and `cache` stores it.
+`activations` runs the model and sums C = E[x x'] per layer input, `bases` takes the first eigenvectors V of C.
+`adapter/fixed_a.py` chooses A off them.
 Related work: LoRA-Null (arXiv:2503.02659), SC-LoRA (arXiv:2505.23724), CorDA (arXiv:2406.05223).
 """
 

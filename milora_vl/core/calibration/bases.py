@@ -1,4 +1,10 @@
-"""The protected input directions of a layer: eigenvectors of C that hold a share of its energy."""
+"""The protected input directions of a layer: eigenvectors of C that hold a share of its energy.
+
+`positions_of` weighs the token positions that enter C. Padding does not count. The first position of a row does: it is
+an attention sink, which all later positions read, so an update that moves it changes every text. `activations.LARGEST`
+limits its energy. Text and picture positions weigh half each in total. The mean weight is 1; in batches without
+`input_ids`, every position has weight 1.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.svd.precision import full_precision
+from milora_vl.core.svd.gram import full_precision
 
 Batches = Sequence[Mapping[str, Any]]
 Calibration = Batches | Mapping[str, Batches]
@@ -122,3 +128,40 @@ def leaving_ranks(protected: ProtectedInputs, ranks: Mapping[str, int]) -> tuple
             bases.append(basis.first(basis.size - rank))
             changed.append(path)
     return ProtectedInputs(bases, numbers), changed
+
+
+def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) -> list[Tensor | None]:
+    """Return the weights (rows, length) of each batch on the CPU, 0 for padding.
+
+    They are None for a batch without `input_ids`, in which all positions count.
+    Raises CalibrationError if no position counts.
+
+    >>> batch = {"input_ids": torch.tensor([[1, 7, 5, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+    >>> positions_of([batch], image_token=7)[0]
+    tensor([[0.7500, 1.5000, 0.7500, 0.0000]])
+    """
+    masks = [_masks(batch, image_token) for batch in batches]
+    numbers = [sum(int(mask[kind].sum()) for mask in masks if mask is not None) for kind in (0, 1)]
+    if not batches or (sum(numbers) == 0 and all(mask is not None for mask in masks)):
+        raise CalibrationError(
+            "the calibration has no tokens that count",
+            code="calibration-empty",
+            where="calibration",
+            hint="pass batches with input_ids; padding does not count",
+        )
+    kinds = sum(number > 0 for number in numbers)
+    scales = [sum(numbers) / (kinds * number) if number else 0.0 for number in numbers]
+    return [None if mask is None else mask[0] * scales[0] + mask[1] * scales[1] for mask in masks]
+
+
+def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor] | None:
+    """Return the masks of text and of pictures, each (rows, length)."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return None
+    ids = ids.detach().cpu()
+    given = batch.get("attention_mask")
+    real = torch.ones_like(ids) if not isinstance(given, Tensor) else given.detach().cpu()
+    real = real.reshape(ids.shape).bool()
+    is_picture = torch.zeros_like(real) if image_token is None else ids == image_token
+    return real & ~is_picture, real & is_picture

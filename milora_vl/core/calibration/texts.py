@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from milora_vl.core.calibration.activations import evaluated
 from milora_vl.core.calibration.bases import CalibrationError
-from milora_vl.core.calibration.modes import evaluated
 from milora_vl.core.policy.towers import is_encoder_decoder
 from milora_vl.core.weights.matrices import gathered_in_forward
 

@@ -1,10 +1,9 @@
 """Singular triplets of one weight: minor, principal or random components (arXiv:2406.09044, section 3).
 
 This package needs torch alone. `decompose` chooses the algorithm: `decomposition.py` decomposes a whole matrix, and
-`extremal.py` computes a few components at one end of the spectrum, much faster and with an error bound.
+`search.py` computes a few components at one end of the spectrum, much faster and with an error bound.
 """
 
-from milora_vl.core.svd.decomposition import Method, Part, decompose, frobenius, singular_values
-from milora_vl.core.svd.factors import Factors
+from milora_vl.core.svd.decomposition import Factors, Method, Part, decompose, frobenius, singular_values
 
 __all__ = ["Factors", "Method", "Part", "decompose", "frobenius", "singular_values"]

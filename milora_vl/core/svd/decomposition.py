@@ -2,9 +2,9 @@
 
 | method   | used for                                      | how                                                  |
 | -------- | --------------------------------------------- | ---------------------------------------------------- |
-| gram     | few components of a large matrix              | search (`extremal.py`), Gram matrix in float32       |
+| gram     | few components of a large matrix              | search (`search.py`), Gram matrix in float32         |
 | gram64   | where gram is not certified                   | search, Gram matrix in float64                       |
-| eigh     | small matrices; many components, random ones    | all eigenvectors of the float64 Gram matrix          |
+| eigh     | small matrices; many components, random ones  | all eigenvectors of the float64 Gram matrix          |
 | exact    | `method="exact"`, float64, where eigh fails   | torch.linalg.svd                                     |
 
 A tall W (m, n) with m >= n is assumed inside; a wide weight is transposed, and U and V are swapped at the end.
@@ -13,17 +13,57 @@ A tall W (m, n) with m >= n is assumed inside; a wide weight is transposed, and 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from milora_vl.core.svd.extremal import EXTRA, Search
-from milora_vl.core.svd.factors import Factors
-from milora_vl.core.svd.precision import full_precision
+from milora_vl.core.svd.gram import full_precision
+from milora_vl.core.svd.search import EXTRA, Search
 from milora_vl.core.svd.triplets import Inverse, refine_left_vectors, triplets
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """Singular triplets of W (out, in): U (out, r), S (r,) descending, Vh (r, in), with W Vh' = U S.
+
+    - `index`: the positions of S among all singular values in descending order.
+    - `norm`: ||W||_F.
+    - `sigma_max`: the largest singular value of W; a lower estimate if `method` is gram or gram64.
+    - `excess`: a bound on | ||S|| / ||S_true|| - 1 |, proved by the search; 0 is exact up to rounding of the dtype.
+    - `method`: `exact` (LAPACK or cuSOLVER), `eigh` (all eigenvectors of a float64 Gram matrix), `gram` or `gram64` (a
+      few eigenvectors of a Gram matrix in float32 or float64).
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    index: Tensor
+    norm: float
+    sigma_max: float
+    excess: float
+    method: str
+
+    def lora(self, scaling: float) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) with `scaling * B @ A` equal to U S Vh (arXiv:2406.09044, eq. 4 and 5).
+
+        A = sqrt(S / scaling) Vh and B = U sqrt(S / scaling), as in the official script. `scaling` is alpha / r.
+        Raises ValueError if `scaling` is not a positive number.
+
+        >>> import torch
+        >>> from milora_vl.core.svd import decompose
+        >>> f = decompose(torch.diag(torch.tensor([9.0, 4.0, 2.0])), rank=1)
+        >>> A, B = f.lora(scaling=2.0)
+        >>> [round(x, 6) for x in (2.0 * B @ A).diagonal().tolist()]
+        [0.0, 0.0, 2.0]
+        """
+        if not 0 < scaling < float("inf"):
+            raise ValueError(f"scaling must be a positive number, got {scaling}")
+        root = (self.S / scaling).sqrt()
+        return (root[:, None] * self.Vh).contiguous(), (self.U * root).contiguous()
+
 
 Part = Literal["minor", "principal", "random"]
 Method = Literal["auto", "exact", "fast"]

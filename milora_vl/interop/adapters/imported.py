@@ -11,8 +11,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.sidecar import Sidecar
 from milora_vl.core.policy.rules import RuleMethod, Target
 from milora_vl.core.policy.towers import canonical_names, find_towers
-from milora_vl.core.weights.fingerprint import distance, fingerprint
-from milora_vl.core.weights.matrices import as_matrix, matrix_shape, read_matrix
+from milora_vl.core.weights.matrices import as_matrix, distance, fingerprint, matrix_shape, read_matrix
 from milora_vl.interop.adapters.llava import in_hf_layout, read_llava
 from milora_vl.interop.adapters.plain import PlainAdapter, read_plain, whole_modules
 from milora_vl.interop.adapters.residual import read_residual, refuse_mutating

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.folders import NON_LORA
-from milora_vl.core.adapter.names import PREFIX
+from milora_vl.core.adapter.folders import NON_LORA, PREFIX
 from milora_vl.core.adapter.sidecar import locate
 from milora_vl.core.policy.towers import Towers
-from milora_vl.core.weights.torch_files import read_weights
+from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.interop.adapters.plain import LowRank, PlainAdapter, read_plain, write_plain
 from milora_vl.models.parts import TOWER_NAME
 from milora_vl.models.timm_tower_config import TimmTowerConfig

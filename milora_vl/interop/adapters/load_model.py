@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from milora_vl.common.errors import UserError, expected_format
-from milora_vl.core.adapter.files import load_adapter
 from milora_vl.core.adapter.folders import (
     base_of,
     has_config,
@@ -23,6 +22,7 @@ from milora_vl.core.adapter.folders import (
     holds_residual,
     require_no_base,
 )
+from milora_vl.core.adapter.save_load import load_adapter
 from milora_vl.interop.adapters.arithmetic import require_linear, require_scale
 from milora_vl.interop.adapters.imported import import_adapter
 from milora_vl.interop.adapters.plain import write_plain

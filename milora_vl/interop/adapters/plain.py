@@ -20,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from milora_vl.common.errors import UserError, expected_format
-from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG
-from milora_vl.core.adapter.names import PREFIX
+from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, PREFIX
 from milora_vl.core.adapter.sidecar import Sidecar, read_sidecar, stored_tensors
 
 Value = TypeVar("Value")

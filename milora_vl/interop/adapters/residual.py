@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.common.errors import Problem, UserError
-from milora_vl.core.adapter.difference import join
+from milora_vl.core.adapter.anchored import join
 from milora_vl.core.adapter.folders import CONFIG, adapters_inside, has_config
 from milora_vl.core.policy.rules import RuleMethod
 from milora_vl.core.svd import decompose

@@ -8,12 +8,12 @@ from typing import Literal
 
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import UserError
-from milora_vl.core.adapter.files import require_adapter_files
 from milora_vl.core.adapter.folders import (
     holds_llava_adapter,
     no_adapter_in,
     not_a_folder,
 )
+from milora_vl.core.adapter.save_load import require_adapter_files
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.interop.adapters.residual import initial_of, residual_of, trained_inside
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from milora_vl.common.compat.torch import after_operations, without_data
-from milora_vl.core.adapter.config import make_lora
+from milora_vl.core.adapter.anchored import fixed_names, install_factors
 from milora_vl.core.adapter.fixed_a import fix_A
-from milora_vl.core.adapter.install import fixed_names, install_factors, lora_layer, set_dropout
+from milora_vl.core.adapter.lora import lora_layer, make_lora, set_dropout
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import factor_dtype

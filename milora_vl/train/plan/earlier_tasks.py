@@ -22,8 +22,8 @@ import torch
 from milora_data.records.record import Record
 from milora_vl.common.errors import Key, UserError, with_context
 from milora_vl.core.adapter.checkpoints import read_environment
-from milora_vl.core.adapter.choose_a import Protection
-from milora_vl.core.adapter.names import module_path
+from milora_vl.core.adapter.fixed_a import Protection
+from milora_vl.core.adapter.folders import module_path
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Target

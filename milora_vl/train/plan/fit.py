@@ -12,8 +12,8 @@ from milora_data.encode.tokens import own_template
 from milora_vl.common.cli.command_line import amount, beside
 from milora_vl.common.errors import Key, Problem, UserError, at_flag, collected
 from milora_vl.core.policy import Policy, PolicyError, Target
-from milora_vl.core.policy.default import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.resolve import RankTooLarge
+from milora_vl.core.policy.rules import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models.base import Base

@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, TextIO
 
-from milora_vl.core.policy.methods import what_trains
+from milora_vl.core.policy.rules import what_trains
 from milora_vl.core.policy.towers import TOWERS, Towers, find_towers
 
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
-    from milora_vl.core.adapter.choose_a import Protection
-    from milora_vl.core.init.initialize import LayerReport
+    from milora_vl.core.adapter.fixed_a import Protection
+    from milora_vl.core.adapter.initialize import LayerReport
     from milora_vl.core.policy import Target
 
 Rows = Sequence[tuple[str, str]]

@@ -24,7 +24,7 @@ from milora_vl.core.adapter.folders import (
     require_adapter,
 )
 from milora_vl.core.policy import Policy, Rule, Target
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.models.recipe_of_run import recipe_of_run
 from milora_vl.train.recipe.policy_edits import PolicyEdits, edited
 from milora_vl.train.recipe.schema import Recipe

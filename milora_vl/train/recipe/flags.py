@@ -15,7 +15,7 @@ from typing import Any
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli import flags as cli_flags
 from milora_vl.common.errors import Problem, UserError
-from milora_vl.core.policy.methods import METHODS as RULE_METHODS
+from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.train.recipe import hf_flags, llava_flags
 from milora_vl.train.recipe.layers import RecipeFile, read_recipe
 from milora_vl.train.recipe.policy_edits import METHODS, PolicyEdits

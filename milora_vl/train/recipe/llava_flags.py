@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.default import DEFAULT_RULES, without_projector
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 
 # name -> (type, help). Flags that are aliases of ours (--lora_r, --version, ...) are in flags.py.
 FLAGS: dict[str, tuple[str, str]] = {

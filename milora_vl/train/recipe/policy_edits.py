@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.default import DEFAULT_RULES, RuleDict
-from milora_vl.core.policy.methods import METHODS as RULE_METHODS
+from milora_vl.core.policy.rules import DEFAULT_RULES, RuleDict
+from milora_vl.core.policy.rules import METHODS as RULE_METHODS
 from milora_vl.train.recipe.layers import Section
 
 ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)

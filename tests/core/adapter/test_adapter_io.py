@@ -74,7 +74,8 @@ def test_dropout_per_module_comes_back(tiny_llama, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("modules", ["patch", "words", "head", "*"])
 def test_every_kind_of_layer_comes_back(tmp_path: Path, modules: str) -> None:
-    model = apply_milora(Pictures(), [{"modules": modules, "method": "milora", "protect": 0, "rank": 2}])
+    rules = [{"modules": modules, "method": "milora", "protect": 0, "rank": 2}, {"modules": "words", "method": "lora"}]
+    model = apply_milora(Pictures(), rules if modules in ("words", "*") else rules[:1])
     move(model)
     save_adapter(model, tmp_path)
     back = load_adapter(Pictures(), tmp_path, is_trainable=True)
@@ -104,7 +105,7 @@ def test_an_adapter_of_a_float32_base_keeps_its_anchor_on_a_bfloat16_one(tiny_ll
 def test_without_milora_json_the_folder_is_a_plain_lora(saved, tiny_llava, caplog) -> None:
     model, folder = saved
     (folder / "milora.json").unlink()
-    with caplog.at_level(logging.INFO, logger="milora_vl.core.adapter.files"):
+    with caplog.at_level(logging.INFO, logger="milora_vl.core.adapter.save_load"):
         back = load_adapter(tiny_llava()[0], folder)
     assert "has no milora.json: loaded as a plain LoRA" in caplog.text
     batch = llava_batch(model)

@@ -58,5 +58,6 @@ def test_a_single_row_is_unchanged(rank: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_convolutions_and_embeddings_are_unchanged(dtype: torch.dtype) -> None:
     pixels, words = picture_batch()
-    model = apply_milora(Pictures().to(dtype), [{"modules": "*", "method": "milora", "protect": 0, "rank": 3}])
+    rules = [{"modules": "*", "method": "milora", "protect": 0, "rank": 3}, {"modules": "words", "method": "lora"}]
+    model = apply_milora(Pictures().to(dtype), rules)
     assert torch.equal(model(pixels.to(dtype), words), Pictures().to(dtype)(pixels.to(dtype), words))

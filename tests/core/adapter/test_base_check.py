@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from milora_vl.core.adapter.apply import apply_milora
-from milora_vl.core.adapter.base_check import fitted
-from milora_vl.core.adapter.sidecar import Sidecar
+from milora_vl.core.adapter.sidecar import Sidecar, fitted
 from support.adapter_cases import LLAVA_POLICY
 from support.problems import raises_code
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.difference import (
+from milora_vl.core.adapter.anchored import (
     DifferenceConv2d,
     DifferenceFactor,
     DifferenceLinear,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from milora_vl import apply_milora, load_adapter, merge, save_adapter
+from milora_vl.core.adapter.anchored import fixed_names
 from milora_vl.core.adapter.apply import apply_targets
 from milora_vl.core.adapter.earlier import APART_FILE, hold, read_earlier
-from milora_vl.core.adapter.files import load_checkpoint
-from milora_vl.core.adapter.install import fixed_names
-from milora_vl.core.adapter.names import EARLIER
+from milora_vl.core.adapter.folders import EARLIER
+from milora_vl.core.adapter.save_load import load_checkpoint
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.core.policy import Policy
 from support.adapter_cases import (

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from milora_vl.core.svd import decompose
-from milora_vl.core.weights.factor_cache import cache_key, read_factors, write_factors
+from milora_vl.core.weights.tensor_files import cache_key, read_factors, write_factors
 
 W = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from milora_vl.core.weights.fingerprint import Fingerprint, distance, fingerprint
+from milora_vl.core.weights.matrices import Fingerprint, distance, fingerprint
 
 
 def weight(seed: int = 0, rows: int = 48, columns: int = 40) -> torch.Tensor:

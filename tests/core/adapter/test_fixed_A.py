@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from milora_vl import apply_milora, load_adapter, merge, restore_split, save_adapter
-from milora_vl.core.adapter.choose_a import ROW_LENGTH, fixed_factors, off_inputs, overlap
-from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.fixed_a import ROW_LENGTH, fixed_factors, off_inputs, overlap
+from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.core.policy import Policy
 from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
@@ -126,7 +126,7 @@ def test_convolutions_are_protected(method: str, tmp_path: Path) -> None:
 
 
 def test_an_embedding_cannot_be_protected() -> None:
-    rules = [{"modules": "words", "method": "milora", "rank": 1, "protect": 0.5}]
+    rules = [{"modules": "words", "method": "lora", "rank": 1, "protect": 0.5}]
     with raises_code("policy-protect", where="policy[0].protect"):
         apply_milora(Pictures(), rules, calibration=picture_batches())
     rules.append({"modules": "words", "protect": 0})

@@ -15,9 +15,9 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from milora_vl.core.adapter.anchored import Difference
 from milora_vl.core.adapter.apply import apply_milora
-from milora_vl.core.adapter.difference import Difference
-from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import move
 
 WIDTH = 24

@@ -6,10 +6,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from milora_vl.core.init.initialize import Initial, initialize
+from milora_vl.core.adapter.initialize import Initial, initialize
 from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.core.svd import decompose
+from milora_vl.core.weights.matrices import as_matrix, matrix_shape
 from support.adapter_cases import one_rule, tiny_gpt2
 from support.problems import raises_code
 
@@ -62,14 +64,20 @@ def test_a_floor_lifts_small_singular_values_alone() -> None:
     assert made.report.sigma_min == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_conv1d_and_convolution_and_embedding_are_read_in_peft_orientation() -> None:
+def test_conv1d_and_convolution_are_read_in_peft_orientation() -> None:
     made = initial(tiny_gpt2(), [{"modules": "language.c_attn", "method": "milora", "protect": 0, "rank": 2}])
     assert {m.report.shape for m in made.values()} == {(48, 16)}
-    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Embedding(11, 6))
+    model = nn.Sequential(nn.Conv2d(3, 4, 5))
     made = initial(model, [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}])
     assert made["0"].A0.shape == (2, 75)
-    assert made["1"].A0.shape == (2, 11)
-    assert made["1"].B0.shape == (6, 2)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(3, 5), Conv1D(5, 3), nn.Conv2d(6, 5, 3), nn.Embedding(3, 5)])
+def test_the_shape_of_a_layer_is_known_where_zero3_has_taken_its_weight(layer: nn.Module) -> None:
+    expected = tuple(as_matrix(layer, layer.get_parameter("weight")).shape)
+    for parameter in layer.parameters():
+        parameter.data = torch.empty(0)
+    assert matrix_shape(layer) == expected
 
 
 def test_equal_weights_draw_different_random_components_and_the_same_again() -> None:
@@ -125,7 +133,7 @@ def test_cached_factors_are_the_same_and_a_damaged_entry_is_made_anew(tmp_path) 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="factors are not cached in"):
+    with pytest.warns(UserWarning, match="is not cached in"):
         made = initial(linear(W), one_rule(), cache_dir=tmp_path / "file")
     assert torch.equal(made["0"].A0, initial(linear(W), one_rule())["0"].A0)
 

@@ -40,7 +40,7 @@ if broken:
     else:
         model[2].weight.data[0, 0] = float("nan")
 
-import milora_vl.core.init.initialize as module
+import milora_vl.core.adapter.initialize as module
 from milora_vl.core.policy import Policy
 
 calls = []

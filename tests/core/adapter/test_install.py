@@ -3,26 +3,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from milora_vl.core.adapter.anchored import anchors_of, factors, fixed_names, has_anchor, joined_state
 from milora_vl.core.adapter.apply import apply_milora
-from milora_vl.core.adapter.difference import joined_state
-from milora_vl.core.adapter.install import anchors_of, factors, fixed_names, has_anchor, lora_layer
+from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import LLAVA_POLICY, Pictures, anchors, move
 
-EVERY_KIND = [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}]
+EVERY_KIND = [
+    {"modules": "*", "method": "milora", "protect": 0, "rank": 2},
+    {"modules": "words", "method": "lora"},
+]
 
 
 def test_the_factors_of_every_kind_of_layer_are_found() -> None:
     model = apply_milora(Pictures(), EVERY_KIND)
     for path, shapes in {
         "patch": ((4, 3, 3, 3), (8, 4, 1, 1)),
-        "words": ((4, 11), (8, 4)),
         "head": ((4, 8), (5, 4)),
     }.items():
         layer = lora_layer(model, path)
         assert has_anchor(layer, "default")
         assert tuple(tuple(f.shape) for f in factors(layer, "default")) == shapes
         assert [a.numel() * 2 for a in anchors_of(layer, "default")] == [f.numel() for f in factors(layer, "default")]
-    assert len(list(fixed_names(model))) == 6
+    assert len(list(fixed_names(model))) == 4
     assert set(fixed_names(model)) <= {name for name, _ in model.named_buffers()}
 
 

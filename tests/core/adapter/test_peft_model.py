@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, save_adapter
-from milora_vl.core.adapter.install import has_anchor, lora_layer
+from milora_vl.core.adapter.anchored import has_anchor
+from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import LLAVA_POLICY, anchors, move, one_rule, token_batch, train_steps
 from support.problems import raises_code
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from milora_vl.core.adapter.difference import join, multiply_down, multiply_up
+from milora_vl.core.adapter.anchored import join, multiply_down, multiply_up
 
 
 def case(dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -92,9 +92,7 @@ def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
 
 def test_a_folder_of_ours_loaded_by_stock_peft_is_mended(tiny_llava, tmp_path: Path) -> None:
     batch = llava_batch(tiny_llava()[0])
-    model = apply_milora(
-        tiny_llava()[0], [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "protect": 0, "rank": 2}]
-    )
+    model = apply_milora(tiny_llava()[0], [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "lora", "rank": 2}])
     move(model)
     save_adapter(model, tmp_path)
     stock = PeftModel.from_pretrained(tiny_llava()[0], str(tmp_path), is_trainable=True)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.folders import AdapterError
 from support.adapter_cases import LLAVA_POLICY, anchors, move, token_batch, train_steps
 from support.llava_oracle import original_llava
 from support.problems import raises_code

@@ -13,8 +13,8 @@ from torch import nn
 
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.common import atomic_write
-from milora_vl.core.adapter.difference import joined_state
-from milora_vl.core.adapter.install import lora_layer
+from milora_vl.core.adapter.anchored import joined_state
+from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import anchors, llava_batch, move, one_rule, token_batch, train_steps
 from support.problems import raises_code
 

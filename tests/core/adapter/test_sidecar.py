@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from milora_vl.core.adapter.errors import AdapterError
+from milora_vl.core.adapter.folders import AdapterError
+from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME, Sidecar, locate, read_sidecar
-from milora_vl.core.init.initialize import LayerReport
 from milora_vl.core.policy.rules import FloorSigma, Target
-from milora_vl.core.weights.fingerprint import fingerprint
+from milora_vl.core.weights.matrices import fingerprint
 from support.problems import raises_code
 
 PATH = "model.language_model.layers.0.mlp.up_proj"

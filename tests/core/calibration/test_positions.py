@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from milora_vl.core.calibration.positions import positions_of
+from milora_vl.core.calibration.bases import positions_of
 from support.problems import raises_code
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from milora_vl import apply_milora
+from milora_vl.core.adapter.fixed_a import calibration_key
 from milora_vl.core.calibration.activations import find_inputs
 from milora_vl.core.calibration.bases import ProtectedInputs, first_directions
-from milora_vl.core.calibration.cache import calibration_key
 from milora_vl.core.calibration.texts import _Draw
 from milora_vl.core.policy import Policy
 from support.adapter_cases import one_rule
@@ -107,7 +107,7 @@ def test_protected_inputs_are_cached_by_weights_rules_and_batches(tiny_llama, tm
     for other in (tuned(seed=1), tuned(batches=TEXT[1:]), tuned(protect=0.5)):
         assert other.milora_protection != first.milora_protection
     assert len(list(tmp_path.glob("calibration-*"))) == count + 3
-    monkeypatch.setattr("milora_vl.core.calibration.calibrate.find_inputs", None)  # from the cache alone
+    monkeypatch.setattr("milora_vl.core.calibration.activations.find_inputs", None)  # from the cache alone
     again = tuned()
     assert all(torch.equal(A, starts(again)[name]) for name, A in starts(first).items())
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from milora_vl import apply_milora
+from milora_vl.core.calibration.activations import protected_inputs
 from milora_vl.core.calibration.bases import InputBasis
-from milora_vl.core.calibration.calibrate import protected_inputs
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
 from milora_vl.train import calibration_batches

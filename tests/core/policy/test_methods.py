@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 
 from milora_vl import apply_milora, load_adapter, merge, save_adapter
-from milora_vl.core.policy.methods import METHODS
+from milora_vl.core.policy.rules import METHODS
 from support.adapter_cases import one_rule, token_batch, train_steps
 
 ADAPTERS = [name for name, method in METHODS.items() if "rank" in method.fields]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from milora_vl.analyze.__main__ import main
 from milora_vl.core.policy import Policy, PolicyError, Target
-from milora_vl.core.policy.ranks import SpectralRank, with_ranks
-from milora_vl.core.weights import factor_cache
+from milora_vl.core.policy.policy import SpectralRank, with_ranks
+from milora_vl.core.weights import tensor_files
 from milora_vl.core.weights.matrices import read_matrix
+from milora_vl.core.weights.tensor_files import cached_singular_values
 from milora_vl.models.loading import load_weights
 from support.problems import raises_code
 
@@ -38,10 +39,10 @@ class Spectra(nn.Module):
 def resolved(rule: dict[str, Any], cache: Path | None = None, **rank: Any) -> list[Target]:
     model = Spectra()
 
-    def weight(path: str) -> Tensor:
-        return read_matrix(model.get_submodule(path))
+    def spectrum(path: str) -> Tensor:
+        return cached_singular_values(read_matrix(model.get_submodule(path)), cache)
 
-    return with_ranks(Policy.parse([rule]), model, SpectralRank(**rank), weight, cache=cache).resolve(model)
+    return with_ranks(Policy.parse([rule]), model, SpectralRank(**rank), spectrum).resolve(model)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,10 @@ def test_a_budget_below_the_smallest_ranks_is_refused() -> None:
 def test_modules_that_train_in_full_have_no_rank_and_a_policy_needs_an_adapter() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     rules = [{"modules": "0", "method": "full"}, {"modules": "1", "method": "lora"}]
-    found = with_ranks(Policy.parse(rules), model, SpectralRank(energy=1), lambda path: torch.eye(4))
+    found = with_ranks(Policy.parse(rules), model, SpectralRank(energy=1), lambda path: torch.ones(4))
     assert found.to_list()[2:] == [{"modules": "1", "rank": 4}]
     with raises_code("policy-no-adapter-rule", where="policy", kind=PolicyError):
-        with_ranks(Policy.parse(rules[:1]), model, SpectralRank(energy=1), lambda path: torch.eye(4))
+        with_ranks(Policy.parse(rules[:1]), model, SpectralRank(energy=1), lambda path: torch.ones(4))
 
 
 @pytest.mark.parametrize("rank", [{"energy": 0.2}, {"threshold": 0.4}, {"budget": 400}])
@@ -102,7 +103,7 @@ def test_a_second_look_finds_the_spectra_in_the_cache(
     plain = resolved(FIVE, **rank)
     assert resolved(FIVE, tmp_path, **rank) == plain
     assert len(list(tmp_path.iterdir())) == 3
-    monkeypatch.setattr(factor_cache, "singular_values", None)
+    monkeypatch.setattr(tensor_files, "singular_values", None)
     assert resolved(FIVE, tmp_path, **rank) == plain
 
 

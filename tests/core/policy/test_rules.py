@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.core.policy.methods import METHODS
-from milora_vl.core.policy.rules import PolicyError, Rule
+from milora_vl.core.policy.rules import METHODS, PolicyError, Rule
 from support.problems import raises_code
 
 

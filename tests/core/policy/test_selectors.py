@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from milora_vl.core.policy.selectors import Selector, SelectorError
+from milora_vl.core.policy.resolve import Selector, SelectorError
 from milora_vl.core.policy.towers import find_towers
 from support.adapter_cases import tiny_gpt2
 from support.problems import raises_code

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from milora_vl.core.svd.cholesky import Cholesky, add_to_lower, lower_gram, mean_eigenvalue, mirror
-from milora_vl.core.svd.flatten import flatten
-from milora_vl.core.svd.lanczos import Lanczos
+from milora_vl.core.svd.gram import Cholesky, add_to_lower, flatten, lower_gram, mean_eigenvalue, mirror
+from milora_vl.core.svd.search import Lanczos
 
 generator = torch.Generator()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from milora_vl.common.errors import UserError
-from milora_vl.core.policy.default import DEFAULT_RULES
+from milora_vl.core.policy.rules import DEFAULT_RULES
 from milora_vl.train.command import main as train
 from support.plans import fitted, plan, section, settings
 from support.problems import raises_code

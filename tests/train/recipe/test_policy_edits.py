@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from milora_vl.core.policy.default import DEFAULT_RULES
+from milora_vl.core.policy.rules import DEFAULT_RULES
 from milora_vl.train.recipe.policy_edits import PolicyEdits, edited
 from support.problems import raises_code
 

@@ -1,0 +1,272 @@
+"""Compute the initial factors A0 and B0 of all targets of a model, on all processes (arXiv:2406.09044, section 3).
+
+For W = U S V' and the r chosen triplets U_r (out, r), S_r (r,), V_r (in, r), with s = alpha / r:
+
+    B0 = U_r sqrt(S_r / s)      (out, r)
+    A0 = sqrt(S_r / s) V_r'     (r, in)          so that s B0 A0 = U_r S_r V_r'
+
+The square root balances both factors, as in the paper's official script. Division by s makes the product independent of
+alpha, so W - s B0 A0 is W without its r components.
+
+One weight is in memory at a time, and the model is not changed. Factors are rounded to the dtype of the weight. With
+several processes each one decomposes a share of the weights, and all of them get identical bits.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.progress import progress_bar
+from milora_vl.core.calibration import FACTORS
+from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
+from milora_vl.core.svd import Factors, Part, decompose
+from milora_vl.core.weights.distributed import assign_work, broadcast, gather, rank_and_world_size
+from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, read_matrix
+from milora_vl.core.weights.tensor_files import cache_key, cached_singular_values, read_factors, write_factors
+
+Progress = bool | Literal["lines"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """The result of initializing one module. All sigma belong to the weight W, before any floor.
+
+    - `sigma_min`, `sigma_max`: the smallest and largest singular value of the trained components.
+    - `sigma_top`: the largest singular value of W; a lower estimate if `svd` is gram or gram64.
+    - `energy`: the share of ||W||_F^2 in the trained components.
+    - `excess`: a certified bound on the error of their norm, see `Factors`.
+    - `seconds`: the time of the decomposition.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    tower: str | None
+    method: str
+    rank: int
+    sigma_min: float
+    sigma_max: float
+    sigma_top: float
+    energy: float
+    excess: float
+    svd: str
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return one line for the terminal."""
+        return (
+            f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
+            f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
+            f"excess {self.excess:.1e} ({self.svd})  {self.seconds:.2f} s"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Initial:
+    """The initial factors A0 (r, in) and B0 (out, r) of a target, the fingerprint of its base weight and its report.
+
+    For a fixed A, the rows of A0 are the right singular vectors alone.
+    """
+
+    A0: Tensor
+    B0: Tensor
+    fingerprint: Fingerprint
+    report: LayerReport
+
+
+class WeightError(UserError):
+    """A weight that cannot be decomposed. `where` is the path of its module."""
+
+
+def initialize(
+    model: nn.Module, targets: Sequence[Target], *, cache_dir: str | Path | None = None, progress: Progress = False
+) -> dict[str, Initial]:
+    """Return the initial factors of all targets whose method starts from the weight, by module path.
+
+    Factors are read from `cache_dir` and written to it. `progress` shows a progress bar on stderr; "lines" also prints
+    one line per layer. In a distributed run each process decomposes a share of the layers; ZeRO-3 gathers one layer at
+    a time.
+
+    Raises WeightError, in every process and with the module, for NaN and infinite values, for empty and missing weights
+    and for ranks that are too large. Warns about singular values at zero, where A and B have no gradient.
+
+    >>> from milora_vl.core.policy import Policy
+    >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])))
+    >>> targets = Policy.parse("[{modules: language, method: milora, rank: 2}]").resolve(model)
+    >>> initial = initialize(model, targets)["0"]
+    >>> initial.A0.shape, initial.B0.shape
+    (torch.Size([2, 4]), torch.Size([4, 2]))
+    >>> torch.allclose(initial.B0 @ initial.A0, torch.diag(torch.tensor([0.0, 0.0, 2.0, 1.0])), atol=1e-6)
+    True
+    """
+    wanted = [t for t in targets if t.is_decomposed]
+    cache = None if cache_dir is None else Path(cache_dir)
+    rank, _ = rank_and_world_size()
+    by_path: dict[str, Initial] = {}
+    with progress_bar(FACTORS, len(wanted), "matrices", is_shown=bool(progress and wanted) and rank == 0) as bar:
+        batches = assign_work([(_cost(target), target) for target in wanted])
+        for batch in batches:
+            for initial in _decompose_batch(model, batch, cache):
+                by_path[initial.report.path] = initial
+                if progress == "lines" and rank == 0:
+                    bar.write(str(initial.report), file=sys.stderr)
+            bar.update(len(batch))
+    _warn_of_zeros(by_path, wanted)
+    return {target.path: by_path[target.path] for target in wanted}
+
+
+def _cost(target: Target) -> float:
+    """Return the cost of a whole decomposition, up to a factor: out * in * min(out, in)."""
+    return float(target.shape[0] * target.shape[1] * min(target.shape))
+
+
+def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | None) -> list[Initial]:
+    """Return the initial factors of a batch of targets, at most one per process.
+
+    Each process decomposes one weight; the results are then broadcast.
+    """
+    rank, _ = rank_and_world_size()
+    initial: Initial | None = None
+    problems: Sequence[Problem] = ()
+    W = None
+    for owner, target in enumerate(batch):
+        # Under ZeRO-3 reading a weight gathers it, a collective operation that every process must take part in.
+        if owner == rank or is_deepspeed_zero3_enabled():
+            gathered = read_matrix(model.get_submodule(target.path))
+            W = gathered if owner == rank else W
+    if W is not None:
+        target = batch[rank]
+        try:
+            initial = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
+        except WeightError as error:
+            problems = error.problems
+        except Exception as error:  # any error: the other processes wait for this one in `gather`
+            if rank_and_world_size()[1] == 1:
+                raise
+            problems = [Problem(f"{type(error).__name__}: {error}", "weight-decomposition", target.path)]
+    metadata = initial and (initial.fingerprint, initial.report, initial.A0.dtype, initial.A0.shape, initial.B0.shape)
+    results = gather((problems, metadata))
+    for rank_problems, _ in results:
+        if rank_problems:
+            raise WeightError(problems=rank_problems)
+    return [
+        _broadcast_initial(initial if owner == rank else None, results[owner][1], model, owner)
+        for owner in range(len(batch))
+    ]
+
+
+def _broadcast_initial(initial: Initial | None, metadata: tuple, model: nn.Module, owner: int) -> Initial:
+    """Send the factors of process `owner` to all; the other processes pass None."""
+    of_base, report, dtype, *shapes = metadata
+    device = next(model.get_submodule(report.path).parameters()).device
+    factors = (None, None) if initial is None else (initial.A0, initial.B0)
+    A0, B0 = (broadcast(factor, shape, dtype, device, owner) for factor, shape in zip(factors, shapes, strict=True))
+    return Initial(A0, B0, of_base, report)
+
+
+def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
+    start = time.perf_counter()
+    assert target.rank is not None
+    # The seed depends on the path, because modules of equal shape must not draw the same positions.
+    seed = zlib.crc32(target.path.encode(), target.seed)
+    assert target.part is not None
+    salt = seed if target.part == "random" else 0
+    factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=salt)
+    sigma = "none" if target.has_fixed_A else target.sigma
+    A0, B0 = _scaled(factors, W, sigma, target.scaling, cache)
+    report = _report(factors, target, time.perf_counter() - start)
+    return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), report)
+
+
+def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path | None, seed: int = 0) -> Factors:
+    """Return `rank` triplets of the weight W (out, in) of the module at `path`, from the cache if it has them.
+
+    Raises WeightError with the path for a weight that cannot be decomposed. Warns if the cache cannot be written.
+    """
+    if W.is_meta:
+        raise WeightError(
+            "the weight is on the meta device and has no values",
+            code="weight-on-meta",
+            where=path,
+            hint="load the model first",
+        )
+    key = cache_key(W, rank, part, seed) if cache is not None else ""
+    stored = read_factors(cache, key) if cache is not None else None
+    if stored is not None:
+        return replace(stored, U=stored.U.to(W.device), S=stored.S.to(W.device), Vh=stored.Vh.to(W.device))
+    try:
+        factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise WeightError(str(error), code="weight-decomposition", where=path) from error
+    if cache is not None:
+        write_factors(cache, key, factors)
+    return factors
+
+
+def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
+    """Return A0 and B0. Any scale is allowed, because B0 A0 is subtracted."""
+    if sigma == "none":
+        return factors.Vh, factors.U
+    if isinstance(sigma, FloorSigma):
+        floor = float(sigma.floor * cached_singular_values(W, cache).median())
+        factors = replace(factors, S=factors.S.clamp(min=floor))
+    return factors.lora(scaling)
+
+
+def _report(factors: Factors, target: Target, seconds: float) -> LayerReport:
+    energy = float(factors.S.double().square().sum())
+    return LayerReport(
+        path=target.path,
+        shape=(factors.U.shape[0], factors.Vh.shape[1]),
+        tower=target.tower,
+        method=target.method,
+        rank=factors.S.numel(),
+        sigma_min=float(factors.S[-1]),
+        sigma_max=float(factors.S[0]),
+        sigma_top=max(factors.sigma_max, float(factors.S[0])),
+        energy=energy / factors.norm**2 if factors.norm > 0 else 0.0,
+        excess=factors.excess,
+        svd=factors.method,
+        seconds=seconds,
+    )
+
+
+def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) -> None:
+    """Warn about singular values that are zero within float32, after any floor.
+
+    A row of A0 and a column of B0 are then zero, and each has a gradient proportional to the other: a saddle point.
+    """
+    dead = []
+    for target in targets:
+        factors = initial[target.path]
+        has_sigma = target.has_anchor and target.sigma != "none"
+        if has_sigma and _smallest_sigma(factors, target) <= 1e-7 * factors.report.sigma_top:
+            dead.append(target.path)
+    if dead:
+        warnings.warn(
+            f"{len(dead):,} of {len(targets):,} adapters hold singular values at zero (first: {dead[0]}): A and B "
+            "start at 0 there and learn slowly or not at all. Set  sigma: {floor: 0.1}  in their rule (sigma: none if "
+            "the median is zero too), or a lower rank.",
+            stacklevel=3,
+        )
+
+
+def _smallest_sigma(initial: Initial, target: Target) -> float:
+    """Return the smallest singular value that the adapter starts with, zero if it cannot learn.
+
+    Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
+    """
+    rows = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
+    return float(rows.min()) ** 2 * target.scaling

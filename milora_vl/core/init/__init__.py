@@ -1,1 +1,0 @@
-"""The initial factors of a whole model: decomposed, cached, divided among processes."""

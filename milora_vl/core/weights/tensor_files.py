@@ -1,0 +1,152 @@
+"""Files of tensors: weights of any origin, and the cache of initial factors and spectra.
+
+Pickles (.bin, .pt) are read as tensors only, because they can run code. The key of a cached entry is a hash of the
+weight's bytes, the rank, the part and the version of the algorithm. A damaged entry is computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+import xxhash
+from peft.utils.integrations import gather_params_ctx
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from milora_vl.common.atomic_write import atomic_file
+from milora_vl.common.errors import MALFORMED, Problem, UserError
+from milora_vl.core.svd import Factors, singular_values
+
+AGAIN = "copy or download the file again, or use a checkpoint of the run"
+UNREAD = (SafetensorError, UnpicklingError, RuntimeError, EOFError, *MALFORMED)
+"""What safetensors and torch raise for a file that is damaged, of another kind, or holds more than tensors."""
+
+
+def read_weights(file: Path, *, mmap: bool = False) -> Any:
+    """Return the content of a weight file, on the CPU: a dict of tensors, or what `torch.save` has stored.
+
+    With `mmap` the tensors of a pickle are read when they are used, if the format of the file allows it.
+    Raises UserError for a file that is damaged, of another kind, or holds more than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        # PyTorch's first format is no zip file and does not support mmap.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=(mmap and is_zipfile(file)) or None)
+    except UNREAD as error:
+        raise UserError(problems=[unreadable(file, error)]) from None
+
+
+def unreadable(file: Path | str, error: BaseException) -> Problem:
+    """Return the problem that one of UNREAD means. PyTorch's own text advises to load the file without a check.
+
+    >>> error = UnpicklingError("Weights only load failed. ... Unsupported global: GLOBAL os.system was")
+    >>> unreadable("a.bin", error).message
+    'holds more than tensors (os.system), so reading it could run code: it was not read'
+    """
+    text = str(error)  # PyTorch gives no other access to the name of the refused class
+    refused = re.search(r"GLOBAL (\S+)", text)
+    if refused is not None:
+        message = f"holds more than tensors ({refused[1]}), so reading it could run code: it was not read"
+        return Problem(message, "weights-unreadable", str(file), "use a .safetensors file, which holds only tensors")
+    is_useful = bool(text) and not text.startswith("Weights only load failed")
+    reason = text.splitlines()[0] if is_useful else "no file of weights"
+    return Problem(f"cannot be read (cut off?): {reason}", "weights-unreadable", str(file), AGAIN)
+
+
+# Increase this number if the same weight, rank and part can give other factors.
+ALGORITHM = 2
+
+
+def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
+    """Return the name of the entry for a weight (out, in). `salt` is the seed of a random part."""
+    digest = hashlib.sha256(f"{ALGORITHM} {tuple(W.shape)} {W.dtype} {rank} {part} {salt}".encode())
+    # A transposed view is hashed in memory order, without a copy.
+    values = W.detach().cpu()
+    values, order = (values, b"rows") if values.is_contiguous() else (values.T.contiguous(), b"columns")
+    digest.update(order + _digest(values))
+    return digest.hexdigest()
+
+
+def read_factors(folder: Path, key: str) -> Factors | None:
+    """Return a stored entry, or None if it is missing or damaged."""
+    entry = read_cached(folder, key)
+    if entry is None:
+        return None
+    tensors, metadata = entry
+    norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
+    return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
+
+
+def write_factors(folder: Path, key: str, factors: Factors) -> None:
+    """Store an entry. Warns if it cannot be written."""
+    tensors = {name: getattr(factors, name) for name in ("U", "S", "Vh", "index")}
+    metadata = {name: str(getattr(factors, name)) for name in ("norm", "sigma_max", "excess", "method")}
+    write_cached(folder, key, tensors, metadata)
+
+
+def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
+    """Return all singular values of W (out, in), descending, on the CPU, from the cache if it has them.
+
+    Raises ValueError for NaN and infinite values. Warns if the cache cannot be written.
+    """
+    if folder is None:
+        return singular_values(W).cpu()
+    key = cache_key(W, min(W.shape), "values", 0)
+    entry = read_cached(folder, key)
+    if entry is not None:
+        return entry[0]["S"]
+    values = singular_values(W).cpu()
+    write_cached(folder, key, {"S": values}, {})
+    return values
+
+
+def read_cached(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return the tensors and the metadata of an entry of a cache; None if it is missing or damaged."""
+    try:
+        with safe_open(folder / f"{name}.safetensors", framework="pt") as stored:
+            return {key: stored.get_tensor(key) for key in list(stored.keys())}, stored.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+
+
+def write_cached(folder: Path, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Add an entry to a cache atomically. Warns if it cannot be written."""
+    try:
+        with atomic_file(folder / f"{name}.safetensors") as part:
+            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, part, metadata=dict(metadata))
+    except OSError as error:
+        warnings.warn(f"{name} is not cached in {folder}: {error}", stacklevel=3)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a hash of all weights and buffers of a model, and of its config, which decides what they compute.
+
+    Under ZeRO-3 one weight is gathered at a time, so every process calls this.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        with gather_params_ctx([tensor], modifier_rank=None):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(values.shape)} {values.dtype}".encode() + _digest(values))
+    if isinstance(model, PreTrainedModel):
+        settings = {**model.config.to_dict(), "_name_or_path": None}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """Return a fast hash of a contiguous tensor's bytes. It protects against accidents, not against attacks."""
+    return xxhash.xxh3_128_digest(tensor.reshape(-1).view(torch.uint8).numpy().data)
