@@ -3,7 +3,7 @@
 pip install trl
 python examples/dpo_trl.py --recipe examples/dpo_trl.yaml --data_path pairs.json --image_folder images --output_dir out
 
-pairs.json is a list of {"images": ["a.jpg"], "prompt": ..., "chosen": ..., "rejected": ...}; docs/data-format.md has
+pairs.json is a list of {"images": ["a.jpg"], "prompt": ..., "chosen": ..., "rejected": ...}; docs/data.md has
 the other forms. The base model is the reference: TRL switches the adapter off, so it needs no second model.
 """
 

@@ -15,7 +15,7 @@ import pytest
 from milora_vl.models import generate, smol_llava
 from milora_vl.models.tiny import tiny_llama
 from support import documented_files
-from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side
+from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, name_of
 from support.documented_run import (
     LAUNCHER,
     flags_of,
@@ -28,8 +28,6 @@ from support.documented_run import (
     substituted,
 )
 from support.documented_tables import (
-    ALTERNATIVES,
-    CHANGES,
     EXCEPTIONS,
     FILES,
     NO_CODE,
@@ -106,8 +104,6 @@ def run_page(page: str, run: Callable[[Command], None]) -> None:
     ours += [found for block in blocks() if block.page == page and (found := written(block))]
     failed = []
     for command in sorted(ours, key=lambda command: command.line):
-        if page in ALTERNATIVES:
-            shutil.rmtree("runs", ignore_errors=True)
         try:
             run(command)
         except AssertionError as error:
@@ -192,22 +188,6 @@ def test_a_snippet_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Monkey
     exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
 
 
-def change_of(block: Block) -> tuple[str, tuple[tuple[str, str], ...]] | None:
-    found = [value for (page, first), value in CHANGES.items() if page == block.page and block.text.startswith(first)]
-    return found[0] if found else None
-
-
-@pytest.mark.parametrize("block", [block for block in blocks("diff") if change_of(block)], ids=str)
-def test_a_script_with_the_shown_change_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    before, replaced = change_of(block) or ("", ())
-    text = new_side(block.text)
-    for large, small in replaced:
-        assert large in text
-        text = text.replace(large, small)
-    exec(compile(before + re.sub("^  ", "", text), str(block), "exec"), {"__name__": "__main__"})
-
-
 @pytest.mark.parametrize("block", blocks("py"), ids=str)
 def test_a_script_for_other_programs_compiles_and_its_imports_of_ours_exist(block: Block) -> None:
     imports = [node for node in ast.walk(ast.parse(block.text)) if isinstance(node, ast.ImportFrom)]
@@ -224,12 +204,7 @@ def test_every_block_is_run_or_has_a_reason() -> None:
     for block in blocks():
         first = block.text.splitlines()[0]
         run = block.language in (*SHELLS, "python") or (block.page, first) in FILES
-        run |= block.language == "diff" and (change_of(block) is not None or any(map(is_command, first_words(block))))
         assert run or (block.page, block.language) in NO_CODE, f"{block} does not run and has no reason in NO_CODE"
-
-
-def first_words(block: Block) -> list[str]:
-    return new_side(block.text).splitlines()
 
 
 def test_the_reference_uses_every_public_call_in_an_example() -> None:

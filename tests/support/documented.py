@@ -1,4 +1,7 @@
-"""What README.md, CONTRIBUTING.md and docs/ tell a reader to type: blocks of code, commands in them and in prose."""
+"""What README.md, CONTRIBUTING.md and docs/ tell a reader to type: blocks of code, commands in them and in prose.
+
+`milora train ...` is read as `python -m milora_vl.train ...`, which is the same.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from milora_vl.__main__ import MENU
+
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/add-a-benchmark.md", "docs/add-a-method.md")
+WORKED = ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -19,7 +24,7 @@ PAGES = [
 SHELLS = ("bash", "sh", "shell", "console")
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
-# Code in a sentence or a diff is a command when it starts with one of these programs.
+# Code in a sentence is a command when it starts with one of these programs.
 _PROGRAM = re.compile(
     r"(?:milora|make|pip|pre-commit|pytest) \S|(?:hf|vllm|swift|torchrun|accelerate|deepspeed) \S+ \S+ "
     r"|(?:source|docker|git|curl|tensorboard|srun|sbatch|uv|conda) \S"
@@ -70,17 +75,16 @@ def blocks_of(page: Path) -> list[Block]:
 
 @cache
 def commands(page: str) -> list[Command]:
-    """Every command of a page in order: in shell blocks, on the new side of diffs, and in prose."""
+    """Every command of a page in order: in shell blocks and in prose."""
     found = []
-    for block in blocks(*SHELLS, "diff"):
+    for block in blocks(*SHELLS):
         if block.page == page:
-            lines = _joined(block.text if block.language != "diff" else new_side(block.text))
-            lines = [line for line in lines if block.language != "diff" or is_command(line)]
-            found += [Command(page, block.line, part.strip()) for line in lines for part in line.split("&&")]
+            parts = [part for line in _joined(block.text) for part in line.split("&&")]
+            found += [Command(page, block.line, as_module(part.strip())) for part in parts]
     if page != "docs/api.md":
         content = _FENCE.sub(lambda match: "\n" * match[0].count("\n"), (ROOT / page).read_text(encoding="utf-8"))
         for number, line in enumerate(content.splitlines(), start=1):
-            found += [Command(page, number, text) for text in _INLINE.findall(line) if is_command(text)]
+            found += [Command(page, number, as_module(text)) for text in _INLINE.findall(line) if is_command(text)]
     return sorted(found, key=lambda command: command.line)
 
 
@@ -89,9 +93,12 @@ def is_command(text: str) -> bool:
     return bool(_PROGRAM.match(text))
 
 
-def new_side(diff: str) -> str:
-    """The text after a change: its added and its unchanged lines."""
-    return "".join(line[2:] + "\n" for line in diff.splitlines() if line[:2] in ("+ ", "  "))
+def as_module(text: str) -> str:
+    """A command of the script `milora` as the module that it runs; other commands are unchanged."""
+    name = re.match(r"milora (\w+)", text)
+    if name is None or name[1] not in MENU.modules or name[1] == "demo":
+        return text
+    return f"python -m {MENU.modules[name[1]].removesuffix('.__main__')}{text[name.end() :]}"
 
 
 def name_of(page: Path) -> str:

@@ -248,7 +248,7 @@ def no_tools() -> DataError:
         "this template writes no tools, their calls and their results",
         code="record-tools",
         hint="use a chat template that writes tools: a text model's (--template chat_template) or of a\n"
-        "vision-language model other than LLaVA (docs/data-format.md)",
+        "vision-language model other than LLaVA (docs/data.md)",
     )
 
 

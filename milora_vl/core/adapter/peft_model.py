@@ -358,7 +358,7 @@ def _require_factors_alone(model: PeftModel, adapters: Sequence[str]) -> None:
                 f"{', '.join(sorted(full_modules)[:3])}",
                 code="adapter-full-modules",
                 where=f"adapter {name!r}",
-                hint="add their folders:  python -m milora_vl.export FOLDER FOLDER --weights ...  (docs/exporting.md)",
+                hint="add their folders:  python -m milora_vl.export FOLDER FOLDER --weights ...  (docs/export.md)",
             )
 
 

@@ -1,4 +1,4 @@
-"""`python benchmarks/difference_form.py`, small: the errors that docs/recipes.md shows."""
+"""`python benchmarks/difference_form.py`, small: the errors that docs/train.md shows."""
 
 from __future__ import annotations
 
