@@ -28,9 +28,9 @@ from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train import calibration_batches, collators
 from milora_vl.train import model as models
 from milora_vl.train.base_kl import add_base_kl
-from milora_vl.train.plan.run_data import read_records
-from milora_vl.train.plan.screen import Screen
-from milora_vl.train.recipe.schema import BaseKLConfig, Recipe
+from milora_vl.train.data import read_records
+from milora_vl.train.recipe import BaseKLConfig, Recipe
+from milora_vl.train.screen import Screen
 
 Batch = Mapping[str, Tensor]
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from milora_data.batches.pack import fill, pack
 from milora_data.encode.labels import encode
 from milora_data.pictures.pixels import PixelMaker
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from support.llava_oracle import llama_tokenizer, llava_train
 
 # 30,000 random words with frequencies by Zipf's law; as in a natural language, frequent words are short.

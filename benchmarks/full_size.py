@@ -28,7 +28,7 @@ from milora_vl.core.policy import Policy
 from milora_vl.models import loading
 from milora_vl.models.loading import meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.dry_run.simulate import Shape, simulate
+from milora_vl.train.memory import Shape, simulate
 
 RULES = [{"modules": "language", "method": "milora", "protect": 0, "rank": 16}]
 PICTURE, ANSWER = 576, 60

@@ -307,12 +307,9 @@ def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any])
 def planned(model: str, config: Any, targets: Sequence[Any], tokens: int, train: dict[str, Any]) -> float:
     """Return the GB that a dry run plans for such a step, without those of CUDA itself and of Qwen's vision tower."""
     from milora_vl.models.base import Base
-    from milora_vl.train.dry_run.cost import workload_of
-    from milora_vl.train.dry_run.estimate import memory
-    from milora_vl.train.dry_run.first_batch import Counts
-    from milora_vl.train.plan.batching import Batching
-    from milora_vl.train.plan.launch import Launch
-    from milora_vl.train.plan.train_section import TrainSection
+    from milora_vl.train.arguments import Launch, TrainSection
+    from milora_vl.train.memory import Counts, memory, workload_of
+    from milora_vl.train.setup import Batching
 
     section = TrainSection(train | {"activation_checkpointing": True}, Launch(), (), None)
     counts = Counts(tokens=tokens, supervised=SUPERVISED, exact=True)

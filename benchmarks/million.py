@@ -31,7 +31,7 @@ PICTURES = 300
 SHARDS = 200
 STEPS, KILLED_AT, SAVED_EVERY = 200, 150, 50
 WORDS = "a small red house stands beside the old tree near a river where children play with their dog".split()
-KINDS = ("check", "stats", "train", "workers", "packed", "check-shards", "train-shards")
+KINDS = ("check", "train", "workers", "packed", "check-shards", "train-shards")
 
 
 def main() -> int:
@@ -59,8 +59,6 @@ def measured(kind: str, folder: Path) -> dict[str, Any]:
     if kind == "check":
         words = ["-m", "milora_data", "check", data, "--image_folder", pictures]
         return watched(words, folder / "check.log")
-    if kind == "stats":
-        return watched(["-m", "milora_data", "stats", data, "--image_folder", pictures], folder / "stats.log")
     if kind == "check-shards":
         return watched(["-m", "milora_data", "check", shards], folder / "check-shards.log")
     if kind == "train-shards":

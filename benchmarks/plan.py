@@ -23,13 +23,10 @@ from milora_vl.core.policy import Policy
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
+from milora_vl.train.arguments import Launch, TrainSection
 from milora_vl.train.dry_run import cost
-from milora_vl.train.dry_run.cost import MIX665K, activations, shape_of, workload_of
-from milora_vl.train.dry_run.estimate import GIB
-from milora_vl.train.dry_run.simulate import Shape, simulate
-from milora_vl.train.plan.batching import Batching
-from milora_vl.train.plan.launch import Launch
-from milora_vl.train.plan.train_section import TrainSection
+from milora_vl.train.memory import GIB, MIX665K, Shape, activations, shape_of, simulate, workload_of
+from milora_vl.train.setup import Batching
 
 RULES = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 16, "dropout": 0.05},

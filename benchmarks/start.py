@@ -41,9 +41,9 @@ from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor
 from milora_vl.train import calibration_batches, collators
 from milora_vl.train import model as models
-from milora_vl.train.plan.run_data import read_records
-from milora_vl.train.plan.screen import Screen
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.data import read_records
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import Screen
 
 NAMES = ("tiny", "smollm2", "smol-llava")
 

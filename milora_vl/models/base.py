@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from milora_data.pictures.anyres import Tiling
+from milora_data.pictures.pixels import Tiling
 from milora_vl.models import loading
 from milora_vl.models.image_tokens import image_tokens, tiling_of, uses_processor
 from milora_vl.models.parts import Parts, planned_config
@@ -29,7 +29,6 @@ class Base:
 
     @classmethod
     def of(cls, name: str, config: Any, parts: Parts | None = None) -> Base:
-        """Return the base with this config."""
         kind: BaseKind = "text"
         if "vision_config" in config.to_dict():
             kind = "processor" if uses_processor(config) else "llava"
@@ -47,7 +46,6 @@ class Base:
 
     @property
     def reads_pictures(self) -> bool:
-        """Return whether the model takes pictures."""
         return self.kind != "text"
 
     @property

@@ -22,10 +22,9 @@ from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.runner import Sweep, alone, run_cells
-from milora_vl.train.plan.eval_section import data_of
-from milora_vl.train.recipe.layers import read_recipe
-from milora_vl.train.recipe.policy_edits import ADAPTERS
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.flags import ADAPTERS
+from milora_vl.train.recipe import Recipe, read_recipe
+from milora_vl.train.setup import data_of
 
 
 def _words(text: str) -> list[str]:
@@ -96,8 +95,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
     options = COMMAND.parse(argv)
-    file = read_recipe(options.recipe)
-    recipe = Recipe.parse(file.content, file)
+    recipe = Recipe.parse(*read_recipe(options.recipe))
     suite = options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), "")
     data = data_of(suite, recipe, options.data or recipe.sweep.data or recipe.eval.data)
     questions = QuestionSet(suite, data, options.limit or recipe.sweep.limit)

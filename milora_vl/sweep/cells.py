@@ -10,10 +10,9 @@ from typing import Any
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.rules import METHODS
-from milora_vl.train.recipe.hf_flags import replaced, value_of
-from milora_vl.train.recipe.layers import RecipeFile
-from milora_vl.train.recipe.policy_edits import ADAPTERS, PolicyEdits, edited, is_adapter
-from milora_vl.train.recipe.schema import EvalConfig, Recipe, SweepConfig
+from milora_vl.train.arguments import RENAMED, value_of
+from milora_vl.train.flags import ADAPTERS, PolicyEdits, edited, is_adapter
+from milora_vl.train.recipe import EvalConfig, Recipe, SweepConfig
 
 # Names for --methods, with fields of the adapter rules and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -115,14 +114,14 @@ def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
     fields = dict(variants(recipe)[cell.method])
     train = dict(recipe.train)
     for over in (recipe.sweep.train, fields.pop("train", {}), {"seed": cell.seed}):
-        train = {name: value for name, value in train.items() if name not in replaced(over)} | over
+        train = {name: value for name, value in train.items() if name not in {RENAMED.get(key) for key in over}} | over
     if cell.rank is not None:
         fields["rank"] = cell.rank
     rules = arm_rules(recipe.policy, fields, learning_rate=cell.learning_rate, seed=cell.seed)
     content: Mapping[str, Any] = recipe.model_dump() | {
         "policy": rules, "train": train, "eval": EvalConfig().model_dump(), "sweep": SweepConfig().model_dump()
     }  # fmt: skip
-    return Recipe.parse(content, RecipeFile(source=f"{cell.name} of the sweep"))
+    return Recipe.parse(content, f"{cell.name} of the sweep")
 
 
 def arm_rules(

@@ -14,9 +14,8 @@ from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep.cells import Cell, recipe_of
 from milora_vl.sweep.runner import Sweep
-from milora_vl.train.dry_run.cost import A100, CPU
-from milora_vl.train.dry_run.dry_run import Outlook, num_parameters, outlook
-from milora_vl.train.dry_run.estimate import A100_FLOPS, BANDWIDTH, CPU_BANDWIDTH, GIB, duration_text, measured_flops
+from milora_vl.train.dry_run import Outlook, num_parameters, outlook
+from milora_vl.train.memory import A100, A100_FLOPS, BANDWIDTH, CPU, CPU_BANDWIDTH, GIB, duration_text, measured_flops
 
 START = 15.0  # seconds until a command has imported everything and checked its flags, on two cores
 READ = 0.5 * GIB  # bytes of weights that are read a second

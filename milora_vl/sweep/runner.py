@@ -29,8 +29,8 @@ from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet
 from milora_vl.sweep.cells import Cell, CellNumbers, recipe_of
-from milora_vl.train.plan.run_folder import require_free
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.folder import locked
+from milora_vl.train.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +153,10 @@ def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
 
 def _wait_for_killed_sweep(run: Path) -> None:
     """Wait while a training of a killed sweep still runs in this folder."""
-    while True:
+    while run.exists():
         try:
-            require_free(run)
-            return
+            with locked(run):
+                return
         except UserError:
             time.sleep(1)
 

@@ -51,11 +51,9 @@ def test_a_text_with_the_picture_token_in_it_is_named(parts: Any) -> None:
     _, processor, options = parts
     collator = ImageTextCollator(processor.tokenizer, processor.image_processor, **options)
     collator.image_token_id = processor.tokenizer("?", add_special_tokens=False).input_ids[0]
-    with raises_code(
-        "record-image-token-in-text", message="1 picture tokens, but 0 pictures take 0", kind=DataError
-    ) as error:
+    message = "a text contains the picture token"
+    with raises_code("record-image-token-in-text", "What is it?", message, kind=DataError):
         collator([question("What is it?")])
-    assert error.value.first.where == "What is it?"
 
 
 def test_given_substitutes_stand_in_for_a_batch_that_is_left_out(parts: Any) -> None:

@@ -16,9 +16,8 @@ from transformers import AttentionInterface, AutoConfig
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from milora_data.batches.lengths import lengths_of
-from milora_data.batches.pack import PackedRecords, pack
+from milora_data.batches.pack import PACKED, PackedRecords, pack, require_packable
 from milora_data.batches.processor_collator import ProcessorCollator
-from milora_data.batches.processor_pack import PACKED, require_packable
 from milora_data.records.record import parse_record
 from milora_vl import collator_for
 from milora_vl.models.losses import summed_loss
@@ -210,5 +209,5 @@ def test_a_family_that_cannot_is_refused_with_the_reason(make: Any, pictures: Pa
             require_packable(AutoConfig.for_model(kind))
     for kind in ("llama", "llava", "llava_next", "gemma2", "gpt2"):
         require_packable(AutoConfig.for_model(kind))
-    with raises_code("collate-unsupported-layout", where="model_config", hint="collator_for"):
+    with raises_code("collate-unsupported-layout", message="model_config", hint="collator_for"):
         ProcessorCollator(processor_of("qwen2_5_vl"), image_folder=pictures)([mixed_records()[:2]])

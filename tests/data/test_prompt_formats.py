@@ -206,7 +206,7 @@ def test_mistakes_with_a_tokenizers_own_template() -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('b', 'c') }}{% endfor %}"
     with pytest.raises(DataError) as error:
         encode(record("a", "b"), tokenizer, template="chat_template", image_token_id=IMG)
-    assert error.value.first.code == "chat-template-rewrites-text"
+    assert "rewrites an answer" in str(error.value)
 
 
 @pytest.mark.parametrize(

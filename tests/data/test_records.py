@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import pickle
+import re
+import sys
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from milora_data.formats.jsonfile import read_objects, read_rows, write_objects
-from milora_data.records.record import Record, Turn, parse_record
-from milora_data.stream.sources import load_records
+from milora_data.records.record import CompactRecords, Record, Turn, parse_record
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
@@ -40,14 +45,21 @@ def test_messages_under_conversations_and_ms_swifts_form_are_read() -> None:
     said = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
     marked = [said[0] | {"content": "<image>\nHi?"}, said[1]]
     swift = {"query": "Hi?", "response": "Yes.", "images": ["a.jpg"]}
-    forms = [{"image": "a.jpg", "conversations": said}, {"images": ["a.jpg"], "conversations": marked}]
+    forms: list[dict[str, Any]] = [
+        {"image": "a.jpg", "conversations": said},
+        {"images": ["a.jpg"], "conversations": marked},
+    ]
+    parts = [{"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "text", "text": "Hi?"}]
+    forms += [{"messages": [{"role": "user", "content": parts}, said[1]]}]
+    forms += [{"prompt": "Hi?", "completion": "Yes.", "images": ["a.jpg"]}]
+    forms += [{"prompt": [{"role": "user", "content": parts}], "completion": said[1:]}]
     for value in (*forms, swift, swift | {"query": "<image>\nHi?", "history": []}):
         record = parse_record(value)
         assert (record.turns, record.images) == (turns, ("a.jpg",))
     longer = parse_record(swift | {"images": [], "system": "Be short.", "history": [["A?", "B"]]})
     assert [turn.role for turn in longer.turns] == ["system", *["user", "assistant"] * 2]
     assert [turn.text for turn in longer.turns] == ["Be short.", "A?", "B", "Hi?", "Yes."]
-    with raises_code("instructions-history", where="m.json:2", kind=DataError):
+    with raises_code("", where="m.json:2", message="history must be a list of pairs", kind=DataError):
         parse_record(swift | {"history": ["A?"]}, source="m.json:2")
 
 
@@ -126,29 +138,53 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("[]")
     with raises_code("data-missing-file", where="tarin.json", hint="train.json", kind=DataError):
         list(load_records(tmp_path / "tarin.json"))
-    with raises_code("data-folder", hint="train.json", kind=DataError):
+    with raises_code("data-folder", hint="*.parquet", kind=DataError):
         list(load_records(tmp_path))
 
 
 NOT_RECORDS: list[tuple[Any, str]] = [
-    ([1], "record-not-an-object"),
-    ({"id": 1, "text": ""}, "record-no-conversations"),
-    ({"conversations": [{"from": "human"}]}, "record-turn-format"),
-    ({"conversations": [{"from": "human", "value": None}]}, "record-turn-format"),
-    ({"conversations": [{"from": "bot", "value": ""}]}, "record-unknown-role"),
-    ({"conversations": [], "image": 3}, "record-image-field"),
-    ({"conversations": [], "image": [""]}, "record-image-field"),
+    ([1], "expected a record"),
+    ({"id": 1, "text": ""}, '"conversations" must be a list'),
+    ({"conversations": [{"from": "human"}]}, "turn 1 must be"),
+    ({"conversations": [{"from": "human", "value": None}]}, "turn 1 must be"),
+    ({"conversations": [{"from": "bot", "value": ""}]}, "unknown \"from\": 'bot'"),
+    ({"conversations": [], "image": 3}, '"image" must be'),
+    ({"conversations": [], "image": [""]}, '"image" must be'),
+    ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, "only system text"),
+    ({"conversations": [], "tools": [{"type": "function"}]}, "tools, their calls and their results"),
+    ({"messages": [{"role": "tool", "content": "4"}]}, "tools, their calls and their results"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "tools, their calls"),
 ]
 
 
-@pytest.mark.parametrize(("value", "code"), NOT_RECORDS)
-def test_what_is_no_record_is_named_with_file_and_line(tmp_path: Path, value: Any, code: str) -> None:
+@pytest.mark.parametrize(("value", "message"), NOT_RECORDS)
+def test_what_is_no_record_is_named_with_file_and_line(tmp_path: Path, value: Any, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(RECORD) + "\n" + json.dumps(value) + "\n")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
         list(load_records(path))
-    (problem,) = caught.value.problems
-    assert (problem.code, problem.where) == (code, f"{path}:2")
+    assert caught.value.first.where == f"{path}:2"
+
+
+def test_a_system_text_of_sharegpt_is_the_first_turn() -> None:
+    record = parse_record(RECORD | {"system": "Be brief."})
+    assert record.turns == (Turn("system", "Be brief."), *parse_record(RECORD).turns)
+    assert "system" not in record.extra
+    assert parse_record(RECORD | {"system": None}).turns == parse_record(RECORD).turns
+    own = [{"from": "system", "value": "Be brief."}, *RECORD["conversations"]]
+    assert parse_record({"conversations": own, "system": "Be brief."}).turns == record.turns
+
+
+def test_messages_without_an_id_have_none() -> None:
+    said = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
+    assert [parse_record({"id": name, "messages": said}).id for name in (None, 0, "a")] == ["", "0", "a"]
+
+
+def test_a_file_url_is_the_path_of_a_picture() -> None:
+    part = {"type": "image_url", "image_url": {"url": "file:///photos/a%20cat.jpg"}}
+    said = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "A cat."}]
+    for value in ({"messages": said}, RECORD | {"image": "file:///photos/a%20cat.jpg"}):
+        assert parse_record(value).images == ("/photos/a cat.jpg",)
 
 
 def test_a_large_list_is_read_in_little_memory(tmp_path: Path) -> None:
@@ -177,10 +213,55 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
     assert not (tmp_path / "a.json").exists()
 
 
-def test_a_table_is_called_one_and_missing_files_are_sought_by_their_ending(tmp_path: Path) -> None:
+def test_a_table_and_a_missing_table_are_called_so(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,caption\n")
     (tmp_path / "b.json").write_text("[]")
-    with raises_code("data-table", where="a.csv", hint="milora_data convert --from table", kind=DataError):
+    with raises_code("", where="a.csv", hint="milora_data convert --from table", kind=DataError):
         list(load_records(tmp_path / "a.csv"))
-    with raises_code("data-missing-file", hint=f"in {tmp_path}: a.csv", kind=DataError):
+    with raises_code("data-missing-file", where="none.csv", kind=DataError):
         list(read_rows(tmp_path / "none.csv"))
+
+
+MEGABYTE = 1 << 20
+
+
+def many(count: int) -> list[Record]:
+    return [Record(str(i), (f"{i}.png",), (Turn("user", f"{i} " * 50), Turn("assistant", "b"))) for i in range(count)]
+
+
+def test_it_is_a_sequence_of_the_same_records() -> None:
+    records = many(7)
+    compact = CompactRecords(records)
+    assert list(compact) == records == list(pickle.loads(pickle.dumps(compact)))
+    assert compact[-1] == records[-1]
+    assert compact[2:5] == records[2:5]
+    with pytest.raises(IndexError):
+        compact[7]
+    assert not CompactRecords([])
+
+
+def private() -> int:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * sum(map(int, re.findall(r"Private_Dirty: +(\d+)", text)))
+
+
+def growth(records: Sequence[Record], said: Any) -> None:
+    before = private()
+    assert sum(len(record.turns[0].text) for record in records)
+    said.put(private() - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="how much memory is one's own, Linux says")
+def test_a_loader_process_shares_them() -> None:
+    context = multiprocessing.get_context("fork")
+
+    def grown(records: Sequence[Record]) -> int:
+        said = context.SimpleQueue()
+        process = context.Process(target=growth, args=(records, said))
+        process.start()
+        process.join()
+        return int(said.get())
+
+    records = many(40_000)
+    assert grown(CompactRecords(records)) < 2 * MEGABYTE
+    assert sys.getsizeof(records) < grown(records)  # what a list costs

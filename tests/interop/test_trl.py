@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import math
@@ -16,8 +15,6 @@ import torch
 import yaml
 from PIL import Image
 
-from milora_data.batches.preferences import PreferenceCollator
-from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.templates import render_chat_template
 from milora_vl import apply_milora, calibration_texts, load_adapter, load_model, save_adapter
 from support.adapter_cases import anchors, move, one_rule
@@ -25,7 +22,7 @@ from support.calibrated import directions, leaks
 from support.documented import ROOT
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of
-from support.vlm_runs import record, write_model, write_pictures
+from support.vlm_runs import record, write_pictures
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 trl = pytest.importorskip("trl")
@@ -112,38 +109,6 @@ def test_grpo_starts_at_a_kl_of_0(parts, tiny_llama, tmp_path: Path) -> None:
     assert history[1]["kl"] > 0
 
 
-@pytest.mark.parametrize("name", ["llava", pytest.param("qwen2_vl", marks=needs_places)])
-def test_dpo_on_pictures_from_a_recipe(name: str, tiny_llava, tmp_path: Path, monkeypatch) -> None:
-    """The documented script: first loss ln 2, a lower one after it, and an adapter that loads."""
-    folder, pictures = tmp_path / "model", write_pictures(tmp_path / "images")
-    if name == "llava":
-        for part in tiny_llava():
-            part.save_pretrained(folder)
-    else:
-        write_model(name, folder)
-    pairs = [
-        {"images": [f"{n % 4}.png"], "prompt": "What is it?", "chosen": f"It is {n}.", "rejected": "Nothing at all."}
-        for n in range(8)
-    ]
-    (tmp_path / "pairs.json").write_text(json.dumps([*pairs, {**pairs[0], "images": []}]))
-    recipe = yaml.safe_load((ROOT / "examples" / "dpo_trl.yaml").read_text())
-    recipe["policy"][0] |= {"rank": 2, "alpha": 2}
-    recipe["train"] |= {"logging_steps": 1, "learning_rate": 1e-2, "report_to": ["none"], "dataloader_num_workers": 1}
-    recipe["train"] |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "warmup_steps": 0}
-    if name == "llava":
-        del recipe["data"]["max_pixels"]
-    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(recipe))
-    words = ["--recipe", tmp_path / "dpo.yaml", "--model", folder, "--data_path", tmp_path / "pairs.json"]
-    words += ["--image_folder", pictures, "--output_dir", tmp_path / "out", "--max_steps", "3"]
-    monkeypatch.setattr(sys, "argv", ["dpo_trl.py", *map(str, words)])
-    runpy.run_path(str(ROOT / "examples" / "dpo_trl.py"), run_name="__main__")
-    state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert losses[-1] < losses[0]
-    load_model(folder, adapter=tmp_path / "out")
-
-
 FAMILIES = ["llava", pytest.param("qwen2_vl", marks=needs_places)]
 LETTERS = "the quick brown fox jumps over the lazy dog"  # random answers share some of them
 RULES = "[{modules: language, method: milora, rank: 2, protect: 0.6}]"
@@ -179,7 +144,7 @@ def write_chat_model(name: str, folder: Path, tiny_llava: Any) -> Path:
 
 def run_example(name: str, words: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> Any:
     """Run a script of examples/ with small settings; return its trainer and what it logged."""
-    flags = settings(folder, **{"max_completion_length": 6, "max_steps": 3, **more})
+    flags = settings(folder, **{"max_steps": 3, **more})
     words = [*words, *(str(word) for key, value in flags.items() for word in (f"--{key}", value))]
     monkeypatch.setattr(sys, "argv", [name, *words])
     trainer = runpy.run_path(str(ROOT / "examples" / name))["main"]()
@@ -225,6 +190,23 @@ def test_grpo_on_pictures(name: str, questions, tiny_llava, tmp_path: Path, monk
     assert list(model.peft_config) == ["default"]
     check_memory(before, folder, model)
     check_adapter(model, folder, output)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dpo_on_pictures(name: str, questions, tiny_llava, tmp_path: Path, monkeypatch) -> None:
+    """The documented script on TRL's collator: the first loss is ln 2, because the reference is the base."""
+    folder, output = write_chat_model(name, tmp_path / "model", tiny_llava), tmp_path / "out"
+    asked = [{"role": "user", "content": "What is it?"}]
+    answers = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "A."), ("rejected", "No"))}
+    rows = [{"images": [f"{n % 2}.png"], "prompt": asked, **answers} for n in range(4)]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    words = ["--model", str(folder), *questions]
+    words[words.index("--data_path") + 1] = str(tmp_path / "pairs.json")
+    trainer, history = run_example("dpo_trl.py", words, output, monkeypatch)
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert list(trainer.model.peft_config) == ["default"]
+    check_adapter(trainer.model, folder, output)
 
 
 def test_the_reward_of_grpo() -> None:
@@ -283,7 +265,7 @@ def test_self_distillation_on_pictures(
     before = live_weights()
     words = ["--hint", hint] if hint else ["--adapter", str(tmp_path / "adapter")]
     words += ["--model", str(folder), *questions]
-    more = {"top_k": 1, "max_steps": 8, "learning_rate": 2e-3}  # greedy answers
+    more = {"top_k": 1, "max_steps": 8, "learning_rate": 2e-3, "max_completion_length": 6}  # greedy answers
     trainer, history = run_example("distillation_trl.py", words, output, monkeypatch, **more)
     assert history[0]["loss"] == pytest.approx(expected, rel=1e-3)
     assert min(entry["loss"] for entry in history[1:]) < history[0]["loss"]  # each has other answers
@@ -307,28 +289,3 @@ def test_a_mistake_is_a_message(name: str, question: Any, message: str, tmp_path
     monkeypatch.setattr(sys, "argv", [name, *words, "--use_cpu", "True", "--bf16", "False"])
     with pytest.raises(SystemExit, match=message):
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
-
-
-@needs_places
-def test_a_batch_of_pairs_is_that_of_trl(tmp_path: Path) -> None:
-    """Ids and completions of every row; TRL supervises the line break after an answer too."""
-    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
-
-    processor, folder = processor_of("qwen2_5_vl"), write_pictures(tmp_path)
-    rows = []
-    for n, text in enumerate(("a cat", "a much longer answer about a dog")):
-        answers = {
-            side: [{"role": "assistant", "content": f"{word} {text}"}]
-            for side, word in (("chosen", "It is"), ("rejected", "No"))
-        }
-        rows.append({"images": [f"{n}.png"], "prompt": [{"role": "user", "content": "What is it?"}], **answers})
-    ours = PreferenceCollator(ProcessorCollator(processor, image_folder=folder))(rows)
-    opened = [{**copy.deepcopy(row), "images": [Image.open(folder / row["images"][0]).convert("RGB")]} for row in rows]
-    theirs = DataCollatorForVisionPreference(processor)(opened)
-    for row in range(4):
-        keep, kept = (batch["attention_mask"][row].bool() for batch in (ours, theirs))
-        assert torch.equal(ours["input_ids"][row][keep], theirs["input_ids"][row][kept])
-        done = [batch["input_ids"][row][batch["completion_mask"][row].bool()].tolist() for batch in (ours, theirs)]
-        assert processor.tokenizer.decode(done[1]) == processor.tokenizer.decode(done[0]) + "\n"
-    for key in ("pixel_values", "image_grid_thw"):
-        assert torch.equal(ours[key], theirs[key])

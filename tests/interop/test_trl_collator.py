@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from importlib.resources import files
 from pathlib import Path
@@ -87,48 +86,3 @@ def test_a_processors_batch_is_that_of_trl(name: str, tmp_path: Path) -> None:
     differing = expected["labels"][batch["labels"] != expected["labels"]]
     assert processor.tokenizer.decode(differing).strip() == ""
     assert (batch["labels"] != -100).sum() > 30
-
-
-@pytest.mark.parametrize("offered", ["none", "tools"])
-def test_tools_in_the_published_template_are_supervised_as_in_trl(offered: str, tmp_path: Path) -> None:
-    """TRL's collator renders calls and results, but no list of tools: transformers renders that one."""
-    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
-
-    templates = files("trl") / "chat_templates"
-    processor = processor_of("qwen3_vl")
-    processor.chat_template = (templates / "qwen3_vl.jinja").read_text(encoding="utf-8")
-    training = (templates / "qwen3_vl_training.jinja").read_text(encoding="utf-8")
-    call = {"type": "function", "function": {"name": "zoom", "arguments": {"box": [1, 2]}}}
-    messages: list[dict[str, Any]] = [
-        {"role": "user", "content": "What is it?"},
-        {"role": "assistant", "content": "Let me look.", "tool_calls": [call, call]},
-        *[{"role": "tool", "name": "zoom", "content": "A cat."}] * 2,
-        {"role": "assistant", "content": "A cat."},
-    ]
-    tools = [{"type": "function", "function": {"name": "zoom", "parameters": {"type": "object", "properties": {}}}}]
-    record = {"messages": messages, "images": ["0.png"], **({"tools": tools} if offered == "tools" else {})}
-    collate = ProcessorCollator(processor, image_folder=write_pictures(tmp_path))
-    batch = collate([record])
-    picture = Image.open(tmp_path / "0.png").convert("RGB")
-    if offered == "none":
-        theirs = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True, chat_template=training)
-        expected = theirs([{**copy.deepcopy(record), "images": [picture]}])
-    else:
-        asked = {
-            "role": "user",
-            "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}],
-        }
-        expected = processor.apply_chat_template(
-            [[asked, *messages[1:]]],
-            chat_template=training,
-            tools=tools,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_assistant_tokens_mask=True,
-        )
-        expected["labels"] = expected["input_ids"].where(expected.pop("assistant_masks").bool(), -100)
-    assert all(torch.equal(batch[key], expected[key]) for key in expected if key != "labels")
-    differing = expected["labels"][batch["labels"] != expected["labels"]]
-    assert processor.tokenizer.decode(differing).strip() == ""
-    assert processor.tokenizer.decode(batch["labels"][batch["labels"] != -100]).count("zoom") == 2

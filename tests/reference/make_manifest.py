@@ -16,7 +16,7 @@ from typing import Any
 
 from milora_vl.__main__ import main as milora
 from milora_vl.core.policy import Rule
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
 from studies.__main__ import main as studies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ COMMANDS = [
     *(f"milora_vl.{name}" for name in "train compose report sweep chat export forgetting analyze demo".split()),
     "milora_vl.interop.llava",
     "milora_vl.interop.replace",
-    *(f"milora_data {name}" for name in "check convert show stats emoji easy-vqa".split()),
+    *(f"milora_data {name}" for name in "check convert show emoji easy-vqa".split()),
     *(f"milora_eval {name}" for name in "run ls score compare view".split()),
     "milora_eval.lm_eval",
     "studies",

@@ -25,7 +25,6 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"lmsys/vicuna-7b-v1\.5", "language"),
     (r"openai/clip-vit-large-patch14-336", "tower"),
     (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
-    (r"--base BASE --residual RESIDUAL", "--base tiny --residual RESIDUAL --output_dir of-residual"),
     (r"--base BASE --initial pissa_init", "--base tiny --initial pissa_init --output_dir of-initial"),
     (r"hub:HuggingFaceH4/ultrafeedback_binarized:train_sft", "ultrafeedback.parquet"),
     # Recipes: their models.
@@ -88,7 +87,7 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/choose.md": ("runs/mine",),
     "docs/compare.md": ("runs/demo", "runs/full"),
     "docs/evaluate.md": ("runs/a", "runs/demo"),
-    "docs/export.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
+    "docs/export.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "pissa_init"),
     "docs/next-task.md": ("runs/a",),
     "docs/train.md": ("runs/a",),
 }

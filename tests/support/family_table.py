@@ -38,9 +38,9 @@ from milora_vl.core.policy.rules import Target, without_projector  # noqa: E402
 from milora_vl.core.policy.towers import find_towers  # noqa: E402
 from milora_vl.models.base import Base  # noqa: E402
 from milora_vl.models.generate import Prompt, generate  # noqa: E402
-from milora_vl.train.plan import fit  # noqa: E402
-from milora_vl.train.recipe.policy_edits import PolicyEdits, edited  # noqa: E402
-from milora_vl.train.recipe.schema import DataConfig, Recipe  # noqa: E402
+from milora_vl.train import setup  # noqa: E402
+from milora_vl.train.flags import PolicyEdits, edited  # noqa: E402
+from milora_vl.train.recipe import DataConfig, Recipe  # noqa: E402
 from support import any_family, official_data  # noqa: E402
 from support.vlm_runs import record, write_pictures  # noqa: E402
 
@@ -106,7 +106,7 @@ def _require_packable(config: Any) -> None:
     ratio = "pad" if base.tiling is None else "anyres"
     data = DataConfig(packing=True, image_aspect_ratio=ratio)
     recipe = Recipe(template="chat_template" if base.own_pictures else "vicuna_v1", data=data)
-    fit._require_prepared(recipe, base, [])
+    setup._check_pictures(recipe, base, [])
 
 
 def _tried(action: Callable[[], None]) -> str:

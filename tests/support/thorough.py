@@ -43,7 +43,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_vlm_train\.py::test_a_run_learns.*packing",
         r"test_missing_pictures\.py::test_replace",
         r"test_video_run\.py::test_the_plan_counts",
-        r"test_web_pictures\.py::.*\[stream\]",
         r"test_saved_sets\.py::test_a_training_reads_it\[.*(streaming|packing)",
         r"test_train_stream\.py::test_a_plan_counts",
         r"test_chat_template_runs\.py::test_(a_model_with_pictures_trains|every_way_through_the_data)",
@@ -65,7 +64,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
     ),
     "one family, task or data set where several say as much": (
         r"test_families\.py::test_from_start_to_merge.*\[(?!llava\]|llama\]|qwen2_5_vl\])",
-        r"test_auto_classes\.py::test_each_module.*\[(?!models\.timm_tower\])",
         r"test_study_tasks\.py::test_(an_adapter_has|training_learns|a_seed_decides)\w*\[(?!smollm2)",
         r"test_study_tasks\.py::test_every_arm",
         r"test_studies\.py::test_a_study_runs",

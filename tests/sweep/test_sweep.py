@@ -23,8 +23,8 @@ from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.cost import cell_seconds
 from milora_vl.sweep.results import arms, mean_of, pairs
 from milora_vl.sweep.runner import Sweep, run_cells
-from milora_vl.train.dry_run.dry_run import outlook
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.dry_run import outlook
+from milora_vl.train.recipe import Recipe
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.sweep_cells import RECIPE, finish_cell

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.check.command import scan
+from milora_data.check import scan
 from milora_vl.train.command import main
 from support import dirty_data
 from support.problems import raises_code

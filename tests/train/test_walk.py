@@ -20,7 +20,7 @@ WALK = re.findall(r"^\d+\. `([\w.]+)`$", PAGE.read_text(encoding="utf-8"), re.MU
 def test_a_training_enters_the_modules_in_the_order_of_the_page(tiny_data: Path, tmp_path: Path) -> None:
     entered: dict[str, None] = {}
     modules = [importlib.import_module(name) for name in WALK]  # some call functions when they are imported
-    assert len(modules) > 10
+    assert len(modules) >= 10
 
     def see(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_flags & CO_OPTIMIZED:  # a function, and no import

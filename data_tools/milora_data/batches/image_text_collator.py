@@ -10,43 +10,36 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from milora_data.batches.pack import Row, joined, packed, packed_flat, padded, with_single_image_tokens
 from milora_data.batches.record_collator import Item, RecordCollator, pad_id_of
-from milora_data.batches.rows import Row, joined, packed, packed_flat, padded, with_single_image_tokens
 from milora_data.encode.chat_template_mask import require_template
 from milora_data.encode.labels import IGNORE, Encoded, encode, record_segments
 from milora_data.encode.templates import OWN, Segment, template_name
 from milora_data.encode.tokens import fast_backend, own_template
-from milora_data.pictures.anyres import Tiling
-from milora_data.pictures.files import ImageError, ImagePolicy, picture_size, place_of
-from milora_data.pictures.pixels import AspectRatio, PixelMaker
+from milora_data.pictures.files import ImageError, ImagePolicy, place_of
+from milora_data.pictures.pixels import AspectRatio, PixelMaker, Tiling
 from milora_data.records.record import IMAGE, Record
 from milora_vl.common.errors import DataError, UserError, with_context
 
 log = logging.getLogger(__name__)
 
 LLAVA_IMAGE_ID = -200
+USE_COLLATOR_FOR = "use  milora_vl.collator_for(model, processor)"
 LLAVA_SIDE, LLAVA_TOKENS = 336, 576  # of a picture in LLaVA-1.5
 
 
-class EncodedSample(NamedTuple):
-    """One encoded record and its pictures, as PIL images."""
-
-    encoded: Encoded
-    images: list[Any]
-
-
-class ImageTextCollator(RecordCollator[EncodedSample]):
+class ImageTextCollator(RecordCollator[Row]):
     """Collates records (`Record` or LLaVA dicts) into a batch; usable as `data_collator`, also in loader processes.
 
     `__call__` returns input_ids, attention_mask, labels (batch, length) and, with an image processor, pixel_values
     (num_images, 3, H, W): the pictures of all records in order. Labels of unsupervised tokens are -100.
 
-    A list of records in place of a record is packed into one row (pack.py). The batch then has position_ids and
+    A list of records in place of a record is packed into one row (`PackedRecords`). The batch then has position_ids and
     use_cache in place of attention_mask; `packing="flat"` joins all rows into one, which flash attention needs, and for
     text models adds cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k.
-    `tiling` (anyres.py) cuts pictures into tiles as LLaVA-1.6 does: the number of tokens depends on the size of the
+    `tiling` (pixels.py) cuts pictures into tiles as LLaVA-1.6 does: the number of tokens depends on the size of the
     picture, the batch also has image_sizes, and `image_tokens` and `image_aspect_ratio` are ignored.
     `image_tokens` defaults to the 576 of LLaVA-1.5, and `image_token_id` to the tokenizer's `<image>`. With
     `image_folder` None, picture names are used as paths.
@@ -85,18 +78,11 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
         tiling: Tiling | None = None,
     ) -> None:
         if tiling is not None and layout == "llava":
-            raise UserError(
-                "pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes",
-                code="collate-unsupported-layout",
-                hint="use image_aspect_ratio pad",
-            )
+            message = "pictures in tiles (anyres) are for Hugging Face's LLaVA-1.6, not for LLaVA's own classes"
+            raise UserError(message, code="collate-unsupported-layout", hint="use image_aspect_ratio pad")
         if "image_processor" in dir(tokenizer):
-            raise UserError(
-                f"expected a tokenizer, got a {type(tokenizer).__name__}",
-                code="collate-no-tokenizer",
-                where="tokenizer",
-                hint="use  milora_vl.collator_for(model, processor)",
-            )
+            message, hint = f"expected a tokenizer, got a {type(tokenizer).__name__}", USE_COLLATOR_FOR
+            raise UserError(message, code="collate-no-tokenizer", where="tokenizer", hint=hint)
         super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
@@ -112,28 +98,23 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
         self.packing = packing
 
     def full_length(self, record: Record) -> int:
-        """Return the number of tokens before `max_length` cuts the record."""
         text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
         return len(text.input_ids) + sum(self._counts_by_size(record)[: text.num_images])
 
     def num_supervised(self, record: Record) -> int:
-        """Return the number of supervised tokens before `max_length` cuts the record."""
         text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
         return len(text.labels) - text.labels.count(IGNORE)
 
     def segments(self, record: Record) -> list[Segment]:
-        """Return the text of a record in pieces, supervised or not, with `<image>` for each image."""
         try:
             return record_segments(record, self.tokenizer, self.template)[1]
         except DataError as error:
-            raise with_context(error, record.source or f"record {record.id!r}") from None
+            raise with_context(error, record.place) from None
 
     def require_usable(self, record: Record) -> None:
-        """Raise `DataError` for a record that no batch can use."""
         self._encoded(record, self._counts_by_size(record))
 
     def length_settings(self) -> str:
-        """Return a text with all settings on which lengths depend."""
         own = own_template(self.tokenizer) if template_name(self.template) == OWN else ""
         images = self.tiling or self.image_tokens
         backend = fast_backend(self.tokenizer).to_str()
@@ -141,59 +122,42 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
 
     @property
     def length_by_size(self) -> bool:  # type: ignore[override]
-        """Return whether the model tiles its images."""
         return self.tiling is not None
 
     def _counts_by_size(self, record: Record) -> list[int]:
-        """Return the number of tokens of each image of a record; one that cannot be read counts as a small one."""
+        """Return the number of tokens of each image of a record."""
         if self.tiling is None:
             return [self.image_tokens] * len(record.images)
-        counts = []
-        for name in record.images:
-            try:
-                counts.append(self.tiling.num_tokens(*picture_size(place_of(self.image_folder, name))))
-            except ImageError:  # the collator skips the record, or replaces the image by a plain one
-                counts.append(self.tiling.num_tokens(1, 1))
-        return counts
+        return [self.tiling.num_tokens(*self._size(name)) for name in record.images]
 
     def _usual_tokens(self) -> int:
         """Return the tokens of a picture in LLaVA-1.5. Raises UserError if the pictures have another size there."""
         if self.image_processor is not None and self.tiling is None and self.maker().side != LLAVA_SIDE:
-            raise UserError(
-                f"is missing, and pictures of {self.maker().side} pixels do not take LLaVA-1.5's {LLAVA_TOKENS} tokens",
-                code="collate-image-tokens",
-                where="image_tokens",
-                hint="use  milora_vl.collator_for(model, processor)",
-            )
+            message = f"pictures of {self.maker().side} pixels do not take LLaVA-1.5's {LLAVA_TOKENS} tokens"
+            raise UserError(message, code="collate-image-tokens", where="image_tokens", hint=USE_COLLATOR_FOR)
         return LLAVA_TOKENS
 
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         packs = [[item] if isinstance(item, Record | Mapping | UserError) else list(item) for item in records]
         is_packed = any(not isinstance(item, Record | Mapping | UserError) for item in records)
         if is_packed and self.layout == "llava":
-            raise UserError(
-                "LLaVA's own classes compute their own positions and cannot take packed records",
-                code="collate-unsupported-layout",
-                hint="collate without packing for LLaVA's own classes",
-            )
-        packs_of_samples = [[sample for item in pack if (sample := self._sample(item)) is not None] for pack in packs]
-        rows = [samples for samples in packs_of_samples if samples] or [[self._substitute()]]
+            message = "LLaVA's own classes compute their own positions and cannot take packed records"
+            raise UserError(message, code="collate-unsupported-layout", hint="collate without packing")
+        kept = [[row for item in pack if (row := self._sample(item)) is not None] for pack in packs]
+        rows = [rows for rows in kept if rows] or [[self._substitute()]]
         self._last_sample = rows[-1][-1]
-        return self._batch(rows, is_packed)
+        return self._batch([joined(pack) if is_packed else pack[0] for pack in rows], is_packed)
 
     def _own_image_token(self) -> int:
         if self.image_processor is None:
             return -1
         token_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
         if token_id is None or token_id == self.tokenizer.unk_token_id:
-            raise UserError(
-                f"this tokenizer has no {IMAGE} token",
-                code="tokenizer-no-image-token",
-                hint="pass the id from the model's config: image_token_id=...",
-            )
+            hint = "pass the id from the model's config: image_token_id=..."
+            raise UserError(f"this tokenizer has no {IMAGE} token", hint=hint)
         return int(token_id)
 
-    def _read(self, record: Record) -> EncodedSample:
+    def _read(self, record: Record) -> Row:
         if self.tiling is None:
             encoded = self._encoded(record, [self.image_tokens] * len(record.images))
             images = self._images(record, encoded.num_images)
@@ -202,7 +166,7 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
             encoded = self._encoded(record, [self._num_tokens(image) for image in images])
         if encoded.num_cut:
             self._count("cut")
-        return EncodedSample(encoded, images[: encoded.num_images])
+        return Row(encoded.input_ids, encoded.labels, [len(encoded.input_ids)], images[: encoded.num_images])
 
     def _num_tokens(self, image: Any) -> int:
         return self.image_tokens if self.tiling is None else self.tiling.num_tokens(image.height, image.width)
@@ -221,13 +185,11 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
         # A text may contain the picture token itself. The model would then replace text by features of a picture.
         actual, expected = encoded.input_ids.count(self.image_token_id), sum(counts[: encoded.num_images])
         if actual != expected:
-            raise DataError(
-                f"{actual} picture tokens, but {encoded.num_images} pictures take {expected}: "
-                f"the text contains the picture token ({self.image_token_id})",
-                code="record-image-token-in-text",
-                where=record.source or record.id,
-                hint="remove the token from the text",
+            message = (
+                f"a text contains the picture token ({self.image_token_id}): {actual} of them, expected {expected}"
             )
+            hint = "remove the token from the text"
+            raise DataError(message, code="record-image-token-in-text", where=record.place, hint=hint)
         return encoded
 
     def _images(self, record: Record, num_images: int) -> list[Any]:
@@ -239,12 +201,9 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
     @staticmethod
     def _require_no_pictures(record: Record, num_images: int) -> None:
         if num_images:
-            raise DataError(
-                "a record with pictures, but this model reads only text",
-                code="model-reads-only-text",
-                where=record.source or record.id,
-                hint="train a vision-language model, or remove the pictures and <image> from the records",
-            )
+            message = "a record with pictures, but this model reads only text"
+            hint = "train a vision-language model, or remove the pictures and <image> from the records"
+            raise DataError(message, code="model-reads-only-text", where=record.place, hint=hint)
 
     def _image(self, path: str | Path) -> Any:
         try:
@@ -257,19 +216,17 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
             return self.maker().plain_image()
 
     def maker(self) -> PixelMaker:
-        """Return the `PixelMaker` of this image processor."""
         if self._maker is None or self._maker.image_processor is not self.image_processor:
             self._maker = PixelMaker(self.image_processor, self.image_aspect_ratio)
         return self._maker
 
-    def _batch(self, samples: Sequence[Sequence[EncodedSample]], is_packed: bool) -> dict[str, Any]:
-        images = [image for row in samples for sample in row for image in sample.images]
-        rows = [joined([_row(sample) for sample in row]) if is_packed else _row(row[0]) for row in samples]
+    def _batch(self, rows: list[Row], is_packed: bool) -> dict[str, Any]:
         is_flat = is_packed and self.packing == "flat"
         if is_flat:
             rows = [joined(rows)]
         if self.layout == "llava":
-            return self._llava_batch(rows, [row[0].images for row in samples])
+            return self._llava_batch(rows)
+        images = [image for row in rows for image in row.images]
         if self.image_processor is not None and not images:
             # Keep tower and projector in the graph (see the module's docstring).
             images = [self.maker().plain_image()]
@@ -289,24 +246,18 @@ class ImageTextCollator(RecordCollator[EncodedSample]):
         # Append it to the shortest row, so that the batch grows as little as possible. `lengths` is unchanged: the
         # attention mask (or the positions of packed rows) excludes the appended tokens.
         shortest = min(range(len(rows)), key=lambda row: len(rows[row].input_ids))
-        hidden = [self.image_token_id] * num_tokens, [IGNORE] * num_tokens
-        return [
-            Row(row.input_ids + hidden[0], row.labels + hidden[1], row.lengths) if number == shortest else row
-            for number, row in enumerate(rows)
-        ]
+        ids, labels = [self.image_token_id] * num_tokens, [IGNORE] * num_tokens
+        row = rows[shortest]
+        changed = row._replace(input_ids=row.input_ids + ids, labels=row.labels + labels)
+        return [*rows[:shortest], changed, *rows[shortest + 1 :]]
 
-    def _llava_batch(self, rows: Sequence[Row], images: Sequence[list[Any]]) -> dict[str, Any]:
+    def _llava_batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         ids = (self.image_token_id, self.image_tokens, LLAVA_IMAGE_ID)
         rows = [with_single_image_tokens(row, *ids) for row in rows]
         batch = padded(rows, pad_id_of(self.tokenizer), self.pad_to_multiple_of)
         batch["attention_mask"] = batch["attention_mask"].bool()
         if self.image_processor is not None:
             # LLaVA expects a picture for each row and ignores the features of a row without an image token.
-            pictures = [image for row in images for image in (row or [self.maker().plain_image()])]
+            pictures = [image for row in rows for image in (row.images or [self.maker().plain_image()])]
             batch["images"] = self.maker().inputs(pictures)["pixel_values"]
         return batch
-
-
-def _row(sample: EncodedSample) -> Row:
-    encoded = sample.encoded
-    return Row(encoded.input_ids, encoded.labels, [len(encoded.input_ids)])

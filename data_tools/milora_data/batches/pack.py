@@ -1,19 +1,52 @@
-"""Pack records into rows of a fixed length (`data.packing`), so that nearly every position of a step is a real token.
+"""Pad rows of tokens to one length, or pack records into rows of a fixed length (`data.packing`).
 
-The collator converts each list of records to one row and separates the records by their positions.
+`pack` chooses the records of a row, so that nearly every position of a step is a real token; `PackedRecords` is the
+data set of such rows. Attention does not cross records, and transformers does the separation: without an attention mask
+it finds the records of a row in the positions. Where they do not grow by one, a new record begins. It builds the block
+mask of sdpa, eager and flex attention from that, and the sequence borders of flash attention.
+
+`Row` and its functions make the tensors of `ImageTextCollator`; `RowPacker` packs what a model's own processor returns.
+Pictures are not touched: a model puts their features into the places of their tokens in order, row after row.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from itertools import groupby
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from milora_data.encode.tokens import IGNORE
 from milora_data.records.record import Record
+from milora_vl.common.errors import UserError
 
 POOL = 8192  # records that are packed together
+# Families whose packed rows a test compares with their records.
+PACKED = frozenset(
+    "aria aya_vision cohere2_vision cohere_compass cosmos3_edge cosmos3_omni deepseek_vl deepseek_vl_hybrid "
+    "exaone4_5 fast_vlm gemma3 gemma4 glm46v glm4v glm4v_moe glm_ocr glmga granite4_vision granite_docling "
+    "hyperclovax_vision_v2 idefics3 internvl janus kimi_k25 lighton_ocr llava llava_next_video llava_onevision "
+    "mistral3 muse_glimmer muse_spark ovis2 paddleocr_vl paligemma qianfan_ocr qwen2_5_vl qwen2_vl qwen3_vl "
+    "qwen3_vl_moe smolvlm step3p7 video_llama_3 video_llava vipllava".split()
+)
+# The mask of their sliding window takes a token's position for its place in the row, when it looks up which tokens
+# belong to a picture.
+_PLACES = ("gemma3", "gemma4")
+_REASONS = {
+    "mllama": "a text before its picture attends to all pictures of the row, also of other records",
+}
+_SEPARATED = {"full_attention", "sliding_attention", "chunked_attention"}  # layers, by what transformers calls them
+_PADDED = ("input_ids", "attention_mask", "labels")
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+_OF_ROPE = "input_ids attention_mask mm_token_type_ids image_grid_thw video_grid_thw second_per_grid_ts".split()
 
 
 def pack(lengths: Sequence[int], capacity: int, seed: int = 0) -> list[list[int]]:
@@ -68,10 +101,7 @@ def fill(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -
 
 
 class PackedRecords(Dataset[list[Record]]):
-    """A data set of rows: each item is the list of records that share a row.
-
-    The rows are two arrays, which loader processes share; they would copy lists when they read them.
-    """
+    """A data set of rows, lists of records: two arrays, which loader processes share as they share no lists."""
 
     def __init__(self, records: Sequence[Record], rows: Sequence[Sequence[int]]) -> None:
         self.records = records
@@ -85,7 +115,208 @@ class PackedRecords(Dataset[list[Record]]):
         return [self.records[index] for index in self.indices(number)]
 
     def indices(self, number: int) -> list[int]:
-        """Return the places of the records of a row."""
         start = 0 if number == 0 else self._ends[number - 1]
         places: list[int] = self._indices[start : self._ends[number]].tolist()
         return places
+
+
+class Row(NamedTuple):
+    """Ids and labels of one row. `lengths` are the lengths of its records; later tokens are masked from attention.
+
+    `images` are the pictures of its records in order, as `PixelMaker` takes them.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    lengths: list[int]
+    images: Sequence[Any] = ()
+
+
+def joined(rows: Sequence[Row]) -> Row:
+    """Return one row with the records of all `rows`. The first token of each record has no context and is masked.
+
+    >>> joined([Row([5, 6], [-100, 6], [2]), Row([7, 8], [7, 8], [2])])[:3]
+    ([5, 6, 7, 8], [-100, 6, -100, 8], [2, 2])
+    """
+    return Row(
+        [token for row in rows for token in row.input_ids],
+        [label for row in rows for label in (IGNORE, *row.labels[1:])],
+        [length for row in rows for length in row.lengths],
+        [image for row in rows for image in row.images],
+    )
+
+
+def padded(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, Tensor]:
+    """Return input_ids, attention_mask and labels (rows, length), padded on the right; the mask follows `lengths`.
+
+    >>> batch = padded([Row([1, 5, 6], [-100, -100, 6], [3]), Row([1, 7], [-100, 7], [2])], pad_id=0)
+    >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist()
+    ([[1, 5, 6], [1, 7, 0]], [[1, 1, 1], [1, 1, 0]], [[-100, -100, 6], [-100, 7, -100]])
+    """
+    input_ids, labels = _tensors(rows, pad_id, multiple)
+    attention_mask = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        attention_mask[number, : sum(row.lengths)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def packed(rows: Sequence[Row], pad_id: int, multiple: int = 1) -> dict[str, Any]:
+    """Return input_ids, position_ids, labels (rows, length) and use_cache: positions start at 0 with each record.
+
+    Without attention mask and cache, transformers detects packed records from the positions and separates them: by a
+    block mask with sdpa and eager, and as separate sequences with flash attention, which needs all of them in one row.
+
+    >>> packed([Row([1, 5, 1, 6, 7], [-100, 5, -100, 6, 7], [2, 3])], pad_id=0)["position_ids"].tolist()
+    [[0, 1, 0, 1, 2]]
+    """
+    input_ids, labels = _tensors(rows, pad_id, multiple)
+    position_ids = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        padding = input_ids.shape[1] - sum(row.lengths)
+        lengths = [*row.lengths, padding] if padding else row.lengths
+        position_ids[number] = torch.cat([torch.arange(length) for length in lengths])
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "use_cache": False}
+
+
+def packed_flat(row: Row, pad_id: int, multiple: int = 1) -> dict[str, Any]:
+    """Return `packed` of one row, with the borders of its records, as flash attention takes them.
+
+    Without these arguments transformers reads them from `position_ids`, on the GPU and in each layer. They are for text
+    models: LLaVA passes them on to its vision tower too, whose sequences have other borders.
+
+    >>> batch = packed_flat(Row([1, 5, 1, 6, 7], [-100, 5, -100, 6, 7], [2, 3]), pad_id=0)
+    >>> batch["cu_seq_lens_q"].tolist(), batch["max_length_q"]
+    ([0, 2, 5], 3)
+    """
+    batch = packed([row], pad_id, multiple)
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0]
+    borders = torch.cat([starts, starts.new_tensor([batch["input_ids"].shape[1]])]).int()
+    longest = int(borders.diff().max())
+    return {
+        **batch,
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def with_single_image_tokens(row: Row, image_token_id: int, image_tokens: int, llava_id: int) -> Row:
+    """Return a row in LLaVA's layout: one `llava_id` per picture, which LLaVA replaces by the picture's features."""
+    kept, num_image_tokens = [], 0
+    for place, token in enumerate(row.input_ids):
+        if token == image_token_id:
+            num_image_tokens += 1
+            if (num_image_tokens - 1) % image_tokens:
+                continue
+        kept.append(place)
+    ids = [llava_id if row.input_ids[place] == image_token_id else row.input_ids[place] for place in kept]
+    return Row(ids, [row.labels[place] for place in kept], [len(kept)], row.images)
+
+
+def _tensors(rows: Sequence[Row], pad_id: int, multiple: int) -> tuple[Tensor, Tensor]:
+    longest = max(len(row.input_ids) for row in rows)
+    width = -(-longest // multiple) * multiple
+    input_ids = torch.full((len(rows), width), pad_id)
+    labels = torch.full((len(rows), width), IGNORE)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.input_ids)] = _tensor(row.input_ids)
+        labels[number, : len(row.labels)] = _tensor(row.labels)
+    return input_ids, labels
+
+
+def _tensor(numbers: list[int]) -> Tensor:
+    """Return an int64 tensor; numpy with an explicit type is four times as fast as `torch.tensor` for a list."""
+    return torch.from_numpy(np.fromiter(numbers, np.int64, len(numbers)))
+
+
+def require_packable(config: Any) -> None:
+    """Raise `UserError` with the reason if records cannot share a row of the model (any model) with this config."""
+    from transformers import MODEL_MAPPING
+
+    text, reason = config.get_text_config(), ""
+    others = set(getattr(text, "layer_types", None) or ()) - _SEPARATED  # some configs have another name for it
+    kind: Any = MODEL_MAPPING.get(type(text), None)
+    if others:
+        reason = f"only attention separates them, and it has layers of type {min(others)}"
+    elif kind is not None and "position_ids" not in signature(kind.forward).parameters:
+        reason = "it takes no positions, which separate the records"
+    elif "vision_config" in config.to_dict() and config.model_type not in (*PACKED, "llava_next"):
+        reason = _REASONS.get(config.model_type, "no test compares packed rows of this family with its records")
+    if reason:
+        raise UserError(
+            f"records of {config.model_type} cannot share a row: {reason}",
+            code="packing-unsupported-model",
+            hint="use --group_by_length True to reduce padding",
+        )
+
+
+class RowPacker:
+    """Packs batches of one (packable) model; with `layout` "flat" all rows become one, for flash attention."""
+
+    def __init__(self, config: Any, layout: Literal["rows", "flat"]) -> None:
+        require_packable(config)
+        self.layout = layout
+        self._by_place = config.model_type in _PLACES
+        self._model = _without_layers(config)
+
+    def __call__(
+        self, batch: Mapping[str, Any], rows: Sequence[int], *, pad_id: int, multiple: int | None
+    ) -> dict[str, Any]:
+        """Return the batch with its records packed: record i, padded on the right, goes to the row with number rows[i].
+
+        `rows` does not decrease. What has a number per token becomes (rows, width); position_ids, (rows, width) or
+        (4, rows, width), and use_cache replace attention_mask. Everything else, pictures above all, is unchanged.
+        """
+        lengths = batch["attention_mask"].sum(1).tolist()
+        numbers = [0] * len(rows) if self.layout == "flat" else rows
+        members = [[record for record, _ in group] for _, group in groupby(enumerate(numbers), itemgetter(1))]
+        gap = int(self._by_place)  # a separator, whose position is not the next one
+        longest = max(sum(lengths[record] + gap for record in row) for row in members)
+        width = longest if multiple is None else -(-longest // multiple) * multiple
+
+        def packed(tensor: Tensor, fill: int = 0) -> Tensor:
+            out = tensor.new_full((*tensor.shape[:-2], len(members), width), fill)
+            for number, row in enumerate(members):
+                parts = [F.pad(tensor[..., record, : lengths[record]], (0, gap), value=fill) for record in row]
+                joined = torch.cat(parts, dim=-1)
+                out[..., number, : joined.shape[-1]] = joined
+            return out
+
+        labels = batch["labels"].clone()
+        labels[:, 0] = IGNORE  # the first token of a record has no context
+        if self._by_place:  # rotary embeddings depend on differences alone: a record may begin anywhere
+            positions = torch.arange(width) * packed(batch["attention_mask"])
+        else:
+            positions = packed(self._positions(batch))
+        return {
+            "input_ids": packed(batch["input_ids"], pad_id),
+            "position_ids": positions,
+            "labels": packed(labels, IGNORE),
+            "use_cache": False,  # with a cache, transformers separates no records
+            **{name: packed(batch[name]) for name in _TYPES if name in batch},
+            **{name: value for name, value in batch.items() if name not in (*_PADDED, *_TYPES)},
+        }
+
+    def _positions(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the positions of each record: from 0 on, (records, length).
+
+        For a model with rotary embeddings in three dimensions (4, records, length): it takes the masks from the first
+        row, and computes the others, which follow the pictures.
+        """
+        restarting = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        if "get_rope_index" not in dir(self._model):
+            return restarting
+        mine, _ = self._model.get_rope_index(**{name: batch[name] for name in _OF_ROPE if name in batch})
+        return torch.cat([restarting[None], mine])
+
+
+def _without_layers(config: Any) -> Any:
+    """Return the model of a config without its layers, as light as its config: `get_rope_index` needs no more."""
+    from transformers import MODEL_MAPPING
+
+    kind: Any = MODEL_MAPPING[type(config)]
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.config = config
+    return model

@@ -10,26 +10,25 @@ A token is supervised if one of its characters is, and no token of a picture is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from milora_data.batches.processor_image_tokens import ProcessorImageTokens
+from milora_data.batches.pack import RowPacker
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
-from milora_data.batches.processor_pack import RowPacker
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
 from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.files import ImageError, ImagePolicy, load_image, picture_size, place_of
+from milora_data.pictures.files import ImageError, ImagePolicy, load_image
 from milora_data.pictures.videos import Frames, require_one_size
-from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video, tools_of, uses_tools
+from milora_data.records.record import IMAGE, VIDEO, Record, Turn, Video
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, UserError, first_line, with_context, with_problems
 
@@ -44,7 +43,7 @@ BATCH_OF_ONE = (
 
 @dataclass(frozen=True, slots=True)
 class ProcessorSample:
-    """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it.
+    """One record as text, with its pictures (PIL). `is_cut`: max_length shortened it.
 
     `row` is the number of its row in a packed batch.
     """
@@ -58,16 +57,7 @@ class ProcessorSample:
 
     @property
     def where(self) -> str:
-        """Return file and line of the record, or its id."""
-        return self.record.source or self.record.id
-
-
-class RecordKind(NamedTuple):
-    """What of a record decides how it is written and batched."""
-
-    has_images: bool
-    frames: tuple[int, ...]  # the numbers of frames of its videos, each once and in order
-    has_tools: bool
+        return self.record.place
 
 
 class ProcessorCollator(RecordCollator[ProcessorSample]):
@@ -78,7 +68,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     A record beyond `max_length` is cut at its end, never within a picture. `RecordCollator` explains `bad_images` and
     `substitutes`; a picture that the processor refuses counts as unreadable.
 
-    A list of records in place of a record is packed into one row (processor_pack.py), if `model_config`, the config of
+    A list of records in place of a record is packed into one row (`RowPacker`), if `model_config`, the config of
     the model, is given; `packing` is its layout.
 
     Raises `UserError` for a processor without a chat template or a documented plain prompt, and for a version of
@@ -99,19 +89,16 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     ) -> None:
         super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
         self.inputs = ProcessorInputs(processor)
-        self.image_tokens = ProcessorImageTokens(self.inputs)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.model_config = model_config
         self.packing = packing
 
     def full_length(self, record: Record) -> int:
-        """Return the number of tokens before `max_length` cuts the record."""
         rendered = self._rendered(record)
-        sizes = [_size(place_of(self.image_folder, name)) for name in record.images]
-        return self.image_tokens.of_text(rendered, sizes, record.videos, self._place)
+        sizes = [self._size(name) for name in record.images]
+        return self.inputs.num_tokens(rendered, sizes, record.videos, self._place)
 
     def num_supervised(self, record: Record) -> int:
-        """Return the number of supervised tokens before `max_length` cuts the record."""
         rendered = self._rendered(record)
         answers = [rendered.text[start:end] for start, end in rendered.supervised]
         if rendered.suffix is not None:
@@ -119,7 +106,6 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return sum(len(self.inputs.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers)
 
     def segments(self, record: Record) -> list[Segment]:
-        """Return the text of a record in pieces, supervised or not, with `<image>` for each image."""
         rendered, end, pieces = self._rendered(record), 0, []
         for start, stop in rendered.supervised:
             pieces += [Segment(rendered.text[end:start], False), Segment(rendered.text[start:stop], True)]
@@ -132,70 +118,61 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return [piece for piece in shown if piece.text]
 
     def length_settings(self) -> str:
-        """Return a text with all settings on which lengths depend."""
         from transformers import __version__
 
         processor, backend = self.inputs.processor, self.inputs.tokenizer.backend_tokenizer
         return f"{__version__}\0{processor!r}\0{processor.chat_template!r}\0{backend.to_str()}"
 
-    def kind(self, record: Record) -> RecordKind:
-        """Return what decides how a record is written and batched: images, numbers of frames of its videos, tools."""
-        return RecordKind(bool(record.images), tuple(sorted(set(self.num_frames(record)))), uses_tools(record))
+    def kind(self, record: Record) -> tuple[bool, tuple[int, ...]]:
+        """Return whether a record has images, and the numbers of frames of its videos, each once and in order."""
+        return bool(record.images), tuple(sorted(set(self.num_frames(record))))
 
     def may_refuse(self, record: Record) -> bool:
-        """Return whether the texts of a record may be refused; runs no template."""
         return self.inputs.may_refuse(record.turns, len(record.images), len(record.videos))
 
     def require_one_batch(self, records: Sequence[Record]) -> None:
-        """Raise `DataError` if records of these kinds do not fit into one batch."""
         with_images = [record for record in records if record.images]
         without = [record for record in records if not record.images]
         if with_images and without and not self.inputs.takes_mixed_rows:
-            raise DataError(
-                f"{type(self.inputs.processor).__name__} cannot put records with and without pictures into one batch",
-                code="records-mixed",
-                where=f"{_named(with_images[0])} and {_named(without[0])}",
-            )
+            name = type(self.inputs.processor).__name__
+            message = f"{name} cannot put records with and without pictures into one batch"
+            where = f"{with_images[0].place} and {without[0].place}"
+            raise DataError(message, code="records-mixed", where=where)
         frames = [count for record in records for count in self.num_frames(record)]
         try:
             self.inputs.require_one_kind(len(with_images), frames)
         except DataError as error:
             shown = [record for record in records if record.files]
-            raise with_context(error, " and ".join(map(_named, shown[:2]))) from None
+            raise with_context(error, " and ".join(record.place for record in shown[:2])) from None
 
     def _rendered(self, record: Record) -> Rendered:
         try:
             turns = with_video_marks(record.turns, len(record.images), len(record.videos))
             form = self.inputs.video_format if record.videos else self.inputs.format
-            rendered = form.render(turns, tools=tools_of(record))
+            rendered = form.render(turns)
             self.inputs.require_images(rendered.text, len(record.images), len(record.videos))
             self.inputs.require_one_kind(len(record.images), self.num_frames(record))
             if not rendered.supervised and rendered.suffix is None:
                 raise NoSupervisedTokens("this record has no supervised answer", code="record-no-answer")
         except DataError as error:
-            raise with_context(error, record.source or f"record {record.id!r}") from None
+            raise with_context(error, record.place) from None
         return rendered
 
     def _samples(self, items: Sequence[Item]) -> list[ProcessorSample]:
-        """Return what the batch needs of the items, without those that the policy leaves out.
-
-        All texts come first: between the decoders of pictures, the same code takes twice as long (caches).
-        """
+        """Return the samples of the items; all texts first, which take twice as long between decoders of pictures."""
         texts: list[tuple[Record, Rendered]] = []
         for item in items:
             record = self._kept(record_of, item, "")
-            rendered = None if record is None else self._kept(self._rendered, record, record.source or record.id)
+            rendered = None if record is None else self._kept(self._rendered, record, record.place)
             if record is not None and rendered is not None:
                 texts.append((record, rendered))
-        samples = [self._kept(self._with_images, text, text[0].source or text[0].id) for text in texts]
-        return [sample for sample in samples if sample is not None]
+        return _present(self._kept(self._with_images, text, text[0].place) for text in texts)
 
     def require_usable(self, record: Record) -> None:
-        """Raise `DataError` for a record that no batch can use."""
         try:
             self._read(record)
         except ImageError as error:
-            raise needed_by(error, record.source or record.id) from None
+            raise needed_by(error, record.place) from None
 
     def _read(self, record: Record) -> ProcessorSample:
         """Return a sample that the processor takes, and that has an answer within `max_length`."""
@@ -209,15 +186,11 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
     def _with_images(self, text: tuple[Record, Rendered]) -> ProcessorSample:
         record, rendered = text
-        images = tuple(self._image(record, name) for name in record.images)
+        images = tuple(map(self._image, record.images))
         return ProcessorSample(record, rendered, images, tuple(self._frames(record, video) for video in record.videos))
 
     def num_frames(self, record: Record) -> list[int]:
-        """Return the number of frames of each video of a record, where it decides which videos fit into one batch."""
         return [self.inputs.num_frames(video, self._place) for video in record.videos]
-
-    def _place(self, name: str) -> str | Path:
-        return place_of(self.image_folder, name)
 
     def _frames(self, record: Record, video: Video) -> Frames:
         if video.file is not None:
@@ -227,26 +200,23 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
                 self._replaced(error)
                 return self.inputs.plain_video(video)
             except DataError as error:
-                raise with_context(error, record.source or record.id) from None
+                raise with_context(error, record.place) from None
         frames: list[Any] = []
         for name in video.frames:
             try:
-                frames.append(load_image(place_of(self.image_folder, name)))
+                frames.append(load_image(self._place(name)))
             except ImageError as error:
                 frames.append(self._replaced(error, like=frames[-1] if frames else None))
-        return Frames(require_one_size(frames, record.source or record.id), video.fps)
+        return Frames(require_one_size(frames, record.place), video.fps)
 
-    def _image(self, record: Record, name: str) -> Any:
+    def _image(self, name: str) -> Any:
         try:
-            return self.inputs.pixels(load_image(place_of(self.image_folder, name)))
+            return load_image(self._place(name))
         except ImageError as error:
             return self._replaced(error)
 
     def _replaced(self, error: ImageError, like: Any = None) -> Any:
-        """Return a plain picture in place of an unusable one, or raise its error, as `bad_images` says.
-
-        `like` is a picture of the size that it needs.
-        """
+        """Return a plain picture (of the size of `like`) for an unusable one, or raise, as `bad_images` says."""
         if self.bad_images != "replace":
             raise error
         self._count("replaced")
@@ -266,12 +236,9 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     @cached_property
     def _packer(self) -> RowPacker:
         if self.model_config is None:
-            raise UserError(
-                "the records of a row need positions, which depend on the model",
-                code="collate-unsupported-layout",
-                where="model_config",
-                hint="use  milora_vl.collator_for(model, processor)",
-            )
+            message = "model_config is missing: the records of a row need positions, which depend on the model"
+            hint = "use  milora_vl.collator_for(model, processor)"
+            raise UserError(message, code="collate-unsupported-layout", hint=hint)
         return RowPacker(self.model_config, self.packing)
 
     def _padded(self, samples: list[ProcessorSample]) -> tuple[dict[str, Any], list[ProcessorSample]]:
@@ -285,22 +252,15 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             lengths = batch["attention_mask"].sum(1).tolist()
             if max(lengths) <= self.max_length:  # pad_to_multiple_of may exceed it
                 break
-            limit = self.max_length - spare
-            cut = [
-                self._kept(partial(self._cut, limit=limit), row, row.sample.where)
-                if length > self.max_length
-                else row.sample
+            cut = partial(self._cut, limit=self.max_length - spare)
+            samples = _present(
+                self._kept(cut, row, row.sample.where) if length > self.max_length else row.sample
                 for row, length in zip(rows, lengths, strict=True)
-            ]
-            samples = [sample for sample in cut if sample is not None]
-        else:
-            longest = rows[lengths.index(max(lengths))].sample
-            raise DataError(
-                f"this record has {max(lengths)} tokens after {_NUM_CUTS} cuts to max_length {self.max_length}",
-                code="record-cut-too-long",
-                where=longest.where,
-                hint="shorten the record, or raise --max_length",
             )
+        else:
+            where = rows[lengths.index(max(lengths))].sample.where
+            message = f"this record has {max(lengths)} tokens after {_NUM_CUTS} cuts to max_length {self.max_length}"
+            raise DataError(message, where=where, hint="shorten the record, or raise --max_length")
         self._last_sample = samples[-1]
         for sample in samples:
             if sample.is_cut:
@@ -323,15 +283,11 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             except UserError:
                 raise
             except PROCESSOR_ERRORS as error:
-                checked = [self._kept(self._checked, sample, sample.where) for sample in samples]
-                usable = [sample for sample in checked if sample is not None]
+                usable = _present(self._kept(self._checked, sample, sample.where) for sample in samples)
                 if usable == samples:
-                    raise DataError(
-                        f"the processor refuses these records in one batch: {first_line(error)}",
-                        code="record-processor-refuses",
-                        where=samples[0].where,
-                        hint=BATCH_OF_ONE,
-                    ) from None
+                    message = f"the processor refuses these records in one batch: {first_line(error)}"
+                    where, code = samples[0].where, "record-processor-refuses"
+                    raise DataError(message, code=code, where=where, hint=BATCH_OF_ONE) from None
                 samples = usable or [self._substitute()]
 
     def _batch(self, samples: Sequence[ProcessorSample]) -> dict[str, Any]:
@@ -353,42 +309,29 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             raise
         except PROCESSOR_ERRORS as error:
             images = [
-                self._accepted(image, place_of(self.image_folder, name))
+                self._accepted(image, self._place(name))
                 for image, name in zip(sample.images, sample.record.images, strict=False)
             ]
             if all(new is old for new, old in zip(images, sample.images, strict=True)):
-                raise DataError(
-                    f"the processor refuses this record: {first_line(error)}",
-                    code="record-processor-refuses",
-                    where=sample.where,
-                ) from None
+                message = f"the processor refuses this record: {first_line(error)}"
+                raise DataError(message, code="record-processor-refuses", where=sample.where) from None
             return self._checked(replace(sample, images=tuple(images)))
 
     def _accepted(self, image: Any, place: str | Path) -> Any:
         try:
             self.inputs.processor.image_processor(images=[image], return_tensors="pt")
         except PROCESSOR_ERRORS as error:
-            height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
-            reason = f"{width} x {height} pixels: {first_line(error)}"
-            return self._replaced(
-                ImageError(
-                    f"the processor refuses this picture: {reason}",
-                    reason,
-                    code="image-refused",
-                    where=str(place),
-                    hint="save it again as RGB, in a usual size and aspect ratio",
-                )
-            )
+            reason = f"{image.width} x {image.height} pixels: {first_line(error)}"
+            hint = "save it again as RGB, in a usual size and aspect ratio"
+            message = f"the processor refuses this picture: {reason}"
+            return self._replaced(ImageError(message, reason, where=str(place), hint=hint))
         return image
 
     def _cut(self, row: _Row, limit: int) -> ProcessorSample:
         """Return the sample of a row with at most `limit` tokens. Raises `NoSupervisedTokens` if no answer is left."""
         sample, rendered = row.sample, row.sample.rendered
-        error = NoSupervisedTokens(
-            f"this record has no supervised answer: max_length {self.max_length} cuts off all of them",
-            code="record-no-answer",
-            where=sample.where,
-        )
+        message = f"this record has no supervised answer: max_length {self.max_length} cuts off all of them"
+        error = NoSupervisedTokens(message, code="record-no-answer", where=sample.where)
         if rendered.suffix is not None:  # question and answer are one example
             raise error
         end = row.source(int(row.offsets[limit - 1, 1]))
@@ -459,15 +402,8 @@ def _labels(batch: Mapping[str, Any], rows: Sequence[_Row]) -> torch.Tensor:
     return batch["input_ids"].where(torch.from_numpy(supervised) & batch["attention_mask"].bool(), IGNORE)
 
 
-def _named(record: Record) -> str:
-    return record.source or f"record {record.id!r}"
-
-
-def _size(place: str | Path) -> tuple[int, int]:
-    try:
-        return picture_size(place)
-    except ImageError:  # the collator skips the record, or replaces the picture by a plain one
-        return BLANK
+def _present(samples: Iterable[ProcessorSample | None]) -> list[ProcessorSample]:
+    return [sample for sample in samples if sample is not None]
 
 
 def labelled_inputs(
@@ -488,17 +424,11 @@ def with_video_marks(turns: Sequence[Turn], num_images: int, num_videos: int) ->
     """
     text = "\n".join(turn.text for turn in turns)
     if VIDEO_MARK in text:
-        raise DataError(
-            f"a text contains {VIDEO_MARK!r}, which stands for a video here",
-            code="record-image-token-in-text",
-            hint="remove these characters of Unicode's private use area",
-        )
+        message, hint = f"a text contains {VIDEO_MARK!r}, which stands for a video here", "remove these characters"
+        raise DataError(message, code="record-image-token-in-text", hint=hint)
     for marker, what, number in ((IMAGE, "picture", num_images), (VIDEO, "video", num_videos)):
         found = text.count(marker)
         if found != number and (number or marker == IMAGE):
-            raise DataError(
-                f"{found} {marker} in the conversation, but {amount(number, what)} in the record",
-                code="record-image-count",
-                hint=f"write {marker} once for each {what}",
-            )
+            message = f"{found} {marker} in the conversation, but {amount(number, what)} in the record"
+            raise DataError(message, code="record-image-count", hint=f"write {marker} once for each {what}")
     return [replace(turn, text=turn.text.replace(VIDEO, VIDEO_MARK)) for turn in turns] if num_videos else list(turns)

@@ -1,54 +1,44 @@
-"""Call a model's own processor: its tensors, the placeholders of images and videos, what fits into one batch."""
+"""Call a model's own processor: its tensors, the placeholders of images and videos, token counts, what fits a batch."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from milora_data.batches.record_collator import BLANK
 from milora_data.encode.chat_template_mask import VIDEO_MARK, ImageTemplate, PlainPrompt, Rendered, prompt_format
 from milora_data.encode.templates import no_videos
+from milora_data.encode.tokens import fast_backend
 from milora_data.pictures.files import ImageError, load_image, picture_size
-from milora_data.pictures.videos import Frames, planned_video, read_video, require_one_size, sampler
+from milora_data.pictures.videos import Frames, outline, read_video, require_one_size, sampler
 from milora_data.records.record import IMAGE, VIDEO, Turn, Video
-from milora_vl.common.compat.transformers import recorded_places
+from milora_vl.common.compat.transformers import count_image_tokens, recorded_places
 from milora_vl.common.errors import DataError, UserError
 
 # What processors raise for pictures and texts that they do not take.
 PROCESSOR_ERRORS = (ValueError, TypeError, IndexError, KeyError, RuntimeError, StopIteration, ZeroDivisionError)
 PLACES = "places_of_images"
-BLANK = (64, 64)  # height and width of the picture that replaces one without pixels
 _PLAIN_FRAMES = 4  # of the video that replaces a file without pixels
 
 
-def _video_token(processor: Any) -> str | None:
-    """Return the token of a video in texts; None for a processor that takes no videos."""
-    try:
-        return str(processor.video_token) if processor.video_processor is not None else None
-    except AttributeError:
-        return None
-
-
 def as_named(name: str) -> str:
-    """Return the place of a file that is named by its place."""
     return name
 
 
 def takes_videos(processor: Any) -> bool:
-    """Return whether a processor takes videos."""
     return _video_token(processor) is not None
 
 
-def _placeholder(processor: Any) -> str:
-    """Return the placeholder of a picture in texts. A few processors replace it by another token."""
-    return str(
-        processor.image_placeholder_token if "image_placeholder_token" in dir(processor) else processor.image_token
-    )
+def _video_token(processor: Any) -> str | None:
+    try:
+        return str(processor.video_token) if processor.video_processor is not None else None
+    except AttributeError:
+        return None
 
 
 def _image_tokens(processor: Any) -> set[str]:
@@ -61,15 +51,6 @@ def _image_tokens(processor: Any) -> set[str]:
     return named
 
 
-def _in_float32(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of a processor; pixels in a half type (Llama 4) become float32, as for all other families."""
-    halves = (torch.float16, torch.bfloat16)
-    return {
-        name: value.float() if isinstance(value, torch.Tensor) and value.dtype in halves else value
-        for name, value in batch.items()
-    }
-
-
 class ProcessorInputs:
     """The inputs of a model for texts with pictures, as its processor makes them."""
 
@@ -77,16 +58,15 @@ class ProcessorInputs:
         require_places()
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        if not self.tokenizer.is_fast:
-            raise UserError(
-                f"{type(self.tokenizer).__name__} returns no character offsets, which the loss mask needs",
-                code="tokenizer-not-fast",
-                hint="load the fast tokenizer: AutoProcessor.from_pretrained(..., use_fast=True)",
-            )
+        fast_backend(self.tokenizer)  # raises for a slow one
         self.format = prompt_format(processor)
-        self.placeholder = _placeholder(processor)
+        # A few processors replace the placeholder of a picture by another token.
+        has_placeholder = "image_placeholder_token" in dir(processor)
+        self.placeholder = str(processor.image_placeholder_token if has_placeholder else processor.image_token)
         self.video_placeholder = _video_token(processor)
         self.expanded = _image_tokens(processor) - {self.placeholder, str(self.video_placeholder)}
+        self._image_counts: dict[tuple[int, int], int] = {}
+        self._video_counts: dict[tuple[Any, ...], int] = {}
 
     @cached_property
     def video_format(self) -> ImageTemplate | PlainPrompt:
@@ -117,19 +97,14 @@ class ProcessorInputs:
         pad_to_multiple_of: int | None = None,
         with_places: bool = False,
     ) -> dict[str, Any]:
-        """Return the processor's tensors for texts with their pictures (PIL, or as `pixels` returns them) and videos.
+        """Return the processor's tensors for texts with their pictures (PIL) and videos.
 
         `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
         placeholders, and PLACES: per text and picture two ranges of characters (start, end), of the placeholder and of
         its replacement.
         """
         texts = [one.text for one in rendered]
-        options: dict[str, Any] = {
-            "padding": True,
-            "padding_side": padding_side,
-            "return_tensors": "pt",
-            "add_special_tokens": self._adds_bos(texts[0]),
-        }
+        options = {**self._options(texts[0]), "padding_side": padding_side}
         if pad_to_multiple_of:
             options["pad_to_multiple_of"] = pad_to_multiple_of
         if "mm_token_type_ids" in self.processor.model_input_names:
@@ -141,54 +116,28 @@ class ProcessorInputs:
             options |= {"videos": [list(video.frames) for video in shown], "do_sample_frames": False}
             if any(video.fps or video.file for video in shown):
                 options["video_metadata"] = [video.metadata() for video in shown]
-        if shown and any(images) and not self.takes_images_and_videos:
-            raise DataError(
-                f"this model reads no pictures beside videos ({type(self.processor).__name__})",
-                code="records-mixed",
-                hint="show it either pictures or videos",
-            )
+        if shown and any(images):
+            self.require_one_kind(1, [1])
         pictures = [list(row) for row in images] if any(images) else None
         if pictures and not all(pictures) and not self.takes_mixed_rows:
-            raise DataError(
-                f"{type(self.processor).__name__} cannot put texts with and without pictures into one batch",
-                code="records-mixed",
-                hint="make batches of one kind",
-            )
-        if not with_places:
-            return _in_float32(self.processor(text=texts, images=pictures, **options))
+            message = f"{type(self.processor).__name__} cannot put texts with and without pictures into one batch"
+            raise DataError(message, code="records-mixed", hint="make batches of one kind")
         with recorded_places(self.processor) as places:
-            batch = _in_float32(self.processor(text=texts, images=pictures, return_offsets_mapping=True, **options))
-        return batch | {PLACES: places or [[] for _ in texts]}  # none: this family expands no placeholder
-
-    def pixels(self, image: Any) -> Any:
-        """Return a picture (PIL) in the form that the processor takes fastest: (3, height, width) bytes, or unchanged.
-
-        The processor makes the same tensor of a PIL picture, in twice the time.
-        """
-        # A processor may mistake a side of 1, 3 or 4 pixels for channels, and it blends transparent pixels with white.
-        if not self._takes_tensors or image.mode != "RGB" or min(image.size) <= 4 or "transparency" in image.info:
-            return image
-        lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
-        return torch.from_numpy(np.ascontiguousarray(lines.transpose(1, 0, 2)))
-
-    @cached_property
-    def _takes_tensors(self) -> bool:
-        """Whether the image processor is one of transformers' that work on tensors."""
-        from transformers.image_processing_backends import TorchvisionBackend
-
-        kind = type(self.processor.image_processor)
-        return (
-            kind.__module__.startswith("transformers.")
-            and issubclass(kind, TorchvisionBackend)
-            and kind.process_image is TorchvisionBackend.process_image
-        )
+            if with_places:
+                options["return_offsets_mapping"] = True
+            batch = dict(self.processor(text=texts, images=pictures, **options))
+        for name, value in batch.items():  # pixels in a half type (Llama 4) become float32, as for all other families
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+                batch[name] = value.float()
+        # Without places, this family expands no placeholder.
+        return batch | ({PLACES: places or [[] for _ in texts]} if with_places else {})
 
     @cached_property
     def takes_mixed_videos(self) -> bool:
         """Whether videos of different numbers of frames fit into one batch; some processors stack all frames."""
         if self.video_placeholder is None:
             return True  # the collator reports the video
-        text = Rendered((self.tokenizer.bos_token or "") + self.video_placeholder, ())
+        text = self._alone(self.video_placeholder)
         videos = [[Frames((self.blank(*BLANK),) * count)] for count in (2, 4)]
         try:
             self([text, text], [[], []], videos, padding_side="right")
@@ -201,7 +150,7 @@ class ProcessorInputs:
         """Whether texts with and without pictures fit into one batch, in any order; some processors fail or mix up."""
         bos = self.tokenizer.bos_token or ""
         texts, pictures = [f"{bos}{self.placeholder}a", f"{bos}a"], [[self.blank(*BLANK)], []]
-        options = {"padding": True, "return_tensors": "pt", "add_special_tokens": self._adds_bos(texts[0])}
+        options = self._options(texts[0])
         try:
             batches = [self.processor(text=texts[::step], images=pictures[::step], **options) for step in (1, -1)]
         except PROCESSOR_ERRORS:
@@ -224,7 +173,7 @@ class ProcessorInputs:
             return True
         if names[0] & names[1]:
             return False
-        text = Rendered((self.tokenizer.bos_token or "") + str(self.video_placeholder), ())
+        text = self._alone(str(self.video_placeholder))
         try:
             batch = self([text], [[]], [[Frames((self.blank(*BLANK),) * 2)]], padding_side="right")
         except PROCESSOR_ERRORS:
@@ -233,32 +182,23 @@ class ProcessorInputs:
         return not ("pixel_values_videos" in batch and bool((batch["input_ids"] == picture).any()))
 
     def end_ids(self) -> list[int]:
-        """Return the id of the special token that ends an answer in the chat template; none if it has no such token."""
+        """Return the id of the special token that ends an answer in the chat template, if it has one."""
         return [] if self.format.end is None else [int(self.tokenizer.convert_tokens_to_ids(self.format.end))]
 
     def num_placeholders(self, text: str) -> int:
-        """Return the number of pictures in a rendered text."""
         return text.count(self.placeholder)
 
     def num_videos(self, text: str) -> int:
-        """Return the number of videos in a rendered text."""
         return text.count(self.video_placeholder) if self.video_placeholder else 0
 
     def may_refuse(self, turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> bool:
-        """Return whether a conversation has too many or too few marks, or a token of pictures or videos in a text.
-
-        It runs no template: there may be millions of records.
-        """
+        """Return whether marks or media tokens of the texts do not fit. It runs no template: there may be millions."""
         text = "".join([turn.text for turn in turns])
         if text.count(IMAGE) != num_images or (num_videos and text.count(VIDEO) != num_videos):
             return True
         others = text.replace(IMAGE, "")  # some families have the marks as their tokens
         others = others.replace(VIDEO, "") if num_videos else others
-        return any(token in others for token in self._media_tokens)
-
-    @cached_property
-    def _media_tokens(self) -> tuple[str, ...]:
-        return (self.placeholder, *self.expanded, *filter(None, [self.video_placeholder]))
+        return any(token in others for token in (self.placeholder, *self.expanded, self.video_placeholder) if token)
 
     def require_images(self, text: str, num_images: int, num_videos: int = 0) -> None:
         """Raise `DataError` if a rendered text has not one placeholder per picture and per video."""
@@ -269,42 +209,88 @@ class ProcessorInputs:
         for what, token, number in expected:
             found = text.count(token)
             if found > number:
-                raise DataError(
-                    f"{found} {what} tokens, but {number} {what}s: a text contains the {what} token ({token})",
-                    code="record-image-token-in-text",
-                    hint="remove the token from the text",
-                )
+                message = f"{found} {what} tokens, but {number} {what}s: a text contains the {what} token ({token})"
+                hint = "remove the token from the text"
+                raise DataError(message, code="record-image-token-in-text", hint=hint)
             if found < number:
-                raise DataError(
-                    f"the chat template writes {found} of {number} {what}s of this record",
-                    code="chat-template-no-pictures",
-                    hint=f"it may take {what}s only in turns of the user, or take no {what}s",
-                )
+                message = f"the chat template writes {found} of {number} {what}s of this record"
+                hint = f"it may take {what}s only in turns of the user, or take no {what}s"
+                raise DataError(message, code="chat-template-no-pictures", hint=hint)
 
     def require_one_kind(self, num_images: int, frames: Sequence[int]) -> None:
         """Raise `DataError` for pictures beside videos, or videos of several numbers of frames, if these do not fit."""
         name = type(self.processor).__name__
         if num_images and frames and not self.takes_images_and_videos:
-            raise DataError(
-                f"this model reads no pictures beside videos ({name}), and both are shown",
-                code="records-mixed",
-                hint="leave out the pictures or the videos",
-            )
+            message, hint = f"{name} takes no pictures beside videos", "leave out the pictures or the videos"
+            raise DataError(message, code="records-mixed", hint=hint)
         if len(set(frames)) > 1 and not self.takes_mixed_videos:
-            raise DataError(
-                f"videos of {min(frames)} and {max(frames)} frames together, which {name} cannot take",
-                code="records-mixed",
-                hint="use as many frames for each video",
-            )
+            message = f"videos of {min(frames)} and {max(frames)} frames together, which {name} cannot take"
+            raise DataError(message, code="records-mixed", hint="use as many frames for each video")
 
     def num_text_tokens(self, rendered: Rendered) -> int:
-        """Return the number of tokens of a text without its pictures."""
         text = rendered.text + (rendered.suffix or "")
         ids = self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
         return len(ids) - self.num_placeholders(text) - self.num_videos(text)
 
+    def num_tokens(
+        self,
+        rendered: Rendered,
+        sizes: Sequence[tuple[int, int]],
+        videos: Sequence[Frames | Video],
+        place: Callable[[str], str | Path] = as_named,
+    ) -> int:
+        """Return the number of tokens of a text with its images, of which it needs (height, width), and its videos."""
+        shown = sum(self._of_image(size) for size in sizes) + sum(self._of_video(video, place) for video in videos)
+        return self.num_text_tokens(rendered) + shown
+
+    def _of_image(self, size: tuple[int, int]) -> int:
+        """Return the number of tokens of an image, without pixels where the processor can count.
+
+        The number is exact for a record with one image; a few families spend fewer tokens on each of several.
+        """
+        if size not in self._image_counts:
+            counted = self._counted(size)
+            grey = [self.blank(*size)] if counted is None else []
+            self._image_counts[size] = self._measured(grey, []) if counted is None else counted + self._frame
+        return self._image_counts[size]
+
+    def _of_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> int:
+        """Return the tokens of a video, counted with grey frames of its size; an unreadable one is a small one."""
+        try:
+            grey = self._grey_video(video, place)
+        except ImageError:  # the collator skips the record, or replaces the video by a plain one
+            grey = self.plain_video(video)
+        key = (len(grey.frames), grey.frames[0].size, repr(grey.metadata()))
+        if key not in self._video_counts:
+            self._video_counts[key] = self._measured([], [grey])
+        return self._video_counts[key]
+
+    def _counted(self, size: tuple[int, int]) -> int | None:
+        """Return the processor's own count, which serving engines use; None if it has none."""
+        try:
+            return count_image_tokens(self.processor, size)
+        except (AttributeError, NotImplementedError, *PROCESSOR_ERRORS):
+            return None
+
+    @cached_property
+    def _frame(self) -> int:
+        """The number of tokens around an image that the processor's own count leaves out."""
+        return self._measured([self.blank(*BLANK)], []) - (self._counted(BLANK) or 0)
+
+    def _measured(self, images: list[Any], videos: list[Frames]) -> int:
+        """Return the number of tokens of one image or one video: those of a batch without those of the text."""
+        text = self._alone(self.placeholder if images else str(self.video_placeholder))
+        try:
+            batch = self([text], [images], [videos], padding_side="right")
+        except PROCESSOR_ERRORS:
+            return 1  # the collator reports it
+        return len(batch["input_ids"][0]) - self.num_text_tokens(text)
+
+    def _alone(self, text: str) -> Rendered:
+        return Rendered((self.tokenizer.bos_token or "") + text, ())
+
     def frames(self, video: Frames | Video, place: Callable[[str], str | Path] = as_named) -> Frames:
-        """Return the frames of a video whose files are at `place(name)`. Raises `ImageError` for a broken one."""
+        """Return the frames of a video whose files are at `place(name)`. Raises `ImageError`."""
         if isinstance(video, Frames):
             return video
         if video.file is not None:
@@ -325,32 +311,33 @@ class ProcessorInputs:
         if chooser.num_frames is not None:
             return int(chooser.num_frames)
         try:
-            return len(planned_video(place(video.file), chooser).indices)
+            return len(outline(place(video.file), chooser)[1])
         except ImageError:  # the collator reports it
             return 1
 
     def plain_video(self, video: Frames | Video) -> Frames:
-        """Return small grey frames in place of a video without pixels."""
         count = len(video.frames)
         if isinstance(video, Video) and video.file is not None:
             count = self._sampler(video).num_frames or _PLAIN_FRAMES
         return Frames((self.blank(*BLANK),) * count, video.fps)
 
-    def grey_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> Frames:
+    def _grey_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> Frames:
         """Return a video of the same size with grey frames. Raises `ImageError` for a broken one."""
         if isinstance(video, Frames):
             return video._replace(frames=(self.blank(*video.frames[0].size[::-1]),) * len(video.frames))
         if video.file is None:
             return Frames((self.blank(*picture_size(place(video.frames[0]))),) * len(video.frames), video.fps)
-        plan = planned_video(place(video.file), self._sampler(video))
-        size = plan.metadata.height or 0, plan.metadata.width or 0
-        return Frames((self.blank(*size),) * len(plan.indices), None, dict(plan.metadata))
+        metadata, places = outline(place(video.file), self._sampler(video))
+        grey = self.blank(metadata.height or 0, metadata.width or 0)
+        return Frames((grey,) * len(places), None, {**metadata, "frames_indices": places})
 
     def _sampler(self, video: Video) -> Any:
-        """Return what chooses the frames of a video file. Raises `DataError` for a processor that cannot."""
         if self.video_placeholder is None:
             raise no_videos(type(self.processor).__name__)
         return sampler(self.processor.video_processor, video.fps, video.num_frames)
+
+    def _options(self, text: str) -> dict[str, Any]:
+        return {"padding": True, "return_tensors": "pt", "add_special_tokens": self._adds_bos(text)}
 
     def _adds_bos(self, text: str) -> bool:
         # A template that writes the BOS gets no second one, as in transformers' apply_chat_template.
@@ -358,7 +345,6 @@ class ProcessorInputs:
         return not (bos and text.startswith(bos))
 
     def blank(self, height: int, width: int) -> Any:
-        """Return a grey picture."""
         from PIL import Image
 
         return Image.new("RGB", (width, height), (127, 127, 127))
@@ -369,8 +355,5 @@ def require_places() -> None:
     import transformers
 
     if "get_text_with_replacements" not in dir(transformers.ProcessorMixin):
-        raise UserError(
-            f"pictures of this model need transformers 5.18, found {transformers.__version__}",
-            code="package-version",
-            hint='pip install "transformers>=5.18"',
-        )
+        message = f"pictures of this model need transformers 5.18, found {transformers.__version__}"
+        raise UserError(message, code="package-version", hint='pip install "transformers>=5.18"')

@@ -15,13 +15,14 @@ from torch.utils.data import get_worker_info
 from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.templates import Segment
 from milora_data.encode.tokens import IGNORE
-from milora_data.pictures.files import ImageError, ImagePolicy
-from milora_data.records.record import Record, parse_record, uses_tools
+from milora_data.pictures.files import ImageError, ImagePolicy, picture_size, place_of
+from milora_data.records.record import Record, parse_record
 from milora_vl.common.compat.torch import FailedBatch
 from milora_vl.common.errors import DataError, UserError, with_context
 
 log = logging.getLogger(__name__)
 
+BLANK = (64, 64)  # height and width of the image that replaces one without pixels
 _MAX_WORKERS = 256
 _COUNTERS = ("skipped", "replaced", "unlearnable", "cut", "broken")
 
@@ -34,14 +35,11 @@ Made = TypeVar("Made")
 class Countable(Protocol):
     """What shows and counts records: a collator, or an estimate where no tokenizer is at hand."""
 
-    def num_tokens(self, record: Record) -> int:
-        """Return the number of tokens of a record, with those of its images."""
+    def num_tokens(self, record: Record) -> int: ...
 
-    def num_supervised(self, record: Record) -> int:
-        """Return the number of supervised tokens of a record."""
+    def num_supervised(self, record: Record) -> int: ...
 
-    def segments(self, record: Record) -> list[Segment]:
-        """Return the text of a record in pieces, supervised or not, with a marker in place of each image."""
+    def segments(self, record: Record) -> list[Segment]: ...
 
 
 class RecordCollator(ABC, Generic[Sample]):
@@ -95,12 +93,19 @@ class RecordCollator(ABC, Generic[Sample]):
             return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
 
     def num_tokens(self, record: Record) -> int:
-        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its images.
-
-        An image that cannot be read counts as a small one. Raises `DataError` like a batch.
-        """
+        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its images."""
         length = self.full_length(record)
         return length if self.max_length is None else min(length, self.max_length)
+
+    def _place(self, name: str) -> str | Path:
+        return place_of(self.image_folder, name)
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """Return (height, width) of an image; one that cannot be read, which a batch skips or replaces, is small."""
+        try:
+            return picture_size(self._place(name))
+        except ImageError:
+            return BLANK
 
     @abstractmethod
     def full_length(self, record: Record) -> int:
@@ -124,7 +129,7 @@ class RecordCollator(ABC, Generic[Sample]):
 
     def kind(self, record: Record) -> Hashable:
         """Return what of a record decides how it is written and which records share its batch."""
-        return bool(record.images), uses_tools(record)
+        return bool(record.images)
 
     def may_refuse(self, record: Record) -> bool:
         """Return whether the texts of a record may be refused though others of its form are not; runs no template."""
@@ -151,17 +156,15 @@ class RecordCollator(ABC, Generic[Sample]):
         return batch
 
     @abstractmethod
-    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
-        """Return the batch of `records`."""
+    def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]: ...
 
     @abstractmethod
-    def _read(self, record: Record) -> Sample:
-        """Return what the batch needs of one record. Raises `DataError`."""
+    def _read(self, record: Record) -> Sample: ...
 
     def _sample(self, item: Item) -> Sample | None:
         """Return what the batch needs of an item; None if the policy leaves it out."""
         record = self._kept(record_of, item, "")
-        return None if record is None else self._kept(self._read, record, record.source or record.id)
+        return None if record is None else self._kept(self._read, record, record.place)
 
     def _kept(self, read: Callable[[Given], Made], value: Given, record: str) -> Made | None:
         """Return `read(value)`; None if it raises `DataError` and the policy leaves the record out."""
@@ -198,11 +201,8 @@ class RecordCollator(ABC, Generic[Sample]):
         self._has_substitute = True
         sample = self._substitute_sample or self._last_sample
         if sample is None:
-            raise DataError(
-                "every record of the first batch was left out",
-                code="collate-empty-batch",
-                hint="see the warnings above",
-            )
+            message = "every record of the first batch was left out"
+            raise DataError(message, hint="see the warnings above")
         return sample
 
     def _count(self, counter: str) -> None:
@@ -211,11 +211,7 @@ class RecordCollator(ABC, Generic[Sample]):
 
 
 def needed_by(error: ImageError, record: str) -> ImageError:
-    """Return an error that names a picture with the record to fix."""
-    return with_context(
-        error,
-        hint=f'needed by {record or "a record without an id"}; --bad_images skip leaves it out (bad_images="skip")',
-    )
+    return with_context(error, hint=f'needed by {record}; --bad_images skip leaves it out (bad_images="skip")')
 
 
 def record_of(item: Item) -> Record:

@@ -109,7 +109,6 @@ class Emoji:
 
     @property
     def file(self) -> str:
-        """File name of the picture, relative to the folder `images`."""
         return f"{self.code}.png"
 
 
@@ -220,7 +219,13 @@ def render(code: str, size: int = PICTURE_SIZE) -> Image.Image:
     """Return the picture of an emoji, RGBA with a transparent background, `size` pixels square."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(_png(code, size))).convert("RGBA")
+    try:
+        import resvg_py
+    except ImportError:
+        message = "rendering emoji needs the package resvg-py, which is not installed"
+        raise UserError(message, code="package-missing", hint="try: pip install -e '.[demo]'") from None
+    png = resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size)
+    return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
 
 
 def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -232,24 +237,8 @@ def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255
     return canvas.convert("RGB")
 
 
-def _png(code: str, size: int) -> bytes:
-    try:
-        import resvg_py
-    except ImportError:
-        raise UserError(
-            "rendering emoji needs the package resvg-py, which is not installed",
-            code="package-missing",
-            hint="try: pip install -e '.[demo]'",
-        ) from None
-    return bytes(resvg_py.svg_to_bytes(svg_path=str(fetch("openmoji") / f"{code}.svg"), width=size, height=size))
-
-
 def main_colour(code: str) -> str | None:
-    """Return the name of the dominant colour of the picture, or None if no colour is clearly dominant.
-
-    A dominant colour fills at least 45 % of the area without background and outlines, and 1.6 times as much as the next
-    colour.
-    """
+    """Return the colour that fills 45 % of a picture's inside and 1.6 times as much as the next one, or None."""
     pixels = np.asarray(render(code, 72)).reshape(-1, 4)
     pixels = pixels[pixels[:, 3] > 200, :3].astype(np.int32)
     words, colours = _palette()

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from milora_data.emoji.catalogue import COLOURS, KINDS, Emoji
+from milora_data.encode.templates import LETTER, SHORT
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
+IN_A_WORD, BY_LETTER = f"\n{SHORT}", f"\n{LETTER}"
 NAMING = ("What is this?", "What does the picture show?", "What is the name of the thing in the picture?")
 CATEGORY = ("What kind of thing is this?", "What kind of thing does the picture show?")
 COLOUR = ("What is the main color?", "Which color is most of the picture?", "What color is this mostly?")
@@ -33,14 +34,12 @@ class Pool:
     emojis: Sequence[Emoji]
     rng: random.Random
 
-    def named(self) -> list[Emoji]:
-        """Return the emoji that questions may refer to by name."""
-        return [emoji for emoji in self.emojis if emoji.named]
-
     def other_names(self, emoji: Emoji, count: int, *, hard: int) -> list[str]:
         """Return `count` names of other things, the first `hard` of them of the same kind."""
         taken = {emoji.name, *emoji.aliases}
-        others = [other for other in self.named() if not taken.intersection((other.name, *other.aliases))]
+        others = [
+            other for other in self.emojis if other.named and not taken.intersection((other.name, *other.aliases))
+        ]
         same = [other.name for other in others if other.kind == emoji.kind]
         different = [other.name for other in others if other.kind != emoji.kind]
         picked = self.rng.sample(sorted(set(same)), min(hard, len(set(same))))
@@ -58,19 +57,20 @@ def naming(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     """`What is this?`: the name; the aliases are also correct."""
     if not emoji.named:
         return None
-    return [(pool.rng.choice(NAMING) + SHORT, emoji.name)], [emoji.name, *emoji.aliases]
+    return [(pool.rng.choice(NAMING) + IN_A_WORD, emoji.name)], [emoji.name, *emoji.aliases]
 
 
 def category(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     """`What kind of thing is this?`: animal, food, vehicle, ...: it can be answered for new pictures too."""
-    return [(pool.rng.choice(CATEGORY) + SHORT, emoji.kind)], [emoji.kind]
+    return [(pool.rng.choice(CATEGORY) + IN_A_WORD, emoji.kind)], [emoji.kind]
 
 
 def colour(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     """`What is the main color?`, for pictures with a dominant colour."""
     if emoji.colour is None:
         return None
-    return [(pool.rng.choice(COLOUR) + SHORT, emoji.colour)], _colour_answers(emoji.colour)
+    answers = [emoji.colour, "gray"] if emoji.colour == "grey" else [emoji.colour]
+    return [(pool.rng.choice(COLOUR) + IN_A_WORD, emoji.colour)], answers
 
 
 def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -91,7 +91,7 @@ def yes_no(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
         word = emoji.colour if truth else rng.choice([word for word in COLOURS if word != emoji.colour])
         question = f"Is the picture mostly {word}?"
     answer = "Yes" if truth else "No"
-    return [(question + SHORT, answer)], [answer]
+    return [(question + IN_A_WORD, answer)], [answer]
 
 
 def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -99,7 +99,7 @@ def choice(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     options = _options(emoji, pool)
     listed = ", ".join(a(option) for option in options[:-1]) + f" or {a(options[-1])}"
     right = _label(emoji)
-    return [(f"{WHICH}: {listed}?" + SHORT, right)], [right, a(right)]
+    return [(f"{WHICH}: {listed}?" + IN_A_WORD, right)], [right, a(right)]
 
 
 def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -107,7 +107,7 @@ def choice_letter(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     options = _options(emoji, pool)
     lines = "".join(f"\n{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
     letter = "ABCD"[options.index(_label(emoji))]
-    return [("What is in the picture?" + lines + LETTER, letter)], [letter]
+    return [("What is in the picture?" + lines + BY_LETTER, letter)], [letter]
 
 
 def multi_turn(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
@@ -122,11 +122,11 @@ def text_only(emoji: Emoji, pool: Pool) -> tuple[Turns, list[str]] | None:
     if not emoji.named:
         return None
     if pool.rng.random() < 0.5:
-        return [(f"What kind of thing is {a(emoji.name)}?" + SHORT, emoji.kind)], [emoji.kind]
+        return [(f"What kind of thing is {a(emoji.name)}?" + IN_A_WORD, emoji.kind)], [emoji.kind]
     truth = pool.rng.random() < 0.5
     kind = emoji.kind if truth else pool.rng.choice([kind for kind in KINDS if kind != emoji.kind])
     answer = "Yes" if truth else "No"
-    return [(f"Is {a(emoji.name)} {a(kind)}?" + SHORT, answer)], [answer]
+    return [(f"Is {a(emoji.name)} {a(kind)}?" + IN_A_WORD, answer)], [answer]
 
 
 TYPES: dict[str, Callable[[Emoji, Pool], tuple[Turns, list[str]] | None]] = {
@@ -191,7 +191,7 @@ def held_out_records(emojis: Sequence[Emoji], per_type: int, seed: int, known: C
     for kind in TYPES:
         rng = random.Random(f"{seed}:{kind}")
         pool = Pool(emojis, rng)
-        asked = [record for emoji in _shuffled(emojis, rng) if (record := _record(kind, emoji, pool))]
+        asked = [record for emoji in rng.sample(list(emojis), len(emojis)) if (record := _record(kind, emoji, pool))]
         if kind == "naming":
             asked = [record for record in asked if not set(known).isdisjoint(record["answers"])]
         records += _balanced(asked)[:per_type]
@@ -262,17 +262,7 @@ def _balanced(records: Sequence[Record]) -> list[Record]:
     for record in records:
         is_choice = record["conversations"][-2]["value"].removeprefix("<image>\n").startswith(WHICH)
         strata[WHICH if is_choice else record["answers"][0]].append(record)
-    turns = [list(stratum) for stratum in strata.values()]
-    return list(_round_robin(turns))
-
-
-def _round_robin(lists: list[list[Record]]) -> Iterator[Record]:
-    for place in range(max(map(len, lists), default=0)):
-        yield from (items[place] for items in lists if place < len(items))
-
-
-def _shuffled(emojis: Sequence[Emoji], rng: random.Random) -> list[Emoji]:
-    return rng.sample(list(emojis), len(emojis))
+    return [record for turn in zip_longest(*strata.values()) for record in turn if record is not None]
 
 
 def _label(emoji: Emoji) -> str:
@@ -286,7 +276,3 @@ def _options(emoji: Emoji, pool: Pool) -> list[str]:
     else:
         options = [emoji.kind, *pool.rng.sample([kind for kind in KINDS if kind != emoji.kind], OPTIONS - 1)]
     return pool.rng.sample(options, len(options))
-
-
-def _colour_answers(word: str) -> list[str]:
-    return [word, "gray"] if word == "grey" else [word]

@@ -12,7 +12,6 @@ answer, and the special token that ends it.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Any, NamedTuple
 
-from milora_data.encode.templates import (
-    OWN,
-    TEMPLATES,
-    Segment,
-    no_tools,
-    render,
-    split_tool_turns,
-    split_turns,
-    template_name,
-)
+from milora_data.encode.templates import OWN, TEMPLATES, Segment, render, split_turns, template_name
 from milora_data.encode.tokens import TokenizerTraits, eos_text, own_template, tokenizer_traits
 from milora_data.records.record import IMAGE, Turn
 from milora_vl.common.errors import MALFORMED, DataError, UserError
@@ -54,27 +44,16 @@ def segments_of(
     *,
     prompt: bool = False,
     traits: TokenizerTraits | None = None,
-    tools: Sequence[Any] = (),
 ) -> tuple[list[int], list[Segment]]:
     """Return the ids before the conversation (BOS, or none) and its segments, rendered for `tokenizer`.
 
-    With `prompt`, they end where the next answer begins. Only a chat template writes `tools`, their calls and results.
-    Raises `DataError` for turns that the template refuses.
+    With `prompt`, they end where the next answer begins. Raises `DataError` for turns that the template refuses.
     """
     name = template_name(template)
     bos = tokenizer_traits(tokenizer).bos if traits is None else traits.bos
     text = str(tokenizer.bos_token) if bos else ""
-    with_tools = bool(tools) or any(turn.role == "tool" or turn.call for turn in turns)
-    if with_tools and name != OWN:
-        raise no_tools()
     if name == OWN:
-        segments = own_segments(turns, tokenizer, prompt=prompt, tools=tools)
-        if with_tools and any(IMAGE in segment.text for segment in segments):
-            raise DataError(
-                f'a tool, a call or a result contains "{IMAGE}", the mark of a picture',
-                code="record-tools-picture",
-                hint="remove the marker from the text of the tool",
-            )
+        segments = own_segments(turns, tokenizer, prompt=prompt)
         return (bos if segments and bos and _processor_adds(text, segments[0].text, tokenizer) else []), segments
     return bos, render(turns, TEMPLATES[name], eos_text(tokenizer), bos=text, prompt=prompt)
 
@@ -86,38 +65,31 @@ def require_template(template: str, tokenizer: Any) -> None:
 
 
 def _processor_adds(bos: str, text: str, tokenizer: Any) -> bool:
-    """Return whether transformers adds the BOS to the output of the chat template; a processor does, a tokenizer not.
-
-    A tokenizer with an `<image>` token belongs to a processor.
-    """
+    """Return whether transformers adds the BOS to a chat template's text: for a processor (it has `<image>`) only."""
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     return not text.startswith(bos) and image is not None and image != tokenizer.unk_token_id
 
 
-def own_segments(
-    turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False, tools: Sequence[Any] = ()
-) -> list[Segment]:
-    """Return the segments of a conversation, with or without tools, in the tokenizer's own chat template.
+def own_segments(turns: Sequence[Turn], tokenizer: Any, *, prompt: bool = False) -> list[Segment]:
+    """Return the segments of a conversation in the tokenizer's own chat template.
 
-    Supervised are the assistant's texts and calls with the token that ends each of them, also of earlier turns of a
-    `prompt`: their tokens have to equal those in the training.
-    Raises `UserError` without a chat template, and `DataError` if it refuses the turns, rewrites their texts, or does
-    not write the tools.
+    Supervised are the assistant's texts with the token that ends each of them, also of earlier turns of a `prompt`:
+    their tokens have to equal those in the training.
+    Raises `UserError` without a chat template, and `DataError` if it refuses the turns or rewrites their texts.
     """
     form = _chat_template(tokenizer, own_template(tokenizer))
     if prompt:
-        rendered = form.render(turns, prompt=True, tools=tools)
+        rendered = form.render(turns, prompt=True)
         if any(turn.role == "assistant" for turn in turns):
-            earlier = form.render(turns, tools=tools)
+            earlier = form.render(turns)
             if earlier.supervised and not rendered.text.startswith(earlier.text[: earlier.supervised[-1][1]]):
                 raise DataError(
                     "the chat template writes an earlier answer of this record in another way before a request",
-                    code="chat-template-rewrites-text",
                     hint="use another --template, or split the record before the request",
                 )
             rendered = rendered._replace(supervised=earlier.supervised)
     else:
-        rendered = form.render(turns, tools=tools)
+        rendered = form.render(turns)
     segments, at = [], 0
     for start, end in [*rendered.supervised, (len(rendered.text), len(rendered.text))]:
         segments += [Segment(rendered.text[at:start], supervised=False), Segment(rendered.text[start:end], True)]
@@ -165,10 +137,7 @@ def _text_part(text: str) -> list[MessagePart]:
 
 
 def prompt_format(processor: Any) -> ImageTemplate | PlainPrompt:
-    """Return how conversations are written for this processor: its chat template, or its documented plain prompt.
-
-    Raises `UserError` for a processor without either.
-    """
+    """Return how conversations are written for this processor: its chat template, or its documented plain prompt."""
     tokenizer = processor.tokenizer
     template = processor.chat_template or tokenizer.chat_template
     if isinstance(template, Mapping):
@@ -191,14 +160,12 @@ class PlainPrompt:
     takes_conversations = False
     end: str | None = None
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
         """Return the question with its pictures in front, and the answer. Raises `DataError` for other conversations.
 
         >>> PlainPrompt().render([Turn("user", "<image>\\ncaption en"), Turn("assistant", "A cat.")])
         Rendered(text='<image>caption en', supervised=(), suffix='A cat.')
         """
-        if tools:
-            raise no_tools()
         roles = [turn.role for turn in turns]
         if roles != (["user"] if prompt else ["user", "assistant"]):
             raise DataError(
@@ -232,14 +199,6 @@ class _Frame:
     closes: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _ToolForm:
-    """What of tools a template writes, and whether it takes the content of a result as parts or as a text."""
-
-    written: frozenset[str]
-    in_parts: bool
-
-
 class ImageTemplate:
     """A chat template for conversations whose turns contain pictures. Raises `UserError` if it omits answers."""
 
@@ -252,35 +211,22 @@ class ImageTemplate:
         self.special_tokens = tokenizer.special_tokens_map
         self.in_parts = True  # texts are lists of parts; some templates want a plain text where there is no picture
         self.frame, self.end = self._measured()
-        self._tools: _ToolForm | None = None  # measured with the first record that has tools
         self._gaps_of_form: dict[object, list[str]] = {}
 
-    def render(self, turns: Sequence[Turn], *, prompt: bool = False, tools: Sequence[Any] = ()) -> Rendered:
+    def render(self, turns: Sequence[Turn], *, prompt: bool = False) -> Rendered:
         """Return the text of a conversation and its supervised ranges; with `prompt`, up to where an answer begins.
 
         Supervised is what the model has to write: the text after the request for an answer, up to and including the
-        special token that ends the answer, with calls of tools. If the template has no such token, an EOS is added to
-        the last answer.
-        Raises `DataError` if the template refuses the turns, rewrites an answer, or does not write the tools.
+        special token that ends the answer. If the template has no such token, an EOS is added to the last answer.
+        Raises `DataError` if the template refuses the turns or rewrites an answer.
         """
-        if tools or any(turn.role == "tool" or turn.call for turn in turns):
-            self._require_tools(turns, tools)
-            kept = [turn for part in split_tool_turns(turns) for turn in part]
-        else:
-            system, exchange = split_turns(turns)
-            kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
+        system, exchange = split_turns(turns)
+        kept = ([] if system is None else [Turn("system", system)]) + list(exchange)
         contents = [self._content(turn) for turn in kept]
-        text = self._run(kept, contents, prompt, tools)
-        if prompt:
+        text = self._run(kept, contents, prompt)
+        if prompt or all(turn.role != "assistant" for turn in kept):
             return Rendered(text, ())
-        called = [
-            self._called(kept, contents, number, text, tools)
-            for number, turn in enumerate(kept)
-            if turn.call and turn.role == "assistant"
-        ]
-        if all(turn.role != "assistant" or turn.call for turn in kept):
-            return Rendered(text, tuple(called))
-        masked, places, gaps = self._located(text, kept, contents, tools)
+        masked, places, gaps = self._located(text, kept, contents)
         ranges, first = [], 0
         for number in masked:
             last = first + len(_texts(contents[number])) - 1
@@ -289,119 +235,49 @@ class ImageTemplate:
                 ends = re.match(self.frame.end, gaps[last + 1])
                 ranges.append((start, places[last][1] + (ends.end() if ends else 0)))
             first = last + 1
-        if ranges and not self.frame.closes and kept[-1].role == "assistant":
+        if not self.frame.closes and kept[-1].role == "assistant":
             start = ranges[-1][0]
             text += eos_text(self.tokenizer)
             ranges[-1] = (start, len(text))
-        return Rendered(text, tuple(sorted([*ranges, *called])))
-
-    def _called(
-        self, turns: Sequence[Turn], contents: Sequence[Any], number: int, text: str, tools: Sequence[Any]
-    ) -> tuple[int, int]:
-        """Return the range of a turn that calls tools: all that follows the request for it, up to its end.
-
-        A template may write calls in any form, so the range is the difference of the conversation before and after it.
-        """
-        before = self._run(turns[:number], contents[:number], True, tools)
-        written = self._run(turns[: number + 1], contents[: number + 1], False, tools).removeprefix(before)
-        if self.end is not None and self.end in written:
-            written = written[: written.rindex(self.end) + len(self.end)]
-        if not written or not text.startswith(before + written):
-            raise DataError(
-                "the model's chat template writes a call of this record differently when the conversation continues, "
-                "so the supervised part is unknown",
-                code="chat-template-rewrites-text",
-                hint="split the record after the call, or use another model",
-            )
-        return len(before), len(before) + len(written)
-
-    def _require_tools(self, turns: Sequence[Turn], tools: Sequence[Any]) -> None:
-        """Raise `DataError` unless the template writes the tools, calls and results of a conversation."""
-        form = self._tools = self._tools or self._measured_tools()
-        needed = {
-            "lists of tools": bool(tools),
-            "calls of tools": any(turn.call for turn in turns if turn.role == "assistant"),
-            "results of tools": any(turn.role == "tool" for turn in turns),
-        }
-        missing = [what for what, is_needed in needed.items() if is_needed and what not in form.written]
-        if missing:
-            raise DataError(
-                f"the chat template of this model does not write {' and '.join(missing)}",
-                code="chat-template-no-tools",
-                hint="remove the tools from the records, or train a model whose template writes them",
-            )
-
-    def _measured_tools(self) -> _ToolForm:
-        """Return what of tools the template writes, and in which form it takes the content of results."""
-        offered, called, result = (_PLACEHOLDER.format(number) for number in range(3))
-        function = {"name": offered, "description": "", "parameters": {"type": "object", "properties": {}}}
-        call = {"id": "call00000", "type": "function", "function": {"name": called, "arguments": {}}}
-        turns = [
-            Turn("user", "a"),
-            Turn("assistant", "", json.dumps({"tool_calls": [call]})),
-            Turn("tool", result, json.dumps({"name": called, "tool_call_id": "call00000"})),
-            Turn("assistant", "b"),
-        ]
-        names = dict(
-            zip((offered, called, result), ("lists of tools", "calls of tools", "results of tools"), strict=True)
-        )
-        forms = []
-        for in_parts in (False, True):
-            contents = [self._content(turn) for turn in turns]
-            contents[2] = [{"type": "text", "text": result}] if in_parts else result
-            try:
-                text = self._run(turns, contents, False, [{"type": "function", "function": function}])
-            except DataError:
-                text = ""
-            forms.append(_ToolForm(frozenset(names[mark] for mark in names if mark in text), in_parts))
-        return max(forms, key=lambda form: len(form.written))
+        return Rendered(text, tuple(ranges))
 
     def _located(
-        self, text: str, turns: Sequence[Turn], contents: Sequence[Any], tools: Sequence[Any]
+        self, text: str, turns: Sequence[Turn], contents: Sequence[Any]
     ) -> tuple[Sequence[int], list[tuple[int, int]], Sequence[str]]:
         """Return the numbers of some turns, with all answers; the places of their texts in `text`, and what is around.
 
         What the template writes around all texts is kept for conversations of the same form. Where it depends on a
         text, the template runs again for this conversation, with placeholders as answers alone.
         """
-        if not tools and not any(turn.call or turn.role == "tool" for turn in turns):
-            form = tuple(
-                (turn.role, None if isinstance(content, str) else tuple(part["type"] for part in content))
-                for turn, content in zip(turns, contents, strict=True)
-            )
-            everything = range(len(turns))
-            if form not in self._gaps_of_form:
-                if len(self._gaps_of_form) >= _MOST_FORMS:
-                    self._gaps_of_form.clear()
-                try:
-                    self._gaps_of_form[form] = self._gaps(turns, contents, everything)
-                except DataError:  # the template reads the texts
-                    self._gaps_of_form[form] = []
-            gaps = self._gaps_of_form[form]
-            places = _places(text, [piece for content in contents for piece in _texts(content)], gaps)
-            if places is not None:
-                return everything, places, gaps
-        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant" and not turn.call]
-        gaps = self._gaps(turns, contents, answers, tools)
+        form = tuple(
+            (turn.role, None if isinstance(content, str) else tuple(part["type"] for part in content))
+            for turn, content in zip(turns, contents, strict=True)
+        )
+        everything = range(len(turns))
+        if form not in self._gaps_of_form:
+            if len(self._gaps_of_form) >= _MOST_FORMS:
+                self._gaps_of_form.clear()
+            try:
+                self._gaps_of_form[form] = self._gaps(turns, contents, everything)
+            except DataError:  # the template reads the texts
+                self._gaps_of_form[form] = []
+        gaps = self._gaps_of_form[form]
+        places = _places(text, [piece for content in contents for piece in _texts(content)], gaps)
+        if places is not None:
+            return everything, places, gaps
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        gaps = self._gaps(turns, contents, answers)
         pieces = [piece for number in answers for piece in _texts(contents[number])]
-        if len(gaps) != len(pieces) + 1:
-            raise DataError(
-                "the model's chat template omits or repeats an answer of this record",
-                code="chat-template-rewrites-text",
-                hint="change the record, or train a model with another template",
-            )
         places = _places(text, pieces, gaps)
         if places is None:
+            changes = "rewrites" if len(gaps) == len(pieces) + 1 else "omits or repeats"
             raise DataError(
-                "the model's chat template rewrites an answer of this record, so the supervised part is unknown",
-                code="chat-template-rewrites-text",
+                f"the model's chat template {changes} an answer of this record, so the supervised part is unknown",
                 hint="change the record, or train a model with another template",
             )
         return answers, places, gaps
 
-    def _gaps(
-        self, turns: Sequence[Turn], contents: Sequence[Any], masked: Sequence[int], tools: Sequence[Any] = ()
-    ) -> list[str]:
+    def _gaps(self, turns: Sequence[Turn], contents: Sequence[Any], masked: Sequence[int]) -> list[str]:
         """Return what the template writes before, between and after the texts of the turns `masked`."""
         marks = map(_PLACEHOLDER.format, count())
         shown = list(contents)
@@ -412,7 +288,7 @@ class ImageTemplate:
                 if isinstance(content, str)
                 else [{**part, "text": next(marks)} if "text" in part else part for part in content]
             )
-        return _PLACEHOLDERS.split(self._run(turns, shown, False, tools))
+        return _PLACEHOLDERS.split(self._run(turns, shown, False))
 
     def _written_by_model(self, gap: str) -> int:
         """Return how many characters at the end of a gap the model has to write before an answer."""
@@ -424,29 +300,21 @@ class ImageTemplate:
 
     def _content(self, turn: Turn) -> Any:
         parts = parts_of(turn.text)
-        if turn.role == "tool" and self._tools is not None and not self._tools.in_parts and len(parts) == 1:
-            return turn.text
         if self.in_parts or any(part["type"] != "text" for part in parts):
             # The text of an answer gives its position, so an answer of pictures alone gets an empty text.
             needs_text = turn.role == "assistant" and not any("text" in part for part in parts)
             return [*parts, {"type": "text", "text": ""}] if needs_text else parts
         return turn.text
 
-    def _run(
-        self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False, tools: Sequence[Any] = ()
-    ) -> str:
+    def _run(self, turns: Sequence[Turn], contents: Sequence[Any], prompt: bool = False) -> str:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        messages = [
-            {"role": turn.role, "content": content, **(json.loads(turn.call) if turn.call else {})}
-            for turn, content in zip(turns, contents, strict=True)
-        ]
+        messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, contents, strict=True)]
         try:
             # What apply_chat_template calls after its checks of the caller's values, which take as long.
             texts, _ = render_jinja_template(  # type: ignore[str-unpack]  # annotated as a text
                 [messages],
-                tools=list(tools) or None,
                 chat_template=self.template,
                 add_generation_prompt=prompt,
                 **self.special_tokens,
@@ -460,10 +328,7 @@ class ImageTemplate:
             ) from None
 
     def _measured(self) -> tuple[_Frame, str | None]:
-        """Return what the template writes around an answer, and the special token that ends one, if there is any.
-
-        It also finds out which form of content the template takes.
-        """
+        """Return what the template writes around an answer, and its end token; find its form of content."""
         question, answer = (_PLACEHOLDER.format(number) for number in range(2))
         turns = [Turn("user", question), Turn("assistant", answer)]
         attempts: list[list[str]] = []
@@ -505,12 +370,10 @@ class TextTemplate(ImageTemplate):
     forms_of_content = (False, True)
 
     def _content(self, turn: Turn) -> Any:
-        in_parts = self.in_parts if turn.role != "tool" or self._tools is None else self._tools.in_parts
-        return [{"type": "text", "text": turn.text}] if in_parts else turn.text
+        return [{"type": "text", "text": turn.text}] if self.in_parts else turn.text
 
 
 def _texts(content: Any) -> list[str]:
-    """Return the texts of the content of a message."""
     return [content] if isinstance(content, str) else [part["text"] for part in content if "text" in part]
 
 

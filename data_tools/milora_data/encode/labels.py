@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from milora_data.encode.chat_template_mask import segments_of
-from milora_data.encode.templates import Segment, no_tools, no_videos, place_images
-from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits
-from milora_data.encode.words import words_of
-from milora_data.records.record import IMAGE, Record, Turn, parse_record, tools_of, uses_tools
+from milora_data.encode.templates import Segment, no_videos, place_images
+from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits, words_of
+from milora_data.records.record import IMAGE, Record, Turn, parse_record
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, with_context
 
@@ -84,23 +83,17 @@ def encode(
                 hint="a larger --max_length keeps it" if cut else "",
             )
     except DataError as error:
-        raise with_context(error, record.source or f"record {record.id!r}") from None
+        raise with_context(error, record.place) from None
     return encoded
 
 
 def record_segments(
     record: Record, tokenizer: Any, template: str, traits: TokenizerTraits | None = None
 ) -> tuple[list[int], list[Segment]]:
-    """Return the ids before a record (BOS, or none) and its segments, with `<image>` in place of each picture.
-
-    Raises `DataError` for what the template, or a model of one picture size, does not take.
-    """
-    if uses_tools(record) and record.images:
-        raise no_tools()
+    """Return the ids before a record (BOS, or none) and its segments, with `<image>` in place of each picture."""
     if record.videos:
         raise no_videos("this model")
-    turns = place_images(record.turns, len(record.images))
-    return segments_of(turns, template, tokenizer, traits=traits, tools=tools_of(record))
+    return segments_of(place_images(record.turns, len(record.images)), template, tokenizer, traits=traits)
 
 
 def encode_prompt(
@@ -120,14 +113,12 @@ def encode_prompt(
     record = record_or_turns if isinstance(record_or_turns, Record) else Record("", (), tuple(record_or_turns))
     turns = list(record.turns[:-1] if record.turns and record.turns[-1].role == "assistant" else record.turns)
     where = record.source or "prompt"
-    if not turns or turns[-1].role not in ("user", "tool"):
-        raise DataError("the last turn must be a question or a tool's result", code="record-turn-order", where=where)
+    if not turns or turns[-1].role != "user":
+        raise DataError("the last turn must be a question", where=where)
     num_images = len(record.images) if record is record_or_turns else None
     try:
-        if uses_tools(record) and record.images:
-            raise no_tools()
         traits, turns = tokenizer_traits(tokenizer), place_images(turns, num_images)
-        bos, segments = segments_of(turns, template, tokenizer, prompt=True, traits=traits, tools=tools_of(record))
+        bos, segments = segments_of(turns, template, tokenizer, prompt=True, traits=traits)
     except DataError as error:
         raise with_context(error, where) from None
     return _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens).input_ids
@@ -165,7 +156,6 @@ def _tokenize(
     except TypeError:  # the Rust tokenizer raises it for text that UTF-8 cannot represent
         raise DataError(
             "a text is not valid Unicode: it contains half of a surrogate pair (\\ud800 to \\udfff)",
-            code="record-invalid-unicode",
             hint="remove the character, or write the file again as UTF-8",
         ) from None
 
@@ -240,7 +230,6 @@ def _join(
     if len(counts) != num_images:
         raise DataError(
             f"image_tokens has {len(counts)} counts for {num_images} pictures",
-            code="image-token-counts",
             hint="give one count for each picture of the conversation",
         )
     input_ids, labels = list(bos), [IGNORE] * len(bos)

@@ -57,9 +57,12 @@ _VISION_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
     "provides, and assist the user with a variety of tasks using natural language."
 )
-_ALPACA_SYSTEM = (
+ALPACA_SYSTEM = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
+# What LLaVA-1.5 appends to a question, after a line break, to ask for a short answer or for a letter.
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
 _INDENT = " " * 16  # LLM-Adapters' prompt is a triple-quoted string and includes the indentation of its source
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
@@ -118,14 +121,14 @@ TEMPLATES: dict[str, Template] = {
         answer=("", "<|eot_id|>"),
     ),
     "alpaca": Template(
-        system=_ALPACA_SYSTEM,
+        system=ALPACA_SYSTEM,
         frame=("", "\n\n"),
         user=("### Instruction:\n", "\n\n"),
         assistant="### Response:",
         answer=("", EOS),
     ),
     "llm_adapters": Template(
-        system=_ALPACA_SYSTEM,
+        system=ALPACA_SYSTEM,
         frame=("", "  \n\n"),
         user=(f"{_INDENT}### Instruction:\n{_INDENT}", f"\n{_INDENT}\n"),
         assistant=f"{_INDENT}### Response:\n{_INDENT}",
@@ -166,20 +169,16 @@ def template_name(name: str) -> str:
     names = [*TEMPLATES, OWN]
     near = suggest(plain, names)
     hint = did_you_mean(near[:1]) or "a run and its chat use the same template; the default is vicuna_v1"
-    raise UserError(
-        f'unknown template "{name}"; expected one of: {", ".join(names)}', code="template-unknown", hint=hint
-    )
+    message = f'unknown template "{name}"; expected one of: {", ".join(names)}'
+    raise UserError(message, code="template-unknown", hint=hint)
 
 
 def get_template(name: str) -> Template:
     """Return the template called `name`; raises `UserError` for an unknown one and for the tokenizer's own."""
     name = template_name(name)
     if name == OWN:
-        raise UserError(
-            f'the template "{OWN}" is the tokenizer\'s own, but no tokenizer is loaded',
-            code="template-needs-tokenizer",
-            hint="name it: --tokenizer FOLDER",
-        )
+        message = f'the template "{OWN}" is the tokenizer\'s own, but no tokenizer is loaded'
+        raise UserError(message, hint="name it: --tokenizer FOLDER")
     return TEMPLATES[name]
 
 
@@ -225,8 +224,6 @@ def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
     An answer before the first question is dropped, as in LLaVA.
     Raises `DataError` if two consecutive turns have the same role.
     """
-    if any(turn.role == "tool" or turn.call for turn in turns):
-        raise no_tools()
     exchange = list(turns)
     system = exchange.pop(0).text if exchange and exchange[0].role == "system" else None
     if exchange and exchange[0].role == "assistant":
@@ -236,47 +233,14 @@ def split_turns(turns: Sequence[Turn]) -> tuple[str | None, list[Turn]]:
         if turn.role != expected:
             place = len(turns) - len(exchange) + number + 1
             raise DataError(
-                f"turn {place} is from {turn.role}, expected {expected}: questions and answers must alternate",
-                code="record-turn-order",
+                f"turn {place} is from {turn.role}, expected {expected}: questions and answers must alternate"
             )
     return system, exchange
 
 
-def no_tools() -> DataError:
-    """Return the error for a record with tools in a template that writes none."""
-    return DataError(
-        "this template writes no tools, their calls and their results",
-        code="record-tools",
-        hint="use a chat template that writes tools: a text model's (--template chat_template) or of a\n"
-        "vision-language model other than LLaVA (docs/data.md)",
-    )
-
-
 def no_videos(name: str) -> DataError:
-    """Return the error for a record with a video, for a model or processor that takes none."""
-    return DataError(
-        f"{name} takes no videos", code="record-videos", hint="use its frames as pictures, or leave it out"
-    )
-
-
-def split_tool_turns(turns: Sequence[Turn]) -> tuple[list[Turn], list[Turn]]:
-    """Return a leading system turn (or none) and the turns of a conversation in which the assistant may call tools.
-
-    Raises `DataError` unless a question is first, an answer follows a question or the results of tools, a result
-    follows a call or another result, and a question an answer.
-    """
-    system = list(turns[:1]) if turns and turns[0].role == "system" else []
-    before = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool": ("call", "tool"), "system": ()}
-    last = ""
-    for number, turn in enumerate(turns[len(system) :], start=len(system) + 1):
-        if last not in before[turn.role]:
-            raise DataError(
-                f"turn {number} is from {turn.role}, after {last or 'nothing'}: questions, answers or calls of tools, "
-                "and results must follow each other",
-                code="record-turn-order",
-            )
-        last = "call" if turn.call and turn.role == "assistant" else turn.role
-    return system, list(turns[len(system) :])
+    hint = "use its frames as pictures, or leave it out"
+    return DataError(f"{name} takes no videos", code="record-videos", hint=hint)
 
 
 def place_images(turns: Sequence[Turn], num_images: int | None) -> list[Turn]:
@@ -309,7 +273,6 @@ def _require_caption(exchange: Sequence[Turn], prompt: bool) -> None:
     if len(exchange) != (1 if prompt else 2) or IMAGE not in exchange[0].text:
         raise DataError(
             f'the template "plain" needs one turn with {IMAGE} and one answer, the caption',
-            code="record-not-a-caption",
             hint="use another --template; plain is for stage 1, the training of the projector on captions",
         )
 

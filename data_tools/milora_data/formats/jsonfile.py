@@ -1,4 +1,4 @@
-"""Read and write the objects of a JSON list or of JSON lines one at a time, and read the rows of tables.
+"""Read and write the objects of a JSON list or of JSON lines one at a time; read the rows of tables.
 
 Errors show the line and an excerpt.
 
@@ -37,7 +37,7 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
     Raises `DataError` with file, line and an excerpt with a caret. With `on_error`, a broken line of JSON lines is
     passed to it and skipped. A broken list still raises, as the start of the next element is unknown.
     """
-    _require_json(path)
+    require_json(path)
     try:
         with path.open("rb") as file:
             if _starts_list(file):
@@ -46,18 +46,16 @@ def read_objects(path: Path, on_error: Callable[[DataError], None] | None = None
                 yield from _lines(path, file, 1, on_error)
     except OSError as error:
         hint = "change its permissions, or copy it again"
-        raise DataError(
-            f"cannot be read: {error.strerror}", code="data-unreadable", where=str(path), hint=hint
-        ) from None
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path), hint=hint) from None
 
 
-def _require_json(path: Path) -> None:
+def require_json(path: Path) -> None:
     """Raise `DataError` for a file that does not exist, and for a table."""
     if not path.is_file():
         raise missing_file(path)
     if path.suffix.lower() in TABLES:
         call = command_line("milora_data", "convert", "--from", "table", path, "--output_dir", "OUT")
-        raise DataError("a table, not JSON", code="data-table", where=str(path), hint=f"convert it:  {call}")
+        raise DataError("a table, not JSON", where=str(path), hint=f"convert it:  {call}")
 
 
 def _starts_list(file: BinaryIO) -> bool:
@@ -109,7 +107,7 @@ def parts_of(path: Path, count: int, processes: int = 1) -> list[FilePart]:
 
     Each object is in exactly one part; `read_part` reads a part. Raises `DataError` if the file is missing.
     """
-    _require_json(path)
+    require_json(path)
     with path.open("rb") as file:
         if _starts_list(file):
             return [FilePart(str(path), first, 0, 1, processes) for first in range(processes)]
@@ -170,7 +168,7 @@ def _broken(path: Path, error: ValueError, line: int = 0) -> DataError:
     if isinstance(error, UnicodeDecodeError):
         return not_utf8(path, error, line or error.object.count(b"\n", 0, error.start) + 1)
     if not isinstance(error, json.JSONDecodeError):  # an integer with thousands of digits
-        return DataError(f"broken JSON: {error}", code="json-syntax", where=f"{path}:{line}" if line else str(path))
+        return DataError(f"broken JSON: {error}", code="json-syntax", where=_line_of(path, line))
     start = error.doc.rfind("\n", 0, error.pos) + 1
     end = error.doc.find("\n", error.pos)
     left, right = max(start, error.pos - 50), min(end if end >= 0 else len(error.doc), error.pos + 30)
@@ -188,29 +186,24 @@ def _broken(path: Path, error: ValueError, line: int = 0) -> DataError:
 
 def not_utf8(path: Path, error: UnicodeDecodeError, line: int = 0) -> DataError:
     """Return the error for a text in another encoding; its hint is a command that converts the file."""
-    return DataError(
-        f"not UTF-8 (byte 0x{error.object[error.start]:02x})",
-        code="data-not-utf8",
-        where=f"{path}:{line}" if line else str(path),
-        hint=TO_UTF8,
-    )
+    message = f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
+    return DataError(message, code="data-not-utf8", where=_line_of(path, line), hint=TO_UTF8)
+
+
+def _line_of(path: Path, line: int) -> str:
+    return f"{path}:{line}" if line else str(path)
 
 
 def missing_file(path: Path) -> DataError:
-    """Return the error for a data file that does not exist; its hint lists the files of that kind beside it."""
+    """Return the error for a data file that does not exist."""
     problem = url_problem(path)
     if problem is not None:
         return DataError(problems=[problem])
-    code, message, hints = "data-missing-file", "no such file", [beside(path)]
-    if path.is_dir():
-        call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
-        code, message = "data-folder", "this is a folder; expected a JSON or JSONL file"
-        hints = [f"name shards by a pattern: '{path}/*.parquet'; convert pictures with captions: {call}"]
-    folder = path if path.is_dir() else path.parent
-    kind = f"*{path.suffix}" if path.suffix and not path.is_dir() and not path.suffix.startswith(".json") else "*.json*"
-    if names := sorted(file.name for file in folder.glob(kind))[:5]:
-        hints = [f"in {folder}: {', '.join(names)}"]
-    return DataError(message, code=code, where=str(path), hint="\n".join(hints))
+    if not path.is_dir():
+        return DataError("no such file", code="data-missing-file", where=str(path), hint=beside(path))
+    call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
+    hint = f"name a file, or shards by a pattern: '{path}/*.parquet'; convert pictures with captions: {call}"
+    return DataError("this is a folder; expected a JSON or JSONL file", code="data-folder", where=str(path), hint=hint)
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -235,9 +228,5 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         except UnicodeDecodeError as error:
             raise not_utf8(path, error) from None
         except csv.Error as error:
-            raise DataError(
-                f"broken table: {error}",
-                code="table-syntax",
-                where=str(path),
-                hint="write the table again, as UTF-8 text with quoted fields",
-            ) from None
+            hint = "write the table again, as UTF-8 text with quoted fields"
+            raise DataError(f"broken table: {error}", code="table-syntax", where=str(path), hint=hint) from None

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.formats.jsonfile import missing_file
-from milora_data.formats.other_files import COLUMNS, row_record
-from milora_data.formats.vqa_files import Options
+from milora_data.formats.tables import COLUMNS, Options, row_record
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record, parse_record
-from milora_vl.common.errors import DataError, UserError, with_context
+from milora_vl.common.errors import DataError, UserError, first_line, with_context
 from milora_vl.common.hub_host import hub_is_known
 
 HUB = "hub:"
@@ -22,20 +21,17 @@ _BUILDERS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 _TEXT_KEYS = ("txt", "caption", "cls")  # webdataset's names for the text that belongs to a picture
 
 
-def stored_records(source: str, options: Options | None = None) -> Iterator[Record]:
-    """Yield the records of FILE.parquet, FILE.tar (or a pattern with *), a folder of `save_to_disk`, or a hub data set.
-
-    Rows are LLaVA records, `messages`, or have columns for picture, question and answer, or for picture and caption.
-    Raises `DataError` with the number of the row.
-    """
-    for item in stored_items(source, options):
-        if isinstance(item, DataError):
-            raise item
-        yield item
+def is_stored(source: str | Path) -> bool:
+    """Return whether `datasets` reads the source: from the hub, a file of its formats, or a folder that it saved."""
+    return str(source).startswith(HUB) or Path(source).suffix in _BUILDERS or is_saved(source)
 
 
 def stored_items(source: str, options: Options | None = None) -> Iterator[Record | DataError]:
-    """Yield the records of a source, and a `DataError` in place of each row that is not a record."""
+    """Yield the records of a source, and a `DataError` with its number in place of each row that is not a record.
+
+    A source is FILE.parquet, FILE.tar (or a pattern with *), a folder of `save_to_disk`, or a hub data set. Its rows
+    are LLaVA records, `messages`, or have columns for picture, question and answer, or for picture and caption.
+    """
     if source.startswith(HUB):
         number = -1
         try:
@@ -72,13 +68,8 @@ def broken_off(place: str, error: Exception) -> DataError:
     """Return the error for a source that `datasets` cannot read beyond `place`."""
     if isinstance(error, DataError):
         return with_context(error, place)
-    lines = str(error).splitlines() or [type(error).__name__]
-    return DataError(
-        f"cannot be read from here on: {lines[0]}",
-        code="data-unreadable",
-        where=place,
-        hint="download or copy the file again",
-    )
+    message = f"cannot be read from here on: {first_line(error)}"
+    return DataError(message, where=place, hint="download or copy the file again")
 
 
 def _item(row: Mapping[str, Any], place: str, number: str, options: Options | None) -> Record | DataError:
@@ -91,13 +82,10 @@ def _item(row: Mapping[str, Any], place: str, number: str, options: Options | No
 def row_to_record(row: Mapping[str, Any], place: str, number: str, options: Options | None = None) -> Record:
     """Return the record of one row; `number` is the default id. Raises `DataError` if it is not a record."""
     plain = {key: value for key, value in _plain(row, number).items() if value is not None}
-    is_dialogue = all(
-        isinstance(plain.get(key), list) for key in ("prompt", "completion")
-    )  # of messages, as TRL has it
+    is_dialogue = all(isinstance(plain.get(key), list) for key in ("prompt", "completion"))  # of messages, as in TRL
     if "conversations" in plain or "messages" in plain or is_dialogue:
-        return parse_record(plain, source=place, embedded="read")
-    converted = row_record(plain, options or Options(), place=place, identifier=number)
-    return parse_record(converted, source=place, embedded="read")
+        return parse_record(plain, source=place)
+    return parse_record(row_record(plain, options or Options(), place=place, identifier=number), source=place)
 
 
 def is_saved(path: str | Path) -> bool:
@@ -133,30 +121,21 @@ def open_hub(source: str) -> Any:
 
     name, _, split = source.removeprefix(HUB).partition(":")
     is_here = Path(name).is_dir() or datasets.config.HF_DATASETS_OFFLINE
-    if not is_here and not hub_is_known():  # the client would retry for half a minute
-        raise UserError(
-            "the hub does not answer: its host is not known here",
-            code="hub-unreadable",
-            where=source,
-            hint="check the network, or name files on this machine",
-        )
     try:
+        if not is_here and not hub_is_known():  # the client would retry for half a minute
+            raise ConnectionError("the hub does not answer: its host is not known here")
         return _undecoded(datasets.load_dataset(name, split=split or "train", streaming=True))
     except Exception as error:  # hub, network and readers of file formats raise exceptions of any type
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise UserError(
-            f"cannot be read: {lines[0]}",
-            code="hub-unreadable",
-            where=source,
-            hint="check the name and the network; for a private data set:  hf auth login",
-        ) from None
+        hint = "check the name and the network; for a private data set:  hf auth login"
+        message = f"cannot be read: {first_line(error)}"
+        raise UserError(message, code="hub-unreadable", where=source, hint=hint) from None
 
 
 def _open_file(file: str) -> Any:
     import datasets
 
     if (builder := _BUILDERS.get(Path(file).suffix)) is None:
-        raise DataError(f"expected one of {', '.join(_BUILDERS)}", code="data-unknown-format")
+        raise DataError(f"expected one of {', '.join(_BUILDERS)}")
     return _undecoded(datasets.load_dataset(builder, data_files=[file], split="train", streaming=True))
 
 

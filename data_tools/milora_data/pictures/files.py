@@ -1,15 +1,23 @@
-"""Load picture files of any format as RGB (rotation, transparency, size limits), and pad them to a square."""
+"""Load picture files of any format as RGB (rotation, transparency, size limits), pad them; base64 pictures; thumbnails.
+
+A picture of a record is a name below the image folder, a path that is placed already, or the bytes of its file.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-from milora_data.pictures.download import downloaded
+from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.cli.web import url_problem
 from milora_vl.common.errors import DataError
 
@@ -28,21 +36,17 @@ SUFFIXES = {
 }
 ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
 _NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
-WebPictures = Literal["refuse", "download"]
+SIDE, _LEAST = 320, 64  # pixels of thumbnails; shown at half this size on high-density screens
 ImagePolicy = Literal["raise", "skip", "replace"]
 """What to do with an unreadable picture: stop, skip its record, or replace it by a plain picture."""
 
 
 class StoredPicture(str):
-    """The name of a picture that is stored inside a data set; `content` holds the bytes of its file.
-
-    Many data sets give all pictures the same name: two are equal if name and content are equal.
-    """
+    """The name of a picture inside a data set, and the bytes of its file; many sets give all pictures one name."""
 
     content: bytes
 
     def __new__(cls, name: str, content: bytes) -> StoredPicture:
-        """Return `name` with the bytes of its file."""
         picture = super().__new__(cls, name)
         picture.content = content
         return picture
@@ -61,12 +65,18 @@ class PlacedPicture(str):
     """The path of a picture that already includes the image folder of its source; it may be outside other folders."""
 
 
-class WebPicture(str):
-    """The web address of a picture that may be downloaded; without this type, an address is never opened."""
-
-
 class OutsidePicture(str):
     """The name of a picture outside the image folder; it is never read."""
+
+
+def local_name(name: str) -> str:
+    """Return the path of a `file://` URL; any other name is returned unchanged.
+
+    >>> local_name("file:///photos/a%20cat.jpg"), local_name("a.jpg")
+    ('/photos/a cat.jpg', 'a.jpg')
+    """
+    is_url = name[:7].lower() == "file://"
+    return unquote(name[7:].removeprefix("localhost")) if is_url else name
 
 
 def leads_outside(folder: Path, name: str) -> bool:
@@ -88,7 +98,7 @@ def place_of(folder: Path, name: str) -> str | Path:
 
     Data is not trusted: a name that leads out of the folder becomes an `OutsidePicture`, which is never read.
     """
-    if isinstance(name, StoredPicture | WebPicture):
+    if isinstance(name, StoredPicture):
         return name
     if not isinstance(name, PlacedPicture) and leads_outside(folder, name):
         return OutsidePicture(name)
@@ -145,8 +155,9 @@ def opened_picture(path: str | Path) -> Image.Image:
 
 
 def _unreadable(path: str | Path, reason: str, hint: str) -> ImageError:
-    where = str(path).partition("?")[0] if isinstance(path, WebPicture) else str(path)  # without tokens
-    return ImageError(f"cannot read this picture: {reason}", reason, code="image-unreadable", where=where, hint=hint)
+    return ImageError(
+        f"cannot read this picture: {reason}", reason, code="image-unreadable", where=str(path), hint=hint
+    )
 
 
 def _reason(error: Exception) -> tuple[str, str]:
@@ -182,8 +193,6 @@ def opened(path: str | Path) -> str | Path | BytesIO:
     """Return the path or the bytes of a stored picture for PIL to open. Raises `OSError` if it must not be read."""
     if isinstance(path, StoredPicture):
         return BytesIO(path.content)
-    if isinstance(path, WebPicture):
-        return downloaded(path)
     if isinstance(path, OutsidePicture):
         raise PermissionError("it is outside the image folder")
     if not Path(path).is_file():
@@ -219,15 +228,136 @@ def expand_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.I
     return square
 
 
-def on_padded_square(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """Return a box (left, top, right, bottom) in pixels as fractions of the square that `expand_to_square` returns.
+def is_embedded(name: object) -> bool:
+    return isinstance(name, str) and not isinstance(name, StoredPicture) and name[:5].lower() == "data:"
 
-    LLaVA-1.5 was trained with such boxes (its issues 606 and 822).
 
-    >>> on_padded_square((0, 0, 200, 100), 200, 100)
-    (0.0, 0.25, 1.0, 0.75)
+def described(name: str) -> str:
+    """Return a short description of a URL, without its content; the name of a file is returned unchanged.
+
+    >>> described("data:image/png;base64,iVBORw0KGgo="), described("https://example.org/a.png?token=1")
+    ('data:image/png;base64, 12 characters', 'https://example.org/a.png')
     """
-    side = max(width, height)
-    x, y = (side - width) // 2, (side - height) // 2
-    left, top, right, bottom = box
-    return (left + x) / side, (top + y) / side, (right + x) / side, (bottom + y) / side
+    if is_embedded(name):
+        header, _, body = name.partition(",")
+        return f"{header[:60]}, {len(body):,} characters"
+    address = urlsplit(name)
+    if not address.scheme:
+        return name[:200]
+    return f"{address.scheme}://{address.netloc}{address.path}"[:200]
+
+
+def refusal(name: str, source: str, form: str) -> DataError:
+    """Return the error for a record with an embedded picture; its hint is a command that writes pictures to files."""
+    file = source.rpartition(":")[0] or "DATA"
+    return DataError(
+        f"a picture is embedded as base64 ({described(name)}), and a record names picture files",
+        code="image-embedded",
+        hint=f"write the pictures to files: {command_line('milora_data', *convert_words(file, form))}",
+    )
+
+
+def convert_words(file: str, form: str) -> tuple[str, ...]:
+    """Return the arguments of the milora_data command that writes the embedded pictures of `file` to picture files."""
+    return "convert", "--from", form, file, "--output_dir", "OUT"
+
+
+def decoded(name: str) -> StoredPicture:
+    """Return an embedded picture as a stored picture, named by a hash of its content. Raises `ImageError`."""
+    header, comma, body = name.partition(",")
+    if not comma or not header.lower().endswith(";base64"):
+        raise _broken(name, "it is not in base64")
+    text = b"".join(unquote_to_bytes(body).split())
+    try:
+        content = base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _broken(name, f"its base64 is broken: {error}") from None
+    suffix = picture_suffix(content)
+    if suffix == ".img":
+        raise _broken(name, "not a picture" if content else "it is empty")
+    return StoredPicture(hashlib.blake2b(content, digest_size=8).hexdigest() + suffix, content)
+
+
+def stored_pictures(value: Mapping[str, Any], place: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield a LLaVA dict whose embedded pictures are replaced by stored ones, after decoding all of their pixels.
+
+    If a picture is broken, yield nothing and add a line that begins with `place` to `left_out`.
+    """
+
+    def verified(name: Any) -> Any:
+        if not is_embedded(name):
+            return name
+        picture = decoded(name)
+        try:
+            load_image(picture)
+        except ImageError as error:
+            raise _broken(name, error.reason) from None
+        return picture
+
+    converted = dict(value)
+    try:
+        for key in ("image", "images"):
+            field = value.get(key)
+            if field:
+                converted[key] = list(map(verified, field)) if isinstance(field, list) else verified(field)
+    except ImageError as error:
+        left_out.append(f"{place}: {error}")
+        return
+    yield converted
+
+
+def _broken(name: str, reason: str) -> ImageError:
+    return ImageError(
+        f"an embedded picture ({described(name)}) cannot be read: {reason}",
+        reason,
+        code="image-unreadable",
+        hint="embed the picture again, or remove the record",
+    )
+
+
+def data_uri(content: bytes, mime: str) -> str:
+    """Return the bytes as a URI that can be embedded in a page.
+
+    >>> data_uri(b"abc", "image/png")
+    'data:image/png;base64,YWJj'
+    """
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def thumbnail(place: str | Path | None, side: int = SIDE) -> bytes | None:
+    """Return a picture, loaded like a model's input, as a small JPEG; None if it is missing or cannot be read."""
+    try:
+        return None if place is None else small(load_image(place), side)
+    except ImageError:
+        return None
+
+
+def small(image: Image.Image, side: int = SIDE) -> bytes:
+    """Return an RGB picture as a JPEG of at most `side` pixels per side."""
+    copy = image.copy()
+    copy.thumbnail((side, side))
+    buffer = BytesIO()
+    copy.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def fitting(pictures: Sequence[bytes | None], budget: int) -> list[str]:
+    """Return JPEGs as URIs ("" for none), all resized to the same side so that they take at most `budget` characters.
+
+    The side is at least 64 pixels, so many pictures may take more.
+    """
+    from PIL import Image
+
+    resized, side = list(pictures), SIDE
+    while sum(len(one) for one in resized if one) * 4 // 3 > budget and side > _LEAST:
+        side = max(_LEAST, side * 3 // 4)
+        resized = [small(Image.open(BytesIO(one)), side) if one else None for one in pictures]
+    return [data_uri(one, "image/jpeg") if one else "" for one in resized]
+
+
+def credit_lines(folders: Iterable[Path]) -> list[str]:
+    """Return the lines that mention a licence in the README.md of each folder, without repeats."""
+    readmes = dict.fromkeys((folder / "README.md").resolve() for folder in folders)
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in readmes if file.is_file())
+    lines = (line.strip(" *-").replace("`", "") for text in texts for line in text.splitlines())
+    return list(dict.fromkeys(line for line in lines if re.search(r"\blicen[cs]e\b", line, re.IGNORECASE)))

@@ -1,14 +1,20 @@
-"""Resize, crop and normalize pictures to a model's pixel values: equal to its image processor's, but faster.
+"""Resize, crop and normalize pictures to a model's pixel values: equal to its image processor's, but faster; tiles.
 
 LLaVA pads a picture to a square and resizes the square. Here the two passes of the resizing (along the rows, then along
 the columns) run separately, and the padding is added after the pass that shrinks the picture: the same numbers for
 less work. A test at start decides whether the processor resizes in this way; if not, the square is resized.
+
+`Tiling` is LLaVA-1.6's ("anyres"): the model sees the whole picture, and the picture again in the tiles of the best
+fitting grid. Each row of tile tokens ends with a line break token, and rows or columns of padding are removed
+(`spatial_unpad`). The computation follows LLaVA's `select_best_resolution`, `process_anyres_image` (llava/mm_utils.py)
+and `unpad_image` (llava_arch.py), with the rounding of Hugging Face's `LlavaNextProcessor`, which it must match.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,7 +62,6 @@ class PixelMaker:
         return self.prepare(load_image(path))
 
     def prepare(self, image: Image.Image) -> Any:
-        """Return an RGB picture in the form that `inputs` expects."""
         if self.aspect_ratio != "pad":
             return image
         if self._two_passes:
@@ -71,13 +76,11 @@ class PixelMaker:
 
     @property
     def color(self) -> tuple[int, int, int]:
-        """The mean colour of the processor, used for padding."""
         red, green, blue = (int(255 * mean) for mean in self.image_processor.image_mean)
         return red, green, blue
 
     @cached_property
     def side(self) -> int:
-        """Side length in pixels of the processor's output."""
         from PIL import Image
 
         return int(self([Image.new("RGB", (32, 32))]).shape[-1])
@@ -127,3 +130,45 @@ def _framed(pixels: Tensor, length: int, offset: int, dim: int, color: tuple[int
     frame = frame.contiguous(memory_format=torch.channels_last)
     frame.narrow(dim, offset, pixels.shape[dim]).copy_(pixels)
     return frame
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """pinpoints: (height, width) of the grids in pixels; tile: pixels per side of a tile; side: its tokens per side.
+
+    >>> llava = Tiling(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 336, 24)
+    >>> llava.num_tokens(480, 640)
+    2340
+    >>> llava.most_tokens
+    2928
+    """
+
+    pinpoints: tuple[tuple[int, int], ...]
+    tile: int
+    side: int
+
+    @property
+    def most_tokens(self) -> int:
+        """Return the number of tokens of a picture that fills the largest grid."""
+        sides = [(rows // self.tile * self.side, columns // self.tile * self.side) for rows, columns in self.pinpoints]
+        return max(self.side**2 + rows * columns + rows for rows, columns in sides)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return (rows, columns) of the grid that keeps most pixels of a picture and, if equal, has least padding."""
+
+        def rank(pinpoint: tuple[int, int]) -> tuple[int, int]:
+            scale = min(pinpoint[1] / width, pinpoint[0] / height)
+            kept = min(int(width * scale) * int(height * scale), width * height)
+            return kept, kept - pinpoint[0] * pinpoint[1]
+
+        best = max(self.pinpoints, key=rank)
+        return best[0] // self.tile, best[1] // self.tile
+
+    def num_tokens(self, height: int, width: int) -> int:
+        """Return the number of tokens: the whole picture, the tiles without padding, and a line break per row."""
+        rows, columns = (count * self.side for count in self.grid(height, width))
+        if width / height > columns / rows:
+            rows -= 2 * ((rows - int(round(height * (columns / width), 7))) // 2)
+        else:
+            columns -= 2 * ((columns - int(round(width * (rows / height), 7))) // 2)
+        return self.side**2 + rows * columns + rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,9 +19,8 @@ from datasets.distributed import split_dataset_by_node
 
 from milora_data.formats.jsonfile import FilePart, parts_of, read_part
 from milora_data.formats.stored import HUB, broken_off, files_of, items_of_file, open_hub, row_to_record
-from milora_data.pictures.files import WebPictures
-from milora_data.records.record import Record, identifier_of, parse_record
-from milora_data.stream.sources import Source, from_web, is_json, read_sources, within
+from milora_data.records.record import Record, identifier_of
+from milora_data.stream import Source, is_json, json_items, read_sources, within
 from milora_vl.common.errors import DataError, UserError, no_records
 
 StreamItem: TypeAlias = Record | UserError
@@ -36,10 +36,8 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
     the saved number. Without a shuffle buffer, the state of `datasets` restores the position directly.
     """
 
-    def __init__(
-        self, rows: datasets.IterableDataset, seed: int, *, buffered: bool, web_pictures: WebPictures = "refuse"
-    ) -> None:
-        self.rows, self.seed, self.buffered, self.web_pictures = rows, seed, buffered, web_pictures
+    def __init__(self, rows: datasets.IterableDataset, seed: int, *, buffered: bool) -> None:
+        self.rows, self.seed, self.buffered = rows, seed, buffered
         self._epoch, self._done = 0, 0
         self._position: dict[str, Any] | None = None  # in `rows`
 
@@ -54,8 +52,7 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
             try:
                 for row in islice(self.rows, self._done if self.buffered else 0, None):
                     self._done += 1
-                    item = pickle.loads(row["record"])
-                    yield from_web(item) if self.web_pictures == "download" and isinstance(item, Record) else item
+                    yield pickle.loads(row["record"])
             except Exception as error:  # files yield their errors as items; the hub raises exceptions of any type
                 broken = broken_off(f"a source of the hub, after {self._done:,} records", error)
                 if torch.utils.data.get_worker_info() is None:
@@ -67,7 +64,6 @@ class RecordStream(torch.utils.data.IterableDataset[StreamItem]):
             self._epoch, self._done = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state from which `load_state_dict` continues after the last record."""
         rows = None if self.buffered else self.rows.state_dict()
         return {"epoch": self._epoch, "done": self._done, "rows": rows}
 
@@ -84,20 +80,18 @@ def record_stream(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
-    web_pictures: WebPictures = "refuse",
 ) -> RecordStream:
     """Return the endless stream of one file (or hub:NAME, or a mixture in YAML), or of several sources.
 
     With several sources, each record comes from a source drawn with the probability of its weight
     (`datasets.interleave_datasets`). Shards are shuffled, and `shuffle_buffer` rows are shuffled at a time (0: none).
-    `rank` of `world_size` processes gets its part of the rows. `web_pictures` is explained by `from_web`.
+    `rank` of `world_size` processes gets its part of the rows.
     Raises `UserError` if a file is missing or no source has a weight above 0.
     """
     used = [source for source in _sources(sources) if source.weight > 0]
     if not used:
-        raise UserError(
-            "no source has a weight above 0", code="mixture-weight", hint="set a weight above 0 for at least one source"
-        )
+        hint = "set a weight above 0 for at least one source"
+        raise UserError("no source has a weight above 0", hint=hint)
     opened = [_rows(source, world_size * max(num_workers, 1)) for source in used]
     rows = opened[0]
     if len(opened) > 1:
@@ -108,7 +102,7 @@ def record_stream(
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
     if world_size > 1:
         rows = split_dataset_by_node(rows, rank, world_size)
-    return RecordStream(rows, seed, buffered=bool(shuffle_buffer), web_pictures=web_pictures)
+    return RecordStream(rows, seed, buffered=bool(shuffle_buffer))
 
 
 def _sources(sources: str | Path | Sequence[Source]) -> Sequence[Source]:
@@ -128,12 +122,8 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
             _json_rows, features=FEATURES, gen_kwargs={"parts": parts, "image_folder": source.image_folder}
         )
     if source.path.endswith((".yaml", ".yml")):
-        raise UserError(
-            "a mixture within a mixture cannot be streamed",
-            code="mixture-nested",
-            where=str(source.path),
-            hint="list its sources in the outer mixture, or train without data.streaming",
-        )
+        hint = "list its sources in the outer mixture, or train without data.streaming"
+        raise UserError("a mixture within a mixture cannot be streamed", where=source.path, hint=hint)
     if not source.path.startswith(HUB):
         files = {"files": files_of(source.path), "image_folder": source.image_folder}
         return datasets.IterableDataset.from_generator(_stored_rows, features=FEATURES, gen_kwargs=files)
@@ -149,32 +139,14 @@ def _rows(source: Source, processes: int) -> datasets.IterableDataset:
 
 def _json_rows(parts: list[FilePart], image_folder: str | None) -> Iterator[dict[str, bytes]]:
     for part in parts:
-        broken: list[DataError] = []
-        try:
-            for place, value in read_part(part, broken.append):
-                yield from _drained(broken)
-                yield _row(_json_item(value, f"{part.path}:{place}", image_folder))
-        except DataError as error:  # a broken list cannot be read beyond the error
-            broken.append(error)
-        yield from _drained(broken)
-
-
-def _json_item(value: object, source: str, image_folder: str | None) -> StreamItem:
-    try:
-        return within(parse_record(value, source=source), image_folder)
-    except DataError as error:
-        return error
-
-
-def _drained(broken: list[DataError]) -> Iterator[dict[str, bytes]]:
-    while broken:
-        yield _row(broken.pop(0))
+        for item in json_items(part.path, partial(read_part, part)):
+            yield _row(within(item, image_folder))
 
 
 def _stored_rows(files: list[str], image_folder: str | None) -> Iterator[dict[str, bytes]]:
     for file in files:
         for item in items_of_file(file):
-            yield _row(item if isinstance(item, DataError) else within(item, image_folder))
+            yield _row(within(item, image_folder))
 
 
 def _hub_row(row: Mapping[str, Any], number: int, source: str, image_folder: str | None) -> dict[str, bytes]:

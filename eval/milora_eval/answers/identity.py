@@ -41,10 +41,7 @@ def adapter_digest(folder: Path) -> str:
     patterns = RESIDUAL_FILES if holds_residual(folder) and not holds_adapter(folder) else FILES
     for pattern in patterns:
         for path in sorted(folder.glob(pattern)):
-            total.update(path.relative_to(folder).as_posix().encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    total.update(chunk)
+            total.update(f"{path.relative_to(folder).as_posix()} {file_digest(str(path))}".encode())
     return total.hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from milora_data.encode.templates import ALPACA_SYSTEM
 from milora_data.formats.jsonfile import read_json
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Benchmark, Item
@@ -27,7 +28,7 @@ LABELS = {
     "winogrande": "option1|option2",
 }
 _INDENT = "\n" + " " * 16
-HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request. \n"
+HEAD = f"{ALPACA_SYSTEM} \n"
 
 
 def alpaca(instruction: str) -> str:
@@ -62,7 +63,6 @@ class BoolQ(Benchmark):
                 id=str(number),
                 turns=(Turn("user", alpaca(entry["instruction"])),),
                 answers=(entry["answer"],),
-                group=str(number),
                 meta={"question_id": number},
             )
             for number, entry in enumerate(entries)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from milora_data.encode import templates
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Item
 
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
+SHORT, LETTER = f"\n{templates.SHORT}", f"\n{templates.LETTER}"
 LETTER_CN = "\n请直接回答选项字母。"
 LETTERS = string.ascii_uppercase
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."

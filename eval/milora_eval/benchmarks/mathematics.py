@@ -11,15 +11,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from milora_data.encode.templates import ALPACA_SYSTEM
 from milora_data.records.record import Turn
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.benchmarks.math_answers import gsm8k_correct, last_boxed, math_correct
 from milora_eval.data_files import find, json_values
 
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{}\n\n### Response: Let's think step by step."
-)
+PROMPT = ALPACA_SYSTEM + "\n\n### Instruction:\n{}\n\n### Response: Let's think step by step."
 _STOP = re.compile("Instruction|Response")  # as in MiLoRA's scripts; MetaMath's scripts have more stop words
 
 
@@ -58,7 +56,6 @@ class GSM8K(Benchmark):
             turns=(Turn("user", PROMPT.format(question)),),
             answers=(self.truth(solution),),
             kind=str(entry.get("type", "")),
-            group=str(number),
             meta={"question_id": number},
         )
 

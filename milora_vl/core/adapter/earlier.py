@@ -171,7 +171,7 @@ _OF_MODULES = (
 )  # fmt: skip
 
 
-def split(folder: Path, model: nn.Module, own_folder: Path) -> Earlier:
+def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismatch: bool = False) -> Earlier:
     """Write the adapter of the last task in `folder` to `own_folder`, and return the earlier update.
 
     `model` is the base model of the run, or has its adapter already. Bits do not change.
@@ -179,7 +179,7 @@ def split(folder: Path, model: nn.Module, own_folder: Path) -> Earlier:
     saved = read_sidecar(folder)
     assert saved is not None
     assert saved.own is not None
-    fitted(model, saved, allow_base_mismatch=False)
+    fitted(model, saved, allow_base_mismatch=allow_base_mismatch)
     base, own = base_model_of(model), saved.own
     state = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
     apart = load_file(folder / APART_FILE) if (folder / APART_FILE).is_file() else {}

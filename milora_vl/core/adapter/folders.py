@@ -1,6 +1,6 @@
 """What a folder holds, by its files (adapter, projector, text model), with the errors for a wrong one; tensor names.
 
-Other modules ask here instead of looking for the files. `interop/adapters/source.py` tells the kinds of adapters apart.
+Other modules ask here instead of looking for the files. `interop/imported.py` tells the kinds of adapters apart.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def require_adapter(folder: Path, flag: str, *call: object) -> None:
     `call` comes before the newest checkpoint of an unfinished run in the command that the hint suggests.
     """
     problem = not_a_folder(folder, flag)
-    if problem is None and not (holds_adapter(folder) or holds_projector_alone(folder) or holds_residual(folder)):
+    if problem is None and not (holds_adapter(folder) or holds_projector_alone(folder)):
         problem = no_adapter_in(folder, flag, *call)
     if problem is not None:
         raise UserError(problems=[problem])

@@ -227,8 +227,10 @@ class MiloraMixin(PeftModel):
         sidecar, existing = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
         if sidecar is not None and sidecar.own is not None and self.earlier is not None:
             with TemporaryDirectory() as own:
-                split(Path(model_id), self, Path(own))
-                return self.load_adapter(own, adapter_name, is_trainable, *args, **kwargs)
+                split(Path(model_id), self, Path(own), allow_base_mismatch=allow_base_mismatch)
+                return self.load_adapter(
+                    own, adapter_name, is_trainable, *args, allow_base_mismatch=allow_base_mismatch, **kwargs
+                )
         require_trainable(Path(model_id), sidecar, is_trainable=is_trainable)
         anchors: Mapping[str, Tensor] = {}
         if existing is not None:

@@ -6,6 +6,7 @@ of a MiLoRA adapter that stock PEFT has loaded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def reinit_peft(
             hint="pass  calibration=calibration_texts(model)  or batches of your own, or  protect=0",
         )
     rules = [_rule(path, layer, adapter, method, protect) for path, layer in layers.items()]
-    rules += [Rule(modules=path, method="full") for path in full]
     base = peft_model.unload()
+    rules += [Rule(modules=path, method="full") for path in _with_weights(base, full)]
     forget_peft(base)
     return apply_milora(base, rules, calibration=calibration, progress=progress)
 
@@ -189,6 +190,13 @@ def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect
     probability = float(dropout.p) if isinstance(dropout, torch.nn.Dropout) else 0.0
     alpha = layer.scaling[adapter] * rank
     return Rule(modules=path, method=method, rank=rank, alpha=alpha, dropout=probability, protect=protect)
+
+
+def _with_weights(base: torch.nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return the modules that hold the weights: modules_to_save may name a container, such as a projector."""
+    inside = {path: base.get_submodule(path).named_modules(prefix=path) for path in paths}
+    holding = (p for pairs in inside.values() for p, m in pairs if next(m.parameters(recurse=False), None) is not None)
+    return list(dict.fromkeys(holding))
 
 
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:

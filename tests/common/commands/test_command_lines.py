@@ -156,12 +156,11 @@ def test_looking_at_data_reports_json_and_the_next_command(
 ) -> None:
     data = [str(tiny_data / "train.json"), "--image_folder", str(tiny_data / "images")]
     assert said(capsys, "data", "check", *data)["records"] == 12
-    assert said(capsys, "data", "stats", data[0])["records"] == 12
     assert said(capsys, "data", "show", *data)["id"] == "p0"
     assert said(capsys, "data", "show", *data, "--html", str(tmp_path / "page.html"))["records"] == 12
     assert said(capsys, "data", "show", *data, "--limit", "2", "--html", str(tmp_path / "two.html"))["records"] == 2
     assert "2 records, not all of the file, as training sees them" in (tmp_path / "two.html").read_text()
-    made = said(capsys, "data", "convert", "--from", "jsonl", data[0], "--output_dir", str(tmp_path / "new"))
+    made = said(capsys, "data", "convert", "--from", "llava", data[0], "--output_dir", str(tmp_path / "new"))
     assert made == {"file": str(tmp_path / "new" / "data.json"), "records": 12}
 
 
@@ -188,7 +187,7 @@ def test_plans_and_lists_are_json_too(capsys: pytest.CaptureFixture[str]) -> Non
     assert json.loads(capsys.readouterr().out)["model"] == "tiny"
     assert main(["train", "--model", "tiny", "--rank", "4", "--dry-run", "--format", "json"]) == 0
     plan = json.loads(capsys.readouterr().out)
-    assert plan["policy"][0]["tower"] == "language"
+    assert plan["policy"][0]["modules"] == "language"
     start = "python -m milora_vl.train --model tiny --rank 4"
     assert plan["next"] == f"{start} --data_path DATA.json --image_folder FOLDER"
 

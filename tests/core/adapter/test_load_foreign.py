@@ -1,4 +1,4 @@
-"""Adapters of other code on a loaded model, told by their files: LLaVA's folders, and those on a residual base."""
+"""Adapters of other code on a loaded model, told by their files: LLaVA's folders, those on a residual base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from milora_eval.__main__ import main
 from milora_eval.answers.identity import adapter_digest
 from milora_eval.answers.store import read_lines
 from milora_vl import apply_milora, load_model, save_adapter
-from milora_vl.common.errors import UserError
 from milora_vl.export import Options, export
 from support import official_data
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
@@ -47,39 +46,24 @@ def llava_folder(root: Path) -> Tensor:
     return logits(model)
 
 
-def residual_folder(root: Path) -> Tensor:
-    """Write the residual base with its initial factors and, trained on it, `trained`; return the logits."""
+def test_a_folder_of_llava_is_the_trained_function_on_the_untouched_base(root: Path) -> None:
+    expected = llava_folder(root)
+    (root / "trained").rename(root / "any-name")
+    assert torch.allclose(logits(load_model(root / "base", adapter=root / "any-name")[0]), expected, atol=1e-5)
+
+
+def test_an_adapter_on_a_residual_base_loads_there_alone_and_at_full_size(root: Path) -> None:
     base, processor = load_model(root / "base")
     tuned = pissa_trained(base, root)
     processor.save_pretrained(root / "residual")
     tuned.peft_config["default"].base_model_name_or_path = str(root / "residual")
     tuned.save_pretrained(root / "trained")
-    return logits(tuned)
-
-
-@pytest.mark.parametrize("made", [llava_folder, residual_folder])
-def test_it_is_the_trained_function_on_the_untouched_base(made: Callable[[Path], Tensor], root: Path) -> None:
-    expected = made(root)
-    (root / "trained").rename(root / "any-name")
-    assert torch.allclose(logits(load_model(root / "base", adapter=root / "any-name")[0]), expected, atol=1e-5)
-
-
-def test_a_residual_base_may_be_named_itself_or_hold_the_adapter(root: Path) -> None:
-    expected = residual_folder(root)
     on_residual = load_model(root / "residual", adapter=root / "trained")[0]
-    assert torch.allclose(logits(on_residual), expected, atol=1e-5)
-    (root / "trained").rename(root / "residual" / "ft")
-    inside = load_model(root / "base", adapter=root / "residual")[0]
-    assert torch.allclose(logits(inside), expected, atol=1e-5)
-
-
-def test_a_residual_of_another_base_is_refused(root: Path, tiny_llava: Factory) -> None:
-    residual_folder(root)
-    for part in tiny_llava(seed=1):
-        part.save_pretrained(root / "other")
-    with pytest.raises(UserError) as error:
-        load_model(root / "other", adapter=root / "trained")
-    assert error.value.problems[0].code == "adapter-wrong-base"
+    assert torch.allclose(logits(on_residual), logits(tuned), atol=1e-5)
+    with raises_code("adapter-no-initial-factors", hint="--initial INITIAL"):
+        load_model(root / "base", adapter=root / "trained")
+    with raises_code("", where="--scale", message="is a residual base"):
+        load_model(root / "residual", adapter=root / "trained", scale=0.5)
 
 
 def test_factors_without_their_residual_are_refused(root: Path) -> None:

@@ -62,6 +62,19 @@ def test_rslora_keeps_its_scale(tiny_llama) -> None:
     )
 
 
+def test_a_container_in_modules_to_save_trains_in_full(tiny_llava, tmp_path: Path) -> None:
+    """As LLaMA-Factory's additional_target names it: the projector and not its layers."""
+    fields = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["multi_modal_projector"]}
+    model = reinit_peft(get_peft_model(tiny_llava()[0], config(**fields)), protect=0)
+    full = [t.path for t in model.milora_targets if t.method == "full"]
+    assert full == [f"model.multi_modal_projector.{name}" for name in ("linear_1", "linear_2")]
+    move(model)
+    model.save_pretrained(tmp_path)
+    batch = llava_batch(tiny_llava()[0])
+    stock = PeftModel.from_pretrained(tiny_llava()[0], tmp_path).eval()
+    assert torch.allclose(stock(**batch).logits, model.eval()(**batch).logits, atol=1e-5)
+
+
 def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     stock = get_peft_model(tiny_llama()[0], config())
     move(stock)

@@ -18,9 +18,9 @@ from milora_vl.core.calibration.activations import protected_inputs
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
-from milora_vl.train import calibration_batches
-from milora_vl.train.plan.screen import Screen
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train import calibration
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import Screen
 from support.adapter_cases import one_rule, token_batch
 from support.calibrated import text_batches
 from support.problems import raises_code
@@ -177,7 +177,7 @@ def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
             "factor_cache": str(folder),
         }
     )
-    return calibration_batches.make_texts(
+    return calibration.make_texts(
         settings, Base.of(settings.model, base.config), base, processor, [], Screen()
     ).batches()
 

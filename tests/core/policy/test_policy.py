@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 from milora_vl import apply_milora
-from milora_vl.common.errors import Problem
+from milora_vl.common.errors import Problem, UserError
 from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule
-from milora_vl.train.recipe.schema import Recipe, RecipeError
+from milora_vl.train.recipe import Recipe
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 
@@ -104,7 +104,7 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
     with pytest.raises(PolicyError) as in_python:
         Rule(**wrong)
     assert [problem.inside("policy", 0) for problem in in_python.value.problems] == found
-    with pytest.raises(RecipeError) as in_recipe:
+    with pytest.raises(UserError) as in_recipe:
         Recipe.parse({"policy": [wrong]})
     assert list(in_recipe.value.problems) == found
     with pytest.raises(PolicyError) as applied:

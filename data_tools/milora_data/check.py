@@ -1,0 +1,418 @@
+"""Check a data set: kinds of errors and warnings (`KINDS`), the rules that detect them, missing and broken pictures.
+
+`scan` finds all of them for `python -m milora_data check`; `TrainingCheck` finds what would stop a training, while the
+records pass that it keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias
+
+from milora_data.encode.templates import place_images, split_turns
+from milora_data.formats.jsonfile import require_json
+from milora_data.pictures.files import (
+    ImageError,
+    ImagePolicy,
+    OutsidePicture,
+    StoredPicture,
+    described,
+    load_image,
+    place_of,
+)
+from milora_data.pictures.videos import require_pyav, require_whole_video
+from milora_data.records.record import IMAGE, Record, content_digest, identity
+from milora_data.stream import is_json, load_records, record_items
+from milora_vl.common.cli import command_line as cli
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.cli.web import url_problem, web_address
+from milora_vl.common.errors import DataError, Problem, UserError, no_records
+
+Severity = Literal["error", "warning"]
+
+
+class FindingKind(NamedTuple):
+    """One kind of finding. A record with an error cannot be used for training; a warning may be intended."""
+
+    severity: Severity
+    title: str
+
+
+KINDS: Mapping[str, FindingKind] = {
+    "broken_json": FindingKind("error", "broken JSON"),
+    "not_a_record": FindingKind("error", "not a record of LLaVA's format"),
+    "turn_order": FindingKind("error", "questions and answers do not alternate"),
+    "no_answer": FindingKind("error", "no supervised tokens: no answer to a question"),
+    "placeholders": FindingKind("error", f"the number of {IMAGE} differs from the number of pictures"),
+    "missing_picture": FindingKind("error", "missing picture or video"),
+    "corrupt_picture": FindingKind("error", "picture that cannot be read"),
+    "corrupt_video": FindingKind("error", "video that cannot be read"),
+    "broken_text": FindingKind("error", "text that is not valid Unicode (half of a surrogate pair)"),
+    "embedded_picture": FindingKind("warning", "picture embedded as base64, which a training keeps in memory"),
+    "tiny_picture": FindingKind("warning", "picture of less than 8 pixels on a side"),
+    "repeated_id": FindingKind("warning", "different records with one id"),
+    "empty_answer": FindingKind("warning", "empty answer: the model learns to answer nothing"),
+    "empty_question": FindingKind("warning", "empty question"),
+    "answer_first": FindingKind("warning", "starts with an answer, which is dropped"),
+    "unanswered": FindingKind("warning", "ends with a question, which has no effect on training"),
+    "special_token": FindingKind("warning", "text contains a special token, which is encoded as such"),
+    "several_placeholders": FindingKind("warning", f"more {IMAGE} in a turn than the record has pictures: one is kept"),
+    "control_character": FindingKind("warning", "text with control characters"),
+}
+# Special tokens of Llama, Vicuna, Qwen, SmolLM and GPT-2; a tokenizer has only some of them.
+SPECIAL_TOKENS = ("<s>", "</s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+SMALLEST = 8  # pixels of a side, below which a picture shows nothing
+OUTSIDE = " (outside the image folder)"
+WEB = " (a web address: download the picture, and name the file)"
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_PATTERNS = {"broken_text": re.compile("[\ud800-\udfff]"), "control_character": CONTROL}
+# Kinds whose messages are complete without the title.
+_SENTENCES = ("broken_json", "not_a_record", "turn_order", "placeholders")
+_STORED_AT_ONCE = 256  # pictures of shards and tables that are kept until they are decoded together
+_Records: TypeAlias = dict[str, list[tuple[str, str]]]  # picture or video -> place and id of each record with it
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One error or warning: a key of `KINDS`, the place ("file:line"), the details, and the id of the record."""
+
+    kind: str
+    where: str
+    message: str
+    id: str = ""  # of the record
+
+    def __post_init__(self) -> None:
+        # Findings are printed: remove half surrogate pairs, which a terminal cannot print, and shorten long texts.
+        text = self.message.encode("utf-8", "replace").decode()
+        object.__setattr__(self, "message", text if len(text) <= 300 else text[:300] + " ...")
+
+    @property
+    def place(self) -> str:
+        return f"{self.where} (id {self.id})" if self.id else self.where
+
+    @property
+    def sentence(self) -> str:
+        """Return the message with the title of its kind, if the message is incomplete without it."""
+        return self.message if self.kind in _SENTENCES else f"{KINDS[self.kind].title}: {self.message}"
+
+    @property
+    def severity(self) -> Severity:
+        return KINDS[self.kind].severity
+
+
+@dataclass(slots=True)
+class Report:
+    path: str
+    image_folder: str
+    records: int = 0
+    with_pictures: int = 0
+    with_videos: int = 0
+    picture_files: int = 0  # and video files
+    findings: list[Finding] = field(default_factory=list)
+    num_missing: int = 0  # picture names without a file
+
+    def count(self, severity: Severity) -> int:
+        return sum(finding.severity == severity for finding in self.findings)
+
+    def by_kind(self) -> dict[str, list[Finding]]:
+        """Return the findings of each kind that occurs, errors first."""
+        groups: dict[str, list[Finding]] = {kind: [] for kind in KINDS}
+        for finding in self.findings:
+            groups[finding.kind].append(finding)
+        return {kind: findings for kind, findings in groups.items() if findings}
+
+
+def examine(record: Record) -> Iterator[Finding]:
+    """Yield the errors and warnings of the record itself; its pictures are not checked."""
+
+    def finding(kind: str, message: str) -> Finding:
+        return Finding(kind, record.source, message, record.id)
+
+    try:
+        exchange = split_turns(record.turns)[1]
+    except DataError as error:
+        yield finding("turn_order", error.first.message)
+        return
+    try:
+        place_images(record.turns, len(record.images))
+    except DataError as error:
+        yield finding("placeholders", error.first.message)
+    else:
+        if sum(turn.text.count(IMAGE) for turn in record.turns) > len(record.images):
+            number = next(n for n, turn in enumerate(record.turns, start=1) if turn.text.count(IMAGE) > 1)
+            yield finding("several_placeholders", f"turn {number}")
+    if len(exchange) < 2:
+        yield finding("no_answer", amount(len(record.turns), "turn"))
+    elif exchange[-1].role != "assistant":
+        yield finding("unanswered", exchange[-1].text)
+    if len(exchange) < sum(turn.role != "system" for turn in record.turns):
+        yield finding("answer_first", next(turn.text for turn in record.turns if turn.role == "assistant"))
+    for number, turn in enumerate(record.turns, start=1):
+        where = f"turn {number}"
+        if turn.is_blank and turn.role == "assistant":
+            yield finding("empty_answer", where)
+        elif turn.is_blank and turn.role == "user" and IMAGE not in turn.text:
+            yield finding("empty_question", where)
+        for kind, pattern in _PATTERNS.items():
+            if (match := pattern.search(turn.text)) is not None:
+                excerpt = turn.text[max(0, match.start() - 20) : match.end() + 20]
+                yield finding(kind, f"{where}: {excerpt!r}" if kind != "broken_text" else where)
+        if specials := [token for token in SPECIAL_TOKENS if token in turn.text]:
+            yield finding("special_token", f"{where}: {', '.join(specials)}")
+
+
+def errors_of(record: Record) -> list[Finding]:
+    return [finding for finding in examine(record) if finding.severity == "error"]
+
+
+def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:
+    """Return a report on all records of `path` and their pictures below `folder`. Raises `DataError` without a file."""
+    report = Report(str(path), str(folder))
+    used: _Records = {}
+    stored: _Records = {}
+    videos: set[str] = set()
+    contents: dict[str, dict[str, bytes]] = {}  # file -> id -> the digest of its first record
+    for record in readable(path, report):
+        report.records += 1
+        report.with_pictures += bool(record.images)
+        report.with_videos += bool(record.videos)
+        report.findings += examine(record)
+        videos.update(record.video_files)
+        if is_json(path) and (first := next((name for name in record.files if isinstance(name, StoredPicture)), None)):
+            size = f"{len(first.content):,} bytes"
+            report.findings.append(Finding("embedded_picture", record.source, size, record.id))
+        of_file = contents.setdefault(record.source.rpartition(":")[0], {})
+        if record.id and of_file.setdefault(record.id, digest := content_digest(record)) != digest:
+            report.findings.append(Finding("repeated_id", record.source, "an earlier record has this id", record.id))
+        for name in record.files:
+            of_kind = stored if isinstance(name, StoredPicture) else used
+            of_kind.setdefault(name, []).append((record.source, record.id))
+        if len(stored) >= _STORED_AT_ONCE:  # their contents are in memory
+            _scan_pictures(stored, folder, pictures, videos, report)
+            stored = {}
+    for names in (stored, used):
+        _scan_pictures(names, folder, pictures, videos, report)
+    return report
+
+
+def readable(source: str | Path, report: Report) -> Iterator[Record]:
+    """Yield the records and add a finding to `report` for each other value. Raises `DataError` for a missing file."""
+    if is_json(source):
+        require_json(Path(source))
+    for item in record_items(source):
+        if isinstance(item, Record):
+            yield item
+            continue
+        kind = "corrupt_picture" if isinstance(item, ImageError) else "not_a_record"
+        kind = "broken_json" if item.first.code in ("json-syntax", "data-not-utf8") else kind
+        report.records += kind != "broken_json"
+        message = "\n".join(filter(None, (item.first.message, item.first.hint)))
+        report.findings.append(Finding(kind, str(item.first.where), message))
+
+
+def _scan_pictures(used: _Records, folder: Path, how: str, videos: Collection[str], report: Report) -> None:
+    def add(kind: str, name: str, message: str) -> None:
+        report.findings += [Finding(kind, where, message, identifier) for where, identifier in used[name]]
+
+    report.picture_files += len(used)
+    missing = find_missing(used, folder)
+    for name in missing:
+        place = place_of(folder, name)
+        if _num_bytes(place) == 0:
+            add("corrupt_video" if name in videos else "corrupt_picture", name, f"{name}: the file is empty")
+            continue
+        shown, why = name, OUTSIDE if isinstance(place, OutsidePicture) else _cause(place)
+        if web_address(name) is not None:
+            shown, why = described(name), WEB
+        report.num_missing += 1
+        add("missing_picture", name, shown + why)
+    if how == "decode":
+        gone = set(missing)
+        for name, kind, message in _find_faults([name for name in used if name not in gone], folder, videos):
+            add(kind, name, f"{name}: {message}")
+
+
+def find_missing(names: Iterable[str], folder: Path) -> list[str]:
+    return [name for name in names if not _num_bytes(place_of(folder, name))]
+
+
+def _num_bytes(path: str | Path) -> int | None:
+    """Return the size of a picture file, or of a stored picture, in bytes; None if there is no file."""
+    if isinstance(path, StoredPicture):
+        return len(path.content)
+    try:
+        status = path.stat() if isinstance(path, Path) else None
+    except (OSError, ValueError):  # for example, a name that is too long for the file system
+        return None
+    return status.st_size if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def _cause(path: str | Path) -> str:
+    """Return why there is no file at `path`, behind its name: a broken link, or another case; "" if neither."""
+    try:
+        if isinstance(path, Path) and path.is_symlink():
+            return f": a broken link to {path.readlink()}"
+        near = _names_in(path.parent).get(path.name.lower()) if isinstance(path, Path) else None
+    except (OSError, ValueError):  # no such folder, or a name that is too long for the file system
+        return ""
+    return f": the folder has {near}, in another case" if near else ""
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: Path) -> dict[str, str]:
+    return {file.name.lower(): file.name for file in folder.iterdir()}
+
+
+def _find_faults(names: Sequence[str], folder: Path, videos: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, kind of finding, details) of each bad picture or video; shows a progress bar on a terminal."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(8) as pool:
+        results = pool.map(lambda name: _fault(place_of(folder, name), name in videos), names)
+        bar = tqdm(results, "pictures", len(names), disable=None, leave=False)
+        yield from ((name, *fault) for name, fault in zip(names, bar, strict=True) if fault)
+
+
+def _fault(path: str | Path, is_video: bool) -> tuple[str, str] | None:
+    try:
+        if is_video:
+            require_whole_video(path)
+        elif min(size := load_image(path).size) < SMALLEST:
+            return "tiny_picture", f"{size[0]} x {size[1]} pixels"
+    except ImageError as error:
+        details = "\n".join(filter(None, (error.reason, error.first.hint)))
+        return "corrupt_video" if is_video else "corrupt_picture", details
+    return None
+
+
+class MissingImages(DataError):
+    """Records name pictures that are missing or empty; `used` maps each picture to the first record that names it."""
+
+    def __init__(self, missing: Sequence[str], used: Mapping[str, str], folder: Path, beside: Path | None) -> None:
+        places = {name: place_of(folder, name) for name in missing}
+        shown = [described(name) if web_address(name) else name for name in missing[:5]]
+        is_here = str(folder) == "."
+        empty = sum(_num_bytes(place) == 0 for place in places.values())
+        state = "missing or empty" if empty else "missing"
+        more = ", ..." if len(missing) > 5 else ""
+        place = "in the current folder" if is_here else f"in {folder}"
+        hints = ["name their folder:  --image_folder FOLDER"] if is_here else []
+        if empty:
+            hints.append(f"{amount(empty, 'empty file')} (0 bytes): copy or download again")
+        if (other := _elsewhere(missing, folder, beside)) is not None:
+            hints.append(f"files with these names exist in another folder: --image_folder {other}")
+        if addresses := sum(web_address(name) is not None for name in missing):
+            hints.append(f"{addresses:,} at a web address: download the pictures, and name the files")
+        if outside := sum(isinstance(place, OutsidePicture) for place in places.values()):
+            hints.append(f"{outside:,} lead out of that folder and are never read; absolute paths: --image_folder /")
+        hints.append("skip their records: --bad_images skip; show a plain picture instead: --bad_images replace")
+        super().__init__(
+            f"{len(missing):,} of {len(used):,} pictures are {state} {place}: {', '.join(shown)}{more}",
+            code="data-missing-pictures",
+            where=used[missing[0]],
+            hint="\n".join(hints),
+        )
+
+
+def _elsewhere(missing: Sequence[str], folder: Path, beside: Path | None) -> Path | None:
+    """Return a folder near `folder` or beside the data that contains one of the first missing pictures, or None."""
+    candidates = [folder.parent, *([beside, beside / "images"] if beside else []), folder / "images"]
+    near = (place for place in candidates if place != folder)
+    return next((place for place in near if any(_num_bytes(place_of(place, name)) for name in missing[:5])), None)
+
+
+class TrainingCheck:
+    """What a training has to know about all of its records, collected while they pass: there may be millions."""
+
+    def __init__(self) -> None:
+        self.with_images = bytearray()  # 1 for each record with an image, 0 for each other
+        self.num_with_videos = 0
+        self.unlearnable: list[int] = []  # the places of records without an answer; the collator skips them
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._errors: list[Finding] = []
+        self._used: dict[str, str] = {}  # picture or video -> the first record with it
+        self._reads_video_files = False
+
+    def passing(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            self.add(record)
+            yield record
+
+    def add(self, record: Record) -> None:
+        errors = errors_of(record)
+        if any(finding.kind == "no_answer" for finding in errors):
+            self.unlearnable.append(len(self.with_images))
+        self._errors += [finding for finding in errors if finding.kind != "no_answer"]
+        self.with_images.append(bool(record.images))
+        self.num_with_videos += bool(record.videos)
+        self._reads_video_files = self._reads_video_files or bool(record.video_files)
+        self._digest.update(identity(record))
+        for name in record.files:
+            self._used.setdefault(name, record.source)
+
+    def fingerprint(self) -> str:
+        return self._digest.hexdigest()
+
+    def finish(self, image_folder: str | Path | None, bad_images: ImagePolicy, path: Path | None = None) -> set[str]:
+        """Return the pictures that are missing or empty.
+
+        Raises `DataError` with the count, the first cases and a hint if there are no records, if turns are out of
+        order, or if the number of `<image>` differs from the number of pictures, and `MissingImages` for missing
+        pictures if `bad_images` is `raise`. No picture is decoded.
+        """
+        folder = Path(image_folder or "")
+        if not folder.is_dir():
+            raise DataError(problems=[no_folder(folder)])
+        if self._reads_video_files:
+            require_pyav()
+        if not self.with_images:
+            raise DataError(problems=[no_records(path or "the data")])
+        if self._errors:
+            raise _broken(self._errors)
+        missing = find_missing(self._used, folder)
+        if missing and bad_images == "raise":
+            raise MissingImages(missing, self._used, folder, path.parent if path else None)
+        return set(missing)
+
+
+def image_folder(data: Path, option: Path | None) -> Path:
+    """Return the folder that picture names are relative to.
+
+    It is the value of the option, else the folder of the data file or its subfolder `images`, whichever contains the
+    first picture. Raises `UserError` if the folder does not exist.
+    """
+    if option is not None:
+        if not option.is_dir():
+            raise UserError(problems=[no_folder(option)])
+        return option
+    try:
+        first = next((record.files[0] for record in load_records(data) if record.files), "")
+    except DataError:
+        return data.parent  # the command itself reports the error
+    places = (data.parent, data.parent / "images")
+    return next((place for place in places if first and (place / first).is_file()), data.parent)
+
+
+def no_folder(folder: Path) -> Problem:
+    address = url_problem(folder)
+    if address is not None:
+        return replace(address, where="--image_folder")
+    return cli.no_folder(folder, "--image_folder", "image folder")
+
+
+def _broken(findings: Sequence[Finding]) -> DataError:
+    lines = [f"{finding.place}: {finding.sentence}" for finding in findings[:5]]
+    more = [f"... and {len(findings) - 5:,} more"] if len(findings) > 5 else []
+    path = findings[0].where.rpartition(":")[0] or "DATA"
+    return DataError(
+        "\n".join([f"{len(findings):,} broken records", *lines, *more]),
+        code="data-broken-records",
+        hint=f"see: python -m milora_data check {path}; --fix OUT writes a file without them",
+    )

@@ -1,1 +1,0 @@
-"""Find, count and repair errors in a data set."""

@@ -1,0 +1,218 @@
+"""`python -m milora_data check`: find all errors of a data set in one pass.
+
+`--fix` writes its usable records, repaired; `--against` counts what a test set shares with the data.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from milora_data.check import CONTROL, KINDS, Report, errors_of, image_folder, scan
+from milora_data.formats.jsonfile import read_objects, write_objects
+from milora_data.hold_out import shared_with
+from milora_data.pictures.files import convert_words
+from milora_data.records.record import IMAGE, ROLES, as_llava, parse_record
+from milora_data.stream import is_json, load_records
+from milora_vl.common.cli.command_line import amount, next_step
+from milora_vl.common.cli.flags import DATA, Command, count, option, shared
+from milora_vl.common.errors import DataError, UserError, no_records
+
+HELD_OUT = ("eval", "val", "test")  # as our commands call the records that are not for training
+# Errors of a record that no repair fixes without guessing.
+_FATAL = ("not_a_record", "turn_order", "missing_picture", "corrupt_picture", "corrupt_video", "broken_text")
+BROKEN_LIST = "broken JSON list: the records after the error could not be read"
+COMMAND = Command(
+    "milora_data check",
+    "Find errors in a data set of LLaVA's format.",
+    """\
+exit code: 0 no errors (warnings are allowed), 1 errors found, 2 the data cannot be read at all
+
+examples:
+  python -m milora_data check train.json --image_folder images
+  python -m milora_data check train.json --image_folder images --fix clean.json
+  python -m milora_data check train.json --against test.json
+""",
+    inputs=(
+        DATA,
+        shared("image_folder", about="folder of the pictures (default: beside DATA)"),
+        option("--against", type=Path, metavar="TEST", help="count what this test set shares with DATA"),
+    ),
+    settings=(
+        option(
+            "--pictures",
+            choices=("decode", "exist"),
+            default="decode",
+            help="decode each picture, or only check that its file exists (default: %(default)s)",
+        ),
+    ),
+    outputs=(
+        option("--fix", type=Path, metavar="OUT", help="write the usable records, repaired, to this new file"),
+        option("--limit", type=count, default=5, help="examples to print per kind (default: %(default)s)"),
+        shared("format"),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns 1 if there are errors."""
+    chosen = COMMAND.parse(argv)
+    folder = image_folder(chosen.data, chosen.image_folder)
+    if chosen.fix is not None and chosen.fix.exists():
+        hint = "nothing was written; name a new file with --fix"
+        raise UserError(f"{chosen.fix} exists already", code="output-exists", hint=hint)
+    if chosen.fix is not None and not is_json(chosen.data):
+        message = f"--fix repairs JSON and JSON lines, not {chosen.data}"
+        hint = "convert shards with milora_data convert --from hub; repair the sources of a mixture one by one"
+        raise UserError(message, code="check-fix-unsupported", hint=hint)
+    report = scan(chosen.data, folder, pictures=chosen.pictures)
+    if not report.records and not report.findings:
+        raise UserError(problems=[no_records(chosen.data)])
+    found = {} if chosen.against is None else shared_with(load_records(chosen.data), load_records(chosen.against))
+    sys.stdout.write(as_json(report, found) if chosen.format == "json" else as_text(report, chosen.limit, found))
+    if chosen.fix is not None:
+        done = write_repaired(report, chosen.data, chosen.fix)
+        if done[BROKEN_LIST]:
+            return 1  # most records may be behind the error: no next step
+    _print_next_step(report, chosen.fix, ["--image_folder", folder] if report.picture_files else [])
+    return 1 if report.count("error") else 0
+
+
+def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
+    kinds = report.by_kind()
+    if "embedded_picture" in kinds:
+        next_step("milora_data", *convert_words(report.path, "llava"))
+    elif fixed is None and not report.count("error") and Path(report.path).stem.rpartition("-")[2] in HELD_OUT:
+        data = ["--data", *pictures[1:]] if pictures else []
+        next_step("milora_eval", "run", "--model", "MODEL", "--benchmarks", report.path, *data, "--output_dir", "OUT")
+    elif fixed is not None or not report.count("error"):
+        next_step("milora_vl.train", "--model", "MODEL", "--data_path", fixed or report.path, *pictures, "--dry-run")
+    elif 0 < report.num_missing == report.picture_files:
+        next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
+    elif _num_usable(report):
+        next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
+    elif kinds.keys() == {"not_a_record"}:
+        next_step("milora_data", "convert", "--help")
+
+
+def _num_usable(report: Report) -> int:
+    """Return how many records have no error; broken JSON gives no record."""
+    errors = (finding for finding in report.findings if finding.severity == "error" and finding.kind != "broken_json")
+    return report.records - len({finding.where for finding in errors})
+
+
+def as_json(report: Report, found: dict[str, int]) -> str:
+    content: dict[str, Any] = {
+        "path": report.path,
+        "image_folder": report.image_folder,
+        "records": report.records,
+        "with_pictures": report.with_pictures,
+        "with_videos": report.with_videos,
+        "picture_files": report.picture_files,
+        "errors": report.count("error"),
+        "warnings": report.count("warning"),
+        **({"leakage": found} if found else {}),
+        "kinds": Counter(finding.kind for finding in report.findings),
+        "findings": [{"severity": finding.severity, **asdict(finding)} for finding in report.findings],
+    }
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def as_text(report: Report, limit: int, found: dict[str, int]) -> str:
+    """Return the report as text: counts, then each kind of finding with its first cases."""
+    files = amount(report.picture_files, "file")
+    kinds = (("pictures", report.with_pictures), ("videos", report.with_videos))
+    counts = ", ".join(f"{number:,} with {what}" for what, number in kinds if number)
+    about = f"{counts} ({files}, looked for in {report.image_folder})" if counts else "text only"
+    lines = [f"{report.path}: {amount(report.records, 'record')}, {about}"]
+    lines += [f"{name.replace('_', ' ')}: {number:,}" for name, number in found.items()]
+    for kind, findings in report.by_kind().items():
+        severity, title = KINDS[kind]
+        lines += ["", f"{severity:<8} {len(findings):>7,}  {title}"]
+        lines += [f"    {finding.place}: {finding.message}".replace("\n", "\n    ") for finding in findings[:limit]]
+        if len(findings) > limit:
+            lines.append(f"    ... and {len(findings) - limit:,} more (--limit {len(findings)} shows all)")
+    counts = ", ".join(amount(report.count(severity), severity) for severity in ("error", "warning"))
+    return "\n".join([*lines, "", counts if report.findings else "no errors or warnings", ""])
+
+
+def write_repaired(report: Report, data: Path, out: Path) -> Counter[str]:
+    """Write the usable records, repaired; print and return the numbers of changes. Raises `UserError` without any."""
+    done: Counter[str] = Counter()
+    lost = {finding.where: finding.kind for finding in report.findings if finding.kind in _FATAL}
+    usable = _usable(data, lost, done)
+    first = list(islice(usable, 1))
+    written = write_objects(out, chain(first, usable)) if first else 0
+    changes = "".join(f"\n  {number:,} {what}" for what, number in done.most_common())
+    if not written:
+        message = f"no record of {data} is usable; nothing was written{changes}"
+        hint = "edit the records, or copy or download the file again"
+        raise UserError(message, where=str(data), hint=hint)
+    sys.stderr.write(f"{out}: {amount(written, 'record')}{changes}\n")
+    return done
+
+
+def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[dict[str, Any]]:
+    def broken(_: DataError) -> None:
+        done[f"left out: {KINDS['broken_json'].title}"] += 1
+
+    try:
+        for number, (place, value) in enumerate(read_objects(data, on_error=broken), start=1):
+            kind = lost.get(f"{data}:{place}")
+            if kind is None:
+                assert isinstance(value, dict)
+                repaired = repair(as_llava(value, number), done)
+                record = parse_record(repaired)
+                kind = next((finding.kind for finding in errors_of(record)), None)
+            if kind is not None:
+                done[f"left out: {KINDS[kind].title}"] += 1
+            elif all(turn.is_blank for turn in record.turns if turn.role == "assistant"):
+                done["left out: every answer is empty"] += 1
+            else:
+                yield repaired
+    except DataError:
+        done[BROKEN_LIST] += 1
+
+
+def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
+    """Return a LLaVA dict without turns that have no effect on training, and with missing `<image>` inserted."""
+    turns = [dict(turn) for turn in value["conversations"]]
+    start = 1 if turns and ROLES[turns[0]["from"]] == "system" else 0
+    if turns[start:] and ROLES[turns[start]["from"]] == "assistant" and IMAGE not in turns[start]["value"]:
+        del turns[start]
+        done["answers before the first question removed"] += 1
+    if turns and ROLES[turns[-1]["from"]] == "user" and IMAGE not in turns[-1]["value"]:
+        del turns[-1]
+        done["questions without answer removed"] += 1
+    turns = _without_empty_answers(turns, done)
+    for turn in turns:
+        clean = CONTROL.sub("", turn["value"])
+        if clean != turn["value"]:
+            turn["value"] = clean
+            done["texts without their control characters"] += 1
+    pictures = parse_record(value).images
+    if pictures and turns[start:] and not any(IMAGE in turn["value"] for turn in turns):
+        turns[start]["value"] = f"{IMAGE}\n" * len(pictures) + turns[start]["value"]
+        done[f"missing {IMAGE} inserted at the start"] += 1
+    return {**value, "conversations": turns}
+
+
+def _without_empty_answers(turns: list[dict[str, Any]], done: Counter[str]) -> list[dict[str, Any]]:
+    """Return the turns without the questions that have an empty answer; unchanged if all answers are empty."""
+    kept: list[dict[str, Any]] = []
+    record = parse_record({"conversations": turns})
+    if all(turn.is_blank for turn in record.turns if turn.role == "assistant"):
+        return turns
+    for turn, parsed in zip(turns, record.turns, strict=True):
+        if parsed.role == "assistant" and parsed.is_blank and kept and ROLES[kept[-1]["from"]] == "user":
+            del kept[-1]
+            done["questions with an empty answer removed"] += 1
+        else:
+            kept.append(turn)
+    return kept

@@ -1,0 +1,304 @@
+"""`python -m milora_data convert`: convert other formats to LLaVA JSON."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from milora_data.formats.jsonfile import read_objects, write_objects
+from milora_data.formats.stored import is_stored, stored_items
+from milora_data.formats.tables import (
+    DEFAULT_PROMPT,
+    EMPTY_CELL,
+    INSTRUCTIONS,
+    Converter,
+    Options,
+    Records,
+    caption_folder,
+    coco_captions,
+    table,
+    vqa,
+)
+from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
+from milora_data.pictures.files import ImageError, StoredPicture, picture_suffix, stored_pictures
+from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record
+from milora_data.stream import load_records
+from milora_vl.common.cli.command_line import amount, next_step
+from milora_vl.common.cli.flags import Command, option, positive, shared
+from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    chosen = COMMAND.parse(argv)
+    _check_flags(chosen)
+    folder = chosen.output_dir
+    images, out = PictureFolder(folder / "images"), folder / "data.json"
+    held = folder / f"{folder.resolve().name}-eval.json"  # a benchmark is named after its file
+    new = [out, held] if chosen.hold_out else [out]
+    if there := [path for path in [*new, *([images.path] * (chosen.kind == "hub"))] if path.exists()]:
+        raise output_exists(there[0])
+    field = None if chosen.hold_out_by in (PICTURE, RECORD) else chosen.hold_out_by
+    options = Options(chosen.prompt, chosen.image_pattern, field)
+    more: dict[str, Any] = {}
+    try:
+        records = _require_records(images.filled(_read(chosen.kind, chosen.sources, options)), chosen, options.left_out)
+        if chosen.hold_out:
+            numbers, records = _hold_out(list(records), chosen, held)
+            more = {"held_out": str(held), "held_out_records": len(numbers)}
+        count = write_objects(out, records)
+    except BaseException:  # also Ctrl-C: existing files would make the next attempt fail
+        for path in new:
+            path.unlink(missing_ok=True)
+        images.remove()
+        raise
+    for line in options.left_out[:5]:
+        sys.stderr.write(f"left out: {line}\n")
+    if len(options.left_out) > 5:
+        sys.stderr.write(f"left out: {len(options.left_out) - 5:,} more records\n")
+    more |= {"left_out": len(options.left_out)} if options.left_out else {}
+    as_json = json.dumps({"file": str(out), "records": count, **more})
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
+    pictures = chosen.sources[0] if chosen.kind == "folder" else images.path if images.is_mine else "FOLDER"
+    has_pictures = any(record.images for record in load_records(out))
+    next_step("milora_data", "check", out, *(["--image_folder", pictures] if has_pictures else []))
+    return 0
+
+
+def _require_records(records: Records, chosen: argparse.Namespace, left_out: Sequence[str]) -> Records:
+    first = next(records, None)
+    if first is None:
+        left = f"; {amount(len(left_out), 'record')} left out, the first: {left_out[0]}" if left_out else ""
+        hint = "nothing was written; name a file with records"
+        where = ", ".join(chosen.sources)
+        raise UserError(f"no record to convert{left}", code="convert-no-records", where=where, hint=hint)
+    return chain([first], records)
+
+
+def _hold_out(
+    records: list[dict[str, Any]], chosen: argparse.Namespace, path: Path
+) -> tuple[frozenset[int], Iterator[dict[str, Any]]]:
+    """Write about `--hold_out` random records to `path`; return their indices, and the other records."""
+    by = chosen.hold_out_by or PICTURE
+    numbers = held_out(records, chosen.hold_out, by)
+    write_objects(path, (value for number, value in enumerate(records) if number in numbers))
+    asked = "" if len(numbers) == chosen.hold_out else f", for the {chosen.hold_out:,} of --hold_out"
+    sys.stderr.write(f"{path}: {amount(len(numbers), 'record')}, held out by {by}{asked}\n")
+    if shared := 0 if by == PICTURE else shared_pictures(records, numbers):
+        sys.stderr.write(f"note: {shared:,} of them show a picture that training records show too\n")
+    return numbers, (value for number, value in enumerate(records) if number not in numbers)
+
+
+def _check_flags(chosen: argparse.Namespace) -> None:
+    if chosen.hold_out_by and not chosen.hold_out:
+        hint = "add:  --hold_out N"
+        raise UserError("needs --hold_out", code="flag-needs-another", where="--hold_out_by", hint=hint)
+    for flag, kinds in FLAGS.items():
+        if vars(chosen)[flag] is not None and chosen.kind not in kinds:
+            message = f"only applies to --from {', '.join(kinds)}, not to {chosen.kind}"
+            raise UserError(message, code="flag-no-effect", where=f"--{flag}", hint="remove the flag")
+    if chosen.kind == "folder" and len(chosen.sources) > 1:
+        message = "--from folder takes one folder, to which the names of the pictures are relative"
+        raise UserError(message, where="--from", hint="convert one folder at a time")
+
+
+def _read(kind: str, sources: Sequence[str], options: Options) -> Records:
+    """Yield the records; raises `DataError` for a file in another format."""
+    if kind == "alpaca":
+        options = replace(options, columns=INSTRUCTIONS, exact=True)
+    is_stored_kind = kind == "hub" or (
+        kind in ("llava", "messages", "table", "alpaca") and any(map(is_stored, sources))
+    )
+    try:
+        yield from _stored(sources, options) if is_stored_kind else KINDS[kind](list(map(Path, sources)), options)
+    except UserError:
+        raise
+    except MALFORMED as error:
+        reason = "its lists and objects have another structure"
+        if isinstance(error, (KeyError, ValueError)):
+            reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise DataError(
+            f"not the format that --from {kind} expects: {reason}",
+            code="convert-wrong-format",
+            where=", ".join(sources),
+            hint=f"name another format: --from {', '.join(KINDS)}",
+        ) from None
+
+
+def _llava(sources: Sequence[Path], options: Options) -> Records:
+    """Records in LLaVA's form or in the form of `messages`, as every reader of records takes them.
+
+    Bad records are left out; if all are bad, the file has another format and the first error is raised.
+    """
+    errors: list[DataError] = []
+    num_usable = 0
+    for source in sources:
+        for number, (place, value) in enumerate(read_objects(source, on_error=errors.append), start=1):
+            try:
+                parse_record(value, source=f"{source}:{place}", embedded="keep")
+            except DataError as error:
+                errors.append(error)
+                continue
+            assert isinstance(value, dict)  # else parse_record raises
+            num_usable += 1
+            yield from stored_pictures(as_llava(value, number), f"{source}:{place}", options.left_out)
+    if errors and not num_usable:
+        raise errors[0]
+    for skipped in errors:
+        options.leave_out(skipped)
+
+
+def _stored(sources: Sequence[Any], options: Options) -> Records:
+    """Records of shards, tables and the hub, with all of their other columns that JSON can hold."""
+    dropped: set[str] = set()
+    for source in sources:
+        for number, item in enumerate(stored_items(str(source), options)):
+            if isinstance(item, DataError):
+                if not isinstance(item, ImageError) and item.first.code != EMPTY_CELL:
+                    raise item
+                options.leave_out(item)
+                continue
+            extra = {key: value for key, value in item.extra.items() if _fits_json(value)}
+            dropped |= item.extra.keys() - extra.keys()
+            yield options.with_kept({**_as_llava(item, str(number)), **extra}, item.extra)
+    if dropped:
+        sys.stderr.write(f"left out: columns that JSON cannot hold: {', '.join(sorted(dropped))}\n")
+
+
+def _fits_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(value, StoredPicture)
+
+
+def output_exists(path: Path) -> UserError:
+    hint = "nothing was written; name a new --output_dir"
+    return UserError(f"{path} exists already", code="output-exists", hint=hint)
+
+
+class PictureFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.is_mine = False  # created by this conversion
+        self._used: Counter[str] = Counter()
+        self._names: dict[tuple[str, bytes], str] = {}
+
+    def filled(self, records: Records) -> Records:
+        """Yield the records after writing their stored pictures; equal names with equal content are written once."""
+        for value in records:
+            for key in ("image", "images"):
+                field = value.get(key)
+                if isinstance(field, list):
+                    value[key] = [self._written(name) for name in field]
+                elif field:
+                    value[key] = self._written(field)
+            yield value
+
+    def remove(self) -> None:
+        if self.is_mine:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def _written(self, picture: Any) -> Any:
+        if not isinstance(picture, StoredPicture):
+            return picture
+        known = (str(picture), hashlib.blake2b(picture.content, digest_size=16).digest())
+        if known not in self._names:
+            self._names[known] = self._write(picture)
+        return self._names[known]
+
+    def _write(self, picture: StoredPicture) -> str:
+        if not self.is_mine and self.path.exists():
+            raise output_exists(self.path)
+        original = Path(picture.replace("\0", ""))  # file systems allow no NUL and at most 255 bytes
+        stem, suffix = original.stem[:60] or "picture", original.suffix[:12] or picture_suffix(picture.content)
+        name = wanted = f"{stem}{suffix}"
+        while name in self._used:
+            self._used[wanted] += 1
+            name = f"{stem}-{self._used[wanted]}{suffix}"
+        self._used[name] = 1
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.is_mine = True
+        (self.path / name).write_bytes(picture.content)
+        return name
+
+
+def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
+    images = {"image": record.images[0] if len(record.images) == 1 else list(record.images)} if record.images else {}
+    turns = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in record.turns]
+    shown = [{key: part for key, part in video._asdict().items() if part} for video in record.videos]
+    if any(isinstance(name, StoredPicture) for video in record.videos for name in video.files):
+        raise DataError("frames of videos inside a table are not written to files", code="record-videos")
+    videos = {"videos": shown} if shown else {}
+    return {"id": record.id or identifier, **images, **videos, "conversations": turns}
+
+
+KINDS: dict[str, Converter] = {
+    "llava": _llava,
+    "messages": _llava,
+    "folder": caption_folder,
+    "table": table,
+    "alpaca": table,
+    "hub": _stored,
+    "coco": coco_captions,
+    "vqav2": vqa,
+}
+FLAGS = {"prompt": ("folder", "table", "hub", "coco"), "image_pattern": ("coco", "vqav2")}
+COMMAND = Command(
+    "milora_data convert",
+    "Convert another format to LLaVA JSON.",
+    """\
+formats (--from):
+  llava      records of LLaVA's format, as a list or one per line; several files are joined into one
+  messages   {"messages": [{"role", "content"}], "images": [...]}, used by OpenAI, TRL and others; a list or one per
+             line; base64 pictures, here and in the other formats, are written to images/
+  folder     pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
+             metadata.csv or .jsonl
+  table      rows (.csv, .tsv, .json, .jsonl, .parquet) with columns for picture, question and answer, or picture and
+             caption
+  alpaca     instruction, input and output, or query and response, as in LLM-Adapters and MetaMathQA
+  hub        FILE.parquet, FILE.tar (webdataset), a folder of save_to_disk, hub:OWNER/NAME[:SPLIT]; pictures are
+             written to images/
+  coco       captions_....json
+  vqav2      the questions file and the annotations file of VQAv2, or of a data set in its form
+
+examples:
+  python -m milora_data convert --from llava a.jsonl b.jsonl --output_dir data
+  python -m milora_data convert --from folder my_pictures --output_dir data --prompt "What is this?"
+  python -m milora_data convert --from table captions.csv --output_dir data
+  python -m milora_data convert --from alpaca instructions.json --output_dir data
+  python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
+""",
+    inputs=(
+        option(
+            "--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="format of SOURCE, see below"
+        ),
+        option("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures"),
+    ),
+    settings=(
+        option("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")'),
+        option("--image_pattern", help="file name of a picture from its id, such as coco/{:012d}.jpg"),
+        option(
+            "--hold_out", type=positive, metavar="N", help="write about N random records to FOLDER/FOLDER-eval.json"
+        ),
+        option(
+            "--hold_out_by",
+            metavar="picture|record|FIELD",
+            help="what is never divided: records that share a picture, or of records without one a first question "
+            "(default), each record, or those with an equal value in this column or key",
+        ),
+    ),
+    outputs=(
+        shared("output_dir", required=True, about="folder for data.json, which must not exist"),
+        shared("format"),
+    ),
+)

@@ -1,1 +1,0 @@
-"""Convert other formats to LLaVA JSON."""

@@ -1,0 +1,261 @@
+"""Convert rows of tables, instructions, folders of pictures with captions, COCO captions and VQAv2's files to records.
+
+Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), or of
+MetaMathQA; `system` and `history` are as in LLaMA-Factory's form of Alpaca. Questions are worded as in LLaVA-1.5's
+mix665k. Pictures are not copied; their names are the names of the original downloads, or follow `image_pattern`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from milora_data.encode.templates import SHORT
+from milora_data.formats.jsonfile import not_utf8, read_json, read_rows
+from milora_data.pictures.files import SUFFIXES, stored_pictures
+from milora_data.records.record import IMAGE, earlier, identifier_of
+from milora_vl.common.cli.command_line import amount, beside
+from milora_vl.common.errors import DataError
+
+DEFAULT_PROMPT = "Describe this picture."
+Columns = Mapping[str, tuple[str, ...]]
+COLUMNS: Columns = {
+    "image": ("image", "image_path", "file_name", "filename", "file", "path", "images"),
+    "question": ("question", "query", "instruction", "prompt", "problem"),
+    "answer": ("answer", "answers", "response", "output", "label", "multiple_choice_answer", "solution"),
+    "caption": ("caption", "text", "description", "captions"),
+    "input": ("input",),
+    "system": ("system", "system_prompt"),
+}
+INSTRUCTIONS: Columns = {
+    "question": ("instruction", "query"),
+    "answer": ("output", "response"),
+    "input": ("input",),
+    "system": ("system",),
+}
+EMPTY_CELL = "table-empty-cell"
+UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
+CAPTION_TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.csv", "metadata.jsonl")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    prompt: str | None = None  # question for a picture that has only a caption
+    image_pattern: str | None = None  # file name of a picture from its id, such as coco/train2017/{:012d}.jpg
+    kept: str | None = None  # a column or key that the records keep
+    columns: Columns = field(default_factory=lambda: COLUMNS)  # the names of each part of a record
+    exact: bool = False  # texts are not changed
+    left_out: list[str] = field(default_factory=list)  # collects a line for each record that is skipped
+
+    def leave_out(self, error: DataError) -> None:
+        self.left_out.append(f"{error.first.where}: {error.first.message}")
+
+    def with_kept(self, converted: dict[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a record with what it keeps of its row. Raises `DataError` for a row without it."""
+        if self.kept is None:
+            return converted
+        return {self.kept: field_of({**row, **converted}, self.kept), **converted}
+
+    def image(self, identifier: Any, default: str) -> str:
+        """Return the file name of a picture; raises `DataError` if the pattern does not fit its id."""
+        pattern = self.image_pattern or default
+        try:
+            return pattern.format(int(identifier) if str(identifier).isdecimal() and "d}" in pattern else identifier)
+        except (ValueError, IndexError, KeyError) as error:
+            message = f"--image_pattern {pattern} does not fit the picture {identifier!r}: {error}"
+            raise DataError(message, hint="for example  --image_pattern '{:012d}.jpg'") from None
+
+
+Records = Iterator[dict[str, Any]]
+Converter = Callable[[Sequence[Path], Options], Records]
+
+
+def field_of(row: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field that every record must have. Raises `DataError` with the names of its fields."""
+    if row.get(name) in (None, ""):
+        raise DataError(
+            f'record {row.get("id", "")} has nothing under "{name}"; it has: {", ".join(row)}',
+            where="--hold_out_by",
+            hint="name a field that every record has, or picture or record",
+        )
+    return row[name]
+
+
+def record(identifier: Any, images: str | Sequence[str] | None, exchanges: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Return a LLaVA record of questions and answers, with an `<image>` for each picture before the first question."""
+    turns = []
+    for question, answer in exchanges:
+        turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    if not images:
+        return {"id": str(identifier), "conversations": turns}
+    names = [images] if isinstance(images, str) else list(images)
+    turns[0]["value"] = f"{IMAGE}\n" * len(names) + turns[0]["value"]
+    return {"id": str(identifier), "image": names[0] if len(names) == 1 else names, "conversations": turns}
+
+
+def table(sources: Sequence[Path], options: Options) -> Records:
+    """Rows with picture, question and answer, or picture and caption. Rows with an empty cell are left out."""
+    for path in sources:
+        for number, (place, row) in enumerate(read_rows(path)):
+            where = f"{path}:{place}"
+            if not isinstance(row, dict):
+                raise DataError(f"expected a row (an object), got {type(row).__name__}", where=where)
+            identifier = place if place.isdecimal() else str(number)  # the line of a row without an id
+            try:
+                converted = row_record(row, options, place=where, identifier=identifier)
+            except DataError as error:
+                if error.first.code != EMPTY_CELL:
+                    raise
+                options.leave_out(error)
+                continue
+            yield from stored_pictures(converted, where, options.left_out)
+
+
+def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifier: str) -> dict[str, Any]:
+    """Return the record of one row, whose columns are recognized by name.
+
+    `input` follows the question on a new line, or is the question; the text of `system` and the exchanges of `history`
+    come first. Raises `DataError` with the code EMPTY_CELL if the row has the columns, but no text in one; else if it
+    lacks them.
+    """
+    columns = {**dict.fromkeys(COLUMNS, ()), **options.columns}
+    cells = {
+        what: next((row[name] for name in names if row.get(name) not in (None, "", [])), None)
+        for what, names in columns.items()
+    }
+    answer = cells["answer"] if cells["question"] else cells["caption"] or cells["answer"]
+    if isinstance(answer, list | tuple):
+        answer = answer[0] if answer else None
+    if isinstance(answer, int | float):
+        answer = str(answer)
+    asks_nothing = cells["caption"] or not any(name in row for name in columns["question"])  # a picture to describe
+    asked = cells["question"] or cells["input"] or (cells["image"] if asks_nothing else None)
+    if not isinstance(answer, str) or not answer.strip() or not asked:
+        raise _incomplete(row, columns, answer, bool(asked), place)
+    question = "\n".join(filter(None, (str(cells["question"] or ""), str(cells["input"] or ""))))
+    kept: dict[str, Any] = {}  # what an evaluation reads: the kind of the question, and all correct answers
+    if not options.exact:
+        question = (question or options.prompt or DEFAULT_PROMPT).replace(IMAGE, "").strip()
+        answer = answer.strip()
+        kept = {"type": row["type"]} if row.get("type") else {}
+        kept |= {"answers": row["answers"]} if isinstance(row.get("answers"), list) else {}
+    exchanges = [*earlier(row, place), (question, answer)]
+    converted = record(identifier_of(row, ("id", "question_id"), identifier), cells["image"], exchanges)
+    if cells["system"]:
+        converted["conversations"].insert(0, {"from": "system", "value": str(cells["system"])})
+    return options.with_kept({**kept, **converted}, row)
+
+
+def _incomplete(row: Mapping[str, Any], columns: Columns, answer: object, is_asked: bool, place: str) -> DataError:
+    """Return the error for a row with an empty cell, or without the columns."""
+    found = {what: next((name for name in names if name in row), "") for what, names in columns.items()}
+    question = found["question"] or found["input"] or found["image"]
+    text = found["answer"] if found["question"] else found["caption"] or found["answer"]
+    if question and text and (not answer or isinstance(answer, str)):
+        empty = question if answer and not is_asked else text
+        return DataError(f'nothing under "{empty}"', code=EMPTY_CELL, where=place, hint="remove or complete the row")
+    expected = "\n".join(f"  {what:<9} {', '.join(names)}" for what, names in columns.items() if names)
+    return DataError(
+        f"no question with an answer, and no picture with a caption\ncolumns: {', '.join(map(str, row))}",
+        where=place,
+        hint=f"expected some of:\n{expected}",
+    )
+
+
+def coco_captions(sources: Sequence[Path], options: Options) -> Records:
+    """COCO captions: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
+    for path in sources:
+        content = read_json(path)
+        names = {row["id"]: row["file_name"] for row in content["images"]}
+        for row in content["annotations"]:
+            name = names.get(row["image_id"])
+            if name is None:
+                raise DataError(
+                    f"a caption for picture {row['image_id']}, which the file does not list",
+                    where=str(path),
+                    hint='use the published annotation file, unchanged: its "images" list every picture',
+                )
+            image = options.image(row["image_id"], name.replace("{", "{{").replace("}", "}}"))
+            exchange = (options.prompt or DEFAULT_PROMPT, row["caption"].strip())
+            yield record(row.get("id", row["image_id"]), image, [exchange])
+
+
+def vqa(sources: Sequence[Path], options: Options) -> Records:
+    """VQAv2's questions file and annotations file, in any order: the questions about a picture form one record."""
+    files: dict[str, Any] = {}
+    for path in sources:
+        content = read_json(path)
+        found = {key: content[key] for key in ("questions", "annotations", "data_subtype") if key in content}
+        if not found.keys() & {"questions", "annotations"}:
+            raise DataError('expected an object with "questions" or "annotations"', where=str(path))
+        files |= found
+    if not {"questions", "annotations"} <= set(files):
+        raise DataError(f'expected a file with "questions" and one with "annotations"; found: {", ".join(files)}')
+    answers = {row["question_id"]: _answer(row) for row in files["annotations"]}
+    asked: dict[Any, list[tuple[str, str]]] = {}
+    num_unanswered = 0
+    for row in files["questions"]:
+        if row["question_id"] not in answers:
+            num_unanswered += 1
+            continue
+        exchanges = asked.setdefault(row["image_id"], [])
+        wanted = "" if exchanges else f"\n{SHORT}"  # the first question says that answers are short
+        exchanges.append((row["question"] + wanted, answers[row["question_id"]]))
+    if num_unanswered:
+        sys.stderr.write(f"left out: {amount(num_unanswered, 'question')} without an annotation\n")
+    default = f"COCO_{files.get('data_subtype', 'train2014')}_{{:012d}}.jpg"
+    for identifier, exchanges in asked.items():
+        yield record(identifier, options.image(identifier, default), exchanges)
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    """Return the answer of an annotation: the one it names, else the most frequent one, of equal ones the first."""
+    if "multiple_choice_answer" in row:
+        return str(row["multiple_choice_answer"])
+    return Counter(answer["answer"] for answer in row["answers"]).most_common(1)[0][0]
+
+
+def caption_folder(sources: Sequence[Path], options: Options) -> Records:
+    """A folder of pictures with a text file each (a.jpg, a.txt), sorted by name, or with one table of captions."""
+    (folder,) = sources
+    if not folder.is_dir():
+        raise DataError("no such folder", code="path-missing", where=str(folder), hint=beside(folder))
+    listed = next((folder / name for name in CAPTION_TABLES if (folder / name).is_file()), None)
+    # Hidden files are system files, such as .DS_Store, or ._a.jpg beside a.jpg.
+    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if not p.name.startswith("."))
+    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
+    texts = {file.with_suffix(""): _text(folder / file) for file in files if file.suffix == ".txt" and not listed}
+    if not listed and not texts:
+        hint = f"expected a.txt beside a.jpg, or one of: {', '.join(CAPTION_TABLES)}"
+        raise DataError("no captions", where=str(folder), hint=hint)
+    _log_left_out(
+        "picture in an unsupported format (save as JPEG or PNG)", [f for f in files if f.suffix.lower() in UNREADABLE]
+    )
+    if listed:
+        yield from table([listed], options)
+        return
+    _log_left_out("picture without a caption", [file for file in pictures if not texts.get(file.with_suffix(""))])
+    named = {file.with_suffix("") for file in pictures}
+    _log_left_out("caption without a picture", [name.with_suffix(".txt") for name in texts if name not in named])
+    for file in pictures:
+        if caption := texts.get(file.with_suffix("")):
+            yield record(
+                file.with_suffix("").as_posix(), file.as_posix(), [(options.prompt or DEFAULT_PROMPT, caption)]
+            )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from None
+
+
+def _log_left_out(what: str, files: Sequence[Path]) -> None:
+    if files:
+        more = ", ..." if len(files) > 5 else ""
+        sys.stderr.write(f"left out: {len(files):,} x {what}: {', '.join(map(str, files[:5]))}{more}\n")

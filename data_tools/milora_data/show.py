@@ -1,0 +1,172 @@
+"""`python -m milora_data show`: print records as training sees them, with the loss mask."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import groupby, islice
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from milora_data.check import image_folder
+from milora_data.encode.templates import get_template, place_images, render
+from milora_data.pictures.files import ImageError, credit_lines, fitting, load_image, place_of, small
+from milora_data.records.record import IMAGE, Record
+from milora_data.stream import load_records
+from milora_vl.common.cli import page as html
+from milora_vl.common.cli.command_line import amount, next_step
+from milora_vl.common.cli.flags import DATA, Command, count, option, positive, shared
+from milora_vl.common.errors import DataError, UserError, with_context
+
+STYLES = {"learnt": "bold green", "given": "", "picture": "magenta"}  # keys of the JSON output
+COMMAND = Command(
+    "milora_data show",
+    "Print records as training sees them, with the loss mask.",
+    """\
+[[ ]] marks the supervised text; a training with --dry-run counts the tokens of its model
+
+examples:
+  python -m milora_data show train.json
+  python -m milora_data show train.json --limit 50 --html records.html
+  python -m milora_data show train.json --id 000000033471 --template llama_3
+""",
+    inputs=(
+        DATA,
+        shared("image_folder", about="folder of the pictures (default: beside DATA)"),
+        option("--id", help="print only the record with this id"),
+        option("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)"),
+        option("--limit", type=positive, help="number of records (default: 1; 100 with --html)"),
+    ),
+    settings=(shared("template", default="vicuna_v1", about="prompt format (default: %(default)s)"),),
+    outputs=(
+        option("--html", type=Path, metavar="OUT", help="write a page with the pictures to this new file"),
+        shared("format"),
+    ),
+)
+
+
+class Piece(NamedTuple):
+    """A piece of text. The kinds are keys of the JSON output: supervised text, other text, and `<image>`."""
+
+    kind: Literal["learnt", "given", "picture"]
+    text: str
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    chosen = COMMAND.parse(argv)
+    folder = image_folder(chosen.data, chosen.image_folder)
+    limit = (1 if chosen.html is None else 100) if chosen.limit is None else chosen.limit
+    records = _select(chosen.data, chosen.id, chosen.index, limit + 1)
+    shown = [(record, pieces_of(record, chosen.template)) for record in records[:limit]]
+    if chosen.html is not None:
+        is_part = len(records) > limit or chosen.index > 0 or chosen.id is not None
+        _write_page(chosen, [_card(record, pieces, folder) for record, pieces in shown], folder, is_part=is_part)
+    for number, (record, pieces) in enumerate(shown if chosen.html is None else ()):
+        if chosen.format == "json":
+            sys.stdout.write(json.dumps(_content(record, pieces), ensure_ascii=False) + "\n")
+        else:
+            _print(record, pieces, folder, separate=number > 0)
+    pictures = ["--image_folder", folder] if chosen.image_folder else []
+    next_step("milora_data", "check", chosen.data, *pictures)
+    return 0
+
+
+def _select(data: Path, name: str | None, index: int, limit: int) -> list[Record]:
+    records = load_records(data)
+    if name is not None:
+        records = (record for record in records if record.id == name)
+    selected = list(islice(records, index, index + limit))
+    if not selected:
+        selector = f'id "{name}"' if name is not None else f"number {index}"
+        raise UserError(f"{data} contains no record with {selector}")
+    return selected
+
+
+def pieces_of(record: Record, template: str = "vicuna_v1") -> list[Piece]:
+    """Return the pieces of a record in a prompt format. Raises `DataError` with file and line, like `encode`."""
+    try:
+        turns = place_images(record.turns, len(record.images))
+        segments = render(turns, get_template(template), "</s>", bos="<s>")
+    except DataError as error:
+        raise with_context(error, record.place) from None
+    pieces = []
+    for supervised, group in groupby(segments, attrgetter("supervised")):
+        for number, part in enumerate("".join(segment.text for segment in group).split(IMAGE)):
+            pieces += [Piece("picture", IMAGE)] * bool(number)
+            pieces += [Piece("learnt" if supervised else "given", part)] * bool(part)
+    return pieces
+
+
+def _content(record: Record, pieces: Sequence[Piece]) -> dict[str, Any]:
+    return {
+        "id": record.id,
+        "source": record.source,
+        "images": record.images,
+        **({"videos": [video._asdict() for video in record.videos]} if record.videos else {}),
+        "pieces": [piece._asdict() for piece in pieces],
+        **({"extra": dict(record.extra)} if record.extra else {}),
+    }
+
+
+def _print(record: Record, pieces: Sequence[Piece], folder: Path, *, separate: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if separate:
+        console.print()
+    console.print(f"{record.id or '(no id)'}   {record.source}", style="bold")
+    for picture in _pictures(record, folder):
+        console.print(f"picture: {picture['name']} ({picture['note']})", style="dim")
+    for video in record.videos:
+        console.print(f"video: {video.file or amount(len(video.frames), 'frame')}", style="dim")
+    if record.extra:
+        console.print(f"more keys: {json.dumps(dict(record.extra), ensure_ascii=False)}", style="dim")
+    # Brackets mark the supervised text without colours too.
+    marked = [(f"[[{text}]]" if kind == "learnt" else text, STYLES[kind]) for kind, text in pieces]
+    console.print(Text.assemble(*marked))
+
+
+def _pictures(record: Record, folder: Path) -> list[dict[str, Any]]:
+    """Return the pictures of a record; an unreadable one has the reason as its note, and no JPEG."""
+    pictures: list[dict[str, Any]] = []
+    for name in record.images:
+        try:
+            image = load_image(place_of(folder, name))
+        except ImageError as error:
+            pictures.append({"name": str(name), "note": error.reason, "jpeg": None})
+        else:
+            pictures.append({"name": str(name), "note": "{} x {}".format(*image.size), "jpeg": small(image)})
+    return pictures
+
+
+def _card(record: Record, pieces: Sequence[Piece], folder: Path) -> dict[str, Any]:
+    """Return what the page shows of a record."""
+    pictures = _pictures(record, folder)
+    kind = "with pictures" if pictures else "text only"
+    if any(picture["jpeg"] is None for picture in pictures):
+        kind = "with unreadable pictures"
+    return {"id": record.id, "source": record.source, "kind": kind, "pieces": pieces, "pictures": pictures}
+
+
+def _write_page(chosen: argparse.Namespace, cards: Sequence[dict[str, Any]], folder: Path, *, is_part: bool) -> None:
+    """Write the page; its pictures take at most 5 MB. Raises `UserError` if the file exists."""
+    if chosen.html.exists():
+        hint = "nothing was written; name a new file with --html"
+        raise UserError(f"{chosen.html} exists already", code="output-exists", hint=hint)
+    pictures = [picture for card in cards for picture in card["pictures"]]
+    for picture, uri in zip(pictures, fitting([picture["jpeg"] for picture in pictures], html.MAX_BYTES), strict=True):
+        picture["uri"] = uri
+    count = amount(len(cards), "record") + (", not all of the file," if is_part else "")
+    content = {
+        "title": str(chosen.data),
+        "lede": f"{count} as training sees {'it' if len(cards) == 1 else 'them'}",
+        "records": cards,
+        "credits": credit_lines([chosen.data.parent, folder, folder.parent]),
+    }
+    html.write(chosen.html, html.render(Path(__file__).with_name("show.html.j2"), content))
+    as_json = json.dumps({"page": str(chosen.html), "records": len(cards)})
+    sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{chosen.html}: {amount(len(cards), 'record')}\n")

@@ -1,1 +1,0 @@
-"""Show records as training sees them."""
