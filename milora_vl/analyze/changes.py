@@ -14,8 +14,7 @@ from milora_vl.analyze.measures import Update, moved
 from milora_vl.analyze.weights import Weights
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import moved as moved_name
-from milora_vl.core.adapter.save_load import new_paths
-from milora_vl.core.adapter.sidecar import Sidecar, locate, read_sidecar
+from milora_vl.core.adapter.sidecar import Sidecar, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names
 from milora_vl.core.weights.matrices import distance
 from milora_vl.interop.imported import kind_of, require_unchanged_base

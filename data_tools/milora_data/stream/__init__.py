@@ -119,8 +119,7 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from None
     except YamlTextError as error:
-        where = f"{path}:{error.line}" if error.line else str(path)
-        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=where) from None
+        raise DataError(f"broken YAML: {error}", code="yaml-syntax", where=str(path)) from None
     try:
         mixture = _Mixture.model_validate({"sources": content} if isinstance(content, list) else content)
     except ValidationError as error:

@@ -11,12 +11,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from milora_eval.__main__ import main
-from milora_eval.answers.identity import adapter_digest
-from milora_eval.answers.store import read_lines
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import Options, export
-from support import official_data
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, pissa_trained
 from support.problems import raises_code
 
@@ -72,26 +68,3 @@ def test_factors_without_their_residual_are_refused(root: Path) -> None:
     with raises_code("adapter-no-initial-factors", message="was trained on a residual base") as error:
         load_model(root / "base", adapter=root / "plain")
     assert "python -m milora_vl.export" in str(error.value)
-
-
-def test_llavas_folder_is_evaluated_as_ours(root: Path) -> None:
-    llava_folder(root)
-    data = official_data.write(root / "data", "gqa")
-    said = []
-    for name in ("adapter", "trained"):
-        out = root / f"out-{name}"
-        command = ["run", "--model", str(root / "base"), "--adapter", str(root / name), "--benchmarks", "gqa"]
-        assert (
-            main([*command, "--data", str(data), "--output_dir", str(out), "--forgetting_tokens", "0", "--limit", "2"])
-            == 0
-        )
-        said.append([line["prediction"] for line in read_lines(out / "eval" / "gqa" / "final" / "predictions.jsonl")])
-    assert said[0] == said[1]
-
-
-def test_every_file_of_an_adapter_is_part_of_its_digest(root: Path) -> None:
-    llava_folder(root)
-    before = adapter_digest(root / "trained")
-    stored = torch.load(root / "trained" / "non_lora_trainables.bin", weights_only=True)
-    torch.save({name: tensor + 1 for name, tensor in stored.items()}, root / "trained" / "non_lora_trainables.bin")
-    assert adapter_digest(root / "trained") != before
