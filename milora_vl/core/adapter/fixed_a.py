@@ -101,7 +101,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 # Four times the length that PEFT's LoRA starts with in every layer: minor directions learn best at four times the
-# learning rate there (docs/studies/default.md), so that the rate of a LoRA suits them.
+# learning rate there (docs/results.md), so that the rate of a LoRA suits them.
 ROW_LENGTH = 4 * 3**-0.5
 LARGEST_OVERLAP = 1e-4
 
