@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
+from milora_data.pictures.files import credit_lines, fitting, thumbnail
 from milora_vl.common.cli.table import Table
 from milora_vl.report.run_page import Comparison, Evaluation, Json, Run, Score, label
 from milora_vl.report.tables import score_tables

@@ -17,7 +17,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milora_data.pictures.thumbnails import data_uri
+from milora_data.pictures.files import data_uri
 from milora_vl.common.atomic_write import write_text
 from milora_vl.report.run_page import Layer, Score
 

@@ -25,7 +25,7 @@ from milora_data.assets import cache_dir
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.pictures.files import ImageError, content_of, load_image, place_of
 from milora_data.records.record import IMAGE, Record, Turn
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.errors import DataError, Key, UserError, first_line
 from milora_vl.common.progress import progress_bar

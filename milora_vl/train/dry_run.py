@@ -88,6 +88,9 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     except UserError as error:
         problems += error.problems
         counts, num_records, num_rows = _assumed(screen, recipe, "cannot be used"), None, None
+    run, note = run.on_records(has_pictures=recipe.data.streaming or counts.has_pictures)
+    if note:
+        screen.say(note)
     with collected(problems):
         inherit.read_earlier_records(run.tasks, recipe, screen, are_used=run.reads_calibration)
     batching = Batching.of(recipe, num_rows or 1, num_devices(request))

@@ -53,6 +53,7 @@ def train(settings: Settings) -> int:
     show_notes(run, screen)
     with created(run.folder.path) if run.args.should_save else nullcontext():
         records = read_records(run, screen)
+        run = freeze_unseen_projector(run, records, screen)
         run, earlier = read_earlier_tasks(run, screen)
         run = compose_base(run, screen)
         questions = training_questions(run.recipe)
@@ -106,6 +107,14 @@ def read_records(run: Run, screen: Screen) -> RunData:
     for warning in warnings:
         screen.warn(warning)
     return records
+
+
+def freeze_unseen_projector(run: Run, records: RunData, screen: Screen) -> Run:
+    is_stream = run.recipe.data.streaming  # its first records say nothing about all
+    run, note = run.on_records(has_pictures=is_stream or any(record.images for record in records.train))
+    if note:
+        screen.say(note)
+    return run
 
 
 def read_earlier_tasks(run: Run, screen: Screen) -> tuple[Run, EarlierRecords]:

@@ -99,12 +99,6 @@ class AnswerTask:
             logits: Tensor = model(**inputs).logits
         return logits
 
-    def answer_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the logits (n, vocabulary) in float32 at the answer tokens of a batch, and these tokens (n,)."""
-        logits, labels = self._at_answers(model, batch)
-        supervised = labels != IGNORE
-        return logits[supervised].float(), labels[supervised]
-
     @staticmethod
     def _at_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits and labels at the positions where any row has an answer token."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from milora_data.__main__ import main as data_main
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_eval.suites import choose, find_benchmark
 from milora_vl.core.policy import Policy
 from milora_vl.train.recipe import Recipe

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from milora_data.encode.labels import encode
 from milora_data.records.record import Turn
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl import load_model
 from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import DataError, UserError

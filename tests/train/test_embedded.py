@@ -12,7 +12,7 @@ import pytest
 
 from milora_data.__main__ import main
 from milora_data.pictures.files import load_image
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.common.errors import DataError, UserError
 from milora_vl.train.command import main as train

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.check import MissingImages, check_for_training
+from milora_data.check import MissingImages
 from milora_vl.train.command import main
 from support.problems import raises_code
 from support.train_runs import training
@@ -67,8 +67,3 @@ def test_replace_shows_a_plain_picture(with_empty: Path, tmp_path: Path, capfd: 
         == 0
     )
     assert "3 times while training: a missing or broken picture was replaced" in capfd.readouterr().err
-
-
-def test_the_message_names_the_first_record(tiny_data: Path) -> None:
-    with raises_code("data-missing-pictures", says=f"{tiny_data / 'val.json'}:record 1: 4 of 4", kind=MissingImages):
-        check_for_training(tiny_data / "val.json", tiny_data)

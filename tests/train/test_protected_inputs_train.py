@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from milora_data.records.record import IMAGE, Record, Turn
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl import load_adapter
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.texts import SEED

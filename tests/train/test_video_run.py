@@ -14,7 +14,7 @@ from milora_data.pictures import videos
 from milora_data.records.record import Turn, Video
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
 from milora_vl.train.command import main

@@ -19,7 +19,7 @@ from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import UserError
 from milora_vl.export.command import main as export
 from milora_vl.forgetting.__main__ import main as forgetting
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.train.command import main
 from support import official_data
 from support.launched import needs_deepspeed, train_in_two

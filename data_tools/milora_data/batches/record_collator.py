@@ -93,10 +93,7 @@ class RecordCollator(ABC, Generic[Sample]):
             return FailedBatch(error)  # type: ignore[return-value]  # the loader raises it
 
     def num_tokens(self, record: Record) -> int:
-        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its images.
-
-        An image that cannot be read counts as a small one. Raises `DataError` like a batch.
-        """
+        """Return the number of tokens of a record, at most `max_length`, from its text and the sizes of its images."""
         length = self.full_length(record)
         return length if self.max_length is None else min(length, self.max_length)
 
