@@ -25,7 +25,7 @@ from milora_data.records.record import Turn
 from milora_eval.answers.store import PREDICTIONS, to_line
 from milora_eval.benchmarks import vqa
 from milora_eval.benchmarks.llava_prompts import picture_item
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 
 # VmHWM restarts at exec; the peak of getrusage would include this process.

@@ -27,7 +27,7 @@ from torch import nn
 from milora_vl.core.adapter.initialize import initialize
 from milora_vl.core.policy import Policy, Target
 from milora_vl.core.weights.matrices import read_matrix
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 
 
 def main() -> None:

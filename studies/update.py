@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from milora_vl.core.adapter.initialize import cached_factors
 from milora_vl.core.adapter.lora import base_layer, lora_layer
 from milora_vl.core.weights.matrices import as_matrix, is_adaptable
+from milora_vl.core.weights.tensor_files import cached_factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,6 @@ class Updates:
 
     def _outside(self, path: str, weight: Tensor, change: Tensor) -> Tensor:
         assert self.top is not None
-        first = cached_factors(weight, min(self.top, *weight.shape), "principal", path=path, cache=self.cache)
+        first = cached_factors(weight, min(self.top, *weight.shape), "principal", self.cache)
         left = change - first.U @ (first.U.T @ change)
         return left - (left @ first.Vh.T) @ first.Vh

@@ -54,7 +54,7 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
 
 def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> Any:
     """Return an instance of a subclass of VLMEvalKit's BaseModel that answers with base + adapter, greedily."""
-    from milora_vl.interop.adapters.load_model import load_model
+    from milora_vl.interop.load_model import load_model
     from milora_vl.models.generate import Prompt, generate
 
     loaded, processor = load_model(model, adapter=adapter)

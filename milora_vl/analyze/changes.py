@@ -14,16 +14,12 @@ from milora_vl.analyze.measures import Update, moved
 from milora_vl.analyze.weights import Weights
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import moved as moved_name
-from milora_vl.core.adapter.save_load import new_paths
-from milora_vl.core.adapter.sidecar import Sidecar, locate, read_sidecar
+from milora_vl.core.adapter.sidecar import Sidecar, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names
 from milora_vl.core.weights.matrices import distance
-from milora_vl.interop.adapters.imported import import_adapter
-from milora_vl.interop.adapters.llava import in_hf_layout, read_llava
-from milora_vl.interop.adapters.plain import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
-from milora_vl.interop.adapters.residual import refuse_mutating
-from milora_vl.interop.adapters.source import find_source
-from milora_vl.models.loading import load_weights
+from milora_vl.interop.imported import kind_of, require_unchanged_base
+from milora_vl.interop.llava_layout import in_hf_layout, read_llava
+from milora_vl.interop.lora_folder import PREFIX, LowRank, PlainAdapter, from_state, more_than_factors, read_config
 
 _MAGNITUDE = ".lora_magnitude_vector"
 
@@ -74,23 +70,20 @@ class Change:
 
 
 def read_changes(folder: Path, base: Weights, *, allow_base_mismatch: bool = False) -> dict[str, Change]:
-    """Read an adapter folder of any origin: ours, PEFT (also DoRA), LLaVA, or PiSSA on a residual base.
+    """Read an adapter folder of any origin: ours, PEFT (also DoRA), or LLaVA.
 
     Raises UserError if the adapter does not fit the base model, or if its change is not a known matrix.
     """
-    source = find_source(folder)
+    kind = kind_of(folder)
     magnitudes: Mapping[str, Tensor] = {}
     names = canonical_names(base.model)
-    if source.kind == "residual":
-        base = base if base.stored is None else Weights.of(load_weights(base.name), base.name)
-        adapter, _ = import_adapter(source, base.model, base.name)
-    elif source.kind == "llava":
-        adapter = in_hf_layout(read_llava(source.folder), names)
+    if kind == "llava":
+        adapter = in_hf_layout(read_llava(folder), names)
     else:
-        if source.kind == "plain":
-            refuse_mutating(source.folder)
-        adapter, magnitudes = _read(source.folder)
-    if adapter.sidecar is not None and source.kind != "llava":
+        if kind == "plain":
+            require_unchanged_base(folder, base.name)
+        adapter, magnitudes = _read(folder)
+    if adapter.sidecar is not None and kind != "llava":
         saved, located = adapter.sidecar, locate(adapter.sidecar, names)
         path_of = new_paths(saved, located)
         adapter = replace(adapter.moved(lambda path: moved_name(path, path_of)), sidecar=located)

@@ -28,7 +28,7 @@ from milora_vl.core.adapter.folders import (
     holds_projector_alone,
     holds_residual,
 )
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.devices import device_named
 
 FILE = "layers.jsonl"

@@ -20,7 +20,7 @@ from milora_vl.core.adapter.folders import CONFIG, require_no_base
 from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.forgetting.measure import can_recover_base, compare_on, measure_forgetting
 from milora_vl.forgetting.text import sampled_batches
-from milora_vl.interop.adapters.load_model import load_by_flags
+from milora_vl.interop.load_model import load_by_flags
 from milora_vl.models.loading import load_processor, split_processor
 from milora_vl.models.prompts import prompts_of
 

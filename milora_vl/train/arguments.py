@@ -227,7 +227,7 @@ def coerce(name: str, value: Any) -> Any:
         isinstance(value, list | dict) and type(value) not in members
     ):
         raise ValueError(f"expected {expected}, got {value!r}")
-    hint = Annotated[argument.hint, LIMITS[name]] if name in LIMITS else argument.hint
+    hint: Any = Annotated[argument.hint, LIMITS[name]] if name in LIMITS else argument.hint
     try:
         valid = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
@@ -532,9 +532,7 @@ def build(train: Mapping[str, Any], output_dir: Path, *, is_started: bool) -> Tr
     """
     train = deepcopy(dict(train))  # HF writes into the settings of DeepSpeed
     if not is_started:
-        for name in OF_THE_MACHINE:
-            train.pop(name, None)
-        train["use_cpu"] = True
+        train = {name: value for name, value in train.items() if name not in OF_THE_MACHINE} | {"use_cpu": True}
     with nullcontext() if is_started else _environment_kept(), refused():
         if is_started:
             _prepare_processes(train)

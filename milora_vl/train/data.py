@@ -40,7 +40,7 @@ from milora_vl.common.cli.command_line import amount, command_line
 from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context, with_problems
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models.base import Base
-from milora_vl.models.collator import collator_for
+from milora_vl.models.collator_for import collator_for
 from milora_vl.models.loading import split_processor
 from milora_vl.models.losses import supervised_positions
 from milora_vl.train.arguments import value_of

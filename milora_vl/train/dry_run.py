@@ -95,6 +95,9 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     except UserError as error:
         problems += error.problems
         counts, num_records, num_rows = _assumed(screen, recipe, "cannot be used"), None, None
+    run, note = run.on_records(has_pictures=recipe.data.streaming or counts.has_pictures)
+    if note:
+        screen.say(note)
     with collected(problems):
         inherit.read_earlier_records(run.tasks, recipe, screen, are_used=run.reads_calibration)
     batching = Batching.of(recipe, num_rows or 1, num_devices(request))
@@ -191,8 +194,7 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
         collate = None
     if collate is None:
         counts = _assumed(screen, recipe, f"{found}, not checked: the tokenizer of {recipe.model} is not here")
-        rows = None if number is None else max(round(number / counts.records), 1)
-        return counts, number, rows
+        return counts, number, None if number is None else max(round(number / counts.records), 1)
     data.check(collate, recipe, read)
     first = list(read.train[: value_of(recipe.train, "per_device_train_batch_size")])
     if recipe.data.bad_images != "raise":  # the run leaves out the others

@@ -34,7 +34,6 @@ from milora_vl.core.adapter.folders import (
     has_config,
     holds_llava_adapter,
     holds_projector_alone,
-    holds_residual,
     module_path,
     require_adapter,
 )
@@ -42,7 +41,7 @@ from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trai
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Policy, Rule, Target
 from milora_vl.core.policy.rules import METHODS
-from milora_vl.models.recipe_of_run import recipe_of_run
+from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train.data import RunData, read_records, source_text
 from milora_vl.train.flags import PolicyEdits, edited
 from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig
@@ -90,7 +89,7 @@ def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
             where=flag,
             hint=f"use  --projector_weights {folder}",
         )
-    is_other = holds_residual(folder) or holds_llava_adapter(folder)
+    is_other = holds_llava_adapter(folder)
     sidecar = None if is_other else read_sidecar(folder)
     if sidecar is None:
         why = "is in the layout of another program" if is_other else f"has no {FILE_NAME}, which lists what trains"

@@ -35,9 +35,9 @@ from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.core.weights.matrices import factor_dtype
 from milora_vl.models.base import Base
+from milora_vl.models.devices import bytes_per_number, quantized_layers
 from milora_vl.models.image_tokens import layers_of
 from milora_vl.models.losses import CHUNK, GradientsAtOnce, inner_model
-from milora_vl.models.quantized import bytes_per_number, quantized_layers
 from milora_vl.train.arguments import Launch, Strategy, strategy_of
 from milora_vl.train.screen import trained_sizes
 

@@ -23,9 +23,9 @@ from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
+from milora_vl.models.devices import quantization_config, unquantized
 from milora_vl.models.loading import load_weights
 from milora_vl.models.projector import load_projector
-from milora_vl.models.quantized import quantization_config, unquantized
 from milora_vl.train.calibration import cache_folder
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.screen import frozen_towers, trained_sizes

@@ -31,7 +31,7 @@ from milora_vl.common.errors import Key, Problem, UserError
 from milora_vl.common.strict_models import Strict, problems_of, unknown_key
 from milora_vl.common.yaml_text import read_file, read_mapping
 from milora_vl.core.policy import Policy, PolicyError
-from milora_vl.models.processor_settings import ProcessorSettings
+from milora_vl.models.processors import ProcessorSettings
 from milora_vl.train import arguments
 
 SAMPLES, PICTURES = 48, 32  # of a calibration

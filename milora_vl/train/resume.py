@@ -83,14 +83,15 @@ def read_earlier(
     before, environment = load(folder / "recipe.yaml"), checkpoints.read_environment(folder)
     recipe = recipe_on(before.model)
     # `warnings` compares the processes of a sharded checkpoint.
-    counts_itself = run.checkpoint is None or is_sharded(run.checkpoint)
-    wrote = processes if counts_itself else num_processes(run.checkpoint)
+    checkpoint = run.checkpoint
+    wrote = processes if checkpoint is None or is_sharded(checkpoint) else num_processes(checkpoint)
     changes = differences(before, recipe)
     if (old := environment.get("dtype", dtype)) != dtype:
         changes["dtype"] = (old, dtype)
     batches = [_batch(side, count) for side, count in ((before, wrote), (recipe, processes))]
     if prod(batches[0]) != prod(batches[1]) or (recipe.data.streaming and wrote != processes):
-        changes["batch in total"] = tuple(f"{prod(batch)} ({' x '.join(map(str, batch))})" for batch in batches)
+        old, new = (f"{prod(batch)} ({' x '.join(map(str, batch))})" for batch in batches)
+        changes["batch in total"] = old, new
     refused = {key: values for key, values in changes.items() if not is_free(key, recipe)}
     if refused:
         lines = "\n".join(

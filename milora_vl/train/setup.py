@@ -35,11 +35,10 @@ from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
-from milora_vl.models.devices import fastest_dtype, train_device
+from milora_vl.models.devices import fastest_dtype, quantized_layers, train_device
 from milora_vl.models.parts import Parts
 from milora_vl.models.processors import configure_processor, usable_inputs
 from milora_vl.models.projector import projector_file
-from milora_vl.models.quantized import quantized_layers
 from milora_vl.report.repeat import is_file
 from milora_vl.train import arguments, folder, inherit, resume
 from milora_vl.train.arguments import Derived, Launch, read_launch, require_processes_for_fsdp, value_of
@@ -89,6 +88,17 @@ class Run:
     @property
     def reads_calibration(self) -> bool:
         return self.protects or bool(self.base_kl.weight)
+
+    def on_records(self, *, has_pictures: bool) -> tuple[Run, str]:
+        """Return the run on records with or without pictures, and a note.
+
+        Without pictures no calibration reaches a protected projector. It stays frozen: text does not train it.
+        """
+        kept = tuple(target for target in self.targets if target.tower != "projector" or not target.protect)
+        is_needed = self.recipe.adapter is None and self.recipe.calibration.data is None
+        if has_pictures or not is_needed or len(kept) in (0, len(self.targets)):
+            return self, ""
+        return replace(self, targets=kept), "note: no training record has a picture, so the projector stays frozen"
 
     def composed(self) -> tuple[Run, str]:
         """Return the run on a base that exists, composed of its parts at first use, and a log line.

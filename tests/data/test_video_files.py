@@ -20,8 +20,7 @@ from milora_data.pictures.files import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError, UserError
-from milora_vl.models.processor_settings import ProcessorSettings
-from milora_vl.models.processors import configure_processor
+from milora_vl.models.processors import ProcessorSettings, configure_processor
 from support.problems import raises_code
 from support.versions import needs_places
 from support.videos import VIDEO_PARTS, asked, video_template, write_video

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.core.adapter.folders import NON_LORA
 from milora_vl.core.adapter.sidecar import stored_tensors
-from milora_vl.interop.adapters.llava import read_llava
+from milora_vl.interop.llava_layout import read_llava
 from milora_vl.models import original
 from milora_vl.models.loading import config_of
 from milora_vl.models.projector import read_projector

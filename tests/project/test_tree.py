@@ -35,7 +35,6 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "milora_vl/forgetting/__main__.py": (1, QUICK_HELP),
     "milora_vl/interop/llava.py": (1, QUICK_HELP),
     "milora_vl/interop/replace.py": (1, QUICK_HELP),
-    "milora_vl/models/auto_classes.py": (2, "transformers imports these classes, not the other way round"),
     "milora_vl/core/policy/policy.py": (1, "reading rules needs no PEFT"),
     "milora_vl/train/recipe/continued.py": (1, QUICK_HELP),
     "milora_vl/sweep/__main__.py": (1, QUICK_HELP),

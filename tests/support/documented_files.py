@@ -162,10 +162,9 @@ def released_lora() -> None:
 
 
 def residual() -> None:
-    """Train an adapter as PiSSA's scripts do: residual base, adapter and initial factors."""
+    """Train an adapter as PiSSA's scripts do, with its initial factors beside it."""
     pissa_trained(load_model("tiny")[0], Path()).save_pretrained("trained")
-    shutil.move("residual", "RESIDUAL")
-    shutil.copytree("RESIDUAL/pissa_init", "pissa_init")
+    shutil.move("residual/pissa_init", "pissa_init")
 
 
 def demo() -> None:
@@ -187,7 +186,7 @@ PRESUMED: dict[str, Callable[[], None]] = {
     "runs/full": lambda: call(*TINY[:-2], "--method", "full", "--output_dir", "runs/full"),
     "vicuna-clip": composed,
     "llava-v1.5-7b-lora": llava_lora,
-    "RESIDUAL": residual,
+    "pissa_init": residual,
     "checkpoints/llava-v1.5-7b-lora": released_lora,
 }
 

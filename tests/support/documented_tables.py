@@ -34,7 +34,6 @@ SUBSTITUTIONS: tuple[tuple[str, str], ...] = (
     (r"lmsys/vicuna-7b-v1\.5", "language"),
     (r"openai/clip-vit-large-patch14-336", "tower"),
     (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
-    (r"--base BASE --residual RESIDUAL", "--base tiny --residual RESIDUAL --output_dir of-residual"),
     (r"--base BASE --initial pissa_init", "--base tiny --initial pissa_init --output_dir of-initial"),
     (r"hub:HuggingFaceH4/ultrafeedback_binarized:train_sft", "ultrafeedback.parquet"),
     # Recipes: their models.
@@ -97,7 +96,7 @@ PAGES_PRESUME: dict[str, tuple[str, ...]] = {
     "docs/choose.md": ("runs/mine",),
     "docs/continue.md": ("runs/a",),
     "docs/evaluation.md": ("runs/a", "runs/demo"),
-    "docs/exporting.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora", "RESIDUAL"),
+    "docs/exporting.md": ("runs/a", "vicuna-clip", "llava-v1.5-7b-lora", "pissa_init"),
     "docs/forgetting.md": ("runs/demo", "runs/full"),
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
     "docs/run-folder.md": ("runs/a",),

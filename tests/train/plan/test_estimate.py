@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaC
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
-from milora_vl.models.quantized import bytes_per_number
+from milora_vl.models.devices import bytes_per_number
 from milora_vl.models.tiny import tiny_llama
 from milora_vl.train.memory import (
     GIB,

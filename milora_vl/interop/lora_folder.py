@@ -1,7 +1,4 @@
-"""Read and write a PEFT LoRA folder as tensors, without a base model: factors by module, modules trained in full.
-
-Exports that need a base model (merged, residual) use a loaded model; all others use this.
-"""
+"""Read and write a PEFT LoRA folder as tensors, without a base model: factors by module, modules trained in full."""
 
 from __future__ import annotations
 
@@ -53,7 +50,6 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Return the rank of the stored factors."""
         return self.A.shape[0]
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -61,7 +57,6 @@ class LowRank:
         return self.A.float().flatten(1), self.scaling * self.B.float().flatten(1)
 
     def cast(self, dtype: torch.dtype) -> LowRank:
-        """Return the factors in `dtype`."""
         return replace(self, A=self.A.to(dtype), B=self.B.to(dtype))
 
     def replaced(self, A: Tensor, B: Tensor, scaling: float) -> LowRank:
@@ -104,7 +99,6 @@ class PlainAdapter:
         )
 
     def cast(self, dtype: torch.dtype | None) -> PlainAdapter:
-        """Return the adapter in `dtype`, without exact anchors, which its factors are not; None changes nothing."""
         if dtype is None:
             return self
         factors = {path: low.cast(dtype) for path, low in self.factors.items()}
@@ -153,7 +147,6 @@ def more_than_factors(folder: Path) -> dict[str, str]:
 def from_state(
     weights: Mapping[str, Tensor], config: LoraConfig, folder: Path, sidecar: Sidecar | None
 ) -> PlainAdapter:
-    """Sort stored tensors into factors and whole weights."""
     state = {key.removeprefix(PREFIX): tensor for key, tensor in weights.items()}
     factors, used = {}, set()
     for key, A in state.items():
@@ -205,6 +198,12 @@ def write_plain(
         content = {key: value for key, value in content.items() if key in known_keys}
     content = {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
     (folder / CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_ours(adapter: PlainAdapter, folder: Path) -> None:
+    write_plain(adapter, folder)
+    if adapter.sidecar is not None:
+        adapter.sidecar.write(folder, adapter.anchors)
 
 
 def lora_config_of(adapter: PlainAdapter) -> LoraConfig:

@@ -20,9 +20,9 @@ from milora_vl.core.adapter.folders import NON_LORA, PREFIX
 from milora_vl.core.adapter.sidecar import locate
 from milora_vl.core.policy.towers import Towers
 from milora_vl.core.weights.tensor_files import read_weights
-from milora_vl.interop.adapters.plain import LowRank, PlainAdapter, read_plain, write_plain
+from milora_vl.interop.lora_folder import LowRank, PlainAdapter, read_plain, write_plain
 from milora_vl.models.parts import TOWER_NAME
-from milora_vl.models.timm_tower_config import TimmTowerConfig
+from milora_vl.models.timm_tower import TimmTowerConfig
 
 # Keys of LoraConfig in the PEFT of LLaVA's pins (transformers 4.37.2, accelerate 0.21), which rejects other keys.
 KNOWN_KEYS = frozenset(
@@ -80,8 +80,6 @@ def canonical_of_any(path: str) -> str:
 def original_path(canonical: str) -> str:
     """Return the path in LLaVA's classes of a module with that layout-free name.
 
-    Raises UserError for modules of the vision tower, which LLaVA loads after the adapter.
-
     >>> original_path("projector.linear_1"), original_path("language.norm"), original_path("language.lm_head")
     ('model.mm_projector.0', 'model.norm', 'lm_head')
     """
@@ -93,7 +91,6 @@ def original_path(canonical: str) -> str:
         return f"model.mm_projector.{2 * (int(layer[1]) - 1)}"
     raise UserError(
         "LLaVA's layout does not support this module: LLaVA loads the vision tower after the adapter",
-        code="export-llava-module",
         where=canonical,
         hint="use --to merged",
     )
@@ -156,7 +153,6 @@ def config_for_llava(base: Any, vision_tower: str | None) -> dict[str, Any]:
         found = f"joins layers {base.vision_feature_layer}" if is_llava else f"is {base.model_type}"
         raise UserError(
             f"LLaVA's layout supports LLaVA-1.5 models on Llama with one layer of a CLIP tower, this base {found}",
-            code="export-llava-base",
             hint="use --to adapter, merged or rank-r",
         )
     text, vision = base.text_config.to_dict(), base.vision_config.to_dict()
@@ -192,7 +188,6 @@ def _vision_tower(base: Any, vision: Mapping[str, Any], name: str | None) -> str
     if kind == TimmTowerConfig.model_type or (kind != "clip_vision_model" and name is None):
         raise UserError(
             f"LLaVA's code loads only CLIP vision towers, this base has {recorded or kind}",
-            code="export-llava-base",
             hint="use --to adapter, merged or rank-r",
         )
     if name is not None:
@@ -204,7 +199,6 @@ def _vision_tower(base: Any, vision: Mapping[str, Any], name: str | None) -> str
     reason = f"the base was composed of {recorded}, which is not there" if recorded else "the base does not name it"
     raise UserError(
         f"LLaVA's config.json needs the name of the CLIP model, and {reason}",
-        code="flag-required",
         where="--vision_tower",
         hint="add  --vision_tower FOLDER-OR-ID",
     )

@@ -19,10 +19,10 @@ from torch import nn
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.models import loading
-from milora_vl.models.timm_tower_config import TimmTowerConfig
+from milora_vl.models.timm_tower import TimmTowerConfig
 
 # The code of a model with a timm tower, and the class that transformers loads from it with trust_remote_code=True.
-CODE_FILES = ("timm_llava.py", "timm_tower.py", "timm_tower_config.py")
+CODE_FILES = ("timm_llava.py", "timm_tower.py")
 PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 AUTO_MAP = {"AutoConfig": "timm_llava.TimmLlavaConfig"}
 
@@ -39,24 +39,16 @@ class Base:
 
     @property
     def name(self) -> str:
-        """Return the name of the base model. A loaded model has it in its config.
-
-        Raises UserError if the adapter names no base model.
-        """
+        """The name of the base model. A loaded model has it in its config."""
         if isinstance(self._source, nn.Module):
             return str(self.config.name_or_path)
         if not self._source:
-            raise UserError(
-                "adapter_config.json does not name the base model",
-                code="adapter-no-base-name",
-                where="--base",
-                hint="add:  --base NAME-OR-FOLDER",
-            )
+            message, hint = "adapter_config.json does not name the base model", "add:  --base NAME-OR-FOLDER"
+            raise UserError(message, where="--base", hint=hint)
         return str(self._source)
 
     @cached_property
     def config(self) -> Any:
-        """Return the HF config without loading weights."""
         if isinstance(self._source, nn.Module):
             return self._source.config
         with at_flag("--base"):
@@ -64,7 +56,7 @@ class Base:
 
     @cached_property
     def model(self) -> nn.Module:
-        """Return the model with its weights, in the requested data type, else as stored."""
+        """The model with its weights, in the requested data type, else as stored."""
         if isinstance(self._source, nn.Module):
             return self._source
         dtype, saved = self._dtype, self.config.dtype
@@ -145,7 +137,6 @@ _FILES = (
 
 
 def copy_processor(source: Path, target: Path, base: Base) -> None:
-    """Copy the processor files of `source`. If it has none, write the base model's."""
     present = [name for name in _FILES if (source / name).is_file()]
     for name in present:
         shutil.copyfile(source / name, target / name)

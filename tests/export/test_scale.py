@@ -1,4 +1,4 @@
-"""The size of an update, and sums of updates: what is written is exactly what the numbers say."""
+"""The size of an update: what is written is exactly what the number says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import Options, export, main
-from milora_vl.interop.adapters.scale import Update
+from milora_vl.interop.scale import Update
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move, one_rule
 from support.calibrated import directions, leaks, text_batches
 from support.problems import raises_code
@@ -25,22 +25,14 @@ Factory = Callable[..., tuple[Any, Any]]
 
 @pytest.fixture(scope="module")
 def made(tiny_llava: Factory, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A base, two adapters of different rules on it, and the matrices of the base."""
+    """A base, an adapter of several rules on it, and the matrices of the base."""
     root = tmp_path_factory.mktemp("made")
     for part in tiny_llava():
         part.save_pretrained(root / "base")
-    rules = {
-        "a": [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "milora", "protect": 0, "rank": 3}],
-        "b": [
-            {"modules": "language.mlp", "method": "lora", "rank": 2, "rslora": True},
-            {"modules": "projector", "method": "full"},
-        ],
-        "c": [{"modules": "projector", "method": "milora", "protect": 0, "rank": 2}],
-    }
-    for name, policy in rules.items():
-        model = apply_milora(load_model(root / "base")[0], policy)
-        move(model, {"a": 0.05, "b": 0.1, "c": 0.1}[name])
-        save_adapter(model, root / name)
+    rules = [*LLAVA_POLICY, {"modules": "*embed_tokens", "method": "lora", "rank": 3}]
+    model = apply_milora(load_model(root / "base")[0], rules)
+    move(model, 0.05)
+    save_adapter(model, root / "a")
     return SimpleNamespace(root=root, before=weights_of(load_model(root / "base")[0]))
 
 
@@ -54,12 +46,10 @@ def merged(made: SimpleNamespace, folder: Path) -> dict[str, Tensor]:
     return weights_of(PeftModel.from_pretrained(base, folder).merge_and_unload())
 
 
-def errors(made: SimpleNamespace, got: dict[str, Tensor], parts: dict[str, float]) -> tuple[float, float]:
-    """The largest difference from W + sum of w (W' - W), and the largest change, over all weights."""
-    wanted = dict(made.before)
-    for name, weight in parts.items():
-        after = merged(made, made.root / name)
-        wanted = {key: W + weight * (after[key] - made.before[key]) for key, W in wanted.items()}
+def errors(made: SimpleNamespace, got: dict[str, Tensor], scale: float) -> tuple[float, float]:
+    """The largest difference from W + scale (W' - W), and the largest change, over all weights."""
+    after = merged(made, made.root / "a")
+    wanted = {key: W + scale * (after[key] - W) for key, W in made.before.items()}
     assert got.keys() == wanted.keys()
     error = max(float((got[key] - W).abs().max()) for key, W in wanted.items())
     return error, max(float((got[key] - W).abs().max()) for key, W in made.before.items())
@@ -72,7 +62,7 @@ def test_a_scaled_export_holds_that_share_of_the_update(made, tmp_path: Path, fo
         got = weights_of(AutoModelForImageTextToText.from_pretrained(tmp_path / "out"))
     else:
         got = merged(made, tmp_path / "out")
-    error, size = errors(made, got, {"a": 0.3})
+    error, size = errors(made, got, 0.3)
     assert error < 1e-6
     assert size > 1e-2
 
@@ -94,14 +84,14 @@ def test_an_update_of_size_zero_is_the_base_model(made, tmp_path: Path, form: st
     else:
         got = merged(made, tmp_path / form)
         assert load_adapter(load_model(made.root / "base")[0], tmp_path / form, is_trainable=form == "adapter")
-    assert errors(made, got, {})[0] < 1e-6
+    assert errors(made, got, 0)[0] < 1e-6
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1, "a", None, True])
 def test_a_size_that_is_no_number_from_zero_is_refused(made, tmp_path: Path, scale: Any) -> None:
-    with raises_code("flag-value", where="--scale", message=f"must be a number from 0, got {scale!r}"):
+    with raises_code("", where="--scale", message=f"must be a number from 0, got {scale!r}"):
         load_model(made.root / "base", adapter=made.root / "a", scale=scale)
-    with raises_code("flag-value", where="--scale"):
+    with raises_code("", where="--scale"):
         export(made.root / "a", "adapter", tmp_path / "out", Options(scale=scale))
 
 
@@ -133,69 +123,15 @@ def test_a_plain_adapter_scales_too(made, tmp_path: Path) -> None:
     assert torch.allclose(twice - made.before[f"{q}.weight"], 2 * change, atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, -0.5), (0.0, 1.0)])
-def test_a_combination_is_the_weighted_sum_of_the_updates(made, tmp_path: Path, weights: tuple[float, float]) -> None:
-    done = export([made.root / "a", made.root / "b"], "adapter", tmp_path / "out", Options(weights=weights))
-    assert done.origin == "combined"
-    error, size = errors(made, merged(made, tmp_path / "out"), dict(zip("ab", weights, strict=True)))
-    assert error < 1e-6
-    assert size > 1e-2
-    ours = load_adapter(load_model(made.root / "base")[0], tmp_path / "out")
-    assert {t.method for t in ours.milora_targets} == {"lora", "full"}
-    ranks = {t.path.rpartition(".")[2]: t.rank for t in ours.milora_targets}
-    assert (ranks["q_proj"], ranks["up_proj"]) == (6, 12)  # joined halves of a; halves of a and the two of b
-
-
-def test_a_combination_exports_to_plain_rank_with_its_error(made, tmp_path: Path) -> None:
-    folders = [made.root / "a", made.root / "b"]
-    done = export(folders, "rank-64", tmp_path / "out", Options(weights=(0.7, 0.3), scale=0.5))
-    assert done.total is not None
-    assert done.total < 1e-5
-    assert errors(made, merged(made, tmp_path / "out"), {"a": 0.35, "b": 0.15})[0] < 1e-6
-
-
-def test_a_module_trained_in_two_ways_is_refused_by_name(made, tmp_path: Path) -> None:
-    with raises_code("adapter-not-scalable", where="multi_modal_projector.linear_1", hint="--to merged"):
-        export([made.root / "a", made.root / "c"], "adapter", tmp_path / "out", Options(weights=(1, 1)))
-    assert not (tmp_path / "out").exists()
-
-
-def test_wrong_weights_are_refused(made, tmp_path: Path) -> None:
-    a, b = str(made.root / "a"), str(made.root / "b")
-    out = ["--to", "adapter", "--output_dir", str(tmp_path / "out")]
-    with raises_code("flag-required", where="--weights", hint="--weights 1,1"):
-        main([a, b, *out])
-    with raises_code("flag-required", where="--weights", message="need 2 weights, found 1"):
-        main([a, b, *out, "--weights", "1"])
-    with raises_code("flag-no-effect", where="--weights", hint="--scale 0.5"):
-        main([a, *out, "--weights", "0.5"])
-    with raises_code("flag-required", where="--output_dir"):
-        main([a, b, "--to", "adapter", "--weights", "1,1"])
-    with raises_code("command-line", message="from 0, got -1"):
-        main([a, *out, "--scale=-1"])
-
-
-def test_adapters_of_different_bases_are_refused(made, tiny_llava: Factory, tmp_path: Path) -> None:
-    for part in tiny_llava(seed=1):
-        part.save_pretrained(tmp_path / "other")
-    model = apply_milora(load_model(tmp_path / "other")[0], LLAVA_POLICY)
-    save_adapter(model, tmp_path / "of-other")
-    folders = [made.root / "a", tmp_path / "of-other"]
-    with raises_code("adapter-wrong-base", where="--base", hint=str(tmp_path / "other")):
-        export(folders, "adapter", tmp_path / "out", Options(weights=(1, 1)))
-    with raises_code("adapter-wrong-base", message="not the base model"):
-        export(folders, "adapter", tmp_path / "out", Options(weights=(1, 1), base=made.root / "base"))
-
-
 def test_what_is_no_product_of_factors_is_refused(made, tmp_path: Path) -> None:
     q = "model.language_model.layers.0.self_attn.q_proj"
     for name, changes in {"dora": {"use_dora": True}, "bias": {"bias": "lora_only"}}.items():
         model = get_peft_model(load_model(made.root / "base")[0], LoraConfig(r=3, target_modules=[q], **changes))
         move(model)
         model.save_pretrained(tmp_path / name)
-        with raises_code("adapter-not-scalable"):
+        with raises_code("", message="cannot be scaled"):
             export(tmp_path / name, "merged", tmp_path / "out", Options(scale=0.5))
-        with raises_code("adapter-not-scalable", hint="remove --scale"):
+        with raises_code("", hint="remove --scale"):
             load_model(made.root / "base", adapter=tmp_path / name, scale=0.5)
 
 

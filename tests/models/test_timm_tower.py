@@ -1,11 +1,11 @@
-"""A model with a timm tower in transformers' Auto classes: after `import milora_vl`, or with its code beside it."""
+"""A LLaVA with a timm tower: in training, in transformers' Auto classes, and with its code beside it."""
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from milora_vl import apply_milora, compose, load_model, save_adapter
 from milora_vl.export import Options, export
+from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 from support.adapter_cases import move
 from support.problems import raises_code
 from support.programs import run as run_program
@@ -50,19 +51,23 @@ import sys
 {first}
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
-{last}
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForImageTextToText, dynamic_module_utils
+
 folder, root, options = sys.argv[1], sys.argv[2], {options}
+dynamic_module_utils.HF_MODULES_CACHE = root + "/modules"
 assert type(AutoConfig.from_pretrained(folder, **options).vision_config).__name__ == "TimmTowerConfig"
 assert AutoProcessor.from_pretrained(folder, **options).tokenizer
 assert AutoImageProcessor.from_pretrained(folder, **options).do_pad
 model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+assert type(AutoModelForMultimodalLM.from_pretrained(folder, **options)) is type(model)  # as `transformers serve` does
 pixels = load_file(root + "/pixels.safetensors")["pixels"]
 with torch.no_grad():
     found = model(input_ids=torch.tensor({ids}), pixel_values=pixels).logits
 save_file({{"logits": found}}, root + "/found.safetensors")
 {then}
 """
+REGISTERED = "from milora_vl.models.timm_tower import register; register()"
 WITHOUT_US = """
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -73,38 +78,20 @@ sys.meta_path.insert(0, Blocker())
 """
 
 
-def loaded(
-    folder: Path, root: Path, *, first: str = "", last: str = "", options: str = "{}", then: str = ""
-) -> torch.Tensor:
-    code = LOAD.format(first=first, last=last, options=options, ids=INPUTS["input_ids"], then=then)
-    words, modules = [code, str(folder), str(root)], str(root / "modules")
-    if first == "import milora_vl" and options == "{}":
-        env = {**os.environ, "HF_MODULES_CACHE": modules}
-        done = run_program(["-c", *words], cwd=root, env=env, first_import=True)
-    else:
-        place = f"from transformers import dynamic_module_utils as utils\nutils.HF_MODULES_CACHE = {modules!r}\n"
-        done = run_program(["-c", place + words[0], *words[1:]], cwd=root)
+def loaded(folder: Path, root: Path, first: str, *, trusted: bool, then: str = "") -> torch.Tensor:
+    options = '{"trust_remote_code": True}' if trusted else "{}"
+    code = LOAD.format(first=first, options=options, ids=INPUTS["input_ids"], then=then)
+    done = run_program(["-c", code, str(folder), str(root)], cwd=root)
     assert done.returncode == 0, done.stderr
     return load_file(root / "found.safetensors")["logits"]
 
 
-@pytest.mark.parametrize("when", ["first", "last"])
-def test_importing_the_package_makes_a_merged_model_loadable(made: SimpleNamespace, when: str, tmp_path: Path) -> None:
+def test_a_merged_model_loads_after_the_tower_is_registered(made: SimpleNamespace, tmp_path: Path) -> None:
     done = export(made.root / "adapter", "merged", tmp_path / "merged")
     assert done.loads_with == "milora_vl"
     assert not list((tmp_path / "merged").glob("*.py"))
-    found = loaded(tmp_path / "merged", made.root, **{when: "import milora_vl"})
+    found = loaded(tmp_path / "merged", made.root, REGISTERED, trusted=False)
     torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "module", ["models.timm_tower_config", "models.timm_tower", "models.timm_llava", "export.base"]
-)
-def test_each_module_can_be_the_first_to_import_transformers(module: str) -> None:
-    first = f"import sys; assert 'transformers' not in sys.modules; import milora_vl.{module}"
-    code = f"{first}; from transformers import AutoConfig; AutoConfig.for_model('milora_timm_tower')"
-    done = run_program(["-c", code], first_import=True)
-    assert done.returncode == 0, done.stderr
 
 
 def test_a_merged_model_with_its_code_loads_without_the_package(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -113,13 +100,11 @@ def test_a_merged_model_with_its_code_loads_without_the_package(made: SimpleName
     again = "".join(
         f'{saved}.save_pretrained("{tmp_path}/again")\n' for saved in ("model", "AutoProcessor.from_pretrained(folder)")
     )
-    trusted = '{"trust_remote_code": True}'
-    found = loaded(tmp_path / "merged", made.root, first=WITHOUT_US, options=trusted, then=again)
+    found = loaded(tmp_path / "merged", made.root, WITHOUT_US, trusted=True, then=again)
     torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
-    found = loaded(tmp_path / "again", made.root, first=WITHOUT_US, options=trusted)
-    torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
-    found = loaded(tmp_path / "merged", made.root, first="import milora_vl", options=trusted)
-    torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
+    for folder, first in (("again", WITHOUT_US), ("merged", REGISTERED)):
+        found = loaded(tmp_path / folder, made.root, first, trusted=True)
+        torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
 
 
 def test_what_is_loaded_here_names_no_code_when_it_is_saved(made: SimpleNamespace, tmp_path: Path) -> None:
@@ -146,3 +131,36 @@ def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: 
     assert not (tmp_path / "out").exists()
     assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"
     assert export(tmp_path / "adapter", "rank-1", tmp_path / "small").loads_with is None
+
+
+def test_gradients_for_inputs_skip_the_tower(made: SimpleNamespace) -> None:
+    """Checkpointing calls it; transformers 5.6 looks for embeddings in the network of timm."""
+    model: Any = load_model(made.root / "base")[0]
+    model.enable_input_require_grads()
+    with pytest.raises(NotImplementedError):
+        model.model.vision_tower.get_input_embeddings()
+
+
+@pytest.fixture(scope="module")
+def tower() -> Any:
+    return TimmTower(TimmTowerConfig.of("tf_efficientnet_lite0", image_size=64, grid=2, levels=(2, 3))).eval()
+
+
+def test_levels_have_one_scale_and_order(tower: Any) -> None:
+    features = tower(torch.randn(2, 3, 64, 64)).last_hidden_state
+    assert features.shape == (2, 4, 40 + 112 + 1280)
+    for level in features.split([40, 112, 1280], dim=-1):
+        torch.testing.assert_close(level.mean(-1), torch.zeros(2, 4), atol=1e-4, rtol=0)
+
+
+def test_a_frozen_tower_keeps_its_batch_statistics_in_training(tower: Any) -> None:
+    tower.requires_grad_(False).train()
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    tower(torch.randn(4, 3, 64, 64))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in tower.named_buffers())
+
+
+def test_a_vision_transformer_drops_its_class_token_and_is_pooled() -> None:
+    config = TimmTowerConfig.of("vit_tiny_patch16_224", image_size=224, grid=7)
+    features = TimmTower(config).eval()(torch.zeros(1, 3, 224, 224)).last_hidden_state
+    assert features.shape == (1, 49, 192)

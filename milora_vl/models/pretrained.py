@@ -21,12 +21,14 @@ from milora_vl.core.adapter.folders import newest_of_unfinished
 from milora_vl.models import smol_llava, tiny
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
 from milora_vl.models.quiet import quiet_bars
+from milora_vl.models.timm_tower import register
 
 
 def config_of(name: str) -> Any:
     """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
     from transformers import AutoConfig
 
+    register()
     if name in MADE_IN_MEMORY:
         return copy.deepcopy(_tiny_config(name))
     if name in PART_OF:
@@ -40,19 +42,16 @@ def config_of(name: str) -> Any:
 
 
 def _packaged_config(name: str) -> dict[str, Any] | None:
-    """Return the content of a named model's config in this package, or None."""
     file = files("milora_vl.models") / "configs" / f"{SAME_WEIGHTS.get(name, name)}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_pretrained(load: Any, name: str, **arguments: Any) -> Any:
-    """Return what a class of transformers loads by name, folder or hub id. Raises UserError if it fails."""
     with quiet_bars():
         return read(load.from_pretrained, source_of(name), name, **arguments)
 
 
 def made_in_memory(name: str) -> tuple[Any, Any]:
-    """Return model and processor of `tiny`, or model and tokenizer of `tiny-text`."""
     with whole_weights():  # ZeRO-3 would initialize shards, which gives other random weights
         return tiny.tiny_llava() if name == "tiny" else tiny.tiny_llama()
 
@@ -63,10 +62,7 @@ def _tiny_config(name: str) -> Any:
 
 
 def source_of(name: str) -> str:
-    """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use.
-
-    Raises UserError for a folder without a model and for an unknown name.
-    """
+    """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use."""
     if name.startswith("smol") and name in BUILT_IN_MODELS:
         return str(smol_llava.made_folder(name))
     folder = Path(name)
@@ -75,10 +71,7 @@ def source_of(name: str) -> str:
             names = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
             newest = newest_of_unfinished(folder, "--model")
             raise UserError(
-                "no model in this folder: it has no config.json",
-                code="model-not-in-folder",
-                where=name,
-                hint=newest or f"found: {names}",
+                "no model in this folder: it has no config.json", where=name, hint=newest or f"found: {names}"
             )
         return name
     if name in NAMED_MODELS or name in SAME_WEIGHTS:
@@ -95,38 +88,57 @@ def source_of(name: str) -> str:
 
 
 def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
-    """Return what `load`, a `from_pretrained` or `snapshot_download`, reads from `source`, without remote code.
-
-    Raises UserError, which names the model as the user did (`name`), if it fails.
-    """
+    """Return what `load`, a `from_pretrained` or `snapshot_download`, reads from `source`, without remote code."""
+    from huggingface_hub.errors import RepositoryNotFoundError
     from safetensors import SafetensorError
 
+    register()
     local = Path(source).is_dir()
     try:
         return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
     except ImportError as error:
-        raise _missing_package(source, error) or _unreadable(source, error) from None
-    except (
-        SafetensorError,
-        ValueError,
-        TypeError,
-    ) as error:  # truncated, unknown type, no tokenizer
-        raise _unreadable(source, error) from None
+        raise _without_sentencepiece(source) or _missing_package(source, error) or _unreadable(source, error) from None
+    except (SafetensorError, ValueError, TypeError) as error:  # truncated, unknown type, no tokenizer
+        raise _without_sentencepiece(source) or _unreadable(source, error) from None
     except OSError as error:
         if local:
             raise _unreadable(source, error) from None
+        unknown = any(isinstance(cause, RepositoryNotFoundError) for cause in (error, error.__cause__))
+        plan = f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
         raise UserError(
-            f"{name} is not on this machine, and the model hub does not answer",
+            f"the model hub has no {source}, or you may not read it"
+            if unknown
+            else f"{name} is not on this machine, and the model hub does not answer",
             code="model-not-available",
-            hint=f"searched:    {source}, in the local cache and on the hub\n"
+            hint="check the name; a private or gated model needs a token: HF_TOKEN"
+            if unknown
+            else f"searched:    {source}, in the local cache and on the hub\n"
             f"error:       {first_line(error)}\n"
             f"try:         hf download {source}      (on a machine with a network), or name a folder that holds it"
-            + (
-                ""
-                if _packaged_config(name) is None
-                else f"\nwithout:     python -m milora_vl.train --model {name} --dry-run      needs only its config"
-            ),
+            + ("" if _packaged_config(name) is None else plan),
         ) from None
+
+
+def _without_sentencepiece(source: str) -> UserError | None:
+    """Return the error of a tokenizer.model alone without the packages that read it; None for another cause."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils import is_protobuf_available, is_sentencepiece_available
+
+    def has(name: str) -> bool:
+        if Path(source).is_dir():
+            return (Path(source) / name).is_file()
+        return isinstance(try_to_load_from_cache(source, name), str)
+
+    if is_sentencepiece_available() and is_protobuf_available():
+        return None
+    if not has("tokenizer.model") or has("tokenizer.json"):
+        return None
+    return UserError(
+        "its tokenizer.model needs the packages sentencepiece and protobuf",
+        code="package-missing",
+        where=source,
+        hint="pip install sentencepiece protobuf",
+    )
 
 
 def _missing_package(source: str, error: ImportError) -> UserError | None:

@@ -1,7 +1,7 @@
 """`load_model`: a model, its processor and optionally an adapter of any origin; the same by the flags of a command.
 
-The files of a folder, not its name, decide what it is: an adapter of ours or of PEFT, a LoRA folder of LLaVA, or an
-adapter trained on a residual base. The latter two are converted in memory.
+The files of a folder, not its name, decide what it is: an adapter of ours or of PEFT, or a LoRA folder of LLaVA, which
+is converted in memory.
 """
 
 from __future__ import annotations
@@ -14,25 +14,14 @@ import torch
 from torch import nn
 
 from milora_vl.common.errors import UserError, expected_format
-from milora_vl.core.adapter.folders import (
-    base_of,
-    has_config,
-    holds_adapter,
-    holds_projector_alone,
-    holds_residual,
-    require_no_base,
-)
+from milora_vl.core.adapter.folders import base_of, has_config, holds_adapter, holds_projector_alone, require_no_base
 from milora_vl.core.adapter.save_load import load_adapter
-from milora_vl.interop.adapters.arithmetic import require_linear, require_scale
-from milora_vl.interop.adapters.imported import import_adapter
-from milora_vl.interop.adapters.plain import write_plain
-from milora_vl.interop.adapters.residual import refuse_mutating
-from milora_vl.interop.adapters.scale import Update
-from milora_vl.interop.adapters.source import Source, find_source
-from milora_vl.models.devices import device_named, dtype_named
+from milora_vl.interop.imported import import_adapter, kind_of, names_residual_base, require_unchanged_base
+from milora_vl.interop.lora_folder import write_ours
+from milora_vl.interop.scale import Update, require_linear, require_scale
+from milora_vl.models.devices import Quantization, device_named, dtype_named
 from milora_vl.models.loading import load_processor, load_weights
 from milora_vl.models.projector import load_projector
-from milora_vl.models.quantized import Quantization
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -51,8 +40,8 @@ def load_model(
     """Load a model and its processor (for a text-only model: its tokenizer), in eval mode.
 
     name_or_path: a name of NAMED_MODELS, a hub id, or a folder; for an adapter folder its base is loaded too.
-    adapter: a folder with an adapter from this package, PEFT or LLaVA's code, an adapter with its residual base, or
-    only a projector (`mm_projector.safetensors`).
+    adapter: a folder with an adapter from this package, PEFT or LLaVA's code, or only a projector
+    (`mm_projector.safetensors`).
     scale: size of the finished update, a number from 0; 0.5 is half of it, 0 the base model. Modules trained in full
     become W + scale (W' - W).
     base: name, hub id or folder of the base of a model that trained in full, which `scale` needs.
@@ -122,25 +111,18 @@ def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
 
 
 def _load_any(model: nn.Module, folder: Path) -> Any:
-    """Return `model` with the adapter in `folder`, which may be of any kind.
-
-    Raises AdapterError and UserError for an adapter that does not fit, and UserError for an adapter that was
-    trained on a residual base and lacks its initial factors: it would load on the unchanged base and be wrong.
-    """
-    if not (has_config(folder) or holds_residual(folder)):
+    """Return `model` with the adapter in `folder`, which may be of any kind."""
+    if not has_config(folder):
         return load_adapter(model, folder)  # reports what is missing
     message, hint = "the files of this adapter do not belong together", "restore the files of one save"
     with expected_format(message, code="adapter-damaged-file", where=str(folder), hint=hint):
-        source = find_source(folder)
-        if source.kind == "plain":
-            refuse_mutating(source.folder)
-        if source.kind in ("ours", "plain") or _is_residual_of(model, source):
-            return load_adapter(model, source.folder)
-        adapter, _ = import_adapter(source, model, str(model.name_or_path))
+        kind, name = kind_of(folder), str(model.name_or_path)
+        if kind != "llava":
+            if kind == "plain":
+                require_unchanged_base(folder, name)
+            return load_adapter(model, folder)
         with tempfile.TemporaryDirectory() as scratch:
-            write_plain(adapter, Path(scratch))
-            if adapter.sidecar is not None:
-                adapter.sidecar.write(Path(scratch), adapter.anchors)
+            write_ours(import_adapter(folder, model, name), Path(scratch))
             return load_adapter(model, scratch)
 
 
@@ -149,17 +131,10 @@ def require_scalable(model: nn.Module, folder: Path) -> None:
 
     On a residual base, the factors hold the start too: their scale is not the scale of the update.
     """
-    source = find_source(folder)
-    if _is_residual_of(model, source):
+    if names_residual_base(folder):
         raise UserError(
-            "the model is the residual base, so a scale would also change the components that it lacks",
-            code="adapter-not-scalable",
+            f"{model.name_or_path} is a residual base, so a scale would also change the components that it lacks",
             where="--scale",
-            hint="use the unchanged base model:  --model BASE",
+            hint="convert the adapter first:  python -m milora_vl.export FOLDER --to adapter --initial INITIAL",
         )
-    require_linear(source.folder, "--scale")
-
-
-def _is_residual_of(model: nn.Module, source: Source) -> bool:
-    """Return whether the model is the residual base, which the trained factors fit without conversion."""
-    return source.residual is not None and Path(str(model.name_or_path)).resolve() == source.residual.resolve()
+    require_linear(folder)
