@@ -45,7 +45,7 @@ _MODULE_OF = {
     "collator_for": "models.collator_for",
     "decompose": "core.svd",
     "load_adapter": "core.adapter.save_load",
-    "load_model": "interop.adapters.load_model",
+    "load_model": "interop.load_model",
     "merge": "core.adapter.apply",
     "parameter_groups": "core.adapter.rates",
     "reinit_peft": "core.adapter.reinit",

@@ -6,12 +6,13 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 from peft import LoraConfig
 
-from milora_vl import reinit_peft
+from milora_vl import calibration_texts, reinit_peft
 from milora_vl.core.policy import Policy, Target
 from milora_vl.interop import llava, replace
 from milora_vl.models.tiny import tiny_llama
@@ -57,6 +58,12 @@ def of_launcher(module: object) -> Target:
         return peft.get_peft_model(tiny_llama()[0], LORA).milora_targets[0]
 
 
+def of_reinit(base: Any) -> Target:
+    texts = calibration_texts(base)
+    target: Target = reinit_peft(peft.get_peft_model(base, LORA), calibration=texts).milora_targets[0]
+    return target
+
+
 def section(title: str) -> str:
     return PAGE.split(f"\n## {title}")[1].split("\n## ")[0]
 
@@ -68,16 +75,12 @@ def script(name: str) -> str:
 WAYS: dict[str, Callable[[], list[Target]]] = {
     "`python -m milora_vl.train`": lambda: [of_command("--model llava-1.5-7b")],
     "`deepspeed --module milora_vl.train`": lambda: [of_command("--model llava-1.5-7b --lora_enable True")],
-    "`apply_milora(model, rules, calibration=..., task=...)`": lambda: [
-        of_rule(script("llava_own_data.py").split("apply_milora(\n")[1]),
-        of_rule(section("The HF Trainer and TRL")),
-    ],
-    "`reinit_peft(model)`": lambda: [reinit_peft(peft.get_peft_model(tiny_llama()[0], LORA)).milora_targets[0]],
+    "`apply_milora(model, rules, calibration=...)`": lambda: [of_rule(section("The HF Trainer and TRL"))],
+    "`reinit_peft(model, calibration=...)`": lambda: [of_reinit(tiny_llama()[0])],
     "`python -m milora_vl.interop.replace`": lambda: [of_launcher(replace)],
     "`python -m milora_vl.interop.llava`": lambda: [of_launcher(llava)],
     "`get_peft_model_replaced(...)`": lambda: [of_launcher(replace)],
     "`plugin.py`": lambda: [of_rule(section("ms-swift"))],
-    "`apply_milora(model.decoder, rules)`": lambda: [of_rule(section("nanoVLM"))],
     "`examples/grpo_trl.py`, `distillation_trl.py`": lambda: [
         of_rule(script(name)) for name in ("grpo_trl.py", "distillation_trl.py")
     ],
