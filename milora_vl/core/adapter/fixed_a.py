@@ -207,7 +207,7 @@ def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
 
     >>> A, kept = off_inputs(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     >>> A, round(kept, 2)
-    (tensor([[0.0000, 1.1547]]), 0.64)
+    (tensor([[0.0000, 2.3094]]), 0.64)
     """
     rows = rows.float()
     with full_precision(rows.device):
