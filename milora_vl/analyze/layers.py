@@ -182,7 +182,8 @@ def _of_adapter(model: PeftModel) -> Iterator[Layer]:
             target = targets.get(path)
             method = target.method if target else "dora" if module.use_dora["default"] else "lora"
             rank = target.rank if target and target.rank else module.r["default"]
-            yield Layer(path, towers, module.get_base_layer(), module, method, rank)
+            adapted: Any = module  # PEFT mixes the class into modules
+            yield Layer(path, towers, module.get_base_layer(), adapted, method, rank)
         elif isinstance(module, ModulesToSaveWrapper):
             for inner, before in module.original_module.named_modules():
                 if is_adaptable(before):

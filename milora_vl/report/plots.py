@@ -254,7 +254,7 @@ def names_of(scores: Sequence[Score]) -> list[str]:
 def scores_figure(scores: Sequence[Score], models: tuple[str, str] = ("base", "tuned"), colour: str = INK) -> Figure:
     """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
     shown: dict[str, Any] = {}  # name in the legend -> a marker
-    rings = {"fmt": "o", "ms": 8, "mew": 1.8, "elinewidth": 1.6, "capsize": 3, "zorder": 3}
+    rings: dict[str, Any] = {"fmt": "o", "ms": 8, "mew": 1.8, "elinewidth": 1.6, "capsize": 3, "zorder": 3}
     with page_figure(0.95 + 0.36 * len(scores)) as figure:
         axis = figure.subplots()
         for row, score in enumerate(scores):
@@ -269,7 +269,7 @@ def scores_figure(scores: Sequence[Score], models: tuple[str, str] = ("base", "t
                     x, error = 100 * metric["value"], 100 * (metric.get("stderr") or 0)
                     shown[name] = axis.errorbar(x, row, xerr=error, mfc=face, mec=edge, ecolor=edge, **rings)[0]
             if (baseline := score.any.get("baseline")) is not None:
-                tick = {"marker": "|", "ms": 15, "mew": 1.8, "color": INK, "ls": "", "zorder": 2}
+                tick: dict[str, Any] = {"marker": "|", "ms": 15, "mew": 1.8, "color": INK, "ls": "", "zorder": 2}
                 (shown["majority answer"],) = axis.plot(100 * baseline, row, **tick)
         axis.set_yticks(range(len(scores)), names_of(scores))
         axis.get_yticklabels()[0].set_fontweight("bold")
@@ -277,7 +277,7 @@ def scores_figure(scores: Sequence[Score], models: tuple[str, str] = ("base", "t
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", alpha=0.25, lw=0.8)
         axis.spines["left"].set_visible(False)
-        legend = {"loc": "outside upper left", "ncols": 3, "columnspacing": 1.2, "handletextpad": 0.3}
+        legend: dict[str, Any] = {"loc": "outside upper left", "ncols": 3, "columnspacing": 1.2, "handletextpad": 0.3}
         figure.legend(shown.values(), shown, **legend)
     return figure
 

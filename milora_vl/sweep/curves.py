@@ -127,9 +127,9 @@ def at_common_loss(fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[i
     if not logs:
         return None
     mean = mean_of(logs)
-    low, high = (None, None) if mean.half is None else (mean.value - mean.half, mean.value + mean.half)
-    ends = (None if end is None else math.exp(end) for end in (low, high))
-    return Ratio(math.exp(mean.value), *ends, mean.n, is_lower_bound)
+    half = mean.half
+    low, high = (None, None) if half is None else (math.exp(mean.value - half), math.exp(mean.value + half))
+    return Ratio(math.exp(mean.value), low, high, mean.n, is_lower_bound)
 
 
 def ratios_to(reference: str, results: Mapping[Cell, CellNumbers]) -> dict[str, dict[str, Ratio | None]]:

@@ -122,7 +122,7 @@ def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
     """Return a table with one row per method: its share of protected inputs, its best rate, and its results there."""
     seeds = compared.seeds
     shares = {cell.label: result["protect"] for cell, result in compared.results.items() if "protect" in result}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for arm in all_arms:
         name = f"{arm.label}, protect {shares[arm.label]}" if arm.label in shares else arm.label
         if (best := arm.best) is None:

@@ -108,11 +108,10 @@ def _point(cells: Sequence[Cell], results: Mapping[Cell, CellNumbers]) -> Point:
 
 def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
     """Compare every arm with the first one, on the test items that both answered."""
-    (first, of_first), *others = [(arm.label, arm.best) for arm in all_arms if arm.best is not None] or [("", None)]
+    known = [(arm.label, arm.best) for arm in all_arms if arm.best is not None]
     found = []
-    for label, best in others:
-        assert of_first is not None
-        assert best is not None
+    for label, best in known[1:]:
+        first, of_first = known[0]
         common = sorted(set(of_first.seeds) & set(best.seeds))
         a, b = (_mean_answers(answers, point, common) for point in (of_first, best))
         ids = [item for item in a if item in b]
