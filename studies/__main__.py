@@ -26,13 +26,13 @@ COMMAND = Command(
     "studies",
     "Run many small trainings that answer one question.",
     """\
-A study is a question and a task, QUESTION.TASK: components.minilm. The question alone means all its tasks.
+A study is a question and a task, QUESTION.TASK: curves.minilm. The question alone means all its tasks.
 Run the same command again to resume.
 
 examples:
   python -m studies --list
-  python -m studies components.minilm --plan
-  python -m studies components
+  python -m studies curves.minilm --plan
+  python -m studies curves
 """,
     inputs=(
         option("study", nargs="?", metavar="STUDY", help="question or question.task; without it, the list is shown"),
@@ -82,7 +82,7 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
 
     folder = runner.Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
-    cells = runner.all_cells(folder)
+    cells = study.cells()
     left = [cell for cell in cells if folder.result(cell) is None]
     estimate = _time_left(folder, cells, len(left), jobs)
     sys.stderr.write(
@@ -100,16 +100,14 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:
         status = "done" if is_done else "FAILED"
-        sys.stderr.write(
-            f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, runner.all_cells(folder), left, jobs)}\n"
-        )
+        sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, cells, left, jobs)}\n")
 
     with alone(folder.path):
         runner.run_study(folder, jobs, retry=options.retry, on_done=on_done)
         written, table = page.write(folder, command)
     as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
     sys.stdout.write(f"{as_json if options.format == 'json' else table.markdown()}\n")
-    failed = [cell for cell in runner.all_cells(folder) if folder.failure(cell)]
+    failed = [cell for cell in cells if folder.failure(cell)]
     for cell in failed:
         sys.stderr.write(
             f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; try again with --retry\n"

@@ -55,11 +55,7 @@ class Outlook:
 
 
 def show(settings: Settings) -> int:
-    """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory.
-
-    Raises UserError with everything that would stop the run. With --format json the plan goes to stderr and a JSON
-    summary to stdout.
-    """
+    """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory."""
     screen = Screen(sys.stdout if settings.request.format == "human" else sys.stderr)
     outlook = work_out(settings, screen)
     _show_next(outlook, settings.request, screen)
@@ -67,10 +63,7 @@ def show(settings: Settings) -> int:
 
 
 def outlook(recipe: Recipe, source: str, output_dir: Path) -> Outlook:
-    """Return what a new run of a recipe will do, and print nothing; errors name the recipe by `source`.
-
-    Raises UserError with everything that would stop the run.
-    """
+    """Return what a new run of a recipe will do, and print nothing; errors name the recipe by `source`."""
     request = Request(recipe=source, output_dir=str(output_dir))
     settings = Settings(request=request, recipe=recipe, is_set=frozenset(Recipe.model_fields), source=source)
     with settings.places():

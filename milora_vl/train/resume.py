@@ -222,12 +222,7 @@ def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
 
 
 def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
-    """Return warnings about differences from an uninterrupted run.
-
-    Raises UserError if the optimizer state cannot be restored: HF's Trainer would silently use a new optimizer, and
-    DeepSpeed needs as many processes as wrote its shards. `stage` is the ZeRO stage, 0 without DeepSpeed; 1 counts as
-    2.
-    """
+    """Return warnings about differences from an uninterrupted run."""
     stage = 2 if stage == 1 else stage
     wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
     old, new = (f"with ZeRO-{one}" if one else "without DeepSpeed" for one in (before, stage))

@@ -116,10 +116,7 @@ class Run:
 
 
 def make_run(settings: Settings, *, is_started: bool) -> Run:
-    """Check everything that can be checked without data and weights. A plan (not `is_started`) starts no process.
-
-    Raises UserError with all problems of the recipe and its model, or with the first other mistake.
-    """
+    """Check everything that can be checked without data and weights. A plan (not `is_started`) starts no process."""
     request, started = settings.request, datetime.now().astimezone()
     recipe, base, targets, warnings = fit(settings)
     recipe, token = _without_token(with_dtype(recipe, request))
@@ -185,10 +182,7 @@ def with_dtype(recipe: Recipe, request: Request) -> Recipe:
 
 
 def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
-    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings.
-
-    Raises UserError with all problems of both.
-    """
+    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings."""
     recipe, problems, targets, notes = settings.recipe, list[Problem](), list[Target](), list[str]()
     with at_flag(Key.of("model")):
         base = _base_of_run(recipe)

@@ -20,7 +20,9 @@ def test_the_numbers_of_a_page_are_those_of_the_studies(page: Path) -> None:
     assert figures.written(text) == text, "python -m studies.figures writes the page again"
 
 
-@pytest.mark.parametrize("page", [page for page in figures.PAGES if page.name != "results.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in figures.PAGES if page.name != "results.md"], ids=lambda page: page.name
+)
 def test_no_measured_number_is_typed(page: Path) -> None:
     typed = CODE.sub("", figures.BLOCK.sub("", page.read_text(encoding="utf-8")))
     assert [line for line in typed.splitlines() if MEASURED.search(line)] == []

@@ -14,7 +14,6 @@ from PIL import Image
 from milora_data.__main__ import main as data
 from milora_data.pictures.files import fitting, small
 from milora_eval.__main__ import main as evaluation
-from milora_vl.analyze import __main__ as analyze
 from milora_vl.common.cli import page as render
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.report.page import write_report
@@ -87,17 +86,11 @@ def a_sweep(folder: Path) -> Path:
     return sweep_page.write(sweep_page.of_sweep(sweep, cells, 2, command))[0]
 
 
-def an_analysis(folder: Path) -> Path:
-    assert analyze.main(["tiny-text", "--rank", "8", "--output_dir", str(folder)]) == 0
-    return folder / "analysis.html"
-
-
 PAGES: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
     "report": (a_report, ("Before and after", "What it forgot", "Do it again", "64 test questions")),
     "view": (a_view, ("final corrects 3 wrong answers of base", "</script><script>alert(1)</script>", "6 shown")),
     "show": (a_show, ("3 records as training sees them", "gone.png (no such file)", "<b>Yes</b></s>")),
     "sweep": (a_sweep, ("11 of 12 cells are done, 1 failed", "minor-flat − milora", "Do it again")),
-    "analysis": (an_analysis, ("The spectra of", "effective rank", "layers.csv")),
 }
 
 

@@ -30,7 +30,7 @@ INNER_IMPORTS: dict[str, tuple[int, str]] = {
     "eval/milora_eval/vlmevalkit.py": (2, "tables are read and written without torch"),
     "milora_vl/analyze/__main__.py": (1, QUICK_HELP),
     "milora_vl/chat/command.py": (1, QUICK_HELP),
-    "milora_vl/compose/command.py": (1, QUICK_HELP),
+    "milora_vl/compose/__main__.py": (1, QUICK_HELP),
     "milora_vl/export/command.py": (1, QUICK_HELP),
     "milora_vl/forgetting/__main__.py": (1, QUICK_HELP),
     "milora_vl/interop/llava.py": (1, QUICK_HELP),

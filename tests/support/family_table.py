@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import os
-import re
 import select
 import signal
 import sys
