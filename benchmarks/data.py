@@ -27,7 +27,7 @@ from benchmarks.timing import ROOT, Work, alternately, clocked, memory, timed
 from milora_data.batches.pack import fill, pack
 from milora_data.encode.labels import encode
 from milora_data.pictures.pixels import PixelMaker
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 
 sys.path.insert(0, str(ROOT / "tests"))
 from support.llava_oracle import llama_tokenizer, llava_train

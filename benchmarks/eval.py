@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from benchmarks.timing import alternately, timed
 from milora_data.records.record import Turn
 from milora_eval.benchmarks import vqa
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 
 ROUNDS, QUESTIONS, BATCH = 2, 6, 32

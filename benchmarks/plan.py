@@ -31,12 +31,9 @@ from milora_vl.core.policy import Policy
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import config_of, load_weights, meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.dry_run import cost
-from milora_vl.train.dry_run.cost import MIX665K, activations, shape_of, workload_of
-from milora_vl.train.dry_run.simulate import Resident, Shape, simulate
-from milora_vl.train.plan.batching import Batching
-from milora_vl.train.plan.launch import Launch
-from milora_vl.train.plan.train_section import TrainSection
+from milora_vl.train.arguments import Launch
+from milora_vl.train.memory import MIX665K, Resident, Shape, activations, needed, shape_of, simulate, workload_of
+from milora_vl.train.setup import Batching
 
 RULES: list[dict[str, Any]] = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 16, "dropout": 0.05},
@@ -173,12 +170,12 @@ def needs() -> list[dict[str, Any]]:
         targets = Policy.parse([RULES[0] | {"rank": 128}, RULES[1]]).resolve(base.meta)
         train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
         batching = Batching(num_records=1, per_device=16)
-        plan = workload_of(TrainSection(train, Launch(), (), None), base, targets, MIX665K, batching, None)
+        plan = workload_of(train, Launch(), base, targets, MIX665K, batching)
         small = replace(plan, records=1)
         small = replace(small, activations=activations(base, targets, shape_of(base, small, MIX665K)))
         for devices, stage in ((1, 0), (8, 2), (8, 3)):
             for chosen in (small, plan):
-                size = cost.needed(replace(chosen, devices=devices, stage=stage))
+                size = needed(replace(chosen, devices=devices, stage=stage))
                 row = {"model": name, "devices": devices, "stage": stage, "batch": chosen.records}
                 rows.append(row | {"gib": round(size, 1)})
     return rows

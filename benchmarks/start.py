@@ -33,22 +33,22 @@ from torch import Tensor, nn
 
 from benchmarks.timing import alternately, clocked
 from milora_vl import Policy, apply_milora
+from milora_vl.core.adapter.initialize import initialize
 from milora_vl.core.calibration import CAPTIONS, FACTORS, INPUTS, TEXTS
 from milora_vl.core.calibration.activations import energy_limits, find_inputs, input_rows
 from milora_vl.core.calibration.bases import ProtectedInputs
 from milora_vl.core.calibration.texts import LENGTH
-from milora_vl.core.adapter.initialize import initialize
 from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
 from milora_vl.forgetting.text import general_text, text_batches
 from milora_vl.models.base import find_base
 from milora_vl.models.loading import split_processor
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train import calibration_batches, collators
+from milora_vl.train import calibration
 from milora_vl.train import model as models
 from milora_vl.train.base_kl import add_base_kl
-from milora_vl.train.plan.run_data import read_records
-from milora_vl.train.plan.screen import Screen
-from milora_vl.train.recipe.schema import BaseKLConfig, Recipe
+from milora_vl.train.data import collator, read_records
+from milora_vl.train.recipe import BaseKLConfig, Recipe
+from milora_vl.train.screen import Screen
 
 NAMES = ("tiny", "smollm2", "smol-llava")
 
@@ -97,9 +97,9 @@ def start(name: str, data: Path) -> dict[str, Any]:
         targets = Policy.parse(recipe.policy).resolve(model)
         without = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"pictures": 0})})
         with part(TEXTS):
-            calibration_batches.make_texts(without, base, model, processor, records, Screen())
+            calibration.make_texts(without, base, model, processor, records, Screen())
         with part(CAPTIONS):
-            texts = calibration_batches.make_texts(recipe, base, model, processor, records, Screen())
+            texts = calibration.make_texts(recipe, base, model, processor, records, Screen())
         with part(INPUTS):
             inputs = find_inputs(model, targets, texts.batches())
         with part(FACTORS):
@@ -111,7 +111,7 @@ def start(name: str, data: Path) -> dict[str, Any]:
     if pictures is not None:
         val = recipe.data.model_copy(update={"path": str(data / "val.json")})
         shown = [record for record in read_records(val).train if record.images][:32]
-        held["pictures"] = share(model, inputs, [collators.collator(recipe, base, processor)(shown)])
+        held["pictures"] = share(model, inputs, [collator(recipe, base, processor)(shown)])
     return {
         "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
         **took,
@@ -153,8 +153,8 @@ def base_kl(data: Path, records: int) -> dict[str, Any]:
         base = find_base("smol-llava")
         model, processor = models.load_base(recipe, base, torch.float32, torch.device("cpu"))
         found = [record for record in read_records(recipe.data).train if record.images][:records]
-        batch = collators.collator(recipe, base, processor)(found)
-        (captions,) = calibration_batches.make_texts(recipe, base, model, processor, found, Screen(), 100).batches()
+        batch = collator(recipe, base, processor)(found)
+        (captions,) = calibration.make_texts(recipe, base, model, processor, found, Screen(), 100).batches()
     ids = torch.randint(1000, 40_000, (term.texts, LENGTH), generator=torch.Generator().manual_seed(0))
     texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     # A LoRA costs what the default does (docs/performance.md) and needs no calibration.

@@ -31,7 +31,7 @@ from milora_vl.core.adapter.initialize import initialize
 from milora_vl.core.policy import Policy
 from milora_vl.core.svd import Factors, decompose
 from milora_vl.core.weights.matrices import read_matrix
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 
 BLOCKS, HIDDEN, MLP = 32, 4096, 11008  # of LLaMA-7B
 OURS = 3  # how often ours runs for each full SVD

@@ -1,15 +1,12 @@
-"""The public Python names, such as `Policy`, `apply_milora`, `load_model`; each is imported at its first use.
+"""The stable Python API, such as `apply_milora` and `load_model`.
 
-The names below are the stable API. Each is imported at its first use, so that `import milora_vl` is fast. Importing has
-one side effect: transformers' Auto classes can load models with a timm tower (`milora_vl.models.auto_classes`).
+Each name is imported at its first use, so that `import milora_vl` is fast and has no side effects.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from milora_vl.models import auto_classes
 
 if TYPE_CHECKING:
     from milora_vl.core.adapter.apply import apply_milora, merge
@@ -19,8 +16,8 @@ if TYPE_CHECKING:
     from milora_vl.core.calibration.texts import calibration_texts
     from milora_vl.core.policy import Policy, Rule
     from milora_vl.core.svd import Factors, decompose
-    from milora_vl.interop.adapters.load_model import load_model
-    from milora_vl.models.collator import collator_for
+    from milora_vl.interop.load_model import load_model
+    from milora_vl.models.collator_for import collator_for
 
 __all__ = [
     "Factors",
@@ -45,10 +42,10 @@ _MODULE_OF = {
     "Rule": "core.policy",
     "apply_milora": "core.adapter.apply",
     "calibration_texts": "core.calibration.texts",
-    "collator_for": "models.collator",
+    "collator_for": "models.collator_for",
     "decompose": "core.svd",
     "load_adapter": "core.adapter.save_load",
-    "load_model": "interop.adapters.load_model",
+    "load_model": "interop.load_model",
     "merge": "core.adapter.apply",
     "parameter_groups": "core.adapter.rates",
     "reinit_peft": "core.adapter.reinit",
@@ -65,6 +62,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-auto_classes.register_when_imported()

@@ -15,7 +15,7 @@ from milora_vl.report.plots import png, write_csv
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, CellNumbers
 from milora_vl.sweep.curves import about_pictures, equal_loss_table, ratios_to
-from milora_vl.sweep.plots import ratios_figure, score_figure
+from milora_vl.sweep.page import ratios_figure, score_figure
 from milora_vl.sweep.results import arms, mean_of
 from studies.runner import Folder
 from studies.study import Study

@@ -18,7 +18,7 @@ from support.thorough import is_thorough
 
 if TYPE_CHECKING:
     from milora_vl.core.policy import Target
-    from milora_vl.train.dry_run.simulate import Resident, Shape
+    from milora_vl.train.memory import Resident, Shape
 
 Made = tuple[Any, Any]
 
@@ -46,6 +46,10 @@ def no_ranks_left_behind() -> Iterator[None]:
     names = (*ranks, "ACCELERATE_USE_DEEPSPEED")
     before = {name: os.environ.get(name) for name in names}
     yield
+    if "deepspeed" in sys.modules:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)
@@ -74,9 +78,9 @@ def known_costs() -> Iterator[None]:
     if "transformers" not in sys.modules:
         yield
         return
-    from milora_vl.train.dry_run import cost
+    from milora_vl.train import memory
 
-    simulate, known = cost.simulate, {}
+    simulate, known = memory.simulate, {}
 
     def remembered(config: Any, targets: Sequence[Target], shape: Shape) -> Resident:
         key = config.to_json_string(use_diff=False), tuple(targets), shape
@@ -85,8 +89,8 @@ def known_costs() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "simulate", remembered)
-        patch.setattr(cost, "measured_flops", functools.cache(cost.measured_flops))
+        patch.setattr(memory, "simulate", remembered)
+        patch.setattr(memory, "measured_flops", functools.cache(memory.measured_flops))
         yield
 
 
@@ -106,9 +110,9 @@ def forked_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     from milora_eval import evaluator
     from milora_vl import demo
     from milora_vl.sweep import runner
-    from milora_vl.train import run
+    from milora_vl.train import finish
 
-    for module in (demo, evaluator, run, runner):
+    for module in (demo, evaluator, finish, runner):
         monkeypatch.setattr(module, "subprocess", programs.ForkedSubprocess)
 
 

@@ -29,7 +29,7 @@ from milora_data.pictures.files import (
 )
 from milora_data.pictures.videos import require_pyav, require_whole_video
 from milora_data.records.record import IMAGE, Record, content_digest, identity
-from milora_data.stream.sources import is_json, load_records, record_items
+from milora_data.stream import is_json, load_records, record_items
 from milora_vl.common.cli import command_line as cli
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.cli.web import url_problem, web_address
@@ -173,10 +173,7 @@ def errors_of(record: Record) -> list[Finding]:
 
 
 def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:
-    """Return a report on all records of `path` and their pictures below `folder`.
-
-    Raises `DataError` only if there is no such file.
-    """
+    """Return a report on all records of `path` and their pictures below `folder`. Raises `DataError` without a file."""
     report = Report(str(path), str(folder))
     used: _Records = {}
     stored: _Records = {}
@@ -383,26 +380,6 @@ class TrainingCheck:
         if missing and bad_images == "raise":
             raise MissingImages(missing, self._used, folder, path.parent if path else None)
         return set(missing)
-
-
-def check_for_training(
-    data: str | Path | Iterable[Record], image_folder: str | Path | None = None, bad_images: ImagePolicy = "raise"
-) -> dict[str, int]:
-    """Check a data set, a file or its records, as `TrainingCheck` does.
-
-    Returns counts: records, with_pictures, missing_pictures, unlearnable (skipped by the collator).
-    """
-    path = Path(data) if isinstance(data, str | Path) else None
-    check = TrainingCheck()
-    for record in load_records(data) if isinstance(data, str | Path) else data:
-        check.add(record)
-    missing = check.finish(image_folder, bad_images, path)
-    return {
-        "records": len(check.with_images),
-        "with_pictures": sum(check.with_images),
-        "missing_pictures": len(missing),
-        "unlearnable": len(check.unlearnable),
-    }
 
 
 def image_folder(data: Path, option: Path | None) -> Path:

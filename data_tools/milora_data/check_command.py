@@ -19,7 +19,7 @@ from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.hold_out import shared_with
 from milora_data.pictures.files import convert_words
 from milora_data.records.record import IMAGE, ROLES, as_llava, parse_record
-from milora_data.stream.sources import is_json, load_records
+from milora_data.stream import is_json, load_records
 from milora_vl.common.cli.command_line import amount, next_step
 from milora_vl.common.cli.flags import DATA, Command, count, option, shared
 from milora_vl.common.errors import DataError, UserError, no_records
@@ -143,10 +143,7 @@ def as_text(report: Report, limit: int, found: dict[str, int]) -> str:
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> Counter[str]:
-    """Write the usable records of `data`, repaired, to `out`; print and return the number of each change.
-
-    Raises `UserError`, and writes nothing, if no record is usable.
-    """
+    """Write the usable records, repaired; print and return the numbers of changes. Raises `UserError` without any."""
     done: Counter[str] = Counter()
     lost = {finding.where: finding.kind for finding in report.findings if finding.kind in _FATAL}
     usable = _usable(data, lost, done)

@@ -31,7 +31,7 @@ from milora_data.formats.tables import (
 from milora_data.hold_out import PICTURE, RECORD, held_out, shared_pictures
 from milora_data.pictures.files import ImageError, StoredPicture, picture_suffix, stored_pictures
 from milora_data.records.record import SPEAKERS, Record, as_llava, parse_record
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.cli.command_line import amount, next_step
 from milora_vl.common.cli.flags import Command, option, positive, shared
 from milora_vl.common.errors import MALFORMED, DataError, UserError, first_line
@@ -194,10 +194,7 @@ class PictureFolder:
         self._names: dict[tuple[str, bytes], str] = {}
 
     def filled(self, records: Records) -> Records:
-        """Yield the records after writing their stored pictures; equal names with equal content are written once.
-
-        Raises `UserError` if the folder exists before the first picture is written.
-        """
+        """Yield the records after writing their stored pictures; equal names with equal content are written once."""
         for value in records:
             for key in ("image", "images"):
                 field = value.get(key)

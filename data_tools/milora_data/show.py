@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 from milora_data.check import image_folder
 from milora_data.encode.templates import get_template, place_images, render
-from milora_data.pictures.files import ImageError, load_image, place_of
-from milora_data.pictures.thumbnails import credit_lines, fitting, small
+from milora_data.pictures.files import ImageError, credit_lines, fitting, load_image, place_of, small
 from milora_data.records.record import IMAGE, Record
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.cli import page as html
 from milora_vl.common.cli.command_line import amount, next_step
 from milora_vl.common.cli.flags import DATA, Command, count, option, positive, shared

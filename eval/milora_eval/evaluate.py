@@ -32,8 +32,8 @@ from milora_eval.suites import Chosen, choose, data_folder, find_benchmark, fold
 from milora_vl.common.errors import at_flag
 from milora_vl.forgetting.measure import can_recover_base, measure_forgetting
 from milora_vl.forgetting.text import general_text
-from milora_vl.interop.adapters.load_model import load_by_flags, require_scalable
-from milora_vl.interop.adapters.scale import Update
+from milora_vl.interop.load_model import load_by_flags, require_scalable
+from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base
 from milora_vl.models.generate import require_prompts
 from milora_vl.models.loading import split_processor

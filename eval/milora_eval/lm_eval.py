@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def model(wrapper: Any, name: str, adapter: Path | None, dtype: str | None, device: str | None, batch_size: int) -> Any:
     """Return the harness' wrapper (HFLM) around base + adapter, loaded with `load_model`."""
-    from milora_vl.interop.adapters.load_model import load_by_flags
+    from milora_vl.interop.load_model import load_by_flags
     from milora_vl.models.loading import split_processor
 
     loaded, processor = load_by_flags(name, adapter, dtype, device)

@@ -16,7 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from milora_data.records.record import Turn
 from milora_eval.answers.runner import loglikelihoods
 from milora_vl.common.errors import UserError
-from milora_vl.interop.adapters.load_model import load_by_flags
+from milora_vl.interop.load_model import load_by_flags
 from milora_vl.models.generate import Prompt, generate
 
 MANIFEST = ModelManifest(model_id="milora", simple_class_path="milora_eval.lmms.Milora")

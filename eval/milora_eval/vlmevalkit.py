@@ -45,7 +45,7 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
                 code="flag-conflict",
                 where="--use-vllm",
                 hint="remove the flag; or serve a merged model with vLLM, and let VLMEvalKit's GPT4V ask it: "
-                "docs/evaluation.md#other-suites",
+                "docs/evaluate.md#other-suites",
             )
         return milora_vlm(base, model, adapter, template)
 
@@ -54,7 +54,7 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
 
 def milora_vlm(base: type, model: str, adapter: str | None, template: str) -> Any:
     """Return an instance of a subclass of VLMEvalKit's BaseModel that answers with base + adapter, greedily."""
-    from milora_vl.interop.adapters.load_model import load_model
+    from milora_vl.interop.load_model import load_model
     from milora_vl.models.generate import Prompt, generate
 
     loaded, processor = load_model(model, adapter=adapter)

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from milora_data.encode.templates import template_name
-from milora_vl.chat.picture import open_picture, open_video
 from milora_vl.common.cli.flags import OR_ADAPTER, Command, above_zero, count, flag, option, positive, shared
 from milora_vl.common.errors import UserError, at_flag
 from milora_vl.core.adapter.folders import (
@@ -76,26 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = COMMAND.parse(argv)
     options.model = model_of(options.model, options.adapter, "milora_vl.chat", "--adapter")
     _check(options)
-    pictures = [open_picture(path) for path in options.image or ()]
-    videos = [open_video(place, options.fps, options.num_frames) for place in options.video or ()]
-    from milora_vl.chat import session, web
+    from milora_vl.chat import session
 
-    settings = session.ChatSettings(
-        model=options.model,
-        adapter=options.adapter,
-        base=options.base,
-        scale=options.scale,
-        template=options.template,
-        max_new_tokens=options.max_new_tokens,
-        compare=options.compare,
-        device=options.device,
-        dtype=options.dtype,
-    )
-    session.require_askable(settings, options.question, pictures, videos)
-    chat = session.Chat.load(settings)
+    pictures = [session.open_picture(path) for path in options.image or ()]
+    videos = [session.open_video(place, options.fps, options.num_frames) for place in options.video or ()]
+    session.require_askable(options, pictures, videos)
+    chat = session.Chat.load(options)
     if options.web:
         about = " + ".join(str(part) for part in (options.model, options.adapter) if part)
-        web.serve(chat, pictures, about, options.port)
+        session.serve(chat, options.image or (), about, options.port)
         return 0
     if options.question is None:
         session.converse(chat, pictures, videos, (options.fps, options.num_frames))
@@ -113,32 +101,28 @@ def _check(options: argparse.Namespace) -> None:
     if options.template:
         with at_flag("--template"):
             template_name(options.template)
-    if options.web and options.question is not None:
-        raise UserError(
-            "takes no question on the command line",
-            code="flag-conflict",
-            where="--web",
-            hint="type the question on the page, or remove --web to get the answer here",
-        )
-    if options.web and options.video:
-        hint = "ask in the terminal:  --video FILE without --web"
-        raise UserError("the page shows no videos", code="flag-conflict", where="--video", hint=hint)
-    for flag_name, value in (("--fps", options.fps), ("--num_frames", options.num_frames)):
-        if value and not options.video:
-            raise UserError("needs --video", code="flag-needs-another", where=flag_name, hint="add --video FILE")
-    if options.fps and options.num_frames:
-        raise UserError("not beside --fps", code="flag-conflict", where="--num_frames", hint="remove one of them")
+    adapter = options.adapter
+    question, has_update = options.question is not None, options.base or holds_adapter(adapter or Path(options.model))
+    for is_wrong, code, where, message, hint in (
+        (options.web and question, "flag-conflict", "--web", "takes no question", "type the question on the page"),
+        (options.web and options.video, "flag-conflict", "--video", "the page shows no videos", "remove --web"),
+        (options.fps and not options.video, "flag-needs-another", "--fps", "needs --video", "add --video FILE"),
+        (options.num_frames and not options.video, "flag-needs-another", "--num_frames", "needs --video", "add it"),
+        (options.fps and options.num_frames, "flag-conflict", "--num_frames", "not beside --fps", "remove one of them"),
+        (
+            options.format == "json" and not question,
+            *("flag-needs-another", "--format", "json needs a question to answer", "add a question"),
+        ),
+    ):
+        if is_wrong:
+            raise UserError(message, code=code, where=where, hint=hint)
     if options.web and find_spec("gradio") is None:
         hint = "pip install -e '.[web]'"
         raise UserError("needs gradio, which is not installed", code="package-missing", where="--web", hint=hint)
-    if options.format == "json" and options.question is None:
-        hint = "add a question, or remove the flag"
-        raise UserError("json needs a question to answer", code="flag-needs-another", where="--format", hint=hint)
-    adapter = options.adapter
     require_no_base(options.model, adapter, options.base)
     if adapter:
         require_adapter(adapter, "--adapter", "milora_vl.chat", "--model", options.model, "--adapter")
-    if options.compare and not (options.base or holds_adapter(adapter or Path(options.model))):
+    if options.compare and not has_update:
         raise UserError(
             "needs an adapter, or a fully trained model and its base: it shows the answers of both",
             code="flag-needs-another",

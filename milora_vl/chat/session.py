@@ -1,27 +1,32 @@
-"""`Chat`, a conversation with a model: load it, keep the turns, `/` commands, stream the words to the terminal."""
+"""`Chat`, a conversation with a model about pictures: in the terminal with `/` commands, or on a page (gradio)."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from html import escape, unescape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TextStreamer
+from transformers import TextIteratorStreamer, TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
+from milora_data.pictures.files import SUFFIXES, load_image
 from milora_data.pictures.pixels import AspectRatio
-from milora_data.pictures.videos import Frames
+from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
-from milora_vl.chat.picture import open_picture, open_video
-from milora_vl.common.cli.command_line import report
-from milora_vl.common.errors import UserError, at_flag
+from milora_vl.common.cli.command_line import beside, report
+from milora_vl.common.cli.web import web_address
+from milora_vl.common.errors import UserError, at_flag, first_line
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
-from milora_vl.interop.adapters.load_model import load_by_flags, update_since
-from milora_vl.interop.adapters.scale import Update
+from milora_vl.interop.load_model import load_by_flags, update_since
+from milora_vl.interop.scale import Update
 from milora_vl.models.base import find_base
 from milora_vl.models.generate import Prompt, generate, require_prompts, require_shown
 from milora_vl.models.image_tokens import uses_processor
@@ -39,42 +44,52 @@ COMMANDS = {
     "/reset": "start again with the same pictures and videos",
     "/quit": "quit",
 }
+BASE, TUNED = "base model: ", "fine-tuned: "  # before the answers on a page with `--compare`
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatSettings:
-    """The model that answers, and how: names, folders and sizes as in the flags of the command."""
-
-    model: str
-    adapter: Path | None = None
-    base: str | None = None  # of a fully trained model
-    scale: float = 1.0  # of the update
-    template: str | None = None
-    max_new_tokens: int = 256
-    compare: bool = False
-    device: str | None = None
-    dtype: str | None = None
+def open_picture(path: Path) -> Image.Image:
+    """Return the picture in `path`. Raises UserError with similar names if the file is missing."""
+    if not path.is_file() and web_address(path) is None:  # load_image refuses an address
+        hint = "for the frames of a video:  --video FOLDER" if path.is_dir() else beside(path)
+        raise UserError("no such picture", where=str(path), hint=hint)
+    return load_image(path)
 
 
-def require_askable(
-    settings: ChatSettings,
-    question: str | None,
-    pictures: Sequence[Image.Image],
-    videos: Sequence[Frames | Video],
-) -> None:
+def open_video(place: Path, fps: float | None = None, num_frames: int | None = None) -> Frames | Video:
+    """Return a video file, or the pictures of a folder, in the order of their names, as the frames of a video.
+
+    Numbers in names count as numbers: 2.jpg is before 10.jpg. `fps` and `num_frames` choose the frames of a file, which
+    the processor of the model reads; `fps` says how many frames of a folder are one second.
+    """
+    if place.is_file():
+        require_pyav()
+        return Video((), fps, str(place), num_frames)
+    if not place.is_dir():
+        raise UserError("no such file or folder", where=str(place), hint=beside(place))
+    if num_frames is not None:
+        message, hint = "is for a video file; all frames of a folder are shown", "remove the flag, or name a file"
+        raise UserError(message, code="flag-conflict", where="--num_frames", hint=hint)
+    files = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+    files.sort(key=lambda path: [(int(n or 0), text) for text, n in re.findall("([^0-9]*)([0-9]*)", path.name)])
+    if not files:
+        message = "this folder has no pictures; expected the frames of a video"
+        hint = f"write them to the folder:  ffmpeg -i VIDEO -vf fps=2 {place}/%04d.jpg"
+        raise UserError(message, where=str(place), hint=hint)
+    return Frames(require_one_size([load_image(path) for path in files], str(place)), fps)
+
+
+def require_askable(options: Namespace, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video]) -> None:
     """Raise UserError, before weights load, for a question, pictures or videos that the model does not take."""
     with at_flag("--model"):
-        name = settings.model
-        if settings.adapter is None and holds_adapter(Path(name)):
-            name = base_of(Path(name))
-        base = find_base(name)
-    prompts = prompts_of(settings.model, settings.adapter, settings.template)
+        is_adapter = options.adapter is None and holds_adapter(Path(options.model))
+        base = find_base(base_of(Path(options.model)) if is_adapter else options.model)
+    prompts = prompts_of(options.model, options.adapter, options.template)
     if base.own_pictures:
         prompts.limit(base.processor)
-    if question is None and not pictures and not videos:
+    if options.question is None and not pictures and not videos:
         return
     # Without a question here, the first question of the conversation will show them.
-    asked = _about(question or "What?", pictures, videos, "--video" if videos else "--image")
+    asked = _about(options.question or "What?", pictures, videos, "--video" if videos else "--image")
     require_prompts(base, [asked])
     if base.own_pictures:
         require_shown(base.processor, asked)
@@ -88,17 +103,16 @@ def _about(question: str, pictures: Sequence[Image.Image], videos: Sequence[Fram
 
 @dataclass
 class Chat:
-    """A conversation with one model. Answers are streamed to stdout.
+    """A conversation with one model; the next question is about `pictures` and `videos`.
 
-    `update` is the update of a model without an adapter, and `scale` its size. The next question is about `pictures`
-    and `videos`.
+    `update` is the update of a model without an adapter, and `scale` its size.
     """
 
     model: Any
     processor: Any
     template: str
     max_new_tokens: int
-    compare: bool
+    compare: bool = False
     image_aspect_ratio: AspectRatio = "pad"
     update: Update | None = None
     scale: float = 1.0
@@ -107,37 +121,29 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
 
     @classmethod
-    def load(cls, settings: ChatSettings) -> Chat:
-        """Load the model and adapter of the settings.
-
-        Raises UserError if `--compare` is set and the adapter cannot be switched off, and for another kind of base.
-        """
-        prompts = prompts_of(settings.model, settings.adapter, settings.template)
-        update = None
-        size = 1.0 if settings.base else settings.scale  # the update of a fully trained model gets its size below
-        with at_flag("--model"):
-            model, processor = load_by_flags(settings.model, settings.adapter, settings.dtype, settings.device, size)
+    def load(cls, options: Namespace) -> Chat:
+        """Load the model and adapter of the flags of the command."""
+        prompts = prompts_of(options.model, options.adapter, options.template)
+        size, update = 1.0 if options.base else options.scale, None
+        with at_flag("--model"):  # the update of a fully trained model gets its size below
+            model, processor = load_by_flags(options.model, options.adapter, options.dtype, options.device, size)
         prompts.limit(processor)
-        if settings.base:
+        if options.base:
             with at_flag("--base"):
-                update = update_since(settings.base, model)
-            update.set(settings.scale)
-        if settings.compare and update is None and not can_recover_base(model):
-            raise UserError(
-                f"{settings.adapter} cannot be switched off: it trained biases, or only a projector",
-                code="compare-no-base",
-                where="--compare",
-                hint="ask the base model without --adapter",
-            )
+                update = update_since(options.base, model)
+            update.set(options.scale)
+        elif options.compare and not can_recover_base(model):
+            message = f"{options.adapter} cannot be switched off: it trained biases, or only a projector"
+            raise UserError(message, where="--compare", hint="ask the base model without --adapter")
         return cls(
             model,
             processor,
-            template=prompts.template,
-            image_aspect_ratio=prompts.image_aspect_ratio,
-            max_new_tokens=settings.max_new_tokens,
-            compare=settings.compare,
-            update=update,
-            scale=settings.scale,
+            prompts.template,
+            options.max_new_tokens,
+            options.compare,
+            prompts.image_aspect_ratio,
+            update,
+            options.scale,
         )
 
     def start(self, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()) -> None:
@@ -153,21 +159,13 @@ class Chat:
         if uses_processor(self.model.config):
             require_shown(self.processor, _about("What?", pictures, videos, source))
 
-    def add(self, picture: Image.Image) -> None:
-        """Show one more picture with the next question."""
-        self.pictures = (*self.pictures, picture)
-
-    def ask(self, question: str) -> str:
-        """Ask a question, write the answer and return it. With `compare`, write the base model's answer first.
-
-        Only the answer of the tuned model stays in the conversation.
-        """
+    def ask(self, question: str) -> None:
+        """Ask a question and write the answer, which stays in the conversation; with `compare`, the base's too."""
         self.turns.append(self.user_turn(question, self.pictures, self.turns, self.videos))
         if self.compare:
             self._write_reply("base   ", base=True)
         answer = self._write_reply("tuned  " if self.compare else "", base=False)
         self.turns.append(self.answer_turn(answer))
-        return answer
 
     def answers(
         self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
@@ -215,7 +213,6 @@ class Chat:
 
     @contextmanager
     def _base_model(self) -> Iterator[None]:
-        """Make the model the base model while the context lasts."""
         if self.update is None:
             with self.model.disable_adapter():
                 yield
@@ -228,12 +225,15 @@ class Chat:
 
     def _write_reply(self, label: str, *, base: bool) -> str:
         sys.stdout.write(label)
-        tokenizer = split_processor(self.processor)[0]
-        streamer = WordStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = WordStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         reply = self.reply(self.turns, self.pictures, streamer, base=base)
         if reply.truncated:
             sys.stderr.write(f"(truncated at {self.max_new_tokens} tokens: use a larger --max_new_tokens)\n")
         return reply
+
+    @property
+    def tokenizer(self) -> Any:
+        return split_processor(self.processor)[0]
 
 
 def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Turn]) -> str:
@@ -245,14 +245,9 @@ def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Tur
     more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FILE"
     raise UserError(
         f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
-        code="prompt-image-count",
-        where=_named(question),
+        where=f"question {question.strip()[:60]!r}",
         hint=f"write {mark} at most once for each {thing}; show one more {thing}:  {more}",
     )
-
-
-def _named(question: str) -> str:
-    return f"question {question.strip()[:60]!r}"
 
 
 def converse(
@@ -269,6 +264,7 @@ def converse(
     _show_commands()
     for line in _lines():
         word, _, argument = line.partition(" ")
+        place = Path(argument.strip())
         try:
             if word == "/quit":
                 break
@@ -277,16 +273,15 @@ def converse(
             elif word == "/reset":
                 chat.start(chat.pictures, chat.videos)
             elif word == "/image":
-                _show_instead(chat, line, [open_picture(Path(argument.strip()))], ())
+                _show_instead(chat, line, [open_picture(place)], ())
             elif word == "/video":
-                _show_instead(chat, line, (), [open_video(Path(argument.strip()), *sampling)])
+                _show_instead(chat, line, (), [open_video(place, *sampling)])
             elif word == "/add":
-                picture = open_picture(Path(argument.strip()))
-                chat.require_shown(line, [*chat.pictures, picture], chat.videos)
-                chat.add(picture)
+                pictures = (*chat.pictures, open_picture(place))
+                chat.require_shown(line, pictures, chat.videos)
+                chat.pictures = pictures
             elif line.startswith("/"):
-                known = f"known commands: {', '.join(COMMANDS)}"
-                raise UserError(f"unknown command {word}", code="chat-unknown-command", hint=known)
+                raise UserError(f"unknown command {word}", hint=f"known commands: {', '.join(COMMANDS)}")
             else:
                 _ask_unless_stopped(chat, line)
         except UserError as error:
@@ -335,9 +330,98 @@ class WordStreamer(TextStreamer):
     waiting, is_first = "", True
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write the text without trailing spaces."""
         text = (self.waiting + text).lstrip() if self.is_first else self.waiting + text
         words = text.rstrip()
         self.waiting, self.is_first = text[len(words) :], self.is_first and not words
         sys.stdout.write(words + "\n" if stream_end else words)
         sys.stdout.flush()
+
+
+def serve(chat: Chat, files: Sequence[Path], about: str, port: int) -> None:
+    """Serve the conversation on a page, to this machine only, until Ctrl-C. Raises UserError if the port is taken."""
+    import gradio as gr
+
+    site = page(chat, files, about)
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from the network
+    settings = {"theme": gr.themes.Soft(**fonts), "footer_links": [], "quiet": True, "prevent_thread_lock": True}
+    try:
+        site.launch(
+            server_name="127.0.0.1",
+            server_port=port or None,
+            share=False,
+            allowed_paths=[str(file) for file in files],
+            **settings,
+        )
+    except OSError as error:
+        raise UserError(first_line(error), where="--port", hint="choose another port, or 0 for a free one") from None
+    sys.stderr.write(f"open {site.local_url}     (Ctrl-C stops the server)\n")
+    site.block_thread()
+
+
+def page(chat: Chat, files: Sequence[Path], about: str) -> Any:
+    """Return the gradio page of a conversation; `files` are the pictures beside the first question."""
+    import gradio as gr
+
+    def respond(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, str]]]:
+        try:
+            yield from page_answers(chat, message["text"], message["files"], history)
+        except UserError as error:
+            raise gr.Error(escape(str(error)), print_exception=False) from None
+
+    return gr.ChatInterface(
+        respond,
+        multimodal=True,
+        title=escape(about),
+        chatbot=gr.Chatbot(height="70vh", show_label=False, render_markdown=False, buttons=["copy"]),
+        textbox=gr.MultimodalTextbox(
+            {"text": "", "files": [str(file) for file in files]},
+            file_types=["image"],
+            file_count="multiple",
+            placeholder="What is this?",
+        ),
+        analytics_enabled=False,
+        api_visibility="private",
+    )
+
+
+def page_answers(
+    chat: Chat, question: str, files: Sequence[str], history: Sequence[Mapping[str, Any]]
+) -> Iterator[list[dict[str, str]]]:
+    """Yield the messages that answer a question again for every new piece: with `compare`, the base model's first.
+
+    gradio keeps the conversation: `history` has the messages before, with their pictures. It shows messages as HTML
+    even without Markdown, so the answers are escaped.
+    """
+    cut = f" (truncated at {chat.max_new_tokens} tokens)"
+    turns: list[Turn] = []
+    pictures: list[Image.Image] = []
+    for message in [*history, {"role": "user", "content": [question, *({"path": file} for file in files)]}]:
+        content = message["content"]
+        both: list[Any] = [content] if isinstance(content, str) else list(content)
+        parts: list[dict[str, Any]] = [{"text": part} if isinstance(part, str) else part for part in both]
+        text = "".join(part.get("text", "") for part in parts)
+        if message["role"] == "user":
+            shown = (part.get("file", part).get("path") for part in parts)
+            pictures += [open_picture(Path(place)) for place in shown if place]
+            turns.append(chat.user_turn(text, pictures, turns))
+        elif not (chat.compare and text.startswith(BASE)):
+            turns.append(chat.answer_turn(unescape(text.removeprefix(TUNED).removesuffix(cut))))
+    messages: list[dict[str, str]] = []
+    for label, base in ((BASE, True), (TUNED, False)) if chat.compare else (("", False),):
+        for text in _partial_answers(chat, turns, pictures, base=base):
+            end = cut if isinstance(text, Reply) and text.truncated else ""
+            yield [*messages, {"role": "assistant", "content": label + escape(text) + end}]
+        messages.append({"role": "assistant", "content": label + escape(text) + end})
+
+
+def _partial_answers(chat: Chat, turns: list[Turn], pictures: Sequence[Image.Image], *, base: bool) -> Iterator[str]:
+    """Yield growing prefixes of an answer; the last one is complete. Raises the errors of the model."""
+    streamer = TextIteratorStreamer(chat.tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        answer = pool.submit(chat.reply, turns, pictures, streamer, base=base)
+        answer.add_done_callback(lambda _: streamer.end())  # type: ignore[no-untyped-call]  # also after an error
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text.lstrip()
+        yield answer.result()

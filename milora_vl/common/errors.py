@@ -41,7 +41,6 @@ class Key:
         return Key((*self.parts, *parts))
 
     def __str__(self) -> str:
-        """Return the key as people write it."""
         return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.parts).removeprefix(".")
 
 
@@ -117,7 +116,6 @@ class UserError(ValueError):
 
     @property
     def first(self) -> Problem:
-        """The first problem, in most cases the only one."""
         return self.problems[0]
 
 
@@ -213,7 +211,6 @@ def expected_format(
 
 
 def no_records(path: object) -> Problem:
-    """Return the problem of a data file without a record."""
     hint = "expected a JSON list, JSON lines or a parquet file with at least one record"
     return Problem("the file has no records", "data-no-records", str(path), hint)
 

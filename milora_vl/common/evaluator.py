@@ -92,9 +92,7 @@ class Evaluator(Protocol):
         """Read the questions of suites, each with its data folder. Raises UserError for missing data."""
         ...
 
-    def command(self, request: EvaluationRequest) -> list[str]:
-        """Return the words of the evaluation, as they follow `python -m`."""
-        ...
+    def command(self, request: EvaluationRequest) -> list[str]: ...
 
     def scores(self, request: EvaluationRequest) -> Mapping[str, Any]:
         """Evaluate in a separate process; return the results by model: `base`, and the name of the other.
@@ -112,7 +110,6 @@ class Evaluator(Protocol):
 
 
 def evaluator() -> Evaluator:
-    """Return the installed evaluator. Raises UserError unless one is registered."""
     found = list(entry_points(group=GROUP))
     if len(found) != 1:
         names = ", ".join(entry.value for entry in found) or "none"

@@ -1,10 +1,8 @@
-"""Parse YAML of plain data, also with the line of each key; all errors of PyYAML become one class, with the line."""
+"""Parse YAML of plain data: duplicate keys are errors, `2e-5` is a number; all errors of PyYAML become one class."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +15,22 @@ FLOAT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?$|^[-+]?
 
 
 class YamlTextError(ValueError):
-    """The text is not valid YAML. `line` is the number of its line from 1, if it is known."""
-
-    def __init__(self, message: str, line: int | None = None) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-def parse_yaml(text: str) -> Any:
-    """Return the value of a YAML text, None if it is empty. Raises YamlTextError.
-
-    >>> parse_yaml("a: [1, 2e-5]")
-    {'a': [1, 2e-05]}
-    """
-    with errors_as_one():
-        return yaml.load(text, _Loader)
-
-
-@contextmanager
-def errors_as_one() -> Iterator[None]:
-    """Turn the errors of PyYAML into YamlTextError."""
-    try:
-        yield
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise YamlTextError(str(error.problem or error.context), mark.line + 1 if mark else None) from None
-    except yaml.YAMLError as error:  # an invalid character
-        raise YamlTextError(str(error).splitlines()[0]) from None
-    except YamlTextError:
-        raise
-    except ValueError as error:  # a value that does not fit its tag, such as a date
-        raise YamlTextError(str(error)) from None
+    """The text is not valid YAML."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that reads `2e-5` as a number and 2026-11-25 as text.
+    """Loader that refuses duplicate keys and reads `2e-5` as a number and 2026-11-25 as text.
 
     PyYAML follows YAML 1.1, where `2e-5` is a string (so a learning rate would be text) and a folder named 2026-11-25
     is a date.
     """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {twice}", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
@@ -65,70 +40,41 @@ for _first in "-+.0123456789":
     resolvers.append(("tag:yaml.org,2002:float", FLOAT))
 
 
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text, None if it is empty. Raises YamlTextError with PyYAML's line.
+
+    >>> parse_yaml("a: [1, 2e-5]")
+    {'a': [1, 2e-05]}
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" (line {mark.line + 1})" if mark else ""
+        raise YamlTextError(f"{error.problem or error.context}{line}") from None
+    except (yaml.YAMLError, ValueError) as error:  # an invalid character; a value that does not fit its tag
+        raise YamlTextError(str(error).splitlines()[0]) from None
+
+
+def read_file(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file, as `read_mapping`. Raises UserError if the file cannot be read."""
     try:
         return read_mapping(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read the file: {error}",
-            code="file-unreadable",
-            where=str(path),
-            hint=TEXT,
-        ) from None
+        raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(path), hint=TEXT) from None
 
 
-def read_mapping(text: str, source: str, *, above: int = 0) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return the mapping in `text`, and the line of each dotted path (`policy[1].rank` -> 12).
-
-    `above`: the number of lines at the start of `text` that are not in `source`.
-    Raises UserError, with `source` and the line, for invalid YAML, a duplicate key, or anything but a mapping.
-
-    >>> read_mapping("train: {learning_rate: 2e-5}", "x.yaml")
-    ({'train': {'learning_rate': 2e-05}}, {'train': 1, 'train.learning_rate': 1})
-    """
-    lines: dict[str, int] = {}
+def read_mapping(text: str, source: str) -> dict[str, Any]:
+    """Return the mapping in `text`. Raises UserError at `source` for invalid YAML, or anything but a mapping."""
     try:
-        with errors_as_one():
-            loader = _Loader(text)
-            loader.line = -above  # the line numbers of all marks follow it
-            node = loader.get_single_node()
-            if node is None:
-                return {}, {}
-        if not isinstance(node, yaml.MappingNode):
-            raise UserError(
-                "expected a mapping of keys (model, data, policy, train, ...)",
-                code="yaml-not-a-mapping",
-                where=source,
-                hint="a recipe starts with, for example,  model: llava-1.5-7b",
-            )
-        _walk(node, "", lines, source)
-        with errors_as_one():
-            return loader.construct_document(node), lines
+        content = parse_yaml(text)
     except YamlTextError as error:
-        line = f":{error.line}" if error.line else ""
-        raise UserError(
-            f"not valid YAML: {error}",
-            code="yaml-syntax",
-            where=f"{source}{line}",
-            hint="correct the line; values with : or # need quotes",
-        ) from None
-
-
-def _walk(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> None:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            inner = f"{path}.{key.value}" if path else str(key.value)
-            if inner in lines:
-                raise UserError(
-                    f"duplicate key {inner} (first on line {lines[inner]})",
-                    code="yaml-duplicate-key",
-                    where=f"{source}:{key.start_mark.line + 1}",
-                    hint="remove one of both",
-                )
-            lines[inner] = key.start_mark.line + 1
-            _walk(value, inner, lines, source)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            lines[f"{path}[{i}]"] = value.start_mark.line + 1
-            _walk(value, f"{path}[{i}]", lines, source)
+        hint = "correct it; values with : or # need quotes"
+        raise UserError(f"not valid YAML: {error}", code="yaml-syntax", where=source, hint=hint) from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        hint = "a recipe starts with, for example,  model: llava-1.5-7b"
+        message = "expected a mapping of keys (model, data, policy, train, ...)"
+        raise UserError(message, code="yaml-not-a-mapping", where=source, hint=hint)
+    return content

@@ -9,7 +9,7 @@ from milora_vl.export.command import main
 from milora_vl.export.request import Options
 
 if TYPE_CHECKING:
-    from milora_vl.export.job import Exported, export
+    from milora_vl.export.write import Exported, export
 
 __all__ = ["Exported", "Options", "export", "main"]
 
@@ -17,4 +17,4 @@ __all__ = ["Exported", "Options", "export", "main"]
 def __getattr__(name: str) -> Any:
     if name not in ("Exported", "export"):
         raise AttributeError(f"module 'milora_vl.export' has no attribute {name!r}")
-    return getattr(import_module("milora_vl.export.job"), name)  # imported on first use: it needs torch and PEFT
+    return getattr(import_module("milora_vl.export.write"), name)  # imported on first use: it needs torch and PEFT

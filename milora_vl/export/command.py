@@ -1,19 +1,18 @@
 """`python -m milora_vl.export FOLDER --to FORM`: convert an adapter of any origin to another form.
 
-FOLDER holds an adapter of ours, a plain PEFT adapter, a LoRA run of LLaVA, or a PiSSA/MiLoRA checkpoint with its
-residual base; its files show which. An export overwrites nothing, and an interrupted one leaves no incomplete folder.
+FOLDER holds an adapter of ours, a plain PEFT adapter or a LoRA run of LLaVA; its files show which. An export overwrites
+nothing, and an interrupted one leaves no incomplete folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from milora_data.encode.templates import OWN
 from milora_vl.common.cli.command_line import next_step
 from milora_vl.common.cli.flags import Command, flag, option, shared
 from milora_vl.common.errors import UserError
@@ -21,20 +20,9 @@ from milora_vl.core.adapter.checkpoints import step_of
 from milora_vl.core.adapter.folders import base_of, holds_text_model
 from milora_vl.export.request import FORMS, Options, parse_form
 from milora_vl.models.quiet import silence_deepspeed
-from milora_vl.models.recipe_of_run import trained_template
 
 if TYPE_CHECKING:
-    from milora_vl.export.job import Exported
-
-
-def _weights(text: str) -> tuple[float, ...]:
-    try:
-        weights = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        weights = ()
-    if not weights or not all(map(isfinite, weights)) or not any(weights):
-        raise argparse.ArgumentTypeError(f"expected a number for each adapter, such as 0.7,0.3, got {text!r}")
-    return weights
+    from milora_vl.export.write import Exported
 
 
 forms = "\n".join(f"  {name:<10} {meaning}" for name, meaning in FORMS.items())
@@ -45,28 +33,17 @@ COMMAND = Command(
 examples:
   python -m milora_vl.export runs/a --to merged --output_dir merged
   python -m milora_vl.export runs/a --to rank-64 --dtype bfloat16 --with_base      # for servers that limit the rank
-  python -m milora_vl.export runs/a runs/b --weights 0.7,0.3 --to adapter --output_dir both
   python -m milora_vl.export runs/a --scale 0.7 --to adapter --output_dir weaker  # 0.7 of the update
   python -m milora_vl.export runs/a --to gguf --llama_cpp llama.cpp --output_dir gguf       # for llama.cpp and Ollama
   python -m milora_vl.export llava-v1.5-7b-lora --to adapter --base vicuna-clip   # from a run of LLaVA
 """,
     inputs=(
-        option(
-            "folder",
-            type=Path,
-            nargs="+",
-            metavar="FOLDER",
-            help="adapter of this package, PEFT or LLaVA, or of a residual base; several with --weights",
-        ),
+        option("folder", type=Path, metavar="FOLDER", help="adapter of this package, PEFT or LLaVA"),
         shared("base", about="unchanged base model (default: the model that the adapter names)"),
-        option("--residual", type=Path, help="residual base of a PiSSA/MiLoRA checkpoint"),
-        option("--initial", type=Path, help="initial factors of a PiSSA/MiLoRA checkpoint (pissa_init)"),
+        option("--initial", type=Path, help="initial factors of an adapter on a residual base (pissa_init)"),
     ),
     settings=(
         shared("scale"),
-        option(
-            "--weights", type=_weights, metavar="X,Y", help="add the updates of several adapters, with these weights"
-        ),
         flag("--with_base", "write fully trained modules into a copy of the base"),
         flag("--remote_code", "add the code of a timm tower, for trust_remote_code=True"),
         option("--vision_tower", metavar="NAME", help="CLIP model for LLaVA's config.json"),
@@ -86,28 +63,21 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit code. Raises UserError if the adapter cannot be exported."""
     options = COMMAND.parse(argv)
     silence_deepspeed()
     import torch
 
-    from milora_vl.export import job
+    from milora_vl.export import write
 
-    first = options.folder[0]
-    target = options.output_dir or _beside(first, options.to, options.scale)
-    if options.output_dir is None and len(options.folder) > 1:
-        raise UserError("needed for several adapters", code="flag-required", where="--output_dir")
-    done = job.export(
+    done = write.export(
         options.folder,
         options.to,
-        target,
+        options.output_dir or _beside(options.folder, options.to, options.scale),
         Options(
             scale=options.scale,
-            weights=options.weights,
             base=options.base,
             dtype=None if options.dtype is None else getattr(torch, options.dtype),
             with_base=options.with_base,
-            residual=options.residual,
             initial=options.initial,
             vision_tower=options.vision_tower,
             allow_base_mismatch=options.allow_base_mismatch,
@@ -117,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
     )
     _show(done, options.format)
-    _print_next(done, trained_template(first))
+    _print_next(done)
     return 0
 
 
@@ -136,16 +106,14 @@ def _beside(folder: Path, to: str, scale: float) -> Path:
 
 
 def _show(done: Exported, style: str) -> None:
-    """Print layers and folder to stdout, and what was converted to stderr."""
     if style == "json":
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
         errors = {"total": done.total, "exact_rank": done.exact_rank, "dtype": done.dtype, "rounding": done.rounding}
         sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with}) + "\n")
         return
-    measure = "relative error" if done.form.startswith("rank") else "drift"
     for path, (rank, error) in done.layers.items():
-        sys.stdout.write(f"{path}  rank {rank}  {measure} {error:.3e}\n")
+        sys.stdout.write(f"{path}  rank {rank}  relative error {error:.3e}\n")
     if done.total is not None:
         sys.stdout.write(f"total  relative error {done.total:.3e}\n")
     sys.stdout.write(f"{done.folder}\n")
@@ -165,8 +133,8 @@ def _show(done: Exported, style: str) -> None:
         sys.stderr.write(_TO_LOAD[done.loads_with])
 
 
-def _print_next(done: Exported, template: str) -> None:
-    """Print the command or the code that uses the folder; `template` is the prompt format of its training."""
+def _print_next(done: Exported) -> None:
+    """Print the command or the code that uses the folder."""
     folder, name = done.folder, done.folder.resolve().name.lower()
     if done.form == "llava":
         if "llava" not in name or "lora" not in name:
@@ -182,8 +150,10 @@ def _print_next(done: Exported, template: str) -> None:
     else:
         base = folder / "base" if (folder / "base").is_dir() else None
         model = (folder,) if done.form == "merged" else (base or _base_name(folder), "--adapter", folder)
-        question = ("QUESTION",) if holds_text_model(folder) else ("--image", "PICTURE", "What is this?")
-        prompts = () if template == "vicuna_v1" else ("--template", template)
+        is_text = holds_text_model(folder)
+        question = ("QUESTION",) if is_text else ("--image", "PICTURE", "What is this?")
+        is_known = done.form == "merged" and (is_text or done.template == OWN)  # from the folder's chat template
+        prompts = () if is_known or done.template == "vicuna_v1" else ("--template", done.template)
         next_step("milora_vl.chat", "--model", *model, *prompts, *question)
         _print_serving(done)
 
@@ -193,6 +163,8 @@ def _print_serving(done: Exported) -> None:
     folder, rank = done.folder, max((rank for rank, _ in done.layers.values()), default=0)
     if done.loads_with == "transformers" and done.form == "merged":
         sys.stderr.write(f"serve: transformers serve {folder}   or: vllm serve {folder}\n")
+    elif done.loads_with == "trust_remote_code" and done.form == "merged":
+        sys.stderr.write(f"serve: transformers serve {folder} --trust-remote-code\n")
     elif done.loads_with == "transformers" and done.form.startswith("rank"):
         limit = next((size for size in VLLM_RANKS if size >= rank), VLLM_RANKS[-1])
         lora = f"--enable-lora --max-lora-rank {limit} --lora-modules tuned={folder}"
@@ -200,7 +172,6 @@ def _print_serving(done: Exported) -> None:
 
 
 def _print_llama_cpp(folder: Path) -> None:
-    """Print how llama.cpp and Ollama load the GGUF files in the folder."""
     flags = {"--mmproj": "mmproj-*.gguf", "--lora": "adapter-*.gguf"}
     found = {flag: str(path) for flag, names in flags.items() for path in folder.glob(names)}
     model = next((str(path) for name in ("model", "base") for path in folder.glob(f"{name}-*.gguf")), "BASE.gguf")
@@ -222,19 +193,17 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-
 _TO_LOAD = {
     "transformers": "the model loads in plain transformers\n",
     "milora_vl": (
-        "note: transformers and servers do not support its vision tower, a network from timm\n"
-        "      in transformers:       import milora_vl     before from_pretrained\n"
-        "      without this package:  export with --remote_code, load with trust_remote_code=True\n"
+        "note: its vision tower is a network from timm, which transformers and servers do not know\n"
+        "      in Python:                  milora_vl.load_model\n"
+        "      in transformers, its server:  export with --remote_code\n"
     ),
     "trust_remote_code": (
-        "note: servers do not support its vision tower, a network from timm\n"
-        "      in transformers:  trust_remote_code=True, with timm installed; or import milora_vl\n"
+        "note: its vision tower is a network from timm: servers other than transformers' do not load it\n"
+        "      in transformers:  trust_remote_code=True, with timm installed\n"
     ),
 }
 _ORIGINS = {
     "ours": "an adapter of milora-vl",
     "plain": "a plain PEFT adapter",
     "llava": "a LoRA run of LLaVA",
-    "residual": "an adapter on a residual base",
-    "combined": "several adapters",
 }

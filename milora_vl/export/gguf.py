@@ -1,7 +1,8 @@
 """GGUF files for llama.cpp and Ollama, by llama.cpp's own scripts (`--llama_cpp FOLDER`), and Ollama's Modelfile.
 
-The scripts know every family. The pictures of a LLaVA with a CLIP tower, which they do not convert, are written by
-clip_pictures.py.
+The scripts know every family, but convert_hf_to_gguf.py converts no LLaVA with a CLIP tower: of its class it knows
+Pixtral alone. `write_pictures` writes its file of pictures (mmproj), a CLIP tower and a projector of two layers.
+llama.cpp computes the tower up to `clip.vision.feature_layer`, leaves out the class token, and applies the projector.
 """
 
 from __future__ import annotations
@@ -10,22 +11,24 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from milora_data.encode.templates import BOS, EOS, OWN, TEMPLATES, Template, template_name
 from milora_vl.common.errors import UserError
-from milora_vl.export.base import Base, copy_processor, save_model
-from milora_vl.export.clip_pictures import has_clip_tower, why_no_pictures, write_pictures
+from milora_vl.export.base_model import Base, copy_processor, save_model
 from milora_vl.export.request import OutType
 from milora_vl.models.loading import split_processor, weights_folder
 
 MODEL_SCRIPT = "convert_hf_to_gguf.py"
 LORA_SCRIPT = "convert_lora_to_gguf.py"
 SENTENCEPIECE = "tokenizer.model"
+PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}  # layers of a LLaVA's projector
 _LAST_LINES = 6
 
 
@@ -33,26 +36,17 @@ def require_scripts(llama_cpp: str | Path | None) -> Path:
     """Return the folder of llama.cpp. Raises UserError without one, or if it does not contain the scripts."""
     get = "get it:  git clone https://github.com/ggml-org/llama.cpp   then add  --llama_cpp llama.cpp"
     if llama_cpp is None:
-        raise UserError(
-            "GGUF files are written by the scripts of llama.cpp", code="flag-required", where="--llama_cpp", hint=get
-        )
+        raise UserError("GGUF files are written by the scripts of llama.cpp", where="--llama_cpp", hint=get)
     folder = Path(llama_cpp)
     missing = [name for name in (MODEL_SCRIPT, LORA_SCRIPT) if not (folder / name).is_file()]
     if missing:
-        raise UserError(
-            f"{folder} has no {missing[0]}: expected a copy of llama.cpp's repository",
-            code="path-missing",
-            where="--llama_cpp",
-            hint=get,
-        )
+        message = f"{folder} has no {missing[0]}: expected a copy of llama.cpp's repository"
+        raise UserError(message, where="--llama_cpp", hint=get)
     return folder
 
 
 def write_model_folder(model: Any, folder: Path, base: Base, processor: Path) -> None:
-    """Write a model for the script: weights, and the processor of `processor` (a run folder), else of the base.
-
-    Raises UserError for a tokenizer that would split texts differently after the conversion.
-    """
+    """Write a model for the script: weights, and the processor of `processor` (a run folder), else of the base."""
     _name_language_model(model.config)
     save_model(model, folder)
     copy_processor(processor, folder, base)
@@ -66,7 +60,6 @@ def write_model_folder(model: Any, folder: Path, base: Base, processor: Path) ->
         raise UserError(
             f"the tokenizer of the base model has no {SENTENCEPIECE}; without it, {MODEL_SCRIPT} writes equal scores "
             "for all tokens, and llama.cpp splits texts differently",
-            code="export-llama-cpp",
             where=base.name,
             hint=f"copy {SENTENCEPIECE} of the original language model into the folder of the base model",
         )
@@ -109,16 +102,12 @@ def convert_model(
 
 
 def convert_lora(llama_cpp: Path, adapter: Path, base_config: Path, output: Path, outtype: OutType) -> None:
-    """Write a stock PEFT adapter as a GGUF LoRA; `base_config` is a folder with config.json of its base model."""
     arguments = ("--outtype", outtype, "--outfile", output, "--base", base_config, adapter)
     run_script(llama_cpp / LORA_SCRIPT, *arguments)
 
 
 def run_script(script: Path, *arguments: str | Path, may_lack: bool = False) -> str | None:
-    """Run a script of llama.cpp with this Python; with `may_lack`, return its message for an unsupported model.
-
-    Raises UserError with the last lines of its output if it fails.
-    """
+    """Run a script of llama.cpp with this Python; with `may_lack`, return its message for an unsupported model."""
     sys.stderr.write(f"running {script.name}\n")
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(
@@ -131,7 +120,6 @@ def run_script(script: Path, *arguments: str | Path, may_lack: bool = False) -> 
         return f"{script.name} says: {lines[-1]}"
     raise UserError(
         f"failed with exit code {done.returncode}; its last lines:\n" + "\n".join(f"  {line}" for line in lines),
-        code="export-llama-cpp",
         where=str(script),
         hint="update llama.cpp and install the requirements of its script, or use  --to merged",
         exit_code=1,
@@ -162,3 +150,85 @@ def _template(form: Template) -> str:
     # BOS and EOS belong to the tokenizer; Ollama adds them.
     text = ("" if form.system_in_question else system) + asked + form.assistant + "{{ .Response }}" + form.answer[1]
     return (text + form.closing).replace(EOS, "").replace(BOS, "")
+
+
+def has_clip_tower(config: Any) -> bool:
+    """Return whether this is a LLaVA with a CLIP tower, whose pictures `write_pictures` writes."""
+    return bool(config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model")
+
+
+def why_no_pictures(config: Any) -> str | None:
+    """Return why llama.cpp cannot read the pictures of this LLaVA; None if it can, and for other families."""
+    if config.model_type != "llava" or config.vision_config.model_type == "pixtral":
+        return None
+    vision = config.vision_config
+    if vision.model_type != "clip_vision_model":
+        return f"llama.cpp reads a LLaVA with a CLIP tower; this one has {vision.model_type}"
+    read = (config.projector_hidden_act, config.vision_feature_select_strategy) == ("gelu", "default")
+    if not read or not isinstance(config.vision_feature_layer, int) or vision.hidden_act not in ("quick_gelu", "gelu"):
+        return (
+            "llama.cpp reads one layer of a tower with quick_gelu or gelu, without the class token, and a projector "
+            f"with gelu; this one has {config.vision_feature_layer}, {vision.hidden_act}, "
+            f"{config.vision_feature_select_strategy} and {config.projector_hidden_act}"
+        )
+    return None
+
+
+def require_gguf() -> None:
+    """Raise UserError if the package gguf, which `write_pictures` uses, is not installed."""
+    if find_spec("gguf") is None:
+        message = "the file for the pictures needs the package gguf, which is not installed"
+        raise UserError(message, code="package-missing", where="--to", hint="pip install gguf")
+
+
+def write_pictures(path: Path, config: Any, state: Mapping[str, Tensor], image_processor: Any, outtype: str) -> None:
+    """Write the mmproj file of a LLaVA; `state` is the state dict of the whole model, `outtype` f32 or f16."""
+    import gguf
+
+    vision, layer = config.vision_config, config.vision_feature_layer
+    writer = gguf.GGUFWriter(path, "clip")
+    writer.add_type("mmproj")
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_bool("clip.has_text_encoder", False)
+    writer.add_bool("clip.has_llava_projector", True)
+    writer.add_clip_projector_type("mlp")
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    writer.add_vision_head_count(vision.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+    writer.add_vision_block_count(vision.num_hidden_layers)
+    writer.add_vision_projection_dim(config.get_text_config().hidden_size)
+    writer.add_array("clip.vision.feature_layer", [layer % (vision.num_hidden_layers + 1)])
+    writer.add_string("clip.vision.mm_patch_merge_type", "flat")
+    writer.add_vision_image_mean([float(x) for x in image_processor.image_mean])
+    writer.add_vision_image_std([float(x) for x in image_processor.image_std])
+    if vision.hidden_act == "gelu":
+        writer.add_vision_use_gelu(True)
+    for name, tensor in _tensors(state, vision.num_hidden_layers).items():
+        is_half = outtype == "f16" and tensor.dim() > 1  # vectors stay float32
+        writer.add_tensor(name, tensor.detach().float().numpy().astype(np.float16 if is_half else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _tensors(state: Mapping[str, Tensor], blocks: int) -> dict[str, Tensor]:
+    """Return the tensors by name in GGUF; the norm behind the last layer is not used, and left out."""
+    import gguf
+
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, blocks)
+    tensors = {}
+    for full_name, tensor in state.items():
+        name = full_name.removeprefix("model.")
+        if name.startswith("multi_modal_projector."):
+            _, layer, kind = name.split(".")
+            tensors[f"{PROJECTOR[layer]}.{kind}"] = tensor
+        elif name.startswith("vision_tower.") and "post_layernorm" not in name and "position_ids" not in name:
+            inside = name.removeprefix("vision_tower.").removeprefix("vision_model.")
+            known = table.get_name(f"vision_tower.vision_model.{inside}", try_suffixes=(".weight", ".bias"))
+            assert known is not None, f"{name} is no weight of a CLIP tower"
+            tensors[known] = tensor
+    return tensors

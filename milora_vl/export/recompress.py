@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from milora_vl.interop.adapters.plain import LowRank, PlainAdapter
+from milora_vl.interop.lora_folder import LowRank, PlainAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,6 @@ class Loss:
 
     @property
     def error(self) -> float:
-        """Return ||change - kept||_F / ||change||_F."""
         return (self.lost / self.total) ** 0.5 if self.total > 0 else 0.0
 
 
@@ -52,7 +51,6 @@ def loss_of(low: LowRank, stored: LowRank) -> Loss:
 
 
 def _square(B: Tensor, A: Tensor) -> float:
-    """Return ||B A||_F^2."""
     R_B, R_A = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
     return float((R_B @ R_A.T).square().sum())
 

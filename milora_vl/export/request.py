@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,13 +29,12 @@ class Options:
     """How `export` reads the adapter and writes its form.
 
     scale: size of the finished update; modules trained in full become W + scale (W' - W).
-    weights: for several folders, one number each; the result is the weighted sum of their updates, times `scale`.
     base: name, folder or HF id of the base model, or a loaded model, which is modified; by default the model that the
         adapter names.
     dtype: data type of all written tensors; by default as stored.
     with_base: write fully trained modules into a copy of the base model, so that the adapter holds only LoRA factors.
-    residual, initial: the residual base and the initial factors of a PiSSA/MiLoRA checkpoint, if the folder does not
-        name them.
+    initial: folder of the initial factors of an adapter that was trained on a residual base (PiSSA, the official
+        MiLoRA).
     vision_tower: the CLIP model for LLaVA's config.json.
     remote_code: write the code of a timm vision tower into the folder of the full model, which then loads with
         trust_remote_code=True without this package.
@@ -45,12 +43,10 @@ class Options:
     """
 
     scale: float = 1.0
-    weights: Sequence[float] | None = None
     base: str | Path | nn.Module | None = None
     dtype: torch.dtype | None = None
     with_base: bool = False
-    residual: str | Path | None = None
-    initial: str | Path | None = None
+    initial: Path | None = None
     vision_tower: str | None = None
     allow_base_mismatch: bool = False
     remote_code: bool = False
@@ -69,7 +65,7 @@ def parse_form(to: str) -> tuple[str, int | None]:
         near = suggest(to, [form for form in FORMS if form != "rank-N"])
         known = f"known forms: {', '.join(FORMS)}   (N is a number: rank-64)"
         hint = f"{known}\ndid you mean {near[0]}?" if near else known
-        raise UserError(f"unknown form {to!r}", code="export-unknown-form", where="--to", hint=hint)
+        raise UserError(f"unknown form {to!r}", where="--to", hint=hint)
     return to, None
 
 

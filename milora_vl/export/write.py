@@ -1,4 +1,4 @@
-"""Write each form of an adapter: one function per form, and what they share (reading, merging, a copy of the base)."""
+"""`export`: read an adapter of any origin and write one form of it; its folder appears when it is complete."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -17,36 +18,58 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from milora_data.encode.templates import OWN, TRAINED_WITH
+from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.apply import merge
 from milora_vl.core.adapter.folders import from_there, moved
-from milora_vl.core.adapter.save_load import load_adapter, new_paths
-from milora_vl.core.adapter.sidecar import fitted, locate, read_sidecar
+from milora_vl.core.adapter.save_load import load_adapter
+from milora_vl.core.adapter.sidecar import fitted, locate, new_paths, read_sidecar
 from milora_vl.core.policy.towers import canonical_names, find_towers
-from milora_vl.export.base import Base, copy_processor, has_timm_tower, save_model, write_code
-from milora_vl.export.clip_pictures import has_clip_tower, require_gguf
-from milora_vl.export.gguf import convert_lora, convert_model, modelfile, require_scripts, write_model_folder
+from milora_vl.export.base_model import Base, copy_processor, has_timm_tower, save_model, write_code
+from milora_vl.export.gguf import (
+    convert_lora,
+    convert_model,
+    has_clip_tower,
+    modelfile,
+    require_gguf,
+    require_scripts,
+    write_model_folder,
+)
 from milora_vl.export.recompress import loss_of, recompress, total_error
-from milora_vl.export.request import Options, OutType
-from milora_vl.interop.adapters.imported import import_adapter, require_copies
-from milora_vl.interop.adapters.llava import config_for_llava, read_llava, write_llava
-from milora_vl.interop.adapters.plain import PlainAdapter, read_config, read_plain, write_plain
-from milora_vl.interop.adapters.residual import refuse_mutating
-from milora_vl.interop.adapters.source import Source
+from milora_vl.export.request import Options, OutType, parse_form, require_fitting
+from milora_vl.interop.imported import (
+    AdapterKind,
+    import_adapter,
+    kind_of,
+    names_residual_base,
+    require_copies,
+    require_unchanged_base,
+)
+from milora_vl.interop.llava_layout import config_for_llava, read_llava, write_llava
+from milora_vl.interop.lora_folder import PlainAdapter, read_config, read_plain, write_ours, write_plain
+from milora_vl.interop.scale import require_linear, require_scale, scaled
 from milora_vl.models.names import SAME_WEIGHTS
+from milora_vl.models.prompts import trained_template
+from milora_vl.models.quiet import quiet_bars
 
 # What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
 LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """(rank, error) per layer, the total error, and what the full model in the folder needs to load.
+class Exported:
+    """The result of an export. `template`: the prompt format of the training. `layers`: rank and error per module.
 
-    `exact_rank` is the rank at which rank-N keeps the whole change. `dtype` is the data type of the weights of a merged
-    model, and `rounding` the largest change of one of them by rounding to it.
+    `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
+    what is needed to load the full model in the folder (merged, base/); None without one. `exact_rank`: the N
+    at which rank-N keeps the whole change. `dtype`, `rounding`: the data type of a merged model, and the largest change
+    of a weight by rounding to it.
     """
 
+    folder: Path
+    form: str
+    origin: AdapterKind
+    template: str
     layers: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     total: float | None = None
     loads_with: LoadsWith | None = None
@@ -55,47 +78,67 @@ class Written:
     rounding: float | None = None
 
 
+def export(folder: str | Path, to: str, output_dir: str | Path, options: Options | None = None) -> Exported:
+    """Write the adapter in `folder` to `output_dir` in the form `to`, one of `FORMS`.
+
+    Raises UserError if folder, form and options do not fit, or if the output folder is not empty.
+    """
+    options, source, target = options or Options(), Path(folder), Path(output_dir)
+    form, rank = parse_form(to)
+    require_fitting(to, options)
+    require_scale(options.scale)
+    if not isinstance(options.dtype, torch.dtype | None):
+        hint = "for example  Options(dtype=torch.bfloat16)"
+        raise UserError(f"expected a torch.dtype, got {options.dtype!r}", where="dtype", hint=hint)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        message, hint = "exists and is not empty; an export overwrites nothing", "use:  --output_dir ANOTHER"
+        raise UserError(message, code="output-exists", where=str(target), hint=hint)
+    kind = kind_of(source)
+    with (
+        complete_folder(target.absolute()) as partial,  # "." has no name
+        nullcontext() if sys.stderr.isatty() else quiet_bars(),
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        job = Job(source, kind, options, partial, Exported(target, to, kind, trained_template(source)), rank)
+        if options.scale != 1:
+            _write_scaled(job, Path(scratch))
+            options = replace(options, initial=None)
+            job = replace(job, folder=Path(scratch), kind="ours", options=options)
+        return WRITERS[form](job)
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to write. `out` is the folder to write, `target` its final path, `rank` the N of rank-N."""
+    """One adapter to write. `out` is the folder to write, `result.folder` its final path, `rank` the N of rank-N."""
 
-    source: Source
+    folder: Path
+    kind: AdapterKind
     options: Options
     out: Path
-    target: Path
+    result: Exported
     rank: int | None = None
-    template: str = "vicuna_v1"
 
-    def base_for(self, form: str) -> str | Path | nn.Module | None:
-        """Return the base model of the options, or the model that the adapter names.
-
-        An adapter on a residual base names only that; it is enough to merge. Raises UserError for other forms.
-        """
+    @property
+    def base(self) -> str | Path | nn.Module | None:
+        """The base model of the options, or the model that the adapter names, if it names one."""
         if self.options.base is not None:
             return self.options.base
-        if self.source.kind == "residual":
-            if form == "merged" and self.source.residual is not None:
-                return self.source.residual
-            raise UserError(
-                "the base model of the residual is unknown; an adapter for the unchanged base model needs it",
-                code="adapter-no-base-name",
-                where="--base",
-                hint="add:  --base NAME-OR-FOLDER   (not needed for --to merged)",
-            )
-        named = read_config(self.source.folder, any_lora=True).base_model_name_or_path
-        return from_there(self.source.folder, SAME_WEIGHTS.get(str(named), str(named))) if named else None
+        if self.options.initial is not None:
+            message = "the adapter names the residual base, and not the one that the initial factors come from"
+            raise UserError(message, where="--base", hint="add:  --base NAME-OR-FOLDER")
+        named = read_config(self.folder, any_lora=True).base_model_name_or_path
+        return from_there(self.folder, SAME_WEIGHTS.get(str(named), str(named))) if named else None
 
-    def read(self, base: Base, needs_base: bool) -> tuple[PlainAdapter, Mapping[str, float]]:
-        """Return the adapter for the unchanged base model and the drift per layer.
+    def read(self, base: Base, needs_base: bool) -> PlainAdapter:
+        """Return the adapter for the unchanged base model.
 
         Module paths are those in `base` if it is an argument or its weights load.
         """
-        is_foreign = self.source.kind in ("llava", "residual") or (self.source.kind == "plain" and needs_base)
-        if is_foreign:
-            return import_adapter(self.source, base.model, base.name)
-        if self.source.kind == "plain":
-            refuse_mutating(self.source.folder)
-        adapter = read_plain(self.source.folder)
+        if self.is_converted or (self.kind == "plain" and needs_base):
+            return import_adapter(self.folder, base.model, base.name, self.options.initial)
+        if self.kind == "plain":
+            require_unchanged_base(self.folder, base.name)
+        adapter = read_plain(self.folder)
         if adapter.copies:
             require_copies(adapter, base.model)
         if self.options.base is not None:
@@ -104,7 +147,12 @@ class Job:
             sidecar = fitted(base.model, adapter.sidecar, allow_base_mismatch=self.options.allow_base_mismatch)
             path_of = new_paths(adapter.sidecar, sidecar)
             adapter = replace(adapter.moved(lambda path: moved(path, path_of)), sidecar=sidecar)
-        return adapter, {}
+        return adapter
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether the base model is needed to read the adapter."""
+        return self.kind == "llava" or self.options.initial is not None
 
     def merged(self, base: Base) -> tuple[nn.Module, float]:
         """Return the base model with the adapter merged, and the largest change of a weight by rounding.
@@ -112,11 +160,12 @@ class Job:
         Each layer is merged in float32, and its weight rounded to the data type of the base or the requested one.
         """
         with tempfile.TemporaryDirectory() as temporary:
-            folder = self.source.folder
-            on_residual = self.source.kind == "residual" and self.options.base is None
-            if self.source.kind in ("llava", "residual") and not on_residual:
+            folder = self.folder
+            if self.is_converted:
                 folder = Path(temporary)
-                write_ours(import_adapter(self.source, base.model, base.name)[0], folder)
+                write_ours(import_adapter(self.folder, base.model, base.name, self.options.initial), folder)
+            elif names_residual_base(folder):
+                require_unchanged_base(folder, base.name)
             dtypes = {name: p.dtype for name, p in base.model.named_parameters()}
             for path in _trained_in_full(base.model, folder):
                 base.model.get_submodule(path).float()
@@ -133,12 +182,8 @@ class Job:
                     warnings.filterwarnings("ignore", "All adapters are already merged")  # layer by layer, above
                     merged = merge(tuned)
             except (NotImplementedError, RuntimeError, ValueError) as error:
-                raise UserError(
-                    f"PEFT cannot merge the adapter: {error}",
-                    code="adapter-not-mergeable",
-                    where=str(self.source.folder),
-                    hint="use --to adapter, or --to rank-r, which need no merge",
-                ) from None
+                message, hint = f"PEFT cannot merge the adapter: {error}", "--to adapter and --to rank-r need no merge"
+                raise UserError(message, where=str(self.folder), hint=hint) from None
         for name, parameter in merged.named_parameters():
             changes.append(_round(parameter, self.options.dtype or dtypes.get(name, parameter.dtype)))
         return merged, max(changes)
@@ -148,88 +193,90 @@ class Job:
         if has_timm_tower(base.config):
             return "trust_remote_code" if self.options.remote_code else "milora_vl"
         if self.options.remote_code:
-            raise UserError(
-                f"{base.name} has no vision tower from timm, so it loads in plain transformers",
-                code="flag-no-effect",
-                where="--remote_code",
-                hint="remove the flag",
-            )
+            message = f"{base.name} has no vision tower from timm, so it loads in plain transformers"
+            raise UserError(message, code="flag-no-effect", where="--remote_code", hint="remove the flag")
         return "transformers"
 
 
-def write_merged(job: Job) -> Written:
+def _write_scaled(job: Job, folder: Path) -> None:
+    """Write the adapter with its update times `--scale` to `folder`, with its processor."""
+    require_linear(job.folder)
+    base = Base(job.base, None)
+    needs_base = job.kind != "ours" or bool(read_plain(job.folder).whole)
+    adapter = scaled(job.read(base, needs_base), job.options.scale, base.model if needs_base else None)
+    write_ours(replace(adapter, base=base.name), folder)
+    copy_processor(job.folder, folder, base)
+
+
+def write_merged(job: Job) -> Exported:
     """Write the merged model. In half precision it is rounded once."""
-    base = Base(job.base_for("merged"), job.options.dtype, is_rounded_later=True)
+    base = Base(job.base, job.options.dtype, is_rounded_later=True)
     loads_with = job.full_model_loads_with(base)
     model, rounding = job.merged(base)
     save_model(model, job.out, job.options.dtype)
     _complete(job, base, job.out, loads_with)
     written = job.out / "chat_template.jinja"
-    if job.template == OWN and written.is_file():
+    if job.result.template == OWN and written.is_file():
         written.write_text(TRAINED_WITH + written.read_text(encoding="utf-8"), encoding="utf-8")
     dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
-    return Written(loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
+    return replace(job.result, loads_with=loads_with, dtype=", ".join(sorted(dtypes)), rounding=rounding)
 
 
-def write_llava_form(job: Job) -> Written:
-    """Write a LoRA folder of LLaVA's own code."""
-    base = Base(job.base_for("llava"), job.options.dtype)
-    if job.source.kind == "llava":
-        adapter = read_llava(job.source.folder)
-        config = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+def write_llava_form(job: Job) -> Exported:
+    base = Base(job.base, job.options.dtype)
+    if job.kind == "llava":
+        adapter = read_llava(job.folder)
+        config = json.loads((job.folder / "config.json").read_text(encoding="utf-8"))
     else:
-        adapter, _ = job.read(base, needs_base=False)
+        adapter = job.read(base, needs_base=False)
         config = config_for_llava(base.config, job.options.vision_tower)
     write_llava(adapter, job.out, config, job.options.dtype)
-    copy_processor(job.source.folder, job.out, base)
-    return Written()
+    copy_processor(job.folder, job.out, base)
+    return job.result
 
 
-def write_adapter(job: Job) -> Written:
+def write_adapter(job: Job) -> Exported:
     """Write the adapter for the unchanged base; with another data type, measure the rounding."""
-    base, dtype = Base(job.base_for("adapter"), job.options.dtype), job.options.dtype
-    adapter, drift = job.read(base, needs_base=job.options.with_base or job.source.kind != "ours")
-    layers = {path: (adapter.factors[path].rank // 2, value) for path, value in drift.items()}
+    base, dtype = Base(job.base, job.options.dtype), job.options.dtype
+    adapter = job.read(base, needs_base=job.options.with_base or job.kind != "ours")
     total = None
     if dtype is not None:
         total = total_error({path: loss_of(low, low.cast(dtype)) for path, low in adapter.factors.items()})
     adapter, loads_with = _with_base(job, adapter, base)
     write_ours(adapter.cast(dtype), job.out)
-    copy_processor(job.source.folder, job.out, base)
-    return Written(layers, total, loads_with)
+    copy_processor(job.folder, job.out, base)
+    return replace(job.result, total=total, loads_with=loads_with)
 
 
-def write_rank(job: Job) -> Written:
+def write_rank(job: Job) -> Exported:
     """Write the nearest plain LoRA of a lower rank, and measure its error."""
-    base = Base(job.base_for("rank"), job.options.dtype)
-    adapter, _ = job.read(base, needs_base=job.options.with_base)
+    base = Base(job.base, job.options.dtype)
+    adapter = job.read(base, needs_base=job.options.with_base)
     exact = max((low.rank for low in adapter.factors.values()), default=None)
     adapter, losses = recompress(adapter, job.rank, job.options.dtype)
     adapter, loads_with = _with_base(job, adapter, base)
     write_plain(adapter.cast(job.options.dtype), job.out, uniform=True)
-    copy_processor(job.source.folder, job.out, base)
+    copy_processor(job.folder, job.out, base)
     layers = {path: (loss.rank, loss.error) for path, loss in losses.items()}
-    return Written(layers, total_error(losses), loads_with, exact)
+    return replace(job.result, layers=layers, total=total_error(losses), loads_with=loads_with, exact_rank=exact)
 
 
-def write_gguf(job: Job) -> Written:
-    """Write the merged model as GGUF, by llama.cpp's script, with a Modelfile."""
-    base, outtype = _base_for_llama_cpp(job, "merged"), job.options.outtype or "f16"
+def write_gguf(job: Job) -> Exported:
+    base, outtype = _base_for_llama_cpp(job), job.options.outtype or "f16"
     model, rounding = job.merged(base)
     if rounding:
         sys.stderr.write(
             f"merged in the data type of the base; the largest change of a weight by rounding is {rounding:.1e}; "
             f"llama.cpp's script then rounds to {outtype}\n"
         )
-    files = _convert(job, model, base, "model", outtype)
-    _write_modelfile(job, files)
-    return Written()
+    _write_modelfile(job, _convert(job, model, base, "model", outtype))
+    return job.result
 
 
-def write_gguf_lora(job: Job) -> Written:
+def write_gguf_lora(job: Job) -> Exported:
     """Write the factors of the language tower as a GGUF LoRA, by llama.cpp's script; `with_base` also the base."""
-    base, outtype = _base_for_llama_cpp(job, "adapter"), job.options.outtype or "f32"
-    adapter, _ = job.read(base, needs_base=True)
+    base, outtype = _base_for_llama_cpp(job), job.options.outtype or "f32"
+    adapter = job.read(base, needs_base=True)
     if job.options.with_base:
         _write_into(adapter, base)
         adapter = replace(adapter, whole={})
@@ -244,15 +291,14 @@ def write_gguf_lora(job: Job) -> Written:
         folder = Path(temporary)
         write_plain(language, folder / "adapter", uniform=True)  # llama.cpp has one alpha for all modules
         base.config.save_pretrained(folder / "base")
-        convert_lora(
-            require_scripts(job.options.llama_cpp), folder / "adapter", folder / "base", job.out / file, outtype
-        )
+        scripts = require_scripts(job.options.llama_cpp)
+        convert_lora(scripts, folder / "adapter", folder / "base", job.out / file, outtype)
     if job.options.with_base:
         _write_modelfile(job, _convert(job, base.model, base, "base", "f16"), file)
-    return Written()
+    return job.result
 
 
-WRITERS: dict[str, Callable[[Job], Written]] = {
+WRITERS: dict[str, Callable[[Job], Exported]] = {
     "adapter": write_adapter,
     "merged": write_merged,
     "llava": write_llava_form,
@@ -262,17 +308,13 @@ WRITERS: dict[str, Callable[[Job], Written]] = {
 }
 
 
-def _base_for_llama_cpp(job: Job, form: str) -> Base:
+def _base_for_llama_cpp(job: Job) -> Base:
     """Return the base model of a GGUF export, after checking what its scripts and our writer need."""
     require_scripts(job.options.llama_cpp)
-    given = job.base_for(form)
+    given = job.base
     if isinstance(given, nn.Module):
-        raise UserError(
-            "GGUF holds the tokenizer, and the base is a loaded model without one",
-            code="export-llama-cpp",
-            where="base",
-            hint="pass the name or folder of the base model",
-        )
+        message = "GGUF holds the tokenizer, and the base is a loaded model without one"
+        raise UserError(message, where="base", hint="pass the name or folder of the base model")
     base = Base(given, None)
     if has_clip_tower(base.config):
         require_gguf()
@@ -297,47 +339,33 @@ def _round(weight: nn.Parameter, dtype: torch.dtype) -> float:
 def _convert(job: Job, model: nn.Module, base: Base, name: str, outtype: OutType) -> list[str]:
     """Write a model as NAME-TYPE.gguf, with its pictures, through a folder of safetensors that is deleted again."""
     folder = job.out / name
-    write_model_folder(model, folder, base, job.source.folder)
+    write_model_folder(model, folder, base, job.folder)
     files = convert_model(require_scripts(job.options.llama_cpp), folder, model, base, job.out / name, outtype)
     shutil.rmtree(folder)
     return files
 
 
 def _write_modelfile(job: Job, files: list[str], adapter: str | None = None) -> None:
-    (job.out / "Modelfile").write_text(modelfile(files, job.template, adapter), encoding="utf-8")
+    (job.out / "Modelfile").write_text(modelfile(files, job.result.template, adapter), encoding="utf-8")
 
 
 def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapter, list[str]]:
-    """Return the adapter with its factors of the language tower alone, and the modules that this leaves out.
-
-    Raises UserError for modules of the language tower that were trained in full: a LoRA cannot hold them.
-    """
+    """Return the adapter with its factors of the language tower alone, and the modules that this leaves out."""
     towers = find_towers(model)
     outside = [path for path in adapter.factors if towers.tower_of(path) != "language"]
     for name in adapter.whole:
         module = name.rpartition(".")[0]
         if towers.tower_of(module) == "language":
-            raise UserError(
-                "the adapter trained this weight in full, which a GGUF LoRA cannot hold",
-                code="export-gguf-module",
-                where=name,
-                hint="use:  --to gguf   or   --to gguf-lora --with_base",
-            )
+            message = "the adapter trained this weight in full, which a GGUF LoRA cannot hold"
+            raise UserError(message, where=name, hint="use:  --to gguf   or   --to gguf-lora --with_base")
         outside.append(module)
     factors = {path: low for path, low in adapter.factors.items() if path not in outside}
     return replace(adapter, factors=factors, whole={}), list(dict.fromkeys(outside))
 
 
-def write_ours(adapter: PlainAdapter, folder: Path) -> None:
-    """Write an adapter with its milora.json."""
-    write_plain(adapter, folder)
-    if adapter.sidecar is not None:
-        adapter.sidecar.write(folder, adapter.anchors)
-
-
 def _complete(job: Job, base: Base, folder: Path, loads_with: LoadsWith) -> None:
     """Add the processor to a full model, and the code of a timm tower if it is asked for."""
-    copy_processor(job.source.folder, folder, base)
+    copy_processor(job.folder, folder, base)
     if loads_with == "trust_remote_code":
         write_code(folder)
 
@@ -349,7 +377,7 @@ def _with_base(job: Job, adapter: PlainAdapter, base: Base) -> tuple[PlainAdapte
     loads_with = job.full_model_loads_with(base)
     if adapter.whole:
         sys.stderr.write(
-            f"note: {job.target / 'base'} contains the fully trained modules of this run "
+            f"note: {job.result.folder / 'base'} contains the fully trained modules of this run "
             f"({len(adapter.whole):,} tensors); do not use it with adapters of other runs\n"
         )
     _write_into(adapter, base)
@@ -358,7 +386,7 @@ def _with_base(job: Job, adapter: PlainAdapter, base: Base) -> tuple[PlainAdapte
     sidecar = adapter.sidecar
     if sidecar is not None:
         sidecar = replace(sidecar, targets=[t for t in sidecar.targets if t.method != "full"])
-    return replace(adapter, whole={}, base=str(job.target / "base"), sidecar=sidecar), loads_with
+    return replace(adapter, whole={}, base=str(job.result.folder / "base"), sidecar=sidecar), loads_with
 
 
 def _write_into(adapter: PlainAdapter, base: Base) -> None:

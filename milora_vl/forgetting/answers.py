@@ -15,7 +15,7 @@ from milora_data.pictures.files import place_of
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.records.record import IMAGE, Record, Turn, renamed_video
 from milora_vl.forgetting.measure import ProbeBatch
-from milora_vl.models.collator import collator_for
+from milora_vl.models.collator_for import collator_for
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.image_tokens import uses_processor
 

@@ -37,8 +37,6 @@ def milora_in_llava(part: Part = "minor", modules: Sequence[str] = (), protect: 
 
     `modules` are modules that have imported `get_peft_model` already. LLaVA's own code imports it when it trains.
     `protect` is as in `get_peft_model_replaced`.
-
-    Raises UserError if llava is not installed.
     """
     if find_spec("llava") is None:
         raise UserError(
@@ -75,7 +73,7 @@ def configs_trimmed(folders: Sequence[Path]) -> Iterator[None]:
 
     Files that existed before and did not change belong to another run and are not changed.
     """
-    from milora_vl.interop.adapters.llava import KNOWN_KEYS
+    from milora_vl.interop.llava_layout import KNOWN_KEYS
 
     files = [folder / CONFIG for folder in folders]
     before = {file: file.read_bytes() for file in files if file.is_file()}
@@ -97,7 +95,6 @@ COMMAND = launcher(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run LLaVA's script and return the exit code."""
     chosen, given = parse(COMMAND, argv)
     arguments = renamed_flags(given)
     if "--lora_enable" not in [argument.partition("=")[0] for argument in arguments]:
@@ -111,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _output_dirs(arguments: Sequence[str]) -> list[Path]:
-    """Return the values of `--output_dir DIR` and `--output_dir=DIR`."""
     values = []
     for argument, following in pairwise([*arguments, ""]):
         flag, equals, value = argument.partition("=")

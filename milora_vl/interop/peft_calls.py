@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from milora_vl.common.cli.command_line import amount
-from milora_vl.common.errors import UserError, first_line
+from milora_vl.common.errors import UserError, first_line, with_context
 from milora_vl.core.adapter.reinit import METHOD_OF_PART, reinit_peft, restore_split
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.calibration.bases import CalibrationError
@@ -31,21 +32,26 @@ def replacement(stock: Callable[..., Any], part: Part, protect: float | None) ->
     share = METHODS[METHOD_OF_PART[part]].protect if protect is None else protect
 
     def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call PEFT's function, then initialize the LoRA with MiLoRA. Other adapters than a LoRA are not changed."""
         texts = _texts(model) if share and isinstance(peft_config, LoraConfig) else None
+        chosen = getattr(peft_config, "target_modules", None)  # PEFT writes names in place of `all-linear`
         adapted = stock(model, peft_config, *args, **kwargs)
         if not isinstance(peft_config, LoraConfig):
             sys.stderr.write(f"milora: {type(peft_config).__name__} is not a LoRA and is left unchanged\n")
             return adapted
-        _remove_vision_adapters(adapted)
+        if not isinstance(chosen, str):
+            _remove_vision_adapters(adapted, chosen or ())
         try:
             tuned = reinit_peft(adapted, part, protect=share, calibration=texts, progress=True)
+        except CalibrationError as error:
+            hint = "texts reach neither vision tower nor projector: exclude them, or protect=0"
+            raise with_context(error, hint=hint) from None
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error), code="adapter-unsupported-kind", where="get_peft_model") from error
-        method, modules = tuned.milora_targets[0].method, amount(len(tuned.milora_targets), "module")
-        sys.stderr.write(f"milora: method {method} on {modules}: {what_trains(method, share)}\n")
+        for (method, protects), number in Counter((t.method, t.protect) for t in tuned.milora_targets).items():
+            trains = what_trains(method, protects)
+            sys.stderr.write(f"milora: method {method} on {amount(number, 'module')}: {trains}\n")
         return tuned
 
     return get_peft_model
@@ -57,7 +63,6 @@ def restoring_loader(stock: Callable[..., Any]) -> Callable[..., Any]:
     def from_pretrained(
         model: Any, model_id: Any, adapter_name: str = "default", is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """Call PEFT's method, and restore difference and anchor of a MiLoRA adapter that is trainable."""
         loaded = stock(model, model_id, adapter_name, is_trainable, *args, **kwargs)
         if is_trainable and (Path(model_id) / FILE_NAME).is_file():
             loaded = restore_split(loaded, model_id)
@@ -83,19 +88,21 @@ def _texts(model: Any) -> list[dict[str, Tensor]]:
         ) from error
 
 
-def _remove_vision_adapters(model: Any) -> None:
+def _remove_vision_adapters(model: Any, chosen: Collection[str]) -> None:
     """Remove the LoRA from vision modules that suffix targets such as q_proj match by accident (LLaVA issue 1380).
 
-    If PEFT has adapted vision modules alone, that was intended, and they stay.
+    Modules whose full paths are in `chosen` stay, and all of them if PEFT has adapted vision modules alone.
     """
     base = model.get_base_model()
     towers = find_towers(base)
     adapted = [p for p, m in base.named_modules() if isinstance(m, LoraLayer)]
     vision = [path for path in adapted if towers.tower_of(path) == "vision"]
-    if not vision or len(vision) == len(adapted):
+    by_name = [path for path in vision if path not in chosen]
+    if len(vision) == len(adapted):
         return
-    for path in vision:
+    for path in by_name:
         parent, _, name = path.rpartition(".")
         layer = base.get_submodule(path)
         setattr(base.get_submodule(parent), name, layer.get_base_layer())
-    sys.stderr.write(f"milora: {len(vision):,} modules of the vision tower, matched by name only, stay frozen\n")
+    if by_name:
+        sys.stderr.write(f"milora: {len(by_name):,} modules of the vision tower, matched by name only, stay frozen\n")

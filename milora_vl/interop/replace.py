@@ -49,12 +49,7 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float 
     from milora_vl.interop.peft_calls import replacement, restoring_loader  # before: they need the stock functions
 
     if protect is not None and not 0 <= protect < 1:
-        raise UserError(
-            f"expected a share from 0 to below 1, got {protect}",
-            code="protect-value",
-            where="protect",
-            hint="for example  0.95",
-        )
+        raise UserError(f"expected a share from 0 to below 1, got {protect}", where="protect", hint="for example  0.95")
     namespaces = [peft, *(import_module(name) for name in modules)]
     loader = restoring_loader(peft.PeftModel.from_pretrained)
     with calls_replaced(namespaces, replacement(peft.get_peft_model, part, protect), loader):
@@ -64,14 +59,13 @@ def get_peft_model_replaced(*modules: str, part: Part = "minor", protect: float 
 def launch(script: Path, arguments: Sequence[str]) -> None:
     """Run a script in this process as `python script arguments` does. Raises UserError if the script is missing."""
     if not script.is_file():
-        raise UserError("no such script", code="script-missing", where=str(script), hint=beside(script))
+        raise UserError("no such script", where=str(script), hint=beside(script))
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
 
 
 def launcher(name: str, about: str, example: str) -> Command:
-    """Return the declaration of a launcher: its flags, and the script that it runs."""
     return Command(
         name,
         about,
@@ -99,7 +93,6 @@ def launcher(name: str, about: str, example: str) -> Command:
 
 
 def parse(command: Command, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return the values of a launcher's flags, and the arguments of the script."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     split = next((i for i, argument in enumerate(arguments) if argument.endswith(".py")), len(arguments))
     return command.parse(arguments[: split + 1]), arguments[split + 1 :]
@@ -111,7 +104,6 @@ COMMAND = launcher(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the script and return the exit code."""
     chosen, arguments = parse(COMMAND, argv)
     with get_peft_model_replaced(*chosen.modules, part=chosen.part, protect=chosen.protect):
         launch(chosen.script, arguments)

@@ -10,6 +10,7 @@ import torch
 
 from milora_data.encode.templates import render_chat_template
 from milora_vl.models.image_tokens import count_tokens
+from milora_vl.models.timm_tower import register
 
 IMAGE_TOKEN = "<image>"
 
@@ -82,6 +83,7 @@ def compose(
     from transformers import LlavaForConditionalGeneration
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+    register()
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     _add_image_row(language, -(-len(tokenizer) // rows) * rows)
     plan = plan_tower(tower.config, layer=-1, feature="patch") if plan is None else plan

@@ -29,7 +29,6 @@ class Base:
 
     @classmethod
     def of(cls, name: str, config: Any, parts: Parts | None = None) -> Base:
-        """Return the base with this config."""
         kind: BaseKind = "text"
         if "vision_config" in config.to_dict():
             kind = "processor" if uses_processor(config) else "llava"
@@ -47,7 +46,6 @@ class Base:
 
     @property
     def reads_pictures(self) -> bool:
-        """Return whether the model takes pictures."""
         return self.kind != "text"
 
     @property

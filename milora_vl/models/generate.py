@@ -7,7 +7,6 @@ per picture, and its key-value cache is repeated for the questions. Their paddin
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +121,6 @@ def generate(
 
 
 def reader_of(model: Any, processor: Any, template: str, image_aspect_ratio: str, share_images: bool = False) -> Reader:
-    """Return what turns prompts into the inputs of a model; the arguments are as in `generate`."""
     if split_processor(processor)[1] is not None and uses_processor(model.config):
         return ProcessorReader(model, processor)
     return LlavaReader(model, processor, template, image_aspect_ratio, share_images)
@@ -153,7 +151,6 @@ def prompt_ids(
     if len(pieces) != len(prompt.images):
         raise UserError(
             f"the prompt contains {len(pieces)} {IMAGE}, but {amount(len(prompt.images), 'picture')}",
-            code="prompt-image-count",
             where=prompt.source,
             hint="write <image> once for each picture",
         )
@@ -209,31 +206,7 @@ def _form(prompt: Prompt) -> object:
     return prompt.form, len(prompt.videos), parts
 
 
-class Reader(ABC):
-    """Turns prompts into the inputs of one model."""
-
-    model: Any
-    tokenizer: Any
-    pad: int
-
-    @abstractmethod
-    def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-        """Yield batches of prompts, as places in the caller's list, longest first."""
-
-    @abstractmethod
-    def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Return the inputs of `generate` for the prompts of one batch, padded on the left."""
-
-    @abstractmethod
-    def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        """Return the inputs of one prompt with an answer after it, and labels that are -100 before the answer."""
-
-    def end_ids(self) -> list[int]:
-        """Return the ids that end an answer beside those of the tokenizer and of the model."""
-        return []
-
-
-class ProcessorReader(Reader):
+class ProcessorReader:
     """Asks a model whose own processor prepares the pictures, in its own chat template."""
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -261,7 +234,6 @@ class ProcessorReader(Reader):
         return text
 
     def batches(self, prompts: Sequence[Prompt], batch_size: int) -> Iterator[list[int]]:
-        """Yield batches of prompts, as places in the caller's list, longest first."""
         lengths = [self._length(self.rendered(prompt), prompt) for prompt in prompts]
         kinds = [self._kind(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda place: (kinds[place], lengths[place]), reverse=True)
@@ -289,7 +261,6 @@ class ProcessorReader(Reader):
             paths = [str(image) for image in prompt.images if isinstance(image, str | Path)]
             raise UserError(
                 f"the processor refuses this question, or a picture or video of it: {first_line(error)}",
-                code="record-processor-refuses",
                 where=": ".join([prompt.source] * bool(prompt.source) + paths) or _named(prompt),
                 hint="use another picture, or leave the question out",
             ) from None
@@ -297,7 +268,6 @@ class ProcessorReader(Reader):
         return inputs
 
     def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        """Return the inputs of one prompt with an answer after it, and the labels of the answer."""
         rendered = self.rendered(prompt)
         if self.call.format.takes_conversations:
             start = len(rendered.text)
@@ -309,16 +279,11 @@ class ProcessorReader(Reader):
         return {name: self._placed(value) for name, value in inputs.items()}
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Return the inputs of `generate` for the prompts of one batch."""
         inputs = {name: self._placed(value) for name, value in self.processed(prompts).items()}
         base = self.model.get_base_model() if is_wrapped_by_peft(self.model) else self.model
         if "mm_token_type_ids" not in inspect.signature(base.forward).parameters:
             inputs.pop("mm_token_type_ids", None)  # `generate` refuses what a model does not take
         return inputs
-
-    def end_ids(self) -> list[int]:
-        """Return the ids that end an answer."""
-        return self.call.end_ids()
 
     def _placed(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -340,7 +305,6 @@ def _opened(image: str | Path | Image.Image) -> Any:
 
 
 def _size(image: str | Path | Image.Image) -> tuple[int, int]:
-    """Return height and width."""
     return picture_size(image) if isinstance(image, str | Path) else (image.height, image.width)
 
 
@@ -366,7 +330,7 @@ def _memory_explained() -> Iterator[None]:
         ) from None
 
 
-class LlavaReader(Reader):
+class LlavaReader:
     """Asks a LLaVA or a text-only model. With `share_images`, the common prefix runs once for each image."""
 
     def __init__(
@@ -407,7 +371,6 @@ class LlavaReader(Reader):
         yield from _in_batches(order, lambda place: len(names[place]), batch_size)
 
     def inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Return the inputs of `generate` for the prompts of one batch."""
         rows = [self.row(prompt) for prompt in prompts]
         first = {row.picture: row for row in reversed(rows)}
         prefix = _common_prefix(rows, self.image_token) if self.share_images and len(first) < len(rows) else 0
@@ -427,7 +390,6 @@ class LlavaReader(Reader):
         return inputs
 
     def labelled(self, prompt: Prompt, answer: str) -> dict[str, Any]:
-        """Return the inputs of one prompt with an answer after it, and the labels of the answer."""
         row, after = self.row(prompt), self.tokenizer(answer, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([[*row.ids, *after]], device=self.model.device)
         labels = torch.tensor([[IGNORE] * len(row.ids) + after], device=self.model.device)
@@ -483,6 +445,9 @@ class LlavaReader(Reader):
         return expand_to_square(picture, (red, green, blue))
 
 
+Reader = ProcessorReader | LlavaReader  # turns prompts into the inputs of one model
+
+
 def _in_batches(order: Sequence[int], kind: Callable[[int], Any], batch_size: int) -> Iterator[list[int]]:
     """Yield the places of `order` in batches of one kind each; places of equal kind follow each other."""
     for _, group in groupby(order, key=kind):
@@ -496,7 +461,6 @@ def _picture_name(prompt: Prompt) -> tuple[str | int, ...]:
 
 
 def _decoded(tokenizer: Any, rows: Tensor, ends: Collection[int]) -> list[Reply]:
-    """Return the texts of generated rows, each up to its first end token."""
     generated = rows.tolist()
     ids = [list(takewhile(lambda token: token not in ends, row)) for row in generated]
     return [
@@ -540,7 +504,8 @@ def _greedy(reader: Reader, max_new_tokens: int, num_beams: int) -> Any:
     from transformers import GenerationConfig
 
     eos = reader.model.generation_config.eos_token_id
-    ends = {reader.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos]), *reader.end_ids()} - {None}
+    own = reader.call.end_ids() if isinstance(reader, ProcessorReader) else []
+    ends = {reader.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos]), *own} - {None}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -37,7 +37,6 @@ def tiling_of(config: Any) -> Tiling | None:
 
 
 def image_token_id(config: Any) -> int:
-    """Return the id of the image token in the prompt."""
     return int(config.image_token_id)
 
 
@@ -74,10 +73,7 @@ def _patches(config: Any) -> int:
 
 
 def count_tokens(config: Any, layer: int) -> int:
-    """Return the number of tokens that a layer of a tower outputs per image, before any is dropped.
-
-    Raises UserError if the layer has no such output.
-    """
+    """Return the number of tokens that a layer of a tower outputs per image, before any is dropped."""
     from transformers import AutoModel
     from transformers.modeling_utils import set_zero3_state
 
@@ -89,7 +85,6 @@ def count_tokens(config: Any, layer: int) -> int:
         except (TypeError, AttributeError, IndexError, ValueError) as error:
             raise UserError(
                 f"{config.model_type} is not usable as a vision tower with layer {layer}: {error}",
-                code="vision-tower-unusable",
                 hint="expected:  an encoder with hidden states (batch, tokens, channels), or timm/NAME",
             ) from None
     return int(tokens)

@@ -19,10 +19,10 @@ from milora_data.encode.tokens import share_template
 from milora_vl.common.compat.transformers import forget_conversions, whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.towers import keep_weights_readable
-from milora_vl.models import hub, original, parts
+from milora_vl.models import original, parts, pretrained
+from milora_vl.models.devices import Quantization, quantization_config, unquantized
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
 from milora_vl.models.processors import complete_processor
-from milora_vl.models.quantized import Quantization, quantization_config, unquantized
 from milora_vl.models.quiet import quiet_bars
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ def load_weights(
     quantization: Quantization | BitsAndBytesConfig | None = None,
     device: torch.device | None = None,
 ) -> nn.Module:
-    """Return a model without its processor, in `dtype` or the dtype it was saved in.
-
-    Raises UserError for an unknown name, a model that is not available, and a folder without a model.
-    """
+    """Return a model without its processor, in `dtype` or the dtype it was saved in."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -51,13 +48,12 @@ def load_weights(
                 code="quantization-in-memory",
                 hint="save it to a folder and load that folder",
             )
-        return _named(hub.made_in_memory(name)[0].to(dtype or torch.float32), name)
-    source = hub.source_of(name)
-    config = hub.read(AutoConfig.from_pretrained, source, name)
+        return _named(pretrained.made_in_memory(name)[0].to(dtype or torch.float32), name)
+    source = pretrained.source_of(name)
+    config = pretrained.read(AutoConfig.from_pretrained, source, name)
     if original.MARK in config.to_dict():
         raise UserError(
             f"{name} is in the layout of the original LLaVA code, which only loads from a folder",
-            code="model-original-layout",
             hint=f"first:  hf download {name} --local-dir FOLDER      then --model FOLDER",
         )
     auto = AutoModelForImageTextToText if "vision_config" in config.to_dict() else AutoModelForCausalLM
@@ -69,7 +65,7 @@ def load_weights(
                 chosen = quantization_config(chosen, unquantized(auto.from_config(config)))
         arguments |= {"quantization_config": chosen, "device_map": {"": device or "cpu"}}
     with quiet_bars() if name in BUILT_IN_MODELS or not sys.stderr.isatty() else nullcontext():
-        model = hub.read(auto.from_pretrained, source, name, **arguments)
+        model = pretrained.read(auto.from_pretrained, source, name, **arguments)
     if is_deepspeed_zero3_enabled():
         forget_conversions(model)
     keep_weights_readable(model)
@@ -79,18 +75,17 @@ def load_weights(
 
 
 def load_processor(name: str | Path) -> Any:
-    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights.
-
-    Raises UserError for an unknown name and a processor that is not available.
-    """
+    """Return the processor of a model, or the tokenizer of a text-only model, without loading weights."""
     from transformers import AutoProcessor, AutoTokenizer
 
     name = in_hf_layout(name)
     if name in MADE_IN_MEMORY:
-        return hub.made_in_memory(name)[1]
-    config = hub.config_of(name)
+        return pretrained.made_in_memory(name)[1]
+    config = pretrained.config_of(name)
     has_images = "vision_config" in config.to_dict()
-    processor = hub.read((AutoProcessor if has_images else AutoTokenizer).from_pretrained, hub.source_of(name), name)
+    processor = pretrained.read(
+        (AutoProcessor if has_images else AutoTokenizer).from_pretrained, pretrained.source_of(name), name
+    )
     if has_images:
         share_template(processor)
         complete_processor(processor, config)
@@ -101,7 +96,7 @@ def config_of(name: str) -> Any:
     """Return the HF config of a named model, a folder or a hub id. Packaged configs need no network."""
     if original.is_original(Path(name)):
         return parts.planned_config(parts.parts_of_original(Path(name)))
-    return hub.config_of(name)
+    return pretrained.config_of(name)
 
 
 def meta_model(config: Any) -> nn.Module:
@@ -114,25 +109,19 @@ def meta_model(config: Any) -> nn.Module:
 
 
 def prepare(name: str) -> None:
-    """Write the folder of a model that is built at first use: smol-llava, or one in LLaVA's original layout.
-
-    Raises UserError for an unknown name, and if the folder cannot be written.
-    """
+    """Write the folder of a model that is built at first use: smol-llava, or one in LLaVA's original layout."""
     if name not in MADE_IN_MEMORY:
-        hub.source_of(in_hf_layout(name))
+        pretrained.source_of(in_hf_layout(name))
 
 
 def weights_folder(name: str) -> Path | None:
-    """Return the folder with a model's files, downloaded if needed; None for models in memory.
-
-    Raises UserError for an unknown name and a model that is not available.
-    """
+    """Return the folder with a model's files, downloaded if needed; None for models in memory."""
     from huggingface_hub import snapshot_download
 
     name = in_hf_layout(name)
     if name in MADE_IN_MEMORY:
         return None
-    source = hub.source_of(name)
+    source = pretrained.source_of(name)
     if Path(source).is_dir():
         return Path(source)
 
@@ -140,7 +129,7 @@ def weights_folder(name: str) -> Path | None:
         patterns = ["*.json", "*.safetensors", "tokenizer.model"]
         return str(snapshot_download(source, local_files_only=local_files_only, allow_patterns=patterns))
 
-    return Path(hub.read(load, source, name))
+    return Path(pretrained.read(load, source, name))
 
 
 def in_hf_layout(name: str | Path) -> str:
@@ -155,7 +144,6 @@ def in_hf_layout(name: str | Path) -> str:
 
 
 def split_processor(processor: Any) -> tuple[Any, Any | None]:
-    """Return (tokenizer, image processor); the second is None for a text-only model."""
     from transformers import ProcessorMixin
 
     if isinstance(processor, ProcessorMixin):

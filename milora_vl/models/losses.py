@@ -216,7 +216,6 @@ class GradientsAtOnce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the saved gradients times the gradient of the sum."""
         grad_hidden, *grad_head = ctx.saved_tensors
         return None, grad_hidden * grads[0], None, *(None if g is None else g * grads[0] for g in grad_head)
 

@@ -36,8 +36,6 @@ _SUPPORTED: dict[str, tuple[str | bool | None, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The content of config.json of such a folder."""
-
     folder: Path
     vision_tower: str
     select_layer: int
@@ -45,7 +43,6 @@ class Original:
     text: Mapping[str, Any]  # config of the language model
 
     def text_config(self) -> Any:
-        """Return the config of the language model as a transformers config."""
         from transformers import AutoConfig
 
         return AutoConfig.for_model(**self.text)
@@ -62,7 +59,6 @@ class Original:
 
 
 def is_original(folder: Path) -> bool:
-    """Return whether `folder` holds a model in LLaVA's original layout."""
     return MARK in _config(folder) and not has_config(folder)
 
 
@@ -74,7 +70,6 @@ def read_original(folder: Path) -> Original:
             raise UserError(
                 "a LLaVA in its original layout that Hugging Face's LLaVA cannot hold: "
                 f"{name} {config.get(name)}, expected {' or '.join(str(value) for value in supported if value)}",
-                code="model-original-unsupported",
                 where=str(folder),
                 hint="for LLaVA-1.6, use a model in Hugging Face's layout (llava-hf/llava-v1.6-...)",
             )

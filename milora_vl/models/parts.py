@@ -20,7 +20,7 @@ from milora_vl.common.atomic_write import complete_folder
 from milora_vl.common.cli.command_line import beside
 from milora_vl.common.compat.transformers import whole_weights
 from milora_vl.common.errors import UserError
-from milora_vl.models import hub, original, vision
+from milora_vl.models import original, pretrained, vision
 from milora_vl.models.assemble import TowerPlan, compose, llava_config, plan_tower, processor_for
 from milora_vl.models.names import MADE_IN_MEMORY
 from milora_vl.models.projector import load_projector, projector_file
@@ -34,15 +34,14 @@ def load_language(name: str) -> tuple[Any, Any]:
     if "vision_config" in config.to_dict():
         raise UserError(
             "this is already a vision-language model; composing needs a text-only model",
-            code="compose-not-text-only",
             where=name,
             hint="fine-tune it unchanged:  python -m milora_vl.train --model NAME",
         )
     if name in MADE_IN_MEMORY:
-        language, tokenizer = hub.made_in_memory(name)
+        language, tokenizer = pretrained.made_in_memory(name)
     else:
-        language = hub.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
-        tokenizer = hub.read_pretrained(AutoTokenizer, name)
+        language = pretrained.read_pretrained(AutoModelForCausalLM, name, config=config, dtype="auto")
+        tokenizer = pretrained.read_pretrained(AutoTokenizer, name)
     require_plain_head(language, name)
     return language.eval(), tokenizer
 
@@ -58,7 +57,6 @@ def require_plain_head(language: Any, name: str) -> None:
     if not torch.allclose(logits.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
         raise UserError(
             "its logits are not its head times its last hidden states (a cap, a scale, a bias)",
-            code="compose-head",
             where=name,
             hint="Hugging Face's LLaVA does not support this; use another language model",
         )
@@ -83,13 +81,11 @@ class Parts:
     vision_weights: str | None = None
 
     def describe(self) -> str:
-        """Return the parts as text."""
         projector = f"projector {self.projector}" if self.projector else "a new projector"
         return f"{self.language} + {self.vision} (layer {self.select_layer}, {self.select_feature}) + {projector}"
 
 
 def parts_of_original(folder: Path) -> Parts:
-    """Return the parts of a model in LLaVA's original layout; only the tower may be outside its folder."""
     config = original.read_original(folder)
     tower = config.vision_tower
     beside = folder / tower
@@ -100,7 +96,7 @@ def parts_of_original(folder: Path) -> Parts:
 def language_config(name: str) -> Any:
     """Return the config of a text-only model, or of the Llama in a folder in LLaVA's original layout."""
     folder = Path(name)
-    return original.read_original(folder).text_config() if original.is_original(folder) else hub.config_of(name)
+    return original.read_original(folder).text_config() if original.is_original(folder) else pretrained.config_of(name)
 
 
 def planned_config(parts: Parts) -> Any:
@@ -113,7 +109,6 @@ def planned_config(parts: Parts) -> Any:
 
 
 def planned_folder(parts: Parts) -> Path:
-    """Return the cache folder of a base of these parts; a hash of the parts is in its name."""
     return cache_dir() / "models" / f"{_name(parts)}-{_digest(parts)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs, takes_videos
@@ -11,7 +12,23 @@ from milora_data.pictures.videos import sampler
 from milora_data.records.record import IMAGE, Turn
 from milora_vl.common.errors import DataError, Key, UserError, at_flag, first_line
 from milora_vl.models.image_tokens import extra_tokens, is_llava
-from milora_vl.models.processor_settings import ProcessorSettings
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessorSettings:
+    """What a recipe says about the sizes of pictures and videos, and about the frames of video files; None: nothing."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    video_max_pixels: int | None = None
+    fps: float | None = None
+    num_frames: int | None = None
+
+    @property
+    def of_videos(self) -> list[str]:
+        names = ("video_min_pixels", "video_max_pixels", "fps", "num_frames")
+        return [name for name in names if getattr(self, name) is not None]
 
 
 def complete_processor(processor: Any, config: Any) -> None:
@@ -32,10 +49,7 @@ _LONGEST_SIDE = 65_536
 
 
 def usable_inputs(processor: Any, name: str) -> ProcessorInputs:
-    """Return the inputs of a processor after preparing one picture with it.
-
-    Raises UserError with the reason for a processor that does not take texts with pictures in their places.
-    """
+    """Return the inputs of a processor after preparing one picture with it."""
     try:
         inputs = ProcessorInputs(processor)
         prompt = _asked(inputs)
@@ -68,16 +82,12 @@ def _asked(inputs: ProcessorInputs) -> Rendered:
 def _unsupported(processor: Any, name: str, reason: str) -> UserError:
     return UserError(
         f"pictures of {name} cannot be prepared with {type(processor).__name__}: {reason}",
-        code="model-pictures-unsupported",
-        hint="apply_milora still works, with your own batches and trainer\nsee: docs/other-models.md",
+        hint="apply_milora still works, with your own batches and trainer\nsee: docs/models.md",
     )
 
 
 def configure_processor(processor: Any, data: ProcessorSettings) -> None:
-    """Set what a recipe says about the sizes of pictures and videos, and about the frames of video files.
-
-    Raises UserError for a setting that the processor cannot follow.
-    """
+    """Set what a recipe says about the sizes of pictures and videos, and about the frames of video files."""
     limit_pixels(processor, data.min_pixels, data.max_pixels)
     if data.of_videos and not takes_videos(processor):
         with at_flag(Key.of(f"data.{data.of_videos[0]}")):
@@ -90,10 +100,7 @@ def configure_processor(processor: Any, data: ProcessorSettings) -> None:
 
 
 def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Set how many pixels a picture has at least and at most after the processor has resized it.
-
-    Raises UserError if the limits contradict each other, or for a processor that resizes to fixed sizes.
-    """
+    """Set how many pixels a picture has at least and at most after the processor has resized it."""
     if min_pixels is not None or max_pixels is not None:
         _limit(processor.image_processor, min_pixels, max_pixels)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 
 from milora_vl.common.errors import UserError
@@ -25,13 +26,10 @@ _LLAVA = re.compile(r"(?:^|.*\.)mm_projector\.(?:(\d+)\.)?(.+)")
 
 
 def projector_of(model: nn.Module) -> nn.Module:
-    """Return the projector module of a model. Raises UserError if it has none."""
     path = find_towers(model).projector
     if path is None:
         raise UserError(
-            f"{type(model).__name__} has no projector",
-            code="projector-missing",
-            hint="use a model with a projector, such as llava-1.5-7b",
+            f"{type(model).__name__} has no projector", hint="use a model with a projector, such as llava-1.5-7b"
         )
     return model.get_submodule(path)
 
@@ -55,22 +53,19 @@ def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] |
 
 
 def load_projector(model: nn.Module, source: Path) -> None:
-    """Load the weights of a file or folder into the projector of the model.
-
-    Raises UserError if names or shapes do not fit.
-    """
+    """Load the weights of a file or folder into the projector of the model."""
     weights = read_projector(source)
     projector = projector_of(model)
-    expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
-    shapes = {name: tuple(t.shape) for name, t in weights.items()}
-    if shapes != expected:
-        raise UserError(
-            "the weights do not fit the projector of this model",
-            code="projector-wrong-shape",
-            where=str(source),
-            hint=f"  has       {shapes}\n  expected  {expected}",
-        )
-    projector.load_state_dict(weights)
+    with gather_params_ctx(list(projector.parameters()), modifier_rank=0):  # ZeRO-3 has shards of them
+        expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in weights.items()}
+        if shapes != expected:
+            raise UserError(
+                "the weights do not fit the projector of this model",
+                where=str(source),
+                hint=f"  has       {shapes}\n  expected  {expected}",
+            )
+        projector.load_state_dict(weights)
 
 
 def read_projector(source: Path) -> dict[str, Tensor]:
@@ -96,7 +91,6 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     if "weight" in weights:
         raise UserError(
             "the projector is a single linear layer (LLaVA's --mm_projector_type linear)",
-            code="projector-linear",
             where=str(file),
             hint="expected:  two layers (mlp2x_gelu), as in LLaVA-1.5 and Hugging Face's LLaVA",
         )

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.errors import UserError, at_flag
+from milora_vl.common.yaml_text import read_file
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.loading import split_processor
-from milora_vl.models.processor_settings import ProcessorSettings
-from milora_vl.models.processors import configure_processor
-from milora_vl.models.recipe_of_run import recipe_of_run, trained_template
+from milora_vl.models.processors import ProcessorSettings, configure_processor
 
 if TYPE_CHECKING:
     from milora_data.pictures.pixels import AspectRatio
@@ -66,3 +65,14 @@ def _default_template(base: Base, folder: Path) -> str:
         return trained_template(folder)
     own = split_processor(base.processor)[0].chat_template
     return OWN if own and (base.kind == "text" or str(own).startswith(TRAINED_WITH)) else trained_template(folder)
+
+
+def recipe_of_run(folder: Path) -> dict[str, Any]:
+    """Return the content of the recipe.yaml in a run folder, or in the folder above a checkpoint; empty without one."""
+    file = next((place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None)
+    return {} if file is None else read_file(file)
+
+
+def trained_template(folder: Path) -> str:
+    """Return the template of a run, by default LLaVA-1.5's. `folder` is as in `recipe_of_run`."""
+    return recipe_of_run(folder).get("template") or "vicuna_v1"

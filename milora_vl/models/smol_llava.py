@@ -20,7 +20,7 @@ from milora_vl.common.compat.transformers import whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.models.assemble import compose, processor_for
 from milora_vl.models.quiet import quiet_bars, silence_deepspeed
-from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, register
+from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 
 FOLDER_VERSION = 3  # increase it with every change of the folder contents
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,7 +32,6 @@ PROJECTOR = files("milora_vl.models") / "assets" / "smol_llava_projector.safeten
 
 
 def folder_of(name: str) -> Path:
-    """Return the cache folder of `smol-llava`, `smol-llava-unaligned` or `smollm2`."""
     names = {
         "smol-llava": f"smol-llava-{FOLDER_VERSION}-{hashlib.sha256(PROJECTOR.read_bytes()).hexdigest()[:12]}",
         "smol-llava-unaligned": f"smol-llava-{FOLDER_VERSION}-unaligned",
@@ -47,7 +46,6 @@ def made_folder(name: str) -> Path:
     `smol-llava-unaligned` is smol-llava before stage 1, with a new projector; `smollm2` is its language model. Raises
     UserError if the parts cannot be fetched or the `demo` extra is not installed.
     """
-    register()
     folder = folder_of(name)
     if (folder / "config.json").is_file():
         return folder

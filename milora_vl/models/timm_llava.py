@@ -10,14 +10,18 @@ from typing import Any
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    MODEL_MAPPING,
+)
 
-from .timm_tower import register
-from .timm_tower_config import TimmTowerConfig
+from .timm_tower import TimmTowerConfig, register
 
 _MODELS: list[tuple[Any, Any]] = [
     (MODEL_MAPPING, LlavaModel),
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, LlavaForConditionalGeneration),
+    (MODEL_FOR_MULTIMODAL_LM_MAPPING, LlavaForConditionalGeneration),  # `transformers serve` loads from it
 ]
 
 

@@ -1,8 +1,8 @@
 """A timm encoder as the vision tower of a LLaVA: forward pass, pooling to a grid, normalization.
 
 timm outputs feature maps (NCHW, or tokens after prefix tokens); LLaVA expects (batch, tokens, channels). The tower
-pools the maps to a grid, normalizes every level and concatenates the levels. The import is relative because
-`export --remote_code` copies this file into models.
+pools the maps to a grid, normalizes every level and concatenates the levels. `export --remote_code` copies this file
+into models, so it imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -13,12 +13,52 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .timm_tower_config import TimmTowerConfig, register_config
 
-__all__ = ["TimmTower", "TimmTowerConfig", "as_map", "register"]
+class TimmTowerConfig(PretrainedConfig):
+    """The settings of a tower.
+
+    architecture: timm's name; image_size: pixels per side; grid: tokens per side after pooling;
+    levels: indices of timm's intermediate features, placed before the final ones; hidden_size: channels.
+    """
+
+    model_type = "milora_timm_tower"
+
+    def __init__(
+        self,
+        architecture: str = "tf_efficientnet_lite0",
+        image_size: int = 224,
+        grid: int = 4,
+        levels: Sequence[int] = (),
+        hidden_size: int = 1280,
+        **kwargs: Any,  # transformers passes all other keys of config.json
+    ) -> None:
+        self.architecture = architecture
+        self.image_size = image_size
+        self.grid = grid
+        self.levels = list(levels)
+        self.hidden_size = hidden_size
+        super().__init__(**kwargs)
+
+    @property
+    def patch_size(self) -> int:
+        """Return the pixels per side of one token, for LLaVA's processor."""
+        return self.image_size // self.grid
+
+    @classmethod
+    def of(cls, architecture: str, *, image_size: int, grid: int, levels: Sequence[int] = ()) -> TimmTowerConfig:
+        """Return the config of a timm encoder; the meta device counts its channels."""
+        import timm
+
+        if image_size % grid:
+            raise ValueError(f"image_size {image_size} is not a multiple of grid {grid}")
+        with torch.device("meta"):
+            encoder: Any = timm.create_model(architecture, pretrained=False, num_classes=0)
+        channels = [level["num_chs"] for level in encoder.feature_info]
+        hidden_size = sum(channels[level] for level in levels) + encoder.num_features
+        return cls(architecture, image_size, grid, levels, hidden_size)
 
 
 class TimmTower(PreTrainedModel):
@@ -42,6 +82,10 @@ class TimmTower(PreTrainedModel):
         """Switch to training mode only if a weight trains: a frozen tower must not update its batch statistics."""
         weights: Any = self.parameters()
         return super().train(mode and any(weight.requires_grad for weight in weights))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Raise NotImplementedError, for which `enable_input_require_grads` of transformers skips a module."""
+        raise NotImplementedError("a network of timm has no input embeddings")
 
     def forward(
         self,
@@ -87,7 +131,5 @@ def as_map(encoder: Any, features: Tensor) -> Tensor:
 
 def register() -> None:
     """Register the tower and its config with transformers' Auto classes; a second call does nothing."""
-    from transformers import AutoModel  # not at the top, as in `register_config`
-
-    register_config()
+    AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig, exist_ok=True)
     AutoModel.register(TimmTowerConfig, TimmTower, exist_ok=True)

@@ -73,7 +73,6 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
 
 
 def tiny_llama(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Return a text-only Llama with random weights and its tokenizer. `seed` fixes the weights."""
     from transformers import LlamaForCausalLM
 
     tokenizer = tiny_tokenizer()

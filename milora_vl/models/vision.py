@@ -14,7 +14,7 @@ from milora_vl.common.cli.command_line import beside
 from milora_vl.common.errors import UserError, first_line
 from milora_vl.common.hub_host import hub_is_known
 from milora_vl.core.weights.tensor_files import read_weights
-from milora_vl.models import hub
+from milora_vl.models import pretrained
 from milora_vl.models.names import BUILT_IN_MODELS
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig, as_map
 
@@ -29,13 +29,12 @@ def tower_config(name: str) -> Any:
     if name.startswith(TIMM):
         size, grid = _timm_sizes(name.removeprefix(TIMM))
         return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
-    config = hub.config_of(name)
+    config = pretrained.config_of(name)
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if name in BUILT_IN_MODELS or "image_size" not in config.to_dict():
         raise UserError(
             f"not a vision tower that another model can use: {config.model_type}",
-            code="vision-tower-unusable",
             where=name,
             hint="expected:  CLIP, SigLIP, a ViT, or timm/NAME",
         )
@@ -54,7 +53,7 @@ def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None =
     if weights == RANDOM:
         return AutoModel.from_config(config).to(dtype).eval()
     cls = type(_meta(config))
-    return hub.read_pretrained(cls, name, config=config, dtype=dtype).eval()
+    return pretrained.read_pretrained(cls, name, config=config, dtype=dtype).eval()
 
 
 def with_weights(config: Any, state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -100,11 +99,7 @@ def _timm_sizes(architecture: str) -> tuple[int, int]:
 
     if not timm.is_model(architecture):
         near = timm.list_models(f"{architecture.split('_')[0]}*")[:3]
-        raise UserError(
-            f"timm has no model {architecture!r}",
-            code="vision-tower-unknown",
-            hint=f"similar: {', '.join(near)}, ..." if near else "",
-        )
+        raise UserError(f"timm has no model {architecture!r}", hint=f"similar: {', '.join(near)}, ..." if near else "")
     settings = timm.get_pretrained_cfg(architecture)
     size = int(settings.input_size[-1]) if settings is not None else 224
     with torch.device("meta"):
@@ -114,7 +109,6 @@ def _timm_sizes(architecture: str) -> tuple[int, int]:
         except (ValueError, AttributeError) as error:
             raise UserError(
                 f"not usable as a vision tower: {error}",
-                code="vision-tower-unusable",
                 where=f"timm/{architecture}",
                 hint="use a network of timm with feature maps, or an encoder such as openai/clip-vit-large-patch14-336",
             ) from None
@@ -137,7 +131,6 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
         if missing:
             raise UserError(
                 f"the file does not fit timm's {architecture}: {missing[0]} and {len(missing) - 1} more are missing",
-                code="vision-weights-incomplete",
                 where=str(weights),
                 hint="name the timm architecture that the file was made for",
             )

@@ -41,7 +41,6 @@ class BaseKL:
 
     @property
     def num_texts(self) -> int:
-        """Return the number of texts, with and without pictures."""
         return sum(len(batch["input_ids"]) for kinds in self.sources for kind in kinds for batch in kind)
 
     def next_batch(self, step: int, args: TrainingArguments) -> Mapping[str, Tensor] | None:

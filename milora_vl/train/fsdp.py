@@ -31,7 +31,6 @@ class RequireShards(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Look at every parameter; FSDP2 makes DTensors of all of them."""
         from torch.distributed.tensor import DTensor
 
         whole = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]

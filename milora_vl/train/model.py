@@ -23,13 +23,12 @@ from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy import Target
 from milora_vl.core.policy.towers import find_towers
 from milora_vl.models.base import Base
+from milora_vl.models.devices import quantization_config, unquantized
 from milora_vl.models.loading import load_weights
-from milora_vl.models.processors import configure_processor
 from milora_vl.models.projector import load_projector
-from milora_vl.models.quantized import quantization_config, unquantized
-from milora_vl.train.calibration_batches import cache_folder
-from milora_vl.train.plan.screen import frozen_towers, trained_sizes
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.calibration import cache_folder
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import frozen_towers, trained_sizes
 from milora_vl.train.trainer import CheckpointKind
 
 
@@ -50,7 +49,6 @@ def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.devi
     quantization = _quantization(recipe, base)
     model: Any = load_weights(recipe.model, dtype, quantization=quantization, device=device)
     model = (model if quantization is not None else model.to(device)).eval()
-    configure_processor(base.processor, recipe.data.processor)
     _set_attention(model, recipe)
     if recipe.projector_weights:
         load_projector(model, Path(recipe.projector_weights))
@@ -92,7 +90,6 @@ def _set_attention(model: Any, recipe: Recipe) -> None:
 
 
 def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
-    """Return what the checkpoints of a run with these targets hold."""
     if any(t.rank is not None for t in targets):
         return "adapter"
     return "projector" if all(t.tower == "projector" for t in targets) else "full"

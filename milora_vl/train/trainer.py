@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,114 +16,42 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from milora_data.batches.lengths import LengthGroupedSampler
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.tokens import IGNORE
 from milora_data.stream.dataset import RecordStream
-from milora_vl.common.compat.accelerate import enable_fsdp_on_cpus
-from milora_vl.common.compat.trainer import CheckpointTrainer
+from milora_vl.common.compat.trainer import CheckpointTrainer, enable_fsdp_on_cpus
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import STATE, step_of
 from milora_vl.core.adapter.earlier import APART_FILE
-from milora_vl.core.adapter.folders import PROJECTOR_FILES
+from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME
+from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
-from milora_vl.train import fsdp, loaders
+from milora_vl.train import data, fsdp
 from milora_vl.train.base_kl import BaseKL, add_base_kl
-from milora_vl.train.evaluation import SuiteCallback
-from milora_vl.train.meter import Meter
-from milora_vl.train.progress import Bars, Lines
+from milora_vl.train.callbacks import (
+    Bars,
+    IntervalsOfThisRun,
+    Lines,
+    LogBeforeSave,
+    Meter,
+    RatesOfGroups,
+    StopOnSignal,
+    SuiteCallback,
+)
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from peft import PeftModel
 
 OUR_FILES = (FILE_NAME, ANCHORS_FILE, APART_FILE, *PROJECTOR_FILES)
 CheckpointKind = Literal["adapter", "projector", "full"]
-
-
-class LogBeforeSave(TrainerCallback):
-    """Log at every checkpoint and at the end.
-
-    A resumed run then averages its losses over the same steps as an uninterrupted run.
-    """
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Request a log line before a checkpoint and at the last step."""
-        if control.should_save or state.global_step >= state.max_steps:
-            control.should_log = True
-
-
-class IntervalsOfThisRun(TrainerCallback):
-    """Log, evaluate and save as often as this command says.
-
-    HF's Trainer takes these intervals from the checkpoint when it resumes, and ignores the flags.
-    """
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Trainer's hook after the state of a checkpoint is loaded."""
-        state.compute_steps(args, state.max_steps)
-
-
-class RatesOfGroups(TrainerCallback):
-    """Keep the learning rate of each optimizer group for the next log line."""
-
-    def __init__(self) -> None:
-        self.rates: dict[str, float] = {}
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
-    ) -> None:
-        """Read them before the schedule moves on. Groups of the same name have one entry."""
-        groups = objects["optimizer"].param_groups
-        self.rates = {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups if "name" in group}
-
-
-class StopOnSignal(TrainerCallback):
-    """Save after the current step and stop when SIGTERM arrives, which schedulers send before they end a job.
-
-    Processes may receive the signal at different steps; all of them stop at the same step.
-    """
-
-    def __init__(self) -> None:
-        self.accelerator: Accelerator | None = None
-        self.received = self.stopped = False
-
-    def on_signal(self, *_: object) -> None:
-        """Handle the signal."""
-        self.received = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Request a checkpoint and the end if any process has received the signal."""
-        assert self.accelerator is not None
-        if self.received:
-            self.accelerator.set_trigger()
-        if self.accelerator.check_trigger() if args.world_size > 1 else self.received:
-            self.stopped = control.should_save = control.should_log = control.should_training_stop = True
-
-
-@contextmanager
-def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
-    """Inside this context SIGTERM calls `callback` instead of ending the process."""
-    before = signal.signal(signal.SIGTERM, callback)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class MiloraTrainer(RatesOfRules, CheckpointTrainer):
@@ -185,14 +111,12 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         self._eval_sums: list[tuple[Tensor, int]] = []  # loss and number of tokens of each batch
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator as HF does; FSDP2 runs on CPUs too."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp:
             enable_fsdp_on_cpus(self.accelerator.state, self.args.fsdp_plugin_args)
             self.is_fsdp_enabled = self.accelerator.state.fsdp_plugin is not None
 
     def trained(self) -> nn.Module:
-        """Return the model without wrappers."""
         assert isinstance(self.model, nn.Module)
         return self.model
 
@@ -200,10 +124,10 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """Return HF's loader, a loader that groups by length, or a loader of this process's share of a stream."""
         args, dataset, collator = self.args, self.train_dataset, self.data_collator
         if isinstance(dataset, RecordStream):
-            self._stream = loaders.stream_loader(dataset, collator, args, self.resume_from)
+            self._stream = data.stream_loader(dataset, collator, args, self.resume_from)
             return self._stream
         if self.lengths is None:
-            return loaders.guarded(super().get_train_dataloader())
+            return data.guarded(super().get_train_dataloader())
         seed = args.seed if args.data_seed is None else args.data_seed
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         loader = DataLoader(
@@ -212,16 +136,16 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             sampler=LengthGroupedSampler(self.lengths, per_step, seed, kinds=self.kinds),
             collate_fn=collator,
             drop_last=args.dataloader_drop_last,
-            **loaders.process_settings(args),
+            **data.process_settings(args),
         )
-        return self.accelerator.prepare(loaders.guarded(loader))
+        return self.accelerator.prepare(data.guarded(loader))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return HF's loader, which fails if its processes hang. No training record replaces a held-out one."""
         collator = self.data_collator
         self.data_collator = cast("RecordCollator[Any]", collator).for_evaluation()
         try:
-            return loaders.guarded(super().get_eval_dataloader(eval_dataset))
+            return data.guarded(super().get_eval_dataloader(eval_dataset))
         finally:
             self.data_collator = collator
 
@@ -359,7 +283,7 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if not is_checkpoint:
             return
         if isinstance(self.train_dataset, RecordStream):
-            loaders.save_position(self._stream, folder, self.args)
+            data.save_position(self._stream, folder, self.args)
         if self.args.push_to_hub and self.args.should_save:  # HF pushes its own files of the checkpoint from here
             for name in (name for name in OUR_FILES if (folder / name).is_file()):
                 shutil.copy2(folder / name, str(self.args.output_dir))
@@ -398,7 +322,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
 
     def load_sharded_optimizer(self, folder: Path) -> None:
-        """Read what `save_sharded_optimizer` or a run without FSDP wrote."""
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
         files = [folder / name for name in ("optimizer.pt", "scheduler.pt")]

@@ -11,7 +11,7 @@ import torch
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import Record, Turn
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.devices import fastest_dtype
 from studies.tasks.answers import AnswerTask
 from studies.tasks.colors import named_hues

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.check import MissingImages, check_for_training, find_missing, scan
+from milora_data.check import MissingImages, TrainingCheck, find_missing, scan
 from milora_data.pictures.files import place_of
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
@@ -54,6 +54,13 @@ def write(tiny_data: Path) -> Callable[..., Path]:
         return path
 
     return writer
+
+
+def check_for_training(path: Path, folder: Any, bad_images: Any = "raise") -> tuple[TrainingCheck, set[str]]:
+    check = TrainingCheck()
+    for record in load_records(path):
+        check.add(record)
+    return check, check.finish(folder, bad_images, path)
 
 
 GOOD = {"id": "same"} | turns((H, "a"), (G, "b"))
@@ -208,8 +215,25 @@ def test_training_is_told_of_all_missing_pictures_at_once(write: Callable[..., P
     assert caught.value.first.message.startswith("7 of 8 pictures are missing")
     assert "gone0.png, gone1.png, gone2.png, gone3.png, gone4.png, ..." in message
     assert "--bad_images skip" in message
-    counts = check_for_training(load_records(path), tiny_data / "images", bad_images="skip")
-    assert counts == {"records": 8, "with_pictures": 8, "missing_pictures": 7, "unlearnable": 0}
+    check, missing = check_for_training(path, tiny_data / "images", bad_images="skip")
+    assert (len(missing), sum(check.with_images), check.unlearnable) == (7, 8, [])
+
+
+def test_a_file_url_is_a_path_like_any_other(write: Callable[..., Path], tiny_data: Path, capsys: Any) -> None:
+    ask, images = turns((H, "<image>\na"), (G, "b")), tiny_data / "images"
+    path = write(*[ask | {"image": (folder / "0.png").as_uri()} for folder in (images, tiny_data)])
+    assert main(["check", str(path), "--image_folder", str(images), "--format", "json"]) == 1
+    messages = [finding["message"] for finding in json.loads(capsys.readouterr().out)["findings"]]
+    assert messages == [f"{tiny_data / '0.png'} (outside the image folder)"]
+
+
+def test_a_list_that_breaks_off_is_repaired_without_a_next_step(write: Callable[..., Path], capsys: Any) -> None:
+    path = write(*[{"id": f"{n}"} | turns((H, "a"), (G, "b")) for n in range(9)])
+    path.write_text("\n".join(path.read_text().split("\n")[:3])[:-9])
+    assert main(["check", str(path), "--fix", str(path.with_name("fixed.json"))]) == 1
+    said = capsys.readouterr().err
+    assert "1 broken JSON list: the records after the error could not be read" in said
+    assert "next:" not in said
 
 
 @pytest.mark.parametrize("absolute", [False, True])
@@ -227,8 +251,8 @@ def test_a_picture_outside_the_folder_is_never_read(
         check_for_training(path, images)
     assert main(["show", *words, "--html", str(tiny_data / "page.html")]) == 0
     assert "data:image" not in (tiny_data / "page.html").read_text()
-    assert check_for_training(path, images, "skip")["missing_pictures"] == 1
-    assert absolute == (check_for_training(path, "/", "skip")["missing_pictures"] == 0)
+    assert len(check_for_training(path, images, "skip")[1]) == 1
+    assert absolute == (not check_for_training(path, "/", "skip")[1])
 
 
 @pytest.mark.parametrize("name", ["a/../1.png", "../images/1.png"])
@@ -248,8 +272,8 @@ def test_training_refuses_broken_records_by_line(write: Callable[..., Path], tin
 
 
 def test_training_counts_what_teaches_nothing(write: Callable[..., Path], tiny_data: Path) -> None:
-    counts = check_for_training(write(GOOD, BROKEN["no_answer"][1]), tiny_data / "images")
-    assert counts["unlearnable"] == 1
+    check, _ = check_for_training(write(GOOD, BROKEN["no_answer"][1]), tiny_data / "images")
+    assert check.unlearnable == [1]
     with raises_code("data-no-records", where="empty.json", hint="at least one record"):
         check_for_training(write(name="empty.json"), tiny_data)
 

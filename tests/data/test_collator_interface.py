@@ -14,7 +14,7 @@ from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.tokens import IGNORE
 from milora_data.records.record import parse_record
 from milora_vl.common.errors import UserError
-from milora_vl.models.collator import collator_for
+from milora_vl.models.collator_for import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.tiny_next import tiny_next
 from support.versions import needs_places

@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main
-from milora_data.stream.sources import load_records
-from milora_vl.common.cli.flags import parser
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
@@ -37,18 +36,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-def test_flags_take_dashes_and_underscores_and_no_guesses() -> None:
-    options = parser("prog", "what it does", "example: x")
-    options.add_argument("--output_dir")
-    options.add_argument("--dry-run", action="store_true")
-    chosen = options.parse_args(["--output-dir=a_b-c", "--dry_run"])
-    assert (chosen.output_dir, chosen.dry_run) == ("a_b-c", True)
-    with raises_code("command-line", says=r"--output: unknown argument(.|\n)*did you mean --output_dir"):
-        options.parse_args(["--output", "x"])
-    with raises_code("command-line", where="--output_dir"):
-        options.parse_args(["--output_dir"])
-
-
 def test_show_marks_what_is_learnt(tiny_data: Path, capsys: Out) -> None:
     assert main(["show", str(tiny_data / "train.json"), "--image_folder", str(tiny_data / "images")]) == 0
     out = capsys.readouterr().out
@@ -70,6 +57,29 @@ def test_show_finds_records_and_says_when_there_is_none(tiny_data: Path, capsys:
         main(["show", data, "--id", "none"])
 
 
+def test_the_page_holds_pictures_and_marks_what_is_learnt(tiny_data: Path, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nIs 1 < 2 & 3?"}, {"from": "gpt", "value": "<b>Yes</b>"}]
+    records = [
+        {"id": "a", "image": "0.png", "conversations": turns},
+        {"id": "b", "image": "no.png", "conversations": turns},
+    ]
+    (tiny_data / "two.json").write_text(json.dumps(records))
+    (tiny_data / "README.md").write_text("# Data\n\n- Pictures by <me>, licence CC BY 4.0.\nMore.\n")
+    out = tmp_path / "new" / "page.html"
+    arguments = ["show", str(tiny_data / "two.json"), "--image_folder", str(tiny_data / "images"), "--limit", "9"]
+    assert main([*arguments, "--html", str(out)]) == 0
+    page = out.read_text()
+    assert page.count("<article ") == 2
+    assert page.count("data:image/jpeg;base64,") == 1
+    assert "no.png (no such file)" in page
+    assert "Is 1 &lt; 2 &amp; 3?" in page
+    assert "<mark> &lt;b&gt;Yes&lt;/b&gt;&lt;/s&gt;</mark>" in page
+    assert "<p>Pictures by &lt;me&gt;, licence CC BY 4.0.</p>" in page
+    assert "http" not in page.replace("http-equiv", "")
+    with raises_code("output-exists"):
+        main([*arguments, "--html", str(out)])
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     folder = tmp_path / "pictures"
@@ -81,8 +91,6 @@ def pictures(tmp_path: Path) -> Path:
 
 TABLES: dict[str, str] = {
     "captions.json": '[{"image": "a.jpg", "caption": "A cat."}, {"file": "deep/b.PNG", "text": "A dog, wet."}]',
-    "captions.jsonl": '{"image": "a.jpg", "caption": "A cat."}\n{"image": "deep/b.PNG", "caption": "A dog, wet."}\n',
-    "captions.csv": 'file,caption\na.jpg,A cat.\ndeep/b.PNG,"A dog, wet."\n',
     "metadata.csv": 'file_name,text\na.jpg,A cat.\ndeep/b.PNG,"A dog, wet."\n',
 }
 
@@ -94,16 +102,8 @@ def test_a_folder_of_pictures_becomes_records(pictures: Path, tmp_path: Path, ta
         (pictures / "deep" / "b.txt").write_text("A dog, wet.")
     else:
         (pictures / table).write_text(TABLES[table])
-    arguments = [
-        "convert",
-        "--from",
-        "folder",
-        str(pictures),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--prompt",
-        "What?",
-    ]
+    words = [str(pictures), "--output_dir", str(tmp_path / "out"), "--prompt", "What?"]
+    arguments = ["convert", "--from", "folder", *words]
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert ("left out: 1 x picture without a caption: c.webp" in captured.err) == (table == "texts")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import pickle
 import re
+import sys
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from milora_data.formats.jsonfile import read_objects, read_rows, write_objects
-from milora_data.records.record import Record, Turn, parse_record
-from milora_data.stream.sources import load_records
+from milora_data.records.record import CompactRecords, Record, Turn, parse_record
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 
@@ -41,7 +45,14 @@ def test_messages_under_conversations_and_ms_swifts_form_are_read() -> None:
     said = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
     marked = [said[0] | {"content": "<image>\nHi?"}, said[1]]
     swift = {"query": "Hi?", "response": "Yes.", "images": ["a.jpg"]}
-    forms = [{"image": "a.jpg", "conversations": said}, {"images": ["a.jpg"], "conversations": marked}]
+    forms: list[dict[str, Any]] = [
+        {"image": "a.jpg", "conversations": said},
+        {"images": ["a.jpg"], "conversations": marked},
+    ]
+    parts = [{"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "text", "text": "Hi?"}]
+    forms += [{"messages": [{"role": "user", "content": parts}, said[1]]}]
+    forms += [{"prompt": "Hi?", "completion": "Yes.", "images": ["a.jpg"]}]
+    forms += [{"prompt": [{"role": "user", "content": parts}], "completion": said[1:]}]
     for value in (*forms, swift, swift | {"query": "<image>\nHi?", "history": []}):
         record = parse_record(value)
         assert (record.turns, record.images) == (turns, ("a.jpg",))
@@ -209,3 +220,48 @@ def test_a_table_and_a_missing_table_are_called_so(tmp_path: Path) -> None:
         list(load_records(tmp_path / "a.csv"))
     with raises_code("data-missing-file", where="none.csv", kind=DataError):
         list(read_rows(tmp_path / "none.csv"))
+
+
+MEGABYTE = 1 << 20
+
+
+def many(count: int) -> list[Record]:
+    return [Record(str(i), (f"{i}.png",), (Turn("user", f"{i} " * 50), Turn("assistant", "b"))) for i in range(count)]
+
+
+def test_it_is_a_sequence_of_the_same_records() -> None:
+    records = many(7)
+    compact = CompactRecords(records)
+    assert list(compact) == records == list(pickle.loads(pickle.dumps(compact)))
+    assert compact[-1] == records[-1]
+    assert compact[2:5] == records[2:5]
+    with pytest.raises(IndexError):
+        compact[7]
+    assert not CompactRecords([])
+
+
+def private() -> int:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return 1024 * sum(map(int, re.findall(r"Private_Dirty: +(\d+)", text)))
+
+
+def growth(records: Sequence[Record], said: Any) -> None:
+    before = private()
+    assert sum(len(record.turns[0].text) for record in records)
+    said.put(private() - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="how much memory is one's own, Linux says")
+def test_a_loader_process_shares_them() -> None:
+    context = multiprocessing.get_context("fork")
+
+    def grown(records: Sequence[Record]) -> int:
+        said = context.SimpleQueue()
+        process = context.Process(target=growth, args=(records, said))
+        process.start()
+        process.join()
+        return int(said.get())
+
+    records = many(40_000)
+    assert grown(CompactRecords(records)) < 2 * MEGABYTE
+    assert sys.getsizeof(records) < grown(records)  # what a list costs

@@ -18,8 +18,8 @@ from milora_data.__main__ import main as command
 from milora_data.formats.jsonfile import parts_of, read_objects, read_part
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record
+from milora_data.stream import Source
 from milora_data.stream.dataset import record_stream
-from milora_data.stream.sources import Source
 from milora_vl.common.errors import DataError
 from support.problems import raises_code
 

@@ -16,7 +16,7 @@ import yaml
 
 from milora_vl.models import generate, smol_llava
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
 from support import documented_files
 from support.documented import (
     PAGES,
@@ -36,15 +36,14 @@ from support.documented import (
 # Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
 PRESUMES: dict[str, tuple[str, ...]] = {
     "docs/choose.md": ("runs/mine",),
-    "docs/continue.md": ("runs/a",),
-    "docs/evaluation.md": ("runs/a", "runs/demo"),
-    "docs/exporting.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora"),
-    "docs/forgetting.md": ("runs/demo", "runs/full"),
+    "docs/compare.md": ("runs/demo", "runs/full"),
+    "docs/evaluate.md": ("runs/a", "runs/demo"),
+    "docs/export.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora"),
+    "docs/next-task.md": ("runs/a",),
     "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
-    "docs/serving.md": ("runs/a",),
-    "docs/training.md": ("runs/a",),
+    "docs/train.md": ("runs/a",),
 }
-ALTERNATIVES = ("docs/scaling.md",)  # its trainings have one output folder, which is removed before each of them
+ALTERNATIVES = ("docs/gpus.md",)  # its trainings have one output folder, which is removed before each of them
 # Languages of blocks; a block of another one would be neither run nor checked.
 LANGUAGES = {"bash", "python", "py", "diff", "yaml", "json", "text", "bibtex", ""}
 of_page = pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -28,7 +28,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a stock LoRA on `tiny` whose answers differ from its base."""
     from peft import LoraConfig, get_peft_model
 
-    from milora_vl.interop.adapters.load_model import load_model
+    from milora_vl.interop.load_model import load_model
 
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_
 
 
 def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_path: Path) -> None:
-    from milora_vl.interop.adapters.load_model import load_model
+    from milora_vl.interop.load_model import load_model
 
     model, processor = load_model("tiny")
     with torch.no_grad():

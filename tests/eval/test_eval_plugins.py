@@ -23,7 +23,7 @@ from milora_eval.data_files import write_excel
 from milora_eval.lm_eval import main as lm_eval_main
 from milora_eval.suites import find_benchmark, folder_of
 from milora_eval.vlmevalkit import milora_vlm, read_predictions, register
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from support import official_data
 from support.drawn import dump_lines, encoded

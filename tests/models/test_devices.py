@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from milora_vl.models.devices import device_named, dtype_named, fastest_dtype
-from milora_vl.train import training_arguments
-from milora_vl.train.plan.plan import with_dtype
-from milora_vl.train.recipe.flags import parse
+from milora_vl.train.flags import parse
+from milora_vl.train.setup import make_run, with_dtype
 from support import programs
 from support.machine import fastest
-from support.plans import plan, section, settings
+from support.plans import plan, settings
 
 CPU = torch.device("cpu")
 
@@ -37,7 +36,7 @@ def test_the_fastest_dtype_of_a_recipe_is_settled_for_this_machine(answer: str, 
         found = plan(["--recipe", str(recipe), "--rank", "4", "--output_dir", str(tmp_path / "run")])
         assert fastest_dtype(CPU) == getattr(torch, answer)
     assert found.recipe.dtype == answer
-    assert found.section.arguments.get("bf16", False) == (answer == "bfloat16")
+    assert found.derived.train.get("bf16", False) == (answer == "bfloat16")
 
 
 def test_programs_that_a_test_starts_have_its_fastest_dtype(bfloat16_is_fastest: None) -> None:
@@ -47,11 +46,11 @@ def test_programs_that_a_test_starts_have_its_fastest_dtype(bfloat16_is_fastest:
 
 
 def test_bf16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path: Path) -> None:
-    found = section("--model tiny --rank 4 --bf16 True --device cpu")
-    with fastest("float32"):
-        assert any("bf16 is emulated" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
-    with fastest("bfloat16"):
-        assert not any("bf16" in warning for warning in training_arguments.for_this_process(found, tmp_path)[1])
+    words = f"--model tiny --rank 4 --bf16 True --device cpu --output_dir {tmp_path / 'run'}"
+    for answer, warns in (("float32", True), ("bfloat16", False)):
+        with fastest(answer):
+            found = make_run(settings(words), is_started=True)
+        assert any("bf16 is emulated" in warning for warning in found.warnings) == warns
 
 
 def test_a_resumed_run_keeps_its_dtype_whatever_is_the_fastest_here(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.assemble import compose, processor_for
 from milora_vl.models.image_tokens import image_token_id, image_tokens
 from milora_vl.models.loading import config_of
@@ -36,30 +36,6 @@ def test_a_composed_model_takes_pictures_and_reloads_with_the_same_logits(compos
     again, its_processor = load_model(tmp_path)
     torch.testing.assert_close(again(**batch).logits, logits)
     assert its_processor.num_additional_image_tokens == 0
-
-
-def test_levels_have_one_scale_and_order(composed):
-    tower = composed[0].model.vision_tower
-    features = tower(torch.randn(2, 3, 64, 64)).last_hidden_state
-    assert features.shape == (2, 4, 40 + 112 + 1280)
-    for level in features.split([40, 112, 1280], dim=-1):
-        torch.testing.assert_close(level.mean(-1), torch.zeros(2, 4), atol=1e-4, rtol=0)
-
-
-def test_a_frozen_tower_keeps_its_batch_statistics_in_training(composed):
-    tower = composed[0].model.vision_tower
-    tower.requires_grad_(False)
-    composed[0].train()
-    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
-    tower(torch.randn(4, 3, 64, 64))
-    assert all(torch.equal(buffer, before[name]) for name, buffer in tower.named_buffers())
-    composed[0].eval()
-
-
-def test_a_vision_transformer_drops_its_class_token_and_is_pooled():
-    config = TimmTowerConfig.of("vit_tiny_patch16_224", image_size=224, grid=7)
-    features = TimmTower(config).eval()(torch.zeros(1, 3, 224, 224)).last_hidden_state
-    assert features.shape == (1, 49, 192)
 
 
 @pytest.mark.slow

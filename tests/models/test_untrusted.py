@@ -18,11 +18,11 @@ from transformers import TrainingArguments
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.core.adapter.folders import NON_LORA
 from milora_vl.core.adapter.sidecar import stored_tensors
-from milora_vl.interop.adapters.llava import read_llava
+from milora_vl.interop.llava_layout import read_llava
 from milora_vl.models import original
 from milora_vl.models.loading import config_of
 from milora_vl.models.projector import read_projector
-from milora_vl.train import failures
+from milora_vl.train import finish
 from support.adapter_cases import one_rule
 from support.problems import raises_code
 
@@ -75,7 +75,7 @@ def test_code_in_the_place_of_weights_is_named_and_never_run(write: Callable[[Pa
 def test_code_in_the_states_of_a_checkpoint_ends_a_run_in_a_line(tmp_path: Path) -> None:
     zipped(Path("optimizer.pt"))
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with raises_code("checkpoint-unreadable", says="a file of the checkpoint " + SAID), failures.explained(arguments):
+    with raises_code("checkpoint-unreadable", says="a file of the checkpoint " + SAID), finish.run_failures(arguments):
         torch.load("optimizer.pt", weights_only=True)
 
 

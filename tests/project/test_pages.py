@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from milora_data.__main__ import main as data
-from milora_data.pictures.thumbnails import fitting, small
+from milora_data.pictures.files import fitting, small
 from milora_eval.__main__ import main as evaluation
 from milora_vl.common.cli import page as render
 from milora_vl.common.evaluator import QuestionSet
@@ -20,7 +20,7 @@ from milora_vl.report.page import write_report
 from milora_vl.sweep import page as sweep_page
 from milora_vl.sweep.cells import make_cells
 from milora_vl.sweep.runner import Sweep
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
 from support import browser, fake_run
 from support.stored_answers import write_answers
 from support.sweep_cells import RECIPE, finish_cell

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from milora_vl.report import model_card
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
 
 RECIPE = Recipe.parse(
     {"model": "tiny", "policy": [{"modules": "language", "method": "milora", "protect": 0, "rank": 4}]}

@@ -105,7 +105,15 @@ def commands(page: Path) -> list[str]:
     """The commands in the shell blocks of a page, each on one line and without comments."""
     texts = [re.sub(r"\\\n\s*", "", block.text) for block in blocks_of(page) if block.language == "bash"]
     lines = [re.sub(r"(^|\s+)#.*$", "", line) for text in texts for line in text.splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+    return [as_module(part.strip()) for line in lines for part in line.split("&&") if part.strip()]
+
+
+def as_module(text: str) -> str:
+    """A command of the script `milora` as the module that it runs; other commands are unchanged."""
+    name = re.match(r"milora (\w+)", text)
+    if name is None or name[1] not in MENU.modules or name[1] == "demo":
+        return text
+    return f"python -m {MENU.modules[name[1]].removesuffix('.__main__')}{text[name.end() :]}"
 
 
 def named_in_prose(page: Path) -> list[str]:

@@ -64,11 +64,13 @@ def running(hub: FakeHub) -> Iterator[FakeHub]:
             self.send_header("content-type", "application/json")
             if status >= 400:
                 self.send_header("x-error-message", str(content["error"]))
+            if status == 404:
+                self.send_header("x-error-code", "RepoNotFound")
             self.send_header("content-length", str(len(answer)))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(b"" if self.command == "HEAD" else answer)
 
-        do_POST = do_GET
+        do_HEAD = do_POST = do_GET
 
         def log_message(self, *_: Any) -> None:
             """Keep the test's output to itself."""

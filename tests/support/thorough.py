@@ -61,7 +61,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
     ),
     "one family, task or data set where several say as much": (
         r"test_families\.py::test_from_start_to_merge.*\[(?!llava\]|llama\]|qwen2_5_vl\])",
-        r"test_auto_classes\.py::test_each_module.*\[(?!models\.timm_tower\])",
         r"test_study_tasks\.py::.*\[(minilm|[\w-]+\.minilm)",
         r"test_study_tasks\.py::test_(training_learns|the_calibration_of_minilm|arms_train)",
         r"test_studies\.py::test_a_study_runs",

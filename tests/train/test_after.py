@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,14 +12,17 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from milora_vl import load_adapter, load_model
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.models.tiny import tiny_llava
-from milora_vl.report.run_page import read_run
+from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import tasks_table
+from milora_vl.train import inherit
 from milora_vl.train.command import main
+from milora_vl.train.screen import Screen
 from support.adapter_cases import llava_batch
 from support.drawn import write_tiny_data
 from support.launched import KINDS, needs_deepspeed, train_in_two
@@ -144,20 +148,42 @@ def test_records_that_have_moved_or_changed(
     assert main([*words, "--recipe", str(recipe)]) == 0
     [task, _] = read_json(tmp_path / "b", "milora.json")["tasks"]
     assert task["data"]["path"] == str(data / "train.json")
-    recorded("next.json")
-    words = second(data, moved, tmp_path / "c", "--dry_run")
-    for more, said in (
-        ([], "have changed since; those that are there now are used"),
-        (["--recipe", str(recipe)], f"{data / 'train.json'} is used for the records of {moved}, which have changed"),
-    ):
-        capsys.readouterr()
-        assert main([*words, *more]) == 0
-        assert said in capsys.readouterr().out
     (data / "broken.json").write_text("{")
-    recorded("broken.json")
-    with raises_code("json-syntax", hint="calibration: {earlier: FILE"):
-        main(words)
-    assert main([*words, "--recipe", str(recipe)]) == 0
+    words = second(data, moved, tmp_path / "c", "--dry_run")
+    for name, said in (("next.json", "other records"), ("broken.json", "JSON")):
+        recorded(name)
+        with raises_code("after-no-records", message=said, hint="calibration: {earlier: FILE"):
+            main(words)
+        capsys.readouterr()
+        assert main([*words, "--recipe", str(recipe)]) == 0
+        assert f"{data / 'train.json'} is used for the records of {moved}" in capsys.readouterr().out
+
+
+def test_equal_names_in_the_folder_of_the_next_run_are_not_taken_for_the_earlier_records(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(data, here)
+    monkeypatch.chdir(here)
+    assert main(training(Path(), Path("runs/a"), "--rank", "2", "--max_steps", "1", "--save_strategy", "no")) == 0
+    shutil.copytree(data, there)
+    for picture in (there / "images").iterdir():
+        Image.new("RGB", (32, 32), "red").save(picture)
+    monkeypatch.chdir(there)
+
+    def read() -> inherit.EarlierRecords:
+        found = plan(second(Path(), here / "runs" / "a", Path("runs/b")))
+        return inherit.read_earlier_records(found.tasks, found.recipe, Screen(io.StringIO()), are_used=True)
+
+    [(recipe, _, _)] = read().found
+    assert (recipe.data.path, recipe.data.image_folder) == (str(here / "train.json"), str(here / "images"))
+    (there / "next.json").rename(there / "train.json")  # other records under the first task's name
+    shutil.copy(here / "next.json", there)
+    [(recipe, _, _)] = read().found
+    assert recipe.data.path == str(here / "train.json")
+    shutil.rmtree(here / "images")
+    with raises_code("after-no-records", message=f"train.json has other records\n{here / 'images'} is missing"):
+        read()
 
 
 def test_a_resumed_run_with_base_kl_takes_other_records_for_those_that_are_gone(
@@ -186,7 +212,7 @@ def test_a_resumed_run_with_base_kl_takes_other_records_for_those_that_are_gone(
 def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_path: Path) -> None:
     assert main(training(data, tmp_path / "a", "--method", "lora", "--rank", "4", "--save_strategy", "no")) == 0
     found = plan(second(data, tmp_path / "a", tmp_path / "b"))
-    assert "without protection" in found.settings.notes[0]
+    assert "without protection" in found.notes[0]
     assert {(target.method, target.rank, target.protect) for target in found.targets} == {("milora", 4, 0.95)}
     chosen = plan(second(data, tmp_path / "a", tmp_path / "b", "--method", "lora"))
     assert {target.protect for target in chosen.targets} == {0}
@@ -196,7 +222,7 @@ def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "code", "where"),
     [
-        (["--adapter", "FIRST"], "flag-conflict", "--after"),
+        (["--adapter", "FIRST"], "recipe-conflict", "--after"),
         (["--method", "full"], "after-full-module", "--method"),
         (["--method", "dora"], "after-method", "--method"),
         (["--policy", PROJECTOR_TOO], "after-full-module", "--policy"),

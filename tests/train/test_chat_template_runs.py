@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from milora_data.encode.labels import encode
 from milora_data.records.record import Turn
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl import load_model
 from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import DataError, UserError
@@ -24,7 +24,7 @@ from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.models import loading
 from milora_vl.models.generate import Prompt, generate, prompt_ids
 from milora_vl.models.image_tokens import image_token_id, image_tokens
-from milora_vl.train import collators
+from milora_vl.train import data as run_data
 from milora_vl.train.command import main
 from support.chat_models import LLAVA_HF, TINY, record, write_picture_model, write_text_model
 from support.plans import fitted
@@ -80,10 +80,12 @@ def test_a_run_learns_and_counts_in_the_template_of_its_recipe(
     recipe, base, tokenizer = found.recipe, found.base, found.base.processor
     record = next(iter(load_records(text_data)))
     expected = encode(record, tokenizer, template="chat_template", image_token_id=-1)
-    batch = collators.collator(recipe, base, tokenizer)([record])
+    batch = run_data.collator(recipe, base, tokenizer)([record])
     assert batch["input_ids"][0].tolist() == expected.input_ids
     assert batch["labels"][0].tolist() == expected.labels
-    assert collators.lengths(recipe, base, tokenizer, [record]) == ([len(expected.input_ids)] if flags else None)
+    assert run_data.lengths(recipe, run_data.collator(recipe, base, tokenizer), [record]) == (
+        [len(expected.input_ids)] if flags else None
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,25 +161,6 @@ def test_a_template_that_refuses_the_records_is_found_before_weights_load(
     (model / "chat_template.jinja").write_text("{{ raise_exception('only cats may speak') }}")
     with raises_code("chat-template-refuses", where="text.json:record 1", kind=DataError):
         main(text_words(model, text_data, tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_tools_without_a_template_that_writes_them_are_found_before_weights_load(
-    text_model: Path, text_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def load_weights(*_: Any, **__: Any) -> Any:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(loading, "load_weights", load_weights)
-    values = json.loads(text_data.read_text())
-    values[30]["tools"] = [{"type": "function", "function": {"name": "zoom"}}]
-    data = tmp_path / "tools.json"
-    data.write_text(json.dumps(values, indent=1))
-    words = text_words(text_model, data, tmp_path / "run")
-    words[words.index("chat_template")] = "vicuna_v1"
-    with raises_code("record-tools", where="tools.json:", kind=DataError) as error:
-        main(words)
-    assert error.value.first.where == list(load_records(data))[30].source
     assert not (tmp_path / "run").exists()
 
 

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_adapter, load_model, parameter_groups, save_adapter
+from milora_vl.train.callbacks import Probe
 from milora_vl.train.command import main
-from milora_vl.train.forgetting import Probe
 from support.drawn import write_tiny_data
 from support.plans import plan
 from support.problems import raises_code
@@ -168,4 +168,4 @@ def test_the_saved_rates_are_those_of_the_last_run(data: Path, first: Path, tmp_
     assert main(training(data, tmp_path / "two", "--adapter", str(first), "--learning_rate", "5e-4")) == 0
     model = load_adapter(load_model("tiny")[0], tmp_path / "two", is_trainable=True)
     assert {t.learning_rate for t in model.milora_targets if t.rank} == {5e-4}
-    assert {group["lr"] for group in parameter_groups(model, learning_rate=1.0)} == {5e-4, 2e-5}
+    assert {group["lr"] for group in parameter_groups(model, learning_rate=1.0)} == {5e-4}

@@ -128,3 +128,14 @@ def test_the_slurm_job_runs_as_two_agents(tmp_path: Path, tiny_data: Path) -> No
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("trainable params: ") == 1
     assert [step for step, _ in losses(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@needs_deepspeed
+def test_a_projector_loads_into_shards(tiny_data: Path, tmp_path: Path) -> None:
+    """ZeRO-3 shards the weights also in one process."""
+    first = tmp_path / "first"
+    assert main(training(tiny_data, first, "--method", "projector", "--max_steps", "1", "--save_strategy", "no")) == 0
+    words = training(tiny_data, tmp_path / "run", "--rank", "4", "--projector_weights", str(first))
+    command = [sys.executable, "-m", "milora_vl.train", *words, "--deepspeed", "zero3", "--max_steps", "1"]
+    done = subprocess.run(command, env={**ENVIRONMENT, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

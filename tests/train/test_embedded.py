@@ -12,7 +12,7 @@ import pytest
 
 from milora_data.__main__ import main
 from milora_data.pictures.files import load_image
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_eval.benchmarks.own_data import OwnData
 from milora_vl.common.errors import DataError, UserError
 from milora_vl.train.command import main as train
@@ -56,11 +56,11 @@ def test_they_are_written_once_each_with_the_suffix_of_their_format(tmp_path: Pa
     assert main(["check", str(out / "data.json"), "--image_folder", str(out / "images")]) == 0
 
 
-@pytest.mark.parametrize("kind", ["llava", "jsonl", "messages", "table", "hub"])
+@pytest.mark.parametrize("kind", ["llava", "messages", "table", "hub"])
 def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path) -> None:
     data, out = tmp_path / "data.json", tmp_path / "out"
     row = {"image": url("red"), "question": "What colour?", "answer": "Red."}
-    forms = {"llava": in_llavas(url("red")), "jsonl": asked(url("red")), "messages": asked(url("red"))}
+    forms = {"llava": in_llavas(url("red")), "messages": asked(url("red"))}
     dump(data, [forms.get(kind, row)])
     if kind == "hub":
         import datasets
@@ -72,7 +72,7 @@ def test_every_form_that_names_pictures_may_hold_them(kind: str, tmp_path: Path)
     assert convert(data, out, kind) == 0
     (record,) = load_records(out / "data.json")
     assert load_image(out / "images" / record.images[0]).size == (48, 32)
-    assert record.turns[0].text.startswith("<image>\n") or kind in ("jsonl", "messages")
+    assert record.turns[0].text.startswith("<image>\n") or kind == "messages"
 
 
 BROKEN = {
@@ -115,7 +115,7 @@ def test_training_reads_them_as_they_are(how: list[str], tmp_path: Path) -> None
     data, out = tmp_path / "my chat.jsonl", tmp_path / "out"
     dump_lines(data, [asked(url("red")), in_llavas(url("blue", "JPEG"))] * 2)
     assert convert(data, out, "llava") == 0
-    words = ["--rank", "4", "--max_steps", "1", "--learning_rate", "1e-2", *how, "--data_path"]
+    words = ["--method", "lora", "--rank", "4", "--max_steps", "1", "--learning_rate", "1e-2", *how, "--data_path"]
     inside = [*words, str(data), "--image_folder", str(tmp_path)]
     files = [*words, str(out / "data.json"), "--image_folder", str(out / "images")]
     assert train(training(tmp_path, tmp_path / "a", *inside)) == 0
@@ -127,7 +127,18 @@ def test_training_reads_them_as_they_are(how: list[str], tmp_path: Path) -> None
 def test_training_names_file_and_record_of_a_broken_one(fault: str, tmp_path: Path) -> None:
     data = tmp_path / "chat.jsonl"
     dump_lines(data, [asked(url("red")), asked(BROKEN[fault])])
-    words = ["--rank", "4", "--max_steps", "1", "--per_device_train_batch_size", "2", "--data_path", str(data)]
+    words = [
+        "--method",
+        "lora",
+        "--rank",
+        "4",
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+        "--data_path",
+        str(data),
+    ]
     words += ["--image_folder", str(tmp_path)]
     with pytest.raises(UserError) as caught:
         train(training(tmp_path, tmp_path / "run", *words))

@@ -10,47 +10,48 @@ from typing import Any
 
 import pytest
 
-from milora_vl.train import run
+from milora_vl.train import finish, run
 from milora_vl.train.command import main
-from milora_vl.train.plan.eval_section import commands, require_runnable
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.finish import evaluation_commands
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.setup import require_evaluation
 from support.problems import raises_code
 from support.train_runs import training
 
 
 def test_unknown_suites_and_missing_files_are_found_early(tmp_path: Path) -> None:
     with raises_code("eval-unknown-suite", where="eval.suites", hint="did you mean emoji"):
-        require_runnable(Recipe.parse({"eval": {"suites": ["emojis"]}}))
+        require_evaluation(Recipe.parse({"eval": {"suites": ["emojis"]}}))
     with raises_code("eval-missing-files", where="eval.data", message="(test.json"):
-        require_runnable(Recipe.parse({"eval": {"suites": ["emoji"], "data": str(tmp_path)}}))
+        require_evaluation(Recipe.parse({"eval": {"suites": ["emoji"], "data": str(tmp_path)}}))
 
 
 def test_own_questions_are_checked_before_the_training(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     recipe = Recipe.parse({"model": "tiny", "eval": {"suites": [str(file)]}, "data": {"image_folder": "photos"}})
     with raises_code("data-missing-file", where="eval.data"):
-        require_runnable(recipe)
+        require_evaluation(recipe)
     file.write_text(
         json.dumps([{"question": "Why?", "answer": "no"}, {"question": "Why?", "answer": "no", "metric": "x"}])
     )
     with raises_code("own-data-unknown-metric", where="mine.json, question 2"):
-        require_runnable(recipe)
+        require_evaluation(recipe)
     file.write_text(json.dumps([{"question": "Why?", "answer": "no"}]))
-    require_runnable(recipe)
-    (command,) = commands(recipe, tmp_path)
+    require_evaluation(recipe)
+    (command,) = evaluation_commands(recipe, tmp_path)
     assert " ".join(command[command.index("--suite") :]).startswith(f"--suite {file} --data photos --with_base")
-    with raises_code("eval-duplicate-benchmark", where="eval.suites"):
-        require_runnable(Recipe.parse({"eval": {"suites": [str(file), str(tmp_path / "other" / "mine.json")]}}))
+    with raises_code("", where="eval.suites", message="two entries"):
+        require_evaluation(Recipe.parse({"eval": {"suites": [str(file), str(tmp_path / "other" / "mine.json")]}}))
 
 
 def test_the_commands_name_what_was_trained(tmp_path: Path) -> None:
     recipe = Recipe.parse({"model": "tiny", "eval": {"suites": ["emoji"], "data": "d", "limit": 5}})
     run = str(tmp_path)
     tail = ["--suite", "emoji", "--data", "d", "--limit", "5", "--with_base", "--output_dir", run]
-    (adapter,) = commands(recipe, tmp_path)
+    (adapter,) = evaluation_commands(recipe, tmp_path)
     assert adapter == ["-m", "milora_eval", "run", "--model", "tiny", "--adapter", run, *tail]
     (tmp_path / "config.json").touch()
-    (full,) = commands(recipe, tmp_path)
+    (full,) = evaluation_commands(recipe, tmp_path)
     assert full == ["-m", "milora_eval", "run", "--model", run, "--base", "tiny", *tail]
 
 
@@ -58,10 +59,12 @@ def test_a_run_after_others_is_asked_their_questions_too(tmp_path: Path) -> None
     first = {"run": "a", "template": "plain", "eval": {"suites": ["cells.json"], "data": "d", "limit": 5}}
     (tmp_path / "milora.json").write_text(json.dumps({"tasks": [first, {"run": str(tmp_path)}]}))
     recipe = Recipe.parse({"model": "tiny", "eval": {"suites": ["signs.json"], "data": "d"}})
-    own, earlier = (" ".join(command) for command in commands(recipe, tmp_path))
+    own, earlier = (" ".join(command) for command in evaluation_commands(recipe, tmp_path))
     assert own.endswith(f"--suite signs.json --data d --with_base --output_dir {tmp_path}")
     assert earlier.endswith(f"--suite cells.json --data d --template plain --limit 5 --output_dir {tmp_path}")
-    assert commands(Recipe.parse({"model": "tiny"}), tmp_path) == [], "a run that does not evaluate at its end"
+    assert evaluation_commands(Recipe.parse({"model": "tiny"}), tmp_path) == [], (
+        "a run that does not evaluate at its end"
+    )
 
 
 @pytest.mark.slow
@@ -101,6 +104,6 @@ def test_the_model_is_freed_before_the_evaluation_starts(
         return []
 
     monkeypatch.setattr(run, "make_trainer", observed)
-    monkeypatch.setattr(run, "evaluate", evaluate)
+    monkeypatch.setattr(finish, "evaluate", evaluate)
     assert main(training(tiny_data, tmp_path / "run", "--rank", "4", "--max_steps", "1")) == 0
     assert alive == [False]

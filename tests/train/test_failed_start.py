@@ -14,7 +14,7 @@ from support.train_runs import file_contents, training
 
 EARLY = {
     "pictures in tiles for a model without": (["--image_aspect_ratio", "anyres"], "sees a picture once"),
-    "an optimizer whose package is missing": (["--optim", "grokadamw"], "--optim: grokadamw: "),
+    "an optimizer whose package is missing": (["--optim", "grokadamw"], "install grokadamw"),
     "an optimizer with groups of its own": (["--optim", "galore_adamw"], "makes its own parameter groups"),
 }  # fmt: skip
 
@@ -25,7 +25,7 @@ def break_pictures(data: Path) -> None:
 
 
 def fails(data: Path, run: Path, *flags: str) -> str:
-    rank = [] if "--policy" in flags else ["--rank", "4"]
+    rank = [] if "--policy" in flags else ["--method", "lora", "--rank", "4"]
     with pytest.raises(UserError) as error:
         main(training(data, run, *rank, *flags))
     return str(error.value)
@@ -53,7 +53,7 @@ def test_it_is_found_before_the_model_loads(
 def test_files_of_an_earlier_run_are_not_overwritten(tiny_data: Path, tmp_path: Path) -> None:
     """Neither of one that is resumed, nor of one that was killed before its first checkpoint and begins again."""
     run = tmp_path / "run"
-    assert main(training(tiny_data, run, "--rank", "4")) == 0
+    assert main(training(tiny_data, run, "--method", "lora", "--rank", "4")) == 0
     environment = json.loads((run / "environment.json").read_text())
     (run / "environment.json").write_text(json.dumps(environment | {"finished": None}))
     (run / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it was written

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from milora_vl.common.errors import UserError
 from milora_vl.models.tiny import tiny_llava, tiny_tokenizer
+from milora_vl.train import arguments
 from milora_vl.train.command import main
-from milora_vl.train.plan import launch
 from support.launched import ENVIRONMENT, FSDP, train_in_two
 from support.problems import raises_code
 from support.train_runs import losses, training
@@ -145,24 +145,23 @@ def test_accelerate_starts_the_processes(tiny_data: Path, tmp_path: Path) -> Non
     ("strategy", "config", "message"),
     [
         ("hybrid_shard", None, "expected full_shard or shard_grad_op"),
-        ("full_shard", {"version": 1}, "version: 1 is not supported"),
-        ("full_shard", {"fsdp_cpu_offload": True}, "zero3_offload"),
-        ("full_shard", {"activation_checkpointing": "true"}, "--gradient_checkpointing"),
-        ("full_shard", {"sync_module_states": True}, "unknown or unsupported key"),
+        ("full_shard", {"version": 1}, "unsupported setting version: 1"),
+        ("full_shard", {"fsdp_cpu_offload": True}, "unsupported setting fsdp_cpu_offload"),
+        ("full_shard", {"sync_module_states": True}, "unknown or unsupported setting"),
     ],
 )
 def test_settings_that_are_not_tested_are_refused(strategy: str, config: object, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        launch.fsdp_settings(strategy, config)  # type: ignore[arg-type]
+        arguments.fsdp_settings(strategy, config)  # type: ignore[arg-type]
     assert message in str(caught.value)
     assert caught.value.problems[0].code == "launch-fsdp"
 
 
 def test_the_words_of_hugging_face_choose_the_strategy() -> None:
     for words in ("full_shard", "full_shard auto_wrap", "yes", "true"):
-        assert launch.fsdp_settings(words, None) == {"version": 2, "reshard_after_forward": True}
+        assert arguments.fsdp_settings(words, None) == {"version": 2, "reshard_after_forward": True}
     layers = {"fsdp_version": 2, "fsdp_transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    settings = launch.fsdp_settings("shard_grad_op", layers)
+    settings = arguments.fsdp_settings("shard_grad_op", layers)
     assert settings["reshard_after_forward"] is False
     assert settings["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
 

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.checkpoints import why_incomplete
-from milora_vl.train import failures, loaders, trainer
+from milora_vl.train import data, trainer
 from milora_vl.train.command import main
 from support.problems import raises_code
 from support.programs import Program
@@ -189,28 +189,13 @@ class Hangs(Dies):
 # must not time out first.
 @pytest.mark.parametrize(("dataset", "timeout"), [(Dies(), 300.0), (Hangs(), 0.5)], ids=["dies", "hangs"])
 @pytest.mark.parametrize("kind", [DataLoader, StatefulDataLoader])
-def test_a_loader_process_that_dies_or_hangs_ends_the_run_with_a_message(
+def test_a_loader_process_that_dies_or_hangs_ends_the_run(
     kind: Any, dataset: Dies, timeout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loaders, "TIMEOUT", timeout)
+    monkeypatch.setattr(data, "TIMEOUT", timeout)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", dataloader_num_workers=1)
-    with raises_code("run-loader-failed", hint="--dataloader_num_workers"), failures.explained(args):
-        next(iter(kind(dataset, **loaders.process_settings(args))))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-def test_a_full_disk_is_named_and_other_errors_keep_their_traceback(tmp_path: Path) -> None:
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    state = {"a": torch.zeros(1_000_000)}  # torch 2.6 misses that a small one has not been written
-    for write in (lambda: torch.save(state, "/dev/full"), lambda: Path("/dev/full").write_text("x" * 10_000)):
-        with (
-            raises_code("disk-full", where=str(tmp_path), hint="--resume_from_checkpoint auto"),
-            failures.explained(args),
-        ):
-            write()
-    for error in (RuntimeError("shapes differ"), FileNotFoundError("x"), KeyError("y")):
-        with pytest.raises(type(error)), failures.explained(args):
-            raise error
+    with pytest.raises(RuntimeError, match="DataLoader"):
+        next(iter(kind(dataset, **data.process_settings(args))))
 
 
 def test_a_loss_that_becomes_nan_ends_the_run_before_a_checkpoint_of_it(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from milora_vl.common import progress
+from milora_vl.train.callbacks import log_line
 from milora_vl.train.command import main
-from milora_vl.train.progress import log_line
 from support.problems import raises_code
 from support.programs import run as run_program
 
@@ -48,29 +47,6 @@ def test_a_bar_in_a_log_file_is_a_line_now_and_then(
     states = dict.fromkeys(line.split(" [")[0] for line in lines)  # the last one comes again at the end
     assert list(states) == [f"decomposing: {n}/3 matrices" for n in range(4)]
     assert all(line.endswith("]\n") for line in lines)
-
-
-def test_one_bar_counts_the_parts_that_no_cache_had(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(progress, "INTERVAL", 0.0)
-    planned: list[list[str]] = []
-
-    def plan(parts: Sequence[str]) -> dict[str, float]:
-        planned.append(list(parts))
-        return dict.fromkeys(parts, 5.0)
-
-    with progress.one_bar(["a", "b", "c"], plan, is_shown=True):
-        pass
-    assert planned == []
-    with progress.one_bar(["a", "b", "c"], plan, is_shown=True):
-        for part in ("b", "c"):
-            with progress.progress_bar(part, 4, "batches") as bar:
-                bar.update(4)
-    assert planned == [["b", "c"]]
-    lines = [line.split("[")[0] for line in capsys.readouterr().err.splitlines()]
-    assert lines[-1] == "c: 100% "
-    assert "b: 50% " in lines
 
 
 def test_a_training_without_data_says_only_that(capsys: pytest.CaptureFixture[str]) -> None:

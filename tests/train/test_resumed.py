@@ -59,15 +59,18 @@ def refusal(*command: str) -> list[str]:
     [
         (
             ["--rank", "8", "--method", "lora"],
-            ["policy[0].method milora lora", "policy[0].protect 0.95"],
+            ["policy[0].method: trained with milora, now lora", "policy[0].protect: trained with 0.95"],
         ),
-        (["--rank", "4"], ["policy[0].rank 8 4", "policy[0].alpha 8 4"]),
-        (["--rank", "8", "--learning_rate", "5e-4"], ["policy[0].learning_rate 0.001 0.0005"]),
+        (["--rank", "4"], ["policy[0].rank: trained with 8, now 4", "policy[0].alpha: trained with 8, now 4"]),
+        (["--rank", "8", "--learning_rate", "5e-4"], ["policy[0].learning_rate: trained with 0.001, now 0.0005"]),
         (
             ["--rank", "8", "--max_length", "512", "--seed", "7"],
-            ["data.max_length 2048 512", "train.seed 42 7"],
+            ["data.max_length: trained with 2048, now 512", "train.seed: trained with 42, now 7"],
         ),
-        (["--rank", "8", "--per_device_train_batch_size", "2"], ["batch in total 4 (4 x 1 x 1) 2 (2 x 1 x 1)"]),
+        (
+            ["--rank", "8", "--per_device_train_batch_size", "2"],
+            ["batch in total: trained with 4 (4 x 1 x 1), now 2 (2 x 1 x 1)"],
+        ),
     ],
 )
 def test_other_settings_are_refused_with_old_and_new_values_before_anything_is_read(
@@ -77,9 +80,7 @@ def test_other_settings_are_refused_with_old_and_new_values_before_anything_is_r
     before = file_contents(run)
     for choice in ("auto", "true", str(run / "checkpoint-4")):
         lines = refusal(*training(data, run, *flags, "--resume_from_checkpoint", choice))
-        table = [" ".join(line.split()) for line in lines]
-        assert [row for row in rows if not any(line.startswith(row) for line in table)] == []
-        assert len(lines) == 5 + len(rows)
+        assert [row for row in rows if not any(line.strip().startswith(row) for line in lines)] == []
         assert f"--recipe {run} --output_dir {run} --resume_from_checkpoint true" in lines[-2]
     assert file_contents(run) == before
     assert "loading" not in capfd.readouterr().err

@@ -10,8 +10,8 @@ import pytest
 
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import is_finished
-from milora_vl.train.plan.run_folder import RunFolder, choose, default_path
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.folder import RunFolder, choose, default_path
+from milora_vl.train.recipe import Recipe
 from support.checkpoint_files import write_checkpoint
 
 

@@ -10,7 +10,7 @@ import datasets
 import pytest
 
 from milora_data.__main__ import main as data_main
-from milora_data.stream.sources import load_records
+from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.train.command import main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +12,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.core.policy.rules import METHODS
-from milora_vl.train.plan import rates
-from milora_vl.train.plan.screen import policy_rows, trainable_line, trained_sizes
+from milora_vl.train.screen import Screen, policy_rows, trainable_line, trained_sizes
+from milora_vl.train.setup import with_rates
 
 RULES = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "learning_rate": 2e-4},
@@ -21,26 +22,31 @@ RULES = [
 ]
 
 
-def test_one_row_for_what_is_alike(tiny_llava: Callable[..., Any]) -> None:
+def test_one_row_per_rule_with_its_selector_as_written(tiny_llava: Callable[..., Any]) -> None:
     base = tiny_llava()[0]
-    targets = Policy.parse(RULES).resolve(base)
-    sizes = trained_sizes(targets, base)
+    targets = with_rates(Policy.parse(RULES).resolve(base), {"learning_rate": 3e-4})
+    sizes, meta = trained_sizes(targets, base), tiny_llava()[0]
     model = apply_milora(base, Policy.parse(RULES))
-    rows = policy_rows(
-        rates.in_force(targets, {"learning_rate": 3e-4}), sizes, model.base_model.model, model.milora_report
-    )
+    rows = policy_rows(RULES, targets, sizes, meta, model.milora_report)
     assert [row[:5] for row in rows] == [
-        ("language.layers[1].attention\nlanguage.mlp", "10", "milora", "4", "4"),
+        ("language", "10", "milora", "4", "4"),
         ("language.layers[0].attention", "4", "milora", "8", "8"),
         ("projector", "2", "full", "-", "-"),
     ]
     assert [row[6] for row in rows] == ["0.0002", "0.0002", "0.0003"]
-    assert rows[2][5:] == ("6,272", "0.0003", "-", "-", "the weight itself")
-    assert " - " in rows[0][7]
-    assert rows[0][8].endswith(" %")
+    assert rows[2][5:] == ("6,272", "0.0003", "-", "the weight itself")
+    assert rows[0][7].endswith(" %")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sum(sizes.values()) == trained
-    assert trainable_line(model).startswith(f"trainable params: {trained:,d} || all params: ")
+
+
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_a_narrow_screen_cuts_no_number(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = io.StringIO()
+    row = ("language.layers[0-11].self_attn.q_proj", "12", "milora", "64", "64", "123,456,789", "0.0002", "0.12 %", "x")
+    Screen(shown).policy([row], ["vision"])
+    assert all(cell in shown.getvalue() for cell in row[1:])
 
 
 @pytest.mark.parametrize("method", sorted({name for name, method in METHODS.items() if "rank" in method.fields}))
@@ -55,4 +61,5 @@ def test_the_table_counts_what_trains(tiny_llava: Callable[..., Any], method: st
 def test_the_line_is_pefts_own(tiny_llava: Callable[..., Any], capsys: Any) -> None:
     model = apply_milora(tiny_llava()[0], Policy.parse(RULES))
     model.print_trainable_parameters()
-    assert capsys.readouterr().out.strip() == trainable_line(model)
+    line = trainable_line(get_model_param_count(model, trainable_only=True), get_model_param_count(model))
+    assert capsys.readouterr().out.strip() == line

@@ -12,8 +12,8 @@ import torch
 from milora_eval.evaluate import Suites
 from milora_vl import load_model
 from milora_vl.train.command import main
-from milora_vl.train.plan.eval_section import require_runnable
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.setup import require_evaluation
 from support.eval_questions import write_questions
 from support.problems import raises_code
 from support.train_runs import training
@@ -105,4 +105,4 @@ def test_a_score_chooses_the_best_checkpoint(tiny_data: Path, recipe: Path, tmp_
 
 def test_a_suite_must_be_named(recipe: Path) -> None:
     with raises_code("flag-needs-another", where="eval.suite_every", hint="suites: [quick]"):
-        require_runnable(Recipe.parse({"eval": {"suite_every": 5}}))
+        require_evaluation(Recipe.parse({"eval": {"suite_every": 5}}))

@@ -34,7 +34,7 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     assert main(training(tiny_data, run, *extra, "--eval_steps", "3", "--dropout", "0")) == 0
     names = {path.name for path in run.iterdir()}
     assert names >= {
-        "recipe.yaml", "environment.json", "policy.json", "spectrum.json", "README.md", "trainer_state.json",
+        "recipe.yaml", "environment.json", "policy.json", "README.md", "trainer_state.json",
         "report.html", "milora.json", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
     }  # fmt: skip
     environment = read_json(run, "environment.json")
@@ -44,7 +44,6 @@ def test_the_run_folder_is_complete(tiny_data: Path, tmp_path: Path) -> None:
     policy = read_json(run, "policy.json")
     assert len(policy["targets"]) == 16
     assert len(policy["protection"]) == 16
-    assert {entry["tower"] for entry in read_json(run, "spectrum.json")} == {"language", "projector", "vision"}
     log = read_json(run, "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [3, 6]
     front = yaml.safe_load((run / "README.md").read_text().split("---")[1])
@@ -178,7 +177,7 @@ def test_mistakes_are_told_before_anything_is_written(
 def test_a_broken_picture_ends_the_run_with_its_name(workers: str, tiny_data: Path, tmp_path: Path) -> None:
     """Nothing is left of a run that has made no step; another one says how far it came."""
     run = tmp_path / "run"
-    one = ["--rank", "4", "--dataloader_num_workers", workers, "--per_device_train_batch_size", "1"]
+    one = ["--method", "lora", "--rank", "4", "--dataloader_num_workers", workers, "--per_device_train_batch_size", "1"]
     for broken, is_left in ((["2.png"], True), ([f"{number}.png" for number in range(8)], False)):
         for name in broken:
             (tiny_data / "images" / name).write_bytes(b"no picture")
@@ -223,8 +222,8 @@ def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
 
 
 def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    from milora_vl.report.read_run import read_run
     from milora_vl.report.repeat import commands
-    from milora_vl.report.run_page import read_run
 
     data, run = tiny_data / "text only.json", tmp_path / "my run"
     records = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}] * 4

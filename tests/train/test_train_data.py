@@ -13,9 +13,9 @@ import pytest
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import Record
 from milora_vl.common.errors import UserError
+from milora_vl.train import data as run_data
 from milora_vl.train.command import main
-from milora_vl.train.plan import run_data
-from milora_vl.train.recipe.schema import DataConfig
+from milora_vl.train.recipe import DataConfig
 from support.train_runs import lengthen_data, losses, training
 
 

@@ -62,7 +62,7 @@ def test_what_does_not_go_with_a_stream_is_told_at_once(tiny_data: Path, tmp_pat
     with pytest.raises(UserError) as error:
         main(training(tiny_data, tmp_path / "run", "--rank", "4", *extra))
     problems = error.value.problems
-    assert {problem.code for problem in problems} == {"recipe-streaming"}
+    assert {problem.code for problem in problems} == {"recipe-conflict"}
     assert [problem.where for problem in problems] == ["--streaming", "--packing", "--limit"]
 
 

@@ -14,12 +14,12 @@ from milora_data.pictures import videos
 from milora_data.records.record import Turn, Video
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.prompts import prompts_of
 from milora_vl.train.command import main
-from milora_vl.train.recipe.flags import parse
-from milora_vl.train.recipe.merge import merge
+from milora_vl.train.flags import parse
+from milora_vl.train.merge import merge
 from support.problems import raises_code
 from support.train_runs import losses
 from support.versions import needs_places
@@ -58,7 +58,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(model: Path, data: Path, name: str = "train.json") -> list[str]:
-    flags = ["--model", str(model), "--data_path", str(data / name), "--image_folder", str(data), "--rank", "2"]
+    flags = [
+        "--model",
+        str(model),
+        "--data_path",
+        str(data / name),
+        "--image_folder",
+        str(data),
+        "--method",
+        "lora",
+        "--rank",
+        "2",
+    ]
     flags += ["--per_device_train_batch_size", "2", "--max_steps", "4", "--logging_steps", "1", "--device", "cpu"]
     return [*flags, "--num_frames", "6", "--video_min_pixels", "64", "--video_max_pixels", "1024"]
 

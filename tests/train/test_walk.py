@@ -1,4 +1,4 @@
-"""The calls of a training walk down the list of modules in docs/architecture.md, and none imports one above it."""
+"""The calls of a training walk down the list of modules in architecture.md, and none imports one above it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 from milora_vl.train.command import main
 from support.train_runs import training
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "contributing" / "architecture.md"
 WALK = re.findall(r"^\d+\. `([\w.]+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_a_training_enters_the_modules_in_the_order_of_the_page(tiny_data: Path, tmp_path: Path) -> None:
     entered: dict[str, None] = {}
     modules = [importlib.import_module(name) for name in WALK]  # some call functions when they are imported
-    assert len(modules) > 10
+    assert len(modules) >= 10
 
     def see(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and frame.f_code.co_flags & CO_OPTIMIZED:  # a function, and no import

@@ -43,7 +43,7 @@ BATCH_OF_ONE = (
 
 @dataclass(frozen=True, slots=True)
 class ProcessorSample:
-    """One record as text, with its pictures (`ProcessorInputs.pixels`). `is_cut`: max_length shortened it.
+    """One record as text, with its pictures (PIL). `is_cut`: max_length shortened it.
 
     `row` is the number of its row in a packed batch.
     """
@@ -159,10 +159,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return rendered
 
     def _samples(self, items: Sequence[Item]) -> list[ProcessorSample]:
-        """Return what the batch needs of the items, without those that the policy leaves out.
-
-        All texts come first: between the decoders of pictures, the same code takes twice as long (caches).
-        """
+        """Return the samples of the items; all texts first, which take twice as long between decoders of pictures."""
         texts: list[tuple[Record, Rendered]] = []
         for item in items:
             record = self._kept(record_of, item, "")
@@ -214,15 +211,12 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
     def _image(self, name: str) -> Any:
         try:
-            return self.inputs.pixels(load_image(self._place(name)))
+            return load_image(self._place(name))
         except ImageError as error:
             return self._replaced(error)
 
     def _replaced(self, error: ImageError, like: Any = None) -> Any:
-        """Return a plain picture in place of an unusable one, or raise its error, as `bad_images` says.
-
-        `like` is a picture of the size that it needs.
-        """
+        """Return a plain picture (of the size of `like`) for an unusable one, or raise, as `bad_images` says."""
         if self.bad_images != "replace":
             raise error
         self._count("replaced")
@@ -327,8 +321,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         try:
             self.inputs.processor.image_processor(images=[image], return_tensors="pt")
         except PROCESSOR_ERRORS as error:
-            height, width = image.shape[1:] if isinstance(image, torch.Tensor) else (image.height, image.width)
-            reason = f"{width} x {height} pixels: {first_line(error)}"
+            reason = f"{image.width} x {image.height} pixels: {first_line(error)}"
             hint = "save it again as RGB, in a usual size and aspect ratio"
             message = f"the processor refuses this picture: {reason}"
             return self._replaced(ImageError(message, reason, where=str(place), hint=hint))

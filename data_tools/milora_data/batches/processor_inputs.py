@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from milora_data.batches.record_collator import BLANK
@@ -98,7 +97,7 @@ class ProcessorInputs:
         pad_to_multiple_of: int | None = None,
         with_places: bool = False,
     ) -> dict[str, Any]:
-        """Return the processor's tensors for texts with their pictures (PIL, or as `pixels` returns them) and videos.
+        """Return the processor's tensors for texts with their pictures (PIL) and videos.
 
         `with_places` adds offset_mapping (batch, length, 2), the characters of each token in the text with expanded
         placeholders, and PLACES: per text and picture two ranges of characters (start, end), of the placeholder and of
@@ -132,29 +131,6 @@ class ProcessorInputs:
                 batch[name] = value.float()
         # Without places, this family expands no placeholder.
         return batch | ({PLACES: places or [[] for _ in texts]} if with_places else {})
-
-    def pixels(self, image: Any) -> Any:
-        """Return a picture (PIL) in the form that the processor takes fastest: (3, height, width) bytes, or unchanged.
-
-        The processor makes the same tensor of a PIL picture, in twice the time.
-        """
-        # A processor may mistake a side of 1, 3 or 4 pixels for channels, and it blends transparent pixels with white.
-        if not self._takes_tensors or image.mode != "RGB" or min(image.size) <= 4 or "transparency" in image.info:
-            return image
-        lines = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
-        return torch.from_numpy(np.ascontiguousarray(lines.transpose(1, 0, 2)))
-
-    @cached_property
-    def _takes_tensors(self) -> bool:
-        """Whether the image processor is one of transformers' that work on tensors."""
-        from transformers.image_processing_backends import TorchvisionBackend
-
-        kind = type(self.processor.image_processor)
-        return (
-            kind.__module__.startswith("transformers.")
-            and issubclass(kind, TorchvisionBackend)
-            and kind.process_image is TorchvisionBackend.process_image
-        )
 
     @cached_property
     def takes_mixed_videos(self) -> bool:
@@ -216,10 +192,7 @@ class ProcessorInputs:
         return text.count(self.video_placeholder) if self.video_placeholder else 0
 
     def may_refuse(self, turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> bool:
-        """Return whether a conversation has too many or too few marks, or a token of pictures or videos in a text.
-
-        It runs no template: there may be millions of records.
-        """
+        """Return whether marks or media tokens of the texts do not fit. It runs no template: there may be millions."""
         text = "".join([turn.text for turn in turns])
         if text.count(IMAGE) != num_images or (num_videos and text.count(VIDEO) != num_videos):
             return True
@@ -282,10 +255,7 @@ class ProcessorInputs:
         return self._image_counts[size]
 
     def _of_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> int:
-        """Return the number of tokens of a video, as the processor counts grey frames of its size.
-
-        A video that cannot be read counts as a small one.
-        """
+        """Return the tokens of a video, counted with grey frames of its size; an unreadable one is a small one."""
         try:
             grey = self._grey_video(video, place)
         except ImageError:  # the collator skips the record, or replaces the video by a plain one

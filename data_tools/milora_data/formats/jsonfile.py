@@ -230,19 +230,3 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         except csv.Error as error:
             hint = "write the table again, as UTF-8 text with quoted fields"
             raise DataError(f"broken table: {error}", code="table-syntax", where=str(path), hint=hint) from None
-
-
-def complete_lines(path: Path) -> Iterator[Any]:
-    """Yield the values of JSON lines that a process appended to, none if the file does not exist.
-
-    A line that is not JSON is skipped: a kill has cut it off.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for line in file:  # bytes end at a newline alone; texts may hold other line ends
-            try:
-                value = json.loads(line.decode("utf-8", "replace"))
-            except ValueError:
-                continue
-            yield value

@@ -137,8 +137,8 @@ class Tiling:
     """pinpoints: (height, width) of the grids in pixels; tile: pixels per side of a tile; side: its tokens per side.
 
     >>> llava = Tiling(((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)), 336, 24)
-    >>> llava.num_tiles(480, 640), llava.num_tokens(480, 640)
-    (5, 2340)
+    >>> llava.num_tokens(480, 640)
+    2340
     >>> llava.most_tokens
     2928
     """
@@ -163,11 +163,6 @@ class Tiling:
 
         best = max(self.pinpoints, key=rank)
         return best[0] // self.tile, best[1] // self.tile
-
-    def num_tiles(self, height: int, width: int) -> int:
-        """Return the number of tower inputs for a picture: the whole picture, and each tile."""
-        rows, columns = self.grid(height, width)
-        return 1 + rows * columns
 
     def num_tokens(self, height: int, width: int) -> int:
         """Return the number of tokens: the whole picture, the tiles without padding, and a line break per row."""

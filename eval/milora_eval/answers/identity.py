@@ -21,13 +21,9 @@ from milora_vl.core.adapter.folders import (
     NON_LORA,
     PREFIX,
     PROJECTOR_FILES,
-    holds_adapter,
-    holds_residual,
 )
 
 FILES = (*ADAPTER_FILES, CONFIG, *PROJECTOR_FILES, NON_LORA)
-# A residual adapter consists of its factors and of the residual base beside them.
-RESIDUAL_FILES = ("*/adapter_model.safetensors", "*/adapter_model.bin", "*.safetensors", "pytorch_model*.bin")
 _SAMPLES = 256
 
 
@@ -38,13 +34,9 @@ def digest(value: Any) -> str:
 def adapter_digest(folder: Path) -> str:
     """Return a hash of the bytes of a folder's adapter or projector files."""
     total = hashlib.sha256()
-    patterns = RESIDUAL_FILES if holds_residual(folder) and not holds_adapter(folder) else FILES
-    for pattern in patterns:
+    for pattern in FILES:
         for path in sorted(folder.glob(pattern)):
-            total.update(path.relative_to(folder).as_posix().encode())
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    total.update(chunk)
+            total.update(f"{path.relative_to(folder).as_posix()} {file_digest(str(path))}".encode())
     return total.hexdigest()[:16]
 
 

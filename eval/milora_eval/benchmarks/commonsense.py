@@ -63,7 +63,6 @@ class BoolQ(Benchmark):
                 id=str(number),
                 turns=(Turn("user", alpaca(entry["instruction"])),),
                 answers=(entry["answer"],),
-                group=str(number),
                 meta={"question_id": number},
             )
             for number, entry in enumerate(entries)

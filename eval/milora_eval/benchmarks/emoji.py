@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.emoji.questions import TYPES
-from milora_data.records.record import Record
-from milora_data.stream.sources import load_records
 from milora_eval.benchmark import Answer, Benchmark, Item, Metric, MissingData, means_of_types
+from milora_eval.benchmarks.own_data import read_questions
 from milora_eval.benchmarks.short_answers import FIRST_LINE, exact_match, in_first_line, normalise
 from milora_eval.stats import mean
 
@@ -47,9 +46,14 @@ class Emoji(Benchmark):
             message, hint = "holds no emoji questions: no test.json", "create them: python -m milora_data emoji"
             hint = f"{hint} --output_dir {data_dir}"
             raise MissingData(f"{data_dir} {message}", code="eval-missing-files", hint=hint)
-        records = list(load_records(path))
-        baselines = _baselines(records)
-        return [_item(record, data_dir, baselines[record.id]) for record in records]
+        items = [
+            replace(
+                item, kind=item.kind or "question", group=item.group if item.images else item.id, source="", meta={}
+            )
+            for item in read_questions(path, data_dir)
+        ]
+        baselines = _baselines(items)
+        return [replace(item, baseline=baselines[item.id]) for item in items]
 
     def score(self, item: Item, text: str) -> float:
         return float(exact_match(text, item.answers))
@@ -70,65 +74,39 @@ class Emoji(Benchmark):
         ]
 
 
-def _item(record: Record, data_dir: Path, baseline: float) -> Item:
-    turns = record.turns[:-1] if record.turns[-1].role == "assistant" else record.turns
-    return Item(
-        id=record.id,
-        turns=turns,
-        images=tuple(str((data_dir / "images" / name).absolute()) for name in record.images),
-        answers=_answers(record),
-        kind=_kind(record),
-        group=record.images[0] if record.images else record.id,
-        baseline=baseline,
-    )
-
-
-def _kind(record: Record) -> str:
-    return str(record.extra.get("type", "question"))
-
-
-def _answers(record: Record) -> tuple[str, ...]:
-    accepted = record.extra.get("answers")
-    return tuple(map(str, accepted)) if isinstance(accepted, list) else (record.turns[-1].text,)
-
-
-def _baselines(records: Sequence[Record]) -> dict[str, float]:
+def _baselines(items: Sequence[Item]) -> dict[str, float]:
     """Return, per question, the score of the best strategy for its type and form that ignores the picture.
 
     The strategy is the most frequent answer among the test questions. For questions with options it is the best of
     this answer, always the same position, and guessing.
     """
-    by_form: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        by_form[_kind(record), _form(record)].append(record)
+    by_form: dict[tuple[str, str], list[Item]] = defaultdict(list)
+    for item in items:
+        by_form[item.kind, _form(item)].append(item)
     baselines: dict[str, float] = {}
     for (_, form), part in by_form.items():
         candidates = _choosing(part) if form == "options" else []
         candidates.append(_majority(part))
         best = max(candidates, key=lambda values: math.fsum(values))
-        baselines |= zip((record.id for record in part), best, strict=True)
+        baselines |= zip((item.id for item in part), best, strict=True)
     return baselines
 
 
-def _form(record: Record) -> str:
-    if {normalise(answer) for answer in _answers(record)} <= {"yes", "no"}:
+def _form(item: Item) -> str:
+    if {normalise(answer) for answer in item.answers} <= {"yes", "no"}:
         return "yes/no"
-    return "options" if _options(record.turns[-2].text) else "open"
+    return "options" if _options(item.question) else "open"
 
 
-def _majority(records: Sequence[Record]) -> list[float]:
-    counts = Counter(normalise(answer) for record in records for answer in set(_answers(record)))
+def _majority(items: Sequence[Item]) -> list[float]:
+    counts = Counter(normalise(answer) for item in items for answer in set(item.answers))
     answer = min(counts, key=lambda word: (-counts[word], word))
-    return [float(exact_match(answer, _answers(record))) for record in records]
+    return [float(exact_match(answer, item.answers)) for item in items]
 
 
-def _choosing(records: Sequence[Record]) -> list[list[float]]:
+def _choosing(items: Sequence[Item]) -> list[list[float]]:
     """Return the scores of guessing, and of always choosing the first, the second, ... option."""
-    offered = [_options(record.turns[-2].text) for record in records]
-    right = [
-        [float(exact_match(option, _answers(record))) for option in options]
-        for record, options in zip(records, offered, strict=True)
-    ]
+    right = [[float(exact_match(option, item.answers)) for option in _options(item.question)] for item in items]
     if not all(any(values) for values in right):
         return []
     guessing = [mean(values) for values in right]

@@ -56,7 +56,6 @@ class GSM8K(Benchmark):
             turns=(Turn("user", PROMPT.format(question)),),
             answers=(self.truth(solution),),
             kind=str(entry.get("type", "")),
-            group=str(number),
             meta={"question_id": number},
         )
 

@@ -82,25 +82,12 @@ class OwnData(Benchmark):
         return any(own["file"] == each["file"] or own["hash"] == each["hash"] for each in files)
 
     def load(self, data_dir: Path) -> list[Item]:
-        path = self.file(data_dir)
-        # Training data may use one id for several records; the number of the record makes the id unique.
-        items: list[Item] = []
-        problems: list[Problem] = []
-        for number, row in enumerate(json_values(path), start=1):
-            with collected(problems):
-                items.append(_item(row, number, path, data_dir))
-        if problems:
-            raise DataError(problems=problems)
-        times = Counter(item.id for item in items)
-        frequent = _frequent_answers(items)
-        return [
-            replace(
-                item,
-                id=f"{item.id}#{number}" if times[item.id] > 1 else item.id,
-                baseline=self.score(item, frequent[item.kind]),
-            )
-            for number, item in enumerate(items, start=1)
-        ]
+        items = read_questions(self.file(data_dir), data_dir)
+        answers: dict[str, Counter[str]] = defaultdict(Counter)
+        for item in items:
+            answers[item.kind][item.answers[0]] += 1
+        frequent = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+        return [replace(item, baseline=self.score(item, frequent[item.kind])) for item in items]
 
     def score(self, item: Item, text: str) -> float:
         return METRICS[item.meta["metric"]](text, item.answers)
@@ -117,11 +104,23 @@ class OwnData(Benchmark):
         return [*super().summarise(answers), *rows]
 
 
-def _frequent_answers(items: Sequence[Item]) -> dict[str, str]:
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for item in items:
-        answers[item.kind][item.answers[0]] += 1
-    return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+def read_questions(path: Path, data_dir: Path) -> list[Item]:
+    """Return the questions of a file. Raises DataError that names every mistake in it.
+
+    Training data may use one id for several records; the number of the record makes the id unique.
+    """
+    items: list[Item] = []
+    problems: list[Problem] = []
+    for number, row in enumerate(json_values(path), start=1):
+        with collected(problems):
+            items.append(_item(row, number, path, data_dir))
+    if problems:
+        raise DataError(problems=problems)
+    times = Counter(item.id for item in items)
+    return [
+        replace(item, id=f"{item.id}#{number}") if times[item.id] > 1 else item
+        for number, item in enumerate(items, start=1)
+    ]
 
 
 def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
@@ -131,7 +130,8 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
     metric = row.get("metric", "exact")
     if metric not in METRICS:
         message = f'unknown metric "{metric}"; expected one of: {", ".join(METRICS)}'
-        raise DataError(message, where=place, hint=did_you_mean(suggest(str(metric), METRICS)[:1]))
+        hint = did_you_mean(suggest(str(metric), METRICS)[:1])
+        raise DataError(message, code="own-data-unknown-metric", where=place, hint=hint)
     is_record = any(key in row for key in ("conversations", "messages", "completion", "query"))
     record = parse_record(row if is_record else _as_record(row, place), source=place, embedded="keep")
     turns, answers = record.turns, row.get("answers", row.get("answer"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from milora_data.pictures.thumbnails import credit_lines, fitting, thumbnail
+from milora_data.pictures.files import credit_lines, fitting, thumbnail
 from milora_eval.answers.questions import select
 from milora_eval.answers.store import Line, same_question, to_answer
 from milora_eval.commands.flags import names_of

@@ -32,7 +32,6 @@ def count(text: str) -> int:
 
 
 def positive(text: str) -> int:
-    """Parse an integer >= 1."""
     if count(text) == 0:
         raise argparse.ArgumentTypeError("must be at least 1, got 0")
     return int(text)
@@ -50,14 +49,12 @@ def from_zero(text: str) -> float:
 
 
 def above_zero(text: str) -> float:
-    """Parse a finite number above 0."""
     if from_zero(text) == 0:
         raise argparse.ArgumentTypeError("must be above 0, got 0")
     return float(text)
 
 
 def device(text: str) -> str:
-    """Parse the name of an available device: the `type` of --device."""
     import torch
 
     try:
@@ -101,7 +98,6 @@ class CommandParser(argparse.ArgumentParser):
             raise self._mistake(error.message, (typed or names)[0]) from None
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse, and raise `UserError` with similar names for unknown flags."""
         arguments = list(sys.argv[1:] if args is None else args)
         if not {"-h", "--help"} & set(arguments):
             self._refuse_unknown_flags(arguments)
@@ -150,11 +146,9 @@ class CommandParser(argparse.ArgumentParser):
             raise
 
     def flags(self) -> list[str]:
-        """Return the long flags that this parser declares."""
         return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
 
     def error(self, message: str) -> NoReturn:
-        """Raise `UserError` (exit code 2); argparse itself would exit the process."""
         raise self._mistake(message)
 
     def _mistake(self, message: str, where: str = "", hint: str = "") -> UserError:
@@ -237,12 +231,10 @@ Choice = tuple[Option, ...]
 
 
 def option(*names: str, **keywords: Any) -> Option:
-    """Return an option; it takes the arguments of argparse's `add_argument`."""
     return Option(names, keywords)
 
 
 def flag(name: str, about: str) -> Option:
-    """Return a flag without a value."""
     return option(name, action="store_true", help=about)
 
 

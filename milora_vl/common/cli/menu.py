@@ -29,11 +29,9 @@ class Menu:
 
     @property
     def modules(self) -> dict[str, str]:
-        """The module of each name."""
         return {name: module for programs in self.groups.values() for name, (module, _) in programs.items()}
 
     def usage(self) -> str:
-        """Return the text of `--help`."""
         listed = {heading: dict(self._lines(programs)) for heading, programs in self.groups.items()}
         width = max(len(name) for lines in listed.values() for name in lines)
         groups = "\n\n".join(

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table as RichTable
+
+LEAST_NAME = 16  # characters of a line of names
 FORMATS = ("human", "markdown", "latex", "json")
 _LATEX = str.maketrans(
     {
@@ -51,23 +58,30 @@ class Table:
 
 
 def show(table: Table, form: str) -> None:
-    """Print a table to stdout as human, markdown or latex."""
     if form != "human":
         sys.stdout.write(table.markdown() if form == "markdown" else table.latex())
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    drawn = RichTable(title=table.title or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for place, name in enumerate(table.header):
-        drawn.add_column(name, justify="right" if place else "left", no_wrap=True)
-    for row in table.rows:
-        drawn.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)  # names may hold [ ] and :
-    console.print(drawn)
+    # A pipe has no width of its own. Names may hold [ ] and :
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    console = Console(width=width, markup=False, emoji=False)
+    drawn(console, table.header, table.rows, left=table.header[:1], title=table.title)
     for note in table.caption.splitlines():
         console.print(note, style="dim", highlight=False)
+
+
+def drawn(
+    console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str], title: str = ""
+) -> None:
+    """Print a table. The first column, of names, takes several lines where it is too wide; no other cell is cut."""
+    table = RichTable(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
+    widths = [max(cell_len(row[place]) for row in (header, *rows)) for place in range(len(header))]
+    widths[0] = min(widths[0], LEAST_NAME)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=place > 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.width = max(console.width, sum(widths) + 3 * len(header) + 1)
+    console.print(table)
 
 
 def _row(cells: Sequence[str]) -> str:

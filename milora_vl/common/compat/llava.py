@@ -5,25 +5,38 @@ A release of LLaVA for a newer transformers would replace this file.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib import import_module
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from inspect import signature
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft import PeftModel
 from transformers import Trainer, trainer
+
+from milora_vl.common.errors import UserError
+
+PROJECTOR = "non_lora_trainables.bin"  # LLaVA's file of what trains beside the LoRA
 
 
 @contextmanager
 def llava_on_new_transformers() -> Iterator[None]:
     """Inside this context LLaVA's `train()` runs on the installed transformers."""
     with ExitStack() as shims:
-        for shim in (_layernorm_layers, _tokenizer_argument, _sampler_and_optimizer, _without_deepspeed, _cache):
-            shim(shims)
+        _layernorm_layers(shims)
+        _tokenizer_argument(shims)
+        _sampler_and_optimizer(shims)
+        _checkpoints(shims)
+        _without_deepspeed(shims)
+        _cache(shims)
         yield
 
 
@@ -36,8 +49,6 @@ def _layernorm_layers(shims: ExitStack) -> None:
 def _tokenizer_argument(shims: ExitStack) -> None:
     """Accept `Trainer(tokenizer=...)`, which is called `processing_class` now."""
     stock = Trainer.__init__
-    if "tokenizer" in signature(stock).parameters:
-        return
 
     def initialise(self: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         if tokenizer is not None:
@@ -50,13 +61,56 @@ def _tokenizer_argument(shims: ExitStack) -> None:
 
 def _sampler_and_optimizer(shims: ExitStack) -> None:
     """Call LLaVA's `_get_train_sampler` and `create_optimizer` without the arguments that Trainer now passes."""
-    llava = import_module("llava.train.llava_trainer").LLaVATrainer
+    llava, stock = import_module("llava.train.llava_trainer").LLaVATrainer, Trainer._get_train_sampler
     for name in ("_get_train_sampler", "create_optimizer"):
-        if len(signature(vars(llava)[name]).parameters) == 1:
-            shims.enter_context(patch.object(llava, name, _ignoring_arguments(vars(llava)[name])))
-    sampler = Trainer._get_train_sampler
-    if len(signature(sampler).parameters) > 1:  # LLaVA calls super()._get_train_sampler()
-        shims.enter_context(patch.object(Trainer, "_get_train_sampler", _on_train_dataset(sampler)))
+        if len(signature(method := vars(llava)[name]).parameters) == 1:
+            shims.enter_context(patch.object(llava, name, _ignoring_arguments(method)))
+
+    def sampler(self: Any, train_dataset: Any = None) -> Any:  # LLaVA calls super()._get_train_sampler()
+        return stock(self, self.train_dataset if train_dataset is None else train_dataset)
+
+    shims.enter_context(patch.object(Trainer, "_get_train_sampler", sampler))
+
+
+def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:
+    return lambda self, *_, **__: method(self)
+
+
+def _checkpoints(shims: ExitStack) -> None:
+    """Drop the argument `metrics`, which LLaVA passes to `_save_checkpoint`, and keep the projector in checkpoints.
+
+    LLaVA saves the projector at the end alone, and a resumed LoRA run would start it again (LLaVA issue 844).
+    """
+    save, load = Trainer._save_checkpoint, Trainer._load_from_checkpoint
+
+    def save_checkpoint(self: Any, model: Any, trial: Any, metrics: Any = None) -> None:
+        if isinstance(self.model, PeftModel):
+            collect = import_module("llava.train.train").get_peft_state_non_lora_maybe_zero_3
+            state = collect(self.model.named_parameters())  # under ZeRO-3 every process takes part
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(state, folder / PROJECTOR)
+        save(self, model, trial)
+
+    def load_from_checkpoint(self: Any, checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        load(self, checkpoint, *args, **kwargs)
+        beside = {name: p for name, p in self.model.named_parameters() if p.requires_grad and "lora_" not in name}
+        if not beside or not isinstance(self.model, PeftModel):
+            return
+        file = Path(checkpoint) / PROJECTOR
+        if not file.is_file():
+            raise UserError(
+                f"has no {PROJECTOR}: the projector would start again from its first weights",
+                where=checkpoint,
+                hint="train again from the start, in another output_dir",
+            )
+        with torch.no_grad():
+            for name, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
+                beside[name].copy_(tensor)
+
+    shims.enter_context(patch.object(Trainer, "_save_checkpoint", save_checkpoint))
+    shims.enter_context(patch.object(Trainer, "_load_from_checkpoint", load_from_checkpoint))
 
 
 def _cache(shims: ExitStack) -> None:
@@ -75,22 +129,16 @@ def _cache(shims: ExitStack) -> None:
     shims.enter_context(patch.object(llava, "forward", forward))
 
 
-def _ignoring_arguments(method: Callable[[Any], Any]) -> Callable[..., Any]:
-    def call(self: Any, *_: Any, **__: Any) -> Any:
-        return method(self)
-
-    return call
-
-
-def _on_train_dataset(method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(self: Any, train_dataset: Any = None) -> Any:
-        return method(self, self.train_dataset if train_dataset is None else train_dataset)
-
-    return call
-
-
 def _without_deepspeed(shims: ExitStack) -> None:
-    """Replace LLaVA's `maybe_zero_3`, which imports deepspeed even if no parameter is partitioned."""
+    """Let LLaVA's `maybe_zero_3` run, which imports deepspeed to ask whether a parameter is partitioned.
+
+    LLaVA's train.py may be `__main__`, whose functions nothing can replace, so the modules exist that it imports.
+    """
     if find_spec("deepspeed") is None:
-        train = import_module("llava.train.train")
-        shims.enter_context(patch.object(train, "maybe_zero_3", lambda param, *_, **__: param.detach().cpu().clone()))
+        package = ModuleType("deepspeed")
+        parameters = ModuleType("deepspeed.runtime.zero.partition_parameters")
+        package.__spec__ = ModuleSpec(package.__name__, None)  # find_spec fails on a module without one
+        package.zero = parameters.ZeroParamStatus = None  # type: ignore[attr-defined]
+        for module in (package, parameters):
+            sys.modules[module.__name__] = module
+            shims.callback(sys.modules.pop, module.__name__, None)

@@ -34,7 +34,6 @@ class WholeModule(ModulesToSaveWrapper):
 
 
 def keep_hooks_apart(model: PeftModel) -> None:
-    """Change the wrappers in `model` to WholeModule if DeepSpeed ZeRO-3 is in use."""
     if is_deepspeed_zero3_enabled():
         for module in model.modules():
             if type(module) is ModulesToSaveWrapper:
@@ -84,21 +83,18 @@ class ForwardVariant(LoraVariant):  # type: ignore[misc]
 
     @staticmethod
     def init(module: Any, adapter_name: str, **kwargs: Any) -> None:
-        """Do nothing: the factors are set after PEFT has created them."""
+        pass
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return W + s B A."""
         return orig_weight + module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
-        """Add s B A to W."""
         orig_weight.data += module.get_delta_weight(active_adapter)
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """Return W - s B A of a merged W."""
         return orig_weight - module.get_delta_weight(active_adapter).to(orig_weight.dtype)
 
 

@@ -70,23 +70,11 @@ class OwnState(nn.Module):
     """
 
     def write_state(self, destination: MutableMapping[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Write parameters and buffers to `destination` as torch does."""
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[arg-type]
 
-    def read_state(
-        self,
-        state_dict: MutableMapping[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Read parameters and buffers from `state_dict` as torch does; append to the lists what does not fit."""
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def read_state(self, state_dict: MutableMapping[str, Any], prefix: str, *about: Any) -> None:
+        """Read parameters and buffers as torch does; `about` ends with its lists of what does not fit."""
+        super()._load_from_state_dict(state_dict, prefix, *about)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.write_state(destination, prefix, keep_vars)

@@ -1,11 +1,25 @@
-"""Private interfaces of transformers' Trainer, which takes a second to import."""
+"""Private interfaces of transformers' Trainer, which takes a second to import, and of accelerate below it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from transformers import Trainer
+
+
+def enable_fsdp_on_cpus(state: AcceleratorState, plugin_args: dict[str, Any] | None) -> None:
+    """Make accelerate shard on CPUs too. Its default enables FSDP on GPUs alone, and trains with DDP on CPUs.
+
+    Every new AcceleratorState takes its type from the shared state of PartialState, which accelerate writes like this
+    on GPUs. Support of FSDP2 on CPUs in accelerate would replace it.
+    """
+    if plugin_args is not None and state.distributed_type == DistributedType.MULTI_CPU:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(**plugin_args)
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 class CheckpointTrainer(Trainer):
@@ -15,11 +29,9 @@ class CheckpointTrainer(Trainer):
     """
 
     def save_sharded_optimizer(self, folder: Path) -> None:
-        """Write optimizer and scheduler under FSDP2."""
         raise NotImplementedError
 
     def load_sharded_optimizer(self, folder: Path) -> None:
-        """Read what `save_sharded_optimizer` wrote."""
         raise NotImplementedError
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

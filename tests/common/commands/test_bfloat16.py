@@ -16,7 +16,7 @@ from milora_eval.__main__ import main as evaluate
 from milora_vl import chat
 from milora_vl.demo import seconds_of_full_demo
 from milora_vl.forgetting.__main__ import main as measure
-from milora_vl.interop.adapters.load_model import load_model
+from milora_vl.interop.load_model import load_model
 from milora_vl.models.generate import Prompt, generate
 from milora_vl.train import main as train
 from support.drawn import write_tiny_data

@@ -11,9 +11,8 @@ import pytest
 
 from milora_data.pictures.files import ImageError
 from milora_vl.common.cli.command_line import run
-from milora_vl.common.errors import DataError, Key, Problem, UserError, render, with_context
+from milora_vl.common.errors import DataError, Problem, UserError, render, with_context
 from milora_vl.train import main as train
-from milora_vl.train.recipe.schema import RecipeError
 
 RULES = "[{modules: langauge, method: milora, protect: 0, rank: 4}, {modules: projector, method: full, rank: 3}]"
 
@@ -33,7 +32,6 @@ def test_several_problems_are_counted_and_hints_stand_below_their_own() -> None:
     [
         DataError("broken", code="record-broken", where="a.json:7"),
         ImageError("cannot read it: empty", "empty", code="image-unreadable", where="a.png"),
-        RecipeError(problems=[Problem("unknown key", "recipe-unknown-key", Key.of("modle"))], source="my.yaml"),
     ],
     ids=lambda error: type(error).__name__,
 )
@@ -55,10 +53,10 @@ def test_problems_are_data_on_stdout_with_format_json(
     assert ended.value.code == found["exit_code"] == 2
     places = {problem["where"]: problem["code"] for problem in found["problems"]}
     assert places == {
-        "--policy: policy[0].modules": "policy-no-match",
-        "--policy: policy[1].rank": "policy-unused-field",
+        "policy[0].modules in --policy": "policy-no-match",
+        "policy[1].rank in --policy": "policy-unused-field",
     }
-    assert err.startswith("error: 2 problems in --policy:")
+    assert err.startswith("error: 2 problems:")
 
 
 def test_context_keeps_the_class_and_its_attributes() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from importlib import import_module
 from importlib.metadata import entry_points
 
@@ -39,17 +37,3 @@ def test_every_module_with_a_command_is_listed() -> None:
 def test_the_console_script_is_installed() -> None:
     (script,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "milora"]
     assert script.load() is import_module("milora_vl.__main__").console
-
-
-def test_no_help_waits_for_torch() -> None:
-    """It takes a second to import; a program reads its arguments before it needs it."""
-    script = (
-        "import contextlib, io, sys\n"
-        "from milora_vl.__main__ import MENU, main\n"
-        "for name in MENU.modules:\n"
-        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        "        main([name, '--help'])\n"
-        "    assert 'torch' not in sys.modules, name\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Private names of accelerate that `milora_vl.common.compat.accelerate` uses."""
+"""Private names of accelerate that `milora_vl.common.compat.trainer` uses."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from support.adapter_cases import (
     token_batch,
     train_steps,
 )
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 ADAPTERS = [
     {"modules": "language.attention", "method": "lora", "rank": 2, "alpha": 3},
@@ -195,5 +195,19 @@ def test_another_base_and_more_steps_of_several_tasks_are_refused(tiny_llama, tm
     save_adapter(model, tmp_path / "b")
     with raises_code("adapter-several-tasks"):
         load_adapter(tiny_llama()[0], tmp_path / "b", is_trainable=True)
-    with raises_code("adapter-earlier-update"):
+    with raises_problem():
         merge(model)
+
+
+def test_a_second_adapter_after_others_loads_into_another_base_if_allowed(tiny_llama, tmp_path: Path) -> None:
+    first_run(tiny_llama()[0], one_rule(), tmp_path / "a")
+    model = after(tiny_llama()[0], tmp_path / "a", one_rule(), [{}, {}])
+    save_adapter(model, tmp_path / "b")
+    with torch.no_grad():
+        for layer in model.modules():
+            if hasattr(layer, "get_base_layer"):
+                layer.get_base_layer().weight += 1.0
+    with raises_code("adapter-wrong-base"):
+        model.load_adapter(str(tmp_path / "b"), "second")
+    model.load_adapter(str(tmp_path / "b"), "second", allow_base_mismatch=True)
+    assert "second" in model.peft_config

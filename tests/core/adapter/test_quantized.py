@@ -13,7 +13,7 @@ from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.models.base import find_base
 from milora_vl.train.command import main
 from milora_vl.train.model import load_base
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.recipe import Recipe
 from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps
 from support.calibrated import directions, leaks, llava_batches
 from support.problems import raises_code

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from milora_vl.train.plan.batching import Batching
+from milora_vl.train.setup import Batching
 
 
 @pytest.mark.parametrize("records", [1, 7, 12])

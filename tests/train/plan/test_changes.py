@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 import llava_recipes
-from milora_vl.train.plan.changes import Side, changes, schedule_has_end, shown
-from milora_vl.train.recipe.schema import Recipe, load
+from milora_vl.train.recipe import Recipe, load
+from milora_vl.train.resume import differences, is_free, schedule_has_end
 from support.plans import settings
 
 POLICY = [
@@ -18,19 +18,18 @@ POLICY = [
 ]
 
 
-def side(processes: int = 1, resolved: str = "float32", **content: Any) -> Side:
-    filled: dict[str, Any] = {"model": "tiny", "policy": POLICY, **content}
-    return Side(Recipe.parse(filled), processes, resolved)
+def recipe(**content: Any) -> Recipe:
+    return Recipe.parse({"model": "tiny", "policy": POLICY, **content})
 
 
-def refused(before: Side, now: Side) -> list[str]:
-    return [change.key for change in changes(before, now) if change.is_refused]
+def refused(before: Recipe, now: Recipe) -> list[str]:
+    return [key for key in differences(before, now) if not is_free(key, now)]
 
 
 def test_the_same_in_other_words_is_no_change() -> None:
     given = {"seed": 42, "weight_decay": 0.0, "bf16": True, "warmup_ratio": 0.1}
-    before = side(dtype="bfloat16", train={"warmup_steps": 0.1})
-    assert changes(before, side(dtype="bfloat16", train=given)) == []
+    before = recipe(dtype="bfloat16", train={"warmup_steps": 0.1})
+    assert differences(before, recipe(dtype="bfloat16", train=given)) == {}
 
 
 DECISIVE = {
@@ -64,8 +63,8 @@ DECISIVE = {
 
 @pytest.mark.parametrize("key", DECISIVE)
 def test_a_change_of_what_decides_the_weights_is_refused(key: str) -> None:
-    assert refused(side(), side(**DECISIVE[key])) == [key]
-    assert refused(side(**DECISIVE[key]), side()) == [key]
+    assert refused(recipe(), recipe(**DECISIVE[key])) == [key]
+    assert refused(recipe(**DECISIVE[key]), recipe()) == [key]
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
@@ -86,29 +85,30 @@ HARMLESS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("key", HARMLESS)
 def test_a_change_of_what_leaves_the_weights_alone_is_allowed_and_told(key: str) -> None:
-    (change,) = changes(side(), side(**HARMLESS[key]))
-    assert (change.key, change.is_refused) == (key, False)
+    now = recipe(**HARMLESS[key])
+    assert list(differences(recipe(), now)) == [key]
+    assert is_free(key, now)
 
 
 def test_the_runs_rate_decides_where_a_rule_has_none() -> None:
     rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 8}, POLICY[1]]
     before, now = ({"policy": rules, "train": {"learning_rate": rate}} for rate in (1e-3, 1e-4))
-    assert refused(side(**before), side(**now)) == ["policy[0].learning_rate"]
+    assert refused(recipe(**before), recipe(**now)) == ["policy[0].learning_rate"]
 
 
 def test_a_rule_may_name_the_rate_that_it_had_from_the_run() -> None:
-    rules = [{"modules": "language", "method": "milora", "protect": 0, "rank": 8}]
-    before = side(policy=rules, train={"learning_rate": 1e-3})
+    rules = [{"modules": "language", "method": "milora", "rank": 8}]
+    before = recipe(policy=rules, train={"learning_rate": 1e-3})
     same, other = (
-        side(policy=[rules[0] | {"learning_rate": rate}], train={"learning_rate": 1e-3}) for rate in (1e-3, 1e-4)
+        recipe(policy=[rules[0] | {"learning_rate": rate}], train={"learning_rate": 1e-3}) for rate in (1e-3, 1e-4)
     )
-    assert changes(before, same) == changes(same, before) == []
+    assert differences(before, same) == differences(same, before) == {}
     assert refused(before, other) == ["policy[0].learning_rate"]
 
 
 def test_rates_depend_on_the_last_step_unless_the_schedule_has_no_end() -> None:
     def has_end(schedule: str, **more: Any) -> bool:
-        return schedule_has_end(side(train={"max_steps": 10, "lr_scheduler_type": schedule, **more}))
+        return schedule_has_end(recipe(train={"max_steps": 10, "lr_scheduler_type": schedule, **more}))
 
     assert not any(map(has_end, ("constant", "constant_with_warmup", "inverse_sqrt")))
     assert all(map(has_end, ("linear", "cosine", "polynomial", "warmup_stable_decay")))
@@ -116,36 +116,17 @@ def test_rates_depend_on_the_last_step_unless_the_schedule_has_no_end() -> None:
     assert not has_end("constant", warmup_steps=0.1)
 
 
-def test_a_batch_may_be_made_up_otherwise() -> None:
-    def batch(per_device: int, accumulation: int, processes: int, **more: Any) -> Side:
-        train = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation, "max_steps": 5}
-        return side(processes, train=train, **more)
-
-    assert refused(batch(4, 2, 1), batch(1, 8, 1)) == []
-    assert refused(batch(4, 2, 4), batch(4, 8, 1)) == []
-    (change,) = changes(batch(4, 2, 4), batch(4, 2, 1))
-    assert (change.before, change.now, change.is_refused) == ("32 (4 x 2 x 4)", "8 (4 x 2 x 1)", True)
-    streams = {"data": {"streaming": True}}
-    assert "train.per_device_train_batch_size" in refused(batch(4, 2, 1, **streams), batch(1, 8, 1, **streams))
-
-
 def test_where_evaluations_choose_they_decide() -> None:
     best = {"load_best_model_at_end": True, "eval_strategy": "steps"}
     plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"}
     for train in (best, plateau):
-        before, now = (side(train={**train, "eval_steps": steps}) for steps in (5, 10))
+        before, now = (recipe(train={**train, "eval_steps": steps}) for steps in (5, 10))
         assert refused(before, now) == ["train.eval_steps"]
-
-
-def test_what_auto_means_is_compared() -> None:
-    (change,) = changes(side(), side(resolved="bfloat16"))
-    assert (change.key, change.before, change.now, change.is_refused) == ("dtype", "float32", "bfloat16", True)
-    assert changes(side(), side(dtype="float32")) == []
 
 
 def test_a_look_at_its_beginning_cannot_tell_streams_apart() -> None:
     data = [{"path": path, "streaming": True} for path in ("a.json", "b.json")]
-    before, now = (side(data=entry, train={"max_steps": 5}) for entry in data)
+    before, now = (recipe(data=entry, train={"max_steps": 5}) for entry in data)
     assert refused(before, now) == ["data.path"]
 
 
@@ -153,8 +134,4 @@ def test_a_look_at_its_beginning_cannot_tell_streams_apart() -> None:
 def test_a_packaged_recipe_comes_back_from_its_file_without_a_change(name: str, tmp_path: Path) -> None:
     resolved = settings(["--recipe", name, "--model", "tiny", "--device", "cpu"]).recipe
     (tmp_path / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
-    assert changes(Side(load(tmp_path / "recipe.yaml"), 1, "float32"), Side(resolved, 1, "float32")) == []
-
-
-def test_values_are_shown_as_a_recipe_has_them() -> None:
-    assert shown([{"path": "a.json", "weight": 1.0}]) == "[{path: a.json, weight: 1}]"
+    assert differences(load(tmp_path / "recipe.yaml"), resolved) == {}

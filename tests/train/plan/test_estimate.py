@@ -11,11 +11,24 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaC
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import Base
-from milora_vl.models.quantized import bytes_per_number
+from milora_vl.models.devices import bytes_per_number
 from milora_vl.models.tiny import tiny_llama
-from milora_vl.train.dry_run.cost import OVERHEAD, activations, memory_savings, needed, verdict
-from milora_vl.train.dry_run.estimate import GIB, Workload, duration_text, flops_per_step, host_memory, memory
-from milora_vl.train.dry_run.simulate import Resident, Shape, simulate
+from milora_vl.train.memory import (
+    GIB,
+    OVERHEAD,
+    Resident,
+    Shape,
+    Workload,
+    activations,
+    duration_text,
+    flops_per_step,
+    host_memory,
+    memory,
+    memory_savings,
+    needed,
+    simulate,
+    verdict,
+)
 
 PLAN = Workload(
     total=7_063_427_072, adapters=319_815_680, anchors=319_815_680, full=20_979_712, base_bytes=2.0, stage=0, devices=8,

@@ -11,18 +11,18 @@ import pytest
 import llava_recipes
 from milora_vl.core.policy import Target
 from milora_vl.train.command import main
-from milora_vl.train.plan import rates
-from milora_vl.train.recipe.flags import parse
-from support.plans import fitted
+from milora_vl.train.setup import rate_warnings, with_rates
+from support.plans import fitted, plan, settings
 
 BOTH = "[{modules: language, method: milora, protect: 0, rank: 4}, {modules: projector, method: full}]"
 
 
 def planned(*words: str) -> tuple[list[Target], list[str]]:
     """What trains, with its rates in force, and the warnings about them."""
-    found, method = fitted(words), parse(words).edits.method
-    train = found.recipe.train
-    return rates.in_force(found.targets, train), rates.warnings(found.targets, train, method=method)
+    found = fitted(words)
+    return with_rates(found.targets, found.recipe.train), rate_warnings(
+        found.targets, found.recipe, settings(words).request
+    )
 
 
 def test_rules_without_a_rate_have_the_runs_whatever_their_method() -> None:
@@ -34,27 +34,31 @@ def test_rules_without_a_rate_have_the_runs_whatever_their_method() -> None:
     own = BOTH.replace("full}", "full, learning_rate: 1.0e-5, weight_decay: 0.2}")
     targets, _ = planned("--model", "tiny", "--policy", own)
     assert {(t.method, t.learning_rate, t.weight_decay) for t in targets} == {
-        ("milora", 5e-5, 0.0),
+        ("milora", 2e-4, 0.0),
         ("full", 1e-5, 0.2),
     }
 
 
-def test_a_rate_that_is_hugging_faces_default_is_warned_of_with_the_rules_that_have_it() -> None:
-    (warning,) = planned("--model", "tiny", "--policy", BOTH)[1]
-    assert "language (milora), projector (full)" in warning
-    assert "5e-05" in warning
-    assert "--learning_rate" in warning
-    one = BOTH.replace("full}", "full, learning_rate: 1.0e-5}")
-    (warning,) = planned("--model", "tiny", "--policy", one)[1]
-    assert "language (milora)" in warning
-    assert "projector (" not in warning
-    assert planned("--model", "tiny", "--policy", BOTH, "--learning_rate", "5e-5")[1] == []
-    assert planned("--model", "tiny", "--rank", "4")[1] == []
+def test_a_rule_without_a_rate_has_that_of_the_default_policy_and_in_full_that_of_llava() -> None:
+    assert {(t.method, t.learning_rate) for t in planned("--model", "tiny", "--policy", BOTH)[0]} == {
+        ("milora", 2e-4),
+        ("full", 2e-5),
+    }
 
 
-@pytest.mark.parametrize("method", ["milora", "pissa", "random", "lora", "dora"])
-def test_weight_decay_pulls_every_adapter_towards_no_update_and_needs_no_warning(method: str) -> None:
-    assert planned("--model", "tiny", "--rank", "4", "--method", method, "--weight_decay", "0.1")[1] == []
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--model tiny --rank 4", ("0.002", "--num_train_epochs 1")),
+        ("--model tiny --rank 4 --num_train_epochs 2", ("0.002",)),
+        ("--model tiny --rank 4 --learning_rate 1e-3", ()),
+        ("--model llava-1.5-7b", ()),
+    ],
+)
+def test_a_small_model_with_the_defaults_is_told_what_it_wants(words: str, says: tuple[str, ...]) -> None:
+    notes = [note for note in plan(f"{words} --output_dir none").notes if "below 1B" in note]
+    assert len(notes) == bool(says)
+    assert all(word in notes[0] for word in says)
 
 
 def test_full_training_at_a_rate_of_adapters_is_warned_of() -> None:
@@ -68,15 +72,11 @@ def test_no_shipped_recipe_leaves_a_rate_to_the_default(name: str) -> None:
     assert planned("--recipe", name)[1] == []
 
 
-def test_the_plan_and_the_run_warn_and_the_files_hold_the_rates(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
+def test_the_plan_shows_and_the_files_hold_the_rates(tiny_data: Path, tmp_path: Path, capsys: Any) -> None:
     words = ["--model", "tiny", "--policy", BOTH, "--weight_decay", "0.1", "--data_path", str(tiny_data / "train.json")]
     words += ["--image_folder", str(tiny_data / "images"), "--max_steps", "1", "--output_dir", str(tmp_path / "run")]
     assert main([*words, "--dry-run", "--format", "json"]) == 0
-    plan, shown = capsys.readouterr()
-    assert [row["rate"] for row in json.loads(plan)["policy"]] == ["5e-05", "5e-05"]
-    assert shown.count("default learning rate") == 1
+    assert [row["rate"] for row in json.loads(capsys.readouterr().out)["policy"]] == ["0.0002", "2e-05"]
     assert main(words) == 0
-    shown = capsys.readouterr().err
-    assert shown.count("default learning rate") == 1
     targets = json.loads((tmp_path / "run" / "policy.json").read_text(encoding="utf-8"))["targets"]
-    assert {(target["learning_rate"], target["weight_decay"]) for target in targets} == {(5e-5, 0.1)}
+    assert {(target["learning_rate"], target["weight_decay"]) for target in targets} == {(2e-4, 0.1), (2e-5, 0.1)}

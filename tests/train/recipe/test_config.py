@@ -11,19 +11,18 @@ from pydantic import BaseModel
 
 from milora_vl.common.errors import UserError
 from milora_vl.common.yaml_text import read_mapping
-from milora_vl.train.recipe import schema
-from milora_vl.train.recipe.layers import RecipeFile
-from milora_vl.train.recipe.schema import Recipe, RecipeError
+from milora_vl.train import recipe as schema
+from milora_vl.train.recipe import Recipe
 from support.problems import raises_code
 
 
 def problems(content: dict) -> str:
-    with pytest.raises(RecipeError) as error:
-        Recipe.parse(content, RecipeFile(source="my.yaml"))
+    with pytest.raises(UserError) as error:
+        Recipe.parse(content, "my.yaml")
     return str(error.value)
 
 
-def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) -> None:
+def test_all_mistakes_are_named_at_once_with_file_and_key(tmp_path: Path) -> None:
     path = tmp_path / "my.yaml"
     path.write_text(
         "modle: tiny\n"
@@ -32,18 +31,17 @@ def test_all_mistakes_are_named_at_once_with_file_line_and_path(tmp_path: Path) 
         "  - {modules: language, method: milora, protect: 0, rnak: 4}\n"
         "train: {lerning_rate: 1, bf16: maybe}\n"
     )
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         schema.load(path)
     found = {problem.where: problem for problem in error.value.problems}
     assert {where: problem.code for where, problem in found.items()} == {
-        f"{path}:1: modle": "recipe-unknown-key",
-        f"{path}:2: data.paht": "recipe-unknown-key",
-        f"{path}:4: policy[0].rnak": "policy-unknown-key",
-        f"{path}:5: train.lerning_rate": "recipe-unknown-key",
-        f"{path}:5: train.bf16": "recipe-value",
+        f"modle in {path}": "recipe-unknown-key",
+        f"data.paht in {path}": "recipe-unknown-key",
+        f"policy[0].rnak in {path}": "policy-unknown-key",
+        f"train.lerning_rate in {path}": "recipe-unknown-key",
+        f"train.bf16 in {path}": "recipe-value",
     }
-    assert found[f"{path}:1: modle"].hint == "did you mean model?"
-    assert str(error.value).startswith(f"5 problems in {path}:\n")
+    assert found[f"modle in {path}"].hint == "did you mean model?"
 
 
 def test_keys_that_are_removed_are_refused_by_name() -> None:
@@ -55,14 +53,14 @@ def test_keys_that_are_removed_are_refused_by_name() -> None:
             {"modules": "language", "method": "milora", "protect": 0, "rank": {"spectrum": 0.1}, "form": "residual"}
         ],
     }
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(UserError) as error:
         Recipe.parse(removed)
     assert {str(problem.where): problem.code for problem in error.value.problems} == {
         "form": "recipe-unknown-key",
         "keep": "recipe-unknown-key",
         "data.feature_cache": "recipe-unknown-key",
         "data.jpeg_decoding": "recipe-unknown-key",
-        "policy[0].rank": "policy-rank",
+        "policy[0].rank": "policy-value",
         "policy[0].form": "policy-unknown-key",
     }
 
@@ -72,9 +70,12 @@ def test_keys_that_are_removed_are_refused_by_name() -> None:
     [
         (
             {"path": [{"path": "a.json", "weight": -1}]},
-            "data.path[0].weight: expected a number of at least 0",
+            "data.path[0].weight in my.yaml: expected a number of at least 0",
         ),
-        ({"path": [{"path": "a.json", "wieght": 1}]}, "data.path[0].wieght: unknown key\ndid you mean weight?"),
+        (
+            {"path": [{"path": "a.json", "wieght": 1}]},
+            "data.path[0].wieght in my.yaml: unknown key\ndid you mean weight?",
+        ),
         ({"path": 3}, "expected a file or a list of {path, weight, image_folder}, got 3"),
         ({"max_length": 0}, "expected a number above 0, got 0"),
         ({"bad_images": "skp"}, "expected one of raise, skip, replace, got 'skp'\ndid you mean skip?"),
@@ -118,28 +119,25 @@ def test_a_recipe_given_back_is_the_same_recipe() -> None:
             "eval": {"suites": ["quick"], "limit": 10},
         }
     )
-    content, _ = read_mapping(recipe.to_yaml(), "again")
-    assert Recipe.parse(content) == recipe
+    assert Recipe.parse(read_mapping(recipe.to_yaml(), "again")) == recipe
 
 
 def test_numbers_without_a_point_are_numbers() -> None:
-    content, lines = read_mapping("train:\n  learning_rate: 2e-5\n", "x")
-    assert content == {"train": {"learning_rate": 2e-5}}
-    assert lines["train.learning_rate"] == 2
+    assert read_mapping("train:\n  learning_rate: 2e-5\n", "x") == {"train": {"learning_rate": 2e-5}}
 
 
 def test_a_folder_named_by_a_date_is_text() -> None:
-    assert read_mapping("{image_folder: 2026-11-25}", "x")[0] == {"image_folder": "2026-11-25"}
+    assert read_mapping("{image_folder: 2026-11-25}", "x") == {"image_folder": "2026-11-25"}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: [1\n", "my.yaml:3: not valid YAML"),
-        ("a: 1\nb: !include other.yaml\n", "my.yaml:2: not valid YAML: could not determine a constructor"),
-        ("{[a]: b}", "my.yaml:1: not valid YAML: found unhashable key"),
+        ("a: 1\nb: [1\n", "my.yaml: not valid YAML: "),
+        ("a: 1\nb: !include other.yaml\n", "could not determine a constructor for the tag '!include' (line 2)"),
+        ("{[a]: b}", "found unhashable key"),
         ('a: "\x07"', "my.yaml: not valid YAML: unacceptable character"),
-        ("a: 1\na: 2\n", "my.yaml:2: duplicate key a (first on line 1)"),
+        ("a: 1\na: 2\n", "duplicate key a"),
         ("- 1\n", "my.yaml: expected a mapping"),
     ],
 )
@@ -173,7 +171,7 @@ def test_no_message_is_pydantics_own(keys: tuple[str, ...]) -> None:
             content = {key: content}
         try:
             Recipe.parse(content)
-        except RecipeError as error:
+        except UserError as error:
             for problem in error.problems:
                 assert "should" not in problem.message
                 assert problem.code

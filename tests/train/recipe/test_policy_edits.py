@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from milora_vl.core.policy.rules import DEFAULT_RULES
-from milora_vl.train.recipe.policy_edits import PolicyEdits, edited
+from milora_vl.train.flags import PolicyEdits, edited
 from support.problems import raises_code
 
 PROJECTOR = {"modules": "projector", "method": "full", "learning_rate": 2e-5}
@@ -70,7 +70,7 @@ def test_a_new_rank_keeps_the_scale_unless_alpha_is_given() -> None:
 
 
 def test_learning_rates_go_where_they_belong() -> None:
-    out = edited(RULES, PolicyEdits(learning_rate=1e-3, projector_learning_rate=5e-5))
+    out = edited(RULES, PolicyEdits(learning_rate=1e-3, mm_projector_lr=5e-5))
     assert [rule.get("learning_rate") for rule in out] == [1e-3, None, 5e-5]
 
 
@@ -82,7 +82,7 @@ def test_learning_rates_go_where_they_belong() -> None:
         ([PROJECTOR], PolicyEdits(alpha=1), "policy-no-adapter-rule", "--alpha: no rule"),
         (
             RULES[:1],
-            PolicyEdits(projector_learning_rate=1e-4),
+            PolicyEdits(mm_projector_lr=1e-4),
             "flag-no-effect",
             "no rule of the policy trains the projector",
         ),

@@ -13,11 +13,11 @@ import pytest
 import llava_recipes
 from milora_vl.common.errors import UserError
 from milora_vl.models import loading, names
+from milora_vl.train import flags
 from milora_vl.train.command import main as train
-from milora_vl.train.dry_run import dry_run
-from milora_vl.train.plan.screen import adapter_size
-from milora_vl.train.recipe import flags
-from milora_vl.train.recipe.schema import Recipe
+from milora_vl.train.memory import num_parameters
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import adapter_size
 from support.plans import fitted, settings
 
 NAMES = llava_recipes.names()
@@ -67,7 +67,7 @@ def test_it_fits_devices_of_40_gib(name: str, tmp_path: Path, monkeypatch: pytes
 def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, parameters: int) -> None:
     """As their cards on the hub count them."""
     config = loading.config_of(name)
-    assert dry_run.num_parameters(loading.meta_model(config)) == parameters
+    assert num_parameters(loading.meta_model(config)) == parameters
     assert "vision_config" not in config.to_dict()
 
 
@@ -82,7 +82,7 @@ def test_the_papers_text_models_have_their_sizes_without_a_network(name: str, pa
 def test_vision_language_models_have_their_published_sizes_without_a_network(name: str, parameters: int) -> None:
     """As the weight files on the hub count them."""
     model = loading.meta_model(loading.config_of(name))
-    assert dry_run.num_parameters(model) == parameters
+    assert num_parameters(model) == parameters
     assert {target.tower for target in fitted(["--model", name]).targets} == {"language", "projector"}
 
 

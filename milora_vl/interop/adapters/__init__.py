@@ -1,1 +1,0 @@
-"""Adapters of any origin: read, load, scale, add and multiply them."""

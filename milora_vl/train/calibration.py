@@ -1,0 +1,388 @@
+"""The calibration batches of a run: texts that the base model writes, text files, pictures with captions.
+
+By default no data is needed: the base model writes texts itself, and a vision-language model describes pictures of the
+training set. Texts and captions are cached by a hash of the weights, since writing them takes most of the time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationMixin
+
+from milora_data.assets import cache_dir
+from milora_data.batches.record_collator import RecordCollator
+from milora_data.pictures.files import ImageError, content_of, load_image, place_of
+from milora_data.records.record import IMAGE, Record, Turn
+from milora_data.stream import load_records
+from milora_vl.common.atomic_write import write_json
+from milora_vl.common.errors import DataError, Key, UserError, first_line
+from milora_vl.common.progress import progress_bar
+from milora_vl.core.calibration import CAPTIONS, TEXTS
+from milora_vl.core.calibration.bases import Batches
+from milora_vl.core.calibration.texts import HELD_OUT_TEXTS, LENGTH, ROWS, SEED, rows_at_once, sampled_rows
+from milora_vl.core.weights.distributed import gather, rank_and_world_size
+from milora_vl.core.weights.matrices import gathered_in_forward
+from milora_vl.core.weights.tensor_files import weights_digest
+from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_blocks
+from milora_vl.models import loading
+from milora_vl.models.base import Base
+from milora_vl.models.generate import Prompt, generate
+from milora_vl.train.data import collator
+from milora_vl.train.inherit import EarlierRecords
+from milora_vl.train.memory import (
+    A100,
+    CPU,
+    NUM_RECORDS,
+    SMOKE_STEPS,
+    duration_text,
+    measured_flops,
+    part_of,
+    start_notes,
+    start_seconds,
+)
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.screen import Screen
+from milora_vl.train.setup import Run
+
+CAPTION_TOKENS = 32
+PROMPT_TOKENS = 128  # of system text, question and caption
+QUESTION = "Write a short summary of the picture."  # no question of the picture probe of forgetting
+MOST_TOKENS = 65_536  # of text files
+MOST_RECORDS = 512  # of data
+NGRAM = 12  # words in a row that two texts share only if one is copied
+_VERSION = 4  # increase it if equal settings can give other texts
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """What the sources of a run read and write."""
+
+    recipe: Recipe
+    base: Base
+    model: Any
+    processor: Any
+    screen: Screen
+
+    @property
+    def tokenizer(self) -> Any:
+        return loading.split_processor(self.processor)[0]
+
+    @cached_property
+    def weights(self) -> str:
+        return weights_digest(self.model)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the base knows: rows of ids, each with the name of its text, and records, each list with its collator.
+
+    `tasks` has records of what it has learned, from each run that did.
+    """
+
+    rows: list[tuple[str, list[int]]]
+    records: list[tuple[RecordCollator[Any], Sequence[Record]]]
+    tasks: list[tuple[RecordCollator[Any], Sequence[Record]]]
+    tokenizer: Any
+
+    def sources(self, size: int = ROWS) -> Mapping[str, Batches]:
+        """Return the sources of a calibration, batches of at most `size`: `base`, and each earlier task."""
+        found = {"base": self.batches(size)}
+        found |= {f"task {number}": _collated(*task, size) for number, task in enumerate(self.tasks, start=1)}
+        return {name: batches for name, batches in found.items() if batches}
+
+    def batches(self, size: int = ROWS) -> list[Mapping[str, Tensor]]:
+        """Return batches of what the base writes and sees, arguments of the model's forward."""
+        found: list[Mapping[str, Tensor]] = [batch.inputs for batch in padded_batches(self.rows, size, self.tokenizer)]
+        for collate, records in self.records:
+            found += _collated(collate, records, size)
+        return found
+
+
+def make_texts(
+    recipe: Recipe,
+    base: Base,
+    model: nn.Module,
+    processor: Any,
+    records: Sequence[Record],
+    screen: Screen,
+    steps: int = SMOKE_STEPS,
+    earlier: EarlierRecords | None = None,
+) -> Texts:
+    """Return the calibration texts and captions of a run of `steps` steps, and a sample of the `earlier` records.
+
+    `records` are the training records. All processes get the texts of the first one. Raises UserError for a model that
+    cannot write text, for files that share text with the probe of forgetting, and without anything to calibrate with.
+    """
+    settings, sources = recipe.calibration, _Sources(recipe, base, model, processor, screen)
+    rows = _text_rows(sources)
+    if settings.num_samples:
+        rows += _written_rows(sources, part_of(settings.num_samples + HELD_OUT_TEXTS, steps))
+    collate = collator(_with_data(recipe, max_length=MOST_TOKENS), base, processor)  # no caption is cut
+    found: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
+    if settings.num_pictures and base.reads_pictures:
+        pictured = with_pictures(records, part_of(settings.num_pictures, steps))
+        if settings.pictures and not pictured:
+            screen.warn("calibration.pictures has no effect: no training record has a picture")
+        readable = [record for record in pictured if _is_readable(collate.image_folder, record)]
+        found.append((collate, _captioned(sources, readable, collate.image_folder)))
+    elif settings.pictures:
+        screen.warn("calibration.pictures has no effect: this model has no vision tower")
+    if settings.data is not None:
+        own = list(islice(load_records(settings.data), MOST_RECORDS))
+        if not own:
+            raise _empty(f"{settings.data} has no records to calibrate with", Key.of("calibration.data"))
+        for record in own:
+            _refuse_probe_text(" ".join(turn.text for turn in record.turns), record.source, Key.of("calibration.data"))
+        found.append((collator(_with_data(recipe, image_folder=settings.image_folder), base, processor), own))
+    of_tasks: list[tuple[RecordCollator[Any], Sequence[Record]]] = []
+    for of_task, of_run, order in earlier.found if earlier else ():
+        collate = collator(of_task, base, processor)
+        drawn = (of_run[place] for place in order)
+        usable = (record for record in drawn if _is_usable(collate, record) and not _is_of_probe(record))
+        of_tasks.append((collate, list(islice(usable, part_of(NUM_RECORDS, steps)))))
+    if not rows and not any(records for _, records in [*found, *of_tasks]):
+        raise _empty("there is no text and no picture to calibrate with", Key.of("calibration"))
+    return Texts(rows, found, of_tasks, sources.tokenizer)
+
+
+def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
+    """Say about how long the start takes, before its first slow part, if no earlier start has cached anything."""
+    on_cpu = model.device.type == "cpu"
+    flops = measured_flops() if on_cpu else None
+    start = start_seconds(run, steps, flops, run.base.tokens_of_a_picture or LENGTH)
+    if start:
+        where = CPU if on_cpu else A100
+        screen.say(f"start  about {duration_text(start)} before the first step, on {where}, if nothing is cached")
+    for line in start_notes(run, steps, start):
+        screen.say(line)
+
+
+def _empty(message: str, where: Key) -> UserError:
+    return UserError(
+        message,
+        code="calibration-empty",
+        where=where,
+        hint="name files with text, or remove the key: the base model then writes texts itself",
+    )
+
+
+def _with_data(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=values)})
+
+
+def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
+    texts = {}
+    for name in sources.recipe.calibration.text or ():
+        try:
+            texts[name] = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"cannot read {name}: {first_line(error)}",
+                code="file-unreadable",
+                where=Key.of("calibration.text"),
+                hint="name a file with text in UTF-8",
+            ) from None
+    if not texts:
+        return []
+    for name, text in texts.items():
+        _refuse_probe_text(text, name, Key.of("calibration.text"))
+    try:
+        return text_blocks(texts, sources.tokenizer, num_tokens=MOST_TOKENS, block_length=LENGTH)
+    except ValueError:
+        raise _empty("the text files are empty", Key.of("calibration.text")) from None
+
+
+def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
+    """Return texts that the base model writes: (name, ids). Texts that it recites from the probe are left out."""
+    model, tokenizer = sources.model, sources.tokenizer
+    if not isinstance(model, GenerationMixin):
+        raise UserError(
+            f"a {type(model).__name__} cannot write calibration texts",
+            code="calibration-cannot-generate",
+            where=Key.of("calibration"),
+            hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
+        )
+    rows: list[list[int]] = []
+    at_once = rows_at_once(model, LENGTH)
+    for number, begin in enumerate(range(0, count, at_once)):
+        part = min(at_once, count - begin)
+
+        def write(seed: int = SEED + number, part: int = part, begin: int = begin) -> list[list[int]]:
+            with _bar(TEXTS, count * (LENGTH - 1), "tokens", begin * (LENGTH - 1)) as bar:
+                ends = ends_of(tokenizer)
+                return sampled_rows(
+                    model, *ends, count=part, length=LENGTH, batch_size=part, seed=seed, on_tokens=bar.update
+                )
+
+        rows += _cached(sources, "texts", f"{number} {part} {LENGTH}", write)
+    kept = [row for row in rows if not shares_probe_text(tokenizer.decode(row, skip_special_tokens=True))]
+    return [(f"sample {number}", row) for number, row in enumerate(kept)]
+
+
+def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
+    """Return `count` records with a picture each, evenly spread over the training set; fewer if it has fewer.
+
+    Of a record with several pictures the first one counts.
+    """
+    by_picture = {record.images[:1]: replace(record, images=record.images[:1]) for record in records if record.images}
+    unique = list(by_picture.values())
+    return unique[:: max(1, len(unique) // count)][:count]
+
+
+def _is_usable(collate: RecordCollator[Any], record: Record) -> bool:
+    """Return whether a record has supervised tokens and pictures that can be read."""
+    try:
+        collate.require_usable(record)
+    except DataError:
+        return False
+    return _is_readable(collate.image_folder, record)
+
+
+def _is_readable(folder: Path, record: Record) -> bool:
+    """Return whether the picture of a record can be read; the training handles others as `bad_images` says."""
+    try:
+        return all(load_image(place_of(folder, name)) for name in record.images)
+    except ImageError:
+        return False
+
+
+def _is_of_probe(record: Record) -> bool:
+    return shares_probe_text(" ".join(turn.text for turn in record.turns))
+
+
+def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
+    """Return records with the pictures of `records`, from `folder`, and captions of the base model."""
+    recipe = sources.recipe
+    turn = Turn("user", f"{IMAGE}\n{QUESTION}")
+    pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]
+
+    captions: list[str] = []
+    tokens = sources.base.tokens_of_a_picture
+    at_once = 16 if tokens is None else max(16, rows_at_once(sources.model, tokens + PROMPT_TOKENS))
+    for begin in range(0, len(pictures), at_once):
+        part = pictures[begin : begin + at_once]
+
+        def write(part: Sequence[tuple[str | Path, ...]] = part, begin: int = begin) -> list[str]:
+            with _bar(CAPTIONS, len(pictures), "pictures", begin) as bar:
+                answers = generate(
+                    sources.model,
+                    sources.processor,
+                    [Prompt((turn,), paths) for paths in part],
+                    template=recipe.template,
+                    max_new_tokens=CAPTION_TOKENS,
+                    image_aspect_ratio=recipe.data.image_aspect_ratio,
+                    batch_size=at_once,
+                    on_batch=lambda places, _: bar.update(len(places)),
+                )
+                return [*answers]
+
+        digests = [[_digest(path) for path in paths] for paths in part]
+        asked = f"{recipe.template} {recipe.data.image_aspect_ratio} {CAPTION_TOKENS} {QUESTION}"
+        captions += _cached(sources, "captions", f"{asked} {digests}", write)
+    return [
+        replace(record, turns=(turn, Turn("assistant", caption)))
+        for record, caption in zip(records, captions, strict=True)
+    ]
+
+
+def _digest(path: str | Path) -> str:
+    """Return the hash of a picture's bytes, since other data has pictures of the same name; without bytes, the name."""
+    try:
+        return xxhash.xxh3_128_hexdigest(content_of(path))
+    except (OSError, ValueError):  # the model's own reading raises an error that names the picture
+        return f"unreadable {path}"
+
+
+def _collated(collate: RecordCollator[Any], records: Sequence[Record], size: int) -> list[Mapping[str, Tensor]]:
+    """Return batches of the records, those with pictures first. The collator gives text a blank picture: not here."""
+    found: list[Mapping[str, Tensor]] = []
+    for group in ([r for r in records if r.images], [r for r in records if not r.images]):
+        for start in range(0, len(group), size):
+            batch: dict[str, Tensor] = collate(group[start : start + size])
+            unused = {"labels"} if group[0].images else {"labels", "pixel_values", "image_sizes"}
+            found.append({name: value for name, value in batch.items() if name not in unused})
+    return found
+
+
+def shares_probe_text(text: str) -> bool:
+    """Return whether a text has twelve words in a row that a probe text of forgetting has."""
+    return not _probe_grams().isdisjoint(_grams(text))
+
+
+def _refuse_probe_text(text: str, source: str, where: Key) -> None:
+    if shares_probe_text(text):
+        raise UserError(
+            f"{source} contains text of the probe that measures forgetting, so the measure would be biased",
+            code="calibration-probe-text",
+            where=where,
+            hint="use another text",
+        )
+
+
+@lru_cache(maxsize=1)
+def _probe_grams() -> frozenset[tuple[str, ...]]:
+    return frozenset(gram for book in general_text().values() for gram in _grams(book))
+
+
+def _grams(text: str) -> set[tuple[str, ...]]:
+    words = text.lower().split()
+    return {tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
+
+
+def _cached(sources: _Sources, what: str, settings: str, write: Callable[[], list[Any]]) -> list[Any]:
+    """Return what the first process reads from the cache or, if it misses there, writes; the same in every process.
+
+    All processes write, because a model that ZeRO-3 partitions needs all of them.
+    """
+    file = _cache_file(sources, f"{what} {settings}")
+    is_first = rank_and_world_size()[0] == 0
+    stored = gather(_read(file) if is_first else None)[0]
+    if stored is not None:
+        sources.screen.say(f"{len(stored)} calibration {what} of an earlier start are used")
+        return list(stored)
+    with gathered_in_forward(sources.model):
+        written = list(gather(write())[0])
+    if is_first:
+        _store(file, written)
+    return written
+
+
+def cache_folder(recipe: Recipe) -> Path:
+    return Path(recipe.factor_cache or cache_dir() / "calibration")
+
+
+def _cache_file(sources: _Sources, settings: str) -> Path:
+    key = hashlib.sha256(f"{_VERSION} {sources.weights} {settings}".encode()).hexdigest()[:32]
+    return cache_folder(sources.recipe) / f"calibration-{key}.json"
+
+
+def _read(file: Path) -> list[Any] | None:
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _store(file: Path, written: list[Any]) -> None:
+    try:
+        write_json(file, written)
+    except OSError as error:  # Python shows equal warnings once
+        warnings.warn(f"calibration texts are not cached in {file.parent}: {error.strerror}", stacklevel=2)
+
+
+def _bar(what: str, total: int, unit: str, done: int) -> tqdm[Any]:
+    bar = progress_bar(what, total, unit, is_shown=rank_and_world_size()[0] == 0)
+    bar.update(done)
+    return bar

@@ -1,0 +1,279 @@
+"""Callbacks of a training: forgetting, scores of a suite, log lines, speed, rates, and the end on SIGTERM.
+
+`--forgetting_every N` adds `forgetting` (nats per token above the entropy of the base model), `forgetting_stderr` and
+`forgetting_loss_change` to the log; `--eval_suite_every N` adds `eval_suite_BENCHMARK` and its standard error, in
+percent or points as in tables.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from milora_data.batches.record_collator import RecordCollator
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import Key, UserError
+from milora_vl.common.evaluator import TrainingQuestions, evaluator
+from milora_vl.core.calibration.activations import evaluated
+from milora_vl.forgetting.measure import logits_of, summary, token_sums
+from milora_vl.forgetting.text import general_text, text_batches
+from milora_vl.models.loading import split_processor
+from milora_vl.train.memory import duration_text
+from milora_vl.train.recipe import Recipe
+from milora_vl.train.setup import suites_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+# Tokens of general text. The base model's predictions stay in memory: vocabulary x 2 or 4 bytes per token.
+NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4
+
+
+class Probe:
+    """General text with the base model's predictions for it. Create it before the model is adapted."""
+
+    def __init__(self, base: nn.Module, processor: Any) -> None:
+        texts, tokenizer = general_text(), split_processor(processor)[0]
+        self.batches = list(
+            text_batches(texts, tokenizer, num_tokens=NUM_TOKENS, block_length=BLOCK_LENGTH, batch_size=BATCH_SIZE)
+        )
+        with torch.inference_mode(), evaluated(base):
+            self.targets = [logits_of(base, batch).cpu() for batch in self.batches]
+
+    def measure(self, model: nn.Module, context: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
+        """Return the log entry of the current model. Its forward runs in `context`, like a training step."""
+        rows: list[Tensor] = []
+        documents: list[str] = []
+        with torch.no_grad(), evaluated(model):
+            for batch, target in zip(self.batches, self.targets, strict=True):
+                with context():
+                    logits = logits_of(model, batch)
+                rows.append(token_sums(logits, target.to(logits.device), batch))
+                documents += batch.documents
+        result = summary(torch.cat(rows), documents, "general text")
+        return {
+            "forgetting": result.kl,
+            "forgetting_stderr": result.kl_stderr or 0.0,
+            "forgetting_loss_change": result.loss_change,
+        }
+
+
+class ForgettingCallback(TrainerCallback):
+    """Log the forgetting every `every` steps and at the last step. All processes measure; the trainer logs once."""
+
+    def __init__(self, probe: Probe, every: int, trainer: Any) -> None:
+        self.probe, self.every, self.trainer = probe, every, trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Measure if this step is due. The random state and the mode of the model do not change."""
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            trainer, due = self.trainer, control.should_log
+            trainer.log(self.probe.measure(trainer.model, trainer.compute_loss_context_manager))
+            control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
+
+
+def training_questions(recipe: Recipe) -> TrainingQuestions | None:
+    """Return the questions to ask during training, None if the recipe asks for none."""
+    config = recipe.eval
+    if config.suite_every is None:
+        return None
+    questions = evaluator().training_questions(
+        suites_of(recipe),
+        config.suite_limit,
+        template=recipe.template,
+        image_aspect_ratio=recipe.data.image_aspect_ratio,
+    )
+    metric = str(recipe.train.get("metric_for_best_model") or "").removeprefix("eval_")
+    if metric.startswith("suite_") and metric.removeprefix("suite_") not in questions.names:
+        raise UserError(
+            f"{metric} is not measured: the suites have {', '.join(questions.names)}",
+            code="metric-unknown",
+            where=Key.of("train.metric_for_best_model"),
+            hint=f"for example  suite_{questions.names[0]}",
+        )
+    return questions
+
+
+class SuiteCallback(TrainerCallback):
+    """Measure the scores every `every` steps and at the last step. All processes measure; the trainer logs once."""
+
+    def __init__(self, questions: TrainingQuestions, every: int, trainer: Any, processor: Any) -> None:
+        self.questions, self.every, self.trainer, self.processor = questions, every, trainer, processor
+        self._step, self._scores = -1, dict[str, float]()
+
+    def scores(self) -> dict[str, float]:
+        trainer = self.trainer
+        if self._step != trainer.state.global_step:
+            with trainer.compute_loss_context_manager():
+                self._scores = self.questions.measure(trainer.model, self.processor)
+            self._step = trainer.state.global_step
+        return dict(self._scores)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
+            due = control.should_log
+            self.trainer.log(self.scores())
+            control.should_log = due  # HF resets should_log at any log line, also before the loss is logged
+
+
+# Format of each log key, in the order of the line.
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "base_kl": "KL from the base {:.3g}",
+    "eval_loss": "loss on held-out records {:.4f}",
+    "forgetting": "forgetting {:.4f}",
+    "learning_rate": "rate {:.3g}",
+    "grad_norm": "gradient {:.3g}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "skipped_records": "{:,.0f} records skipped",
+    "epoch": "epoch {:.3g}",
+}
+SCORE = "eval_suite_"  # of a suite during training, in percent or points
+ALWAYS = ("loss", "eval_loss", "forgetting", "learning_rate", "grad_norm")  # the others are shown if they are not 0
+
+
+def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None = None, seconds: float = 0) -> str:
+    """Return one entry of the log as a line; empty if the entry has no key of SHOWN.
+
+    This process made `done` steps in `seconds`. `done` defaults to `step`; in a resumed run it is smaller.
+
+    >>> log_line({"loss": 1.25, "learning_rate": 2e-4, "epoch": 0.1}, 5, 20, seconds=10)
+    'step 5/20  loss 1.2500  rate 0.0002  epoch 0.1  30 s left'
+    """
+    done = step if done is None else done
+    if "train_runtime" in logs:
+        return f"{amount(done, 'step')} in {logs['train_runtime']:,.0f} s, loss {logs['train_loss']:.4f} on average"
+    scores = {key: value for key, value in logs.items() if key.startswith(SCORE) and not key.endswith("_stderr")}
+    values = [f"{key.removeprefix(SCORE)} {value:.1f}" for key, value in scores.items()]
+    values += [form.format(logs[key]) for key, form in SHOWN.items() if key in logs and (logs[key] or key in ALWAYS)]
+    if "loss" in logs and seconds and done and step < steps:
+        values.append(f"{duration_text(seconds / done * (steps - step))} left")
+    return "  ".join([f"step {step:,}/{steps:,}", *values]) if values else ""
+
+
+class Lines(TrainerCallback):
+    """Write `log_line` for each entry, above a bar if there is one."""
+
+    def __init__(self) -> None:
+        self.first, self.start = 0, time.monotonic()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        self.first, self.start = state.global_step, time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
+        done, seconds = state.global_step - self.first, time.monotonic() - self.start
+        line = log_line(objects["logs"], state.global_step, state.max_steps, done=done, seconds=seconds)
+        if line and state.is_world_process_zero:
+            tqdm.write(line, file=sys.stderr)
+
+
+class Bars(ProgressCallback):
+    """HF's bars, without its dictionaries of log entries."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **objects: Any
+    ) -> None:
+        """Leave the entry to `Lines`."""
+
+
+class Meter:
+    """Counts tokens of batches. Each process has one; the trainer sums `counts` over processes."""
+
+    def __init__(self, collator: RecordCollator[Any]) -> None:
+        self.collator = collator
+        self.counts = [0, 0, 0]
+        self.start = time.perf_counter()
+
+    def add(self, counts: Sequence[int]) -> None:
+        self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
+
+    def take(self, totals: Sequence[float]) -> dict[str, float]:
+        """Return the log entries for `totals` (as `counts`, summed over processes) and reset the counts."""
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        self.start = time.perf_counter()
+        self.counts = [0, 0, 0]
+        tokens, positions, supervised = totals
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "padding": round(1 - tokens / max(positions, 1), 4),
+            "supervised_tokens": supervised,
+            "skipped_records": float(sum(self.collator.counts()[name] for name in ("skipped", "unlearnable"))),
+        }
+
+
+class LogBeforeSave(TrainerCallback):
+    """Log at every checkpoint and at the end.
+
+    A resumed run then averages its losses over the same steps as an uninterrupted run.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Request a log line before a checkpoint and at the last step."""
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+
+class IntervalsOfThisRun(TrainerCallback):
+    """Log, evaluate and save as often as this command says.
+
+    HF's Trainer takes these intervals from the checkpoint when it resumes, and ignores the flags.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
+class RatesOfGroups(TrainerCallback):
+    """Keep the learning rate of each optimizer group for the next log line."""
+
+    def __init__(self) -> None:
+        self.rates: dict[str, float] = {}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
+    ) -> None:
+        """Read them before the schedule moves on. Groups of the same name have one entry."""
+        groups = objects["optimizer"].param_groups
+        self.rates = {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups if "name" in group}
+
+
+class StopOnSignal(TrainerCallback):
+    """Save after the current step and stop when SIGTERM arrives, which schedulers send before they end a job.
+
+    Processes may receive the signal at different steps; all of them stop at the same step.
+    """
+
+    def __init__(self) -> None:
+        self.accelerator: Accelerator | None = None
+        self.received = self.stopped = False
+
+    def on_signal(self, *_: object) -> None:
+        self.received = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Request a checkpoint and the end if any process has received the signal."""
+        assert self.accelerator is not None
+        if self.received:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger() if args.world_size > 1 else self.received:
+            self.stopped = control.should_save = control.should_log = control.should_training_stop = True
+
+
+@contextmanager
+def calls_on_sigterm(callback: Callable[..., object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGTERM, callback)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,488 @@
+"""The records of a run: read, checked with the processor of the base, collated, packed; the loaders' processes.
+
+Everything in the files that would fail later is an error before the weights load. There may be millions of records:
+each is read once, and few are rendered or processed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderAdapter
+from transformers import TrainingArguments
+
+from milora_data.batches.lengths import lengths_of
+from milora_data.batches.pack import PackedRecords, fill, pack
+from milora_data.batches.record_collator import RecordCollator
+from milora_data.check import KINDS, Finding, Report, TrainingCheck, errors_of, readable
+from milora_data.encode.labels import NoSupervisedTokens
+from milora_data.encode.templates import OWN, TEMPLATES
+from milora_data.encode.tokens import own_template
+from milora_data.pictures.files import ImagePolicy, content_of, place_of
+from milora_data.records.record import IMAGE, CompactRecords, Record
+from milora_data.stream import Source, load_records, mixed_records
+from milora_data.stream.dataset import RecordStream, record_stream
+from milora_vl.common.cli.command_line import amount, command_line
+from milora_vl.common.errors import DataError, Key, Problem, UserError, no_records, with_context, with_problems
+from milora_vl.core.weights.tensor_files import read_weights
+from milora_vl.models.base import Base
+from milora_vl.models.collator_for import collator_for
+from milora_vl.models.loading import split_processor
+from milora_vl.models.losses import supervised_positions
+from milora_vl.train.arguments import value_of
+from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig
+
+INSPECTED = 100  # records of a stream that are checked before training
+FIRST = 100  # records that are rendered before the model loads
+HASHED = 64  # pictures that identify a data set
+TIMEOUT = 1800.0
+"""Seconds after which loader processes without a batch count as hung. A slow file system needs seconds, not this."""
+# The events that the collator counts, as text.
+WHAT_HAPPENED = {
+    "skipped": "a record was skipped because one of its pictures is missing or broken",
+    "replaced": "a missing or broken picture was replaced by a plain one",
+    "unlearnable": "a record was skipped because it has no answer, or --max_length cuts off all of them",
+    "cut": "a record was cut to --max_length",
+    "broken": "a record was skipped because it is broken or the model does not take it (python -m milora_data check)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """The training and evaluation records, and counts of skipped records."""
+
+    train: Sequence[Record]
+    evaluation: Sequence[Record] | None
+    skipped: int = 0  # an image is missing, with --bad_images skip
+    unlearnable: int = 0  # they have no answers
+    broken: tuple[Finding, ...] = ()  # invalid records, if --bad_images is not raise
+    streamed: bool = False  # `train` holds the first records of a stream
+    fingerprint: str = ""  # of the contents and the order of `train`, independent of paths
+    pictures: str = ""  # hash of the contents of some pictures of `train`
+    with_images: bytes = b""  # 1 for each record of `train` with an image, 0 for each other
+    num_with_videos: int = 0  # of `train`
+
+    def describe(self) -> str:
+        if self.streamed:
+            return f"a stream; the first {len(self.train):,} records were checked"
+        kinds = (("images", sum(self.with_images)), ("videos", self.num_with_videos))
+        shown = ", ".join(f"{number:,} with {what}" for what, number in kinds if number)
+        return f"{amount(len(self.train), 'record')}, {shown or 'text only'}"
+
+    def warnings(self) -> list[str]:
+        messages = []
+        if self.skipped:
+            messages.append(f"{amount(self.skipped, 'record')} skipped: images missing or empty (--bad_images skip)")
+        messages += [f"{finding.where}: {finding.sentence}" for finding in self.broken[:5]]
+        if self.broken:
+            messages.append(f"{amount(len(self.broken), 'broken record')} skipped (python -m milora_data check)")
+        if self.unlearnable:
+            messages.append(f"{amount(self.unlearnable, 'record')} without an answer skipped")
+        return messages
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts for environment.json; the length of a stream is unknown."""
+        known = {} if self.streamed else {"train": len(self.train)}
+        skipped = self.skipped + self.unlearnable + len(self.broken)
+        return {**known, "eval": len(self.evaluation or ()), "skipped": skipped}
+
+
+def read_records(config: DataConfig) -> RunData:
+    """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
+    require_named(config)
+    assert config.path is not None
+    held_out = None if config.eval_path is None else _load_checked(config.eval_path, config)  # it is small: first
+    train = _inspect_stream(config, config.path) if config.streaming else _load_checked(config.path, config)
+    if held_out is None:
+        return train
+    return replace(
+        train,
+        evaluation=held_out.train,
+        skipped=train.skipped + held_out.skipped,
+        unlearnable=train.unlearnable + held_out.unlearnable,
+        broken=train.broken + held_out.broken,
+    )
+
+
+def require_named(config: DataConfig) -> None:
+    """Raise UserError if the recipe names no training data."""
+    if config.path is None:
+        raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
+
+
+def source_text(config: DataConfig) -> str:
+    """Return the data as text: its file, or the files of its sources with their weights."""
+    if not isinstance(config.path, list):
+        return str(config.path)
+    return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
+
+
+def _inspect_stream(config: DataConfig, path: str | list[SourceConfig]) -> RunData:
+    """Return the first records of a stream, checked: systematic errors appear before the model loads."""
+    if find_spec("torchdata") is None:
+        hint, where = "pip install -e '.[data]'", Key.of("data.streaming")
+        raise UserError("the package torchdata is not installed", code="package-missing", where=where, hint=hint)
+    items = list(islice(record_stream(_sources_of(path), shuffle_buffer=0), INSPECTED))
+    errors = [item for item in items if isinstance(item, DataError)]
+    if errors and config.bad_images == "raise":
+        raise errors[0]
+    # A stream of few records repeats them.
+    records = list({record.source: record for record in items if isinstance(record, Record)}.values())
+    report = Report(source_text(config), str(config.image_folder))
+    if config.bad_images != "raise":
+        records = list(_usable(records, report))
+    if not records:
+        raise errors[0] if errors else UserError(problems=[_none_left(source_text(config), report)])
+    check = TrainingCheck()
+    kept = CompactRecords(check.passing(records))
+    check.finish(config.image_folder, config.bad_images)
+    found = RunData(kept, None, broken=tuple(report.findings), streamed=True)
+    return _described(found, check, config)
+
+
+def _sources_of(path: str | list[SourceConfig]) -> str | list[Source]:
+    if isinstance(path, str):
+        return path
+    return [Source(source.path, source.weight, source.image_folder) for source in path]
+
+
+def _load_checked(path: str | list[SourceConfig], config: DataConfig) -> RunData:
+    report = Report(str(path), str(config.image_folder))
+    reader = load_records if config.bad_images == "raise" else partial(readable, report=report)
+    name, sources = path if isinstance(path, str) else source_text(config), _sources_of(path)
+    stream = reader(sources) if isinstance(sources, str) else mixed_records(sources, read=reader)
+    if config.bad_images != "raise":
+        stream = _usable(stream, report)
+    check = TrainingCheck()
+    try:
+        records = CompactRecords(check.passing(islice(stream, config.limit)))
+    except DataError as error:
+        if error.first.hint or not Path(name).is_file():
+            raise
+        hint = f"see: python -m milora_data check {name}; --fix OUT writes a file without such records"
+        raise with_context(error, hint=hint) from None
+    if not records:
+        raise UserError(problems=[_none_left(name, report)])
+    missing = check.finish(config.image_folder, config.bad_images)
+    missing = missing if config.bad_images == "skip" else set()
+    kept, skipped = records, 0
+    if missing or check.unlearnable:
+        complete = [place for place, record in enumerate(records) if missing.isdisjoint(record.files)]
+        skipped = len(records) - len(complete)
+        unlearnable = set(check.unlearnable)
+        kept = records.only(place for place in complete if place not in unlearnable)
+        check = TrainingCheck()
+        for record in kept:
+            check.add(record)
+    if not kept:
+        raise UserError(problems=[_none_left(name, report, missing_picture=skipped, no_answer=len(records) - skipped)])
+    found = RunData(kept, None, skipped, len(records) - skipped - len(kept), tuple(report.findings))
+    return _described(found, check, config)
+
+
+def _described(data: RunData, check: TrainingCheck, config: DataConfig) -> RunData:
+    """Return the data with hashes of its texts and of up to HASHED pictures, evenly spread over it, and counts."""
+    places = [number for number, has_image in enumerate(check.with_images) if has_image]
+    digest = hashlib.blake2b(digest_size=16)
+    for number in places[:: -(-len(places) // HASHED) or 1]:
+        try:
+            digest.update(content_of(place_of(Path(config.image_folder or ""), data.train[number].images[0])))
+        except OSError:  # `bad_images` decides about it
+            digest.update(b"unreadable")
+    return replace(
+        data,
+        fingerprint=check.fingerprint(),
+        pictures=digest.hexdigest() if places else "",
+        with_images=bytes(check.with_images),
+        num_with_videos=check.num_with_videos,
+    )
+
+
+def _none_left(path: str, report: Report, **others: int) -> Problem:
+    """Return the problem of data without usable records; `others` counts those that the report does not have."""
+    reasons = Counter(finding.kind for finding in report.findings) + Counter(others)
+    if not reasons:
+        return no_records(path)
+    counts = "; ".join(f"{amount(number, 'record')}: {KINDS[kind].title}" for kind, number in reasons.items())
+    hint = f"see: {command_line('milora_data', 'check', path)}"
+    return Problem(f"every record is left out: {counts}", "data-all-records-left-out", path, hint)
+
+
+def _usable(records: Iterable[Record], report: Report) -> Iterator[Record]:
+    """Yield the records that can be encoded; add the problem of every other record to `report`."""
+    for record in records:
+        errors = errors_of(record)
+        if all(finding.kind == "no_answer" for finding in errors):
+            yield record
+        else:
+            report.findings.append(errors[0])
+
+
+def collator(
+    recipe: Recipe,
+    base: Base,
+    processor: Any,
+    substitutes: Sequence[Record] = (),
+    *,
+    bad_images: ImagePolicy | None = None,
+) -> RecordCollator[Any]:
+    return collator_for(
+        base,
+        processor,
+        template=recipe.template,
+        image_folder=recipe.data.image_folder,
+        max_length=recipe.data.max_length,
+        image_aspect_ratio=recipe.data.image_aspect_ratio,
+        bad_images=bad_images or recipe.data.bad_images,
+        packing="flat" if "flash" in recipe.attention_of("language") else "rows",
+        substitutes=substitutes,
+    )
+
+
+def strict_collator(recipe: Recipe, base: Base, processor: Any) -> RecordCollator[Any]:
+    """Return a collator that raises the error of every record, for checks and counts."""
+    if not base.own_pictures and recipe.template == OWN:  # else the processor has the template
+        try:
+            own_template(split_processor(processor)[0])
+        except UserError:
+            hint = f"use another template, one of: {', '.join(TEMPLATES)}"
+            message = f"{OWN} does not work: {recipe.model} has no chat template"
+            raise UserError(message, code="template-missing", where=Key.of("template"), hint=hint) from None
+    return collator(recipe, base, processor, bad_images="raise")
+
+
+def warnings_of(collator: RecordCollator[Any]) -> list[str]:
+    """Return one warning for each kind of event that the collator counted during training."""
+    return [
+        f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
+    ]
+
+
+def lengths(recipe: Recipe, collate: RecordCollator[Any], records: Sequence[Record]) -> list[int] | None:
+    """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
+    if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
+        return None
+    beside = Path(recipe.data.path) if isinstance(recipe.data.path, str) else None
+    return lengths_of(records, collate, beside=beside)
+
+
+def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
+    """Pack the records into rows of 2 x max_length tokens, ordered by the data seed. Also return a summary line."""
+    capacity = 2 * recipe.data.max_length
+    seed = recipe.train.get("data_seed")
+    rows = pack(lengths, capacity, value_of(recipe.train, "seed") if seed is None else seed)
+    share = fill(rows, lengths, capacity)
+    return PackedRecords(records, rows), f"packed into {len(rows):,} rows of {capacity:,} tokens, {share:.1%} full"
+
+
+def check(collate: RecordCollator[Any], recipe: Recipe, data: RunData) -> None:
+    """Check the records with a `strict_collator`, before the weights of the base load."""
+    for part, checked in (("train", data.train), ("eval", data.evaluation or ())):
+        kinds: dict[Hashable, Record] = {}
+        for record in checked:
+            kinds.setdefault(collate.kind(record), record)
+        first = list(kinds.values())
+        _require_one_batch(recipe, collate, first, f"per_device_{part}_batch_size")
+        if recipe.data.bad_images == "raise":
+            _require_written(collate, checked)
+            for record in first:
+                with suppress(NoSupervisedTokens):  # the collator skips it
+                    collate.require_usable(record)
+        # A processor reads the images of these records, so some stand for all: one in `step`.
+        step = -(-len(checked) // FIRST) or 1
+        _require_some(collate.require_usable, checked[::step])
+
+
+def usable(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Record]:
+    """Return the records that a batch can use; all of them if there is none."""
+    kept = []
+    for record in records:
+        with suppress(DataError):
+            collate.require_usable(record)
+            kept.append(record)
+    return kept or list(records)
+
+
+def _require_some(read: Callable[[Record], object], records: Sequence[Record]) -> None:
+    """Raise the first DataError if no record can be read, for example because `max_length` cuts off all answers."""
+    first = None
+    for record in records:
+        try:
+            read(record)
+        except DataError as error:
+            first = first or error
+        else:
+            return
+    if first is not None:
+        raise with_context(first, hint=f"none of the {len(records):,} records that were checked can be used")
+
+
+def _require_written(collate: RecordCollator[Any], records: Sequence[Record]) -> None:
+    """Raise DataError for a record that the template rejects.
+
+    The first records are read, the first of each form (what chat templates decide by: roles, pictures, videos), and
+    those whose marks or texts may be wrong.
+    """
+    seen: set[object] = set()
+    for number, record in enumerate(records):
+        form = tuple((turn.role, IMAGE in turn.text) for turn in record.turns), len(record.videos)
+        if number < FIRST or form not in seen or collate.may_refuse(record):
+            seen.add(form)
+            with suppress(NoSupervisedTokens):  # the collator skips it
+                collate.num_supervised(record)
+
+
+def _require_one_batch(recipe: Recipe, collate: RecordCollator[Any], first: Sequence[Record], batch_size: str) -> None:
+    """Raise UserError if batches would mix kinds of records, `first` one of each, that do not fit together.
+
+    `batch_size` is the key of the recipe's `train` section with the size of these batches.
+    """
+    packing = recipe.data.packing and batch_size == "per_device_train_batch_size"
+    if (packing or value_of(recipe.train, batch_size) > 1) and len(first) > 1:
+        fix = f"--{batch_size} 1 without --packing" if packing else f"--{batch_size} 1"
+        try:
+            collate.require_one_batch(first)
+        except DataError as error:
+            hint = f"use {fix}, or records of one kind"
+            raise with_problems(error, [replace(error.first, hint=hint)]) from None
+    if collate.always_shows_images or len({bool(record.files) for record in first}) < 2:
+        return
+    sharded = "DeepSpeed" if recipe.train.get("deepspeed") else "FSDP" if recipe.train.get("fsdp") else None
+    if sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"{sharded} needs the same modules on every process in each step, and a batch without pictures skips the "
+            f"vision tower of {recipe.model}",
+            code="records-mixed-deepspeed",
+            where=Key(("train", sharded.lower())),
+            hint=f"train without --{sharded.lower()} (DDP), or only on records with pictures",
+        )
+
+
+class CountingCollator:
+    """Adds to the batches of a collator what a step would otherwise read from the GPU, and wait for.
+
+    `counts` are the tokens, the positions and the supervised tokens, `supervised` are the positions for the loss. LLaVA
+    and text models lose an attention mask that hides padding on the right alone, because no position of theirs sees a
+    later one: transformers would read it from the GPU, and without a mask sdpa has faster kernels.
+    """
+
+    def __init__(self, collator: RecordCollator[Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, items: Any) -> Any:
+        """Return the batch; a loader process that made none returns its error in place of one."""
+        batch = self.collator(items)
+        if not isinstance(batch, Mapping):
+            return batch
+        batch, labels = dict(batch), batch["labels"]
+        supervised, tokens = supervised_positions(labels), labels.numel()
+        mask = batch.get("attention_mask")
+        if mask is not None and mask.dim() == 2:
+            tokens = int(mask.sum())
+            if self.collator.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
+                del batch["attention_mask"]
+        return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
+
+
+def process_settings(args: TrainingArguments) -> dict[str, Any]:
+    return {
+        "num_workers": args.dataloader_num_workers,
+        "pin_memory": args.dataloader_pin_memory,
+        "persistent_workers": args.dataloader_persistent_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "multiprocessing_context": args.to_dict().get("dataloader_multiprocessing_context"),  # not in transformers 5.6
+        "timeout": TIMEOUT if args.dataloader_num_workers else 0,
+        "worker_init_fn": start_process,
+    }
+
+
+def guarded(loader: Any) -> Any:
+    """Return HF's loader with our timeout, our start of its processes, and counts of its batches."""
+    inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
+    inner.collate_fn = CountingCollator(inner.collate_fn)
+    if inner.num_workers:
+        inner.timeout = TIMEOUT
+        inner.worker_init_fn = partial(start_process, then=inner.worker_init_fn)
+    return loader
+
+
+def start_process(number: int, then: Callable[[int], None] | None = None) -> None:
+    """Let a loader process ignore SIGTERM, except from the main process; then call `then` with its number.
+
+    Schedulers and torchrun send SIGTERM to all processes of a job. The main process then needs batches to end its step
+    and save it. At its own end it sends SIGTERM to loader processes that hang.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_main_process, daemon=True).start()
+    if then is not None:
+        then(number)
+
+
+def _end_with_the_main_process() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
+    """Return the stream of this process: its share of the records, in an order given by the data seed."""
+    assert recipe.data.path is not None
+    return record_stream(
+        _sources_of(recipe.data.path),
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle_buffer=recipe.data.shuffle_buffer,
+        rank=args.process_index,
+        world_size=args.world_size,
+        num_workers=args.dataloader_num_workers,
+    )
+
+
+def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
+    """Return the loader of a stream; it continues at the position stored in `checkpoint`."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata calls a deprecated function of torch
+        result = StatefulDataLoader(
+            stream,
+            batch_size=args.train_batch_size,
+            collate_fn=CountingCollator(collator),
+            # A loader draws a seed when it starts. A resumed run has drawn it before its random states were saved.
+            generator=None if checkpoint is None else torch.Generator(),
+            **process_settings(args),
+        )
+    if checkpoint is not None:
+        path = checkpoint / _position_file(args)
+        if not path.is_file():
+            raise UserError(
+                f"{path.name} is missing; it holds the position of this process in the stream",
+                code="checkpoint-incomplete",
+                where=str(checkpoint),
+                hint="resume from another checkpoint, with as many processes as before",
+            )
+        result.load_state_dict(read_weights(path))
+    return result
+
+
+def save_position(loader: Any, folder: Path, args: TrainingArguments) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(loader.state_dict(), folder / _position_file(args))
+
+
+def _position_file(args: TrainingArguments) -> str:
+    return f"stream_state_{args.process_index}.pth"

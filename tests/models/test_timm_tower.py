@@ -1,0 +1,166 @@
+"""A LLaVA with a timm tower: in training, in transformers' Auto classes, and with its code beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from milora_vl import apply_milora, compose, load_model, save_adapter
+from milora_vl.export import Options, export
+from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
+from support.adapter_cases import move
+from support.problems import raises_code
+from support.programs import run as run_program
+
+POLICY = (
+    "[{modules: language, method: milora, protect: 0, rank: 2}, "
+    "{modules: projector, method: full, learning_rate: 1.0e-3}]"
+)
+INPUTS = {"input_ids": [[5, *[260] * 100, 9, 7]]}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A composed base with a timm tower, an adapter on it, and the logits of both together."""
+    root = tmp_path_factory.mktemp("timm")
+    words = ["--vision", "timm/test_vit", "--vision_weights", "random", "--language", "tiny-text"]
+    compose.main([*words, "--output_dir", str(root / "base")])
+    model = apply_milora(load_model(root / "base")[0], POLICY)
+    move(model)
+    save_adapter(model, root / "adapter")
+    save_file({"pixels": torch.randn(1, 3, 160, 160)}, root / "pixels.safetensors")
+    return SimpleNamespace(root=root, logits=logits(model.eval(), root))
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, root: Path) -> torch.Tensor:
+    return model(
+        input_ids=torch.tensor(INPUTS["input_ids"]), pixel_values=load_file(root / "pixels.safetensors")["pixels"]
+    ).logits
+
+
+# Saves the logits of a merged model, in a process in which nothing is registered yet.
+LOAD = """
+import sys
+{first}
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForImageTextToText, dynamic_module_utils
+
+folder, root, options = sys.argv[1], sys.argv[2], {options}
+dynamic_module_utils.HF_MODULES_CACHE = root + "/modules"
+assert type(AutoConfig.from_pretrained(folder, **options).vision_config).__name__ == "TimmTowerConfig"
+assert AutoProcessor.from_pretrained(folder, **options).tokenizer
+assert AutoImageProcessor.from_pretrained(folder, **options).do_pad
+model = AutoModelForImageTextToText.from_pretrained(folder, **options)
+assert type(AutoModelForMultimodalLM.from_pretrained(folder, **options)) is type(model)  # as `transformers serve` does
+pixels = load_file(root + "/pixels.safetensors")["pixels"]
+with torch.no_grad():
+    found = model(input_ids=torch.tensor({ids}), pixel_values=pixels).logits
+save_file({{"logits": found}}, root + "/found.safetensors")
+{then}
+"""
+REGISTERED = "from milora_vl.models.timm_tower import register; register()"
+WITHOUT_US = """
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("milora_vl", "milora_data"):
+            raise ModuleNotFoundError(f"{name} is hidden", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def loaded(folder: Path, root: Path, first: str, *, trusted: bool, then: str = "") -> torch.Tensor:
+    options = '{"trust_remote_code": True}' if trusted else "{}"
+    code = LOAD.format(first=first, options=options, ids=INPUTS["input_ids"], then=then)
+    done = run_program(["-c", code, str(folder), str(root)], cwd=root)
+    assert done.returncode == 0, done.stderr
+    return load_file(root / "found.safetensors")["logits"]
+
+
+def test_a_merged_model_loads_after_the_tower_is_registered(made: SimpleNamespace, tmp_path: Path) -> None:
+    done = export(made.root / "adapter", "merged", tmp_path / "merged")
+    assert done.loads_with == "milora_vl"
+    assert not list((tmp_path / "merged").glob("*.py"))
+    found = loaded(tmp_path / "merged", made.root, REGISTERED, trusted=False)
+    torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
+
+
+def test_a_merged_model_with_its_code_loads_without_the_package(made: SimpleNamespace, tmp_path: Path) -> None:
+    done = export(made.root / "adapter", "merged", tmp_path / "merged", Options(remote_code=True))
+    assert done.loads_with == "trust_remote_code"
+    again = "".join(
+        f'{saved}.save_pretrained("{tmp_path}/again")\n' for saved in ("model", "AutoProcessor.from_pretrained(folder)")
+    )
+    found = loaded(tmp_path / "merged", made.root, WITHOUT_US, trusted=True, then=again)
+    torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
+    for folder, first in (("again", WITHOUT_US), ("merged", REGISTERED)):
+        found = loaded(tmp_path / folder, made.root, first, trusted=True)
+        torch.testing.assert_close(found, made.logits, atol=1e-5, rtol=0)
+
+
+def test_what_is_loaded_here_names_no_code_when_it_is_saved(made: SimpleNamespace, tmp_path: Path) -> None:
+    export(made.root / "adapter", "merged", tmp_path / "merged", Options(remote_code=True))
+    model = load_model(tmp_path / "merged")[0]
+    torch.testing.assert_close(logits(model, made.root), made.logits, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+
+
+def test_a_base_beside_an_adapter_gets_the_code_too(made: SimpleNamespace, tmp_path: Path) -> None:
+    done = export(made.root / "adapter", "rank-4", tmp_path / "out", Options(with_base=True, remote_code=True))
+    assert done.loads_with == "trust_remote_code"
+    assert (tmp_path / "out" / "base" / "timm_llava.py").is_file()
+    assert "auto_map" in json.loads((tmp_path / "out" / "base" / "config.json").read_text(encoding="utf-8"))
+
+
+def test_code_that_nothing_needs_is_refused(made: SimpleNamespace, tiny_folder: Path, tmp_path: Path) -> None:
+    with raises_code("flag-no-effect", where="--remote_code", message="does not apply to --to rank-4"):
+        export(made.root / "adapter", "rank-4", tmp_path / "out", Options(remote_code=True))
+    save_adapter(apply_milora(load_model(tiny_folder)[0], POLICY), tmp_path / "adapter")
+    with raises_code("flag-no-effect", where="--remote_code", message="loads in plain transformers"):
+        export(tmp_path / "adapter", "merged", tmp_path / "out", Options(remote_code=True))
+    assert not (tmp_path / "out").exists()
+    assert export(tmp_path / "adapter", "merged", tmp_path / "out").loads_with == "transformers"
+    assert export(tmp_path / "adapter", "rank-1", tmp_path / "small").loads_with is None
+
+
+def test_gradients_for_inputs_skip_the_tower(made: SimpleNamespace) -> None:
+    """Checkpointing calls it; transformers 5.6 looks for embeddings in the network of timm."""
+    model: Any = load_model(made.root / "base")[0]
+    model.enable_input_require_grads()
+    with pytest.raises(NotImplementedError):
+        model.model.vision_tower.get_input_embeddings()
+
+
+@pytest.fixture(scope="module")
+def tower() -> Any:
+    return TimmTower(TimmTowerConfig.of("tf_efficientnet_lite0", image_size=64, grid=2, levels=(2, 3))).eval()
+
+
+def test_levels_have_one_scale_and_order(tower: Any) -> None:
+    features = tower(torch.randn(2, 3, 64, 64)).last_hidden_state
+    assert features.shape == (2, 4, 40 + 112 + 1280)
+    for level in features.split([40, 112, 1280], dim=-1):
+        torch.testing.assert_close(level.mean(-1), torch.zeros(2, 4), atol=1e-4, rtol=0)
+
+
+def test_a_frozen_tower_keeps_its_batch_statistics_in_training(tower: Any) -> None:
+    tower.requires_grad_(False).train()
+    before = {name: buffer.clone() for name, buffer in tower.named_buffers()}
+    tower(torch.randn(4, 3, 64, 64))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in tower.named_buffers())
+
+
+def test_a_vision_transformer_drops_its_class_token_and_is_pooled() -> None:
+    config = TimmTowerConfig.of("vit_tiny_patch16_224", image_size=224, grid=7)
+    features = TimmTower(config).eval()(torch.zeros(1, 3, 224, 224)).last_hidden_state
+    assert features.shape == (1, 49, 192)
