@@ -47,7 +47,7 @@ examples:
             "--docs",
             type=Path,
             metavar="FOLDER",
-            help="write finished cells into the CSV files and QUESTION.md in this folder, and run none",
+            help="write finished cells into the CSV files and figures in this folder, and run none",
         ),
         shared("format"),
     ),

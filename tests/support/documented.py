@@ -21,7 +21,7 @@ from support.command_parsers import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/add-a-benchmark.md", "docs/add-a-method.md")
+WORKED = ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
