@@ -29,7 +29,7 @@ PAGES = [
 ]
 TYPED = "What is this?\n/quit\n"  # into a program that asks
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"`((?:python3? -m |milora )?milora(?:_vl|_data|_eval)?[. ][^`\n]+)`")
+_INLINE = re.compile(r"`((?:(?:python3? -m )?milora_(?:vl|data|eval)[.\w]*|milora) [^`\n]+)`")
 
 # What is too large for a test, and what replaces it, from top to bottom. Commands that plan or list run unchanged.
 PLANS = ("--dry-run", "--list-", "--print-recipe", "--plan")
