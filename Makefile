@@ -41,11 +41,11 @@ test-lowest: $(INSTALLED)  ## Run the tests with the oldest versions that pyproj
 	$(BIN)/uv pip install --quiet --python .venv-lowest/bin/python --no-deps llava-torch
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
-# Packages that no extra names: TRL, transformers' server, the notebook, SmolVLM's numbers.
-EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" nbclient nbformat ipykernel num2words
+# Packages that no extra names: TRL, transformers' server, SmolVLM's numbers.
+EXTRAS_PACKAGES := trl liger-kernel "transformers[serving]" num2words
 EXTRAS_TESTS := tests/core/adapter/test_quantized.py tests/core/adapter/test_earlier.py tests/chat/test_chat_web.py \
     tests/chat/test_vlm_chat.py tests/interop/test_trl.py tests/interop/test_trl_collator.py \
-    tests/train/recipe/test_llava_scripts.py tests/export/test_serving.py tests/docs/test_examples.py \
+    tests/train/recipe/test_llava_scripts.py tests/export/test_serving.py \
     tests/train/test_vlm_train.py tests/data/test_videos.py tests/train/test_gpu_options.py
 
 test-extras: $(INSTALLED)  ## Run the tests of optional packages, which `test` skips, in a separate environment
@@ -70,7 +70,7 @@ peers: $(INSTALLED)
 bench: peers $(DATA)/test.json  ## Run the benchmarks (twenty minutes), write benchmarks/results.json and docs/performance.md
 	$(BIN)/python benchmarks/all.py
 
-bench-full: peers $(DATA)/test.json  ## Also run a 7B at full size and kills (two hours more)
+bench-full: peers $(DATA)/test.json  ## Also run a 7B at full size, the demo and a start (an hour more)
 	$(BIN)/python benchmarks/all.py --full
 
 bench-quick: peers $(DATA)/test.json  ## Run the headline benchmarks (five minutes): factors, a step, the loss, a whole training

@@ -3,8 +3,8 @@
 python benchmarks/all.py [--full] [--only NAME ...] [--quick] [--page]
 
 Each result is written to benchmarks/results.json with a description of the machine; docs/performance.md shows them.
-Without --full, the parts that take two hours are left out (`make bench`): a training on text, the demo, a 7B at full
-size, kills. --only measures some parts again and keeps the others; --quick measures the headline rows
+Without --full, the parts that take an hour are left out (`make bench`): a training on text, the start, the demo, a 7B
+at full size. --only measures some parts again and keeps the others; --quick measures the headline rows
 (`make bench-quick`); --page only writes the page.
 """
 
@@ -14,40 +14,34 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
-import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from performance import page
+from benchmarks.performance import page
+from benchmarks.timing import ROOT, apart, timed
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
-DEMO = "--recipe smol-llava-demo --max_steps 60 --logging_steps 1 --save_steps 5 --save_total_limit 3"
 PARTS = {
     "svd": "svd.py headline",
     "svd_llama": "svd.py llama",
-    "smollm2": "init_model.py",
-    "cache_7b": "init_model.py --model 7b-block --rank 128 --alone",
+    "smollm2": "svd.py model",
+    "cache_7b": "svd.py model --model 7b-block --rank 128 --alone",
     "step": "step.py",
-    "loss": "loss.py",
+    "loss": "step.py --loss",
     "whole_training": "whole_training.py --data pictures --way milora hf hf-tuned trl",
     "whole_training_text": "whole_training.py --data text --steps 5",
     "start": "start.py",
-    "base_kl": "base_kl.py",
+    "base_kl": "start.py --base_kl",
     "data": "data.py",
     "eval": "eval.py",
     "plan": "plan.py",
-    "full_size": "full_size.py",
-    "kills": f"kills.py --kills 20 -- {DEMO}",
-    "kills_ddp": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True",
-    "kills_zero3": f"kills.py --kills 10 --processes 2 -- {DEMO} --model tiny --use_cpu True --deepspeed zero3",
+    "full_size": "plan.py --full_size",
     "demo": "demo.py",
 }
-LONG = ("whole_training_text", "start", "demo", "full_size", "kills", "kills_ddp", "kills_zero3")  # two hours
+LONG = ("whole_training_text", "start", "demo", "full_size")  # an hour
 QUICK = ("smollm2", "step", "loss", "whole_training")
 SETS = {"bench": [name for name in PARTS if name not in LONG], "bench-quick": QUICK}
 
@@ -64,15 +58,15 @@ def main() -> int:
     failed = []
     for name in [] if chosen.page else chosen.only:
         print(f"{name}: python benchmarks/{PARTS[name]}", file=sys.stderr)
-        start = time.perf_counter()
-        measured = measure(PARTS[name])
+        script, *words = PARTS[name].split()
+        seconds, measured = timed(lambda s=script, w=words: apart(s, *w))
         if measured is None:
             failed.append(name)
             continue
         results[name] = {
             "command": f"python benchmarks/{PARTS[name]}",
             "date": date.today().isoformat(),
-            "seconds": round(time.perf_counter() - start, 1),
+            "seconds": round(seconds, 1),
             "machine": machine(),
             "result": measured,
         }
@@ -85,13 +79,6 @@ def main() -> int:
         return 1
     PAGE.write_text(page(results, SETS), encoding="utf-8")
     return 1 if failed else 0
-
-
-def measure(command: str) -> Any:
-    """Run one script; return the JSON value of its last line of output, None if it failed."""
-    script, *words = command.split()
-    done = subprocess.run([sys.executable, f"benchmarks/{script}", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
 def machine() -> dict[str, Any]:

@@ -12,11 +12,8 @@ import copy
 import io
 import json
 import random
-import resource
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,19 +23,21 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from benchmarks.timing import ROOT, Work, alternately, clocked, memory, timed
 from milora_data.batches.pack import fill, pack
 from milora_data.encode.labels import encode
 from milora_data.pictures.pixels import PixelMaker
 from milora_data.stream import load_records
+
+sys.path.insert(0, str(ROOT / "tests"))
 from support.llava_oracle import llama_tokenizer, llava_train
 
 # 30,000 random words with frequencies by Zipf's law; as in a natural language, frequent words are short.
 _letters = random.Random(0)
 WORDS = ["".join(_letters.choices("etaoinshrdlucmfwypvbgk", k=2 + rank.bit_length() // 2)) for rank in range(1, 30_001)]
 WEIGHTS = list(accumulate(1 / rank for rank in range(1, 30_001)))
-# number of exchanges, and words per question and answer, as in the parts of mix665k
 ROUNDS = 5
+# number of exchanges, and words per question and answer, as in the parts of mix665k
 KINDS = {"VQA": (8, 9, 1), "captions": (1, 12, 60), "conversations": (3, 14, 80)}
 
 
@@ -50,8 +49,14 @@ def main() -> None:
     chosen = options.parse_args()
     torch.set_num_threads(1)
     # Memory comes first, because nothing else has raised the peak yet.
-    measured = {"threads": 1, **memory(chosen.lines), **encoding(chosen.records), **pixels(), **packing()}
+    measured = {"threads": 1, **reading(chosen.lines), **encoding(chosen.records), **pixels(), **packing()}
     print(json.dumps(measured))
+
+
+def fastest(theirs: Work, ours: Work) -> tuple[float, float]:
+    """Return the shortest times of both."""
+    seconds = alternately({"theirs": theirs, "ours": ours}, ROUNDS)
+    return min(seconds["theirs"]), min(seconds["ours"])
 
 
 def text(rng: random.Random, count: int) -> str:
@@ -94,7 +99,7 @@ def encoding(count: int) -> dict[str, Any]:
         fresh = [records(kind, count, seed) for seed in range(ROUNDS)]  # no text is repeated
         rounds = iter(fresh), iter(fresh)
         with contextlib.redirect_stdout(io.StringIO()):
-            slow, fast = alternating(
+            slow, fast = fastest(
                 lambda r=rounds[0]: [theirs(x) for x in next(r)], lambda r=rounds[1]: [ours(x) for x in next(r)]
             )
         found[f"encode_{kind}"] = {"ms": fast / count * 1e3, "llava_ms": slow / count * 1e3, "ratio": slow / fast}
@@ -134,7 +139,7 @@ def pixels() -> dict[str, Any]:
             return make([make.read(path)])
 
         difference = ((ours() - theirs(path)) * levels).abs()
-        them, us = alternating(lambda: [theirs(path) for _ in range(times)], lambda: [ours() for _ in range(times)])
+        them, us = fastest(lambda: [theirs(path) for _ in range(times)], lambda: [ours() for _ in range(times)])
     return {
         "jpeg_640x480": {
             "ms": us / times * 1e3, "llava_ms": them / times * 1e3, "ratio": them / us,
@@ -149,14 +154,12 @@ def packing() -> dict[str, Any]:
     pictures, texts = 576 + 45 + rng.gamma(1.5, 80, 100_000), 45 + rng.lognormal(6, 0.9, 100_000)
     lengths = [int(n) for n in np.where(rng.random(100_000) < 0.94, pictures, texts).clip(60, 2048)]
     batches = np.array(lengths[: len(lengths) // 16 * 16]).reshape(-1, 16)
-    start = time.perf_counter()
-    rows = pack(lengths, 4096)
-    seconds = time.perf_counter() - start
+    seconds, rows = timed(lambda: pack(lengths, 4096))
     padded = float(batches.sum() / (batches.max(1) * 16).sum())
     return {"packing": {"packed": fill(rows, lengths, 4096), "padded": padded, "seconds_per_100k": seconds}}
 
 
-def memory(lines: int) -> dict[str, Any]:
+def reading(lines: int) -> dict[str, Any]:
     """Return the added peak memory (MB) of reading JSON lines, after a tenth of them and after all."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "many.jsonl"
@@ -164,29 +167,13 @@ def memory(lines: int) -> dict[str, Any]:
         with path.open("w") as file:
             for _ in range(lines // 1000):
                 file.write(some)
-        before = peak()
-        start, tenth = time.perf_counter(), 0.0
-        for number, _ in enumerate(load_records(path)):
-            if number == lines // 10:
-                tenth = peak() - before
-        seconds = time.perf_counter() - start
-    return {"jsonl": {"lines": lines, "MB_after_a_tenth": tenth, "MB_after_all": peak() - before, "seconds": seconds}}
-
-
-def peak() -> float:
-    """Return the peak memory of this process in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def alternating(one: Callable[[], Any], other: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
-    """Return the shortest times of both. They are measured alternately, so a slow phase of the machine affects both."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
-        for function, found in zip((one, other), times, strict=True):
-            start = time.perf_counter()
-            function()
-            found.append(time.perf_counter() - start)
-    return min(times[0]), min(times[1])
+        before, tenth = memory("VmHWM"), 0
+        with clocked(took := {}, "seconds"):
+            for number, _ in enumerate(load_records(path)):
+                if number == lines // 10:
+                    tenth = memory("VmHWM")
+    after_tenth, after_all = (round((peak - before) / 2**20, 1) for peak in (tenth, memory("VmHWM")))
+    return {"jsonl": {"lines": lines, "MB_after_a_tenth": after_tenth, "MB_after_all": after_all, **took}}
 
 
 if __name__ == "__main__":

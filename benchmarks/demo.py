@@ -8,18 +8,19 @@ Run `make demo` once before, so that downloads and the creation of smol-llava ar
 from __future__ import annotations
 
 import json
+import re
 import subprocess
-import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 
-from all import ROOT, machine
+from benchmarks.all import machine
+from benchmarks.timing import ROOT, timed
 
 PAGE = ROOT / "docs" / "quickstart.md"
+TABLE = re.compile(r"^.*baseline.*tuned.*\n(?:.*\n)*?.*text forgetting.*$", re.MULTILINE)
+BLOCK = re.compile(r"(<!-- demo -->\n).*?(<!-- end -->)", re.DOTALL)
 PRINTED = """\
 `make demo` took {minutes} minutes {seconds} seconds on two cores ({cpu}), in {dtype}. It printed
 
@@ -31,56 +32,23 @@ report: runs/demo/report.html
 """
 
 
-def measure() -> dict[str, Any]:
-    """Run the demo; return its time, its table and the numbers for the summary."""
+def main() -> None:
+    """Run the demo, write its time and its table of scores into the page, and print the result."""
     (ROOT / "runs").mkdir(exist_ok=True)
     with TemporaryDirectory(dir=ROOT / "runs") as folder:
-        start = time.perf_counter()
-        done = subprocess.run(
-            ["make", "demo", f"RUN={folder}/demo"], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-        )
-        seconds = time.perf_counter() - start
-        recipe = yaml.safe_load((Path(folder) / "demo" / "recipe.yaml").read_text(encoding="utf-8"))
-    return {
-        "command": "make demo", "seconds": round(seconds), "cpu": machine()["cpu"], "dtype": recipe["dtype"],
-        "table": table(done.stdout),
-    }  # fmt: skip
-
-
-def table(printed: str) -> list[str]:
-    """Return the lines of the score table in the demo's output. Raises ValueError if there is no table."""
-    lines = [line.rstrip() for line in printed.splitlines()]
-    head = next((place for place, line in enumerate(lines) if "baseline" in line and "tuned" in line), None)
-    if head is None:
-        raise ValueError(f"the demo printed no table of scores:\n{printed}")
-    last = next(place for place, line in enumerate(lines) if "text forgetting" in line)
-    return lines[head : last + 1]
-
-
-def block(found: dict[str, Any]) -> str:
-    """Return the section of the page."""
-    minutes, seconds = divmod(found["seconds"], 60)
-    lines = "\n".join(found["table"])
-    return PRINTED.format(minutes=minutes, seconds=seconds, cpu=found["cpu"], dtype=found["dtype"], table=lines)
-
-
-def written(page: str, found: dict[str, Any]) -> str:
-    """Return the text of the page with a new section. Raises ValueError if it has no markers."""
-    start = "<!-- demo -->\n"
-    before, found_start, rest = page.partition(start)
-    _, found_end, after = rest.partition("<!-- end -->")
-    if not (found_start and found_end):
-        raise ValueError(f"{PAGE.name} has no part between  {start.strip()}  and  <!-- end -->")
-    return f"{before}{start}{block(found)}<!-- end -->{after}"
-
-
-def main() -> int:
-    """Measure, update the page, and print the result."""
-    found = measure()
-    PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
-    print(json.dumps(found))
-    return 0
+        command = ["make", "demo", f"RUN={folder}/demo"]
+        seconds, done = timed(lambda: subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True))
+        dtype = yaml.safe_load((Path(folder) / "demo" / "recipe.yaml").read_text(encoding="utf-8"))["dtype"]
+    table = TABLE.search(done.stdout)
+    assert table, f"the demo printed no table of scores:\n{done.stdout}"
+    lines = [line.rstrip() for line in table[0].splitlines()]
+    minutes, rest = divmod(round(seconds), 60)
+    section = PRINTED.format(minutes=minutes, seconds=rest, cpu=machine()["cpu"], dtype=dtype, table="\n".join(lines))
+    page, count = BLOCK.subn(lambda found: f"{found[1]}{section}{found[2]}", PAGE.read_text(encoding="utf-8"))
+    assert count == 1, f"{PAGE.name} has no part between  <!-- demo -->  and  <!-- end -->"
+    PAGE.write_text(page, encoding="utf-8")
+    print(json.dumps({"seconds": round(seconds), "cpu": machine()["cpu"], "dtype": dtype, "table": lines}))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

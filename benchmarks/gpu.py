@@ -1,6 +1,6 @@
 """What a machine with one GPU shows in ten minutes, without a hub: `make gpu`.
 
-python benchmarks/gpu.py [--device cuda] [--tiny] [--only PART ...] [--output benchmarks/gpu.json]
+python benchmarks/gpu.py [--device cuda] [--only PART ...] [--output benchmarks/gpu.json]
 
 The parts, most important first: the tests with the marker `gpu`; LLaVA-1.5-7B and Qwen2.5-VL-7B shapes with random
 weights, trained by us with and without protected inputs, by HF's Trainer + PEFT LoRA and by TRL's SFTTrainer, on the
@@ -19,10 +19,8 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -33,13 +31,13 @@ from xml.etree import ElementTree
 import torch
 
 import llava_recipes
+from benchmarks.timing import ROOT, apart, clocked, now
 from milora_vl.common.atomic_write import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("llava-1.5-7b", "qwen2.5-vl-7b")
 RANK, RECORDS, TEXT, SUPERVISED, WARM, STEPS = 16, 4, 124, 60, 3, 10
-RULE = {"modules": "language", "method": "milora", "protect": 0, "rank": RANK, "alpha": RANK}
-OURS = {"milora": [RULE], "protected": [RULE | {"method": "gradient", "protect": 0.95}]}
+RULE = {"modules": "language", "method": "milora", "rank": RANK, "alpha": RANK}
+OURS = {"milora": [RULE | {"protect": 0}], "protected": [RULE | {"protect": 0.95}]}
 PEERS = ("hf", "trl")
 NO_CARD = "none, tried on a CPU"
 # Dense bf16 operations a second, from the data sheets.
@@ -52,13 +50,12 @@ PEAKS = {
 def main(words: list[str] | None = None) -> int:
     """Run the parts that have no result yet, and print the table. Returns 1 if a part failed."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    options.add_argument("--tiny", action="store_true", help="tiny models, as always on a CPU, to try the command")
+    options.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: tiny models, to try it")
     options.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="measure these, also again")
     options.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "gpu.json")
     options.add_argument("--part", choices=PARTS, help="run one part in this process (internal)")
     chosen = options.parse_args(words)
-    chosen.tiny |= chosen.device == "cpu"
+    chosen.tiny = chosen.device == "cpu"
     if chosen.part:
         return run_here(chosen)
     if chosen.device == "cuda" and not torch.cuda.is_available():
@@ -71,9 +68,9 @@ def main(words: list[str] | None = None) -> int:
         )
     for name in chosen.only or [part for part in PARTS if "result" not in results.get(part, {})]:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        start = time.perf_counter()
-        entry = {"date": date.today().isoformat(), "machine": where, **measured(name, chosen)}
-        results[name] = {**entry, "seconds": round(time.perf_counter() - start, 1)}
+        results[name] = {"date": date.today().isoformat(), "machine": where}
+        with clocked(results[name], "seconds"):
+            results[name] |= apart("gpu.py", "--part", name, "--device", chosen.device) or {"error": "the process died"}
         write_json(chosen.output, results)
     for name, row in rows(results):
         print(f"{name:28} {row}")
@@ -89,16 +86,6 @@ def run_here(chosen: argparse.Namespace) -> int:
         outcome = {"error": f"{type(error).__name__}: {error}"[:300]}
     print(json.dumps(outcome))
     return 0
-
-
-def measured(name: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Run a part in a separate process, which frees the card; return its `result` or its `error`."""
-    words = ["--part", name, "--device", chosen.device, *["--tiny"] * chosen.tiny]
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        return {"error": f"the process ended with {done.returncode}"}
-    outcome: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return outcome
 
 
 def machine(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -219,18 +206,15 @@ def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
             parameter.data = parameter.data.float()
     tuned.enable_input_require_grads()
     ends: list[float] = []
+    is_card = chosen.device == "cuda"
 
     class Clock(TrainerCallback):
         """The time after each step, when the card has finished it."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if chosen.device == "cuda":
-                torch.cuda.synchronize()
-                if len(ends) == WARM - 1:
-                    torch.cuda.reset_peak_memory_stats()
-            ends.append(time.perf_counter())
-
-    is_card = chosen.device == "cuda"
+            ends.append(now(chosen.device))
+            if is_card and len(ends) == WARM:
+                torch.cuda.reset_peak_memory_stats()
 
     class OneBatch(ImageTextCollator):
         """Returns the same batch for all records."""
@@ -278,54 +262,43 @@ def train(model: str, way: str, chosen: argparse.Namespace) -> dict[str, Any]:
         operations = 6 * speed * sum(math.prod(target.shape) for target in targets)
         figures |= {} if peak is None else {"mfu": round(operations / peak, 3)}
     if way in OURS:
-        figures["planned_gb"] = planned(model, base.config, targets, batch["input_ids"].shape[1], common)
+        figures["planned_gb"] = planned_gb(base, way, batch["input_ids"].shape[1], chosen)
     return figures
 
 
 def started(way: str, base: Any, batch: dict[str, Any], figures: dict[str, Any]) -> Any:
     """Return the base with our adapter; add the seconds of its start to the figures.
 
-    With protected inputs it starts as the default of `milora_vl.train` does: 56 texts of the model itself, 64 records
-    with pictures, and the gradient of 64 training records.
+    With protected inputs it starts as the default of `milora_vl.train` does: with texts of the model itself and 64
+    records with pictures.
     """
     from milora_vl import apply_milora
     from milora_vl.core.calibration.texts import COUNT, LENGTH, ROWS, SEED, padded, sampled_rows
 
     if way == "milora":
-        with clocked(figures, "factors_s"):
+        with clocked(figures, "factors_s", base.device):
             return apply_milora(base, OURS[way])
-    with clocked(figures, "texts_s"):
+    with clocked(figures, "texts_s", base.device):
         texts = sampled_rows(base, 1, 2, count=COUNT, length=LENGTH, batch_size=32, seed=SEED)
     texts = [[id_ % 200 for id_ in row] for row in texts]  # random weights write image tokens, too
     seen = {name: value for name, value in batch.items() if name != "labels"}
     calibration = [padded(texts[first : first + ROWS], 2) for first in range(0, COUNT, ROWS)]
-    batches = 64 // RECORDS
-    with clocked(figures, "calibration_s"):
-        return apply_milora(base, OURS[way], calibration=[*[seen] * batches, *calibration], task=[batch] * batches)
+    with clocked(figures, "calibration_s", base.device):
+        return apply_milora(base, OURS[way], calibration=[*[seen] * (64 // RECORDS), *calibration])
 
 
-def planned(model: str, config: Any, targets: Sequence[Any], tokens: int, train: dict[str, Any]) -> float:
-    """Return the GB that a dry run plans for such a step, without those of CUDA itself and of Qwen's vision tower."""
-    from milora_vl.models.base import Base
-    from milora_vl.train.arguments import Launch, TrainSection
-    from milora_vl.train.memory import Counts, memory, workload_of
-    from milora_vl.train.setup import Batching
+def planned_gb(base: Any, way: str, tokens: int, chosen: argparse.Namespace) -> float:
+    """Return what a dry run plans for such a step, without the memory of CUDA itself and of Qwen's vision tower."""
+    from benchmarks.plan import planned
+    from milora_vl.train.memory import Shape
 
-    section = TrainSection(train | {"activation_checkpointing": True}, Launch(), (), None)
-    counts = Counts(tokens=tokens, supervised=SUPERVISED, exact=True)
-    batching = Batching(num_records=1, per_device=RECORDS)
-    work = workload_of(section, Base.of(model, config), targets, counts, batching, None)
-    return round(sum(memory(work).values()) / 1e9, 2)
-
-
-@contextmanager
-def clocked(into: dict[str, Any], name: str) -> Iterator[None]:
-    """Write the seconds of the block into a mapping."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    into[name] = round(time.perf_counter() - start, 1)
+    shape = Shape(
+        records=RECORDS, tokens=tokens, supervised=RECORDS * SUPERVISED, image_tokens=tokens - TEXT,
+        pictures=0 if hasattr(base.config.vision_config, "depth") else RECORDS, half=not chosen.tiny,
+        checkpointing=True, base_dtype=base.dtype,
+    )  # fmt: skip
+    found = planned(base.config, OURS[way], shape)
+    return round((found.frozen + found.anchors + 3 * found.trained + found.with_gradients) / 1e9, 2)
 
 
 def questions(chosen: argparse.Namespace) -> dict[str, Any]:
@@ -346,7 +319,7 @@ def questions(chosen: argparse.Namespace) -> dict[str, Any]:
     images = [Image.new("RGB", (640, 480), (n % 256, 90, 120)) for n in range(count // 6 + 1)]
     prompts = [Prompt((Turn("user", f"<image>\nIs there a thing {n}?"),), (images[n // 6],)) for n in range(count)]
     figures: dict[str, Any] = {"questions": count}
-    with clocked(figures, "seconds"):
+    with clocked(figures, "seconds", chosen.device):
         generate(model, processor, prompts, batch_size=32, max_new_tokens=8)
     return figures
 

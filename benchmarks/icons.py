@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,8 +23,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw, ImageFont
 
-from after import module, train
-from all import ROOT
+from benchmarks.timing import ROOT
 
 RUNS = ROOT / "runs" / "icons"
 GROUPS = (
@@ -93,6 +94,21 @@ def groups_of(file: Path) -> dict[str, str]:
         found += ((icon, group) for icon in content["icons"] if group in GROUPS)
     times = Counter(icon for icon, _ in found)
     return {icon: group for icon, group in found if times[icon] == 1}
+
+
+def train(folder: Path, records: Path, steps: int, seed: int, *flags: object) -> None:
+    """Train on train.json and images in the folder `records`, or continue; a finished run stays."""
+    if (folder / "adapter_config.json").exists():
+        return
+    data = ("--data_path", records / "train.json", "--image_folder", records / "images")
+    own = ("--max_steps", steps, "--save_steps", 25, "--eval_strategy", "no", "--seed", seed, "--output_dir", folder)
+    module("milora_vl.train", *flags, *data, *own, "--resume", "auto")
+
+
+def module(name: str, *words: object) -> str:
+    """Run a command of the package; return what it printed."""
+    command = [sys.executable, "-m", name, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def measured(folder: Path) -> dict[str, float]:

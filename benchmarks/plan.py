@@ -1,17 +1,23 @@
 """The planned memory of a run against the memory of real runs.
 
-Measured: small LLaVAs of several shapes on this CPU, resident memory at the peak of the second step, each in its own
-process (glibc returns freed memory). Planned: the memory of 7B and 13B on 1, 2, 4 and 8 devices with 24, 40
-and 80 GB. Prints one JSON line.
+python benchmarks/plan.py                            small LLaVAs of several shapes, and the plans of 7B and 13B
+python benchmarks/plan.py --full_size [--layers 32]  a LLaVA-1.5-7B with random weights in bf16: load, factors, a step
+
+Small LLaVAs: the resident memory at the peak of the second step, each in its own process. Full size: MiLoRA of rank 16
+on the seven projections of all blocks; the goal is 24 GB and two cores. The model is written to --folder and read from
+there, like a real one; the time and the peak of each stage are measured. Prints one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
-import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +25,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.timing import FREED, apart, clocked, memory, reset_peak
+from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.policy import Policy
 from milora_vl.models.base import find_base
-from milora_vl.models.loading import meta_model
+from milora_vl.models.loading import config_of, load_weights, meta_model
 from milora_vl.models.losses import add_chunked_loss, summed_loss
-from milora_vl.train.arguments import Launch, TrainSection
-from milora_vl.train.dry_run import cost
-from milora_vl.train.memory import GIB, MIX665K, Shape, activations, shape_of, simulate, workload_of
+from milora_vl.train.arguments import Launch
+from milora_vl.train.memory import MIX665K, Resident, Shape, activations, needed, shape_of, simulate, workload_of
 from milora_vl.train.setup import Batching
 
-RULES = [
+RULES: list[dict[str, Any]] = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 16, "dropout": 0.05},
     {"modules": "projector", "method": "full"},
 ]
@@ -39,9 +46,65 @@ RUNS = [
     (4, 1024, 4, 300, False, True),
     (4, 1024, 2, 600, True, True),
 ]
+SUPERVISED = 60
+Step = Callable[[], float]  # returns the loss
 
 
-def config(layers: int, width: int) -> Any:
+def main() -> None:
+    """Measure and print one JSON line."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--full_size", action="store_true")
+    options.add_argument("--layers", type=int, default=32, help="blocks of the language model at full size [32]")
+    options.add_argument("--folder", type=Path, help="folder for its weights (14 GB) [a temporary folder]")
+    options.add_argument("--one", type=int, help="measure one run by its number (internal)")
+    chosen = options.parse_args()
+    if chosen.one is not None:
+        print(json.dumps(measure(*RUNS[chosen.one])))
+    elif not chosen.full_size:
+        runs = [apart(__file__, "--one", number, **FREED) for number in range(len(RUNS))]
+        print(json.dumps({"runs": runs, "needs": needs()}))
+    elif not FREED.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | FREED)
+    else:
+        with nullcontext(chosen.folder) if chosen.folder else tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(full_size(chosen.layers, Path(folder))))
+
+
+def measure(
+    layers: int, width: int, records: int, tokens: int, checkpointing: bool, half: bool, *, device: str = "cpu"
+) -> dict[str, Any]:
+    """Return the predicted and the measured peak of one shape, in MB: of this process, or of the card."""
+    from transformers import LlavaForConditionalGeneration
+
+    config, dtype = small_config(layers, width), torch.bfloat16 if half else torch.float32
+    shape = Shape(
+        records=records, tokens=tokens, supervised=records * SUPERVISED, pictures=records, image_tokens=64, half=half,
+        checkpointing=checkpointing, base_dtype=dtype,
+    )  # fmt: skip
+    found = planned(config, RULES, shape)
+    predicted = found.frozen + found.anchors + 3 * found.trained + found.with_gradients
+    is_card = device == "cuda"
+    with torch.device(device):
+        for kind in (torch.float32, dtype):  # the first use of the kernels has memory of its own
+            nn.Linear(64, 64, dtype=kind)(torch.randn(4, 64, dtype=kind)).sum().backward()
+        start = torch.cuda.memory_allocated() if is_card else memory()
+        torch.set_default_dtype(dtype)
+        base = LlavaForConditionalGeneration(config)
+        torch.set_default_dtype(torch.float32)
+    model = apply_milora(base, RULES)
+    step = prepared(base, model, shape, batch(records, tokens, 64, torch.randn(records, 3, 112, 112)), device)
+    step()
+    torch.cuda.reset_peak_memory_stats() if is_card else reset_peak()
+    step()
+    taken = (torch.cuda.max_memory_allocated() if is_card else memory("VmHWM")) - start
+    return {
+        "layers": layers, "width": width, "records": records, "tokens": tokens, "checkpointing": checkpointing,
+        "bf16": half, "predicted_mb": round(predicted / 1e6), "measured_mb": round(taken / 1e6),
+        "ratio": round(predicted / taken, 3),
+    }  # fmt: skip
+
+
+def small_config(layers: int, width: int) -> Any:
     """Return a LLaVA on a Llama with this shape, with a small tower of 64 image tokens."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
@@ -51,123 +114,132 @@ def config(layers: int, width: int) -> Any:
         num_key_value_heads=heads, vocab_size=32064,
     )  # fmt: skip
     vision = CLIPVisionConfig(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=112,
+        hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, image_size=112,
         patch_size=14,
-    )
+    )  # fmt: skip
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000)
 
 
-def memory(device: str, name: str) -> int:
-    """Return VmRSS (now) or VmHWM (the peak) of this process in bytes, or the same of the tensors on a card."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated() if name == "VmRSS" else torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+def planned(config: Any, rules: list[dict[str, Any]], shape: Shape) -> Resident:
+    """Return what a dry run plans for a step."""
+    return simulate(config, Policy.parse(rules).resolve(meta_model(config)), shape)
 
 
-def measure(
-    layers: int, width: int, records: int, tokens: int, checkpointing: bool, half: bool, *, device: str = "cpu"
-) -> dict[str, Any]:
-    """Return the predicted and the measured peak of one shape, in MB: of this process, or of the card."""
+def batch(records: int, tokens: int, image_tokens: int, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return records with one picture each and labels at their ends."""
+    ids = torch.randint(5, 30000, (records, tokens))
+    ids[:, 1 : 1 + image_tokens] = 32000
+    labels = ids.clone()
+    labels[:, :-SUPERVISED] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+
+
+def prepared(
+    base: Any, model: Any, shape: Shape, inputs: dict[str, torch.Tensor], device: str = "cpu"
+) -> Callable[[], float]:
+    """Prepare a training as the command does; return one step of it, which returns the loss."""
     from peft.helpers import disable_input_dtype_casting
-    from transformers import LlavaForConditionalGeneration
 
-    from milora_vl.core.adapter.apply import apply_milora
-
-    made = config(layers, width)
-    dtype = torch.bfloat16 if half else torch.float32
-    targets = Policy.parse(RULES).resolve(meta_model(made))
-    shape = Shape(
-        records=records, tokens=tokens, supervised=records * 60, pictures=records, image_tokens=64, half=half,
-        checkpointing=checkpointing, base_dtype=dtype,
-    )  # fmt: skip
-    found = simulate(made, targets, shape)
-    predicted = found.frozen + found.anchors + 3 * found.trained + found.with_gradients
-    with torch.device(device):
-        # Exclude the memory of the first use of the kernels.
-        for kind in (torch.float32, dtype):
-            nn.Linear(64, 64, dtype=kind)(torch.randn(4, 64, dtype=kind)).sum().backward()
-        start = memory(device, "VmRSS")
-        torch.set_default_dtype(dtype)
-        base = LlavaForConditionalGeneration(made)
-        torch.set_default_dtype(torch.float32)
-    model = apply_milora(base, RULES).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.data = parameter.data.float()
     add_chunked_loss(base)
-    if checkpointing:
+    if shape.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    ids = torch.randint(5, 30000, (records, tokens), device=device)
-    ids[:, 1:65] = 32000
-    labels = ids.clone()
-    labels[:, :-60] = -100
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    batch["pixel_values"] = torch.randn(records, 3, 112, 112, device=device)
-    for step in range(2):
-        if step == 1 and device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        elif step == 1:
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak counter
-        with disable_input_dtype_casting(model, active=half):  # recompute checkpoints under the same autocast
-            with torch.autocast(device, torch.bfloat16, enabled=half):
-                loss, count = summed_loss(model, dict(batch), chunked=True)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with disable_input_dtype_casting(model, active=shape.half):  # recompute checkpoints under the same autocast
+            with torch.autocast(device, torch.bfloat16, enabled=shape.half):
+                loss, count = summed_loss(model, dict(inputs), chunked=True)
             (loss / count).backward()
-        if step == 0:
-            optimizer.step()
-            optimizer.zero_grad()
-    taken = memory(device, "VmHWM") - start
-    return {
-        "layers": layers, "width": width, "records": records, "tokens": tokens, "checkpointing": checkpointing,
-        "bf16": half, "predicted_mb": round(predicted / 1e6), "measured_mb": round(taken / 1e6),
-        "ratio": round(predicted / taken, 3),
-    }  # fmt: skip
+        optimizer.step()
+        return float(loss.detach()) / count
+
+    return step
 
 
 def needs() -> list[dict[str, Any]]:
-    """Return GiB per device (rank 128, batch 1 and 16, checkpointing), and whether it fits 24, 40 and 80 GB."""
+    """Return GiB per device of 7B and 13B: rank 128, batch 1 and 16, checkpointing, on one device and on eight."""
     rows = []
     for name in ("llava-1.5-7b", "llava-1.5-13b"):
         base = find_base(name)
-        rules = [RULES[0] | {"rank": 128}, RULES[1]]
-        targets = Policy.parse(rules).resolve(base.meta)
+        targets = Policy.parse([RULES[0] | {"rank": 128}, RULES[1]]).resolve(base.meta)
         train = {"bf16": True, "activation_checkpointing": True, "per_device_train_batch_size": 16}
         batching = Batching(num_records=1, per_device=16)
-        plan = workload_of(TrainSection(train, Launch(), (), None), base, targets, MIX665K, batching, None)
+        plan = workload_of(train, Launch(), base, targets, MIX665K, batching)
         small = replace(plan, records=1)
         small = replace(small, activations=activations(base, targets, shape_of(base, small, MIX665K)))
-        for devices in (1, 2, 4, 8):
-            for stage in (0,) if devices == 1 else (2, 3):
-                for chosen in (small, plan):
-                    size = cost.needed(replace(chosen, devices=devices, stage=stage))
-                    fits = [size <= card * 1e9 / GIB for card in (24, 40, 80)]
-                    rows.append({"model": name, "devices": devices, "stage": stage, "batch": chosen.records,
-                                 "gib": round(size, 1), "fits": fits})  # fmt: skip
+        for devices, stage in ((1, 0), (8, 2), (8, 3)):
+            for chosen in (small, plan):
+                size = needed(replace(chosen, devices=devices, stage=stage))
+                row = {"model": name, "devices": devices, "stage": stage, "batch": chosen.records}
+                rows.append(row | {"gib": round(size, 1)})
     return rows
 
 
-def main() -> None:
-    """Measure every shape and print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", help="measure one run by its number (internal)")
-    args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(*RUNS[int(args.one)])))
-        return
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    runs = []
-    for number in range(len(RUNS)):
-        command = [sys.executable, __file__, "--one", str(number)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        print(json.dumps(runs[-1]), file=sys.stderr)
-    print(json.dumps({"benchmark": "plan", "runs": runs, "needs": needs()}))
+def full_size(layers: int, folder: Path) -> dict[str, Any]:
+    """Return time and peak of each stage of a LLaVA-1.5-7B, and its planned and measured GB of a step."""
+    config = config_of("llava-1.5-7b")
+    config.text_config.num_hidden_layers = layers
+    picture = 576
+    shape = Shape(
+        records=1, tokens=picture + SUPERVISED + 64, supervised=SUPERVISED, pictures=1, image_tokens=picture,
+        half=True, checkpointing=True, base_dtype=torch.bfloat16,
+    )  # fmt: skip
+    results: dict[str, Any] = {"layers": layers, "threads": torch.get_num_threads()}
+
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        gc.collect()
+        reset_peak()
+        with clocked(took := {}, "seconds"):
+            yield
+        results[name] = {**took, "peak_gb": round(memory("VmHWM") / 1e9, 2)}
+        print(name, results[name], file=sys.stderr)
+
+    with stage("write"):
+        write(config, folder)
+    start = memory()
+    with stage("load"):
+        base: Any = load_weights(folder)
+    with stage("factors"):
+        model = apply_milora(base, RULES[:1], progress=True)
+    step = prepared(base, model, shape, batch(1, shape.tokens, picture, torch.randn(1, 3, 336, 336).bfloat16()))
+    with stage("step"):
+        results |= {"matrices": len(model.milora_report), "loss": round(step(), 4)}
+    with stage("save"):
+        model.save_pretrained(str(folder / "adapter"))
+    found = planned(config, RULES[:1], shape)
+    # The states of Adam follow the peak of the first step.
+    plan = found.frozen + found.anchors + found.trained + max(found.with_gradients, 3 * found.trained)
+    taken = results["step"]["peak_gb"] - start / 1e9
+    results |= {"step_planned_gb": round(plan / 1e9, 2), "step_measured_gb": round(taken, 2)}
+    return results | {"planned_over_measured": round(plan / 1e9 / taken, 3)}
+
+
+def write(config: Any, folder: Path) -> None:
+    """Write random weights shard by shard, so the whole model is never in memory."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    config.save_pretrained(folder)
+    shapes = {name: p.shape for name, p in meta_model(config).named_parameters()}
+    shard: dict[str, torch.Tensor] = {}
+    index: dict[str, str] = {}
+    for place, (name, shape) in enumerate(shapes.items(), start=1):
+        is_norm = "norm" in name and name.endswith("weight")
+        shard[name] = torch.ones(shape).bfloat16() if is_norm else 0.02 * torch.randn(shape, dtype=torch.bfloat16)
+        if sum(weight.nbytes for weight in shard.values()) > 2e9 or place == len(shapes):
+            file = f"model-{place:05}.safetensors"
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(shard, file)
+            shard.clear()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 if __name__ == "__main__":

@@ -17,25 +17,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.timing import apart, memory
+
 START = time.process_time()
-WAYS = {
-    "milora": "milora_vl.train",
-    "milora-ungrouped": "milora_vl.train, batches not grouped by length",
-    "hf": "HF Trainer + PEFT LoRA",
-    "hf-tuned": "the same with our attention and bfloat16 autocast",
-    "trl": "TRL SFTTrainer",
-}
+WAYS = ("milora", "milora-ungrouped", "hf", "hf-tuned", "trl")  # ungrouped: batches are not grouped by length
 BATCH, RANK, RATE, RECORDS = 8, 32, 1e-3, 256
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -50,7 +43,7 @@ def main() -> None:
     options.add_argument("--emoji", type=Path, default=Path("data/emoji"))
     options.add_argument("--steps", type=int, default=10)
     options.add_argument("--rounds", type=int, default=1)
-    options.add_argument("--way", nargs="+", choices=WAYS, default=list(WAYS))
+    options.add_argument("--way", nargs="+", choices=WAYS, default=WAYS)
     options.add_argument("--one", action="store_true", help="run the first way in this process (internal)")
     chosen = options.parse_args()
     if chosen.one:
@@ -59,7 +52,7 @@ def main() -> None:
     if "trl" in chosen.way and importlib.util.find_spec("trl") is None:
         raise SystemExit("TRL is not installed: pip install trl, or leave it out:  --way milora hf")
     result = {data: compare(data, chosen.way, chosen) for data in chosen.data}
-    print(json.dumps({"benchmark": "whole_training", "batch": BATCH, "rank": RANK, "steps": chosen.steps, **result}))
+    print(json.dumps({"batch": BATCH, "rank": RANK, "steps": chosen.steps, **result}))
 
 
 def compare(data: str, ways: list[str], chosen: argparse.Namespace) -> dict[str, Any]:
@@ -67,10 +60,8 @@ def compare(data: str, ways: list[str], chosen: argparse.Namespace) -> dict[str,
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
     for _ in range(chosen.rounds):
         for way in ways:
-            words = ["--one", "--way", way, "--data", data, "--steps", str(chosen.steps), "--emoji", str(chosen.emoji)]
-            command, one_thread = [sys.executable, __file__, *words], {**os.environ, "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, env=one_thread, stdout=subprocess.PIPE, text=True, check=True)
-            runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+            words = ("--one", "--way", way, "--data", data, "--steps", chosen.steps, "--emoji", chosen.emoji)
+            runs[way].append(apart(__file__, *words, OMP_NUM_THREADS="1"))
             print(data, way, runs[way][-1], file=sys.stderr)
     medians = {
         way: {key: statistics.median(run[key] for run in found) for key in found[0]} for way, found in runs.items()
@@ -113,7 +104,7 @@ def train(way: str, data: str, emoji: Path, steps: int) -> dict[str, float]:
     return {
         "samples_per_second": round(BATCH / seconds, 3),
         "seconds_per_step": round(seconds, 3),
-        "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_gb": round(memory("VmHWM") / 2**30, 2),
         "first_step_s": round(Clock.ends[0] - START, 1),
         "loss_first": round(Clock.losses[0], 4),
         "loss_last": round(statistics.mean(Clock.losses[-3:]), 4),

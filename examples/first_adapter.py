@@ -1,8 +1,9 @@
 # %% [markdown]
 # # A first adapter
 #
-# MiLoRA trains the *minor* singular components of each weight and keeps the principal ones. This notebook trains a
-# small LLaVA on three drawn pictures, on a CPU, in seconds. The model has random weights, so its answers mean nothing.
+# MiLoRA trains the *minor* singular components of each weight and keeps the principal ones. This file trains a small
+# LLaVA on three drawn pictures, on a CPU, in seconds; editors open its cells as a notebook. The model has random
+# weights, so its answers mean nothing.
 #
 # **On a GPU**, use `load_model("llava-1.5-7b", dtype=torch.bfloat16, device="cuda")`, rank 128, your own
 # records, and move each batch with `.to("cuda")`.

@@ -10,29 +10,27 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from milora_vl.common.cli.command_line import amount, next_step, run
 from milora_vl.common.cli.flags import Command, flag, option, positive, shared
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.runner import alone
+from studies import page, runner
+from studies.runner import Folder
 from studies.study import Study, chosen, read_study, study_names
 from studies.tasks import require_task
-
-if TYPE_CHECKING:
-    from studies.runner import Folder
 
 COMMAND = Command(
     "studies",
     "Run many small trainings that answer one question.",
     """\
-A study is a question and a task, QUESTION.TASK: components.minilm. The question alone means all its tasks.
+A study is a question and a task, QUESTION.TASK: curves.minilm. The question alone means all its tasks.
 Run the same command again to resume.
 
 examples:
   python -m studies --list
-  python -m studies components.minilm --plan
-  python -m studies components
+  python -m studies curves.minilm --plan
+  python -m studies curves
 """,
     inputs=(
         option("study", nargs="?", metavar="STUDY", help="question or question.task; without it, the list is shown"),
@@ -49,7 +47,7 @@ examples:
             "--docs",
             type=Path,
             metavar="FOLDER",
-            help="write finished cells into the CSV files and QUESTION.md in this folder, and run none",
+            help="write finished cells into the CSV files and figures in this folder, and run none",
         ),
         shared("format"),
     ),
@@ -78,11 +76,9 @@ def _list(as_json: bool) -> None:
 
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
-    from studies import page, runner
-
     folder = runner.Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
-    cells = runner.all_cells(folder)
+    cells = study.cells()
     left = [cell for cell in cells if folder.result(cell) is None]
     estimate = _time_left(folder, cells, len(left), jobs)
     sys.stderr.write(
@@ -100,16 +96,14 @@ def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
 
     def on_done(cell: Cell, is_done: bool, left: int) -> None:
         status = "done" if is_done else "FAILED"
-        sys.stderr.write(
-            f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, runner.all_cells(folder), left, jobs)}\n"
-        )
+        sys.stderr.write(f"{status:<8}{cell.name}   {left:,} left{_time_left(folder, cells, left, jobs)}\n")
 
     with alone(folder.path):
         runner.run_study(folder, jobs, retry=options.retry, on_done=on_done)
         written, table = page.write(folder, command)
     as_json = json.dumps({"study": name, "arms": [dict(zip(table.header, row, strict=True)) for row in table.rows]})
     sys.stdout.write(f"{as_json if options.format == 'json' else table.markdown()}\n")
-    failed = [cell for cell in runner.all_cells(folder) if folder.failure(cell)]
+    failed = [cell for cell in cells if folder.failure(cell)]
     for cell in failed:
         sys.stderr.write(
             f"failed: {cell.name}   see {folder.path / 'failed' / cell.name}.json; try again with --retry\n"

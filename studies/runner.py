@@ -23,7 +23,6 @@ import torch
 from milora_vl.common.atomic_write import read_json, write_json
 from milora_vl.common.errors import UserError
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.results import arms
 from studies.sequence import run_chain
 from studies.study import Study
 from studies.task import Task
@@ -54,6 +53,10 @@ class Folder:
         """Return the failure of a cell; None if it has a result or has not run."""
         return None if self.result(cell) else self._read("failed", cell)
 
+    def finished(self) -> dict[Cell, CellNumbers]:
+        """Return the results of the finished cells."""
+        return {cell: result for cell in self.study.cells() if (result := self.result(cell)) is not None}
+
     def shared(self, cell: Cell) -> Path:
         """Return the file in which all studies share the result of this cell."""
         return self.path.parent / "shared" / f"{self.study.key(cell)}.json"
@@ -75,25 +78,12 @@ class Folder:
         write_json(self.path / kind / f"{cell.name}.json", {"key": self.study.key(cell), **content})
 
 
-def all_cells(folder: Folder) -> list[Cell]:
-    """Return the known cells: the search and, once it is complete, the other seeds at the best rate of each arm."""
-    study = folder.study
-    searched = study.cells(range(study.search_seeds or study.seeds))
-    results = finished(searched, folder)
-    if any(cell not in results and folder.failure(cell) is None for cell in searched):
-        return searched
-    further = range(study.search_seeds or study.seeds, study.seeds)
-    best = [arm.best for arm in arms(results, study.search_seeds or study.seeds) if arm.best]
-    return searched + [point.cell(seed) for seed in further for point in best]
-
-
 def run_study(folder: Folder, jobs: int, *, retry: bool, on_done: OnDone) -> None:
-    """Run every cell without a result: first the search, then the other seeds. Failed cells run only with `retry`."""
-    tried: set[Cell] = set()
-    while todo := _left(folder, tried, retry=retry):
-        tried.update(todo)
-        for left, (cell, is_done) in enumerate(_run_all(folder, todo, jobs), start=1):
-            on_done(cell, is_done, len(todo) - left)
+    """Run every cell without a result. Failed cells run only with `retry`."""
+    todo = [cell for cell in folder.study.cells() if folder.result(cell) is None]
+    todo = [cell for cell in todo if retry or folder.failure(cell) is None]
+    for left, (cell, is_done) in enumerate(_run_all(folder, todo, jobs) if todo else (), start=1):
+        on_done(cell, is_done, len(todo) - left)
 
 
 def _run_all(folder: Folder, todo: Sequence[Cell], jobs: int) -> Iterator[tuple[Cell, bool]]:
@@ -109,18 +99,9 @@ def _run_all(folder: Folder, todo: Sequence[Cell], jobs: int) -> Iterator[tuple[
         except BrokenProcessPool:
             raise UserError(
                 "a worker was killed: if no user did this, memory ran out",
-                code="study-worker-killed",
                 hint=f"finished cells are saved; run the same command again, with --jobs {jobs - 1} to use less memory",
                 exit_code=1,
             ) from None
-
-
-def _left(folder: Folder, tried: set[Cell], *, retry: bool) -> list[Cell]:
-    return [
-        cell
-        for cell in all_cells(folder)
-        if cell not in tried and folder.result(cell) is None and (retry or folder.failure(cell) is None)
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +148,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
-
-
-def finished(cells: Sequence[Cell], folder: Folder) -> dict[Cell, CellNumbers]:
-    """Return the results of the finished cells."""
-    return {cell: result for cell in cells if (result := folder.result(cell)) is not None}

@@ -106,14 +106,6 @@ def _stages(tasks: Sequence[AnswerTask], study: Study, cell: Cell, factors: Path
         earlier = tasks[: number - 1]
         replayed = [r for e in earlier for r in _drawn(e, round(chain.replay * len(e.train)), cell.seed)]
         now = task.changed([*task.train, *replayed], _calibration(earlier, texts, study, cell))
-        if chain.start == "apart":
-            tuned, _ = _trained(now, study, cell, tasks[0].model().float(), factors, "")
-            with torch.no_grad():
-                alone = {f"alone_{number}": fmean(task.tested(tuned.eval())[1].values())}
-            trainable = _count(tuned)
-            model = _sum(model, merge(tuned), tasks[0].base)
-            yield _Stage(number, model, trainable, alone)
-            continue
         model, done = _trained(now, study, cell, model, factors, done)
         yield _Stage(number, model, _count(model), _room(model, number))
         model = merge(model) if chain.start == "new" else model
@@ -123,7 +115,7 @@ def _trained(task: AnswerTask, study: Study, cell: Cell, model: Any, factors: Pa
     """Train an adapter on a model, a new one unless it has one; return the model and a hash of all trainings so far."""
     torch.manual_seed(cell.seed)
     if not isinstance(model, PeftModel):
-        model = adapted(task, study, cell, model, study.rules(cell.method, cell.learning_rate, cell.seed), factors)
+        model = adapted(task, study, cell, model, factors)
     single = study.model_copy(update={"then": []})
     content = [before, single.key(cell), [[r.id, r.turns[0].text] for r in task.train], _digest(task.calibration())]
     done = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
@@ -141,11 +133,7 @@ def _calibration(earlier: Sequence[AnswerTask], texts: Calibration, study: Study
     chain = study.chain(cell.method)
     sources = {"base": list(chain_of(*sources_of(texts)))}
     for number, task in enumerate(earlier if chain.earlier else (), start=1):
-        of_task = task.inputs(_drawn(task, min(chain.earlier, len(task.train)), cell.seed))
-        if chain.is_sum:
-            sources["base"] = [*of_task, *sources["base"]]
-        else:
-            sources[str(number)] = of_task
+        sources[str(number)] = task.inputs(_drawn(task, min(chain.earlier, len(task.train)), cell.seed))
     return sources
 
 
@@ -161,14 +149,6 @@ def _digest(calibration: Calibration) -> str:
         for batch in batches:
             digest.update(batch["input_ids"].numpy().tobytes())
     return digest.hexdigest()
-
-
-@torch.no_grad()
-def _sum(model: Any, tuned: nn.Module, base: nn.Module) -> Any:
-    """Add the change of `tuned` from `base` to a model."""
-    for own, changed, start in zip(model.parameters(), tuned.parameters(), base.parameters(), strict=True):
-        own += changed - start.float()
-    return model
 
 
 def _count(model: nn.Module) -> int:

@@ -46,6 +46,10 @@ def no_ranks_left_behind() -> Iterator[None]:
     names = (*ranks, "ACCELERATE_USE_DEEPSPEED")
     before = {name: os.environ.get(name) for name in names}
     yield
+    if "deepspeed" in sys.modules:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     for name, value in before.items():
         if value is None:
             os.environ.pop(name, None)

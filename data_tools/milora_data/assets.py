@@ -134,10 +134,7 @@ def _unpack(wheel: Path, target: Path, keep: Sequence[str]) -> None:
 
 
 def create(folder: Path, output_format: str, write: Callable[[Path], dict[str, int]]) -> int:
-    """Call `write(folder)` unless the data set exists, print the number of records per file; return the exit code.
-
-    Raises UserError if the folder contains other files.
-    """
+    """Call `write(folder)` unless the data set exists, and print its numbers of records; return the exit code."""
     if all((folder / name).exists() for name in ("README.md", "test.json", "images")):
         sys.stderr.write(f"{folder} contains the data set already; remove the folder to create it again\n")
         return 0

@@ -173,10 +173,7 @@ def errors_of(record: Record) -> list[Finding]:
 
 
 def scan(path: Path, folder: Path, *, pictures: Literal["decode", "exist"] = "decode") -> Report:
-    """Return a report on all records of `path` and their pictures below `folder`.
-
-    Raises `DataError` only if there is no such file.
-    """
+    """Return a report on all records of `path` and their pictures below `folder`. Raises `DataError` without a file."""
     report = Report(str(path), str(folder))
     used: _Records = {}
     stored: _Records = {}

@@ -143,10 +143,7 @@ def as_text(report: Report, limit: int, found: dict[str, int]) -> str:
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> Counter[str]:
-    """Write the usable records of `data`, repaired, to `out`; print and return the number of each change.
-
-    Raises `UserError`, and writes nothing, if no record is usable.
-    """
+    """Write the usable records, repaired; print and return the numbers of changes. Raises `UserError` without any."""
     done: Counter[str] = Counter()
     lost = {finding.where: finding.kind for finding in report.findings if finding.kind in _FATAL}
     usable = _usable(data, lost, done)

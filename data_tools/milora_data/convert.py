@@ -194,10 +194,7 @@ class PictureFolder:
         self._names: dict[tuple[str, bytes], str] = {}
 
     def filled(self, records: Records) -> Records:
-        """Yield the records after writing their stored pictures; equal names with equal content are written once.
-
-        Raises `UserError` if the folder exists before the first picture is written.
-        """
+        """Yield the records after writing their stored pictures; equal names with equal content are written once."""
         for value in records:
             for key in ("image", "images"):
                 field = value.get(key)

@@ -49,10 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path) -> dict[str, int]:
-    """Write the data set into `folder` and return the number of records per file name.
-
-    The folder gets its name only when it is complete.
-    """
+    """Write the data set; return the number of records per file. The folder gets its name only when it is complete."""
     source = fetch("easy_vqa")
     training, test = _questions(source / "train"), _questions(source / "test")
     rng = random.Random(0)
@@ -79,10 +76,7 @@ def _questions(folder: Path) -> Questions:
 
 
 def _conversations(questions: Questions, rng: random.Random) -> list[dict[str, Any]]:
-    """Return shuffled records of up to TURNS questions.
-
-    The order is random because the official one starts with shape and colour, which answer all other questions.
-    """
+    """Return shuffled records of up to TURNS questions; the official order starts with what answers all others."""
     records = []
     for picture, pairs in questions.items():
         pairs = rng.sample(pairs, len(pairs))

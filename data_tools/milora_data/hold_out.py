@@ -109,10 +109,7 @@ def _shown(record: Record) -> tuple[str, ...]:
 
 
 def _about(sizes: Sequence[int], count: int) -> Iterator[int]:
-    """Yield the places of sizes, in order, whose sum is at most `count`; then the smallest other one if that is closer.
-
-    At least one place is taken, and one is left.
-    """
+    """Yield places of sizes whose sum is about `count`, or at most that; at least one is taken, and one is left."""
     total, left = 0, []
     for place, size in enumerate(sizes):
         if total + size <= count:

@@ -21,6 +21,7 @@ from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
 from milora_vl.common.cli.command_line import beside, report
+from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import UserError, at_flag, first_line
 from milora_vl.core.adapter.folders import base_of, holds_adapter
 from milora_vl.forgetting.measure import can_recover_base
@@ -48,7 +49,7 @@ BASE, TUNED = "base model: ", "fine-tuned: "  # before the answers on a page wit
 
 def open_picture(path: Path) -> Image.Image:
     """Return the picture in `path`. Raises UserError with similar names if the file is missing."""
-    if not path.is_file():
+    if not path.is_file() and web_address(path) is None:  # load_image refuses an address
         hint = "for the frames of a video:  --video FOLDER" if path.is_dir() else beside(path)
         raise UserError("no such picture", where=str(path), hint=hint)
     return load_image(path)
@@ -396,7 +397,8 @@ def page_answers(
     pictures: list[Image.Image] = []
     for message in [*history, {"role": "user", "content": [question, *({"path": file} for file in files)]}]:
         content = message["content"]
-        parts = [{"text": p} if isinstance(p, str) else p for p in ([content] if isinstance(content, str) else content)]
+        both: list[Any] = [content] if isinstance(content, str) else list(content)
+        parts: list[dict[str, Any]] = [{"text": part} if isinstance(part, str) else part for part in both]
         text = "".join(part.get("text", "") for part in parts)
         if message["role"] == "user":
             shown = (part.get("file", part).get("path") for part in parts)

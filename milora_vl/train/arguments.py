@@ -116,17 +116,9 @@ AUTOCAST = {"bfloat16": "bf16", "float16": "fp16"}
 Strategy = Literal["full_shard", "shard_grad_op"]
 # --fsdp: whether the weights of a layer are freed between its forward and its backward.
 RESHARDS: dict[Strategy, bool] = {"full_shard": True, "shard_grad_op": False}
-# Keys of fsdp_config that may be set, and keys that are refused unless they have this value.
+# Keys of fsdp_config that may be set. FSDP1 is not supported: it gives all weights of a layer one dtype, and an adapter
+# in float32 beside a base in bfloat16 has two.
 FSDP_KEYS = ("reshard_after_forward", "transformer_layer_cls_to_wrap", "auto_wrap_policy", "min_num_params")
-FSDP_VALUES: dict[str, tuple[Any, str]] = {
-    "version": (2, "FSDP1 gives all weights of a layer one dtype, and an adapter in float32 beside a base in bfloat16 "
-                   "has two"),
-    "cpu_offload": (False, "use --deepspeed zero3_offload"),
-    "activation_checkpointing": (False, "use --gradient_checkpointing, which keeps the names of the layers"),
-    "cpu_ram_efficient_loading": (False, "every process loads the base, because it decomposes its layers"),
-    "state_dict_type": ("FULL_STATE_DICT", "checkpoints have the format of one process"),
-    "xla": (False, "TPUs are not supported"),
-}  # fmt: skip
 ERRORS = (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSError)
 
 
@@ -227,7 +219,7 @@ def coerce(name: str, value: Any) -> Any:
         isinstance(value, list | dict) and type(value) not in members
     ):
         raise ValueError(f"expected {expected}, got {value!r}")
-    hint = Annotated[argument.hint, LIMITS[name]] if name in LIMITS else argument.hint
+    hint: Any = Annotated[argument.hint, LIMITS[name]] if name in LIMITS else argument.hint
     try:
         valid = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
@@ -278,10 +270,7 @@ class Launch:
 
 
 def read_launch(train: Mapping[str, Any]) -> Launch:
-    """Return the launcher settings of a `train:` section, read from files where it names them.
-
-    Raises UserError, before anything loads, for settings that are not supported.
-    """
+    """Return the launcher settings of a `train:` section, read from files where it names them."""
     if train.get("fsdp"):
         _require_fsdp_alone(train)
         return Launch(fsdp=fsdp_settings(train["fsdp"], train.get("fsdp_config")))
@@ -354,17 +343,12 @@ def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
 
 
 def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Return Hugging Face's `fsdp_config` of FSDP2 for `--fsdp` and `--fsdp_config`, a mapping or a JSON file.
-
-    Raises UserError for settings that are not supported.
-    """
+    """Return Hugging Face's `fsdp_config` of FSDP2 for `--fsdp` and `--fsdp_config`, a mapping or a JSON file."""
     settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[_strategy(strategy)]}
     for name, value in _read_object(config or {}, "fsdp_config").items():
         key = str(name).removeprefix("fsdp_")
-        if key in FSDP_VALUES and str(value).lower() != str(FSDP_VALUES[key][0]).lower():
-            raise _fsdp_error(f"{name}: {value} is not supported", FSDP_VALUES[key][1])
-        if key not in FSDP_VALUES and key not in FSDP_KEYS:
-            raise _fsdp_error(f"unknown or unsupported key {name}", f"known keys: {', '.join(FSDP_KEYS)}")
+        if (key, str(value)) != ("version", "2") and key not in FSDP_KEYS:
+            raise _fsdp_error(f"unknown or unsupported setting {name}: {value}", f"known keys: {', '.join(FSDP_KEYS)}")
         settings[key] = value
     return settings
 
@@ -532,9 +516,7 @@ def build(train: Mapping[str, Any], output_dir: Path, *, is_started: bool) -> Tr
     """
     train = deepcopy(dict(train))  # HF writes into the settings of DeepSpeed
     if not is_started:
-        for name in OF_THE_MACHINE:
-            train.pop(name, None)
-        train["use_cpu"] = True
+        train = {name: value for name, value in train.items() if name not in OF_THE_MACHINE} | {"use_cpu": True}
     with nullcontext() if is_started else _environment_kept(), refused():
         if is_started:
             _prepare_processes(train)

@@ -82,10 +82,7 @@ class ForgettingCallback(TrainerCallback):
 
 
 def training_questions(recipe: Recipe) -> TrainingQuestions | None:
-    """Return the questions to ask during training, None if the recipe asks for none.
-
-    Raises UserError for missing data, and for a metric of the best checkpoint that no suite measures.
-    """
+    """Return the questions to ask during training, None if the recipe asks for none."""
     config = recipe.eval
     if config.suite_every is None:
         return None

@@ -254,10 +254,7 @@ def collator(
 
 
 def strict_collator(recipe: Recipe, base: Base, processor: Any) -> RecordCollator[Any]:
-    """Return a collator that raises the error of every record, for checks and counts.
-
-    Raises UserError if the recipe asks for the tokenizer's chat template and it has none.
-    """
+    """Return a collator that raises the error of every record, for checks and counts."""
     if not base.own_pictures and recipe.template == OWN:  # else the processor has the template
         try:
             own_template(split_processor(processor)[0])
@@ -293,11 +290,7 @@ def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) ->
 
 
 def check(collate: RecordCollator[Any], recipe: Recipe, data: RunData) -> None:
-    """Check the records with a `strict_collator`, before the weights of the base load.
-
-    Raises UserError if the model rejects records, if records are of kinds that do not fit into one batch, and if none
-    of the training or of the held-out records has an answer.
-    """
+    """Check the records with a `strict_collator`, before the weights of the base load."""
     for part, checked in (("train", data.train), ("eval", data.evaluation or ())):
         kinds: dict[Hashable, Record] = {}
         for record in checked:
@@ -460,10 +453,7 @@ def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
 
 
 def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, checkpoint: Path | None) -> Any:
-    """Return the loader of a stream; it continues at the position stored in `checkpoint`.
-
-    Raises UserError if the checkpoint has no position for this process.
-    """
+    """Return the loader of a stream; it continues at the position stored in `checkpoint`."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     with warnings.catch_warnings():

@@ -55,11 +55,7 @@ class Outlook:
 
 
 def show(settings: Settings) -> int:
-    """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory.
-
-    Raises UserError with everything that would stop the run. With --format json the plan goes to stderr and a JSON
-    summary to stdout.
-    """
+    """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory."""
     screen = Screen(sys.stdout if settings.request.format == "human" else sys.stderr)
     outlook = work_out(settings, screen)
     _show_next(outlook, settings.request, screen)
@@ -67,10 +63,7 @@ def show(settings: Settings) -> int:
 
 
 def outlook(recipe: Recipe, source: str, output_dir: Path) -> Outlook:
-    """Return what a new run of a recipe will do, and print nothing; errors name the recipe by `source`.
-
-    Raises UserError with everything that would stop the run.
-    """
+    """Return what a new run of a recipe will do, and print nothing; errors name the recipe by `source`."""
     request = Request(recipe=source, output_dir=str(output_dir))
     settings = Settings(request=request, recipe=recipe, is_set=frozenset(Recipe.model_fields), source=source)
     with settings.places():
@@ -95,6 +88,9 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     except UserError as error:
         problems += error.problems
         counts, num_records, num_rows = _assumed(screen, recipe, "cannot be used"), None, None
+    run, note = run.on_records(has_pictures=recipe.data.streaming or counts.has_pictures)
+    if note:
+        screen.say(note)
     with collected(problems):
         inherit.read_earlier_records(run.tasks, recipe, screen, are_used=run.reads_calibration)
     batching = Batching.of(recipe, num_rows or 1, num_devices(request))
@@ -191,8 +187,7 @@ def _show_data(screen: Screen, run: Run) -> tuple[Counts, int | None, int | None
         collate = None
     if collate is None:
         counts = _assumed(screen, recipe, f"{found}, not checked: the tokenizer of {recipe.model} is not here")
-        rows = None if number is None else max(round(number / counts.records), 1)
-        return counts, number, rows
+        return counts, number, None if number is None else max(round(number / counts.records), 1)
     data.check(collate, recipe, read)
     first = list(read.train[: value_of(recipe.train, "per_device_train_batch_size")])
     if recipe.data.bad_images != "raise":  # the run leaves out the others

@@ -36,11 +36,7 @@ WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf 
 
 
 def open_repository(train: Mapping[str, Any], folder: Path, token: str | None) -> None:
-    """Create the repository of --push_to_hub if it is missing, before the model loads.
-
-    Raises UserError if the run could not push: no network, no token, or a token without the right to write. The token
-    of --hub_token is put into HF_TOKEN of this process, so that no file contains it.
-    """
+    """Create the repository of --push_to_hub if it is missing, before the model loads."""
     if token:
         os.environ["HF_TOKEN"] = token
     if not train.get("push_to_hub") or os.environ.get("RANK", "0") != "0":

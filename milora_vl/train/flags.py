@@ -32,8 +32,9 @@ LLaVA's scripts run with only their program name changed; all TrainingArguments 
 ADAPTERS = tuple(name for name, method in RULE_METHODS.items() if "rank" in method.fields)
 METHODS = (*ADAPTERS, "full", "projector")
 ADAPTER_FIELDS = ("rank", "alpha", "rslora", "dropout", "sigma", "seed", "protect")
-# flag -> (type, other spellings, help)
-POLICY_FLAGS: dict[str, tuple[type, tuple[str, ...], str]] = {
+# flag -> (what converts its text, other spellings, help)
+Flags = dict[str, tuple[Callable[[str], Any], tuple[str, ...], str]]
+POLICY_FLAGS: Flags = {
     "method": (str, (), f"method of the adapter rules; drops their protect: {', '.join(METHODS)}"),
     "protect": (
         float,
@@ -46,7 +47,7 @@ POLICY_FLAGS: dict[str, tuple[type, tuple[str, ...], str]] = {
     "dropout": (float, ("lora_dropout",), "dropout of the adapter rules"),
     "mm_projector_lr": (float, (), "learning rate of the projector"),
 }
-RUN_FLAGS: dict[str, tuple[type, tuple[str, ...], str]] = {
+RUN_FLAGS: Flags = {
     "recipe": (str, ("config",), "a recipe by name (see --list-recipes), a YAML file, or a run folder"),
     "policy": (str, (), "rules as YAML text or a YAML file; replaces the recipe's"),
     "output_dir": (str, (), "run folder; default runs/MODEL/METHOD/TIME"),
@@ -123,12 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (convert, others, text) in POLICY_FLAGS.items():
         _add(group, (name, *others), convert, text, f"policy.{name}")
     group = parser.add_argument_group("the training (Hugging Face's most used)")
-    others = parser.add_argument_group("all other TrainingArguments of Hugging Face")
+    rest = parser.add_argument_group("all other TrainingArguments of Hugging Face")
     for name, argument in arguments.known().items():
         if name not in RUN_FLAGS:
             help_ = argparse.SUPPRESS if "deprecated" in argument.help.lower() else argument.help
-            convert = bool if argument.is_switch else list if argument.is_list else str
-            _add(group if name in EVERYDAY else others, (name,), convert, help_, f"hf.{name}")
+            kind = bool if argument.is_switch else list if argument.is_list else str
+            _add(group if name in EVERYDAY else rest, (name,), kind, help_, f"hf.{name}")
     group = parser.add_argument_group("LLaVA's other flags")
     for name, (convert, text) in llava_flags.FLAGS.items():
         _add(group, (name,), convert, text, f"llava.{name}")
@@ -154,7 +155,7 @@ def _add(group: Any, names: Sequence[str], convert: Callable[..., Any], text: st
         options |= {"type": _named(convert, "a whole number" if convert is int else "a number")}
     else:
         options |= {"type": convert}
-    metavar = {bool: "BOOL", int: "N", float: "X", cli_flags.positive: "N", cli_flags.above_zero: "X"}
+    metavar: dict[Any, str] = {bool: "BOOL", int: "N", float: "X", cli_flags.positive: "N", cli_flags.above_zero: "X"}
     group.add_argument(*(f"--{name}" for name in names), metavar=metavar.get(convert, "TEXT"), **options)
 
 
@@ -190,8 +191,8 @@ def parse(argv: Sequence[str] | None) -> Request:
     flags = {f"train.{arguments.RENAMED.get(name, name)}": f"--{name}" for name in sections["hf"]}
     names = {key: flag.name for key, flag, _ in flags_of()}
     for key, value in sections["recipe"].items():
-        *section, name = key.split(".")
-        inner = overrides.setdefault(section[0], {}) if section else overrides
+        section, _, name = key.rpartition(".")
+        inner = overrides.setdefault(section, {}) if section else overrides
         inner[name] = ALIASES.get(name, {}).get(value, value)
         if name == "attn_implementation" and value.startswith("{"):  # one per tower
             inner[name] = parse_yaml(value)

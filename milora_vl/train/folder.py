@@ -56,10 +56,7 @@ class RunFolder:
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:
-    """Return runs/MODEL/METHOD/TIME, such as `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`.
-
-    Raises UserError for a run with several processes: each would name a folder by its clock.
-    """
+    """Return runs/MODEL/METHOD/TIME, such as `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         message = "a run on several devices needs --output_dir"
         raise UserError(message, code="flag-required", where="--output_dir", hint="add:  --output_dir FOLDER")
@@ -70,10 +67,7 @@ def default_path(recipe: Recipe, now: datetime) -> Path:
 
 
 def choose(path: Path, resume: str | None) -> RunFolder:
-    """Return the folder of the run, for `--resume_from_checkpoint` (None, true, auto, or a folder).
-
-    Raises UserError, before anything is written, if a run would be overwritten or if there is nothing to resume.
-    """
+    """Return the folder of the run, for `--resume_from_checkpoint` (None, true, auto, or a folder)."""
     require_folder(path)
     wanted = checkpoints.asked_for(resume)
     if wanted is None:
@@ -161,10 +155,7 @@ class FirstFiles:
 
 @contextmanager
 def created(path: Path) -> Iterator[None]:
-    """Create the folder of a run, and lock it; empty folders of a run that has not begun go again.
-
-    Raises UserError if it cannot be created, or if another training runs in it.
-    """
+    """Create the folder of a run, and lock it; empty folders of a run that has not begun go again."""
     absent = [folder for folder in (path, *path.parents) if not folder.exists()]  # innermost first
     try:
         path.mkdir(parents=True, exist_ok=True)

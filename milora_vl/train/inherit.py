@@ -14,10 +14,10 @@ milora.json of a run lists all tasks in order, the run's own last. An entry hold
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import zip_longest
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,13 @@ from milora_vl.core.adapter.folders import (
 )
 from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
 from milora_vl.core.calibration.texts import SEED
-from milora_vl.core.policy import Policy, Rule, Target
+from milora_vl.core.policy import Rule, Target
 from milora_vl.core.policy.rules import METHODS
 from milora_vl.models.prompts import recipe_of_run
 from milora_vl.train.data import RunData, read_records, source_text
 from milora_vl.train.flags import PolicyEdits, edited
 from milora_vl.train.recipe import DataConfig, Recipe, SourceConfig
+from milora_vl.train.resume import differences
 from milora_vl.train.screen import Screen, protected_directions
 
 # The keys of a recipe that describe a model and its inputs. The keys of FIXED are parts of the adapter itself.
@@ -70,10 +71,7 @@ RATES = ("learning_rate", "weight_decay")
 
 
 def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
-    """Return the settings of the adapter in `folder`, as a recipe: of its run, or what its own files say.
-
-    Raises UserError if `folder` holds no adapter that `flag` takes.
-    """
+    """Return the settings of the adapter in `folder`, as a recipe: of its run, or what its own files say."""
     if flag == "--after" and (folder / "config.json").is_file() and not has_config(folder):
         raise UserError(
             f"{folder} holds a whole model, without an adapter",
@@ -161,39 +159,18 @@ def _rule_of(target: Target) -> dict[str, Any]:
 
 
 def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) -> list[Problem]:
-    """Return the settings of a recipe that contradict the adapter's `settings`; other rates do not."""
-    before = Recipe.parse(settings)
-    pairs = [(Key.of(name), getattr(before, name), getattr(recipe, name)) for name in FIXED if name in settings]
-    old, new = (_without_rates(rules.policy or []) for rules in (before, recipe))
-    if [rule["modules"] for rule in old] != [rule["modules"] for rule in new]:
-        pairs.append((Key.of("policy"), _modules(old), _modules(new)))
-    else:
-        for number, (rule, other) in enumerate(zip_longest(old, new)):
-            names = dict.fromkeys((*rule, *other))
-            if _scale(rule) == _scale(other):  # another rank changes alpha, too
-                names.pop("alpha", None)
-            pairs += [(Key(("policy", number, name)), rule.get(name), other.get(name)) for name in names]
-    found = [
-        Problem(f"the adapter {adapter} has {has}, got {got}", "adapter-other-settings", key)
-        for key, has, got in pairs
-        if has != got
-    ]
-    if found:
-        hint = f"remove the setting, or train on the merged model:\n{to_merge(Path(adapter))}"
-        found[0] = replace(found[0], hint=hint)
-    return found
-
-
-def _without_rates(rules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in rule.in_force().items() if k not in RATES} for rule in Policy.parse(list(rules)).rules]
-
-
-def _scale(rule: Mapping[str, Any]) -> float:
-    return float(rule.get("alpha") or rule.get("rank") or 1) / (rule.get("rank") or 1)
-
-
-def _modules(rules: Sequence[Mapping[str, Any]]) -> str:
-    return f"{len(rules)} rules" if len(rules) > 3 else f"rules for {', '.join(rule['modules'] for rule in rules)}"
+    """Return the problem of a recipe that contradicts the adapter's `settings`; other rates do not."""
+    found: dict[tuple[str | int, ...], str] = {}
+    for key, (has, got) in differences(Recipe.parse(settings), recipe).items():
+        parts = tuple(int(part) if part.isdigit() else part for part in re.findall(r"\w+", key))
+        if parts[0] in ("policy", *FIXED) and parts[0] in settings and parts[-1] not in RATES:
+            found[parts] = f"  {key}: it has {has}, got {got}"
+    if not found:
+        return []
+    lines, hint = "\n".join(found.values()), "remove the setting, or train on the merged model:"
+    message = f"contradicts the adapter {adapter}:\n{lines}"
+    where = Key(next(iter(found)))
+    return [Problem(message, "adapter-other-settings", where, f"{hint}\n{to_merge(Path(adapter))}")]
 
 
 def to_merge(adapter: Path) -> str:

@@ -36,30 +36,15 @@ FLAGS: dict[str, tuple[type, str]] = {
     "mpt_attn_impl": (str, "no effect: MPT models are not supported"),
     "cache_dir": (str, "no effect; set HF_HOME"),
 }
-# Values of LLaVA-1.5's scripts that are accepted.
-ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "lazy_preprocess": (True, False),
-    "is_multimodal": (True, False),
-    "mm_use_im_start_end": (False,),
-    "mm_use_im_patch_token": (False,),
-    "freeze_mm_mlp_adapter": (False,),
-    "freeze_backbone": (False, True),
-    "tune_mm_mlp_adapter": (False, True),
-    "lora_enable": (False, True),
-    "lora_bias": ("none",),
-    "bits": (16, 8, 4),
-    "mpt_attn_impl": ("triton",),
-    "mm_patch_merge_type": ("flat",),
-    "mm_projector_type": ("mlp2x_gelu",),
+# The one value of LLaVA-1.5's scripts that is accepted, and why no other is.
+ONLY: dict[str, tuple[Any, str]] = {
+    "mm_use_im_start_end": (False, "LLaVA-1.5 has no start and end tokens around images"),
+    "mm_use_im_patch_token": (False, "LLaVA-1.5 has no patch token"),
+    "lora_bias": ("none", "biases stay frozen"),
+    "mm_projector_type": ("mlp2x_gelu", "Hugging Face's LLaVA has a projector of two layers"),
+    "mm_patch_merge_type": ("flat", "as in LLaVA-1.5; for the others use a llava-hf/llava-v1.6-* model"),
 }
-REFUSED: dict[str, str] = {
-    "mm_use_im_start_end": "only False is supported: LLaVA-1.5 has no start and end tokens around images",
-    "mm_use_im_patch_token": "only False is supported: LLaVA-1.5 has no patch token",
-    "lora_bias": "only none is supported",
-    "mm_projector_type": "only mlp2x_gelu is supported: Hugging Face's LLaVA has a projector of two layers",
-    "mm_patch_merge_type": "only flat is supported, as in LLaVA-1.5; for the others use a llava-hf/llava-v1.6-* model",
-}
-WITHOUT_EFFECT = ("cache_dir", "mpt_attn_impl")
+WITHOUT_EFFECT = ("cache_dir",)
 # LLaVA's flag -> field of the recipe's `parts`.
 PARTS = {
     "vision_tower": "vision_tower",
@@ -82,13 +67,11 @@ class Meaning:
 
 
 def meaning(flags: Mapping[str, Any], *, rank: int | None, alpha: float | None, dropout: float | None) -> Meaning:
-    """Return rules, quantisation and a line that explains them; no rules if the flags do not choose what trains.
-
-    Raises UserError for an unsupported flag or value.
-    """
+    """Return rules, quantisation and a line that explains them; no rules if the flags do not choose what trains."""
     for name, value in flags.items():
-        if name in REFUSED and value not in ACCEPTED.get(name, ()):
-            raise UserError(f"got {value}; {REFUSED[name]}", code="flag-unsupported", where=f"--{name}")
+        only, why = ONLY.get(name, (value, ""))
+        if value != only:
+            raise UserError(f"got {value}; only {only} is supported: {why}", code="flag-unsupported", where=f"--{name}")
     bits = flags.get("bits", 16)
     if bits not in (4, 8, 16):
         raise UserError(f"expected 16, 8 or 4, got {bits}", code="flag-value", where="--bits")
@@ -165,5 +148,5 @@ def _refuse_adapter_flags(flags: Mapping[str, Any], explanation: str, adapter: M
 
 
 def _warnings(flags: Mapping[str, Any]) -> list[str]:
-    unused = [f"--{name}" for name in WITHOUT_EFFECT if name in flags and flags[name] not in ACCEPTED.get(name, ())]
+    unused = [f"--{name}" for name in WITHOUT_EFFECT if name in flags]
     return [f"no effect: {' '.join(unused)}"] if unused else []

@@ -69,9 +69,9 @@ def located(problems: Sequence[Problem], request: Request, source: str, recipe: 
             return request.flags[dotted]
         if source:
             return f"{dotted} in {source}"
-        names = {key: flag.name for key, flag, _ in flags_of()}
+        flag_of = {name: flag.name for name, flag, _ in flags_of()}
         is_argument = dotted.startswith("train.") and last in arguments.known()
-        return f"--{last}" if is_argument else f"--{names[dotted]}" if dotted in names else dotted
+        return f"--{last}" if is_argument else f"--{flag_of[dotted]}" if dotted in flag_of else dotted
 
     placed = [replace(p, where=place(p.where)) if isinstance(p.where, Key) else p for p in problems]
     return list({(p.where, p.message): p for p in reversed(placed)}.values())[::-1]
@@ -136,8 +136,8 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
     for layer in layers:
         for name, value in layer.items():
             below = content.get(name)
-            both = isinstance(value, Mapping) and isinstance(below, Mapping)
-            content[name] = _merged(below, value) if both else value
+            is_merged = isinstance(value, Mapping) and isinstance(below, Mapping)
+            content[name] = _merged(dict(below or {}), value) if is_merged else value
     return content
 
 

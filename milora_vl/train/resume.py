@@ -83,14 +83,15 @@ def read_earlier(
     before, environment = load(folder / "recipe.yaml"), checkpoints.read_environment(folder)
     recipe = recipe_on(before.model)
     # `warnings` compares the processes of a sharded checkpoint.
-    counts_itself = run.checkpoint is None or is_sharded(run.checkpoint)
-    wrote = processes if counts_itself else num_processes(run.checkpoint)
+    checkpoint = run.checkpoint
+    wrote = processes if checkpoint is None or is_sharded(checkpoint) else num_processes(checkpoint)
     changes = differences(before, recipe)
     if (old := environment.get("dtype", dtype)) != dtype:
         changes["dtype"] = (old, dtype)
     batches = [_batch(side, count) for side, count in ((before, wrote), (recipe, processes))]
     if prod(batches[0]) != prod(batches[1]) or (recipe.data.streaming and wrote != processes):
-        changes["batch in total"] = tuple(f"{prod(batch)} ({' x '.join(map(str, batch))})" for batch in batches)
+        old, new = (f"{prod(batch)} ({' x '.join(map(str, batch))})" for batch in batches)
+        changes["batch in total"] = old, new
     refused = {key: values for key, values in changes.items() if not is_free(key, recipe)}
     if refused:
         lines = "\n".join(
@@ -221,12 +222,7 @@ def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
 
 
 def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
-    """Return warnings about differences from an uninterrupted run.
-
-    Raises UserError if the optimizer state cannot be restored: HF's Trainer would silently use a new optimizer, and
-    DeepSpeed needs as many processes as wrote its shards. `stage` is the ZeRO stage, 0 without DeepSpeed; 1 counts as
-    2.
-    """
+    """Return warnings about differences from an uninterrupted run."""
     stage = 2 if stage == 1 else stage
     wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
     old, new = (f"with ZeRO-{one}" if one else "without DeepSpeed" for one in (before, stage))

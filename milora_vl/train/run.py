@@ -25,7 +25,6 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import TrainingQuestions
 from milora_vl.core.adapter import checkpoints
 from milora_vl.core.adapter.earlier import joined_rank, read_earlier
-from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.weights.distributed import gather
 from milora_vl.models import loading
 from milora_vl.train import arguments, calibration, data, finish, inherit, model, resume
@@ -54,6 +53,7 @@ def train(settings: Settings) -> int:
     show_notes(run, screen)
     with created(run.folder.path) if run.args.should_save else nullcontext():
         records = read_records(run, screen)
+        run = freeze_unseen_projector(run, records, screen)
         run, earlier = read_earlier_tasks(run, screen)
         run = compose_base(run, screen)
         questions = training_questions(run.recipe)
@@ -109,6 +109,14 @@ def read_records(run: Run, screen: Screen) -> RunData:
     return records
 
 
+def freeze_unseen_projector(run: Run, records: RunData, screen: Screen) -> Run:
+    is_stream = run.recipe.data.streaming  # its first records say nothing about all
+    run, note = run.on_records(has_pictures=is_stream or any(record.images for record in records.train))
+    if note:
+        screen.say(note)
+    return run
+
+
 def read_earlier_tasks(run: Run, screen: Screen) -> tuple[Run, EarlierRecords]:
     """Read the records of the runs that this one comes after; the run then names their places."""
     earlier = inherit.read_earlier_records(run.tasks, run.recipe, screen, are_used=run.reads_calibration)
@@ -156,7 +164,8 @@ class Rows:
 
 def order_rows(run: Run, records: RunData, processor: Any, screen: Screen) -> Rows:
     """Pack or order the records, and count the steps. Raises UserError where a resumed run had other steps."""
-    recipe, rows = run.recipe, records.train
+    recipe = run.recipe
+    rows: Any = records.train
     lengths = data.lengths(recipe, data.collator(recipe, run.base, processor), records.train)
     number: int | None = len(records.train)
     if recipe.data.packing:
@@ -272,7 +281,7 @@ def collect_first_files(run: Run, records: RunData, built: Built, screen: Screen
         "seconds_before_training": round(time.monotonic() - start, 1),  # of these: loading, calibration
         "seed": run.args.seed,
         "model": recipe.model,
-        "base": str(base_model_of(built.model).config.name_or_path) or recipe.model,  # as adapters record it
+        "base": str(built.model.config.name_or_path) or recipe.model,  # as adapters record it
         "data": records.counts(),
         "records": records.fingerprint,
         "pictures": records.pictures,

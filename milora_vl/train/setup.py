@@ -89,6 +89,17 @@ class Run:
     def reads_calibration(self) -> bool:
         return self.protects or bool(self.base_kl.weight)
 
+    def on_records(self, *, has_pictures: bool) -> tuple[Run, str]:
+        """Return the run on records with or without pictures, and a note.
+
+        Without pictures no calibration reaches a protected projector. It stays frozen: text does not train it.
+        """
+        kept = tuple(target for target in self.targets if target.tower != "projector" or not target.protect)
+        is_needed = self.recipe.adapter is None and self.recipe.calibration.data is None
+        if has_pictures or not is_needed or len(kept) in (0, len(self.targets)):
+            return self, ""
+        return replace(self, targets=kept), "note: no training record has a picture, so the projector stays frozen"
+
     def composed(self) -> tuple[Run, str]:
         """Return the run on a base that exists, composed of its parts at first use, and a log line.
 
@@ -105,10 +116,7 @@ class Run:
 
 
 def make_run(settings: Settings, *, is_started: bool) -> Run:
-    """Check everything that can be checked without data and weights. A plan (not `is_started`) starts no process.
-
-    Raises UserError with all problems of the recipe and its model, or with the first other mistake.
-    """
+    """Check everything that can be checked without data and weights. A plan (not `is_started`) starts no process."""
     request, started = settings.request, datetime.now().astimezone()
     recipe, base, targets, warnings = fit(settings)
     recipe, token = _without_token(with_dtype(recipe, request))
@@ -174,10 +182,7 @@ def with_dtype(recipe: Recipe, request: Request) -> Recipe:
 
 
 def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
-    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings.
-
-    Raises UserError with all problems of both.
-    """
+    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings."""
     recipe, problems, targets, notes = settings.recipe, list[Problem](), list[Target](), list[str]()
     with at_flag(Key.of("model")):
         base = _base_of_run(recipe)
@@ -256,7 +261,7 @@ def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list
 def base_kl_of(recipe: Recipe, base: Base, targets: Sequence[Target]) -> BaseKLConfig:
     """Return `base_kl` with its weight; if none is set, the default keeps what the base says about pictures, too.
 
-    A term of the loss reaches the five percent of the inputs that protection does not (docs/studies/default.md).
+    A term of the loss reaches the five percent of the inputs that protection does not (docs/results.md).
     """
     if recipe.base_kl.weight is not None:
         return recipe.base_kl

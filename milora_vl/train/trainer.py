@@ -27,9 +27,9 @@ from milora_vl.common.compat.trainer import CheckpointTrainer, enable_fsdp_on_cp
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import STATE, step_of
 from milora_vl.core.adapter.earlier import APART_FILE
-from milora_vl.core.adapter.folders import PROJECTOR_FILES
+from milora_vl.core.adapter.folders import ANCHORS_FILE, PROJECTOR_FILES
 from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME
+from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.interop.trainer import RatesOfRules
 from milora_vl.models.losses import add_chunked_loss, summed_loss, supervised_positions

@@ -23,10 +23,6 @@ TASKS = {
     "smollm2-groups": ("smollm2", "NamedGroups"),
     "smollm2-hues": ("smollm2", "NamedHues"),
     "minilm": ("sentences", "SentenceTopics"),
-    "lite0": ("pictures", "TurnedEmoji"),
-    "digits-cnn": ("digits", "DigitsCnn"),
-    "digits-rnn": ("digits", "DigitsRnn"),
-    "digits-vit": ("digits", "DigitsVit"),
 }
 
 
@@ -36,7 +32,6 @@ def task_class(name: str) -> type[Task]:
         near = suggest(name, TASKS)
         raise UserError(
             f"unknown task {name!r}",
-            code="study-unknown-task",
             hint=f"did you mean {near[0]}?" if near else f"known tasks: {', '.join(TASKS)}",
         )
     module, class_name = TASKS[name]
@@ -46,18 +41,18 @@ def task_class(name: str) -> type[Task]:
 
 def require_task(name: str) -> None:
     """Raise UserError for an unknown name, a missing package or missing data."""
-    module = task_class(name).__module__.rpartition(".")[2]
-    if module in ("pictures", "digits") and find_spec("sklearn") is None:
+    task_class(name)
+    folder = {"smol-llava": EMOJI, "easy-vqa": EASY_VQA}.get(name)
+    if folder is None:
+        return
+    if find_spec("sklearn") is None:
         raise UserError(
             f"task {name} needs the pictures of scikit-learn, which is not installed",
-            code="package-missing",
             hint="pip install -e '.[studies]'",
         )
-    folder = {"smol-llava": EMOJI, "easy-vqa": EASY_VQA}.get(name)
-    if folder and not (folder / "train.json").is_file():
+    if not (folder / "train.json").is_file():
         raise UserError(
             f"no file {folder / 'train.json'}",
-            code="data-missing-file",
             hint=f"create it:  python -m milora_data {folder.name} --output_dir {folder}",
         )
 

@@ -21,9 +21,8 @@ from milora_data.encode.labels import IGNORE
 from milora_data.records.record import Record
 from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.calibration.texts import COUNT, LENGTH, SEED, sampled_rows
-from milora_vl.forgetting import general_text
 from milora_vl.forgetting.measure import Forgetting, ProbeBatch, logits_of, summary, token_sums
-from milora_vl.forgetting.text import ends_of, padded_batches, text_batches
+from milora_vl.forgetting.text import ends_of, general_text, padded_batches, text_batches
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from milora_vl.train.calibration import shares_probe_text
 from studies.task import Measured
@@ -98,12 +97,6 @@ class AnswerTask:
         with _autocast(model):
             logits: Tensor = model(**inputs).logits
         return logits
-
-    def answer_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the logits (n, vocabulary) in float32 at the answer tokens of a batch, and these tokens (n,)."""
-        logits, labels = self._at_answers(model, batch)
-        supervised = labels != IGNORE
-        return logits[supervised].float(), labels[supervised]
 
     @staticmethod
     def _at_answers(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.core.calibration.bases import Calibration, sources_of
-from milora_vl.forgetting import answer_batches, drawn_questions
+from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.devices import fastest_dtype
 from milora_vl.models.generate import Prompt, generate
@@ -63,13 +64,11 @@ class PictureQuestions(AnswerTask):
             }
         super().__init__(base, collator, train, validation, test[:: self.test_every], probes)
         self.processor = processor
-        self._captions: dict[int, list[Mapping[str, Tensor]]] = {}  # by the number of pictures
 
-    def _described(self, count: int) -> list[Mapping[str, Tensor]]:
-        """Return `count` pictures of the training set with captions that the base model writes."""
-        if count in self._captions:
-            return self._captions[count]
-        chosen = with_pictures(self.train, count)
+    @cached_property
+    def _described(self) -> list[Mapping[str, Tensor]]:
+        """Pictures of the training set with captions that the base model writes."""
+        chosen = with_pictures(self.train, CALIBRATION_PICTURES)
         asks = Turn("user", f"{IMAGE}\n{QUESTION}")
         prompts = [Prompt((asks,), tuple(self.folder / "images" / name for name in record.images)) for record in chosen]
         captions = generate(self.base, self.processor, prompts, max_new_tokens=CAPTION_TOKENS)
@@ -78,15 +77,13 @@ class PictureQuestions(AnswerTask):
             for record, caption in zip(chosen, captions, strict=True)
         ]
         batches = (self.collator(records[start : start + ROWS]) for start in range(0, len(records), ROWS))
-        found: list[Mapping[str, Tensor]] = []
-        found += ({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
-        return self._captions.setdefault(count, found)
+        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
 
-    def calibration(self, pictures: int = CALIBRATION_PICTURES) -> Calibration:
+    def calibration(self) -> Calibration:
         """Return texts and captions of training pictures, both written by the base model itself."""
         if self.calibrated is not None:
             return self.calibrated
-        return [*chain(*sources_of(super().calibration())), *self._described(pictures)]
+        return [*chain(*sources_of(super().calibration())), *self._described]
 
 
 def _in_one_word(record: Record) -> Record:

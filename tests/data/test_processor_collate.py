@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,7 +20,6 @@ from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.encode.chat_template_mask import VIDEO_MARK, parts_of
 from milora_data.pictures.files import ImageError, StoredPicture
 from milora_data.records.record import ROLES, Record, Turn, parse_record
-from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
 from milora_vl.models.losses import add_chunked_loss, summed_loss
 from support.problems import raises_code
@@ -165,26 +163,6 @@ def test_lengths_need_no_pixels_and_are_exact(name: str, make: Any) -> None:
     collator = make(name)
     for value in [value for value in mixed_records() if len(value.get("image", [])) < 2]:
         assert collator.num_tokens(parse_record(value)) == collator([value])["input_ids"].shape[1]
-
-
-def test_every_form_of_record_gives_the_same_batch(make: Any, pictures: Path, tmp_path: Path) -> None:
-    parts = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "What is it?"}]
-    urls = [{"type": "image_url", "image_url": {"url": "0.png"}}, {"type": "text", "text": "What is it?"}]
-    answer = {"role": "assistant", "content": "A cat."}
-    forms = [
-        {"messages": [{"role": "user", "content": parts}, answer]},
-        {"messages": [{"role": "user", "content": urls}, answer]},
-        {"messages": [{"role": "user", "content": "What is it?"}, answer], "images": ["0.png"]},
-        {"messages": [{"role": "user", "content": [{"type": "image"}, parts[1]]}, answer], "images": ["0.png"]},
-        {"prompt": "What is it?", "completion": "A cat.", "images": ["0.png"]},
-        {"prompt": [{"role": "user", "content": parts}], "completion": [answer]},
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(forms))
-    collator = make()
-    expected = collator([QUESTION])
-    for form in load_records(tmp_path / "data.json"):
-        batch = collator([form])
-        assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
 # What a family supervises of an answer: its template strips some answers, or writes a blank before them.

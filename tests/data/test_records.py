@@ -45,7 +45,14 @@ def test_messages_under_conversations_and_ms_swifts_form_are_read() -> None:
     said = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yes."}]
     marked = [said[0] | {"content": "<image>\nHi?"}, said[1]]
     swift = {"query": "Hi?", "response": "Yes.", "images": ["a.jpg"]}
-    forms = [{"image": "a.jpg", "conversations": said}, {"images": ["a.jpg"], "conversations": marked}]
+    forms: list[dict[str, Any]] = [
+        {"image": "a.jpg", "conversations": said},
+        {"images": ["a.jpg"], "conversations": marked},
+    ]
+    parts = [{"type": "image_url", "image_url": {"url": "a.jpg"}}, {"type": "text", "text": "Hi?"}]
+    forms += [{"messages": [{"role": "user", "content": parts}, said[1]]}]
+    forms += [{"prompt": "Hi?", "completion": "Yes.", "images": ["a.jpg"]}]
+    forms += [{"prompt": [{"role": "user", "content": parts}], "completion": said[1:]}]
     for value in (*forms, swift, swift | {"query": "<image>\nHi?", "history": []}):
         record = parse_record(value)
         assert (record.turns, record.images) == (turns, ("a.jpg",))

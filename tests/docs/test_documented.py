@@ -1,55 +1,52 @@
-"""Every command and snippet of README.md, CONTRIBUTING.md and docs/ runs, with small models in place of large ones."""
+"""Every command and every block of Python in README.md, CONTRIBUTING.md and docs/ runs, with tiny models."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shutil
-from collections.abc import Callable
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from milora_vl.models import generate, smol_llava
 from milora_vl.models.tiny import tiny_llama
+from milora_vl.train.recipe import Recipe
 from support import documented_files
-from support.documented import PAGES, ROOT, SHELLS, Block, Command, blocks, commands, is_command, name_of, new_side
-from support.documented_run import (
-    LAUNCHER,
+from support.documented import (
+    PAGES,
+    ROOT,
+    Block,
+    blocks,
+    blocks_of,
+    commands,
     flags_of,
-    in_one,
-    in_two,
-    launch_of,
+    is_run,
+    name_of,
+    named_in_prose,
     run_here,
-    run_outside,
-    run_together,
-    substituted,
+    smaller,
 )
-from support.documented_tables import (
-    ALTERNATIVES,
-    CHANGES,
-    EXCEPTIONS,
-    FILES,
-    NO_CODE,
-    PAGES_PRESUME,
-    SLOW,
-)
-from support.llava_parts import small_vicuna_and_clip
 
-NAMES = [name_of(page) for page in PAGES]
-ALL = [command for page in NAMES for command in commands(page)]
-TYPED = "What is this?\n/quit\n"
-
-
-def row_of(table: dict[str, str], text: str) -> str | None:
-    """Return the reason in the first row of a table that matches a command."""
-    return next((reason for pattern, reason in table.items() if re.match(pattern, text)), None)
-
-
-def is_slow(command: Command) -> bool:
-    return launch_of(command.text) is not None or row_of(SLOW, command.text) is not None
+# Page -> what its reader already has: names in PRESUMED of tests/support/documented_files.py.
+PRESUMES: dict[str, tuple[str, ...]] = {
+    "docs/choose.md": ("runs/mine",),
+    "docs/compare.md": ("runs/demo", "runs/full"),
+    "docs/evaluate.md": ("runs/a", "runs/demo"),
+    "docs/export.md": ("runs/a", "runs/b", "vicuna-clip", "llava-v1.5-7b-lora"),
+    "docs/next-task.md": ("runs/a",),
+    "docs/reproduce.md": ("checkpoints/llava-v1.5-7b-lora",),
+    "docs/train.md": ("runs/a",),
+}
+ALTERNATIVES = ("docs/gpus.md",)  # its trainings have one output folder, which is removed before each of them
+# Languages of blocks; a block of another one would be neither run nor checked.
+LANGUAGES = {"bash", "python", "py", "diff", "yaml", "json", "text", "bibtex", ""}
+of_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 @pytest.fixture(scope="session")
@@ -85,98 +82,41 @@ def place(
     monkeypatch.setenv("MILORA_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
     return folder
 
 
-def written(block: Block) -> Command | None:
-    """Write a block that is a file, and return the command that reads it; None for other blocks."""
-    first = block.text.splitlines()[0]
-    if (block.page, first) not in FILES:
-        return None
-    name, before, command = FILES[block.page, first]
-    Path(name).write_text(before + block.text, encoding="utf-8")
-    return Command(block.page, block.line, command)
-
-
-def run_page(page: str, run: Callable[[Command], None]) -> None:
-    """Run all commands of a page in order, then report every failure."""
-    documented_files.prepare(PAGES_PRESUME.get(page, ()))
-    ours = [command for command in commands(page) if row_of(EXCEPTIONS, command.text) is None]
-    ours += [found for block in blocks() if block.page == page and (found := written(block))]
+@pytest.mark.filterwarnings("ignore:too little calibration")  # the data of the pages is tiny
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_the_commands_of_a_page_run(page: Path, place: Path) -> None:
+    documented_files.prepare(PRESUMES.get(name_of(page), ()))
     failed = []
-    for command in sorted(ours, key=lambda command: command.line):
-        if page in ALTERNATIVES:
+    for command in filter(is_run, commands(page)):
+        if name_of(page) in ALTERNATIVES:
             shutil.rmtree("runs", ignore_errors=True)
         try:
-            run(command)
+            text = smaller(command)
+            if text.startswith("make "):
+                subprocess.run(text.split(), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            else:
+                run_here(text)
         except AssertionError as error:
-            failed.append(f"{command}\nran as: {substituted(command.text)}\n{error}")
+            failed.append(f"{command}\nran as: {error}")
     assert not failed, "\n\n".join(failed)
 
 
-def here(command: Command) -> None:
-    text = substituted(command.text)
-    if text.startswith("make "):
-        run_outside(text, ROOT)
-    else:
-        run_here(in_one(text) if launch_of(text) else text, TYPED)
-
-
-def repeats(command: Command, seen: set[str]) -> bool:
-    """Return whether earlier trainings of the paper's page have shown this recipe and this method.
-
-    `-m slow` runs them all, and tests/docs/test_reproduce.py resolves the flags of each to the layers that it trains.
-    """
-    recipe = re.search(r"milora_vl\.train --recipe (\S+)", command.text)
-    if command.page != "docs/reproduce.md" or recipe is None:
-        return False
-    method = re.search(r"--method \S+", command.text)
-    shown = {recipe[1], method[0] if method else "--method milora"}
-    is_repeated = shown <= seen
-    seen |= shown
-    return is_repeated
-
-
-@pytest.mark.filterwarnings("ignore:too little calibration")  # the data of the pages is tiny
-@pytest.mark.parametrize("page", [name for name in NAMES if commands(name)])
-def test_the_commands_of_a_page_run(page: str, place: Path) -> None:
-    seen: set[str] = set()
-    run_page(page, lambda command: None if row_of(SLOW, command.text) or repeats(command, seen) else here(command))
-
-
-@pytest.mark.parametrize("page", [name for name in NAMES if commands(name)])
-def test_the_flags_of_a_page_exist(page: str) -> None:
-    """The commands themselves run in CI (tests/support/thorough.py)."""
-    for command in commands(page):
-        text = LAUNCHER.sub("python -m ", re.split(r" \S+\.(?:py|sh)\b", command.text)[0])  # then flags of the script
-        if re.match(r"(python3? -m )?milora[_ ]", text) and not row_of(EXCEPTIONS, text):
-            named = {word.partition("=")[0].replace("-", "_") for word in text.split() if re.match(r"--\w", word)}
-            known = {flag.replace("-", "_") for flag in flags_of(substituted(text))}
-            assert named - {"__help"} <= known, str(command)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [name for name in NAMES if any(map(is_slow, commands(name)))])
-def test_slow_and_launched_commands_of_a_page_run_as_typed(page: str, place: Path) -> None:
-    """The first command of each launcher starts two processes, and so does FSDP2; the others run in one."""
-    launched = set()
-
-    def run(command: Command) -> None:
-        text = substituted(command.text)
-        how = launch_of(text)
-        if not is_slow(command) or (how in launched and " --fsdp" not in text):
-            here(command)
-        elif how:
-            launched.add(how)
-            run_together(in_two(text), place)
-        else:
-            run_outside(text, place)
-
-    small_vicuna_and_clip(place)
-    (place / "benchmarks").symlink_to(ROOT / "benchmarks")
-    shutil.copytree(ROOT / "docs" / "studies", place / "docs" / "studies")
-    run_page(page, run)
+@of_page
+def test_flags_extras_and_files_that_a_page_names_exist(page: Path) -> None:
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    for command in (*commands(page), *named_in_prose(page)):
+        for names in re.findall(r"pip install .*(?:\.|milora-vl)\[([\w,]+)\]", command):
+            assert [name for name in names.split(",") if not re.search(rf"^{name} = ", extras, re.MULTILINE)] == []
+        for path in re.findall(r"(?:benchmarks|examples|tests)/\S+\.py", command):
+            assert (ROOT / path).is_file(), command
+        text = re.split(r" \S+\.(?:py|sh)\b", smaller(command))[0]  # then flags of the script
+        if re.match(r"(python3? -m )?milora(_(vl|data|eval)[. ](?!lm_eval)| )", text):
+            named = {word.partition("=")[0].strip("[]").replace("-", "_") for word in text.split() if "--" in word[:3]}
+            known = {flag.replace("-", "_") for flag in flags_of(text)}
+            assert named - {"__help", "__"} <= known, command
 
 
 @pytest.fixture
@@ -187,25 +127,9 @@ def small_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_language_model")
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
-def test_a_snippet_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_of_python_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
-
-
-def change_of(block: Block) -> tuple[str, tuple[tuple[str, str], ...]] | None:
-    found = [value for (page, first), value in CHANGES.items() if page == block.page and block.text.startswith(first)]
-    return found[0] if found else None
-
-
-@pytest.mark.parametrize("block", [block for block in blocks("diff") if change_of(block)], ids=str)
-def test_a_script_with_the_shown_change_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    before, replaced = change_of(block) or ("", ())
-    text = new_side(block.text)
-    for large, small in replaced:
-        assert large in text
-        text = text.replace(large, small)
-    exec(compile(before + re.sub("^  ", "", text), str(block), "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.parametrize("block", blocks("py"), ids=str)
@@ -218,18 +142,18 @@ def test_a_script_for_other_programs_compiles_and_its_imports_of_ours_exist(bloc
         assert [name.name for name in node.names if not hasattr(module, name.name)] == []
 
 
-def test_every_block_is_run_or_has_a_reason() -> None:
-    fences = sum(page.read_text(encoding="utf-8").count("```") for page in PAGES)
-    assert fences == 2 * len(blocks()), "a fence that does not start its line"
-    for block in blocks():
-        first = block.text.splitlines()[0]
-        run = block.language in (*SHELLS, "python") or (block.page, first) in FILES
-        run |= block.language == "diff" and (change_of(block) is not None or any(map(is_command, first_words(block))))
-        assert run or (block.page, block.language) in NO_CODE, f"{block} does not run and has no reason in NO_CODE"
+@pytest.mark.parametrize("block", blocks("yaml"), ids=str)
+def test_a_block_of_yaml_is_a_part_of_a_recipe(block: Block) -> None:
+    Recipe.parse({"model": "tiny", "data": {"path": "train.json"}} | yaml.safe_load(block.text))
 
 
-def first_words(block: Block) -> list[str]:
-    return new_side(block.text).splitlines()
+@of_page
+def test_every_fence_starts_a_line_and_has_a_language_that_is_checked(page: Path) -> None:
+    found = blocks_of(page)
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(found)
+    assert {block.language for block in found} <= LANGUAGES
+    for block in found:
+        assert block.language != "json" or json.loads(block.text)
 
 
 def test_the_reference_uses_every_public_call_in_an_example() -> None:
@@ -240,26 +164,3 @@ def test_the_reference_uses_every_public_call_in_an_example() -> None:
     examples = "".join(block.text for block in blocks("python") if block.page == "docs/api.md")
     uses = {name: len(re.findall(rf"\b{name}\b", examples)) for name in names}
     assert [name for name, count in uses.items() if count < 2] == []  # the import, and a use
-
-
-def test_no_command_that_runs_loads_a_model_of_the_hub() -> None:
-    """A missing substitution would download gigabytes where there is a network."""
-    from milora_vl.models.names import BUILT_IN_MODELS, NAMED_MODELS, PART_OF, SAME_WEIGHTS
-
-    hub = {*NAMED_MODELS, *NAMED_MODELS.values(), *PART_OF, *SAME_WEIGHTS} - {*BUILT_IN_MODELS}
-    run = [substituted(command.text) for command in ALL if row_of(EXCEPTIONS, command.text) is None]
-    assert [text for text in run if "--dry-run" not in text and hub & set(text.split())] == []
-
-
-@pytest.mark.parametrize("command", [c for c in ALL if row_of(EXCEPTIONS, c.text)], ids=str)
-def test_exceptions_are_checked_as_far_as_possible(command: Command) -> None:
-    """Flags of our own programs, extras named to pip, and files exist."""
-    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
-    for names in re.findall(r"pip install .*(?:\.|milora-vl)\[([\w,]+)\]", command.text):
-        assert [name for name in names.split(",") if not re.search(rf"^{name} = ", extras, re.MULTILINE)] == []
-    for path in re.findall(r"(?:benchmarks|tests)/\S+\.py", command.text):
-        text = (ROOT / path).read_text(encoding="utf-8")
-        flags = re.findall(r"--\w+", command.text.partition(" -- ")[0]) if path.startswith("benchmarks") else ()
-        assert [flag for flag in flags if f'"{flag}"' not in text] == []
-    if command.text.startswith("python -m milora_"):
-        assert {word for word in command.text.split() if word.startswith("--")} <= flags_of(command.text)

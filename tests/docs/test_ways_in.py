@@ -1,4 +1,4 @@
-"""The table of docs/integrations.md: what each way in trains by default, and how much of the inputs it protects."""
+"""The table of docs/trainers.md: what each way trains by default, and how much of the inputs it protects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -19,8 +18,9 @@ from milora_vl.models.tiny import tiny_llama
 from support.plans import fitted
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 LORA = LoraConfig(r=2, target_modules=["q_proj"])
+TEXTS = calibration_texts(tiny_llama()[0], count=8, length=16)
 
 
 def rows() -> dict[str, tuple[str, float]]:
@@ -58,10 +58,9 @@ def of_launcher(module: object) -> Target:
         return peft.get_peft_model(tiny_llama()[0], LORA).milora_targets[0]
 
 
-def of_reinit(base: Any) -> Target:
-    texts = calibration_texts(base)
-    target: Target = reinit_peft(peft.get_peft_model(base, LORA), calibration=texts).milora_targets[0]
-    return target
+def of_reinit() -> Target:
+    model, _ = tiny_llama()
+    return reinit_peft(peft.get_peft_model(model, LORA), calibration=TEXTS).milora_targets[0]
 
 
 def section(title: str) -> str:
@@ -73,12 +72,12 @@ def script(name: str) -> str:
 
 
 WAYS: dict[str, Callable[[], list[Target]]] = {
-    "`python -m milora_vl.train`": lambda: [of_command("--model llava-1.5-7b")],
+    "`milora train`": lambda: [of_command("--model llava-1.5-7b")],
     "`deepspeed --module milora_vl.train`": lambda: [of_command("--model llava-1.5-7b --lora_enable True")],
-    "`apply_milora(model, rules, calibration=...)`": lambda: [of_rule(section("The HF Trainer and TRL"))],
-    "`reinit_peft(model, calibration=...)`": lambda: [of_reinit(tiny_llama()[0])],
-    "`python -m milora_vl.interop.replace`": lambda: [of_launcher(replace)],
-    "`python -m milora_vl.interop.llava`": lambda: [of_launcher(llava)],
+    "`apply_milora(model, rules, calibration=...)`": lambda: [of_rule(section("HF Trainer and TRL"))],
+    "`reinit_peft(model, calibration=...)`": lambda: [of_reinit()],
+    "`milora replace`": lambda: [of_launcher(replace)],
+    "`milora llava`": lambda: [of_launcher(llava)],
     "`get_peft_model_replaced(...)`": lambda: [of_launcher(replace)],
     "`plugin.py`": lambda: [of_rule(section("ms-swift"))],
     "`examples/grpo_trl.py`, `distillation_trl.py`": lambda: [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from milora_vl.models.generate import Prompt, generate
 from milora_vl.models.processors import usable_inputs
 from support import family_table
 from support.any_family import tiny_family, tiny_model
-from support.family_table import COLUMNS, FAMILIES, PAGE, RESULTS, check, page
+from support.family_table import COLUMNS, FAMILIES, PAGE, RESULTS, check, rows_of
 from support.problems import raises_code
 from support.versions import needs_places
 from support.vlm_runs import write_pictures
@@ -37,7 +38,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_is_made_of_the_recorded_results() -> None:
-    assert PAGE.read_text() == page(RECORDED)
+    with PAGE.open(encoding="utf-8", newline="") as opened:
+        assert [tuple(row) for row in csv.reader(opened)] == rows_of(RECORDED)
     assert all(set(row) == set(COLUMNS) and all(row.values()) for row in RECORDED["families"].values())
 
 

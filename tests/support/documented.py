@@ -1,30 +1,76 @@
-"""What README.md, CONTRIBUTING.md and docs/ tell a reader to type: blocks of code, commands in them and in prose."""
+"""What README.md, CONTRIBUTING.md and docs/ tell a reader to type, and how a test runs it with tiny models."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
+import sys
+import traceback
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+
+import pytest
+
+from milora_vl.__main__ import MENU
+from milora_vl.common.errors import UserError
+from support.command_parsers import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/add-a-benchmark.md", "docs/add-a-method.md")
+WORKED = ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.relative_to(ROOT).as_posix() not in WORKED),
 ]
-SHELLS = ("bash", "sh", "shell", "console")
+TYPED = "What is this?\n/quit\n"  # into a program that asks
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"`([^`\n]+)`")
-# Code in a sentence or a diff is a command when it starts with one of these programs.
-_PROGRAM = re.compile(
-    r"(?:milora|make|pip|pre-commit|pytest) \S|(?:hf|vllm|swift|torchrun|accelerate|deepspeed) \S+ \S+ "
-    r"|(?:source|docker|git|curl|tensorboard|srun|sbatch|uv|conda) \S"
-    r"|(?:\S*/)?python3? \S|milora_(?:vl|data|eval)(?:\.\w+)* \S"
+_INLINE = re.compile(r"`((?:(?:python3? -m )?milora_(?:vl|data|eval)[.\w]*|milora) [^`\n]+)`")
+
+# What is too large for a test, and what replaces it, from top to bottom. Commands that plan or list run unchanged.
+PLANS = ("--dry-run", "--list-", "--print-recipe", "--plan")
+SMALLER: tuple[tuple[str, str], ...] = (
+    (r"^(torchrun|deepspeed|accelerate launch) .*?(-m|--module) (?=milora_)", "python -m "),
+    (r" --deepspeed \S+| --fsdp\b", ""),
+    # Models, the parts that they are made of, and a data set of the hub.
+    (r"llava-1\.5-(7|13)b|smol-llava(?=[ ,]|$)", "tiny"),
+    (r"Qwen/Qwen2\.5-VL-3B-Instruct|qwen2\.5-vl-3b", "qwen-vl"),
+    (r"llama-2-7b", "tiny-text"),
+    (r"--model smollm2", "--model instruct"),
+    (r"lmsys/vicuna-7b-v1\.5", "language"),
+    (r"openai/clip-vit-large-patch14-336", "tower"),
+    (r"timm/vit_small_patch16_224 --language FOLDER", "timm/test_vit --vision_weights random --language language"),
+    (r"hub:HuggingFaceH4/ultrafeedback_binarized:train_sft", "ultrafeedback.parquet"),
+    # Recipes: their models.
+    (r"(train --recipe milora-paper-llava-\S+ .*)", r"\1 --model language --vision_tower tower"),
+    (r"(train --recipe paper-.*)", r"\1 --model tiny-text --fp16 False"),
+    (r"(train --recipe (?:smol-llava-|mine\.yaml).*)", r"\1 --model tiny"),
+    # Sizes: the last flag of a name counts.
+    (r"(milora_vl\.train .*)", r"\1 --rank 2 --max_steps 2 --deepspeed= --dataloader_num_workers 0"),
+    (r"--hold_out 100", "--hold_out 2"),
+    (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
+    (r"--limit 1000", "--limit 8"),
+    (r"(milora_vl\.forgetting .*)", r"\1 --num_tokens 64"),
+    (r"^make ", "make -n "),
 )
+# Commands that no test here runs, and why. Flags of our own programs, extras named to pip and files are checked.
+NOT_RUN: dict[str, str] = {
+    r".*( \.\.\.|\[--|\bBASE\b)": "incomplete",
+    r"(python -m )?pip (install|uninstall|download)|source |pre-commit ": "changes an environment",
+    r"git clone |hf download ": "needs the network",
+    r"(transformers|vllm) serve |curl |python -m sglang|llama-server |ollama ": "a server, see tests/export",
+    r"python -m lmms_eval |python -m milora_eval\.lm_eval |swift sft ": "needs another package's environment",
+    r"python examples/\w+_trl\.py ": "trl is optional: tests/interop/test_trl.py runs these",
+    r"python -m milora_eval run --server ": "needs a server: tests/eval/test_eval_server.py starts one",
+    r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs: tests/sweep runs them",
+    r"python -m milora_data emoji ": "draws the whole set: tests/data/test_emoji.py does",
+    r"python -m studies .*--docs ": "writes into docs: tests/studies does",
+    r"python (benchmarks|tests/support)/|pytest ": "minutes each",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +86,6 @@ class Block:
         return f"{self.page}:{self.line}"
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command as the page has it, without comments and on one line."""
-
-    page: str
-    line: int
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.page}:{self.line}: {self.text}"
-
-
-@cache
-def blocks(*languages: str) -> list[Block]:
-    """Every fenced block in one of the languages (of none: in any), page by page."""
-    found = [block for page in PAGES for block in blocks_of(page)]
-    return [block for block in found if not languages or block.language in languages]
-
-
 def blocks_of(page: Path) -> list[Block]:
     """Every fenced block of one page."""
     content = page.read_text(encoding="utf-8")
@@ -69,45 +96,88 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 @cache
-def commands(page: str) -> list[Command]:
-    """Every command of a page in order: in shell blocks, on the new side of diffs, and in prose."""
-    found = []
-    for block in blocks(*SHELLS, "diff"):
-        if block.page == page:
-            lines = _joined(block.text if block.language != "diff" else new_side(block.text))
-            lines = [line for line in lines if block.language != "diff" or is_command(line)]
-            found += [Command(page, block.line, part.strip()) for line in lines for part in line.split("&&")]
-    if page != "docs/api.md":
-        content = _FENCE.sub(lambda match: "\n" * match[0].count("\n"), (ROOT / page).read_text(encoding="utf-8"))
-        for number, line in enumerate(content.splitlines(), start=1):
-            found += [Command(page, number, text) for text in _INLINE.findall(line) if is_command(text)]
-    return sorted(found, key=lambda command: command.line)
+def blocks(language: str) -> list[Block]:
+    """Every fenced block in one language, page by page."""
+    return [block for page in PAGES for block in blocks_of(page) if block.language == language]
 
 
-def is_command(text: str) -> bool:
-    """Whether code starts with a program, and not with what is Python or a name."""
-    return bool(_PROGRAM.match(text))
+def commands(page: Path) -> list[str]:
+    """The commands in the shell blocks of a page, each on one line and without comments."""
+    texts = [re.sub(r"\\\n\s*", "", block.text) for block in blocks_of(page) if block.language == "bash"]
+    lines = [re.sub(r"(^|\s+)#.*$", "", line) for text in texts for line in text.splitlines()]
+    return [as_module(part.strip()) for line in lines for part in line.split("&&") if part.strip()]
 
 
-def new_side(diff: str) -> str:
-    """The text after a change: its added and its unchanged lines."""
-    return "".join(line[2:] + "\n" for line in diff.splitlines() if line[:2] in ("+ ", "  "))
+def as_module(text: str) -> str:
+    """A command of the script `milora` as the module that it runs; other commands are unchanged."""
+    name = re.match(r"milora (\w+)", text)
+    if name is None or name[1] not in MENU.modules or name[1] == "demo":
+        return text
+    return f"python -m {MENU.modules[name[1]].removesuffix('.__main__')}{text[name.end() :]}"
+
+
+def named_in_prose(page: Path) -> list[str]:
+    """Commands of ours in the sentences and tables of a page."""
+    return _INLINE.findall(_FENCE.sub("", page.read_text(encoding="utf-8")))
 
 
 def name_of(page: Path) -> str:
-    """The path of a page in the repository."""
     return page.relative_to(ROOT).as_posix()
 
 
-def words(text: str) -> list[str]:
-    """The words of a shell line; redirections and `&&` are separate words."""
-    lexer = shlex.shlex(text, posix=True, punctuation_chars="&>|;")
-    lexer.whitespace_split = True
-    return list(lexer)
+def is_run(command: str) -> bool:
+    return not any(re.match(pattern, command) for pattern in NOT_RUN)
 
 
-def _joined(text: str) -> list[str]:
-    """Lines of a shell text, continued ones joined, without comments and empty ones."""
-    lines = re.sub(r"\\\n\s*", "", text).splitlines()
-    bare = [re.sub(r"(^|\s+)#.*$", "", line).strip() for line in lines]
-    return [line for line in bare if line]
+def smaller(command: str) -> str:
+    """Return the command as a test runs it, with tiny models and few steps."""
+    for pattern, small in () if any(flag in command for flag in PLANS) else SMALLER:
+        command = re.sub(pattern, small, command)
+    return command
+
+
+def words_of(command: str) -> tuple[str, list[str]]:
+    """Return the module that a command of ours runs, and its arguments."""
+    first, *rest = shlex.split(command)
+    if first.startswith("python"):
+        assert rest[0] == "-m", f"no program of ours: {command}"
+        first, rest = rest[1], rest[2:]
+    return ("milora_vl" if first == "milora" else first), rest
+
+
+def run_here(command: str) -> None:
+    """Run one of our programs in this process. Raises AssertionError, with the output, if its exit code is not 0."""
+    module, arguments = words_of(command)
+    target = None
+    if ">" in arguments:
+        at = arguments.index(">")
+        target, arguments = arguments[at + 1], arguments[:at]
+    found = import_module(module)
+    main = found.main if hasattr(found, "main") else import_module(f"{module}.__main__").main
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", sys.argv)  # the launchers for scripts replace it
+        patch.setattr(sys, "stdin", io.StringIO(TYPED))
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = end.code or 0
+        except UserError as error:
+            code = f"error: {error}"
+        except Exception:
+            code = traceback.format_exc()
+    assert code == 0, f"{command}\nexit code {code}\n{out.getvalue()[-2000:]}{err.getvalue()[-4000:]}"
+    if target:
+        Path(target).write_text(out.getvalue())
+
+
+@cache
+def flags_of(command: str) -> set[str]:
+    """Return the flags that the program of a command declares; none for a bare menu."""
+    module, arguments = words_of(command)
+    names = {its.removesuffix(".__main__"): name for name, its in MENU.modules.items()}
+    name, *arguments = arguments if module == "milora_vl" else [names[module], *arguments]
+    if name.startswith("-") or (name in MENU.menus and (not arguments or arguments[0].startswith("-"))):
+        return set()
+    has_second = name in MENU.menus or (name, *arguments[:1]) == ("analyze", "ranks")
+    return set(parser_of((name, arguments[0]) if has_second else (name,)).flags())

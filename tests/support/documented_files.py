@@ -9,41 +9,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import llava_recipes
-from milora_vl import load_model
 from milora_vl.__main__ import main
 from support import official_data
-from support.adapter_cases import pissa_trained
 from support.drawn import dump, dump_lines, encoded, made, picture, write_tiny_data
 from support.eval_questions import write_questions
 from support.llama_cpp import write_stand_in
 from support.vlm_runs import write_model
 
 TRAIN = ["train", "--data_path", "train.json", "--max_steps", "2", "--learning_rate", "0.01"]
-TINY = [*TRAIN, "--image_folder", "images", "--model", "tiny", "--rank", "4"]
+TINY = [*TRAIN, "--image_folder", "images", "--model", "tiny", "--rank", "2"]
 QUESTION = {"query": "1 + 1?", "response": "It is 2.", "input": "", "output": "2", "answer": "2"}
 ASKED = ("instructions.json", "LLM-Adapters/ft-training_set/commonsense_170k.json", "data/MetaMathQA-395K.json")
-STOOD_IN = "from llava.train.train import train\n\nif __name__ == '__main__':\n    train()\n"
-REPLACED = """
-import sys
-import some.module
-from peft import LoraConfig, get_peft_model
-from milora_vl.models.tiny import tiny_llama
-
-config = LoraConfig(r=int(sys.argv[1]), target_modules=["q_proj"], task_type="CAUSAL_LM")
-get_peft_model(tiny_llama()[0], config).save_pretrained(sys.argv[2])
-"""
 
 
 def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     """Write records, pictures, benchmark files, scripts and parts of models."""
     write_tiny_data(folder, records)
-    captions = [{**record, "conversations": record["conversations"][:2]} for record in records if "image" in record]
-    dump(folder / "captions.json", captions)
-    for place in ("cat.png", "cats/0.jpg", "my pictures/cat.jpg", "photos/0.png", "playground/data/0.png", "a.png"):
+    for place in ("cat.png", "my pictures/cat.jpg", "playground/data/0.png", "a.png"):
         picture("red").save(made((folder / place).parent) / Path(place).name)
     (folder / "my pictures" / "cat.txt").write_text("A cat.")
-    dump(folder / "llava.json", records)
     for name in ("a-test.json", "b-test.json"):
         shutil.copy(folder / "val.json", folder / name)
     drawn = sorted(path.name for path in (folder / "images").iterdir())
@@ -60,15 +44,6 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     write_parts(folder)
     write_stand_in(folder / "llama.cpp")
     (folder / "wikitext-103-test.txt").write_text("It was the best of times. " * 40)
-    (folder / "notes.txt").write_text("It was the worst of times. " * 40)
-    (folder / "train.py").write_text(REPLACED)
-    (made(folder / "some") / "module.py").write_text("from peft import get_peft_model\n")
-    (made(folder / "llava" / "train") / "train_mem.py").write_text(STOOD_IN)
-    (made(folder / "scripts") / "zero2.json").write_text(llava_recipes.read("zero2", "deepspeed"))
-    recipe = llava_recipes.read("smol-llava-demo").replace("model: smol-llava", "model: tiny")
-    (folder / "tiny-demo.yaml").write_text(recipe.replace("rank: 64, alpha: 64", "rank: 4, alpha: 4"))
-    launcher = llava_recipes.read("zero3", "accelerate")
-    (folder / "zero3.yaml").write_text(launcher.replace("num_processes: 8", "num_processes: 2"))
 
 
 def write_preferences(path: Path) -> None:
@@ -110,7 +85,6 @@ def write_benchmarks(folder: Path) -> None:
     items = mmbench.load(folder_of(mmbench, folder / "data"))
     table = DataFrame([{"index": int(item.id), "prediction": "A"} for item in items])
     write_excel(folder / "M_MMBench_DEV_EN.xlsx", table)
-    (folder / "shades.txt").write_text("Black or white?\n")
 
 
 def write_parts(folder: Path) -> None:
@@ -148,7 +122,7 @@ def composed() -> None:
 
 def llava_lora() -> None:
     """Train a LoRA on the composed base and write it as LLaVA's own code does."""
-    call(*TRAIN, "--image_folder", "images", "--model", "vicuna-clip", "--rank", "4", "--output_dir", "lora")
+    call(*TRAIN, "--image_folder", "images", "--model", "vicuna-clip", "--rank", "2", "--output_dir", "lora")
     call("export", "lora", "--to", "llava", "--output_dir", "llava-v1.5-7b-lora", "--vision_tower", "tower")
     shutil.rmtree("lora")
 
@@ -161,20 +135,14 @@ def released_lora() -> None:
     shutil.rmtree("vicuna-clip")
 
 
-def residual() -> None:
-    """Train an adapter as PiSSA's scripts do, with its initial factors beside it."""
-    pissa_trained(load_model("tiny")[0], Path()).save_pretrained("trained")
-    shutil.move("residual/pissa_init", "pissa_init")
-
-
 def demo() -> None:
-    call("train", "--recipe", "smol-llava-demo", "--model", "tiny", "--rank", "4", "--max_steps", "2",
+    call("train", "--recipe", "smol-llava-demo", "--model", "tiny", "--rank", "2", "--max_steps", "2",
          "--output_dir", "runs/demo")  # fmt: skip
 
 
 def quickstart() -> None:
-    shutil.copy("val.json", made(Path("data")) / "data-eval.json")
-    call(*TINY, "--eval_data_path", "data/data-eval.json", "--output_dir", "runs/mine")
+    shutil.copy("val.json", made(Path("mine")) / "mine-eval.json")
+    call(*TINY, "--eval_data_path", "mine/mine-eval.json", "--output_dir", "runs/mine")
 
 
 # What a page may presume -> the function that makes it, in a folder with the files above.
@@ -186,7 +154,6 @@ PRESUMED: dict[str, Callable[[], None]] = {
     "runs/full": lambda: call(*TINY[:-2], "--method", "full", "--output_dir", "runs/full"),
     "vicuna-clip": composed,
     "llava-v1.5-7b-lora": llava_lora,
-    "pissa_init": residual,
     "checkpoints/llava-v1.5-7b-lora": released_lora,
 }
 

@@ -12,6 +12,20 @@ from milora_vl.common.errors import UserError
 
 
 @contextmanager
+def raises_problem(
+    where: str = "", message: str = "", hint: str = "", says: str = "", kind: type[UserError] = UserError
+) -> Iterator[pytest.ExceptionInfo[UserError]]:
+    """Expect an error with one problem; `where`, `message`, `hint` and `says` are as in `raises_code`."""
+    with pytest.raises(kind) as error:
+        yield error
+    (problem,) = error.value.problems
+    assert where in str(problem.where)
+    assert message in problem.message
+    assert hint in problem.hint
+    assert re.search(says, str(error.value)), str(error.value)
+
+
+@contextmanager
 def raises_code(
     code: str,
     where: str = "",
@@ -24,10 +38,6 @@ def raises_code(
 
     `says` is a pattern in the whole text, for values that several of its parts show.
     """
-    with pytest.raises(kind) as error:
+    with raises_problem(where, message, hint, says, kind) as error:
         yield error
-    assert [problem.code for problem in error.value.problems] == [code], str(error.value)
-    assert where in str(error.value.problems[0].where)
-    assert message in error.value.problems[0].message
-    assert hint in error.value.problems[0].hint
-    assert re.search(says, str(error.value)), str(error.value)
+    assert error.value.problems[0].code == code, str(error.value)

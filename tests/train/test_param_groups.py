@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from milora_vl import Policy, apply_milora, load_adapter, parameter_groups, save_adapter
 from milora_vl.interop.trainer import RatesOfRules
-from support.problems import raises_code
+from support.problems import raises_problem
 
 RULES: list[dict[str, Any]] = [
     {"modules": "language", "method": "milora", "protect": 0, "rank": 4, "learning_rate": 2e-4, "weight_decay": 0.1},
@@ -62,9 +62,9 @@ def test_the_rates_come_from_the_model_and_the_arguments_fill_the_gaps(tiny_llav
     groups = parameter_groups(wrapped, learning_rate=2e-5, weight_decay=0.01)
     found = {(g["lr"], g["weight_decay"]): len(g["params"]) for g in groups}
     assert found == {(2e-4, 0.1): 22, (1e-4, 0.1): 6, (2e-5, 0.01): 3, (2e-5, 0.0): 3}
-    with raises_code("adapter-no-rules"):
+    with raises_problem():
         parameter_groups(nn.Linear(2, 2), learning_rate=1.0)
-    with raises_code("adapter-value", where="learning_rate", message="-0.001"):
+    with raises_problem(where="learning_rate", message="-0.001"):
         parameter_groups(model, learning_rate=-1e-3)
 
 

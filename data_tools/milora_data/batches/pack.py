@@ -101,10 +101,7 @@ def fill(rows: Sequence[Sequence[int]], lengths: Sequence[int], capacity: int) -
 
 
 class PackedRecords(Dataset[list[Record]]):
-    """A data set of rows: each item is the list of records that share a row.
-
-    The rows are two arrays, which loader processes share; they would copy lists when they read them.
-    """
+    """A data set of rows, lists of records: two arrays, which loader processes share as they share no lists."""
 
     def __init__(self, records: Sequence[Record], rows: Sequence[Sequence[int]]) -> None:
         self.records = records
@@ -234,10 +231,7 @@ def _tensor(numbers: list[int]) -> Tensor:
 
 
 def require_packable(config: Any) -> None:
-    """Raise `UserError` with the reason if records cannot share a row of the model with this config.
-
-    The model may also be a text model or a LLaVA, whose collator is another one.
-    """
+    """Raise `UserError` with the reason if records cannot share a row of the model (any model) with this config."""
     from transformers import MODEL_MAPPING
 
     text, reason = config.get_text_config(), ""
@@ -258,10 +252,7 @@ def require_packable(config: Any) -> None:
 
 
 class RowPacker:
-    """Packs batches of one model. Raises `UserError` if the model cannot take packed records.
-
-    With `layout` "flat" all rows become one, which flash attention needs.
-    """
+    """Packs batches of one (packable) model; with `layout` "flat" all rows become one, for flash attention."""
 
     def __init__(self, config: Any, layout: Literal["rows", "flat"]) -> None:
         require_packable(config)

@@ -159,10 +159,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         return rendered
 
     def _samples(self, items: Sequence[Item]) -> list[ProcessorSample]:
-        """Return what the batch needs of the items, without those that the policy leaves out.
-
-        All texts come first: between the decoders of pictures, the same code takes twice as long (caches).
-        """
+        """Return the samples of the items; all texts first, which take twice as long between decoders of pictures."""
         texts: list[tuple[Record, Rendered]] = []
         for item in items:
             record = self._kept(record_of, item, "")
@@ -219,10 +216,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
             return self._replaced(error)
 
     def _replaced(self, error: ImageError, like: Any = None) -> Any:
-        """Return a plain picture in place of an unusable one, or raise its error, as `bad_images` says.
-
-        `like` is a picture of the size that it needs.
-        """
+        """Return a plain picture (of the size of `like`) for an unusable one, or raise, as `bad_images` says."""
         if self.bad_images != "replace":
             raise error
         self._count("replaced")

@@ -192,10 +192,7 @@ class ProcessorInputs:
         return text.count(self.video_placeholder) if self.video_placeholder else 0
 
     def may_refuse(self, turns: Sequence[Turn], num_images: int, num_videos: int = 0) -> bool:
-        """Return whether a conversation has too many or too few marks, or a token of pictures or videos in a text.
-
-        It runs no template: there may be millions of records.
-        """
+        """Return whether marks or media tokens of the texts do not fit. It runs no template: there may be millions."""
         text = "".join([turn.text for turn in turns])
         if text.count(IMAGE) != num_images or (num_videos and text.count(VIDEO) != num_videos):
             return True
@@ -258,10 +255,7 @@ class ProcessorInputs:
         return self._image_counts[size]
 
     def _of_video(self, video: Frames | Video, place: Callable[[str], str | Path]) -> int:
-        """Return the number of tokens of a video, as the processor counts grey frames of its size.
-
-        A video that cannot be read counts as a small one.
-        """
+        """Return the tokens of a video, counted with grey frames of its size; an unreadable one is a small one."""
         try:
             grey = self._grey_video(video, place)
         except ImageError:  # the collator skips the record, or replaces the video by a plain one

@@ -70,10 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write(folder: Path, *, seed: int = 0, per_type: int = 60, variants: int = 0) -> dict[str, int]:
-    """Write the data set into `folder` and return the number of records per file name.
-
-    The folder gets its name only when it is complete.
-    """
+    """Write the data set; return the number of records per file. The folder gets its name only when it is complete."""
     emojis = with_colours(catalogue(seed))
     split = {name: [emoji for emoji in emojis if emoji.split == name] for name in ("train", "val", "test")}
     patterns = ["{code}.png", *(f"variants/{{code}}_{i}.png" for i in range(variants))]

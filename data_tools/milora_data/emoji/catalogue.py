@@ -238,11 +238,7 @@ def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255
 
 
 def main_colour(code: str) -> str | None:
-    """Return the name of the dominant colour of the picture, or None if no colour is clearly dominant.
-
-    A dominant colour fills at least 45 % of the area without background and outlines, and 1.6 times as much as the next
-    colour.
-    """
+    """Return the colour that fills 45 % of a picture's inside and 1.6 times as much as the next one, or None."""
     pixels = np.asarray(render(code, 72)).reshape(-1, 4)
     pixels = pixels[pixels[:, 3] > 200, :3].astype(np.int32)
     words, colours = _palette()

@@ -65,10 +65,7 @@ def require_template(template: str, tokenizer: Any) -> None:
 
 
 def _processor_adds(bos: str, text: str, tokenizer: Any) -> bool:
-    """Return whether transformers adds the BOS to the output of the chat template; a processor does, a tokenizer not.
-
-    A tokenizer with an `<image>` token belongs to a processor.
-    """
+    """Return whether transformers adds the BOS to a chat template's text: for a processor (it has `<image>`) only."""
     image = tokenizer.convert_tokens_to_ids(IMAGE)
     return not text.startswith(bos) and image is not None and image != tokenizer.unk_token_id
 
@@ -140,10 +137,7 @@ def _text_part(text: str) -> list[MessagePart]:
 
 
 def prompt_format(processor: Any) -> ImageTemplate | PlainPrompt:
-    """Return how conversations are written for this processor: its chat template, or its documented plain prompt.
-
-    Raises `UserError` for a processor without either.
-    """
+    """Return how conversations are written for this processor: its chat template, or its documented plain prompt."""
     tokenizer = processor.tokenizer
     template = processor.chat_template or tokenizer.chat_template
     if isinstance(template, Mapping):
@@ -334,10 +328,7 @@ class ImageTemplate:
             ) from None
 
     def _measured(self) -> tuple[_Frame, str | None]:
-        """Return what the template writes around an answer, and the special token that ends one, if there is any.
-
-        It also finds out which form of content the template takes.
-        """
+        """Return what the template writes around an answer, and its end token; find its form of content."""
         question, answer = (_PLACEHOLDER.format(number) for number in range(2))
         turns = [Turn("user", question), Turn("assistant", answer)]
         attempts: list[list[str]] = []

@@ -90,10 +90,7 @@ def encode(
 def record_segments(
     record: Record, tokenizer: Any, template: str, traits: TokenizerTraits | None = None
 ) -> tuple[list[int], list[Segment]]:
-    """Return the ids before a record (BOS, or none) and its segments, with `<image>` in place of each picture.
-
-    Raises `DataError` for what the template, or a model of one picture size, does not take.
-    """
+    """Return the ids before a record (BOS, or none) and its segments, with `<image>` in place of each picture."""
     if record.videos:
         raise no_videos("this model")
     return segments_of(place_images(record.turns, len(record.images)), template, tokenizer, traits=traits)

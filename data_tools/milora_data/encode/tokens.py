@@ -23,10 +23,7 @@ _MOST_WORDS = 300_000  # size of the cache, about 50 MB
 
 
 def fast_backend(tokenizer: Any) -> Any:
-    """Return the Rust tokenizer, five times faster than its Python wrapper; resets padding and truncation.
-
-    Raises `UserError` for a slow tokenizer: the loss mask is computed from character offsets.
-    """
+    """Return the Rust tokenizer, which has the character offsets of the loss mask; resets padding and truncation."""
     if not tokenizer.is_fast:
         raise UserError(
             f"{type(tokenizer).__name__} returns no character offsets, which the loss mask needs",

@@ -220,10 +220,7 @@ def _answer(row: Mapping[str, Any]) -> str:
 
 
 def caption_folder(sources: Sequence[Path], options: Options) -> Records:
-    """A folder of pictures with a text file each (a.jpg, a.txt), sorted by name, or with one table of captions.
-
-    Skipped files are logged. Raises `DataError` if the folder is missing or has no captions.
-    """
+    """A folder of pictures with a text file each (a.jpg, a.txt), sorted by name, or with one table of captions."""
     (folder,) = sources
     if not folder.is_dir():
         raise DataError("no such folder", code="path-missing", where=str(folder), hint=beside(folder))

@@ -42,10 +42,7 @@ ImagePolicy = Literal["raise", "skip", "replace"]
 
 
 class StoredPicture(str):
-    """The name of a picture that is stored inside a data set; `content` holds the bytes of its file.
-
-    Many data sets give all pictures the same name: two are equal if name and content are equal.
-    """
+    """The name of a picture inside a data set, and the bytes of its file; many sets give all pictures one name."""
 
     content: bytes
 

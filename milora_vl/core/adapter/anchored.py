@@ -62,7 +62,7 @@ from torch.autograd.function import once_differentiable
 
 from milora_vl.common.compat.peft import ForwardVariant, set_variant
 from milora_vl.common.compat.torch import OwnState, call_on_plain_tensors, change_class
-from milora_vl.core.adapter.folders import EARLIER, PREFIX, AdapterError
+from milora_vl.core.adapter.folders import ANCHORS_FILE, EARLIER, PREFIX, RESTORE, AdapterError
 from milora_vl.core.weights.distributed import is_sharded
 from milora_vl.core.weights.matrices import factor_dtype
 
@@ -100,7 +100,7 @@ def recover(B: Tensor, E: Tensor, dtype: torch.dtype) -> Tensor:
     """Return B0 from B = B0 + E and E, in `dtype` if B0 + E then gives B again, else in float32.
 
     The sum was rounded. For a B0 in half precision and E in float32 that is undone by rounding, except where an entry
-    of E is thousands of times larger than B0's. `install.unrecoverable` finds the anchors that are not undone.
+    of E is thousands of times larger than B0's. `unrecoverable` finds the anchors that are not undone.
     """
     wide = torch.promote_types(B.dtype, torch.float32)
     difference = B.to(wide) - E.to(wide)
@@ -108,7 +108,7 @@ def recover(B: Tensor, E: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow if torch.equal((narrow + E).to(B.dtype), B) else difference
 
 
-def rank_message(path: str, got: torch.Size, expected: torch.Size, axis: int) -> str:
+def _rank_message(path: str, got: torch.Size, expected: torch.Size, axis: int) -> str:
     """Return the message for a saved factor that does not fit: its rank differs, or its shape does."""
     if got[1 - axis] == expected[1 - axis] and len(got) == len(expected):
         return f"{path}: the saved adapter has rank {got[axis] / 2:g}, this model's has rank {expected[axis] // 2}"
@@ -128,7 +128,8 @@ class ReadOnlyFactor(Tensor):
     ) -> Any:
         """Run `func` on plain tensors. Views of the factor keep this class, other results are plain tensors."""
         name = func.__name__
-        if args and isinstance(args[0], ReadOnlyFactor) and (name == "__setitem__" or _is_in_place(name)):
+        is_in_place = name == "__setitem__" or (name.endswith("_") and not name.startswith("__"))  # add_, copy_, fill_
+        if args and isinstance(args[0], ReadOnlyFactor) and is_in_place:
             raise _write_error()
         out = call_on_plain_tensors(func, args, kwargs or {})
         is_view = name in ("__get__", "__getitem__", "detach") and isinstance(out, Tensor)
@@ -141,14 +142,8 @@ class ReadOnlyFactor(Tensor):
 def _write_error() -> AdapterError:
     return AdapterError(
         "writing into the joined factor [D; A0] or [B0 + E, E] would change a copy and nothing else",
-        code="adapter-read-only-factor",
         hint="to load another adapter:  model.load_adapter(folder, name); to change D or E, write into their `delta`",
     )
-
-
-def _is_in_place(name: str) -> bool:
-    # torch names in-place methods with a trailing underscore: add_, copy_, fill_.
-    return name.endswith("_") and not name.startswith("__")
 
 
 def _read(joined: Tensor, anchor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
@@ -241,10 +236,9 @@ class DifferenceFactor(OwnState):
         delta, anchor, stock = prefix + DELTA, prefix + ANCHOR, prefix + "weight"
         joined = state_dict.get(stock)
         if joined is not None:
-            expected = torch.Size(n * (1 + (axis == self.axis)) for axis, n in enumerate(self.anchor.shape))
-            if joined.shape != expected:
+            if joined.shape != (expected := torch.cat([self.anchor, self.anchor], dim=self.axis).shape):
                 path = prefix.removeprefix(PREFIX).split(".lora_")[0]
-                error_msgs.append(rank_message(path, joined.shape, expected, self.axis))
+                error_msgs.append(_rank_message(path, joined.shape, expected, self.axis))
                 return
             del state_dict[stock]
             state_dict[delta], read = _read(joined, self.anchor, self.axis)
@@ -366,13 +360,7 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        delta: Tensor,
-        anchor: Tensor,
-        dtype: torch.dtype,
-        scaling: float,
-        onto: Tensor | None,
+        ctx: Any, hidden: Tensor, delta: Tensor, anchor: Tensor, dtype: torch.dtype, scaling: float, onto: Tensor | None
     ) -> Tensor:
         ctx.dtypes, ctx.scaling = (hidden.dtype, dtype), scaling
         hidden = hidden.to(dtype)
@@ -421,24 +409,22 @@ def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
 
     `B0` is the exact anchor (out, r) where the file has it. Anchors get the dtype of the base weight where that changes
     no value. A layer that was loaded over differences and anchors only gets B0.
-    Raises ValueError if B0 does not belong to the factors.
+    Raises AdapterError if B0 does not belong to the factors.
     """
     dtype = factor_dtype(layer.get_base_layer())
-    exact = None if B0 is None else lossless(_belonging(B0, factors(layer, adapter)[1]), dtype)
     if not has_anchor(layer, adapter):
-        A, B = (split(joined, axis, dtype) for axis, joined in enumerate(factors(layer, adapter)))
-        _put(layer, adapter, (A, B if exact is None else (B[0], exact)))
-    elif exact is not None:
-        layer.lora_B[adapter].register_buffer(ANCHOR, exact)
-
-
-def _belonging(B0: Tensor, joined: Tensor) -> Tensor:
-    """Return B0 in the shape of the halves of [B0 + E, E]. Raises ValueError if it is not its B0, up to rounding."""
-    B, E = joined.detach().chunk(2, dim=1)
-    B0 = B0.to(E.device).reshape(E.shape)
-    if torch.linalg.vector_norm(B0.float() + E.float() - B.float()) > 0.01 * torch.linalg.vector_norm(B.float()):
-        raise ValueError("the anchor does not belong to the factors")
-    return B0
+        _put(layer, adapter, [split(joined, axis, dtype) for axis, joined in enumerate(factors(layer, adapter))])
+    if B0 is not None:
+        B, E = (half.float() for half in factors(layer, adapter)[1].detach().chunk(2, dim=1))
+        B0 = B0.to(E.device).reshape(E.shape)
+        if torch.linalg.vector_norm(B0.float() + E - B) > 0.01 * torch.linalg.vector_norm(B):
+            raise AdapterError(
+                "the anchor does not belong to the factors: B0 + E is not B",
+                code="adapter-wrong-anchor",
+                where=ANCHORS_FILE,
+                hint=RESTORE,
+            )
+        layer.lora_B[adapter].register_buffer(ANCHOR, lossless(B0, dtype))
 
 
 def install_copy(layer: LoraLayer, adapter: str, source: str) -> None:
@@ -472,21 +458,15 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return the factors of an adapter as stock PEFT stores them: A' (2r, in) and B' (out, 2r)."""
     if adapter in layer.lora_embedding_A:
         return layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
-    first, second = layer.lora_A[adapter], layer.lora_B[adapter]
-    if isinstance(first, DifferenceFactor) and isinstance(second, DifferenceFactor):
-        return first.joined, second.joined
-    A, B = first.weight, second.weight  # A is a buffer if it is fixed
-    assert isinstance(A, Tensor)
-    assert isinstance(B, Tensor)
+    both: Any = layer.lora_A[adapter], layer.lora_B[adapter]
+    A, B = (factor.joined if isinstance(factor, DifferenceFactor) else factor.weight for factor in both)
     return A, B
 
 
 def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
     """Return the anchor of an adapter: A0 (r, in) and B0 (out, r)."""
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
-    assert isinstance(first, DifferenceFactor)
-    assert isinstance(second, DifferenceFactor)
-    return first.anchor, second.anchor
+    return first.get_buffer(ANCHOR), second.get_buffer(ANCHOR)
 
 
 def has_anchor(layer: LoraLayer, adapter: str) -> bool:
@@ -497,10 +477,5 @@ def has_anchor(layer: LoraLayer, adapter: str) -> bool:
 def fixed_names(model: nn.Module) -> Iterator[str]:
     """Yield the names of the buffers of a model that never change: anchors, each fixed A, updates of earlier runs."""
     for name, module in model.named_modules():
-        buffers = [buffer for buffer, _ in module.named_buffers(recurse=False)]
-        if isinstance(module, DifferenceFactor):
-            yield f"{name}.{ANCHOR}"
-        elif ".lora_A." in name:
-            yield from (f"{name}.{buffer}" for buffer in buffers)
-        else:
-            yield from (f"{name}.{buffer}" for buffer in buffers if buffer in EARLIER)
+        is_factor = isinstance(module, DifferenceFactor) or ".lora_A." in name
+        yield from (f"{name}.{key}" for key, _ in module.named_buffers(recurse=False) if is_factor or key in EARLIER)

@@ -33,7 +33,7 @@ from milora_vl.core.adapter.sidecar import Sidecar, precision, require_readable
 from milora_vl.core.calibration.activations import protected_inputs, require_calibration
 from milora_vl.core.calibration.bases import Calibration
 from milora_vl.core.policy import Policy, Rule, Target
-from milora_vl.core.policy.towers import can_save, canonical_names, is_wrapped_by_peft
+from milora_vl.core.policy.towers import canonical_names, is_wrapped_by_peft
 from milora_vl.core.weights.matrices import fingerprint, read_matrix
 
 
@@ -82,19 +82,11 @@ def apply_milora(
     """
     require_module(model)
     if is_wrapped_by_peft(model):
-        raise AdapterError(
-            "this model already has a PEFT adapter",
-            code="adapter-already-present",
-            hint="pass the base model, or unload the adapter first",
-        )
+        hint = "pass the base model, or unload the adapter first"
+        raise AdapterError("this model already has a PEFT adapter", hint=hint)
     require_readable(model)
-    return apply_targets(
-        model,
-        Policy.parse(policy).resolve(model),
-        calibration=calibration,
-        cache_dir=cache_dir,
-        progress=progress,
-    )
+    targets = Policy.parse(policy).resolve(model)
+    return apply_targets(model, targets, calibration=calibration, cache_dir=cache_dir, progress=progress)
 
 
 def apply_targets(
@@ -124,16 +116,18 @@ def apply_targets(
     folder = calibration_cache or cache_dir
     fixed, protection = chosen_factors(model, targets, calibration, folder, choose, is_shown=bool(progress))
     if not initial:  # the cache had what `choose` returns
-        initial.update(initialize(model, targets, cache_dir=cache_dir, progress=progress))
+        anchored = [target for target in targets if target.has_anchor]
+        initial.update(initialize(model, anchored, cache_dir=cache_dir, progress=progress))
     sidecar = _describe(model, targets, initial, fixed, protection)
     tuned = adopt(make_lora(model, targets))
     for target in targets:
         if target.rank is not None:
-            set_dropout(lora_layer(tuned, target.path), "default", target.dropout)
-    for path in sidecar.ranks:
-        install_factors(lora_layer(tuned, path), "default", initial[path].A0, initial[path].B0)
-    for path, A in fixed.items():
-        fix_A(lora_layer(tuned, path), "default", A)
+            layer = lora_layer(tuned, target.path)
+            set_dropout(layer, "default", target.dropout)
+            if target.has_anchor:
+                install_factors(layer, "default", initial[target.path].A0, initial[target.path].B0)
+            elif target.has_fixed_A:
+                fix_A(layer, "default", fixed[target.path])
     tuned.remember("default", sidecar)
     check_rates_at_first_step(tuned)
     return tuned
@@ -152,24 +146,14 @@ def merge(model: PeftModel, path: str | Path | None = None) -> nn.Module:
     )
     """
     if not isinstance(model, PeftModel):
-        raise AdapterError(
-            f"merge needs a PeftModel, got {type(model).__name__}",
-            code="adapter-not-a-peft-model",
-            hint="pass the model that apply_milora or load_adapter returned",
-        )
+        hint = "pass the model that apply_milora or load_adapter returned"
+        raise AdapterError(f"merge needs a PeftModel, got {type(model).__name__}", hint=hint)
     if isinstance(model, MiloraMixin) and model.earlier is not None:
-        raise AdapterError(
-            "the base holds the update of earlier runs, which merge would leave out",
-            code="adapter-earlier-update",
-            hint="save the adapter, and merge what load_adapter returns for its folder",
-        )
-    if path is not None and not can_save(model.get_base_model()):
-        raise AdapterError(
-            f"{type(model.get_base_model()).__name__} has no save_pretrained",
-            code="adapter-cannot-save",
-            where="path",
-            hint="call merge(model) without a path, and save the state dict of the result",
-        )
+        message = "the base holds the update of earlier runs, which merge would leave out"
+        raise AdapterError(message, hint="save the adapter, and merge what load_adapter returns for its folder")
+    if path is not None and not hasattr(model.get_base_model(), "save_pretrained"):
+        hint = "call merge(model) without a path, and save the state dict of the result"
+        raise AdapterError(f"{type(model.get_base_model()).__name__} has no save_pretrained", where="path", hint=hint)
     merged = model.merge_and_unload()
     if path is not None:
         merged.save_pretrained(path)
@@ -185,15 +169,11 @@ def _describe(
 ) -> Sidecar:
     """Return the content of milora.json. Call this before PEFT wraps the layers whose weights get a fingerprint."""
     names = canonical_names(model)
-    fingerprints = {path: factors.fingerprint for path, factors in initial.items()}
-    fingerprints |= {
-        t.path: fingerprint(read_matrix(model.get_submodule(t.path)))
-        for t in targets
-        if t.rank is not None and t.path not in initial
-    }
-    for path, saved in fingerprints.items():
-        eps = max(saved.eps, precision(model.get_submodule(path)))
-        fingerprints[path] = replace(saved, eps=eps)
+    fingerprints = {}
+    for path in (target.path for target in targets if target.rank is not None):
+        module = model.get_submodule(path)
+        found = initial[path].fingerprint if path in initial else fingerprint(read_matrix(module))
+        fingerprints[path] = replace(found, eps=max(found.eps, precision(module)))
     # A layer with a fixed A starts at directions of its triplets, but does not train these components.
     reports = {t.path: initial[t.path].report for t in targets if t.has_anchor}
     return Sidecar(

@@ -19,15 +19,9 @@ SET_ASIDE = "incomplete-"
 STATE = "trainer_state.json"
 # Files that only a resumed run needs.
 NO_RESULT = (
-    "optimizer.pt",
-    "scheduler.pt",
-    "scaler.pt",
-    "rng_state*.pth",
-    "stream_state_*.pth",
-    "latest",
-    "zero_to_*.py",
+    "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "stream_state_*.pth", "latest", "zero_to_*.py",
     STATE,
-)
+)  # fmt: skip
 SHARDS = "global_step*/*_optim_states.pt"
 SHARDED_WEIGHTS = "global_step*/zero_pp_rank_*_model_states.pt"  # only with ZeRO-3
 
@@ -89,7 +83,6 @@ def latest(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 
 def resume_hint(run: Path) -> str:
-    """Return a sentence about how to continue a stopped run."""
     newest, _ = latest(run)
     if newest is None:
         return "there is no checkpoint yet; the same command with  --resume_from_checkpoint auto  starts again"
@@ -109,7 +102,6 @@ def zero_stage(folder: Path) -> int:
 
 
 def num_processes(folder: Path) -> int:
-    """Return the number of processes that wrote a checkpoint, from its files with random states."""
     return 1 if (folder / "rng_state.pth").is_file() else len(list(folder.glob("rng_state_*.pth")))
 
 
@@ -131,7 +123,6 @@ def set_aside(folder: Path) -> Path:
 
 
 def is_finished(path: Path) -> bool:
-    """Return whether the training in this folder has finished."""
     return bool(read_environment(path).get("finished")) and holds_weights(path)
 
 

@@ -26,9 +26,18 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.core.adapter.fixed_a import plus_update
-from milora_vl.core.adapter.folders import ADAPTER_FILES, EARLIER, PREFIX, AdapterError, module_path, moved
+from milora_vl.core.adapter.folders import ADAPTER_FILES, EARLIER, PREFIX, RESTORE, AdapterError, module_path, moved
 from milora_vl.core.adapter.lora import base_layer, base_model_of, lora_config, peft_rank
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, fitted, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import (
+    FILE_NAME,
+    MERGE,
+    Sidecar,
+    fitted,
+    new_paths,
+    read_sidecar,
+    refuse_retired,
+    stored_tensors,
+)
 from milora_vl.core.policy.rules import Target
 
 APART_FILE = "milora_apart.safetensors"  # the adapter of the new run on modules that are whole, and their weights
@@ -60,8 +69,9 @@ def read_earlier(
     saved = read_sidecar(folder)
     if saved is None:
         raise AdapterError(f"has no {FILE_NAME}", code="adapter-plain-lora", where=str(folder))
+    refuse_retired(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=False)
-    paths = {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
+    paths = new_paths(saved, here)
     state = {moved(name, paths).removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
     scalings = {target.path: target.scaling for target in targets if target.rank is not None}
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -70,24 +80,16 @@ def read_earlier(
             continue
         A, B = (state.pop(name, None) for name in _names(target.path))
         if A is None or B is None or A.ndim != 2 or target.method == "dora":
-            raise AdapterError(
-                f"the update of {target.path} is no pair of factors of a linear layer (method {target.method})",
-                code="adapter-unsupported-kind",
-                where=str(folder),
-                hint=f"use it merged, as a base:  python -m milora_vl.export {folder} --to merged --output_dir MERGED",
-            )
+            message = f"the update of {target.path} is no pair of factors of a linear layer (method {target.method})"
+            hint = f"use it merged, as a base:  {MERGE} {folder}"
+            raise AdapterError(message, code="adapter-unsupported-kind", where=str(folder), hint=hint)
         scaling = scalings.get(target.path, target.scaling)  # one scaling per module in the file that `join` writes
         change = target.scaling / scaling
         factors[target.path] = A.float(), B.float() if change == 1 else B.float() * change, scaling
     in_full = [target.path for target in here.targets if target.rank is None]
     for name in state:
         if not module_path(name, in_full):
-            raise AdapterError(
-                f"contains {name}, which {FILE_NAME} does not list",
-                code="adapter-unlisted-weights",
-                where=str(folder),
-                hint="restore the files of one save",
-            )
+            raise AdapterError(f"contains {name}, which {FILE_NAME} does not list", where=str(folder), hint=RESTORE)
     return Earlier(factors, {name: tensor.float() for name, tensor in state.items()}, here, tuple(tasks))
 
 
@@ -123,7 +125,6 @@ def join(folder: Path, earlier: Earlier, model: nn.Module) -> None:
     """Replace the adapter of a run in `folder` by one LoRA of all tasks; milora.json keeps the sidecar of the run."""
     own = read_sidecar(folder)
     assert own is not None
-    config = LoraConfig.from_pretrained(str(folder))
     state = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
     targets = {t.path: _joined(t, peft_rank(t)) for t in own.targets if t.rank is not None}
     full = {t.path: t for t in (*earlier.sidecar.targets, *own.targets) if t.rank is None}
@@ -146,29 +147,13 @@ def join(folder: Path, earlier: Earlier, model: nn.Module) -> None:
         else:
             targets[path] = _joined(shapes[path], rank, scaling)
         state |= dict(zip(_names(path), (A, B), strict=True))
-    joined = lora_config(base_model_of(model), list(targets.values()), list(full))
-    for name in _OF_MODULES:
-        setattr(config, name, getattr(joined, name))
-    config.save_pretrained(str(folder))
-    _write(folder, {PREFIX + name: tensor for name, tensor in {**state, **whole}.items()})
+    every = [*targets.values(), *full.values()]
+    _write(folder, _config(folder, model, every), {**state, **whole})
     if apart:
         save_file({name: t.contiguous() for name, t in apart.items()}, folder / APART_FILE, metadata={"format": "pt"})
-    every = [*targets.values(), *full.values()]
     names, prints = {**earlier.sidecar.names, **own.names}, {**earlier.sidecar.fingerprints, **own.fingerprints}
-    Sidecar(
-        every,
-        {target.path: names[target.path] for target in every},
-        {path: prints[path] for path in targets},
-        {},
-        tasks=earlier.tasks,
-        own=own,
-    ).write(folder, {})
-
-
-_OF_MODULES = (
-    "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "use_rslora", "init_lora_weights",
-)  # fmt: skip
+    named, printed = {target.path: names[target.path] for target in every}, {path: prints[path] for path in targets}
+    Sidecar(every, named, printed, {}, tasks=earlier.tasks, own=own).write(folder, {})
 
 
 def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismatch: bool = False) -> Earlier:
@@ -180,7 +165,7 @@ def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismat
     assert saved is not None
     assert saved.own is not None
     fitted(model, saved, allow_base_mismatch=allow_base_mismatch)
-    base, own = base_model_of(model), saved.own
+    own = saved.own
     state = {name.removeprefix(PREFIX): tensor for name, tensor in stored_tensors(folder).items()}
     apart = load_file(folder / APART_FILE) if (folder / APART_FILE).is_file() else {}
     factors: dict[str, tuple[Tensor, Tensor, float]] = {}
@@ -203,16 +188,7 @@ def split(folder: Path, model: nn.Module, own_folder: Path, *, allow_base_mismat
         if _names(path)[0] in state:
             A, B = (state.pop(name) for name in _names(path))
             factors[path] = A, B, scaling
-    joined = LoraConfig.from_pretrained(str(folder))
-    config = lora_config(
-        base,
-        [target for target in own.targets if target.rank is not None],
-        [target.path for target in own.targets if target.rank is None],
-    )
-    config.base_model_name_or_path, config.auto_mapping = joined.base_model_name_or_path, joined.auto_mapping
-    config.inference_mode = True
-    config.save_pretrained(str(own_folder))
-    _write(own_folder, {PREFIX + name: tensor for name, tensor in mine.items()})
+    _write(own_folder, _config(folder, model, own.targets), mine)
     own.write(own_folder, own.read_anchors(folder))
     return Earlier(factors, {**whole, **state}, saved, saved.tasks)
 
@@ -232,11 +208,21 @@ def _names(path: str) -> tuple[str, str]:
 def _joined(target: Target, rank: int, scaling: float | None = None) -> Target:
     """Return a plain LoRA on the module of a target, with its scaling or the given one."""
     alpha = (target.scaling if scaling is None else scaling) * rank
-    alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 * alpha else alpha
     return Target(path=target.path, shape=target.shape, tower=target.tower, method="lora", rank=rank, alpha=alpha)
 
 
-def _write(folder: Path, state: Mapping[str, Tensor]) -> None:
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _config(folder: Path, model: nn.Module, targets: Sequence[Target]) -> LoraConfig:
+    """Return PEFT's config for `targets`, with the name of the base that the config in `folder` has."""
+    present = LoraConfig.from_pretrained(str(folder))
+    full = [target.path for target in targets if target.rank is None]
+    config = lora_config(base_model_of(model), [target for target in targets if target.rank is not None], full)
+    config.base_model_name_or_path, config.auto_mapping = present.base_model_name_or_path, present.auto_mapping
+    config.inference_mode = True
+    return config
+
+
+def _write(folder: Path, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
+    config.save_pretrained(str(folder))
+    whole = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     save_file(whole, folder / ADAPTER_FILES[0], metadata={"format": "pt"})
     (folder / ADAPTER_FILES[1]).unlink(missing_ok=True)

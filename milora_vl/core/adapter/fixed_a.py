@@ -101,7 +101,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 # Four times the length that PEFT's LoRA starts with in every layer: minor directions learn best at four times the
-# learning rate there (docs/studies/default.md), so that the rate of a LoRA suits them.
+# learning rate there (docs/results.md), so that the rate of a LoRA suits them.
 ROW_LENGTH = 4 * 3**-0.5
 LARGEST_OVERLAP = 1e-4
 
@@ -127,9 +127,7 @@ class Protection:
 
 
 def fixed_factors(
-    targets: Sequence[Target],
-    initial: Mapping[str, Initial],
-    inputs: ProtectedInputs | None,
+    targets: Sequence[Target], initial: Mapping[str, Initial], inputs: ProtectedInputs | None
 ) -> tuple[dict[str, Tensor], dict[str, Protection]]:
     """Return A (r, in) in float32 of every target with `protect`, and the protection of each.
 
@@ -137,30 +135,23 @@ def fixed_factors(
     """
     factors, protections = {}, {}
     for target in targets:
-        if not target.has_fixed_A:
+        if not target.has_fixed_A or inputs is None:
             continue
-        assert inputs is not None
         start = initial[target.path].A0 if target.is_decomposed else _random_rows(target)
         basis = inputs.of(target.path)
         V = basis.V.to(start.device, torch.float32)
         A, kept = off_inputs(start, V)
-        factors[target.path] = A
-        inside = overlap(A, V)
+        inside, factors[target.path] = overlap(A, V), A
         if inside > LARGEST_OVERLAP:
             raise AdapterError(
                 f"A has {inside:.1e} of its length along protected inputs; rounding alone leaves less than 1e-5",
-                code="protect-overlap",
                 where=target.path,
                 hint="calibrate without cache_dir: the cached directions are damaged",
             )
         protections[target.path] = Protection(
-            directions=basis.num_directions,
-            inputs=basis.size,
-            energy=basis.share,
-            held_out=basis.held_out,
-            kept=kept,
-            overlap=inside,
-        )
+            directions=basis.num_directions, inputs=basis.size, energy=basis.share, held_out=basis.held_out,
+            kept=kept, overlap=inside,
+        )  # fmt: skip
     return factors, protections
 
 
@@ -186,7 +177,6 @@ def chosen_factors(
     folder = Path(cache_dir or "")
     entry = read_cached(folder, key) if key and is_first else None  # alone: each node may have a cache of its own
     content = gather(None if entry is None else json.loads(entry[1]["content"]))[0]
-    device = next(model.parameters()).device
     if content is None:
         with warnings.catch_warnings(record=True) as caught:
             factors, protections = choose()
@@ -201,15 +191,15 @@ def chosen_factors(
     else:
         if is_shown and is_first:
             sys.stderr.write(f"the calibration of an earlier start is used ({folder}/{key}.safetensors)\n")
-        factors = {} if entry is None else entry[0]
+        factors, _ = entry or ({}, {})
         protections = {path: Protection(**values) for path, values in content["protection"].items()}
         for note in content["warnings"] if is_first else ():
             warnings.warn(note, stacklevel=4)
-    shapes = {target.path: (target.rank or 0, target.shape[1]) for target in fixed}
-    return {
-        path: broadcast(factors.get(path), shape, torch.float32, device, owner=0).to(device)
-        for path, shape in shapes.items()
-    }, protections
+    device = next(model.parameters()).device
+    for t in fixed:
+        shape = (t.rank or 0, t.shape[1])
+        factors[t.path] = broadcast(factors.get(t.path), shape, torch.float32, device, owner=0).to(device)
+    return factors, protections
 
 
 def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
@@ -217,7 +207,7 @@ def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
 
     >>> A, kept = off_inputs(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     >>> A, round(kept, 2)
-    (tensor([[0.0000, 1.1547]]), 0.64)
+    (tensor([[0.0000, 2.3094]]), 0.64)
     """
     rows = rows.float()
     with full_precision(rows.device):
@@ -226,8 +216,9 @@ def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
             left = left - (left @ V) @ V.T
     lengths = torch.linalg.vector_norm(left, dim=1, keepdim=True)
     before = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    share = (lengths / before.clamp(min=torch.finfo(torch.float32).tiny)).square()
-    return left * (ROW_LENGTH / lengths.clamp(min=torch.finfo(torch.float32).tiny)), float(share.mean())
+    tiny = torch.finfo(torch.float32).tiny
+    share = (lengths / before.clamp(min=tiny)).square()
+    return left * (ROW_LENGTH / lengths.clamp(min=tiny)), float(share.mean())
 
 
 def overlap(A: Tensor, V: Tensor) -> float:
@@ -238,9 +229,8 @@ def overlap(A: Tensor, V: Tensor) -> float:
 
 
 def _random_rows(target: Target) -> Tensor:
-    assert target.rank is not None
     generator = torch.Generator().manual_seed(zlib.crc32(target.path.encode(), target.seed))
-    return torch.randn(target.rank, target.shape[1], generator=generator)
+    return torch.randn(target.rank or 0, target.shape[1], generator=generator)
 
 
 def calibration_key(model: nn.Module, targets: Sequence[Target], calibration: Calibration | None) -> str:

@@ -23,8 +23,10 @@ PREFIX = "base_model.model."
 EARLIER = ("earlier_A", "earlier_B")  # buffers of a base layer with the update of an earlier run
 CONFIG = "adapter_config.json"  # of PEFT, also in LLaVA's folders
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ANCHORS_FILE = "milora_anchors.safetensors"  # of ours, beside milora.json
 NON_LORA = "non_lora_trainables.bin"  # of LLaVA: what it trained beside the LoRA
 PROJECTOR_FILES = ("mm_projector.safetensors", "mm_projector.bin")
+RESTORE = "restore the files of one save"
 EXPECTED = f"expected a folder with {CONFIG}, for example the output_dir of a run"
 
 
@@ -34,7 +36,6 @@ def has_config(folder: Path) -> bool:
 
 
 def holds_llava_adapter(folder: Path) -> bool:
-    """Return whether LLaVA's train.py wrote the folder, with LoRA."""
     return has_config(folder) and (folder / NON_LORA).is_file()
 
 
@@ -44,7 +45,6 @@ def holds_adapter(folder: Path) -> bool:
 
 
 def adapters_inside(folder: Path) -> list[Path]:
-    """Return the subfolders of `folder` that have an adapter_config.json, sorted."""
     return sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
 
 
@@ -54,7 +54,6 @@ def holds_residual(folder: Path) -> bool:
 
 
 def holds_projector_alone(folder: Path) -> bool:
-    """Return whether `folder` holds a projector and no adapter."""
     return not has_config(folder) and any((folder / name).is_file() for name in PROJECTOR_FILES)
 
 
@@ -73,12 +72,8 @@ def require_adapter(folder: Path, flag: str, *call: object) -> None:
 def require_no_base(model: str, adapter: object, base: str | None) -> None:
     """Raise UserError for the flag --base beside an adapter, whose base is --model."""
     if base is not None and (adapter is not None or holds_adapter(Path(model))):
-        raise UserError(
-            "this flag is for a fully trained --model; the base of an adapter is its --model",
-            code="flag-conflict",
-            where="--base",
-            hint="remove it",
-        )
+        message = "this flag is for a fully trained --model; the base of an adapter is its --model"
+        raise UserError(message, code="flag-conflict", where="--base", hint="remove it")
 
 
 def not_a_folder(folder: Path, flag: str = "") -> Problem | None:
@@ -87,13 +82,10 @@ def not_a_folder(folder: Path, flag: str = "") -> Problem | None:
         return None
     message = "this is a file, but an adapter is a folder" if folder.exists() else "no such adapter folder"
     beside = [folder.parent] if has_config(folder.parent) else adapters_inside(folder.parent)
-    names = [str(path) for path in sorted(beside, key=lambda path: _likeness(path, folder), reverse=True)]
-    hint = f"adapters there: {', '.join(names[:3])}" if names else EXPECTED
+    paths = {path.name: str(path) for path in beside}
+    near = [paths[name] for name in difflib.get_close_matches(folder.name, paths, n=3, cutoff=0)]
+    hint = f"adapters there: {', '.join(near)}" if near else EXPECTED
     return Problem(f"{message}: {folder}" if flag else message, "adapter-no-folder", flag or str(folder), hint)
-
-
-def _likeness(path: Path, folder: Path) -> float:
-    return difflib.SequenceMatcher(None, path.name, folder.name).ratio()
 
 
 def no_adapter_in(folder: Path, flag: str, *call: object) -> Problem:
@@ -143,12 +135,8 @@ def base_of(folder: Path) -> str:
         hint = "copy the folder again, or use a checkpoint of the run"
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file), hint=hint) from None
     if not name:
-        raise UserError(
-            "the file names no base model",
-            code="adapter-no-base-name",
-            where=str(file),
-            hint=f"try: --model BASE --adapter {folder}",
-        )
+        hint = f"try: --model BASE --adapter {folder}"
+        raise UserError("the file names no base model", code="adapter-no-base-name", where=str(file), hint=hint)
     return from_there(folder, str(name))
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -31,10 +31,10 @@ from milora_vl.common.errors import Problem, UserError
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.calibration import FACTORS
 from milora_vl.core.policy.rules import FloorSigma, Sigma, Target
-from milora_vl.core.svd import Factors, Part, decompose
-from milora_vl.core.weights.distributed import assign_work, broadcast, gather, rank_and_world_size
+from milora_vl.core.svd import Factors
+from milora_vl.core.weights.distributed import broadcast, gather, rank_and_world_size
 from milora_vl.core.weights.matrices import Fingerprint, factor_dtype, fingerprint, read_matrix
-from milora_vl.core.weights.tensor_files import cache_key, cached_singular_values, read_factors, write_factors
+from milora_vl.core.weights.tensor_files import cached_factors, cached_singular_values
 
 Progress = bool | Literal["lines"]
 
@@ -64,7 +64,6 @@ class LayerReport:
     seconds: float
 
     def __str__(self) -> str:
-        """Return one line for the terminal."""
         return (
             f"{self.path}  {self.shape[0]}x{self.shape[1]}  {self.method} rank {self.rank}  "
             f"sigma {self.sigma_max:.3g}..{self.sigma_min:.3g} of {self.sigma_top:.3g}  energy {self.energy:.2%}  "
@@ -104,7 +103,7 @@ def initialize(
     >>> from milora_vl.core.policy import Policy
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
     >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])))
-    >>> targets = Policy.parse("[{modules: language, method: milora, rank: 2}]").resolve(model)
+    >>> targets = Policy.parse("[{modules: language, method: milora, rank: 2, protect: 0}]").resolve(model)
     >>> initial = initialize(model, targets)["0"]
     >>> initial.A0.shape, initial.B0.shape
     (torch.Size([2, 4]), torch.Size([4, 2]))
@@ -113,32 +112,30 @@ def initialize(
     """
     wanted = [t for t in targets if t.is_decomposed]
     cache = None if cache_dir is None else Path(cache_dir)
-    rank, _ = rank_and_world_size()
+    rank, processes = rank_and_world_size()
+    is_first, order = rank == 0, wanted
+    if processes > 1:  # a batch takes as long as its most expensive piece, so pieces of similar cost belong together
+        order = sorted(wanted, key=lambda t: -t.shape[0] * t.shape[1] * min(t.shape))
     by_path: dict[str, Initial] = {}
-    with progress_bar(FACTORS, len(wanted), "matrices", is_shown=bool(progress and wanted) and rank == 0) as bar:
-        batches = assign_work([(_cost(target), target) for target in wanted])
-        for batch in batches:
+    with progress_bar(FACTORS, len(wanted), "matrices", is_shown=bool(progress and wanted) and is_first) as bar:
+        for start in range(0, len(order), processes):
+            batch = order[start : start + processes]
             for initial in _decompose_batch(model, batch, cache):
                 by_path[initial.report.path] = initial
-                if progress == "lines" and rank == 0:
+                if progress == "lines" and is_first:
                     bar.write(str(initial.report), file=sys.stderr)
             bar.update(len(batch))
     _warn_of_zeros(by_path, wanted)
     return {target.path: by_path[target.path] for target in wanted}
 
 
-def _cost(target: Target) -> float:
-    """Return the cost of a whole decomposition, up to a factor: out * in * min(out, in)."""
-    return float(target.shape[0] * target.shape[1] * min(target.shape))
-
-
-def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | None) -> list[Initial]:
-    """Return the initial factors of a batch of targets, at most one per process.
+def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | None) -> Iterator[Initial]:
+    """Yield the initial factors of a batch of targets, at most one per process.
 
     Each process decomposes one weight; the results are then broadcast.
     """
-    rank, _ = rank_and_world_size()
-    initial: Initial | None = None
+    rank, processes = rank_and_world_size()
+    mine: Initial | None = None
     problems: Sequence[Problem] = ()
     W = None
     for owner, target in enumerate(batch):
@@ -149,70 +146,40 @@ def _decompose_batch(model: nn.Module, batch: Sequence[Target], cache: Path | No
     if W is not None:
         target = batch[rank]
         try:
-            initial = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
+            mine = _initial(W, factor_dtype(model.get_submodule(target.path)), target, cache)
         except WeightError as error:
             problems = error.problems
         except Exception as error:  # any error: the other processes wait for this one in `gather`
-            if rank_and_world_size()[1] == 1:
+            if processes == 1:
                 raise
-            problems = [Problem(f"{type(error).__name__}: {error}", "weight-decomposition", target.path)]
-    metadata = initial and (initial.fingerprint, initial.report, initial.A0.dtype, initial.A0.shape, initial.B0.shape)
-    results = gather((problems, metadata))
+            problems = [Problem(f"{type(error).__name__}: {error}", where=target.path)]
+    results = gather((problems, mine and (mine.fingerprint, mine.report, mine.A0.dtype, mine.A0.shape, mine.B0.shape)))
     for rank_problems, _ in results:
         if rank_problems:
             raise WeightError(problems=rank_problems)
-    return [
-        _broadcast_initial(initial if owner == rank else None, results[owner][1], model, owner)
-        for owner in range(len(batch))
-    ]
-
-
-def _broadcast_initial(initial: Initial | None, metadata: tuple, model: nn.Module, owner: int) -> Initial:
-    """Send the factors of process `owner` to all; the other processes pass None."""
-    of_base, report, dtype, *shapes = metadata
-    device = next(model.get_submodule(report.path).parameters()).device
-    factors = (None, None) if initial is None else (initial.A0, initial.B0)
-    A0, B0 = (broadcast(factor, shape, dtype, device, owner) for factor, shape in zip(factors, shapes, strict=True))
-    return Initial(A0, B0, of_base, report)
+    for owner, target in enumerate(batch):
+        of_base, report, dtype, *shapes = results[owner][1]
+        device = next(model.get_submodule(target.path).parameters()).device
+        factors = (mine.A0, mine.B0) if mine is not None and owner == rank else (None, None)
+        A0, B0 = (broadcast(factor, shape, dtype, device, owner) for factor, shape in zip(factors, shapes, strict=True))
+        yield Initial(A0, B0, of_base, report)
 
 
 def _initial(W: Tensor, dtype: torch.dtype, target: Target, cache: Path | None) -> Initial:
+    """Raises WeightError for a weight that cannot be decomposed. Warns if the cache cannot be written."""
     start = time.perf_counter()
     assert target.rank is not None
-    # The seed depends on the path, because modules of equal shape must not draw the same positions.
-    seed = zlib.crc32(target.path.encode(), target.seed)
     assert target.part is not None
-    salt = seed if target.part == "random" else 0
-    factors = cached_factors(W, target.rank, target.part, path=target.path, cache=cache, seed=salt)
+    # The seed depends on the path, because modules of equal shape must not draw the same positions.
+    seed = zlib.crc32(target.path.encode(), target.seed) if target.part == "random" else 0
+    try:
+        factors = cached_factors(W, target.rank, target.part, cache, seed=seed)
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        raise WeightError(str(error), where=target.path) from error
     sigma = "none" if target.has_fixed_A else target.sigma
     A0, B0 = _scaled(factors, W, sigma, target.scaling, cache)
     report = _report(factors, target, time.perf_counter() - start)
     return Initial(A0.to(dtype), B0.to(dtype), fingerprint(W), report)
-
-
-def cached_factors(W: Tensor, rank: int, part: Part, *, path: str, cache: Path | None, seed: int = 0) -> Factors:
-    """Return `rank` triplets of the weight W (out, in) of the module at `path`, from the cache if it has them.
-
-    Raises WeightError with the path for a weight that cannot be decomposed. Warns if the cache cannot be written.
-    """
-    if W.is_meta:
-        raise WeightError(
-            "the weight is on the meta device and has no values",
-            code="weight-on-meta",
-            where=path,
-            hint="load the model first",
-        )
-    key = cache_key(W, rank, part, seed) if cache is not None else ""
-    stored = read_factors(cache, key) if cache is not None else None
-    if stored is not None:
-        return replace(stored, U=stored.U.to(W.device), S=stored.S.to(W.device), Vh=stored.Vh.to(W.device))
-    try:
-        factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
-    except (ValueError, torch.linalg.LinAlgError) as error:
-        raise WeightError(str(error), code="weight-decomposition", where=path) from error
-    if cache is not None:
-        write_factors(cache, key, factors)
-    return factors
 
 
 def _scaled(factors: Factors, W: Tensor, sigma: Sigma, scaling: float, cache: Path | None) -> tuple[Tensor, Tensor]:
@@ -250,10 +217,12 @@ def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) ->
     """
     dead = []
     for target in targets:
-        factors = initial[target.path]
-        has_sigma = target.has_anchor and target.sigma != "none"
-        if has_sigma and _smallest_sigma(factors, target) <= 1e-7 * factors.report.sigma_top:
-            dead.append(target.path)
+        A0, report = initial[target.path].A0, initial[target.path].report
+        if target.has_anchor and target.sigma != "none":
+            # Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
+            rows = torch.linalg.vector_norm(A0, dim=1, dtype=torch.float64)
+            if float(rows.min()) ** 2 * target.scaling <= 1e-7 * report.sigma_top:
+                dead.append(target.path)
     if dead:
         warnings.warn(
             f"{len(dead):,} of {len(targets):,} adapters hold singular values at zero (first: {dead[0]}): A and B "
@@ -261,12 +230,3 @@ def _warn_of_zeros(initial: Mapping[str, Initial], targets: Sequence[Target]) ->
             "the median is zero too), or a lower rank.",
             stacklevel=3,
         )
-
-
-def _smallest_sigma(initial: Initial, target: Target) -> float:
-    """Return the smallest singular value that the adapter starts with, zero if it cannot learn.
-
-    Row i of A0 and column i of B0 both have the norm sqrt(S_i / s).
-    """
-    rows = torch.linalg.vector_norm(initial.A0, dim=1, dtype=torch.float64)
-    return float(rows.min()) ** 2 * target.scaling

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from milora_vl.common.errors import UserError, first_line
-from milora_vl.core.adapter.folders import CONFIG, AdapterError
+from milora_vl.core.adapter.folders import CONFIG, RESTORE, AdapterError
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.policy.towers import peft_task
 from milora_vl.core.weights.tensor_files import unreadable
@@ -56,7 +56,6 @@ def quiet_peft() -> Iterator[None]:
 @contextmanager
 def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
     """Raise AdapterError for what PEFT, torch and safetensors raise or warn about when they read `folder`."""
-    again = "restore the files of one save"
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -67,14 +66,11 @@ def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
         raise AdapterError(problems=[unreadable(folder, error)]) from error
     except (UserWarning, KeyError) as error:  # PEFT's KeyError names a module of modules_to_save
         message = f"the weights lack modules that {CONFIG} lists: {first_line(error)}"
-        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=again) from error
+        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=RESTORE) from error
     except (RuntimeError, ValueError, TypeError) as error:  # a text of many lines
-        raise AdapterError(
-            f"the adapter does not fit {type(base).__name__}: {' '.join(str(error).split())[:300]}",
-            code="adapter-missing-modules",
-            where=str(folder),
-            hint="load the base model that the adapter was trained on",
-        ) from error
+        message = f"the adapter does not fit {type(base).__name__}: {' '.join(str(error).split())[:300]}"
+        hint = "load the base model that the adapter was trained on"
+        raise AdapterError(message, where=str(folder), hint=hint) from error
 
 
 def lora_config(model: nn.Module, adapters: Sequence[Target], full: list[str]) -> LoraConfig:
@@ -110,12 +106,10 @@ def _require_distinct(model: nn.Module, full: list[str]) -> None:
     """Raise AdapterError if PEFT would train other modules in full: it matches the ends of names, not whole parts."""
     extra = [name for name, _ in model.named_modules() if name.endswith(tuple(full)) and name not in full]
     if full and extra:
-        raise AdapterError(
-            f"PEFT would train {extra[0]} in full as well, because its name ends like one of {', '.join(full[:3])}",
-            code="adapter-ambiguous-names",
-            where=extra[0],
-            hint=f"use an adapter instead of method full for {', '.join(full[:3])}, or no adapters at all",
-        )
+        names = ", ".join(full[:3])
+        message = f"PEFT would train {extra[0]} in full as well, because its name ends like one of {names}"
+        hint = f"use an adapter instead of method full for {names}, or no adapters at all"
+        raise AdapterError(message, where=extra[0], hint=hint)
 
 
 def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
@@ -123,13 +117,9 @@ def _require_exactly(tuned: PeftModel, ranks: Mapping[str, int]) -> None:
     adapted = {name: module.r["default"] for name, module in modules if isinstance(module, LoraLayer)}
     if adapted != dict(ranks):
         differ = sorted(name for name in adapted.keys() | ranks.keys() if adapted.get(name) != ranks.get(name))
-        raise AdapterError(
-            f"PEFT matched unexpected modules: this one has rank {adapted.get(differ[0])}, expected "
-            f"{ranks.get(differ[0])} ({len(differ):,} modules differ)",
-            code="adapter-ambiguous-names",
-            where=differ[0],
-            hint="reload the base model and try again",
-        )
+        both = f"this one has rank {adapted.get(differ[0])}, expected {ranks.get(differ[0])}"
+        message = f"PEFT matched unexpected modules: {both} ({len(differ):,} modules differ)"
+        raise AdapterError(message, where=differ[0], hint="reload the base model and try again")
 
 
 def peft_rank(target: Target) -> int:
@@ -163,7 +153,6 @@ def lora_layer(model: PeftModel, path: str) -> LoraLayer:
 
 
 def base_model_of(model: nn.Module) -> nn.Module:
-    """Return the model under a PEFT wrapper, or the model itself."""
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
     return base
 
@@ -184,8 +173,5 @@ def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
 def require_module(model: object) -> None:
     """Raise AdapterError unless `model` is a torch module; users pass the name of a model here."""
     if not isinstance(model, nn.Module):
-        raise AdapterError(
-            f"expected a model (a torch.nn.Module), got {model!r:.80}",
-            code="adapter-not-a-model",
-            hint="load it:  model, processor = load_model(NAME)",
-        )
+        hint = "load it:  model, processor = load_model(NAME)"
+        raise AdapterError(f"expected a model (a torch.nn.Module), got {model!r:.80}", hint=hint)

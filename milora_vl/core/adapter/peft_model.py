@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from typing import Any
 
 import peft
 from huggingface_hub import try_to_load_from_cache
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
@@ -40,14 +40,7 @@ from milora_vl.core.adapter.fixed_a import Protection, fix_A, has_fixed_A
 from milora_vl.core.adapter.folders import PREFIX, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import lora_layer, read_by_peft, set_dropout
-from milora_vl.core.adapter.sidecar import (
-    ANCHORS_FILE,
-    Sidecar,
-    fitted,
-    read_sidecar,
-    require_same_kind,
-    require_trainable,
-)
+from milora_vl.core.adapter.sidecar import Sidecar, fitted, read_sidecar, require_same_kind, require_trainable
 from milora_vl.core.policy.rules import Target
 from milora_vl.core.weights.matrices import Fingerprint, distance, fingerprint
 
@@ -80,12 +73,8 @@ class MiloraMixin(PeftModel):
         `path_initial_model_for_weight_conversion`, because the saved adapter needs no conversion.
         """
         if path_initial_model_for_weight_conversion is not None:
-            raise AdapterError(
-                "the saved adapter is already a plain LoRA for the unchanged base model, and needs no conversion",
-                code="adapter-unsupported-argument",
-                where="path_initial_model_for_weight_conversion",
-                hint="remove the argument",
-            )
+            message = "the saved adapter is already a plain LoRA for the unchanged base model, and needs no conversion"
+            raise AdapterError(message, where="path_initial_model_for_weight_conversion", hint="remove the argument")
         self._require_own_factors()
         self.warn_of_changed_A()
         if save_embedding_layers == "auto":
@@ -107,13 +96,11 @@ class MiloraMixin(PeftModel):
     def _unrecoverable(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the B0 that the saved factors do not give back bit for bit, by path. `state` is a gathered one."""
         saved = {name.removeprefix("_forward_module."): tensor for name, tensor in state.items()}
-        anchors = {}
-        for path in self.sidecars[adapter].ranks:
-            joined = saved.get(f"{PREFIX}{path}.lora_B.{adapter}.weight")
-            B0 = unrecoverable(lora_layer(self, path), adapter, joined)
-            if B0 is not None:
-                anchors[path] = B0
-        return anchors
+        pairs = (
+            (path, unrecoverable(lora_layer(self, path), adapter, saved.get(f"{PREFIX}{path}.lora_B.{adapter}.weight")))
+            for path in self.sidecars[adapter].ranks
+        )
+        return {path: B0 for path, B0 in pairs if B0 is not None}
 
     def train(self, mode: bool = True) -> MiloraMixin:
         """Set the training mode as PyTorch does. Raises AdapterError if other code has replaced our factors."""
@@ -168,13 +155,12 @@ class MiloraMixin(PeftModel):
 
         Anchors belong to the differences in `state`, and each fixed A to its B.
         """
-        trained = {
-            name: name.replace(".lora_A.", ".lora_B.")
-            if name.endswith(".weight")
-            else name.replace(f".{ANCHOR}", f".{DELTA}")
-            for name in fixed_names(self)
-        }
-        missing = {name for name, partner in trained.items() if partner in state and name not in state}
+
+        def partner(name: str) -> str:
+            is_A = name.endswith(".weight")
+            return name.replace(".lora_A.", ".lora_B.") if is_A else name.replace(f".{ANCHOR}", f".{DELTA}")
+
+        missing = {name for name in fixed_names(self) if partner(name) in state and name not in state}
         return {**state, **{name: buffer for name, buffer in self.named_buffers() if name in missing}}
 
     def _vocabulary_has_grown(self) -> bool:
@@ -226,15 +212,14 @@ class MiloraMixin(PeftModel):
         """
         sidecar, existing = read_sidecar(Path(model_id)), self.sidecars.get(adapter_name)
         if sidecar is not None and sidecar.own is not None and self.earlier is not None:
+            options = {**kwargs, "allow_base_mismatch": allow_base_mismatch}
             with TemporaryDirectory() as own:
                 split(Path(model_id), self, Path(own), allow_base_mismatch=allow_base_mismatch)
-                return self.load_adapter(
-                    own, adapter_name, is_trainable, *args, allow_base_mismatch=allow_base_mismatch, **kwargs
-                )
+                return self.load_adapter(own, adapter_name, is_trainable, *args, **options)
         require_trainable(Path(model_id), sidecar, is_trainable=is_trainable)
-        anchors: Mapping[str, Tensor] = {}
         if existing is not None:
             require_same_kind(Path(model_id), sidecar, existing)
+        anchors: Mapping[str, Tensor] = {}
         if sidecar is not None:
             sidecar = fitted(self, sidecar, allow_base_mismatch=allow_base_mismatch)
             anchors = sidecar.read_anchors(Path(model_id))
@@ -246,29 +231,6 @@ class MiloraMixin(PeftModel):
         if sidecar is not None:
             restore(self, adapter_name, sidecar, anchors).warn_of_changed_A()
         return result
-
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "svd",
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Add adapters as PEFT does; the sum is a plain LoRA.
-
-        Raises AdapterError for modules trained in full, and for a combination that adds factors instead of updates.
-        """
-        _require_factors_alone(self, adapters)
-        if combination_type != "cat" and not combination_type.endswith("svd"):
-            raise AdapterError(
-                f"{combination_type} adds the factors and not their products, which are the updates",
-                code="adapter-unsupported-argument",
-                where="combination_type",
-                hint="use cat, which is exact, or svd",
-            )
-        self.base_model.add_weighted_adapter(adapters, weights, adapter_name, combination_type, *args, **kwargs)  # type: ignore[operator]
 
     def unload(self) -> nn.Module:
         """Return the base model as PEFT does, and with the originals of modules trained in full, which PEFT drops."""
@@ -300,68 +262,38 @@ class MiloraMixin(PeftModel):
         ignore_in_ddp(self, fixed_names(self))
 
 
-class MiloraModel(MiloraMixin, peft.PeftModel):
-    """PeftModel with trained differences and anchors."""
+class MiloraModel(MiloraMixin, peft.PeftModel): ...
 
 
-class MiloraModelForCausalLM(MiloraMixin, peft.PeftModelForCausalLM):
-    """PeftModelForCausalLM with trained differences and anchors."""
+class MiloraModelForCausalLM(MiloraMixin, peft.PeftModelForCausalLM): ...
 
 
-class MiloraModelForSeq2SeqLM(MiloraMixin, peft.PeftModelForSeq2SeqLM):
-    """PeftModelForSeq2SeqLM with trained differences and anchors."""
+class MiloraModelForSeq2SeqLM(MiloraMixin, peft.PeftModelForSeq2SeqLM): ...
 
 
-class MiloraModelForSequenceClassification(MiloraMixin, peft.PeftModelForSequenceClassification):
-    """PeftModelForSequenceClassification with trained differences and anchors."""
+class MiloraModelForSequenceClassification(MiloraMixin, peft.PeftModelForSequenceClassification): ...
 
 
-class MiloraModelForTokenClassification(MiloraMixin, peft.PeftModelForTokenClassification):
-    """PeftModelForTokenClassification with trained differences and anchors."""
+class MiloraModelForTokenClassification(MiloraMixin, peft.PeftModelForTokenClassification): ...
 
 
-class MiloraModelForQuestionAnswering(MiloraMixin, peft.PeftModelForQuestionAnswering):
-    """PeftModelForQuestionAnswering with trained differences and anchors."""
+class MiloraModelForQuestionAnswering(MiloraMixin, peft.PeftModelForQuestionAnswering): ...
 
 
-class MiloraModelForFeatureExtraction(MiloraMixin, peft.PeftModelForFeatureExtraction):
-    """PeftModelForFeatureExtraction with trained differences and anchors."""
+class MiloraModelForFeatureExtraction(MiloraMixin, peft.PeftModelForFeatureExtraction): ...
 
 
-_OURS: dict[type[PeftModel], type[MiloraMixin]] = {
-    peft.PeftModel: MiloraModel,
-    peft.PeftModelForCausalLM: MiloraModelForCausalLM,
-    peft.PeftModelForSeq2SeqLM: MiloraModelForSeq2SeqLM,
-    peft.PeftModelForSequenceClassification: MiloraModelForSequenceClassification,
-    peft.PeftModelForTokenClassification: MiloraModelForTokenClassification,
-    peft.PeftModelForQuestionAnswering: MiloraModelForQuestionAnswering,
-    peft.PeftModelForFeatureExtraction: MiloraModelForFeatureExtraction,
-}
+_OURS: dict[type[PeftModel], type[MiloraMixin]] = {kind.__bases__[1]: kind for kind in MiloraMixin.__subclasses__()}
 
 
 def adopt(model: PeftModel) -> MiloraMixin:
     """Change the class of a stock PeftModel to the matching class above, in place."""
-    if not isinstance(model, MiloraMixin):
-        ours = change_class(model, _OURS[type(model)])
-        ours.sidecars = {}
-        keep_hooks_apart(ours)
-        return ours
-    return model
-
-
-def _require_factors_alone(model: PeftModel, adapters: Sequence[str]) -> None:
-    """Raise AdapterError if an adapter contains modules trained in full, which PEFT's sum would take from the base."""
-    for name in adapters:
-        config = model.peft_config.get(name)
-        full_modules = config.modules_to_save if isinstance(config, LoraConfig) else None
-        if full_modules:
-            raise AdapterError(
-                f"add_weighted_adapter adds LoRA factors only, but this adapter contains modules trained in full: "
-                f"{', '.join(sorted(full_modules)[:3])}",
-                code="adapter-full-modules",
-                where=f"adapter {name!r}",
-                hint="add their folders:  python -m milora_vl.export FOLDER FOLDER --weights ...  (docs/exporting.md)",
-            )
+    if isinstance(model, MiloraMixin):
+        return model
+    ours = change_class(model, _OURS[type(model)])
+    ours.sidecars = {}
+    keep_hooks_apart(ours)
+    return ours
 
 
 def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[str, Tensor]) -> MiloraMixin:
@@ -369,21 +301,22 @@ def restore(model: PeftModel, adapter: str, sidecar: Sidecar, anchors: Mapping[s
 
     `anchors` has the exact B0 by path, see `Sidecar.read_anchors`.
     """
-    ours = adopt(model)
+    ours, plain = adopt(model), {}
     for target in sidecar.targets:
         if target.rank is None:
             continue
         layer = lora_layer(ours, target.path)
-        if target.has_anchor:
-            try:
-                install_loaded(layer, adapter, anchors.get(target.path))
-            except ValueError as error:
-                message, hint = f"{error}: B0 + E is not B", "restore the files of one save"
-                raise AdapterError(message, code="adapter-wrong-anchor", where=ANCHORS_FILE, hint=hint) from error
+        if target.has_anchor and adapter in layer.lora_embedding_A:
+            if layer.lora_embedding_A[adapter].requires_grad:
+                message = "MiLoRA trained this embedding, which this version does not: it cannot train further"
+                raise AdapterError(message, code="adapter-retired-method", where=target.path)
+            plain[target.path] = replace(target, method="lora", rank=2 * target.rank, alpha=2 * (target.alpha or 0))
+        elif target.has_anchor:
+            install_loaded(layer, adapter, anchors.get(target.path))
         elif target.has_fixed_A and not has_fixed_A(layer, adapter):
             fix_A(layer, adapter)
         set_dropout(layer, adapter, target.dropout)
-    ours.remember(adapter, replace(sidecar, anchors=()))
+    ours.remember(adapter, replace(sidecar, targets=[plain.get(t.path, t) for t in sidecar.targets], anchors=()))
     return ours
 
 

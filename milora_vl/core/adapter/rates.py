@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache
 from math import isclose
@@ -23,11 +24,7 @@ _PEFT_PARTS = re.compile(r"\.modules_to_save\.[^.]+|\.base_layer")
 
 
 def parameter_groups(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    decays: Collection[str] | None = None,
+    model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, decays: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
     """Return the groups for a torch optimizer, one for each pair of rates that the rules of `model` have.
 
@@ -42,7 +39,7 @@ def parameter_groups(
 
     >>> from milora_vl import apply_milora
     >>> full = {"modules": "1", "method": "full", "learning_rate": 2e-5}
-    >>> rules = [{"modules": "0", "method": "milora", "rank": 2}, full]
+    >>> rules = [{"modules": "0", "method": "lora", "rank": 2}, full]
     >>> model = apply_milora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), rules)
     >>> optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=2e-4, weight_decay=0.1))
     >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
@@ -50,7 +47,7 @@ def parameter_groups(
     """
     for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         if not (isinstance(value, int | float) and 0 <= value < math.inf):
-            raise AdapterError(f"expected a number from 0, got {value!r}", code="adapter-value", where=name)
+            raise AdapterError(f"expected a number from 0, got {value!r}", where=name)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     towers: dict[float, list[str]] = {}
     for name, parameter, target in sorted(_trained(model), key=_place):
@@ -74,13 +71,12 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Target | Non
     """
     owner = next((module for module in model.modules() if "milora_targets" in vars(module)), None)
     if owner is None:
-        raise AdapterError(
-            f"no rules belong to this {type(model).__name__}",
-            code="adapter-no-rules",
-            hint="pass the model that apply_milora, or load_adapter(..., is_trainable=True), returned",
-        )
+        hint = "pass the model that apply_milora, or load_adapter(..., is_trainable=True), returned"
+        raise AdapterError(f"no rules belong to this {type(model).__name__}", hint=hint)
     settings = {target.path: target for target in vars(owner)["milora_targets"]}
-    target_of = {id(p): settings.get(target_path(name, settings)) for name, p in owner.named_parameters()}
+    target_of = {
+        id(p): settings.get(module_path(_PEFT_PARTS.sub("", name), settings)) for name, p in owner.named_parameters()
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             yield name, parameter, target_of.get(id(parameter))
@@ -151,19 +147,9 @@ def _names(towers: dict[float, list[str]]) -> dict[float, str]:
     >>> _names({2e-4: ["language"], 1e-4: ["language"], 2e-5: ["projector", "vision"]})
     {0.0002: 'language', 0.0001: 'language-2', 2e-05: 'projector+vision'}
     """
-    base_names = {rate: "+".join(dict.fromkeys(names)) for rate, names in towers.items()}
-    order = list(base_names.values())
-    counts = [order[: number + 1].count(name) for number, name in enumerate(order)]
-    return {
-        rate: name if count == 1 else f"{name}-{count}"
-        for (rate, name), count in zip(base_names.items(), counts, strict=True)
-    }
-
-
-def target_path(name: str, paths: Collection[str]) -> str:
-    """Return the module path in `paths` of the parameter `name` of a PeftModel or a plain model, or "" if none.
-
-    >>> target_path("base_model.model.lm.q.lora_A.default.delta", ["lm.q", "lm"])
-    'lm.q'
-    """
-    return module_path(_PEFT_PARTS.sub("", name), paths)
+    names, counts = {}, Counter[str]()
+    for rate, of_rate in towers.items():
+        name = "+".join(dict.fromkeys(of_rate))
+        counts[name] += 1
+        names[rate] = name if counts[name] == 1 else f"{name}-{counts[name]}"
+    return names

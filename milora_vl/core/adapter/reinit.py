@@ -22,18 +22,14 @@ from milora_vl.core.adapter.folders import PREFIX, AdapterError
 from milora_vl.core.adapter.initialize import Progress
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
-from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, stored_tensors
+from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, require_trainable, stored_tensors
 from milora_vl.core.calibration.bases import Calibration, CalibrationError
 from milora_vl.core.policy.rules import METHODS, Rule, RuleMethod
-from milora_vl.core.policy.towers import forget_peft
 from milora_vl.core.svd import Part
 
-METHOD_OF_PART: dict[str, RuleMethod] = {
-    "minor": "milora",
-    "principal": "pissa",
-    "random": "random",
-}
+METHOD_OF_PART: dict[str, RuleMethod] = {"minor": "milora", "principal": "pissa", "random": "random"}
 assert all(METHODS[method].part == part for part, method in METHOD_OF_PART.items())
+_TOO_LATE = "reload the folder and call restore_split before training, or save this one as a plain LoRA"
 # Initializations of PEFT that do not change the base weight.
 _BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -64,9 +60,7 @@ def reinit_peft(
     ('milora', 4)
     """
     if part not in METHOD_OF_PART:
-        raise AdapterError(
-            f"expected one of {', '.join(METHOD_OF_PART)}, got {part!r}", code="adapter-value", where="part"
-        )
+        raise AdapterError(f"expected one of {', '.join(METHOD_OF_PART)}, got {part!r}", where="part")
     adapter = _the_adapter(peft_model)
     modules = dict(peft_model.get_base_model().named_modules())
     layers = {path: module for path, module in modules.items() if isinstance(module, LoraLayer)}
@@ -74,16 +68,13 @@ def reinit_peft(
     _require_fresh(layers, full, adapter)
     method = METHOD_OF_PART[part]
     if (METHODS[method].protect if protect is None else protect) and calibration is None:
-        raise CalibrationError(
-            f"method {method} protects the inputs of ordinary text, which needs calibration batches",
-            code="calibration-missing",
-            where="calibration",
-            hint="pass  calibration=calibration_texts(model)  or batches of your own, or  protect=0",
-        )
+        message = f"method {method} protects the inputs of ordinary text, which needs calibration batches"
+        hint = "pass  calibration=calibration_texts(model)  or batches of your own, or  protect=0"
+        raise CalibrationError(message, code="calibration-missing", where="calibration", hint=hint)
     rules = [_rule(path, layer, adapter, method, protect) for path, layer in layers.items()]
     base = peft_model.unload()
+    vars(base).pop("peft_config", None)  # older versions of PEFT leave it
     rules += [Rule(modules=path, method="full") for path in _with_weights(base, full)]
-    forget_peft(base)
     return apply_milora(base, rules, calibration=calibration, progress=progress)
 
 
@@ -98,56 +89,39 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     adapter = _the_adapter(peft_model)
     saved = read_sidecar(Path(folder))
     if saved is None:
-        raise AdapterError(
-            f"has no {FILE_NAME}: this adapter is a plain LoRA and has no anchor",
-            code="adapter-plain-lora",
-            where=str(folder),
-            hint="train it without restore_split",
-        )
+        message, hint = f"has no {FILE_NAME}: this is a plain LoRA without an anchor", "train it without restore_split"
+        raise AdapterError(message, code="adapter-plain-lora", where=str(folder), hint=hint)
+    require_trainable(Path(folder), saved, is_trainable=True)
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
     stored = stored_tensors(Path(folder))
     for path in sidecar.ranks:
-        _require_anchor(lora_layer(peft_model, path), adapter, path, stored)
+        layer = lora_layer(peft_model, path)
+        if adapter in layer.lora_A:
+            _require_anchor(layer, adapter, path, stored)
     ours = restore(peft_model, adapter, sidecar, sidecar.read_anchors(Path(folder)))
     changed = ours.changed_A()
     if changed:
-        raise AdapterError(
-            f"the A of {len(changed):,} modules has been trained already, so their inputs are no longer protected",
-            code="adapter-wrong-anchor",
-            where=changed[0],
-            hint="reload the folder and call restore_split before training, or save this one as a plain LoRA",
-        )
+        message = f"the A of {len(changed):,} modules has been trained already, so their inputs are no longer protected"
+        raise AdapterError(message, code="adapter-wrong-anchor", where=changed[0], hint=_TOO_LATE)
     return ours
 
 
 def _the_adapter(model: PeftModel) -> str:
     if not isinstance(model, PeftModel):
-        raise AdapterError(
-            f"expected a PeftModel, got {type(model).__name__}",
-            code="adapter-not-a-peft-model",
-            hint="to add an adapter:  apply_milora(model, policy)",
-        )
+        hint = "to add an adapter:  apply_milora(model, policy)"
+        raise AdapterError(f"expected a PeftModel, got {type(model).__name__}", hint=hint)
     if isinstance(model, MiloraMixin) and model.sidecars:
-        raise AdapterError(
-            "this model already has a difference and an anchor, from apply_milora or load_adapter",
-            code="adapter-already-present",
-            hint="use the model without this call",
-        )
+        message = "this model already has an adapter of apply_milora or load_adapter"
+        raise AdapterError(message, hint="use the model without this call")
     if len(model.peft_config) != 1:
-        raise AdapterError(
-            f"expected one adapter, found {', '.join(model.peft_config)}",
-            code="adapter-several",
-            hint="delete the other adapters first",
-        )
+        hint = "delete the other adapters first"
+        raise AdapterError(f"expected one adapter, found {', '.join(model.peft_config)}", hint=hint)
     name, config = next(iter(model.peft_config.items()))
     unsupported = _unsupported(config)
     if unsupported:
-        raise AdapterError(
-            f"expected a plain LoRA that does not change the base weights, got {unsupported}",
-            code="adapter-unsupported-kind",
-            where=f"adapter {name!r}",
-            hint="reload the base model, and call get_peft_model with a plain LoraConfig",
-        )
+        message = f"expected a plain LoRA that does not change the base weights, got {unsupported}"
+        hint = "reload the base model, and call get_peft_model with a plain LoraConfig"
+        raise AdapterError(message, code="adapter-unsupported-kind", where=f"adapter {name!r}", hint=hint)
     return name
 
 
@@ -172,17 +146,15 @@ def _require_fresh(layers: dict[str, LoraLayer], full: dict[str, ModulesToSaveWr
         pairs = zip(module.modules_to_save[adapter].parameters(), module.original_module.parameters(), strict=True)
         trained += [path] * (not all(torch.equal(*pair) for pair in pairs))
     if trained:
-        raise AdapterError(
-            "this adapter has been trained already, and a new initialization would lose that training",
-            code="adapter-already-trained",
-            where=trained[0],
-            hint="if it is a MiLoRA adapter loaded from a folder, call  restore_split(model, folder)  instead",
-        )
+        message = "this adapter has been trained already, and a new initialization would lose that training"
+        hint = "if it is a MiLoRA adapter loaded from a folder, call  restore_split(model, folder)  instead"
+        raise AdapterError(message, where=trained[0], hint=hint)
 
 
 def _update_norm(layer: LoraLayer, adapter: str) -> float:
-    is_zero = not all(factor.any() for factor in factors(layer, adapter))
-    return 0.0 if is_zero else float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
+    if not all(factor.any() for factor in factors(layer, adapter)):
+        return 0.0
+    return float(torch.linalg.vector_norm(layer.get_delta_weight(adapter)))  # type: ignore[attr-defined]
 
 
 def _rule(path: str, layer: LoraLayer, adapter: str, method: RuleMethod, protect: float | None) -> Rule:
@@ -202,17 +174,11 @@ def _with_weights(base: torch.nn.Module, paths: Iterable[str]) -> list[str]:
 def _require_anchor(layer: LoraLayer, adapter: str, path: str, stored: dict[str, Tensor]) -> None:
     """Raise AdapterError unless the anchors in the model equal the saved ones, rounded to the model's dtype."""
     assert not has_anchor(layer, adapter)
-    for axis, (name, factor) in enumerate(
-        zip(("lora_A.weight", "lora_B.weight"), factors(layer, adapter), strict=True)
-    ):
-        saved = stored[f"{PREFIX}{path}.{name}"].to(factor.dtype).to(factor.device)
+    for axis, factor in enumerate(factors(layer, adapter)):
+        saved = stored[f"{PREFIX}{path}.lora_{'AB'[axis]}.weight"].to(factor.dtype).to(factor.device)
         first, second = zip(saved.chunk(2, dim=axis), factor.detach().chunk(2, dim=axis), strict=True)
         # A0 is the second half of [D; A0], and B0 is the difference of the halves [B0 + E, E].
         pair = [b - e for b, e in zip(first, second, strict=True)] if axis == 1 else second
         if not torch.equal(*pair):
-            raise AdapterError(
-                "the anchor has been trained already, so it cannot be restored",
-                code="adapter-wrong-anchor",
-                where=path,
-                hint="reload the folder and call restore_split before training, or save this one as a plain LoRA",
-            )
+            message = "the anchor has been trained already, so it cannot be restored"
+            raise AdapterError(message, code="adapter-wrong-anchor", where=path, hint=_TOO_LATE)

@@ -19,11 +19,19 @@ from torch import nn
 
 from milora_vl.core.adapter.checkpoints import newest_checkpoint
 from milora_vl.core.adapter.earlier import hold, split
-from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, AdapterError, moved, not_a_folder
+from milora_vl.core.adapter.folders import ADAPTER_FILES, CONFIG, RESTORE, AdapterError, moved, not_a_folder
 from milora_vl.core.adapter.lora import quiet_peft, read_by_peft, require_module
 from milora_vl.core.adapter.peft_model import restore
 from milora_vl.core.adapter.rates import check_rates_at_first_step
-from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, fitted, read_sidecar, require_trainable, stored_tensors
+from milora_vl.core.adapter.sidecar import (
+    FILE_NAME,
+    Sidecar,
+    fitted,
+    new_paths,
+    read_sidecar,
+    require_trainable,
+    stored_tensors,
+)
 from milora_vl.core.policy.towers import is_wrapped_by_peft
 from milora_vl.core.weights.tensor_files import AGAIN
 
@@ -48,28 +56,16 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors', 'milora.json']
     """
     if not isinstance(model, PeftModel):
-        raise AdapterError(
-            f"{type(model).__name__} has no adapter to save",
-            code="adapter-not-a-peft-model",
-            hint="for weights trained in full, use the model's own save_pretrained",
-        )
+        hint = "for weights trained in full, use the model's own save_pretrained"
+        raise AdapterError(f"{type(model).__name__} has no adapter to save", hint=hint)
     folder = Path(path)  # raises TypeError for None; str(None) would create a folder named None
     if folder.is_file():
-        raise AdapterError(
-            "this is a file, but an adapter is a folder",
-            code="adapter-no-folder",
-            where=str(folder),
-            hint="choose another folder",
-        )
+        raise AdapterError("this is a file, but an adapter is a folder", where=str(folder))
     model.save_pretrained(str(folder))
 
 
 def load_adapter(
-    base: nn.Module,
-    path: str | Path,
-    *,
-    is_trainable: bool = False,
-    allow_base_mismatch: bool = False,
+    base: nn.Module, path: str | Path, *, is_trainable: bool = False, allow_base_mismatch: bool = False
 ) -> Any:
     """Return `base` with the adapter in the folder `path`; with `is_trainable`, training can continue.
 
@@ -82,23 +78,19 @@ def load_adapter(
     require_module(base)
     require_adapter_files(folder)
     if is_wrapped_by_peft(base):
-        raise AdapterError(
-            "this model already has an adapter",
-            code="adapter-already-present",
-            hint="pass the base model, or use the model's own load_adapter(path, name)",
-        )
+        hint = "pass the base model, or use the model's own load_adapter(path, name)"
+        raise AdapterError("this model already has an adapter", hint=hint)
     saved = read_sidecar(folder)
     if saved is None:
         logger.info("%s has no %s: loaded as a plain LoRA", folder, FILE_NAME)
         return _load_stock(base, folder, is_trainable)
     require_trainable(folder, saved, is_trainable=is_trainable)
     here = fitted(base, saved, allow_base_mismatch=allow_base_mismatch)
-    anchors = here.read_anchors(folder)
-    paths = new_paths(saved, here)
-    if paths:
-        model = load_renamed(base, folder, here, paths, is_trainable=is_trainable)
-    else:
+    anchors, paths = here.read_anchors(folder), new_paths(saved, here)
+    if all(old == new for old, new in paths.items()):
         model = _load_stock(base, folder, is_trainable)
+    else:
+        model = _load_renamed(base, folder, here, paths, is_trainable)
     ours = restore(model, "default", here, anchors)
     ours.warn_of_changed_A()  # stock PEFT may have trained it, and saved into this folder
     if is_trainable:
@@ -135,33 +127,23 @@ def require_adapter_files(folder: Path) -> None:
         newest = newest_checkpoint(folder)
         raise AdapterError(
             f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
-            code="adapter-missing-file",
             where=str(folder),
             hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
         )
+    file = str(folder / CONFIG)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         imports_code = config.get("megatron_config") is not None
     except (ValueError, AttributeError) as error:
-        message, file = f"not a mapping in JSON: {error}", str(folder / CONFIG)
-        raise AdapterError(message, code="adapter-damaged-file", where=file, hint=AGAIN) from error
+        raise AdapterError(f"not a mapping in JSON: {error}", where=file, hint=AGAIN) from error
     if imports_code:  # PEFT would import the module that the file names beside it
-        raise AdapterError(
-            "the config names a module of Megatron, which would be imported: it was not read",
-            code="adapter-unsupported-kind",
-            where=str(folder / CONFIG),
-            hint="remove megatron_config and megatron_core from the file if you trust it",
-        )
+        message = "the config names a module of Megatron, which would be imported: it was not read"
+        hint = "remove megatron_config and megatron_core from the file if you trust it"
+        raise AdapterError(message, code="adapter-unsupported-kind", where=file, hint=hint)
 
 
-def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
-    """Map each path in the file to the path in the model; empty if all paths are equal."""
-    pairs = {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
-    return pairs if any(old != new for old, new in pairs.items()) else {}
-
-
-def load_renamed(
-    base: nn.Module, folder: Path, here: Sidecar, paths: Mapping[str, str], *, is_trainable: bool
+def _load_renamed(
+    base: nn.Module, folder: Path, here: Sidecar, paths: Mapping[str, str], is_trainable: bool
 ) -> PeftModel:
     """Return `base` with the adapter in `folder`, loaded under other module paths.
 
@@ -172,25 +154,19 @@ def load_renamed(
     config.inference_mode = not is_trainable
     config.target_modules = {t.path for t in here.targets if t.rank is not None}
     config.modules_to_save = [t.path for t in here.targets if t.rank is None] or None
-    config.rank_pattern = {_renamed_pattern(key, paths): rank for key, rank in config.rank_pattern.items()}
-    config.alpha_pattern = {_renamed_pattern(key, paths): alpha for key, alpha in config.alpha_pattern.items()}
+    patterns = (config.rank_pattern, config.alpha_pattern)
+    config.rank_pattern, config.alpha_pattern = (
+        {"^" + paths[key.removeprefix("^")]: value for key, value in pattern.items()} for pattern in patterns
+    )
     with quiet_peft():
         model = get_peft_model(base, config)
     state = {moved(key, paths): tensor for key, tensor in stored_tensors(folder).items()}
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if expected != state.keys():
         wrong = sorted(expected ^ state.keys())
-        raise AdapterError(
-            f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)",
-            code="adapter-missing-weights" if wrong[0] in expected else "adapter-unlisted-weights",
-            where=str(folder),
-            hint="restore the files of one save",
-        )
+        message, hint = f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)", RESTORE
+        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=hint)
     set_peft_model_state_dict(model, state)
     if not is_trainable:
         model.eval()
     return model
-
-
-def _renamed_pattern(pattern: str, paths: Mapping[str, str]) -> str:
-    return "^" + paths[pattern.removeprefix("^")]

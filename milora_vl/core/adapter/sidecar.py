@@ -19,13 +19,13 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from milora_vl.core.adapter.fixed_a import Protection
-from milora_vl.core.adapter.folders import ADAPTER_FILES, AdapterError
+from milora_vl.core.adapter.folders import ADAPTER_FILES, ANCHORS_FILE, RESTORE, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
 from milora_vl.core.adapter.lora import base_layer, base_model_of
 from milora_vl.core.policy.rules import METHODS, RETIRED, FloorSigma, Target
@@ -33,9 +33,11 @@ from milora_vl.core.policy.towers import canonical_names, keep_weights_readable
 from milora_vl.core.weights.matrices import QUANTIZED_EPS, Fingerprint, distance, read_matrix
 from milora_vl.core.weights.tensor_files import read_weights
 
+Kind = TypeVar("Kind")
+logger = logging.getLogger(__name__)
 FILE_NAME = "milora.json"
-ANCHORS_FILE = "milora_anchors.safetensors"
 FORMAT_VERSION = 3
+MERGE = "python -m milora_vl.export --to merged --output_dir MERGED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,6 @@ class Sidecar:
     retired: str = ""
 
     def to_json(self) -> str:
-        """Return the text of the file."""
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, **self._content()}
         if self.own is not None:
             content |= {"tasks": list(self.tasks), "own": self.own._content()}
@@ -72,16 +73,9 @@ class Sidecar:
     def _module(self, target: Target) -> dict[str, Any]:
         fields = target.to_dict()
         del fields["path"]
-        entry = {"name": self.names[target.path], "part": target.part, **fields}
-        if target.path in self.fingerprints:
-            entry["fingerprint"] = dataclasses.asdict(self.fingerprints[target.path])
-        if target.path in self.reports:
-            entry["report"] = dataclasses.asdict(self.reports[target.path])
-        if target.path in self.fixed:
-            entry["fixed_A"] = dataclasses.asdict(self.fixed[target.path])
-        if target.path in self.protection:
-            entry["protection"] = dataclasses.asdict(self.protection[target.path])
-        return entry
+        parts = ((key, getattr(self, name).get(target.path)) for key, (name, _) in _PARTS.items())
+        described = {key: dataclasses.asdict(part) for key, part in parts if part is not None}
+        return {"name": self.names[target.path], "part": target.part, **fields, **described}
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -108,10 +102,19 @@ class Sidecar:
                 f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
                 code="adapter-missing-weights",
                 where=str(file),
-                hint="restore the files of one save",
+                hint=RESTORE,
             )
         path_of = {name: path for path, name in self.names.items()}
         return {path_of[name]: stored[name] for name in self.anchors}
+
+
+# The parts of a module in the file: the name of the field of Sidecar that holds them by path, and their class.
+_PARTS: dict[str, tuple[str, type]] = {
+    "fingerprint": ("fingerprints", Fingerprint),
+    "report": ("reports", LayerReport),
+    "fixed_A": ("fixed", Fingerprint),
+    "protection": ("protection", Protection),
+}
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -132,80 +135,65 @@ def read_sidecar(folder: Path) -> Sidecar | None:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         if data["format_version"] != FORMAT_VERSION:
-            raise AdapterError(
-                f"this file has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read",
-                code="adapter-other-format",
-                where=str(file),
-                hint="use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA",
-            )
+            message = f"has format version {data['format_version']!r}, and only version {FORMAT_VERSION} is read"
+            hint = "use the version of milora-vl that wrote it, or load the folder with stock PEFT as a plain LoRA"
+            raise AdapterError(message, where=str(file), hint=hint)
         own = _from_content(data["own"]) if "own" in data else None
         return dataclasses.replace(_from_content(data), tasks=tuple(data.get("tasks", ())), own=own)
     except AdapterError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise AdapterError(
-            f"the file is damaged ({type(error).__name__}: {error})",
-            code="adapter-damaged-file",
-            where=str(file),
-            hint="restore the file, or remove it: the folder is then a plain LoRA for inference",
-        ) from error
+        message = f"the file is damaged ({type(error).__name__}: {error})"
+        hint = "restore the file, or remove it: the folder is then a plain LoRA for inference"
+        raise AdapterError(message, where=str(file), hint=hint) from error
 
 
 def require_trainable(folder: Path, saved: Sidecar | None, *, is_trainable: bool) -> None:
     """Raise AdapterError for an adapter that would train further, and cannot: of several tasks, or a retired method."""
-    if is_trainable and saved is not None and saved.retired:
-        raise AdapterError(
-            f"was trained with method {saved.retired}, which this version does not train",
-            code="adapter-retired-method",
-            where=str(folder),
-            hint=f"merge it and train on the result:  python -m milora_vl.export {folder} --to merged "
-            "--output_dir MERGED",
+    if saved is None or not is_trainable:
+        return
+    refuse_retired(folder, saved)
+    if saved.own is not None:
+        message = f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further"
+        hint = (
+            f"train another task after it:  python -m milora_vl.train --after {folder}\nor merge it:  {MERGE} {folder}"
         )
-    if is_trainable and saved is not None and saved.own is not None:
-        raise AdapterError(
-            f"holds the updates of {len(saved.tasks)} tasks in one LoRA, which cannot train further",
-            code="adapter-several-tasks",
-            where=str(folder),
-            hint=f"train another task after it:  python -m milora_vl.train --after {folder}\n"
-            f"or merge it:  python -m milora_vl.export {folder} --to merged --output_dir MERGED",
-        )
+        raise AdapterError(message, code="adapter-several-tasks", where=str(folder), hint=hint)
+
+
+def refuse_retired(folder: Path, saved: Sidecar) -> None:
+    """Raise AdapterError for an adapter of a method that left, which no training continues or follows."""
+    if saved.retired:
+        message = f"was trained with method {saved.retired}, which this version does not train"
+        hint = f"merge it and train on the result:  {MERGE} {folder}"
+        raise AdapterError(message, code="adapter-retired-method", where=str(folder), hint=hint)
 
 
 def _from_content(content: Mapping[str, Any]) -> Sidecar:
-    known = {field.name for field in dataclasses.fields(Target)}
-    measures = {field.name for field in dataclasses.fields(LayerReport)}
-    retired = next((e["method"] for e in content["modules"].values() if e["method"] in RETIRED), "")
-    targets, fingerprints, reports, names, fixed, protection = [], {}, {}, {}, {}, {}
+    targets, names, retired = [], {}, ""
+    parts: dict[str, Any] = {name: {} for name, _ in _PARTS.values()}
     for path, entry in content["modules"].items():
-        fields = {name: value for name, value in entry.items() if name in known}
-        sigma = fields.get("sigma", "keep")
-        fields["sigma"] = FloorSigma(**sigma) if isinstance(sigma, Mapping) else sigma
-        fields["shape"] = tuple(fields["shape"])
-        if fields["method"] in RETIRED:
-            factor = RETIRED[fields["method"]]
-            fields |= {
-                "method": "lora",
-                "rank": factor * fields["rank"],
-                "alpha": factor * fields["alpha"],
-                "protect": 0,
-            }
-            entry = {name: value for name, value in entry.items() if name not in ("report", "fixed_A", "protection")}
-        if fields["method"] not in METHODS:
-            raise KeyError(f"method {fields['method']!r}")
-        targets.append(Target(path=path, **fields))
+        values = {**entry, "path": path}
+        if entry["method"] in RETIRED:
+            retired, factor = entry["method"], RETIRED[entry["method"]]
+            values |= {"method": "lora", "rank": factor * entry["rank"], "alpha": factor * entry["alpha"], "protect": 0}
+            entry = {key: value for key, value in entry.items() if key in ("name", "fingerprint")}
+        elif entry["method"] not in METHODS:
+            raise KeyError(f"method {entry['method']!r}")
+        if isinstance(values.get("sigma"), Mapping):
+            values["sigma"] = FloorSigma(**values["sigma"])
+        targets.append(_restored(Target, values))
         names[path] = entry["name"]
-        if "fingerprint" in entry:
-            fingerprints[path] = Fingerprint.from_dict(entry["fingerprint"])
-        if "report" in entry:
-            rows, columns = entry["report"]["shape"]
-            measured = {name: value for name, value in entry["report"].items() if name in measures}
-            reports[path] = LayerReport(**{**measured, "shape": (rows, columns)})
-        if "fixed_A" in entry:
-            fixed[path] = Fingerprint.from_dict(entry["fixed_A"])
-        if "protection" in entry:
-            protection[path] = Protection(**entry["protection"])
-    anchors = tuple(content.get("anchors", ()))
-    return Sidecar(targets, names, fingerprints, reports, anchors, fixed, protection, retired=retired)
+        for key, (name, kind) in _PARTS.items():
+            if key in entry:
+                parts[name][path] = _restored(kind, entry[key])
+    return Sidecar(targets, names, anchors=tuple(content.get("anchors", ())), retired=retired, **parts)
+
+
+def _restored(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Return the dataclass whose fields JSON holds, with tuples for its lists and without other keys."""
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in known})
 
 
 def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
@@ -218,27 +206,21 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
     path_by_name = {name: path for path, name in model_names.items()}
     missing = [name for name in sidecar.names.values() if name not in path_by_name]
     if missing:
-        raise AdapterError(
-            f"the model lacks {len(missing):,} of the {len(sidecar.names):,} modules that the adapter trains: "
-            f"{', '.join(missing[:3])}",
-            code="adapter-missing-modules",
-            hint="load the base model that the adapter was trained on",
-        )
+        count = f"{len(missing):,} of the {len(sidecar.names):,} modules"
+        message = f"the model lacks {count} that the adapter trains: {', '.join(missing[:3])}"
+        raise AdapterError(message, hint="load the base model that the adapter was trained on")
     path_of = {path: path_by_name[name] for path, name in sidecar.names.items()}
-    return Sidecar(
-        [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets],
-        {path_of[path]: name for path, name in sidecar.names.items()},
-        {path_of[path]: fingerprint for path, fingerprint in sidecar.fingerprints.items()},
-        {path_of[path]: dataclasses.replace(r, path=path_of[path]) for path, r in sidecar.reports.items()},
-        sidecar.anchors,
-        {path_of[path]: fingerprint for path, fingerprint in sidecar.fixed.items()},
-        {path_of[path]: protection for path, protection in sidecar.protection.items()},
-        sidecar.tasks,
-        retired=sidecar.retired,
-    )
+    changes: dict[str, Any] = {}
+    for name in ("names", *(name for name, _ in _PARTS.values())):
+        changes[name] = {path_of[path]: value for path, value in getattr(sidecar, name).items()}
+    changes["reports"] = {path: dataclasses.replace(report, path=path) for path, report in changes["reports"].items()}
+    targets = [dataclasses.replace(t, path=path_of[t.path]) for t in sidecar.targets]
+    return dataclasses.replace(sidecar, targets=targets, own=None, **changes)
 
 
-logger = logging.getLogger(__name__)
+def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
+    """Map the path of each module in the file to its path in the model, for `here`, which `locate` returned."""
+    return {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
 
 
 def fitted(model: nn.Module, sidecar: Sidecar, *, allow_base_mismatch: bool) -> Sidecar:
@@ -284,32 +266,21 @@ def require_readable(base: nn.Module) -> None:
     """Raise AdapterError if bitsandbytes has repacked 4-bit weights, which makes them unreadable."""
     repacked = keep_weights_readable(base)
     if repacked:
-        raise AdapterError(
-            f"a forward pass in eval mode has repacked this 4-bit weight ({len(repacked):,} in total); "
-            "bitsandbytes cannot dequantize it any more",
-            code="adapter-repacked-weights",
-            where=repacked[0],
-            hint="reload the base model and add the adapter before any forward pass",
-        )
+        message = f"a forward in eval mode has repacked this 4-bit weight, so it is unreadable ({len(repacked):,} are)"
+        hint = "reload the base model and add the adapter before any forward pass"
+        raise AdapterError(message, where=repacked[0], hint=hint)
 
 
 def require_same_kind(folder: Path, saved: Sidecar | None, expected: Sidecar) -> None:
     """Raise AdapterError unless the adapter in `folder` has the same modules and ranks as the loaded one."""
+    hint = "load it under another adapter name, or into the base model"
     if saved is None:
-        raise AdapterError(
-            f"has no {FILE_NAME}: a plain LoRA would replace the anchor of this adapter",
-            code="adapter-plain-lora",
-            where=str(folder),
-            hint="load it under another adapter name, or into the base model",
-        )
+        message = f"has no {FILE_NAME}: a plain LoRA would replace the anchor of this adapter"
+        raise AdapterError(message, code="adapter-plain-lora", where=str(folder), hint=hint)
     saved_ranks = {saved.names[path]: rank for path, rank in saved.ranks.items()}
     ranks = {expected.names[path]: rank for path, rank in expected.ranks.items()}
     differ = sorted(name for name in saved_ranks | ranks if saved_ranks.get(name) != ranks.get(name))
     if differ:
-        raise AdapterError(
-            f"the saved adapter differs from the loaded one in {len(differ):,} modules, first {differ[0]}: saved rank "
-            f"{saved_ranks.get(differ[0])}, loaded rank {ranks.get(differ[0])}",
-            code="adapter-rank-mismatch",
-            where=str(folder),
-            hint="load it under another adapter name, or into the base model",
-        )
+        both = f"saved rank {saved_ranks.get(differ[0])}, loaded rank {ranks.get(differ[0])}"
+        message = f"the saved adapter differs from the loaded one in {len(differ):,} modules, first {differ[0]}: {both}"
+        raise AdapterError(message, where=str(folder), hint=hint)

@@ -36,16 +36,20 @@ from milora_vl.core.svd.gram import add_to_lower, full_precision, mirror
 from milora_vl.core.weights.distributed import from_first_rank, rank_and_world_size
 from milora_vl.core.weights.matrices import gathered_in_forward, is_linear
 
+Batch = Mapping[str, Any]
+Hook = Callable[[Tensor], None]
+PASS_BYTES = 2 * 1024**3  # memory of all C of one pass; as much again with several sources
+# A position counts with at most this many times the median energy. Attention sinks have thousands of times the energy,
+# and one of them would be 90 % of C. Without them, V lacks their directions: the update then moves what all later
+# positions read, and SmolLM2 forgets six times as much at p = 0.9.
+LARGEST = 10.0
+HELD_OUT = 8  # one batch in so many checks the shares and does not enter C
 LEAST_HELD_OUT = 0.5  # of the share; a layer that holds less of held-out energy than this gets a warning
 FEWEST = 0.01  # a layer that protects a smaller share of its input directions than this gets a warning
 
 
 def protected_inputs(
-    model: nn.Module,
-    targets: Sequence[Target],
-    calibration: Calibration | None,
-    *,
-    is_shown: bool = False,
+    model: nn.Module, targets: Sequence[Target], calibration: Calibration | None, *, is_shown: bool = False
 ) -> ProtectedInputs | None:
     """Return the protected inputs of all targets with `protect`, or None without such targets.
 
@@ -60,71 +64,51 @@ def protected_inputs(
     found = find_inputs(model, wanted, calibration, is_shown=is_shown)
     lowered, changed = leaving_ranks(found, {t.path: t.rank for t in wanted if t.rank is not None})
     if rank_and_world_size()[0] == 0:
-        _warn_of_little(found)
-        _warn_of_little_data(found)
-        _warn_of_lowered(lowered, changed)
+        _warn(found, lowered, changed)
     return lowered
 
 
 def require_calibration(targets: Sequence[Target], calibration: Calibration | None) -> None:
     """Raise CalibrationError for calibration batches that are missing, that no rule needs, or that are no list."""
-    wanted = [t for t in targets if t.protect]
-    if not wanted and calibration is not None:
+    wanted = next((t for t in targets if t.protect), None)
+    if wanted is None and calibration is not None:
+        message = "no rule protects inputs, so the calibration would have no effect"
+        hint = "add  protect: 0.95  to a rule, or remove the calibration"
+        raise CalibrationError(message, where="calibration", hint=hint)
+    if wanted is not None and calibration is None:
         raise CalibrationError(
-            "no rule protects inputs, so the calibration would have no effect",
-            code="calibration-unused",
-            where="calibration",
-            hint="add  protect: 0.95  to a rule, or remove the calibration",
-        )
-    if wanted and calibration is None:
-        raise CalibrationError(
-            f"{wanted[0].path} protects {wanted[0].protect:.0%} of its inputs, which needs calibration batches",
+            f"{wanted.path} protects {wanted.protect:.0%} of its inputs, which needs calibration batches",
             code="calibration-missing",
             where="calibration",
             hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
         )
     for batches in () if calibration is None else sources_of(calibration):
-        _require_batches(batches)
+        rows: Any = batches if isinstance(batches, Sequence) else ()
+        wrong = next((row for row in rows if not isinstance(row, Mapping)), None if rows is batches else batches)
+        if wrong is not None:
+            raise CalibrationError(
+                f"expected a list of batches (mappings of tensors), found {type(wrong).__name__}",
+                where="calibration",
+                hint='pass  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with tensors (rows, '
+                "length); list(loader) makes it from a DataLoader",
+            )
 
 
-def _require_batches(batches: object) -> None:
-    rows: Sequence[object] = batches if isinstance(batches, Sequence) else ()
-    wrong = next((row for row in rows if not isinstance(row, Mapping)), None if rows is batches else batches)
-    if wrong is not None:
-        raise CalibrationError(
-            f"expected a list of batches (mappings of tensors), found {type(wrong).__name__}",
-            code="calibration-batch",
-            where="calibration",
-            hint='pass  calibration=[{"input_ids": ids, "attention_mask": mask}, ...]  with tensors (rows, length); '
-            "list(loader) makes it from a DataLoader",
-        )
+def _warn(found: ProtectedInputs, lowered: ProtectedInputs, changed: Sequence[str]) -> None:
+    """Warn about layers that protect almost nothing, or less than their rule asks for, and about too little data.
 
-
-def _warn_of_little(found: ProtectedInputs) -> None:
-    few = [path for path, n in found.numbers.items() if found.bases[n].num_directions < FEWEST * found.bases[n].size]
-    if few:
-        basis = found.of(few[0])
-        warnings.warn(
-            f"{len(few):,} of {len(found.numbers):,} layers protect almost nothing: {few[0]} protects "
-            f"{basis.num_directions} of {basis.size} input directions, which hold {basis.share:.1%} of its activation "
-            "energy. A few directions dominate there; raise protect for these layers.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_lowered(found: ProtectedInputs, changed: Sequence[str]) -> None:
-    if changed:
-        lowest = min(changed, key=lambda path: found.of(path).share)
-        warnings.warn(
-            f"{len(changed):,} of {len(found.numbers):,} layers protect less than their rule asks for, so that their "
-            f"rank fits; the lowest share is {found.of(lowest).share:.1%}, in {lowest}. A lower rank protects more.",
-            stacklevel=3,
-        )
-
-
-def _warn_of_little_data(found: ProtectedInputs) -> None:
-    """Warn about directions that describe the calibration batches, and not the inputs of the layer in general."""
+    With too little data, directions describe the calibration batches and not the inputs of the layer in general.
+    """
     bases = {path: found.bases[number] for path, number in found.numbers.items()}
+    few = [path for path, basis in bases.items() if basis.num_directions < FEWEST * basis.size]
+    if few:
+        basis = bases[few[0]]
+        warnings.warn(
+            f"{len(few):,} of {len(bases):,} layers protect almost nothing: {few[0]} protects {basis.num_directions} "
+            f"of {basis.size} input directions, which hold {basis.share:.1%} of its activation energy. A few "
+            "directions dominate there; raise protect for these layers.",
+            stacklevel=3,
+        )
     unsure = [path for path, basis in bases.items() if _is_unsure(basis)]
     if unsure:
         basis = bases[unsure[0]]
@@ -133,6 +117,13 @@ def _warn_of_little_data(found: ProtectedInputs) -> None:
             f"too little calibration data for {len(unsure):,} of {len(bases):,} layers: {unsure[0]} has {basis.size:,} "
             f"inputs and {basis.num_positions:,} positions; its directions hold {basis.share:.1%} of the activation "
             f"energy on them, and {seen}. Calibrate with more data.",
+            stacklevel=3,
+        )
+    if changed:
+        lowest = min(changed, key=lambda path: lowered.of(path).share)
+        warnings.warn(
+            f"{len(changed):,} of {len(bases):,} layers protect less than their rule asks for, so that their rank "
+            f"fits; the lowest share is {lowered.of(lowest).share:.1%}, in {lowest}. A lower rank protects more.",
             stacklevel=3,
         )
 
@@ -173,16 +164,6 @@ def without_caches(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
 
 
-Batch = Mapping[str, Any]
-Hook = Callable[[Tensor], None]
-PASS_BYTES = 2 * 1024**3  # memory of all C of one pass; as much again with several sources
-# A position counts with at most this many times the median energy. Attention sinks have thousands of times the energy,
-# and one of them would be 90 % of C. Without them, V lacks their directions: the update then moves what all later
-# positions read, and SmolLM2 forgets six times as much at p = 0.9.
-LARGEST = 10.0
-HELD_OUT = 8  # one batch in so many checks the shares and does not enter C
-
-
 @dataclass(slots=True, eq=False)
 class _Input:
     """One layer input: the modules that read it, and what is summed over its positions."""
@@ -200,11 +181,6 @@ class _Input:
     basis: InputBasis | None = None
     held: Tensor | float = 0.0  # of held-out batches (k + 1,): the energy along each of V, and in total
     held_now: Tensor | float = 0.0  # the same of the present source
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the memory of the sum in float32."""
-        return 4 * self.size**2
 
 
 @torch.no_grad()
@@ -244,8 +220,7 @@ def find_inputs(
                 for one in inputs:
                     _end_source(one, _count(held))
     return ProtectedInputs(
-        [_checked(one) for one in inputs],
-        {path: number for number, one in enumerate(inputs) for path in one.paths},
+        [_checked(one) for one in inputs], {path: number for number, one in enumerate(inputs) for path in one.paths}
     )
 
 
@@ -265,9 +240,9 @@ def _split(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _with_positions(model: nn.Module, batches: Batches) -> list[tuple[Batch, Tensor | None]]:
-    positions = positions_of(batches, image_token_of(model))
+    weights = positions_of(batches, image_token_of(model))
     # An encoder and its decoder read different ids: there every position counts.
-    return [(batch, None if is_encoder_decoder(model) else one) for batch, one in zip(batches, positions, strict=True)]
+    return [(batch, None if is_encoder_decoder(model) else one) for batch, one in zip(batches, weights, strict=True)]
 
 
 def _count(source: Sequence[tuple[Batch, Tensor | None]]) -> int:
@@ -314,14 +289,13 @@ def _run(model: nn.Module, batch: Batch, hooks: Mapping[nn.Module, Hook], ends: 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return a batch on the device of the model, with pixels in its data type."""
     first = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    return {
-        name: value
-        if not isinstance(value, Tensor)
-        else value.to(first)
-        if value.is_floating_point()
-        else value.to(first.device)
-        for name, value in batch.items()
-    }
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(first) if value.is_floating_point() else value.to(first.device)
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Sequence[Batch]) -> list[_Input]:
@@ -369,12 +343,9 @@ def _inputs_in_order(model: nn.Module, targets: Sequence[Target], batches: Seque
         inputs[key].paths.append(target.path)
     missing = [target.path for module, target in wanted.items() if module not in calls]
     if missing:
-        raise CalibrationError(
-            f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs",
-            code="calibration-unreached-layer",
-            where=missing[0],
-            hint="calibrate with pictures too, and with more text for experts of a mixture, or do not protect it",
-        )
+        message = f"no calibration batch reaches {len(missing):,} of the {len(wanted):,} layers with protected inputs"
+        hint = "calibrate with pictures too, and with more text for experts of a mixture, or do not protect it"
+        raise CalibrationError(message, where=missing[0], hint=hint)
     return list(inputs.values())
 
 
@@ -382,7 +353,7 @@ def _passes(inputs: Sequence[_Input]) -> Iterator[list[_Input]]:
     """Yield consecutive inputs whose sums fit into memory together; at least one at a time."""
     part: list[_Input] = []
     for one in inputs:
-        if part and sum(other.num_bytes for other in part) + one.num_bytes > PASS_BYTES:
+        if part and sum(4 * other.size**2 for other in (*part, one)) > PASS_BYTES:  # in float32
             yield part
             part = []
         part.append(one)
@@ -396,8 +367,8 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1])
 
 
-def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the input vectors (positions, in) in float32, and their weights."""
+def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the input vectors (positions, in) in float32, times the roots of their weights."""
     rows = input_rows(one.module, x)
     if positions is None or not one.has_positions or positions.numel() != len(rows):
         weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
@@ -405,7 +376,7 @@ def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Ten
         weights = positions.reshape(-1).to(rows.device)
         rows, weights = rows[weights > 0], weights[weights > 0]
     rows = rows.float()
-    return rows, weights * energy_limits(rows)
+    return rows * (weights * energy_limits(rows)).sqrt()[:, None]
 
 
 def energy_limits(rows: Tensor) -> Tensor:
@@ -428,12 +399,11 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _adder(one: _Input, positions: Tensor | None) -> Hook:
     def add(x: Tensor) -> None:
-        rows, weights = _rows(one, x, positions)
+        rows = _rows(one, x, positions)
         one.num_now += len(rows)
         with full_precision(rows.device):
-            if one.now is None:
-                one.now = rows.new_zeros(one.size, one.size)
-            add_to_lower(one.now, rows * weights.sqrt()[:, None])
+            one.now = rows.new_zeros(one.size, one.size) if one.now is None else one.now
+            add_to_lower(one.now, rows)
 
     return add
 
@@ -465,12 +435,9 @@ def _basis(one: _Input) -> InputBasis:
 
 
 def _not_finite(one: _Input) -> CalibrationError:
-    return CalibrationError(
-        "the inputs of this layer contain NaN or infinite values on the calibration text",
-        code="calibration-not-finite",
-        where=one.paths[0],
-        hint="load the base model in bfloat16 or float32, and check its weights and the calibration batches",
-    )
+    message = "the inputs of this layer contain NaN or infinite values on the calibration text"
+    hint = "load the base model in bfloat16 or float32, and check its weights and the calibration batches"
+    return CalibrationError(message, where=one.paths[0], hint=hint)
 
 
 def _from_first_rank(values: Tensor) -> Tensor:
@@ -482,18 +449,16 @@ def _from_first_rank(values: Tensor) -> Tensor:
 def _checker(one: _Input, positions: Tensor | None) -> Hook:
     def check(x: Tensor) -> None:
         assert one.basis is not None
-        rows, weights = _rows(one, x, positions)
+        rows = _rows(one, x, positions)
         with full_precision(rows.device):
-            scaled = rows * weights.sqrt()[:, None]
-            inside = (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
-            one.held_now = one.held_now + F.pad(inside, (0, 1), value=float(scaled.double().square().sum()))
+            inside = (rows @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
+            one.held_now = one.held_now + F.pad(inside, (0, 1), value=float(rows.double().square().sum()))
             one.num_now += len(rows)
 
     return check
 
 
 def _checked(one: _Input) -> InputBasis:
-    """Return the basis with the shares that it holds of held-out batches."""
     assert one.basis is not None
     if not isinstance(one.held, Tensor) or one.held[-1] == 0:
         return one.basis

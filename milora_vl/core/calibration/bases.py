@@ -25,7 +25,6 @@ Calibration = Batches | Mapping[str, Batches]
 
 
 def sources_of(calibration: Calibration) -> list[Batches]:
-    """Return the batches of each source."""
     return list(calibration.values()) or [[]] if isinstance(calibration, Mapping) else [calibration]
 
 
@@ -59,17 +58,14 @@ class InputBasis:
 
     @property
     def size(self) -> int:
-        """Return the number of input directions, `in`."""
         return len(self.V)
 
     @property
     def num_directions(self) -> int:
-        """Return k."""
         return self.V.shape[-1]
 
     @property
     def share(self) -> float:
-        """Return the share of the activation energy that V holds."""
         return float(self.shares[-1])
 
     @property
@@ -91,7 +87,6 @@ class ProtectedInputs:
     numbers: Mapping[str, int]
 
     def of(self, path: str) -> InputBasis:
-        """Return the basis of the module at `path`."""
         return self.bases[self.numbers[path]]
 
 
@@ -143,12 +138,11 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
     masks = [_masks(batch, image_token) for batch in batches]
     numbers = [sum(int(mask[kind].sum()) for mask in masks if mask is not None) for kind in (0, 1)]
     if not batches or (sum(numbers) == 0 and all(mask is not None for mask in masks)):
-        raise CalibrationError(
+        message, hint = (
             "the calibration has no tokens that count",
-            code="calibration-empty",
-            where="calibration",
-            hint="pass batches with input_ids; padding does not count",
+            "pass batches with input_ids; padding does not count",
         )
+        raise CalibrationError(message, code="calibration-empty", where="calibration", hint=hint)
     kinds = sum(number > 0 for number in numbers)
     scales = [sum(numbers) / (kinds * number) if number else 0.0 for number in numbers]
     return [None if mask is None else mask[0] * scales[0] + mask[1] * scales[1] for mask in masks]

@@ -48,12 +48,9 @@ def text_ends(model: Any) -> tuple[int, int]:
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) else end
     if not hasattr(model, "generate") or end is None or is_encoder_decoder(model):
-        raise CalibrationError(
-            f"a {type(model).__name__} cannot write calibration texts",
-            code="calibration-cannot-generate",
-            where="calibration",
-            hint="pass calibration batches of your own text",
-        )
+        message = f"a {type(model).__name__} cannot write calibration texts"
+        hint = "pass calibration batches of your own text"
+        raise CalibrationError(message, code="calibration-cannot-generate", where="calibration", hint=hint)
     start = config.bos_token_id
     return (end if start is None else start), end
 
@@ -76,6 +73,10 @@ def sampled_rows(
     """
     written: list[list[int]] = []
     generator = torch.Generator().manual_seed(seed)  # of the CPU: the same draws on any device
+    config = GenerationConfig(
+        max_new_tokens=length - 1, do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
+        repetition_penalty=1.0, eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
     with evaluated(model), torch.inference_mode():
         for begin in range(0, count, batch_size):
             first = torch.full((min(batch_size, count - begin), 1), start, device=model.device)
@@ -83,7 +84,7 @@ def sampled_rows(
             rows = model.generate(
                 first,
                 attention_mask=torch.ones_like(first),
-                generation_config=_drawing(length - 1, end),
+                generation_config=config,
                 logits_processor=LogitsProcessorList([draw]),
             )
             on_tokens(draw.left)
@@ -122,13 +123,6 @@ class _Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
 
 
-def _drawing(num_tokens: int, end: int) -> GenerationConfig:
-    return GenerationConfig(
-        max_new_tokens=num_tokens, do_sample=False, num_beams=1, temperature=1.0, top_k=50, top_p=1.0,
-        repetition_penalty=1.0, eos_token_id=end, pad_token_id=end,
-    )  # fmt: skip
-
-
 def _ended(ids: Sequence[int], end: int) -> list[int]:
     """Return the ids up to and including the first generated EOS."""
     generated = list(ids[1:])
@@ -136,7 +130,6 @@ def _ended(ids: Sequence[int], end: int) -> list[int]:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
-    """Return rows of ids as a batch padded on the right."""
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), pad)
     mask = torch.zeros(len(rows), width, dtype=torch.long)

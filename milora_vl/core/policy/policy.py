@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # torch takes a second, and reading rules needs none of it
     from torch import Tensor, nn
 
 
+_EXAMPLE = "for example  [{modules: language, method: milora, rank: 64}]"
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """An ordered list of rules. Modules that no rule matches are frozen."""
@@ -50,25 +53,19 @@ class Policy:
         if isinstance(source, Policy):
             return source
         items = _load_yaml(_text_of(source)) if isinstance(source, str | Path) else source
-        if isinstance(items, Mapping) or not isinstance(items, Sequence) or isinstance(items, str):
+        if isinstance(items, str | Mapping) or not isinstance(items, Sequence) or not items:
+            found = "an empty list" if items == [] else type(items).__name__
             raise PolicyError(
-                f"expected a list of rules, got {type(items).__name__}",
-                code="policy-value",
-                where=Key.of("policy"),
-                hint="for example  [{modules: language, method: milora, rank: 64}]",
-            )
-        if not items:
-            raise PolicyError(
-                "no rules, so nothing would train",
-                code="policy-empty",
-                where=Key.of("policy"),
-                hint="for example  - {modules: language, method: milora, rank: 64}",
+                f"expected a list of rules, got {found}", code="policy-value", where=Key.of("policy"), hint=_EXAMPLE
             )
         rules: list[Rule] = []
         problems: list[Problem] = []
         for number, item in enumerate(items):
             try:
-                rules.append(item if isinstance(item, Rule) else _rule(item))
+                if not isinstance(item, Rule | Mapping):
+                    message = f"a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"
+                    raise PolicyError(message, code="policy-value")
+                rules.append(item if isinstance(item, Rule) else Rule(**{str(key): v for key, v in item.items()}))
             except PolicyError as error:
                 problems += [problem.inside("policy", number) for problem in error.problems]
         if problems:
@@ -91,40 +88,26 @@ class Policy:
         return resolve(self.rules, model)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Return the rules as mappings, as in YAML."""
         return [rule.model_dump(exclude_defaults=True) for rule in self.rules]
 
 
 def _text_of(source: str | Path) -> str:
-    """Return the text of a YAML file, or `source` if it is the text."""
     if isinstance(source, str) and not re.fullmatch(r".+\.ya?ml", source):
         return source
     try:
         return Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         hint = "expected rules as a YAML text, or the name of a YAML file"
-        raise PolicyError(
-            f"cannot read the file: {error}", code="file-unreadable", where=str(source), hint=hint
-        ) from None
+        message = f"cannot read the file: {error}"
+        raise PolicyError(message, code="file-unreadable", where=str(source), hint=hint) from None
 
 
 def _load_yaml(text: str) -> Any:
     try:
         return parse_yaml(text)
     except YamlTextError as error:
-        raise PolicyError(
-            f"not valid YAML: {error}",
-            code="yaml-syntax",
-            where=Key.of("policy"),
-            hint="for example  [{modules: language, method: milora, rank: 64}]",
-        ) from error
-
-
-def _rule(item: object) -> Rule:
-    if not isinstance(item, Mapping):
-        message = f"a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"
-        raise PolicyError(message, code="policy-value")
-    return Rule(**{str(key): value for key, value in item.items()})
+        message = f"not valid YAML: {error}"
+        raise PolicyError(message, code="yaml-syntax", where=Key.of("policy"), hint=_EXAMPLE) from error
 
 
 class SpectralRank(RulePart):
@@ -158,12 +141,7 @@ class SpectralRank(RulePart):
 
 
 def with_ranks(
-    policy: Policy,
-    model: nn.Module,
-    rank: SpectralRank,
-    spectrum: Callable[[str], Tensor],
-    *,
-    is_shown: bool = False,
+    policy: Policy, model: nn.Module, rank: SpectralRank, spectrum: Callable[[str], Tensor], *, is_shown: bool = False
 ) -> Policy:
     """Return the policy with one more rule for each module that has an adapter: its rank. Scales alpha/rank stay.
 
@@ -181,12 +159,8 @@ def with_ranks(
     """
     adapters = [target for target in _any_rank(policy).resolve(model) if target.rank is not None]
     if not adapters:
-        raise PolicyError(
-            "no rule makes an adapter",
-            code="policy-no-adapter-rule",
-            where=Key.of("policy"),
-            hint="for example  [{modules: language, method: milora, rank: 64}]",
-        )
+        where = Key.of("policy")
+        raise PolicyError("no rule makes an adapter", code="policy-no-adapter-rule", where=where, hint=_EXAMPLE)
     spectra: dict[str, Tensor] = {}
     with progress_bar("reading spectra", len(adapters), "matrices", is_shown=is_shown) as bar:
         for target in adapters:
@@ -222,12 +196,9 @@ def _share_budget(
     ranks = {target.path: rank.within(0, target) for target in adapters}
     left = budget - sum(ranks[path] * cost[path] for path in ranks)
     if left < 0:
-        raise PolicyError(
-            f"{budget:,} parameters are too few: rank {rank.min} in every module needs {budget - left:,}",
-            code="policy-rank",
-            where=Key.of("budget"),
-            hint="raise the budget, or select fewer modules",
-        )
+        message = f"{budget:,} parameters are too few: rank {rank.min} in every module needs {budget - left:,}"
+        hint = "raise the budget, or select fewer modules"
+        raise PolicyError(message, code="policy-rank", where=Key.of("budget"), hint=hint)
     shares = {path: _shares(spectrum) for path, spectrum in spectra.items()}
     queue = [(shares[path][ranks[path]], path) for path in ranks if ranks[path] < largest[path]]
     heapq.heapify(queue)

@@ -38,10 +38,6 @@ _TOWER_SELECTOR = re.compile(
 )
 
 
-class SelectorError(PolicyError):
-    """A selector that matches nothing in this model. The hint lists candidates."""
-
-
 class Selector:
     """The modules of one model by path, and the ways to select them: exact path, glob, tower, tower and name."""
 
@@ -56,7 +52,7 @@ class Selector:
 
         `whole_modules` (method full and frozen) also matches modules without a matrix, such as norms. Modules in
         `planned`, which an earlier rule has selected, always match.
-        Raises SelectorError with candidates if nothing matches, or if a range of layers does not exist.
+        Raises PolicyError with candidates if nothing matches, or if a range of layers does not exist.
         """
         selector = None if text in self.modules else _TOWER_SELECTOR.fullmatch(text)
         if selector is not None:
@@ -66,9 +62,8 @@ class Selector:
             matching = [path for path in self.modules if fnmatchcase(path, text)]
             paths = [path for path in matching if path in planned or self._is_selectable(path, whole_modules)]
         if not paths:
-            raise SelectorError(
-                f'no module matches "{text}"', code="policy-no-match", hint=self._hint(text, whole_modules)
-            )
+            hint = self._hint(text, whole_modules)
+            raise PolicyError(f'no module matches "{text}"', code="policy-no-match", hint=hint)
         return paths
 
     def experts(self) -> list[str]:
@@ -87,15 +82,12 @@ class Selector:
         first, last = int(selector["first"]), int(selector["last"] or selector["first"])
         blocks = self._blocks(str(selector["tower"]))
         if not 0 <= first <= last < max(blocks.values(), default=0):
-            raise SelectorError(
-                f"no layers [{first}-{last}] in {selector['tower']}",
-                code="policy-no-match",
-                hint=f"its blocks are {_listed(blocks)}",
-            )
+            message, hint = f"no layers [{first}-{last}] in {selector['tower']}", f"its blocks are {_listed(blocks)}"
+            raise PolicyError(message, code="policy-no-match", hint=hint)
 
     def _blocks(self, tower: str) -> dict[str, int]:
         """Return the length of each list of blocks in a tower; an encoder-decoder has two lists."""
-        stacks = next((paths for name, paths in self.towers.stacks.items() if name == tower), ())
+        stacks = {str(name): paths for name, paths in self.towers.stacks.items()}.get(tower, ())
         return {path: len(list(self.modules[path].children())) for path in stacks}
 
     def _is_selectable(self, path: str, whole_modules: bool) -> bool:
@@ -131,7 +123,6 @@ class Selector:
         return not is_gate and self.towers.block_of(path) is not None
 
     def _hint(self, text: str, whole_modules: bool) -> str:
-        """Return why nothing matches, and candidates that would."""
         lines = []
         if not whole_modules and any(fnmatchcase(p, text) for p in self.modules):
             kinds = sorted({type(m).__name__ for p, m in self.modules.items() if fnmatchcase(p, text)})
@@ -144,21 +135,17 @@ class Selector:
             lines.append("this model has a vision part but no known layout: select its modules by full path or glob")
         for tower in self.towers.stacks:
             lines.append(f"this model's {tower} blocks are {_listed(self._blocks(tower))}")
-        projector = [
-            p for p in self.modules if self.towers.tower_of(p) == "projector" and self._is_selectable(p, False)
-        ]
+        inside = [path for path in self.modules if self.towers.tower_of(path) == "projector"]
+        projector = [path for path in inside if self._is_selectable(path, False)]
         if projector:
             lines.append(f"its projector is {', '.join(projector[:4])}")
-        candidates = {*self._names(), *(path for path in self.modules if self._is_selectable(path, whole_modules))} - {
-            text
-        }
-        near = difflib.get_close_matches(text, sorted(candidates), n=3, cutoff=0.5)
+        paths = {path for path in self.modules if self._is_selectable(path, whole_modules)}
+        near = difflib.get_close_matches(text, sorted({*self._names(), *paths} - {text}), n=3, cutoff=0.5)
         if near:
             lines.append(f"did you mean  {'  or  '.join(near)}?")
         return "\n".join(lines)
 
     def _names(self) -> list[str]:
-        """Return tower selectors that match something in this model."""
         names: set[str] = set()
         for tower in TOWERS:
             layers = [path for path in self.modules if self.towers.tower_of(path) == tower]
@@ -181,11 +168,12 @@ class RankTooLarge(Problem):
     largest: int = 0
 
     @classmethod
-    def of(cls, rank: int, shape: tuple[int, int]) -> RankTooLarge:
-        """Return the problem of a rank on a matrix of this shape (out, in)."""
-        message = f"{rank} is larger than min(out, in) = {min(shape)} of shape {shape}"
-        hint = f"use a rank of at most {min(shape)}"
-        return cls(message, "policy-rank-too-large", Key.of("rank"), hint, rank=rank, largest=min(shape))
+    def of(cls, rank: int, largest: int, shape: tuple[int, int]) -> RankTooLarge:
+        message = (
+            f"{rank} is larger than {'min(out, in)' if largest == min(shape) else 'in'} = {largest} of shape {shape}"
+        )
+        hint = f"use a rank of at most {largest}"
+        return cls(message, "policy-rank-too-large", Key.of("rank"), hint, rank=rank, largest=largest)
 
 
 @dataclass(slots=True)
@@ -217,11 +205,7 @@ def resolve(rules: Sequence[Rule], model: nn.Module) -> list[Target]:
     problems: list[Problem] = []
     plans = _collect(rules, selector, problems)
     problems += _without_method(plans, rules)
-    targets = []
-    for path in selector.modules:
-        if path in plans and plans[path].fields.get("method") not in ("frozen", None):
-            targets.append((plans[path].rules[-1], path))
-    resolved = _resolve_targets(targets, plans, selector, problems)
+    resolved = _resolve_targets(plans, selector, problems)
     problems += _mixed_baselines(resolved)
     problems += _shared_weights(model, resolved)
     if not resolved and not problems:
@@ -240,7 +224,7 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem])
         try:
             whole_modules = rule.method in ("full", "frozen")
             paths = selector.match(rule.modules, whole_modules=whole_modules, planned=plans.keys())
-        except SelectorError as error:
+        except PolicyError as error:
             problems += [problem.inside("policy", number, "modules") for problem in error.problems]
             continue
         named = rule.named_fields()
@@ -259,7 +243,6 @@ def _is_used(method: str, name: str) -> bool:
 
 
 def _to_use(name: str) -> str:
-    """Return what to do about a field that a method cannot use."""
     using = [method for method, row in METHODS.items() if name in row.fields]
     return f"remove {name} from the rule" + (f", or use a method that has it: {', '.join(using)}" if using else "")
 
@@ -271,30 +254,26 @@ def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[Prob
     return [
         Problem(
             f'no rule gives a method to "{rule.modules}"',
-            "policy-no-method",
-            Key(("policy", number)),
-            f"add a method, one of {', '.join(METHODS)}",
+            where=Key(("policy", number)),
+            hint=f"add a method, one of {', '.join(METHODS)}",
         )
         for number, rule in enumerate(rules)
         if number in matched - useful
     ]
 
 
-def _resolve_targets(
-    targets: list[tuple[int, str]],
-    plans: dict[str, _Plan],
-    selector: Selector,
-    problems: list[Problem],
-) -> list[Target]:
+def _resolve_targets(plans: dict[str, _Plan], selector: Selector, problems: list[Problem]) -> list[Target]:
     """Return a Target for each path. Equal problems of one rule are merged: a rule can select hundreds of modules."""
     paths_of_problem: dict[Problem, list[str]] = defaultdict(list)
     resolved = []
-    for number, path in targets:
+    for path in selector.modules:
+        if path not in plans or plans[path].fields.get("method") in ("frozen", None):
+            continue
         try:
             resolved.append(_target(path, plans[path], selector))
         except PolicyError as error:
             for problem in error.problems:
-                paths_of_problem[problem.inside("policy", number)].append(path)
+                paths_of_problem[problem.inside("policy", plans[path].rules[-1])].append(path)
     smallest: dict[str | Key, int] = {}  # a rule has one rank for matrices of several shapes
     for problem in paths_of_problem:
         if isinstance(problem, RankTooLarge):
@@ -311,6 +290,7 @@ def _resolve_targets(
 
 def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     module, fields, tower = selector.modules[path], plan.fields, selector.towers.tower_of(path)
+    method = METHODS[fields["method"]]
     if fields["method"] == "full":
         shape = matrix_shape(module) if is_adaptable(module) else tuple(next(module.parameters()).shape)
         return Target(path=path, shape=shape, tower=tower, **fields)
@@ -318,43 +298,19 @@ def _target(path: str, plan: _Plan, selector: Selector) -> Target:
     if refused is not None:
         hint = "use method: full, or do not select the module"
         raise PolicyError(f"no adapter on {refused}", code="policy-no-adapter", where=Key.of("modules"), hint=hint)
-    shape = matrix_shape(module)
     if "rank" not in fields:
-        hint = "for example  rank: 64"
-        raise PolicyError(
-            f"method {fields['method']} needs a rank", code="policy-no-rank", where=Key.of("rank"), hint=hint
-        )
-    rank: int = fields["rank"]
-    if rank > min(shape) and fields["method"] not in ("lora", "dora"):
-        raise PolicyError(problems=[RankTooLarge.of(rank, shape)])
-    share = fields.get("protect", METHODS[fields["method"]].protect)
-    if share:
-        _require_protectable(module, fields, shape)
+        raise PolicyError(f"method {fields['method']} needs a rank", where=Key.of("rank"), hint="for example  rank: 64")
+    shape, rank, share = matrix_shape(module), fields["rank"], fields.get("protect", method.protect)
+    largest = min(shape) if method.part is not None else shape[1] if share else rank
+    if rank > largest:
+        raise PolicyError(problems=[RankTooLarge.of(rank, largest, shape)])
+    if share and isinstance(module, nn.Embedding):
+        hint = "set  protect: 0  for it, or do not select it"
+        raise PolicyError("an embedding has no input directions to protect", where=Key.of("protect"), hint=hint)
+    if share and fields.get("sigma", "keep") != "keep":
+        message = "sigma scales the start of A, whose rows have one length under protect"
+        raise PolicyError(message, where=Key.of("sigma"), hint="remove sigma, or set  protect: 0")
     return Target(path=path, shape=shape, tower=tower, **{**fields, "alpha": _alpha(plan), "protect": share})
-
-
-def _require_protectable(module: nn.Module, fields: dict[str, Any], shape: tuple[int, int]) -> None:
-    if fields["rank"] > shape[1]:
-        raise PolicyError(
-            f"{fields['rank']} is larger than the number of input directions, {shape[1]}, of which A needs one a row",
-            code="policy-rank-too-large",
-            where=Key.of("rank"),
-            hint=f"use a rank of at most {shape[1]}, or  protect: 0",
-        )
-    if isinstance(module, nn.Embedding):
-        raise PolicyError(
-            "an embedding has no input directions to protect",
-            code="policy-protect",
-            where=Key.of("protect"),
-            hint="set  protect: 0  for it, or do not select it",
-        )
-    if fields.get("sigma", "keep") != "keep":
-        raise PolicyError(
-            "sigma scales the start of A, whose rows have one length under protect",
-            code="policy-protect",
-            where=Key.of("sigma"),
-            hint="remove sigma, or set  protect: 0",
-        )
 
 
 def _alpha(plan: _Plan) -> float:
@@ -374,18 +330,13 @@ def _alpha(plan: _Plan) -> float:
 def _mixed_baselines(targets: Sequence[Target]) -> list[Problem]:
     """Return a problem if a baseline is mixed with other methods: PEFT's DoRA is for all modules of an adapter."""
     methods = sorted({t.method for t in targets if t.rank is not None})
-    baselines = [method for method in methods if METHODS[method].is_baseline]
-    if baselines and len(methods) > 1:
-        others = ", ".join(method for method in methods if method != baselines[0])
-        return [
-            Problem(
-                f"{baselines[0]} is a baseline for a whole run, it does not mix with {others}",
-                "policy-mixed-baseline",
-                Key.of("policy"),
-                f"use {baselines[0]} in all rules that have an adapter",
-            )
-        ]
-    return []
+    baseline = next((method for method in methods if METHODS[method].is_baseline), None)
+    if baseline is None or len(methods) == 1:
+        return []
+    others = ", ".join(method for method in methods if method != baseline)
+    message = f"{baseline} is a baseline for a whole run, it does not mix with {others}"
+    hint = f"use {baseline} in all rules that have an adapter"
+    return [Problem(message, "policy-mixed-baseline", Key.of("policy"), hint)]
 
 
 def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem]:
@@ -400,13 +351,9 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem
         owners[id(parameter)].append(name.rpartition(".")[0])
     harmful = [o for o in owners.values() if len(set(o)) > 1 and not (is_whole and set(o) <= set(paths))]
     shared = {path: others for others in harmful for path in others}
+    hint = "untie the weights first, or select neither module"
     return [
-        Problem(
-            f"shares its weight with {next(o for o in shared[path] if o != path)}",
-            "policy-tied-weight",
-            path,
-            "untie the weights first, or select neither module",
-        )
+        Problem(f"shares its weight with {next(o for o in shared[path] if o != path)}", where=path, hint=hint)
         for path in paths
         if path in shared
     ]
@@ -414,12 +361,9 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem
 
 def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
     """Warn about mixtures of experts whose weights are one 3-D parameter, which adapters do not support."""
-    blocks = {(t.tower, selector.towers.block_of(t.path)) for t in targets if t.method != "frozen"}
-    experts = [
-        path
-        for path in selector.experts()
-        if (selector.towers.tower_of(path), selector.towers.block_of(path)) in blocks
-    ]
+    towers = selector.towers
+    blocks = {(t.tower, towers.block_of(t.path)) for t in targets}
+    experts = [path for path in selector.experts() if (towers.tower_of(path), towers.block_of(path)) in blocks]
     if experts:
         warnings.warn(
             f"{len(experts):,} modules hold experts as 3-D weights (first: {experts[0]}). "

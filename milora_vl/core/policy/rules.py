@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, ValidationError
 
-from milora_vl.common.errors import Key, Problem, UserError
+from milora_vl.common.errors import UserError
 from milora_vl.common.strict_models import Strict, problems_of
 
 if TYPE_CHECKING:  # torch takes a second, and --help needs only the names below
@@ -38,9 +38,6 @@ class Method:
     part: Part | None = None
     is_baseline: bool = False
 
-    def __post_init__(self) -> None:
-        assert self.part is not None or "sigma" not in self.fields, "sigma scales the singular values of a part"
-
 
 _ADAPTER = frozenset({"rank", "alpha", "rslora", "dropout", "learning_rate", "weight_decay"})
 METHODS: dict[str, Method] = {
@@ -48,13 +45,11 @@ METHODS: dict[str, Method] = {
         label="MiLoRA",
         trains="A and B, from the minor singular triplets: the last r of the weight (arXiv:2406.09044)",
         fields=_ADAPTER | {"sigma", "protect"},
-        protect=0.95,  # docs/studies/default.md
+        protect=0.95,  # docs/results.md
         part="minor",
     ),
     "lora": Method(
-        label="LoRA",
-        trains="A and B, as PEFT starts them: A at random, B at zero",
-        fields=_ADAPTER | {"protect"},
+        label="LoRA", trains="A and B, as PEFT starts them: A at random, B at zero", fields=_ADAPTER | {"protect"}
     ),
     "pissa": Method(
         label="PiSSA",
@@ -121,15 +116,7 @@ class RulePart(Strict):
             try:
                 super().__init__(**values)
             except ValidationError as error:
-                problems = problems_of(error, type(self), "policy")
-                raise PolicyError(problems=[_with_code_of_field(problem) for problem in problems]) from None
-
-
-def _with_code_of_field(problem: Problem) -> Problem:
-    """Return the problem of a rule with the code of its field: policy-rank for `.rank`."""
-    field = problem.where.parts[0] if isinstance(problem.where, Key) and problem.where.parts else ""
-    is_own = field in ("rank", "protect") and problem.code == "policy-value"
-    return replace(problem, code=f"policy-{field}") if is_own else problem
+                raise PolicyError(problems=problems_of(error, type(self), "policy")) from None
 
 
 Number = int | float
@@ -154,9 +141,7 @@ class Rule(RulePart):
     rslora: bool | None = Field(default=None, description="true or false")
     dropout: Number | None = Field(default=None, ge=0, lt=1, description="a number from 0, below 1")
     sigma: Sigma | None = Field(default=None, description="keep, none or {floor: share of the median, up to 1}")
-    seed: int | None = Field(
-        default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1"
-    )  # of method random
+    seed: int | None = Field(default=None, ge=0, lt=2**32, description="an integer from 0 to 2**32 - 1")
     protect: Number | None = Field(default=None, ge=0, lt=1, description="a share from 0, below 1")
     learning_rate: Number | None = Field(default=None, gt=0, description="a number above 0")
     weight_decay: Number | None = Field(default=None, ge=0, description="a number from 0")
@@ -191,10 +176,8 @@ class Target:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as the values of JSON."""
-        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return {
-            name: value.model_dump(exclude_none=True) if isinstance(value, RulePart) else value for name, value in pairs
-        }
+        sigma = self.sigma if isinstance(self.sigma, str) else self.sigma.model_dump()
+        return {**asdict(self), "sigma": sigma}
 
     @property
     def scaling(self) -> float:
@@ -226,7 +209,7 @@ class Target:
 
 RuleDict = dict[str, Any]
 
-# MiLoRA off the protected inputs (docs/studies/default.md). Rank and rate of the language tower are from the paper's
+# MiLoRA off the protected inputs (docs/results.md). Rank and rate of the language tower are from the paper's
 # LLaVA-1.5-7B (arXiv:2406.09044, Table 11).
 DEFAULT_RULES: tuple[RuleDict, ...] = (
     {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},

@@ -2,14 +2,14 @@
 
 LAYOUTS is a table of module paths. A model has the layout of the first row whose modules all exist. The table lists
 module paths and not the keys of checkpoints, because transformers renames keys, and PEFT matches modules.
-Apart from `ds_id` in weights/matrices.py, only this file of the library inspects which attributes a model has.
+Only this file of the core inspects which attributes a model has.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -32,7 +32,6 @@ class Layout:
     vision: str
 
     def paths(self, tower: Tower, prefix: str) -> tuple[str, ...]:
-        """Return the full paths of a tower."""
         words: dict[Tower, str] = {"language": self.language, "projector": self.projector, "vision": self.vision}
         return tuple(prefix.rstrip(".") if path == "." else prefix + path for path in words[tower].split())
 
@@ -92,17 +91,14 @@ class Towers:
 
     @property
     def language(self) -> str | None:
-        """Return the first path of the language tower, or None if it is unknown."""
         return self._first("language")
 
     @property
     def projector(self) -> str | None:
-        """Return the first path of the projector, or None if the model has none."""
         return self._first("projector")
 
     @property
     def vision(self) -> str | None:
-        """Return the first path of the vision tower, or None if the model has none."""
         return self._first("vision")
 
     def _first(self, tower: Tower) -> str | None:
@@ -193,7 +189,7 @@ def _beside(modules: Mapping[str, nn.Module], decoder: str) -> dict[Tower, tuple
     parts = [
         path
         for path, module in _children(modules, parent)
-        if path not in (decoder, _HEAD) and _size(module.parameters()) and not _SOUND.search(path)
+        if path not in (decoder, _HEAD) and _size(module) and not _SOUND.search(path)
     ]
     vision = tuple(path for path in parts if _stacks_in(modules, path))
     projector = tuple(path for path in parts if path not in vision)
@@ -202,7 +198,7 @@ def _beside(modules: Mapping[str, nn.Module], decoder: str) -> dict[Tower, tuple
         for tower in vision:
             inside = [path for path, _ in _children(modules, tower)]
             last = max((place for place, path in enumerate(inside) if _stacks_in(modules, path)), default=-1)
-            projector += tuple(path for path in inside[last + 1 :] if width in _output_widths(modules[path]))
+            projector += tuple(path for path in inside[last + 1 :] if _maps_to(modules[path], width))
     return {tower: paths for tower, paths in (("projector", projector), ("vision", vision)) if paths}  # type: ignore[misc]
 
 
@@ -215,8 +211,8 @@ def _stacks_in(modules: Mapping[str, nn.Module], root: str) -> list[str]:
     return [path for path, module in modules.items() if _inside(path, root) and _is_stack(path, module)]
 
 
-def _output_widths(module: nn.Module) -> set[int]:
-    return {layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear)}
+def _maps_to(module: nn.Module, width: int | None) -> bool:
+    return any(isinstance(layer, nn.Linear) and layer.out_features == width for layer in module.modules())
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:
@@ -253,11 +249,6 @@ def image_token_of(model: nn.Module) -> int | None:
     return next((int(token) for token in ids if isinstance(token, int)), None)
 
 
-def can_save(model: nn.Module) -> bool:
-    """Return True if the model has `save_pretrained`."""
-    return callable(getattr(model, "save_pretrained", None))
-
-
 def is_wrapped_by_peft(model: nn.Module) -> bool:
     """Return True if the model is a PeftModel or contains adapter layers."""
     return hasattr(model, "peft_config") or any("lora_A" in name.split(".") for name, _ in model.named_modules())
@@ -284,12 +275,6 @@ def keep_weights_readable(model: nn.Module) -> list[str]:
     return repacked
 
 
-def forget_peft(model: nn.Module) -> None:
-    """Remove the attribute `peft_config` that older versions of PEFT leave on a base model after `unload`."""
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-
-
 def _inside(path: str, root: str) -> bool:
     return root == "" or path == root or path.startswith(f"{root}.")
 
@@ -311,7 +296,7 @@ def _with_stacks(modules: Mapping[str, nn.Module], towers: Towers) -> Towers:
     for tower in towers_with_blocks:
         lists = [name for name, module in modules.items() if towers.tower_of(name) == tower and _is_stack(name, module)]
         outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-        sizes = {name: _size(modules[name].parameters()) for name in outermost}
+        sizes = {name: _size(modules[name]) for name in outermost}
         if sizes:
             minimum = _SMALLEST_STACK * max(sizes.values())
             stacks[tower] = tuple(name for name, size in sizes.items() if size >= minimum)
@@ -326,5 +311,5 @@ def _is_stack(name: str, module: nn.Module) -> bool:
     return is_list and any(next(block.children(), None) is not None for block in module)
 
 
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

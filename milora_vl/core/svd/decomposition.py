@@ -12,7 +12,6 @@ A tall W (m, n) with m >= n is assumed inside; a wide weight is transposed, and 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal, get_args
@@ -23,6 +22,12 @@ from torch import Tensor
 from milora_vl.core.svd.gram import full_precision
 from milora_vl.core.svd.search import EXTRA, Search
 from milora_vl.core.svd.triplets import Inverse, refine_left_vectors, triplets
+
+Part = Literal["minor", "principal", "random"]
+Method = Literal["auto", "exact", "fast"]
+
+DENSE = 640  # for up to this many rows or columns a whole decomposition is as fast as a search
+DENSE_SHARE = 6  # the same holds if more than one component in six is wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +70,6 @@ class Factors:
         return (root[:, None] * self.Vh).contiguous(), (self.U * root).contiguous()
 
 
-Part = Literal["minor", "principal", "random"]
-Method = Literal["auto", "exact", "fast"]
-
-DENSE = 640  # for up to this many rows or columns a whole decomposition is as fast as a search
-DENSE_SHARE = 6  # the same holds if more than one component in six is wanted
-
-
 def decompose(
     weight: Tensor,
     rank: int,
@@ -110,8 +108,13 @@ def decompose(
     generator = generator or torch.Generator().manual_seed(0)
     with full_precision(weight.device):
         W = weight.detach().to(dtype)
-        W, norm, scale = _within_range(W if W.shape[0] >= W.shape[1] else W.T)
-        is_transposed = W.shape != weight.shape
+        W = W if W.shape[0] >= W.shape[1] else W.T
+        norm, is_transposed = frobenius(W), W.shape != weight.shape
+        if not 1e-12 < norm < 1e12:  # the squares of W could leave the range of the dtype
+            if not torch.isfinite(W).all():
+                bad = int((~torch.isfinite(W)).sum())
+                raise ValueError(f"the weight contains {bad:,} NaN or infinite values, of {W.numel():,}")
+            norm, method = frobenius(W.double()), "exact"
         factors = None
         if method == "fast" or (method == "auto" and W.shape[1] > max(DENSE, DENSE_SHARE * (rank + EXTRA))):
             factors = _search(W, norm, rank, part, tol, generator, is_transposed)
@@ -120,43 +123,15 @@ def decompose(
         factors = factors or _by_svd(W, norm, rank, part, generator)
         U, Vh = (factors.Vh.T, factors.U.T) if is_transposed else (factors.U, factors.Vh)
         sign = torch.where(Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(dtype)
-        S = (factors.S * scale).contiguous()
-        if not torch.isfinite(S).all():
+        if not torch.isfinite(factors.S).all():
             raise ValueError(f"the weight is too large: its singular values exceed the range of {dtype}")
-        return replace(
-            factors,
-            U=(U * sign.T).contiguous(),
-            S=S,
-            Vh=(Vh * sign).contiguous(),
-            norm=factors.norm * scale,
-            sigma_max=factors.sigma_max * scale,
-        )
+        return replace(factors, U=(U * sign.T).contiguous(), S=factors.S.contiguous(), Vh=(Vh * sign).contiguous())
 
 
 def frobenius(W: Tensor) -> float:
     """Return ||W||_F, summed row by row in memory order. One long float32 sum would lose digits."""
     rows = W if W.stride(-1) == 1 else W.T
     return float(torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1), dtype=torch.float64))
-
-
-def _within_range(W: Tensor) -> tuple[Tensor, float, float]:
-    """Return W divided by a power of two, its norm, and that power.
-
-    The power is 1 unless the squares of W would exceed the range of the dtype. Raises ValueError for NaN and infinite
-    values.
-    """
-    norm = frobenius(W)
-    if 1e-12 < norm < 1e12:
-        return W, norm, 1.0
-    if not torch.isfinite(W).all():
-        bad = int((~torch.isfinite(W)).sum())
-        raise ValueError(f"the weight contains {bad:,} NaN or infinite values, of {W.numel():,}")
-    largest_entry = float(W.abs().max())
-    if largest_entry == 0:
-        return W, 0.0, 1.0
-    scale = 2.0 ** math.floor(math.log2(largest_entry))
-    W = W / scale
-    return W, frobenius(W), scale
 
 
 def _search(

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from milora_vl.core.svd.gram import Cholesky, flatten, lower_gram, mean_eigenvalue
+from milora_vl.core.svd.gram import cholesky, flatten, gram_matrix
 from milora_vl.core.svd.triplets import Inverse, refine_left_vectors, transpose, triplets
 
 EXTRA = 16  # columns of V beyond the rank: they separate t from the wanted eigenvalues
@@ -46,6 +46,9 @@ BASIS = 5  # the largest Lanczos basis, as a multiple of the columns of V
 MISSING_BLOCKS = 4  # Lanczos blocks in the search for missing directions
 SAFE = 1e-4  # share of the largest singular value below which left vectors need a safe inverse
 NOISE_LIMIT = 0.05  # largest rounding error of the Gram matrix, as a share of t
+
+
+Factor = tuple[Tensor, float]  # L (n, n) of L L' = H + c V V' - t I, and t
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +98,16 @@ class Search:
 
     def run(self, tol: float) -> BoundedTriplets | None:
         """Return triplets with an excess of at most `tol`, or None if this Gram matrix is not accurate enough."""
-        self.G = lower_gram(self.flat.rows(self.dtype), self.W.shape[1])
-        # The rounding error of G is a share of its largest eigenvalue, for which there are two estimates.
-        mean = mean_eigenvalue(self.G) ** 0.5
+        self.G = gram_matrix(self.flat.rows(self.dtype), self.W.shape[1])
+        # The rounding error of G is a share of its largest eigenvalue, for which there are two estimates: one is the
+        # mean of the eigenvalues, weighted by themselves, ||G||_F^2 / trace G.
+        mean = float(torch.linalg.vector_norm(self.G)) / max(float(self.G.diagonal().sum()), 1e-300) ** 0.5
         self.noise = 2 * torch.finfo(self.dtype).eps * max(self.flat.flat_max, mean) ** 2
         self.sigma_max = max(mean, self.flat.sigma_max) if len(self.flat.damping) else mean
         if self.sign < 0:
             self.G.neg_()
-        self.out = torch.empty_like(self.G)
-        self.newest: tuple[Cholesky, float] | None = None
-        self.plain: tuple[Cholesky, float] | None = None  # the first factor, of H plus a small multiple of I
+        self.newest: Factor | None = None
+        self.plain: Factor | None = None  # the first factor, of H plus a small multiple of I
         V = self._guess()
         if V is None:
             return None
@@ -119,11 +122,11 @@ class Search:
             lifted = self._factor_lifted(space, edge)
             if lifted is None:
                 return None
-            factor, shift = lifted
+            shift = lifted[1]
             R = self._residual(space)
-            Z = self._solve(factor, R)
+            Z = self._solve(lifted, R)
             if shift < edge:  # not proven: some eigenvalue below `edge` has no vector in V
-                space = self._ritz(torch.cat([space.V, Z, self._missing(factor)], dim=1))
+                space = self._ritz(torch.cat([space.V, Z, self._missing(lifted)], dim=1))
                 continue
             low = self._lower_bound(space.theta, R, Z, shift)
             # V - Z is too long a step if V is inaccurate, and for principal components. The Ritz vectors in the span of
@@ -155,31 +158,29 @@ class Search:
         A safe factor is of H plus a multiple of I above the rounding of H: solving with it amplifies no rounding.
         """
         safe = max(self.noise, (SAFE * self.sigma_max) ** 2)
-        clean = self._refined_by_newest(U, S, V, safe)
-        if clean is not None:
-            safe_inverse = self._inverse(self.plain, is_safe=True)
-        else:
-            safe_inverse = self._inverse(self._factor([-safe * 8**k for k in range(5)]), is_safe=True)
-            if safe_inverse is None:
+        clean, safe_factor = None, self.plain
+        if self.newest is not None and self.newest[1] >= safe:
+            clean = self._refined(U, S, V, self.newest, is_safe=False)
+        if clean is None:
+            safe_factor = self._factor([-safe * 8**k for k in range(5)])
+            if safe_factor is None:
                 return None
-            clean = refine_left_vectors(self.W, U, S, V, self.sigma_max, safe_inverse, self.generator)
+            clean = self._refined(U, S, V, safe_factor, is_safe=True)
             assert clean is not None
             if float(torch.linalg.vector_norm(self.W.T @ clean - V * S)) > 0.01 * self.norm:
                 return None
         if not self.is_transposed:
             return clean, S, V
         # Left and right vectors change their roles: the inverse then removes what U has outside the right ones.
-        return None if safe_inverse is None else transpose(self.W, clean, V, safe_inverse, self.floor)
+        inverse = self._inverse(safe_factor, is_safe=True) if safe_factor is not None else None
+        return None if inverse is None else transpose(self.W, clean, V, inverse, self.floor)
 
-    def _refined_by_newest(self, U: Tensor, S: Tensor, V: Tensor, safe: float) -> Tensor | None:
-        """Return U without rounding errors; None if the newest factor has a shift below `safe`, or does not help."""
-        inverse = self._inverse(self.newest, is_safe=False)
-        if inverse is None or self.newest is None or self.newest[1] < safe:
-            return None
+    def _refined(self, U: Tensor, S: Tensor, V: Tensor, factor: Factor, *, is_safe: bool) -> Tensor | None:
+        inverse = self._inverse(factor, is_safe=is_safe)
         return refine_left_vectors(self.W, U, S, V, self.sigma_max, inverse, self.generator)
 
-    def _inverse(self, factored: tuple[Cholesky, float] | None, *, is_safe: bool) -> Inverse | None:
-        return None if factored is None else Inverse(lambda P: self._solve(factored[0], P), is_safe)
+    def _inverse(self, factor: Factor, *, is_safe: bool) -> Inverse:
+        return Inverse(lambda P: self._solve(factor, P), is_safe)
 
     def _guess(self) -> Tensor | None:
         """Return a first V (n, keep), or None if H cannot be factored."""
@@ -188,10 +189,8 @@ class Search:
         factored = self._factor([-self.noise * 8**k for k in range(5)])
         if factored is None:
             return None
-        factor, shift = factored
-        if self.is_transposed:
-            self.plain, self.out = factored, torch.empty_like(self.G)
-        return self._first(Lanczos(lambda X: self._solve(factor, X), self._random()), lambda mu: 1 / mu + shift)
+        self.plain, shift = factored if self.is_transposed else None, factored[1]
+        return self._first(Lanczos(lambda X: self._solve(factored, X), self._random()), lambda mu: 1 / mu + shift)
 
     def _first(self, lanczos: Lanczos, eigenvalues: Callable[[Tensor], Tensor]) -> Tensor:
         """Add Lanczos blocks until the energy of the wanted eigenvectors has nearly converged."""
@@ -220,36 +219,33 @@ class Search:
         if factored is None:
             return V
         V, _ = torch.linalg.qr(V)
-        lanczos = Lanczos(lambda X: self._solve(factored[0], X), V)
+        lanczos = Lanczos(lambda X: self._solve(factored, X), V)
         for _ in range(min(3, len(V) // self.keep)):
             lanczos.step()
         return lanczos.ritz(self.keep)[1]
 
-    def _factor_lifted(self, space: Space, edge: float) -> tuple[Cholesky, float] | None:
+    def _factor_lifted(self, space: Space, edge: float) -> Factor | None:
         """Factor H + c V V' - t I at the largest t possible. A t of at least `edge` proves that V is complete."""
         first, last = float(space.theta[0]), float(space.theta[-1])
         width = edge - first
         shifts = [(edge + last) / 2, edge, first + width / 2, first + width / 8, first - width / 8, first - width]
         return self._factor(shifts, space.V, 4 * max(abs(first), abs(last)))
 
-    def _factor(
-        self, shifts: Sequence[float], V: Tensor | None = None, lift: float = 0.0
-    ) -> tuple[Cholesky, float] | None:
-        """Return the factor at the first shift that is possible, and that shift. It overwrites the previous factor."""
+    def _factor(self, shifts: Sequence[float], V: Tensor | None = None, lift: float = 0.0) -> Factor | None:
+        """Return the factor at the first shift that is possible, and that shift."""
         lifted = None if V is None else self.flat.scale(V).to(self.dtype)
-        for shift in shifts:
-            factor = Cholesky.of(self.G, self.out, shift, lifted, lift)
-            self.newest = None if factor is None else (factor, shift)
-            if self.newest is not None:
-                return self.newest
-        return None
+        factors = ((cholesky(self.G, shift, lifted, lift), shift) for shift in shifts)
+        self.newest = next(((L, shift) for L, shift in factors if L is not None), None)
+        return self.newest
 
-    def _solve(self, factor: Cholesky, X: Tensor) -> Tensor:
+    def _solve(self, factor: Factor, X: Tensor) -> Tensor:
         """Return (H + c V V' - t M^-2)^-1 X for X (n, b), with the M of `flatten`.
 
         Since M <= I, this inverse is at least the one with t I, so the bound of step 3 holds for it too.
         """
-        return self.flat.scale(factor.solve(self.flat.scale(X).to(self.dtype)).to(self.W.dtype))
+        L, Y = factor[0], self.flat.scale(X).to(self.dtype)
+        Y = torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, Y, upper=False), upper=True)
+        return self.flat.scale(Y.to(self.W.dtype))
 
     def _ritz(self, basis: Tensor) -> Space:
         """Return the lowest Ritz pairs of H in the span of `basis` (n, at least keep)."""
@@ -287,7 +283,7 @@ class Search:
             return 0.0
         return larger / smaller - 1 if smaller > 0 else float("inf")
 
-    def _missing(self, factor: Cholesky) -> Tensor:
+    def _missing(self, factor: Factor) -> Tensor:
         """Return the lowest eigenvectors that V does not contain, from a random start."""
         lanczos = Lanczos(lambda X: self._solve(factor, X), self._random())
         for _ in range(min(MISSING_BLOCKS, len(lanczos.Q) // self.block)):
@@ -334,11 +330,9 @@ class Lanczos:
 
     @property
     def size(self) -> int:
-        """Return the number of columns of the basis."""
         return self.Q.shape[1]
 
     def step(self) -> None:
-        """Add a block to the basis."""
         # The block was projected once when its product entered T. Twice is enough (Parlett: The Symmetric Eigenvalue
         # Problem, section 6.9).
         new, _ = torch.linalg.qr(self._next - self.Q @ (self.Q.T @ self._next))

@@ -1,16 +1,13 @@
-"""Divide work among processes, one piece per process at a time, and share the results; sharded weights."""
+"""Share results among processes; recognize sharded weights."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-Piece = TypeVar("Piece")
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -18,21 +15,6 @@ def rank_and_world_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
-
-
-def assign_work(pieces: Sequence[tuple[float, Piece]]) -> list[list[Piece]]:
-    """Group (cost, piece) pairs into batches of at most one piece per process, and return the pieces.
-
-    With several processes the pieces are sorted by descending cost: a batch takes as long as its most expensive piece,
-    so pieces of similar cost belong together.
-
-    >>> assign_work([(1.0, "a"), (9.0, "b")])  # a single process keeps the order
-    [['a'], ['b']]
-    """
-    _, processes = rank_and_world_size()
-    if processes > 1:
-        pieces = sorted(pieces, key=lambda piece: -piece[0])
-    return [[piece for _, piece in pieces[i : i + processes]] for i in range(0, len(pieces), processes)]
 
 
 def gather(value: Any) -> list[Any]:
@@ -54,12 +36,10 @@ def broadcast(
         assert tensor is not None
         return tensor
     is_nccl = dist.get_backend() == "nccl"
-    transfer_device = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
-    if rank == owner:
-        assert tensor is not None
-        buffer = tensor.to(transfer_device).contiguous()
-    else:
-        buffer = torch.empty(shape, dtype=dtype, device=transfer_device)
+    place = torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
+    buffer = torch.empty(shape, dtype=dtype, device=place)
+    if rank == owner and tensor is not None:
+        buffer.copy_(tensor)
     dist.broadcast(buffer, src=owner)
     return buffer.to(device)
 
@@ -75,17 +55,11 @@ _TENSOR, _FSDP = "torch.distributed.tensor", "torch.distributed.fsdp"
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Return True if this process holds a shard of a parameter, or nothing of it."""
-    return parameter.numel() == 0 or is_fsdp_shard(parameter)
-
-
-def is_fsdp_shard(tensor: Tensor) -> bool:
-    """Return True for the shard of a tensor under FSDP2, a DTensor."""
+    """Return True if this process holds a shard of a parameter (under FSDP2 a DTensor), or nothing of it."""
     module = sys.modules.get(_TENSOR)
-    return module is not None and isinstance(tensor, module.DTensor)
+    return parameter.numel() == 0 or (module is not None and isinstance(parameter, module.DTensor))
 
 
 def uses_fsdp(model: nn.Module) -> bool:
-    """Return True if FSDP2 shards modules of a model."""
     module = sys.modules.get(_FSDP)
     return module is not None and any(isinstance(child, module.FSDPModule) for child in model.modules())

@@ -10,7 +10,7 @@ the coarser dtype; two different weights do not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -31,7 +31,6 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return True if the layer is a matrix product: Linear or GPT-2's Conv1D."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
@@ -133,12 +132,6 @@ class Fingerprint:
     norm: float
     shape: tuple[int, int]
     eps: float
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Fingerprint:
-        """Return the fingerprint that was stored as JSON."""
-        rows, columns = data["shape"]
-        return cls(tuple(data["values"]), data["norm"], (rows, columns), data["eps"])
 
 
 def fingerprint(W: Tensor, shape: tuple[int, int] | None = None) -> Fingerprint:

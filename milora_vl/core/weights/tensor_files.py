@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from milora_vl.common.atomic_write import atomic_file
 from milora_vl.common.errors import MALFORMED, Problem, UserError
-from milora_vl.core.svd import Factors, singular_values
+from milora_vl.core.svd import Factors, Part, decompose, singular_values
 
 AGAIN = "copy or download the file again, or use a checkpoint of the run"
 UNREAD = (SafetensorError, UnpicklingError, RuntimeError, EOFError, *MALFORMED)
@@ -80,21 +80,24 @@ def cache_key(W: Tensor, rank: int, part: str, salt: int) -> str:
     return digest.hexdigest()
 
 
-def read_factors(folder: Path, key: str) -> Factors | None:
-    """Return a stored entry, or None if it is missing or damaged."""
-    entry = read_cached(folder, key)
-    if entry is None:
-        return None
-    tensors, metadata = entry
-    norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
-    return Factors(**tensors, norm=norm, sigma_max=sigma_max, excess=excess, method=metadata["method"])
+def cached_factors(W: Tensor, rank: int, part: Part, folder: Path | None, *, seed: int = 0) -> Factors:
+    """Return `decompose(W, rank, part)` of W (out, in), from the cache if it has it; `seed` draws a random part.
 
-
-def write_factors(folder: Path, key: str, factors: Factors) -> None:
-    """Store an entry. Warns if it cannot be written."""
-    tensors = {name: getattr(factors, name) for name in ("U", "S", "Vh", "index")}
-    metadata = {name: str(getattr(factors, name)) for name in ("norm", "sigma_max", "excess", "method")}
-    write_cached(folder, key, tensors, metadata)
+    Raises ValueError as `decompose`. Warns if the cache cannot be written.
+    """
+    key = "" if folder is None or W.is_meta else cache_key(W, rank, part, seed)
+    entry = read_cached(folder, key) if folder is not None and key else None
+    if entry is not None:
+        tensors, metadata = entry
+        norm, sigma_max, excess = (float(metadata[name]) for name in ("norm", "sigma_max", "excess"))
+        U, S, Vh = (tensors[name].to(W.device) for name in ("U", "S", "Vh"))
+        return Factors(U, S, Vh, tensors["index"], norm, sigma_max, excess, metadata["method"])
+    factors = decompose(W, rank, part, generator=torch.Generator().manual_seed(seed))
+    if folder is not None:
+        tensors = {name: getattr(factors, name) for name in ("U", "S", "Vh", "index")}
+        metadata = {name: str(getattr(factors, name)) for name in ("norm", "sigma_max", "excess", "method")}
+        write_cached(folder, key, tensors, metadata)
+    return factors
 
 
 def cached_singular_values(W: Tensor, folder: Path | None) -> Tensor:
@@ -137,7 +140,8 @@ def weights_digest(model: nn.Module) -> str:
     Under ZeRO-3 one weight is gathered at a time, so every process calls this.
     """
     digest = hashlib.sha256()
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+    tensors: Iterable[tuple[str, Any]] = chain(model.named_parameters(), model.named_buffers())
+    for name, tensor in tensors:
         with gather_params_ctx([tensor], modifier_rank=None):
             values = tensor.detach().cpu().contiguous()
             digest.update(f"{name}{tuple(values.shape)} {values.dtype}".encode() + _digest(values))

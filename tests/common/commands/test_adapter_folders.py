@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from milora_eval.answers.target import eval_target
+from milora_vl import export
 from milora_vl.chat import command as chat
 from milora_vl.core.adapter.folders import base_of, require_adapter
 from milora_vl.forgetting import __main__ as forgetting
-from milora_vl.interop.imported import kind_of
 from support.problems import raises_code
 
 COMMANDS: dict[str, Callable[[Path], object]] = {
     "chat": lambda path: chat.main(["--model", "tiny", "--adapter", str(path), "What?"]),
     "eval": lambda path: eval_target("tiny", path, None),
     "forgetting": lambda path: forgetting.main(["--model", "tiny", "--adapter", str(path)]),
-    "export": kind_of,
+    "export": lambda path: export.main([str(path), "--to", "merged", "--output_dir", "merged"]),
 }
 
 

@@ -1,3 +1,5 @@
+"""The difference form: D and E train from zero, state dicts hold the joined stock factors, gradients are torch's."""
+
 from __future__ import annotations
 
 import pytest
@@ -9,10 +11,14 @@ from milora_vl.core.adapter.anchored import (
     DifferenceFactor,
     DifferenceLinear,
     join,
+    joined_state,
     lossless,
+    multiply_down,
+    multiply_up,
     recover,
-    split,
 )
+from milora_vl.core.adapter.apply import apply_milora
+from support.adapter_cases import Pictures, move
 
 
 def pair(
@@ -33,15 +39,6 @@ def update(A: DifferenceFactor, B: DifferenceFactor) -> Tensor:
     return (B0 + E) @ (A0 + D) - B0 @ A0
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_split_undoes_join(axis: int) -> None:
-    delta, anchor = torch.randn(4, 4), torch.randn(4, 4).bfloat16()
-    back = split(join(delta, anchor, axis), axis, torch.bfloat16)
-    assert torch.equal(back[0], delta)
-    assert torch.equal(back[1], anchor)
-    assert all(tensor.is_contiguous() for tensor in back)
-
-
 def test_the_weight_is_the_stock_factor_of_the_update() -> None:
     A, B = pair(moved=1.0)
     assert torch.equal(A.weight, torch.cat([A.delta, A.anchor]))
@@ -49,16 +46,6 @@ def test_the_weight_is_the_stock_factor_of_the_update() -> None:
     x = torch.randn(5, 8)
     assert torch.allclose(B(A(x)).double(), x.double() @ update(A, B).T, atol=1e-4)
     assert torch.allclose(B(A(x)), nn.functional.linear(nn.functional.linear(x, A.weight), B.weight), atol=1e-5)
-
-
-@pytest.mark.parametrize("rank", [1, 3, 5, 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_new_adapter_adds_zero_to_the_last_bit(rank: int, dtype: torch.dtype) -> None:
-    A, B = pair(rank, dtype)
-    x = torch.randn(7, 8)
-    assert not B(A(x)).any()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not B(A(x)).any()
 
 
 @pytest.mark.parametrize("share", [1e-3, 1e-2, 1e-1, 1.0])
@@ -104,11 +91,6 @@ def test_convolutions_compute_the_update_of_the_joined_factors() -> None:
 
     assert torch.allclose(B(A(x)), convolved(A.weight, B.weight), atol=1e-4)
     assert torch.allclose(B(A(x)), convolved(2 * A0, B0) - convolved(A0, B0), atol=1e-4)
-
-
-def test_a_bias_of_peft_is_added_once() -> None:
-    B = DifferenceLinear.convert(nn.Linear(4, 6), 1, torch.zeros(6, 2), torch.randn(6, 2))
-    assert torch.allclose(B(torch.zeros(1, 4)), B.bias)
 
 
 def test_only_the_difference_is_a_parameter_and_learns() -> None:
@@ -178,8 +160,7 @@ def test_without_elements_the_raw_names_stay_and_the_weight_still_has_a_dtype() 
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"),
-    [((4, 8), "rank 2, this model's has rank 3"), ((6, 9), r"shape \(6, 9\), expected \(6, 8\)")],
+    ("shape", "message"), [((4, 8), "rank 2, this model's has rank 3"), ((6, 9), r"shape \(6, 9\), expected \(6, 8\)")]
 )
 def test_a_weight_that_does_not_fit_is_explained_in_ranks(shape: tuple[int, int], message: str) -> None:
     A, _ = pair()
@@ -203,3 +184,67 @@ def test_anchors_keep_a_narrow_dtype_only_where_nothing_is_lost() -> None:
     assert A.anchor.dtype == torch.float32
     assert torch.equal(A.anchor, third[3:])
     assert lossless(torch.tensor([0.5]), torch.bfloat16).dtype == torch.bfloat16
+
+
+def case(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 5, 8), (3, 8), (3, 8), (6, 3), (6, 3))
+    x, D, A0, E, B0 = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x, D, A0, E, B0
+
+
+def gradients(out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out.double().pow(2).sum(), inputs)
+
+
+def test_gradients_are_those_of_a_and_b_in_the_product_minus_its_start() -> None:
+    x, D, A0, E, B0 = case(torch.float64)
+    A, B = (A0 + D).requires_grad_(), (B0 + E).requires_grad_()
+    D.requires_grad_()
+    E.requires_grad_()
+    ours = multiply_up(multiply_down(x, D, A0), E, B0)
+    paper = x @ A.T @ B.T - x @ A0.T @ B0.T
+    torch.testing.assert_close(ours, paper)
+    for got, expected in zip(gradients(ours, D, E), gradients(paper, A, B), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_gradients_keep_their_dtype_and_stay_close(dtype: torch.dtype) -> None:
+    x, D, A0, E, B0 = case(torch.float32)
+    x = x.to(dtype).requires_grad_()
+    D.requires_grad_()
+    E.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = multiply_up(multiply_down(x, D, A0), E, B0)
+    assert out.dtype == torch.bfloat16
+    exact = x.float() @ join(D, A0, 0).T @ join(E, B0, 1).T
+    for got, expected in zip(gradients(out, x, D, E), gradients(exact, x, D, E), strict=True):
+        assert got.dtype == expected.dtype
+        assert (got - expected).norm() <= 0.03 * expected.norm()
+
+
+def test_between_forward_and_backward_only_inputs_are_kept() -> None:
+    x, D, A0, E, B0 = case(torch.float32)
+    D.requires_grad_()
+    E.requires_grad_()
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        hidden = multiply_down(x, D, A0)
+        multiply_up(hidden, E, B0)
+    assert sorted(kept) == sorted(t.shape for t in (x, D, A0, hidden, E, B0))
+
+
+EVERY_KIND = [{"modules": "*", "method": "milora", "protect": 0, "rank": 2}, {"modules": "words", "method": "lora"}]
+
+
+@pytest.mark.parametrize("prefix", ["", "_forward_module."])
+def test_raw_names_of_a_gathered_state_are_joined(prefix: str) -> None:
+    """DeepSpeed and FSDP1 gather parameters and buffers by their own names."""
+    model = apply_milora(Pictures(), EVERY_KIND)
+    move(model)
+    raw = {prefix + name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
+    joined = joined_state(raw)
+    expected = {prefix + name: t for name, t in model.state_dict().items()}
+    assert joined.keys() == expected.keys()
+    assert all(torch.equal(joined[name], expected[name]) for name in expected)

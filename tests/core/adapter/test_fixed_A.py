@@ -20,9 +20,9 @@ from milora_vl.core.adapter.fixed_a import ROW_LENGTH, fixed_factors, off_inputs
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.core.policy import Policy
-from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
+from support.adapter_cases import Pictures, Tokens, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import directions, leaks, llava_batches, picture_batches, text_batches
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 METHODS = ["milora", "pissa", "random", "lora"]
 IDS = token_batch(200)
@@ -57,13 +57,19 @@ def train(model: nn.Module, inputs: dict[str, Tensor] | None = None, steps: int 
     return losses
 
 
-@pytest.mark.parametrize("method", METHODS)
+# What users get who set nothing but a rank: the share is 0.95.
+DEFAULT = [{"modules": "language", "method": "milora", "rank": 2, "alpha": 4}]
+
+
+@pytest.mark.parametrize("method", ["default", *METHODS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_trained_adapter_answers_nothing_to_protected_inputs(tiny_llama, tmp_path: Path, method: str, dtype) -> None:
     base = tiny_llama()[0].to(dtype)
     expected = base(IDS).logits
-    protected = directions(base, protecting(method=method), TEXT)
-    model = apply_milora(base, protecting(method=method), calibration=TEXT)
+    rules = DEFAULT if method == "default" else protecting(method=method)
+    protected = directions(base, rules, TEXT)
+    model = apply_milora(base, rules, calibration=TEXT)
+    assert all(protection.energy >= rules[0].get("protect", 0.95) for protection in model.milora_protection.values())
     assert torch.equal(model(IDS).logits, expected)
     losses = train(model)
     assert losses[-1] < losses[0]
@@ -127,7 +133,7 @@ def test_convolutions_are_protected(method: str, tmp_path: Path) -> None:
 
 def test_an_embedding_cannot_be_protected() -> None:
     rules = [{"modules": "words", "method": "lora", "rank": 1, "protect": 0.5}]
-    with raises_code("policy-protect", where="policy[0].protect"):
+    with raises_problem(where="policy[0].protect"):
         apply_milora(Pictures(), rules, calibration=picture_batches())
     rules.append({"modules": "words", "protect": 0})
     assert apply_milora(Pictures(), rules).milora_protection == {}
@@ -155,24 +161,14 @@ def test_each_tower_of_a_llava_is_protected(tiny_llava) -> None:
     assert max(leaks(model, protected)) < 1e-5
 
 
-def test_a_merged_model_passes_protected_inputs_as_the_base_does(tiny_llama) -> None:
+@pytest.mark.parametrize("rules", [DEFAULT, protecting()])
+def test_a_merged_model_passes_protected_inputs_as_the_base_does(tiny_llama, rules: list[dict[str, Any]]) -> None:
     base = tiny_llama()[0]
-    V = directions(base, protecting(), TEXT)[Q]
-    model = apply_milora(tiny_llama()[0], protecting(), calibration=TEXT)
+    V = directions(base, rules, TEXT)[Q]
+    model = apply_milora(tiny_llama()[0], rules, calibration=TEXT)
     train(model)
     change = merge(model).get_submodule(Q).weight - base.get_submodule(Q).weight
     assert float((change @ V).norm() / change.norm()) < 1e-5
-
-
-class Tokens(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.rows = token_batch(200, 16, 12)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 def settings_of(folder: Path, **options: Any) -> dict[str, Any]:
@@ -305,5 +301,5 @@ def test_damaged_directions_are_noticed_before_the_first_step() -> None:
     base = nn.Sequential(nn.Linear(6, 4))
     targets = Policy.parse([{"modules": "0", "method": "lora", "rank": 2, "protect": 0.5}]).resolve(base)
     V = torch.full((6, 2), 0.7)  # neither orthogonal nor of length 1
-    with raises_code("protect-overlap", where="0"):
+    with raises_problem(where="0"):
         fixed_factors(targets, {}, ProtectedInputs([InputBasis(V, torch.tensor([0.0, 0.3, 0.5]), 9)], {"0": 0}))

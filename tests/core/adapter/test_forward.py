@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -96,14 +95,6 @@ def test_outputs_and_gradients_are_those_of_pefts_forward(
         assert (ours[name] - expected).float().norm() <= tolerance * expected.float().norm(), name
 
 
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4), (0,)])
-def test_inputs_of_every_shape(shape: tuple[int, ...]) -> None:
-    model = adapted()
-    out = model(batch(*shape))
-    with stock_forward(model):
-        torch.testing.assert_close(out, model(batch(*shape)))
-
-
 def test_dropout_is_applied_to_the_update_alone() -> None:
     model = adapted(dropout=0.5).train()
     ours = result(model, batch(6))
@@ -140,22 +131,6 @@ def test_every_other_state_is_pefts(state: str) -> None:
     assert torch.allclose(out, plain, atol=1e-5) == (state == "merged")
 
 
-def test_adapter_names_of_a_mixed_batch_reach_peft() -> None:
-    model = adapted().eval()
-    out = model(batch(2), adapter_names=["default", "__base__"])
-    torch.testing.assert_close(out[0], model(batch(2))[0])
-    with model.disable_adapter():
-        torch.testing.assert_close(out[1], model(batch(2))[1])
-
-
-def test_the_output_of_the_base_layer_is_not_changed() -> None:
-    model, x, kept = adapted(), batch(5), []
-    layer = lora_layer(model, "first")
-    layer.base_layer.register_forward_hook(lambda module, args, out: kept.append((out, out.clone())))
-    model(x)
-    assert torch.equal(*kept[0])
-
-
 @pytest.mark.parametrize(
     "hook",
     [
@@ -173,14 +148,6 @@ def test_a_hook_on_lora_b_sees_the_update_alone(hook: Callable[[nn.Module], Any]
         torch.testing.assert_close(ours, result(model, x))
 
 
-def test_a_scaling_that_is_a_tensor_may_train() -> None:
-    model, x = adapted(), batch(5)
-    scaling = torch.tensor(1.5, requires_grad=True)
-    lora_layer(model, "first").scaling["default"] = scaling
-    model(x).sum().backward()
-    assert scaling.grad is not None
-
-
 def test_dropout_under_autocast_gets_float32() -> None:
     """bfloat16 would round 1 / (1 - p), so all updates would be too large by the same factor."""
     model, seen = adapted(dropout=0.05, dtype=torch.bfloat16), []
@@ -189,14 +156,6 @@ def test_dropout_under_autocast_gets_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         model.train()(batch(4).bfloat16())
     assert seen == [torch.float32]
-
-
-def test_a_traced_model_computes_the_same() -> None:
-    model, x = adapted().eval(), batch(5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tracers warn about every branch, and that they are deprecated
-        traced = torch.jit.trace(model, x, check_trace=False)
-    torch.testing.assert_close(traced(x), model(x))
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 5)])
@@ -220,28 +179,6 @@ def test_what_selective_checkpointing_keeps_is_not_changed(dtype: torch.dtype) -
     stock = model.forward
     model.forward = lambda x: checkpoint(stock, x, use_reentrant=False, context_fn=kept)  # type: ignore[method-assign]
     torch.testing.assert_close(result(model, x), expected)
-
-
-def test_a_base_weight_that_trains_gets_its_gradient() -> None:
-    """modules_to_save and full fine-tuning beside an adapter."""
-    model, x = adapted(bias=True), batch(5)
-    for name in ("first", "second"):
-        lora_layer(model, name).base_layer.requires_grad_(True)
-    ours = result(model, x)
-    with stock_forward(model):
-        torch.testing.assert_close(ours, result(model, x))
-    assert any(name.endswith("base_layer.weight") for name in ours)
-
-
-def test_a_new_adapter_changes_no_bit_of_the_output() -> None:
-    torch.manual_seed(0)
-    base = Two(bias=True).bfloat16()
-    x = batch(4, 9).bfloat16()
-    before = base(x)
-    model = apply_milora(base, [{"modules": "*", "method": "milora", "protect": 0, "rank": 4}])
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            assert torch.equal(model(x), before)
 
 
 def test_a_quantized_or_foreign_lora_layer_keeps_its_forward() -> None:

@@ -1,7 +1,10 @@
+"""Initial factors: the wanted triplets, scaled; their report, their cache, and weights that are refused."""
+
 from __future__ import annotations
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,9 @@ from milora_vl.core.adapter.initialize import Initial, initialize
 from milora_vl.core.policy import Policy, PolicyError
 from milora_vl.core.svd import decompose
 from milora_vl.core.weights.matrices import as_matrix, matrix_shape
+from milora_vl.core.weights.tensor_files import cache_key, cached_factors
 from support.adapter_cases import one_rule, tiny_gpt2
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 
 def initial(model: nn.Module, rules, **options) -> dict[str, Initial]:
@@ -103,7 +107,7 @@ def test_another_seed_draws_other_random_components() -> None:
 def test_broken_weights_are_refused_with_their_module(value: float, message: str) -> None:
     broken = W.clone()
     broken[0, 0] = value
-    with raises_code("weight-decomposition", says=message, kind=ValueError):
+    with raises_problem(says=message, kind=ValueError):
         initial(linear(broken), one_rule())
 
 
@@ -117,18 +121,6 @@ def test_singular_values_at_zero_are_warned_of_once_with_the_count() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         initial(model, one_rule(sigma="none"))
-
-
-def test_cached_factors_are_the_same_and_a_damaged_entry_is_made_anew(tmp_path) -> None:
-    first = initial(linear(W), one_rule(), cache_dir=tmp_path)["0"]
-    (file,) = tmp_path.iterdir()
-    for content in (file.read_bytes(), b"damaged"):
-        file.write_bytes(content)
-        again = initial(linear(W), one_rule(), cache_dir=tmp_path)["0"]
-        assert torch.equal(first.A0, again.A0)
-        assert torch.equal(first.B0, again.B0)
-    initial(linear(W), one_rule(rank=3), cache_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path) -> None:
@@ -167,3 +159,32 @@ def test_progress_goes_to_stderr_and_only_on_request(capfd, monkeypatch) -> None
     two = nn.Sequential(nn.Linear(9, 6), nn.Linear(6, 4))
     initial(two, one_rule(), progress=True)
     assert "2/2 matrices [" in capfd.readouterr().err
+
+
+def test_factors_come_back_as_they_were_and_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
+    made = decompose(W, 2)
+    for damage in (None, lambda whole: whole[:-9], lambda whole: b"", lambda whole: b"junk"):
+        if damage:
+            (file,) = tmp_path.iterdir()
+            file.write_bytes(damage(file.read_bytes()))
+        for _ in range(2):
+            back = cached_factors(W, 2, "minor", tmp_path)
+            for name in ("U", "S", "Vh", "index"):
+                assert torch.equal(getattr(back, name), getattr(made, name))
+            assert [back.norm, back.sigma_max, back.excess] == [made.norm, made.sigma_max, made.excess]
+            assert back.method == made.method
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_key_depends_on_everything_that_changes_the_factors() -> None:
+    keys = [
+        cache_key(W, 2, "minor", 0),
+        cache_key(W, 3, "minor", 0),
+        cache_key(W, 2, "principal", 0),
+        cache_key(W, 2, "random", 1),
+        cache_key(W.T, 2, "minor", 0),
+        cache_key(W.bfloat16(), 2, "minor", 0),
+        cache_key(W + 1, 2, "minor", 0),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert cache_key(W.clone(), 2, "minor", 0) == keys[0]

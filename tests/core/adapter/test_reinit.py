@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from milora_vl import apply_milora, load_adapter, reinit_peft, restore_split, save_adapter
 from support.adapter_cases import LLAVA_POLICY, anchors, llava_batch, move, one_rule, token_batch, train_steps
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -78,11 +78,11 @@ def test_a_container_in_modules_to_save_trains_in_full(tiny_llava, tmp_path: Pat
 def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     stock = get_peft_model(tiny_llama()[0], config())
     move(stock)
-    with raises_code("adapter-already-trained", hint="restore_split"):
+    with raises_problem(hint="restore_split"):
         reinit_peft(stock, protect=0)
     head = get_peft_model(tiny_llama()[0], config(modules_to_save=["lm_head"]))
     head.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(1.01)
-    with raises_code("adapter-already-trained", where="lm_head"):
+    with raises_problem(where="lm_head"):
         reinit_peft(head)
     for fields, message in [
         ({"init_lora_weights": "pissa"}, "got init_lora_weights 'pissa'"),
@@ -91,15 +91,17 @@ def test_what_would_be_lost_or_wrong_is_refused(tiny_llama) -> None:
     ]:
         with raises_code("adapter-unsupported-kind", "", message):
             reinit_peft(get_peft_model(tiny_llama()[0], config(**fields)))
-    with raises_code("adapter-not-a-peft-model", "", "got LlamaForCausalLM"):
+    with raises_code("calibration-missing", where="calibration", hint="protect=0"):
+        reinit_peft(get_peft_model(tiny_llama()[0], config()))
+    with raises_problem("", "got LlamaForCausalLM"):
         reinit_peft(tiny_llama()[0])
-    with raises_code("adapter-value", "part"):
+    with raises_problem("part"):
         reinit_peft(stock, "milora")
-    with raises_code("adapter-already-present"):
+    with raises_problem():
         reinit_peft(apply_milora(tiny_llama()[0], one_rule()))
     two = get_peft_model(tiny_llama()[0], config())
     two.add_adapter("other", config())
-    with raises_code("adapter-several", "", "default, other"):
+    with raises_problem("", "default, other"):
         reinit_peft(two)
 
 

@@ -1,17 +1,37 @@
+"""milora.json, and adapters on a model whose modules have other names (HF's and LLaVA's layouts)."""
+
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
-from milora_vl.core.adapter.folders import AdapterError
+from milora_vl import apply_milora, load_adapter, merge, restore_split, save_adapter
+from milora_vl.core.adapter.earlier import read_earlier
+from milora_vl.core.adapter.folders import ANCHORS_FILE, AdapterError
 from milora_vl.core.adapter.initialize import LayerReport
-from milora_vl.core.adapter.sidecar import ANCHORS_FILE, FILE_NAME, Sidecar, locate, read_sidecar
+from milora_vl.core.adapter.save_load import load_checkpoint
+from milora_vl.core.adapter.sidecar import FILE_NAME, Sidecar, locate, read_sidecar
 from milora_vl.core.policy.rules import FloorSigma, Target
 from milora_vl.core.weights.matrices import fingerprint
-from support.problems import raises_code
+from support.adapter_cases import (
+    LLAVA_POLICY,
+    Pictures,
+    anchors,
+    move,
+    one_rule,
+    picture_batch,
+    token_batch,
+    train_steps,
+)
+from support.calibrated import text_batches
+from support.llava_oracle import original_llava
+from support.problems import raises_code, raises_problem
 
 PATH = "model.language_model.layers.0.mlp.up_proj"
 TARGETS = [
@@ -66,24 +86,22 @@ def test_the_file_says_for_every_module_what_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "message"),
+    ("text", "message"),
     [
-        ('{"format_version": 1}', "adapter-other-format", "has format version 1, and only version 3"),
-        ("{", "adapter-damaged-file", "is damaged"),
-        ('{"format_version": 3}', "adapter-damaged-file", "is damaged .*modules"),
+        ('{"format_version": 1}', "has format version 1, and only version 3"),
+        ("{", "is damaged"),
+        ('{"format_version": 3}', "is damaged .*modules"),
         (
             '{"format_version": 3, "modules": {"a": {"name": "a", "tower": null, "shape": [2, 2], "method": "odd"}}}',
-            "adapter-damaged-file",
             "method 'odd'",
         ),
-        ("[]", "adapter-damaged-file", "is damaged"),
+        ("[]", "is damaged"),
     ],
 )
-def test_a_file_that_cannot_be_read_says_what_to_do(tmp_path: Path, text: str, code: str, message: str) -> None:
+def test_a_file_that_cannot_be_read_says_what_to_do(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / FILE_NAME).write_text(text, encoding="utf-8")
-    with raises_code(code, says=message, kind=AdapterError) as error:
+    with raises_problem(str(tmp_path / FILE_NAME), says=message, kind=AdapterError):
         read_sidecar(tmp_path)
-    assert error.value.problems[0].where == str(tmp_path / FILE_NAME)
 
 
 def test_paths_follow_the_layout_of_the_model() -> None:
@@ -92,5 +110,98 @@ def test_paths_follow_the_layout_of_the_model() -> None:
     assert [t.path for t in found.targets] == ["model.layers.0.mlp.up_proj", "lm_head"]
     assert set(found.fingerprints) == set(found.reports) == {"model.layers.0.mlp.up_proj"}
     assert found.ranks == {"model.layers.0.mlp.up_proj": 2}
-    with raises_code("adapter-missing-modules", "", "language.lm_head"):
+    with raises_problem("", "language.lm_head"):
         locate(sidecar(), {"model.layers.0.mlp.up_proj": "language.layers.0.mlp.up_proj"})
+
+
+@pytest.fixture
+def adapted(tiny_llava, tmp_path: Path) -> SimpleNamespace:
+    base, processor = tiny_llava()
+    other = original_llava(base, processor, tmp_path / "parts")
+    model = apply_milora(base, LLAVA_POLICY)
+    move(model)
+    save_adapter(model, tmp_path / "adapter")
+    return SimpleNamespace(model=model, other=other, folder=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_it_gives_the_same_logits_and_the_same_projector(adapted, is_trainable: bool) -> None:
+    ids = token_batch(200)
+    loaded = load_adapter(adapted.other, adapted.folder, is_trainable=is_trainable)
+    got = loaded.eval()(ids).logits
+    assert torch.allclose(got, adapted.model.eval()(input_ids=ids).logits[..., : got.shape[-1]], atol=1e-5)
+    x = torch.randn(2, 32)
+    projector = adapted.model.get_base_model().model.multi_modal_projector
+    assert torch.allclose(loaded.get_base_model().model.mm_projector(x), projector(x), atol=1e-5)
+    assert [t.path for t in loaded.milora_targets][-1] == "model.layers.1.mlp.down_proj"
+    assert len(anchors(loaded)) == 26
+    assert any(p.requires_grad for p in loaded.parameters()) is is_trainable
+
+
+@pytest.mark.filterwarnings("ignore:the optimizer ignores rules")
+def test_it_trains_on_there_and_comes_back(adapted, tiny_llava) -> None:
+    ids = token_batch(200)
+    loaded = load_adapter(adapted.other, adapted.folder, is_trainable=True)
+    train_steps(loaded.eval(), {"input_ids": ids}, steps=2)
+    save_adapter(loaded, adapted.folder / "back")
+    back = load_adapter(tiny_llava()[0], adapted.folder / "back")
+    got = loaded(ids).logits
+    assert torch.allclose(back(input_ids=ids).logits[..., : got.shape[-1]], got, atol=1e-5)
+
+
+def test_weights_that_milora_json_does_not_tell_of_are_refused(adapted) -> None:
+    file = adapted.folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights["base_model.model.else.weight"] = weights.pop(next(key for key in weights if key.endswith("linear_2.bias")))
+    save_file(weights, file)
+    with raises_problem(says=r"do not match milora.json: .* \(2 differ\)", kind=AdapterError):
+        load_adapter(adapted.other, adapted.folder)
+
+
+# As earlier versions wrote it: the method, and how many rows of PEFT's factors each rank has.
+@pytest.mark.parametrize(("method", "factor", "protect"), [("gradient", 1, 0.6), ("mica", 1, 0), ("olora", 2, 0)])
+@pytest.mark.filterwarnings("ignore:too little calibration data", "ignore:.*protect almost nothing")
+def test_adapters_of_methods_that_left_load_merge_and_do_not_train(
+    tiny_llama, tmp_path: Path, method: str, factor: int, protect: float
+) -> None:
+    ids = token_batch(200)
+    rules = one_rule(method="lora", rank=2 * factor, alpha=3 * factor, protect=protect)
+    model = apply_milora(tiny_llama()[0], rules, calibration=text_batches(vocabulary=200) if protect else None)
+    move(model)
+    expected = model.eval()(ids).logits
+    save_adapter(model, tmp_path)
+    data = json.loads((tmp_path / FILE_NAME).read_text())
+    for entry in data["modules"].values():
+        entry |= {"method": method, "rank": 2, "alpha": 3}
+    (tmp_path / FILE_NAME).write_text(json.dumps(data))
+    loaded = load_adapter(tiny_llama()[0], tmp_path)
+    stock = PeftModel.from_pretrained(tiny_llama()[0], str(tmp_path))
+    assert torch.equal(loaded(ids).logits, stock.eval()(ids).logits)
+    assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
+    save_adapter(loaded, tmp_path / "again")
+    assert torch.allclose(merge(loaded)(ids).logits, expected, atol=1e-5)
+    base = tiny_llama()[0]
+    for train in (
+        lambda: load_adapter(base, tmp_path, is_trainable=True),
+        lambda: load_checkpoint(base, tmp_path),
+        lambda: read_earlier(base, tmp_path, []),
+        lambda: restore_split(stock, tmp_path),
+        lambda: apply_milora(tiny_llama()[0], one_rule()).load_adapter(str(tmp_path), "second", is_trainable=True),
+    ):
+        with raises_code("adapter-retired-method", where=str(tmp_path), message=f"method {method}", hint="--to merged"):
+            train()
+
+
+def test_an_embedding_that_milora_trained_loads_as_a_plain_lora_and_does_not_train(tmp_path: Path) -> None:
+    model = apply_milora(Pictures(), [{"modules": "words", "method": "lora", "rank": 4, "alpha": 4}])
+    move(model)
+    expected = model.eval()(*picture_batch())
+    save_adapter(model, tmp_path)
+    data = json.loads((tmp_path / FILE_NAME).read_text())
+    data["modules"]["words"] |= {"method": "milora", "rank": 2, "alpha": 2}
+    (tmp_path / FILE_NAME).write_text(json.dumps(data))
+    loaded = load_adapter(Pictures(), tmp_path)
+    assert torch.equal(loaded.eval()(*picture_batch()), expected)
+    assert torch.allclose(merge(loaded.train())(*picture_batch()), expected, atol=1e-5)
+    with raises_code("adapter-retired-method", where="words"):
+        load_adapter(Pictures(), tmp_path, is_trainable=True)

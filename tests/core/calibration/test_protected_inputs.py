@@ -1,4 +1,4 @@
-"""The calibration finds the input directions that hold a share of a layer's energy; its cache and its errors."""
+"""The calibration finds the input directions that hold a share of a layer's energy; its positions, cache, errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import nn
 from milora_vl import apply_milora
 from milora_vl.core.adapter.fixed_a import calibration_key
 from milora_vl.core.calibration.activations import find_inputs
-from milora_vl.core.calibration.bases import ProtectedInputs, first_directions
+from milora_vl.core.calibration.bases import ProtectedInputs, first_directions, positions_of
 from milora_vl.core.calibration.texts import _Draw
 from milora_vl.core.policy import Policy
 from support.adapter_cases import one_rule
 from support.calibrated import text_batches
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 TEXT = text_batches(vocabulary=200)
 Q = "model.layers.0.self_attn.q_proj"
@@ -108,6 +108,9 @@ def test_protected_inputs_are_cached_by_weights_rules_and_batches(tiny_llama, tm
         assert other.milora_protection != first.milora_protection
     assert len(list(tmp_path.glob("calibration-*"))) == count + 3
     monkeypatch.setattr("milora_vl.core.calibration.activations.find_inputs", None)  # from the cache alone
+    for file in set(tmp_path.iterdir()) - set(tmp_path.glob("calibration-*")):
+        file.unlink()
+    monkeypatch.setattr("milora_vl.core.weights.tensor_files.decompose", None)
     again = tuned()
     assert all(torch.equal(A, starts(again)[name]) for name, A in starts(first).items())
 
@@ -122,15 +125,16 @@ def test_a_damaged_cache_entry_is_found_again(tiny_llama, tmp_path: Path) -> Non
 
 
 def test_bad_calibrations_are_refused_before_the_model_changes(tiny_llama) -> None:
-    with raises_code("calibration-missing", hint="calibration=calibration_texts(model)"):
-        apply_milora(tiny_llama()[0], protecting())
-    with raises_code("calibration-unused"):
+    for rules in (protecting(), [{"modules": "language", "method": "milora", "rank": 2}]):  # the default protects
+        with raises_code("calibration-missing", where="calibration", hint="calibration=calibration_texts(model)"):
+            apply_milora(tiny_llama()[0], rules)
+    with raises_problem():
         apply_milora(tiny_llama()[0], one_rule(), calibration=TEXT)
     with raises_code("calibration-empty"):
         apply_milora(tiny_llama()[0], protecting(), calibration=[])
     broken = tiny_llama()[0]
     broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    with raises_code("calibration-not-finite", where="model.layers.1.mlp.down_proj"):
+    with raises_problem(where="model.layers.1.mlp.down_proj"):
         apply_milora(broken, protecting(), calibration=TEXT)
     assert not any("lora" in name for name, _ in broken.named_modules())
     assert not any(module._forward_pre_hooks for module in broken.modules())
@@ -161,7 +165,7 @@ def test_a_layer_whose_rank_needs_the_protected_directions_protects_a_lower_shar
 
 def test_a_tower_that_no_picture_reaches_is_refused(tiny_llava) -> None:
     rules = [{"modules": "projector", "method": "milora", "rank": 2, "protect": 0.6}]
-    with raises_code("calibration-unreached-layer", where="multi_modal_projector", hint="calibrate with pictures"):
+    with raises_problem(where="multi_modal_projector", hint="calibrate with pictures"):
         apply_milora(tiny_llava()[0], rules, calibration=text_batches(2, 200))
 
 
@@ -213,3 +217,31 @@ def test_ids_of_texts_are_drawn_from_the_softmax() -> None:
     shares = drawn.bincount(minlength=4) / 20_000
     torch.testing.assert_close(shares, scores[0].softmax(dim=-1), rtol=0, atol=0.01)
     assert shares[3] == 0
+
+
+def test_padding_does_not_count_and_text_and_pictures_weigh_half_each() -> None:
+    ids = torch.tensor([[1, 7, 7, 7, 5, 6], [0, 0, 1, 5, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    (positions,) = positions_of([{"input_ids": ids, "attention_mask": mask}], image_token=7)
+    assert positions is not None
+    picture, text = pytest.approx(10 / 6), pytest.approx(10 / 14)
+    assert positions.tolist() == [[text, picture, picture, picture, text, text], [0, 0, text, text, text, text]]
+
+
+def test_all_batches_weigh_by_their_positions() -> None:
+    batches = [{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in (3, 7)]
+    weights = positions_of(batches, image_token=None)
+    assert [w.sum().item() for w in weights if w is not None] == pytest.approx([3, 7])
+
+
+def test_batches_without_tokens_count_everywhere() -> None:
+    assert positions_of([{"pixels": torch.ones(2, 3)}], image_token=None) == [None]
+
+
+@pytest.mark.parametrize(("rows", "is_real"), [(3, 0), (0, 1)])
+def test_a_calibration_without_tokens_is_refused(rows, is_real) -> None:
+    ids = torch.ones(rows, 5, dtype=torch.long)
+    with raises_code("calibration-empty", hint="pass batches with input_ids"):
+        positions_of([{"input_ids": ids, "attention_mask": is_real * ids}], image_token=None)
+    with raises_code("calibration-empty"):
+        positions_of([], image_token=None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +16,9 @@ from milora_vl import apply_milora
 from milora_vl.core.calibration.activations import protected_inputs
 from milora_vl.core.calibration.bases import InputBasis
 from milora_vl.core.policy import Policy
-from milora_vl.models.base import Base
-from milora_vl.train import calibration
-from milora_vl.train.recipe import Recipe
-from milora_vl.train.screen import Screen
 from support.adapter_cases import one_rule, token_batch
 from support.calibrated import text_batches
-from support.problems import raises_code
+from support.problems import raises_problem
 
 RULES = one_rule(rank=2, protect=0.5)
 NOISE = torch.Generator().manual_seed(0)
@@ -112,13 +107,13 @@ def test_experts_that_the_first_batch_does_not_reach_are_calibrated() -> None:
     assert len(reached[0].unique()) <= 2
     assert len(calibrated(Experts(), batches, 0.5)) == 8
     few = [batch for batch, chosen in zip(batches, reached, strict=True) if 3 not in chosen]
-    with raises_code("calibration-unreached-layer", where="experts.3", message="1 of the 8", hint="more text"):
+    with raises_problem(where="experts.3", message="1 of the 8", hint="more text"):
         calibrated(Experts(), few, 0.5)
 
 
 def test_damaged_batches_that_are_held_out_are_refused() -> None:
     damaged = [*({"input": rows()} for _ in range(7)), {"input": torch.full((8, 16), torch.nan)}]
-    with raises_code("calibration-not-finite", where="0"):
+    with raises_problem(where="0"):
         calibrated(nn.Sequential(nn.Linear(16, 16)), damaged)
 
 
@@ -163,36 +158,8 @@ IDS = torch.tensor([[1, 2, 3]])
 
 @pytest.mark.parametrize("batches", [{"input_ids": IDS}, ["hello"], [IDS]])
 def test_what_is_no_list_of_batches_is_refused(tiny_llama: Any, batches: Any) -> None:
-    with raises_code("calibration-batch", where="calibration", message="expected a list of batches"):
+    with raises_problem(where="calibration", message="expected a list of batches"):
         calibrated(tiny_llama()[0], batches)
-
-
-def of_run(base: nn.Module, processor: Any, folder: Path, **keys: Any) -> Any:
-    settings = Recipe.parse(
-        {
-            "model": "tiny",
-            "data": {"path": "train.json"},
-            "policy": RULES,
-            "calibration": keys,
-            "factor_cache": str(folder),
-        }
-    )
-    return calibration.make_texts(
-        settings, Base.of(settings.model, base.config), base, processor, [], Screen()
-    ).batches()
-
-
-def test_a_run_says_what_has_no_effect_and_what_is_empty(tiny_llama: Any, tmp_path: Path, capfd: Any) -> None:
-    base, tokenizer = tiny_llama()
-    (tmp_path / "empty.json").write_text("[]")
-    with raises_code("calibration-empty", where="calibration.data", message="empty.json", hint="name files with text"):
-        of_run(base, tokenizer, tmp_path, data=str(tmp_path / "empty.json"))
-    with raises_code("calibration-empty", hint="the base model then writes"):
-        of_run(base, tokenizer, tmp_path, samples=0, pictures=3)
-    assert "calibration.pictures has no effect: this model has no vision tower" in capfd.readouterr().err
-    (tmp_path / "notes.txt").write_text("some words of a file " * 20)
-    assert of_run(base, tokenizer, tmp_path, text=[str(tmp_path / "notes.txt")])
-    assert "no effect" not in capfd.readouterr().err, "64 pictures are a default, not a wish"
 
 
 @pytest.mark.filterwarnings("ignore:.*protect almost nothing")
@@ -214,9 +181,3 @@ def test_every_position_of_an_encoder_and_a_decoder_counts() -> None:
     batches = [{"input_ids": a, "labels": b} for a, b in zip(ids.split(4), answers.split(4), strict=True)]
     found = calibrated(base, batches, 0.5, "*Attention.[qk]")
     assert {basis.num_positions for basis in found.values()} == {20 * 20}
-
-
-def test_enough_data_gets_no_warning() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        calibrated(nn.Sequential(nn.Linear(16, 8)), [{"input": rows(200)}])

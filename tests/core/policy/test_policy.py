@@ -1,3 +1,5 @@
+"""Policies and rules as people write them: YAML, lists, and every mistake with its place."""
+
 from __future__ import annotations
 
 import json
@@ -10,9 +12,10 @@ from torch import nn
 from milora_vl import apply_milora
 from milora_vl.common.errors import Problem, UserError
 from milora_vl.core.policy import FloorSigma, Policy, PolicyError, Rule
+from milora_vl.core.policy.rules import METHODS
 from milora_vl.train.recipe import Recipe
 from support.adapter_cases import one_rule
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 YAML = """
 - {modules: language, method: milora, protect: 0, rank: 128, alpha: 128, dropout: 0.05, learning_rate: 2.0e-4}
@@ -55,7 +58,7 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
     assert [(str(problem.where), problem.code) for problem in found] == [
         ("policy[0].methods", "policy-unknown-key"),
         ("policy[1].modules", "policy-value"),
-        ("policy[1].rank", "policy-rank"),
+        ("policy[1].rank", "policy-value"),
         ("policy[2]", "policy-value"),
     ]
     assert found[0].hint == "did you mean method?"
@@ -67,10 +70,10 @@ def test_all_problems_come_together_with_their_dotted_place() -> None:
         ("modules: language", "policy-value", "expected a list of rules, got dict"),
         ("[", "yaml-syntax", "not valid YAML"),
         ("language", "policy-value", "expected a list of rules, got str"),
-        ([], "policy-empty", "no rules, so nothing would train"),
+        ([], "policy-value", "expected a list of rules, got an empty list"),
         (
             [{"modules": "language", "rank": {"energy": 0.5}}],
-            "policy-rank",
+            "policy-value",
             r"policy\[0\].rank: expected a positive integer, got {'energy': 0.5}",
         ),
         (
@@ -87,18 +90,12 @@ def test_what_is_no_policy_is_refused(source, code: str, message: str) -> None:
 
 
 def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() -> None:
-    wrong = {
-        "modules": "language",
-        "method": "mlora",
-        "rnk": 4,
-        "protect": 2,
-        "alpha": 0,
-    }
+    wrong = {"modules": "language", "method": "mlora", "rnk": 4, "protect": 2, "alpha": 0}
     found = problems([wrong])
     assert {(str(problem.where), problem.code) for problem in found} == {
         ("policy[0].method", "policy-value"),
         ("policy[0].rnk", "policy-unknown-key"),
-        ("policy[0].protect", "policy-protect"),
+        ("policy[0].protect", "policy-value"),
         ("policy[0].alpha", "policy-value"),
     }
     with pytest.raises(PolicyError) as in_python:
@@ -114,7 +111,7 @@ def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() 
 
 @pytest.mark.parametrize("protect", [1, -0.1, "much", {"inputs": 0.9}])
 def test_what_is_no_protection_is_refused(protect) -> None:
-    with raises_code("policy-protect", where="policy[0].protect", says="a share from 0, below 1", kind=PolicyError):
+    with raises_problem(where="policy[0].protect", says="a share from 0, below 1", kind=PolicyError):
         Policy.parse(one_rule(protect=protect))
 
 
@@ -124,14 +121,40 @@ def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_lla
     assert {target.protect for target in targets if ".mlp." in target.path} == {0}
     assert {target.has_anchor for target in targets if ".mlp." in target.path} == {True}
     assert {target.has_fixed_A for target in targets if ".mlp." not in target.path} == {True}
-    with raises_code("policy-protect", where="policy[0].sigma"):
+    with raises_problem(where="policy[0].sigma"):
         Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
 
 
-@pytest.mark.parametrize("method", ["dora", "full", "frozen"])
-def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
-    rule = {"modules": "language", "method": method, "protect": 0.5}
-    rule |= {} if method in ("full", "frozen") else {"rank": 2}
-    says = rf"policy\[0\]\.protect: method {method} cannot use it"
-    with raises_code("policy-unused-field", says=says, kind=PolicyError):
-        Policy.parse([rule]).resolve(tiny_llama()[0])
+def test_a_rule_names_only_the_fields_it_was_given() -> None:
+    assert Rule(modules="language", method="lora", rank=4).named_fields() == {"method": "lora", "rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"modules": ""}, "policy-value", r"modules: expected a tower"),
+        ({"method": "milor"}, "policy-value", rf"method: expected one of {', '.join(METHODS)}, got 'milor'"),
+        ({"rslora": "yes"}, "policy-value", r"rslora: expected true or false, got 'yes'"),
+        ({"rank": 0}, "policy-value", r"rank: expected a positive integer"),
+        ({"rank": 2.5}, "policy-value", r"got 2.5"),
+        ({"rank": True}, "policy-value", r"got True"),
+        ({"rank": "8"}, "policy-value", r"got '8'"),
+        ({"rank": {"energy": 0.1}}, "policy-value", r"rank: expected a positive integer"),
+        ({"alpha": 0}, "policy-value", r"alpha: expected a number above 0, got 0"),
+        ({"alpha": float("nan")}, "policy-value", r"alpha: expected a number above 0, got nan"),
+        ({"learning_rate": float("inf")}, "policy-value", r"learning_rate: expected a number above 0, got inf"),
+        ({"dropout": float("nan")}, "policy-value", "got nan"),
+        ({"dropout": 1}, "policy-value", r"dropout: expected a number from 0, below 1, got 1"),
+        ({"dropout": -0.1}, "policy-value", r"got -0.1"),
+        ({"learning_rate": "2e-4"}, "policy-value", r"above 0, got '2e-4'(.|\n)*without quotes it is a number:  2e-4"),
+        ({"weight_decay": -1}, "policy-value", r"weight_decay: expected a number from 0, got -1"),
+        ({"sigma": "drop"}, "policy-value", r"sigma: expected keep, none or \{floor"),
+        ({"sigma": {"floor": 0.0}}, "policy-value", r"sigma\.floor: expected a share of the median, up to 1, got 0\.0"),
+        ({"seed": -1}, "policy-value", r"seed: expected an integer from 0 to 2\*\*32 - 1, got -1"),
+        ({"seed": 2**32}, "policy-value", r"seed"),
+        ({"seed": False}, "policy-value", r"seed"),
+    ],
+)
+def test_faults_of_a_rule_say_field_expected_and_got(fields, code: str, message: str) -> None:
+    with raises_code(code, says=message, kind=PolicyError):
+        Rule(**{"modules": "language", **fields})

@@ -132,21 +132,3 @@ def test_the_command_writes_a_policy_that_fits_the_model(capsys: pytest.CaptureF
         sigma = torch.linalg.svdvals(read_matrix(model.get_submodule(target.path)).double())
         minor = sigma.flip(0).square().cumsum(0) / sigma.square().sum()
         assert target.rank == max(1, int((minor <= 0.01).sum()))
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "where"),
-    [
-        (("--energy", "2"), "policy-value", "--energy"),
-        (("--energy", "0.1", "--min", "4", "--max", "2"), "policy-value", "--min --max"),
-        (("--budget", "20"), "policy-rank", "--budget"),
-        (
-            ("--energy", "0.1", "--policy", "[{modules: mlps, method: milora, protect: 0}]"),
-            "policy-no-match",
-            "policy[0].modules",
-        ),
-    ],
-)
-def test_the_command_names_the_flag_of_a_mistake(words: tuple[str, ...], code: str, where: str) -> None:
-    with raises_code(code, where=where):
-        main(["ranks", "tiny", *words])

@@ -1,12 +1,16 @@
+"""Rules become one target per module: rank, alpha and method, and every problem of a policy on a model."""
+
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from milora_vl import apply_milora
+from milora_vl import apply_milora, load_adapter, save_adapter
 from milora_vl.core.policy import Policy, PolicyError, Target
-from support.adapter_cases import LLAVA_POLICY
+from support.adapter_cases import LLAVA_POLICY, one_rule, token_batch, train_steps
 from support.problems import raises_code
 
 LM = "model.language_model.layers"
@@ -152,14 +156,6 @@ def test_a_rank_too_large_for_several_shapes_is_one_problem_with_the_largest_ran
     assert resolved(tiny_llava()[0], [rule | {"rank": 32}])
 
 
-def test_fields_a_method_cannot_use_are_faults(tiny_llama) -> None:
-    model, _ = tiny_llama()
-    lora = [{"modules": "language", "method": "lora", "rank": 4, "sigma": "keep"}]
-    assert "policy[0].sigma: method lora cannot use it" in faults(model, lora)
-    frozen = [{"modules": "language", "method": "frozen"}, {"modules": "language", "learning_rate": 1.0}]
-    assert "policy[1].learning_rate: method frozen cannot use it" in faults(model, frozen)
-
-
 def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
     model, _ = tiny_llama()
     model.lm_head.weight = model.model.embed_tokens.weight
@@ -189,3 +185,47 @@ def test_only_plain_lora_may_have_a_rank_above_the_matrix() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     assert resolved(model, [{"modules": "language", "method": "lora", "rank": 8}])["0"].rank == 8
     assert "larger than min(out, in) = 3" in faults(model, [{"modules": "0", "method": "pissa", "rank": 8}])
+
+
+Q = "model.layers.0.self_attn.q_proj"
+IDS = token_batch(200)
+
+
+def test_a_baseline_does_not_mix_and_an_embedding_has_no_minor_half(tiny_llama) -> None:
+    rules = [*one_rule(method="dora"), {"modules": "language.mlp", "method": "milora", "protect": 0}]
+    with raises_code("policy-mixed-baseline", where="policy", message="does not mix with milora"):
+        resolved(tiny_llama()[0], rules)
+    for method in ("milora", "pissa", "random"):
+        rules = [{"modules": "*embed_tokens", "method": method, "rank": 2}]
+        with raises_code("policy-no-adapter", message=f"an embedding with method {method}: use lora or full"):
+            resolved(tiny_llama()[0], rules)
+
+
+@pytest.mark.parametrize("method", ["milora", "lora"])
+def test_rslora_scales_by_the_root_of_the_rank(tiny_llama, tmp_path: Path, method: str) -> None:
+    model = apply_milora(tiny_llama()[0], one_rule(method=method, rank=4, alpha=6, rslora=True))
+    config, doubled = model.peft_config["default"], 2 if method == "milora" else 1
+    assert config.use_rslora
+    assert config.lora_alpha == pytest.approx(6 * doubled**0.5)  # alpha sqrt(2) at rank 2r
+    assert model.get_submodule(f"base_model.model.{Q}").scaling["default"] == pytest.approx(3)
+    assert torch.allclose(model.eval()(IDS).logits, tiny_llama()[0](IDS).logits, atol=1e-6)
+    train_steps(model, {"input_ids": IDS})
+    save_adapter(model, tmp_path)
+    back = load_adapter(tiny_llama()[0], tmp_path, is_trainable=True)
+    assert torch.allclose(back.eval()(IDS).logits, model.eval()(IDS).logits, atol=1e-5)
+    assert back.milora_targets[0].scaling == 3
+
+
+def test_rslora_in_some_rules_alone(tiny_llama) -> None:
+    rules = [
+        *one_rule(rank=4, alpha=6),
+        {"modules": "language.q_proj", "rslora": True},
+        {"modules": "language.k_proj", "rank": 16},
+    ]
+    model = apply_milora(tiny_llama()[0], rules)
+    scaling = {t.path.split(".")[-1]: t.scaling for t in model.milora_targets}
+    assert (scaling["q_proj"], scaling["k_proj"], scaling["up_proj"]) == (3, 1.5, 1.5)
+    assert not model.peft_config["default"].use_rslora
+    for target in model.milora_targets:
+        layer = model.get_submodule(f"base_model.model.{target.path}")
+        assert layer.scaling["default"] == pytest.approx(target.scaling)

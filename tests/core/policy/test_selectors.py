@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from milora_vl.core.policy.resolve import Selector, SelectorError
+from milora_vl.core.policy import PolicyError
+from milora_vl.core.policy.resolve import Selector
 from milora_vl.core.policy.towers import find_towers
 from support.adapter_cases import tiny_gpt2
 from support.problems import raises_code
@@ -68,7 +69,7 @@ def test_norms_count_only_for_rules_on_whole_modules_or_when_planned(selector: S
     norm = "model.language_model.norm"
     assert selector.match(norm, whole_modules=True) == [norm]
     assert selector.match(norm, whole_modules=False, planned=[norm]) == [norm]
-    with raises_code("policy-no-match", hint="LlamaRMSNorm, which adapters do not support", kind=SelectorError):
+    with raises_code("policy-no-match", hint="LlamaRMSNorm, which adapters do not support", kind=PolicyError):
         selector.match(norm, whole_modules=False)
 
 
@@ -85,7 +86,7 @@ def test_norms_count_only_for_rules_on_whole_modules_or_when_planned(selector: S
     ],
 )
 def test_a_selector_without_match_says_what_there_is(selector: Selector, text: str, hints: list[str]) -> None:
-    with pytest.raises(SelectorError) as caught:
+    with pytest.raises(PolicyError) as caught:
         selector.match(text, whole_modules=False)
     for hint in hints:
         assert hint in str(caught.value)
@@ -108,7 +109,7 @@ def test_an_unknown_multimodal_layout_is_named_by_glob_alone() -> None:
     model.visual, model.text = nn.Linear(2, 2), nn.Linear(2, 2)
     selector = Selector(model, find_towers(model))
     with raises_code(
-        "policy-no-match", hint="no known layout: select its modules by full path or glob", kind=SelectorError
+        "policy-no-match", hint="no known layout: select its modules by full path or glob", kind=PolicyError
     ):
         selector.match("language", whole_modules=False)
     assert selector.match("text", whole_modules=False) == ["text"]
@@ -121,7 +122,7 @@ def test_the_hint_of_a_selector_without_a_match_names_experts_in_3d_weights() ->
     )  # fmt: skip
     model = GptOssForCausalLM(config)
     selector = Selector(model, find_towers(model))
-    with pytest.raises(SelectorError) as caught:
+    with pytest.raises(PolicyError) as caught:
         selector.match("*.experts", whole_modules=False)
     named = "model.layers.0.mlp.experts holds its experts in 3-D weights"
     assert named in str(caught.value)
@@ -130,7 +131,7 @@ def test_the_hint_of_a_selector_without_a_match_names_experts_in_3d_weights() ->
 
 @pytest.mark.parametrize("text", ["model.language_model.norm", "vision.mlpp", "projector.q_proj", "language.norm"])
 def test_what_is_proposed_would_match(selector: Selector, text: str) -> None:
-    with pytest.raises(SelectorError) as caught:
+    with pytest.raises(PolicyError) as caught:
         selector.match(text, whole_modules=False)
     (line,) = [line for line in str(caught.value).splitlines() if line.startswith("did you mean  ")]
     for proposed in line.removeprefix("did you mean  ").removesuffix("?").split("  or  "):

@@ -165,14 +165,6 @@ def test_encoder_and_decoder_are_both_blocks() -> None:
     assert len(set(names.values())) == len(names)
 
 
-def test_families_are_told_by_the_path_inside_the_block() -> None:
-    towers = find_towers(tree("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.attention_head"))
-    assert towers.family_of("model.layers.0.self_attn.q_proj") == "attention"
-    assert towers.family_of("model.layers.0.mlp.up_proj") == "mlp"
-    assert towers.family_of("model.attention_head") is None
-    assert find_towers(tiny_gpt2()).family_of("transformer.h.1.attn.c_attn") == "attention"
-
-
 def test_layout_free_names_of_the_language_tower_agree() -> None:
     names = [
         {name for name in canonical_names(tree(*paths)).values() if "language.layers" in name and "proj" in name}

@@ -60,7 +60,7 @@ def test_keys_that_are_removed_are_refused_by_name() -> None:
         "keep": "recipe-unknown-key",
         "data.feature_cache": "recipe-unknown-key",
         "data.jpeg_decoding": "recipe-unknown-key",
-        "policy[0].rank": "policy-rank",
+        "policy[0].rank": "policy-value",
         "policy[0].form": "policy-unknown-key",
     }
 

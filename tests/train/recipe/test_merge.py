@@ -279,7 +279,7 @@ def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "code", "where"),
     [
-        ("--rank -4", "policy-rank", "--rank"),
+        ("--rank -4", "policy-value", "--rank"),
         ("--rank 4 --alpha -1", "policy-value", "--alpha"),
         ("--rank 4 --learning_rate -1", "policy-value", "--learning_rate"),
         ("--rank 4 --mm_projector_lr -1", "policy-value", "--mm_projector_lr"),
@@ -287,7 +287,7 @@ def test_an_evaluation_that_is_asked_for_is_not_left_out(flag: str, tmp_path: Pa
         ("--rank 4 --limit 0", "recipe-value", "--limit"),
         ("--rank 4 --bf16 True --fp16 True", "recipe-conflict", "--fp16"),
         ("--rank 4 --dtype float16 --bf16 True", "recipe-conflict", "--bf16"),
-        ("--recipe tiny-test --rank 0", "policy-rank", "--rank"),
+        ("--recipe tiny-test --rank 0", "policy-value", "--rank"),
     ],
 )
 def test_a_wrong_value_of_a_flag_is_one_problem_at_the_flag(words: str, code: str, where: str) -> None:

@@ -36,7 +36,7 @@ Command = Callable[[list[str]], int]
         (evaluate, f"run --model tiny --benchmarks x.json --data {FOLDER} --output_dir out"),
         (data, f"check {DATA}"),
         (data, f"show {DATA}"),
-        (data, f"convert --from jsonl {DATA} --output_dir out"),
+        (data, f"convert --from messages {DATA} --output_dir out"),
         (data, f"check x.json --image_folder {FOLDER}"),
         (train.main, f"--model tiny --rank 2 --use_cpu --data_path {DATA} --output_dir out"),
         (train.main, f"--model tiny --rank 2 --use_cpu --data_path x.json --image_folder {FOLDER} --output_dir out"),
