@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shlex
 import statistics
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from milora_eval.answers.questions import require_questions
-from milora_vl.common.atomic_write import read_json, write_json
+from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.cli.command_line import amount, next_step, run
 from milora_vl.common.cli.flags import Command, flag, option, positive, shared
 from milora_vl.common.cli.table import show
@@ -82,7 +85,7 @@ examples:
         option(
             "--jobs", type=positive, help="number of parallel cells (default: one per GPU, or one per core up to 4)"
         ),
-        flag("--plan", "show the plan and its cost, then stop"),
+        flag("--plan", "check the recipe of each method, show the number of cells, then stop"),
         shared("retry"),
     ),
     outputs=(
@@ -104,11 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sweep = Sweep(folder, recipe, questions)
     jobs = options.jobs or _jobs(len(cells))
     _same_sweep(sweep)
-    if todo := _show_plan(sweep, cells, jobs, retry=options.retry):
-        from milora_vl.sweep.cost import planned
-
-        words = _time_left(sweep, cells, len(todo), jobs) or planned(sweep, todo, jobs)
-        sys.stderr.write(f"cost{words}\n")
+    _require_runnable(sweep, _show_plan(sweep, cells, jobs, retry=options.retry))
     if options.plan:
         return 0
     words = shlex.join(sys.argv[1:] if argv is None else argv)
@@ -174,6 +173,25 @@ def _missing(name: str, recipe: Recipe, questions: QuestionSet) -> list[Problem]
     return [Problem(message, code="sweep-recipe-incomplete", where=f"recipe {name}", hint=hint)]
 
 
+def _require_runnable(sweep: Sweep, cells: Sequence[Cell]) -> None:
+    """Make a dry run of one cell of each arm, and show its warnings. Raises UserError if it cannot run."""
+    from milora_vl.train.command import main as train
+
+    for cell in {cell.arm: cell for cell in reversed(cells)}.values():
+        with tempfile.TemporaryDirectory() as folder:
+            file = write_text(Path(folder) / f"{cell.name}.yaml", recipe_of(sweep.recipe, cell).to_yaml())
+            plan = io.StringIO()
+            try:
+                with redirect_stdout(plan):
+                    train(["--recipe", str(file), "--output_dir", f"{folder}/run", "--dry-run"])
+            except UserError as error:
+                hint = "correct the recipe of the sweep"
+                first = Problem("a cell cannot run", "sweep-cell-cannot-run", cell.name, hint)
+                raise UserError(problems=[first, *error.problems]) from None
+        warnings = [line for line in plan.getvalue().splitlines() if line.startswith("warning: ")]
+        sys.stderr.write("".join(f"{cell.label}: {line}\n" for line in warnings))
+
+
 def _jobs(cells: int) -> int:
     import torch
 
@@ -222,6 +240,7 @@ def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -
     failed = [cell for cell in cells if sweep.failure(cell)]
     todo = [cell for cell in cells if cell not in done and (retry or cell not in failed)]
     counts = f"{len(done):,} done, {len(failed):,} failed, {len(todo):,} to run, {jobs} at a time"
+    counts += _time_left(sweep, cells, len(todo), jobs)
     sys.stderr.write(f"{amount(len(cells), 'cell')}, {counts}\n{sweep.folder}\n")
     if not todo:
         sys.stderr.write("nothing is left to run\n")

@@ -20,10 +20,8 @@ from milora_vl.sweep.__main__ import _remember as remember
 from milora_vl.sweep.__main__ import _same_sweep as same_sweep
 from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.cost import cell_seconds
 from milora_vl.sweep.results import arms, mean_of, pairs
 from milora_vl.sweep.runner import Sweep, run_cells
-from milora_vl.train.dry_run import outlook
 from milora_vl.train.recipe import Recipe
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -206,29 +204,6 @@ def test_own_questions_score_the_cells(tmp_path: Path) -> None:
     cell = Cell("lora", 1e-3, None, 7)
     assert sweep.results_folder(cell) == sweep.run_folder(cell) / "eval" / "mine" / "final"
     assert f"--suite {questions} --output_dir" in " ".join(sweep.evaluating(cell))
-
-
-def test_the_plan_of_a_cell_has_loading_calibration_and_evaluation(
-    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    questions = tmp_path / "mine.json"
-    questions.write_text(json.dumps([{"question": f"{n}?", "answer": "a"} for n in range(40)]))
-    data = {"path": str(tiny_data / "train.json"), "eval_path": str(tiny_data / "val.json")}
-    content = RECIPE | {"data": data | {"image_folder": str(tiny_data / "images")}, "sweep": {}}
-    recipe = Recipe.parse(content)
-    cells = make_cells(recipe, ["milora", "lora"], [1e-3], None, 1)
-    plans = {cell.method: outlook(recipe_of(recipe, cell), cell.name, tmp_path / "planned") for cell in cells}
-    planned = {name: cell_seconds(run, QuestionSet(str(questions)), jobs=1) for name, run in plans.items()}
-    assert all(seconds["loading"] > 20 for seconds in planned.values())
-    assert planned["milora"]["calibration"] > 0
-    assert planned["lora"]["calibration"] == 0
-    assert all(seconds["evaluation"] > 0 < seconds["training"] for seconds in planned.values())
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
-    words = ["--recipe", str(tmp_path / "r.yaml"), "--methods", "milora,lora", "--lrs", "1e-3", "--seeds", "1"]
-    assert main([*words, "--suite", str(questions), "--output_dir", str(tmp_path / "out"), "--plan"]) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0].strip() for line in lines if ", a cell: about " in line] == ["milora", "lora"]
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("forked_programs")

@@ -52,7 +52,7 @@ def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pyte
 def test_the_plan_shows_what_a_training_would_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text() + "\ncalibration: {samples: 8}\n")
-    given = ["--recipe", str(recipe), "--methods", "milora", "--lrs", "1e-3", "--seeds", "1", "--plan"]
+    given = ["--recipe", str(recipe), "--methods", "lora", "--lrs", "1e-3", "--seeds", "1", "--plan"]
     assert sweep.main([*given, "--output_dir", str(tmp_path / "out")]) == 0
     assert "warning: the calibration has no effect" in capsys.readouterr().err
 

@@ -188,7 +188,7 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     words = words_of(
         glm, images, tmp_path, [{"image": "0.png"} | video | record([("human", "<image><video>"), *ASKED[1:]], [])]
     )
-    with raises_code("", "train.jsonl:1", "no pictures beside videos", "leave out the pictures or the videos"):
+    with raises_code("records-mixed", "train.jsonl:1", "no pictures beside videos", "leave out the pictures"):
         train(words)
 
 
