@@ -38,7 +38,7 @@ class Chosen:
     max_pixels: int | None = field(default=None, metadata={"help": "pixels of a picture at most (Qwen-VL, GLM-V)"})
     policy: str = field(
         default="[{modules: language, method: milora, rank: 64, protect: 0.95}]",
-        metadata={"help": "rules of a new adapter, as in a recipe (docs/recipes.md#the-policy)"},
+        metadata={"help": "rules of a new adapter, as in a recipe (docs/train.md#the-policy)"},
     )
 
 

@@ -3,7 +3,7 @@
 pip install trl
 python examples/grpo_trl.py --data_path train.json --image_folder images --output_dir out --max_steps 200 --beta 0.04
 
-Supervised training reads the same records (docs/data-format.md): the first turn is the question, and the second, the
+Supervised training reads the same records (docs/data.md): the first turn is the question, and the second, the
 answer, serves only the reward. All flags of TRL's GRPOConfig work. The base model is the reference of `--beta`: TRL
 switches the adapter off, so it needs no second model. `protect` keeps the update off what ordinary text uses. The
 method is milora, because `gradient` needs batches with labels before the first step.
@@ -34,7 +34,7 @@ class Chosen:
     max_pixels: int | None = field(default=None, metadata={"help": "pixels of a picture at most (Qwen-VL, GLM-V)"})
     policy: str = field(
         default="[{modules: language, method: milora, rank: 64, protect: 0.95}]",
-        metadata={"help": "rules, as in a recipe (docs/recipes.md#the-policy)"},
+        metadata={"help": "rules, as in a recipe (docs/train.md#the-policy)"},
     )
 
 

@@ -10,17 +10,15 @@ import sys
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from milora_vl.common.cli.command_line import amount, next_step, run
 from milora_vl.common.cli.flags import Command, flag, option, positive, shared
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.runner import alone
+from studies import page, runner
+from studies.runner import Folder
 from studies.study import Study, chosen, read_study, study_names
 from studies.tasks import require_task
-
-if TYPE_CHECKING:
-    from studies.runner import Folder
 
 COMMAND = Command(
     "studies",
@@ -49,7 +47,7 @@ examples:
             "--docs",
             type=Path,
             metavar="FOLDER",
-            help="write finished cells into the CSV files and QUESTION.md in this folder, and run none",
+            help="write finished cells into the CSV files and figures in this folder, and run none",
         ),
         shared("format"),
     ),
@@ -78,8 +76,6 @@ def _list(as_json: bool) -> None:
 
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
-    from studies import page, runner
-
     folder = runner.Folder(options.output_dir / name, study)
     jobs = options.jobs or min(os.cpu_count() or 1, 4)
     cells = study.cells()

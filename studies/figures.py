@@ -1,149 +1,221 @@
-"""Write the measured numbers of README.md, docs/choose.md and docs/continue.md: `python -m studies.figures`.
+"""Write the measured numbers of README and the pages: `python -m studies.figures`.
 
 A page has each table between two comments, <!-- figures: NAME --> and <!-- end -->. All numbers come from the CSV files
-in docs/studies, read as the pages of the studies read them.
+in docs/studies: one row is one training, at one learning rate and with one seed.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.table import Table
-from milora_vl.sweep.cells import Cell, CellNumbers
+from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
-from milora_vl.sweep.results import mean_of
-from studies.page import cells_of
-from studies.study import read_study
+from milora_vl.sweep.results import arms, mean_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "studies"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "choose.md", ROOT / "docs" / "continue.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("choose", "next-task", "results")))
 BLOCK = re.compile(r"(<!-- figures: (.*?) -->).*?(<!-- end -->)", re.DOTALL)
-# Arms of the studies: the default, the same with base_kl as it is on pictures, and the first form with shorter rows.
-DEFAULT, WITH_KL, SHORT = "gradient", "kl-4", "short-gradient"
+Cells = Mapping[Cell, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One arm of a study, compared with the LoRA that is its reference."""
+class Task:
+    """A training that methods are compared on: its name, its length, its CSV files, and the LoRA that it is read at."""
 
-    task: str
-    study: str
-    arm: str = DEFAULT
+    name: str
+    steps: int
+    records: int
+    files: tuple[str, ...]
+    lora: str = "lora"
+
+    def cells(self) -> dict[Cell, dict[str, Any]]:
+        """Return the trainings in the files; the first file that has one counts."""
+        cells: dict[Cell, dict[str, Any]] = {}
+        for file in self.files:
+            for row in _rows(file):
+                cells.setdefault(Cell(row["method"], float(row["learning_rate"]), None, int(row["seed"])), row)
+        return cells
 
 
-# What the default keeps and what it costs, with the study's first form of it where the default has not run.
+SMOLLM2 = Task("SmolLM2: topics of names", 40, 16, ("fixed-a.smollm2", "curves.smollm2", "pictures.smollm2"))
+SMOLLM2_300 = Task("SmolLM2: topics of names", 300, 16, ("fixed-a.smollm2-300",))
+MINILM = Task("MiniLM-L6: topics of names", 60, 32, ("fixed-a.minilm", "curves.minilm"))
+EASY_VQA = Task("smol-llava: easy-VQA", 160, 4, ("pictures.easy-vqa", "fixed-a.easy-vqa"))
+EMOJI = Task("smol-llava: emoji", 30, 8, ("pictures.smol-llava", "fixed-a.smol-llava"), "lora-same-projector")
+EMOJI_300 = Task("smol-llava: emoji", 300, 8, ("pictures.smol-llava-300", "fixed-a.smol-llava-300"))
+# What the earlier default kept: task, its rows in the files, and what a reader has to know about them. On pictures
+# it had base_kl in every fourth step; on MiniLM-L6 only its first form ran.
+GRADIENT, WITH_KL, FIRST = "gradient", "kl-4", "short-gradient"
 KEPT = (
-    Row("SmolLM2: topics of names", "fixed-a.smollm2"),
-    Row("SmolLM2: topics of names", "fixed-a.smollm2-300"),
-    Row("MiniLM-L6: topics of names (shorter rows of A)", "fixed-a.minilm", SHORT),
-    Row("smol-llava: easy-VQA", "pictures.easy-vqa", WITH_KL),
-    Row("the same without `base_kl`", "pictures.easy-vqa"),
-    Row("smol-llava: emoji", "pictures.smol-llava", WITH_KL),
-    Row("the same without `base_kl`", "pictures.smol-llava"),
-    Row("smol-llava: emoji", "pictures.smol-llava-300", WITH_KL),
-    Row("the same without `base_kl`", "pictures.smol-llava-300"),
+    (SMOLLM2, GRADIENT, ""),
+    (SMOLLM2_300, GRADIENT, ""),
+    (MINILM, FIRST, " (A’s rows half as long)"),
+    (EASY_VQA, WITH_KL, ""),
+    (EASY_VQA, GRADIENT, " without `base_kl`"),
+    (EMOJI, WITH_KL, ""),
+    (EMOJI, GRADIENT, " without `base_kl`"),
+    (EMOJI_300, WITH_KL, ""),
+    (EMOJI_300, GRADIENT, " without `base_kl`"),
 )
-# Setting -> its arm of each study. The arms of `curves` have an earlier form of protection.
+# Setting -> its rows of SmolLM2 and MiniLM-L6.
 OTHERS = {
-    "the default (MiniLM-L6: shorter rows of A)": {
-        "fixed-a.smollm2": DEFAULT,
-        "fixed-a.minilm": SHORT,
-        "pictures.smol-llava": WITH_KL,
-    },
-    "`protect` 0.98, shorter rows of A": {"fixed-a.smollm2": f"{SHORT}-0.98"},
-    "`protect` 0.9, shorter rows of A": {"fixed-a.smollm2": f"{SHORT}-0.9", "fixed-a.minilm": f"{SHORT}-0.9"},
-    "`protect` 0.8, an earlier form": {
-        "curves.smollm2": "milora-inputs-0.8",
-        "curves.smol-llava": "milora-inputs-0.8",
-    },
-    "`--method full`": {"curves.smollm2": "full", "curves.minilm": "full", "curves.smol-llava": "full"},
-    "`--method milora`": {"curves.smollm2": "milora", "curves.minilm": "milora", "curves.smol-llava": "milora"},
-    "`--method pissa`": {"curves.smollm2": "pissa"},
-    "`--method dora`": {"curves.smollm2": "dora"},
+    "the earlier default (MiniLM-L6: A’s rows half as long)": (GRADIENT, FIRST),
+    "`protect: 0.98`, A’s rows half as long": (f"{FIRST}-0.98", ""),
+    "`protect: 0.9`, A’s rows half as long": (f"{FIRST}-0.9", f"{FIRST}-0.9"),
+    "minor directions, A’s rows half as long": ("", "short-minor"),
+    "random directions, A’s rows half as long": ("", "short-random"),
+    "all weights": ("full", "full"),
+    "the paper’s MiLoRA": ("milora", "milora"),
+    "PiSSA": ("pissa", ""),
+    "DoRA": ("dora", ""),
+    "LoRA with `base_kl` in every step": ("lora-base_kl", ""),
+    "LoRA, texts of the base among the records": ("lora-mix", ""),
+    "half of a finished LoRA": ("lora-scaled-0.5", ""),
+    "OSF": ("osf", ""),
+    "CorDA": ("corda", ""),
+    "MiCA": ("mica", ""),
+    "KeepLoRA’s rows of A": ("keeplora", ""),
+    "KORE’s rows of A": ("kore", ""),
 }
-
-
-# How to train one task after the other -> its arm of the study `sequence`.
-SEQUENCE = "sequence.smollm2"
+# What a training forgets about pictures, by kind: method, learning rate.
+KINDS = {
+    "LoRA, rate 3e-4": ("lora-same-projector", 3e-4),
+    "LoRA, rate 1e-3": ("lora-same-projector", 1e-3),
+    "the earlier default without `base_kl`": (GRADIENT, 2e-3),
+    "the earlier default": (WITH_KL, 2e-3),
+}
+# How to train one task after the other -> its rows. The first three are those of docs/next-task.md.
 WAYS = {
     "`--method lora`, then `--adapter`": "lora",
-    "the default, then `--adapter`": "gradient-further",
-    "the default, merged, then the default": "gradient",
-    "the default, then `--after`": "after",
+    "the earlier default, then `--after`": "after",
     "the same with `--base_kl_weight 1`": "after-kl",
-    "LoRA with 10 % of the earlier records": "lora-replay",
-    "LoRA on all data at once": "lora-joint",
-    "the default on all data at once": "gradient-joint",
+    "earlier records and texts as one source": "after-sum",
+    "an own share for each source": "after-each",
+    "each task alone on the base, updates added": "gradient-apart",
 }
+# The study `default`: the methods that its table shows, by their names in the files.
+DEFAULT = {
+    "plain": "the default",
+    "lora": "LoRA",
+    "lora-same-projector": "LoRA, the projector in full",
+    "lora-both": "LoRA on both towers",
+    "lora-both-kl": "the same with `base_kl`",
+    "random-rows": "the default with random rows of A",
+}
+DEFAULT_TASKS = (
+    Task("SmolLM2: topics of names", 40, 16, ("default.smollm2", "curves.smollm2")),
+    Task("smol-llava: emoji", 30, 8, ("default.smol-llava", "fixed-a.smol-llava"), "lora-same-projector"),
+)
+NO_RESULTS = "The study runs; no result is in yet.\n"
+
+
+def default() -> str:
+    """Return what the default and LoRA learn and forget, each at its best learning rate."""
+    rows = []
+    for task in DEFAULT_TASKS:
+        if not (DOCS / f"{task.files[0]}.csv").is_file():
+            continue
+        cells = task.cells()
+        for method, label in DEFAULT.items():
+            of_method = {cell: row for cell, row in cells.items() if cell.method == method}
+            seeds = len({cell.seed for cell in of_method})
+            best = next((arm.best for arm in arms(of_method, seeds)), None)
+            if best is None:
+                continue
+            pictures = next((arm.points for arm in arms(about_pictures(of_method), seeds)), ())
+            about = next((p.forgetting.text for p in pictures if p.learning_rate == best.learning_rate), "–")
+            rows.append((
+                task.name, str(task.steps), label, f"{best.learning_rate:g}", str(seeds), best.validation.text,
+                best.score.text, best.forgetting.text, about,
+            ))  # fmt: skip
+    header = ("task", "steps", "trains", "rate", "seeds", "loss", "score", "forgets text", "about pictures")
+    return Table(header, tuple(rows)).markdown() if rows else NO_RESULTS
 
 
 def kept() -> str:
-    """Return the table of README: what the default forgets, where LoRA forgets 1, and the losses that both reach."""
+    """Return what the earlier default forgot, where LoRA forgets 1, and the losses that both reach."""
     rows = []
-    for row in KEPT:
-        study = read_study(row.study)
-        cells = cells_of(row.study, study, DOCS)
+    for task, method, note in KEPT:
+        cells = task.cells()
         curves = curves_of(cells)
-        ends = [(front[0].loss, curves[study.reference][seed][0].loss) for seed, front in curves[row.arm].items()]
-        of_arm, of_lora = (mean_of(losses).value for losses in zip(*ends, strict=True))
-        reached = sum(arm <= lora for arm, lora in ends)
+        ends = [(front[0].loss, curves[task.lora][seed][0].loss) for seed, front in curves[method].items()]
+        of_method, of_lora = (mean_of(losses).value for losses in zip(*ends, strict=True))
+        reached = sum(loss <= other for loss, other in ends)
         rows.append((
-            row.task, str(study.steps), _text(_ratio(cells, row.arm, study.reference)),
-            _text(_ratio(about_pictures(cells), row.arm, study.reference)),
-            f"{of_arm:.2f} ({of_lora:.2f})", f"{reached} of {len(ends)}", f"`{row.study}`",
+            task.name + note, str(task.steps), _text(_ratio(cells, method, task.lora)),
+            _text(_ratio(about_pictures(cells), method, task.lora)),
+            f"{of_method:.2f} ({of_lora:.2f})", f"{reached} of {len(ends)}",
         ))  # fmt: skip
-    header = (
-        "task", "steps", "forgets text", "about pictures", "lowest loss (LoRA’s)", "seeds that reach LoRA’s", "study",
-    )  # fmt: skip
+    header = ("task", "steps", "forgets text", "about pictures", "lowest loss (LoRA’s)", "seeds that reach LoRA’s")
     return Table(header, tuple(rows)).markdown()
 
 
 def others() -> str:
-    """Return the table of choose.md: what each setting forgets over LoRA on three tasks."""
-    tasks = {"smollm2": "SmolLM2", "minilm": "MiniLM-L6", "smol-llava": "smol-llava, text"}
+    """Return what each setting forgets over LoRA on two tasks."""
+    tasks = (SMOLLM2, MINILM)
+    cells = [task.cells() for task in tasks]
     rows = []
-    for setting, arms in OTHERS.items():
-        studies = {name: read_study(name) for name in arms}
-        ratios = {
-            name: _ratio(cells_of(name, study, DOCS), arms[name], study.reference) for name, study in studies.items()
-        }
-        texts = {study.partition(".")[2]: _text(ratio) for study, ratio in ratios.items()}
-        rows.append((setting, *(texts.get(task, "") for task in tasks)))
-    return Table(("setting", *tasks.values()), tuple(rows)).markdown()
+    for setting, methods in OTHERS.items():
+        ratios = [
+            _text(_ratio(of_task, method, task.lora)) if method else ""
+            for task, of_task, method in zip(tasks, cells, methods, strict=True)
+        ]
+        rows.append((setting, *ratios))
+    return Table(("setting", "SmolLM2", "MiniLM-L6"), tuple(rows)).markdown()
 
 
 def rates() -> str:
-    """Return the table of choose.md: the rates at which the default and LoRA ran, the lowest loss in bold."""
+    """Return the rates at which the earlier default and LoRA ran, the lowest loss in bold."""
     rows = []
-    for row in KEPT:
-        study = read_study(row.study)
-        cells = cells_of(row.study, study, DOCS)
-        rows.append(
-            (row.task, f"{study.steps} x {study.batch_size}", _rates(cells, row.arm), _rates(cells, study.reference))
-        )
-    return Table(("task", "steps x records", "rates of the default", "of LoRA"), tuple(rows)).markdown()
+    for task, method, note in KEPT:
+        if method != GRADIENT or task.name.startswith("SmolLM2"):
+            cells = task.cells()
+            of_both = (_rates(cells, method), _rates(cells, task.lora))
+            rows.append((task.name + note, f"{task.steps} x {task.records}", *of_both))
+    return Table(("task", "steps x records", "rates of `gradient`", "of LoRA"), tuple(rows)).markdown()
 
 
-def sequence() -> str:
-    """Return the table of continue.md: the scores of three tasks after their own training and at the end."""
-    cells = cells_of(SEQUENCE, read_study(SEQUENCE), DOCS)
+def kinds() -> str:
+    """Return what is forgotten on text and about three kinds of pictures, on emoji with the first seed."""
+    cells = EMOJI.cells()
+    keys = ("forgetting", "forgetting_pictures", "forgetting_photos", "forgetting_words")
+    rows = []
+    for label, (method, rate) in KINDS.items():
+        row = cells[Cell(method, rate, None, 0)]
+        rows.append((label, f"{float(row['validation_loss']):.2f}", *(f"{float(row[key]):.3f}" for key in keys)))
+    return Table(("trains", "loss", "text", "drawn shapes", "photographs", "in one word"), tuple(rows)).markdown()
+
+
+def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
+    """Return the scores of three tasks after their own training and at the end."""
     keys = ("score_1_1", "score_3_1", "score_2_2", "score_3_2", "score_3_3", "forgetting_3")
     rows = []
-    for way, arm in WAYS.items():
-        of_arm = [row for cell, row in cells.items() if cell.method == arm]
-        columns = [[float(row[key]) for row in of_arm if row.get(key)] for key in keys]
-        rows += [(way, str(len(of_arm)), *(mean_of(values).text if values else "–" for values in columns))]
+    for way in ways:
+        of_way = [row for row in _rows("sequence.smollm2") if row["method"] == WAYS[way]]
+        columns = [[float(row[key]) for row in of_way if row.get(key)] for key in keys]
+        rows.append((way, str(len(of_way)), *(mean_of(values).text if values else "–" for values in columns)))
     header = ("", "seeds", "task 1, then", "at the end", "task 2, then", "at the end", "task 3", "text forgotten")
-    return Table(header, tuple(row for row in rows if row[1] != "0")).markdown()
+    return Table(header, tuple(rows)).markdown()
 
 
-FIGURES: dict[str, Callable[[], str]] = {"kept": kept, "others": others, "rates": rates, "sequence": sequence}
+FIGURES: dict[str, Callable[[], str]] = {
+    "default": default,
+    "kept": kept,
+    "others": others,
+    "rates": rates,
+    "kinds": kinds,
+    "sequence": sequence,
+    "other ways": lambda: sequence(tuple(WAYS)[3:]),
+}
 
 
 def written(page: str) -> str:
@@ -158,19 +230,24 @@ def main() -> int:
     return 0
 
 
-def _ratio(cells: Mapping[Cell, CellNumbers], arm: str, reference: str) -> Ratio | None:
+def _rows(file: str) -> list[dict[str, Any]]:
+    with (DOCS / f"{file}.csv").open(encoding="utf-8", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def _ratio(cells: Cells, method: str, lora: str) -> Ratio | None:
     curves = curves_of(cells)
-    return at_common_loss(curves[arm], curves[reference]) if curves else None
+    return at_common_loss(curves[method], curves[lora]) if curves else None
 
 
 def _text(ratio: Ratio | None) -> str:
     return ratio.text if ratio else "–"
 
 
-def _rates(cells: Mapping[Cell, CellNumbers], arm: str) -> str:
-    """Return the rates of an arm that ran with its first seed; the one with the lowest loss is bold."""
+def _rates(cells: Cells, method: str) -> str:
+    """Return the rates of a method that ran with its first seed; the one with the lowest loss is bold."""
     losses = {
-        c.learning_rate: float(row["validation_loss"]) for c, row in cells.items() if (c.label, c.seed) == (arm, 0)
+        c.learning_rate: float(row["validation_loss"]) for c, row in cells.items() if (c.method, c.seed) == (method, 0)
     }
     best = min(losses, key=losses.__getitem__)
     return ", ".join(f"**{rate:g}**" if rate == best and len(losses) > 1 else f"{rate:g}" for rate in sorted(losses))

@@ -69,7 +69,7 @@ def train(task: Task, model: Any, study: Study, cell: Cell) -> tuple[float, floa
     last = math.nan
     began = time.monotonic()
     for step in range(training.steps):
-        batch, term = next(batches), 0.0
+        batch, term = next(batches), torch.zeros(())
         if rival is not None and (step + 1) % rival.every == 0:
             term = rival.every * rival.weight * kl_from_base(task, model, next(texts))
         loss = task.loss(model, batch) + term

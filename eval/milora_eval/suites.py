@@ -343,7 +343,7 @@ def _only_benchmark(module: ModuleType) -> type[Benchmark]:
 
 def _unknown(name: str) -> UserError:
     if name in ELSEWHERE:
-        hint = "docs/evaluation.md#other-suites"
+        hint = "docs/evaluate.md#other-suites"
         return UserError(f"{name} is not part of this evaluator: use lmms-eval with --model milora", hint=hint)
     near = did_you_mean(suggest(name, BENCHMARKS)[:1])
     message = f'unknown benchmark "{name}"; expected one of: {", ".join(BENCHMARKS)}'

@@ -45,7 +45,7 @@ def register(name: str, model: str, adapter: str | None = None, *, template: str
                 code="flag-conflict",
                 where="--use-vllm",
                 hint="remove the flag; or serve a merged model with vLLM, and let VLMEvalKit's GPT4V ask it: "
-                "docs/evaluation.md#other-suites",
+                "docs/evaluate.md#other-suites",
             )
         return milora_vlm(base, model, adapter, template)
 

@@ -1,23 +1,20 @@
 """`python -m milora_vl.analyze MODEL_OR_ADAPTER`: the spectra of a model, or what a training changed in its weights.
 
 `analyze ranks MODEL` writes a policy whose ranks follow from the spectra.
-
-Only one layer is in memory at a time. An interrupted analysis resumes where it stopped.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from milora_vl.common.cli.command_line import next_step, run
 from milora_vl.common.cli.flags import Command, option, positive, shared
 from milora_vl.common.cli.table import Table, show
-from milora_vl.common.errors import Key, UserError, with_problems
+from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.folders import holds_adapter, holds_residual, newest_of_unfinished
 from milora_vl.report.page import regenerate_report
 
@@ -97,18 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     is_ranks = words[:1] == ["ranks"]
     options = RANKS.parse(words[1:]) if is_ranks else COMMAND.parse(words)
-    from milora_vl.analyze import job, page, ranks
+    from milora_vl.analyze import figures, layers
 
     if is_ranks:
-        with at_flags():
-            rank = ranks.SpectralRank(
-                energy=options.energy, threshold=options.threshold, budget=options.budget,
-                min=options.min, max=options.max,
-            )  # fmt: skip
-            ranks.write(options.model, rank, options.policy, cache=options.factor_cache, device=options.device)
+        layers.write_ranks(options)
         next_step("milora_vl.train", "--model", options.model, "--policy", "POLICY.yaml", "--dry-run")
         return 0
-
     subject = Path(options.subject)
     base = ("--base", options.base) if options.base else ()
     newest = newest_of_unfinished(subject, "milora_vl.analyze", *base)
@@ -117,50 +108,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_trained = holds_adapter(subject) or holds_residual(subject) or options.base is not None
     folder = options.output_dir or (subject / "analysis" if is_trained and subject.is_dir() else None)
     if folder is None:
-        raise UserError(
-            f"{options.subject} is not the folder of a training: name a folder for the analysis",
-            code="flag-required",
-            where="--output_dir",
-            hint="for example:  --output_dir analysis",
-        )
-    todo = job.plan(
-        options.subject, options.base, rank=options.rank, device=options.device, modules=options.modules,
-        allow_base_mismatch=options.allow_base_mismatch,
-    )  # fmt: skip
-    rows = job.rows_of(todo, folder)
-    summary = page.write(folder, todo.kind, todo.name, todo.base, rows)
+        message = f"{options.subject} is not the folder of a training: name a folder for the analysis"
+        raise UserError(message, where="--output_dir", hint="for example:  --output_dir analysis")
+    base_name, found = layers.layers_of(options.subject, options.base, allow_base_mismatch=options.allow_base_mismatch)
+    chosen = [layer for layer in found if options.modules is None or fnmatch(layer.path, options.modules)]
+    if not chosen:
+        hint = f"there are {len(found):,} layers, for example {found[0].path}"
+        raise UserError(f"no layer matches {options.modules}", where="--modules", hint=hint)
+    of = {"subject": options.subject, "base": base_name, "rank": options.rank, "modules": options.modules}
+    files = {"files": [layers.stamps(subject), layers.stamps(Path(base_name))]}
+    rows = layers.rows_of(chosen, folder, of | files, options.device, options.rank)
+    summary = figures.write(folder, of, rows)
     if options.format == "json":
-        layers = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
-        sys.stdout.write(json.dumps(summary | {"rows": layers}, ensure_ascii=False) + "\n")
+        without_sigma = [{key: value for key, value in row.items() if key != "sigma"} for row in rows]
+        sys.stdout.write(json.dumps(summary | {"rows": without_sigma}, ensure_ascii=False) + "\n")
     else:
         table = summary["table"]
         header, *columns = zip(table["header"], *table["rows"], strict=True)  # transposed: few parts, many measures
         show(Table(header, tuple(columns), table["caption"]), options.format)
-    sys.stderr.write(f"page:    {folder / 'analysis.html'}\nlayers:  {folder / 'layers.csv'}\n")
+    sys.stderr.write(f"layers:  {folder / 'layers.csv'}\nfigures: {folder}/*.png\n")
     regenerate_report(folder.parent)
-    if is_trained:
-        adapter = ("--model", todo.base, "--adapter", subject)
-        next_step(
-            "milora_vl.forgetting", *(adapter if holds_adapter(subject) else ("--model", subject, "--base", todo.base))
-        )
-    else:
+    if not is_trained:
         next_step("milora_vl.train", "--model", options.subject, "--dry-run")
+    elif holds_adapter(subject):
+        next_step("milora_vl.forgetting", "--model", base_name, "--adapter", subject)
+    else:
+        next_step("milora_vl.forgetting", "--model", subject, "--base", base_name)
     return 0
-
-
-@contextmanager
-def at_flags() -> Iterator[None]:
-    """Turn the keys of a rank in the errors of the block into flags; those of a policy stay."""
-    try:
-        yield
-    except UserError as error:
-        raise with_problems(error, [replace(p, where=_flag_of(p.where)) for p in error.problems]) from None
-
-
-def _flag_of(where: str | Key) -> str | Key:
-    if not isinstance(where, Key) or "policy" in where.parts:
-        return where
-    return f"--{where}" if where.parts else "--min --max"
 
 
 if __name__ == "__main__":

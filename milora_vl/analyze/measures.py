@@ -8,6 +8,7 @@ Throughout, W is the pretrained weight (out, in) and the update is fine-tuned mi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,19 @@ def decay_exponent(sigma: Tensor) -> float | None:
     x, y = torch.arange(1, len(values) + 1).double().log(), values.cpu().log()
     x = x - x.mean()
     return float(-(x * y).sum() / x.square().sum())
+
+
+def of_weight(sigma: Tensor, rank: int) -> dict[str, Any]:
+    """Return the measures of a spectrum by name; `minor_energy` is at `rank`, all of `sigma` is kept for the curves."""
+    return {
+        "norm": torch.linalg.vector_norm(sigma.double()),
+        "effective_rank": effective_rank(sigma),
+        "stable_rank": stable_rank(sigma),
+        "decay_exponent": decay_exponent(sigma),
+        "condition_number": condition_number(sigma),
+        "minor_energy": minor_energy(sigma, rank),
+        "sigma": sigma.tolist(),
+    }
 
 
 # Intruder dimensions (arXiv:2410.21228, algorithm 1): number of directions, and the cosine below which one is new.
@@ -132,19 +146,11 @@ def expected_inside(W_norm: float, shape: tuple[int, int], rank: int) -> float:
     return rank * W_norm / (shape[0] * shape[1]) ** 0.5
 
 
-def subspace_similarity(A: Tensor, B: Tensor) -> float:
-    """Return ||A'B||_F^2 / r for column-orthonormal A, B (d, r), in [0, 1]; r is the larger of the two widths.
-
-    >>> subspace_similarity(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3])
-    0.5
-    """
-    return float((A.double().T @ B.double()).square().sum()) / max(A.shape[1], B.shape[1], 1)
-
-
 def similarities(base: Factors, update: Update, rank: int) -> tuple[float, float, float]:
     """Return the similarity of the update's left vectors with the top, the bottom and random left vectors of W.
 
-    `base` is the full decomposition of W. The third value is the mean over all choices of `rank` of its vectors.
+    The similarity of column-orthonormal A, B (d, r) is ||A'B||_F^2 / r, in [0, 1]. `base` is the full decomposition of
+    W. The third value is the mean over all choices of `rank` of its vectors.
     """
     vectors = update.first(rank).U
     r = vectors.shape[1]

@@ -397,7 +397,8 @@ def page_answers(
     pictures: list[Image.Image] = []
     for message in [*history, {"role": "user", "content": [question, *({"path": file} for file in files)]}]:
         content = message["content"]
-        parts = [{"text": p} if isinstance(p, str) else p for p in ([content] if isinstance(content, str) else content)]
+        both: list[Any] = [content] if isinstance(content, str) else list(content)
+        parts: list[dict[str, Any]] = [{"text": part} if isinstance(part, str) else part for part in both]
         text = "".join(part.get("text", "") for part in parts)
         if message["role"] == "user":
             shown = (part.get("file", part).get("path") for part in parts)

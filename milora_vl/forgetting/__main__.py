@@ -15,8 +15,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.core.adapter.folders import base_of, holds_adapter, model_of, newest_of_unfinished, require_adapter
 from milora_vl.report.page import regenerate_report
-from milora_vl.report.tables import forgetting_table
-from milora_vl.report.wording import score_changes
+from milora_vl.report.tables import forgetting_table, score_changes
 
 PROBES = ("text", "samples", "pictures")
 
@@ -83,23 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, adapter = base_of(Path(model)), Path(model)
     from milora_vl.forgetting import job
 
+    settings = {
+        name: getattr(options, name)
+        for name in ("base", "on", "data_path", "image_folder", "template", "num_tokens", "limit", "batch_size", "seed")
+    }
     todo = job.Job(
-        folder=folder,
-        model=model,
-        adapter=adapter,
-        base=options.base,
-        on=options.on,
-        texts=options.text or (),
-        data_path=options.data_path,
-        image_folder=options.image_folder,
-        template=options.template,
-        num_tokens=options.num_tokens,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        device=options.device,
-        dtype=options.dtype,
-    )
+        folder=folder, model=model, adapter=adapter, texts=options.text or (), device=options.device,
+        dtype=options.dtype, **settings,
+    )  # fmt: skip
     results = todo.run()
     if options.suite:
         data = None if options.data is None else str(options.data)
@@ -130,7 +120,7 @@ def _refuse_unused(options: argparse.Namespace) -> None:
     }
     for flag, (is_used, use) in uses.items():
         if getattr(options, flag) is not None and not is_used:
-            raise UserError(f"only applies with {use}", code="flag-no-effect", where=f"--{flag}")
+            raise UserError(f"only applies with {use}", where=f"--{flag}")
 
 
 def _require_trained(options: argparse.Namespace) -> None:
@@ -148,12 +138,8 @@ def _require_trained(options: argparse.Namespace) -> None:
 def _tuned_folder(options: argparse.Namespace) -> Path:
     folder: Path = options.adapter or Path(options.model)
     if not folder.is_dir():
-        raise UserError(
-            f"{options.model} is not the folder of a training, so there is nothing to compare",
-            code="forgetting-no-base",
-            where="--model",
-            hint="add:  --adapter FOLDER",
-        )
+        message = f"{options.model} is not the folder of a training, so there is nothing to compare"
+        raise UserError(message, where="--model", hint="add:  --adapter FOLDER")
     return folder
 
 

@@ -50,17 +50,13 @@ class Job:
 
     @property
     def file(self) -> Path:
-        """Return the path of the results."""
         return self.folder / FILE
 
     def run(self) -> Measurements:
         """Measure the selected probes. Raises UserError for options that do not fit together."""
         if self.adapter is None and self.base is None:
-            raise UserError(
-                "forgetting needs a base model to compare with",
-                code="forgetting-no-base",
-                hint="add:  --adapter FOLDER, or --base MODEL for a fully trained --model",
-            )
+            hint = "add:  --adapter FOLDER, or --base MODEL for a fully trained --model"
+            raise UserError("forgetting needs a base model to compare with", hint=hint)
         require_no_base(self.model, self.adapter, self.base)
         missing = [path for path in (*self.texts, self.data_path) if path is not None and not _exists(path)]
         if missing:
@@ -72,12 +68,7 @@ class Job:
         probes = self.on or tuple(measures)
         if "pictures" in probes and not self._has_vision:
             if self.on:
-                raise UserError(
-                    f"{self.model} reads only text",
-                    code="model-reads-only-text",
-                    where="--on",
-                    hint="remove pictures from --on",
-                )
+                raise UserError(f"{self.model} reads only text", where="--on", hint="remove pictures from --on")
             probes = tuple(name for name in probes if name != "pictures")
         results = self._kept_results(probes)
         for name in probes:
@@ -87,12 +78,8 @@ class Job:
             except UserError:
                 raise
             except ValueError as error:  # too little text, a file without text, two vocabularies
-                raise UserError(
-                    f"{name}: {error}",
-                    code="forgetting-not-measurable",
-                    where="--on",
-                    hint="leave this probe out of --on, or give it more text",
-                ) from None
+                hint = "leave this probe out of --on, or give it more text"
+                raise UserError(f"{name}: {error}", where="--on", hint=hint) from None
             write_json(self.file, results)
         return results
 
@@ -112,14 +99,9 @@ class Job:
     def scores(self, questions: QuestionSet) -> list[Measurements]:
         """Evaluate both models in a separate process, and return the change of their headline scores."""
         request = EvaluationRequest(
-            model=self.model,
-            adapter=self.adapter,
-            base=self.base,
-            questions=questions,
-            dtype=self.dtype,
-            device=self.device,
-            output_dir=self.folder,
-        )
+            model=self.model, adapter=self.adapter, base=self.base, questions=questions, dtype=self.dtype,
+            device=self.device, output_dir=self.folder,
+        )  # fmt: skip
         sides = evaluator().scores(request)
         after = next(side for which, side in sides.items() if which != "base")
         changes = score_changes(sides["base"], after)
@@ -151,25 +133,18 @@ class Job:
             else:
                 folder, what = self.image_folder or self.data_path.parent, str(self.data_path)
                 records = self._records()
-            batches = list(
-                answer_batches(
-                    self._reference or self._tuned,
-                    self._processor,
-                    records[: self.limit],
-                    image_folder=folder,
-                    without_adapter=self._reference is None,
-                    batch_size=self.batch_size,
-                    template=prompts.template,
-                    image_aspect_ratio=prompts.image_aspect_ratio,
-                )
-            )
+            batches = list(answer_batches(
+                self._reference or self._tuned, self._processor, records[: self.limit], image_folder=folder,
+                without_adapter=self._reference is None, batch_size=self.batch_size, template=prompts.template,
+                image_aspect_ratio=prompts.image_aspect_ratio,
+            ))  # fmt: skip
         return compare_on(batches, self._tuned, base=self._reference, what=what)
 
     def _records(self) -> list[Any]:
         records = [r for r in load_records(str(self.data_path)) if any(turn.role == "user" for turn in r.turns)]
         if not records:
             hint = "name records with a turn of the user, as for a training"
-            raise UserError("contains no question", code="data-no-question", where=str(self.data_path), hint=hint)
+            raise UserError("contains no question", where=str(self.data_path), hint=hint)
         return records
 
     @property

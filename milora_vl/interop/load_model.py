@@ -104,13 +104,13 @@ def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
         return model
     if scale != 1:
         require_scalable(model, folder)
-    tuned: nn.Module = _load_any(model, folder)
+    tuned: nn.Module = load_any(model, folder)
     if scale != 1:
         Update(tuned).set(scale)
     return tuned
 
 
-def _load_any(model: nn.Module, folder: Path) -> Any:
+def load_any(model: nn.Module, folder: Path, *, allow_base_mismatch: bool = False) -> Any:
     """Return `model` with the adapter in `folder`, which may be of any kind."""
     if not has_config(folder):
         return load_adapter(model, folder)  # reports what is missing
@@ -120,7 +120,7 @@ def _load_any(model: nn.Module, folder: Path) -> Any:
         if kind != "llava":
             if kind == "plain":
                 require_unchanged_base(folder, name)
-            return load_adapter(model, folder)
+            return load_adapter(model, folder, allow_base_mismatch=allow_base_mismatch)
         with tempfile.TemporaryDirectory() as scratch:
             write_ours(import_adapter(folder, model, name), Path(scratch))
             return load_adapter(model, scratch)

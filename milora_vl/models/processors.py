@@ -82,7 +82,7 @@ def _asked(inputs: ProcessorInputs) -> Rendered:
 def _unsupported(processor: Any, name: str, reason: str) -> UserError:
     return UserError(
         f"pictures of {name} cannot be prepared with {type(processor).__name__}: {reason}",
-        hint="apply_milora still works, with your own batches and trainer\nsee: docs/other-models.md",
+        hint="apply_milora still works, with your own batches and trainer\nsee: docs/models.md",
     )
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from milora_vl.common.cli.command_line import run
 from milora_vl.common.cli.flags import Command, option, shared
 from milora_vl.common.errors import expected_format
-from milora_vl.report import run_page, wording
-from milora_vl.report.page import write_page
+from milora_vl.report.page import summary, write_page
+from milora_vl.report.read_run import RESTORE, read_run
 from milora_vl.report.repeat import commands
 
 COMMAND = Command(
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code. Raises UserError if the folder is not a run."""
     chosen = COMMAND.parse(argv)
     message = "a file does not have the format that a training writes"
-    with expected_format(message, code="run-folder-damaged", where=str(chosen.run), hint=run_page.RESTORE):
-        content = run_page.read_run(chosen.run)
-        page, summary = write_page(content), wording.summary(content)
-    sys.stderr.write(summary + "\n")
-    as_json = json.dumps({"page": str(page), "summary": summary}, ensure_ascii=False)
+    with expected_format(message, code="run-folder-damaged", where=str(chosen.run), hint=RESTORE):
+        content = read_run(chosen.run)
+        page, result = write_page(content), summary(content)
+    sys.stderr.write(result + "\n")
+    as_json = json.dumps({"page": str(page), "summary": result}, ensure_ascii=False)
     sys.stdout.write((as_json if chosen.format == "json" else str(page)) + "\n")
     is_evaluated, typed = any(comparison.after for comparison in content.comparisons), commands(content)
     sys.stderr.write(f"next: {typed.chat if is_evaluated else typed.evaluate}\n")

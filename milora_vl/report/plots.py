@@ -1,4 +1,4 @@
-"""Draw the plots of a run: loss, protection, spectrum, forgetting, scores; colours and styles of all plots.
+"""Draw the plots of a run: loss, protection, forgetting, scores; colours and styles of all plots.
 
 The colours by Okabe and Ito are distinguishable for colour-blind readers; shapes and labels repeat them. A figure is as
 wide as the page, so that its text has the size of the surrounding text. Only Matplotlib's Agg backend is used.
@@ -19,16 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from milora_data.pictures.files import data_uri
 from milora_vl.common.atomic_write import write_text
-from milora_vl.report.run_page import Layer, Score
+from milora_vl.report.read_run import Json, Run, Score, is_fraction, label
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # One method has one colour, on every plot.
 METHOD_COLOURS = {
-    "gradient": "#009E73", "milora": "#0072B2", "lora": "#D55E00", "full": "#5F5F5F", "pissa": "#E69F00",
-    "random": "#56B4E9", "dora": "#CC79A7", "olora": "#9A8B00", "mica": "#7A5195",
+    "milora": "#0072B2", "lora": "#D55E00", "full": "#5F5F5F", "pissa": "#E69F00", "random": "#56B4E9",
+    "dora": "#CC79A7",
 }  # fmt: skip
 _OTHERS = ("#2F4B7C", "#A05195", "#B8860B", "#00798C", "#6B4226")  # of a label without one, such as a run's name
 _MARKS = "osD^vPX<>p"
@@ -40,7 +39,7 @@ History = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """A plot in the page: its data URI and alternative text."""
+    """A plot in a page: its data URI, and its caption as alternative text."""
 
     uri: str
     alt: str
@@ -66,23 +65,72 @@ def marks_of(labels: Sequence[str]) -> dict[str, str]:
     return dict(zip(labels, cycle(_MARKS), strict=False))
 
 
-def draw(folder: Path, name: str, figure: Figure, alt: str, *, with_pdf: bool = False) -> Plot:
-    """Write a figure to `folder` as `name`.png (and .pdf), and return it for the page."""
+def draw(folder: Path, name: str, figure: Figure, alt: str) -> Plot:
+    """Write a figure to `folder` as `name`.png, and return it for the page."""
     image = png(figure)
     (folder / f"{name}.png").write_bytes(image)
-    if with_pdf:
-        figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None})
     return Plot(data_uri(image, "image/png"), alt)
+
+
+def plots_of(run: Run) -> dict[str, str]:
+    """Draw the plots that the run's files allow into its folder plots/, and return them as URIs.
+
+    `loss`, `forgetting`, `suite`, `protection` for protected inputs, `scores-SUITE`.
+    """
+    targets = run.policy.get("targets", ())
+    adapted = [str(target["method"]) for target in targets if target.get("rank")]
+    colour = method_colour(next(iter(adapted), "full")) or INK
+    figures = {}
+    if any("loss" in entry for entry in run.history):
+        figures["loss"] = loss_figure(run.history, colour)
+    if any("forgetting" in entry for entry in run.history):
+        figures["forgetting"] = forgetting_figure(run.history, colour)
+    if names := suites_of(run.history):
+        figures["suite"] = suite_figure(run.history, names)
+    if protection := run.policy.get("protection"):
+        shares = sorted({float(target["protect"]) for target in targets if target.get("protect")})
+        figures["protection"] = protection_figure(protection, shares)
+    for comparison in run.comparisons:
+        scores = [score for score in comparison.scores() if is_fraction(score.any)]
+        if scores:
+            after = comparison.after
+            models = ("base", "tuned" if after is None or after.which == "final" else after.which)
+            figures[f"scores-{comparison.suite}".replace("/", "-")] = scores_figure(scores, models, colour)
+    (run.folder / "plots").mkdir(exist_ok=True)
+    return {name: draw(run.folder / "plots", name, figure, "").uri for name, figure in figures.items()}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Use our sizes and colours as defaults of matplotlib inside the block."""
+    import matplotlib as mpl
+
+    settings: dict[Any, Any] = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+        "figure.dpi": _DPI,
+        "font.size": 9.5,
+        "axes.linewidth": 0.8,
+        "axes.titlepad": 8.0,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+@contextmanager
+def page_figure(height: float) -> Iterator[Figure]:
+    """Yield an empty figure as wide as the page, in our style."""
+    from matplotlib.figure import Figure
+
+    with styled():
+        yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def loss_figure(history: History, colour: str = INK) -> Figure:
     """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
-    with styled():
-        figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    with page_figure(3.6) as figure:
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))
         many = len(train[0]) > 30
         top.plot(*train, color=colour, lw=1 if many else 1.8, alpha=0.4 if many else 1, label=None if many else "train")
@@ -98,23 +146,9 @@ def loss_figure(history: History, colour: str = INK) -> Figure:
         peak = max(rate[1], default=0.0) or 1.0
         strip.fill_between(*rate, color=GREY, alpha=0.35, lw=0)
         strip.set(xlabel="step", xlim=(0, None), ylim=(0, peak))
-        strip.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        strip.locator_params(axis="x", nbins=8, integer=True)
         strip.set_yticks([0, peak], ["0", f"{peak:.0e}".replace("e-0", "e-")])
         strip.set_ylabel("rate", rotation=0, ha="right", va="center")
-    return figure
-
-
-def spectrum_figure(layers: Sequence[Layer]) -> Figure:
-    """Draw the singular values of each layer on a log scale, with the trained band shaded."""
-    from matplotlib.figure import Figure
-
-    with styled():
-        figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-        axes = figure.subplots(1, len(layers), squeeze=False)[0]
-        for axis, layer in zip(axes, layers, strict=True):
-            _spectrum_panel(axis, layer)
-            axis.set_xlabel("component, largest first")
-        axes[0].set_ylabel("singular value")
     return figure
 
 
@@ -123,9 +157,6 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
 
     `protection` maps the path of a module to its numbers in policy.json; `shares` are the `protect` of the rules.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     key = "held_out" if all(numbers["held_out"] is not None for numbers in protection.values()) else "energy"
     lines: dict[str, dict[int, float]] = {}  # path of the module without its block -> block -> share
     for path, numbers in protection.items():
@@ -134,8 +165,7 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
     names: dict[tuple[tuple[int, float], ...], list[str]] = {}  # modules that read the same input share a line
     for path, shares_of in lines.items():
         names.setdefault(tuple(sorted(shares_of.items())), []).append(path.rpartition(".")[2])
-    with styled():
-        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+    with page_figure(3.2) as figure:
         axis = figure.subplots()
         for share in shares:
             axis.axhline(100 * share, color=GREY, lw=1, ls="--")
@@ -155,7 +185,7 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
         last = max(block for line in names for block, _ in line)
         axis.set(xlabel="layer", ylim=(bottom, 100 + (100 - bottom) / 25), xlim=(-0.5, last + 0.5))
         axis.yaxis.set_major_formatter("{x:g} %")
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.locator_params(axis="x", nbins=8, integer=True)
         of = "held-out" if key == "held_out" else "the calibration"
         title = f"What the update cannot touch: share of the energy of {of} inputs"
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -176,19 +206,15 @@ def _apart(values: Sequence[float], least: float) -> list[float]:
 
 def forgetting_figure(history: History, colour: str = INK) -> Figure:
     """Draw forgetting over steps with one standard error on either side. It is 0 at step 0."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     (steps, values), (_, errors) = _series(history, "forgetting"), _series(history, "forgetting_stderr")
     steps, values, errors = [0, *steps], [0.0, *values], [0.0, *errors]
-    with styled():
-        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    with page_figure(2.6) as figure:
         axis = figure.subplots()
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=colour, alpha=0.25, lw=0)
         axis.plot(steps, values, color=colour, lw=2, marker="o" if len(steps) < 30 else None, ms=5)
         axis.set(xlabel="step", ylabel="forgetting, nats per token", xlim=(0, None), ylim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.locator_params(axis="x", nbins=8, integer=True)
     return figure
 
 
@@ -201,16 +227,11 @@ def suites_of(history: History) -> list[str]:
     return [key.removeprefix(SCORE) for key in keys if not key.endswith("_stderr")]
 
 
-def suite_figure(history: History) -> Figure:
+def suite_figure(history: History, names: Sequence[str]) -> Figure:
     """Draw the scores during training over steps with one standard error on either side."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with styled():
-        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+    colours, marks = colours_of(names), marks_of(names)
+    with page_figure(2.6) as figure:
         axis = figure.subplots()
-        names = suites_of(history)
-        colours, marks = colours_of(names), marks_of(names)
         for name in names:
             steps, values = _series(history, f"{SCORE}{name}")
             _, errors = _series(history, f"{SCORE}{name}_stderr")
@@ -219,82 +240,46 @@ def suite_figure(history: History) -> Figure:
                 lw=1.6, elinewidth=0.8, label=name,
             )  # fmt: skip
         axis.set(xlabel="step", ylabel="score, % or points", xlim=(0, None))
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.locator_params(axis="x", nbins=8, integer=True)
         axis.legend(loc="best")
     return figure
 
 
-def _spectrum_panel(axis: Axes, layer: Layer) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    count = len(layer.sigma)
-    floor = (layer.sigma[0] or 1.0) * 1e-7  # float32 resolves no smaller values, and the log axis has no 0
-    index, sigma = range(1, count + 1), [max(s, floor) for s in layer.sigma]
-    axis.plot(index, sigma, color=GREY, lw=2)
-    axis.set(yscale="log", xlim=(1, max(count, 2)), ylim=(sigma[-1] / 1.6, sigma[0] * 1.6))
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if sigma[0] < 30 * sigma[-1] else (1,)))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xticks([1, count // 2, count] if count > 3 else range(1, count + 1))
-    axis.set_title(f"{layer.tower}: {layer.leaf}", loc="left", fontsize=10, fontweight="bold")
-    x, align = 0.5, "center"
-    if layer.trained:
-        low, high = layer.trained
-        colour = METHOD_COLOURS.get(layer.method, INK)
-        axis.axvspan(low + 0.5, high + 0.5, color=colour, alpha=0.2, lw=0)
-        axis.plot(index[low:high], sigma[low:high], color=colour, lw=3.5, solid_capstyle="butt")
-        if high - low < count:
-            x, align = (low / count - 0.02, "right") if high == count else (high / count + 0.02, "left")
-    axis.text(x, 0.97, layer.status, transform=axis.transAxes, ha=align, va="top")
+def names_of(scores: Sequence[Score]) -> list[str]:
+    """Return the names of scores; with that of the benchmark if there are several."""
+    has_several = len({score.benchmark for score in scores}) > 1
+    return [(f"{score.benchmark}: " if has_several else "") + label(score.any["name"]) for score in scores]
 
 
-def scores_figure(scores: Sequence[Score], names: tuple[str, str] = ("base", "tuned"), colour: str = INK) -> Figure:
+def scores_figure(scores: Sequence[Score], models: tuple[str, str] = ("base", "tuned"), colour: str = INK) -> Figure:
     """Draw one row per score: a ring before, a disc after, both with error bars, and a tick for the majority answer."""
-    from matplotlib.figure import Figure
-
-    with styled():
-        figure = Figure(figsize=(WIDTH, 0.95 + 0.36 * len(scores)), layout="constrained")
+    shown: dict[str, Any] = {}  # name in the legend -> a marker
+    rings: dict[str, Any] = {"fmt": "o", "ms": 8, "mew": 1.8, "elinewidth": 1.6, "capsize": 3, "zorder": 3}
+    with page_figure(0.95 + 0.36 * len(scores)) as figure:
         axis = figure.subplots()
         for row, score in enumerate(scores):
-            _score_row(axis, row, score, colour)
-        axis.set_yticks(range(len(scores)), [score.label for score in scores])
+            if score.before and score.after:
+                ends = [100 * score.before["value"], 100 * score.after["value"]]
+                axis.plot(ends, [row, row], color=GREY, alpha=0.45, lw=4, zorder=1)
+            sides: tuple[tuple[str, Json | None, str, str], ...] = (
+                (models[0], score.before, PAPER, GREY), (models[1], score.after, colour, colour)
+            )  # fmt: skip
+            for name, metric, face, edge in sides:
+                if metric:
+                    x, error = 100 * metric["value"], 100 * (metric.get("stderr") or 0)
+                    shown[name] = axis.errorbar(x, row, xerr=error, mfc=face, mec=edge, ecolor=edge, **rings)[0]
+            if (baseline := score.any.get("baseline")) is not None:
+                tick: dict[str, Any] = {"marker": "|", "ms": 15, "mew": 1.8, "color": INK, "ls": "", "zorder": 2}
+                (shown["majority answer"],) = axis.plot(100 * baseline, row, **tick)
+        axis.set_yticks(range(len(scores)), names_of(scores))
         axis.get_yticklabels()[0].set_fontweight("bold")
         axis.set(ylim=(len(scores) - 0.4, -0.6), xlim=(-2, 102), xlabel="correct answers, %")
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x", alpha=0.25, lw=0.8)
         axis.spines["left"].set_visible(False)
-        marks: Any = {"ls": "", "ms": 8}
-        handles = [
-            axis.plot([], [], **marks, **style)[0]
-            for is_shown, style in (
-                (
-                    any(s.before for s in scores),
-                    {"marker": "o", "mfc": PAPER, "mec": GREY, "mew": 1.8, "label": names[0]},
-                ),
-                (any(s.after for s in scores), {"marker": "o", "color": colour, "label": names[1]}),
-                (
-                    any(s.any.baseline is not None for s in scores),
-                    {"marker": "|", "color": INK, "mew": 1.8, "label": "majority answer"},
-                ),
-            )
-            if is_shown
-        ]
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, columnspacing=1.2, handletextpad=0.3)
+        legend: dict[str, Any] = {"loc": "outside upper left", "ncols": 3, "columnspacing": 1.2, "handletextpad": 0.3}
+        figure.legend(shown.values(), shown, **legend)
     return figure
-
-
-def _score_row(axis: Axes, row: int, score: Score, colour: str) -> None:
-    before, after = score.before, score.after
-    if before and after:
-        axis.plot([100 * before.value, 100 * after.value], [row, row], color=GREY, alpha=0.45, lw=4, zorder=1)
-    for metric, face, edge in ((before, PAPER, GREY), (after, colour, colour)):
-        if metric:
-            axis.errorbar(
-                100 * metric.value, row, xerr=100 * (metric.stderr or 0), fmt="o", ms=8, mfc=face, mec=edge, mew=1.8,
-                ecolor=edge, elinewidth=1.6, capsize=3, zorder=3,
-            )  # fmt: skip
-    if (baseline := score.any.baseline) is not None:
-        axis.plot(100 * baseline, row, marker="|", ms=15, mew=1.8, color=INK, zorder=2)
 
 
 def png(figure: Figure) -> bytes:
@@ -316,24 +301,6 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     write_text(path, text.getvalue())
-
-
-@contextmanager
-def styled() -> Iterator[None]:
-    """Use our sizes and colours as defaults of matplotlib inside the block."""
-    import matplotlib as mpl
-
-    settings: dict[Any, Any] = {
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor"), PAPER),
-        **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-        "figure.dpi": _DPI,
-        "font.size": 9.5,
-        "axes.linewidth": 0.8,
-        "axes.titlepad": 8.0,
-    }
-    with mpl.rc_context(settings):
-        yield
 
 
 def _series(history: History, key: str) -> tuple[list[int], list[float]]:

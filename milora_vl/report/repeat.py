@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from milora_vl.common.cli.command_line import command_line
 from milora_vl.common.evaluator import EvaluationRequest, QuestionSet, evaluator
 from milora_vl.core.adapter.checkpoints import holds_weights, newest_checkpoint
 from milora_vl.core.adapter.folders import has_config, holds_text_model
-from milora_vl.report.run_page import Run, tasks_of
+from milora_vl.report.read_run import Json, Run, tasks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,43 +31,45 @@ class Commands:
 
 def commands(run: Run) -> Commands:
     """Return the command of this run and the commands that use it."""
-    recipe = run.folder / "recipe.yaml"
-    weights = _weights(run)
-    model, adapter, base = _model(run, weights)
-    flags: list[str | Path] = ["--model", model]
-    flags += ["--adapter", adapter] if adapter else []
-    of_base: list[str | Path] = ["--base", base] if base else []
+    # The run's own weights, or its newest checkpoint while the run is unfinished.
+    weights = run.folder if holds_weights(run.folder) else newest_checkpoint(run.folder) or run.folder
+    base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
+    is_full = (weights / "config.json").is_file() and not has_config(weights)  # a complete model, beside its base
+    flags: list[str | Path] = ["--model", weights] if is_full else ["--model", base, "--adapter", weights]
+    of_base: list[str | Path] = ["--base", base] if is_full else []
     # This page would not find files beside a checkpoint, and they would be removed with it.
-    apart = weights != run.folder
-    into_run: list[str | Path] = ["--output_dir", run.folder] if apart else []
-    into_analysis: list[str | Path] = ["--output_dir", run.folder / "analysis"] if apart else []
-    evaluation = _evaluation(run, model, adapter, base)
+    is_apart = weights != run.folder
+    into_run: list[str | Path] = ["--output_dir", run.folder] if is_apart else []
+    into_analysis: list[str | Path] = ["--output_dir", run.folder / "analysis"] if is_apart else []
+    questions, dtype = _last_questions(run)
+    evaluation = EvaluationRequest(
+        model=weights if is_full else base, adapter=None if is_full else weights, base=base if is_full else None,
+        questions=questions, dtype=dtype, output_dir=run.folder,
+    )  # fmt: skip
+    question: list[str | Path] = ["QUESTION"]
+    if not holds_text_model(weights):
+        question = ["--image", _picture(run), "What is this?"]
+    argv = run.environment.get("command") or ()
+    if argv and Path(argv[0]).name in ("train.py", "__main__.py"):  # with -m, Python keeps only a file name
+        as_typed = command_line("milora_vl.train", *argv[1:])
+    else:
+        as_typed = shlex.join(argv)
     return Commands(
-        as_typed=_as_typed(run.environment.get("command") or ()),
-        repeat=command_line("milora_vl.train", "--recipe", recipe, "--output_dir", f"{run.folder}-again"),
+        as_typed=as_typed,
+        repeat=command_line(
+            "milora_vl.train", "--recipe", run.folder / "recipe.yaml", "--output_dir", f"{run.folder}-again"
+        ),
         evaluate=command_line(*evaluator().command(evaluation)),
         forgetting=command_line("milora_vl.forgetting", *flags, *of_base, *into_run),
         analyze=command_line("milora_vl.analyze", weights, *of_base, *into_analysis),
-        chat=command_line("milora_vl.chat", *flags, *_question(run)),
+        chat=command_line("milora_vl.chat", *flags, *question),
         report=command_line("milora_vl.report", run.folder),
         earlier=tuple(
             command_line(*evaluator().command(of_task))
             for task, of_task in of_earlier(run.folder, evaluation).items()
-            if not any(each.run == task and each.score.after for each in run.earlier)
+            if not any(folder == task and score.after for folder, score in run.earlier)
         ),
     )
-
-
-def steps(typed: Commands) -> list[tuple[str, str]]:
-    """Return (purpose, command) pairs in the order of work."""
-    original = [("original command", typed.as_typed)] if typed.as_typed else []
-    return [
-        *original,
-        ("train again", typed.repeat),
-        ("evaluate", typed.evaluate),
-        ("ask", typed.chat),
-        ("this page", typed.report),
-    ]
 
 
 def questions_of(recipe: Mapping[str, Any]) -> QuestionSet | None:
@@ -103,74 +105,33 @@ def is_file(suite: str) -> bool:
     return Path(suite).suffix in (".json", ".jsonl")
 
 
-def _as_typed(argv: Sequence[str]) -> str:
-    """Return the command line of the training. With -m, Python keeps only a file name as its first word."""
-    if not argv:
-        return ""
-    if Path(argv[0]).name in ("train.py", "__main__.py"):
-        return command_line("milora_vl.train", *argv[1:])
-    return shlex.join(argv)
+def _last_questions(run: Run) -> tuple[QuestionSet, str | None]:
+    """Return the questions and the data type of the last evaluation, whose answers another one can reuse.
 
-
-def _weights(run: Run) -> Path:
-    """Return the folder of the weights: the run's own, or its newest checkpoint while the run is unfinished."""
-    return run.folder if holds_weights(run.folder) else newest_checkpoint(run.folder) or run.folder
-
-
-def _model(run: Run, weights: Path) -> tuple[str | Path, Path | None, str | None]:
-    """Return the model of this run, its adapter (or projector), and its base model if that is a separate model.
-
-    A full fine-tuning is a complete model; an adapter or projector also needs its base model.
+    Without one, the questions are those that the recipe names.
     """
-    base = str(run.environment.get("model") or run.recipe.get("model") or "MODEL")
-    if (weights / "config.json").is_file() and not has_config(weights):
-        return weights, None, base
-    return base, weights, None
-
-
-def _evaluation(run: Run, model: str | Path, adapter: Path | None, base: str | None) -> EvaluationRequest:
-    """Return an evaluation as the last one, whose answers it can reuse, else one of the questions in the recipe."""
-    planned, data = run.recipe.get("eval") or {}, run.recipe.get("data") or {}
-    pictures = data.get("image_folder")
-    last = next((results for results in _results(run)), {})
-    limit, dtype = last.get("limit"), (last.get("generation") or {}).get("dtype")
-    if custom := _custom_benchmarks(run):
-        questions = QuestionSet(benchmarks=custom, data=pictures, limit=limit)
-    elif run.comparisons:
-        records = Path(data["path"]).parent if isinstance(data.get("path"), str) else "DATA"
-        questions = QuestionSet(run.comparisons[0].suite, str(planned.get("data") or records), limit)
-    else:
-        questions = questions_of(run.recipe) or QuestionSet(benchmarks="HELD_OUT.json", data=pictures)
-    return EvaluationRequest(
-        model=model, adapter=adapter, base=base, questions=questions, dtype=dtype, output_dir=run.folder
-    )
-
-
-def _custom_benchmarks(run: Run) -> str:
-    """Return the files of the user's benchmarks in the last evaluation. The results contain only their names."""
-    entries = [entry for results in _results(run)[:1] for entry in results.get("benchmarks", ())]
-    custom = [str(entry["name"]) for entry in entries if str(entry.get("reference", "")).startswith("data:")]
     data, planned = run.recipe.get("data") or {}, run.recipe.get("eval") or {}
-    paths = [data.get("path"), data.get("eval_path"), *(planned.get("suites") or ())]
-    files = {Path(path).stem: path for path in paths if isinstance(path, str)}
-    return ",".join(files.get(name, f"{name}.json") for name in custom)
-
-
-def _results(run: Run) -> list[Mapping[str, Any]]:
-    return [side.results for comparison in run.comparisons for side in (comparison.after, comparison.before) if side]
-
-
-def _question(run: Run) -> list[str | Path]:
-    return ["QUESTION"] if holds_text_model(_weights(run)) else ["--image", _picture(run), "What is this?"]
+    sides = [side for each in run.comparisons for side in (each.after, each.before) if side]
+    if not sides:
+        asked = questions_of(run.recipe) or QuestionSet(benchmarks="HELD_OUT.json", data=data.get("image_folder"))
+        return asked, None
+    last: Json = sides[0].results
+    limit, dtype = last.get("limit"), (last.get("generation") or {}).get("dtype")
+    # The results contain the names of the user's own benchmarks: find their files in the recipe.
+    own = [b["name"] for b in last.get("benchmarks", ()) if str(b.get("reference", "")).startswith("data:")]
+    if own:
+        paths = [data.get("path"), data.get("eval_path"), *(planned.get("suites") or ())]
+        files = {Path(path).stem: path for path in paths if isinstance(path, str)}
+        names = ",".join(files.get(name, f"{name}.json") for name in own)
+        return QuestionSet(benchmarks=names, data=data.get("image_folder"), limit=limit), dtype
+    records = Path(data["path"]).parent if isinstance(data.get("path"), str) else "DATA"
+    return QuestionSet(run.comparisons[0].suite, str(planned.get("data") or records), limit), dtype
 
 
 def _picture(run: Run) -> str | Path:
     """Return a picture of the evaluation, or a placeholder."""
-    for comparison in run.comparisons:
-        for side in (comparison.after, comparison.before):
-            for line in side.predictions if side else ():
-                if line.get("image_file"):
-                    file = Path(str(line["image_file"]))
-                    here = Path.cwd()
-                    return file.relative_to(here) if file.is_relative_to(here) else file
-    return "PICTURE"
+    sides = [side for each in run.comparisons for side in (each.after, each.before) if side]
+    files = (Path(line["image_file"]) for side in sides for line in side.answers if line.get("image_file"))
+    if (file := next(files, None)) is None:
+        return "PICTURE"
+    return file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file

@@ -1,90 +1,138 @@
-"""The tables of a report: what trained in which modules (by rule and by layer), forgetting and scores."""
+"""The tables of a report (scores, forgetting, tasks, what trained by rule and by layer), and its numbers as text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
 from milora_vl.common.cli.table import Table
 from milora_vl.core.policy.rules import label_of, what_trains
-from milora_vl.report.run_page import Comparison, Json, Run, Score, tasks_of
-from milora_vl.report.wording import (
-    amount,
-    cut_words,
-    forgetting_rows,
-    gain,
-    lowered_shares,
-    method_name,
-    number,
-    percent,
-)
+from milora_vl.report.read_run import Comparison, Json, Run, Score, in_units, is_fraction, label, tasks_of
 
 
-def forgetting_table(forgetting: Json) -> Table:
-    """Return a table with one row per probe of `python -m milora_vl.forgetting`, from its forgetting.json."""
-    header = ("probe", "forgotten (KL)", "cross-entropy", "base entropy", "change of loss", "tokens in documents")
-    caption = "Compared with the predictions of the base model, in nats per token, ± one standard error over documents."
-    return Table(header, tuple(map(tuple, forgetting_rows(forgetting))), caption)
+def percent(share: float) -> str:
+    """Return a share in percent, with one decimal from 1 % on, else with two digits.
+
+    >>> percent(0.0339), percent(0.5614), percent(0.000123)
+    ('3.4 %', '56.1 %', '0.012 %')
+    """
+    return f"{100 * share:.1f} %" if abs(share) >= 0.01 else f"{100 * share:.2g} %"
 
 
-def policy_table(run: Run) -> Table:
-    """Return a table with one row for all modules of equal settings."""
-    targets = sorted(run.policy.get("targets", ()), key=_treatment)
-    shares = {str(layer["path"]): layer.get("energy") for layer in run.policy.get("layers", ())}
-    rows = []
-    for (tower, method, rank, alpha, rate, protect), members in groupby(targets, key=_treatment):
-        paths = [str(target["path"]) for target in members]
-        energy = _span([100 * share for path in paths if (share := shares.get(path)) is not None])
-        cells = (
-            tower,
-            f"{len(paths):,}",
-            method_name(method, protect),
-            _cell(rank or None),
-            _cell(alpha or None),
-            _cell(rate or None),
-        )
-        rows.append((*cells, f"{energy} %" if energy else "–"))
-    trainable, total = run.policy.get("trainable"), run.policy.get("total")
-    share = (
-        f"{trainable:,} of {total:,} parameters train ({percent(trainable / total)})." if trainable and total else ""
+def amount(metric: Json, value: float) -> str:
+    """Return a value of a stored metric as text: fractions as percent, points unchanged."""
+    return f"{in_units(metric, value):,.1f}" + (" %" if is_fraction(metric) else "")
+
+
+def number(metric: Json | None) -> str:
+    """Return a stored metric with its standard error.
+
+    >>> number({"value": 0.6123, "stderr": 0.0141})
+    '61.2 % (±1.4)'
+    """
+    if metric is None:
+        return "–"
+    # A standard error of 0 comes from equal scores and is not informative.
+    stderr = metric.get("stderr")
+    spread = f" (±{in_units(metric, stderr):,.1f})" if stderr else ""
+    return amount(metric, metric["value"]) + spread
+
+
+def points(metric: Json, difference: float, sign: str = "+") -> str:
+    """Return a difference of a score in points."""
+    return f"{in_units(metric, difference):{sign},.1f}".replace("-", "−")
+
+
+def change(score: Score) -> str:
+    """Return the signed change of a score in points."""
+    if score.before is None or score.after is None:
+        return "–"
+    return points(score.any, score.after["value"] - score.before["value"])
+
+
+def method_name(method: str, protect: float) -> str:
+    """Return the name of a method with the share that it protects.
+
+    >>> method_name("milora", 0.0), method_name("milora", 0.95)
+    ('MiLoRA', 'MiLoRA, off 95 % of the inputs')
+    """
+    return label_of(method) + (f", off {100 * protect:g} % of the inputs" if protect else "")
+
+
+def lowered_shares(policy: Json) -> str:
+    """Return a sentence about layers that protect less than their rule asks for; empty if there are none.
+
+    >>> targets = [{"path": "q", "protect": 0.95}, {"path": "k", "protect": 0.95}]
+    >>> lowered_shares({"targets": targets, "protection": {"q": {"energy": 0.91}, "k": {"energy": 0.96}}})
+    'Layers that protect less than their rule asks for, so that their rank fits: 1 of 2; the lowest share is 91.0 %.'
+    """
+    asked = {target["path"]: target.get("protect", 0) for target in policy.get("targets", ())}
+    found = {path: protection["energy"] for path, protection in policy.get("protection", {}).items()}
+    lowered = [share for path, share in found.items() if share < asked[path]]
+    if not lowered:
+        return ""
+    return (
+        "Layers that protect less than their rule asks for, so that their rank fits: "
+        f"{len(lowered):,} of {len(found):,}; the lowest share is {percent(min(lowered))}."
     )
-    header = ("tower", "modules", "method", "rank", "alpha", "learning rate", "share of ‖W‖² in the adapter")
-    kinds = dict.fromkeys((str(target["method"]), target.get("protect") or 0.0) for target in targets)
-    trains = [f"{label_of(method)}: {words}." for method, share in kinds if (words := what_trains(method, share))]
-    caption = " ".join(["Trained modules by rule; all other modules are frozen.", *trains, share]).strip()
-    return Table(header, tuple(rows), caption)
 
 
-def protection_table(run: Run) -> Table:
-    """Return a table with one row per tower that protects inputs; without rows if none does."""
-    towers = {str(t["path"]): str(t["tower"]) for t in run.policy.get("targets", ())}
-    entries = sorted(run.policy.get("protection", {}).items(), key=lambda entry: towers[entry[0]])
-    rows = []
-    for tower, members in groupby(entries, key=lambda entry: towers[entry[0]]):
-        group = [protection for _, protection in members]
-        columns = (
-            [100 * entry["directions"] / entry["inputs"] for entry in group],
-            [100 * entry["energy"] for entry in group],
-            [100 * entry["held_out"] for entry in group if entry["held_out"] is not None],
-            [100 * entry["kept"] for entry in group],
-        )
-        largest = max(entry["overlap"] for entry in group)
-        rows.append((tower, f"{len(group):,}", *map(_mean_and_span, columns), f"{largest:.0e}"))
-    header = (
-        *("tower", "layers", "directions protected", "their activation energy", "the same on held-out text"),
-        *("share of the start off them", "A along them"),
+def score_tables(comparison: Comparison) -> list[Table]:
+    """Return one table per benchmark, headline first, with a column of notes if any score has one."""
+    tables = []
+    after = comparison.after.which if comparison.after else "final"
+    for benchmark, group in groupby(comparison.scores(), key=lambda score: score.benchmark):
+        rows = []
+        for score in group:
+            metric, baseline = score.any, score.any.get("baseline")
+            is_below = baseline is not None and score.after is not None and score.after["value"] < baseline
+            notes = [metric.get("note"), "below the majority answer" if is_below else ""]
+            rows.append((
+                label(metric["name"]), number(score.before), number(score.after), change(score),
+                "–" if baseline is None else amount(metric, baseline), f"{metric.get('n', 0):,}",
+                "; ".join(filter(None, notes)),
+            ))  # fmt: skip
+        columns = ("score", "base", "tuned" if after == "final" else after, "change", "majority answer", "questions")
+        header: tuple[str, ...] = (*columns, "note")
+        if not any(row[-1] for row in rows):
+            header, rows = columns, [row[:-1] for row in rows]
+        tables.append(Table(header, tuple(rows), _about(comparison, benchmark), title=benchmark))
+    return tables
+
+
+def _about(comparison: Comparison, benchmark: str) -> str:
+    """Return the caption of a table: benchmark, version, split and protocol, and the answers that were cut."""
+    found = comparison.benchmark(benchmark)
+    entry = found.get("after") or found["before"]
+    parts = [f"{benchmark}, version {entry['version']}" if entry.get("version") else benchmark]
+    parts += [f"{entry['split']} split"] if entry.get("split") else []
+    parts += [str(entry["protocol"])] if entry.get("protocol") else []
+    return " ".join(
+        filter(None, ["; ".join(parts) + ".", "Brackets show one standard error.", cut(comparison, benchmark)])
     )
-    caption = (
-        "Protected inputs: means over layers, with the range over layers. A is chosen off the protected directions and "
-        "never changes; the last column is what rounding leaves of it along them, at most over layers. "
-        + lowered_shares(run.policy)
-    ).strip()
-    return Table(header, tuple(rows), caption)
 
 
-def _mean_and_span(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.1f} % ({_span(values)})" if values else "–"
+def cut(comparison: Comparison, benchmark: str) -> str:
+    """Return how many answers were cut at the token limit, in one sentence; empty if none was."""
+    parts = []
+    found = comparison.benchmark(benchmark)
+    for which, side in (("before", comparison.before), ("after", comparison.after)):
+        if side and (number_cut := found.get(which, {}).get("truncated")):
+            limit = side.results["generation"]["max_new_tokens"][benchmark]
+            who = "the base model" if which == "before" else "the fine-tuned model"
+            parts.append(f"{number_cut:,} of the {found[which]['n']:,} answers of {who} were cut at {limit:,} tokens")
+    return f"{' and '.join(parts)}." if parts else ""
+
+
+def earlier_table(run: Run) -> Table:
+    """Return a table with one row per benchmark of the earlier runs; without rows if the run came after none."""
+    rows = tuple(
+        (str(folder), score.benchmark, number(score.before), number(score.after), change(score))
+        for folder, score in run.earlier
+    )
+    caption = "Earlier runs: their scores, and this run's on the same questions. Brackets show one standard error."
+    return Table(("earlier run", "benchmark", "its score", "after this run", "change"), rows, caption)
 
 
 def tasks_table(run: Run) -> Table:
@@ -103,57 +151,63 @@ def tasks_table(run: Run) -> Table:
     return Table(("run", "data", "records", "what trained"), tuple(rows), caption)
 
 
-def earlier_table(run: Run) -> Table:
-    """Return a table with one row per benchmark of the earlier runs; without rows if the run came after none."""
-    rows = [
-        (str(each.run), each.score.benchmark, number(each.score.before), number(each.score.after), gain(each.score))
-        for each in run.earlier
-    ]
-    caption = "Earlier runs: their scores, and this run's on the same questions. Brackets show one standard error."
-    return Table(("earlier run", "benchmark", "its score", "after this run", "change"), tuple(rows), caption)
+def policy_table(run: Run) -> Table:
+    """Return a table with one row for all modules of equal settings."""
+
+    def settings(target: Json) -> tuple[Any, ...]:
+        numbers = (target.get(name) or 0.0 for name in ("rank", "alpha", "learning_rate", "protect"))
+        return (str(target.get("tower") or "–"), str(target["method"]), *numbers)
+
+    targets = sorted(run.policy.get("targets", ()), key=settings)
+    energies = {str(layer["path"]): layer.get("energy") for layer in run.policy.get("layers", ())}
+    rows = []
+    for (tower, method, rank, alpha, rate, protect), members in groupby(targets, key=settings):
+        paths = [str(target["path"]) for target in members]
+        energy = _span([100 * share for path in paths if (share := energies.get(path)) is not None])
+        numbers = (f"{rank}" if rank else "–", f"{alpha:.3g}" if alpha else "–", _rate(rate))
+        name = method_name(method, protect)
+        rows.append((tower, f"{len(paths):,}", name, *numbers, f"{energy} %" if energy else "–"))
+    kinds = dict.fromkeys((str(target["method"]), target.get("protect") or 0.0) for target in targets)
+    caption = ["Trained modules by rule; all other modules are frozen."]
+    caption += [f"{label_of(method)}: {words}." for method, share in kinds if (words := what_trains(method, share))]
+    trainable, total = run.policy.get("trainable"), run.policy.get("total")
+    if trainable and total:
+        caption.append(f"{trainable:,} of {total:,} parameters train ({percent(trainable / total)}).")
+    header = ("tower", "modules", "method", "rank", "alpha", "learning rate", "share of ‖W‖² in the adapter")
+    return Table(header, tuple(rows), " ".join(caption))
 
 
-def score_tables(comparison: Comparison) -> list[Table]:
-    """Return one table per benchmark, headline first, with a column of notes if any score has one."""
-    tables = []
-    after = comparison.after.which if comparison.after else "final"
-    for _, group in groupby(comparison.scores, key=lambda score: score.benchmark):
-        scores = list(group)
-        notes = [_note(score) for score in scores]
-        rows = []
-        for score, note in zip(scores, notes, strict=True):
-            baseline = "–" if score.any.baseline is None else amount(score.any.baseline, score.any.unit)
-            cells = (score.label, number(score.before), number(score.after), gain(score), baseline, f"{score.any.n:,}")
-            rows.append((*cells, note) if any(notes) else cells)
-        header = ("score", "base", "tuned" if after == "final" else after, "change", "majority answer", "questions")
-        tables.append(
-            Table((*header, "note") if any(notes) else header, tuple(rows), _about(comparison, scores[0].benchmark))
+def _rate(rate: float) -> str:
+    """Return a learning rate as people write it, such as 2e-4."""
+    text = f"{rate:.3g}" if rate >= 1e-3 else f"{rate:.2e}".replace(".00e", "e")
+    return text.replace("e-0", "e-") if rate else "–"
+
+
+def protection_table(run: Run) -> Table:
+    """Return a table with one row per tower that protects inputs; without rows if none does."""
+    towers = {str(t["path"]): str(t["tower"]) for t in run.policy.get("targets", ())}
+    entries = sorted(run.policy.get("protection", {}).items(), key=lambda entry: towers[entry[0]])
+    rows = []
+    for tower, members in groupby(entries, key=lambda entry: towers[entry[0]]):
+        group = [protection for _, protection in members]
+        columns = (
+            [100 * entry["directions"] / entry["inputs"] for entry in group],
+            [100 * entry["energy"] for entry in group],
+            [100 * entry["held_out"] for entry in group if entry["held_out"] is not None],
+            [100 * entry["kept"] for entry in group],
         )
-    return tables
-
-
-def _about(comparison: Comparison, benchmark: str) -> str:
-    """Return the caption of a table: benchmark, version, split and protocol."""
-    side = comparison.after or comparison.before
-    entry: Json = next((b for b in (side.results["benchmarks"] if side else ()) if b["name"] == benchmark), {})
-    parts = [f"{benchmark}, version {entry['version']}" if entry.get("version") else benchmark]
-    parts += [f"{entry['split']} split"] if entry.get("split") else []
-    parts += [str(entry["protocol"])] if entry.get("protocol") else []
-    cut = cut_words(comparison, benchmark)
-    return "; ".join(parts) + ". Brackets show one standard error." + (f" {cut}" if cut else "")
-
-
-def _note(score: Score) -> str:
-    """Return the notes of a score: the note of the benchmark, and a warning for a score below the majority answer."""
-    metric, notes = score.any, [score.any.note] if score.any.note else []
-    if metric.baseline is not None and score.after and score.after.value < metric.baseline:
-        notes.append("below the majority answer")
-    return "; ".join(notes)
-
-
-def _treatment(target: Json) -> tuple[str, str, int, float, float, float]:
-    numbers = (target.get("rank") or 0, target.get("alpha") or 0.0, target.get("learning_rate") or 0.0)
-    return (str(target.get("tower") or "–"), str(target["method"]), *numbers, target.get("protect") or 0.0)
+        shares = (f"{sum(each) / len(each):.1f} % ({_span(each)})" if each else "–" for each in columns)
+        rows.append((tower, f"{len(group):,}", *shares, f"{max(entry['overlap'] for entry in group):.0e}"))
+    header = (
+        *("tower", "layers", "directions protected", "their activation energy", "the same on held-out text"),
+        *("share of the start off them", "A along them"),
+    )
+    caption = (
+        "Protected inputs: means over layers, with the range over layers. A is chosen off the protected directions and "
+        "never changes; the last column is what rounding leaves of it along them, at most over layers. "
+        + lowered_shares(run.policy)
+    ).strip()
+    return Table(header, tuple(rows), caption)
 
 
 def _span(values: Iterable[float]) -> str:
@@ -167,14 +221,35 @@ def _span(values: Iterable[float]) -> str:
     return " – ".join(ends)
 
 
-def _cell(value: Any) -> str:
-    """Return any value of a JSON file as short text."""
-    if value is None or value == "":
-        return "–"
-    if isinstance(value, float):
-        return (f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.2e}".replace(".00e", "e")).replace(
-            "e-0", "e-"
+def forgetting_table(forgetting: Json) -> Table:
+    """Return a table with one row per probe of `python -m milora_vl.forgetting`, from its forgetting.json."""
+    names = {"text": "general text", "samples": "the base model's own text", "pictures": "answers about pictures"}
+    rows = [
+        (
+            f"{names[probe]} ({found['text']})" if probe == "pictures" else names[probe],
+            _with_error(found["kl"], found["kl_stderr"]),
+            _with_error(found["cross_entropy"], found["stderr"]),
+            f"{found['base_entropy']:.3f}",
+            _with_error(found["loss_change"], found["loss_change_stderr"], sign="+"),
+            f"{found['n_tokens']:,} in {found['n_documents']:,}",
         )
-    if isinstance(value, list | tuple):
-        return " × ".join(_cell(item) for item in value)
-    return str(value)
+        for probe in names
+        if (found := forgetting.get(probe))
+    ]
+    header = ("probe", "forgotten (KL)", "cross-entropy", "base entropy", "change of loss", "tokens in documents")
+    caption = "Compared with the predictions of the base model, in nats per token, ± one standard error over documents."
+    return Table(header, tuple(rows), caption)
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def score_changes(forgetting: Json) -> list[str]:
+    """Return one sentence per score of `python -m milora_vl.forgetting --suite`."""
+    good, poor = ".", "; the base model was no better than a fixed answer, so this score does not measure forgetting."
+    return [
+        f"{score['benchmark']}, {label(score['metric'])}: {score['before']:.3f} before, {score['after']:.3f} after"
+        + (good if score["was_good"] else poor)
+        for score in forgetting.get("scores", ())
+    ]

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import shlex
 import statistics
 import sys
@@ -14,17 +13,18 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from milora_eval.answers.questions import require_questions
 from milora_vl.common.atomic_write import read_json, write_json, write_text
 from milora_vl.common.cli.command_line import amount, next_step, run
 from milora_vl.common.cli.flags import Command, flag, option, positive, shared
 from milora_vl.common.cli.table import show
-from milora_vl.common.errors import Problem, UserError
+from milora_vl.common.errors import Problem, UserError, collected
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
-from milora_vl.sweep.runner import Sweep, alone, run_cells
+from milora_vl.sweep.runner import Sweep, alone, run_cells, usable_cores
 from milora_vl.train.flags import ADAPTERS
 from milora_vl.train.recipe import Recipe, read_recipe
 from milora_vl.train.setup import data_of
@@ -55,7 +55,8 @@ COMMAND = Command(
     "Compare methods, each at its own best learning rate.",
     f"""\
 methods: {", ".join(ADAPTERS)}, full (as in milora_vl.train);
-         minor-flat (minor directions without their singular values), lora-decay (LoRA with weight decay 0.1);
+         milora-paper (MiLoRA without protected inputs), minor-flat (the same without its singular values),
+         lora-decay (LoRA with weight decay 0.1);
          and the variants in sweep.variants of the recipe
 Each cell is one training, an evaluation on the suite and a measurement of forgetting. The validation loss
 (data.eval_path of the recipe) selects the learning rate of each method; the suite gives its reported score.
@@ -97,23 +98,29 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code. Raises UserError if the recipe or the flags are not usable."""
-    options = COMMAND.parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = COMMAND.parse(words)
     recipe = Recipe.parse(*read_recipe(options.recipe))
     suite = options.suite or recipe.sweep.suite or next(iter(recipe.eval.suites), "")
     data = data_of(suite, recipe, options.data or recipe.sweep.data or recipe.eval.data)
-    questions = QuestionSet(suite, data, options.limit or recipe.sweep.limit)
-    cells = _checked_cells(options, recipe, questions)
     folder = options.output_dir or Path("runs") / f"sweep-{Path(options.recipe).stem}"
-    sweep = Sweep(folder, recipe, questions)
+    sweep = Sweep(folder, recipe, QuestionSet(suite, data, options.limit or recipe.sweep.limit))
+    cells = _checked_cells(options, sweep)
     jobs = options.jobs or _jobs(len(cells))
-    _same_sweep(sweep)
-    _require_runnable(sweep, _show_plan(sweep, cells, jobs, retry=options.retry))
+    known = _require_same_sweep(sweep)
+    done = [cell for cell in cells if sweep.result(cell)]
+    failed = [cell for cell in cells if sweep.failure(cell)]
+    todo = [cell for cell in cells if cell not in done and (options.retry or cell not in failed)]
+    counts = f"{len(done):,} done, {len(failed):,} failed, {len(todo):,} to run, {jobs} at a time"
+    sys.stderr.write(f"{amount(len(cells), 'cell')}, {counts}{_time_left(sweep, cells, len(todo), jobs)}\n{folder}\n")
+    if not todo:
+        sys.stderr.write("nothing is left to run\n")
+    _require_runnable(sweep, todo)
     if options.plan:
         return 0
-    words = shlex.join(sys.argv[1:] if argv is None else argv)
-    command = f"python -m milora_vl.sweep {words}"
+    command = f"python -m milora_vl.sweep {shlex.join(words)}"
     with alone(folder):
-        _remember(sweep)
+        write_json(folder / "sweep.json", known)
 
         def on_done(cell: Cell, is_done: bool, left: int) -> None:
             status = "done" if is_done else "FAILED" if sweep.failure(cell) else "stopped"
@@ -122,55 +129,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         run_cells(sweep, cells, jobs, retry=options.retry, on_done=on_done)
         written, table = page.write(page.of_sweep(sweep, cells, options.seeds, command))
-    failed = [cell for cell in cells if sweep.failure(cell)]
     if options.format == "json":
         sys.stdout.write((folder / "results.json").read_text(encoding="utf-8"))
     else:
         show(table, options.format)
+    failed = [cell for cell in cells if sweep.failure(cell)]
     for cell in failed:
         sys.stderr.write(f"failed: {cell.name}   see {folder / 'logs' / cell.name}.log; try again with --retry\n")
     sys.stderr.write(f"page:   {written}\n")
     if failed:
-        next_step("milora_vl.sweep", *(sys.argv[1:] if argv is None else argv), "--retry")
-    else:
-        next_step("milora_vl.report", folder / "cells" / cells[0].name)
-    return 1 if failed else 0
+        next_step("milora_vl.sweep", *words, "--retry")
+        return 1
+    next_step("milora_vl.report", folder / "cells" / cells[0].name)
+    return 0
 
 
-def _checked_cells(options: argparse.Namespace, recipe: Recipe, questions: QuestionSet) -> list[Cell]:
+def _checked_cells(options: argparse.Namespace, sweep: Sweep) -> list[Cell]:
     """Return the cells. Raises UserError with all problems before the first step."""
-    problems, cells = _missing(options.recipe, recipe, questions), []
-    try:
-        if questions.suite:
-            require_questions(questions)
-    except UserError as error:
-        problems += error.problems
-    try:
-        cells = make_cells(recipe, options.methods, options.lrs, options.ranks, options.seeds)
-        for cell in cells:
-            recipe_of(recipe, cell)
-    except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(problems=problems)
-    return cells
-
-
-def _missing(name: str, recipe: Recipe, questions: QuestionSet) -> list[Problem]:
-    """Return a problem that lists the settings of a sweep that this recipe lacks; an empty list if it has all."""
+    recipe, cells = sweep.recipe, list[Cell]()
     needed = {
         "model: the base model": recipe.model,
         "data.path: the training records": recipe.data.path,
         "data.eval_path: held-out records that select the learning rate": recipe.data.eval_path,
-        "sweep.suite, or --suite: the suite or FILE.json that scores the cells": questions.suite,
+        "sweep.suite, or --suite: the suite or FILE.json that scores the cells": sweep.questions.suite,
     }
-    missing = [what for what, value in needed.items() if not value]
-    if not missing:
-        return []
-    copy = f"python -m milora_vl.train --print-recipe {shlex.quote(name)} > mine.yaml"
-    hint = "" if Path(name).exists() else f"set this in a copy of the recipe:  {copy}"
-    message = "\n  ".join(["missing settings that a sweep needs:", *missing])
-    return [Problem(message, code="sweep-recipe-incomplete", where=f"recipe {name}", hint=hint)]
+    problems = []
+    if missing := [what for what, value in needed.items() if not value]:
+        copy = f"python -m milora_vl.train --print-recipe {shlex.quote(options.recipe)} > mine.yaml"
+        hint = "" if Path(options.recipe).exists() else f"set this in a copy of the recipe:  {copy}"
+        message = "\n  ".join(["missing settings that a sweep needs:", *missing])
+        problems.append(Problem(message, where=f"recipe {options.recipe}", hint=hint))
+    with collected(problems):
+        if sweep.questions.suite:
+            require_questions(sweep.questions)
+    with collected(problems):
+        cells = make_cells(recipe, options.methods, options.lrs, options.ranks, options.seeds)
+        for cell in cells:
+            recipe_of(recipe, cell)
+    if problems:
+        raise UserError(problems=problems)
+    return cells
 
 
 def _require_runnable(sweep: Sweep, cells: Sequence[Cell]) -> None:
@@ -195,60 +193,29 @@ def _require_runnable(sweep: Sweep, cells: Sequence[Cell]) -> None:
 def _jobs(cells: int) -> int:
     import torch
 
-    return max(1, min(torch.cuda.device_count() or min(os.cpu_count() or 1, 4), cells))
+    return max(1, min(torch.cuda.device_count() or min(usable_cores(), 4), cells))
 
 
-def _same_sweep(sweep: Sweep) -> None:
-    """Raise UserError if the folder holds cells of another recipe. More methods, rates or seeds are allowed."""
-    known = read_json(sweep.folder / "sweep.json")
-    if known is None:
-        return
-    if known["key"] != _key(sweep):
-        raise UserError(
-            f"{sweep.folder} holds a sweep of another recipe or suite; nothing is overwritten",
-            code="sweep-other-recipe",
-            where="--output_dir",
-            hint="choose another folder:  --output_dir ANOTHER",
-        )
-    before = known.get("variants", {})
-    changed = [name for name, fields in sweep.recipe.sweep.variants.items() if before.get(name, fields) != fields]
-    if changed:
-        raise UserError(
-            f"{sweep.folder} holds a sweep in which {changed[0]} was {before[changed[0]]}",
-            code="sweep-variant-changed",
-            where=f"sweep.variants.{changed[0]}",
-            hint="use --output_dir ANOTHER, or rename the new variant",
-        )
+def _require_same_sweep(sweep: Sweep) -> dict[str, Any]:
+    """Return the content of sweep.json. More methods, rates, seeds or variants are allowed.
 
-
-def _remember(sweep: Sweep) -> None:
+    Raises UserError if the folder holds cells of another recipe, or of a variant that has changed.
+    """
     known = read_json(sweep.folder / "sweep.json") or {}
-    content = {"key": _key(sweep), "model": sweep.recipe.model, "suite": sweep.questions.suite}
-    content["variants"] = known.get("variants", {}) | sweep.recipe.sweep.variants
-    write_json(sweep.folder / "sweep.json", content)
-
-
-def _key(sweep: Sweep) -> str:
-    shared = sweep.recipe.model_dump()
-    shared["sweep"] = {"train": sweep.recipe.sweep.train}
-    return hashlib.sha256(json.dumps([shared, repr(sweep.questions)], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _show_plan(sweep: Sweep, cells: Sequence[Cell], jobs: int, *, retry: bool) -> list[Cell]:
-    """Show how many cells are done and how many are left; return those that are left."""
-    done = [cell for cell in cells if sweep.result(cell)]
-    failed = [cell for cell in cells if sweep.failure(cell)]
-    todo = [cell for cell in cells if cell not in done and (retry or cell not in failed)]
-    counts = f"{len(done):,} done, {len(failed):,} failed, {len(todo):,} to run, {jobs} at a time"
-    counts += _time_left(sweep, cells, len(todo), jobs)
-    sys.stderr.write(f"{amount(len(cells), 'cell')}, {counts}\n{sweep.folder}\n")
-    if not todo:
-        sys.stderr.write("nothing is left to run\n")
-    return todo
+    shared = sweep.recipe.model_dump() | {"sweep": {"train": sweep.recipe.sweep.train}}
+    digest = hashlib.sha256(json.dumps([shared, repr(sweep.questions)], sort_keys=True).encode()).hexdigest()[:16]
+    before, now = known.get("variants", {}), sweep.recipe.sweep.variants
+    changed = [f"variant {name}" for name, fields in now.items() if before.get(name, fields) != fields]
+    changed += ["recipe or suite"] if known.get("key", digest) != digest else []
+    if changed:
+        message = f"{sweep.folder} holds a sweep with another {changed[0]}; nothing is overwritten"
+        raise UserError(message, where="--output_dir", hint="choose another folder:  --output_dir ANOTHER")
+    fields = {"model": sweep.recipe.model, "suite": sweep.questions.suite, "variants": before | now}
+    return {"key": digest} | fields
 
 
 def _time_left(sweep: Sweep, cells: Sequence[Cell], left: int, jobs: int) -> str:
-    """Return the remaining time, from the training and evaluation time of finished cells; empty if unknown."""
+    """Return the expected time, from that of the finished cells; empty before the first."""
     seconds = [result["seconds"] for cell in cells if (result := sweep.result(cell))]
     if not seconds or not left:
         return ""

@@ -17,8 +17,9 @@ from milora_vl.train.recipe import EvalConfig, Recipe, SweepConfig
 # Names for --methods, with fields of the adapter rules and of `train:`.
 VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in (*ADAPTERS, "full")},
-    # the minor directions without their singular values
-    "minor-flat": {"method": "milora", "protect": 0, "sigma": "none"},
+    "milora-paper": {"method": "milora", "protect": 0.0},
+    # The minor directions without their singular values.
+    "minor-flat": {"method": "milora", "protect": 0.0, "sigma": "none"},
     "lora-decay": {"method": "lora", "train": {"weight_decay": 0.1}},
 }
 CellNumbers = Mapping[str, Any]
@@ -37,18 +38,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The name of the cell's folder."""
         rank = "" if self.rank is None else f"-r{self.rank}"
         return f"{self.method}{rank}-lr{self.learning_rate:g}-seed{self.seed}"
 
     @property
     def label(self) -> str:
-        """Method and rank: the name of the arm on pages."""
         return self.method if self.rank is None else f"{self.method} r={self.rank}"
 
     @property
     def arm(self) -> tuple[str, int | None]:
-        """The unit of comparison: (method, rank)."""
         return self.method, self.rank
 
 
@@ -64,12 +62,8 @@ def make_cells(
         if name not in known:
             near = suggest(name, known)
             guess = f"did you mean {near[0]}?" if near else f"known methods: {', '.join(known)}"
-            raise UserError(
-                f"unknown method {name!r}",
-                code="sweep-unknown-method",
-                where="--methods",
-                hint=f"{guess}\n(a recipe can define more in sweep.variants)",
-            )
+            hint = f"{guess}\n(a recipe can define more in sweep.variants)"
+            raise UserError(f"unknown method {name!r}", where="--methods", hint=hint)
     first = int(value_of(recipe.train, "seed"))
     cells = []
     for seed, rate, method in product(range(first, first + seeds), rates, methods):
@@ -77,12 +71,8 @@ def make_cells(
         chosen: Sequence[int | None] = ranks if ranks and has_rank else [None]
         cells += [Cell(method, rate, rank, seed) for rank in chosen]
     if len({cell.name for cell in cells}) < len(cells):
-        raise UserError(
-            "two learning rates agree in six digits and would be one cell",
-            code="flag-value",
-            where="--lrs",
-            hint="remove one of them",
-        )
+        message = "two learning rates agree in six digits and would be one cell"
+        raise UserError(message, where="--lrs", hint="remove one of them")
     return cells
 
 
@@ -94,18 +84,11 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
     known = {**VARIANTS, **recipe.sweep.variants}
     for name, fields in known.items():
         if "/" in name or name.startswith("."):
-            raise UserError(
-                "its cells are folders of this name, which cannot hold a / or begin with .",
-                code="sweep-variant-name",
-                where=f"sweep.variants.{name}",
-                hint="use letters, digits, - and _",
-            )
+            message = "its cells are folders of this name, which cannot hold a / or begin with ."
+            raise UserError(message, where=f"sweep.variants.{name}", hint="use letters, digits, - and _")
         if "policy" not in fields and fields.get("method") not in (*ADAPTERS, "full"):
-            raise UserError(
-                f"unknown method {fields.get('method')!r}; expected one of: {', '.join((*ADAPTERS, 'full'))}",
-                code="sweep-unknown-method",
-                where=f"sweep.variants.{name}",
-            )
+            message = f"unknown method {fields.get('method')!r}; expected one of: {', '.join((*ADAPTERS, 'full'))}"
+            raise UserError(message, where=f"sweep.variants.{name}")
     return known
 
 
@@ -139,12 +122,8 @@ def arm_rules(
     others = {name: value for name, value in fields.items() if name not in edits and name != "policy"}
     adapters = [rule for rule in rules if is_adapter(rule)]
     if others and not adapters:
-        raise UserError(
-            "no effect: no rule makes an adapter",
-            code="policy-unused-field",
-            where=", ".join(others),
-            hint="give the arm its own policy",
-        )
+        message = "no effect: no rule makes an adapter"
+        raise UserError(message, where=", ".join(others), hint="give the arm its own policy")
     for rule in adapters:
         rule.update(others)
         if "method" in rule and "seed" in METHODS[rule["method"]].fields:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from milora_vl.common.cli.table import Table
@@ -49,8 +49,7 @@ class Ratio:
 
     @property
     def text(self) -> str:
-        """The ratio and its interval as text.
-
+        """
         >>> Ratio(0.1, 0.05, 0.2, 3).text
         '0.10 (0.050 to 0.20)'
         """
@@ -116,27 +115,21 @@ def curves_of(results: Mapping[Cell, CellNumbers]) -> Curves:
 
 def at_common_loss(fronts: Mapping[int, Sequence[Spot]], of_reference: Mapping[int, Sequence[Spot]]) -> Ratio | None:
     """Return the ratio to the reference at the lowest loss that both reach, seed by seed; None without such a seed."""
-    pairs, is_lower_bound = [], False
+    logs, is_lower_bound = list[float](), False
     for seed, front in fronts.items():
         if seed in of_reference:
             loss = max(front[0].loss, of_reference[seed][0].loss)
             is_lower_bound |= loss > of_reference[seed][-1].loss
             pair = forgetting_at(front, loss), forgetting_at(of_reference[seed], loss)
-            assert pair[0] is not None
-            assert pair[1] is not None
-            pairs.append((pair[0], pair[1]))
-    ratio = _ratio(pairs)
-    return None if ratio is None else replace(ratio, is_lower_bound=is_lower_bound)
-
-
-def _ratio(pairs: Sequence[tuple[float, float]]) -> Ratio | None:
-    """Return the geometric mean of the ratios a / b. None without pairs, or if something forgot nothing at all."""
-    if not pairs or any(min(pair) <= 0 for pair in pairs):
+            if not pair[0] or not pair[1] or min(pair[0], pair[1]) <= 0:  # something forgot nothing at all
+                return None
+            logs.append(math.log(pair[0] / pair[1]))
+    if not logs:
         return None
-    logs = mean_of([math.log(a / b) for a, b in pairs])
-    if logs.half is None:
-        return Ratio(math.exp(logs.value), None, None, logs.n)
-    return Ratio(math.exp(logs.value), math.exp(logs.value - logs.half), math.exp(logs.value + logs.half), logs.n)
+    mean = mean_of(logs)
+    half = mean.half
+    low, high = (None, None) if half is None else (math.exp(mean.value - half), math.exp(mean.value + half))
+    return Ratio(math.exp(mean.value), low, high, mean.n, is_lower_bound)
 
 
 def ratios_to(reference: str, results: Mapping[Cell, CellNumbers]) -> dict[str, dict[str, Ratio | None]]:
@@ -159,7 +152,10 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
 
     Returns None if the reference has no curve.
     """
-    by_score = {cell: {**row, "validation_loss": 1 - float(row["score"])} for cell, row in results.items()}
+    # A score of 0, as before any training, says nothing about what was learned.
+    by_score = {
+        cell: {**row, "validation_loss": 1 - score} for cell, row in results.items() if (score := float(row["score"]))
+    }
     columns = {
         f"{kind}, equal {what}": ratio_texts(ratios, reference)
         for what, cells in (("loss", results), ("score", by_score))

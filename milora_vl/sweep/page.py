@@ -1,23 +1,38 @@
-"""Write the files of a sweep: cells.csv, table.csv, results.json, figures with their CSV, and sweep.html."""
+"""Write the files of a sweep: sweep.html, cells.csv, table.csv, ratios.csv, results.json, and its figures as PNG."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from milora_eval.stats import Difference
 from milora_vl.common.atomic_write import write_json
 from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
-from milora_vl.report.plots import draw, write_csv
-from milora_vl.sweep import plots
+from milora_vl.core.policy.rules import label_of
+from milora_vl.report.plots import (
+    GREY,
+    INK,
+    PAPER,
+    Plot,
+    colours_of,
+    draw,
+    marks_of,
+    method_colour,
+    page_figure,
+    write_csv,
+)
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.curves import equal_loss_table, ratios_to
-from milora_vl.sweep.results import Answers, Arm, Pair, arms, pairs
+from milora_vl.sweep.curves import Ratio, equal_loss_table, ratios_to
+from milora_vl.sweep.results import Answers, Arm, Mean, Pair, arms, pairs
 from milora_vl.sweep.runner import Sweep
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FORGETS = "KL from the base on general text, nats per token"
 
@@ -46,97 +61,79 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
     results = {cell: result for cell in cells if (result := sweep.result(cell)) is not None}
     failed = {cell: failure for cell in cells if (failure := sweep.failure(cell)) is not None}
     metric = next((f"{r['benchmark']}, {r['metric']}" for r in results.values()), "score")
-    arms_count = len({cell.arm for cell in results})
-    title = f"{arms_count} methods on {sweep.recipe.model}"
-    labels = dict.fromkeys(cell.label for cell in results)
+    labels = list(dict.fromkeys(cell.label for cell in results))
     first = next((label for label in labels if label.split()[0] == "lora"), next(iter(labels), None))
-    reference = first if len(labels) > 1 and len({cell.learning_rate for cell in results}) > 1 else None
+    has_curves = len(labels) > 1 and len({cell.learning_rate for cell in results}) > 1
     return Compared(
-        sweep.folder, title, cells, results, failed, sweep.answers, seeds, metric, FORGETS, command, reference
-    )
+        sweep.folder, f"{len(labels)} methods on {sweep.recipe.model}", cells, results, failed, sweep.answers, seeds,
+        metric, FORGETS, command, first if has_curves else None,
+    )  # fmt: skip
 
 
 def write(compared: Compared) -> tuple[Path, Table]:
     """Write the page and the files of the finished cells; return the path of the page and the table of methods."""
-    all_arms = _in_order(arms(compared.results, compared.seeds), compared.cells)
+    requested = list(dict.fromkeys(cell.label for cell in compared.cells))  # the others are compared with the first
+    all_arms = sorted(arms(compared.results, compared.seeds), key=lambda arm: requested.index(arm.label))
     tests = pairs(all_arms, compared.answers)
-    shares = {cell.label: result["protect"] for cell, result in compared.results.items() if "protect" in result}
-    table = arms_table(all_arms, compared.metric, compared.seeds, shares)
+    table = arms_table(compared, all_arms)
     at_equal_loss = equal_loss_table(compared.results, compared.reference) if compared.reference else None
-    _files(compared, all_arms, tests, table, at_equal_loss)
+    ratios = ratios_to(compared.reference, compared.results) if compared.reference else {}
+    figures = _figures(compared, all_arms, ratios)
     content = {
         "title": compared.title, "lede": lede(all_arms, compared.metric),
         "done": len(compared.results), "count": len(compared.cells),
         "cells_are": compared.cells_are, "table": table, "tests": pairs_table(tests),
-        "curves": at_equal_loss,
-        "ratios": _ratios_figure(compared) if at_equal_loss else None,
-        "figures": _figures(compared, all_arms), "command": compared.command,
+        "curves": at_equal_loss, "ratios": figures.pop("ratios", None),
+        "figures": list(figures.values()), "command": compared.command,
         "failed": [(cell.name, failure["said"]) for cell, failure in compared.failed.items()],
         "edges": [arm.label for arm in all_arms if arm.at_edge],
     }  # fmt: skip
     page = compared.folder / "sweep.html"
     pages.write(page, pages.render(Path(__file__).with_name("sweep.html.j2"), content))
+
+    results = compared.results.values()
+    columns = list(dict.fromkeys(key for result in results for key in result))
+    write_csv(compared.folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
+    write_csv(compared.folder / "table.csv", table.header, table.rows)
+    if at_equal_loss:
+        write_csv(compared.folder / "ratios.csv", at_equal_loss.header, at_equal_loss.rows)
+    numbers = {
+        "arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests],
+        "ratios": {
+            kind: {arm: ratio and asdict(ratio) for arm, ratio in of_kind.items()} for kind, of_kind in ratios.items()
+        },
+    }  # fmt: skip
+    # A diverged training leaves NaN, which is not valid JSON: write null.
+    valid = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
+    write_json(compared.folder / "results.json", valid)
     return page, table
-
-
-def _in_order(all_arms: Sequence[Arm], cells: Sequence[Cell]) -> list[Arm]:
-    """Return the arms in the requested order: the others are compared with the first one."""
-    requested = list(dict.fromkeys(cell.arm for cell in cells))
-    return sorted(all_arms, key=lambda arm: requested.index((arm.points[0].method, arm.points[0].rank)))
-
-
-def _figures(compared: Compared, all_arms: Sequence[Arm]) -> list[dict[str, Any]]:
-    figures = []
-    if all_arms:
-        caption = (
-            "Score over forgetting, with 95 % intervals over seeds. The validation loss selects the filled marker."
-        )
-        figure = plots.score_figure({compared.forgets: all_arms}, compared.metric, compared.title)
-        figures.append({"plot": draw(compared.folder, "score", figure, caption, with_pdf=True), "caption": caption})
-    if any(len(arm.points) > 1 for arm in all_arms):
-        caption = "Each method over the learning rates. The validation loss alone selects the reported one."
-        figure = plots.rates_figure(all_arms)
-        figures.append({"plot": draw(compared.folder, "rates", figure, caption, with_pdf=True), "caption": caption})
-    return figures
-
-
-def _ratios_figure(compared: Compared) -> dict[str, Any]:
-    """Return the figure of the table of ratios, for text and, if the cells measure them, pictures."""
-    assert compared.reference is not None
-    ratios = ratios_to(compared.reference, compared.results)
-    caption = f"The ratios of the table: a line is a 95 % interval over seeds, 1 is {compared.reference}."
-    figure = plots.ratios_figure(ratios, [compared.reference], "Forgetting at equal validation loss")
-    return {"plot": draw(compared.folder, "ratios", figure, caption, with_pdf=True), "caption": caption}
 
 
 def lede(all_arms: Sequence[Arm], metric: str) -> str:
     """Return the result in one line: the best scores, highest first."""
-    ready = [arm for arm in all_arms if arm.best is not None]
-    ready.sort(key=lambda arm: -arm.best.score.value if arm.best else 0.0)
-    words = [f"{arm.label} {arm.best.score.text}" for arm in ready[:3] if arm.best]
-    more = f" and {len(ready) - 3} more" if len(ready) > 3 else ""
-    return f"{metric}: {', '.join(words)}{more}" if words else "No method has a learning rate with all seeds yet"
+    best = [(arm.label, arm.best.score) for arm in all_arms if arm.best is not None]
+    best.sort(key=lambda entry: -entry[1].value)
+    words = ", ".join(f"{label} {score.text}" for label, score in best[:3])
+    more = f" and {len(best) - 3} more" if len(best) > 3 else ""
+    return f"{metric}: {words}{more}" if words else "No method has a learning rate with all seeds yet"
 
 
-def arms_table(all_arms: Sequence[Arm], metric: str, seeds: int, shares: Mapping[str, str]) -> Table:
-    """Return a table with one row per method: its best learning rate and its results there.
-
-    `shares` holds the shares of protected inputs by label, for arms that say them.
-    """
-    rows = []
+def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
+    """Return a table with one row per method: its share of protected inputs, its best rate, and its results there."""
+    seeds = compared.seeds
+    shares = {cell.label: result["protect"] for cell, result in compared.results.items() if "protect" in result}
+    rows: list[tuple[str, ...]] = []
     for arm in all_arms:
         name = f"{arm.label}, protect {shares[arm.label]}" if arm.label in shares else arm.label
-        if arm.best is None:
+        if (best := arm.best) is None:
             rows.append((name, "–", "–", "–", "–", f"no learning rate has a loss for all {seeds} seeds"))
             continue
-        best = arm.best
+        numbers = (mean.text for mean in (best.score, best.forgetting, best.validation))
         note = "at the edge of the tested rates" if arm.at_edge else ""
-        rate = f"{best.learning_rate:g}"
-        rows.append((name, rate, best.score.text, best.forgetting.text, best.validation.text, note))
-    header = ("method", "learning rate", metric, "forgetting", "validation loss", "note")
+        rows.append((name, f"{best.learning_rate:g}", *numbers, note))
     over = f"± is half a 95 % interval over {seeds} seeds (Student’s t)." if seeds > 1 else "One seed: no interval."
     return Table(
-        header,
+        ("method", "learning rate", compared.metric, "forgetting", "validation loss", "note"),
         tuple(rows),
         f"The validation loss selects the learning rate; the score is measured on the test items. {over}",
     )
@@ -144,14 +141,15 @@ def arms_table(all_arms: Sequence[Arm], metric: str, seeds: int, shares: Mapping
 
 def pairs_table(compared: Sequence[Pair]) -> Table:
     """Return a table with one row per pair: the paired difference of the test answers."""
-    rows = [
-        (
-            f"{pair.b} − {pair.a}", f"{pair.difference.value:+.3f}", _interval(pair.difference),
-            "–" if pair.difference.p_bootstrap is None else f"{pair.difference.p_bootstrap:.2g}",
-            f"{pair.difference.n:,}", f"{pair.seeds}",
-        )
-        for pair in compared
-    ]  # fmt: skip
+    rows = []
+    for pair in compared:
+        found = pair.difference
+        has_interval = found.low is not None and found.high is not None
+        rows.append((
+            f"{pair.b} − {pair.a}", f"{found.value:+.3f}",
+            f"{found.low:+.3f} to {found.high:+.3f}" if has_interval else "–",
+            "–" if found.p_bootstrap is None else f"{found.p_bootstrap:.2g}", f"{found.n:,}", f"{pair.seeds}",
+        ))  # fmt: skip
     notes = dict.fromkeys(pair.difference.note for pair in compared if pair.difference.note)
     words = (
         "Paired over test items: the mean of each item over the seeds of both methods. Interval and p come from a "
@@ -161,27 +159,143 @@ def pairs_table(compared: Sequence[Pair]) -> Table:
     return Table(("difference", "mean over items", "95 % interval", "p", "items", "seeds"), tuple(rows), words)
 
 
-def _interval(difference: Difference) -> str:
-    if difference.low is None or difference.high is None:
-        return "–"
-    return f"{difference.low:+.3f} to {difference.high:+.3f}"
+def _figures(
+    compared: Compared, all_arms: Sequence[Arm], ratios: Mapping[str, Mapping[str, Ratio | None]]
+) -> dict[str, Plot]:
+    """Draw the figures that the results allow, by name."""
+    drawn = dict[str, Plot]()
+
+    def add(name: str, figure: Figure, caption: str) -> None:
+        drawn[name] = draw(compared.folder, name, figure, caption)
+
+    if compared.reference and ratios:
+        words = f"The ratios of the table: a line is a 95 % interval over seeds, 1 is {compared.reference}."
+        add("ratios", ratios_figure(ratios, [compared.reference], "Forgetting at equal validation loss"), words)
+    if all_arms:
+        words = "Score over forgetting, with 95 % intervals over seeds. The validation loss selects the filled marker."
+        add("score", score_figure({compared.forgets: all_arms}, compared.metric, compared.title), words)
+    if any(len(arm.points) > 1 for arm in all_arms):
+        words = "Each method over the learning rates. The validation loss alone selects the reported one."
+        add("rates", rates_figure(all_arms), words)
+    return drawn
 
 
-def _files(
-    compared: Compared, all_arms: Sequence[Arm], tests: Sequence[Pair], table: Table, at_equal_loss: Table | None
-) -> None:
-    folder, results = compared.folder, compared.results.values()
-    columns = list(dict.fromkeys(key for result in results for key in result))
-    write_csv(folder / "cells.csv", columns, [[result.get(key) for key in columns] for result in results])
-    write_csv(folder / "table.csv", table.header, table.rows)
-    if at_equal_loss:
-        write_csv(folder / "ratios.csv", at_equal_loss.header, at_equal_loss.rows)
-    ratios = ratios_to(compared.reference, compared.results) if compared.reference else {}
-    content = {
-        "arms": [asdict(arm) for arm in all_arms], "pairs": [asdict(pair) for pair in tests],
-        "ratios": {
-            kind: {arm: ratio and asdict(ratio) for arm, ratio in of_kind.items()} for kind, of_kind in ratios.items()
-        },
-    }  # fmt: skip
-    # A diverged training leaves NaN, which is not valid JSON: write null.
-    write_json(folder / "results.json", json.loads(json.dumps(content), parse_constant=lambda _: None))
+def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -> Figure:
+    """Draw score over forgetting: one line per method through its learning rates.
+
+    `panels` maps the name of what is forgotten (the x axis) to the arms with it: text and pictures.
+    """
+    labels = [arm.label for arm in next(iter(panels.values()))]
+    colours, marks = colours_of(labels), marks_of(labels)
+    panels = {forgets: list(map(_finite, of_panel)) for forgets, of_panel in panels.items()}
+    with page_figure(4.6) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (forgets, of_panel) in zip(axes, panels.items(), strict=True):
+            for arm in of_panel:
+                colour, x = colours[arm.label], [p.forgetting.value for p in arm.points]
+                axis.plot(x, [p.score.value for p in arm.points], color=colour, lw=1.2, alpha=0.6, zorder=1)
+                for point in arm.points:
+                    axis.errorbar(
+                        point.forgetting.value, point.score.value, xerr=point.forgetting.half, yerr=point.score.half,
+                        fmt=marks[arm.label], ms=7, color=colour, mfc=colour if point is arm.best else PAPER, mew=1.5,
+                        zorder=2, elinewidth=0.8, ecolor=(colour, 0.4),
+                    )  # fmt: skip
+            forgotten = [point.forgetting.value for arm in of_panel for point in arm.points]
+            if min(forgotten, default=0.0) > 0:
+                subs = (1, 2, 5) if max(forgotten) > 6 * min(forgotten) else (1, 1.5, 2, 3, 4, 5, 6, 8)
+                _logarithmic(axis, forgotten, [sub * 10.0**power for power in range(-9, 4) for sub in subs], 0.1)
+            axis.set_xlabel(f"forgetting: {forgets}")
+            axis.text(0.01, 0.99, "\N{NORTH WEST ARROW} better", transform=axis.transAxes, va="top", color=GREY)
+        scores = [point.score.value for of_panel in panels.values() for arm in of_panel for point in arm.points] or [0]
+        spread = (max(scores) - min(scores)) or 0.1  # the interval of a rate that diverges may be larger
+        axes[0].set_ylim(min(scores) - 0.15 * spread, max(scores) + 0.3 * spread)
+        axes[0].set_title(f"score: {metric}", loc="left", fontsize=9.5)
+        lines = [axes[0].plot([], [], marker=marks[label], color=colours[label])[0] for label in labels]
+        figure.legend(
+            lines, list(map(label_of, labels)), loc="outside upper left", ncols=5, alignment="left",
+            title=title, title_fontproperties={"size": 11, "weight": "bold"},
+        )  # fmt: skip
+        words = "Mean over seeds, with its 95 % interval. A marker is one rate; filled: the lowest validation loss."
+        figure.supxlabel(words, x=0.01, ha="left", fontsize=8.5, color=GREY)
+    return figure
+
+
+def _finite(arm: Arm) -> Arm:
+    """Leave out rates at which a training diverged."""
+    points = (p for p in arm.points if math.isfinite(p.score.value) and math.isfinite(p.forgetting.value))
+    return replace(arm, points=tuple(points))
+
+
+def _logarithmic(axis: Axes, values: Sequence[float], ticks: Iterable[float], room: float) -> None:
+    """Use a logarithmic x axis. A tick has a label if it is `room`, a share of the axis, away from the one before."""
+    low, high = min(values) / 1.6, max(values) * 1.6
+    labelled: list[float] = []
+    for tick in sorted(ticks):
+        is_apart = not labelled or math.log(tick / labelled[-1]) >= room * math.log(high / low)
+        labelled += [tick] if low <= tick <= high and is_apart else []
+    axis.set(xscale="log", xlim=(low, high))
+    axis.set_xticks(labelled, [f"{tick:g}" for tick in labelled])
+    axis.set_xticks([], minor=True)
+
+
+def ratios_figure(panels: Mapping[str, Mapping[str, Ratio | None]], references: Iterable[str], title: str) -> Figure:
+    """Draw forgetting at equal loss, relative to the panel's reference: one row per arm, one panel per task.
+
+    One or two panels (of one task) are sorted by the first; of several tasks, the arms keep their order.
+    """
+    names = set(references)
+    reference = names.pop() if len(names) == 1 else None  # None: each panel has its own, with a row
+    shown = [{arm: ratio for arm, ratio in ratios.items() if ratio and arm != reference} for ratios in panels.values()]
+    labels = list(dict.fromkeys(label for ratios in shown for label in ratios))
+    if len(panels) < 3:
+        labels.sort(key=lambda label: shown[0][label].value if label in shown[0] else 0.0)
+    values = [ratio.value for ratios in shown for ratio in ratios.values()] + [0.6, 1.7]
+    low, high = min(values) / 1.5, max(values) * 1.5
+    with page_figure(1.4 + 0.27 * len(labels)) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, name, ratios in zip(axes, panels, shown, strict=True):
+            axis.axvline(1, color=GREY, lw=1, ls="--", zorder=0)
+            for label, ratio in ratios.items():
+                row, colour = labels.index(label), method_colour(label) or INK
+                if ratio.low is not None and ratio.high is not None:
+                    axis.plot([max(ratio.low, low), min(ratio.high, high)], [row, row], color=colour, lw=1.6, alpha=0.6)
+                axis.plot(ratio.value, row, marker=">" if ratio.is_lower_bound else "o", color=colour, ms=6)
+                number = ratio.text.partition(" (")[0]
+                axis.text(0.99, row, number, transform=axis.get_yaxis_transform(), ha="right", va="center", color=INK)
+            axis.set(xscale="log", xlim=(low, high * (high / low) ** 0.45), ylim=(max(len(labels), 1) - 0.5, -0.5))
+            few = (0.5, 1, 2) if high < 12 * low else (0.25, 1, 4)
+            ticks = [tick for tick in (few if high < 30 * low else (0.01, 0.1, 1, 10)) if low <= tick <= high]
+            axis.set_xticks(ticks, [reference if reference and tick == 1 else f"{tick:g}×" for tick in ticks])
+            axis.set_xticks([], minor=True)
+            axis.set_title(name, loc="left", fontsize=9.5)
+            axis.tick_params(axis="y", length=0)
+            axis.spines["left"].set_visible(False)
+        axes[0].set_yticks(range(len(labels)), labels)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        of = reference or "the reference"
+        words = f"\N{LEFTWARDS ARROW} better.  Forgetting at equal validation loss, relative to {of}"
+        if any(ratio.is_lower_bound for ratios in shown for ratio in ratios.values()):
+            words += "; a triangle is a lower bound"
+        figure.supxlabel(words, x=0.01, ha="left", fontsize=8.5, color=GREY)
+    return figure
+
+
+def rates_figure(all_arms: Sequence[Arm]) -> Figure:
+    """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
+    labels = [arm.label for arm in all_arms]
+    colours, marks = colours_of(labels), marks_of(labels)
+    rates = {point.learning_rate for arm in all_arms for point in arm.points}
+    with page_figure(3.0) as figure:
+        axes = figure.subplots(1, 3)
+        for axis, field in zip(axes, ("validation", "score", "forgetting"), strict=True):
+            for arm in all_arms:
+                means: list[Mean] = [getattr(point, field) for point in arm.points]
+                axis.errorbar(
+                    [p.learning_rate for p in arm.points], [m.value for m in means], yerr=[m.half or 0 for m in means],
+                    color=colours[arm.label], marker=marks[arm.label], ms=5, lw=1.4, elinewidth=0.8, label=arm.label,
+                )  # fmt: skip
+            _logarithmic(axis, list(rates), rates, 0.24)
+            axis.set_xlabel("learning rate")
+            axis.set_title(field.replace("validation", "validation loss"), loc="left", fontsize=10, fontweight="bold")
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left", ncols=5)
+    return figure

@@ -26,7 +26,6 @@ class Mean:
 
     @property
     def text(self) -> str:
-        """The mean and half its interval as text."""
         is_tiny = (self.half or 0) < abs(self.value) < 5e-4  # but significantly different from zero
         numbers = [self.value] if self.half is None else [self.value, self.half]
         return " ± ".join(f"{x:.1e}" if is_tiny else f"{round(x, 3) + 0.0:.3f}" for x in numbers)
@@ -45,13 +44,7 @@ class Point:
     seeds: tuple[int, ...]
 
     def cell(self, seed: int) -> Cell:
-        """Return the cell of one seed."""
         return Cell(self.method, self.learning_rate, self.rank, seed)
-
-    @property
-    def label(self) -> str:
-        """Method and rank."""
-        return self.cell(0).label
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,46 +84,42 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 def arms(results: Mapping[Cell, CellNumbers], seeds: int) -> list[Arm]:
     """Group the results by arm. The validation loss selects the best training among those with all seeds."""
-    grouped = []
-    for method, rank in dict.fromkeys(cell.arm for cell in results):
-        by_rate: dict[float, dict[int, CellNumbers]] = {}
-        for cell, result in results.items():
-            if cell.arm == (method, rank):
-                by_rate.setdefault(cell.learning_rate, {})[cell.seed] = result
-        points = tuple(_point(method, rank, rate, by_rate[rate]) for rate in sorted(by_rate))
+    grouped: dict[str, dict[float, list[Cell]]] = {}
+    for cell in results:
+        grouped.setdefault(cell.label, {}).setdefault(cell.learning_rate, []).append(cell)
+    found = []
+    for label, by_rate in grouped.items():
+        points = tuple(_point(by_rate[rate], results) for rate in sorted(by_rate))
         complete = [p for p in points if len(p.seeds) == seeds and math.isfinite(p.validation.value)]
         best = min(complete, key=lambda point: point.validation.value, default=None)
-        rates = [point.learning_rate for point in points]
-        at_edge = best is not None and min(rates) < max(rates) and best.learning_rate in (min(rates), max(rates))
-        grouped.append(Arm(points[0].label, points, best, at_edge=at_edge))
-    return grouped
+        at_edge = best is not None and len(points) > 1 and best in (points[0], points[-1])
+        found.append(Arm(label, points, best, at_edge=at_edge))
+    return found
+
+
+def _point(cells: Sequence[Cell], results: Mapping[Cell, CellNumbers]) -> Point:
+    """Return the means of the cells, which differ in their seed alone."""
+    validation, score, forgetting = (
+        mean_of([float(results[cell][key]) for cell in cells]) for key in ("validation_loss", "score", "forgetting")
+    )
+    method, rank, rate = cells[0].method, cells[0].rank, cells[0].learning_rate
+    return Point(method, rank, rate, validation, score, forgetting, tuple(sorted(cell.seed for cell in cells)))
 
 
 def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
     """Compare every arm with the first one, on the test items that both answered."""
-    ready = [arm for arm in all_arms if arm.best is not None]
-    out = []
-    for arm in ready[1:]:
-        assert arm.best is not None
-        assert ready[0].best is not None
-        common = sorted(set(ready[0].best.seeds) & set(arm.best.seeds))
-        a, b = (_mean_answers(answers, point, common) for point in (ready[0].best, arm.best))
+    known = [(arm.label, arm.best) for arm in all_arms if arm.best is not None]
+    found = []
+    for label, best in known[1:]:
+        first, of_first = known[0]
+        common = sorted(set(of_first.seeds) & set(best.seeds))
+        a, b = (_mean_answers(answers, point, common) for point in (of_first, best))
         ids = [item for item in a if item in b]
         if ids:
             groups = [a[item][1] for item in ids]
             difference = paired_difference([a[i][0] for i in ids], [b[i][0] for i in ids], clusters=groups)
-            out.append(Pair(ready[0].label, arm.label, difference, len(common)))
-    return out
-
-
-def _point(method: str, rank: int | None, rate: float, by_seed: Mapping[int, CellNumbers]) -> Point:
-    def over_seeds(key: str) -> Mean:
-        return mean_of([float(result[key]) for result in by_seed.values()])
-
-    return Point(
-        method, rank, rate, over_seeds("validation_loss"), over_seeds("score"), over_seeds("forgetting"),
-        tuple(sorted(by_seed)),
-    )  # fmt: skip
+            found.append(Pair(first, label, difference, len(common)))
+    return found
 
 
 def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -42,12 +43,13 @@ class Sweep:
     questions: QuestionSet
 
     def run_folder(self, cell: Cell) -> Path:
-        """Return the run folder of a cell."""
         return self.folder / "cells" / cell.name
 
     def results_folder(self, cell: Cell) -> Path:
-        """Return the folder with the answers of a cell."""
         return self.run_folder(cell) / "eval" / results_name(self.questions.suite) / "final"
+
+    def log(self, cell: Cell) -> Path:
+        return self.folder / "logs" / f"{cell.name}.log"
 
     def result(self, cell: Cell) -> CellNumbers | None:
         """Return the result of a cell; None if it is not finished, or if its answers have been deleted."""
@@ -73,12 +75,12 @@ class Sweep:
 
     def training(self, cell: Cell) -> list[str]:
         """Return the command that trains a cell, without the interpreter."""
-        file, run = self.folder / "recipes" / f"{cell.name}.yaml", self.run_folder(cell)
-        words = ["--recipe", str(file), "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
-        return ["-m", "milora_vl.train", *words]
+        recipe, run = self.folder / "recipes" / f"{cell.name}.yaml", self.run_folder(cell)
+        flags = ["--recipe", str(recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
+        return ["-m", "milora_vl.train", *flags]
 
     def evaluating(self, cell: Cell) -> list[str]:
-        """Return the command that evaluates a trained cell."""
+        """Return the command that evaluates a trained cell: a full training is a model of its own."""
         run = self.run_folder(cell)
         request = EvaluationRequest.of_run(run, self.recipe.model, self.questions, with_base=False)
         return ["-m", *evaluator.command(request)]
@@ -92,19 +94,19 @@ def run_cells(
     Calls `on_done(cell, whether it has a result, number left)` when a cell ends. A keyboard interrupt stops all cells.
     """
     todo = [c for c in cells if sweep.result(c) is None and (retry or sweep.failure(c) is None)]
-    slots = list(range(jobs))
-    guard, stopped = threading.Lock(), threading.Event()
+    slots: queue.SimpleQueue[int] = queue.SimpleQueue()  # one for each parallel cell, which has its GPU
+    for slot in range(jobs):
+        slots.put(slot)
+    stopped = threading.Event()
 
     def run(cell: Cell) -> bool:
         if stopped.is_set():
             return False
-        with guard:
-            slot = slots.pop()
+        slot = slots.get()
         try:
             return _run_cell(sweep, cell, _environment(slot, jobs))
         finally:
-            with guard:
-                slots.append(slot)
+            slots.put(slot)
 
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(run, cell): cell for cell in todo}
@@ -117,38 +119,43 @@ def run_cells(
 
 
 def _run_cell(sweep: Sweep, cell: Cell, environment: Mapping[str, str]) -> bool:
-    for name in ("cells", "logs", "failed", "recipes"):
-        (sweep.folder / name).mkdir(parents=True, exist_ok=True)
+    """Train and evaluate a cell. Return whether it has a result; the reason of a failure is in failed/."""
     recipe = recipe_of(sweep.recipe, cell)
     # Cells with the same method and rank share their initial factors through the cache.
-    shared = recipe.factor_cache or str(sweep.folder / "factors")
-    recipe = recipe.model_copy(update={"factor_cache": shared})
+    recipe = recipe.model_copy(update={"factor_cache": recipe.factor_cache or str(sweep.folder / "factors")})
     write_text(sweep.folder / "recipes" / f"{cell.name}.yaml", recipe.to_yaml())
     _wait_for_killed_sweep(sweep.run_folder(cell))
     start = time.monotonic()
-    log = sweep.folder / "logs" / f"{cell.name}.log"
+    failed, log = sweep.folder / "failed" / f"{cell.name}.json", sweep.log(cell)
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as out:
         for make in (sweep.training, sweep.evaluating):
             command = make(cell)
             out.write(f"$ python {' '.join(command)}\n")
             out.flush()
             done = subprocess.run([sys.executable, *command], stdout=out, stderr=subprocess.STDOUT, env=environment)
-            if done.returncode == 130 or done.returncode == -2:  # interrupted by the user: not a failure of the cell
+            if done.returncode in (130, -signal.SIGINT):  # interrupted by the user: not a failure of the cell
                 return False
             if done.returncode != 0:
-                output = f"{_tail(log)}\n{_exit_reason(done.returncode)}"
-                failure = {"command": command, "code": done.returncode, "log": str(log), "said": output}
-                write_json(sweep.folder / "failed" / f"{cell.name}.json", failure)
+                end = log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:]
+                said = "\n".join([*end, _exit_reason(done.returncode)])
+                write_json(failed, {"code": done.returncode, "said": said})
                 return False
     try:
         result = _collect(sweep, cell) | {"seconds": round(time.monotonic() - start, 1)}
     except (KeyError, IndexError, OSError, ValueError) as error:
-        failure = {"command": [], "code": 0, "log": str(log), "said": f"{type(error).__name__}: {error}"}
-        write_json(sweep.folder / "failed" / f"{cell.name}.json", failure)
+        write_json(failed, {"code": 0, "said": f"{type(error).__name__}: {error}"})
         return False
     write_json(sweep.folder / "cells" / f"{cell.name}.json", result)
-    (sweep.folder / "failed" / f"{cell.name}.json").unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
     return True
+
+
+def _exit_reason(code: int) -> str:
+    """Return why a failed command ended; a killed command cannot print a reason itself."""
+    if code == -signal.SIGKILL:
+        return "killed (SIGKILL): if no user did this, memory ran out; fewer --jobs need less memory"
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _wait_for_killed_sweep(run: Path) -> None:
@@ -174,13 +181,13 @@ def _collect(sweep: Sweep, cell: Cell) -> dict[str, Any]:
     best = state["best_model_checkpoint"] if recipe_of(sweep.recipe, cell).train.get("load_best_model_at_end") else None
     kept = int(best.rpartition("-")[2]) if best else max(losses)  # the step whose weights are evaluated
     results = json.loads((sweep.results_folder(cell) / "results.json").read_text(encoding="utf-8"))
-    metric = results["benchmarks"][0]["metrics"][0]
-    forgetting = results["forgetting"]
+    benchmark, forgetting = results["benchmarks"][0], results["forgetting"]
+    metric = benchmark["metrics"][0]
     policy = json.loads((run / "policy.json").read_text(encoding="utf-8"))
     shares = sorted({target["protect"] for target in policy.get("targets", ()) if target["rank"]}) or [0.0]
     return {
         "method": cell.method, "learning_rate": cell.learning_rate, "rank": cell.rank, "seed": cell.seed,
-        "validation_loss": losses[kept], "benchmark": results["benchmarks"][0]["name"], "metric": metric["name"],
+        "validation_loss": losses[kept], "benchmark": benchmark["name"], "metric": metric["name"],
         "score": metric["value"], "score_stderr": metric.get("stderr"), "forgetting": forgetting["kl"],
         "forgetting_stderr": forgetting["kl_stderr"], "trainable": policy.get("trainable"),
         "protect": " to ".join(f"{share:g}" for share in dict.fromkeys((shares[0], shares[-1]))),
@@ -189,12 +196,26 @@ def _collect(sweep: Sweep, cell: Cell) -> dict[str, Any]:
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
     """Return the environment of a cell: its share of the cores, and one GPU if there are several."""
+    variables = {"OMP_NUM_THREADS": str(max(1, usable_cores() // jobs))}
+    gpus = _visible_gpus()
+    if len(gpus) > 1:
+        variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    return {**os.environ, **variables}
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which taskset or a container limits."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _visible_gpus() -> list[str]:
+    """Return the GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them: indices or UUIDs."""
     import torch
 
-    variables = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-    if torch.cuda.device_count() > 1:
-        variables["CUDA_VISIBLE_DEVICES"] = str(slot % torch.cuda.device_count())
-    return {**os.environ, **variables}
+    count = torch.cuda.device_count()
+    inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [str(index) for index in range(count)] if inherited is None else inherited.split(",")
+    return [name.strip() for name in names[:count]]
 
 
 @contextmanager
@@ -205,24 +226,9 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
-            f"another sweep is running in {folder}",
-            code="sweep-already-running",
-            where="--output_dir",
-            hint="wait until it has finished, or use another folder",
-        ) from None
+        message, hint = f"another sweep is running in {folder}", "wait until it has finished, or use another folder"
+        raise UserError(message, where="--output_dir", hint=hint) from None
     try:
         yield
     finally:
         lock.release()
-
-
-def _exit_reason(code: int) -> str:
-    """Return why a failed command ended; a killed command cannot print a reason itself."""
-    if code == -signal.SIGKILL:
-        return "killed (SIGKILL): if no user did this, memory ran out; fewer --jobs need less memory"
-    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-6:])

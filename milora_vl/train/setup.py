@@ -261,7 +261,7 @@ def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list
 def base_kl_of(recipe: Recipe, base: Base, targets: Sequence[Target]) -> BaseKLConfig:
     """Return `base_kl` with its weight; if none is set, the default keeps what the base says about pictures, too.
 
-    A term of the loss reaches the five percent of the inputs that protection does not (docs/studies/default.md).
+    A term of the loss reaches the five percent of the inputs that protection does not (docs/results.md).
     """
     if recipe.base_kl.weight is not None:
         return recipe.base_kl

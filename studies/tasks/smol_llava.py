@@ -18,7 +18,7 @@ from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.records.record import IMAGE, Record, Turn
 from milora_data.stream import load_records
 from milora_vl.core.calibration.bases import Calibration, sources_of
-from milora_vl.forgetting import answer_batches, drawn_questions
+from milora_vl.forgetting.answers import answer_batches, drawn_questions
 from milora_vl.interop.load_model import load_model
 from milora_vl.models.devices import fastest_dtype
 from milora_vl.models.generate import Prompt, generate

@@ -56,14 +56,9 @@ def test_the_papers_random_column_is_the_expectation() -> None:
     assert drawn == pytest.approx(measures.expected_inside(float(torch.linalg.norm(W)), (200, 150), 40), rel=0.1)
 
 
-@settings(max_examples=25, deadline=None)
-@given(SEEDS, st.integers(1, 4))
-def test_similarity_lies_between_nothing_and_the_same(seed: int, r: int) -> None:
-    A, B = (torch.linalg.qr(randn(9, r, seed=seed + i)).Q for i in (0, 1))
-    turned = A @ torch.linalg.qr(randn(r, r, seed=seed)).Q
-    assert 0 <= measures.subspace_similarity(A, B) <= 1 + 1e-9
-    assert measures.subspace_similarity(A, turned) == pytest.approx(1)
-    assert measures.subspace_similarity(A, B) == pytest.approx(measures.subspace_similarity(B, A))
+def similarity(A: Tensor, B: Tensor) -> float:
+    """||A'B||_F^2 / r of column-orthonormal A, B (d, r)."""
+    return float((A.T @ B).square().sum()) / A.shape[1]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12)])
@@ -73,12 +68,13 @@ def test_similarities_are_those_of_the_definition(shape: tuple[int, int]) -> Non
     update = Update.from_factors(randn(shape[0], 3, seed=1), randn(3, shape[1], seed=2))
     top, bottom, rest = measures.similarities(whole, update, r)
     U = torch.linalg.svd(W, full_matrices=False).U
-    own = update.U[:, :r]
-    assert top == pytest.approx(measures.subspace_similarity(own, U[:, :r]), rel=1e-6)
-    assert bottom == pytest.approx(measures.subspace_similarity(own, U[:, -r:]), rel=1e-6)
+    own = update.U[:, :r].double()
+    U = U.double()
+    assert top == pytest.approx(similarity(own, U[:, :r]), rel=1e-6)
+    assert bottom == pytest.approx(similarity(own, U[:, -r:]), rel=1e-6)
     draws = torch.Generator().manual_seed(0)
     picked = [U[:, torch.randperm(U.shape[1], generator=draws)[:r]] for _ in range(3000)]
-    assert rest == pytest.approx(sum(measures.subspace_similarity(own, P) for P in picked) / 3000, rel=0.05)
+    assert rest == pytest.approx(sum(similarity(own, P) for P in picked) / 3000, rel=0.05)
 
 
 def test_an_intruder_is_a_direction_that_was_not_there() -> None:

@@ -8,10 +8,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from milora_vl import apply_milora, decompose, load_adapter, merge, reinit_peft, restore_split, save_adapter
+from milora_vl import apply_milora, decompose, load_adapter, merge, save_adapter
 from milora_vl.core.svd.decomposition import Part
 from support.adapter_cases import Pictures as PictureModel
 from support.adapter_cases import move, one_rule, picture_batch, tiny_gpt2, token_batch, train_steps
@@ -53,14 +52,6 @@ def test_apply_train_save_load_and_merge(name: str, sim: torch.device, tmp_path:
         assert torch.allclose(logits(merge(loaded), on(device, inputs)), trained, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["milora", "pissa", "random", "lora", "full", "dora"])
-def test_every_method_trains(method: str, sim: torch.device) -> None:
-    fields = {} if method == "full" else {"rank": 2} if method == "dora" else {"rank": 2, "protect": 0}
-    rules = [{"modules": "language", "method": method, **fields}]
-    first, *_, last = train_steps(apply_milora(build("llama").to(sim), rules).train(), on(sim, batch("llama")))
-    assert last < first
-
-
 @pytest.mark.parametrize("made", [PictureModel, tiny_gpt2])
 def test_convolutions_embeddings_and_conv1d(made: Callable[[], nn.Module], sim: torch.device) -> None:
     model = made()
@@ -90,18 +81,7 @@ def test_calibration_on_the_device_protects_inputs(sim: torch.device) -> None:
     assert train_steps(tuned.train(), here) == pytest.approx(losses, rel=1e-3)
 
 
-def test_peft_models_are_reinitialized_and_restored(sim: torch.device, tmp_path: Path) -> None:
-    here, config = on(sim, batch("llama")), LoraConfig(r=2, target_modules=["q_proj", "up_proj"])
-    tuned = reinit_peft(get_peft_model(build("llama").to(sim), config), protect=0)
-    train_steps(tuned.train(), here)
-    save_adapter(tuned, tmp_path)
-    trained = logits(tuned, here)
-    stock = PeftModel.from_pretrained(build("llama").to(sim), str(tmp_path), is_trainable=True)
-    assert torch.allclose(logits(stock, here), trained, atol=1e-5)
-    train_steps(restore_split(stock, tmp_path).train(), here, steps=1)
-
-
-@pytest.mark.parametrize(("shape", "method"), [((40, 96), "auto"), ((300, 280), "fast"), ((96, 40), "exact")])
+@pytest.mark.parametrize(("shape", "method"), [((300, 280), "fast"), ((96, 40), "exact")])
 @pytest.mark.parametrize("part", get_args(Part))
 def test_decompose_gives_the_factors_of_the_cpu(
     part: Any, shape: tuple[int, int], method: Any, sim: torch.device

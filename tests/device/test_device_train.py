@@ -7,16 +7,11 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from milora_vl import apply_milora
 from milora_vl.train.command import main
-from support.adapter_cases import LLAVA_POLICY, llava_batch
 from support.simulated_device import NAME, counted_waits, simulated_device
 from support.train_runs import METHODS, lengthen_data, losses, read_json, training
 from support.vlm_runs import write_model, write_pictures, write_records
@@ -123,29 +118,3 @@ def test_a_logged_step_waits_once(sim: torch.device, tiny_data: Path, tmp_path: 
     once, _ = waits_of([*words, "--output_dir", str(tmp_path / "b"), "--logging_steps", "100"])
     assert [line.rpartition(":")[0] for line in each - once] == ["transformers/trainer.py"] * 2
     assert set((each - once).values()) == {5}
-
-
-@pytest.mark.filterwarnings("ignore:the optimizer ignores rules")
-def test_dpo_with_the_adapter_off(tiny_llava: Callable[..., Any], sim: torch.device) -> None:
-    base = tiny_llava()[0]
-    batch = {name: value.to(sim) for name, value in llava_batch(base).items()}
-    model = apply_milora(base.to(sim), LLAVA_POLICY).train()
-    chosen, rejected = batch["input_ids"], batch["input_ids"].clone()
-    rejected[:, 20:] = 7
-
-    def log_probability(ids: Tensor) -> Tensor:
-        logits = model(**{**batch, "input_ids": ids}).logits[:, :-1].log_softmax(-1)
-        return logits.gather(-1, ids[:, 1:, None]).sum()
-
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    steps = []
-    for _ in range(3):
-        with torch.no_grad(), model.disable_adapter():
-            reference = log_probability(chosen) - log_probability(rejected)
-        loss = -F.logsigmoid(log_probability(chosen) - log_probability(rejected) - reference)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        steps.append(loss.item())
-    assert steps[0] == pytest.approx(0.6931, abs=0.05)  # dropout
-    assert steps[-1] < steps[0]

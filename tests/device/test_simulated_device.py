@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from support.simulated_device import counted_waits, simulated_device
+from support.simulated_device import counted_waits
 
 
 @pytest.mark.parametrize(
@@ -76,30 +74,3 @@ def test_work_on_the_device_is_no_wait_and_a_copy_to_it_may_be(sim: torch.device
         torch.ones(3).to(sim)
         torch.tensor([1.0], device=sim)
     assert sum(waits.uploads.values()) == 2
-
-
-def test_modules_gradients_copies_files_and_autocast(sim: torch.device) -> None:
-    module = nn.Linear(3, 2).to(sim)
-    assert isinstance(module.weight, nn.Parameter)
-    with torch.autocast(sim.type, torch.bfloat16):
-        out = module(torch.ones(1, 3, device=sim))
-    assert out.dtype == torch.bfloat16
-    out.float().sum().backward()
-    assert module.weight.grad is not None
-    assert module.weight.grad.device == sim
-    twin = copy.deepcopy(module)
-    with torch.no_grad():
-        twin.weight.zero_()
-    assert module.weight.abs().sum() > 0
-    module.weight.data = module.weight.data.double()
-    assert module.weight.cpu().dtype == torch.float64
-    torch.save(module.state_dict(), file := io.BytesIO())
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=True)["weight"], module.weight.cpu())
-
-
-def test_outside_its_block_there_is_none() -> None:
-    assert not torch.accelerator.is_available()
-    with simulated_device():
-        assert torch.accelerator.is_available()
-    assert not torch.accelerator.is_available()

@@ -1,4 +1,4 @@
-"""README and docs/choose.md have the numbers of the studies and benchmarks, and no measured number beside them."""
+"""The pages have the numbers of the studies, and README and those that advise no measured number beside them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def test_the_numbers_of_a_page_are_those_of_the_studies(page: Path) -> None:
     assert figures.written(text) == text, "python -m studies.figures writes the page again"
 
 
-@pytest.mark.parametrize("page", figures.PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [page for page in figures.PAGES if page.name != "results.md"], ids=lambda page: page.name
+)
 def test_no_measured_number_is_typed(page: Path) -> None:
     typed = CODE.sub("", figures.BLOCK.sub("", page.read_text(encoding="utf-8")))
     assert [line for line in typed.splitlines() if MEASURED.search(line)] == []

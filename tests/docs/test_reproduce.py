@@ -26,7 +26,7 @@ PAGE = re.sub(
 def trainings() -> Iterator[tuple[int, list[str]]]:
     """Yield devices and flags of each row: of its command, or of the command above `Other rows` with more flags."""
     devices, flags = 0, ""
-    command = r"(?:torchrun --nproc_per_node (\d+)|python) -m milora_vl\.train (.+)"
+    command = r"(?:torchrun --nproc_per_node (\d+) -m milora_vl\.train|milora train) (.+)"
     for match in re.finditer(rf"^{command}$|^Other rows: ((?:.+\n)+)", PAGE, re.MULTILINE):
         if match[2]:
             devices, flags = int(match[1] or 1), match[2]
@@ -93,7 +93,7 @@ def test_a_command_trains_the_part_of_its_method_with_the_papers_scale(flags: li
 
 def test_the_pages_conversions_make_what_its_recipes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^python -m milora_data (convert --from alpaca .*)$", PAGE, re.MULTILINE)
+    lines = re.findall(r"^milora data (convert --from alpaca .*)$", PAGE, re.MULTILINE)
     assert len(lines) == 2
     for words in map(str.split, lines):
         rows = [{"instruction": str(n), "input": "", "output": "o", "answer": "a"} for n in range(130)]

@@ -1,4 +1,4 @@
-"""The table of docs/integrations.md: what each way in trains by default, and how much of the inputs it protects."""
+"""The table of docs/trainers.md: what each way trains by default, and how much of the inputs it protects."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import peft
 import pytest
 from peft import LoraConfig
 
-from milora_vl import reinit_peft
+from milora_vl import calibration_texts, reinit_peft
 from milora_vl.core.policy import Policy, Target
 from milora_vl.interop import llava, replace
 from milora_vl.models.tiny import tiny_llama
 from support.plans import fitted
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 LORA = LoraConfig(r=2, target_modules=["q_proj"])
+TEXTS = calibration_texts(tiny_llama()[0], count=8, length=16)
 
 
 def rows() -> dict[str, tuple[str, float]]:
@@ -57,6 +58,11 @@ def of_launcher(module: object) -> Target:
         return peft.get_peft_model(tiny_llama()[0], LORA).milora_targets[0]
 
 
+def of_reinit() -> Target:
+    model, _ = tiny_llama()
+    return reinit_peft(peft.get_peft_model(model, LORA), calibration=TEXTS).milora_targets[0]
+
+
 def section(title: str) -> str:
     return PAGE.split(f"\n## {title}")[1].split("\n## ")[0]
 
@@ -66,18 +72,14 @@ def script(name: str) -> str:
 
 
 WAYS: dict[str, Callable[[], list[Target]]] = {
-    "`python -m milora_vl.train`": lambda: [of_command("--model llava-1.5-7b")],
+    "`milora train`": lambda: [of_command("--model llava-1.5-7b")],
     "`deepspeed --module milora_vl.train`": lambda: [of_command("--model llava-1.5-7b --lora_enable True")],
-    "`apply_milora(model, rules, calibration=..., task=...)`": lambda: [
-        of_rule(script("llava_own_data.py").split("apply_milora(\n")[1]),
-        of_rule(section("The HF Trainer and TRL")),
-    ],
-    "`reinit_peft(model)`": lambda: [reinit_peft(peft.get_peft_model(tiny_llama()[0], LORA)).milora_targets[0]],
-    "`python -m milora_vl.interop.replace`": lambda: [of_launcher(replace)],
-    "`python -m milora_vl.interop.llava`": lambda: [of_launcher(llava)],
+    "`apply_milora(model, rules, calibration=...)`": lambda: [of_rule(section("HF Trainer and TRL"))],
+    "`reinit_peft(model, calibration=...)`": lambda: [of_reinit()],
+    "`milora replace`": lambda: [of_launcher(replace)],
+    "`milora llava`": lambda: [of_launcher(llava)],
     "`get_peft_model_replaced(...)`": lambda: [of_launcher(replace)],
     "`plugin.py`": lambda: [of_rule(section("ms-swift"))],
-    "`apply_milora(model.decoder, rules)`": lambda: [of_rule(section("nanoVLM"))],
     "`examples/grpo_trl.py`, `distillation_trl.py`": lambda: [
         of_rule(script(name)) for name in ("grpo_trl.py", "distillation_trl.py")
     ],

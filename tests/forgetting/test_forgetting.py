@@ -12,16 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milora_vl.forgetting import (
-    Forgetting,
-    answer_batches,
-    drawn_questions,
-    general_text,
-    measure_forgetting,
-    sampled_batches,
-    text_blocks,
-)
-from milora_vl.forgetting.measure import ProbeBatch, compare_on, summary, token_sums
+from milora_vl.forgetting.answers import answer_batches, drawn_questions
+from milora_vl.forgetting.measure import Forgetting, compare_on, measure_forgetting, summary, token_sums
+from milora_vl.forgetting.text import ProbeBatch, general_text, sampled_batches, text_blocks
 
 Made = tuple[Any, Any]
 SMALL: dict[str, Any] = {"num_tokens": 200, "block_length": 40, "batch_size": 2}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -16,16 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.plan import RUNS, measure
-from milora_vl import apply_milora, decompose, load_adapter, load_model, merge, save_adapter
-from milora_vl.core.adapter.lora import base_model_of
-from milora_vl.models.generate import generate
-from milora_vl.models.losses import add_chunked_loss, summed_loss
+from milora_vl import apply_milora, decompose, load_model
 from milora_vl.train.command import main
-from support.adapter_cases import LLAVA_POLICY, llava_batch, move, train_steps
+from support.adapter_cases import LLAVA_POLICY, llava_batch, train_steps
 from support.drawn import write_tiny_data
 from support.train_runs import losses, training
 
@@ -88,16 +83,6 @@ def test_quantised_bases_train(bits: Any, device: torch.device, tiny_llava: Any,
     assert last < first
 
 
-@pytest.mark.parametrize("shape", [(1024, 1024), (1024, 2752)])
-@pytest.mark.parametrize("part", ["minor", "principal", "random"])
-def test_decompose_is_as_exact_as_on_the_cpu(part: Any, shape: tuple[int, int], device: torch.device) -> None:
-    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    there, factors = decompose(W, 32, part), decompose(W.to(device), 32, part)
-    assert factors.U.device.type == device.type
-    assert factors.excess <= 1e-3
-    torch.testing.assert_close(factors.S.cpu(), there.S, rtol=1e-3, atol=1e-4)
-
-
 def test_a_7b_weight_is_decomposed_on_the_card(
     device: torch.device, record_property: Callable[[str, object], None]
 ) -> None:
@@ -133,14 +118,6 @@ def plain(
 def test_it_learns_what_a_cpu_learns(plain: list[float], tiny_data: Path, tmp_path: Path) -> None:
     on_cpu = run(tiny_data, tmp_path / "run", ["--use_cpu"])
     assert plain == pytest.approx([loss for _, loss in on_cpu], rel=2e-2)
-
-
-def test_loader_processes_with_pinned_memory(
-    device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
-) -> None:
-    run(tiny_data, tmp_path / "run", on_device, "--dataloader_num_workers", "2", "--bf16")
-    named = json.loads((tmp_path / "run" / "environment.json").read_text())["device"]
-    assert named == ("cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))
 
 
 def test_compiled_blocks(
@@ -201,65 +178,6 @@ def test_one_process_of_a_launcher(
     assert [loss for _, loss in losses(tmp_path / "run")] == pytest.approx(plain, rel=1e-2)
 
 
-def test_fsdp2_in_one_process(device: torch.device, tiny_llava: Any) -> None:
-    """The command refuses it, since nothing is shared; torch shards a model for one process, and gathers its layers."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        found = []
-        for is_sharded in (False, True):
-            model = apply_milora(tiny_llava()[0].to(device), RULES).train()
-            base = base_model_of(model)
-            batch = here(llava_batch(base), device)
-            assert add_chunked_loss(base)
-            if is_sharded:
-                mesh = init_device_mesh(device.type, (1,))
-                for module in (*base.model.language_model.layers, model):
-                    fully_shard(module, mesh=mesh)
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-            for _ in range(3):
-                loss, count = summed_loss(model, {**batch, "labels": batch["input_ids"]}, chunked=True)
-                (loss / count).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                found.append(loss.item() / count)
-        assert found[3:] == pytest.approx(found[:3], rel=1e-4)
-        assert found[2] < found[0]
-    finally:
-        dist.destroy_process_group()
-
-
-def test_batches_of_questions_get_the_answers_of_one_by_one(device: torch.device, tiny_llava: Any) -> None:
-    from PIL import Image
-
-    from milora_data.records.record import Turn
-    from milora_vl.models.generate import Prompt
-
-    model, processor = tiny_llava()
-    pictures = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
-    texts = ["What is it?", "And what is this one here?", "Why?"]
-    prompts = [Prompt((Turn("user", f"<image>\n{text}"),), (picture,)) for picture in pictures for text in texts]
-    model = model.to(device)
-    one_by_one = generate(model, processor, prompts, batch_size=1, max_new_tokens=8)
-    assert generate(model, processor, prompts, batch_size=6, max_new_tokens=8) == one_by_one
-
-
-def test_merged_equals_unmerged_and_comes_back(device: torch.device, tiny_llava: Any, tmp_path: Path) -> None:
-    base = tiny_llava()[0].to(device)
-    batch = here(llava_batch(base), device)
-    model = apply_milora(base, RULES).eval()
-    move(model)
-    save_adapter(model, tmp_path)
-    with torch.no_grad():
-        expected = model(**batch).logits
-        loaded = load_adapter(tiny_llava()[0].to(device), tmp_path).eval()
-        torch.testing.assert_close(loaded(**batch).logits, expected, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(merge(model)(**batch).logits, expected, rtol=1e-2, atol=1e-2)
-
-
 def test_a_step_waits_for_nothing_of_ours(
     device: torch.device, on_device: list[str], tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -279,6 +197,6 @@ def test_a_step_waits_for_nothing_of_ours(
         "milora_vl/models/losses.py",
         "milora_vl/train/trainer.py",
         "milora_vl/train/meter.py",
-        "adapter/difference.py",
+        "adapter/anchored.py",
     ):
         assert not [line for line in waits if file in line]

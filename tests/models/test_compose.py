@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from milora_vl import chat, compose, train
+from milora_vl import chat, train
+from milora_vl.compose import __main__ as compose
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.models.vision import tower_config
 from support.problems import raises_code

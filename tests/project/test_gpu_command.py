@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,20 +35,20 @@ def test_all_parts_run_without_a_card(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_a_failed_part_is_recorded_and_finished_ones_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: list[str] = []
+    asked: list[object] = []
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        asked.append(name := command[command.index("--part") + 1])
-        if name == "questions":
-            return subprocess.CompletedProcess(command, -9, "", "")
-        return subprocess.CompletedProcess(command, 0, 'noise\n{"result": {"tokens_per_second": 5}}\n', "")
+    def apart(script: str, *words: object) -> Any:
+        asked.append(words[1])
+        return {
+            "questions": {"error": "ValueError: too many questions"}, "demo": None
+        }.get(str(words[1]), {"result": {"tokens_per_second": 5}})  # fmt: skip
 
-    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "apart", apart)
     file = tmp_path / "gpu.json"
     assert [gpu.main([*TRY, str(file)]), gpu.main([*TRY, str(file)])] == [1, 1]
-    assert asked == [*gpu.PARTS, "questions"]
-    assert json.loads(file.read_text())["questions"]["error"] == "the process ended with -9"
-    assert "failed the process ended with -9" in capsys.readouterr().out
+    assert asked == [*gpu.PARTS, "questions", "demo"], "only what has no result runs again"
+    assert json.loads(file.read_text())["demo"]["error"] == "the process died"
+    assert "failed ValueError: too many questions" in capsys.readouterr().out
 
 
 def test_results_of_another_machine_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

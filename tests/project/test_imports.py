@@ -1,4 +1,4 @@
-"""What an import costs, needs and does: a fast front door, a core that needs torch alone, no effects."""
+"""What an import needs and does: an SVD that needs torch alone, no effects."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import milora_data.__main__
-import milora_eval.__main__
-import milora_vl.__main__
-
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
     ROOT / "milora_vl",
@@ -23,7 +19,6 @@ SOURCES = [
     ROOT / "eval" / "milora_eval",
 ]
 OURS = {source.name for source in SOURCES}
-SLOW = {"torch", "transformers", "peft", "datasets", "matplotlib", "timm"}  # of these, --help imports none
 # Plug-ins that their host imports; tests/eval/test_eval_plugins.py runs them in one.
 NEED_THEIR_HOST = {"milora_eval/lmms.py"}
 FILES = sorted(
@@ -37,12 +32,6 @@ FILES = sorted(
 def module_name(path: Path) -> str:
     (source,) = [source for source in SOURCES if path.is_relative_to(source)]
     return ".".join(path.relative_to(source.parent).with_suffix("").parts).removesuffix(".__init__")
-
-
-def commands() -> list[str]:
-    """What a user may type after `python -m`: every module with a main guard."""
-    guarded = [path for path in FILES if '__name__ == "__main__"' in path.read_text(encoding="utf-8")]
-    return [module_name(path).removesuffix(".__main__") for path in guarded]
 
 
 def python(code: str) -> str:
@@ -110,26 +99,6 @@ def test_the_svd_works_with_torch_alone() -> None:
     loaded = set(python(f"import warnings; warnings.simplefilter('ignore')\n{WITH_TORCH_ALONE}").split())
     assert "milora_vl.core.svd" in loaded
     assert not {"numpy", "peft", "transformers", "pydantic", "yaml"} & loaded
-
-
-def entries() -> list[str]:
-    """Every command, and every entry of a menu: `milora_eval run` is none of the modules with a main guard."""
-    menus = {"milora_vl": milora_vl.__main__.MENU, "milora_data": milora_data.__main__.MENU}
-    menus["milora_eval"] = milora_eval.__main__.MENU
-    inner = [f"{program} {name}" for program, menu in menus.items() for name in menu.modules]
-    direct = {module for menu in menus.values() for module in menu.modules.values()}
-    return sorted({*commands(), *inner} - direct)
-
-
-@pytest.mark.parametrize("command", entries())
-def test_help_imports_nothing_slow(command: str) -> None:
-    words = [sys.executable, "-X", "importtime", "-m", *command.split(), "--help"]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout.lower()
-    lines = done.stderr.splitlines()
-    assert [line for line in lines if not line.startswith("import time:")] == []
-    assert not SLOW & {line.rpartition("|")[2].strip() for line in lines}
 
 
 EFFECTS = """

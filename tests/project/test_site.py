@@ -31,7 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_page_is_in_the_menu(site: Path) -> None:
     menu = (site / "index.html").read_text("utf-8")
     docs = ROOT / "docs"
-    pages = {page.relative_to(docs).with_suffix("").as_posix() for page in docs.rglob("*.md")}
+    pages = {page.stem for page in docs.glob("*.md")}  # those in contributing/ are read in the repository
     assert {name for name in pages if f'href="{name}.html"' not in menu} == set()
 
 

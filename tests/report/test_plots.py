@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from milora_vl.report import figures, plots
-from milora_vl.report.run_page import Layer, Metric, Run, Score, read_run
+from milora_vl.report import plots
+from milora_vl.report.read_run import Run, Score, read_run
 from support.fake_run import log_history, make_run
 
 pytestmark = pytest.mark.usefixtures("real_plots")
@@ -29,23 +29,17 @@ def opened(figure: Any) -> Image.Image:
 
 
 def test_every_plot_is_as_wide_as_the_page(run: Run) -> None:
-    for figure in (
-        plots.loss_figure(run.history),
-        plots.spectrum_figure(run.layers),
-        plots.scores_figure(run.comparisons[0].scores),
-    ):
+    for figure in (plots.loss_figure(run.history), plots.scores_figure(run.comparisons[0].scores())):
         assert opened(figure).width == round(200 * plots.WIDTH)
 
 
 def test_short_and_odd_runs_can_be_drawn() -> None:
-    layer = Layer("a.b", "language", (4, 4), (1.0, 0.5, 0.0, 0.0), (2, 4), "milora", None)
-    rest = Layer("a.c", "vision", (1, 9), (0.0,), None, "frozen", None)
     opened(plots.loss_figure([{"step": 1, "loss": 2.0}]))
     opened(plots.loss_figure([*log_history()[:3], {"step": 9, "eval_loss": 1.0}]))
-    opened(plots.spectrum_figure([layer, rest]))
     opened(plots.protection_figure({"projector.linear": {"energy": 0.9, "held_out": None}}, [0.9]))
-    opened(plots.scores_figure([Score("pope", "accuracy", None, Metric("accuracy", 0.5), True)]))
-    opened(plots.scores_figure([Score("pope", "accuracy", Metric("accuracy", 1.0, 0.1, baseline=0.5), None, True)]))
+    half, whole = {"name": "accuracy", "value": 0.5}, {"name": "accuracy", "value": 1.0, "stderr": 0.1, "baseline": 0.5}
+    opened(plots.scores_figure([Score("pope", None, half)]))
+    opened(plots.scores_figure([Score("pope", whole, None)]))
 
 
 def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
@@ -55,24 +49,33 @@ def test_smoothing_keeps_a_straight_line_and_calms_noise() -> None:
 
 
 def test_each_plot_of_a_run_is_a_file_beside_its_page(run: Run) -> None:
-    made = figures.make(run)
-    assert set(made) == {"loss", "spectrum", "scores-emoji"}
+    made = plots.plots_of(run)
+    assert set(made) == {"loss", "scores-emoji"}
     assert {file.name for file in (run.folder / "plots").iterdir()} == {f"{name}.png" for name in made}
 
 
-def test_a_run_with_protected_inputs_shows_their_share_and_no_spectrum(run: Run, tmp_path: Path) -> None:
+def test_a_run_with_protected_inputs_shows_their_share(run: Run, tmp_path: Path) -> None:
     path = "model.language_model.layers.{}.mlp.up_proj"
     inputs = {"directions": 5, "inputs": 9, "energy": 0.95, "held_out": 0.8, "kept": 0.1, "overlap": 0.0}
     policy = {
-        "targets": [{"path": path.format(0), "tower": "language", "method": "gradient", "rank": 4, "protect": 0.95}],
+        "targets": [{"path": path.format(0), "tower": "language", "method": "milora", "rank": 4, "protect": 0.95}],
         "protection": {path.format(block): inputs for block in range(3)},
     }
-    fixed = Layer(path.format(1), "language", (4, 4), (1.0, 0.5), None, "gradient", None)
-    protected = replace(run, folder=tmp_path, policy=policy, layers=(fixed,), comparisons=())
-    assert set(figures.make(protected)) == {"loss", "protection"}
+    protected = replace(run, folder=tmp_path, policy=policy, comparisons=())
+    assert set(plots.plots_of(protected)) == {"loss", "protection"}
+
+
+def test_rows_of_several_benchmarks_have_their_names() -> None:
+    metrics = [{"name": "accuracy", "value": 0.5}, {"name": "answer in first line", "value": 0.4}]
+    one = [Score("old", None, metric) for metric in metrics]
+    assert plots.names_of(one) == ["accuracy", "answer in first line"]
+    two = [*one, Score("new", None, metrics[0])]
+    (axis,) = plots.scores_figure(two).axes
+    words = [label.get_text() for label in axis.get_yticklabels()]
+    assert words == ["old: accuracy", "old: answer in first line", "new: accuracy"]
 
 
 def test_a_method_has_one_colour_wherever_it_stands() -> None:
-    first, second = plots.colours_of(["lora", "gradient", "runs/a"]), plots.colours_of(["runs/b", "lora-decay"])
-    assert first["lora"] == second["lora-decay"] != first["gradient"]
+    first, second = plots.colours_of(["lora", "milora", "runs/a"]), plots.colours_of(["runs/b", "lora-decay"])
+    assert first["lora"] == second["lora-decay"] != first["milora"]
     assert not {first["runs/a"], second["runs/b"]} & set(plots.METHOD_COLOURS.values())

@@ -15,14 +15,13 @@ from milora_eval.scores.results import numbers
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.report.__main__ import main as report_main
-from milora_vl.report.page import regenerate_report, write_report
-from milora_vl.report.parts import credits_of, facts
+from milora_vl.report.page import credits_of, regenerate_report, summary, write_report
+from milora_vl.report.read_run import read_run
 from milora_vl.report.repeat import commands, questions_of
-from milora_vl.report.run_page import Metric, Run, read_run
-from milora_vl.report.wording import duration, forgetting, loss_words, number, summary
+from milora_vl.report.tables import number
 from support.fake_run import dump, make_run
 
-OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "spectrum.json", "trainer_state.json", "eval")
+OPTIONAL = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "eval")
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy to change, without the two files whose plots take seconds to draw."""
-    skip = shutil.ignore_patterns("trainer_state.json", "spectrum.json", "plots")
+    """A copy to change, without the file whose plots take seconds to draw."""
+    skip = shutil.ignore_patterns("trainer_state.json", "plots")
     return Path(shutil.copytree(finished, tmp_path / "run", ignore=skip))
 
 
@@ -70,16 +69,15 @@ def page_of(run: Path) -> Page:
     return page
 
 
-def test_the_first_loss_and_the_time_of_a_training_say_what_they_are() -> None:
-    def words(first: int) -> str:
-        history = ({"step": first, "loss": 2.0}, {"step": 25, "loss": 1.0})
-        return loss_words(Run(Path(), history=history))
-
-    assert "went from 2.00 to 1.00" in words(1)
-    assert "from 2.00 (mean of the first 10 steps) to 1.00" in words(10)
-    environment = {"finished": "now", "seconds": 300.0, "seconds_before_training": 120.0, "device": "cpu"}
-    (fact,) = facts(Run(Path(), environment=environment))
-    assert fact.more == f"cpu, {duration(120)} of it before the first step"
+def test_the_first_loss_and_the_time_of_a_training_say_what_they_are(run: Path) -> None:
+    shutil.rmtree(run / "eval")
+    edit(run / "environment.json", lambda content: content.update(seconds=300.0, seconds_before_training=120.0))
+    for first, words in (1, "from 2.00 to 1.00;"), (10, "from 2.00 (mean of the first 10 steps) to 1.00;"):
+        log = [{"step": first, "loss": 2.0}, {"step": 25, "loss": 1.0, "eval_loss": 1.5}]
+        dump(run / "trainer_state.json", {"log_history": log})
+        text = page_of(run).text
+        assert f"Over 25 steps the training loss went {words} on the evaluation records it is 1.50" in text
+    assert "5 min 00 scpu, 2 threads, 2 min 00 s of it before the first step" in text
 
 
 def test_the_page_tells_the_result_in_words(finished: Path) -> None:
@@ -90,7 +88,7 @@ def test_the_page_tells_the_result_in_words(finished: Path) -> None:
     assert f"correctly answers {100 * mean['value']:.1f} % (±{100 * mean['stderr']:.1f}) of the questions" in text
     assert "0.220 (±0.010) nats per token" in text
     assert "answers by letter alone stay near chance" in text
-    assert "last 32 of 576 train" in text
+    assert "7.5 % of the cross-entropy" in text
 
 
 def test_the_page_needs_nothing_outside_and_no_script(finished: Path) -> None:
@@ -98,7 +96,7 @@ def test_the_page_needs_nothing_outside_and_no_script(finished: Path) -> None:
     tags = Page(html).tags
     fetched = [v for tag, at in tags for k, v in at.items() if k in ("src", "srcset", "data", "poster") and v]
     fetched += [str(at["href"]) for tag, at in tags if tag == "link"]
-    assert len(fetched) > 24
+    assert len(fetched) > 20
     assert all(value.startswith("data:") for value in fetched)
     assert not [tag for tag, at in tags if tag == "script" or any(name.startswith("on") for name in at)]
     assert "url(" not in html
@@ -110,10 +108,7 @@ def test_the_page_needs_nothing_outside_and_no_script(finished: Path) -> None:
 def test_what_the_files_say_is_escaped(run: Path) -> None:
     evil = "<script>alert(1)</script>&\"'"
     edit(run / "environment.json", lambda content: content.update(model=evil, device=evil))
-    dump(
-        run / "spectrum.json",
-        [{"path": evil, "tower": evil, "shape": [9, 9], "sigma": [], "method": evil, "note": evil}],
-    )
+    dump(run / "policy.json", {"targets": [{"path": evil, "tower": evil, "method": evil}]})
     for which in ("base", "final"):
         file = run / "eval" / "emoji" / which / "predictions.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -192,14 +187,8 @@ def test_points_are_no_percent_and_several_suites_stand_side_by_side(run: Path) 
     assert "1,480.2" in text
     assert "1,480.2 %" not in text
     assert "has not been evaluated yet" in text
-    assert number(Metric("perception", 1480.25, 12.0, unit="points")) == "1,480.2 (±12.0)"
-    assert number(Metric("accuracy", 1.0, 0.0)) == "100.0 %"  # two of two right: no spread to see
-
-
-def test_forgetting_is_said_with_its_floor(finished: Path) -> None:
-    found = forgetting(read_run(finished).comparisons[0])
-    assert found is not None
-    assert (found["kl"], found["base_entropy"], found["share"]) == (0.22, 2.71, "7.5 %")
+    assert number({"value": 1480.25, "stderr": 12.0, "unit": "points"}) == "1,480.2 (±12.0)"
+    assert number({"value": 1.0, "stderr": 0.0}) == "100.0 %"  # two of two right: no spread to see
 
 
 def test_credits_come_from_the_data(run: Path) -> None:
@@ -323,14 +312,14 @@ def test_own_questions_are_compared_with_the_better_of_base_and_majority(run: Pa
         dump(
             folder / "results.json", {"suite": "own", "which": which, "generation": generation} | numbers(folder, "own")
         )
-    (comparison,) = read_run(run).comparisons
-    found = comparison.gain
+    content = read_run(run)
+    (comparison,), found = content.comparisons, content.gain
     assert found is not None
     assert (found.over, found.value) == ("majority", pytest.approx(0.5 - 1 / 3))
     assert found.low is not None
     assert found.high is not None
     assert found.low < found.value < found.high
-    assert [score.name for score in comparison.scores] == ["accuracy", "answer in first line"]
+    assert [score.any["name"] for score in comparison.scores()] == ["accuracy", "answer in first line"]
     text = page_of(run).text
     assert "16.7 points more than the most frequent answer, 33.3 % (95 % interval" in text
     assert "gain over the majority answer+16.7 points95 % interval" in text
@@ -361,8 +350,8 @@ def test_a_run_is_asked_the_questions_that_its_recipe_names(
 def test_scores_of_earlier_tasks_stand_beside_those_after_their_own_run(run: Path, finished: Path) -> None:
     first = {"run": str(finished), "data": {"path": "data/emoji/train.json"}, "records": 8, "rules": []}
     dump(run / "milora.json", {"tasks": [first, {**first, "run": str(run)}]})
-    (earlier,) = read_run(run).earlier
-    assert (earlier.run, earlier.score.benchmark, earlier.score.gain) == (finished, "emoji", 0)
+    ((folder, score),) = read_run(run).earlier
+    assert (folder, score.benchmark, score.before == score.after) == (finished, "emoji", True)
     assert "Earlier runs" in page_of(run).text
     assert commands(read_run(run)).earlier == ()
 
@@ -374,8 +363,29 @@ def test_scores_of_earlier_tasks_stand_beside_those_after_their_own_run(run: Pat
 
     answers = run / "eval" / "emoji" / "final" / "predictions.jsonl"
     answers.write_text(answers.read_text().replace("What", "Which"))  # another file of the same name
-    (earlier,) = read_run(run).earlier
-    assert (earlier.score.before is not None, earlier.score.after) == (True, None)
+    ((_, score),) = read_run(run).earlier
+    assert (score.before is not None, score.after) == (True, None)
     (command,) = commands(read_run(run)).earlier
     assert "--suite emoji --data data/emoji" in command
     assert "--with_base" not in command
+
+
+def test_the_headline_of_a_run_after_another_is_of_its_own_task(run: Path, finished: Path) -> None:
+    task = {"run": str(finished), "data": {"path": "data/emoji/train.json"}, "records": 8, "rules": []}
+    dump(run / "milora.json", {"tasks": [task, {**task, "run": str(run)}]})
+    for which in ("base", "final"):
+        folder = run / "eval" / "emoji" / which
+        lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        lines += [line | {"benchmark": "data:mine", "correct": float(which == "final")} for line in lines]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        score = {"name": "accuracy", "value": 0.9 if which == "final" else 0.2, "n": 9}
+        mine = {"name": "mine", "reference": "data:mine", "n": 9, "metrics": [score]}
+        edit(folder / "results.json", lambda content, mine=mine: content["benchmarks"].append(mine))
+    content = read_run(run)
+    (_, old), old_score = content.earlier[0], json.loads((finished / "eval/emoji/final/results.json").read_text())
+    assert old.after == old_score["benchmarks"][0]["metrics"][0]
+    mine, emoji = summary(content).split(". On ")
+    assert mine == "The fine-tuned model correctly answers 90.0 % of the mine questions; the base model 20.0 %"
+    assert emoji.startswith(f"emoji, an earlier task, it has {number(old.after)}, and had {number(old.before)}")
+    # The last column of the table of tasks wraps, so that the table is not cut at the right.
+    assert '<th scope="col" class="left">what trained</th>' in write_report(run).read_text(encoding="utf-8")

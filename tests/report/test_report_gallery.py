@@ -1,45 +1,43 @@
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from milora_vl.report.parts import Answer, Question, outcomes, questions, sample
-from milora_vl.report.run_page import read_run
+from milora_vl.report.page import Asked, outcomes, questions, sample, write_report
+from milora_vl.report.read_run import read_run
 from support.fake_run import make_run
 
 
-def made(
-    number: int, kind: str = "naming", before: float = 0, after: float = 1, picture: int | None = None
-) -> Question:
-    path = Path(f"{number if picture is None else picture}.png")
-    return Question(f"q{number}", kind, "What?", "", ("a",), path, Answer("b", before), Answer("a", after))
+def made(number: int, kind: str = "naming", before: float | None = 0, after: float | None = 1) -> Asked:
+    def line(correct: float | None) -> dict[str, Any]:
+        return {"benchmark": "b", "id": f"q{number}", "type": kind, "correct": correct, "prediction": "a"}
+
+    return line(before), line(after)
 
 
 def test_the_sample_has_the_shares_of_the_whole() -> None:
     items = [made(i, "naming" if i % 4 else "colour", after=float(i % 3 == 0)) for i in range(240)]
-    chosen = sample(items, 24)
-    assert Counter(item.kind for item in chosen) == {"naming": 18, "colour": 6}
-    assert sum(item.after.is_right for item in chosen if item.after) == 8
+    chosen = [after for _, after in sample(items, 24) if after]
+    assert Counter(line["type"] for line in chosen) == {"naming": 18, "colour": 6}
+    assert sum(line["correct"] for line in chosen) == 8
 
 
 def test_the_sample_is_the_same_in_any_order_and_never_repeats_a_question() -> None:
     items = [made(i, after=float(i % 2)) for i in range(50)]
     assert sample(items, 24) == sample(items[::-1], 24)
-    assert len({item.key for item in sample(items, 24)}) == 24
+    assert len({after["id"] for _, after in sample(items, 24) if after}) == 24
     assert len(sample(items, 99)) == 50
     assert sample([], 24) == []
 
 
 def test_outcomes_are_counted_in_pairs() -> None:
-    items = [
-        made(1, before=0, after=1),
-        made(2, before=1, after=1),
-        made(3, before=1, after=0),
-        made(4, before=0, after=0.4),
-    ]
+    pairs = [(0, 1), (1, 1), (1, 0), (0, 0.4)]
+    items = [made(number, before=before, after=after) for number, (before, after) in enumerate(pairs)]
     assert list(outcomes(items).values()) == [1, 1, 1, 1]
-    unpaired = Question("q", "naming", "What?", "", (), None, None, Answer("a", 1))
-    assert outcomes([*items, unpaired]) == {}
+    assert outcomes([*items, (None, made(9)[1])]) == {}
+    assert outcomes([*items, made(9, after=None)]) == {}  # another program scores it
 
 
 def test_answers_of_both_models_meet_at_their_question(tmp_path: Path) -> None:
@@ -47,15 +45,15 @@ def test_answers_of_both_models_meet_at_their_question(tmp_path: Path) -> None:
     file = run / "eval/emoji/base/predictions.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True)[:-1])))
     items = questions(read_run(run).comparisons[0])
-    assert [item.key for item in items] == [f"emoji/q{i}" for i in range(16)]
-    assert [item.key for item in items if item.before is None] == ["emoji/q15"]
+    assert [after["id"] for _, after in items if after] == [f"q{i}" for i in range(16)]
+    assert [after["id"] for before, after in items if after and before is None] == ["q15"]
 
 
-def test_verdicts_in_words() -> None:
-    assert [Answer("x", value).verdict for value in (0.0, 0.6, 1.0)] == ["wrong", "60% right", "right"]
-
-
-def test_the_mark_of_the_picture_is_not_shown_and_earlier_turns_are(tmp_path: Path) -> None:
-    items = questions(read_run(make_run(tmp_path / "run", num_questions=8)).comparisons[0])
-    assert not [item for item in items if "<image>" in item.text + item.context]
-    assert [item.context for item in items if item.kind == "multi turn"] == ["What is this?\na thing"]
+def test_a_card_shows_earlier_turns_and_a_score_between_right_and_wrong(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", num_questions=8)
+    file = run / "eval/emoji/final/predictions.jsonl"
+    file.write_text(re.sub(r'"correct": (true|false)', '"correct": 0.6', file.read_text()))
+    text = write_report(run).read_text(encoding="utf-8")
+    assert "&lt;image&gt;" not in text
+    assert "What is this?\na thing" in text
+    assert text.count("✓ 60% right") == 8

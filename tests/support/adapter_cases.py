@@ -65,6 +65,19 @@ def token_batch(vocabulary: int = 40, rows: int = 2, length: int = 9) -> Tensor:
     return torch.randint(5, vocabulary, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+class Tokens(torch.utils.data.Dataset):
+    """Sixteen rows of a language model, for HF's Trainer."""
+
+    def __init__(self) -> None:
+        self.rows = token_batch(200, 16, 12)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+
+
 def llava_batch(model: nn.Module) -> dict[str, Tensor]:
     """One row with a picture and text, as the processor would make it."""
     config = model.config

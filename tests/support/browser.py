@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
@@ -63,7 +62,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
 
-    def open(self, page: Path, *, width: str = "desk", dark: bool = False) -> None:
+    def open(self, page: Path, *, width: str = "desk") -> None:
         """Show a page file as on a desk or a phone, and wait until it is loaded."""
         self.said.clear()
         self.asked.clear()
@@ -71,8 +70,6 @@ class Browser:
             "Emulation.setDeviceMetricsOverride", width=WIDTHS[width], height=844, deviceScaleFactor=1,
             mobile=width == "phone",
         )  # fmt: skip
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", features=[scheme])
         self._call("Page.navigate", url=page.resolve().as_uri())
         self.run("new Promise((done) => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
@@ -82,13 +79,6 @@ class Browser:
         if "exceptionDetails" in result:
             raise RuntimeError(str(result["exceptionDetails"]))
         return result["result"].get("value")
-
-    def picture(self, file: Path) -> None:
-        """Write the whole page as a PNG."""
-        size = self._call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        shot = self._call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
-        file.write_bytes(base64.b64decode(shot["data"]))
 
     def elsewhere(self) -> list[str]:
         """Addresses outside the page that it asked for."""

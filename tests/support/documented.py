@@ -21,7 +21,7 @@ from support.command_parsers import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/add-a-benchmark.md", "docs/add-a-method.md")
+WORKED = ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -29,7 +29,7 @@ PAGES = [
 ]
 TYPED = "What is this?\n/quit\n"  # into a program that asks
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-_INLINE = re.compile(r"`((?:python3? -m |milora )?milora(?:_vl|_data|_eval)?[. ][^`\n]+)`")
+_INLINE = re.compile(r"`((?:(?:python3? -m )?milora_(?:vl|data|eval)[.\w]*|milora) [^`\n]+)`")
 
 # What is too large for a test, and what replaces it, from top to bottom. Commands that plan or list run unchanged.
 PLANS = ("--dry-run", "--list-", "--print-recipe", "--plan")
@@ -105,7 +105,15 @@ def commands(page: Path) -> list[str]:
     """The commands in the shell blocks of a page, each on one line and without comments."""
     texts = [re.sub(r"\\\n\s*", "", block.text) for block in blocks_of(page) if block.language == "bash"]
     lines = [re.sub(r"(^|\s+)#.*$", "", line) for text in texts for line in text.splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+    return [as_module(part.strip()) for line in lines for part in line.split("&&") if part.strip()]
+
+
+def as_module(text: str) -> str:
+    """A command of the script `milora` as the module that it runs; other commands are unchanged."""
+    name = re.match(r"milora (\w+)", text)
+    if name is None or name[1] not in MENU.modules or name[1] == "demo":
+        return text
+    return f"python -m {MENU.modules[name[1]].removesuffix('.__main__')}{text[name.end() :]}"
 
 
 def named_in_prose(page: Path) -> list[str]:

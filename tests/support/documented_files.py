@@ -141,8 +141,8 @@ def demo() -> None:
 
 
 def quickstart() -> None:
-    shutil.copy("val.json", made(Path("data")) / "data-eval.json")
-    call(*TINY, "--eval_data_path", "data/data-eval.json", "--output_dir", "runs/mine")
+    shutil.copy("val.json", made(Path("mine")) / "mine-eval.json")
+    call(*TINY, "--eval_data_path", "mine/mine-eval.json", "--output_dir", "runs/mine")
 
 
 # What a page may presume -> the function that makes it, in a folder with the files above.

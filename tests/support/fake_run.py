@@ -44,7 +44,6 @@ def make_run(folder: Path, *, num_questions: int = 216) -> Path:
     )
     dump(folder / "environment.json", environment())
     dump(folder / "policy.json", policy())
-    dump(folder / "spectrum.json", spectra())
     dump(folder / "trainer_state.json", {"global_step": 100, "max_steps": 100, "log_history": log_history()})
     images = drawn_pictures(folder.parent / "images")
     for which in ("base", "final"):
@@ -97,22 +96,6 @@ def policy() -> Json:
         common = {"path": path, "shape": shape, "tower": "projector", "rank": None}
         targets.append(common | {"method": "full", "alpha": None, "dropout": 0.0, "learning_rate": 2e-5})
     return {"targets": targets, "layers": layers, "trainable": 10_284_928, "total": 139_104_320}
-
-
-def spectra() -> list[Json]:
-    def one(path: str, tower: str, shape: tuple[int, int], method: str, trained: list[int] | None) -> Json:
-        count = min(shape)
-        sigma = [6 * math.exp(-4.5 * (i / count) ** 0.55) * (1 - 0.75 * (i / count) ** 6) for i in range(count)]
-        return {
-            "path": path, "tower": tower, "shape": shape, "sigma": sigma, "trained": trained, "method": method,
-            "note": None,
-        }  # fmt: skip
-
-    return [
-        one("model.language_model.layers.15.mlp.down_proj", "language", (576, 1536), "milora", [544, 576]),
-        one("model.multi_modal_projector.linear_1", "projector", (576, 320), "full", [0, 320]),
-        one("model.vision_tower.blocks.3.1.conv_pw", "vision", (480, 80), "frozen", None),
-    ]
 
 
 def log_history() -> list[Json]:

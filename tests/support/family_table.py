@@ -1,4 +1,4 @@
-"""What works with every family that transformers registers for pictures and text: docs/families.md.
+"""What works with every family that transformers registers for pictures and text: docs/families.csv.
 
     python tests/support/family_table.py [--only NAME ...] [--seconds 300]
 
@@ -9,14 +9,13 @@ go to tests/reference/families.json, and the page is made of that file. A column
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
-import re
 import select
 import signal
 import sys
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,7 @@ from milora_vl.train.recipe import DataConfig, Recipe  # noqa: E402
 from support import any_family, official_data  # noqa: E402
 from support.vlm_runs import record, write_pictures  # noqa: E402
 
-PAGE, RESULTS = ROOT / "docs" / "families.md", ROOT / "tests" / "reference" / "families.json"
+PAGE, RESULTS = ROOT / "docs" / "families.csv", ROOT / "tests" / "reference" / "families.json"
 COLUMNS = ("adapter", "train", "chat", "evaluate", "pack")
 FAMILIES: tuple[str, ...] = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 ASKED = record([("human", "<image>\nWhat is it?"), ("gpt", "A cat.")], ["0.png"])
@@ -214,55 +213,14 @@ def run_alone(family: str, seconds: int) -> Result:
     return dict.fromkeys(COLUMNS, "the process died" if ready else f"not done after {seconds} s")
 
 
-def page(results: dict[str, Any]) -> str:
-    """Return docs/families.md."""
+def rows_of(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the rows of docs/families.csv: a family, and "yes" or the reason why not for each column."""
     families: dict[str, Result] = results["families"]
-    counts = ", ".join(f"{column} {sum(row[column] == 'yes' for row in families.values())}" for column in COLUMNS)
-    lines = [HEAD.format(version=results["transformers"], number=len(families), counts=counts)]
-    lines += [f"| family | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
-    for name, row in families.items():
-        lines.append(f"| {name} | {' | '.join('yes' if row[column] == 'yes' else 'no' for column in COLUMNS)} |")
-    lines += ["", "## Why not", ""]
-    reasons: dict[str, dict[str, list[str]]] = {}
-    for name, row in families.items():
-        for column in (column for column in COLUMNS if row[column] != "yes"):
-            reason = re.sub(rf"(?<![-\w.]){re.escape(name)}(?![-\w.])", "this family", row[column])
-            reasons.setdefault(reason, {}).setdefault(name, []).append(column)
-    for reason, who in reasons.items():
-        text = f"- {reason}: " + "; ".join(f"**{name}** ({', '.join(columns)})" for name, columns in who.items())
-        lines += textwrap.wrap(text, 98, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join(lines) + "\n"
-
-
-HEAD = """# Every family that transformers registers
-
-This page lists the {number} families that transformers {version} loads with
-`AutoModelForImageTextToText`, and what works with each of them. Working families by column:
-{counts}.
-
-Each family is checked in a process of its own, with a tiny model of random weights and the
-family's own processor classes. The tokenizer is a byte-level one, and the chat template is ChatML.
-No published weights are loaded. [Other models](other-models.md) lists the families that are also
-tested with templates like the published ones.
-
-- **adapter**: the rules of the default policy find their modules, with MiLoRA of rank 2 and
-  without protected inputs. Step 0 equals the base, a step changes the loss, and the logits are the
-  same after saving and loading, and after merging.
-- **train**: a step on a record with a picture. `collator_for` makes the batch.
-- **chat**: an answer to a question about a picture, by the function that `chat` calls.
-- **evaluate**: `milora_eval` asks and scores a question of POPE.
-- **pack**: what the plan says about `--packing True`, for families that train.
-
-A reason that begins with the name of an error is what transformers or PEFT raised for the tiny
-model. `no tiny model` and sizes that do not match say nothing about the published models.
-
-Adapters that train with your own batches need the first column alone. The command
-`python tests/support/family_table.py` of a source checkout writes this page.
-"""
+    return [("family", *COLUMNS), *((name, *(row[column] for column in COLUMNS)) for name, row in families.items())]
 
 
 def main(words: list[str] | None = None) -> None:
-    """Check families, and write results and page."""
+    """Check families, and write results and the CSV file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FAMILIES, help="Families to check again; others keep their rows.")
     parser.add_argument("--seconds", type=int, default=300, help="Time limit for each family.")
@@ -283,13 +241,14 @@ def main(words: list[str] | None = None) -> None:
 
 
 def write(known: dict[str, Result]) -> None:
-    """Write the results and the page, in the order of transformers."""
+    """Write the results and the CSV file, in the order of transformers."""
     results = {
         "transformers": transformers.__version__,
         "families": {name: known[name] for name in FAMILIES if name in known},
     }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+    with PAGE.open("w", encoding="utf-8", newline="") as opened:
+        csv.writer(opened, lineterminator="\n").writerows(rows_of(results))
 
 
 if __name__ == "__main__":

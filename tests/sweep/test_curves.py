@@ -108,6 +108,15 @@ def test_nan_and_zero_are_not_read_as_numbers() -> None:
     assert ratios_to("a", results({"b": [[(1.0, 1.0)]]})) == {}
 
 
+def test_trainings_without_a_score_are_not_compared_at_equal_score() -> None:
+    cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]], "milora": [[(0.7, 0.3), (0.9, 0.04)]]})
+    for score, has_column in ((0.0, False), (0.5, True)):
+        table = equal_loss_table({cell: row | {"score": score} for cell, row in cells.items()}, "lora")
+        assert table is not None
+        assert ("forgetting, equal score" in table.header) is has_column
+        assert "forgetting, equal loss" in table.header
+
+
 def test_pages_show_the_curves(tmp_path: Path) -> None:
     cells = results({"lora": [[(0.8, 1.0), (1.0, 0.5)]] * 2, "milora": [[(0.7, 0.3), (0.9, 0.04)]] * 2})
     written, _ = page.write(

@@ -6,6 +6,8 @@ import csv
 import json
 import shutil
 import sys
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,7 @@ from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import QuestionSet
 from milora_vl.core.policy import Policy
 from milora_vl.sweep import page
-from milora_vl.sweep.__main__ import _remember as remember
-from milora_vl.sweep.__main__ import _same_sweep as same_sweep
+from milora_vl.sweep.__main__ import _require_same_sweep as require_same_sweep
 from milora_vl.sweep.__main__ import main
 from milora_vl.sweep.cells import Cell, make_cells, recipe_of
 from milora_vl.sweep.results import arms, mean_of, pairs
@@ -46,7 +47,7 @@ def test_cells_are_every_combination_and_full_has_no_rank() -> None:
     ("method", "rule", "train"),
     [
         ("lora", {"method": "lora", "rank": 8, "alpha": 16.0}, {}),
-        ("minor-flat", {"method": "milora", "protect": 0, "sigma": "none"}, {}),
+        ("minor-flat", {"method": "milora", "sigma": "none"}, {}),
         ("lora-decay", {"method": "lora"}, {"weight_decay": 0.1}),
         ("strong", {"method": "lora", "alpha": 16}, {"weight_decay": 0.2}),
         ("full", {"method": "full"}, {}),
@@ -78,6 +79,31 @@ def test_a_variant_that_trains_in_full_is_evaluated_as_the_model_that_it_is(
     run_cells(sweep, [cell], 1, retry=False, on_done=lambda *_: None)
     log = (sweep.folder / "logs" / f"{cell.name}.log").read_text().splitlines()
     assert f"-m milora_eval run --model {run} --base tiny --suite emoji --output_dir {run}" in log
+
+
+@pytest.mark.parametrize(
+    ("inherited", "devices"),
+    [("4,5", {"4", "5"}), ("GPU-8d1f, GPU-30c2,7", {"GPU-8d1f", "GPU-30c2"}), (None, {"0", "1"})],
+)
+def test_cells_share_the_gpus_and_cores_that_the_sweep_may_use(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch, inherited: str | None, devices: set[str]
+) -> None:
+    """CUDA counts two GPUs; the third name is invalid. Each cell waits for the other, so that both hold a GPU."""
+    lines, stand_in = sweep.folder / "lines", sweep.folder / "python"
+    stand_in.write_text(
+        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS" >> {lines}\n'
+        f"until [ $(wc -l < {lines}) -ge 2 ]; do sleep 0.02; done; exit 1\n"
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8, 14)), raising=False)
+    if inherited is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", inherited)
+    run_cells(sweep, [Cell("lora", rate, None, 7) for rate in (1e-4, 1e-3)], 2, retry=False, on_done=lambda *_: None)
+    assert set(lines.read_text().splitlines()) == {f"{device} 3" for device in devices}
 
 
 def test_means_have_students_intervals() -> None:
@@ -113,7 +139,7 @@ def test_validation_chooses_and_the_test_reports(sweep: Sweep) -> None:
     assert "lora − milora" in text
     assert (pair.difference.low, pair.difference.p_bootstrap) == (None, None)
     assert "no interval and no p-value from 4 items" in text
-    for name in ("score.png", "score.pdf", "rates.png", "cells.csv", "results.json"):
+    for name in ("score.png", "rates.png", "cells.csv", "results.json"):
         assert (sweep.folder / name).stat().st_size > 50
     with (sweep.folder / "cells.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
@@ -131,14 +157,14 @@ def test_the_page_keeps_what_earlier_commands_asked_for(sweep: Sweep) -> None:
 
 
 def test_every_row_names_its_share_of_protected_inputs(sweep: Sweep) -> None:
-    shares = {"lora": "0", "milora": "0.95"}
+    shares = {"milora-paper": "0", "milora": "0.95", "lora": "0"}
     cells = make_cells(sweep.recipe, list(shares), [1e-3], None, 1)
     for cell in cells:
         (rule, *_) = Policy.parse(recipe_of(sweep.recipe, cell).policy or []).rules
         assert f"{rule.in_force()['protect']:g}" == shares[cell.method]
         finish_cell(sweep, cell, loss=0.5, right=[True, False], forgetting=0.1, protect=shares[cell.method])
     _, table = page.write(page.of_sweep(sweep, cells, 1, "..."))
-    assert [row[0] for row in table.rows] == ["lora, protect 0", "milora, protect 0.95"]
+    assert [row[0] for row in table.rows] == [f"{name}, protect {share}" for name, share in shares.items()]
 
 
 def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Sweep) -> None:
@@ -155,7 +181,7 @@ def test_a_training_without_numbers_leaves_json_that_others_can_read(sweep: Swee
 
 
 def test_rates_that_would_share_a_cell_are_refused() -> None:
-    with raises_code("flag-value", where="--lrs", message="six digits"):
+    with raises_code("", where="--lrs", message="six digits"):
         make_cells(Recipe.parse(RECIPE), ["milora"], [1e-4, 1.00000001e-4], None, 1)
 
 
@@ -233,10 +259,10 @@ def test_a_failed_cell_is_recorded_and_retried_on_request(sweep: Sweep) -> None:
 @pytest.mark.parametrize(
     ("change", "flags", "code", "value"),
     [
-        ({}, ["--methods", "mlora"], "sweep-unknown-method", "did you mean milora"),
+        ({}, ["--methods", "mlora"], "", "did you mean milora"),
         ({}, ["--lrs", "0"], "command-line", "--lrs: "),
         ({}, ["--lrs", "fast"], "command-line", "--lrs: "),
-        ({"data": {"path": "train.json"}, "sweep": {}}, [], "sweep-recipe-incomplete", "data.eval_path"),
+        ({"data": {"path": "train.json"}, "sweep": {}}, [], "", "data.eval_path"),
         ({"sweep": {"suite": "emoji", "train": {"max_step": 3}}}, [], "recipe-unknown-key", "max_step"),
         ({}, ["--plan"], "sweep-cell-cannot-run", "val.json"),
         ({}, ["--suite", "emojis"], "eval-unknown-suite", "emoji"),
@@ -255,6 +281,20 @@ def test_mistakes_are_told_before_anything_runs(
     assert error.value.first.code == code
     assert value in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rates", [(3e-4, 5e-4), (5e-4, 1e-3, 2e-3), (1e-4, 1.2e-4, 1.5e-4, 2e-4, 3e-4, 1e-3), (1e-3,)])
+def test_labels_of_learning_rates_and_forgetting_do_not_overlap(sweep: Sweep, rates: tuple[float, ...]) -> None:
+    cells = make_cells(sweep.recipe, ["milora"], list(rates), None, 1)
+    numbers = {"validation_loss": 0.5, "score": 0.5}
+    found = arms({cell: numbers | {"forgetting": 30 * cell.learning_rate} for cell in cells}, 1)
+    for figure in (page.rates_figure(found), page.score_figure({"text": found, "pictures": found}, "accuracy", "")):
+        figure.draw_without_rendering()
+        for axis in figure.axes:
+            assert not [label for label in axis.get_xticklabels(minor=True) if label.get_text()]
+            boxes = [label.get_window_extent() for label in axis.get_xticklabels() if label.get_text()]
+            assert boxes
+            assert all(left.x1 + 3 < right.x0 for left, right in pairwise(boxes))
 
 
 @pytest.mark.parametrize(("n", "t"), [(12, 2.20099), (21, 2.08596), (101, 1.98397)])
@@ -278,8 +318,8 @@ def test_methods_are_compared_with_the_first_that_was_asked_for(sweep: Sweep) ->
     ("name", "fields", "code", "words"),
     [
         ("whole", {"method": "full", "protect": 0.5}, "flag-no-effect", "--protect: no effect"),
-        ("whole", {"method": "full", "weight_deca": 0.1}, "policy-unused-field", "weight_deca: no effect"),
-        ("a/b", {"method": "lora"}, "sweep-variant-name", "cannot hold a /"),
+        ("whole", {"method": "full", "weight_deca": 0.1}, "", "weight_deca: no effect"),
+        ("a/b", {"method": "lora"}, "", "cannot hold a /"),
     ],
 )
 def test_variants_that_would_be_ignored_or_cannot_be_kept(
@@ -298,13 +338,16 @@ def test_a_folder_keeps_to_what_a_variant_meant(tmp_path: Path) -> None:
         recipe = Recipe.parse({**RECIPE, "sweep": {"suite": "emoji", "variants": variants}})
         return Sweep(tmp_path, recipe, QuestionSet("emoji"))
 
+    def remember(sweep: Sweep) -> None:
+        (tmp_path / "sweep.json").write_text(json.dumps(require_same_sweep(sweep)))
+
     remember(sweep_with(16))
-    joined = sweep_with(16, another={"method": "dora"})
-    same_sweep(joined)
-    remember(joined)
-    same_sweep(sweep_with(16))
-    with raises_code("sweep-variant-changed", where="sweep.variants.strong", message="in which strong was"):
-        same_sweep(sweep_with(64))
+    remember(sweep_with(16, another={"method": "dora"}))
+    require_same_sweep(sweep_with(16))
+    with raises_code("", where="--output_dir", message="another variant strong"):
+        require_same_sweep(sweep_with(64))
+    with raises_code("", where="--output_dir", message="another recipe or suite"):
+        require_same_sweep(replace(sweep_with(16), questions=QuestionSet("pope")))
 
 
 def test_a_cell_whose_folder_was_removed_is_to_be_run_again(sweep: Sweep) -> None:

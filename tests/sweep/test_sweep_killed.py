@@ -39,7 +39,7 @@ def write_recipe(folder: Path) -> Path:
 
 @pytest.mark.usefixtures("forked_programs")
 def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The plan runs a dry run for the cost, which must not look like a resumed training in the cell's folder."""
+    """The plan makes a dry run, which must not look like a resumed training in the cell's folder."""
     run = tmp_path / "out" / "cells" / "milora-lr0.001-seed42"
     (run / "checkpoint-3").mkdir(parents=True)
     (run / "checkpoint-3" / "trainer_state.json").write_text("{}")
@@ -52,7 +52,7 @@ def test_what_a_first_cell_has_left_is_no_hindrance(tmp_path: Path, capsys: pyte
 def test_the_plan_shows_what_a_training_would_warn_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = write_recipe(tmp_path)
     recipe.write_text(recipe.read_text() + "\ncalibration: {samples: 8}\n")
-    given = ["--recipe", str(recipe), "--methods", "lora", "--lrs", "1e-3", "--seeds", "1", "--plan"]
+    given = ["--recipe", str(recipe), "--methods", "milora-paper", "--lrs", "1e-3", "--seeds", "1", "--plan"]
     assert sweep.main([*given, "--output_dir", str(tmp_path / "out")]) == 0
     assert "warning: the calibration has no effect" in capsys.readouterr().err
 

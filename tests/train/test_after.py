@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from milora_vl import load_adapter, load_model
 from milora_vl.core.adapter.sidecar import read_sidecar
 from milora_vl.models.tiny import tiny_llava
-from milora_vl.report.run_page import read_run
+from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import tasks_table
 from milora_vl.train import inherit
 from milora_vl.train.command import main

@@ -25,7 +25,7 @@ from milora_vl.forgetting.answers import drawn_questions
 from milora_vl.forgetting.text import general_text, sampled_batches
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.tiny import tiny_llava
-from milora_vl.report.run_page import read_run
+from milora_vl.report.read_run import read_run
 from milora_vl.report.tables import protection_table
 from milora_vl.train import calibration
 from milora_vl.train.command import main

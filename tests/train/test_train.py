@@ -222,8 +222,8 @@ def test_batches_of_similar_length_come_in_the_same_order_in_a_resumed_run(
 
 
 def test_a_text_model_is_asked_without_a_picture(tiny_data: Path, tmp_path: Path, capfd: Any) -> None:
+    from milora_vl.report.read_run import read_run
     from milora_vl.report.repeat import commands
-    from milora_vl.report.run_page import read_run
 
     data, run = tiny_data / "text only.json", tmp_path / "my run"
     records = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}] * 4

@@ -1,4 +1,4 @@
-"""The calls of a training walk down the list of modules in docs/architecture.md, and none imports one above it."""
+"""The calls of a training walk down the list of modules in architecture.md, and none imports one above it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from milora_vl.train.command import main
 from support.train_runs import training
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "architecture.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "contributing" / "architecture.md"
 WALK = re.findall(r"^\d+\. `([\w.]+)`$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 
 

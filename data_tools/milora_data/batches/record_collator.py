@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import get_worker_info
@@ -30,16 +30,6 @@ Item = Record | Mapping[str, Any] | UserError
 Sample = TypeVar("Sample")
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-
-
-class Countable(Protocol):
-    """What shows and counts records: a collator, or an estimate where no tokenizer is at hand."""
-
-    def num_tokens(self, record: Record) -> int: ...
-
-    def num_supervised(self, record: Record) -> int: ...
-
-    def segments(self, record: Record) -> list[Segment]: ...
 
 
 class RecordCollator(ABC, Generic[Sample]):

@@ -117,7 +117,8 @@ def _load(place: str | Path, choose: Callable[[VideoMetadata], Sequence[int]]) -
         file = opened(place)
         if Path(str(file)).stat().st_size == 0:
             raise _unreadable(place, "the file is empty")
-        video, metadata = load_video(str(file), backend="pyav", sample_indices_fn=chosen)
+        name: Any = str(file)  # transformers leaves `str` out of its type
+        video, metadata = load_video(name, backend="pyav", sample_indices_fn=chosen)
     except UserError:
         raise
     except FileNotFoundError:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from milora_data.formats.jsonfile import not_utf8, read_objects
+from milora_data.formats.jsonfile import missing_file, not_utf8, read_objects
 from milora_data.formats.stored import is_stored, stored_items
 from milora_data.pictures.files import PlacedPicture, StoredPicture, leads_outside
 from milora_data.records.record import Record, parse_record, with_names
-from milora_vl.common.cli.command_line import beside
-from milora_vl.common.cli.web import url_problem, web_address
+from milora_vl.common.cli.web import web_address
 from milora_vl.common.errors import DataError
 from milora_vl.common.strict_models import Strict, problems_of
 from milora_vl.common.yaml_text import YamlTextError, parse_yaml
@@ -110,10 +109,7 @@ def read_sources(path: Path) -> tuple[list[Source], int]:
     weight is below 0.
     """
     if not path.is_file():
-        problem = url_problem(path)
-        if problem is not None:
-            raise DataError(problems=[problem])
-        raise DataError("no such file", code="data-missing-file", where=str(path), hint=beside(path))
+        raise missing_file(path)
     try:
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:

@@ -200,7 +200,7 @@ def _notes(metrics: Keyed, results: Mapping[str, Any] | None = None) -> list[str
         notes.insert(0, "baseline: the most frequent answer, or the best fixed choice, without looking at the picture")
     for entry in (results or {}).get("benchmarks", ()):
         if not entry["metrics"]:
-            where = "by a server or an official script, which read submission/ (docs/evaluation.md)"
+            where = "by a server or an official script, which read submission/ (docs/evaluate.md)"
             notes.append(f"{entry['name']}: {entry['n']:,} answers, scored {where}")
     return notes
 

@@ -101,7 +101,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 # Four times the length that PEFT's LoRA starts with in every layer: minor directions learn best at four times the
-# learning rate there (docs/studies/default.md), so that the rate of a LoRA suits them.
+# learning rate there (docs/results.md), so that the rate of a LoRA suits them.
 ROW_LENGTH = 4 * 3**-0.5
 LARGEST_OVERLAP = 1e-4
 
@@ -177,7 +177,6 @@ def chosen_factors(
     folder = Path(cache_dir or "")
     entry = read_cached(folder, key) if key and is_first else None  # alone: each node may have a cache of its own
     content = gather(None if entry is None else json.loads(entry[1]["content"]))[0]
-    device = next(model.parameters()).device
     if content is None:
         with warnings.catch_warnings(record=True) as caught:
             factors, protections = choose()
@@ -196,6 +195,7 @@ def chosen_factors(
         protections = {path: Protection(**values) for path, values in content["protection"].items()}
         for note in content["warnings"] if is_first else ():
             warnings.warn(note, stacklevel=4)
+    device = next(model.parameters()).device
     for t in fixed:
         shape = (t.rank or 0, t.shape[1])
         factors[t.path] = broadcast(factors.get(t.path), shape, torch.float32, device, owner=0).to(device)
@@ -207,7 +207,7 @@ def off_inputs(rows: Tensor, V: Tensor) -> tuple[Tensor, float]:
 
     >>> A, kept = off_inputs(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     >>> A, round(kept, 2)
-    (tensor([[0.0000, 1.1547]]), 0.64)
+    (tensor([[0.0000, 2.3094]]), 0.64)
     """
     rows = rows.float()
     with full_precision(rows.device):

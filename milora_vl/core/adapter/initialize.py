@@ -103,7 +103,7 @@ def initialize(
     >>> from milora_vl.core.policy import Policy
     >>> model = nn.Sequential(nn.Linear(4, 4, bias=False))
     >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])))
-    >>> targets = Policy.parse("[{modules: language, method: milora, rank: 2}]").resolve(model)
+    >>> targets = Policy.parse("[{modules: language, method: milora, rank: 2, protect: 0}]").resolve(model)
     >>> initial = initialize(model, targets)["0"]
     >>> initial.A0.shape, initial.B0.shape
     (torch.Size([2, 4]), torch.Size([4, 2]))

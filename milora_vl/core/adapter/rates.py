@@ -39,7 +39,7 @@ def parameter_groups(
 
     >>> from milora_vl import apply_milora
     >>> full = {"modules": "1", "method": "full", "learning_rate": 2e-5}
-    >>> rules = [{"modules": "0", "method": "milora", "rank": 2}, full]
+    >>> rules = [{"modules": "0", "method": "lora", "rank": 2}, full]
     >>> model = apply_milora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), rules)
     >>> optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=2e-4, weight_decay=0.1))
     >>> [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]

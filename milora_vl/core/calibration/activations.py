@@ -367,8 +367,8 @@ def input_rows(module: nn.Module, x: Tensor) -> Tensor:
     return x.detach().reshape(-1, x.shape[-1])
 
 
-def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the input vectors (positions, in) in float32, and their weights."""
+def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> Tensor:
+    """Return the input vectors (positions, in) in float32, times the roots of their weights."""
     rows = input_rows(one.module, x)
     if positions is None or not one.has_positions or positions.numel() != len(rows):
         weights = torch.ones(len(rows), device=rows.device)  # pictures, and layers that see a part of the positions
@@ -376,7 +376,7 @@ def _rows(one: _Input, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Ten
         weights = positions.reshape(-1).to(rows.device)
         rows, weights = rows[weights > 0], weights[weights > 0]
     rows = rows.float()
-    return rows, weights * energy_limits(rows)
+    return rows * (weights * energy_limits(rows)).sqrt()[:, None]
 
 
 def energy_limits(rows: Tensor) -> Tensor:
@@ -399,12 +399,11 @@ def _patches(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _adder(one: _Input, positions: Tensor | None) -> Hook:
     def add(x: Tensor) -> None:
-        rows, weights = _rows(one, x, positions)
+        rows = _rows(one, x, positions)
         one.num_now += len(rows)
         with full_precision(rows.device):
-            if one.now is None:
-                one.now = rows.new_zeros(one.size, one.size)
-            add_to_lower(one.now, rows * weights.sqrt()[:, None])
+            one.now = rows.new_zeros(one.size, one.size) if one.now is None else one.now
+            add_to_lower(one.now, rows)
 
     return add
 
@@ -450,11 +449,10 @@ def _from_first_rank(values: Tensor) -> Tensor:
 def _checker(one: _Input, positions: Tensor | None) -> Hook:
     def check(x: Tensor) -> None:
         assert one.basis is not None
-        rows, weights = _rows(one, x, positions)
+        rows = _rows(one, x, positions)
         with full_precision(rows.device):
-            scaled = rows * weights.sqrt()[:, None]
-            inside = (scaled @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
-            one.held_now = one.held_now + F.pad(inside, (0, 1), value=float(scaled.double().square().sum()))
+            inside = (rows @ one.basis.V.to(rows.device)).double().square().sum(0).cpu()
+            one.held_now = one.held_now + F.pad(inside, (0, 1), value=float(rows.double().square().sum()))
             one.num_now += len(rows)
 
     return check

@@ -62,7 +62,10 @@ class Policy:
         problems: list[Problem] = []
         for number, item in enumerate(items):
             try:
-                rules.append(item if isinstance(item, Rule) else _rule(item))
+                if not isinstance(item, Rule | Mapping):
+                    message = f"a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"
+                    raise PolicyError(message, code="policy-value")
+                rules.append(item if isinstance(item, Rule) else Rule(**{str(key): v for key, v in item.items()}))
             except PolicyError as error:
                 problems += [problem.inside("policy", number) for problem in error.problems]
         if problems:
@@ -105,13 +108,6 @@ def _load_yaml(text: str) -> Any:
     except YamlTextError as error:
         message = f"not valid YAML: {error}"
         raise PolicyError(message, code="yaml-syntax", where=Key.of("policy"), hint=_EXAMPLE) from error
-
-
-def _rule(item: object) -> Rule:
-    if not isinstance(item, Mapping):
-        message = f"a rule is a mapping such as {{modules: language, method: milora}}, got {item!r}"
-        raise PolicyError(message, code="policy-value")
-    return Rule(**{str(key): value for key, value in item.items()})
 
 
 class SpectralRank(RulePart):

@@ -45,7 +45,7 @@ METHODS: dict[str, Method] = {
         label="MiLoRA",
         trains="A and B, from the minor singular triplets: the last r of the weight (arXiv:2406.09044)",
         fields=_ADAPTER | {"sigma", "protect"},
-        protect=0.95,  # docs/studies/default.md
+        protect=0.95,  # docs/results.md
         part="minor",
     ),
     "lora": Method(
@@ -209,7 +209,7 @@ class Target:
 
 RuleDict = dict[str, Any]
 
-# MiLoRA off the protected inputs (docs/studies/default.md). Rank and rate of the language tower are from the paper's
+# MiLoRA off the protected inputs (docs/results.md). Rank and rate of the language tower are from the paper's
 # LLaVA-1.5-7B (arXiv:2406.09044, Table 11).
 DEFAULT_RULES: tuple[RuleDict, ...] = (
     {"modules": "language", "method": "milora", "rank": 128, "alpha": 128, "dropout": 0.05, "learning_rate": 2e-4},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -189,7 +189,7 @@ def _beside(modules: Mapping[str, nn.Module], decoder: str) -> dict[Tower, tuple
     parts = [
         path
         for path, module in _children(modules, parent)
-        if path not in (decoder, _HEAD) and _size(module.parameters()) and not _SOUND.search(path)
+        if path not in (decoder, _HEAD) and _size(module) and not _SOUND.search(path)
     ]
     vision = tuple(path for path in parts if _stacks_in(modules, path))
     projector = tuple(path for path in parts if path not in vision)
@@ -296,7 +296,7 @@ def _with_stacks(modules: Mapping[str, nn.Module], towers: Towers) -> Towers:
     for tower in towers_with_blocks:
         lists = [name for name, module in modules.items() if towers.tower_of(name) == tower and _is_stack(name, module)]
         outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-        sizes = {name: _size(modules[name].parameters()) for name in outermost}
+        sizes = {name: _size(modules[name]) for name in outermost}
         if sizes:
             minimum = _SMALLEST_STACK * max(sizes.values())
             stacks[tower] = tuple(name for name, size in sizes.items() if size >= minimum)
@@ -311,5 +311,5 @@ def _is_stack(name: str, module: nn.Module) -> bool:
     return is_list and any(next(block.children(), None) is not None for block in module)
 
 
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

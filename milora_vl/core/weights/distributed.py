@@ -55,14 +55,9 @@ _TENSOR, _FSDP = "torch.distributed.tensor", "torch.distributed.fsdp"
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Return True if this process holds a shard of a parameter, or nothing of it."""
-    return parameter.numel() == 0 or is_fsdp_shard(parameter)
-
-
-def is_fsdp_shard(tensor: Tensor) -> bool:
-    """Return True for the shard of a tensor under FSDP2, a DTensor."""
+    """Return True if this process holds a shard of a parameter (under FSDP2 a DTensor), or nothing of it."""
     module = sys.modules.get(_TENSOR)
-    return module is not None and isinstance(tensor, module.DTensor)
+    return parameter.numel() == 0 or (module is not None and isinstance(parameter, module.DTensor))
 
 
 def uses_fsdp(model: nn.Module) -> bool:

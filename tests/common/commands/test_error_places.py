@@ -12,7 +12,7 @@ from milora_data.__main__ import main as data
 from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import UserError
-from milora_vl.compose.command import main as compose
+from milora_vl.compose.__main__ import main as compose
 from milora_vl.forgetting.__main__ import main as forgetting
 from milora_vl.report.__main__ import main as report
 from milora_vl.sweep.__main__ import main as sweep
@@ -117,4 +117,4 @@ def test_a_cell_that_cannot_run_keeps_the_codes_of_its_problems(folder: Path) ->
         "sweep-cell-cannot-run",
         "image-aspect-ratio",
     ]
-    assert "in milora-" in error.value.problems[1].where
+    assert "milora-lr0.001-seed42.yaml" in str(error.value.problems[1].where)

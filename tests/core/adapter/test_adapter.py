@@ -70,16 +70,6 @@ def test_merging_what_cannot_be_merged_is_refused_before_anything_happens() -> N
         save_adapter(model, "somewhere")
 
 
-def test_full_paths_are_adapted_and_nothing_of_the_vision_tower(tiny_llava) -> None:
-    model = apply_milora(tiny_llava()[0], LLAVA_POLICY)
-    config = model.peft_config["default"]
-    assert len(config.target_modules) == 14
-    assert all(path.startswith("model.language_model.layers.") for path in config.target_modules)
-    assert not [
-        name for name, p in model.named_parameters() if "vision" in name and (p.requires_grad or "lora" in name)
-    ]
-
-
 def test_rank_and_alpha_are_doubled_where_there_is_an_anchor(tiny_llava) -> None:
     model = apply_milora(tiny_llava()[0], LLAVA_POLICY)
     layers = model.base_model.model.model.language_model.layers

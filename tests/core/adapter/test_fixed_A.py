@@ -20,7 +20,7 @@ from milora_vl.core.adapter.fixed_a import ROW_LENGTH, fixed_factors, off_inputs
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.calibration.bases import InputBasis, ProtectedInputs
 from milora_vl.core.policy import Policy
-from support.adapter_cases import Pictures, one_rule, picture_batch, tiny_gpt2, token_batch
+from support.adapter_cases import Pictures, Tokens, one_rule, picture_batch, tiny_gpt2, token_batch
 from support.calibrated import directions, leaks, llava_batches, picture_batches, text_batches
 from support.problems import raises_code, raises_problem
 
@@ -169,17 +169,6 @@ def test_a_merged_model_passes_protected_inputs_as_the_base_does(tiny_llama, rul
     train(model)
     change = merge(model).get_submodule(Q).weight - base.get_submodule(Q).weight
     assert float((change @ V).norm() / change.norm()) < 1e-5
-
-
-class Tokens(torch.utils.data.Dataset):
-    def __init__(self) -> None:
-        self.rows = token_batch(200, 16, 12)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
 def settings_of(folder: Path, **options: Any) -> dict[str, Any]:

@@ -35,16 +35,3 @@ def test_a_method_from_start_to_merge(tiny_llama, tmp_path: Path, method: str) -
         merge(model),
     ):
         assert torch.allclose(reloaded.eval()(IDS).logits, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("method", [name for name in ADAPTERS if METHODS[name].part is not None])
-def test_the_report_describes_the_initial_factors(tiny_llama, method: str) -> None:
-    model = apply_milora(tiny_llama()[0], one_rule(method=method, alpha=4))
-    for layer in model.milora_report:
-        module = model.get_base_model().get_submodule(layer.path)
-        start = 2.0 * module.lora_B["default"].anchor @ module.lora_A["default"].anchor  # alpha/rank = 2
-        sigma = torch.linalg.svdvals(start)[:2]
-        assert [layer.sigma_max, layer.sigma_min] == pytest.approx(sigma.tolist(), rel=1e-4)
-        energy = float((start.norm() / module.get_base_layer().weight.norm()) ** 2)
-        assert layer.energy == pytest.approx(energy, rel=1e-4)
-        assert layer.method == method

@@ -90,13 +90,7 @@ def test_what_is_no_policy_is_refused(source, code: str, message: str) -> None:
 
 
 def test_a_rule_has_the_same_errors_in_python_in_apply_milora_and_in_a_recipe() -> None:
-    wrong = {
-        "modules": "language",
-        "method": "mlora",
-        "rnk": 4,
-        "protect": 2,
-        "alpha": 0,
-    }
+    wrong = {"modules": "language", "method": "mlora", "rnk": 4, "protect": 2, "alpha": 0}
     found = problems([wrong])
     assert {(str(problem.where), problem.code) for problem in found} == {
         ("policy[0].method", "policy-value"),
@@ -131,15 +125,6 @@ def test_a_later_rule_ends_the_protection_and_sigma_does_not_go_with_it(tiny_lla
         Policy.parse(one_rule(protect=0.9, sigma="none")).resolve(tiny_llama()[0])
 
 
-@pytest.mark.parametrize("method", ["dora", "full", "frozen"])
-def test_methods_that_cannot_protect_inputs_are_refused(tiny_llama, method: str) -> None:
-    rule = {"modules": "language", "method": method, "protect": 0.5}
-    rule |= {} if method in ("full", "frozen") else {"rank": 2}
-    says = rf"policy\[0\]\.protect: method {method} cannot use it"
-    with raises_code("policy-unused-field", says=says, kind=PolicyError):
-        Policy.parse([rule]).resolve(tiny_llama()[0])
-
-
 def test_a_rule_names_only_the_fields_it_was_given() -> None:
     assert Rule(modules="language", method="lora", rank=4).named_fields() == {"method": "lora", "rank": 4}
 
@@ -164,11 +149,7 @@ def test_a_rule_names_only_the_fields_it_was_given() -> None:
         ({"learning_rate": "2e-4"}, "policy-value", r"above 0, got '2e-4'(.|\n)*without quotes it is a number:  2e-4"),
         ({"weight_decay": -1}, "policy-value", r"weight_decay: expected a number from 0, got -1"),
         ({"sigma": "drop"}, "policy-value", r"sigma: expected keep, none or \{floor"),
-        (
-            {"sigma": {"floor": 0.0}},
-            "policy-value",
-            r"sigma\.floor: expected a share of the median, up to 1, got 0\.0",
-        ),
+        ({"sigma": {"floor": 0.0}}, "policy-value", r"sigma\.floor: expected a share of the median, up to 1, got 0\.0"),
         ({"seed": -1}, "policy-value", r"seed: expected an integer from 0 to 2\*\*32 - 1, got -1"),
         ({"seed": 2**32}, "policy-value", r"seed"),
         ({"seed": False}, "policy-value", r"seed"),

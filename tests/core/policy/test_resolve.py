@@ -156,14 +156,6 @@ def test_a_rank_too_large_for_several_shapes_is_one_problem_with_the_largest_ran
     assert resolved(tiny_llava()[0], [rule | {"rank": 32}])
 
 
-def test_fields_a_method_cannot_use_are_faults(tiny_llama) -> None:
-    model, _ = tiny_llama()
-    lora = [{"modules": "language", "method": "lora", "rank": 4, "sigma": "keep"}]
-    assert "policy[0].sigma: method lora cannot use it" in faults(model, lora)
-    frozen = [{"modules": "language", "method": "frozen"}, {"modules": "language", "learning_rate": 1.0}]
-    assert "policy[1].learning_rate: method frozen cannot use it" in faults(model, frozen)
-
-
 def test_a_weight_shared_with_another_module_is_refused(tiny_llama) -> None:
     model, _ = tiny_llama()
     model.lm_head.weight = model.model.embed_tokens.weight

@@ -1,0 +1,293 @@
+"""Compute one row per layer: the spectrum of a weight, or what a training changed in it. layers.jsonl keeps the rows.
+
+Adapters of any origin are read as `load_model` reads them. An interrupted analysis resumes where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from milora_vl.analyze import measures
+from milora_vl.analyze.measures import Update
+from milora_vl.common.atomic_write import write_text
+from milora_vl.common.cli.command_line import amount
+from milora_vl.common.errors import UserError, with_problems
+from milora_vl.common.progress import progress_bar
+from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
+from milora_vl.core.adapter.folders import (
+    CONFIG,
+    adapters_inside,
+    base_of,
+    holds_adapter,
+    holds_projector_alone,
+    holds_residual,
+)
+from milora_vl.core.adapter.peft_model import MiloraMixin
+from milora_vl.core.policy import Policy
+from milora_vl.core.policy.policy import SpectralRank, with_ranks
+from milora_vl.core.policy.rules import DEFAULT_RULES, without_projector
+from milora_vl.core.policy.towers import Towers, find_towers
+from milora_vl.core.svd import decompose, singular_values
+from milora_vl.core.weights.matrices import is_adaptable, is_linear, read_matrix
+from milora_vl.core.weights.tensor_files import cached_singular_values
+from milora_vl.interop.load_model import load_any
+from milora_vl.models.devices import device_named
+from milora_vl.models.loading import load_weights
+from milora_vl.models.projector import load_projector
+
+FILE = "layers.jsonl"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a base model, and what a training made of it: a LoRA layer, or a layer trained in full.
+
+    `rank` is the r of its method (half the rank of anchored factors). Without a training, `after` is None.
+    """
+
+    path: str
+    towers: Towers
+    before: nn.Module
+    after: nn.Module | None = None
+    method: str = "full"
+    rank: int | None = None
+
+    def row(self, device: torch.device, rank: int) -> Row:
+        """Return the measures of the layer, at the rank of its adapter or else at `rank`."""
+        towers, W = self.towers, read_matrix(self.before).to(device).float()
+        block, tower = towers.block_of(self.path), towers.tower_of(self.path) or "other"
+        place = {
+            "path": self.path, "tower": tower, "block": block, "family": towers.family_of(self.path) or tower,
+            "module": towers.inside_block(self.path) if block is not None else self.path.rpartition(".")[2],
+        }  # fmt: skip
+        r = min(self.rank or rank, *W.shape)
+        numbers = measures.of_weight(singular_values(W).cpu(), r) if self.after is None else self._of_update(W, r)
+        return place | {name: _rounded(value) for name, value in numbers.items()}
+
+    def _of_update(self, W: Tensor, r: int) -> Row:
+        update, norm, tuned = self._change(W, r)
+        full = decompose(W, min(W.shape), "principal")
+        top = decompose(tuned, min(measures.INTRUDER_K, *W.shape), "principal")
+        of_update, of_base = measures.amplification(W, update, r)
+        like_top, like_bottom, like_random = measures.similarities(full, update, r)
+        return {
+            "method": self.method,
+            "rank": r,
+            "norm": full.norm,
+            "update_norm": norm,
+            "relative_update": norm / full.norm if full.norm else None,
+            "amplification": of_update / of_base if of_base else None,
+            "update_inside": of_update,
+            "base_inside": of_base,
+            "base_inside_top": torch.linalg.vector_norm(full.S[:r].double()),
+            "base_inside_random": measures.expected_inside(full.norm, (W.shape[0], W.shape[1]), r),
+            "similarity_top": like_top,
+            "similarity_bottom": like_bottom,
+            "similarity_random": like_random,
+            "intruders": measures.intruders(full, top.U),
+            **self._moves(),
+        }
+
+    def _change(self, W: Tensor, rank: int) -> tuple[Update, float, Tensor]:
+        """Return the change of W (out, in) as its first triplets (`rank` or all), its norm, and the tuned weight."""
+        if isinstance(self.after, LoraLayer):
+            A, B = (factor.detach().to(W).flatten(1) for factor in factors(self.after, "default"))
+            B = self.after.scaling["default"] * B
+            tuned = W + B @ A
+            if not self.after.use_dora["default"]:
+                update = Update.from_factors(B, A)
+                return update, float(torch.linalg.vector_norm(update.S)), tuned
+            magnitude = self.after.lora_magnitude_vector["default"].weight.detach().to(W).flatten()
+            tuned = (magnitude / torch.linalg.vector_norm(tuned, dim=1))[:, None] * tuned
+        else:
+            assert self.after is not None
+            tuned = read_matrix(self.after).to(W)
+        change = tuned - W
+        return Update.from_matrix(change, rank), float(torch.linalg.matrix_norm(change.double())), tuned
+
+    def _moves(self) -> dict[str, float | None]:
+        """Return the relative distance of A and B from their start, or their norms if B started at 0 (LoRA)."""
+        if not isinstance(self.after, LoraLayer):
+            return {}
+        A, B = factors(self.after, "default")
+        if has_anchor(self.after, "default"):  # [D; A0] and [B0 + E, E]
+            A0, B0 = anchors_of(self.after, "default")
+            D, E = A.chunk(2, dim=0)[0], B.chunk(2, dim=1)[1]
+            return {"moved_A": measures.moved(D, A0), "moved_B": measures.moved(E, B0)}
+        norms = (float(torch.linalg.vector_norm(factor.double())) for factor in (A, self.after.scaling["default"] * B))
+        return dict(zip(("norm_A", "norm_B"), norms, strict=True))
+
+
+def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = False) -> tuple[str, list[Layer]]:
+    """Load the models to compare, and return the base and the layers that differ; without a training, all layers.
+
+    Raises UserError if subject and base model do not fit.
+    """
+    folder = Path(subject)
+    if holds_adapter(folder) or holds_residual(folder):
+        base = base or _named_base(folder)
+        model = load_any(load_weights(base), folder, allow_base_mismatch=allow_base_mismatch)
+        layers = list(_of_adapter(model))
+        config = model.peft_config["default"].to_dict()
+        others = ("bias", "lora_bias", "trainable_token_indices")
+        if left_out := [name for name in others if config.get(name) not in (None, False, "none")]:
+            sys.stderr.write(f"note: the adapter also trained what is no matrix: {', '.join(left_out)}\n")
+    elif base is None:
+        model = load_weights(subject)
+        return subject, [Layer(path, find_towers(model), module) for path, module in matrices(model).items()]
+    else:
+        is_projector = holds_projector_alone(folder)
+        tuned = load_weights(base if is_projector else subject)
+        if is_projector:
+            load_projector(tuned, folder)
+        layers = list(_of_models(load_weights(base), tuned, f"{subject} is not a fine-tuned {base}"))
+    if not layers:
+        hint = "check --base: it should be the model before the training"
+        raise UserError(f"changes no matrix of {base}", where=subject, hint=hint)
+    return base, layers
+
+
+def _named_base(folder: Path) -> str:
+    """Return the base model that an adapter names, or the adapter inside a residual base."""
+    try:
+        return base_of(folder if holds_adapter(folder) else adapters_inside(folder)[0])
+    except UserError as error:
+        problems = [replace(problem, hint="add:  --base NAME-OR-FOLDER") for problem in error.problems]
+        raise UserError(problems=problems) from None
+
+
+def _of_adapter(model: PeftModel) -> Iterator[Layer]:
+    """Yield the LoRA layers of a model, and the matrices of modules trained in full."""
+    base: nn.Module = model.get_base_model()
+    towers = find_towers(base)
+    targets = {target.path: target for target in model.milora_targets} if isinstance(model, MiloraMixin) else {}
+    for path, module in base.named_modules():
+        if isinstance(module, LoraLayer):
+            target = targets.get(path)
+            method = target.method if target else "dora" if module.use_dora["default"] else "lora"
+            rank = target.rank if target and target.rank else module.r["default"]
+            adapted: Any = module  # PEFT mixes the class into modules
+            yield Layer(path, towers, module.get_base_layer(), adapted, method, rank)
+        elif isinstance(module, ModulesToSaveWrapper):
+            for inner, before in module.original_module.named_modules():
+                if is_adaptable(before):
+                    after = module.modules_to_save["default"].get_submodule(inner)
+                    yield Layer(f"{path}.{inner}".rstrip("."), towers, before, after)
+
+
+def _of_models(base: nn.Module, tuned: nn.Module, message: str) -> Iterator[Layer]:
+    """Yield every matrix of a fully tuned model that differs. Raises UserError if the models do not fit."""
+    towers, after = find_towers(base), matrices(tuned)
+    pairs = [(path, module, after[path]) for path, module in matrices(base).items() if path in after]
+    hint = "name the base model of the training:  --base NAME-OR-FOLDER"
+    if not pairs:
+        raise UserError(f"{message}: they have no layer in common", where="--base", hint=hint)
+    for path, old, new in pairs:
+        W, tuned_W = read_matrix(old), read_matrix(new)
+        if W.shape != tuned_W.shape:
+            raise UserError(f"{message}: {path} has another shape", where="--base", hint=hint)
+        if not torch.equal(W.float(), tuned_W.float()):
+            yield Layer(path, towers, old, new)
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers and convolutions of blocks and projector, or all linear layers of a model without."""
+    towers, modules = find_towers(model), dict(model.named_modules())
+    inside = {
+        path: module
+        for path, module in modules.items()
+        if (is_linear(module) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        and (towers.block_of(path) is not None or towers.tower_of(path) == "projector")
+    }
+    return inside or {path: module for path, module in modules.items() if is_linear(module)}
+
+
+def rows_of(
+    layers: Sequence[Layer], folder: Path, of: Mapping[str, object], device: str | None, rank: int
+) -> list[Row]:
+    """Return a row for every layer. Rows that layers.jsonl has from the same analysis `of` are reused.
+
+    `device` is the value of --device.
+
+    Raises UserError if the folder contains another analysis.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, lines = folder / FILE, list[Row]()
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        with suppress(ValueError):  # the last line of an interrupted analysis
+            lines.append(json.loads(line))
+    head = {"key": hashlib.sha256(json.dumps(of, default=str).encode()).hexdigest()[:16], "of": of["subject"]}
+    if lines and lines[0] != head:
+        message = f"contains another analysis, of {lines[0].get('of')}; it is not overwritten"
+        raise UserError(message, where=str(folder), hint="use:  --output_dir ANOTHER")
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines or [head]))
+    done = {row["path"]: row for row in lines[1:]}
+    remaining = [layer for layer in layers if layer.path not in done]
+    if done and remaining:
+        sys.stderr.write(f"{len(done):,} of {len(layers):,} layers are already analysed\n")
+    place = device_named(device)
+    bar = progress_bar("analysing", len(remaining), "layers", is_shown=bool(remaining))
+    with file.open("a", encoding="utf-8") as out, torch.inference_mode(), bar:
+        for layer in remaining:
+            done[layer.path] = layer.row(place, rank)
+            out.write(json.dumps(done[layer.path]) + "\n")
+            out.flush()
+            bar.update()
+    return [done[layer.path] for layer in layers]
+
+
+def stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """Return name, size and time of the files of a model or training. Another training or scale changes them."""
+    names = ("*.safetensors", "*.bin", "*/adapter_model.*", CONFIG, f"*/{CONFIG}")
+    files = sorted(file for name in names for file in folder.glob(name))
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _rounded(value: Any) -> Any:
+    """Round numbers to six digits, the precision of float32 weights."""
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{float(value):.6g}") if isinstance(value, float | Tensor) else value
+
+
+def write_ranks(options: argparse.Namespace) -> None:
+    """Write a policy whose ranks follow from the singular values of a model to stdout.
+
+    Raises UserError if the rules do not fit the model.
+    """
+    policy = None if options.policy is None else Policy.parse(options.policy)
+    model, place = load_weights(options.model), device_named(options.device)
+    if policy is None:
+        has_projector = find_towers(model).projector is not None
+        policy = Policy.parse(DEFAULT_RULES if has_projector else without_projector(DEFAULT_RULES))
+
+    def spectrum(path: str) -> Tensor:
+        return cached_singular_values(read_matrix(model.get_submodule(path)).to(place), options.factor_cache)
+
+    try:
+        fields = {name: getattr(options, name) for name in ("energy", "threshold", "budget", "min", "max")}
+        found = with_ranks(policy, model, SpectralRank(**fields), spectrum, is_shown=True)
+    except UserError as error:  # its places are keys of the rank or of the policy
+        flags = {"": "--min --max"} | {name: f"--{name}" for name in fields}
+        problems = [replace(problem, where=flags.get(str(problem.where), problem.where)) for problem in error.problems]
+        raise with_problems(error, problems) from None
+    sys.stdout.write(yaml.safe_dump(found.to_list(), sort_keys=False, default_flow_style=None, width=1000))
+    ranks = [rule.rank for rule in found.rules[len(policy.rules) :] if rule.rank is not None]
+    mean = sum(ranks) / len(ranks)
+    sys.stderr.write(f"{amount(len(ranks), 'adapter')}: ranks {min(ranks)} to {max(ranks)}, {mean:.1f} on average\n")

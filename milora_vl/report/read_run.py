@@ -1,0 +1,222 @@
+"""Read a run folder for its report: logs, policy, scores, forgetting. Any file may be missing.
+
+Metrics and answers are the entries of `results.json` and `predictions.jsonl`, as the evaluator stored them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from milora_vl.common.errors import UserError
+from milora_vl.common.evaluator import Gain, evaluator
+
+Json = Mapping[str, Any]
+RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
+_KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "eval")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The files of one evaluation of one model: `which` is base, final or checkpoint-N."""
+
+    which: str
+    results: Json
+    answers: tuple[Json, ...]
+
+    def metrics(self) -> Iterator[tuple[Json, Json]]:
+        """Yield (benchmark, metric) of the stored scores; the first of a benchmark is its headline."""
+        for benchmark in self.results.get("benchmarks", ()):
+            yield from ((benchmark, metric) for metric in benchmark["metrics"] if not metric.get("detail"))
+
+    def of(self, benchmark: Json) -> list[Json]:
+        """Return the answers to one benchmark."""
+        reference = benchmark.get("reference", benchmark["name"])
+        return [line for line in self.answers if line.get("benchmark") == reference]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A stored metric of a benchmark before and after training; either may be missing."""
+
+    benchmark: str
+    before: Json | None
+    after: Json | None
+
+    @property
+    def any(self) -> Json:
+        """Either metric, for fields that are equal in both (name, unit, baseline, note)."""
+        metric = self.after or self.before
+        assert metric is not None
+        return metric
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The evaluations of a suite before and after training."""
+
+    suite: str
+    before: Evaluation | None
+    after: Evaluation | None
+
+    def scores(self) -> list[Score]:
+        """Return the metrics of both models, in the order of the tuned one."""
+        old, new = (
+            {(benchmark["name"], metric["name"]): metric for benchmark, metric in (side.metrics() if side else ())}
+            for side in (self.before, self.after)
+        )
+        return [Score(key[0], old.get(key), new.get(key)) for key in {**new, **old}]
+
+    def benchmark(self, name: str) -> dict[str, Json]:
+        """Return the results of both models on one benchmark, by `before` and `after`."""
+        sides = {"before": self.before, "after": self.after}
+        entries = [(which, side.results.get("benchmarks", ())) for which, side in sides.items() if side]
+        return {which: entry for which, of_side in entries for entry in of_side if entry["name"] == name}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The content of a run folder. `gain` is of the headline; `earlier` has scores of the runs that it came after."""
+
+    folder: Path
+    recipe: Json = field(default_factory=dict)
+    environment: Json = field(default_factory=dict)
+    policy: Json = field(default_factory=dict)
+    history: tuple[Json, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    forgetting: Json = field(default_factory=dict)
+    earlier: tuple[tuple[Path, Score], ...] = ()
+    gain: Gain | None = None
+
+    def headline(self) -> tuple[Comparison, Score] | None:
+        """Return the score to show first: of the tuned model, and of a benchmark that is no earlier run's."""
+        old = {score.benchmark for _, score in self.earlier}
+        found = [(comparison, score) for comparison in self.comparisons for score in comparison.scores()]
+        return min(found, key=lambda each: (each[0].after is None, each[1].benchmark in old), default=None)
+
+
+def label(name: str) -> str:
+    """Return the display name of a metric or question type.
+
+    >>> label("multi_turn"), label("yes_no")
+    ('multi turn', 'yes/no')
+    """
+    return name.replace("yes_no", "yes/no").replace("_", " ")
+
+
+def in_units(metric: Json, value: float) -> float:
+    """Return a value of a stored metric as people read it: fractions in percent, points unchanged."""
+    return 100 * value if is_fraction(metric) else value
+
+
+def is_fraction(metric: Json) -> bool:
+    return bool(metric.get("unit", "fraction") == "fraction")
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises UserError if it is not a run folder or if a file cannot be parsed."""
+    if not any((folder / name).exists() for name in _KNOWN):
+        found = "contains no file of a run" if folder.is_dir() else "is not a folder"
+        hint = (
+            f"expected the output_dir of a training, with {', '.join(_KNOWN[:4])}, ...\n"
+            "make one:  python -m milora_vl.train --recipe smol-llava-demo --output_dir runs/demo"
+        )
+        raise UserError(found if folder.exists() else "no such folder", where=str(folder), hint=hint)
+    comparisons = tuple(_comparisons(folder / "eval"))
+    run = Run(
+        folder=folder,
+        recipe=_read(folder / "recipe.yaml", {}) or {},
+        environment=_read(folder / "environment.json", {}),
+        policy=_read(folder / "policy.json", {}),
+        history=tuple(_read(folder / "trainer_state.json", {}).get("log_history", ())),
+        comparisons=comparisons,
+        forgetting=_read(folder / "forgetting.json", {}),
+        earlier=tuple(_earlier(folder, comparisons)),
+    )
+    return replace(run, gain=_gain(run))
+
+
+def _gain(run: Run) -> Gain | None:
+    """Return the gain of the headline's benchmark; None if its answers cannot be compared."""
+    if (found := run.headline()) is None or found[0].before is None or found[0].after is None:
+        return None
+    entries = found[0].benchmark(found[1].benchmark)
+    sides = {"before": found[0].before, "after": found[0].after}
+    answers = {which: sides[which].of(entry) for which, entry in entries.items()}
+    try:
+        return evaluator().gain(answers["before"], answers["after"]) if all(map(answers.get, sides)) else None
+    except UserError:  # damaged answers, or a benchmark of the user whose code is not imported
+        return None
+
+
+def tasks_of(folder: Path) -> list[Json]:
+    """Return the tasks whose updates a run with `--after` holds, in order, its own last, as in its milora.json."""
+    return list(_read(folder / "milora.json", {}).get("tasks", ()))
+
+
+def _comparisons(folder: Path) -> Iterator[Comparison]:
+    """Yield one comparison per suite: the base model with the final model, or else with its latest checkpoint."""
+    for suite in sorted({file.parent.parent for file in folder.glob("**/*/results.json")}):
+        folders = {path.parent.name: path.parent for path in suite.glob("*/results.json")}
+        steps = sorted((name for name in folders if name.startswith("checkpoint-")), key=_step)
+        latest = "final" if "final" in folders else (steps[-1] if steps else None)
+        before = _evaluation(folders["base"]) if "base" in folders else None
+        after = _evaluation(folders[latest]) if latest else None
+        if before or after:
+            yield Comparison(suite.relative_to(folder).as_posix(), before, after)
+
+
+def _step(name: str) -> int:
+    digits = name.removeprefix("checkpoint-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _evaluation(folder: Path) -> Evaluation:
+    """Read an evaluation, without an incomplete last line of a killed one."""
+    answers, file = [], folder / "predictions.jsonl"
+    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
+        try:
+            answers.append(json.loads(line))
+        except ValueError:
+            continue
+    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(answers))
+
+
+def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[tuple[Path, Score]]:
+    """Yield the scores that earlier runs had, and this run's on the same questions; the first run of each set alone."""
+    now = {asked: metric for each in comparisons if each.after for asked, metric in _headlines(each.after)}
+    known = set[Any]()
+    for run in [Path(task["run"]) for task in tasks_of(folder)[:-1]]:
+        for comparison in _comparisons(run / "eval"):
+            after = comparison.after
+            for asked, metric in _headlines(after) if after and after.which == "final" else ():
+                if asked not in known:
+                    known.add(asked)
+                    yield run, Score(asked[0], metric, now.get(asked))
+
+
+def _headlines(evaluation: Evaluation) -> Iterator[tuple[tuple[str, Any], Json]]:
+    """Yield (name, questions) and the first metric of each benchmark: another file may have the same name."""
+    seen = set[str]()
+    for benchmark, metric in evaluation.metrics():
+        name = str(benchmark["name"])
+        if name not in seen:
+            seen.add(name)
+            asked = frozenset((str(line.get("id")), str(line.get("question"))) for line in evaluation.of(benchmark))
+            yield (name, asked), metric
+
+
+def _read(path: Path, default: Any) -> Any:
+    """Return the content of a JSON or YAML file, or `default` without it."""
+    if not path.exists():
+        return default
+    text = path.read_text(encoding="utf-8")
+    try:
+        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot be parsed: {error}", where=str(path), hint=RESTORE) from error
