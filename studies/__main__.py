@@ -49,7 +49,7 @@ examples:
             "--docs",
             type=Path,
             metavar="FOLDER",
-            help="write finished cells into the CSV files and QUESTION.md in this folder, and run none",
+            help="write finished cells into the CSV files in this folder, and run none",
         ),
         shared("format"),
     ),

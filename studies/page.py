@@ -1,4 +1,4 @@
-"""Write the files of a study: an HTML page as for a sweep, and its section of a page in docs/studies."""
+"""Write the files of a study: an HTML page as for a sweep, and its CSV file in docs/studies."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.table import Table
-from milora_vl.common.errors import UserError
 from milora_vl.report.plots import png, write_csv
 from milora_vl.sweep import page
 from milora_vl.sweep.cells import Cell, CellNumbers
-from milora_vl.sweep.curves import about_pictures, equal_loss_table, ratios_to
-from milora_vl.sweep.page import ratios_figure, score_figure
+from milora_vl.sweep.curves import about_pictures
+from milora_vl.sweep.page import score_figure
 from milora_vl.sweep.results import arms, mean_of
 from studies.runner import Folder
 from studies.study import Study
 from studies.tasks import task_class
 
-_FEW = 4  # a table alone shows fewer arms
 _ABOUT_PICTURES = "KL on answers about pictures, nats per token"
 
 
@@ -89,9 +86,9 @@ def chains_table(study: Study, results: Mapping[Cell, CellNumbers]) -> Table:
 
 
 def document(name: str, folder: Folder, docs: Path) -> Path:
-    """Write the finished cells of a study into its CSV file in `docs`, and the page of the question from the CSV files.
+    """Write the finished cells of a study into its CSV file in `docs`, and its figure if it has one. Return the file.
 
-    Rows of arms that have no finished cell stay: their code may be gone. Raises UserError if the page has no marker.
+    Rows of arms that have no finished cell stay: their code may be gone. `studies.figures` writes the tables of pages.
     """
     cells = folder.finished()
     file = docs / f"{name}.csv"
@@ -101,28 +98,8 @@ def document(name: str, folder: Folder, docs: Path) -> Path:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     if cells:
         write_csv(file, columns, [[row.get(key) for key in columns] for row in rows])
-    return redraw(name, folder.study, docs)
-
-
-def redraw(name: str, study: Study, docs: Path) -> Path:
-    """Write the figures and the table of a study into `docs`, from the CSV files there. Return the page."""
-    file = docs / f"{name.partition('.')[0]}.md"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    if _start(name) not in text:
-        raise UserError(
-            f"no line  {_start(name)}  (up to  <!-- end -->)",
-            where=str(file),
-            hint="write the two comment lines into the page, where the tables belong",
-        )
-    write_text(file, documented(text, name, study, docs))
-    if study.then:
-        return file
-    panels = ratios_to(study.reference, cells_of(name, study, docs))
-    if len({arm for ratios in panels.values() for arm in ratios}) >= _FEW:
-        title = f"{study.question} ({study.task}, {study.steps} steps)"
-        (docs / f"{name}.png").write_bytes(png(ratios_figure(panels, {study.reference}, title)))
-    if study.figure is not None:
-        _draw_scores(docs / f"{name}.score.png", cells_of(name, study, docs), study)
+    if folder.study.figure is not None:
+        _draw_scores(docs / f"{name}.score.png", cells_of(name, folder.study, docs), folder.study)
     return file
 
 
@@ -135,28 +112,6 @@ def _draw_scores(file: Path, cells: Mapping[Cell, Mapping[str, Any]], study: Stu
     if pictures := about_pictures(shown):
         panels[_ABOUT_PICTURES] = arms(pictures, study.seeds)
     file.write_bytes(png(score_figure(panels, task.metric, study.figure.title)))
-
-
-def _start(marked: str) -> str:
-    return f"<!-- results: {marked} -->"
-
-
-def documented(text: str, name: str, study: Study, docs: Path) -> str:
-    """Return the text of a page in `docs` with the results of a study, read from the CSV files in `docs`."""
-    if study.then:
-        return with_block(text, name, chains_table(study, cells_of(name, study, docs)), figure=False)
-    table = equal_loss_table(cells_of(name, study, docs), study.reference)
-    assert table is not None
-    return with_block(text, name, table)
-
-
-def with_block(text: str, name: str, filled: Table, *, figure: bool = True) -> str:
-    """Return the text of a page with a new block for one study: its table, and its figure unless it has few arms."""
-    start = _start(name)
-    before, _, from_block = text.partition(start)
-    _, _, after = from_block.partition("<!-- end -->")
-    drawn = f"\n![Forgetting at equal loss]({name}.png)\n" if figure and len(filled.rows) >= _FEW else ""
-    return f"{before}{start}\n{filled.markdown()}{drawn}<!-- end -->{after}"
 
 
 def cells_of(name: str, study: Study, docs: Path) -> dict[Cell, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Studies: the trainings of a file are run, stored, shared, resumed and shown; the docs show the CSV's numbers."""
+"""Studies: the trainings of a file are run, stored, shared, resumed and shown; a CSV keeps its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from studies import page, runner
 from studies.runner import Folder, run_study
 from studies.study import Study, chosen, read_study, study_names
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "studies"
 SMALL: dict[str, Any] = {
     "question": "Which?", "task": "smollm2", "steps": 1, "batch_size": 4, "seeds": 2, "reference": "lora",
     "policy": [{"modules": "language", "method": "lora", "rank": 4}], "learning_rates": [1e-3],
@@ -48,13 +47,6 @@ def test_a_study_that_ships_is_sound(name: str) -> None:
     assert study.seeds >= 3, "a claim needs three seeds"
 
 
-@pytest.mark.parametrize("name", [n for n in study_names() if (DOCS / f"{n}.csv").is_file()])
-def test_docs_show_what_the_cells_say(name: str) -> None:
-    text = (DOCS / f"{name.partition('.')[0]}.md").read_text(encoding="utf-8")
-    assert f"<!-- results: {name} -->" in text
-    assert page.documented(text, name, read_study(name), DOCS) == text
-
-
 @pytest.mark.usefixtures("real_plots")
 def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
     study = small(figure={"title": "Both learn", "arms": ["lora", "pissa"]}, learning_rates=[1e-3, 3e-3])
@@ -69,18 +61,14 @@ def test_a_study_runs_goes_on_and_is_shown(tmp_path: Path) -> None:
     same = ("validation_loss", "score", "forgetting")
     assert [again[key] for key in same] == [results[lost][key] for key in same], "and it comes out the same"
     written, table = page.write(folder, "python -m studies which")
-    (tmp_path / "which.md").write_text("<!-- results: which.smollm2 -->\n<!-- end -->\n")
     (tmp_path / "which.smollm2.csv").write_text(
         "method,learning_rate,seed,validation_loss,score,forgetting,trainable\n"
         "removed,0.001,0,0.5,0.25,0.125,7\nlora,0.03,0,9,9,9,9\n"
     )
-    text = page.document("which.smollm2", folder, tmp_path).read_text(encoding="utf-8")
-    rows = page.read_cells(tmp_path / "which.smollm2.csv")
+    rows = page.read_cells(page.document("which.smollm2", folder, tmp_path))
     assert rows.keys() == {*results, Cell("removed", 1e-3, None, 0)}, "rows of an arm that no longer runs stay"
     assert rows[Cell("removed", 1e-3, None, 0)]["forgetting"] == "0.125"
-    assert "forgetting, equal loss" in text
-    assert {file.name for file in tmp_path.glob("*.png")} == {"which.smollm2.score.png"}, "few arms fit in a table"
-    assert page.documented(text, "which.smollm2", study, tmp_path) == text
+    assert {file.name for file in tmp_path.glob("*.png")} == {"which.smollm2.score.png"}
     assert "<span>studies</span> <span>which</span>" in written.read_text(encoding="utf-8")
     assert [row[0] for row in table.rows] == ["lora", "pissa"]
 

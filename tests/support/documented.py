@@ -21,7 +21,7 @@ from support.command_parsers import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/add-a-benchmark.md", "docs/add-a-method.md")
+WORKED = ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -37,8 +37,8 @@ SMALLER: tuple[tuple[str, str], ...] = (
     (r"^(torchrun|deepspeed|accelerate launch) .*?(-m|--module) (?=milora_)", "python -m "),
     (r" --deepspeed \S+| --fsdp\b", ""),
     # Models, the parts that they are made of, and a data set of the hub.
-    (r"llava-1\.5-(7|13)b|smol-llava(?=[ ,]|$)", "tiny"),
-    (r"Qwen/Qwen2\.5-VL-3B-Instruct|qwen2\.5-vl-3b", "qwen-vl"),
+    (r"(?<![-\w])llava-1\.5-(7|13)b|smol-llava(?=[ ,]|$)", "tiny"),
+    (r"qwen2\.5-vl-3b", "qwen-vl"),
     (r"llama-2-7b", "tiny-text"),
     (r"--model smollm2", "--model instruct"),
     (r"lmsys/vicuna-7b-v1\.5", "language"),
