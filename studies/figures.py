@@ -180,7 +180,7 @@ def rates() -> str:
             cells = task.cells()
             of_both = (_rates(cells, method), _rates(cells, task.lora))
             rows.append((task.name + note, f"{task.steps} x {task.records}", *of_both))
-    return Table(("task", "steps x records", "rates of `gradient`", "of LoRA"), tuple(rows)).markdown()
+    return Table(("task", "steps x records", "rates of the earlier default", "of LoRA"), tuple(rows)).markdown()
 
 
 def kinds() -> str:
