@@ -6,7 +6,6 @@ in docs/studies: one row is one training, at one learning rate and with one seed
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from milora_vl.common.cli.table import Table
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
 from milora_vl.sweep.results import arms, mean_of
+from studies.page import read_cells
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "studies"
@@ -41,8 +41,7 @@ class Task:
         """Return the trainings in the files; the first file that has one counts."""
         cells: dict[Cell, dict[str, Any]] = {}
         for file in self.files:
-            for row in _rows(file):
-                cells.setdefault(Cell(row["method"], float(row["learning_rate"]), None, int(row["seed"])), row)
+            cells = read_cells(DOCS / f"{file}.csv") | cells
         return cells
 
 
@@ -197,10 +196,11 @@ def kinds() -> str:
 
 def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
     """Return the scores of three tasks after their own training and at the end."""
+    cells = read_cells(DOCS / "sequence.smollm2.csv")
     keys = ("score_1_1", "score_3_1", "score_2_2", "score_3_2", "score_3_3", "forgetting_3")
     rows = []
     for way in ways:
-        of_way = [row for row in _rows("sequence.smollm2") if row["method"] == WAYS[way]]
+        of_way = [row for cell, row in cells.items() if cell.method == WAYS[way]]
         columns = [[float(row[key]) for row in of_way if row.get(key)] for key in keys]
         rows.append((way, str(len(of_way)), *(mean_of(values).text if values else "–" for values in columns)))
     header = ("", "seeds", "task 1, then", "at the end", "task 2, then", "at the end", "task 3", "text forgotten")
@@ -228,11 +228,6 @@ def main() -> int:
     for page in PAGES:
         write_text(page, written(page.read_text(encoding="utf-8")))
     return 0
-
-
-def _rows(file: str) -> list[dict[str, Any]]:
-    with (DOCS / f"{file}.csv").open(encoding="utf-8", newline="") as opened:
-        return list(csv.DictReader(opened))
 
 
 def _ratio(cells: Cells, method: str, lora: str) -> Ratio | None:

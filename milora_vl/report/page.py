@@ -251,11 +251,15 @@ def _analysis(folder: Path) -> tuple[Table, list[Plot]] | None:
     return Table(**summary["table"]), drawn
 
 
+def _short(value: object) -> object:
+    return f"{value:g}" if isinstance(value, float) else value
+
+
 def _versions(known: Json) -> list[tuple[str, str]]:
     """Return the rows about machine and software, and about resumptions with the settings that they changed."""
     rows = [(name, known.get(name)) for name in ("device", "started", "finished", "seed", "base")]
     for entry in known.get("resumed", ()):
-        changed = [f"{key} {before} -> {now}" for key, (before, now) in entry.get("changed", {}).items()]
+        changed = [f"{key} {_short(old)} -> {_short(new)}" for key, (old, new) in entry.get("changed", {}).items()]
         rows.append(("resumed", f"{entry['at']} from {entry['from']}" + f", with {', '.join(changed)}" * bool(changed)))
     git = known.get("git")
     if isinstance(git, Mapping):

@@ -83,7 +83,7 @@ def score_tables(comparison: Comparison) -> list[Table]:
     tables = []
     after = comparison.after.which if comparison.after else "final"
     for benchmark, group in groupby(comparison.scores(), key=lambda score: score.benchmark):
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for score in group:
             metric, baseline = score.any, score.any.get("baseline")
             is_below = baseline is not None and score.after is not None and score.after["value"] < baseline

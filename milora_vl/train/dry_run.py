@@ -6,12 +6,10 @@ with its targets, which reveals most data mistakes, and estimates memory and tim
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -43,35 +41,12 @@ SHOWN, LONGEST = 2, 300  # records of the first batch, characters of a text
 PACKED = 20_000  # records whose lengths decide the number of packed rows
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What a run will do: its steps (unknown without data) and its costs."""
-
-    run: Run
-    num_records: int | None
-    batching: Batching
-    has_steps: bool
-    costs: Costs
-
-
 def show(settings: Settings) -> int:
-    """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory."""
+    """Print the plan of a run. Return 0, or 1 if it does not fit --gpu-memory.
+
+    Raises UserError with everything that would stop the run.
+    """
     screen = Screen(sys.stdout if settings.request.format == "human" else sys.stderr)
-    outlook = work_out(settings, screen)
-    _show_next(outlook, settings.request, screen)
-    return 0 if outlook.costs.fits else 1
-
-
-def outlook(recipe: Recipe, source: str, output_dir: Path) -> Outlook:
-    """Return what a new run of a recipe will do, and print nothing; errors name the recipe by `source`."""
-    request = Request(recipe=source, output_dir=str(output_dir))
-    settings = Settings(request=request, recipe=recipe, is_set=frozenset(Recipe.model_fields), source=source)
-    with settings.places():
-        return work_out(settings, Screen(io.StringIO()))
-
-
-def work_out(settings: Settings, screen: Screen) -> Outlook:
-    """Show the plan of a run and return it. Raises UserError with everything that would stop the run."""
     run, request = make_run(settings, is_started=False), settings.request
     recipe, base = run.recipe, run.base
     for line in [*run.notes, *(f"warning: {warning}" for warning in run.warnings)]:
@@ -102,32 +77,30 @@ def work_out(settings: Settings, screen: Screen) -> Outlook:
     screen.say("\n".join(costs.lines))
     if problems:
         raise UserError(problems=problems)
-    return Outlook(run, num_records, batching, has_steps, costs)
-
-
-def _show_next(outlook: Outlook, request: Request, screen: Screen) -> None:
-    """Show the command that starts the run, and with --format json print the summary."""
-    run, batching, costs = outlook.run, outlook.batching, outlook.costs
-    recipe, base = run.recipe, run.base
-    start = command(request)
-    if recipe.data.path is None:
-        start += " --data_path DATA.json" + (" --image_folder FOLDER" if base.reads_pictures else "")
-    start += f" {costs.change}" if costs.change else ""
-    if batching.num_devices > 1 and request.output_dir is None:
-        start += " --output_dir FOLDER"  # the default name holds the time, which differs between processes
-    how = {"": "to start it", None: "to start it on a device where it fits"}
-    title = how.get(costs.change, "to start it so that it fits")
+    title, start = _next(run, request, batching, costs)
     screen.say(f"\n{title}:\n  {start}")
     if request.format == "json":
         sizes = trained_sizes(run.targets, base.meta)
         content = {
             "model": recipe.model, "parameters": num_parameters(base.meta), "trained": sum(sizes.values()),
             "policy": [dict(zip(COLUMNS, row, strict=True)) for row in _policy_rows(run, sizes)],
-            "records": outlook.num_records, "batch": batching.total,
-            "steps": batching.steps if outlook.has_steps else None, "cost": costs.lines, "fits": costs.fits,
-            "output_dir": str(run.folder.path), "next": start,
+            "records": num_records, "batch": batching.total, "steps": batching.steps if has_steps else None,
+            "cost": costs.lines, "fits": costs.fits, "output_dir": str(run.folder.path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
+    return 0 if costs.fits else 1
+
+
+def _next(run: Run, request: Request, batching: Batching, costs: Costs) -> tuple[str, str]:
+    """Return what the next command is for, and the command."""
+    start = command(request)
+    if run.recipe.data.path is None:
+        start += " --data_path DATA.json" + (" --image_folder FOLDER" if run.base.reads_pictures else "")
+    start += f" {costs.change}" if costs.change else ""
+    if batching.num_devices > 1 and request.output_dir is None:
+        start += " --output_dir FOLDER"  # the default name holds the time, which differs between processes
+    how = {"": "to start it", None: "to start it on a device where it fits"}
+    return how.get(costs.change, "to start it so that it fits"), start
 
 
 def _missing(recipe: Recipe, base: Base) -> list[Problem]:

@@ -31,7 +31,6 @@ from milora_vl.core.policy import Policy, PolicyError, Target
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.rules import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.core.weights.matrices import is_linear
 from milora_vl.models import loading
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
@@ -243,7 +242,7 @@ def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list
             "the projector has never been aligned, so it trains in full and unprotected; align it first with  "
             "--recipe pretrain-projector-llava, then pass  --projector_weights"
         )
-    elif not any(map(is_linear, base.meta.get_submodule(projector).modules())):
+    elif not _takes_adapter("projector", base):
         rules = [*without_projector(rules), FULL_PROJECTOR | rate]
         notes.append("the projector has no linear layers, so it trains in full and unprotected")
     if edits.rank is None:
@@ -256,6 +255,13 @@ def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list
                 rules = [{**rule, "rank": rank, "alpha": rank} if "rank" in rule else rule for rule in rules]
                 notes.append(f"the smallest matrix of this model has rank {min(largest)}: the ranks are {rank}")
     return rules, notes
+
+
+def _takes_adapter(modules: str, base: Base) -> bool:
+    try:
+        return bool(Policy.parse([{"modules": modules, "method": "lora", "rank": 1}]).resolve(base.meta))
+    except PolicyError:
+        return False
 
 
 def base_kl_of(recipe: Recipe, base: Base, targets: Sequence[Target]) -> BaseKLConfig:

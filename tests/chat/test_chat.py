@@ -52,11 +52,6 @@ def test_the_answer_alone_is_on_stdout_and_is_what_an_evaluation_gets(picture: P
     assert capsys.readouterr().out == answer("What colour is it?", picture) + "\n"
 
 
-def test_a_question_needs_no_picture(capsys: Captured) -> None:
-    ask("What is 1 + 1?")
-    assert capsys.readouterr().out == answer("What is 1 + 1?") + "\n"
-
-
 def test_pictures_and_videos_that_a_model_does_not_take_are_refused_before_its_weights_load(
     picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -107,21 +106,6 @@ def test_a_picture_after_the_common_beginning(llava: Made) -> None:
     assert generate(model, processor, prompts, batch_size=3, max_new_tokens=8) == alone
 
 
-def test_waiting_prompts_take_little_memory_however_many_ids_a_picture_has(llava: Made) -> None:
-    turns, pictures = (Turn("user", "<image>\n" * 20 + "What?"),), (Image.new("RGB", (32, 32), "red"),) * 20
-    prompts = [Prompt(turns, pictures)] * 500
-
-    def measured(places: list[int], texts: list[str]) -> None:
-        raise StopIteration(tracemalloc.get_traced_memory()[0])
-
-    generate(*llava, prompts[:1], max_new_tokens=1)  # what is imported at first use is not counted
-    tracemalloc.start()
-    with pytest.raises(StopIteration) as stopped:
-        generate(*llava, prompts, batch_size=1, max_new_tokens=1, on_batch=measured)
-    tracemalloc.stop()
-    assert stopped.value.value / len(prompts) < 5000  # the ids of one prompt take 90 kB
-
-
 def test_each_batch_is_reported_with_the_places_of_its_prompts(llava: Made) -> None:
     seen: dict[int, str] = {}
     got = generate(
@@ -188,19 +172,6 @@ def test_through_an_adapter_and_around_it(tiny_llava: Callable[..., Made]) -> No
     assert tuned != base
     with peft_model.disable_adapter():
         assert generate(peft_model, processor, prompts, batch_size=4, max_new_tokens=8) == base
-
-
-def test_the_training_mode_is_left_as_it_was(llava: Made) -> None:
-    model, processor = llava
-    model.train()
-    frozen = next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
-    frozen.eval()
-    try:
-        generate(model, processor, questions(2, True), max_new_tokens=1)
-        assert model.training
-        assert not frozen.training
-    finally:
-        model.eval()
 
 
 def test_a_picture_for_a_text_model_is_refused(tiny_llama: Callable[..., Made]) -> None:

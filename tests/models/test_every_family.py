@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from support.versions import needs_places
 from support.vlm_runs import write_pictures
 
 RECORDED = json.loads(RESULTS.read_text())
-SAMPLE = ("ovis2", "lighton_ocr", "kimi_k25", "ernie4_5_vl_moe", "qwen3_5_moe", "cosmos3_edge", "qianfan_ocr")
+SLOW = ("lighton_ocr", "kimi_k25", "ernie4_5_vl_moe", "qwen3_5_moe", "cosmos3_edge", "qianfan_ocr")
 pytestmark = [pytest.mark.filterwarnings("ignore"), needs_places]
 same_version = pytest.mark.skipif(
     RECORDED["transformers"] != family_table.transformers.__version__, reason="the page is of another transformers"
@@ -47,8 +48,14 @@ def test_every_registered_family_has_a_row() -> None:
     assert list(RECORDED["families"]) == list(FAMILIES)
 
 
+def marked() -> list[Any]:
+    """Every family: one quickly, a few as slow tests, the others as thorough ones."""
+    marks = {"ovis2": (), **dict.fromkeys(SLOW, pytest.mark.slow)}
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.thorough)) for name in FAMILIES]
+
+
 @same_version
-@pytest.mark.parametrize("name", [SAMPLE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SAMPLE[1:])])
+@pytest.mark.parametrize("name", marked())
 def test_what_worked_with_a_family_works(name: str, tmp_path: Path) -> None:
     assert check(name, tmp_path) == RECORDED["families"][name]
 

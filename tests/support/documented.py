@@ -37,8 +37,8 @@ SMALLER: tuple[tuple[str, str], ...] = (
     (r"^(torchrun|deepspeed|accelerate launch) .*?(-m|--module) (?=milora_)", "python -m "),
     (r" --deepspeed \S+| --fsdp\b", ""),
     # Models, the parts that they are made of, and a data set of the hub.
-    (r"llava-1\.5-(7|13)b|smol-llava(?=[ ,]|$)", "tiny"),
-    (r"Qwen/Qwen2\.5-VL-3B-Instruct|qwen2\.5-vl-3b", "qwen-vl"),
+    (r"(?<![-\w])llava-1\.5-(7|13)b|smol-llava(?=[ ,]|$)", "tiny"),
+    (r"qwen2\.5-vl-3b", "qwen-vl"),
     (r"llama-2-7b", "tiny-text"),
     (r"--model smollm2", "--model instruct"),
     (r"lmsys/vicuna-7b-v1\.5", "language"),

@@ -72,22 +72,12 @@ QFORMER = {
 }
 FAMILIES: dict[str, Family] = {
     "llava": Family("llava", 4, {"model_type": "llama"}, CLIP, LLAVA),
-    "bakllava": Family("llava", 4, {"model_type": "mistral"}, CLIP, LLAVA),
     "llava_next": Family(
         "llava_next",
         10,
         {"model_type": "llama"},
         CLIP,
         LLAVA | {"image_grid_pinpoints": [[16, 16]]},
-        (1, 2, 3, 16, 16),
-        {"image_sizes": [[16, 16]]},
-    ),
-    "llava_next_video": Family(
-        "llava_next_video",
-        10,
-        {"model_type": "llama"},
-        CLIP,
-        LLAVA | {"image_grid_pinpoints": [[16, 16]], "image_token_id": IMAGE, "video_token_id": IMAGE + 1},
         (1, 2, 3, 16, 16),
         {"image_sizes": [[16, 16]]},
     ),
@@ -104,10 +94,6 @@ FAMILIES: dict[str, Family] = {
         },
         (1, 2, 3, 16, 16),
         {"image_sizes": [[16, 16]]},
-    ),
-    "vipllava": Family("vipllava", 4, {"model_type": "llama"}, CLIP, LLAVA | {"vision_feature_layers": [-2, -1]}),
-    "video_llava": Family(
-        "video_llava", 5, {"model_type": "llama"}, CLIP, LLAVA | {"video_token_index": IMAGE + 1}, None
     ),
     "paligemma": Family(
         "paligemma",
@@ -148,9 +134,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "aya_vision": Family(
         "aya_vision", 1, {"model_type": "cohere2"}, SIGLIP, {"image_token_index": IMAGE, "downsample_factor": 2}
-    ),
-    "cohere2_vision": Family(
-        "cohere2_vision", 1, {"model_type": "cohere2"}, SIGLIP, {"image_token_id": IMAGE, "downsample_factor": 2}
     ),
     "mllama": Family(
         "mllama",
@@ -318,58 +301,6 @@ FAMILIES: dict[str, Family] = {
         language="language_model.model.decoder.layers.",
         projector="language_projection",
     ),
-    "instructblip": Family(
-        "instructblip",
-        3,
-        {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16},
-        {},
-        {
-            "qformer_config": QFORMER,
-            "num_query_tokens": 3,
-            "image_token_index": IMAGE,
-        },
-        inputs={"qformer_input_ids": [[1, 2, 3]]},
-        language="language_model.model.decoder.layers.",
-        projector="language_projection",
-    ),
-    "got_ocr2": Family(
-        "got_ocr2",
-        0,
-        {"model_type": "qwen2"},
-        {"output_channels": 8, "window_size": 2, "global_attn_indexes": [1], "mlp_dim": 20},
-        {"image_token_index": IMAGE},
-        None,
-    ),
-    "deepseek_vl": Family(
-        "deepseek_vl", 4, {"model_type": "llama"}, SIGLIP, {"image_token_id": IMAGE}, projector="aligner"
-    ),
-    "janus": Family(
-        "janus",
-        4,
-        {"model_type": "llama"},
-        {"model_type": "janus_vision_model", "projection_dim": 16, "mlp_ratio": 2.0, "depth": 2},
-        {
-            "image_token_id": IMAGE,
-            "vq_config": {
-                "base_channels": 32,
-                "num_embeddings": 8,
-                "embed_dim": 4,
-                "projection_dim": 4,
-                "num_patches": 2,
-                "channel_multiplier": [1, 1],
-                "image_token_embed_dim": 16,
-            },
-        },
-        projector="aligner",
-    ),
-    "lfm2_vl": Family(
-        "lfm2_vl",
-        0,
-        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-        {"model_type": "siglip2_vision_model", "num_patches": 4},
-        {"image_token_id": IMAGE, "projector_hidden_size": 16},
-        None,
-    ),
     "glm4v": Family(
         "glm4v",
         1,
@@ -407,12 +338,7 @@ TEXT_ONLY: dict[str, dict[str, Any]] = {
 
 def build(name: str) -> nn.Module:
     """Return the tiny random model of a family, in eval mode; equal for equal names."""
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        VideoLlavaForConditionalGeneration,
-    )
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
     if name in TEXT_ONLY:
@@ -425,8 +351,6 @@ def build(name: str) -> nn.Module:
         tie_word_embeddings=False,
         **family.config,
     )
-    if name == "video_llava":  # transformers 4 has no auto class for it
-        return VideoLlavaForConditionalGeneration(config).float().eval()
     return AutoModelForImageTextToText.from_config(config).float().eval()
 
 

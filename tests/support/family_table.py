@@ -124,10 +124,11 @@ def _phrase(error: Exception) -> str:
 
 
 def _rules(model: Any) -> list[dict[str, Any]]:
-    """Return the default rules for a model, with MiLoRA of rank 2 and without protected inputs."""
+    """Return rules for a model: MiLoRA of rank 2, without protected inputs, and the projector in full."""
     rules = edited(None, PolicyEdits(method="milora", rank=2))
     rules = [{key: value for key, value in rule.items() if key != "dropout"} for rule in rules]
-    return rules if find_towers(model).projector else without_projector(rules)
+    full = {"modules": "projector", "method": "full"}  # that of some families has no linear layer
+    return without_projector(rules) + ([full] if find_towers(model).projector else [])
 
 
 def targets_of(model: Any) -> list[Target]:

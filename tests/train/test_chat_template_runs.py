@@ -103,7 +103,7 @@ def test_the_trained_model_is_asked_with_the_same_prompts(
     flags = ["--on", "samples", "--num_tokens", "300", "--output_dir", str(tmp_path / "forgotten")]
     assert forgetting([*adapter, *flags]) == 0
     assert export([str(text_run), "--to", "merged", "--output_dir", str(tmp_path / "merged")]) == 0
-    assert "merged --template chat_template QUESTION" in capsys.readouterr().err
+    assert "--template" not in capsys.readouterr().err  # the merged model has its template
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     ids = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=True, return_dict=True, add_generation_prompt=True

@@ -26,7 +26,7 @@ def same(first: Path, second: Path, weights: str = "adapter_model.safetensors") 
     assert max(abs(one - other) for (_, one), (_, other) in pairs) <= 1e-5
     before, after = load_file(first / weights), load_file(second / weights)
     assert before.keys() == after.keys()
-    assert max((tensor - after[name]).abs().max() for name, tensor in before.items()) <= 1e-4
+    assert max((tensor - after[name]).abs().max() for name, tensor in before.items()) <= 2e-4
 
 
 def run_all(kinds: list[str], method: str, model: Path, data: Path, tmp_path: Path) -> str:

@@ -16,7 +16,7 @@ from milora_eval.__main__ import main as evaluate
 from milora_vl.chat.command import main as chat
 from milora_vl.common.errors import UserError
 from milora_vl.train.command import main as train
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 from support.versions import needs_places
 from support.vlm_families import model_of, processor_of
 from support.vlm_runs import record, write_pictures
@@ -188,7 +188,7 @@ def test_pictures_and_videos_that_a_model_takes_only_apart_are_named(
     words = words_of(
         glm, images, tmp_path, [{"image": "0.png"} | video | record([("human", "<image><video>"), *ASKED[1:]], [])]
     )
-    with raises_code("", "train.jsonl:1", "no pictures beside videos", "leave out the pictures or the videos"):
+    with raises_problem("train.jsonl:1", "no pictures beside videos", "leave out the pictures or the videos"):
         train(words)
 
 
