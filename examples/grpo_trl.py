@@ -5,8 +5,7 @@ python examples/grpo_trl.py --data_path train.json --image_folder images --outpu
 
 Supervised training reads the same records (docs/data.md): the first turn is the question, and the second, the
 answer, serves only the reward. All flags of TRL's GRPOConfig work. The base model is the reference of `--beta`: TRL
-switches the adapter off, so it needs no second model. `protect` keeps the update off what ordinary text uses. The
-method is milora, because `gradient` needs batches with labels before the first step.
+switches the adapter off, so it needs no second model. `protect` keeps the update off what ordinary text uses.
 """
 
 import sys

@@ -3,9 +3,9 @@
 python examples/llava_own_data.py                                   # here: random weights, three drawn pictures, a CPU
 python examples/llava_own_data.py llava-1.5-7b train.json images    # on a GPU, with LLaVA's JSON
 
-It trains what the command `python -m milora_vl.train` trains by default: `gradient`, off 95 % of the inputs of ordinary
-text. The command also calibrates with pictures, resumes, evaluates and writes a report. For the paper's MiLoRA, set the
-method to milora, and remove `calibration` and `task`.
+The language tower trains as by default with `milora train`: MiLoRA off 95 % of the inputs of ordinary text. The command
+also calibrates with pictures, has MiLoRA on the projector, keeps near the base on its own texts, resumes, evaluates and
+writes a report. For the paper's MiLoRA, add "protect": 0 to the rule, and remove `calibration`.
 """
 
 import json
@@ -45,11 +45,10 @@ collator = collator_for(model, processor, image_folder=images, max_length=2048)
 model = apply_milora(
     model,
     [
-        {"modules": "language", "method": "gradient", "rank": rank, "alpha": rank, "dropout": 0.05},
+        {"modules": "language", "method": "milora", "rank": rank, "alpha": rank, "dropout": 0.05},
         {"modules": "projector", "method": "full", "learning_rate": 2e-5},
     ],
     calibration=calibration_texts(model),
-    task=[collator([record]) for record in records[:64]],
     progress=True,
 )
 model.print_trainable_parameters()

@@ -14,7 +14,7 @@ import yaml
 from support.documented import ROOT, flags_of
 
 EXAMPLES = ROOT / "examples"
-SCRIPTS = ("llava_own_data", "text_model", "vision_transformer", "dpo_with_pictures", "first_adapter")
+SCRIPTS = ("llava_own_data", "vision_transformer", "first_adapter")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
