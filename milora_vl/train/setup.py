@@ -236,7 +236,13 @@ def _default_rules(settings: Settings, base: Base) -> tuple[list[RuleDict], list
                 f"{base.name} has no projector", code="flag-no-effect", where="--mm_projector_lr", hint=hint
             )
         rules = without_projector(rules)
-    elif base.parts is not None and not recipe.projector_weights:
+    elif recipe.projector_weights:
+        rules = [*without_projector(rules), FULL_PROJECTOR | rate]
+        notes.append(
+            "the base does not hold the projector of  --projector_weights, so it trains in full and unprotected, and "
+            "the adapter holds it"
+        )
+    elif base.parts is not None:
         rules = [*without_projector(rules), UNALIGNED_PROJECTOR | rate]
         notes.append(
             "the projector has never been aligned, so it trains in full and unprotected; align it first with  "

@@ -28,7 +28,7 @@ from milora_vl.interop.replace import get_peft_model_replaced, main
 from support.adapter_cases import anchors, one_rule, train_steps
 from support.launched import in_two_processes, needs_deepspeed
 from support.llava_parts import small_vicuna_and_clip
-from support.problems import raises_code
+from support.problems import raises_code, raises_problem
 
 SCRIPT = """
 import sys
@@ -102,7 +102,7 @@ def test_vision_modules_that_a_pattern_or_full_paths_choose_stay(tiny_llava, tar
     assert {"language", "vision"} <= {t.tower for t in model.milora_targets}
     assert "stay frozen" not in capsys.readouterr().err
     if targets is None:
-        with get_peft_model_replaced(), raises_code("calibration-unreached-layer", hint="protect=0"):
+        with get_peft_model_replaced(), raises_problem(hint="protect=0"):
             peft.get_peft_model(tiny_llava()[0], config)
 
 

@@ -125,7 +125,7 @@ def _phrase(error: Exception) -> str:
 
 def _rules(model: Any) -> list[dict[str, Any]]:
     """Return rules for a model: MiLoRA of rank 2, without protected inputs, and the projector in full."""
-    rules = edited(None, PolicyEdits(method="milora", rank=2))
+    rules = edited(None, PolicyEdits(method="milora", rank=2, protect=0))
     rules = [{key: value for key, value in rule.items() if key != "dropout"} for rule in rules]
     full = {"modules": "projector", "method": "full"}  # that of some families has no linear layer
     return without_projector(rules) + ([full] if find_towers(model).projector else [])
