@@ -91,13 +91,14 @@ class Run:
     def on_records(self, *, has_pictures: bool) -> tuple[Run, str]:
         """Return the run on records with or without pictures, and a note.
 
-        Without pictures no calibration reaches a protected projector. It stays frozen: text does not train it.
+        Where no picture calibrates a protected projector, it stays frozen.
         """
+        has_pictures = has_pictures and self.recipe.calibration.num_pictures > 0
         kept = tuple(target for target in self.targets if target.tower != "projector" or not target.protect)
         is_needed = self.recipe.adapter is None and self.recipe.calibration.data is None
         if has_pictures or not is_needed or len(kept) in (0, len(self.targets)):
             return self, ""
-        return replace(self, targets=kept), "note: no training record has a picture, so the projector stays frozen"
+        return replace(self, targets=kept), "note: no picture calibrates the projector, so it stays frozen"
 
     def composed(self) -> tuple[Run, str]:
         """Return the run on a base that exists, composed of its parts at first use, and a log line.

@@ -13,8 +13,8 @@ from PIL import Image
 
 from milora_data import emoji as command
 from milora_data.assets import ASSETS, fetch
-from milora_data.emoji import catalogue, questions
-from milora_data.emoji.catalogue import Emoji
+from milora_data.emoji import questions
+from milora_data.emoji.catalogue import Emoji, catalogue, render
 from milora_data.emoji.questions import TYPES, Pool, a
 from support.problems import raises_code
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
     blank = Image.new("RGBA", (224, 224))
     with pytest.MonkeyPatch.context() as patch:
         number = itertools.count()
-        patch.setattr(command, "render", lambda code: catalogue.render(code) if next(number) % 20 == 0 else blank)
+        patch.setattr(command, "render", lambda code: render(code) if next(number) % 20 == 0 else blank)
         command.write(target, per_type=8)
     return target
 
@@ -72,7 +72,7 @@ def test_no_test_picture_is_shown_in_training(files):
 
 
 def test_a_name_of_two_emoji_is_learned_from_one_and_tested_on_the_other():
-    emojis = catalogue.catalogue()
+    emojis = catalogue()
     dogs = {thing.code: thing.split for thing in emojis if thing.name == "dog"}
     assert sorted(dogs.values()) == ["test", "train"]
     known = {thing.name for thing in emojis if thing.split == "train"}

@@ -24,7 +24,9 @@ def on_device(words: list[str]) -> list[str]:
     return [word for word in words if word != "--use_cpu"]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.* layers protect")  # tiny layers have few directions
+pytestmark = pytest.mark.filterwarnings(  # tiny layers have few directions, and few texts
+    "ignore:.* layers protect", "ignore:too little calibration"
+)
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny-text", "gemma3")]
 

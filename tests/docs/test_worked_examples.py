@@ -91,15 +91,6 @@ def run(commands: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_a_method(copy: Path) -> None:
-    printed = applied("docs/contributing/add-a-method.md", copy)
-    assert "\n2 passed, " in printed
-    rows = [line.split() for line in printed.splitlines() if re.match(r"language +\d", line)]
-    assert [row[2] for row in rows] == ["subspace", "subspace"]  # of the dry run and of the run
-    assert rows[1][-1] == "%"  # the share of the weight that was measured
-    assert (copy / "runs" / "subspace" / "adapter_model.safetensors").is_file()
-
-
 def test_a_benchmark(copy: Path) -> None:
     printed = applied("docs/contributing/add-a-benchmark.md", copy)
     assert "**shades 1, official**" in printed  # the table
@@ -110,4 +101,3 @@ def test_a_benchmark(copy: Path) -> None:
 
 def test_every_page_has_a_test() -> None:
     assert tuple(name_of(page) for page in sorted((ROOT / "docs" / "contributing").glob("add-a-*.md"))) == WORKED
-    assert WORKED == ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")

@@ -21,7 +21,7 @@ from support.command_parsers import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/contributing/add-a-benchmark.md", "docs/contributing/add-a-method.md")
+WORKED = ("docs/contributing/add-a-benchmark.md",)
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -50,7 +50,8 @@ SMALLER: tuple[tuple[str, str], ...] = (
     (r"(train --recipe paper-.*)", r"\1 --model tiny-text --fp16 False"),
     (r"(train --recipe (?:smol-llava-|mine\.yaml).*)", r"\1 --model tiny"),
     # Sizes: the last flag of a name counts.
-    (r"(milora_vl\.train .*)", r"\1 --rank 2 --max_steps 2 --deepspeed= --dataloader_num_workers 0"),
+    (r"(milora_vl\.train .*)", r"\1 --max_steps 2 --deepspeed= --dataloader_num_workers 0"),
+    (r"(milora_vl\.train (?!.*--tune_mm_mlp_adapter).*)", r"\1 --rank 2"),
     (r"--hold_out 100", "--hold_out 2"),
     (r"(milora_eval run .*)", r"\1 --forgetting_tokens 64"),
     (r"--limit 1000", "--limit 8"),
