@@ -49,9 +49,9 @@ def test_every_registered_family_has_a_row() -> None:
 
 
 def marked() -> list[Any]:
-    """Every family: one quickly, a few as slow tests, the others as thorough ones."""
+    """Every family: one quickly, the others as slow tests."""
     marks = {"ovis2": (), **dict.fromkeys(SLOW, pytest.mark.slow)}
-    return [pytest.param(name, marks=marks.get(name, pytest.mark.thorough)) for name in FAMILIES]
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.slow)) for name in FAMILIES]
 
 
 @same_version
