@@ -60,6 +60,7 @@ SMALLER: tuple[tuple[str, str], ...] = (
 )
 # Commands that no test here runs, and why. Flags of our own programs, extras named to pip and files are checked.
 NOT_RUN: dict[str, str] = {
+    r".*runs/stage1": "both stages: tests/models/test_compose.py runs them",
     r".*( \.\.\.|\[--|\bBASE\b)": "incomplete",
     r"(python -m )?pip (install|uninstall|download)|source |pre-commit ": "changes an environment",
     r"git clone |hf download ": "needs the network",
