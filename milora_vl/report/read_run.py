@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from milora_vl.common.evaluator import Gain, evaluator
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
+HELD_OUT = "held_out.jsonl"  # losses of the held-out records, highest first
 _KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "eval")
 
 
@@ -92,6 +94,7 @@ class Run:
     forgetting: Json = field(default_factory=dict)
     earlier: tuple[tuple[Path, Score], ...] = ()
     gain: Gain | None = None
+    held_out: tuple[Json, ...] = ()  # the records with the highest loss, highest first
 
     def headline(self) -> tuple[Comparison, Score] | None:
         """Return the score to show first: of the tuned model, and of a benchmark that is no earlier run's."""
@@ -137,6 +140,7 @@ def read_run(folder: Path) -> Run:
         comparisons=comparisons,
         forgetting=_read(folder / "forgetting.json", {}),
         earlier=tuple(_earlier(folder, comparisons)),
+        held_out=tuple(line for line in _lines(folder / HELD_OUT) if "reply" in line),
     )
     return replace(run, gain=_gain(run))
 
@@ -177,14 +181,14 @@ def _step(name: str) -> int:
 
 
 def _evaluation(folder: Path) -> Evaluation:
-    """Read an evaluation, without an incomplete last line of a killed one."""
-    answers, file = [], folder / "predictions.jsonl"
+    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(_lines(folder / "predictions.jsonl")))
+
+
+def _lines(file: Path) -> Iterator[Json]:
+    """Yield the lines of a JSON lines file, without an incomplete last one of a killed process."""
     for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
-        try:
-            answers.append(json.loads(line))
-        except ValueError:
-            continue
-    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(answers))
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[tuple[Path, Score]]:

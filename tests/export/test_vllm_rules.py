@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import Options, export, main
-from milora_vl.export.command import VLLM_RANKS
+from milora_vl.export.request import VLLM_RANKS
 from support.adapter_cases import LLAVA_POLICY, move
 
 REQUIRED = {"r", "lora_alpha", "target_modules"}
