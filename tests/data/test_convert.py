@@ -177,7 +177,7 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
 
 
 def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
-    with raises_code("flag-no-effect", where="--prompt", message="only applies to --from folder, table, hub, coco"):
+    with raises_code("flag-no-effect", where="--prompt", message="only applies to --from table, hub, coco"):
         convert("vqav2", VQA, tmp_path, "--prompt", "What?")
 
 
@@ -402,24 +402,3 @@ def test_a_table_of_captions_comes_in_many_forms(name: str, text: str, tmp_path:
     (record,) = convert_file(tmp_path / name, "table", tmp_path / "out")
     assert record.images == ("ä b.jpg",)
     assert record.turns[1].text == "Ein Kreis, rot"
-
-
-def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "my pictures"
-    folder.mkdir()
-    for name in ("ä b.jpg", "none.png", "empty.png", "._ä b.jpg"):
-        Image.new("RGB", (20, 10), "red").save(folder / name)
-    for name in ("phone.HEIC", "._ä b.txt"):
-        (folder / name).write_bytes(b"\xfe\xfc")
-    for name, text in {"ä b": "Rot.", "empty": " ", "phone": "A garden.", "lonely": "No picture."}.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    (record,) = convert_file(folder, "folder", tmp_path / "out")
-    assert (record.images, record.turns[1].text) == (("ä b.jpg",), "Rot.")
-    said = capsys.readouterr().err
-    assert "left out: 2 x picture without a caption: empty.png, none.png\n" in said
-    assert "left out: 1 x picture in an unsupported format (save as JPEG or PNG): phone.HEIC\n" in said
-    assert "left out: 2 x caption without a picture: lonely.txt, phone.txt\n" in said
-    assert f"next: python -m milora_data check {tmp_path}/out/data.json --image_folder '{folder}'\n" in said
-    (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))
-    with raises_code("data-not-utf8", where="ä b.txt", message="not UTF-8 (byte 0xfc)", kind=DataError):
-        convert_file(folder, "folder", tmp_path / "out2")

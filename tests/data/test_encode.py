@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from milora_data.encode.labels import IGNORE, NoSupervisedTokens, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES
-from milora_data.encode.tokens import words_of
 from milora_data.records.record import IMAGE, parse_record
 from milora_vl.common.errors import DataError
 from milora_vl.models.tiny import tiny_tokenizer
@@ -182,17 +181,3 @@ def test_mistakes_with_tokenizer_and_template_are_explained() -> None:
     tokenizer.eos_token = None
     with raises_code("", message="no end-of-sequence token"):
         encode(record("a", "b"), tokenizer, image_token_id=IMG)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(text=texts | st.text(alphabet=" ab\u2581\n</s>", max_size=25))
-def test_remembered_words_have_the_tokenizers_own_pieces(kind: str, text: str) -> None:
-    assume(text.encode("utf-8", "replace").decode() == text)
-    tokenizer = llama_tokenizer(kind)
-    backend = tokenizer.backend_tokenizer
-    words = words_of(tokenizer, backend)
-    assert words.usable
-    made = words.encode(text, [])
-    assert (made is None) == ("\u2581" in text)
-    assert made is None or made[0] == backend.encode(text, add_special_tokens=False).ids

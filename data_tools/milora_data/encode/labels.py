@@ -22,7 +22,7 @@ from typing import Any
 
 from milora_data.encode.chat_template_mask import segments_of
 from milora_data.encode.templates import Segment, no_videos, place_images
-from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits, words_of
+from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits
 from milora_data.records.record import IMAGE, Record, Turn, parse_record
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, with_context
@@ -73,7 +73,7 @@ def encode(
     try:
         traits = tokenizer_traits(tokenizer)
         bos, segments = record_segments(record, tokenizer, template, traits)
-        encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
+        encoded = _join(_tokenize(segments, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             lost = amount(encoded.num_cut, "token")
             cut = f": max_length {max_length} cuts off the last {lost}" if encoded.num_cut else ""
@@ -121,12 +121,10 @@ def encode_prompt(
         bos, segments = segments_of(turns, template, tokenizer, prompt=True, traits=traits)
     except DataError as error:
         raise with_context(error, where) from None
-    return _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens).input_ids
+    return _join(_tokenize(segments, traits), bos, image_token_id, image_tokens).input_ids
 
 
-def _tokenize(
-    segments: Sequence[Segment], tokenizer: Any, traits: TokenizerTraits
-) -> list[tuple[list[int], list[int]]]:
+def _tokenize(segments: Sequence[Segment], traits: TokenizerTraits) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
     Each stretch is tokenized alone, as in LLaVA: tokens may span segments but never a picture. Character offsets assign
@@ -148,11 +146,7 @@ def _tokenize(
             # tokenized without an answer, so the answer is tokenized alone in training too.
             return [_in_parts(text, ranges, traits.backend) for text, ranges in zip(texts, spans, strict=True)]
         # SentencePiece puts a blank in front of every text that it tokenizes: a cut would add one inside the text.
-        words = words_of(tokenizer, traits.backend)
-        return [
-            (words.encode(text, ranges) if words.usable else None) or _whole(text, ranges, traits.backend)
-            for text, ranges in zip(texts, spans, strict=True)
-        ]
+        return [_whole(text, ranges, traits.backend) for text, ranges in zip(texts, spans, strict=True)]
     except TypeError:  # the Rust tokenizer raises it for text that UTF-8 cannot represent
         raise DataError(
             "a text is not valid Unicode: it contains half of a surrogate pair (\\ud800 to \\udfff)",

@@ -24,16 +24,7 @@ from milora_vl.common.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {
-    ".jpg": ("JPEG", "MPO"),
-    ".jpeg": ("JPEG", "MPO"),
-    ".png": ("PNG",),
-    ".gif": ("GIF",),
-    ".webp": ("WEBP",),
-    ".bmp": ("BMP", "DIB"),
-    ".tif": ("TIFF",),
-    ".tiff": ("TIFF",),
-}
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "DIB": ".bmp", "TIFF": ".tif"}  # other formats: their name
 ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
 _NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
 SIDE, _LEAST = 320, 64  # pixels of thumbnails; shown at half this size on high-density screens
@@ -183,8 +174,7 @@ def picture_suffix(content: bytes) -> str:
     """Return the suffix for the content of a picture file, such as ".png"; ".img" if it is not a picture."""
     try:
         with opened_picture(StoredPicture("", content)) as image:
-            known = (suffix for suffix, formats in SUFFIXES.items() if image.format in formats)
-            return next(known, f".{image.format}".lower())
+            return _SUFFIXES.get(str(image.format), f".{image.format}".lower())
     except Exception:  # see _reason
         return ".img"
 
