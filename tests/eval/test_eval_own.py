@@ -181,7 +181,7 @@ def test_rows_with_a_metrics_name_need_no_code(tmp_path: Path) -> None:
         {"image": "a.png", "question": "How many?", "answers": ["1", "one"]},
     ]
     (tmp_path / "mine.json").write_text(json.dumps(rows))
-    results = evaluate(str(tmp_path / "mine.json"), tmp_path / "out", "--audit", "1")
+    results = evaluate(str(tmp_path / "mine.json"), tmp_path / "out")
     assert results["benchmarks"][0]["protocol"] == "own data"
     lines = (tmp_path / "out" / "eval" / "mine" / "base" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["meta"]["metric"] for line in lines] == ["contains", "exact"]

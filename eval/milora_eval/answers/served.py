@@ -151,14 +151,12 @@ def require_servable(plan: EvaluationPlan, items: Items) -> None:
         raise UserError(problems=problems)
 
 
-def ask_server(
-    server: ChatServer, plan: EvaluationPlan, todo: Sequence[Question], keep: Keep, *, one_by_one: bool = False
-) -> None:
+def ask_server(server: ChatServer, plan: EvaluationPlan, todo: Sequence[Question], keep: Keep) -> None:
     """Ask questions, at most `plan.batch_size` at once, and pass each answer to `keep` when it comes.
 
     The first error ends the run, after the answers that are on their way are kept. Raises UserError.
     """
-    with ThreadPoolExecutor(1 if one_by_one else plan.batch_size) as pool:
+    with ThreadPoolExecutor(plan.batch_size) as pool:
         waiting = {pool.submit(_reply, server, plan.model_name, question): question for question in todo}
         try:
             for future in as_completed(waiting):

@@ -75,7 +75,6 @@ examples:
         PROTOCOL,
         shared("template"),
         shared("batch_size", default=BATCH_SIZE, about="questions per batch (default: %(default)s)"),
-        option("--audit", type=count, default=0, help="ask N items again, one by one, and compare"),
         option(
             "--forgetting_tokens",
             type=count,
@@ -199,7 +198,6 @@ def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[Eva
         image_aspect_ratio=prompts.image_aspect_ratio,
         batch_size=options.batch_size if target else options.concurrency or CONCURRENCY,
         shard=parse_shard(options.shard),
-        audit=options.audit,
     )
     return plan, items
 
@@ -221,9 +219,6 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
                 limit = result["generation"]["max_new_tokens"][entry["name"]]
                 sys.stderr.write(f"truncated: {entry['truncated']:,} of {entry['n']:,} answers of {result['which']} ")
                 sys.stderr.write(f"to {entry['name']}, at {limit} tokens\n")
-        if result.get("audit"):
-            sys.stderr.write(f"audit of {result['which']}: {result['audit']['changed']} of {result['audit']['n']} ")
-            sys.stderr.write("answers changed when asked one by one\n")
     sys.stderr.write("written: " + ", ".join(map(str, folders)) + "\n")
     uploads = [folder / SUBMISSION for folder in folders if (folder / SUBMISSION).is_dir()]
     if uploads:
