@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -167,17 +166,3 @@ def test_the_prompt_is_the_conversation_up_to_its_last_answer(kind: str, value: 
     if value["id"] != "picture-twice-in-one-turn":  # turns alone do not tell that it is one picture
         turns = parse_record(value).turns[:-1]
         assert encode_prompt(turns, tokenizer, image_token_id=IMG, image_tokens=4) == prompt
-
-
-def test_a_prompt_must_end_with_a_question() -> None:
-    with raises_code("", message="the last turn must be a question", kind=DataError):
-        encode_prompt([], llama_tokenizer("new"), image_token_id=IMG)
-
-
-def test_mistakes_with_tokenizer_and_template_are_explained() -> None:
-    tokenizer = copy.deepcopy(byte_bpe())
-    with raises_code("template-unknown", message='unknown template "vicuna"', hint="did you mean vicuna_v1"):
-        encode(record("a", "b"), tokenizer, template="vicuna", image_token_id=IMG)
-    tokenizer.eos_token = None
-    with raises_code("", message="no end-of-sequence token"):
-        encode(record("a", "b"), tokenizer, image_token_id=IMG)

@@ -106,13 +106,6 @@ def test_vlmevalkits_predictions_are_scored(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["benchmarks"][0]["metrics"][0]["value"] == 1.0
 
 
-def test_a_table_without_openpyxl_is_told_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openpyxl", None)
-    (tmp_path / "theirs.xlsx").write_bytes(b"PK")
-    with raises_code("package-missing", hint="'.[eval]'"):
-        read_predictions(tmp_path / "theirs.xlsx")
-
-
 def test_predictions_are_read_as_they_were_written(tmp_path: Path) -> None:
     said = {1: 0, 2: None, 3: "A", 4: "None", 5: "=1+1", 6: "a\x00b"}
     table = DataFrame({"index": list(said), "prediction": Series(list(said.values()), dtype=object)})

@@ -17,7 +17,6 @@ from milora_eval.answers.store import read_lines
 from milora_eval.benchmarks.emoji import Emoji
 from milora_eval.scores.results import read_results, write_results
 from support.eval_questions import write_questions
-from support.problems import raises_code
 from support.programs import Program
 
 Made = tuple[Any, Any]
@@ -169,12 +168,3 @@ def test_what_was_measured_of_other_weights_does_not_stay_in_the_results(model: 
     other = evaluate(model, data, done, template="alpaca")
     assert other is not None
     assert other["forgetting"] is None
-
-
-def test_missing_pictures_are_counted_before_anything_is_asked(model: Made, tmp_path: Path) -> None:
-    data = write_questions(tmp_path / "emoji")
-    (data / "images" / "red.png").unlink()
-    (data / "images" / "blue.png").unlink()
-    with raises_code("benchmark-missing-pictures", message="2 pictures of benchmark emoji are missing"):
-        evaluate(model, data, tmp_path / "out")
-    assert not (tmp_path / "out").exists()

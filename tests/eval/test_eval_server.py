@@ -109,17 +109,6 @@ def _pixels(body: dict[str, Any]) -> Any:
     return Image.open(io.BytesIO(file)).getpixel((0, 0))
 
 
-def test_answers_belong_to_the_name_of_the_model_and_not_to_the_address(data: Path, tmp_path: Path) -> None:
-    for models, model, asked in ((["mine"], "mine", NUM), (["mine", "b"], "mine", 0), (["mine", "b"], "b", NUM)):
-        with answering(Answers(models)) as address:
-            assert run(address, data, tmp_path, model=model) == 0
-        assert results(tmp_path, model)["asked"] == asked
-    keys = [
-        {line["key"] for line in read_lines(folder(tmp_path, name) / "predictions.jsonl")} for name in ("mine", "b")
-    ]
-    assert not keys[0] & keys[1]
-
-
 def test_a_question_is_asked_again_after_503_429_and_a_dropped_connection(
     data: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -204,43 +193,16 @@ def test_a_prompt_without_a_template_goes_to_completions(tmp_path: Path) -> None
     assert all(body["prompt"].endswith("Let's think step by step.") for _, body in answers.asked)
 
 
-def test_a_benchmark_with_beams_is_refused_with_the_reason(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    official_data.commonsense(data)
-    flags = ["--served_model", "mine", "--benchmarks", "boolq", "--data", str(data), "--output_dir", str(tmp_path)]
-    answers = Answers()
-    with (
-        answering(answers) as address,
-        raises_code("", where="--server", message="boolq asks with 4 beams"),
-    ):
-        main(["run", "--server", address, *flags])
-    assert not answers.asked
-
-
-def test_a_question_about_a_video_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").write_bytes(b"video")
-    (tmp_path / "mine.json").write_text(json.dumps([{"video": "a.mp4", "question": "What is it?", "answer": "a cat"}]))
-    flags = ["--served_model", "mine", "--benchmarks", str(tmp_path / "mine.json"), "--output_dir", str(tmp_path)]
-    answers = Answers()
-    with answering(answers) as address, raises_code("record-videos", where="mine.json, question 1"):
-        main(["run", "--server", address, *flags])
-    assert not answers.asked
-
-
 SERVED = "--server ADDRESS --served_model mine"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--server ADDRESS --served_model mime", ["--served_model: ", "no model 'mime'", "did you mean mine?"]),
         ("--server ADDRESS", ["--served_model: required", "it lists: mine"]),
         ("--server ADDRESS/v2 --served_model mine", ["/v1/v2/models: ", "404", "ends with /v1"]),
         ("--server http://127.0.0.1:9/v1 --served_model mine", ["127.0.0.1:9/v1/models: no server answers: "]),
-        ("--server localhost:8000 --served_model mine", ["--server: expected an address", "http://"]),
-        (f"{SERVED} --model tiny", ["--model: has no effect"]),
         (f"{SERVED} --adapter a --dtype float32", ["2 problems", "--adapter", "--dtype"]),
-        (f"{SERVED} --with_base", ["--with_base: has no effect"]),
         (f"{SERVED} --key_variable NO_KEY", ["--key_variable: ", "NO_KEY"]),
         ("--model tiny --served_model mine --concurrency 2", ["2 problems", "--served_model", "--concurrency"]),
     ],

@@ -21,11 +21,11 @@ from support.command_parsers import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/contributing/add-a-benchmark.md",)
+CHANGES = ("docs/contributing/add-a-benchmark.md",)  # its blocks are files and changes of them
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.relative_to(ROOT).as_posix() not in WORKED),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.relative_to(ROOT).as_posix() not in CHANGES),
 ]
 TYPED = "What is this?\n/quit\n"  # into a program that asks
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
