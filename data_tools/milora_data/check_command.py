@@ -66,7 +66,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 1 if there are errors."""
     chosen = COMMAND.parse(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
@@ -90,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
-    kinds = report.by_kind()
-    if "embedded_picture" in kinds:
+    if "embedded_picture" in report.by_kind():
         next_step("milora_data", *convert_words(report.path, "llava"))
     elif fixed is None and not report.count("error") and Path(report.path).stem.rpartition("-")[2] in HELD_OUT:
         data = ["--data", *pictures[1:]] if pictures else []
@@ -102,8 +100,6 @@ def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str 
         next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
     elif _num_usable(report):
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
-    elif kinds.keys() == {"not_a_record"}:
-        next_step("milora_data", "convert", "--help")
 
 
 def _num_usable(report: Report) -> int:

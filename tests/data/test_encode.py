@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from milora_data.encode.labels import IGNORE, NoSupervisedTokens, encode, encode_prompt
 from milora_data.encode.templates import TEMPLATES
+from milora_data.encode.tokens import words_of
 from milora_data.records.record import IMAGE, parse_record
 from milora_vl.common.errors import DataError
 from milora_vl.models.tiny import tiny_tokenizer
@@ -166,3 +167,17 @@ def test_the_prompt_is_the_conversation_up_to_its_last_answer(kind: str, value: 
     if value["id"] != "picture-twice-in-one-turn":  # turns alone do not tell that it is one picture
         turns = parse_record(value).turns[:-1]
         assert encode_prompt(turns, tokenizer, image_token_id=IMG, image_tokens=4) == prompt
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=texts | st.text(alphabet=" ab\u2581\n</s>", max_size=25))
+def test_remembered_words_have_the_tokenizers_own_pieces(kind: str, text: str) -> None:
+    assume(text.encode("utf-8", "replace").decode() == text)
+    tokenizer = llama_tokenizer(kind)
+    backend = tokenizer.backend_tokenizer
+    words = words_of(backend, backend.get_vocab_size())
+    assert words.usable
+    made = words.encode(text, [])
+    assert (made is None) == ("\u2581" in text)
+    assert made is None or made[0] == backend.encode(text, add_special_tokens=False).ids

@@ -140,13 +140,13 @@ def test_a_server_that_dies_ends_the_run_and_the_same_command_continues(
 def test_a_refused_question_is_named_with_the_servers_words_and_without_the_key(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MY_LOGIN", "word-of-mine")
+    monkeypatch.setenv("OPENAI_API_KEY", "word-of-mine")
     answers = Answers(refuses="Is red a color?")
     with (
         answering(answers) as address,
         raises_code("server-refuses", where="benchmark emoji, question text_only-red", message="too long for") as error,
     ):
-        run(address, data, tmp_path, "--key_variable", "MY_LOGIN", "--concurrency", "1")
+        run(address, data, tmp_path, "--concurrency", "1")
     assert error.value.exit_code == 1
     assert "word-of-mine" not in str(error.value)
     assert answers.headers[0]["authorization"] == "Bearer word-of-mine"
@@ -203,7 +203,6 @@ SERVED = "--server ADDRESS --served_model mine"
         ("--server ADDRESS/v2 --served_model mine", ["/v1/v2/models: ", "404", "ends with /v1"]),
         ("--server http://127.0.0.1:9/v1 --served_model mine", ["127.0.0.1:9/v1/models: no server answers: "]),
         (f"{SERVED} --adapter a --dtype float32", ["2 problems", "--adapter", "--dtype"]),
-        (f"{SERVED} --key_variable NO_KEY", ["--key_variable: ", "NO_KEY"]),
         ("--model tiny --served_model mine --concurrency 2", ["2 problems", "--served_model", "--concurrency"]),
     ],
 )

@@ -22,7 +22,7 @@ from typing import Any
 
 from milora_data.encode.chat_template_mask import segments_of
 from milora_data.encode.templates import Segment, no_videos, place_images
-from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits
+from milora_data.encode.tokens import IGNORE, TokenizerTraits, tokenizer_traits, words_of
 from milora_data.records.record import IMAGE, Record, Turn, parse_record
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError, with_context
@@ -146,7 +146,11 @@ def _tokenize(segments: Sequence[Segment], traits: TokenizerTraits) -> list[tupl
             # tokenized without an answer, so the answer is tokenized alone in training too.
             return [_in_parts(text, ranges, traits.backend) for text, ranges in zip(texts, spans, strict=True)]
         # SentencePiece puts a blank in front of every text that it tokenizes: a cut would add one inside the text.
-        return [_whole(text, ranges, traits.backend) for text, ranges in zip(texts, spans, strict=True)]
+        words = words_of(traits.backend, traits.backend.get_vocab_size())
+        return [
+            (words.encode(text, ranges) if words.usable else None) or _whole(text, ranges, traits.backend)
+            for text, ranges in zip(texts, spans, strict=True)
+        ]
     except TypeError:  # the Rust tokenizer raises it for text that UTF-8 cannot represent
         raise DataError(
             "a text is not valid Unicode: it contains half of a surrogate pair (\\ud800 to \\udfff)",

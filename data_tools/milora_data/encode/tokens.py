@@ -1,13 +1,26 @@
-"""What the encoder needs of a tokenizer: its BOS, EOS and blanks, and its chat template."""
+"""What the encoder needs of a tokenizer: BOS, EOS, blanks, a cache of the tokens of words; loads tokenizers.
+
+`Words` tokenizes SentencePiece text word by word: the same tokens as the tokenizer's, in a third of the time. In a
+vocabulary like Llama's, no token contains a blank after its first character. A word is therefore tokenized
+independently of its neighbours, and words repeat. The cache is not used if the vocabulary has other tokens, if a test
+text gives other tokens, or if a text is cut at a position that is not before a blank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from milora_vl.common.errors import UserError
 
 IGNORE = -100
+_WORD = re.compile(r" *[^ ]+| +")
+_BLANK = "\u2581"
+_TRIALS = ("a  b c. ", " word\n word\n\n", "\u4e2d\u6587 \u00e9\u0301 x", "<x> </x> a,b 12 345  \t 6")
+_LETTER = "a"  # stands before a word inside a text
+_MOST_WORDS = 300_000  # size of the cache, about 50 MB
 
 
 def fast_backend(tokenizer: Any) -> Any:
@@ -73,7 +86,6 @@ def share_template(processor: Any) -> None:
 
 
 def eos_text(tokenizer: Any) -> str:
-    """Return the text of the tokenizer's end of sequence; raises `UserError` if it has none."""
     if tokenizer.eos_token is None:
         raise UserError("this tokenizer has no end-of-sequence token", hint="set tokenizer.eos_token")
     return str(tokenizer.eos_token)
@@ -113,3 +125,91 @@ def glue_after(special: str, tokenizer: Any) -> str:
         f"{special} changes the text around it in this tokenizer",
         hint=f'add it as AddedToken("{special}", special=True, normalized=False, lstrip=False, rstrip=False)',
     )
+
+
+class _Inside(dict[str, list[int]]):
+    """The tokens of words that follow another word; a word that is new is tokenized."""
+
+    def __init__(self, after: Callable[[str, str], list[int]]) -> None:
+        self.after = after
+
+    def __missing__(self, word: str) -> list[int]:
+        if len(self) >= _MOST_WORDS:
+            self.clear()
+        ids = self[word] = self.after(_LETTER, word)
+        return ids
+
+
+class Words:
+    """A cache of the tokens of words for one tokenizer."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        added = list(backend.get_added_tokens_decoder().values())
+        marks = sorted((token.content for token in added), key=len, reverse=True)
+        self._marks = re.compile(f"({'|'.join(map(re.escape, marks))})" if marks else "($^)")
+        self._mark_ids = {mark: [backend.token_to_id(mark)] for mark in marks}
+        self._first = lru_cache(_MOST_WORDS)(self._after)
+        self._inside = _Inside(self._after)
+        plain = not any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in added)
+        self.usable = plain and not any(_BLANK in piece.lstrip(_BLANK) for piece in backend.get_vocab(False))
+        self.usable = self.usable and all(self._is_right(text) for text in _TRIALS)
+
+    def encode(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]] | None:
+        """Return ids and labels of `text`, whose supervised characters are `spans`; None if words do not suffice."""
+        if _BLANK in text:  # SentencePiece would treat it as a blank
+            return None
+        ids: list[int] = []
+        labels: list[int] = []
+        before, last, num_marks = "", "", 0  # `before`: the added token before a stretch of words, "" at the start
+        stretch_continues = False
+        for start, end, supervised in _ranges(len(text), spans):
+            for number, part in enumerate(self._marks.split(text[start:end])):
+                if not part:
+                    continue
+                if number % 2:
+                    tokens = self._mark_ids[part]
+                    before, stretch_continues = part, False
+                    num_marks += 1
+                else:
+                    if stretch_continues and (part[0] != " " or last == " "):
+                        return None  # the cut is inside a word
+                    tokens = self._stretch(part, None if stretch_continues else before)
+                    last, stretch_continues = part[-1], True
+                ids += tokens
+                labels += tokens if supervised else [IGNORE] * len(tokens)
+        # A mark that spans a cut was not seen above.
+        return (ids, labels) if num_marks == len(self._marks.findall(text)) else None
+
+    def _stretch(self, stretch: str, before: str | None) -> list[int]:
+        words = _WORD.findall(stretch)
+        ids = [] if before is None else list(self._first(before, words.pop(0)))
+        for word in words:
+            ids += self._inside[word]
+        return ids
+
+    def _after(self, before: str, word: str) -> list[int]:
+        # The first word of a text, or after an added token, may get a blank from SentencePiece.
+        return self._ids(before + word)[bool(before) :]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def _is_right(self, text: str) -> bool:
+        encoded = self.encode(text, [])
+        return encoded is not None and encoded[0] == self._ids(text)
+
+
+@lru_cache(maxsize=4)
+def words_of(backend: Any, size: int) -> Words:
+    """Return the cache of a tokenizer whose vocabulary has this size: new tokens need another one."""
+    return Words(backend)
+
+
+def _ranges(length: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+    """Return (start, end, supervised) of consecutive ranges that cover a text of `length` characters."""
+    ranges, at = [], 0
+    for start, end in spans:
+        ranges += [(at, start, False), (start, end, True)]
+        at = end
+    return [*ranges, (at, length, False)]

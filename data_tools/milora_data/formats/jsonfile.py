@@ -195,7 +195,6 @@ def _line_of(path: Path, line: int) -> str:
 
 
 def missing_file(path: Path) -> DataError:
-    """Return the error for a data file that does not exist."""
     problem = url_problem(path)
     if problem is not None:
         return DataError(problems=[problem])

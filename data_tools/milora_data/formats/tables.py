@@ -149,7 +149,6 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
 
 
 def _incomplete(row: Mapping[str, Any], columns: Columns, answer: object, is_asked: bool, place: str) -> DataError:
-    """Return the error for a row with an empty cell, or without the columns."""
     found = {what: next((name for name in names if name in row), "") for what, names in columns.items()}
     question = found["question"] or found["input"] or found["image"]
     text = found["answer"] if found["question"] else found["caption"] or found["answer"]

@@ -71,7 +71,6 @@ def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
 
 
 def ask_model(model: Any, processor: Any, plan: EvaluationPlan, todo: Sequence[Question], keep: Keep) -> None:
-    """Ask a loaded model, in batches of `plan.batch_size`."""
     for benchmark, group in groupby(todo, key=lambda question: question.benchmark):
         part = list(group)
 

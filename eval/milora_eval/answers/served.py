@@ -97,7 +97,7 @@ class ChatServer:
         except openai.APIStatusError as error:
             message = f"the server answers {error.status_code}: {first_line(error)}"
             code = "server-refuses" if error.status_code < 500 and error.status_code != 429 else code
-            hints = {404: "the address ends with /v1 at most servers", 401: "the key comes from --key_variable"}
+            hints = {404: "the address ends with /v1 at most servers", 401: "the key comes from OPENAI_API_KEY"}
             hint = hints.get(error.status_code, "")
         except openai.APITimeoutError:
             message = "the server gives no answer in time; ask fewer questions at once"
@@ -202,7 +202,6 @@ def _content(text: str, pictures: Iterator[Any]) -> str | list[Any]:
 
 @lru_cache(maxsize=64)  # many benchmarks ask several questions in a row about one picture
 def picture_url(path: str) -> str:
-    """Return a picture file as a data URL. Raises ImageError."""
     image = load_image(path)
     with opened_picture(path) as header:
         is_plain = header.mode in ("RGB", "L") and header.getexif().get(ORIENTATION, 1) == 1
