@@ -69,11 +69,3 @@ def test_alpaca_learns_the_answer_alone(kind: str, cutoff: int) -> None:
     made = ours("alpaca", tokenizer, cutoff)
     assert made.input_ids == ids
     assert made.labels == [IGNORE] * given + ids[given:]
-
-
-def test_tulu_learns_each_answer_and_its_end() -> None:
-    turns = [Turn("system", "S"), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
-    segments = render(turns, TEMPLATES["tulu"], "</s>")
-    text = "<|system|>\nS\n<|user|>\na\n<|assistant|>\nb</s>\n<|user|>\nc\n<|assistant|>\nd</s>"
-    assert "".join(segment.text for segment in segments) == text
-    assert [segment.text for segment in segments if segment.supervised] == ["b</s>", "d</s>"]

@@ -115,13 +115,6 @@ def test_what_ijson_refuses_is_read_as_json_reads_it(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(b'[\n{"a": "ok"},\n{"a": "caf\xe9"}]')
-    with raises_code("data-not-utf8", where="a.json:3", message="not UTF-8 (byte 0xe9)", kind=DataError):
-        list(read_objects(path))
-
-
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("[]")
     with raises_code("data-missing-file", where="tarin.json", hint="train.json", kind=DataError):
