@@ -168,9 +168,9 @@ def test_vllm_finds_the_modules_of_the_file_but_what_the_notes_name(family: str,
 def test_the_screen_of_an_export_names_them(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = saved("llava")
     main([str(folder / "a"), "--to", "adapter", "--output_dir", str(tmp_path / "out"), "--format", "json"])
+    notes = json.loads(capsys.readouterr().out.splitlines()[0])["servers"]
     main([str(folder / "a"), "--to", "rank-4", "--output_dir", str(tmp_path / "rank")])
     captured = capsys.readouterr()
-    notes = json.loads(captured.out.splitlines()[0])["servers"]
     assert SERVERS[1][1].format(towers="projector and vision") in notes
     assert "serve: SGLang refuses the folder for its projector: use --to merged\n" in captured.err
     assert "several ranks" in " ".join(notes)
