@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from milora_vl.common.cli.command_line import beside
+from milora_vl.common.cli.web import hub_is_known
 from milora_vl.common.errors import UserError, first_line
-from milora_vl.common.hub_host import hub_is_known
 from milora_vl.core.weights.tensor_files import read_weights
 from milora_vl.models import pretrained
 from milora_vl.models.names import BUILT_IN_MODELS
