@@ -31,11 +31,9 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
 from milora_vl.core.adapter.folders import (
     CONFIG,
-    adapters_inside,
     base_of,
     holds_adapter,
     holds_projector_alone,
-    holds_residual,
 )
 from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.policy import Policy
@@ -140,7 +138,7 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
     Raises UserError if subject and base model do not fit.
     """
     folder = Path(subject)
-    if holds_adapter(folder) or holds_residual(folder):
+    if holds_adapter(folder):
         base = base or _named_base(folder)
         model = load_any(load_weights(base), folder, allow_base_mismatch=allow_base_mismatch)
         layers = list(_of_adapter(model))
@@ -164,9 +162,9 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
 
 
 def _named_base(folder: Path) -> str:
-    """Return the base model that an adapter names, or the adapter inside a residual base."""
+    """Return the base model that an adapter names."""
     try:
-        return base_of(folder if holds_adapter(folder) else adapters_inside(folder)[0])
+        return base_of(folder)
     except UserError as error:
         problems = [replace(problem, hint="add:  --base NAME-OR-FOLDER") for problem in error.problems]
         raise UserError(problems=problems) from None

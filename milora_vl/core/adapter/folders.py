@@ -48,11 +48,6 @@ def adapters_inside(folder: Path) -> list[Path]:
     return sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
 
 
-def holds_residual(folder: Path) -> bool:
-    """Return whether `folder` holds a residual base with an adapter in a subfolder (as PiSSA and MiLoRA write it)."""
-    return (folder / "config.json").is_file() and bool(adapters_inside(folder))
-
-
 def holds_projector_alone(folder: Path) -> bool:
     return not has_config(folder) and any((folder / name).is_file() for name in PROJECTOR_FILES)
 
