@@ -60,8 +60,8 @@ def write(folder: Path, of: dict[str, Any], rows: Sequence[Row]) -> dict[str, An
     ]
     table = Table(("part", "layers", *shown), tuple(cells), "Means over the layers of each part.")
     figures = _figures(groups)
-    for name, (figure, caption) in figures.items():
-        draw(folder, name, figure, caption)
+    for name, (figure, _) in figures.items():
+        draw(folder, name, figure)
     captions = [{"name": name, "caption": caption} for name, (_, caption) in figures.items()]
     summary = of | {"layers": len(rows), "means": means, "figures": captions, "table": asdict(table)}
     write_json(folder / "summary.json", summary)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,12 @@ from torch import Tensor, nn
 
 from milora_vl.analyze import measures
 from milora_vl.analyze.measures import Update
-from milora_vl.common.atomic_write import write_text
+from milora_vl.common.atomic_write import json_lines, write_text
 from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import UserError, with_problems
 from milora_vl.common.progress import progress_bar
 from milora_vl.core.adapter.anchored import anchors_of, factors, has_anchor
-from milora_vl.core.adapter.folders import (
-    CONFIG,
-    base_of,
-    holds_adapter,
-    holds_projector_alone,
-)
+from milora_vl.core.adapter.folders import CONFIG, base_of, holds_adapter, holds_projector_alone
 from milora_vl.core.adapter.peft_model import MiloraMixin
 from milora_vl.core.policy import Policy
 from milora_vl.core.policy.policy import SpectralRank, with_ranks
@@ -226,10 +220,8 @@ def rows_of(
     Raises UserError if the folder contains another analysis.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file, lines = folder / FILE, list[Row]()
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with suppress(ValueError):  # the last line of an interrupted analysis
-            lines.append(json.loads(line))
+    file = folder / FILE
+    lines = list(json_lines(file))
     head = {"key": hashlib.sha256(json.dumps(of, default=str).encode()).hexdigest()[:16], "of": of["subject"]}
     if lines and lines[0] != head:
         message = f"contains another analysis, of {lines[0].get('of')}; it is not overwritten"

@@ -15,7 +15,7 @@ from milora_vl.common.cli import page as pages
 from milora_vl.common.cli.table import Table
 from milora_vl.common.errors import UserError
 from milora_vl.report import tables
-from milora_vl.report.plots import Plot, plots_of, suites_of
+from milora_vl.report.plots import plots_of, suites_of
 from milora_vl.report.read_run import Comparison, Json, Run, Score, is_fraction, label, read_run
 from milora_vl.report.repeat import commands
 from milora_vl.report.tables import amount, change, method_name, number, percent, points
@@ -241,13 +241,13 @@ def gallery(run: Run) -> dict[str, Any] | None:
     return {"total": len(items), "cards": cards}
 
 
-def _analysis(folder: Path) -> tuple[Table, list[Plot]] | None:
-    """Return what `python -m milora_vl.analyze` wrote: the table of means and the figures; None without it."""
+def _analysis(folder: Path) -> tuple[Table, dict[str, str]] | None:
+    """Return the table and the figures, by caption, that `milora_vl.analyze` wrote; None without them."""
     if not (folder / "summary.json").is_file():
         return None
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     files = {figure["caption"]: folder / f"{figure['name']}.png" for figure in summary["figures"]}
-    drawn = [Plot(data_uri(file.read_bytes(), "image/png"), caption) for caption, file in files.items()]
+    drawn = {caption: data_uri(file.read_bytes(), "image/png") for caption, file in files.items()}
     return Table(**summary["table"]), drawn
 
 

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +36,6 @@ _DPI = 200  # twice the pixels of the page give sharp text on any screen
 History = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A plot in a page: its data URI, and its caption as alternative text."""
-
-    uri: str
-    alt: str
-
-
 def method_colour(label: str) -> str | None:
     """Return the colour of the first method that a label names, None without one.
 
@@ -65,11 +56,11 @@ def marks_of(labels: Sequence[str]) -> dict[str, str]:
     return dict(zip(labels, cycle(_MARKS), strict=False))
 
 
-def draw(folder: Path, name: str, figure: Figure, alt: str) -> Plot:
-    """Write a figure to `folder` as `name`.png, and return it for the page."""
+def draw(folder: Path, name: str, figure: Figure) -> str:
+    """Write a figure to `folder` as `name`.png, and return its data URI for a page."""
     image = png(figure)
     (folder / f"{name}.png").write_bytes(image)
-    return Plot(data_uri(image, "image/png"), alt)
+    return data_uri(image, "image/png")
 
 
 def plots_of(run: Run) -> dict[str, str]:
@@ -97,13 +88,14 @@ def plots_of(run: Run) -> dict[str, str]:
             models = ("base", "tuned" if after is None or after.which == "final" else after.which)
             figures[f"scores-{comparison.suite}".replace("/", "-")] = scores_figure(scores, models, colour)
     (run.folder / "plots").mkdir(exist_ok=True)
-    return {name: draw(run.folder / "plots", name, figure, "").uri for name, figure in figures.items()}
+    return {name: draw(run.folder / "plots", name, figure) for name, figure in figures.items()}
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Use our sizes and colours as defaults of matplotlib inside the block."""
+def page_figure(height: float) -> Iterator[Figure]:
+    """Yield an empty figure as wide as the page; inside the block, matplotlib has our sizes and colours."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
     settings: dict[Any, Any] = {
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
@@ -115,15 +107,6 @@ def styled() -> Iterator[None]:
         "axes.titlepad": 8.0,
     }
     with mpl.rc_context(settings):
-        yield
-
-
-@contextmanager
-def page_figure(height: float) -> Iterator[Figure]:
-    """Yield an empty figure as wide as the page, in our style."""
-    from matplotlib.figure import Figure
-
-    with styled():
         yield Figure(figsize=(WIDTH, height), layout="constrained")
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import Gain, evaluator
 
@@ -177,14 +178,7 @@ def _step(name: str) -> int:
 
 
 def _evaluation(folder: Path) -> Evaluation:
-    """Read an evaluation, without an incomplete last line of a killed one."""
-    answers, file = [], folder / "predictions.jsonl"
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
-        try:
-            answers.append(json.loads(line))
-        except ValueError:
-            continue
-    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(answers))
+    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(json_lines(folder / "predictions.jsonl")))
 
 
 def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[tuple[Path, Score]]:

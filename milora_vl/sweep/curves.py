@@ -157,7 +157,7 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
         cell: {**row, "validation_loss": 1 - score} for cell, row in results.items() if (score := float(row["score"]))
     }
     columns = {
-        f"{kind}, equal {what}": ratio_texts(ratios, reference)
+        f"{kind}, equal {what}": {arm: ratio.text for arm, ratio in ratios.items() if ratio} | {reference: "1"}
         for what, cells in (("loss", results), ("score", by_score))
         for kind, ratios in ratios_to(reference, cells).items()
     }
@@ -181,11 +181,6 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
         f"Last column: the seeds that reach the lowest loss of {reference}."
     )
     return Table(("arm", "lowest loss", "best score", *columns, "reached"), tuple(rows), caption)
-
-
-def ratio_texts(ratios: Mapping[str, Ratio | None], reference: str) -> dict[str, str]:
-    """Return the ratios as cells of a table; the reference has 1."""
-    return {arm: "1" if arm == reference else ratio.text if ratio else "–" for arm, ratio in ratios.items()}
 
 
 def _two_digits(x: float) -> str:

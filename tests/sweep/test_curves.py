@@ -123,7 +123,6 @@ def test_pages_show_the_curves(tmp_path: Path) -> None:
         page.Compared(tmp_path, "t", list(cells), cells, {}, lambda _: {}, 2, "score", "nats", "command", "lora")
     )
     assert "Forgetting at equal validation loss" in written.read_text(encoding="utf-8")
-    assert (tmp_path / "ratios.png").is_file()
     assert (tmp_path / "ratios.csv").read_text(encoding="utf-8").splitlines()[1].startswith("lora,")
 
 
