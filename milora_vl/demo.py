@@ -68,7 +68,6 @@ class Size:
     forgetting_tokens: int
 
     def __str__(self) -> str:
-        """Return the text for the first line."""
         return f"{self.steps} steps, {self.questions or 'all'} questions, {self.texts} calibration texts"
 
 
@@ -119,7 +118,6 @@ class Step:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps that are not done yet. Return 1 if one of them fails, after its own message."""
     options = COMMAND.parse(argv)
     size, whole = QUICK if options.quick else FULL, ""
     if not (options.quick or options.full):
@@ -190,7 +188,6 @@ def _results_of(folder: Path) -> Path:
 
 
 def _base_of(folder: Path) -> str:
-    """Return the name of the base model that the run records."""
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
     return str(environment["model"])
 

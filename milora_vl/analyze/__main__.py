@@ -90,7 +90,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return the exit code. Raises UserError if the model or adapter cannot be analysed."""
     words = list(sys.argv[1:] if argv is None else argv)
     is_ranks = words[:1] == ["ranks"]
     options = RANKS.parse(words[1:]) if is_ranks else COMMAND.parse(words)

@@ -93,7 +93,6 @@ def _figures(groups: dict[str, list[Row]]) -> dict[str, tuple[Figure, str]]:
 def _panels(
     groups: dict[str, list[Row]], draw_one: Callable[[Axes, Sequence[Row]], None], xlabel: str, ylabel: str
 ) -> Figure:
-    """Draw one panel for each group of rows."""
     columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = -(-len(groups) // columns)
     with page_figure(2.5 * lines + 0.2) as figure:

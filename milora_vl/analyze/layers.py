@@ -156,7 +156,6 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
 
 
 def _named_base(folder: Path) -> str:
-    """Return the base model that an adapter names."""
     try:
         return base_of(folder)
     except UserError as error:
@@ -250,7 +249,6 @@ def stamps(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def _rounded(value: Any) -> Any:
-    """Round numbers to six digits, the precision of float32 weights."""
     if isinstance(value, list):
         return [_rounded(each) for each in value]
     return float(f"{float(value):.6g}") if isinstance(value, float | Tensor) else value

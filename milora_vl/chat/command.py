@@ -97,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Check the options before the model loads. Raises UserError for options that do not fit together."""
     if options.template:
         with at_flag("--template"):
             template_name(options.template)

@@ -122,7 +122,6 @@ class Chat:
 
     @classmethod
     def load(cls, options: Namespace) -> Chat:
-        """Load the model and adapter of the flags of the command."""
         prompts = prompts_of(options.model, options.adapter, options.template)
         size, update = 1.0 if options.base else options.scale, None
         with at_flag("--model"):  # the update of a fully trained model gets its size below
@@ -193,7 +192,6 @@ class Chat:
 
     @staticmethod
     def answer_turn(answer: str) -> Turn:
-        """Return an answer as a turn. A mark in it is a text, not the place of a picture or a video."""
         return Turn("assistant", answer.replace(IMAGE, "[image]").replace(VIDEO, "[video]"))
 
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> Reply:
@@ -312,7 +310,6 @@ def _ask_unless_stopped(chat: Chat, question: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the non-empty lines of stdin; a terminal gets a prompt, editing and history."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (input() uses it after the import)
     while True:

@@ -81,8 +81,6 @@ class TrainingQuestions(Protocol):
 
 
 class Evaluator(Protocol):
-    """Questions in, scores out."""
-
     def require_questions(self, questions: QuestionSet, *, at: str | Key, data_at: str | Key) -> None:
         """Raise UserError, at these places, for what an evaluation would fail with: unknown names, missing files."""
 

@@ -165,7 +165,6 @@ class Job:
 
     @cached_property
     def _reference(self) -> Any | None:
-        """Return the base model, or None if switching off the adapter restores it."""
         if can_recover_base(self._tuned):
             return None
         return self._load(self.base or self.model, None)  # a projector, the full model or biases trained

@@ -132,7 +132,6 @@ def _cut(path: str, low: LowRank, vocabulary: int) -> LowRank:
 
 
 def read_llava(folder: Path) -> PlainAdapter:
-    """Read a LoRA folder of LLaVA. Paths are those in LLaVA's classes; the projector is in `whole`."""
     adapter = read_plain(folder)
     stored = read_weights(folder / NON_LORA)
     # Older runs wrote `base_model.model.`, merged ones `model.`; LLaVA's loader also strips both.

@@ -83,7 +83,6 @@ class PlainAdapter:
     anchors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def moved(self, new_path: Callable[[str], str]) -> PlainAdapter:
-        """Return the adapter with other module paths, without a sidecar, which `sidecar.locate` moves."""
 
         def moved(by_path: Mapping[str, Value]) -> dict[str, Value]:
             return {new_path(path): value for path, value in by_path.items()}

@@ -22,7 +22,6 @@ from milora_vl.interop.lora_folder import PlainAdapter, more_than_factors, read_
 
 
 def require_scale(scale: object) -> None:
-    """Raise UserError unless the size of an update is a number from 0."""
     if not isinstance(scale, Real) or isinstance(scale, bool) or not 0 <= float(scale) < math.inf:
         raise UserError(f"must be a number from 0, got {scale!r}", where="--scale")
 

@@ -28,7 +28,6 @@ class RatesOfRules(_Trainer):
     """
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer as the trainer does. Raises UserError if it makes its own groups."""
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, trained)

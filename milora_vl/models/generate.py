@@ -240,7 +240,6 @@ class ProcessorReader:
         yield from _in_batches(order, kinds.__getitem__, batch_size)
 
     def _kind(self, prompt: Prompt) -> tuple[bool, bool, tuple[int, ...]]:
-        """Return what the prompts of one batch have in common."""
         alone = not self.call.takes_mixed_rows and bool(prompt.images)
         is_counted = bool(prompt.videos) and not self.call.takes_mixed_videos
         counts = tuple(self.call.num_frames(video) for video in prompt.videos) if is_counted else ()
@@ -318,7 +317,6 @@ def _named(prompt: Prompt) -> str:
 
 @contextmanager
 def _memory_explained() -> Iterator[None]:
-    """Raise UserError if the device has too little memory for a batch."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -396,19 +394,16 @@ class LlavaReader:
         return {"input_ids": ids, "labels": labels, **self.pixels([row])}
 
     def row(self, prompt: Prompt) -> _Row:
-        """Encode one prompt; each picture takes as many ids as the model needs for it."""
         counts = map(self._num_tokens, prompt.images)
         repeats = ((token, next(counts, 1) if token == self.image_token else 1) for token in self._ids(prompt))
         return _Row([token for token, count in repeats for _ in range(count)], prompt.images, _picture_name(prompt))
 
     def length(self, prompt: Prompt) -> int:
-        """Return the number of ids of a prompt. Raises `DataError` for a prompt with a video."""
         if prompt.videos:
             raise with_context(no_videos("this model"), prompt.source)
         return len(self._ids(prompt)) + sum(self._num_tokens(picture) - 1 for picture in prompt.images)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt with one id for each picture."""
         if prompt.images and self.image_token is None:
             raise UserError(
                 "the question has a picture, but this model reads only text",

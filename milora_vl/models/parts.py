@@ -94,7 +94,6 @@ def parts_of_original(folder: Path) -> Parts:
 
 
 def language_config(name: str) -> Any:
-    """Return the config of a text-only model, or of the Llama in a folder in LLaVA's original layout."""
     folder = Path(name)
     return original.read_original(folder).text_config() if original.is_original(folder) else pretrained.config_of(name)
 
@@ -171,7 +170,6 @@ def _name(parts: Parts) -> str:
 
 
 def _digest(parts: Parts) -> str:
-    """Return a hash of the parts: names and ids, and for files their paths, sizes and times."""
     stamps = {name: _stamp(Path(value)) for name, value in asdict(parts).items() if isinstance(value, str)}
     content = json.dumps([FORMAT, asdict(parts), stamps], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -183,7 +181,6 @@ def _stamp(path: Path) -> list[tuple[str, int, int]]:
 
 
 def require_parts(parts: Parts) -> None:
-    """Check the parts before anything is loaded. Raises UserError for a missing part."""
 
     if parts.projector and not original.is_original(Path(parts.projector)):
         projector_file(Path(parts.projector))

@@ -62,7 +62,6 @@ def _tiny_config(name: str) -> Any:
 
 
 def source_of(name: str) -> str:
-    """Return the folder or hub id behind a name; builds smol-llava and smollm2 at first use."""
     if name.startswith("smol") and name in BUILT_IN_MODELS:
         return str(smol_llava.made_folder(name))
     folder = Path(name)

@@ -53,7 +53,6 @@ def save_projector(model: nn.Module, folder: Path, state: Mapping[str, Tensor] |
 
 
 def load_projector(model: nn.Module, source: Path) -> None:
-    """Load the weights of a file or folder into the projector of the model."""
     weights = read_projector(source)
     projector = projector_of(model)
     with gather_params_ctx(list(projector.parameters()), modifier_rank=0):  # ZeRO-3 has shards of them
@@ -98,7 +97,6 @@ def read_projector(source: Path) -> dict[str, Tensor]:
 
 
 def projector_file(source: Path) -> Path:
-    """Return the projector file `source`, or the one in the folder `source`. Raises UserError if it is missing."""
     files = [source / name for name in PROJECTOR_FILES if (source / name).is_file()] if source.is_dir() else [source]
     if not files or not files[0].is_file():
         newest = newest_checkpoint(source)

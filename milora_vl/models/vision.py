@@ -25,7 +25,6 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 def tower_config(name: str) -> Any:
-    """Return the config of a vision tower: a folder, a hub id, or `timm/NAME`. Raises UserError otherwise."""
     if name.startswith(TIMM):
         size, grid = _timm_sizes(name.removeprefix(TIMM))
         return TimmTowerConfig.of(name.removeprefix(TIMM), image_size=size, grid=grid)
@@ -42,7 +41,6 @@ def tower_config(name: str) -> Any:
 
 
 def load_tower(name: str, config: Any, dtype: torch.dtype, weights: str | None = None) -> Any:
-    """Load the tower of `tower_config`; `weights` is a file for a timm network, or `random` for tests."""
     from transformers import AutoModel
 
     if name.startswith(TIMM):

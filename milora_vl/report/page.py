@@ -69,7 +69,6 @@ def regenerate_report(folder: Path) -> None:
 
 
 def _content(run: Run) -> dict[str, Any]:
-    """Return the variables of the template."""
     recipe, plots, found = run.folder / "recipe.yaml", plots_of(run), run.headline()
     return {
         "run": run,
@@ -99,7 +98,6 @@ def _content(run: Run) -> dict[str, Any]:
 
 
 def title(run: Run) -> str:
-    """Return the title of the page: the model and its methods; adapters take precedence over full training."""
     model = run.environment.get("model") or run.recipe.get("model") or run.folder.resolve().name
     kinds = dict.fromkeys((str(t["method"]), t.get("protect") or 0.0) for t in run.policy.get("targets", ()))
     adapters = [method_name(*kind) for kind in kinds if kind[0] not in ("full", "frozen")]
@@ -187,7 +185,6 @@ def _suite(comparison: Comparison, plots: Mapping[str, str]) -> dict[str, Any]:
 
 
 def questions(comparison: Comparison) -> list[Asked]:
-    """Return all questions of a suite in the order of the evaluation."""
     before, after = (
         {(line.get("benchmark"), line["id"]): line for line in (side.answers if side else ())}
         for side in (comparison.before, comparison.after)
@@ -196,7 +193,6 @@ def questions(comparison: Comparison) -> list[Asked]:
 
 
 def is_right(answer: Json | None) -> bool | None:
-    """Return whether an answer counts as right; None without one, or if another program scores it."""
     return None if answer is None or answer["correct"] is None else answer["correct"] >= 0.5
 
 
@@ -269,7 +265,6 @@ def _versions(known: Json) -> list[tuple[str, str]]:
 
 
 def credits_of(run: Run) -> list[str]:
-    """Return the credits of the pictures, from README.md files near the records and the test pictures."""
     path = (run.recipe.get("data") or {}).get("path") or []
     folders = [Path(entry["path"]).parent for entry in path] if isinstance(path, list) else [Path(path).parent]
     sides = [side for each in run.comparisons for side in (each.before, each.after) if side]

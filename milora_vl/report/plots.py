@@ -46,13 +46,11 @@ def method_colour(label: str) -> str | None:
 
 
 def colours_of(labels: Sequence[str]) -> dict[str, str]:
-    """Return the colour of each label: of its method, or one that no method has."""
     others = cycle(_OTHERS)
     return {label: method_colour(label) or next(others) for label in labels}
 
 
 def marks_of(labels: Sequence[str]) -> dict[str, str]:
-    """Return a marker for each label."""
     return dict(zip(labels, cycle(_MARKS), strict=False))
 
 
@@ -205,13 +203,11 @@ SCORE = "eval_suite_"  # in the log: the score of a benchmark during training, i
 
 
 def suites_of(history: History) -> list[str]:
-    """Return the benchmarks that were scored during training."""
     keys = dict.fromkeys(key for entry in history for key in entry if key.startswith(SCORE))
     return [key.removeprefix(SCORE) for key in keys if not key.endswith("_stderr")]
 
 
 def suite_figure(history: History, names: Sequence[str]) -> Figure:
-    """Draw the scores during training over steps with one standard error on either side."""
     colours, marks = colours_of(names), marks_of(names)
     with page_figure(2.6) as figure:
         axis = figure.subplots()
@@ -229,7 +225,6 @@ def suite_figure(history: History, names: Sequence[str]) -> Figure:
 
 
 def names_of(scores: Sequence[Score]) -> list[str]:
-    """Return the names of scores; with that of the benchmark if there are several."""
     has_several = len({score.benchmark for score in scores}) > 1
     return [(f"{score.benchmark}: " if has_several else "") + label(score.any["name"]) for score in scores]
 
@@ -280,14 +275,12 @@ def png(figure: Figure) -> bytes:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Write the numbers of a plot."""
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     write_text(path, text.getvalue())
 
 
 def _series(history: History, key: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of the log entries with `key`."""
     entries = [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
     return [step for step, _ in entries], [value for _, value in entries]
 

@@ -184,7 +184,6 @@ def equal_loss_table(results: Mapping[Cell, CellNumbers], reference: str) -> Tab
 
 
 def _two_digits(x: float) -> str:
-    """Format with two significant digits and without an exponent: 0.013, 0.50, 1.2, 15."""
     if not 0 < x < math.inf:
         return f"{x:g}"
     return f"{x:.{max(0, 1 - math.floor(math.log10(x)))}f}"

@@ -98,7 +98,6 @@ def write(compared: Compared) -> tuple[Path, Table]:
 
 
 def lede(all_arms: Sequence[Arm], metric: str) -> str:
-    """Return the result in one line: the best scores, highest first."""
     best = [(arm.label, arm.best.score) for arm in all_arms if arm.best is not None]
     best.sort(key=lambda entry: -entry[1].value)
     words = ", ".join(f"{label} {score.text}" for label, score in best[:3])
@@ -201,7 +200,6 @@ def score_figure(panels: Mapping[str, Sequence[Arm]], metric: str, title: str) -
 
 
 def _finite(arm: Arm) -> Arm:
-    """Leave out rates at which a training diverged."""
     points = (p for p in arm.points if math.isfinite(p.score.value) and math.isfinite(p.forgetting.value))
     return replace(arm, points=tuple(points))
 

@@ -58,7 +58,6 @@ class Sweep:
         return read_json(self.folder / "cells" / f"{cell.name}.json")
 
     def failure(self, cell: Cell) -> dict[str, Any] | None:
-        """Return the failure of a cell; None if it has a result or has not run."""
         return None if self.result(cell) else read_json(self.folder / "failed" / f"{cell.name}.json")
 
     def finished(self, seeds: Collection[int]) -> list[Cell]:
@@ -74,7 +73,6 @@ class Sweep:
         return {line["id"]: (float(line["correct"]), line["group"]) for line in of_first if line["correct"] is not None}
 
     def training(self, cell: Cell) -> list[str]:
-        """Return the command that trains a cell, without the interpreter."""
         recipe, run = self.folder / "recipes" / f"{cell.name}.yaml", self.run_folder(cell)
         flags = ["--recipe", str(recipe), "--output_dir", str(run), "--resume_from_checkpoint", "auto"]
         return ["-m", "milora_vl.train", *flags]

@@ -124,8 +124,6 @@ ERRORS = (ValueError, TypeError, KeyError, ImportError, NotImplementedError, OSE
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """One field of TrainingArguments."""
-
     hint: Any
     default: Any
     choices: tuple[str, ...]
@@ -186,7 +184,6 @@ def default_rate(train: Mapping[str, Any], method: str | None) -> float:
 
 
 def boolean(text: str) -> bool:
-    """Return the value of `True`, `yes`, `1`, ... Raises ValueError for any other text."""
     return TypeAdapter(bool).validate_python(text)
 
 
@@ -358,7 +355,6 @@ def strategy_of(settings: Mapping[str, Any]) -> Strategy:
 
 
 def _strategy(value: str | bool) -> Strategy:
-    """Return the strategy that a value of --fsdp names. Raises UserError for another one."""
     words = [word for word in str(value).replace(",", " ").split() if word != "auto_wrap"]
     if words and words[0].lower() in ("yes", "true", "1"):
         words[0] = "full_shard"
@@ -384,7 +380,6 @@ def _fsdp_error(message: str, hint: str) -> UserError:
 
 
 def require_processes_for_fsdp(train: Mapping[str, Any]) -> None:
-    """Raise UserError if a single process would train with FSDP, which has nothing to shard then."""
     if train.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise _fsdp_error(
             "needs several processes, and this is one", "start it with  torchrun --nproc_per_node N -m milora_vl.train"
@@ -552,7 +547,6 @@ def _environment_kept() -> Iterator[None]:
 
 @contextmanager
 def refused(kinds: tuple[type[Exception], ...] = ERRORS) -> Iterator[None]:
-    """Turn errors of Hugging Face about training arguments into a UserError."""
     try:
         yield
     except UserError:

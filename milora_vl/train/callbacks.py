@@ -74,7 +74,6 @@ class ForgettingCallback(TrainerCallback):
         self.probe, self.every, self.trainer = probe, every, trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Measure if this step is due. The random state and the mode of the model do not change."""
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
             trainer, due = self.trainer, control.should_log
             trainer.log(self.probe.measure(trainer.model, trainer.compute_loss_context_manager))
@@ -82,7 +81,6 @@ class ForgettingCallback(TrainerCallback):
 
 
 def training_questions(recipe: Recipe) -> TrainingQuestions | None:
-    """Return the questions to ask during training, None if the recipe asks for none."""
     config = recipe.eval
     if config.suite_every is None:
         return None
@@ -179,8 +177,6 @@ class Lines(TrainerCallback):
 
 
 class Bars(ProgressCallback):
-    """HF's bars, without its dictionaries of log entries."""
-
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **objects: Any
     ) -> None:
@@ -199,7 +195,6 @@ class Meter:
         self.counts = [before + more for before, more in zip(self.counts, counts, strict=True)]
 
     def take(self, totals: Sequence[float]) -> dict[str, float]:
-        """Return the log entries for `totals` (as `counts`, summed over processes) and reset the counts."""
         seconds = max(time.perf_counter() - self.start, 1e-9)
         self.start = time.perf_counter()
         self.counts = [0, 0, 0]
@@ -219,7 +214,6 @@ class LogBeforeSave(TrainerCallback):
     """
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Request a log line before a checkpoint and at the last step."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -262,7 +256,6 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Request a checkpoint and the end if any process has received the signal."""
         assert self.accelerator is not None
         if self.received:
             self.accelerator.set_trigger()

@@ -63,8 +63,6 @@ WHAT_HAPPENED = {
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """The training and evaluation records, and counts of skipped records."""
-
     train: Sequence[Record]
     evaluation: Sequence[Record] | None
     skipped: int = 0  # an image is missing, with --bad_images skip
@@ -119,13 +117,11 @@ def read_records(config: DataConfig) -> RunData:
 
 
 def require_named(config: DataConfig) -> None:
-    """Raise UserError if the recipe names no training data."""
     if config.path is None:
         raise UserError("no training data", code="data-no-path", hint="set --data_path, or data.path in the recipe")
 
 
 def source_text(config: DataConfig) -> str:
-    """Return the data as text: its file, or the files of its sources with their weights."""
     if not isinstance(config.path, list):
         return str(config.path)
     return ", ".join(f"{source.weight:g} x {source.path}" for source in config.path)
@@ -266,7 +262,6 @@ def strict_collator(recipe: Recipe, base: Base, processor: Any) -> RecordCollato
 
 
 def warnings_of(collator: RecordCollator[Any]) -> list[str]:
-    """Return one warning for each kind of event that the collator counted during training."""
     return [
         f"{count:,} times while training: {WHAT_HAPPENED[event]}" for event, count in collator.counts().items() if count
     ]
@@ -308,7 +303,6 @@ def check(collate: RecordCollator[Any], recipe: Recipe, data: RunData) -> None:
 
 
 def usable(collate: RecordCollator[Any], records: Sequence[Record]) -> list[Record]:
-    """Return the records that a batch can use; all of them if there is none."""
     kept = []
     for record in records:
         with suppress(DataError):
@@ -440,7 +434,6 @@ def _end_with_the_main_process() -> None:
 
 
 def stream_of(recipe: Recipe, args: TrainingArguments) -> RecordStream:
-    """Return the stream of this process: its share of the records, in an order given by the data seed."""
     assert recipe.data.path is not None
     return record_stream(
         _sources_of(recipe.data.path),

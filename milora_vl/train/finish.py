@@ -36,7 +36,6 @@ WITHOUT = "without:  remove --push_to_hub; to upload the finished run later: hf 
 
 
 def open_repository(train: Mapping[str, Any], folder: Path, token: str | None) -> None:
-    """Create the repository of --push_to_hub if it is missing, before the model loads."""
     if token:
         os.environ["HF_TOKEN"] = token
     if not train.get("push_to_hub") or os.environ.get("RANK", "0") != "0":
@@ -127,7 +126,6 @@ def evaluation_commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, screen: Screen) -> list[str]:
-    """Start each evaluation that the recipe asks for as a separate process. Returns the commands that failed."""
     failed = []
     for command in evaluation_commands(recipe, folder.path):
         gc.collect()  # the trainer holds itself in a circle
@@ -147,7 +145,6 @@ def write_results(recipe: Recipe, folder: RunFolder, screen: Screen, style: str,
 
 
 def push_results(folder: RunFolder, repository: str, revision: str | None, screen: Screen) -> bool:
-    """Push the run folder to the hub; a failure is a warning, since the training is saved."""
     try:
         with screen.step(f"pushing to {repository}"):
             screen.say(f"pushed   {push(folder.path, repository, revision)}")
@@ -178,7 +175,6 @@ def show_results(folder: RunFolder, recipe: Recipe, screen: Screen, style: str =
 
 
 def write_pages(folder: RunFolder, recipe: Recipe, screen: Screen) -> Path | None:
-    """Write README.md and report.html. Return the path of report.html, or None if it could not be written."""
     folder.write_text(CARD, model_card.render(folder.path, recipe.model_dump()))
     return try_write_report(folder.path, screen.warn)
 

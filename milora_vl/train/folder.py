@@ -48,7 +48,6 @@ class RunFolder:
         return self.checkpoint is None or not (self.path / "policy.json").is_file()
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write a JSON file atomically: a killed process leaves the old file or the new one."""
         atomic_write.write_json(self.path / name, content, hides_secrets=name == ENVIRONMENT)
 
     def write_text(self, name: str, text: str) -> None:
@@ -56,7 +55,6 @@ class RunFolder:
 
 
 def default_path(recipe: Recipe, now: datetime) -> Path:
-    """Return runs/MODEL/METHOD/TIME, such as `runs/llava-1.5-7b/milora-r128/2026-11-25_043607`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         message = "a run on several devices needs --output_dir"
         raise UserError(message, code="flag-required", where="--output_dir", hint="add:  --output_dir FOLDER")
@@ -197,7 +195,6 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide about results."""
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:

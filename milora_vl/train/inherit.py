@@ -174,7 +174,6 @@ def contradictions(adapter: str, settings: Mapping[str, Any], recipe: Recipe) ->
 
 
 def to_merge(adapter: Path) -> str:
-    """Return the command that makes a base model of an adapter, for training with other rules."""
     command = command_line("milora_vl.export", adapter, "--to", "merged", "--output_dir", "MERGED")
     return f"{command}\nthen  --model MERGED"
 
@@ -397,7 +396,6 @@ def _missing(run: str, why: str) -> UserError:
 
 
 def has_other_records(adapter: Path, fingerprint: str) -> bool:
-    """Return whether the run of an adapter is known to have trained on other records."""
     before = (read_environment(adapter) or read_environment(adapter.parent)).get("records")
     return before is not None and before != fingerprint
 

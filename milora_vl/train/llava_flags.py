@@ -58,8 +58,6 @@ _IN_FULL = "without --lora_enable the whole language tower trains in full, embed
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What the flags of a LLaVA command line mean for a run."""
-
     rules: list[dict[str, Any]]
     quantization: str | None = None
     line: str = ""

@@ -26,8 +26,6 @@ DECIDES_POLICY = ("lora_enable", "tune_mm_mlp_adapter", "freeze_mm_mlp_adapter",
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The one recipe of a run, and what the user has set of it."""
-
     request: Request
     recipe: Recipe
     is_set: frozenset[str]  # the top keys that an adapter, the recipe or a flag sets
@@ -78,7 +76,6 @@ def located(problems: Sequence[Problem], request: Request, source: str, recipe: 
 
 
 def merge(request: Request) -> Settings:
-    """Merge the layers of a run, and check all values. Raises UserError with all their problems."""
     content, source = read_recipe(request.recipe) if request.recipe else ({}, "")
     adapter, after = (str(request.overrides.get(n) or content.get(n) or "") for n in ("adapter", "after"))
     of_adapter: dict[str, Any] = {}

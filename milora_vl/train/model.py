@@ -45,7 +45,6 @@ class Built:
 
 
 def load_base(recipe: Recipe, base: Base, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-    """Load the base model and its processor, and the projector from the recipe's `projector_weights`."""
     quantization = _quantization(recipe, base)
     model: Any = load_weights(recipe.model, dtype, quantization=quantization, device=device)
     model = (model if quantization is not None else model.to(device)).eval()
@@ -140,7 +139,6 @@ def build(
 
 
 def _require_same_targets(adapter: Path, targets: Sequence[Target], stored: Sequence[Target]) -> None:
-    """Raise UserError if the rules of the recipe select other modules or settings than the adapter has."""
     here, there = ({t.path: replace(t, learning_rate=None, weight_decay=None) for t in ts} for ts in (targets, stored))
     differ = sorted(path for path in here | there if here.get(path) != there.get(path))
     if differ:

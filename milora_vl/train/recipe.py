@@ -47,16 +47,12 @@ class Flag(NamedTuple):
 
 
 class SourceConfig(Strict):
-    """One of several data sources."""
-
     path: str
     weight: NonNegativeFloat = 1.0  # how often an epoch repeats its records
     image_folder: str | None = None
 
 
 class DataConfig(Strict):
-    """The training and evaluation data."""
-
     path: Annotated[
         str | Annotated[list[SourceConfig], Field(min_length=1)] | None,
         Flag(RECORDS, name="data_path"),
@@ -142,7 +138,6 @@ class CalibrationConfig(Strict):
 
     @property
     def num_pictures(self) -> int:
-        """Return the largest number of training pictures that the base model describes."""
         return self.pictures if self.pictures is not None else PICTURES if self.data is None else 0
 
 
@@ -244,7 +239,6 @@ class Recipe(Strict):
         return template_name(value)
 
     def attention_of(self, tower: Literal["language", "vision"]) -> str:
-        """Return the name of the attention implementation of a tower, as transformers knows it."""
         named = self.attn_implementation
         return named if isinstance(named, str) else named.get(tower, "sdpa")
 

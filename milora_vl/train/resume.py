@@ -59,7 +59,6 @@ class Earlier:
 
     @property
     def gets_steps(self) -> bool:
-        """Return whether there is something left to train: a finished run continues only for more steps."""
         return not self.is_finished or bool({"train.max_steps", "train.num_train_epochs"} & self.changes.keys())
 
 
@@ -122,7 +121,6 @@ def differences(before: Recipe, now: Recipe) -> Changes:
 
 
 def is_free(key: str, recipe: Recipe) -> bool:
-    """Return whether a resumed run may have another value of a key."""
     by_evaluation = recipe.train.get("lr_scheduler_type") in SCHEDULES_BY_EVALUATION
     if OF_EVALUATION.fullmatch(key):
         return not (by_evaluation or recipe.train.get("load_best_model_at_end"))
@@ -222,7 +220,6 @@ def require_same_checkpoint(run: Path, names: Sequence[str | None]) -> None:
 
 
 def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
-    """Return warnings about differences from an uninterrupted run."""
     stage = 2 if stage == 1 else stage
     wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
     old, new = (f"with ZeRO-{one}" if one else "without DeepSpeed" for one in (before, stage))

@@ -113,7 +113,6 @@ def _span(values: Sequence[float], form: str = "{:g}", unit: str = "") -> str:
 
 
 def protected_directions(targets: Sequence[Target], protection: Mapping[str, Protection]) -> dict[str, float]:
-    """Return the mean share of protected input directions over the layers of each tower."""
     shares: dict[str, list[float]] = {}
     for target in targets:
         if target.path in protection:

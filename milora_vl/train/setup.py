@@ -158,7 +158,6 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
 
 
 def num_devices(request: Request) -> int:
-    """Return the number of devices: the planned one, by default WORLD_SIZE of the launcher, or one."""
     return request.devices or int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -332,7 +331,6 @@ def _check_calibration(recipe: Recipe, base: Base, targets: Sequence[Target]) ->
 
 
 def _check_quantization(recipe: Recipe, base: Base, targets: Sequence[Target]) -> None:
-    """Raise UserError for a quantised weight that would train in full: integers have no gradient."""
     if recipe.quantization == "none":
         return
     quantized = set(quantized_layers(base.meta))
@@ -347,7 +345,6 @@ def _check_quantization(recipe: Recipe, base: Base, targets: Sequence[Target]) -
 
 
 def _warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str]:
-    """Return warnings about settings without effect, and about pictures that fit this model badly."""
     messages = _tower_warnings(recipe.parts, base)
     if base.parts is not None and recipe.template == OWN:
         messages.append(f"--template {OWN}: a composed base uses vicuna_v1, not the template of {base.name}")
@@ -411,7 +408,6 @@ def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Targ
 
 
 def rate_warnings(targets: Sequence[Target], recipe: Recipe, request: Request) -> list[str]:
-    """Return a warning about full training with the rate of an adapter."""
     rate = max((t.learning_rate or 0.0 for t in with_rates(targets, recipe.train)), default=0.0)
     if request.edits.method != "full" or rate <= HIGH_FULL_RATE:
         return []
@@ -539,7 +535,6 @@ class Batching:
 
     @classmethod
     def of(cls, recipe: Recipe, num_records: int | None, num_devices: int) -> Batching:
-        """Return the arithmetic of a run for a number of records, or of packed rows."""
         train = recipe.train
         return cls(
             num_records=None if recipe.data.streaming else num_records,
@@ -559,7 +554,6 @@ class Batching:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return the optimizer steps of one epoch, or all steps of the run if the data is a stream."""
         if self.num_records is None:
             return self.max_steps
         round_ = math.floor if self.drop_last else math.ceil

@@ -244,7 +244,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Evaluate as HF does. If a score of a suite chooses the best checkpoint, the result has the scores too."""
         metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.suites is not None and "suite_" in (self.args.metric_for_best_model or ""):
             metrics |= self.suites.scores()

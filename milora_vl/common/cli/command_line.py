@@ -221,7 +221,6 @@ class Menu:
         return f"usage: {self.prog} {self.word} ...\n\n{self.about}\n\n{groups}\n\n{see}\n\n{self.examples}\n{CODES}"
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Run one program and return its exit code; raises `UserError` for an unknown name."""
         arguments = list(sys.argv[1:] if argv is None else argv)
         kind = self.word.lower()
         if not arguments:

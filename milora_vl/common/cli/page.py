@@ -23,7 +23,6 @@ def render(template: Path, content: Mapping[str, Any]) -> str:
 
 @cache
 def _environment(folder: Path) -> Environment:
-    """Return the environment of a folder with templates; it keeps what it has compiled."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(

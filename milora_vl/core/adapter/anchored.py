@@ -464,13 +464,11 @@ def factors(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def anchors_of(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return the anchor of an adapter: A0 (r, in) and B0 (out, r)."""
     first, second = layer.lora_A[adapter], layer.lora_B[adapter]
     return first.get_buffer(ANCHOR), second.get_buffer(ANCHOR)
 
 
 def has_anchor(layer: LoraLayer, adapter: str) -> bool:
-    """Return True if `adapter` has a trained difference and an anchor in this layer."""
     return adapter in layer.lora_A and isinstance(layer.lora_A[adapter], DifferenceFactor)
 
 

@@ -63,7 +63,6 @@ def fix_A(layer: LoraLayer, adapter: str, A: Tensor | None = None) -> None:
 
 
 def has_fixed_A(layer: LoraLayer, adapter: str) -> bool:
-    """Return True if the A of `adapter` is a buffer in this layer."""
     return adapter in layer.lora_A and "weight" in dict(layer.lora_A[adapter].named_buffers(recurse=False))
 
 

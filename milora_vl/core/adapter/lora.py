@@ -44,7 +44,6 @@ def make_lora(model: nn.Module, targets: Sequence[Target]) -> PeftModel:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Suppress warnings of PEFT that no user can act on."""
     with warnings.catch_warnings():
         # PEFT corrects the value for each layer. A policy may select layers of both kinds.
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
@@ -158,13 +157,11 @@ def base_model_of(model: nn.Module) -> nn.Module:
 
 
 def base_layer(model: nn.Module, path: str) -> nn.Module:
-    """Return the base model's own layer at `path`, without the LoRA layer around it."""
     layer = base_model_of(model).get_submodule(path)
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
 def set_dropout(layer: LoraLayer, adapter: str, probability: float) -> None:
-    """Set the dropout of one adapter in one layer. PEFT's config has a single value for all layers."""
     was_training = layer.lora_dropout.training
     layer.lora_dropout[adapter] = nn.Dropout(probability) if probability > 0 else nn.Identity()
     layer.lora_dropout.train(was_training)

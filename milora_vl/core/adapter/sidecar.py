@@ -79,7 +79,6 @@ class Sidecar:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Return the rank r of every module that has an anchor, by path."""
         return {t.path: t.rank for t in self.targets if t.has_anchor and t.rank is not None}
 
     def write(self, folder: Path, anchors: Mapping[str, Tensor]) -> None:

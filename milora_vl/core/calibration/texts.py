@@ -124,7 +124,6 @@ class _Draw(LogitsProcessor):
 
 
 def _ended(ids: Sequence[int], end: int) -> list[int]:
-    """Return the ids up to and including the first generated EOS."""
     generated = list(ids[1:])
     return [ids[0], *(generated[: generated.index(end) + 1] if end in generated else generated)]
 

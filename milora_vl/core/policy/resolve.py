@@ -360,7 +360,6 @@ def _shared_weights(model: nn.Module, targets: Sequence[Target]) -> list[Problem
 
 
 def _warn_of_experts(selector: Selector, targets: Sequence[Target]) -> None:
-    """Warn about mixtures of experts whose weights are one 3-D parameter, which adapters do not support."""
     towers = selector.towers
     blocks = {(t.tower, towers.block_of(t.path)) for t in targets}
     experts = [path for path in selector.experts() if (towers.tower_of(path), towers.block_of(path)) in blocks]
