@@ -142,7 +142,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if code != 0:
             raise UserError(
                 f"{module} failed (see above)",
-                code="demo-step-failed",
                 hint="run the same command again: it continues with this step",
                 exit_code=code if code in (1, 2, 130) else 1,
             )

@@ -83,7 +83,6 @@ def require_unchanged_base(folder: Path, base: str) -> None:
     if (is_mutating and residual is None) or (residual is not None and Path(base).resolve() != residual.resolve()):
         raise UserError(
             "the adapter was trained on a residual base, and its initial factors are missing",
-            code="adapter-no-initial-factors",
             where=str(folder),
             hint="convert it:  python -m milora_vl.export FOLDER --to adapter --initial INITIAL --base ORIGINAL\n"
             f"(INITIAL is a subfolder of the residual base: {', '.join(INITIAL_NAMES)})",

@@ -82,7 +82,6 @@ def _texts(model: Any) -> list[dict[str, Tensor]]:
         # A class of the calling code may have a `generate` that the installed transformers cannot call.
         raise UserError(
             f"the base model cannot write the texts that find its inputs: {first_line(error)}",
-            code="calibration-cannot-generate",
             where="protect",
             hint="train the paper's MiLoRA, which needs no texts, with  protect 0",
         ) from error

@@ -34,7 +34,6 @@ class RatesOfRules(_Trainer):
             if not isinstance(cls, type) or {"params", "model", "optimizer_dict"} & set(options):
                 raise UserError(
                     f"{self.args.optim} makes its own parameter groups, so learning rates per rule are not possible",
-                    code="optimizer-unsupported",
                     where="--optim",
                     hint="use another optimizer, for example  --optim adamw_torch",
                 )

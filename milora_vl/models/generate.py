@@ -322,7 +322,6 @@ def _memory_explained() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory: {first_line(error)}",
-            code="run-out-of-memory",
             hint="use a smaller --batch_size, --dtype bfloat16, or --device cpu",
             exit_code=1,
         ) from None

@@ -43,9 +43,7 @@ def load_weights(
     if name in MADE_IN_MEMORY:
         if quantization is not None:
             raise UserError(
-                f"{name} exists only in memory and cannot be quantised",
-                code="quantization-in-memory",
-                hint="save it to a folder and load that folder",
+                f"{name} exists only in memory and cannot be quantised", hint="save it to a folder and load that folder"
             )
         return _named(pretrained.made_in_memory(name)[0].to(dtype or torch.float32), name)
     source = pretrained.source_of(name)

@@ -96,9 +96,9 @@ def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
     try:
         return load(source, local_files_only=local or not hub_is_known(), trust_remote_code=False, **arguments)
     except ImportError as error:
-        raise _without_sentencepiece(source) or _missing_package(source, error) or _unreadable(source, error) from None
+        raise _missing_package(source, error) or _unreadable(source, error) from None
     except (SafetensorError, ValueError, TypeError) as error:  # truncated, unknown type, no tokenizer
-        raise _without_sentencepiece(source) or _unreadable(source, error) from None
+        raise _unreadable(source, error) from None
     except OSError as error:
         if local:
             raise _unreadable(source, error) from None
@@ -116,28 +116,6 @@ def read(load: Any, source: str, name: str, **arguments: Any) -> Any:
             f"try:         hf download {source}      (on a machine with a network), or name a folder that holds it"
             + ("" if _packaged_config(name) is None else plan),
         ) from None
-
-
-def _without_sentencepiece(source: str) -> UserError | None:
-    """Return the error of a tokenizer.model alone without the packages that read it; None for another cause."""
-    from huggingface_hub import try_to_load_from_cache
-    from transformers.utils import is_protobuf_available, is_sentencepiece_available
-
-    def has(name: str) -> bool:
-        if Path(source).is_dir():
-            return (Path(source) / name).is_file()
-        return isinstance(try_to_load_from_cache(source, name), str)
-
-    if is_sentencepiece_available() and is_protobuf_available():
-        return None
-    if not has("tokenizer.model") or has("tokenizer.json"):
-        return None
-    return UserError(
-        "its tokenizer.model needs the packages sentencepiece and protobuf",
-        code="package-missing",
-        where=source,
-        hint="pip install sentencepiece protobuf",
-    )
 
 
 def _missing_package(source: str, error: ImportError) -> UserError | None:

@@ -118,7 +118,6 @@ def _limit(part: Any, min_pixels: int | None, max_pixels: int | None, prefix: st
     if least > most:
         raise UserError(
             f"{what} of at least {least:,} and at most {most:,} pixels",
-            code="pixels-contradiction",
             where=Key.of(f"data.{prefix}min_pixels"),
             hint=f"set both --{prefix}min_pixels and --{prefix}max_pixels",
         )

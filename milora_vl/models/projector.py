@@ -83,7 +83,6 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     if not weights:
         raise UserError(
             f"no projector weights in this file; found: {', '.join(names[:3]) or type(state).__name__}, ...",
-            code="projector-file",
             where=str(file),
             hint="name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run",
         )
@@ -103,7 +102,6 @@ def projector_file(source: Path) -> Path:
         hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
         raise UserError(
             f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}",
-            code="projector-file",
             where=str(source),
             hint=hint,
         )

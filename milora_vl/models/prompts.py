@@ -49,7 +49,6 @@ def prompts_of(model: str, adapter: Path | None, template: str | None = None) ->
     if template not in (None, OWN):
         raise UserError(
             f"{name} is asked with its own prompt format, not with {template}",
-            code="template-not-for-model",
             where="--template",
             hint=f"use --template {OWN}, or remove the flag",
         )

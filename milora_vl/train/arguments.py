@@ -297,7 +297,6 @@ def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
         near = suggest(Path(config).stem, llava_recipes.names("deepspeed"))
         raise UserError(
             f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}",
-            code="deepspeed-unknown",
             where=Key.of("train.deepspeed"),
             hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
         )
@@ -315,7 +314,6 @@ def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]
     if not isinstance(content, Mapping):
         raise UserError(
             f"expected a JSON object or the name of a file with one, got {config!r}: {content}",
-            code="launch-settings",
             where=Key(("train", key)),
             hint="correct the file or the value",
         )

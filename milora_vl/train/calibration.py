@@ -171,10 +171,7 @@ def show_start(run: Run, model: Any, steps: int, screen: Screen) -> None:
 
 def _empty(message: str, where: Key) -> UserError:
     return UserError(
-        message,
-        code="calibration-empty",
-        where=where,
-        hint="name files with text, or remove the key: the base model then writes texts itself",
+        message, where=where, hint="name files with text, or remove the key: the base model then writes texts itself"
     )
 
 
@@ -210,7 +207,6 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     if not isinstance(model, GenerationMixin):
         raise UserError(
             f"a {type(model).__name__} cannot write calibration texts",
-            code="calibration-cannot-generate",
             where=Key.of("calibration"),
             hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
         )
@@ -325,7 +321,6 @@ def _refuse_probe_text(text: str, source: str, where: Key) -> None:
     if shares_probe_text(text):
         raise UserError(
             f"{source} contains text of the probe that measures forgetting, so the measure would be biased",
-            code="calibration-probe-text",
             where=where,
             hint="use another text",
         )

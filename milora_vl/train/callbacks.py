@@ -94,7 +94,6 @@ def training_questions(recipe: Recipe) -> TrainingQuestions | None:
     if metric.startswith("suite_") and metric.removeprefix("suite_") not in questions.names:
         raise UserError(
             f"{metric} is not measured: the suites have {', '.join(questions.names)}",
-            code="metric-unknown",
             where=Key.of("train.metric_for_best_model"),
             hint=f"for example  suite_{questions.names[0]}",
         )

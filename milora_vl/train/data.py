@@ -464,7 +464,6 @@ def stream_loader(stream: RecordStream, collator: Any, args: TrainingArguments, 
         if not path.is_file():
             raise UserError(
                 f"{path.name} is missing; it holds the position of this process in the stream",
-                code="checkpoint-incomplete",
                 where=str(checkpoint),
                 hint="resume from another checkpoint, with as many processes as before",
             )

@@ -42,15 +42,6 @@ def open_repository(train: Mapping[str, Any], folder: Path, token: str | None) -
         return
     from huggingface_hub import HfApi
 
-    with hub_errors_explained("--push_to_hub", WITHOUT, exit_code=2):
-        access = HfApi().whoami().get("auth", {}).get("accessToken") or {}
-    if access.get("role") == "read":
-        raise UserError(
-            f"it needs a token that can write: this one ({access.get('displayName', '')}) can only read",
-            code="hub-read-only-token",
-            where="--push_to_hub",
-            hint=f"log in with another token:   hf auth login\n{WITHOUT}",
-        )
     name = train.get("hub_model_id") or folder.absolute().name
     with hub_errors_explained(f"--push_to_hub: cannot open the repository {name}", WITHOUT, exit_code=2):
         HfApi().create_repo(name, private=train.get("hub_private_repo"), exist_ok=True)
@@ -64,9 +55,7 @@ def hub_errors_explained(what: str, remedy: str, *, exit_code: int = 1) -> Itera
     except UserError:
         raise
     except Exception as error:  # the classes of the client and its HTTP library differ by version
-        raise UserError(
-            first_line(error), code="hub-request-failed", where=what, hint=remedy, exit_code=exit_code
-        ) from None
+        raise UserError(first_line(error), where=what, hint=remedy, exit_code=exit_code) from None
 
 
 def push(folder: Path, repository: str, revision: str | None) -> str:
@@ -106,7 +95,7 @@ def run_failures(args: TrainingArguments) -> Iterator[None]:
         hint = f"the same step in less memory: {smaller}\n"
         hint += "or: --gradient_checkpointing True, --deepspeed zero3, a smaller --max_length"
         message = f"out of memory: {first_line(error)}"
-        raise UserError(message, code="run-out-of-memory", hint=hint, exit_code=1) from None
+        raise UserError(message, hint=hint, exit_code=1) from None
 
 
 def evaluation_commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
@@ -115,14 +104,10 @@ def evaluation_commands(recipe: Recipe, output_dir: Path) -> list[list[str]]:
     The questions of the runs that this one came after follow, for the trained model alone.
     """
     questions = [QuestionSet(suite, folder, recipe.eval.limit) for suite, folder in suites_of(recipe).items()]
-    requests = [EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions]
-    names = {Path(each.suite).stem for each in questions}
-    for each in of_earlier(output_dir, requests[0]).values() if requests else ():
-        name = Path(each.questions.suite or each.questions.benchmarks).stem  # of the folder of its results
-        if name not in names:
-            names.add(name)
-            requests.append(each)
-    return [["-m", *evaluator().command(request)] for request in requests]
+    requests = {each.suite: EvaluationRequest.of_run(output_dir, recipe.model, each) for each in questions}
+    for each in of_earlier(output_dir, next(iter(requests.values()))).values() if requests else ():
+        requests.setdefault(each.questions.suite or each.questions.benchmarks, each)
+    return [["-m", *evaluator().command(request)] for request in requests.values()]
 
 
 def evaluate(recipe: Recipe, folder: RunFolder, screen: Screen) -> list[str]:

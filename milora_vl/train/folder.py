@@ -119,7 +119,7 @@ def _require_complete(folder: Path) -> Path:
         raise UserError(f"no such folder: {folder}", code="path-missing", where=where, hint=hint)
     if reason := checkpoints.why_incomplete(folder):
         hint = "use another checkpoint, or  --resume_from_checkpoint auto  for the newest complete one"
-        raise UserError(f"cannot resume from {folder}: {reason}", code="checkpoint-incomplete", where=where, hint=hint)
+        raise UserError(f"cannot resume from {folder}: {reason}", where=where, hint=hint)
     return folder
 
 
@@ -159,7 +159,7 @@ def created(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         message = f"cannot create {path}: {error.strerror}"
-        raise UserError(message, code="path-not-writable", where="--output_dir") from None
+        raise UserError(message, where="--output_dir") from None
     try:
         with locked(path):
             yield

@@ -82,7 +82,6 @@ def _set_attention(model: Any, recipe: Recipe) -> None:
         reason = first_line(error)
         raise UserError(
             f"{recipe.attn_implementation} is not available here: {reason}",
-            code="attention-unavailable",
             where=Key.of("attn_implementation"),
             hint="use sdpa or eager",
         ) from None
@@ -173,7 +172,6 @@ def _require_sidecar(checkpoint: Path) -> None:
     if not (checkpoint / FILE_NAME).is_file():
         raise UserError(
             f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor",
-            code="checkpoint-incomplete",
             where=str(checkpoint),
             hint="restore the file, or resume from another checkpoint",
         )

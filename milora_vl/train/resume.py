@@ -103,7 +103,6 @@ def read_earlier(
             command = command.replace("python", f"torchrun --nproc_per_node {wrote}", 1)
         raise UserError(
             f"{name} was trained with other settings and cannot continue with these:\n{lines}",
-            code="resume-other-settings",
             hint=f"to resume:           repeat the old values; {folder / 'recipe.yaml'} holds all of them:\n"
             f"                     {command}\n{NEW_RUN}",
         )
@@ -185,7 +184,6 @@ def require_same_records(earlier: Earlier, data: RunData) -> None:
     numbers = f": it had {before:,}, now there are {count:,}" if before != count else ""
     raise UserError(
         f"these are not the records that {earlier.checkpoint or earlier.folder} was trained on{numbers}",
-        code="resume-other-records",
         hint=f"to resume:           restore the old records{where}\n{NEW_RUN}",
     )
 
@@ -198,7 +196,6 @@ def require_same_steps(checkpoint: Path, recipe: Recipe, steps: int) -> None:
         raise UserError(
             f"the checkpoint belongs to a run of {planned:,} steps, this run has {steps:,}; the learning rates of the "
             f"{value_of(recipe.train, 'lr_scheduler_type')} schedule depend on the last step",
-            code="resume-other-steps",
             where=str(checkpoint),
             hint=f"to resume:           --max_steps {planned}\n{NEW_RUN}",
         )
@@ -226,7 +223,6 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
     if before != stage:
         raise UserError(
             f"the checkpoint was written {old}; this run is {new} and cannot restore the optimizer",
-            code="resume-other-zero-stage",
             where=str(checkpoint),
             hint=f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}",
         )
@@ -235,7 +231,6 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
     if stage:
         raise UserError(
             f"the optimizer state has one part for each of {wrote} processes, and this run has {processes}",
-            code="resume-other-processes",
             where=str(checkpoint),
             hint=f"to resume:  torchrun --nproc_per_node {wrote} ...",
         )

@@ -374,7 +374,6 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
     if trainer.stop_on_signal.stopped and trainer.state.global_step < batching.steps:
         raise UserError(
             f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved",
-            code="run-stopped-by-signal",
             hint="to resume, repeat the command with  --resume_from_checkpoint auto",
             exit_code=128 + signal.SIGTERM,
         )

@@ -48,7 +48,6 @@ from milora_vl.train.recipe import BaseKLConfig, CalibrationConfig, PartsConfig,
 
 # Name of the feature selection in LLaVA -> in Hugging Face.
 FEATURES = {"patch": "default", "cls_patch": "full"}
-HIGH_FULL_RATE = 5e-5
 SMALL, SMALL_RATE = 1e9, 2e-3  # parameters of a small model, and the rate that it wants: docs/choose.md
 FLASH_PACKAGES = {f"flash_attention_{n}": f"flash-attn-{n}".removesuffix("-2") for n in (2, 3, 4)}
 QUANT = "pip install -e '.[quant]'"
@@ -132,7 +131,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     args = arguments.build(derived.train, path, is_started=is_started)
     dtype, devices = arguments.dtype_name(recipe), num_devices(request)
     earlier = resume.read_earlier(run_folder, request.resume, partial(_as_composed, recipe, base), dtype, devices)
-    warnings += [*notes, *derived.warnings, *rate_warnings(targets, recipe, request)]
+    warnings += [*notes, *derived.warnings]
     if is_started and args.bf16 and args.device.type == "cpu" and fastest_dtype(args.device) != torch.bfloat16:
         warnings.append("bf16 is emulated by this CPU, which is slow (faster: --dtype float32 --bf16 False)")
     if is_started and args.world_size == 1 and args.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -291,7 +290,7 @@ def _check_pictures(recipe: Recipe, base: Base, targets: Sequence[Target]) -> No
         if recipe.template != OWN:
             message = f"{name} ({base.config.model_type}) is trained with its own prompt format, not {recipe.template}"
             hint = f"use --template {OWN}, or remove the setting"
-            raise UserError(message, code="template-not-for-model", where=Key.of("template"), hint=hint)
+            raise UserError(message, where=Key.of("template"), hint=hint)
         if ratio != "pad":
             message = f"{ratio} is for LLaVA; the processor of {name} decides the shape of pictures"
             where, hint = Key.of("data.image_aspect_ratio"), "remove the setting"
@@ -338,7 +337,6 @@ def _check_quantization(recipe: Recipe, base: Base, targets: Sequence[Target]) -
     if packed:
         raise UserError(
             f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}",
-            code="quantization-full-training",
             where=Key.of("quantization"),
             hint="train an adapter on quantised weights: --lora_enable True, or --method milora",
         )
@@ -407,14 +405,6 @@ def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Targ
     ]
 
 
-def rate_warnings(targets: Sequence[Target], recipe: Recipe, request: Request) -> list[str]:
-    rate = max((t.learning_rate or 0.0 for t in with_rates(targets, recipe.train)), default=0.0)
-    if request.edits.method != "full" or rate <= HIGH_FULL_RATE:
-        return []
-    usual = f"LLaVA uses {arguments.LLAVA_FULL_RATE:g} (--learning_rate)"
-    return [f"full training with a learning rate of {rate:g}; {usual}"]
-
-
 def default_notes(recipe: Recipe, base: Base, request: Request) -> list[str]:
     """Return what a small model wants in place of the default rate and epochs, if the user has set neither."""
     train = recipe.train
@@ -439,7 +429,6 @@ def require_installed(recipe: Recipe) -> None:
         if name not in known and "/" not in name:  # OWNER/NAME is a kernel of the hub
             raise UserError(
                 f"unknown attention implementation {name!r}; transformers knows {', '.join(sorted(known))}",
-                code="attention-unknown",
                 where=Key.of("attn_implementation"),
                 hint=did_you_mean(suggest(name, known)) or "use sdpa",
             )
@@ -511,10 +500,6 @@ def require_evaluation(recipe: Recipe) -> None:
         hint = "name one in the recipe:  eval: {suites: [quick], data: FOLDER, suite_every: N}"
         where = Key.of("eval.suite_every")
         raise UserError("there is no suite to score", code="flag-needs-another", where=where, hint=hint)
-    stems = [Path(suite).stem for suite in suites]
-    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
-        message = f"two entries would write their results to eval/{twice}"
-        raise UserError(message, where=Key.of("eval.suites"), hint="rename one of the files")
     for suite, data in suites_of(recipe).items():
         questions = QuestionSet(suite, data)
         evaluator().require_questions(questions, at=Key.of("eval.suites"), data_at=Key.of("eval.data"))

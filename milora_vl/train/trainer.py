@@ -185,7 +185,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if model.training and num_tokens == 0:
             raise UserError(
                 "nothing in the batch is supervised",
-                code="train-no-supervised-tokens",
                 where=f"step {self.state.global_step + 1}",
                 hint="the answers are empty or cut off; see --max_length and python -m milora_data check",
                 exit_code=1,
@@ -260,7 +259,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
                 f"the loss is {logs['loss']}",
-                code="train-loss-not-finite",
                 where=f"step {self.state.global_step}",
                 hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16",
                 exit_code=1,

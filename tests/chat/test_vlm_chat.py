@@ -279,7 +279,7 @@ def test_a_folder_without_frames_of_one_size_is_no_video(qwen: Path, pictures: P
 def test_another_template_is_refused(qwen: Path) -> None:
     with pytest.raises(UserError) as error:
         asked(qwen, "--template", "vicuna_v1", "What?")
-    assert error.value.first.code == "template-not-for-model"
+    assert "vicuna_v1" in str(error.value)
 
 
 def test_a_chat_has_the_limits_of_the_training(qwen: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -82,7 +82,7 @@ def edited(folder: Path, **fields: Any) -> None:
     [
         (
             {"init_lora_weights": "pissa"},
-            "adapter-no-initial-factors",
+            "",
             "milora_vl.export FOLDER --to adapter",
         ),
         ({"base_model_name_or_path": None}, "adapter-no-base-name", "add:  --base NAME-OR-FOLDER"),

@@ -52,7 +52,6 @@ THOROUGH: dict[str, tuple[str, ...]] = {
         r"test_safety\.py::test_a_compiled_model",
     ),
     "plans of three recipes and of each kind of launch": (
-        r"test_rates\.py::test_no_shipped_recipe.*\[(?!milora-llava-1\.5-7b|paper-math|tiny-test)",
         r"test_recipes\.py::test_it_fits_devices.*\[(?!milora-llava-1\.5-7b|paper-math|tiny-test)",
         r"test_dry_run\.py::test_(a_named_model_of_another|estimates_say_so|packing_is_planned|a_stream_is_planned)",
         r"test_dry_run\.py::test_a_template_of_the_tokenizer",

@@ -44,8 +44,7 @@ def refused(data: Path, run: Path, *flags: str) -> str:
 
 
 REFUSED: dict[str, tuple[FakeHub, str]] = {
-    "a token that cannot write": (FakeHub(role="read"), "this one (laptop) can only read"),
-    "a token that the hub does not know": (FakeHub(refuses={"whoami": 401}), "Invalid user token"),
+    "a token that the hub does not know": (FakeHub(refuses={"repos/create": 401}), "cannot open the repository run"),
     "a repository that it does not open": (FakeHub(refuses={"repos/create": 403}), "cannot open the repository run"),
 }
 

@@ -168,7 +168,7 @@ def test_without_pyav_a_run_stops_before_the_weights_load(
     ("flags", "code", "where"),
     [
         (["--fps", "2"], "recipe-value", ""),
-        (["--video_min_pixels", "4096"], "pixels-contradiction", "--video_min_pixels"),
+        (["--video_min_pixels", "4096"], "", "--video_min_pixels"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(

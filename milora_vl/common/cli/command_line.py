@@ -79,12 +79,7 @@ def require_folder(path: Path, flag: str | Key = "--output_dir", *, is_written: 
             hint="use another folder",
         )
     if is_written and not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{existing} is not writable",
-            code="path-not-writable",
-            where=flag,
-            hint="use another folder, or change its permissions",
-        )
+        raise UserError(f"{existing} is not writable", where=flag, hint="use another folder, or change its permissions")
 
 
 def amount(number: int, what: str) -> str:
@@ -225,9 +220,7 @@ class Menu:
         kind = self.word.lower()
         if not arguments:
             sys.stderr.write(self.usage() + "\n")
-            raise UserError(
-                f"no {kind} given", code="command-missing", hint=f"expected one of: {', '.join(self.modules)}"
-            )
+            raise UserError(f"no {kind} given", hint=f"expected one of: {', '.join(self.modules)}")
         name = arguments[0]
         if name in ("-h", "--help"):
             sys.stdout.write(self.usage())
@@ -236,11 +229,7 @@ class Menu:
             inner = {words.split()[-1]: words for lines in self.groups.values() for words, _ in self._lines(lines)}
             near = [inner[name]] if name in inner else suggest(name, self.modules)
             suggestion = f"\ndid you mean {near[0]}?" if near else ""
-            raise UserError(
-                f"unknown {kind}: {name}",
-                code="command-unknown",
-                hint=f"expected one of: {', '.join(self.modules)}{suggestion}",
-            )
+            raise UserError(f"unknown {kind}: {name}", hint=f"expected one of: {', '.join(self.modules)}{suggestion}")
         return int(import_module(self.modules[name]).main(arguments[1:]))
 
     def _lines(self, programs: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, str]]:

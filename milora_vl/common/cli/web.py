@@ -33,7 +33,6 @@ def url_problem(path: str | Path) -> Problem | None:
     hint = f"download it:  curl -L -o {shlex.quote(name)} {shlex.quote(address)}\nand name:     {name}"
     return Problem(
         f"{address} is a web address; only files on this machine are read",
-        code="path-web-address",
         hint=hint if "." in name else "download it, and name the file or folder",
     )
 

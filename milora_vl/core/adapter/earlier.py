@@ -68,7 +68,7 @@ def read_earlier(
     """
     saved = read_sidecar(folder)
     if saved is None:
-        raise AdapterError(f"has no {FILE_NAME}", code="adapter-plain-lora", where=str(folder))
+        raise AdapterError(f"has no {FILE_NAME}", where=str(folder))
     refuse_retired(folder, saved)
     here = fitted(base, saved, allow_base_mismatch=False)
     paths = new_paths(saved, here)

@@ -65,7 +65,7 @@ def read_by_peft(base: nn.Module, folder: Path) -> Iterator[None]:
         raise AdapterError(problems=[unreadable(folder, error)]) from error
     except (UserWarning, KeyError) as error:  # PEFT's KeyError names a module of modules_to_save
         message = f"the weights lack modules that {CONFIG} lists: {first_line(error)}"
-        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=RESTORE) from error
+        raise AdapterError(message, where=str(folder), hint=RESTORE) from error
     except (RuntimeError, ValueError, TypeError) as error:  # a text of many lines
         message = f"the adapter does not fit {type(base).__name__}: {' '.join(str(error).split())[:300]}"
         hint = "load the base model that the adapter was trained on"
@@ -144,7 +144,6 @@ def lora_layer(model: PeftModel, path: str) -> LoraLayer:
     if not isinstance(layer, LoraLayer):
         raise AdapterError(
             f"this layer has no adapter any more: it is a {type(layer).__name__}",
-            code="adapter-merged",
             where=path,
             hint="after merge(model), save what it returned with its save_pretrained",
         )

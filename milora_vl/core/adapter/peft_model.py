@@ -119,7 +119,6 @@ class MiloraMixin(PeftModel):
             if replaced:
                 raise AdapterError(
                     f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})",
-                    code="adapter-replaced-factors",
                     where=replaced[0],
                     hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
                 )

@@ -70,7 +70,7 @@ def reinit_peft(
     if (METHODS[method].protect if protect is None else protect) and calibration is None:
         message = f"method {method} protects the inputs of ordinary text, which needs calibration batches"
         hint = "pass  calibration=calibration_texts(model)  or batches of your own, or  protect=0"
-        raise CalibrationError(message, code="calibration-missing", where="calibration", hint=hint)
+        raise CalibrationError(message, where="calibration", hint=hint)
     rules = [_rule(path, layer, adapter, method, protect) for path, layer in layers.items()]
     base = peft_model.unload()
     vars(base).pop("peft_config", None)  # older versions of PEFT leave it
@@ -90,7 +90,7 @@ def restore_split(peft_model: PeftModel, folder: str | Path, *, allow_base_misma
     saved = read_sidecar(Path(folder))
     if saved is None:
         message, hint = f"has no {FILE_NAME}: this is a plain LoRA without an anchor", "train it without restore_split"
-        raise AdapterError(message, code="adapter-plain-lora", where=str(folder), hint=hint)
+        raise AdapterError(message, where=str(folder), hint=hint)
     require_trainable(Path(folder), saved, is_trainable=True)
     sidecar = fitted(peft_model, saved, allow_base_mismatch=allow_base_mismatch)
     stored = stored_tensors(Path(folder))

@@ -165,7 +165,7 @@ def _load_renamed(
     if expected != state.keys():
         wrong = sorted(expected ^ state.keys())
         message, hint = f"the weights do not match {FILE_NAME}: {wrong[0]} ({len(wrong)} differ)", RESTORE
-        raise AdapterError(message, code="adapter-missing-weights", where=str(folder), hint=hint)
+        raise AdapterError(message, where=str(folder), hint=hint)
     set_peft_model_state_dict(model, state)
     if not is_trainable:
         model.eval()

