@@ -177,11 +177,3 @@ def test_through_an_adapter_and_around_it(tiny_llava: Callable[..., Made]) -> No
 def test_a_picture_for_a_text_model_is_refused(tiny_llama: Callable[..., Made]) -> None:
     with raises_code("model-reads-only-text"):
         generate(*tiny_llama(), questions(1, True))
-
-
-def test_a_streamer_takes_one_prompt(llava: Made) -> None:
-    from transformers import TextStreamer
-
-    streamer = TextStreamer(llava[1].tokenizer)
-    with pytest.raises(ValueError, match="one prompt, got 2"):
-        generate(*llava, questions(2, True), streamer=streamer)

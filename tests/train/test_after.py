@@ -186,29 +186,6 @@ def test_equal_names_in_the_folder_of_the_next_run_are_not_taken_for_the_earlier
         read()
 
 
-def test_a_resumed_run_with_base_kl_takes_other_records_for_those_that_are_gone(
-    data: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = tmp_path / "gone"
-    shutil.copytree(first, gone)
-    (data / "gone.json").write_text((data / "train.json").read_text())
-    for file in ("recipe.yaml", "milora.json"):
-        (gone / file).write_text((first / file).read_text().replace("train.json", "gone.json"))
-    run = tmp_path / "b"
-    assert main(second(data, gone, run, "--base_kl_weight", "1")) == 0
-    shutil.rmtree(run / "checkpoint-6")
-    for name in ("adapter_model.safetensors", "trainer_state.json"):
-        (run / name).unlink()
-    (data / "gone.json").unlink()
-    again = [*second(data, gone, run, "--base_kl_weight", "1"), "--resume_from_checkpoint", "auto"]
-    with raises_code("", hint="calibration: {earlier: FILE"):
-        main(again)
-    recipe = tmp_path / "recipe.yaml"
-    earlier = {"earlier": str(data / "train.json"), "image_folder": str(data / "images")}
-    recipe.write_text(yaml.safe_dump({"calibration": earlier}))
-    assert main([*again, "--recipe", str(recipe)]) == 0
-
-
 def test_a_run_without_protection_is_followed_by_one_with_it(data: Path, tmp_path: Path) -> None:
     assert main(training(data, tmp_path / "a", "--method", "lora", "--rank", "4", "--save_strategy", "no")) == 0
     found = plan(second(data, tmp_path / "a", tmp_path / "b"))
@@ -254,14 +231,6 @@ def test_what_is_no_adapter_of_ours_is_refused(data: Path, first: Path, tmp_path
     assert main(second(data, first, tmp_path / "b", "--max_steps", "1", "--save_strategy", "no")) == 0
     with raises_code("adapter-several-tasks", hint="--after"):
         plan(training(data, tmp_path / "c", "--adapter", str(tmp_path / "b")))
-
-
-def test_more_steps_on_other_records_are_told_of_the_other_way(
-    data: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = training(data, tmp_path / "b", "--adapter", str(first), "--max_steps", "1", "--save_strategy", "no")
-    assert main([word.replace("train.json", "next.json") for word in words]) == 0
-    assert f"--after {first} keeps it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from milora_vl import apply_milora, load_adapter, load_model, parameter_groups, save_adapter
+from milora_vl import apply_milora, load_adapter, load_model, save_adapter
 from milora_vl.train.callbacks import Probe
 from milora_vl.train.command import main
 from support.drawn import write_tiny_data
@@ -162,10 +162,3 @@ def test_an_adapter_that_python_saved_trains_further(data: Path, tmp_path: Path)
     assert [(t.path, t.rank, t.dropout) for t in again.milora_targets] == [
         (t.path, t.rank, t.dropout) for t in model.milora_targets
     ]
-
-
-def test_the_saved_rates_are_those_of_the_last_run(data: Path, first: Path, tmp_path: Path) -> None:
-    assert main(training(data, tmp_path / "two", "--adapter", str(first), "--learning_rate", "5e-4")) == 0
-    model = load_adapter(load_model("tiny")[0], tmp_path / "two", is_trainable=True)
-    assert {t.learning_rate for t in model.milora_targets if t.rank} == {5e-4}
-    assert {group["lr"] for group in parameter_groups(model, learning_rate=1.0)} == {5e-4}

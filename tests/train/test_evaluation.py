@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from milora_vl.train import finish, run
 from milora_vl.train.command import main
 from milora_vl.train.finish import evaluation_commands
 from milora_vl.train.recipe import Recipe
@@ -81,27 +77,3 @@ def test_a_recipe_with_an_evaluation_leaves_scores(method: list[str], tiny_data:
     assert (run / "eval" / "emoji" / "final" / "results.json").is_file()
     assert (run / "eval" / "emoji" / "base" / "results.json").is_file()
     assert "## Scores" in (run / "README.md").read_text()
-
-
-def test_the_model_is_freed_before_the_evaluation_starts(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The evaluation is a process of its own on the same device."""
-    models: list[weakref.ref[Any]] = []
-    alive: list[bool] = []
-    make_trainer = run.make_trainer
-
-    def observed(*arguments: Any) -> Any:
-        trainer = make_trainer(*arguments)
-        models.append(weakref.ref(trainer.model))
-        return trainer
-
-    def evaluate(*_: Any) -> list[str]:
-        gc.collect()
-        alive.append(models[0]() is not None)
-        return []
-
-    monkeypatch.setattr(run, "make_trainer", observed)
-    monkeypatch.setattr(finish, "evaluate", evaluate)
-    assert main(training(tiny_data, tmp_path / "run", "--rank", "4", "--max_steps", "1")) == 0
-    assert alive == [False]

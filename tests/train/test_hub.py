@@ -60,14 +60,6 @@ def test_what_the_hub_will_not_take_is_told_before_the_model_loads(
     assert "loading" not in capfd.readouterr().err
 
 
-def test_without_a_network_it_is_told_before_the_model_loads(
-    tiny_data: Path, tmp_path: Path, known: pytest.MonkeyPatch, capfd: Any
-) -> None:
-    known.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "remove --push_to_hub" in refused(tiny_data, tmp_path / "run")
-    assert "loading" not in capfd.readouterr().err
-
-
 # The hub's client reads the address when it is imported, and this program is a fork that has imported it.
 PROGRAM = f"""
 import os, runpy, sys

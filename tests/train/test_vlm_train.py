@@ -137,19 +137,6 @@ def test_what_does_not_fit_the_model_is_refused_before_weights_load(
         assert code in [problem.code for problem in error.value.problems]
 
 
-def test_packing_is_planned_in_rows_and_refused_for_a_family_that_cannot(
-    qwen: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--packing", "True", "--max_length", "256", "--dry-run"]
-    assert main([*flags(qwen, data), *words]) == 0
-    assert " rows of 512 tokens, " in capsys.readouterr().out
-    model = write_model("mllama", tmp_path / "model")
-    (model / "model.safetensors").unlink()
-    for more in (words, words[:-1]):
-        with raises_code("packing-unsupported-model", where="--packing"):
-            main([*flags(model, data, "single.json"), *more, "--output_dir", str(tmp_path / "run")])
-
-
 def test_records_that_a_processor_cannot_mix_need_a_batch_of_one(data: Path, tmp_path: Path) -> None:
     model = write_model("mllama", tmp_path / "model")
     words = [*flags(model, data, steps=2), "--output_dir", str(tmp_path / "run")]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
 
@@ -118,11 +117,6 @@ def test_what_would_replace_the_anchor_is_refused(model, tiny_llama, tmp_path: P
         apply_milora(tiny_llama(seed=1)[0], one_rule()).load_adapter(str(tmp_path / "three"), "second")
 
 
-def test_converting_what_needs_no_conversion_is_refused(model, tmp_path: Path) -> None:
-    with raises_problem("path_initial_model_for_weight_conversion"):
-        model.save_pretrained(str(tmp_path), path_initial_model_for_weight_conversion=str(tmp_path))
-
-
 def test_a_gathered_state_dict_with_raw_names_is_saved_joined(tiny_llava, tmp_path: Path) -> None:
     """ZeRO-3's consolidated dict; the projector passes through."""
     from safetensors.torch import load_file
@@ -136,11 +130,6 @@ def test_a_gathered_state_dict_with_raw_names_is_saved_joined(tiny_llava, tmp_pa
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert [key for key in first if "multi_modal_projector" in key]
-
-
-def test_only_the_main_process_writes(model, tmp_path: Path) -> None:
-    model.save_pretrained(str(tmp_path / "rank1"), is_main_process=False)
-    assert not list((tmp_path / "rank1").glob("*"))
 
 
 def test_saving_asks_no_hub_and_notices_a_grown_vocabulary(tiny_llama, tmp_path, monkeypatch) -> None:
@@ -186,13 +175,6 @@ def test_weight_surgery_on_the_joined_factor_is_refused(model) -> None:
     read = weight.detach().clone() + 0
     assert type(read) is torch.Tensor
     assert torch.equal(torch.zeros(4, 64).copy_(weight), read)
-
-
-def test_padding_for_compiled_hot_swaps_never_lets_the_anchor_train(model, tmp_path: Path) -> None:
-    prepare_model_for_compiled_hotswap(model, target_rank=8)
-    for use in (model.train, lambda: save_adapter(model, tmp_path)):
-        with raises_code("", says="factors"):
-            use()
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

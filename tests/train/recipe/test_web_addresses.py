@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
 from collections.abc import Callable
@@ -29,15 +28,9 @@ Command = Callable[[list[str]], int]
         (chat.main, f"--model tiny --image {PICTURE} hi"),
         (chat.main, f"--model tiny --adapter {FOLDER} hi"),
         (export.main, f"{FOLDER} --to merged"),
-        (forget, f"--model tiny --adapter . --on text --text {DATA}"),
         (forget, f"--model tiny --adapter . --on pictures --data_path {DATA}"),
-        (forget, f"--model tiny --adapter . --on pictures --data_path x.json --image_folder {FOLDER}"),
         (evaluate, f"run --model tiny --benchmarks {DATA} --output_dir out"),
-        (evaluate, f"run --model tiny --benchmarks x.json --data {FOLDER} --output_dir out"),
         (data, f"check {DATA}"),
-        (data, f"show {DATA}"),
-        (data, f"convert --from messages {DATA} --output_dir out"),
-        (data, f"check x.json --image_folder {FOLDER}"),
         (train.main, f"--model tiny --rank 2 --use_cpu --data_path {DATA} --output_dir out"),
         (train.main, f"--model tiny --rank 2 --use_cpu --data_path x.json --image_folder {FOLDER} --output_dir out"),
     ],
@@ -64,15 +57,3 @@ def test_reading_records_refuses_it(end: str) -> None:
 def test_reading_a_picture_refuses_it(kind: type) -> None:
     with raises_code("", says=f"curl -L -o cat.png {PICTURE}\n", kind=ImageError):
         load_image(kind(PICTURE))
-
-
-def test_a_conversation_goes_on(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {PICTURE}\n/quit\n"))
-    assert chat.main(["--model", "tiny"]) == 0
-    assert f"{PICTURE} is a web address" in capsys.readouterr().err
-
-
-def test_a_command_to_download_is_quoted_for_a_shell() -> None:
-    address = "http://example.org/my cat.png?size=1&x=2"
-    (line,) = [line for line in str(url_problem(address)).splitlines() if "curl" in line]
-    assert shlex.split(line.partition("curl")[2]) == ["-L", "-o", "my cat.png", address]
