@@ -133,9 +133,14 @@ def _missing_package(source: str, error: ImportError) -> UserError | None:
 
 
 def _unreadable(source: str, error: Exception) -> UserError:
+    from transformers.utils import is_sentencepiece_available
+
+    hint = "copy or download its files again; a model needs config.json, its weights and its tokenizer"
+    if not is_sentencepiece_available():
+        hint += "\na tokenizer.model without a tokenizer.json needs:  pip install sentencepiece protobuf"
     return UserError(
         f"cannot read the model: {first_line(error)}",
         code="model-unreadable",
         where=source,
-        hint="copy or download its files again; a model needs config.json, its weights and its tokenizer",
+        hint=hint,
     )
