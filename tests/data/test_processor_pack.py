@@ -104,6 +104,18 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_records(name: str, atten
     require_equal(together, alone, ROUNDED.get(name, 1e-4))
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if name != "paligemma"])
+def test_a_hidden_picture_changes_no_loss_of_packed_texts(name: str, make: Any) -> None:
+    model, collate = make(name)
+    texts = [record([("human", "A?"), ("gpt", f"B{' and C' * count}")], []) for count in range(4)]
+    plain = loss_and_gradients(model, [collate([texts[:3], texts[3:]])])
+    collate.always_shows_images = True
+    shown = loss_and_gradients(model, [collate([texts[:3], texts[3:]])])
+    assert shown.keys() > plain.keys(), "the tower was not used"
+    require_equal({key: shown[key] for key in plain}, plain, ROUNDED.get(name, 1e-4))
+    assert not any(shown[key].abs().max() for key in shown.keys() - plain.keys())
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v"])
 def test_a_record_keeps_the_positions_of_its_pictures(name: str, make: Any) -> None:
     model, collate = make(name)
