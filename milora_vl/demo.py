@@ -140,11 +140,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = sys.stderr if options.format == "json" else None  # stdout then has the result alone
         code = subprocess.run([sys.executable, "-m", module, *words], stdout=shown).returncode
         if code != 0:
-            raise UserError(
-                f"{module} failed (see above)",
-                hint="run the same command again: it continues with this step",
-                exit_code=code if code in (1, 2, 130) else 1,
-            )
+            message, hint = f"{module} failed (see above)", "run the same command again: it continues with this step"
+            raise UserError(message, hint=hint, exit_code=code if code in (1, 2, 130) else 1)
     report = options.output_dir / "report.html"
     if options.format == "json":
         results = json.loads(_results_of(options.output_dir).read_text(encoding="utf-8"))

@@ -241,11 +241,9 @@ def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Tur
         return f"{mark}\n" * (num_shown - found)
     thing = "picture" if mark == IMAGE else "video"
     more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FILE"
-    raise UserError(
-        f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
-        where=f"question {question.strip()[:60]!r}",
-        hint=f"write {mark} at most once for each {thing}; show one more {thing}:  {more}",
-    )
+    message = f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown"
+    hint = f"write {mark} at most once for each {thing}; show one more {thing}:  {more}"
+    raise UserError(message, where=f"question {question.strip()[:60]!r}", hint=hint)
 
 
 def converse(

@@ -389,9 +389,6 @@ def _write_into(adapter: PlainAdapter, base: Base) -> None:
     """Write the modules trained in full into the loaded base model. Raises UserError if it has not all of them."""
     _, unknown = base.model.load_state_dict(dict(adapter.whole), strict=False)
     if unknown:
-        raise UserError(
-            f"the base model has no {unknown[0]}, which the adapter trained",
-            code="adapter-wrong-base",
-            where="--base",
-            hint="name the base model of the adapter:  --base NAME-OR-FOLDER",
-        )
+        message = f"the base model has no {unknown[0]}, which the adapter trained"
+        hint = "name the base model of the adapter:  --base NAME-OR-FOLDER"
+        raise UserError(message, code="adapter-wrong-base", where="--base", hint=hint)

@@ -149,11 +149,9 @@ def prompt_ids(
     # Each piece of text between pictures is tokenized separately.
     first, *pieces = text.split(IMAGE) if prompt.images else [text]
     if len(pieces) != len(prompt.images):
-        raise UserError(
-            f"the prompt contains {len(pieces)} {IMAGE}, but {amount(len(prompt.images), 'picture')}",
-            where=prompt.source,
-            hint="write <image> once for each picture",
-        )
+        message = f"the prompt contains {len(pieces)} {IMAGE}, but {amount(len(prompt.images), 'picture')}"
+        hint = "write <image> once for each picture"
+        raise UserError(message, where=prompt.source, hint=hint)
     backend = fast_backend(tokenizer)
     ids = [*ids, *backend.encode(first, add_special_tokens=False).ids]
     counts = [image_tokens] * len(pieces) if isinstance(image_tokens, int) else image_tokens
@@ -192,12 +190,8 @@ def _require_taken(base: Base, prompt: Prompt) -> None:
     if prompt.videos:
         raise with_context(no_videos(base.name), prompt.source)
     if prompt.images and not base.reads_pictures:
-        raise UserError(
-            f"{base.name} reads only text",
-            code="model-reads-only-text",
-            where=prompt.source,
-            hint="use a vision-language model, or remove the image",
-        )
+        message, hint = f"{base.name} reads only text", "use a vision-language model, or remove the image"
+        raise UserError(message, code="model-reads-only-text", where=prompt.source, hint=hint)
 
 
 def _form(prompt: Prompt) -> object:
@@ -320,11 +314,9 @@ def _memory_explained() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory: {first_line(error)}",
-            hint="use a smaller --batch_size, --dtype bfloat16, or --device cpu",
-            exit_code=1,
-        ) from None
+        message = f"out of memory: {first_line(error)}"
+        hint = "use a smaller --batch_size, --dtype bfloat16, or --device cpu"
+        raise UserError(message, hint=hint, exit_code=1) from None
 
 
 class LlavaReader:
@@ -336,11 +328,9 @@ class LlavaReader:
         self.model = model
         self.tokenizer, images = split_processor(processor)
         if images is not None and not is_llava(model.config):
-            raise UserError(
-                f"{model.config.model_type} reads only text here: its config has no vision_config",
-                code="model-reads-only-text",
-                hint="pass its tokenizer in place of the processor, and no pictures",
-            )
+            message = f"{model.config.model_type} reads only text here: its config has no vision_config"
+            hint = "pass its tokenizer in place of the processor, and no pictures"
+            raise UserError(message, code="model-reads-only-text", hint=hint)
         self.template = template
         self.image_aspect_ratio = image_aspect_ratio
         self.share_images = share_images
@@ -404,11 +394,8 @@ class LlavaReader:
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if prompt.images and self.image_token is None:
-            raise UserError(
-                "the question has a picture, but this model reads only text",
-                code="model-reads-only-text",
-                hint="use a vision-language model",
-            )
+            message, hint = "the question has a picture, but this model reads only text", "use a vision-language model"
+            raise UserError(message, code="model-reads-only-text", hint=hint)
         image = -1 if self.image_token is None else self.image_token
         return prompt_ids(prompt, self.tokenizer, self.template, image_token_id=image, image_tokens=1)
 

@@ -32,11 +32,9 @@ def load_language(name: str) -> tuple[Any, Any]:
 
     config = language_config(name)
     if "vision_config" in config.to_dict():
-        raise UserError(
-            "this is already a vision-language model; composing needs a text-only model",
-            where=name,
-            hint="fine-tune it unchanged:  python -m milora_vl.train --model NAME",
-        )
+        message = "this is already a vision-language model; composing needs a text-only model"
+        hint = "fine-tune it unchanged:  python -m milora_vl.train --model NAME"
+        raise UserError(message, where=name, hint=hint)
     if name in MADE_IN_MEMORY:
         language, tokenizer = pretrained.made_in_memory(name)
     else:
@@ -55,11 +53,9 @@ def require_plain_head(language: Any, name: str) -> None:
             language.base_model(input_ids=ids)[0], language.get_output_embeddings().weight
         )
     if not torch.allclose(logits.float(), plain.float(), rtol=2e-2, atol=2e-2 * float(logits.abs().max())):
-        raise UserError(
-            "its logits are not its head times its last hidden states (a cap, a scale, a bias)",
-            where=name,
-            hint="Hugging Face's LLaVA does not support this; use another language model",
-        )
+        message = "its logits are not its head times its last hidden states (a cap, a scale, a bias)"
+        hint = "Hugging Face's LLaVA does not support this; use another language model"
+        raise UserError(message, where=name, hint=hint)
 
 
 FORMAT = 2  # increase it if older base folders become wrong

@@ -124,12 +124,8 @@ def _missing_package(source: str, error: ImportError) -> UserError | None:
     package = named.group(1) if named else error.name if isinstance(error, ModuleNotFoundError) else None
     if not package:
         return None
-    return UserError(
-        f"this model needs the package {package}, which is not installed",
-        code="package-missing",
-        where=source,
-        hint=f"pip install {package}",
-    )
+    message, hint = f"this model needs the package {package}, which is not installed", f"pip install {package}"
+    return UserError(message, code="package-missing", where=source, hint=hint)
 
 
 def _unreadable(source: str, error: Exception) -> UserError:
@@ -138,9 +134,5 @@ def _unreadable(source: str, error: Exception) -> UserError:
     hint = "copy or download its files again; a model needs config.json, its weights and its tokenizer"
     if not is_sentencepiece_available():
         hint += "\na tokenizer.model without a tokenizer.json needs:  pip install sentencepiece protobuf"
-    return UserError(
-        f"cannot read the model: {first_line(error)}",
-        code="model-unreadable",
-        where=source,
-        hint=hint,
-    )
+    message, hint = f"cannot read the model: {first_line(error)}", hint
+    return UserError(message, code="model-unreadable", where=source, hint=hint)

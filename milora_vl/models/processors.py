@@ -116,9 +116,7 @@ def _limit(part: Any, min_pixels: int | None, max_pixels: int | None, prefix: st
     size = dict(part.size)
     least, most = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
     if least > most:
-        raise UserError(
-            f"{what} of at least {least:,} and at most {most:,} pixels",
-            where=Key.of(f"data.{prefix}min_pixels"),
-            hint=f"set both --{prefix}min_pixels and --{prefix}max_pixels",
-        )
+        message = f"{what} of at least {least:,} and at most {most:,} pixels"
+        hint = f"set both --{prefix}min_pixels and --{prefix}max_pixels"
+        raise UserError(message, where=Key.of(f"data.{prefix}min_pixels"), hint=hint)
     part.size = type(part.size)(shortest_edge=least, longest_edge=most)

@@ -59,11 +59,9 @@ def load_projector(model: nn.Module, source: Path) -> None:
         expected = {name: tuple(t.shape) for name, t in projector.state_dict().items()}
         shapes = {name: tuple(t.shape) for name, t in weights.items()}
         if shapes != expected:
-            raise UserError(
-                "the weights do not fit the projector of this model",
-                where=str(source),
-                hint=f"  has       {shapes}\n  expected  {expected}",
-            )
+            message = "the weights do not fit the projector of this model"
+            hint = f"  has       {shapes}\n  expected  {expected}"
+            raise UserError(message, where=str(source), hint=hint)
         projector.load_state_dict(weights)
 
 
@@ -81,17 +79,13 @@ def read_projector(source: Path) -> dict[str, Tensor]:
     names = list(state) if isinstance(state, dict) else []
     weights = {_inner(name): state[name] for name in names if _OURS.match(name) or _LLAVA.match(name)}
     if not weights:
-        raise UserError(
-            f"no projector weights in this file; found: {', '.join(names[:3]) or type(state).__name__}, ...",
-            where=str(file),
-            hint="name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run",
-        )
+        message = f"no projector weights in this file; found: {', '.join(names[:3]) or type(state).__name__}, ..."
+        hint = "name mm_projector.bin of LLaVA, or mm_projector.safetensors of a run"
+        raise UserError(message, where=str(file), hint=hint)
     if "weight" in weights:
-        raise UserError(
-            "the projector is a single linear layer (LLaVA's --mm_projector_type linear)",
-            where=str(file),
-            hint="expected:  two layers (mlp2x_gelu), as in LLaVA-1.5 and Hugging Face's LLaVA",
-        )
+        message = "the projector is a single linear layer (LLaVA's --mm_projector_type linear)"
+        hint = "expected:  two layers (mlp2x_gelu), as in LLaVA-1.5 and Hugging Face's LLaVA"
+        raise UserError(message, where=str(file), hint=hint)
     return weights
 
 
@@ -100,11 +94,8 @@ def projector_file(source: Path) -> Path:
     if not files or not files[0].is_file():
         newest = newest_checkpoint(source)
         hint = newest_of_unfinished(source, "--projector_weights") if newest and holds_projector_alone(newest) else ""
-        raise UserError(
-            f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}",
-            where=str(source),
-            hint=hint,
-        )
+        message, hint = f"no projector weights: expected a file or a folder with {' or '.join(PROJECTOR_FILES)}", hint
+        raise UserError(message, where=str(source), hint=hint)
     return files[0]
 
 

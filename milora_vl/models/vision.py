@@ -32,11 +32,9 @@ def tower_config(name: str) -> Any:
     if "vision_config" in config.to_dict():
         config = config.vision_config
     if name in BUILT_IN_MODELS or "image_size" not in config.to_dict():
-        raise UserError(
-            f"not a vision tower that another model can use: {config.model_type}",
-            where=name,
-            hint="expected:  CLIP, SigLIP, a ViT, or timm/NAME",
-        )
+        message = f"not a vision tower that another model can use: {config.model_type}"
+        hint = "expected:  CLIP, SigLIP, a ViT, or timm/NAME"
+        raise UserError(message, where=name, hint=hint)
     return config
 
 
@@ -105,11 +103,9 @@ def _timm_sizes(architecture: str) -> tuple[int, int]:
         try:
             features = as_map(encoder, encoder.forward_features(torch.empty(1, 3, size, size)))
         except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"not usable as a vision tower: {error}",
-                where=f"timm/{architecture}",
-                hint="use a network of timm with feature maps, or an encoder such as openai/clip-vit-large-patch14-336",
-            ) from None
+            message = f"not usable as a vision tower: {error}"
+            hint = "use a network of timm with feature maps, or an encoder such as openai/clip-vit-large-patch14-336"
+            raise UserError(message, where=f"timm/{architecture}", hint=hint) from None
     grid = int(features.shape[-1])
     return size - size % grid, grid  # Inception's 299 pixels do not divide into 8 tokens
 
@@ -153,9 +149,6 @@ def _is_cached(settings: Any) -> bool:
 
 
 def _no_weights(architecture: str, reason: str) -> UserError:
-    return UserError(
-        f"the weights of timm's {architecture} are not here, and the hub does not answer",
-        code="model-not-available",
-        where=f"timm/{architecture}",
-        hint=f"error: {reason}\nuse --vision_weights FILE, or --vision_weights random for tests",
-    )
+    message = f"the weights of timm's {architecture} are not here, and the hub does not answer"
+    hint = f"error: {reason}\nuse --vision_weights FILE, or --vision_weights random for tests"
+    return UserError(message, code="model-not-available", where=f"timm/{architecture}", hint=hint)

@@ -295,11 +295,9 @@ def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
         return packaged
     if isinstance(config, str) and not Path(config).is_file():
         near = suggest(Path(config).stem, llava_recipes.names("deepspeed"))
-        raise UserError(
-            f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}",
-            where=Key.of("train.deepspeed"),
-            hint=did_you_mean(near[:1]) or "name one of these, or a file that exists",
-        )
+        message = f"expected {', '.join(llava_recipes.names('deepspeed'))} or a JSON file, got {config}"
+        hint = did_you_mean(near[:1]) or "name one of these, or a file that exists"
+        raise UserError(message, where=Key.of("train.deepspeed"), hint=hint)
     return _read_object(config, "deepspeed")
 
 
@@ -312,11 +310,9 @@ def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]
         except (OSError, ValueError) as error:
             content = error
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"expected a JSON object or the name of a file with one, got {config!r}: {content}",
-            where=Key(("train", key)),
-            hint="correct the file or the value",
-        )
+        message = f"expected a JSON object or the name of a file with one, got {config!r}: {content}"
+        hint = "correct the file or the value"
+        raise UserError(message, where=Key(("train", key)), hint=hint)
     return content
 
 

@@ -185,12 +185,8 @@ def _text_rows(sources: _Sources) -> list[tuple[str, list[int]]]:
         try:
             texts[name] = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"cannot read {name}: {first_line(error)}",
-                code="file-unreadable",
-                where=Key.of("calibration.text"),
-                hint="name a file with text in UTF-8",
-            ) from None
+            message, hint = f"cannot read {name}: {first_line(error)}", "name a file with text in UTF-8"
+            raise UserError(message, code="file-unreadable", where=Key.of("calibration.text"), hint=hint) from None
     if not texts:
         return []
     for name, text in texts.items():
@@ -205,11 +201,9 @@ def _written_rows(sources: _Sources, count: int) -> list[tuple[str, list[int]]]:
     """Return texts that the base model writes: (name, ids). Texts that it recites from the probe are left out."""
     model, tokenizer = sources.model, sources.tokenizer
     if not isinstance(model, GenerationMixin):
-        raise UserError(
-            f"a {type(model).__name__} cannot write calibration texts",
-            where=Key.of("calibration"),
-            hint="set  calibration: {text: [FILE]}  or  {data: FILE}",
-        )
+        message = f"a {type(model).__name__} cannot write calibration texts"
+        hint = "set  calibration: {text: [FILE]}  or  {data: FILE}"
+        raise UserError(message, where=Key.of("calibration"), hint=hint)
     rows: list[list[int]] = []
     at_once = rows_at_once(model, LENGTH)
     for number, begin in enumerate(range(0, count, at_once)):
@@ -319,11 +313,9 @@ def shares_probe_text(text: str) -> bool:
 
 def _refuse_probe_text(text: str, source: str, where: Key) -> None:
     if shares_probe_text(text):
-        raise UserError(
-            f"{source} contains text of the probe that measures forgetting, so the measure would be biased",
-            where=where,
-            hint="use another text",
-        )
+        message = f"{source} contains text of the probe that measures forgetting, so the measure would be biased"
+        hint = "use another text"
+        raise UserError(message, where=where, hint=hint)
 
 
 @lru_cache(maxsize=1)

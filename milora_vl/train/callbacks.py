@@ -92,11 +92,9 @@ def training_questions(recipe: Recipe) -> TrainingQuestions | None:
     )
     metric = str(recipe.train.get("metric_for_best_model") or "").removeprefix("eval_")
     if metric.startswith("suite_") and metric.removeprefix("suite_") not in questions.names:
-        raise UserError(
-            f"{metric} is not measured: the suites have {', '.join(questions.names)}",
-            where=Key.of("train.metric_for_best_model"),
-            hint=f"for example  suite_{questions.names[0]}",
-        )
+        message = f"{metric} is not measured: the suites have {', '.join(questions.names)}"
+        hint = f"for example  suite_{questions.names[0]}"
+        raise UserError(message, where=Key.of("train.metric_for_best_model"), hint=hint)
     return questions
 
 

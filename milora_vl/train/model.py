@@ -80,11 +80,8 @@ def _set_attention(model: Any, recipe: Recipe) -> None:
         model.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         reason = first_line(error)
-        raise UserError(
-            f"{recipe.attn_implementation} is not available here: {reason}",
-            where=Key.of("attn_implementation"),
-            hint="use sdpa or eager",
-        ) from None
+        message, hint = f"{recipe.attn_implementation} is not available here: {reason}", "use sdpa or eager"
+        raise UserError(message, where=Key.of("attn_implementation"), hint=hint) from None
 
 
 def checkpoint_kind_of(targets: Sequence[Target]) -> CheckpointKind:
@@ -170,8 +167,6 @@ def _restore(model: Any, checkpoint: Path, checkpoint_kind: CheckpointKind) -> N
 
 def _require_sidecar(checkpoint: Path) -> None:
     if not (checkpoint / FILE_NAME).is_file():
-        raise UserError(
-            f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor",
-            where=str(checkpoint),
-            hint="restore the file, or resume from another checkpoint",
-        )
+        message = f"{FILE_NAME} is missing; it records which part of the adapter trains and which is the anchor"
+        hint = "restore the file, or resume from another checkpoint"
+        raise UserError(message, where=str(checkpoint), hint=hint)

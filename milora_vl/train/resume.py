@@ -221,19 +221,15 @@ def warnings(checkpoint: Path, *, processes: int, stage: int) -> list[str]:
     wrote, before = num_processes(checkpoint), zero_stage(checkpoint)
     old, new = (f"with ZeRO-{one}" if one else "without DeepSpeed" for one in (before, stage))
     if before != stage:
-        raise UserError(
-            f"the checkpoint was written {old}; this run is {new} and cannot restore the optimizer",
-            where=str(checkpoint),
-            hint=f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}",
-        )
+        message = f"the checkpoint was written {old}; this run is {new} and cannot restore the optimizer"
+        hint = f"to resume:  {f'--deepspeed zero{before}' if before else 'remove --deepspeed'}"
+        raise UserError(message, where=str(checkpoint), hint=hint)
     if wrote == processes:
         return []
     if stage:
-        raise UserError(
-            f"the optimizer state has one part for each of {wrote} processes, and this run has {processes}",
-            where=str(checkpoint),
-            hint=f"to resume:  torchrun --nproc_per_node {wrote} ...",
-        )
+        message = f"the optimizer state has one part for each of {wrote} processes, and this run has {processes}"
+        hint = f"to resume:  torchrun --nproc_per_node {wrote} ..."
+        raise UserError(message, where=str(checkpoint), hint=hint)
     return [
         f"{checkpoint.name} was written with {wrote} processes, now there are {processes}: the random states are "
         "initialized again, so dropout differs from an uninterrupted run"

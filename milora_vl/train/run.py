@@ -372,11 +372,9 @@ def run_loop(run: Run, trainer: MiloraTrainer, batching: Batching, files: FirstF
         screen.say(checkpoints.resume_hint(run.folder.path))
         raise
     if trainer.stop_on_signal.stopped and trainer.state.global_step < batching.steps:
-        raise UserError(
-            f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved",
-            hint="to resume, repeat the command with  --resume_from_checkpoint auto",
-            exit_code=128 + signal.SIGTERM,
-        )
+        message = f"stopped by SIGTERM at step {trainer.state.global_step}, which is saved"
+        hint = "to resume, repeat the command with  --resume_from_checkpoint auto"
+        raise UserError(message, hint=hint, exit_code=128 + signal.SIGTERM)
     for warning in data.warnings_of(trainer.data_collator):  # type: ignore[arg-type]
         screen.warn(warning)
 

@@ -335,11 +335,9 @@ def _check_quantization(recipe: Recipe, base: Base, targets: Sequence[Target]) -
     quantized = set(quantized_layers(base.meta))
     packed = [target.path for target in targets if target.rank is None and target.path in quantized]
     if packed:
-        raise UserError(
-            f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}",
-            where=Key.of("quantization"),
-            hint="train an adapter on quantised weights: --lora_enable True, or --method milora",
-        )
+        message = f"{amount(len(packed), 'quantised module')} would train in full, first {packed[0]}"
+        hint = "train an adapter on quantised weights: --lora_enable True, or --method milora"
+        raise UserError(message, where=Key.of("quantization"), hint=hint)
 
 
 def _warnings(recipe: Recipe, base: Base, targets: Sequence[Target]) -> list[str]:
@@ -427,11 +425,9 @@ def require_installed(recipe: Recipe) -> None:
     known = ["eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name)]
     for name in {recipe.attention_of("language"), recipe.attention_of("vision")}:
         if name not in known and "/" not in name:  # OWNER/NAME is a kernel of the hub
-            raise UserError(
-                f"unknown attention implementation {name!r}; transformers knows {', '.join(sorted(known))}",
-                where=Key.of("attn_implementation"),
-                hint=did_you_mean(suggest(name, known)) or "use sdpa",
-            )
+            message = f"unknown attention implementation {name!r}; transformers knows {', '.join(sorted(known))}"
+            hint = did_you_mean(suggest(name, known)) or "use sdpa"
+            raise UserError(message, where=Key.of("attn_implementation"), hint=hint)
         package = "kernels" if "/" in name else FLASH_PACKAGES.get(name, "torch")
         if not (_is_installed(package) or _is_installed("kernels")):
             message, where = (

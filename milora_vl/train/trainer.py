@@ -183,12 +183,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         if not model.training:
             self._eval_sums.append((summed.detach(), num_tokens))
         if model.training and num_tokens == 0:
-            raise UserError(
-                "nothing in the batch is supervised",
-                where=f"step {self.state.global_step + 1}",
-                hint="the answers are empty or cut off; see --max_length and python -m milora_data check",
-                exit_code=1,
-            )
+            message = "nothing in the batch is supervised"
+            hint = "the answers are empty or cut off; see --max_length and python -m milora_data check"
+            raise UserError(message, where=f"step {self.state.global_step + 1}", hint=hint, exit_code=1)
         loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
@@ -257,12 +254,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
                 logs["base_kl"] = total / self.args.world_size
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {logs['loss']}",
-                where=f"step {self.state.global_step}",
-                hint="start a new run with a lower --learning_rate, or with --bf16 instead of --fp16",
-                exit_code=1,
-            )
+            message = f"the loss is {logs['loss']}"
+            hint = "start a new run with a lower --learning_rate, or with --bf16 instead of --fp16"
+            raise UserError(message, where=f"step {self.state.global_step}", hint=hint, exit_code=1)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as HF does, but of shards gather only what trains, and ask no hub whether the vocabulary has grown.

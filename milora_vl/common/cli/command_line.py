@@ -72,12 +72,8 @@ def require_folder(path: Path, flag: str | Key = "--output_dir", *, is_written: 
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
         within = "" if existing == path else f"{path} is inside "
-        raise UserError(
-            f"{within}{existing}{', which' if within else ''} is a file, not a folder",
-            code="path-not-a-folder",
-            where=flag,
-            hint="use another folder",
-        )
+        message, hint = f"{within}{existing}{', which' if within else ''} is a file, not a folder", "use another folder"
+        raise UserError(message, code="path-not-a-folder", where=flag, hint=hint)
     if is_written and not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{existing} is not writable", where=flag, hint="use another folder, or change its permissions")
 

@@ -418,12 +418,8 @@ def install_loaded(layer: LoraLayer, adapter: str, B0: Tensor | None) -> None:
         B, E = (half.float() for half in factors(layer, adapter)[1].detach().chunk(2, dim=1))
         B0 = B0.to(E.device).reshape(E.shape)
         if torch.linalg.vector_norm(B0.float() + E - B) > 0.01 * torch.linalg.vector_norm(B):
-            raise AdapterError(
-                "the anchor does not belong to the factors: B0 + E is not B",
-                code="adapter-wrong-anchor",
-                where=ANCHORS_FILE,
-                hint=RESTORE,
-            )
+            message, hint = "the anchor does not belong to the factors: B0 + E is not B", RESTORE
+            raise AdapterError(message, code="adapter-wrong-anchor", where=ANCHORS_FILE, hint=hint)
         layer.lora_B[adapter].register_buffer(ANCHOR, lossless(B0, dtype))
 
 

@@ -142,11 +142,9 @@ def lora_layer(model: PeftModel, path: str) -> LoraLayer:
     """Return PEFT's LoRA layer at a module path of the base model. Raises AdapterError if it has been merged."""
     layer = model.get_base_model().get_submodule(path)
     if not isinstance(layer, LoraLayer):
-        raise AdapterError(
-            f"this layer has no adapter any more: it is a {type(layer).__name__}",
-            where=path,
-            hint="after merge(model), save what it returned with its save_pretrained",
-        )
+        message = f"this layer has no adapter any more: it is a {type(layer).__name__}"
+        hint = "after merge(model), save what it returned with its save_pretrained"
+        raise AdapterError(message, where=path, hint=hint)
     return layer
 
 

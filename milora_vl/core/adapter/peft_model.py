@@ -117,11 +117,9 @@ class MiloraMixin(PeftModel):
             replaced = [path for path in sidecar.ranks if not has_anchor(lora_layer(self, path), adapter)]
             replaced += [path for path in sidecar.fixed if not has_fixed_A(lora_layer(self, path), adapter)]
             if replaced:
-                raise AdapterError(
-                    f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})",
-                    where=replaced[0],
-                    hint="save the adapter before that, or serve it by loading the folder with stock PEFT",
-                )
+                message = f"stock factors have replaced ours ({len(replaced):,} modules of adapter {adapter!r})"
+                hint = "save the adapter before that, or serve it by loading the folder with stock PEFT"
+                raise AdapterError(message, where=replaced[0], hint=hint)
 
     def changed_A(self) -> list[str]:
         return [path for path, start, A in self._fixed() if distance(start, A) > 1]

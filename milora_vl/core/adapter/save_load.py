@@ -125,11 +125,9 @@ def require_adapter_files(folder: Path) -> None:
     if CONFIG not in names or not set(ADAPTER_FILES) & set(names):
         missing = CONFIG if CONFIG not in names else ADAPTER_FILES[0]
         newest = newest_checkpoint(folder)
-        raise AdapterError(
-            f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}",
-            where=str(folder),
-            hint=f"did you mean {newest}? It is the newest checkpoint there." if newest else "",
-        )
+        message = f"the folder contains no adapter: {missing} is missing, found {', '.join(names[:6]) or 'nothing'}"
+        hint = f"did you mean {newest}? It is the newest checkpoint there." if newest else ""
+        raise AdapterError(message, where=str(folder), hint=hint)
     file = str(folder / CONFIG)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -97,11 +97,9 @@ class Sidecar:
         stored = load_file(file) if file.is_file() else {}
         missing = [name for name in self.anchors if name not in stored]
         if missing:
-            raise AdapterError(
-                f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)",
-                where=str(file),
-                hint=RESTORE,
-            )
+            message = f"lacks the anchor of {missing[0]}, which {FILE_NAME} lists ({len(missing):,} are missing)"
+            hint = RESTORE
+            raise AdapterError(message, where=str(file), hint=hint)
         path_of = {name: path for path, name in self.names.items()}
         return {path_of[name]: stored[name] for name in self.anchors}
 
