@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,15 +97,10 @@ def seconds_of_full_demo() -> float:
     import torch
 
     from milora_vl.models.devices import fastest_dtype
+    from milora_vl.train.memory import measured_flops
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    a = torch.ones(768, 768, dtype=fastest_dtype(device), device=device)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        float((a @ a)[0, 0])
-        times.append(time.perf_counter() - start)
-    return FULL_WORK / (2 * 768**3 / min(times))
+    return FULL_WORK / measured_flops(768, device, fastest_dtype(device))
 
 
 @dataclass(frozen=True, slots=True)

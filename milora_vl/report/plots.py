@@ -154,15 +154,10 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
                 0.5, 100 * share, f"protect: {share:g}", transform=axis.get_yaxis_transform(), va="bottom", color=GREY
             )
         bottom = min(75, 25 * math.floor(min(value for line in names for _, value in line) / 25))
-        heights = _apart([line[-1][1] for line in names], 0.07 * (100 - bottom))
-        for number, ((line, merged), height) in enumerate(zip(names.items(), heights, strict=True)):
-            blocks, values = zip(*line, strict=True)
+        for number, (line, merged) in enumerate(names.items()):
             colour = _OTHERS[number % len(_OTHERS)]
-            axis.plot(blocks, values, color=colour, lw=1.6, marker="o", ms=3)
-            axis.annotate(
-                ", ".join(merged), (blocks[-1], height), (8, 0), textcoords="offset points", va="center", color=colour,
-                annotation_clip=False,
-            )  # fmt: skip
+            axis.plot(*zip(*line, strict=True), color=colour, lw=1.6, marker="o", ms=3, label=", ".join(merged))
+        figure.legend(loc="outside right upper")
         last = max(block for line in names for block, _ in line)
         axis.set(xlabel="layer", ylim=(bottom, 100 + (100 - bottom) / 25), xlim=(-0.5, last + 0.5))
         axis.yaxis.set_major_formatter("{x:g} %")
@@ -171,18 +166,6 @@ def protection_figure(protection: Mapping[str, Mapping[str, Any]], shares: Seque
         title = f"What the update cannot touch: share of the energy of {of} inputs"
         axis.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure
-
-
-def _apart(values: Sequence[float], least: float) -> list[float]:
-    """Return the values, moved down where two are closer than `least`; their order stays.
-
-    >>> _apart([50.0, 80.0, 79.0], 6.0)
-    [50.0, 80.0, 74.0]
-    """
-    placed, last = dict.fromkeys(range(len(values)), 0.0), math.inf
-    for index in sorted(placed, key=lambda index: -values[index]):
-        last = placed[index] = min(values[index], last - least)
-    return list(placed.values())
 
 
 def forgetting_figure(history: History, colour: str = INK) -> Figure:

@@ -21,7 +21,6 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 
 from milora_data.batches.record_collator import RecordCollator
 from milora_vl.common.cli.command_line import amount
-from milora_vl.common.errors import Key, UserError
 from milora_vl.common.evaluator import TrainingQuestions, evaluator
 from milora_vl.core.calibration.activations import evaluated
 from milora_vl.forgetting.measure import logits_of, summary, token_sums
@@ -84,18 +83,12 @@ def training_questions(recipe: Recipe) -> TrainingQuestions | None:
     config = recipe.eval
     if config.suite_every is None:
         return None
-    questions = evaluator().training_questions(
+    return evaluator().training_questions(
         suites_of(recipe),
         config.suite_limit,
         template=recipe.template,
         image_aspect_ratio=recipe.data.image_aspect_ratio,
     )
-    metric = str(recipe.train.get("metric_for_best_model") or "").removeprefix("eval_")
-    if metric.startswith("suite_") and metric.removeprefix("suite_") not in questions.names:
-        message = f"{metric} is not measured: the suites have {', '.join(questions.names)}"
-        hint = f"for example  suite_{questions.names[0]}"
-        raise UserError(message, where=Key.of("train.metric_for_best_model"), hint=hint)
-    return questions
 
 
 class SuiteCallback(TrainerCallback):

@@ -56,17 +56,11 @@ TAKEN = (
 )  # fmt: skip
 OF_SECTIONS = {
     "data": (
-        "max_length",
-        "image_aspect_ratio",
-        "min_pixels",
-        "max_pixels",
-        "video_min_pixels",
-        "video_max_pixels",
-        "fps",
+        "max_length", "image_aspect_ratio", "min_pixels", "max_pixels", "video_min_pixels", "video_max_pixels", "fps",
         "num_frames",
     ),
     "train": ("bf16", "fp16"),
-}
+}  # fmt: skip
 RATES = ("learning_rate", "weight_decay")
 
 

@@ -485,8 +485,8 @@ def start_notes(run: Run, steps: int, start: float) -> list[str]:
     return [f"       --calibration_samples {FEWER_SAMPLES} saves about {saved} of the start; later starts reuse it"]
 
 
-def measured_flops(size: int = 1024, device: torch.device | str = "cpu") -> float:
-    a = torch.ones(size, size, device=device)
+def measured_flops(size: int = 1024, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    a = torch.ones(size, size, device=device, dtype=dtype)
     times = []
     for _ in range(5):
         start = time.perf_counter()

@@ -247,7 +247,9 @@ class Recipe(Strict):
         """Return a recipe from nested mappings. Raises UserError with all problems, located in `source` if given."""
         recipe, problems = checked(content)
         if problems:
-            raise UserError(problems=[_located(problem, source) for problem in problems])
+            keys = [p.where if source and isinstance(p.where, Key) else None for p in problems]
+            located = [replace(p, where=f"{k} in {source}") if k else p for p, k in zip(problems, keys, strict=True)]
+            raise UserError(problems=located)
         return recipe
 
     def to_yaml(self) -> str:
@@ -357,11 +359,3 @@ def read_recipe(name: str, flag: str = "--recipe") -> tuple[dict[str, Any], str]
     found = "a folder without a recipe.yaml" if Path(name).is_dir() else "no packaged recipe and no file has this name"
     hint += "\nsee: python -m milora_vl.train --list-recipes"
     raise UserError(f"unknown recipe {name!r}: {found}", code="recipe-unknown", where=flag, hint=hint)
-
-
-def _located(problem: Problem, source: str) -> Problem:
-    return (
-        problem
-        if not source or not isinstance(problem.where, Key)
-        else replace(problem, where=f"{problem.where} in {source}")
-    )

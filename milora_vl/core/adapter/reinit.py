@@ -19,7 +19,6 @@ from torch import Tensor
 from milora_vl.core.adapter.anchored import factors, has_anchor
 from milora_vl.core.adapter.apply import apply_milora
 from milora_vl.core.adapter.folders import PREFIX, AdapterError
-from milora_vl.core.adapter.initialize import Progress
 from milora_vl.core.adapter.lora import lora_layer
 from milora_vl.core.adapter.peft_model import MiloraMixin, restore
 from milora_vl.core.adapter.sidecar import FILE_NAME, fitted, read_sidecar, require_trainable, stored_tensors
@@ -40,7 +39,7 @@ def reinit_peft(
     *,
     protect: float | None = None,
     calibration: Calibration | None = None,
-    progress: Progress = False,
+    progress: bool = False,
 ) -> Any:
     """Return a PeftModel whose LoRA starts from singular components of the base weights. Use only the returned model.
 

@@ -233,18 +233,15 @@ def _collect(rules: Sequence[Rule], selector: Selector, problems: list[Problem])
         methods = {plans[path].fields["method"] for path in paths if "method" in plans[path].fields}
         for method, name in product(sorted(methods), named):
             if not _is_used(method, name):
-                where, hint = Key(("policy", number, name)), _to_use(name)
+                using = ", ".join(method for method, row in METHODS.items() if name in row.fields)
+                where = Key(("policy", number, name))
+                hint = f"remove {name} from the rule" + (f", or use a method that has it: {using}" if using else "")
                 problems.append(Problem(f"method {method} cannot use it", "policy-unused-field", where, hint))
     return plans
 
 
 def _is_used(method: str, name: str) -> bool:
     return name == "method" or name in METHODS[method].fields
-
-
-def _to_use(name: str) -> str:
-    using = [method for method, row in METHODS.items() if name in row.fields]
-    return f"remove {name} from the rule" + (f", or use a method that has it: {', '.join(using)}" if using else "")
 
 
 def _without_method(plans: dict[str, _Plan], rules: Sequence[Rule]) -> list[Problem]:
