@@ -304,7 +304,7 @@ def test_protect_calibrates_and_refuses_a_base_whose_class_cannot_write(tiny_lla
     base = T5ForConditionalGeneration(T5Config(vocab_size=99, **sizes))  # an encoder needs an input of its own
     with get_peft_model_replaced(protect=0.95), raises_code("", message="T5"):
         peft.get_peft_model(base, LoraConfig(r=2, target_modules=["q"]))
-    with raises_code("", message="protect"), get_peft_model_replaced(protect=95):
+    with raises_code("", where="protect"), get_peft_model_replaced(protect=95):
         pass
     with get_peft_model_replaced(protect=0.5):
         assert peft.get_peft_model(tiny_llama()[0], lora).milora_protection

@@ -273,7 +273,9 @@ def _resolve_targets(plans: dict[str, _Plan], selector: Selector, problems: list
                 paths_of_problem[problem.inside("policy", plans[path].rules[-1])].append(path)
     too_large = [problem for problem in paths_of_problem if isinstance(problem, RankTooLarge)]
     # A rule has one rank for matrices of several shapes: the smallest of them represents all.
-    smallest = {problem.where: problem for problem in sorted(too_large, key=lambda problem: -problem.largest)}
+    smallest: dict[str | Key, Problem] = {}
+    for largest in sorted(too_large, key=lambda problem: problem.largest):
+        smallest.setdefault(largest.where, largest)
     for problem, paths in paths_of_problem.items():
         if problem in too_large and problem is not smallest[problem.where]:
             continue
