@@ -110,7 +110,6 @@ def _panels(
 
 
 def _draw_spectra(axis: Axes, rows: Sequence[Row]) -> None:
-    """Draw sigma_i / sigma_1 of every layer over its relative position, coloured by depth."""
     from matplotlib import colormaps
 
     last = max([row["block"] or 0 for row in rows] + [1])
@@ -134,7 +133,6 @@ def _draw_similarities(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_field(field: str, axis: Axes, rows: Sequence[Row]) -> None:
-    """Draw a measure over the blocks, one line per module."""
     modules = list(dict.fromkeys(row["module"].split(".")[-1] for row in rows))
     for module, colour in colours_of(modules).items():
         inside = [row for row in rows if row["module"].split(".")[-1] == module and row.get(field) is not None]

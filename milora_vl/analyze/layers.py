@@ -61,7 +61,6 @@ class Layer:
     rank: int | None = None
 
     def row(self, device: torch.device, rank: int) -> Row:
-        """Return the measures of the layer, at the rank of its adapter or else at `rank`."""
         towers, W = self.towers, read_matrix(self.before).to(device).float()
         block, tower = towers.block_of(self.path), towers.tower_of(self.path) or "other"
         place = {

@@ -154,7 +154,6 @@ class Chat:
     def require_shown(
         self, source: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
     ) -> None:
-        """Raise UserError, at `source`, for pictures or videos that the processor of the model refuses."""
         if uses_processor(self.model.config):
             require_shown(self.processor, _about("What?", pictures, videos, source))
 
@@ -354,7 +353,6 @@ def serve(chat: Chat, files: Sequence[Path], about: str, port: int) -> None:
 
 
 def page(chat: Chat, files: Sequence[Path], about: str) -> Any:
-    """Return the gradio page of a conversation; `files` are the pictures beside the first question."""
     import gradio as gr
 
     def respond(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, str]]]:

@@ -214,5 +214,4 @@ def no_records(path: object) -> Problem:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error message, or the class of the error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

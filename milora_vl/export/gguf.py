@@ -141,7 +141,6 @@ def modelfile(files: Sequence[str], template: str, adapter: str | None = None) -
 
 
 def _template(form: Template) -> str:
-    """Return one question and its answer in the language of Go's templates."""
     system = f"{{{{ if .System }}}}{form.frame[0]}{{{{ .System }}}}{form.frame[1]}{{{{ end }}}}"
     before, after = form.user
     asked = before + (system if form.system_in_question else "") + "{{ .Prompt }}" + after

@@ -246,7 +246,6 @@ def write_adapter(job: Job) -> Exported:
 
 
 def write_rank(job: Job) -> Exported:
-    """Write the nearest plain LoRA of a lower rank, and measure its error."""
     base = Base(job.base, job.options.dtype)
     adapter = job.read(base, needs_base=job.options.with_base)
     exact = max((low.rank for low in adapter.factors.values()), default=None)
@@ -360,7 +359,6 @@ def _language_part(adapter: PlainAdapter, model: nn.Module) -> tuple[PlainAdapte
 
 
 def _complete(job: Job, base: Base, folder: Path, loads_with: LoadsWith) -> None:
-    """Add the processor to a full model, and the code of a timm tower if it is asked for."""
     copy_processor(job.folder, folder, base)
     if loads_with == "trust_remote_code":
         write_code(folder)

@@ -53,7 +53,6 @@ class Job:
         return self.folder / FILE
 
     def run(self) -> Measurements:
-        """Measure the selected probes. Raises UserError for options that do not fit together."""
         if self.adapter is None and self.base is None:
             hint = "add:  --adapter FOLDER, or --base MODEL for a fully trained --model"
             raise UserError("forgetting needs a base model to compare with", hint=hint)

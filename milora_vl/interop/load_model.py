@@ -108,7 +108,6 @@ def _with_adapter(model: nn.Module, folder: Path, scale: float) -> nn.Module:
 
 
 def load_any(model: nn.Module, folder: Path, *, allow_base_mismatch: bool = False) -> Any:
-    """Return `model` with the adapter in `folder`, which may be of any kind."""
     if not has_config(folder):
         return load_adapter(model, folder)  # reports what is missing
     message, hint = "the files of this adapter do not belong together", "restore the files of one save"

@@ -195,7 +195,6 @@ def _require_taken(base: Base, prompt: Prompt) -> None:
 
 
 def _form(prompt: Prompt) -> object:
-    """Return what chat templates decide by: the roles, and the kinds of parts of each turn."""
     parts = tuple((turn.role, *(part["type"] for part in parts_of(turn.text))) for turn in prompt.turns)
     return prompt.form, len(prompt.videos), parts
 

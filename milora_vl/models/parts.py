@@ -122,7 +122,6 @@ def base_folder(parts: Parts) -> tuple[Path, bool]:
 
 @whole_weights()
 def write(parts: Parts, folder: Path) -> None:
-    """Compose the parts and write model and processor to `folder`. Raises UserError if they do not fit together."""
 
     if parts.vision_weights == vision.RANDOM:
         sys.stderr.write(f"warning: {parts.vision} has random weights: use it only for tests\n")

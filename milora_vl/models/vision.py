@@ -139,7 +139,6 @@ def _timm_state(architecture: str, weights: str | None) -> Any:
 
 
 def _is_cached(settings: Any) -> bool:
-    """Return whether the weights of timm's settings are in the cache, or come from elsewhere than the hub."""
     from huggingface_hub import try_to_load_from_cache
 
     if settings is None or not settings.hf_hub_id:

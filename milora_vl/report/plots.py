@@ -109,7 +109,6 @@ def page_figure(height: float) -> Iterator[Figure]:
 
 
 def loss_figure(history: History, colour: str = INK) -> Figure:
-    """Draw training and evaluation loss over steps and the learning rate below. `history` is HF's log_history."""
     train, evaluated, rate = (_series(history, key) for key in ("loss", "eval_loss", "learning_rate"))
     with page_figure(3.6) as figure:
         top, strip = figure.subplots(2, sharex=True, height_ratios=(6, 1))

@@ -102,7 +102,6 @@ def forgetting_at(front: Sequence[Spot], loss: float) -> float | None:
 
 
 def curves_of(results: Mapping[Cell, CellNumbers]) -> Curves:
-    """Return the curve of each seed of each arm; a seed without a finite number has none."""
     spots: dict[str, dict[int, list[Spot]]] = {}
     for cell, result in results.items():
         spot = Spot(float(result["validation_loss"]), float(result["forgetting"]))

@@ -45,7 +45,6 @@ class Compared:
 
 
 def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> Compared:
-    """Return the current state of a sweep: the requested cells, and finished cells of earlier commands."""
     cells = list(dict.fromkeys([*cells, *sweep.finished({cell.seed for cell in cells})]))
     results = {cell: result for cell in cells if (result := sweep.result(cell)) is not None}
     failed = {cell: failure for cell in cells if (failure := sweep.failure(cell)) is not None}
@@ -127,7 +126,6 @@ def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
 
 
 def pairs_table(compared: Sequence[Pair]) -> Table:
-    """Return a table with one row per pair: the paired difference of the test answers."""
     rows = []
     for pair in compared:
         found = pair.difference
@@ -217,7 +215,6 @@ def _logarithmic(axis: Axes, values: Sequence[float], ticks: Iterable[float], ro
 
 
 def rates_figure(all_arms: Sequence[Arm]) -> Figure:
-    """Draw validation loss, test score and forgetting over the learning rate, one line per method."""
     labels = [arm.label for arm in all_arms]
     colours, marks = colours_of(labels), marks_of(labels)
     rates = {point.learning_rate for arm in all_arms for point in arm.points}

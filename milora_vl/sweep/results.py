@@ -57,8 +57,6 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The paired difference b minus a of two arms at their best learning rates; items are means over common seeds."""
-
     a: str
     b: str
     difference: Difference

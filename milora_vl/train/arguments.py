@@ -255,8 +255,6 @@ def keywords(train: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How processes share the model: the settings of DeepSpeed or of FSDP2, None without them."""
-
     deepspeed: dict[str, Any] | None = None
     fsdp: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
@@ -334,7 +332,6 @@ def _complete_deepspeed(content: Mapping[str, Any]) -> Launch:
 
 
 def fsdp_settings(strategy: str, config: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    """Return Hugging Face's `fsdp_config` of FSDP2 for `--fsdp` and `--fsdp_config`, a mapping or a JSON file."""
     settings: dict[str, Any] = {"version": 2, "reshard_after_forward": RESHARDS[_strategy(strategy)]}
     for name, value in _read_object(config or {}, "fsdp_config").items():
         key = str(name).removeprefix("fsdp_")

@@ -67,8 +67,6 @@ _VERSION = 4  # increase it if equal settings can give other texts
 
 @dataclass(frozen=True)
 class _Sources:
-    """What the sources of a run read and write."""
-
     recipe: Recipe
     base: Base
     model: Any
@@ -232,7 +230,6 @@ def with_pictures(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def _is_usable(collate: RecordCollator[Any], record: Record) -> bool:
-    """Return whether a record has supervised tokens and pictures that can be read."""
     try:
         collate.require_usable(record)
     except DataError:
@@ -296,7 +293,6 @@ def _digest(path: str | Path) -> str:
 
 
 def _collated(collate: RecordCollator[Any], records: Sequence[Record], size: int) -> list[Mapping[str, Tensor]]:
-    """Return batches of the records, those with pictures first. The collator gives text a blank picture: not here."""
     found: list[Mapping[str, Tensor]] = []
     for group in ([r for r in records if r.images], [r for r in records if not r.images]):
         for start in range(0, len(group), size):

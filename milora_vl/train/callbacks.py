@@ -149,8 +149,6 @@ def log_line(logs: Mapping[str, Any], step: int, steps: int, *, done: int | None
 
 
 class Lines(TrainerCallback):
-    """Write `log_line` for each entry, above a bar if there is one."""
-
     def __init__(self) -> None:
         self.first, self.start = 0, time.monotonic()
 
@@ -219,8 +217,6 @@ class IntervalsOfThisRun(TrainerCallback):
 
 
 class RatesOfGroups(TrainerCallback):
-    """Keep the learning rate of each optimizer group for the next log line."""
-
     def __init__(self) -> None:
         self.rates: dict[str, float] = {}
 

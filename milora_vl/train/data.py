@@ -268,7 +268,6 @@ def warnings_of(collator: RecordCollator[Any]) -> list[str]:
 
 
 def lengths(recipe: Recipe, collate: RecordCollator[Any], records: Sequence[Record]) -> list[int] | None:
-    """Return the number of tokens per record if the recipe packs records or groups them by length, else None."""
     if not (recipe.data.packing or recipe.train.get("train_sampling_strategy") == "group_by_length"):
         return None
     beside = Path(recipe.data.path) if isinstance(recipe.data.path, str) else None
@@ -276,7 +275,6 @@ def lengths(recipe: Recipe, collate: RecordCollator[Any], records: Sequence[Reco
 
 
 def packed(recipe: Recipe, records: Sequence[Record], lengths: Sequence[int]) -> tuple[PackedRecords, str]:
-    """Pack the records into rows of 2 x max_length tokens, ordered by the data seed. Also return a summary line."""
     capacity = 2 * recipe.data.max_length
     seed = recipe.train.get("data_seed")
     rows = pack(lengths, capacity, value_of(recipe.train, "seed") if seed is None else seed)

@@ -103,7 +103,6 @@ def _next(run: Run, request: Request, batching: Batching, costs: Costs) -> tuple
 
 
 def _missing(recipe: Recipe, base: Base) -> list[Problem]:
-    """Return problems that would stop loading the model, or the evaluation after training."""
     problems: list[Problem] = []
     try:
         require_usable(recipe, base)

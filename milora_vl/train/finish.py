@@ -122,7 +122,6 @@ def evaluate(recipe: Recipe, folder: RunFolder, screen: Screen) -> list[str]:
 
 
 def write_results(recipe: Recipe, folder: RunFolder, screen: Screen, style: str, failed: list[str]) -> int:
-    """Write the model card and the report, and print where everything is. Returns the exit code."""
     show_results(folder, recipe, screen, style)
     for command in failed:
         screen.warn(f"the evaluation failed, the training is saved; to evaluate again: {command}")

@@ -35,8 +35,6 @@ PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A folder for a run, and the checkpoint that the run resumes from."""
-
     path: Path
     checkpoint: Path | None = None
     incomplete: tuple[tuple[Path, str], ...] = ()  # skipped checkpoints, with the reason

@@ -139,7 +139,6 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _of_after(after: str, request: Request) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of the run that the new one comes after, and a note; a resumed run has them itself."""
     run = checkpoints.resumed_run(request.output_dir, request.resume)
     if run is not None and checkpoints.latest(run)[0] is not None:
         return inherit.settings_resumed(run), []
@@ -176,7 +175,6 @@ def _give_way(below: dict[str, Any], flags: Mapping[str, Any]) -> list[str]:
 
 
 def _meaning(request: Request, adapter: str) -> Meaning:
-    """Return what LLaVA's flags mean. Raises UserError for flags that something else has decided already."""
     flags, edits = dict(request.llava), request.edits
     if not flags:
         return Meaning([])

@@ -132,7 +132,6 @@ def compose_base(run: Run, screen: Screen) -> Run:
 
 
 def load_base(run: Run, records: RunData, screen: Screen) -> tuple[nn.Module, Any]:
-    """Check the records with the processor of the base, then load its weights, on the CPU if they are sharded."""
     recipe, args = run.recipe, run.args
     data.check(data.strict_collator(recipe, run.base, run.base.processor), recipe, records)
     device = torch.device("cpu") if args.deepspeed or args.fsdp else args.device

@@ -60,7 +60,6 @@ class Screen:
             self.say(f"{name:<{width}}  {value}")
 
     def policy(self, rows: Sequence[tuple[str, ...]], frozen: Sequence[str]) -> None:
-        """Print the table of the rules (see `policy_rows`) with the frozen towers, then what trains in words."""
         cells = [row[:-1] for row in rows] + [(tower, "-", "frozen", *[""] * 5) for tower in frozen]
         drawn(self.console, COLUMNS[:-1], cells, left=("modules", "method"))
         for modules, *_, trains in rows:

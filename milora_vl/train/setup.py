@@ -391,7 +391,6 @@ def _is_tower(config: Any, name: str) -> bool:
 
 
 def with_rates(targets: Sequence[Target], train: Mapping[str, Any]) -> list[Target]:
-    """Return the targets; the learning rate and weight decay of the run fill the gaps of the rules."""
     decay = value_of(train, "weight_decay")
     return [
         replace(
@@ -430,12 +429,9 @@ def require_installed(recipe: Recipe) -> None:
             raise UserError(message, where=Key.of("attn_implementation"), hint=hint)
         package = "kernels" if "/" in name else FLASH_PACKAGES.get(name, "torch")
         if not (_is_installed(package) or _is_installed("kernels")):
-            message, where = (
-                f"{name} needs the package {package}, which is not installed",
-                Key.of("attn_implementation"),
-            )
+            message = f"{name} needs the package {package}, which is not installed"
             hint = f"pip install {package}, or pip install kernels, or --attn_implementation sdpa"
-            raise UserError(message, code="package-missing", where=where, hint=hint)
+            raise UserError(message, code="package-missing", where=Key.of("attn_implementation"), hint=hint)
     for is_needed, package, key, hint in (
         (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
         (of_bitsandbytes, "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),

@@ -150,7 +150,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.data_collator = collator
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Train on a batch as HF does, with texts of the base beside it."""
         texts = None if self.base_kl is None else self.base_kl.next_batch(self.state.global_step, self.args)
         if texts is not None:
             inputs = {**inputs, "base_kl": texts}

@@ -35,6 +35,5 @@ def _environment(folder: Path) -> Environment:
 
 
 def write(page: Path, text: str) -> None:
-    """Write a page atomically: a reader sees the old page or the new one."""
     text = text.encode("utf-8", "replace").decode("utf-8")  # captions may contain half a surrogate pair
     write_text(page, text, hides_secrets=True)

@@ -186,7 +186,6 @@ def _describe(
 
 
 def _train_in_full(model: nn.Module, targets: Sequence[Target]) -> nn.Module:
-    """Set `requires_grad` for the modules of the targets, freeze everything else, and return the model."""
     model.requires_grad_(False)
     for target in targets:
         model.get_submodule(target.path).requires_grad_(True)

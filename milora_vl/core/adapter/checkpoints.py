@@ -133,7 +133,6 @@ def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
 
 
 def asked_for(resume: str | None) -> str | None:
-    """Return the value of --resume_from_checkpoint; None if it disables resuming."""
     return None if resume is None or resume.lower() in ("false", "no", "none") else resume
 
 

@@ -117,7 +117,6 @@ def _load_stock(base: nn.Module, folder: Path, is_trainable: bool) -> PeftModel:
 
 
 def require_adapter_files(folder: Path) -> None:
-    """Raise AdapterError unless the folder contains the files of an adapter, with a config that imports no code."""
     problem = not_a_folder(folder)
     if problem is not None:
         raise AdapterError(problems=[problem])

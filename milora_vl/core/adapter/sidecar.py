@@ -215,7 +215,6 @@ def locate(sidecar: Sidecar, model_names: Mapping[str, str]) -> Sidecar:
 
 
 def new_paths(saved: Sidecar, here: Sidecar) -> dict[str, str]:
-    """Map the path of each module in the file to its path in the model, for `here`, which `locate` returned."""
     return {old.path: new.path for old, new in zip(saved.targets, here.targets, strict=True)}
 
 

@@ -243,7 +243,6 @@ def _with_positions(model: nn.Module, batches: Batches) -> list[tuple[Batch, Ten
 
 
 def _count(source: Sequence[tuple[Batch, Tensor | None]]) -> int:
-    """Return the number of positions of a source that count, where they are known."""
     return sum(int((positions > 0).sum()) for _, positions in source if positions is not None)
 
 

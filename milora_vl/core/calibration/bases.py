@@ -149,7 +149,6 @@ def positions_of(batches: Sequence[Mapping[str, Any]], image_token: int | None) 
 
 
 def _masks(batch: Mapping[str, Any], image_token: int | None) -> tuple[Tensor, Tensor] | None:
-    """Return the masks of text and of pictures, each (rows, length)."""
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor):
         return None
