@@ -45,11 +45,6 @@ def test_the_front_matter_has_the_schema_of_the_hub(tmp_path: Path) -> None:
     assert card.read_text().count("model-index") == 1
 
 
-def test_a_folder_is_no_base_model_for_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "environment.json").write_text(json.dumps({"base": str(tmp_path)}))
-    assert "base_model" not in yaml.safe_load(model_card.render(tmp_path, RECIPE.model_dump()).split("---")[1])
-
-
 def test_the_card_names_layers_that_protect_less_than_their_rule(tmp_path: Path) -> None:
     for energy, is_named in ((0.96, False), (0.9123, True)):
         policy = {"targets": [{"path": "q", "protect": 0.95}], "protection": {"q": {"energy": energy}}}

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
-from milora_vl import apply_milora, load_adapter, save_adapter
-from milora_vl.core.adapter.anchored import has_anchor, joined_state
+from milora_vl import apply_milora, save_adapter
+from milora_vl.core.adapter.anchored import has_anchor
 from milora_vl.core.adapter.lora import lora_layer
 from support.adapter_cases import LLAVA_POLICY, anchors, llava_batch, move, one_rule, token_batch, train_steps
 from support.problems import raises_code, raises_problem
@@ -221,11 +221,3 @@ def test_an_interrupted_save_leaves_the_files_of_before(model, tmp_path: Path, m
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nmine\n", encoding="utf-8")
     save_adapter(model, tmp_path)
     assert "mine" in (tmp_path / "README.md").read_text(encoding="utf-8")
-
-
-def test_a_state_dict_of_parameters_alone_is_saved_whole(model, tiny_llama, tmp_path: Path) -> None:
-    """As LLaVA's train.py collects it: named_parameters with `lora_` in the name, which has no anchors."""
-    state = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
-    model.save_pretrained(str(tmp_path), state_dict=state)
-    assert torch.allclose(load_adapter(tiny_llama()[0], tmp_path)(IDS).logits, model(IDS).logits, atol=1e-6)
-    assert joined_state({}) == {}
