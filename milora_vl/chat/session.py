@@ -122,7 +122,6 @@ class Chat:
 
     @classmethod
     def load(cls, options: Namespace) -> Chat:
-        """Load the model and adapter of the flags of the command."""
         prompts = prompts_of(options.model, options.adapter, options.template)
         size, update = 1.0 if options.base else options.scale, None
         with at_flag("--model"):  # the update of a fully trained model gets its size below
@@ -155,7 +154,6 @@ class Chat:
     def require_shown(
         self, source: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
     ) -> None:
-        """Raise UserError, at `source`, for pictures or videos that the processor of the model refuses."""
         if uses_processor(self.model.config):
             require_shown(self.processor, _about("What?", pictures, videos, source))
 
@@ -193,7 +191,6 @@ class Chat:
 
     @staticmethod
     def answer_turn(answer: str) -> Turn:
-        """Return an answer as a turn. A mark in it is a text, not the place of a picture or a video."""
         return Turn("assistant", answer.replace(IMAGE, "[image]").replace(VIDEO, "[video]"))
 
     def reply(self, turns: Sequence[Turn], pictures: Sequence[Image.Image], streamer: Any, *, base: bool) -> Reply:
@@ -243,11 +240,9 @@ def _missing_marks(mark: str, question: str, num_shown: int, turns: Sequence[Tur
         return f"{mark}\n" * (num_shown - found)
     thing = "picture" if mark == IMAGE else "video"
     more = "--image FILE, /add FILE, or on the page" if mark == IMAGE else "--video FILE"
-    raise UserError(
-        f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown",
-        where=f"question {question.strip()[:60]!r}",
-        hint=f"write {mark} at most once for each {thing}; show one more {thing}:  {more}",
-    )
+    message = f"{found} {mark} in the conversation, but {num_shown} {thing}{'s' * (num_shown != 1)} shown"
+    hint = f"write {mark} at most once for each {thing}; show one more {thing}:  {more}"
+    raise UserError(message, where=f"question {question.strip()[:60]!r}", hint=hint)
 
 
 def converse(
@@ -312,7 +307,6 @@ def _ask_unless_stopped(chat: Chat, question: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """Yield the non-empty lines of stdin; a terminal gets a prompt, editing and history."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  (input() uses it after the import)
     while True:
@@ -359,7 +353,6 @@ def serve(chat: Chat, files: Sequence[Path], about: str, port: int) -> None:
 
 
 def page(chat: Chat, files: Sequence[Path], about: str) -> Any:
-    """Return the gradio page of a conversation; `files` are the pictures beside the first question."""
     import gradio as gr
 
     def respond(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, str]]]:

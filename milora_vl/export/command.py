@@ -134,7 +134,6 @@ def _show(done: Exported, style: str) -> None:
 
 
 def _print_next(done: Exported) -> None:
-    """Print the command or the code that uses the folder."""
     folder, name = done.folder, done.folder.resolve().name.lower()
     if done.form == "llava":
         if "llava" not in name or "lora" not in name:

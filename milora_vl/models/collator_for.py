@@ -56,12 +56,9 @@ def collator_for(
             "image_aspect_ratio": image_aspect_ratio != "pad",
         }
         for name in (name for name, is_refused in refused.items() if is_refused):
-            raise UserError(
-                f"the processor of {config.model_type} decides how prompts and pictures are prepared",
-                code="collate-unsupported-layout",
-                where=name,
-                hint="remove the argument",
-            )
+            message = f"the processor of {config.model_type} decides how prompts and pictures are prepared"
+            hint = "remove the argument"
+            raise UserError(message, code="collate-unsupported-layout", where=name, hint=hint)
         usable_inputs(processor, config.model_type)
         if isinstance(model, nn.Module):
             pass_texts_unchanged(model)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Hide the progress bars of transformers for weights; restores the setting afterwards."""
     from transformers.utils import logging as bars
 
     shown = bars.is_progress_bar_enabled()

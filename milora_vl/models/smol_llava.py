@@ -92,11 +92,8 @@ def language_model() -> tuple[Any, Any]:
     try:
         import gguf  # noqa: F401 - transformers reads the file with it
     except ImportError:
-        raise UserError(
-            "SmolLM2 needs the package gguf, which is not installed",
-            code="package-missing",
-            hint="try: pip install -e '.[demo]'",
-        ) from None
+        message, hint = "SmolLM2 needs the package gguf, which is not installed", "try: pip install -e '.[demo]'"
+        raise UserError(message, code="package-missing", hint=hint) from None
     source = fetch("smollm2")
     tokenizer = _with_special_tokens_of_file(AutoTokenizer.from_pretrained(source, gguf_file=GGUF))
     _begin_with_bos(tokenizer)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from milora_vl.common.atomic_write import json_lines
 from milora_vl.common.errors import UserError
 from milora_vl.common.evaluator import Gain, evaluator
 
@@ -35,7 +36,6 @@ class Evaluation:
             yield from ((benchmark, metric) for metric in benchmark["metrics"] if not metric.get("detail"))
 
     def of(self, benchmark: Json) -> list[Json]:
-        """Return the answers to one benchmark."""
         reference = benchmark.get("reference", benchmark["name"])
         return [line for line in self.answers if line.get("benchmark") == reference]
 
@@ -73,7 +73,6 @@ class Comparison:
         return [Score(key[0], old.get(key), new.get(key)) for key in {**new, **old}]
 
     def benchmark(self, name: str) -> dict[str, Json]:
-        """Return the results of both models on one benchmark, by `before` and `after`."""
         sides = {"before": self.before, "after": self.after}
         entries = [(which, side.results.get("benchmarks", ())) for which, side in sides.items() if side]
         return {which: entry for which, of_side in entries for entry in of_side if entry["name"] == name}
@@ -119,7 +118,6 @@ def is_fraction(metric: Json) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder. Raises UserError if it is not a run folder or if a file cannot be parsed."""
     if not any((folder / name).exists() for name in _KNOWN):
         found = "contains no file of a run" if folder.is_dir() else "is not a folder"
         hint = (
@@ -177,14 +175,7 @@ def _step(name: str) -> int:
 
 
 def _evaluation(folder: Path) -> Evaluation:
-    """Read an evaluation, without an incomplete last line of a killed one."""
-    answers, file = [], folder / "predictions.jsonl"
-    for line in file.read_text(encoding="utf-8").split("\n") if file.exists() else ():
-        try:
-            answers.append(json.loads(line))
-        except ValueError:
-            continue
-    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(answers))
+    return Evaluation(folder.name, _read(folder / "results.json", {}), tuple(json_lines(folder / "predictions.jsonl")))
 
 
 def _earlier(folder: Path, comparisons: Sequence[Comparison]) -> Iterator[tuple[Path, Score]]:
@@ -212,7 +203,6 @@ def _headlines(evaluation: Evaluation) -> Iterator[tuple[tuple[str, Any], Json]]
 
 
 def _read(path: Path, default: Any) -> Any:
-    """Return the content of a JSON or YAML file, or `default` without it."""
     if not path.exists():
         return default
     text = path.read_text(encoding="utf-8")

@@ -93,7 +93,6 @@ def variants(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 def recipe_of(recipe: Recipe, cell: Cell) -> Recipe:
-    """Return the recipe of one cell. Raises UserError with all its problems."""
     fields = dict(variants(recipe)[cell.method])
     train = dict(recipe.train)
     for over in (recipe.sweep.train, fields.pop("train", {}), {"seed": cell.seed}):

@@ -33,8 +33,6 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One method at one rank and learning rate, over its finished seeds."""
-
     method: str
     rank: int | None
     learning_rate: float
@@ -59,8 +57,6 @@ class Arm:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The paired difference b minus a of two arms at their best learning rates; items are means over common seeds."""
-
     a: str
     b: str
     difference: Difference
@@ -123,7 +119,6 @@ def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
 
 
 def _mean_answers(answers: Answers, point: Point, seeds: Sequence[int]) -> dict[str, tuple[float, Any]]:
-    """Return per item its mean score over the seeds, and its group."""
     sums: dict[str, list[float]] = {}
     groups: dict[str, Any] = {}
     for seed in seeds:

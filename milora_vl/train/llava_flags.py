@@ -58,8 +58,6 @@ _IN_FULL = "without --lora_enable the whole language tower trains in full, embed
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What the flags of a LLaVA command line mean for a run."""
-
     rules: list[dict[str, Any]]
     quantization: str | None = None
     line: str = ""
@@ -111,12 +109,9 @@ def _rules(
     projector: list[dict[str, Any]] = [{"modules": "projector", "method": "full"}]
     alone = [name for name in ("tune_mm_mlp_adapter", "freeze_backbone") if flags.get(name)]
     if alone and flags.get("freeze_mm_mlp_adapter") and not flags.get("lora_enable"):
-        raise UserError(
-            f"nothing would train with --{alone[0]} and --freeze_mm_mlp_adapter",
-            code="policy-nothing-trains",
-            where=f"--{alone[0]}",
-            hint="remove one of the two flags",
-        )
+        message = f"nothing would train with --{alone[0]} and --freeze_mm_mlp_adapter"
+        hint = "remove one of the two flags"
+        raise UserError(message, code="policy-nothing-trains", where=f"--{alone[0]}", hint=hint)
     if flags.get("tune_mm_mlp_adapter"):
         return projector, "--tune_mm_mlp_adapter True trains only the projector"
     if flags.get("freeze_mm_mlp_adapter"):

@@ -220,8 +220,6 @@ SHARED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One argument of a command: its names and the keywords of argparse's `add_argument`."""
-
     names: tuple[str, ...]
     keywords: Mapping[str, Any]
 

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return the rank of this process and the number of processes: (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the values of all processes, by rank. They must be small and picklable."""
     _, processes = rank_and_world_size()
     if processes == 1:
         return [value]
