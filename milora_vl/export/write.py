@@ -19,6 +19,7 @@ from torch import nn
 
 from milora_data.encode.templates import OWN, TRAINED_WITH
 from milora_vl.common.atomic_write import complete_folder
+from milora_vl.common.compat.transformers import quiet_bars
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.apply import merge
 from milora_vl.core.adapter.folders import from_there, moved
@@ -50,7 +51,6 @@ from milora_vl.interop.lora_folder import PlainAdapter, read_config, read_plain,
 from milora_vl.interop.scale import require_linear, require_scale, scaled
 from milora_vl.models.names import SAME_WEIGHTS
 from milora_vl.models.prompts import trained_template
-from milora_vl.models.quiet import quiet_bars
 
 # What loading a full model needs: only transformers, this package, or its own code with trust_remote_code=True.
 LoadsWith = Literal["transformers", "milora_vl", "trust_remote_code"]

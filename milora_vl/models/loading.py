@@ -16,15 +16,13 @@ import torch
 from torch import nn
 
 from milora_data.encode.tokens import share_template
-from milora_vl.common.compat.transformers import forget_conversions, whole_weights
+from milora_vl.common.compat.transformers import forget_conversions, pass_texts_unchanged, quiet_bars, whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.towers import keep_weights_readable
 from milora_vl.models import original, parts, pretrained
-from milora_vl.models.cross_attention import pass_texts_unchanged
 from milora_vl.models.devices import Quantization, quantization_config, unquantized
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
 from milora_vl.models.processors import complete_processor
-from milora_vl.models.quiet import quiet_bars
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

@@ -15,12 +15,11 @@ from typing import Any
 
 from milora_vl.common.cli.command_line import suggest
 from milora_vl.common.cli.web import hub_is_known
-from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.compat.transformers import quiet_bars, whole_weights
 from milora_vl.common.errors import UserError, first_line
 from milora_vl.core.adapter.folders import newest_of_unfinished
 from milora_vl.models import smol_llava, tiny
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY, NAMED_MODELS, PART_OF, SAME_WEIGHTS, hub_id
-from milora_vl.models.quiet import quiet_bars
 from milora_vl.models.timm_tower import register
 
 

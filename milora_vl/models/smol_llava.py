@@ -16,10 +16,9 @@ import torch
 
 from milora_data.assets import cache_dir, fetch
 from milora_vl.common.atomic_write import complete_folder
-from milora_vl.common.compat.transformers import whole_weights
+from milora_vl.common.compat.transformers import quiet_bars, silence_deepspeed, whole_weights
 from milora_vl.common.errors import UserError
 from milora_vl.models.assemble import compose, processor_for
-from milora_vl.models.quiet import quiet_bars, silence_deepspeed
 from milora_vl.models.timm_tower import TimmTower, TimmTowerConfig
 
 FOLDER_VERSION = 3  # increase it with every change of the folder contents
