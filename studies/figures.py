@@ -21,7 +21,7 @@ from milora_vl.common.cli.table import Table
 from milora_vl.report.plots import METHOD_COLOURS, png, styled
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
-from milora_vl.sweep.results import arms, mean_of
+from milora_vl.sweep.results import Point, arms, mean_of
 from studies.page import read_cells
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +111,7 @@ DEFAULT = {
     "lora": "LoRA",
     "lora-same-projector": "LoRA, the projector in full",
     "lora-both": "LoRA on both towers",
-    "lora-both-kl": "the same with `base_kl`",
+    "lora-both-kl": "LoRA with `base_kl`",
     "random-rows": "the default with random rows of A",
 }
 DEFAULT_TASKS = (
@@ -132,19 +132,40 @@ def default() -> str:
             continue
         cells = task.cells()
         for method, label in DEFAULT.items():
-            of_method = {cell: row for cell, row in cells.items() if cell.method == method}
-            seeds = len({cell.seed for cell in of_method})
-            best = next((arm.best for arm in arms(of_method, seeds)), None)
-            if best is None:
-                continue
-            pictures = next((arm.points for arm in arms(about_pictures(of_method), seeds)), ())
-            about = next((p.forgetting.text for p in pictures if p.learning_rate == best.learning_rate), "–")
-            rows.append((
-                task.name, str(task.steps), label, f"{best.learning_rate:g}", str(seeds), best.validation.text,
-                best.score.text, best.forgetting.text, about,
-            ))  # fmt: skip
+            best, about = _best(cells, method)
+            if best is not None:
+                rows.append((
+                    task.name, str(task.steps), label, f"{best.learning_rate:g}", str(len(best.seeds)),
+                    best.validation.text, best.score.text, best.forgetting.text, about,
+                ))  # fmt: skip
     header = ("task", "steps", "trains", "rate", "seeds", "loss", "score", "forgets text", "about pictures")
     return Table(header, tuple(rows)).markdown() if rows else NO_RESULTS
+
+
+def in_short() -> str:
+    """Return README's table: what the default and LoRA learn and forget on the last task in DEFAULT_TASKS."""
+    task = DEFAULT_TASKS[-1]
+    columns = {DEFAULT[method]: _best(task.cells(), method) for method in ("plain", "lora-both", "lora-both-kl")}
+    known = {label: (best, about) for label, (best, about) in columns.items() if best is not None}
+    if not known:
+        return NO_RESULTS
+    rows = (
+        ("score", *(best.score.text for best, _ in known.values())),
+        ("forgets text", *(best.forgetting.text for best, _ in known.values())),
+        ("forgets about pictures", *(about for _, about in known.values())),
+        ("seeds", *(str(len(best.seeds)) for best, _ in known.values())),
+    )
+    return Table((f"{task.name}, {task.steps} steps", *known), rows).markdown()
+
+
+def _best(cells: Cells, method: str) -> tuple[Point | None, str]:
+    """Return a method at the rate with the lowest validation loss, and what it forgets there about pictures."""
+    of_method = {cell: row for cell, row in cells.items() if cell.method == method}
+    seeds = len({cell.seed for cell in of_method})
+    best = next((arm.best for arm in arms(of_method, seeds)), None)
+    pictures = next((arm.points for arm in arms(about_pictures(of_method), seeds)), ())
+    rate = best and best.learning_rate
+    return best, next((point.forgetting.text for point in pictures if point.learning_rate == rate), "–")
 
 
 def chart_points() -> dict[str, list[list[Mapping[str, Any]]]]:
@@ -264,6 +285,7 @@ def sequence(ways: Iterable[str] = tuple(WAYS)[:3]) -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "default": default,
+    "in short": in_short,
     "kept": kept,
     "others": others,
     "rates": rates,

@@ -1,10 +1,9 @@
 """Draw the pictures of docs/how-it-works.md into docs/pictures: `python docs/site/pictures.py`.
 
-The spectrum is that of a real weight, in docs/pictures/weight.csv. `--measure` writes that file again, with the extra
-`demo`: singular values of the weight, and the share of its inputs' energy along each right singular vector, on the
-first 4,096 tokens of three books.
-The cloud of inputs is drawn at random; its row goes through the code that
-training uses.
+The spectrum is that of a real weight, in docs/pictures/weight.csv. `--measure` writes that file and layers.csv again,
+with the extra `demo`: singular values of the weight, the share of its inputs' energy along each right singular vector,
+and for each layer the share along the last of them over an even share, on 1,024 tokens of each of three books.
+The cloud of inputs is drawn at random; its row goes through the code that training uses.
 """
 
 from __future__ import annotations
@@ -20,16 +19,18 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from torch import Tensor, nn
 
+from milora_vl import load_model
 from milora_vl.core.adapter.fixed_a import off_inputs
 from milora_vl.core.calibration.activations import energy_limits
 from milora_vl.core.calibration.bases import first_directions
 from milora_vl.forgetting.text import general_text
-from milora_vl.report.plots import INK, png, styled
+from milora_vl.report.plots import INK, png, styled, write_csv
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
-WEIGHT, RANK, TOKENS = "model.layers.15.mlp.up_proj", 64, 4096
-# The colours of Okabe and Ito; words and hatches repeat what they say.
+WEIGHT, RANK, TOKENS = "model.layers.15.mlp.up_proj", 64, 1024
+# The colours of Okabe and Ito; words repeat what they say.
 TRAINS, FROZEN, INPUTS, ADDED = "#0072B2", "#D9D9D9", "#E69F00", "#E3A5C7"
 WIDTH = 5.0  # inches, with text of 9 points: readable on a page of 380 pixels
 LINES = "#8A8A8A"
@@ -64,7 +65,8 @@ def towers() -> Figure:
 
 def spectrum() -> Figure:
     """The spectrum of a weight: the parts of PiSSA and MiLoRA, its inputs, and two ways to write one model."""
-    sigma, energy = weight_numbers()
+    sigma, energy = (column("weight.csv", name) for name in ("sigma", "input_energy"))
+    ends = column("layers.csv", "last_over_even")
     count = len(sigma)
     with styled(), mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
@@ -87,6 +89,8 @@ def spectrum() -> Figure:
         middle.bar_label(bars, [f"{value:.0f} %" for value in bins], padding=1, fontsize=9)
         middle.set(xlim=(0, count), ylim=(0, 1.25 * max(bins)), xticks=[], yticks=[])
         middle.spines["left"].set_visible(False)
+        above = f"In {sum(end > 1 for end in ends)} of {len(ends)} layers the last {RANK} get more than an even share."
+        middle.set_xlabel(above, fontsize=9, loc="left")
         middle.set_title(f"How much of ordinary text comes in along each {RANK} of them:", fontsize=9, loc="left")
         _forms(bottom)
     return figure
@@ -207,39 +211,43 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 TO = {"arrowprops": {"arrowstyle": "-", "lw": 0.8}, "va": "center"}
 
 
-def weight_numbers() -> tuple[list[float], list[float]]:
-    """Return the singular values of the weight, and the share of its inputs' energy along each direction."""
-    with (FOLDER / "weight.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [float(row["sigma"]) for row in rows], [float(row["input_energy"]) for row in rows]
+def column(file: str, name: str) -> list[float]:
+    """Return the numbers of a column of a CSV file."""
+    with (FOLDER / file).open(encoding="utf-8", newline="") as opened:
+        return [float(row[name]) for row in csv.DictReader(opened)]
 
 
 def measure() -> None:
-    """Write docs/pictures/weight.csv."""
-    from milora_vl import load_model
-
+    """Write docs/pictures/weight.csv and layers.csv."""
     model, tokenizer = load_model("smollm2", dtype=torch.float32)
-    layer = model.get_submodule(WEIGHT)
-    C = torch.zeros(layer.in_features, layer.in_features)
+    layers = {path: layer for path, layer in model.model.named_modules(prefix="model") if isinstance(layer, nn.Linear)}
+    sums = {path: torch.zeros(layer.in_features, layer.in_features) for path, layer in layers.items()}
 
-    def add(_: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        rows = inputs[0][0]
-        rows = rows * energy_limits(rows).sqrt()[:, None]
-        C.add_(rows.T @ rows)
+    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def add(_: nn.Module, inputs: tuple[Tensor]) -> None:
+            rows = inputs[0][0]
+            rows = rows * energy_limits(rows).sqrt()[:, None]
+            sums[path] += rows.T @ rows
 
-    with layer.register_forward_pre_hook(add), torch.no_grad():
+        return add
+
+    for path, layer in layers.items():
+        layer.register_forward_pre_hook(hook(path))
+    with torch.no_grad():
         for book in general_text().values():
             ids = tokenizer(book, return_tensors="pt")["input_ids"][0, :TOKENS]
             for part in ids.split(256):
                 model(part[None])
-    _, S, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-    shares = ((Vh @ C) * Vh).sum(dim=1) / C.trace()
-    with (FOLDER / "weight.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("sigma", "input_energy"))
-        writer.writerows(
-            (f"{sigma:.4f}", f"{share:.6f}") for sigma, share in zip(S.tolist(), shares.tolist(), strict=True)
-        )
+    ends = []
+    for path, layer in layers.items():
+        _, S, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+        shares = ((Vh @ sums[path]) * Vh).sum(dim=1) / sums[path].trace()
+        even = RANK / layer.in_features
+        ends.append((path, f"{shares[-RANK:].sum() / even:.3f}"))
+        if path == WEIGHT:
+            rows = [(f"{s:.4f}", f"{share:.6f}") for s, share in zip(S.tolist(), shares.tolist(), strict=True)]
+            write_csv(FOLDER / "weight.csv", ("sigma", "input_energy"), rows)
+    write_csv(FOLDER / "layers.csv", ("layer", "last_over_even"), ends)
 
 
 @contextmanager
