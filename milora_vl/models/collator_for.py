@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.record_collator import Item, RecordCollator
@@ -13,6 +15,7 @@ from milora_data.encode.templates import OWN
 from milora_data.pictures.files import ImagePolicy
 from milora_data.pictures.pixels import AspectRatio
 from milora_vl.common.errors import UserError
+from milora_vl.models.cross_attention import pass_texts_unchanged
 from milora_vl.models.image_tokens import image_tokens, is_llava, tiling_of, uses_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.models.processors import usable_inputs
@@ -60,6 +63,8 @@ def collator_for(
                 hint="remove the argument",
             )
         usable_inputs(processor, config.model_type)
+        if isinstance(model, nn.Module):
+            pass_texts_unchanged(model)
         return ProcessorCollator(
             processor,
             image_folder=image_folder,

@@ -20,6 +20,7 @@ from milora_vl.common.compat.transformers import forget_conversions, whole_weigh
 from milora_vl.common.errors import UserError
 from milora_vl.core.policy.towers import keep_weights_readable
 from milora_vl.models import original, parts, pretrained
+from milora_vl.models.cross_attention import pass_texts_unchanged
 from milora_vl.models.devices import Quantization, quantization_config, unquantized
 from milora_vl.models.names import BUILT_IN_MODELS, MADE_IN_MEMORY
 from milora_vl.models.processors import complete_processor
@@ -69,6 +70,7 @@ def load_weights(
     if is_deepspeed_zero3_enabled():
         forget_conversions(model)
     keep_weights_readable(model)
+    pass_texts_unchanged(model)
     # The code in the folder was not used, so saved configs must not refer to it.
     vars(model.config).pop("auto_map", None)
     return _named(model, name)

@@ -359,17 +359,6 @@ def _require_one_batch(recipe: Recipe, collate: RecordCollator[Any], first: Sequ
         except DataError as error:
             hint = f"use {fix}, or records of one kind"
             raise with_problems(error, [replace(error.first, hint=hint)]) from None
-    if collate.always_shows_images or len({bool(record.files) for record in first}) < 2:
-        return
-    sharded = "DeepSpeed" if recipe.train.get("deepspeed") else "FSDP" if recipe.train.get("fsdp") else None
-    if sharded and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"{sharded} needs the same modules on every process in each step, and a batch without pictures skips the "
-            f"vision tower of {recipe.model}",
-            code="records-mixed-deepspeed",
-            where=Key(("train", sharded.lower())),
-            hint=f"train without --{sharded.lower()} (DDP), or only on records with pictures",
-        )
 
 
 class CountingCollator:

@@ -37,7 +37,7 @@ from milora_vl.core.adapter.folders import (
     module_path,
     require_adapter,
 )
-from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, require_trainable
+from milora_vl.core.adapter.sidecar import FILE_NAME, read_sidecar, refuse_retired, require_trainable
 from milora_vl.core.calibration.texts import SEED
 from milora_vl.core.policy import Rule, Target
 from milora_vl.core.policy.rules import METHODS
@@ -97,6 +97,7 @@ def settings_of(folder: Path, flag: str = "--adapter") -> dict[str, Any]:
             where=flag,
             hint=to_merge(folder),
         )
+    refuse_retired(folder, sidecar)
     require_trainable(folder, sidecar, is_trainable=flag == "--adapter")
     run = recipe_of_run(folder)
     if not run.get("policy"):  # saved in Python

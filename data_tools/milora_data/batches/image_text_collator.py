@@ -97,6 +97,10 @@ class ImageTextCollator(RecordCollator[Row]):
         self.layout = layout
         self.packing = packing
 
+    @property
+    def hidden_tokens(self) -> int:
+        return self.image_tokens
+
     def full_length(self, record: Record) -> int:
         text = encode(record, self.tokenizer, template=self.template, image_token_id=-1, image_tokens=0)
         return len(text.input_ids) + sum(self._counts_by_size(record)[: text.num_images])

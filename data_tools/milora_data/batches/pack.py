@@ -40,6 +40,8 @@ PACKED = frozenset(
 # The mask of their sliding window takes a token's position for its place in the row, when it looks up which tokens
 # belong to a picture.
 _PLACES = ("gemma3", "gemma4")
+# Their positions need the tokens of each picture within the attention mask. No earlier token attends to later ones.
+_COUNTS_SEEN = ("hunyuan_vl",)
 _REASONS = {
     "mllama": "a text before its picture attends to all pictures of the row, also of other records",
 }
@@ -249,6 +251,31 @@ def require_packable(config: Any) -> None:
             code="packing-unsupported-model",
             hint="use --group_by_length True to reduce padding",
         )
+
+
+def with_hidden_picture(
+    batch: Mapping[str, Any], picture: Mapping[str, Any], pad_id: int, multiple: int | None, model_type: str | None
+) -> dict[str, Any]:
+    """Return a batch of texts, padded or packed, with the picture of a batch of one row.
+
+    Its tokens follow the shortest text, hidden from attention and from the loss. In packed rows they have the position
+    of padding, 0, and so each is a record of its own.
+    """
+    rows, width = batch["input_ids"].shape
+    per_token = {name for name in picture if picture[name].shape == picture["input_ids"].shape}
+    mask = batch.get("attention_mask")
+    ends = torch.full((rows,), width) if mask is None else mask.sum(1)
+    row, start = int(ends.argmin()), int(ends.min())
+    stop = start + picture["input_ids"].shape[1]
+    longest = max(width, stop)
+    longest = longest if multiple is None else -(-longest // multiple) * multiple
+    fills = {"input_ids": pad_id, "labels": IGNORE}
+    texts = {name: batch[name] for name in (*_PADDED, "position_ids") if name in batch}
+    texts |= {name: batch.get(name, torch.zeros_like(batch["input_ids"])) for name in per_token - {"attention_mask"}}
+    texts = {name: F.pad(value, (0, longest - width), value=fills.get(name, 0)) for name, value in texts.items()}
+    for name in per_token - ({"attention_mask"} if model_type not in _COUNTS_SEEN else set()):
+        texts[name][row, start:stop] = picture[name][0]
+    return {**batch, **{name: value for name, value in picture.items() if name not in per_token}, **texts}
 
 
 class RowPacker:

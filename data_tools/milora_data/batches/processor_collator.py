@@ -10,6 +10,7 @@ A token is supervised if one of its characters is, and no token of a picture is.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,8 +20,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from milora_data.batches.pack import RowPacker
-from milora_data.batches.processor_inputs import BLANK, PLACES, PROCESSOR_ERRORS, ProcessorInputs
+from milora_data.batches.pack import RowPacker, with_hidden_picture
+from milora_data.batches.processor_inputs import (
+    BLANK,
+    PLACES,
+    PROCESSOR_ERRORS,
+    ProcessorInputs,
+    with_unseen_pictures,
+)
 from milora_data.batches.record_collator import Item, RecordCollator, needed_by, pad_id_of, record_of
 from milora_data.encode.chat_template_mask import VIDEO_MARK, Rendered
 from milora_data.encode.labels import NoSupervisedTokens
@@ -64,7 +71,8 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     """Collates records (`Record`, or dicts) into a batch with a model's processor; usable as `data_collator`.
 
     `__call__` returns input_ids, attention_mask and labels (batch, length), padded on the right, and every other tensor
-    that the processor returns. Labels of unsupervised tokens are -100. Records without pictures may be mixed in.
+    that the processor returns. Labels of unsupervised tokens are -100. Records without pictures may be mixed in; where
+    several processes train, a batch without any gets a plain picture, hidden from attention and from the loss.
     A record beyond `max_length` is cut at its end, never within a picture. `RecordCollator` explains `bad_images` and
     `substitutes`; a picture that the processor refuses counts as unreadable.
 
@@ -88,10 +96,16 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
         packing: Literal["rows", "flat"] = "rows",
     ) -> None:
         super().__init__(bad_images, substitutes, image_folder=image_folder, max_length=max_length)
+        # ZeRO-3 and FSDP2 gather the vision tower on all processes together: none may skip it.
+        self.always_shows_images = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self.inputs = ProcessorInputs(processor)
         self.pad_to_multiple_of = pad_to_multiple_of
         self.model_config = model_config
         self.packing = packing
+
+    @property
+    def hidden_tokens(self) -> int:
+        return int(self.inputs.plain_picture["input_ids"].shape[1])
 
     def full_length(self, record: Record) -> int:
         rendered = self._rendered(record)
@@ -133,7 +147,7 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
     def require_one_batch(self, records: Sequence[Record]) -> None:
         with_images = [record for record in records if record.images]
         without = [record for record in records if not record.images]
-        if with_images and without and not self.inputs.takes_mixed_rows:
+        if with_images and without and not (self.inputs.takes_mixed_rows or self.inputs.by_cross_attention):
             name = type(self.inputs.processor).__name__
             message = f"{name} cannot put records with and without pictures into one batch"
             where = f"{with_images[0].place} and {without[0].place}"
@@ -225,13 +239,25 @@ class ProcessorCollator(RecordCollator[ProcessorSample]):
 
     def _collated(self, records: Sequence[Item | Sequence[Item]]) -> dict[str, Any]:
         if not any(isinstance(item, Sequence) for item in records):
-            return self._padded(self._samples(records))[0]  # type: ignore[arg-type]
+            batch, samples = self._padded(self._samples(records))  # type: ignore[arg-type]
+            return self._shown(batch, samples)
         packer = self._packer  # raises for a model that cannot, before pictures are read
         packs = [item if isinstance(item, Sequence) else [item] for item in records]
         samples = [replace(sample, row=row) for row, pack in enumerate(packs) for sample in self._samples(pack)]
         batch, samples = self._padded(samples)
         rows = [sample.row for sample in samples]
-        return packer(batch, rows, pad_id=pad_id_of(self.inputs.tokenizer), multiple=self.pad_to_multiple_of)
+        pad_id, multiple = pad_id_of(self.inputs.tokenizer), self.pad_to_multiple_of
+        return self._shown(packer(batch, rows, pad_id=pad_id, multiple=multiple), samples)
+
+    def _shown(self, batch: dict[str, Any], samples: Sequence[ProcessorSample]) -> dict[str, Any]:
+        """Return the batch; if no sample of it has a picture or a video, with a hidden one, where that is needed."""
+        if not self.always_shows_images or any(sample.images or sample.videos for sample in samples):
+            return batch
+        plain = self.inputs.plain_picture
+        if self.inputs.by_cross_attention:
+            return with_unseen_pictures(batch, plain, ())
+        pad_id, kind = pad_id_of(self.inputs.tokenizer), getattr(self.model_config, "model_type", None)
+        return with_hidden_picture(batch, plain, pad_id, self.pad_to_multiple_of, kind)
 
     @cached_property
     def _packer(self) -> RowPacker:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from milora_data.batches.record_collator import BLANK
 from milora_data.encode.chat_template_mask import VIDEO_MARK, ImageTemplate, PlainPrompt, Rendered, prompt_format
@@ -119,7 +120,14 @@ class ProcessorInputs:
         if shown and any(images):
             self.require_one_kind(1, [1])
         pictures = [list(row) for row in images] if any(images) else None
-        if pictures and not all(pictures) and not self.takes_mixed_rows:
+        if pictures and not all(images) and not self.takes_mixed_rows:
+            if self.by_cross_attention:
+                how = {
+                    "padding_side": padding_side,
+                    "pad_to_multiple_of": pad_to_multiple_of,
+                    "with_places": with_places,
+                }
+                return self._in_two_parts(rendered, images, how)
             message = f"{type(self.processor).__name__} cannot put texts with and without pictures into one batch"
             raise DataError(message, code="records-mixed", hint="make batches of one kind")
         with recorded_places(self.processor) as places:
@@ -131,6 +139,38 @@ class ProcessorInputs:
                 batch[name] = value.float()
         # Without places, this family expands no placeholder.
         return batch | ({PLACES: places or [[] for _ in texts]} if with_places else {})
+
+    def _in_two_parts(
+        self, rendered: Sequence[Rendered], images: Sequence[Sequence[Any]], how: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the batch of rows with and without pictures, padded on the right, of a model with cross-attention."""
+        parts = []
+        for has_pictures in (True, False):
+            rows = [row for row, shown in enumerate(images) if bool(shown) == has_pictures]
+            parts.append((rows, self([rendered[row] for row in rows], [images[row] for row in rows], **how)))
+        width = max(part["input_ids"].shape[1] for _, part in parts)
+        batch: dict[str, Any] = {}
+        for name, value in parts[1][1].items():
+            if isinstance(value, torch.Tensor):
+                fill = self.tokenizer.pad_token_id if name == "input_ids" else 0
+                batch[name] = value.new_full((len(images), width, *value.shape[2:]), fill)
+                for rows, part in parts:
+                    batch[name][rows, : part[name].shape[1]] = part[name]
+            else:
+                batch[name] = [value[0]] * len(images)  # the family expands no placeholder
+        shown_rows, shown = parts[0]
+        return with_unseen_pictures(batch, shown, shown_rows)
+
+    @cached_property
+    def by_cross_attention(self) -> bool:
+        """Whether the model reads pictures by cross-attention (Llama 3.2 Vision), as the names of its inputs say."""
+        return "aspect_ratio_mask" in self.processor.model_input_names
+
+    @cached_property
+    def plain_picture(self) -> dict[str, Any]:
+        """The tensors of one row that shows a small plain picture."""
+        shown = self.format.render([Turn("user", IMAGE), Turn("assistant", "a")])
+        return self([shown], [[self.blank(*BLANK)]], padding_side="right")
 
     @cached_property
     def takes_mixed_videos(self) -> bool:
@@ -348,6 +388,24 @@ class ProcessorInputs:
         from PIL import Image
 
         return Image.new("RGB", (width, height), (127, 127, 127))
+
+
+def with_unseen_pictures(batch: dict[str, Any], shown: Mapping[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    """Return a batch of texts with the pictures of a batch for cross-attention, whose i-th row is `rows[i]` here.
+
+    All other rows get the padding that the processor gives to a row with fewer pictures; no token attends to it.
+    """
+    count, width = batch["input_ids"].shape
+    batch = dict(batch)
+    for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"):
+        value = shown[name]
+        if name == "cross_attention_mask":  # (rows, length, pictures, tiles)
+            value = F.pad(value, (0, 0, 0, 0, 0, width - value.shape[1]))
+        batch[name] = value.new_zeros(count, *value.shape[1:])
+        batch[name][list(rows)] = value[: len(rows)]
+    unseen = [row for row in range(count) if row not in rows]
+    batch["aspect_ratio_mask"][unseen, :, 0] = 1
+    return batch
 
 
 def require_places() -> None:

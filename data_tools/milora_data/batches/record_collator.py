@@ -97,6 +97,11 @@ class RecordCollator(ABC, Generic[Sample]):
         except ImageError:
             return BLANK
 
+    @property
+    def hidden_tokens(self) -> int:
+        """The tokens of the plain picture that a batch without pictures gets, where all processes run the tower."""
+        return 0
+
     @abstractmethod
     def full_length(self, record: Record) -> int:
         """Return the number of tokens of a record before `max_length` cuts it. Raises `DataError`."""

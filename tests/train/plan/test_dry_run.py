@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -171,23 +172,38 @@ def test_an_evaluation_without_its_files_is_told_of(tmp_path: Path) -> None:
         main(["--recipe", str(recipe), "--rank", "4", "--dry-run"])
 
 
-def test_the_recipe_of_milora_protects_both_towers(capsys: Any) -> None:
-    with raises_code("data-missing-file"):
-        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
-    shown = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+def test_a_packaged_recipe_is_planned_without_data_and_without_what_only_the_run_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
+    found = importlib.util.find_spec
+    absent = ("deepspeed", "bitsandbytes", "gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in absent else found(name, *more))
+    words = ["--recipe", "milora-llava-1.5-7b"]
+    assert main([*words, "--optim", "paged_adamw_8bit", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[:4] for line in lines]
     assert ["language", "224", "milora", "128"] in shown
     assert ["projector", "2", "milora", "64"] in shown
     for tower in ("language:", "projector:"):
         assert [tower, "new", "directions", "only;"] in shown
-
-
-def test_missing_data_is_told_after_the_rest_of_the_plan(capsys: Any) -> None:
-    with raises_code("data-missing-file", where="llava_v1_5_mix665k"):
-        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
-    shown = capsys.readouterr().out
-    assert "174,063,616" in shown
-    assert "assume records of 700 tokens" in shown
-    assert "to start it" not in shown
+    needs = [line.split()[1:] for line in lines if line.startswith("needs ")]
+    assert [need[2] if need[1] == "package" else need[0] for need in needs] == [
+        "bitsandbytes,", "deepspeed,", "llava_v1_5_mix665k.json,",
+    ]  # fmt: skip
+    assert lines[-1].endswith("milora_vl.train --recipe milora-llava-1.5-7b --optim paged_adamw_8bit")
+    with raises_code("package-missing", where="train.deepspeed in recipe milora-llava-1.5-7b", hint="'.[deepspeed]'"):
+        main(words)
+    with raises_code("data-missing-file", where="mine.json"):
+        main([*words, "--data_path", "mine.json", "--dry-run"])
+    capsys.readouterr()
+    small = ["--model", "smol-llava", "--rank", "4"]
+    assert main([*small, "--dry-run", "--format", "json"]) == 0
+    (need,) = json.loads(capsys.readouterr().out)["needs"]
+    assert need == "the package gguf, which is not installed: pip install -e '.[demo]'"
+    with raises_code("package-missing", where="--model", message="gguf"):
+        main([*small, "--data_path", "mine.json"])
 
 
 def test_a_half_precision_base_without_autocast_is_refused_where_a_module_trains_in_full() -> None:
