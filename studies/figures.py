@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from milora_vl.common.atomic_write import write_text
 from milora_vl.common.cli.table import Table
-from milora_vl.report.plots import METHOD_COLOURS, png, styled
+from milora_vl.report.plots import METHOD_COLOURS, page_figure, png
 from milora_vl.sweep.cells import Cell
 from milora_vl.sweep.curves import Ratio, about_pictures, at_common_loss, curves_of
 from milora_vl.sweep.results import Point, arms, mean_of
@@ -183,8 +183,7 @@ def chart_points() -> dict[str, list[list[Mapping[str, Any]]]]:
 
 def chart() -> Figure:
     """Draw the score over what is forgotten about text and about pictures, for the default and LoRA."""
-    with styled(), rc_context({"font.size": 9}):
-        figure = Figure(figsize=(5, 2.7), layout="constrained")
+    with page_figure(2.7, 5) as figure, rc_context({"font.size": 9}):
         for axes, (key, about) in zip(figure.subplots(1, 2, sharey=True), FORGETS.items(), strict=True):
             for method, rates in chart_points().items():
                 label, colour = IN_CHART[method][0], METHOD_COLOURS[IN_CHART[method][1]]

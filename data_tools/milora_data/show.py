@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
@@ -32,12 +33,14 @@ examples:
   python -m milora_data show train.json
   python -m milora_data show train.json --limit 50 --html records.html
   python -m milora_data show train.json --id 000000033471 --template llama_3
+  python -m milora_data show val.json --worst runs/a --limit 20 --html worst.html
 """,
     inputs=(
         DATA,
         shared("image_folder", about="folder of the pictures (default: beside DATA)"),
         option("--id", help="print only the record with this id"),
         option("--index", type=count, default=0, help="first record to print, from 0 (default: %(default)s)"),
+        option("--worst", type=Path, metavar="RUN", help="records that this run learns worst, highest loss first"),
         option("--limit", type=positive, help="number of records (default: 1; 100 with --html)"),
     ),
     settings=(shared("template", default="vicuna_v1", about="prompt format (default: %(default)s)"),),
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = COMMAND.parse(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     limit = (1 if chosen.html is None else 100) if chosen.limit is None else chosen.limit
-    records = _select(chosen.data, chosen.id, chosen.index, limit + 1)
+    records = _select(chosen.data, chosen.id, chosen.index, limit + 1, chosen.worst)
     shown = [(record, pieces_of(record, chosen.template)) for record in records[:limit]]
     if chosen.html is not None:
         is_part = len(records) > limit or chosen.index > 0 or chosen.id is not None
@@ -74,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _select(data: Path, name: str | None, index: int, limit: int) -> list[Record]:
-    records = load_records(data)
+def _select(data: Path, name: str | None, index: int, limit: int, run: Path | None) -> list[Record]:
+    records = load_records(data) if run is None else iter(_worst(data, run))
     if name is not None:
         records = (record for record in records if record.id == name)
     selected = list(islice(records, index, index + limit))
@@ -83,6 +86,20 @@ def _select(data: Path, name: str | None, index: int, limit: int) -> list[Record
         selector = f'id "{name}"' if name is not None else f"number {index}"
         raise UserError(f"{data} contains no record with {selector}")
     return selected
+
+
+def _worst(data: Path, run: Path) -> list[Record]:
+    """Return the records of `data` with a loss in the file of a training, highest first; it becomes a key of theirs."""
+    file = run / "held_out.jsonl"
+    if not file.is_file():
+        raise UserError("no losses of held-out records", where=str(file), hint="train with --eval_data_path")
+    records = {Path(record.source).name: record for record in load_records(data)}  # the folder may have moved
+    found = []
+    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        if (record := records.get(Path(line["source"]).name)) is not None:
+            losses = {key: line[key] for key in ("loss", "base_loss", "reply") if key in line}
+            found.append(replace(record, extra={**record.extra, **losses}))
+    return found
 
 
 def pieces_of(record: Record, template: str = "vicuna_v1") -> list[Piece]:

@@ -26,7 +26,7 @@ from milora_vl.core.adapter.fixed_a import off_inputs
 from milora_vl.core.calibration.activations import energy_limits
 from milora_vl.core.calibration.bases import first_directions
 from milora_vl.forgetting.text import general_text
-from milora_vl.report.plots import INK, png, styled, write_csv
+from milora_vl.report.plots import INK, page_figure, png, write_csv
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 WEIGHT, RANK, TOKENS = "model.layers.15.mlp.up_proj", 64, 1024
@@ -68,8 +68,7 @@ def spectrum() -> Figure:
     sigma, energy = (column("weight.csv", name) for name in ("sigma", "input_energy"))
     ends = column("layers.csv", "last_over_even")
     count = len(sigma)
-    with styled(), mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    with page_figure(5.6, WIDTH) as figure, mpl.rc_context({"font.size": 9}):
         top, middle, bottom = figure.subplots(3, height_ratios=(5, 3.4, 5.2))
         places = range(count)
         top.fill_between(places, sigma, color=FROZEN, lw=0)
@@ -157,8 +156,7 @@ def cloud() -> Figure:
     V = V * V[0].sign()
     before = torch.tensor([[0.5, 0.87]])
     after, _ = off_inputs(before, V)
-    with styled(), mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    with page_figure(3.1, WIDTH) as figure, mpl.rc_context({"font.size": 9}):
         titles = ("a row of A", "the same, V removed")
         for axes, row, title in zip(figure.subplots(1, 2), (before, after), titles, strict=True):
             unit = (row / row.norm())[0]
@@ -253,8 +251,8 @@ def measure() -> None:
 @contextmanager
 def canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
     """Yield a figure whose axes count in inches, from its lower left corner."""
-    with styled(), mpl.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(WIDTH, height))
+    with page_figure(height, WIDTH) as figure, mpl.rc_context({"font.size": 9}):
+        figure.set_layout_engine("none")
         axes = figure.add_axes((0, 0, 1, 1))
         plain(axes, (0, WIDTH), (0, height))
         yield figure, axes

@@ -19,7 +19,7 @@ from milora_vl.common.compat.transformers import silence_deepspeed
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter.checkpoints import step_of
 from milora_vl.core.adapter.folders import base_of, holds_text_model
-from milora_vl.export.request import FORMS, Options, parse_form
+from milora_vl.export.request import FORMS, VLLM_RANKS, Options, parse_form
 
 if TYPE_CHECKING:
     from milora_vl.export.write import Exported
@@ -110,7 +110,9 @@ def _show(done: Exported, style: str) -> None:
         layers = [{"module": path, "rank": rank, "error": error} for path, (rank, error) in done.layers.items()]
         content = {"folder": str(done.folder), "form": done.form, "origin": done.origin, "layers": layers}
         errors = {"total": done.total, "exact_rank": done.exact_rank, "dtype": done.dtype, "rounding": done.rounding}
-        sys.stdout.write(json.dumps({**content, **errors, "loads_with": done.loads_with}) + "\n")
+        sys.stdout.write(
+            json.dumps({**content, **errors, "loads_with": done.loads_with, "servers": done.servers}) + "\n"
+        )
         return
     for path, (rank, error) in done.layers.items():
         sys.stdout.write(f"{path}  rank {rank}  relative error {error:.3e}\n")
@@ -168,6 +170,8 @@ def _print_serving(done: Exported) -> None:
         limit = next((size for size in VLLM_RANKS if size >= rank), VLLM_RANKS[-1])
         lora = f"--enable-lora --max-lora-rank {limit} --lora-modules tuned={folder}"
         sys.stderr.write(f"serve: vllm serve {folder / 'base'} {lora}\n")
+    for note in done.servers:
+        sys.stderr.write(f"serve: {note}\n")
 
 
 def _print_llama_cpp(folder: Path) -> None:
@@ -188,7 +192,6 @@ def _base_name(folder: Path) -> str:
 
 
 LOSSY = 0.01  # relative error of rank-N above which the export warns
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 _TO_LOAD = {
     "transformers": "the model loads in plain transformers\n",
     "milora_vl": (

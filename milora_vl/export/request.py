@@ -22,6 +22,7 @@ FORMS = {
     "gguf-lora": "the adapter's language tower as a LoRA for llama.cpp, by its script",
     "rank-N": "plain LoRA of rank N nearest to the adapter, and its error (rank-r: the r of each module)",
 }
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank
 
 
 @dataclass(frozen=True, slots=True)

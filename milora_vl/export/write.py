@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from milora_vl.export.gguf import (
 )
 from milora_vl.export.recompress import loss_of, recompress, total_error
 from milora_vl.export.request import Options, OutType, parse_form, require_fitting
+from milora_vl.export.servers import notes_of
 from milora_vl.interop.imported import (
     AdapterKind,
     import_adapter,
@@ -63,7 +64,7 @@ class Exported:
     `total`: relative error of the whole change by recompression, or by rounding to another data type. `loads_with`:
     what is needed to load the full model in the folder (merged, base/); None without one. `exact_rank`: the N
     at which rank-N keeps the whole change. `dtype`, `rounding`: the data type of a merged model, and the largest change
-    of a weight by rounding to it.
+    of a weight by rounding to it. `servers`: what servers ignore, refuse and need of a LoRA.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Exported:
     exact_rank: int | None = None
     dtype: str | None = None
     rounding: float | None = None
+    servers: Sequence[str] = ()
 
 
 def export(folder: str | Path, to: str, output_dir: str | Path, options: Options | None = None) -> Exported:
@@ -104,7 +106,8 @@ def export(folder: str | Path, to: str, output_dir: str | Path, options: Options
             _write_scaled(job, Path(scratch))
             options = replace(options, initial=None)
             job = replace(job, folder=Path(scratch), kind="ours", options=options)
-        return WRITERS[form](job)
+        done = WRITERS[form](job)
+        return replace(done, servers=_notes(job)) if form in ("adapter", "rank") else done
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,13 @@ class Job:
             message = f"{base.name} has no vision tower from timm, so it loads in plain transformers"
             raise UserError(message, code="flag-no-effect", where="--remote_code", hint="remove the flag")
         return "transformers"
+
+
+def _notes(job: Job) -> list[str]:
+    try:
+        return notes_of(job.out, Base(job.base, None).config)
+    except UserError:  # an export of our own adapter needs no base
+        return ["not checked against servers: the config of the base is not available"]
 
 
 def _write_scaled(job: Job, folder: Path) -> None:

@@ -73,13 +73,27 @@ def summed_loss(model: Forward, inputs: dict[str, Any], *, chunked: bool) -> tup
     The sum and the count are returned separately, so that gradient accumulation and data parallelism can divide by the
     number of tokens of the whole step.
     """
-    labels = inputs["labels"]
+    losses, supervised = _losses(model, inputs, chunked)
+    return losses.sum(), supervised.shape[1]
+
+
+def row_losses(model: Forward, inputs: dict[str, Any], *, chunked: bool) -> Tensor:
+    """Return the summed cross-entropy of each row, (batch,). Gradients must be off; the arguments are as above."""
+    losses, supervised = _losses(model, inputs, chunked)
+    batch, length = inputs["labels"].shape
+    rows = supervised[0].to(losses.device) // length
+    return losses.new_zeros(batch).index_add_(0, rows, losses[: len(rows)])
+
+
+def _losses(model: Forward, inputs: dict[str, Any], chunked: bool) -> tuple[Tensor, Tensor]:
+    """Return the summed loss, without gradients the loss of each supervised position, and these positions."""
     model_inputs = {name: value for name, value in inputs.items() if name not in ("labels", "supervised")}
-    supervised = inputs["supervised"] if "supervised" in inputs else supervised_positions(labels)
-    count = supervised.shape[1]
+    supervised = inputs["supervised"] if "supervised" in inputs else supervised_positions(inputs["labels"])
     if chunked:
-        return model(**model_inputs, supervised=supervised)["loss"], count
-    return _cross_entropy(model(**model_inputs)["logits"][:, :-1].flatten(0, 1), labels[:, 1:].flatten()), count
+        return model(**model_inputs, supervised=supervised)["loss"], supervised
+    logits = model(**model_inputs)["logits"].flatten(0, 1)
+    positions, tokens = supervised.to(logits.device)
+    return _cross_entropy(logits[positions], tokens), supervised
 
 
 def add_chunked_loss(model: nn.Module) -> bool:
@@ -123,7 +137,7 @@ def inner_model(model: nn.Module) -> nn.Module | None:
 def _chunked_loss(
     run: Forward, inner: nn.Module, head: Sequence[nn.Parameter], supervised: Tensor, size: int
 ) -> Tensor:
-    """Return the summed loss, computed in chunks of `size` supervised positions.
+    """Return the summed loss, without gradients that of each position, in chunks of `size` supervised positions.
 
     `run` is the model's forward with its arguments bound, `head` the trained weights outside the inner model, and
     `supervised` (2, positions) as in `supervised_positions`.
@@ -160,7 +174,8 @@ def _chunked_loss(
     by_autograd = (head and is_deepspeed_zero3_enabled()) or is_fsdp
     if is_empty or not torch.is_grad_enabled() or by_autograd:
         pairs = zip(hidden.split(sizes), targets, strict=True)
-        return torch.stack([_cross_entropy(logits_of(piece), target) for piece, target in pairs]).sum()
+        losses = [_cross_entropy(logits_of(piece), target) for piece, target in pairs]
+        return torch.stack(losses).sum() if torch.is_grad_enabled() else torch.cat(losses)
     summed: Tensor = GradientsAtOnce.apply(logits_of, hidden, targets, *head)
     return summed
 
@@ -252,7 +267,9 @@ def _replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.float(), targets.to(logits.device), ignore_index=IGNORE, reduction="sum")
+    reduction = "sum" if torch.is_grad_enabled() else "none"
+    targets = targets.to(logits.device)
+    return nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction=reduction)
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:

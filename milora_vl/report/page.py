@@ -69,6 +69,7 @@ def regenerate_report(folder: Path) -> None:
 
 
 def _content(run: Run) -> dict[str, Any]:
+    pictures = [thumbnail(Path(line["images"][0]) if line["images"] else None) for line in run.held_out]
     recipe, plots, found = run.folder / "recipe.yaml", plots_of(run), run.headline()
     return {
         "run": run,
@@ -80,6 +81,7 @@ def _content(run: Run) -> dict[str, Any]:
         "outcome_class": {name: css for name, (_, css) in OUTCOMES.items()},
         "earlier": tables.earlier_table(run),
         "gallery": gallery(run),
+        "held_out": list(zip(run.held_out, fitting(pictures, _PICTURES), strict=True)),
         "forgotten": forgotten(run),
         "forgetting_table": tables.forgetting_table(run.forgetting),
         "score_changes": tables.score_changes(run.forgetting),

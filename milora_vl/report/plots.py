@@ -90,8 +90,8 @@ def plots_of(run: Run) -> dict[str, str]:
 
 
 @contextmanager
-def page_figure(height: float) -> Iterator[Figure]:
-    """Yield an empty figure as wide as the page; inside the block, matplotlib has our sizes and colours."""
+def page_figure(height: float, width: float = WIDTH) -> Iterator[Figure]:
+    """Yield an empty figure, by default as wide as the page; inside the block, matplotlib has our sizes and colours."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -105,7 +105,7 @@ def page_figure(height: float) -> Iterator[Figure]:
         "axes.titlepad": 8.0,
     }
     with mpl.rc_context(settings):
-        yield Figure(figsize=(WIDTH, height), layout="constrained")
+        yield Figure(figsize=(width, height), layout="constrained")
 
 
 def loss_figure(history: History, colour: str = INK) -> Figure:

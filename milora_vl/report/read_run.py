@@ -19,6 +19,7 @@ from milora_vl.common.evaluator import Gain, evaluator
 
 Json = Mapping[str, Any]
 RESTORE = "restore the files of the run, or move the damaged one away for a report without it"
+HELD_OUT = "held_out.jsonl"  # losses of the held-out records, highest first
 _KNOWN = ("recipe.yaml", "environment.json", "policy.json", "trainer_state.json", "eval")
 
 
@@ -91,6 +92,7 @@ class Run:
     forgetting: Json = field(default_factory=dict)
     earlier: tuple[tuple[Path, Score], ...] = ()
     gain: Gain | None = None
+    held_out: tuple[Json, ...] = ()  # the records with the highest loss, highest first
 
     def headline(self) -> tuple[Comparison, Score] | None:
         """Return the score to show first: of the tuned model, and of a benchmark that is no earlier run's."""
@@ -135,6 +137,7 @@ def read_run(folder: Path) -> Run:
         comparisons=comparisons,
         forgetting=_read(folder / "forgetting.json", {}),
         earlier=tuple(_earlier(folder, comparisons)),
+        held_out=tuple(line for line in json_lines(folder / HELD_OUT) if "reply" in line),
     )
     return replace(run, gain=_gain(run))
 

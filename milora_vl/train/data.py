@@ -356,6 +356,7 @@ def _require_one_batch(recipe: Recipe, collate: RecordCollator[Any], first: Sequ
 class CountingCollator:
     """Adds to the batches of a collator what a step would otherwise read from the GPU, and wait for.
 
+    For an evaluation, `places` are the places of the records of the rows.
     `counts` are the tokens, the positions and the supervised tokens, `supervised` are the positions for the loss. LLaVA
     and text models lose an attention mask that hides padding on the right alone, because no position of theirs sees a
     later one: transformers would read it from the GPU, and without a mask sdpa has faster kernels.
@@ -376,6 +377,9 @@ class CountingCollator:
             tokens = int(mask.sum())
             if self.collator.is_causal and not (mask[:, 1:] > mask[:, :-1]).any():
                 del batch["attention_mask"]
+        if self.collator.is_evaluating:
+            left = items if len(items) == len(labels) else usable(self.collator, items)
+            batch["places"] = [record.place for record in left[: len(labels)]]  # more than rows: all were left out
         return {**batch, "supervised": supervised, "counts": (tokens, labels.numel(), supervised.shape[1])}
 
 

@@ -23,11 +23,12 @@ from milora_vl.common import atomic_write
 from milora_vl.common.cli.command_line import amount, require_folder
 from milora_vl.common.errors import UserError
 from milora_vl.core.adapter import checkpoints
+from milora_vl.report.read_run import HELD_OUT
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.screen import Screen
 
 ENVIRONMENT, CARD = "environment.json", "README.md"  # shared with others, so secrets in them are hidden
-OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html")
+OWN_FILES = ("recipe.yaml", CARD, "policy.json", "report.html", HELD_OUT)
 GIT_TIMEOUT = 10  # seconds
 WAIT = 8  # seconds for the lock: loader processes of a killed training notice its end, and leave, within five
 PACKAGES = ("milora-vl", "torch", "transformers", "peft", "accelerate", "timm", "deepspeed", "bitsandbytes")

@@ -32,7 +32,7 @@ from milora_vl.core.adapter.lora import base_model_of
 from milora_vl.core.adapter.sidecar import FILE_NAME
 from milora_vl.core.policy import Target
 from milora_vl.interop.trainer import RatesOfRules
-from milora_vl.models.losses import add_chunked_loss, summed_loss, supervised_positions
+from milora_vl.models.losses import add_chunked_loss, row_losses, summed_loss, supervised_positions
 from milora_vl.models.projector import save_projector
 from milora_vl.train import data, fsdp
 from milora_vl.train.base_kl import BaseKL, add_base_kl
@@ -108,7 +108,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.add_callback(fsdp.RequireShards())
         if self.is_fsdp_enabled:
             fsdp.prepare(self.accelerator, model)
-        self._eval_sums: list[tuple[Tensor, int]] = []  # loss and number of tokens of each batch
+        self._rows: list[tuple[str, float, int]] = []  # of an evaluation: place, summed loss and tokens of a record
+        self.record_losses: dict[str, float] = {}  # of the last evaluation in this process, by place; means over tokens
+        self.evaluated_step = -1
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -168,10 +170,9 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         """
         inputs = dict(inputs)
         counts = inputs.pop("counts")
-        if model.training:
-            self.meter.add(counts)
-        else:
-            inputs = self._counted_once(inputs)
+        if not model.training:
+            return self._evaluated(model, inputs)
+        self.meter.add(counts)
         outputs: list[Mapping[str, Any]] = []
 
         def forward(**arguments: Any) -> Mapping[str, Any]:
@@ -179,13 +180,11 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             return outputs[0]
 
         summed, num_tokens = summed_loss(forward, inputs, chunked=self.chunked)
-        if not model.training:
-            self._eval_sums.append((summed.detach(), num_tokens))
-        if model.training and num_tokens == 0:
+        if num_tokens == 0:
             message = "nothing in the batch is supervised"
             hint = "the answers are empty or cut off; see --max_length and python -m milora_data check"
             raise UserError(message, where=f"step {self.state.global_step + 1}", hint=hint, exit_code=1)
-        loss = summed / (max(num_tokens, 1) if num_items_in_batch is None else num_items_in_batch)
+        loss = summed / (num_tokens if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients; the count is already global
         if self.base_kl is not None and "base_kl" in inputs:
@@ -193,6 +192,13 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
             self.base_kl.terms.append(term.detach())
             loss = loss + self.base_kl.factor * (term - term.detach())  # the gradient alone: `loss` is the task's
         return (loss, {}) if return_outputs else loss
+
+    def _evaluated(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Keep the loss of each record of a batch, and return what HF's loop takes."""
+        places, inputs = inputs.pop("places"), self._counted_once(inputs)
+        losses, tokens = row_losses(model, inputs, chunked=self.chunked), (inputs["labels"][:, 1:] != IGNORE).sum(1)
+        self._rows += zip(places, losses.tolist(), tokens.tolist(), strict=True)
+        return losses.sum() / tokens.sum().clamp(min=1), {}
 
     def _counted_once(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Mask the labels (batch, length) of records that this evaluation has counted before.
@@ -218,13 +224,16 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
 
         It keeps the random state: later dropout is the same whether or not a resumed run evaluates again.
         """
-        self._eval_sums.clear()
+        self._rows.clear()
+        self.evaluated_step = self.state.global_step
         with torch.random.fork_rng():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-        losses = torch.stack([loss for loss, _ in self._eval_sums]).cpu() if self._eval_sums else torch.zeros(0)
-        total, count = self._over_processes((float(losses.double().sum()), sum(count for _, count in self._eval_sums)))
+        # A row without tokens repeats a record, or is a substitute.
+        self.record_losses = {place: loss / count for place, loss, count in self._rows if count}
+        sums = (sum(loss for _, loss, _ in self._rows), sum(count for *_, count in self._rows))
+        total, count = self._over_processes(sums)
         assert output.metrics is not None
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
         return output

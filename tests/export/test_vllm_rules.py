@@ -1,6 +1,6 @@
 """An export by the rules of vLLM's vllm/lora/peft_helper.py and lora/utils.py, as they were in October 2026.
 
-vLLM reads these keys of adapter_config.json and ignores all others silently. Older versions (to 0.10) also ignore
+vLLM reads these keys of adapter_config.json and ignores all others silently. Versions before 0.32 also ignore
 rank_pattern and alpha_pattern, so an export for servers has one rank and one scale.
 """
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import Options, export, main
-from milora_vl.export.command import VLLM_RANKS
+from milora_vl.export.request import VLLM_RANKS
 from support.adapter_cases import LLAVA_POLICY, move
 
 REQUIRED = {"r", "lora_alpha", "target_modules"}

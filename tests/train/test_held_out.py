@@ -1,0 +1,152 @@
+"""held_out.jsonl: the loss of each held-out record at the end of a run, beside that of the base."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from milora_data.__main__ import main as milora_data
+from milora_data.stream import load_records
+from milora_vl import collator_for, load_adapter, load_model
+from milora_vl.models.losses import summed_loss
+from milora_vl.train.command import main
+from support.launched import KINDS, needs_deepspeed, train_in_two
+from support.train_runs import training
+
+EXTRA = ["--rank", "4", "--per_device_eval_batch_size", "3"]
+
+
+def held_out(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def losses_alone(model: Any, processor: Any, data: Path) -> dict[str, float]:
+    """Return the loss of each record of val.json in a batch of its own."""
+    collate, losses = collator_for(model, processor, image_folder=data / "images"), {}
+    for record in load_records(data / "val.json"):
+        with torch.no_grad():
+            loss, count = summed_loss(model, collate([record]), chunked=False)
+        losses[record.source] = float(loss) / count
+    return losses
+
+
+@pytest.fixture
+def data(tiny_data: Path) -> Path:
+    """7 held-out records, with and without a picture; the last two batches of 3 are not full."""
+    records = json.loads((tiny_data / "train.json").read_text())[:5]
+    for number in range(2):
+        turns = [{"from": "human", "value": f"Count to {number}."}, {"from": "gpt", "value": "one " * (3 + number)}]
+        records.append({"id": f"text-{number}", "conversations": turns})
+    (tiny_data / "val.json").write_text(json.dumps(records))
+    return tiny_data
+
+
+def run_on(data: Path, run: Path, *more: str) -> list[str]:
+    return training(data, run, "--eval_data_path", str(data / "val.json"), *more)
+
+
+def test_the_losses_are_those_of_each_record_alone(data: Path, tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    assert main(run_on(data, run, *EXTRA)) == 0
+    lines, (model, processor) = held_out(run), load_model("tiny")
+    base = losses_alone(model.eval(), processor, data)
+    tuned = losses_alone(load_adapter(load_model("tiny")[0], run).eval(), processor, data)
+    assert {line["source"]: line["loss"] for line in lines} == pytest.approx(tuned, abs=1e-5)
+    assert {line["source"]: line["base_loss"] for line in lines} == pytest.approx(base, abs=1e-5)
+    assert [line["loss"] for line in lines] == sorted((line["loss"] for line in lines), reverse=True)
+    answers = {record.source: record.turns[-1].text for record in load_records(data / "val.json")}
+    assert all(line["answer"] == answers[line["source"]] and line["reply"] for line in lines)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    table = page[page.index('id="held-out"') : page.index('id="forgetting"')]
+    assert table.count("<tr>") == 8
+    assert table.count("data:image/jpeg") == 5
+    capsys.readouterr()
+    shown = ["show", str(data / "val.json"), "--worst", str(run), "--limit", "7", "--format", "json"]
+    assert milora_data(shown) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["source"] for line in printed] == [line["source"] for line in lines]
+    assert [line["extra"]["loss"] for line in printed] == [line["loss"] for line in lines]
+
+
+def test_a_run_in_full_has_no_losses_of_a_base(data: Path, tmp_path: Path) -> None:
+    assert main(run_on(data, tmp_path / "run", "--method", "full")) == 0
+    assert {line["base_loss"] for line in held_out(tmp_path / "run")} == {None}
+    assert "its losses are missing" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_record_that_a_batch_leaves_out_has_no_line(data: Path, tmp_path: Path) -> None:
+    (data / "images" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    records = json.loads((data / "val.json").read_text())
+    records[1]["image"] = "broken.png"
+    (data / "val.json").write_text(json.dumps(records))
+    assert main(run_on(data, tmp_path / "run", *EXTRA, "--bad_images", "skip")) == 0
+    found = {line["source"].rpartition("record ")[2]: line["loss"] for line in held_out(tmp_path / "run")}
+    assert sorted(found) == ["1", "3", "4", "5", "6", "7"]
+    model, processor = load_model("tiny")
+    records.pop(1)
+    (data / "val.json").write_text(json.dumps(records))
+    tuned = losses_alone(load_adapter(model, tmp_path / "run").eval(), processor, data)
+    assert [found[key] for key in sorted(found)] == pytest.approx(list(tuned.values()), abs=1e-5)
+
+
+def test_wrong_labels_stand_at_the_top(tmp_path: Path) -> None:
+    """A text model learns ten facts by heart; two of the held-out records contradict them."""
+    words = ["red", "blue", "green", "pink", "grey", "black", "white", "brown", "gold", "teal"]
+
+    def record(number: int, answer: str) -> dict[str, Any]:
+        turns = [{"from": "human", "value": f"Colour {number}{number}?"}, {"from": "gpt", "value": answer}]
+        return {"id": f"fact-{number}", "conversations": turns}
+
+    (tmp_path / "train.json").write_text(json.dumps([record(*each) for each in enumerate(words)]))
+    (tmp_path / "images").mkdir()
+    wrong = {3: "teal", 6: "red"}
+    held = [record(number, wrong.get(number, word)) for number, word in enumerate(words)]
+    (tmp_path / "val.json").write_text(json.dumps(held))
+    more = ["--model", "tiny-text", "--max_steps", "80", "--learning_rate", "0.01", "--method", "lora", "--rank", "8"]
+    assert main(run_on(tmp_path, tmp_path / "run", *more, "--per_device_train_batch_size", "10")) == 0
+    lines = held_out(tmp_path / "run")
+    assert {line["id"] for line in lines[:2]} == {"fact-3", "fact-6"}
+    assert lines[0]["images"] == []
+    assert lines[0]["loss"] > lines[0]["base_loss"] > lines[-1]["loss"]
+
+
+@pytest.mark.slow
+def test_half_of_the_top_tenth_on_emoji_are_the_wrong_labels(tmp_path: Path) -> None:
+    """300 steps of the demo; a tenth of the held-out records get the answer of another record of their type."""
+    assert milora_data(["emoji", "--output_dir", str(tmp_path)]) == 0
+    records = [*json.loads((tmp_path / "val.json").read_text()), *json.loads((tmp_path / "test.json").read_text())]
+    chosen = random.Random(0).sample(range(len(records)), len(records) // 10)
+    for number in chosen:
+        turn = records[number]["conversations"][-1]
+        same = [each for each in records if each["type"] == records[number]["type"]]
+        others = {each["conversations"][-1]["value"] for each in same} - {turn["value"]}
+        turn["value"] = random.Random(number).choice(sorted(others))
+    (tmp_path / "val.json").write_text(json.dumps(records))
+    recipe = ["--recipe", "smol-llava-demo", "--max_steps", "300", "--eval_steps", "300", "--save_steps", "300"]
+    files = ["--data_path", str(tmp_path / "train.json"), "--image_folder", str(tmp_path / "images")]
+    files += ["--eval_data_path", str(tmp_path / "val.json"), "--output_dir", str(tmp_path / "run")]
+    assert main([*recipe, *files]) == 0
+    top = [line["source"] for line in held_out(tmp_path / "run")[: len(chosen)]]
+    wrong = {record.source for number, record in enumerate(load_records(tmp_path / "val.json")) if number in chosen}
+    assert len(wrong.intersection(top)) >= len(chosen) / 2
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_two_processes_write_the_losses_of_one(data: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """Seven records: accelerate repeats some, so that both processes have full batches."""
+    extra = ["--model", str(tiny_folder), *EXTRA, "--dropout", "0", "--max_steps", "4"]
+    assert main(run_on(data, tmp_path / "one", *extra)) == 0
+    halved = ["--per_device_train_batch_size", "2"]
+    train_in_two([run_on(data, tmp_path / kind, *extra, *halved, *more) for kind, more in KINDS.items()], tmp_path)
+    for kind in KINDS:
+        one, two = ({line["source"]: line for line in held_out(tmp_path / run)} for run in ("one", kind))
+        for key in ("loss", "base_loss"):
+            found = {source: line[key] for source, line in two.items()}
+            assert found == pytest.approx({source: line[key] for source, line in one.items()}, abs=1e-5), kind
+        assert {line["reply"] for line in two.values()} == {line["reply"] for line in one.values()}
