@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.performance import page
 from benchmarks.timing import ROOT, apart, timed
+from milora_vl.sweep.runner import usable_cores
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results.json", ROOT / "docs" / "performance.md"
 PARTS = {
@@ -91,7 +92,7 @@ def machine() -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {
         "cpu": model,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "memory_gib": round(memory),
         "python": platform.python_version(),
     } | versions

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from milora_vl.common.cli.command_line import amount, next_step, run
 from milora_vl.common.cli.flags import Command, flag, option, positive, shared
 from milora_vl.sweep.cells import Cell
-from milora_vl.sweep.runner import alone
+from milora_vl.sweep.runner import alone, usable_cores
 from studies import page, runner
 from studies.runner import Folder
 from studies.study import Study, chosen, read_study, study_names
@@ -77,7 +76,7 @@ def _list(as_json: bool) -> None:
 
 def _run_one(name: str, study: Study, options: argparse.Namespace) -> int:
     folder = runner.Folder(options.output_dir / name, study)
-    jobs = options.jobs or min(os.cpu_count() or 1, 4)
+    jobs = options.jobs or min(usable_cores(), 4)
     cells = study.cells()
     left = [cell for cell in cells if folder.result(cell) is None]
     estimate = _time_left(folder, cells, len(left), jobs)

@@ -23,6 +23,7 @@ import torch
 from milora_vl.common.atomic_write import read_json, write_json
 from milora_vl.common.errors import UserError
 from milora_vl.sweep.cells import Cell, CellNumbers
+from milora_vl.sweep.runner import usable_cores
 from studies.sequence import run_chain
 from studies.study import Study
 from studies.task import Task
@@ -133,7 +134,7 @@ _worker: Worker | None = None  # set in each worker process
 def _start(folder: Folder, jobs: int) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+    torch.set_num_threads(max(1, usable_cores() // jobs))
     _worker = Worker(load_task(folder.study.task), folder)
 
 

@@ -11,7 +11,7 @@ MENU = Menu(
     "Data for LLaVA-style training.",
     {
         "look": {
-            "check": ("milora_data.check_command", "find errors in a data set, and write a repaired copy"),
+            "check": ("milora_data.check_command", "find errors in a data set, and write its usable records"),
             "show": ("milora_data.show", "print records as training sees them, with the loss mask"),
         },
         "make": {

@@ -1,6 +1,6 @@
 """`python -m milora_data check`: find all errors of a data set in one pass.
 
-`--fix` writes its usable records, repaired; `--against` counts what a test set shares with the data.
+`--fix` writes its usable records; `--against` counts what a test set shares with the data.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from milora_data.check import CONTROL, KINDS, Report, errors_of, image_folder, scan
+from milora_data.check import KINDS, Report, errors_of, image_folder, scan
 from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.hold_out import shared_with
 from milora_data.pictures.files import convert_words
-from milora_data.records.record import IMAGE, ROLES, as_llava, parse_record
+from milora_data.records.record import IMAGE, as_llava, parse_record
 from milora_data.stream import is_json, load_records
 from milora_vl.common.cli.command_line import amount, next_step
 from milora_vl.common.cli.flags import DATA, Command, count, option, shared
@@ -53,7 +53,12 @@ examples:
         ),
     ),
     outputs=(
-        option("--fix", type=Path, metavar="OUT", help="write the usable records, repaired, to this new file"),
+        option(
+            "--fix",
+            type=Path,
+            metavar="OUT",
+            help="write the usable records to this new file, with a missing <image> inserted",
+        ),
         option("--limit", type=count, default=5, help="examples to print per kind (default: %(default)s)"),
         shared("format"),
     ),
@@ -61,7 +66,6 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 1 if there are errors."""
     chosen = COMMAND.parse(argv)
     folder = image_folder(chosen.data, chosen.image_folder)
     if chosen.fix is not None and chosen.fix.exists():
@@ -85,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str | Path]) -> None:
-    kinds = report.by_kind()
-    if "embedded_picture" in kinds:
+    if "embedded_picture" in report.by_kind():
         next_step("milora_data", *convert_words(report.path, "llava"))
     elif fixed is None and not report.count("error") and Path(report.path).stem.rpartition("-")[2] in HELD_OUT:
         data = ["--data", *pictures[1:]] if pictures else []
@@ -97,8 +100,6 @@ def _print_next_step(report: Report, fixed: Path | None, pictures: Sequence[str 
         next_step("milora_data", "check", report.path, "--image_folder", "FOLDER")
     elif _num_usable(report):
         next_step("milora_data", "check", report.path, *pictures, "--fix", "OUT.json")
-    elif kinds.keys() == {"not_a_record"}:
-        next_step("milora_data", "convert", "--help")
 
 
 def _num_usable(report: Report) -> int:
@@ -143,7 +144,7 @@ def as_text(report: Report, limit: int, found: dict[str, int]) -> str:
 
 
 def write_repaired(report: Report, data: Path, out: Path) -> Counter[str]:
-    """Write the usable records, repaired; print and return the numbers of changes. Raises `UserError` without any."""
+    """Write the usable records; print and return the numbers of changes. Raises `UserError` without any."""
     done: Counter[str] = Counter()
     lost = {finding.where: finding.kind for finding in report.findings if finding.kind in _FATAL}
     usable = _usable(data, lost, done)
@@ -167,7 +168,7 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
             kind = lost.get(f"{data}:{place}")
             if kind is None:
                 assert isinstance(value, dict)
-                repaired = repair(as_llava(value, number), done)
+                repaired = _with_pictures_shown(as_llava(value, number), done)
                 record = parse_record(repaired)
                 kind = next((finding.kind for finding in errors_of(record)), None)
             if kind is not None:
@@ -180,39 +181,13 @@ def _usable(data: Path, lost: dict[str, str], done: Counter[str]) -> Iterator[di
         done[BROKEN_LIST] += 1
 
 
-def repair(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
-    """Return a LLaVA dict without turns that have no effect on training, and with missing `<image>` inserted."""
-    turns = [dict(turn) for turn in value["conversations"]]
-    start = 1 if turns and ROLES[turns[0]["from"]] == "system" else 0
-    if turns[start:] and ROLES[turns[start]["from"]] == "assistant" and IMAGE not in turns[start]["value"]:
-        del turns[start]
-        done["answers before the first question removed"] += 1
-    if turns and ROLES[turns[-1]["from"]] == "user" and IMAGE not in turns[-1]["value"]:
-        del turns[-1]
-        done["questions without answer removed"] += 1
-    turns = _without_empty_answers(turns, done)
-    for turn in turns:
-        clean = CONTROL.sub("", turn["value"])
-        if clean != turn["value"]:
-            turn["value"] = clean
-            done["texts without their control characters"] += 1
-    pictures = parse_record(value).images
-    if pictures and turns[start:] and not any(IMAGE in turn["value"] for turn in turns):
-        turns[start]["value"] = f"{IMAGE}\n" * len(pictures) + turns[start]["value"]
-        done[f"missing {IMAGE} inserted at the start"] += 1
+def _with_pictures_shown(value: dict[str, Any], done: Counter[str]) -> dict[str, Any]:
+    """Return a LLaVA dict whose first question shows the pictures, if no turn has an `<image>`."""
+    record = parse_record(value)
+    first = next((place for place, turn in enumerate(record.turns) if turn.role == "user"), None)
+    if first is None or not record.images or any(IMAGE in turn.text for turn in record.turns):
+        return value
+    turns = list(value["conversations"])
+    turns[first] = {**turns[first], "value": f"{IMAGE}\n" * len(record.images) + turns[first]["value"]}
+    done[f"missing {IMAGE} inserted at the start"] += 1
     return {**value, "conversations": turns}
-
-
-def _without_empty_answers(turns: list[dict[str, Any]], done: Counter[str]) -> list[dict[str, Any]]:
-    """Return the turns without the questions that have an empty answer; unchanged if all answers are empty."""
-    kept: list[dict[str, Any]] = []
-    record = parse_record({"conversations": turns})
-    if all(turn.is_blank for turn in record.turns if turn.role == "assistant"):
-        return turns
-    for turn, parsed in zip(turns, record.turns, strict=True):
-        if parsed.role == "assistant" and parsed.is_blank and kept and ROLES[kept[-1]["from"]] == "user":
-            del kept[-1]
-            done["questions with an empty answer removed"] += 1
-        else:
-            kept.append(turn)
-    return kept

@@ -23,7 +23,6 @@ from milora_data.formats.tables import (
     Converter,
     Options,
     Records,
-    caption_folder,
     coco_captions,
     table,
     vqa,
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     more |= {"left_out": len(options.left_out)} if options.left_out else {}
     as_json = json.dumps({"file": str(out), "records": count, **more})
     sys.stdout.write(as_json + "\n" if chosen.format == "json" else f"{out}: {amount(count, 'record')}\n")
-    pictures = chosen.sources[0] if chosen.kind == "folder" else images.path if images.is_mine else "FOLDER"
+    pictures = images.path if images.is_mine else "FOLDER"
     has_pictures = any(record.images for record in load_records(out))
     next_step("milora_data", "check", out, *(["--image_folder", pictures] if has_pictures else []))
     return 0
@@ -105,9 +104,6 @@ def _check_flags(chosen: argparse.Namespace) -> None:
         if vars(chosen)[flag] is not None and chosen.kind not in kinds:
             message = f"only applies to --from {', '.join(kinds)}, not to {chosen.kind}"
             raise UserError(message, code="flag-no-effect", where=f"--{flag}", hint="remove the flag")
-    if chosen.kind == "folder" and len(chosen.sources) > 1:
-        message = "--from folder takes one folder, to which the names of the pictures are relative"
-        raise UserError(message, where="--from", hint="convert one folder at a time")
 
 
 def _read(kind: str, sources: Sequence[str], options: Options) -> Records:
@@ -245,14 +241,13 @@ def _as_llava(record: Record, identifier: str) -> dict[str, Any]:
 KINDS: dict[str, Converter] = {
     "llava": _llava,
     "messages": _llava,
-    "folder": caption_folder,
     "table": table,
     "alpaca": table,
     "hub": _stored,
     "coco": coco_captions,
     "vqav2": vqa,
 }
-FLAGS = {"prompt": ("folder", "table", "hub", "coco"), "image_pattern": ("coco", "vqav2")}
+FLAGS = {"prompt": ("table", "hub", "coco"), "image_pattern": ("coco", "vqav2")}
 COMMAND = Command(
     "milora_data convert",
     "Convert another format to LLaVA JSON.",
@@ -261,19 +256,17 @@ formats (--from):
   llava      records of LLaVA's format, as a list or one per line; several files are joined into one
   messages   {"messages": [{"role", "content"}], "images": [...]}, used by OpenAI, TRL and others; a list or one per
              line; base64 pictures, here and in the other formats, are written to images/
-  folder     pictures with a text file each (a.jpg, a.txt), or with one table: captions.json, .jsonl or .csv,
-             metadata.csv or .jsonl
   table      rows (.csv, .tsv, .json, .jsonl, .parquet) with columns for picture, question and answer, or picture and
              caption
   alpaca     instruction, input and output, or query and response, as in LLM-Adapters and MetaMathQA
-  hub        FILE.parquet, FILE.tar (webdataset), a folder of save_to_disk, hub:OWNER/NAME[:SPLIT]; pictures are
-             written to images/
+  hub        FILE.parquet, FILE.tar (webdataset: a.jpg with a.txt or a.json), a folder of save_to_disk,
+             hub:OWNER/NAME[:SPLIT]; pictures are written to images/
   coco       captions_....json
   vqav2      the questions file and the annotations file of VQAv2, or of a data set in its form
 
 examples:
   python -m milora_data convert --from llava a.jsonl b.jsonl --output_dir data
-  python -m milora_data convert --from folder my_pictures --output_dir data --prompt "What is this?"
+  python -m milora_data convert --from hub my_pictures.tar --output_dir data --prompt "What is this?"
   python -m milora_data convert --from table captions.csv --output_dir data
   python -m milora_data convert --from alpaca instructions.json --output_dir data
   python -m milora_data convert --from vqav2 questions.json annotations.json --output_dir data
@@ -282,7 +275,7 @@ examples:
         option(
             "--from", dest="kind", choices=KINDS, required=True, metavar="FORMAT", help="format of SOURCE, see below"
         ),
-        option("sources", nargs="+", metavar="SOURCE", help="file, or folder of pictures"),
+        option("sources", nargs="+", metavar="SOURCE", help="file, folder of save_to_disk, or hub:NAME"),
     ),
     settings=(
         option("--prompt", help=f'question for pictures with captions (default: "{DEFAULT_PROMPT}")'),

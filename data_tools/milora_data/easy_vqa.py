@@ -43,7 +43,6 @@ Questions = Mapping[int, Sequence[tuple[str, str]]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 also if the data set exists already."""
     chosen = COMMAND.parse(argv)
     return create(chosen.output_dir, chosen.format, write)
 

@@ -20,7 +20,7 @@ from milora_data.encode.templates import OWN, template_name
 from milora_data.encode.tokens import own_template
 from milora_eval.answers.identity import adapter_digest, digest, tokenizer_digest, weights_digest
 from milora_eval.answers.questions import EvaluationPlan, Items, plan_of, questions_of
-from milora_eval.answers.runner import Asker, ask, ask_model, audit, finish, prompt_of
+from milora_eval.answers.runner import Asker, ask, ask_model, finish, prompt_of
 from milora_eval.answers.served import ChatServer, ask_server, require_servable, served_name, served_settings
 from milora_eval.answers.target import EvalTarget
 from milora_eval.benchmark import Benchmark
@@ -57,7 +57,7 @@ def run(
 
     `adapter` is the folder of the adapter that `model` carries; its bytes are part of the key of each answer. The files
     go to `output_dir`/eval/BENCHMARKS/final. Stored answers with the same key are reused. `evaluate` takes a plan with
-    more settings, such as shards and an audit. Raises UserError for unknown benchmarks and missing data.
+    more settings, such as shards. Raises UserError for unknown benchmarks and missing data.
     """
     resolved = tuple(find_benchmark(name) if isinstance(name, str) else name for name in benchmarks)
     name_apart(resolved, Path(data_dir), Path(output_dir))
@@ -89,12 +89,12 @@ def _evaluate(asker: Asker, plan: EvaluationPlan, items: Items, output_dir: str 
     with nullcontext() if plan.shard[1] == 1 else FileLock(folder / ".lock"):
         if not finish(plan, questions, folder):
             return None
-        return _write(plan, outcome, audit(asker, plan, questions, folder) if plan.audit else None, folder)
+        return _write(plan, outcome, folder)
 
 
-def _write(plan: EvaluationPlan, asked: tuple[int, float], checked: dict[str, Any] | None, folder: Path) -> Results:
+def _write(plan: EvaluationPlan, asked: tuple[int, float], folder: Path) -> Results:
     before, (num_asked, seconds), key = read_results(folder), asked, digest(plan.settings)
-    # Forgetting and audit are kept only if the weights and settings are still the ones they were measured with.
+    # Forgetting is kept only if the weights and settings are still the ones it was measured with.
     same = before if (before.get("generation") or {}).get("key") == key else {}
     own = [benchmark for benchmark in plan.benchmarks if isinstance(benchmark, OwnData)]
     limits = {benchmark.name: benchmark.max_new_tokens for benchmark in plan.benchmarks}
@@ -112,7 +112,6 @@ def _write(plan: EvaluationPlan, asked: tuple[int, float], checked: dict[str, An
         "asked": num_asked,
         **numbers(folder, plan.suite),
         "forgetting": same.get("forgetting"),
-        "audit": checked or same.get("audit"),
         **({"questions": {each.name: each.identity(folder_of(each, plan.data_dir)) for each in own}} if own else {}),
     }
     write_results(folder, results)

@@ -176,7 +176,6 @@ def results_name(value: str) -> str:
 
 
 def _is_file(name: str) -> bool:
-    """Return whether a name is a file of questions or of code, perhaps with a class."""
     return Path(name).suffix in (".json", ".jsonl", ".py") or ".py:" in name
 
 

@@ -40,6 +40,11 @@ def folder_of(name: str) -> Path:
     return cache_dir() / "models" / names[name]
 
 
+def is_to_build(name: str) -> bool:
+    """Return whether a name is that of a model of this module whose folder does not exist yet."""
+    return name in ("smol-llava", "smol-llava-unaligned", "smollm2") and not (folder_of(name) / "config.json").is_file()
+
+
 def made_folder(name: str) -> Path:
     """Return the folder with that model and its processor; builds it at first use (about a minute).
 
@@ -47,7 +52,7 @@ def made_folder(name: str) -> Path:
     UserError if the parts cannot be fetched or the `demo` extra is not installed.
     """
     folder = folder_of(name)
-    if (folder / "config.json").is_file():
+    if not is_to_build(name):
         return folder
     parts = "SmolLM2-135M-Instruct" + ("" if name == "smollm2" else " and EfficientNet-Lite0")
     sys.stderr.write(f"building {name} from {parts} (once, about a minute)\n")

@@ -113,12 +113,10 @@ def _last_questions(run: Run) -> tuple[QuestionSet, str | None]:
         return asked, None
     last: Json = sides[0].results
     limit, dtype = last.get("limit"), (last.get("generation") or {}).get("dtype")
-    # The results contain the names of the user's own benchmarks: find their files in the recipe.
     own = [b["name"] for b in last.get("benchmarks", ()) if str(b.get("reference", "")).startswith("data:")]
     if own:
-        paths = [data.get("path"), data.get("eval_path"), *(planned.get("suites") or ())]
-        files = {Path(path).stem: path for path in paths if isinstance(path, str)}
-        names = ",".join(files.get(name, f"{name}.json") for name in own)
+        files = last.get("questions") or {}
+        names = ",".join(files[name]["file"] if name in files else f"{name}.json" for name in own)
         return QuestionSet(benchmarks=names, data=data.get("image_folder"), limit=limit), dtype
     records = Path(data["path"]).parent if isinstance(data.get("path"), str) else "DATA"
     return QuestionSet(run.comparisons[0].suite, str(planned.get("data") or records), limit), dtype

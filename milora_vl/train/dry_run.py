@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer
 
+import llava_recipes
 from milora_data.batches.record_collator import RecordCollator
 from milora_data.encode.templates import OWN
 from milora_data.encode.tokens import share_template
@@ -35,7 +36,15 @@ from milora_vl.train.memory import MIX665K, Costs, Counts, costs_of, num_paramet
 from milora_vl.train.merge import Settings
 from milora_vl.train.recipe import Recipe
 from milora_vl.train.screen import COLUMNS, Screen, frozen_towers, policy_rows, trainable_line, trained_sizes
-from milora_vl.train.setup import Batching, Run, make_run, num_devices, require_evaluation, require_usable
+from milora_vl.train.setup import (
+    Batching,
+    Run,
+    make_run,
+    missing_packages,
+    num_devices,
+    require_evaluation,
+    require_usable,
+)
 
 SHOWN, LONGEST = 2, 300  # records of the first batch, characters of a text
 PACKED = 20_000  # records whose lengths decide the number of packed rows
@@ -58,10 +67,15 @@ def show(settings: Settings) -> int:
     screen.say(f"run    {run.folder.path} (not created)\n")
     _show_policy(screen, run)
     problems = _missing(recipe, base)  # raised at the end, after the plan is printed
+    needs = [f"the package {package}, which is not installed: {hint}" for package, _, hint in missing_packages(recipe)]
     try:
         counts, num_records, num_rows = _show_data(screen, run)
     except UserError as error:
-        problems += error.problems
+        is_packaged = request.recipe in llava_recipes.names() and "data.path" not in request.flags
+        if is_packaged and error.first.code == "data-missing-file":
+            needs.append(f"{error.first.where}, which is not here (or --data_path FILE)")
+        else:
+            problems += error.problems
         counts, num_records, num_rows = _assumed(screen, recipe, "cannot be used"), None, None
     run, note = run.on_records(has_pictures=recipe.data.streaming or counts.has_pictures)
     if note:
@@ -74,7 +88,7 @@ def show(settings: Settings) -> int:
     unknown = "unknown: the data cannot be used" if recipe.data.path else "unknown without data"
     screen.say(f"steps  {batching.describe_steps() if has_steps else unknown}")
     costs = costs_of(run, counts, batching, has_steps=has_steps)
-    screen.say("\n".join(costs.lines))
+    screen.say("\n".join([*costs.lines, *(f"needs  {need}" for need in needs)]))
     if problems:
         raise UserError(problems=problems)
     title, start = _next(run, request, batching, costs)
@@ -85,7 +99,7 @@ def show(settings: Settings) -> int:
             "model": recipe.model, "parameters": num_parameters(base.meta), "trained": sum(sizes.values()),
             "policy": [dict(zip(COLUMNS, row, strict=True)) for row in _policy_rows(run, sizes)],
             "records": num_records, "batch": batching.total, "steps": batching.steps if has_steps else None,
-            "cost": costs.lines, "fits": costs.fits, "output_dir": str(run.folder.path), "next": start,
+            "cost": costs.lines, "fits": costs.fits, "needs": needs, "output_dir": str(run.folder.path), "next": start,
         }  # fmt: skip
         sys.stdout.write(json.dumps(content, ensure_ascii=False) + "\n")
     return 0 if costs.fits else 1

@@ -31,7 +31,7 @@ from milora_vl.core.policy import Policy, PolicyError, Target
 from milora_vl.core.policy.resolve import RankTooLarge
 from milora_vl.core.policy.rules import FULL_PROJECTOR, UNALIGNED_PROJECTOR, RuleDict, without_projector
 from milora_vl.core.policy.towers import find_towers
-from milora_vl.models import loading
+from milora_vl.models import loading, smol_llava
 from milora_vl.models import parts as composing
 from milora_vl.models.base import Base, find_base
 from milora_vl.models.devices import fastest_dtype, quantized_layers, train_device
@@ -123,7 +123,7 @@ def make_run(settings: Settings, *, is_started: bool) -> Run:
     run_folder = folder.choose(path, request.resume)
     tasks, notes = inherit.tasks_before(recipe, targets, run_folder.checkpoint)
     launch = read_launch(recipe.train)
-    require_installed(recipe)
+    require_installed(recipe, is_started=is_started)
     derived = arguments.derive(recipe, base, targets, launch)
     arguments.check(recipe, targets, derived, launch)
     if is_started:
@@ -414,13 +414,28 @@ def default_notes(recipe: Recipe, base: Base, request: Request) -> list[str]:
     return [f"note: models below 1B learn best with  --learning_rate {SMALL_RATE:g}{epochs} (docs/choose.md)"]
 
 
-def require_installed(recipe: Recipe) -> None:
-    """Raise UserError for the first missing package, with the command to install it or an alternative."""
-    train = recipe.train
-    optim = str(train.get("optim") or "")
+def missing_packages(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Return the packages that the run needs and that are not installed: name, key of the setting, what to do."""
+    train, optim = recipe.train, str(recipe.train.get("optim") or "")
     of_bitsandbytes = (
         optim.startswith("paged_") or "bnb" in optim or optim in ("lion_8bit", "ademamix_8bit", "adamw_8bit")
     )
+    needs = (
+        (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
+        (of_bitsandbytes, "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
+        (recipe.quantization != "none", "bitsandbytes", "quantization", QUANT),
+        (train.get("deepspeed"), "deepspeed", "train.deepspeed", "pip install -e '.[deepspeed]', or --deepspeed \"\""),
+        (smol_llava.is_to_build(recipe.model), "gguf", "model", "pip install -e '.[demo]'"),
+    )
+    return [need[1:] for need in needs if need[0] and importlib.util.find_spec(need[1]) is None]
+
+
+def require_installed(recipe: Recipe, *, is_started: bool) -> None:
+    """Raise UserError for a missing package that a plan needs too, or (`is_started`) the run alone."""
+    train = recipe.train
+    for package, key, hint in missing_packages(recipe) if is_started else ():
+        message = f"the package {package} is not installed"
+        raise UserError(message, code="package-missing", where=Key.of(key), hint=hint)
     known = ["eager", *(name for name in AttentionInterface().valid_keys() if "|" not in name)]
     for name in {recipe.attention_of("language"), recipe.attention_of("vision")}:
         if name not in known and "/" not in name:  # OWNER/NAME is a kernel of the hub
@@ -432,15 +447,6 @@ def require_installed(recipe: Recipe) -> None:
             message = f"{name} needs the package {package}, which is not installed"
             hint = f"pip install {package}, or pip install kernels, or --attn_implementation sdpa"
             raise UserError(message, code="package-missing", where=Key.of("attn_implementation"), hint=hint)
-    for is_needed, package, key, hint in (
-        (train.get("use_liger_kernel"), "liger_kernel", "train.use_liger_kernel", "pip install liger-kernel"),
-        (of_bitsandbytes, "bitsandbytes", "train.optim", f"{QUANT}, or --optim adamw_torch"),
-        (recipe.quantization != "none", "bitsandbytes", "quantization", QUANT),
-        (train.get("deepspeed"), "deepspeed", "train.deepspeed", "pip install -e '.[deepspeed]', or --deepspeed \"\""),
-    ):
-        if is_needed and importlib.util.find_spec(package) is None:
-            message = f"the package {package} is not installed"
-            raise UserError(message, code="package-missing", where=Key.of(key), hint=hint)
     named = train.get("report_to") or []
     trackers = [name for name in ([named] if isinstance(named, str) else named) if name not in ("all", "none")]
     try:

@@ -6,18 +6,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pytest
 from PIL import Image
 
-from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
 from milora_data.records.record import Turn, parse_record
 from milora_vl import load_model
-from milora_vl.models.generate import Prompt, generate, prompt_ids
+from milora_vl.models.generate import Prompt, prompt_ids
 from milora_vl.models.loading import load_processor
 from support.chat_models import MARKED, SMOLLM2, TINY, record, write_picture_model, write_text_model
 from support.conversations import BYTE_BPE
-from support.problems import raises_code
 from support.versions import RIGHT_ASSISTANT_MASKS
 
 CONVERSATIONS: list[list[tuple[str, str]]] = [
@@ -61,45 +58,12 @@ def test_ids_and_mask_are_those_of_transformers() -> None:
     check_against_transformers(with_template(BYTE_BPE, SMOLLM2), MARKED)
 
 
-@pytest.mark.slow
-def test_ids_and_mask_of_smollm2_are_those_of_transformers() -> None:
-    tokenizer = load_processor("smollm2")
-    own = tokenizer.chat_template
-    start, end = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}", "{% endif %}"
-    assert start in own
-    marked = own.replace(start, MARKED[MARKED.index("{% if message['role'] == 'assistant' %}") :].split("{% endfor")[0])
-    assert end in marked
-    check_against_transformers(tokenizer, marked)
-
-
 def test_what_a_template_puts_between_the_prompt_and_the_answer_is_learnt() -> None:
     """The model has to write it: it comes behind what the model is asked with."""
     thinking = MARKED.replace("{{ message['content'] +", "{{ '<think>\n\n</think>\n\n' + message['content'] +")
     check_against_transformers(
         with_template(BYTE_BPE, thinking.replace("{% generation %}", "").replace("{% endgeneration %}", "")), thinking
     )
-
-
-def test_the_collator_takes_it_and_refuses_a_tokenizer_without_one() -> None:
-    tokenizer = with_template(BYTE_BPE, SMOLLM2)
-    batch = ImageTextCollator(tokenizer, template="chat_template")([record(turns) for turns in CONVERSATIONS])
-    learnt = [tokenizer.decode(row[row != IGNORE]) for row in batch["labels"]]
-    ends = ["".join(text + "<|im_end|>" for role, text in turns if role == "assistant") for turns in CONVERSATIONS]
-    assert learnt == ends
-    with raises_code("template-missing"):
-        ImageTextCollator(BYTE_BPE, template="chat_template")
-
-
-def test_exact_prompts_keep_the_text_as_it_stands(tmp_path: Path) -> None:
-    model, tokenizer = load_model(write_text_model(tmp_path))
-    turns = (Turn("user", " Hi\n"), Turn("assistant", "Ho"), Turn("user", "And?"))
-    theirs = tokenizer.apply_chat_template(
-        [{"role": turn.role, "content": turn.text} for turn in turns],
-        tokenize=True, return_dict=True, add_generation_prompt=True,
-    )  # fmt: skip
-    made = prompt_ids(Prompt(turns, form="exact"), tokenizer, "chat_template", image_token_id=-1)
-    assert made == list(theirs["input_ids"])
-    assert len(generate(model, tokenizer, [Prompt(turns, form="exact")], template="chat_template")) == 1
 
 
 def test_ids_with_pictures_are_those_of_the_processor(tmp_path: Path) -> None:

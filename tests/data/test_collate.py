@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.encode.labels import IGNORE, encode
 from milora_data.pictures.files import ImageError
-from milora_vl.common.errors import DataError
 from support.problems import raises_code
 from support.questions import TOKENS, image_id, question
 
@@ -67,20 +64,6 @@ def test_pictures_come_in_the_order_of_records_and_turns(make: Callable[..., Any
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_pad_equals_the_processors_own_padding_and_is_not_done_twice(
-    make: Callable[..., Any], tiny_data: Path, model_and_processor: tuple[Any, Any]
-) -> None:
-    Image.effect_noise((50, 20), 90).convert("RGB").save(tiny_data / "images" / "wide.png")
-    _, processor = model_and_processor
-    picture = Image.open(tiny_data / "images" / "wide.png")
-    theirs = processor.image_processor(images=[picture], do_pad=True, return_tensors="pt")["pixel_values"]
-    record = [question("<image>", image="wide.png")]
-    assert torch.equal(make()(record)["pixel_values"], theirs)
-    cropped = processor.image_processor(images=[picture], do_pad=False, return_tensors="pt")["pixel_values"]
-    assert torch.equal(make(image_aspect_ratio="plain")(record)["pixel_values"], cropped)
-    assert not torch.equal(theirs, cropped)
-
-
 def test_a_batch_without_pictures_keeps_the_projector_in_the_graph(
     make: Callable[..., Any], model_and_processor: tuple[Any, Any]
 ) -> None:
@@ -104,33 +87,6 @@ def test_a_batch_without_pictures_keeps_the_projector_in_the_graph(
     text_only = {name: value[:, :width] for name, value in batch.items() if name != "pixel_values"}
     text_only["input_ids"] = text_only["input_ids"].masked_fill(~keep[:, :width], 0)
     assert torch.allclose(model(**text_only).loss, loss, atol=1e-6)
-
-
-def test_a_text_only_model_gets_no_pixels_and_refuses_pictures(make: Callable[..., Any]) -> None:
-    collator = make()
-    collator.image_processor = None
-    assert set(collator([question("Hi")])) == {"input_ids", "attention_mask", "labels"}
-    with raises_code("model-reads-only-text", kind=DataError):
-        collator([question("<image>", image="0.png")])
-
-
-def test_what_exceeds_max_length_is_cut_and_counted(make: Callable[..., Any]) -> None:
-    record = question("What?", "A very long answer. " * 20)
-    collator = make(max_length=250)
-    batch = collator([record, question("a", "b")])
-    assert int(batch["attention_mask"].sum(1).max()) == 250
-    assert collator.counts()["cut"] == 1
-
-
-def test_a_record_with_nothing_to_learn_is_left_out_and_counted(
-    make: Callable[..., Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    collator = make(max_length=220)
-    with caplog.at_level(logging.WARNING):
-        batch = collator([question("a", "b"), question("word " * 60, "never reached")])
-    assert batch["input_ids"].shape[0] == 1
-    assert collator.counts() == {"skipped": 0, "replaced": 0, "unlearnable": 1, "cut": 0, "broken": 0}
-    assert "no supervised answer" in caplog.text
 
 
 @pytest.fixture
@@ -159,15 +115,6 @@ def test_a_bad_picture_can_be_skipped_or_replaced(
     assert caplog.text.count("cut.png") == 3
 
 
-def test_a_batch_of_bad_records_repeats_the_last_good_one(make: Callable[..., Any], bad: list[dict[str, Any]]) -> None:
-    collator = make(bad_images="skip")
-    with raises_code("", message="every record of the first batch", kind=DataError):
-        collator(bad[1:])
-    good = collator(bad[:1])
-    again = collator(bad[1:])
-    assert all(torch.equal(good[name], again[name]) for name in good)
-
-
 def test_workers_count_into_the_process_that_reports(make: Callable[..., Any], bad: list[dict[str, Any]]) -> None:
     collator = make(bad_images="replace")
     loader = DataLoader(bad * 4, batch_size=2, num_workers=2, collate_fn=collator)  # type: ignore[arg-type]
@@ -185,14 +132,3 @@ def test_an_error_of_a_worker_keeps_its_class_code_place_and_hint(
     assert (problem.code, problem.where) == ("image-unreadable", str(tiny_data / "images" / "cut.png"))
     assert "--bad_images skip" in problem.hint
     assert "Traceback" not in str(error.value)
-
-
-def test_the_picture_token_is_the_tokenizers_own_unless_given(
-    make: Callable[..., Any], model_and_processor: tuple[Any, Any]
-) -> None:
-    from support.llava_oracle import llama_tokenizer
-
-    _, processor = model_and_processor
-    assert make(image_token_id=None).image_token_id == image_id(processor)
-    with raises_code("", message="no <image> token", hint="image_token_id"):
-        ImageTextCollator(llama_tokenizer("new"), processor.image_processor)

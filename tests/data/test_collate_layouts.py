@@ -56,16 +56,6 @@ def test_a_text_with_the_picture_token_in_it_is_named(parts: Any) -> None:
         collator([question("What is it?")])
 
 
-def test_given_substitutes_stand_in_for_a_batch_that_is_left_out(parts: Any) -> None:
-    _, processor, options = parts
-    good, bad = question("<image>\na", image="0.png"), question("<image>\nb", image="none.png")
-    collator = ImageTextCollator(
-        processor.tokenizer, processor.image_processor, bad_images="skip", substitutes=[bad, good], **options
-    )
-    first, expected = collator([bad]), collator([good])
-    assert all(torch.equal(first[name], expected[name]) for name in expected)
-
-
 @pytest.fixture
 def llava_model(parts: Any, tmp_path: Path) -> Any:
     """LLaVA's own class with the tower, the projector and the language model of the tiny HF model."""

@@ -10,10 +10,8 @@ import pytest
 
 from milora_data.batches.lengths import lengths_of
 from milora_data.batches.record_collator import RecordCollator
-from milora_data.encode.labels import NoSupervisedTokens
 from milora_data.encode.tokens import IGNORE
 from milora_data.records.record import parse_record
-from milora_vl.common.errors import UserError
 from milora_vl.models.collator_for import collator_for
 from milora_vl.models.tiny import tiny_llama, tiny_llava
 from support.tiny_next import tiny_next
@@ -90,15 +88,6 @@ def test_lengths_follow_an_image_of_another_size(kind: str, make: Make, tmp_path
     after = lengths_of(records, collate, beside=tmp_path / "data.json")
     assert after[1] == collate.num_tokens(records[1]) != before[1]
     assert after[2] == before[2]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_record_whose_answer_is_cut_off_is_not_usable(kind: str, make: Make) -> None:
-    collate, _, records = make(kind, max_length=3)
-    with pytest.raises(NoSupervisedTokens):
-        collate.require_usable(records[-1])
-    with pytest.raises(UserError):
-        collate([records[-1]])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import pickle
@@ -110,26 +109,6 @@ def test_all_records_of_a_picture_are_held_out_together(tmp_path: Path, capsys: 
     assert hold_out(rows, tmp_path / "again", "10") == (held, kept)
 
 
-def test_the_size_of_the_held_out_part_is_as_close_as_whole_pictures_allow(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [{"image": f"{n // 5}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
-    held, kept = hold_out(rows, tmp_path, "8")
-    assert (len(held), len(kept)) == (10, 30)
-    assert "eval.json: 10 records, held out by picture, for the 8 of --hold_out\n" in capsys.readouterr().err
-    (tmp_path / "one").mkdir()
-    with raises_code("", where="--hold_out_by", kind=DataError):
-        hold_out(rows[:5], tmp_path / "one", "2")
-
-
-def test_records_are_held_out_one_by_one_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"image": f"{n // 2}.png", "question": f"{n}?", "answer": "a"} for n in range(40)]
-    held, kept = hold_out(rows, tmp_path, "10", "--hold_out_by", "record")
-    shared = sum(record["image"] in {record["image"] for record in kept} for record in held)
-    assert shared
-    assert f"note: {shared} of them show a picture" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("kind", ["table", "alpaca", "llava"])
 def test_records_of_one_patient_are_held_out_together(kind: str, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"instruction": f"{n}?", "output": "a", "patient": n % 7} for n in range(42)]
@@ -176,31 +155,12 @@ def test_pictures_can_be_named_by_a_pattern(tmp_path: Path) -> None:
         convert("vqav2", VQA, tmp_path / "x", "--image_pattern", "{:d}{}.jpg")
 
 
-def test_a_flag_without_effect_is_refused(tmp_path: Path) -> None:
-    with raises_code("flag-no-effect", where="--prompt", message="only applies to --from folder, table, hub, coco"):
-        convert("vqav2", VQA, tmp_path, "--prompt", "What?")
-
-
 def test_what_an_evaluation_reads_is_kept(tmp_path: Path) -> None:
     row = {"question": "Colour?", "answers": ["red", "dark red"], "type": "colour"}
     first, second = convert("table", {"t.json": [row, {"question": "2?", "answer": "2"}]}, tmp_path)
     assert (first["type"], first["answers"]) == (row["type"], row["answers"])
     assert first["conversations"][1]["value"] == "red"
     assert not second.keys() & {"type", "answers"}
-
-
-def test_tables_have_columns_of_many_names(tmp_path: Path) -> None:
-    with (tmp_path / "a.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(
-            [["file_name", "query", "response"], ["a.png", "What,\nhere?", "That"], ["", "1+1?", "2"]]
-        )
-    assert main(["convert", "--from", "table", str(tmp_path / "a.csv"), "--output_dir", str(tmp_path / "out")]) == 0
-    first, second = load_records(tmp_path / "out" / "data.json")
-    assert (first.images, first.turns[0].text, first.turns[1].text) == (("a.png",), "<image>\nWhat,\nhere?", "That")
-    assert not second.images
-    (tmp_path / "b.csv").write_text("x,y\n1,2\n")
-    with raises_code("", says=r"b.csv:2: no question with an answer(.|\n)*columns: x, y", kind=DataError):
-        main(["convert", "--from", "table", str(tmp_path / "b.csv"), "--output_dir", str(tmp_path / "out2")])
 
 
 def test_sources_are_mixed_by_weight_from_a_yaml(tiny_data: Path, tmp_path: Path) -> None:
@@ -254,15 +214,6 @@ def parquet(tmp_path: Path) -> Path:
     )
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
     return tmp_path / "rows.parquet"
-
-
-def test_what_exists_is_said_before_any_picture_is_written(parquet: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "out-eval.json").write_text("mine")
-    with raises_code("output-exists", message="out-eval.json exists already", hint="nothing was written"):
-        main(["convert", "--from", "hub", str(parquet), "--hold_out", "1", "--output_dir", str(out)])
-    assert [(path.name, path.read_text()) for path in out.iterdir()] == [("out-eval.json", "mine")]
 
 
 def test_parquet_is_read_with_its_pictures_and_can_be_written_out(parquet: Path, tmp_path: Path) -> None:
@@ -336,23 +287,6 @@ def convert_file(path: Path, kind: str, out: Path) -> list[Any]:
     return list(load_records(out / "data.json"))
 
 
-def test_the_id_0_of_a_row_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("id,question,answer\n5,Why?,So.\n0,How?,Well.\n,When?,Now.\n")
-    assert [record.id for record in convert_file(tmp_path / "a.csv", "table", tmp_path / "out")] == ["5", "0", "4"]
-
-
-@pytest.mark.parametrize("kind", ["alpaca", "table"])
-def test_a_row_without_question_or_answer_is_left_out(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pairs = [("Say hi.", "Hi"), ("Say no.", " "), ("Say no.", None), ("", "No"), (None, "No")]
-    rows = [{"instruction": instruction, "output": output} for instruction, output in pairs]
-    (tmp_path / "a.json").write_text(json.dumps([*rows, {"instruction": "", "input": "Paris", "output": "France"}]))
-    kept = convert_file(tmp_path / "a.json", kind, tmp_path / "out")
-    assert [turn.text for record in kept for turn in record.turns] == ["Say hi.", "Hi", "Paris", "France"]
-    assert capsys.readouterr().err.count("left out: ") == 4
-
-
 @pytest.mark.parametrize("kind", ["alpaca", "table"])
 def test_alpacas_input_follows_its_instruction(kind: str, tmp_path: Path) -> None:
     rows = [
@@ -402,24 +336,3 @@ def test_a_table_of_captions_comes_in_many_forms(name: str, text: str, tmp_path:
     (record,) = convert_file(tmp_path / name, "table", tmp_path / "out")
     assert record.images == ("ä b.jpg",)
     assert record.turns[1].text == "Ein Kreis, rot"
-
-
-def test_a_folder_says_what_of_it_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "my pictures"
-    folder.mkdir()
-    for name in ("ä b.jpg", "none.png", "empty.png", "._ä b.jpg"):
-        Image.new("RGB", (20, 10), "red").save(folder / name)
-    for name in ("phone.HEIC", "._ä b.txt"):
-        (folder / name).write_bytes(b"\xfe\xfc")
-    for name, text in {"ä b": "Rot.", "empty": " ", "phone": "A garden.", "lonely": "No picture."}.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    (record,) = convert_file(folder, "folder", tmp_path / "out")
-    assert (record.images, record.turns[1].text) == (("ä b.jpg",), "Rot.")
-    said = capsys.readouterr().err
-    assert "left out: 2 x picture without a caption: empty.png, none.png\n" in said
-    assert "left out: 1 x picture in an unsupported format (save as JPEG or PNG): phone.HEIC\n" in said
-    assert "left out: 2 x caption without a picture: lonely.txt, phone.txt\n" in said
-    assert f"next: python -m milora_data check {tmp_path}/out/data.json --image_folder '{folder}'\n" in said
-    (folder / "ä b.txt").write_bytes("Grün".encode("latin-1"))
-    with raises_code("data-not-utf8", where="ä b.txt", message="not UTF-8 (byte 0xfc)", kind=DataError):
-        convert_file(folder, "folder", tmp_path / "out2")

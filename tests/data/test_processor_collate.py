@@ -88,31 +88,6 @@ def test_ids_masks_and_tensors_equal_those_of_transformers(name: str, make: Any,
     assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
-def test_line_breaks_around_a_picture_of_messages_are_the_users(make: Any, pictures: Path) -> None:
-    collator = make("qwen2_5_vl")
-    parts = [
-        {"type": "text", "text": "Look at this:\n"},
-        {"type": "image", "image": "0.png"},
-        {"type": "text", "text": "\nWhat is it?\n"},
-        {"type": "image", "image": "1.png"},
-    ]
-    value = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "A cat."}]}
-    shown = [
-        {"type": "image", "image": Image.open(pictures / part["image"]).convert("RGB")} if "image" in part else part
-        for part in parts
-    ]
-    expected = collator.inputs.processor.apply_chat_template(
-        [
-            {"role": "user", "content": shown},
-            {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
-        ],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    assert torch.equal(collator([value])["input_ids"], expected["input_ids"])
-
-
 @pytest.mark.parametrize("name", ["gemma3", "mllama"])
 def test_a_template_that_writes_the_bos_gets_no_second_one(name: str, pictures: Path) -> None:
     """The published tokenizers of these families put a BOS before every text by themselves."""
@@ -336,14 +311,6 @@ def test_a_processor_without_a_chat_template_is_refused() -> None:
     with raises_code("processor-no-chat-template", message="Qwen2_5_VLProcessor has no chat template") as error:
         ProcessorCollator(processor)
     assert "chat_template.jinja" in error.value.first.hint
-
-
-def test_a_template_that_rewrites_answers_is_an_error(make: Any) -> None:
-    processor = processor_of("qwen2_5_vl")
-    processor.chat_template = processor.chat_template.replace("{{ part.text }}", "{{ part.text | upper }}")
-    with pytest.raises(DataError) as error:
-        ProcessorCollator(processor)([record([("human", "A?"), ("gpt", "yes")], [])])
-    assert "rewrites an answer" in str(error.value)
 
 
 def test_what_a_template_writes_for_other_texts_is_not_reused_for_this_one(make: Any) -> None:

@@ -15,10 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoConfig
 from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
-from milora_data.batches.lengths import lengths_of
-from milora_data.batches.pack import PACKED, PackedRecords, pack, require_packable
+from milora_data.batches.pack import PACKED, require_packable
 from milora_data.batches.processor_collator import ProcessorCollator
-from milora_data.records.record import parse_record
 from milora_vl import collator_for
 from milora_vl.models.losses import summed_loss
 from support import any_family
@@ -160,25 +158,6 @@ def test_flash_attention_finds_the_records_of_a_flat_row(name: str, make: Any) -
     require_equal(loss_and_gradients(model, [batch]), alone)
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
-def test_rows_of_real_records_are_at_least_95_percent_full(name: str, make: Any) -> None:
-    _, collate = make(name)
-    values = [
-        record([("human", f"<image>\nWhat is {'this ' * (number % 17)}?"), ("gpt", "A cat. " * (number % 11 + 1))],
-               [f"{number % 4}.png"], number)
-        for number in range(240)
-    ]  # fmt: skip
-    records = [parse_record(value) for value in values]
-    lengths = lengths_of(records, collate)
-    rows = pack(lengths, 1024)
-    items = PackedRecords(records, rows)
-    batches = [collate([items[number]]) for number in range(len(rows))]
-    full = sum(int((batch["input_ids"] != collate.inputs.tokenizer.pad_token_id).sum()) for batch in batches)
-    assert full == sum(lengths)
-    assert full / (1024 * len(rows)) >= 0.95
-    assert max(batch["input_ids"].shape[1] for batch in batches) <= 1024 + max(map(len, rows))
-
-
 def test_broken_and_cut_records_of_a_row_are_what_they_are_alone(
     make: Any, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,16 +175,6 @@ def test_broken_and_cut_records_of_a_row_are_what_they_are_alone(
     assert (counts["skipped"], counts["cut"]) == (2, 1)
     require_equal(loss_and_gradients(model, [batch]), loss_and_gradients(model, [collate([one]) for one in kept]))
     assert (batch["labels"][batch["position_ids"][0] == 0] == -100).all()
-
-
-def test_a_width_that_is_a_multiple_changes_nothing(make: Any, pictures: Path) -> None:
-    model, _ = make("gemma3")
-    options = {"image_folder": pictures, "model_config": model.config}
-    collate = ProcessorCollator(processor_of("gemma3"), pad_to_multiple_of=64, **options)
-    values = mixed_records()
-    batch = collate([values[:4], values[4:]])
-    assert batch["input_ids"].shape[1] % 64 == 0
-    require_equal(loss_and_gradients(model, [batch]), loss_and_gradients(model, [collate([one]) for one in values]))
 
 
 def test_a_family_that_cannot_is_refused_with_the_reason(make: Any, pictures: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AddedToken
 
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
-from milora_data.encode.templates import TEMPLATES, get_template, render_chat_template, template_name
+from milora_data.encode.templates import render_chat_template
 from milora_vl.common.errors import DataError
 from support.conversations import BYTE_BPE, KINDS, MARKS, as_llava, conversations, record, supervised_text
 from support.llava_oracle import llama_tokenizer, llava_ids
@@ -207,12 +207,3 @@ def test_mistakes_with_a_tokenizers_own_template() -> None:
     with pytest.raises(DataError) as error:
         encode(record("a", "b"), tokenizer, template="chat_template", image_token_id=IMG)
     assert "rewrites an answer" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("given_name", "name"),
-    [("v1", "vicuna_v1"), ("llama-3", "llama_3"), ("mistral_instruct", "mistral"), ("qwen_2", "qwen")],
-)
-def test_templates_have_llavas_names_too(given_name: str, name: str) -> None:
-    assert template_name(given_name) == name
-    assert get_template(given_name) is TEMPLATES[name]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from milora_data.formats.jsonfile import read_objects, read_rows, write_objects
+from milora_data.formats.jsonfile import read_objects, write_objects
 from milora_data.records.record import CompactRecords, Record, Turn, parse_record
 from milora_data.stream import load_records
 from milora_vl.common.errors import DataError
@@ -80,12 +80,6 @@ def test_lines_and_lists_with_blanks_and_byte_order_mark(tmp_path: Path, text: s
     assert [record.id for record in load_records(tmp_path / "a")] == ["17", "17"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", " \n", "[ ]\n"])
-def test_no_records_are_no_mistake_here(tmp_path: Path, text: str) -> None:
-    (tmp_path / "a.json").write_text(text)
-    assert list(load_records(tmp_path / "a.json")) == []
-
-
 BROKEN = {
     "missing comma": ('[\n{"a": 1}\n{"b": 2}\n]', 3, "expecting ',' delimiter", "{"),
     "trailing comma": ('[\n{"a": 1},]', 2, "", None),  # Python 3.13 names the comma, others what is behind it
@@ -111,12 +105,6 @@ def test_broken_json_is_shown_with_line_and_caret(tmp_path: Path, name: str) -> 
         assert excerpt[caret.index("^")] == under
 
 
-def test_an_object_over_several_lines_is_neither_a_list_nor_lines(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{\n  "a": 1\n}')
-    with raises_code("json-syntax", where="a.json:1", hint="one record per line", kind=DataError):
-        list(read_objects(tmp_path / "a.json"))
-
-
 def test_what_ijson_refuses_is_read_as_json_reads_it(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(f'[{{"a": 1}}, {{"b": Infinity}}, {{"c": {10**30}}}, 1e3]')
     assert list(read_objects(tmp_path / "a.json")) == [
@@ -125,13 +113,6 @@ def test_what_ijson_refuses_is_read_as_json_reads_it(tmp_path: Path) -> None:
         ("record 3", {"c": 10**30}),
         ("record 4", 1000.0),
     ]
-
-
-def test_what_is_not_utf8_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(b'[\n{"a": "ok"},\n{"a": "caf\xe9"}]')
-    with raises_code("data-not-utf8", where="a.json:3", message="not UTF-8 (byte 0xe9)", kind=DataError):
-        list(read_objects(path))
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path: Path) -> None:
@@ -205,21 +186,6 @@ def test_what_is_written_is_read_back_and_never_replaced(tmp_path: Path, name: s
     assert [value for _, value in read_objects(tmp_path / name)] == values
     with raises_code("output-exists", kind=DataError):
         write_objects(tmp_path / name, values)
-
-
-def test_a_write_that_fails_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError):
-        write_objects(tmp_path / "a.json", (1 // (1 - i) for i in range(3)))
-    assert not (tmp_path / "a.json").exists()
-
-
-def test_a_table_and_a_missing_table_are_called_so(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("image,caption\n")
-    (tmp_path / "b.json").write_text("[]")
-    with raises_code("", where="a.csv", hint="milora_data convert --from table", kind=DataError):
-        list(load_records(tmp_path / "a.csv"))
-    with raises_code("data-missing-file", where="none.csv", kind=DataError):
-        list(read_rows(tmp_path / "none.csv"))
 
 
 MEGABYTE = 1 << 20

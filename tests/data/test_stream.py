@@ -11,17 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfFileSystem
 from PIL import Image
 
 from milora_data.__main__ import main as command
-from milora_data.formats.jsonfile import parts_of, read_objects, read_part
 from milora_data.pictures.files import StoredPicture
 from milora_data.records.record import Record
 from milora_data.stream import Source
 from milora_data.stream.dataset import record_stream
 from milora_vl.common.errors import DataError
-from support.problems import raises_code
 
 loaders = pytest.importorskip("torchdata.stateful_dataloader", exc_type=ImportError)
 
@@ -44,16 +41,6 @@ def write(path: Path, names: list[str]) -> Path:
 
 def names(items: list[Any]) -> list[str]:
     return [item.id if isinstance(item, Record) else str(item) for item in items]
-
-
-@pytest.mark.parametrize("suffix", ["json", "jsonl"])
-@pytest.mark.parametrize("count", [1, 7, 64, 500])
-def test_the_parts_of_a_file_are_the_file(suffix: str, count: int, tmp_path: Path) -> None:
-    path = write(tmp_path / f"a.{suffix}", [f"r{i}" * (i % 4 + 1) for i in range(53)])
-    parts = parts_of(path, count, 3)
-    assert len(parts) == 3 if suffix == "json" else 1 <= len(parts) <= count
-    found = [pair for part in parts for pair in read_part(part)]
-    assert sorted(found, key=lambda pair: pair[1]["id"]) == sorted(read_objects(path), key=lambda pair: pair[1]["id"])
 
 
 @pytest.mark.parametrize(
@@ -105,16 +92,6 @@ def test_a_stream_goes_on_with_exactly_what_was_due(workers: int, buffer: int, s
     assert 0.5 < counts["a"] / (3 * counts["b"]) < 2
 
 
-def test_a_cache_that_another_thread_fills_is_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Filling(dict[Any, Any]):
-        def __deepcopy__(self, memo: object) -> Any:
-            raise RuntimeError("dictionary changed size during iteration")
-
-    monkeypatch.setattr(HfFileSystem, "_cache", Filling())
-    stream = record_stream(write(tmp_path / "a.jsonl", ["one", "two"]), shuffle_buffer=0)
-    assert sorted(names(list(islice(stream, 2)))) == ["one", "two"]
-
-
 def test_what_is_broken_comes_as_an_error_in_its_place(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ["one", "two", "three"])
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -124,14 +101,6 @@ def test_what_is_broken_comes_as_an_error_in_its_place(tmp_path: Path) -> None:
     assert sorted(item.id for item in found if isinstance(item, Record)) == ["one", "three", "two"]
     assert errors[0].startswith(f"{path}:2: broken JSON")
     assert errors[1].startswith(f'{path}:3: "conversations" must be a list')
-
-
-def test_a_list_that_breaks_off_gives_what_is_before_the_break_and_says_so(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.json", ["one", "two", "three"])
-    path.write_text(path.read_text(encoding="utf-8")[:-20], encoding="utf-8")
-    found = list(islice(record_stream(path, shuffle_buffer=0), 3))
-    assert names(found[:2]) == ["one", "two"]
-    assert "the file is incomplete" in str(found[2])
 
 
 def test_shards_of_pictures_stream_with_their_bytes(tmp_path: Path) -> None:
@@ -178,13 +147,3 @@ def test_a_shard_that_breaks_off_costs_what_is_behind_and_says_where(workers: in
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
     found = list(islice(record_stream(tmp_path / "*.parquet", shuffle_buffer=0), 2))
     assert {type(item) for item in found} == {Record, DataError}
-
-
-def test_mistakes_are_told(tmp_path: Path) -> None:
-    with raises_code("data-missing-file"):
-        record_stream(tmp_path / "a.jsonl")
-    with raises_code("", message="no source has a weight"):
-        record_stream([Source("a.jsonl", 0.0)])
-    (tmp_path / "empty.jsonl").write_text("")
-    with raises_code("data-no-records", message="no records"):
-        record_stream(tmp_path / "empty.jsonl")

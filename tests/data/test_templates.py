@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from transformers import AddedToken, AutoProcessor, AutoTokenizer, LlavaProcessor
+from transformers import AddedToken, AutoProcessor, LlavaProcessor
 
 from milora_data.encode.labels import IGNORE, encode, encode_prompt
-from milora_data.encode.templates import TEMPLATES, place_images, render, render_chat_template
+from milora_data.encode.templates import place_images, render_chat_template
 from milora_data.encode.tokens import remember_legacy
 from milora_data.records.record import ROLES, Turn
 from milora_vl.common.errors import DataError
@@ -95,37 +95,6 @@ def test_apply_chat_template_makes_our_ids_and_mask(processor: Any) -> None:
     assert checked >= 2
 
 
-@pytest.mark.parametrize("kind", ["legacy", "new", "prepend", "byte BPE", "tiny"])
-def test_a_tokenizer_without_processor_gets_its_bos_from_the_template(
-    kind: str, tiny_llama: Any, tmp_path: Path
-) -> None:
-    known = {"byte BPE": byte_bpe, "tiny": lambda: tiny_llama()[1]}
-    tokenizer = copy.deepcopy(known.get(kind, lambda: llama_tokenizer(kind))())
-    tokenizer.chat_template = render_chat_template("vicuna_v1", tokenizer, bos=True)
-    remember_legacy(tokenizer)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    for record in CONVERSATIONS:
-        if any("<image>" in turn["value"] for turn in record["conversations"]):
-            continue
-        plain = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
-        ids = loaded.apply_chat_template(plain, tokenize=True, return_dict=True)["input_ids"]
-        assert list(ids) == encode(record, tokenizer, image_token_id=-1).input_ids, record["id"]
-
-
-def test_system_turn_and_first_answer_are_treated_alike(processor: Any) -> None:
-    turns = [("system", "Be brief."), ("assistant", "Hello!"), ("user", "Who?"), ("assistant", "Me.")]
-    record = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    plain = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    ids = processor.apply_chat_template(plain, tokenize=True, return_dict=True)["input_ids"][0]
-    assert list(ids) == encode(record, processor.tokenizer, image_token_id=-1).input_ids
-
-
-def test_the_chat_template_refuses_turns_out_of_order(processor: Any) -> None:
-    with pytest.raises(Exception, match="must alternate"):
-        processor.apply_chat_template([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}])
-
-
 @pytest.mark.parametrize(
     ("text", "placed"),
     [
@@ -146,9 +115,3 @@ def test_several_pictures_stay_where_they_are_if_each_has_a_file() -> None:
     assert place_images([turn], 1) == [Turn("user", "<image>\nLeft: \nRight: \nSame?")]
     with raises_code("record-image-count", message="2 <image> in the conversation, but 3 pictures", kind=DataError):
         place_images([turn], 3)
-
-
-@pytest.mark.parametrize("turns", [[("user", "Text only.")], [("user", "<image>"), ("assistant", "a"), ("user", "b")]])
-def test_plain_takes_a_picture_and_a_caption_only(turns: list[tuple[Any, str]]) -> None:
-    with raises_code("", message="the caption", kind=DataError):
-        render([Turn(role, text) for role, text in turns], TEMPLATES["plain"], "</s>")

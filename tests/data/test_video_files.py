@@ -14,12 +14,9 @@ from transformers.video_utils import load_video
 from milora_data.__main__ import main
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_data.batches.processor_inputs import ProcessorInputs, as_named
-from milora_data.check import TrainingCheck
-from milora_data.pictures import videos
 from milora_data.pictures.files import ImageError
 from milora_data.records.record import parse_record
 from milora_data.stream import load_records
-from milora_vl.common.errors import DataError, UserError
 from milora_vl.models.processors import ProcessorSettings, configure_processor
 from support.problems import raises_code
 from support.versions import needs_places
@@ -102,23 +99,6 @@ def test_the_batch_is_that_of_apply_chat_template_for_the_file(
     assert model_of(name, processor)(**batch).loss.isfinite()
 
 
-def test_the_default_is_the_setting_of_the_processor_else_two_frames_per_second(folder: Path) -> None:
-    def num_read(name: str, **settings: Any) -> int:
-        processor = with_template(name)
-        for key, value in settings.items():
-            setattr(processor.video_processor, key, value)
-        collate = ProcessorCollator(processor, image_folder=folder)
-        return len(
-            collate.inputs.frames(
-                parse_record({"video": "a.mp4", "conversations": []}).videos[0], collate._place
-            ).frames
-        )
-
-    assert num_read("internvl") == num_read("qwen3_vl") == 6  # of 3 seconds; Qwen3-VL has its own 2
-    assert num_read("internvl", num_frames=8) == 8
-    assert num_read("qwen3_vl", fps=4) == 12
-
-
 def test_every_form_of_record_is_the_same_record(tmp_path: Path) -> None:
     def turns(mark: str) -> list[dict[str, str]]:
         return [{"from": "human", "value": f"{mark}\nWhat?"}, {"from": "gpt", "value": "A cat."}]
@@ -196,43 +176,6 @@ def test_a_file_that_gives_no_frames_is_named_with_its_record(
     replacing = ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images="replace")
     assert len(replacing([value, good])["video_grid_thw"]) == 2
     assert replacing.counts()["replaced"] == 1
-
-
-@pytest.mark.parametrize(
-    ("part", "words"),
-    [
-        ({"video": "data:video/mp4;base64,AAAA"}, "got data:video/mp4;base64, 4 characters"),
-        ({"video": "a.mp4", "fps": 2, "num_frames": 2}, "one of them"),
-        ({"video": "a.mp4", "num_frames": 0}, "above 0"),
-        ({"video": {"path": "a.mp4", "bytes": b"..."}}, "inside a table"),
-        ({"video": ["0.png"], "num_frames": 2}, "all frames of a list are used"),
-    ],
-)
-def test_what_a_record_cannot_ask_of_a_video_is_named(part: dict[str, Any], words: str) -> None:
-    with raises_code("", "data.json:3", words, kind=DataError):
-        parse_record(asked({"type": "video", **part}, "What?"), source="data.json:3")
-
-
-def test_a_setting_that_a_processor_does_not_know_is_named_with_the_record(folder: Path) -> None:
-    collate = ProcessorCollator(with_template("glm4v"), image_folder=folder)
-    value = parse_record(asked({"type": "video", "video": "a.mp4", "num_frames": 4}, "?"), source="data.json:3")
-    with raises_code("video-sampling-unsupported", where="data.json:3", hint="use fps"):
-        collate([value])
-
-
-def test_without_pyav_the_package_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(videos, "find_spec", lambda name: None)
-    value = asked({"type": "video", "video": "a.mp4"}, "What?")
-    (tmp_path / "data.json").write_text(json.dumps([value]))
-    for bad_images in ("raise", "skip"):
-        with raises_code("package-missing", message="PyAV", hint="pip install -e '.[video]'", kind=UserError):
-            ProcessorCollator(with_template("qwen2_5_vl"), image_folder=folder, bad_images=bad_images)([value])
-    with raises_code("package-missing"):
-        check = TrainingCheck()
-        check.add(parse_record(value))
-        check.finish(folder, "skip")
-    with raises_code("package-missing"):
-        main(["check", str(tmp_path / "data.json"), "--image_folder", str(folder)])
 
 
 def test_check_names_broken_and_missing_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

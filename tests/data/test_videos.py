@@ -128,16 +128,6 @@ def test_videos_of_several_lengths_are_refused_where_a_processor_cannot_mix_them
         collate([parse_record(two, source="data.json:2")])
 
 
-def test_a_record_with_a_picture_and_a_video_is_named_where_a_model_takes_one_of_them(pictures: Path) -> None:
-    value = asked({"type": "image", "image": "0.png"}, CLIP, "What?")
-    collate = collator("glm4v", pictures)
-    with raises_code("records-mixed", "data.json:3", "no pictures beside videos", kind=DataError) as error:
-        collate([parse_record(value, source="data.json:3")])
-    assert "batch_size" not in error.value.first.hint
-    skipping = collator("glm4v", pictures, bad_images="skip")
-    assert len(skipping([value, asked("Hi")])["input_ids"]) == 1
-
-
 def test_max_length_drops_a_video_as_a_whole(pictures: Path) -> None:
     turns = [*asked(CLIP, "A?")["messages"], *asked(CLIP, "B?", answer="Two.")["messages"]]
     value = {"messages": turns}
@@ -159,11 +149,8 @@ def test_max_length_drops_a_video_as_a_whole(pictures: Path) -> None:
             asked({"type": "video_url", "video_url": {"url": "https://a.org/a.mp4?token=x"}}, "?"),
             "video-unreadable",
         ),
-        (asked({"type": "video", "video": []}, "What?"), ""),
         (asked({**CLIP, "fps": 0}, "What?"), ""),
         (asked({"type": "video"}, "What?"), "record-image-count"),
-        (asked("What?") | {"videos": [FRAMES]}, "record-image-count"),
-        (asked(CLIP, "What?") | {"videos": [FRAMES]}, ""),
         (asked({"type": "video", "video": ["f0.png", "0.png"]}, "What?"), "video-frame-sizes"),
         (asked({"type": "video", "video": ["f0.png", "none.png"]}, "What?"), "image-unreadable"),
     ],

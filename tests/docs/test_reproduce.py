@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -11,9 +10,6 @@ from typing import Any
 
 import pytest
 
-from milora_data.__main__ import main as data_main
-from milora_data.stream import load_records
-from milora_eval.suites import choose, find_benchmark
 from milora_vl.core.policy import Policy
 from milora_vl.train.recipe import Recipe
 from support.plans import fitted, settings
@@ -89,22 +85,3 @@ def test_a_command_trains_the_part_of_its_method_with_the_papers_scale(flags: li
     assert {target.part for target in language} == {PARTS.get(method, "minor")}
     is_doubled = method in ("lora", "dora") and value(flags, "--recipe", "") != "paper-pissa-setup"
     assert {target.alpha / target.rank for target in language} == {2.0 if is_doubled else 1.0}
-
-
-def test_the_pages_conversions_make_what_its_recipes_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    lines = re.findall(r"^milora data (convert --from alpaca .*)$", PAGE, re.MULTILINE)
-    assert len(lines) == 2
-    for words in map(str.split, lines):
-        rows = [{"instruction": str(n), "input": "", "output": "o", "answer": "a"} for n in range(130)]
-        Path(words[3]).parent.mkdir(parents=True, exist_ok=True)
-        Path(words[3]).write_text(json.dumps(rows))
-        assert data_main(words) == 0
-    read = {recipe(["--recipe", name]).data for name in ("paper-commonsense", "paper-math")}
-    paths = [path for data in read for path in (data.path, data.eval_path) if path]
-    assert sorted(len(list(load_records(path))) for path in paths) == [10, 120, 130]
-
-
-def test_the_pages_suites_and_benchmarks_exist() -> None:
-    assert {choose(name) for name in re.findall(r"--suite (\S+)", PAGE)}
-    assert [find_benchmark(name) for names in re.findall(r"--benchmarks (\S+)", PAGE) for name in names.split(",")]

@@ -12,7 +12,7 @@ import pytest
 
 from milora_eval import run
 from milora_eval.answers.store import read_lines
-from milora_eval.benchmark import Answer, MissingData
+from milora_eval.benchmark import Answer
 from milora_eval.benchmarks.math_answers import is_equivalent
 from milora_eval.data_files import load_items, read_excel
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of, has_files
@@ -280,18 +280,6 @@ def test_mme_pairs_stand_together_for_its_script(evaluated: Evaluated) -> None:
     assert [row[2] for row in rows] == ["Yes", "No", "Yes", "No"]
     assert rows[1][1] == "Is it a dog?  Please answer yes or no."
     assert all(len(row) == 4 for row in rows)
-
-
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_missing_files_are_said_with_what_goes_where(name: str, tmp_path: Path) -> None:
-    with pytest.raises(MissingData) as caught:
-        find_benchmark(name).load(tmp_path)
-    lines = str(caught.value).splitlines()
-    assert name in lines[0]
-    assert str(tmp_path) in lines[0]
-    assert "put there:" in lines
-    assert "they come from: " in lines[-1]
-    assert len(lines) <= 7
 
 
 def test_a_question_of_mmbench_that_the_limit_cut_is_left_out(data: Path) -> None:

@@ -69,26 +69,6 @@ def test_base_and_tuned_model_stand_in_one_table(both: tuple[Path, str, str], ad
     assert "| text forgetting |" in (folder / "eval" / "emoji" / "final" / "table.md").read_text()
 
 
-def test_a_table_of_the_tuned_model_alone_has_its_forgetting(
-    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(arguments(adapter, data, tmp_path, "--limit", "2"))
-    change = results(tmp_path, "final")["forgetting"]["kl"]
-    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  text forgetting")]
-    assert row[3] == f"{change:.3f}"
-
-
-def test_scores_that_replace_another_adapters_are_warned_of(
-    adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(adapter, other)
-    assert main(arguments(adapter, data, other, "--limit", "2")) == 0
-    assert "holds another adapter" in capsys.readouterr().err
-    assert main(arguments(other, data, other, "--limit", "2")) == 0
-    assert "holds another adapter" not in capsys.readouterr().err
-
-
 def test_the_base_is_not_asked_again_for_another_adapter(
     adapter: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -121,14 +101,6 @@ def test_two_evaluations_are_compared(both: tuple[Path, str, str], capsys: pytes
     )
     assert main(["compare", str(both[0]), str(both[0]), "--format", "json"]) == 0  # of a run folder, base and final
     assert json.loads(capsys.readouterr().out) == pairs
-
-
-def test_a_checkpoint_is_named_after_its_step(adapter: Path, data: Path, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoint-7"
-    checkpoint.parent.mkdir()
-    checkpoint.symlink_to(adapter)
-    main(arguments(checkpoint, data, tmp_path))
-    assert results(tmp_path, "checkpoint-7")["which"] == "checkpoint-7"
 
 
 def test_the_template_is_the_one_of_the_training(adapter: Path, data: Path, tmp_path: Path) -> None:
@@ -165,21 +137,10 @@ def test_a_fully_trained_model_is_compared_with_a_named_base(data: Path, tmp_pat
         (["--suite", "emoij"], ['no suite or benchmark "emoij"', "emoji", "milora_eval ls"]),
         (["--benchmarks", "emoji,emojy"], ['unknown benchmark "emojy"', "did you mean emoji"]),
         (["--suite", "refcoco"], ["lmms-eval with --model milora"]),
-        (["--benchmarks", "gqa,nocaps"], ["lmms-eval with --model milora"]),
-        (["--benchmarks", ","], ["--benchmarks: no benchmark name", "milora_eval ls"]),
-        (["--benchmarks", "emoji,emoji"], ["emoji is listed twice", "--output_dir"]),
-        (["--benchmarks", "no_module:Thing"], ["cannot import", "module:Class"]),
         (["--suite", "emoji", "--data", "nowhere"], ["nowhere", "python -m milora_data emoji --output_dir nowhere"]),
-        (["--suite", "quick", "--data", "nowhere"], ["no benchmark's files", "milora_eval ls"]),
         (["--suite", "emoji", "--adapter", "nowhere"], ["--adapter: no such adapter folder", "adapter_config"]),
-        (["--suite", "emoji", "--with_base"], ["--with_base: ", "--adapter"]),
         (["--suite", "emoji", "--shard", "3/2"], ["--shard: ", "3/2", "1/4"]),
-        (
-            ["--benchmarks", "gqa", "--data", "nowhere"],
-            ["no folder nowhere (--data)", "testdev_balanced_questions.json"],
-        ),
         (["--benchmarks", "emoji,gqa"], ["benchmark gqa: no testdev_balanced"]),
-        ([], ["--suite", "--benchmarks"]),
     ],
 )
 def test_a_mistake_is_a_few_lines_with_the_way_out(
@@ -195,11 +156,6 @@ def test_a_mistake_is_a_few_lines_with_the_way_out(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_answers_names_those_that_have_some(both: tuple[Path, str, str]) -> None:
-    with raises_code("eval-no-answers", hint="final"):
-        main(["score", str(both[0])])
-
-
 def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,21 +169,6 @@ def test_files_of_a_common_name_are_not_taken_for_a_benchmarks(
     assert f"val.json: other questions; ask them with --benchmarks {copy / 'val.json'}" in skipped[0]
     found = json.loads((tmp_path / "eval" / "quick" / "base" / "results.json").read_text())
     assert [entry["name"] for entry in found["benchmarks"]] == ["emoji"]
-
-
-def test_a_users_own_test_json_is_no_benchmark_but_its_own(data: Path, tmp_path: Path) -> None:
-    records = json.loads((data / "test.json").read_text())
-    for folder, answers in (("mine", records), ("alpaca", [{"instruction": "Why?", "output": "x", "answer": "yes"}])):
-        shutil.copytree(data, tmp_path / folder)
-        for number, record in enumerate(answers):
-            record.pop("answers", None)
-            record["id"] = f"q{number}"
-        (tmp_path / folder / "test.json").write_text(json.dumps(answers))
-        asked = ["run", "--model", "tiny", "--data", str(tmp_path / folder), "--output_dir", str(tmp_path), "--suite"]
-        with raises_code("eval-missing-files", hint=f"--benchmarks {tmp_path / folder / 'test.json'}"):
-            main([*asked, "quick"])
-        with raises_code("benchmark-file-format", where="benchmark emoji", hint="--benchmarks"):
-            main([*asked, "emoji"])
 
 
 def test_suites_are_listed_by_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,6 @@ from milora_eval.scores.compare import compare, gain
 from milora_eval.scores.results import numbers, write_results
 from milora_eval.stats import clustered_stderr
 from milora_eval.suites import find_benchmark
-from milora_vl.common.cli.table import Table, show
 from milora_vl.common.errors import UserError
 from support.eval_questions import write_questions
 from support.problems import raises_code
@@ -109,15 +108,6 @@ def test_a_sequence_has_the_numbers_of_gem(questions: Path, tmp_path: Path, caps
         main(["compare", *map(str, folders), "--sequence", "--targets", "birds", "cells"])
 
 
-def test_a_sequence_needs_nothing_that_is_held_out(
-    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stages = {"0": (6, 6), "1": (48, 6), "2": (36, 54)}
-    folders = [evaluated(tmp_path / name, questions, {"birds": a, "cells": b}) for name, (a, b) in stages.items()]
-    assert main(["compare", *map(str, folders), "--sequence", "--targets", "birds", "cells"]) == 0
-    assert "held out" not in capsys.readouterr().out.partition("\n")[2]
-
-
 def test_a_run_folder_stands_for_all_its_suites(
     questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,39 +123,6 @@ def test_a_run_folder_stands_for_all_its_suites(
         main(["compare", str(run), str(run), "--targets", "birds"])
     with raises_code("eval-no-answers"):
         main(["compare", str(tmp_path / "run" / "checkpoint-6"), str(run), "--targets", "birds"])
-
-
-def test_what_one_evaluation_lacks_is_left_out_of_all_and_said(
-    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "maps": 48})
-    a = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 24, "signs": 3}, dtype="bfloat16")
-    b = evaluated(tmp_path / "b", questions, {"birds": 42, "charts": 30}, skip=10)
-    found = read([base, a, b, "--targets", "birds"], capsys)
-    assert found["held_out"] == ["charts"]
-    assert found["notes"] == [
-        "birds: compared on the 50 questions that all have (the base 60, a 60, b 50)",
-        "charts: compared on the 50 questions that all have (the base 60, a 60, b 50)",
-        "left out: maps is not in a, b",
-        "left out: signs is not in the base, b",
-        "a was evaluated with another dtype than the base",
-    ]
-    assert {pair["a"]["n"] for stage in found["stages"] for pair in stage["pairs"].values()} == {50}
-
-
-def test_few_questions_or_no_changes_give_no_interval(
-    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = evaluated(tmp_path / "base", questions, {"birds": 12, "charts": 30, "tiny": 4})
-    run = evaluated(tmp_path / "a", questions, {"birds": 42, "charts": 30, "tiny": 3})
-    (stage,) = read([base, run, "--targets", "birds"], capsys)["stages"]
-    assert stage["held_out"]["low"] is None
-    assert stage["held_out"]["note"] == "no interval: fewer than 30 independent questions in tiny"
-    (stage,) = read([base, run, "--targets", "birds", "tiny"], capsys)["stages"]
-    assert (stage["held_out"]["low"], stage["held_out"]["note"]) == (
-        None,
-        "no interval: only 0 answers changed in value",
-    )
 
 
 def test_what_cannot_be_compared_is_refused_or_said(
@@ -248,9 +205,3 @@ def test_only_equal_questions_are_compared(data: Path) -> None:
     assert compare(a, shown) == compare(a, b)
     assert compare(shown, redrawn) == []
     assert gain(shown, redrawn) is None
-
-
-def test_names_with_brackets_and_colons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    show(Table(("", "n"), (("[bold]kind", "1"),), "see [red]", "A runs/[/x], B :smile:"), "human")
-    said = " ".join(capsys.readouterr().out.split())
-    assert all(word in said for word in ("runs/[/x], B :smile:", "[bold]kind", "see [red]"))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milora_eval.answers.store import Store, read_lines, to_answer, to_line
-from milora_eval.benchmark import Answer, Item
+from milora_eval.benchmark import Item
 from milora_eval.benchmarks import math_answers
 from milora_eval.benchmarks.own_data import METRICS
 from milora_eval.data_files import load_items
-from milora_eval.scores.results import numbers, score, write_results
 from milora_eval.suites import BENCHMARKS, find_benchmark, folder_of
 from support import official_data
 from support.problems import raises_code
@@ -80,6 +77,16 @@ def test_a_formula_that_would_take_forever_is_not_waited_for(text: str, monkeypa
     assert math_answers.math_correct("The answer is: 5!", "120")
 
 
+def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:
+    official_data.gqa(tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
+    with raises_code("benchmark-file-format", says=r"benchmark gqa: .* published format: no 'question'"):
+        list(load_items(find_benchmark("gqa"), tmp_path))
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### two"}\n')
+    with raises_code("benchmark-file-format", says=r"benchmark gsm8k: .* published format: could not convert"):
+        list(load_items(find_benchmark("gsm8k"), tmp_path))
+
+
 def test_what_a_script_stumbles_over_is_what_comes_first() -> None:
     # util.py returns at a fraction with one sign, before it reaches the empty fraction after it.
     assert not math_answers.is_equivalent("2", "\\frac.\\frac")
@@ -91,44 +98,3 @@ def test_commonsense_answers_end_where_the_next_response_begins(data: Path) -> N
     item = items_of("boolq", data)[0]
     assert benchmark.score(item, "the correct answer is true\n### Response: false") == 1.0
     assert benchmark.score(item, "hm ### Response: the correct answer is true") == 0.0
-
-
-def test_pope_without_a_yes_is_zero(data: Path) -> None:
-    benchmark, items = find_benchmark("pope"), items_of("pope", data)
-    metrics = {m.name: m.value for m in benchmark.summarise(Answer(item, "no", 0.0) for item in items)}
-    assert metrics["mean F1"] == metrics["random precision"] == metrics["random share of yes"] == 0.0
-
-
-def stored(data: Path, folder: Path) -> list[dict[str, Any]]:
-    """Return a results folder as written by `run`."""
-    benchmark = find_benchmark("gqa")
-    items = items_of("gqa", data)
-    lines = [to_line(benchmark, item, item.answers[0], item.id, data / "gqa") for item in items]
-    Store(folder).finish(lines)
-    about = {"suite": "gqa", "which": "final", "data": str(data), "limit": None}
-    write_results(folder, about | numbers(folder, "gqa"))
-    return lines
-
-
-def test_ids_that_are_doubled_or_missing_are_named(data: Path, tmp_path: Path) -> None:
-    lines = stored(data, tmp_path)
-    write(tmp_path, [*lines, lines[2]])
-    with raises_code("predictions-duplicate-id", says=f'two answers for the id "{lines[2]["id"]}"'):
-        score(tmp_path)
-    write(tmp_path, lines[:2] + lines[3:])
-    with raises_code("predictions-missing-ids", says=f"holds {len(lines) - 1} answers, expected {len(lines)}"):
-        score(tmp_path)
-
-
-def test_files_of_another_form_are_a_message(data: Path, tmp_path: Path) -> None:
-    official_data.gqa(tmp_path)
-    (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"text": "Why?"}}')
-    with raises_code("benchmark-file-format", says=r"benchmark gqa: .* published format: no 'question'"):
-        list(load_items(find_benchmark("gqa"), tmp_path))
-    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### two"}\n')
-    with raises_code("benchmark-file-format", says=r"benchmark gsm8k: .* published format: could not convert"):
-        list(load_items(find_benchmark("gsm8k"), tmp_path))
-
-
-def write(folder: Path, lines: list[dict[str, Any]]) -> None:
-    (folder / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

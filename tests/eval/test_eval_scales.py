@@ -13,7 +13,6 @@ from milora_vl import apply_milora, load_model, save_adapter
 from milora_vl.export import Options, export
 from support.adapter_cases import move
 from support.eval_questions import write_questions
-from support.problems import raises_code
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +84,3 @@ def test_a_fully_trained_model_scales_between_its_base_and_itself(data: Path, tm
     assert 0.0 < kept[0] < kept[1]
     assert main(["run", *what, *output, "--scale", "0.5"]) == 0
     assert json.loads((half / "results.json").read_text())["asked"] == 0
-
-
-def test_what_has_no_update_is_refused(data: Path, tmp_path: Path) -> None:
-    output = ["--suite", "emoji", "--data", str(data), "--output_dir", str(tmp_path)]
-    with raises_code("flag-needs-another", where="--scale"):
-        main(["run", "--model", "tiny", "--scale", "0.5", *output])
-    with raises_code("command-line", message="must be a number from 0"):
-        main(["run", "--model", "tiny", "--scale=-1", *output])

@@ -72,10 +72,10 @@ def test_answers_scores_and_table_are_stored_as_for_a_loaded_model(
 ) -> None:
     answers = Answers()
     with answering(answers) as address:
-        assert run(address, data, tmp_path, "--audit", "5", "--concurrency", "4") == 0
+        assert run(address, data, tmp_path, "--concurrency", "4") == 0
     shown = capsys.readouterr()
     found, lines = results(tmp_path), read_lines(folder(tmp_path) / "predictions.jsonl")
-    assert (found["model"], found["asked"], found["audit"]) == ("mine", NUM, {"n": 5, "changed": 0, "ids": []})
+    assert (found["model"], found["asked"]) == ("mine", NUM)
     said = {json.dumps(body["messages"]): answer(body) for _, body in answers.asked[:NUM]}
     assert sorted(line["prediction"] for line in lines) == sorted(text for text, _ in said.values())
     truncated = sum(reason == "length" for _, reason in said.values())
@@ -109,17 +109,6 @@ def _pixels(body: dict[str, Any]) -> Any:
     return Image.open(io.BytesIO(file)).getpixel((0, 0))
 
 
-def test_answers_belong_to_the_name_of_the_model_and_not_to_the_address(data: Path, tmp_path: Path) -> None:
-    for models, model, asked in ((["mine"], "mine", NUM), (["mine", "b"], "mine", 0), (["mine", "b"], "b", NUM)):
-        with answering(Answers(models)) as address:
-            assert run(address, data, tmp_path, model=model) == 0
-        assert results(tmp_path, model)["asked"] == asked
-    keys = [
-        {line["key"] for line in read_lines(folder(tmp_path, name) / "predictions.jsonl")} for name in ("mine", "b")
-    ]
-    assert not keys[0] & keys[1]
-
-
 def test_a_question_is_asked_again_after_503_429_and_a_dropped_connection(
     data: Path, tmp_path: Path, whole: Path
 ) -> None:
@@ -151,13 +140,13 @@ def test_a_server_that_dies_ends_the_run_and_the_same_command_continues(
 def test_a_refused_question_is_named_with_the_servers_words_and_without_the_key(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MY_LOGIN", "word-of-mine")
+    monkeypatch.setenv("OPENAI_API_KEY", "word-of-mine")
     answers = Answers(refuses="Is red a color?")
     with (
         answering(answers) as address,
         raises_code("server-refuses", where="benchmark emoji, question text_only-red", message="too long for") as error,
     ):
-        run(address, data, tmp_path, "--key_variable", "MY_LOGIN", "--concurrency", "1")
+        run(address, data, tmp_path, "--concurrency", "1")
     assert error.value.exit_code == 1
     assert "word-of-mine" not in str(error.value)
     assert answers.headers[0]["authorization"] == "Bearer word-of-mine"
@@ -204,44 +193,16 @@ def test_a_prompt_without_a_template_goes_to_completions(tmp_path: Path) -> None
     assert all(body["prompt"].endswith("Let's think step by step.") for _, body in answers.asked)
 
 
-def test_a_benchmark_with_beams_is_refused_with_the_reason(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    official_data.commonsense(data)
-    flags = ["--served_model", "mine", "--benchmarks", "boolq", "--data", str(data), "--output_dir", str(tmp_path)]
-    answers = Answers()
-    with (
-        answering(answers) as address,
-        raises_code("", where="--server", message="boolq asks with 4 beams"),
-    ):
-        main(["run", "--server", address, *flags])
-    assert not answers.asked
-
-
-def test_a_question_about_a_video_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").write_bytes(b"video")
-    (tmp_path / "mine.json").write_text(json.dumps([{"video": "a.mp4", "question": "What is it?", "answer": "a cat"}]))
-    flags = ["--served_model", "mine", "--benchmarks", str(tmp_path / "mine.json"), "--output_dir", str(tmp_path)]
-    answers = Answers()
-    with answering(answers) as address, raises_code("record-videos", where="mine.json, question 1"):
-        main(["run", "--server", address, *flags])
-    assert not answers.asked
-
-
 SERVED = "--server ADDRESS --served_model mine"
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--server ADDRESS --served_model mime", ["--served_model: ", "no model 'mime'", "did you mean mine?"]),
         ("--server ADDRESS", ["--served_model: required", "it lists: mine"]),
         ("--server ADDRESS/v2 --served_model mine", ["/v1/v2/models: ", "404", "ends with /v1"]),
         ("--server http://127.0.0.1:9/v1 --served_model mine", ["127.0.0.1:9/v1/models: no server answers: "]),
-        ("--server localhost:8000 --served_model mine", ["--server: expected an address", "http://"]),
-        (f"{SERVED} --model tiny", ["--model: has no effect"]),
         (f"{SERVED} --adapter a --dtype float32", ["2 problems", "--adapter", "--dtype"]),
-        (f"{SERVED} --with_base", ["--with_base: has no effect"]),
-        (f"{SERVED} --key_variable NO_KEY", ["--key_variable: ", "NO_KEY"]),
         ("--model tiny --served_model mine --concurrency 2", ["2 problems", "--served_model", "--concurrency"]),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -18,7 +17,6 @@ from milora_eval.scores.compare import compare
 from milora_eval.scores.results import numbers, read_results, write_results
 from milora_eval.suites import SUITES, find_benchmark, folder_of
 from support import official_data
-from support.problems import raises_code
 
 pytestmark = pytest.mark.usefixtures("picture_cache")
 
@@ -43,12 +41,6 @@ def stored(suite: str, data: Path, folder: Path, right_every: int) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def half(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the paper's suite, with every second answer right."""
-    return stored("llava-paper", data, tmp_path_factory.mktemp("half"), 2)
-
-
 def test_the_papers_suite_runs_whole_and_prints_its_mean_unrounded(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,12 +58,6 @@ def test_the_papers_suite_runs_whole_and_prints_its_mean_unrounded(
         assert word in shown
 
 
-def test_the_held_out_suite_has_a_mean_of_eight(data: Path, tmp_path: Path) -> None:
-    results = read_results(stored("held-out", data, tmp_path, 1))
-    assert len(results["mean"]["of"]) == len(results["benchmarks"]) == 8
-    assert results["mean"]["value"] == pytest.approx(100)
-
-
 def test_a_suite_says_of_all_benchmarks_whose_files_are_missing(data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     (tmp_path / "data" / "gqa" / "testdev_balanced_questions.json").unlink()
@@ -82,43 +68,11 @@ def test_a_suite_says_of_all_benchmarks_whose_files_are_missing(data: Path, tmp_
     assert [problem.where for problem in caught.value.problems] == ["benchmark gqa", "benchmark vizwiz"]
 
 
-@pytest.mark.parametrize("form", ["human", "markdown", "latex", "json"])
-def test_tables_come_in_four_forms(form: str, half: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", str(half), "--format", form]) == 0
-    shown = capsys.readouterr().out
-    mean = read_results(half)["mean"]["value"]
-    if form == "json":
-        assert json.loads(shown)["mean"]["value"] == mean
-        return
-    assert repr(mean) in shown
-    assert {"human": "─", "markdown": "|---|---:|", "latex": r"\begin{tabular}{lrrrrr}"}[form] in shown
-    if form == "latex":
-        rows = [line for line in shown.splitlines() if line.endswith(r"\\")]
-        assert all(line.count("&") - line.count(r"\&") == 5 for line in rows)
-        assert r"$\pm$" in shown
-
-
 @pytest.fixture
 def few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow intervals from the few questions of the tests."""
     monkeypatch.setattr(stats, "MIN_GROUPS", 2)
     monkeypatch.setattr(stats, "MIN_UNLIKE", 1)
-
-
-def test_few_questions_have_neither_interval_nor_p_value(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    a, b = stored("llava-paper", data, tmp_path / "a", 3), stored("llava-paper", data, tmp_path / "b", 1)
-    assert main(["compare", str(a), str(b)]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"gqa accuracy: B - A = \+\d[\d.]*; .*no interval and no p-value from \d+ items", shown)
-    assert not re.search(r"95 %|p = ", shown)
-    assert main(["compare", str(a), str(b), "--format", "json"]) == 0
-    differences = [pair["difference"] for pair in json.loads(capsys.readouterr().out) if pair["difference"]]
-    assert any(found["stderr"] for found in differences)
-    for found in differences:
-        assert [found[name] for name in ("low", "high", "p_value", "p_bootstrap")] == [None] * 4
-        assert found["note"]
 
 
 @pytest.mark.usefixtures("few_are_enough")
@@ -144,32 +98,7 @@ def test_two_evaluations_are_compared_with_intervals_and_tests(
     assert circular.n == 3
 
 
-@pytest.mark.usefixtures("few_are_enough")
-def test_points_are_compared_by_drawing_pictures(data: Path, tmp_path: Path) -> None:
-    a, b = stored("llava-1.5", data, tmp_path / "a", 3), stored("llava-1.5", data, tmp_path / "b", 1)
-    pairs = {(pair.benchmark, pair.b.name): pair for pair in compare(lines_of(a), lines_of(b))}
-    points = pairs["mme", "perception"].difference
-    assert points is not None
-    assert points.value == pairs["mme", "perception"].b.value - pairs["mme", "perception"].a.value > 0
-    assert points.stderr is not None
-    assert points.low is not None
-    assert points.high is not None
-    assert points.low < points.high
-
-
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     from milora_eval.scores.results import require_lines
 
     return require_lines(folder)
-
-
-def test_a_protocol_is_chosen_for_all_that_have_it(data: Path, tmp_path: Path) -> None:
-    flags = ["--data", str(data), "--output_dir", str(tmp_path), "--limit", "1", "--protocol", "official"]
-    assert main(["run", "--model", "tiny", "--benchmarks", "gqa,pope", *flags]) == 0
-    entries = read_results(tmp_path / "eval" / "gqa+pope" / "base")["benchmarks"]
-    assert [(entry["name"], entry["protocol"]) for entry in entries] == [("gqa", "official"), ("pope", "official")]
-    assert entries[0]["reference"] == "gqa@official"
-    with raises_code("eval-unknown-protocol", where="--protocol", message="none of these benchmarks has the protocol"):
-        main(["run", "--model", "tiny", "--benchmarks", "scienceqa", *flags])
-    with raises_code("eval-unknown-protocol", says='gqa has no protocol "officia".*\n.*did you mean official'):
-        main(["run", "--model", "tiny", "--benchmarks", "gqa@officia", *flags[:-2]])

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from milora_eval.__main__ import main
-from support.problems import raises_code
 from support.stored_answers import write_answers
 
 
@@ -46,16 +45,3 @@ def test_one_page_holds_questions_answers_truths_and_pictures(
     assert "Pictures by us, licence CC BY 4.0." in text
     assert "src=" not in re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
     assert "http" not in text.replace("http-equiv", "")
-
-
-def test_a_limit_and_a_lost_picture(tmp_path: Path) -> None:
-    base = write_answers(tmp_path, "base", ["red"] * 6)
-    (tmp_path / "gqa" / "images" / "n0.jpg").unlink()
-    page = tmp_path / "page.html"
-    assert main(["view", str(base), "--output", str(page), "--limit", "2"]) == 0
-    assert len(content(page)["rows"]) == 2
-    assert "2 of 6 questions" in page.read_text()
-    with raises_code("output-exists"):
-        main(["view", str(base), "--output", str(page)])
-    assert main(["view", str(base), "--output", str(tmp_path / "all.html")]) == 0
-    assert content(tmp_path / "all.html")["pictures"].count("") == 1

@@ -77,24 +77,6 @@ def edited(folder: Path, **fields: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
-@pytest.mark.parametrize(
-    ("fields", "code", "words"),
-    [
-        (
-            {"init_lora_weights": "pissa"},
-            "",
-            "milora_vl.export FOLDER --to adapter",
-        ),
-        ({"base_model_name_or_path": None}, "adapter-no-base-name", "add:  --base NAME-OR-FOLDER"),
-    ],
-)
-def test_what_cannot_be_analysed_is_said(fields: dict[str, Any], code: str, words: str, tmp_path: Path) -> None:
-    trained("tiny-text", tmp_path, target_modules=["q_proj"])
-    edited(tmp_path, **fields)
-    with raises_code(code, says=words):
-        analysed(tmp_path)
-
-
 def test_another_scale_is_another_analysis(tmp_path: Path) -> None:
     """The scale is in the config alone."""
     trained("tiny-text", tmp_path, target_modules=["q_proj"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -54,21 +52,6 @@ def test_a_whole_model_is_compared_with_its_base(tmp_path: Path, capsys: pytest.
     assert "pictures" not in found
 
 
-def test_another_probe_joins_and_another_seed_begins_anew(adapter: Path, tmp_path: Path) -> None:
-    flags = ["--model", "tiny", "--adapter", str(adapter), "--num_tokens", "300", "--output_dir", str(tmp_path)]
-
-    def probes(*more: str) -> set[str]:
-        assert main([*flags, *more]) == 0
-        return set(json.loads((tmp_path / "forgetting.json").read_text())) & {"text", "samples", "pictures"}
-
-    assert probes("--on", "text") == {"text"}
-    assert probes("--on", "samples") == {"text", "samples"}
-    assert probes("--on", "samples", "--seed", "3") == {"samples"}
-    weights = adapter / "adapter_model.safetensors"
-    os.utime(weights, (weights.stat().st_atime, time.time() + 9))  # trained again since
-    assert probes("--on", "text", "--seed", "3") == {"text"}
-
-
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
@@ -76,28 +59,8 @@ def test_another_probe_joins_and_another_seed_begins_anew(adapter: Path, tmp_pat
         (["--model", "tiny", "--adapter", "A", "--base", "tiny"], "flag-conflict", "--base: this flag is for"),
         (["--model", "tiny", "--adapter", "A", "--on", "texts"], "command-line", "expected some of"),
         (["--model", "tiny", "--adapter", "A", "--text", "no.txt"], "data-missing-file", "no.txt: no such file"),
-        (
-            ["--model", "tiny", "--adapter", "A", "--text", "A/adapter_model.safetensors"],
-            "",
-            "codec",
-        ),
         (["--model", "tiny-text", "--adapter", "A", "--on", "pictures"], "", "reads only text"),
-        (
-            ["--model", "tiny", "--adapter", "A", "--on", "samples", "--text", "a.txt"],
-            "",
-            "--text: only applies with",
-        ),
         (["--model", "tiny", "--adapter", "A", "--data", "."], "", "--data: only applies with --suite"),
-        (
-            ["--model", "tiny", "--adapter", "A", "--image_folder", "."],
-            "",
-            "only applies with --data_path",
-        ),
-        (
-            ["--model", "tiny", "--adapter", "A", "--on", "text", "--limit", "3"],
-            "",
-            "--limit: only applies with",
-        ),
     ],
 )
 def test_mistakes_are_said(adapter: Path, flags: list[str], code: str, words: str) -> None:

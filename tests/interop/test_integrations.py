@@ -13,7 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -116,18 +116,6 @@ def test_each_method_is_printed_with_the_number_of_its_modules(tiny_llava, capsy
     assert "milora: method full on 2 modules: the weight itself" in said
 
 
-def test_what_is_no_lora_is_made_as_it_is(tiny_llama, capsys) -> None:
-    with get_peft_model_replaced(protect=0):
-        made = peft.get_peft_model(tiny_llama()[0], PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
-    assert type(made).__module__.startswith("peft")
-    assert "PrefixTuningConfig is not a LoRA" in capsys.readouterr().err
-
-
-def test_flags_of_llavas_scripts_get_the_names_of_today() -> None:
-    given = ["--evaluation_strategy", "no", "--lora_r", "4"]
-    assert renamed_flags(given) == ["--eval_strategy", "no", "--lora_r", "4"]
-
-
 SAVES = """
 import sys
 from pathlib import Path
@@ -158,16 +146,6 @@ def test_the_launcher_of_llava_trims_the_config_and_reaches_the_named_modules(
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config.keys() <= KNOWN_KEYS
     assert config["r"] == 4  # protected: B alone
-
-
-def test_the_launcher_of_llava_leaves_the_config_of_another_run_as_it_is(tmp_path: Path) -> None:
-    """A script that ends at once, on a folder that a run with ranks of its own has written."""
-    config = tmp_path / "adapter_config.json"
-    config.write_text('{"peft_type": "LORA", "r": 8, "rank_pattern": {"^a": 4}}', encoding="utf-8")
-    before = config.read_bytes()
-    with pytest.raises(UserError):
-        llava_main([str(tmp_path / "none.py"), "--output_dir", str(tmp_path)])
-    assert config.read_bytes() == before
 
 
 TRAIN = """

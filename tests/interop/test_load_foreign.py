@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from milora_vl import apply_milora, load_model, save_adapter
@@ -60,11 +59,3 @@ def test_an_adapter_on_a_residual_base_loads_there_alone_and_at_full_size(root: 
         load_model(root / "base", adapter=root / "trained")
     with raises_code("", where="--scale", message="is a residual base"):
         load_model(root / "residual", adapter=root / "trained", scale=0.5)
-
-
-def test_factors_without_their_residual_are_refused(root: Path) -> None:
-    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
-    get_peft_model(load_model(root / "base")[0], config).save_pretrained(root / "plain")
-    with raises_code("", message="was trained on a residual base") as error:
-        load_model(root / "base", adapter=root / "plain")
-    assert "python -m milora_vl.export" in str(error.value)

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 from milora_data.encode.templates import render_chat_template
-from milora_vl import apply_milora, calibration_texts, load_adapter, load_model, save_adapter
-from support.adapter_cases import anchors, move, one_rule
+from milora_vl import apply_milora, calibration_texts, load_model, save_adapter
+from support.adapter_cases import move
 from support.calibrated import directions, leaks
 from support.documented import ROOT
 from support.versions import needs_places
@@ -42,71 +41,6 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
         "disable_tqdm": True,
         **more,
     }
-
-
-@pytest.fixture
-def parts(tiny_llama) -> tuple[Any, Any]:
-    base, tokenizer = tiny_llama()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return apply_milora(base, one_rule()), tokenizer
-
-
-def data(**columns: list[str]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_dict({name: values * 4 for name, values in columns.items()})
-
-
-def train(trainer: Any, model: Any, tiny_llama) -> list[dict[str, float]]:
-    """Train; no anchor moves, and the stock checkpoint is an adapter of ours."""
-    fixed = anchors(model)
-    trainer.train()
-    assert all(torch.equal(anchor, anchors(model)[name]) for name, anchor in fixed.items())
-    checkpoint = Path(trainer.args.output_dir) / "checkpoint-2"
-    back = load_adapter(tiny_llama()[0], checkpoint)
-    ids = torch.arange(5, 15)[None]
-    model.set_adapter("default")
-    assert torch.allclose(back(ids).logits, model.eval()(ids).logits, atol=1e-5)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_sft(parts, tiny_llama, tmp_path: Path) -> None:
-    model, tokenizer = parts
-    trainer = trl.SFTTrainer(
-        model=model,
-        args=trl.SFTConfig(**settings(tmp_path, max_length=64)),
-        train_dataset=data(text=["hello there", "good day"]),
-        processing_class=tokenizer,
-    )
-    history = train(trainer, model, tiny_llama)
-    assert history[1]["loss"] < history[0]["loss"]
-
-
-def test_dpo_starts_at_ln_2(parts, tiny_llama, tmp_path: Path) -> None:
-    model, tokenizer = parts
-    trainer = trl.DPOTrainer(
-        model=model,
-        args=trl.DPOConfig(**settings(tmp_path, max_length=64)),
-        train_dataset=data(prompt=["hello ", "good "], chosen=["there", "day"], rejected=["x", "yy"]),
-        processing_class=tokenizer,
-    )
-    history = train(trainer, model, tiny_llama)
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert history[1]["loss"] < history[0]["loss"]
-
-
-def test_grpo_starts_at_a_kl_of_0(parts, tiny_llama, tmp_path: Path) -> None:
-    model, tokenizer = parts
-    trainer = trl.GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
-        args=trl.GRPOConfig(**settings(tmp_path, beta=0.1, num_generations=2, max_completion_length=6)),
-        train_dataset=data(prompt=["hello ", "good "]),
-        processing_class=tokenizer,
-    )
-    history = train(trainer, model, tiny_llama)
-    assert history[0]["kl"] == 0
-    assert history[1]["kl"] > 0
 
 
 FAMILIES = ["llava", pytest.param("qwen2_vl", marks=needs_places)]
@@ -209,83 +143,26 @@ def test_dpo_on_pictures(name: str, questions, tiny_llava, tmp_path: Path, monke
     check_adapter(trainer.model, folder, output)
 
 
-def test_the_reward_of_grpo() -> None:
-    similarity = runpy.run_path(str(ROOT / "examples" / "grpo_trl.py"))["similarity"]
-    said = [[{"role": "assistant", "content": text}] for text in ("A cat.", "a car", "xyz")]
-    right, near, wrong = similarity(completions=said, answer=["a cat"] * 3)
-    assert (right, wrong) == (1, 0)
-    assert 0 < near < 1
-
-
-@torch.no_grad()
-def divergence(student: Any, teacher: Any, processor: Any, records: list[Any], images: Path, hint: str) -> float:
-    """Return the reverse KL of the student's greedy answers, a mean over tokens; only the teacher reads the hint."""
-
-    def inputs_of(value: Any, more: str) -> Any:
-        text = value["conversations"][0]["value"].removeprefix("<image>\n") + more
-        content = [{"type": "image"}, {"type": "text", "text": text}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        picture = Image.open(images / value["image"][0]).convert("RGB")
-        return processor(text=prompt, images=[picture], return_tensors="pt")
-
-    found = []
-    for value in records:
-        plain = inputs_of(value, "")
-        done = student.generate(
-            **plain, max_new_tokens=6, do_sample=False, suppress_tokens=[student.config.image_token_id]
-        )
-        answer = done[:, plain["input_ids"].shape[1] :]
-        logs = []
-        for model, inputs in ((student, plain), (teacher, inputs_of(value, f" {hint}" if hint else ""))):
-            whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer], dim=1)}
-            for name in {"attention_mask", "mm_token_type_ids"} & inputs.keys():
-                whole[name] = torch.cat([inputs[name], torch.full_like(answer, name == "attention_mask")], dim=1)
-            logits = model(**whole).logits[:, -answer.shape[1] - 1 : -1]
-            logs.append(logits.log_softmax(-1))
-        found.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1).flatten())
-    return float(torch.cat(found).mean())
-
-
 @pytest.mark.parametrize("way", ["hint", "adapter"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_self_distillation_on_pictures(
     name: str, way: str, questions, tiny_llava, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The documented script: the teacher has the weights of the student's base, and the first loss is their KL."""
+    """The documented script: the teacher has the weights of the student's base, in no memory of their own."""
     folder, output = write_chat_model(name, tmp_path / "model", tiny_llava), tmp_path / "out"
-    teacher, processor = load_model(folder)
-    student, hint = teacher, "One word!"
+    hint = "One word!" if way == "hint" else ""
     if way == "adapter":
-        base, hint = load_model(folder)[0], ""
+        base = load_model(folder)[0]
         student = apply_milora(base, RULES, calibration=calibration_texts(base))
         move(student, 0.5)
         save_adapter(student, tmp_path / "adapter")
-    records = json.loads((tmp_path / "train.json").read_text())
-    expected = divergence(student, teacher, processor, records, tmp_path / "images", hint)
     before = live_weights()
     words = ["--hint", hint] if hint else ["--adapter", str(tmp_path / "adapter")]
     words += ["--model", str(folder), *questions]
     more = {"top_k": 1, "max_steps": 8, "learning_rate": 2e-3, "max_completion_length": 6}  # greedy answers
     trainer, history = run_example("distillation_trl.py", words, output, monkeypatch, **more)
-    assert history[0]["loss"] == pytest.approx(expected, rel=1e-3)
     assert min(entry["loss"] for entry in history[1:]) < history[0]["loss"]  # each has other answers
     model, shared = trainer.model, trainer.teacher_model
     assert {p.data_ptr() for p in shared.parameters()} <= {p.data_ptr() for p in model.parameters()}
     check_memory(before, folder, model)
     check_adapter(model, folder, output)
-
-
-@pytest.mark.parametrize(
-    ("name", "question", "message"),
-    [
-        ("distillation_trl.py", {"from": "human", "value": "<image>\nWhat?"}, "nothing to learn from its own base"),
-        ("grpo_trl.py", {"from": "human", "value": "<image>\nWhat?"}, "record 1: .*a question and its answer"),
-        ("grpo_trl.py", {"from": "nobody", "value": "What?"}, "nobody"),
-    ],
-)
-def test_a_mistake_is_a_message(name: str, question: Any, message: str, tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "train.json").write_text(json.dumps([{"id": "0", "image": "0.png", "conversations": [question]}]))
-    words = ["--data_path", str(tmp_path / "train.json"), "--image_folder", ".", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", [name, *words, "--use_cpu", "True", "--bf16", "False"])
-    with pytest.raises(SystemExit, match=message):
-        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")

@@ -14,7 +14,7 @@ from PIL import Image
 from milora_data.batches.image_text_collator import ImageTextCollator
 from milora_data.batches.processor_collator import ProcessorCollator
 from milora_vl import apply_milora
-from support.adapter_cases import one_rule
+from support.adapter_cases import anchors, one_rule
 from support.vlm_families import processor_of
 from support.vlm_runs import write_pictures
 
@@ -52,7 +52,10 @@ def test_sft_trains_on_records_with_pictures(tiny_llava: Any, tiny_data: Path, t
         train_dataset=Dataset.from_list(records),
         processing_class=processor,
     )
+    fixed = anchors(trainer.model)
     trainer.train()
+    assert fixed
+    assert all(torch.equal(anchor, anchors(trainer.model)[name]) for name, anchor in fixed.items())
     history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert history[-1] < history[0]
 

@@ -166,9 +166,12 @@ def test_a_report_that_cannot_be_drawn_ends_no_measurement(run: Path, capsys: py
 
 def test_an_evaluation_on_data_of_ones_own_is_repeated_by_its_file(run: Path) -> None:
     own = [{"name": "my val", "reference": "data:my val", "metrics": []}]
+    own.append({"name": "de-eval", "reference": "data:de-eval", "metrics": []})  # named after its folder
+    files = {"de-eval": {"file": "/there/de/eval.json", "hash": "a"}}
+    (run / "recipe.yaml").write_text("model: tiny\ndata: {path: ll/train.json, eval_path: ll/de-eval.json}\n")
     for results in run.glob("eval/*/*/results.json"):
-        edit(results, lambda content: content.update(benchmarks=own))
-    assert "--benchmarks 'my val.json'" in commands(read_run(run)).evaluate
+        edit(results, lambda content: content.update(benchmarks=own, questions=files))
+    assert "--benchmarks 'my val.json,/there/de/eval.json'" in commands(read_run(run)).evaluate
     assert "--suite" not in commands(read_run(run)).evaluate
 
 

@@ -21,11 +21,11 @@ from support.command_parsers import parser_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their blocks build on each other: tests/docs/test_worked_examples.py applies them to a copy of the packages.
-WORKED = ("docs/contributing/add-a-benchmark.md",)
+CHANGES = ("docs/contributing/add-a-benchmark.md",)  # its blocks are files and changes of them
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
-    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.relative_to(ROOT).as_posix() not in WORKED),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.relative_to(ROOT).as_posix() not in CHANGES),
 ]
 TYPED = "What is this?\n/quit\n"  # into a program that asks
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -65,7 +65,7 @@ NOT_RUN: dict[str, str] = {
     r"(python -m )?pip (install|uninstall|download)|source |pre-commit ": "changes an environment",
     r"git clone |hf download ": "needs the network",
     r"(transformers|vllm) serve |curl |python -m sglang|llama-server |ollama ": "a server, see tests/export",
-    r"python -m lmms_eval |python -m milora_eval\.lm_eval |swift sft ": "needs another package's environment",
+    r"python -m lmms_eval |lm_eval |swift sft ": "needs another package's environment",
     r"python examples/\w+_trl\.py ": "trl is optional: tests/interop/test_trl.py runs these",
     r"python -m milora_eval run --server ": "needs a server: tests/eval/test_eval_server.py starts one",
     r"python -m milora_vl\.sweep (?!.*--plan)": "each cell is two programs: tests/sweep runs them",

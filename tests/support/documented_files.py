@@ -27,7 +27,7 @@ def write_files(folder: Path, records: list[dict[str, Any]]) -> None:
     write_tiny_data(folder, records)
     for place in ("cat.png", "my pictures/cat.jpg", "playground/data/0.png", "a.png"):
         picture("red").save(made((folder / place).parent) / Path(place).name)
-    (folder / "my pictures" / "cat.txt").write_text("A cat.")
+    (folder / "my pictures" / "captions.csv").write_text("file,caption\ncat.jpg,A cat.\n")
     for name in ("a-test.json", "b-test.json"):
         shutil.copy(folder / "val.json", folder / name)
     drawn = sorted(path.name for path in (folder / "images").iterdir())

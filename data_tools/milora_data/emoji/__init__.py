@@ -60,7 +60,6 @@ COMMAND = Command(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns 0 also if the data set exists already."""
     chosen = COMMAND.parse(argv)
     return create(
         chosen.output_dir,

@@ -113,7 +113,6 @@ class Emoji:
 
 
 def catalogue(seed: int = 0) -> list[Emoji]:
-    """Return the emoji of the demo with their split, in a fixed order."""
     table = json.loads((fetch("emoji_data") / "emoji.json").read_text(encoding="utf-8"))
     kind_of = {sub: kind for kind, subs in KINDS.items() for sub in subs}
     flags = 0
@@ -229,7 +228,6 @@ def render(code: str, size: int = PICTURE_SIZE) -> Image.Image:
 
 
 def on_background(picture: Image.Image, colour: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Return an RGBA picture on a plain background, RGB."""
     from PIL import Image
 
     canvas = Image.new("RGBA", picture.size, (*colour, 255))
@@ -264,5 +262,4 @@ def _palette() -> tuple[list[str], np.ndarray]:
 
 
 def with_colours(emojis: Sequence[Emoji]) -> list[Emoji]:
-    """Return the emoji with their main colours measured on the rendered pictures."""
     return [replace(emoji, colour=main_colour(emoji.code)) for emoji in emojis]

@@ -73,7 +73,7 @@ def encode(
     try:
         traits = tokenizer_traits(tokenizer)
         bos, segments = record_segments(record, tokenizer, template, traits)
-        encoded = _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens, max_length)
+        encoded = _join(_tokenize(segments, traits), bos, image_token_id, image_tokens, max_length)
         if encoded.labels.count(IGNORE) == len(encoded.labels):
             lost = amount(encoded.num_cut, "token")
             cut = f": max_length {max_length} cuts off the last {lost}" if encoded.num_cut else ""
@@ -121,12 +121,10 @@ def encode_prompt(
         bos, segments = segments_of(turns, template, tokenizer, prompt=True, traits=traits)
     except DataError as error:
         raise with_context(error, where) from None
-    return _join(_tokenize(segments, tokenizer, traits), bos, image_token_id, image_tokens).input_ids
+    return _join(_tokenize(segments, traits), bos, image_token_id, image_tokens).input_ids
 
 
-def _tokenize(
-    segments: Sequence[Segment], tokenizer: Any, traits: TokenizerTraits
-) -> list[tuple[list[int], list[int]]]:
+def _tokenize(segments: Sequence[Segment], traits: TokenizerTraits) -> list[tuple[list[int], list[int]]]:
     """Return ids and labels of each stretch of text between two pictures.
 
     Each stretch is tokenized alone, as in LLaVA: tokens may span segments but never a picture. Character offsets assign
@@ -148,7 +146,7 @@ def _tokenize(
             # tokenized without an answer, so the answer is tokenized alone in training too.
             return [_in_parts(text, ranges, traits.backend) for text, ranges in zip(texts, spans, strict=True)]
         # SentencePiece puts a blank in front of every text that it tokenizes: a cut would add one inside the text.
-        words = words_of(tokenizer, traits.backend)
+        words = words_of(traits.backend, traits.backend.get_vocab_size())
         return [
             (words.encode(text, ranges) if words.usable else None) or _whole(text, ranges, traits.backend)
             for text, ranges in zip(texts, spans, strict=True)

@@ -9,9 +9,9 @@ text gives other tokens, or if a text is cut at a position that is not before a 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from milora_vl.common.errors import UserError
 
@@ -19,6 +19,7 @@ IGNORE = -100
 _WORD = re.compile(r" *[^ ]+| +")
 _BLANK = "\u2581"
 _TRIALS = ("a  b c. ", " word\n word\n\n", "\u4e2d\u6587 \u00e9\u0301 x", "<x> </x> a,b 12 345  \t 6")
+_LETTER = "a"  # stands before a word inside a text
 _MOST_WORDS = 300_000  # size of the cache, about 50 MB
 
 
@@ -85,7 +86,6 @@ def share_template(processor: Any) -> None:
 
 
 def eos_text(tokenizer: Any) -> str:
-    """Return the text of the tokenizer's end of sequence; raises `UserError` if it has none."""
     if tokenizer.eos_token is None:
         raise UserError("this tokenizer has no end-of-sequence token", hint="set tokenizer.eos_token")
     return str(tokenizer.eos_token)
@@ -127,18 +127,30 @@ def glue_after(special: str, tokenizer: Any) -> str:
     )
 
 
+class _Inside(dict[str, list[int]]):
+    """The tokens of words that follow another word; a word that is new is tokenized."""
+
+    def __init__(self, after: Callable[[str, str], list[int]]) -> None:
+        self.after = after
+
+    def __missing__(self, word: str) -> list[int]:
+        if len(self) >= _MOST_WORDS:
+            self.clear()
+        ids = self[word] = self.after(_LETTER, word)
+        return ids
+
+
 class Words:
     """A cache of the tokens of words for one tokenizer."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
-        self.size = backend.get_vocab_size()
         added = list(backend.get_added_tokens_decoder().values())
         marks = sorted((token.content for token in added), key=len, reverse=True)
         self._marks = re.compile(f"({'|'.join(map(re.escape, marks))})" if marks else "($^)")
         self._mark_ids = {mark: [backend.token_to_id(mark)] for mark in marks}
-        self._inside: dict[str, list[int]] = {}
-        self._first: dict[tuple[str, str], list[int]] = {}
+        self._first = lru_cache(_MOST_WORDS)(self._after)
+        self._inside = _Inside(self._after)
         plain = not any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in added)
         self.usable = plain and not any(_BLANK in piece.lstrip(_BLANK) for piece in backend.get_vocab(False))
         self.usable = self.usable and all(self._is_right(text) for text in _TRIALS)
@@ -171,29 +183,14 @@ class Words:
 
     def _stretch(self, stretch: str, before: str | None) -> list[int]:
         words = _WORD.findall(stretch)
-        ids: list[int] = []
-        if before is not None:
-            ids += self._at_start(before, words.pop(0))
-        inside = self._inside
+        ids = [] if before is None else list(self._first(before, words.pop(0)))
         for word in words:
-            cached = inside.get(word)
-            ids += self._add(word) if cached is None else cached
+            ids += self._inside[word]
         return ids
 
-    def _at_start(self, before: str, word: str) -> list[int]:
+    def _after(self, before: str, word: str) -> list[int]:
         # The first word of a text, or after an added token, may get a blank from SentencePiece.
-        ids = self._first.get((before, word))
-        if ids is None:
-            ids = self._ids(before + word)[bool(before) :]
-            self._first[before, word] = ids
-        return ids
-
-    def _add(self, word: str) -> list[int]:
-        if len(self._inside) >= _MOST_WORDS:
-            self._inside.clear()
-            self._first.clear()
-        ids = self._inside[word] = self._ids("a" + word)[1:]
-        return ids
+        return self._ids(before + word)[bool(before) :]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.backend.encode(text, add_special_tokens=False).ids)
@@ -203,15 +200,10 @@ class Words:
         return encoded is not None and encoded[0] == self._ids(text)
 
 
-_caches: WeakKeyDictionary[Any, Words] = WeakKeyDictionary()
-
-
-def words_of(tokenizer: Any, backend: Any) -> Words:
-    """Return the cache of a tokenizer; it is created again if the tokenizer gets new tokens."""
-    cache = _caches.get(tokenizer)
-    if cache is None or cache.backend is not backend or cache.size != backend.get_vocab_size():
-        cache = _caches[tokenizer] = Words(backend)
-    return cache
+@lru_cache(maxsize=4)
+def words_of(backend: Any, size: int) -> Words:
+    """Return the cache of a tokenizer whose vocabulary has this size: new tokens need another one."""
+    return Words(backend)
 
 
 def _ranges(length: int, spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:

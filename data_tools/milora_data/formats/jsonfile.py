@@ -195,14 +195,12 @@ def _line_of(path: Path, line: int) -> str:
 
 
 def missing_file(path: Path) -> DataError:
-    """Return the error for a data file that does not exist."""
     problem = url_problem(path)
     if problem is not None:
         return DataError(problems=[problem])
     if not path.is_dir():
         return DataError("no such file", code="data-missing-file", where=str(path), hint=beside(path))
-    call = command_line("milora_data", "convert", "--from", "folder", path, "--output_dir", "OUT")
-    hint = f"name a file, or shards by a pattern: '{path}/*.parquet'; convert pictures with captions: {call}"
+    hint = f"name a file, or shards by a pattern: '{path}/*.parquet'"
     return DataError("this is a folder; expected a JSON or JSONL file", code="data-folder", where=str(path), hint=hint)
 
 

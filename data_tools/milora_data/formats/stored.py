@@ -65,7 +65,6 @@ def items_of_file(file: str, options: Options | None = None, *, start: int = 0) 
 
 
 def broken_off(place: str, error: Exception) -> DataError:
-    """Return the error for a source that `datasets` cannot read beyond `place`."""
     if isinstance(error, DataError):
         return with_context(error, place)
     message = f"cannot be read from here on: {first_line(error)}"
@@ -140,7 +139,6 @@ def _open_file(file: str) -> Any:
 
 
 def _undecoded(data_set: Any) -> Any:
-    """Return the data set with decoding of pictures switched off."""
     import datasets
 
     for column, feature in (data_set.features or {}).items():

@@ -1,4 +1,4 @@
-"""Convert rows of tables, instructions, folders of pictures with captions, COCO captions and VQAv2's files to records.
+"""Convert rows of tables, instructions, COCO captions and VQAv2's files to records.
 
 Instructions have the fields of Stanford Alpaca and AGI-Edgerunners/LLM-Adapters (commonsense_170k.json), or of
 MetaMathQA; `system` and `history` are as in LLaMA-Factory's form of Alpaca. Questions are worded as in LLaVA-1.5's
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from milora_data.encode.templates import SHORT
-from milora_data.formats.jsonfile import not_utf8, read_json, read_rows
-from milora_data.pictures.files import SUFFIXES, stored_pictures
+from milora_data.formats.jsonfile import read_json, read_rows
+from milora_data.pictures.files import stored_pictures
 from milora_data.records.record import IMAGE, earlier, identifier_of
-from milora_vl.common.cli.command_line import amount, beside
+from milora_vl.common.cli.command_line import amount
 from milora_vl.common.errors import DataError
 
 DEFAULT_PROMPT = "Describe this picture."
@@ -38,8 +38,6 @@ INSTRUCTIONS: Columns = {
     "system": ("system",),
 }
 EMPTY_CELL = "table-empty-cell"
-UNREADABLE = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw")
-CAPTION_TABLES = ("captions.json", "captions.jsonl", "captions.csv", "metadata.csv", "metadata.jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +149,6 @@ def row_record(row: Mapping[str, Any], options: Options, *, place: str, identifi
 
 
 def _incomplete(row: Mapping[str, Any], columns: Columns, answer: object, is_asked: bool, place: str) -> DataError:
-    """Return the error for a row with an empty cell, or without the columns."""
     found = {what: next((name for name in names if name in row), "") for what, names in columns.items()}
     question = found["question"] or found["input"] or found["image"]
     text = found["answer"] if found["question"] else found["caption"] or found["answer"]
@@ -217,45 +214,3 @@ def _answer(row: Mapping[str, Any]) -> str:
     if "multiple_choice_answer" in row:
         return str(row["multiple_choice_answer"])
     return Counter(answer["answer"] for answer in row["answers"]).most_common(1)[0][0]
-
-
-def caption_folder(sources: Sequence[Path], options: Options) -> Records:
-    """A folder of pictures with a text file each (a.jpg, a.txt), sorted by name, or with one table of captions."""
-    (folder,) = sources
-    if not folder.is_dir():
-        raise DataError("no such folder", code="path-missing", where=str(folder), hint=beside(folder))
-    listed = next((folder / name for name in CAPTION_TABLES if (folder / name).is_file()), None)
-    # Hidden files are system files, such as .DS_Store, or ._a.jpg beside a.jpg.
-    files = sorted(p.relative_to(folder) for p in folder.rglob("*") if not p.name.startswith("."))
-    pictures = [file for file in files if file.suffix.lower() in SUFFIXES]
-    texts = {file.with_suffix(""): _text(folder / file) for file in files if file.suffix == ".txt" and not listed}
-    if not listed and not texts:
-        hint = f"expected a.txt beside a.jpg, or one of: {', '.join(CAPTION_TABLES)}"
-        raise DataError("no captions", where=str(folder), hint=hint)
-    _log_left_out(
-        "picture in an unsupported format (save as JPEG or PNG)", [f for f in files if f.suffix.lower() in UNREADABLE]
-    )
-    if listed:
-        yield from table([listed], options)
-        return
-    _log_left_out("picture without a caption", [file for file in pictures if not texts.get(file.with_suffix(""))])
-    named = {file.with_suffix("") for file in pictures}
-    _log_left_out("caption without a picture", [name.with_suffix(".txt") for name in texts if name not in named])
-    for file in pictures:
-        if caption := texts.get(file.with_suffix("")):
-            yield record(
-                file.with_suffix("").as_posix(), file.as_posix(), [(options.prompt or DEFAULT_PROMPT, caption)]
-            )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise not_utf8(path, error) from None
-
-
-def _log_left_out(what: str, files: Sequence[Path]) -> None:
-    if files:
-        more = ", ..." if len(files) > 5 else ""
-        sys.stderr.write(f"left out: {len(files):,} x {what}: {', '.join(map(str, files[:5]))}{more}\n")

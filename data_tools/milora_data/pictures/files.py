@@ -24,16 +24,7 @@ from milora_vl.common.errors import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {
-    ".jpg": ("JPEG", "MPO"),
-    ".jpeg": ("JPEG", "MPO"),
-    ".png": ("PNG",),
-    ".gif": ("GIF",),
-    ".webp": ("WEBP",),
-    ".bmp": ("BMP", "DIB"),
-    ".tif": ("TIFF",),
-    ".tiff": ("TIFF",),
-}
+_SUFFIXES = {"JPEG": ".jpg", "MPO": ".jpg", "DIB": ".bmp", "TIFF": ".tif"}  # other formats: their name
 ORIENTATION = 0x0112  # EXIF tag; values above 4 mean that width and height are swapped
 _NOT_DECODED_HERE = frozenset(("EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"))
 SIDE, _LEAST = 320, 64  # pixels of thumbnails; shown at half this size on high-density screens
@@ -130,12 +121,12 @@ def load_image(path: str | Path) -> Image.Image:
         problem = url_problem(path)
         if problem is not None:
             raise ImageError(problem.message, "a URL", code=problem.code, hint=problem.hint) from None
-        reason, hint = "no such file", ""
+        reason = "no such file"
     except UnidentifiedImageError:
-        reason, hint = "not a picture" if content_of(path) else "the file is empty", ""
+        reason = "not a picture" if content_of(path) else "the file is empty"
     except Exception as error:  # PIL's plugins raise exceptions of any type
-        reason, hint = _reason(error)
-    raise _unreadable(path, reason, hint)
+        reason = str(error) or type(error).__name__
+    raise _unreadable(path, reason)
 
 
 @cache
@@ -154,19 +145,8 @@ def opened_picture(path: str | Path) -> Image.Image:
     return Image.open(opened(path), formats=_formats())
 
 
-def _unreadable(path: str | Path, reason: str, hint: str) -> ImageError:
-    return ImageError(
-        f"cannot read this picture: {reason}", reason, code="image-unreadable", where=str(path), hint=hint
-    )
-
-
-def _reason(error: Exception) -> tuple[str, str]:
-    """Return why PIL cannot read a picture, and a hint. PIL's plugins raise OSError, struct.error and others."""
-    from PIL import Image
-
-    if isinstance(error, Image.DecompressionBombError):
-        return str(error), "save it smaller: models use a few hundred pixels a side"
-    return str(error) or type(error).__name__, ""
+def _unreadable(path: str | Path, reason: str) -> ImageError:
+    return ImageError(f"cannot read this picture: {reason}", reason, code="image-unreadable", where=str(path))
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:
@@ -176,16 +156,15 @@ def picture_size(path: str | Path) -> tuple[int, int]:
             width, height = image.size
             return (width, height) if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8) else (height, width)
     except Exception as error:
-        raise _unreadable(path, *_reason(error)) from None
+        raise _unreadable(path, str(error) or type(error).__name__) from None
 
 
 def picture_suffix(content: bytes) -> str:
     """Return the suffix for the content of a picture file, such as ".png"; ".img" if it is not a picture."""
     try:
         with opened_picture(StoredPicture("", content)) as image:
-            known = (suffix for suffix, formats in SUFFIXES.items() if image.format in formats)
-            return next(known, f".{image.format}".lower())
-    except Exception:  # see _reason
+            return _SUFFIXES.get(str(image.format), f".{image.format}".lower())
+    except Exception:  # see load_image
         return ".img"
 
 
@@ -201,7 +180,6 @@ def opened(path: str | Path) -> str | Path | BytesIO:
 
 
 def content_of(path: str | Path) -> bytes:
-    """Return the bytes of a picture file, or of a stored picture. Raises `OSError`."""
     file = opened(path)
     return file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
 
@@ -258,7 +236,6 @@ def refusal(name: str, source: str, form: str) -> DataError:
 
 
 def convert_words(file: str, form: str) -> tuple[str, ...]:
-    """Return the arguments of the milora_data command that writes the embedded pictures of `file` to picture files."""
     return "convert", "--from", form, file, "--output_dir", "OUT"
 
 

@@ -1,8 +1,4 @@
-"""Resize, crop and normalize pictures to a model's pixel values: equal to its image processor's, but faster; tiles.
-
-LLaVA pads a picture to a square and resizes the square. Here the two passes of the resizing (along the rows, then along
-the columns) run separately, and the padding is added after the pass that shrinks the picture: the same numbers for
-less work. A test at start decides whether the processor resizes in this way; if not, the square is resized.
+"""Pad pictures to a square, as LLaVA does, and make a model's pixel values with its image processor; tiles.
 
 `Tiling` is LLaVA-1.6's ("anyres"): the model sees the whole picture, and the picture again in the tiles of the best
 fitting grid. Each row of tile tokens ends with a line break token, and rows or columns of padding are removed
@@ -12,7 +8,6 @@ and `unpad_image` (llava_arch.py), with the rounding of Hugging Face's `LlavaNex
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from milora_data.pictures.files import expand_to_square, load_image
 
 if TYPE_CHECKING:
     from PIL import Image
-
-log = logging.getLogger(__name__)
 
 AspectRatio = Literal["pad", "plain", "anyres"]
 
@@ -49,24 +41,22 @@ class PixelMaker:
 
         For tiled pictures, pixel_values is (num_images, tiles, 3, height, width), padded with tiles of zeros.
         """
-        # Pictures are already square, or must not be padded ("plain"): turn off the processor's own padding.
-        padding = self.aspect_ratio != "anyres" and self.image_processor.to_dict().get("do_pad")
-        options = {"do_pad": False} if padding else {}
-        return dict(self.image_processor(images=list(images), return_tensors="pt", **options))
+        if self.aspect_ratio != "anyres":
+            return {"pixel_values": torch.stack(list(images))}
+        return dict(self.image_processor(images=list(images), return_tensors="pt"))
 
     def read(self, path: str | Path) -> Any:
-        """Return the picture in `path`, padded and resized if the processor would do the same.
-
-        Raises `ImageError` if the file cannot be read.
-        """
+        """Return the picture in `path` as `prepare` does. Raises `ImageError` if the file cannot be read."""
         return self.prepare(load_image(path))
 
     def prepare(self, image: Image.Image) -> Any:
-        if self.aspect_ratio != "pad":
+        """Return the pixel values of a picture (3, height, width); a picture that is tiled stays as it is."""
+        if self.aspect_ratio == "anyres":
             return image
-        if self._two_passes:
-            return shrink_to_square(image, self.side, self.color)
-        return expand_to_square(image, self.color)
+        # The picture is square already, or must not be padded ("plain"): turn off the processor's own padding.
+        options = {"do_pad": False} if self.image_processor.to_dict().get("do_pad") else {}
+        shown = expand_to_square(image, self.color) if self.aspect_ratio == "pad" else image
+        return self.image_processor(images=[shown], return_tensors="pt", **options)["pixel_values"][0]
 
     def plain_image(self) -> Any:
         """Return a picture of the mean colour; its normalized pixel values are about zero."""
@@ -81,55 +71,7 @@ class PixelMaker:
 
     @cached_property
     def side(self) -> int:
-        from PIL import Image
-
-        return int(self([Image.new("RGB", (32, 32))]).shape[-1])
-
-    @cached_property
-    def _two_passes(self) -> bool:
-        """Whether this processor resizes like torch does for integers, tested with a wide and a tall picture."""
-        from PIL import Image
-
-        for size in ((97, 60), (31, 3 * self.side)):
-            image = Image.effect_noise(size, 90).convert("RGB")
-            expected = self([expand_to_square(image, self.color)])
-            if not torch.equal(self([shrink_to_square(image, self.side, self.color)]), expected):
-                log.info(
-                    "%s resizes differently: pictures are resized after padding", type(self.image_processor).__name__
-                )
-                return False
-        return True
-
-
-def shrink_to_square(image: Image.Image, side: int, color: tuple[int, int, int]) -> Tensor:
-    """Return an RGB picture padded to a square with `color` and resized (bicubic): uint8 (3, side, side)."""
-    import numpy as np
-
-    width, height = image.size
-    longest = max(width, height)
-    left, top = (longest - width) // 2, (longest - height) // 2
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    if width < height:
-        narrow = _resized(_framed(pixels, longest, left, 3, color), side, 3)
-    else:
-        narrow = _framed(_resized(pixels, side, 3), longest, top, 2, color)
-    return _resized(narrow, side, 2)[0].contiguous()
-
-
-def _resized(pixels: Tensor, side: int, dim: int) -> Tensor:
-    """Return `pixels` (1, 3, height, width) with `side` pixels along `dim`."""
-    size = (side, pixels.shape[3]) if dim == 2 else (pixels.shape[2], side)
-    return interpolate(pixels, size, mode="bicubic", antialias=True)
-
-
-def _framed(pixels: Tensor, length: int, offset: int, dim: int, color: tuple[int, int, int]) -> Tensor:
-    """Return `pixels` (1, 3, height, width) padded with `color` to `length` along `dim`, starting at `offset`."""
-    shape = list(pixels.shape)
-    shape[dim] = length
-    frame = torch.tensor(color, dtype=torch.uint8)[None, :, None, None].expand(shape)
-    frame = frame.contiguous(memory_format=torch.channels_last)
-    frame.narrow(dim, offset, pixels.shape[dim]).copy_(pixels)
-    return frame
+        return int(self([self.plain_image()]).shape[-1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -23,10 +23,6 @@ from milora_vl.common.errors import DataError
 from milora_vl.common.strict_models import Strict, problems_of
 from milora_vl.common.yaml_text import YamlTextError, parse_yaml
 
-if TYPE_CHECKING:
-    from milora_data.stream.dataset import RecordStream, record_stream
-
-__all__ = ["RecordStream", "Source", "load_records", "mixed_records", "record_items", "record_stream"]
 Item: TypeAlias = Record | DataError
 AnyItem = TypeVar("AnyItem", Record, Item)
 
@@ -166,11 +162,3 @@ def within(record: AnyItem, image_folder: str | None) -> AnyItem:
         return PlacedPicture((folder / name).absolute())
 
     return with_names(record, placed)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in ("RecordStream", "record_stream"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module("milora_data.stream.dataset"), name)

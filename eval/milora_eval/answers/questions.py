@@ -27,9 +27,9 @@ Items = dict[str, list[Item]]
 class EvaluationPlan:
     """The benchmarks and the generation settings. `suite` names the results; `shard` is (number from 1, count).
 
-    `batch_size` is the number of questions that are asked at once. `audit` is the number of items that are asked a
-    second time, one by one. `which` (base, final, checkpoint-N, served-NAME), `model_name`, `adapter` and `scale` (of
-    its update) name the weights that answer; `settings` is everything except the question that their answers depend on.
+    `batch_size` is the number of questions that are asked at once. `which` (base, final, checkpoint-N, served-NAME),
+    `model_name`, `adapter` and `scale` (of its update) name the weights that answer; `settings` is everything except
+    the question that their answers depend on.
     """
 
     suite: str
@@ -40,7 +40,6 @@ class EvaluationPlan:
     limit: int | None = None
     shard: tuple[int, int] = (1, 1)
     batch_size: int = 16
-    audit: int = 0
     which: str = "final"
     model_name: str = ""
     adapter: str | Path | None = None

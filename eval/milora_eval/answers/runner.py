@@ -16,7 +16,7 @@ import torch
 
 from milora_data.encode.tokens import IGNORE
 from milora_data.records.record import Reply
-from milora_eval.answers.questions import EvaluationPlan, Question, select, shard_of
+from milora_eval.answers.questions import EvaluationPlan, Question, shard_of
 from milora_eval.answers.store import Store, to_line, unscored_line
 from milora_eval.benchmark import Benchmark, Item
 from milora_eval.suites import folder_of
@@ -24,8 +24,8 @@ from milora_vl.common.progress import progress_bar
 from milora_vl.models.generate import Prompt, Reader, generate, reader_of
 
 Keep = Callable[[Sequence[Question], Sequence[Reply]], None]
-# Asks questions and passes each batch of answers to a `Keep`; with `one_by_one`, no answer depends on a batch.
-Asker = Callable[..., None]
+# Asks questions and passes each batch of answers to a `Keep`.
+Asker = Callable[[Sequence[Question], Keep], None]
 
 
 def ask(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> tuple[int, float]:
@@ -64,37 +64,13 @@ def finish(plan: EvaluationPlan, questions: Sequence[Question], folder: Path) ->
     return True
 
 
-def audit(asker: Asker, plan: EvaluationPlan, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
-    """Ask `plan.audit` questions again, one by one, and report which answers changed."""
-    chosen = {id(item) for item in select([question.item for question in questions], plan.audit)}
-    again = [question for question in questions if id(question.item) in chosen]
-    texts: dict[str, str] = {}
-
-    def keep(done: Sequence[Question], answers: Sequence[Reply]) -> None:
-        texts.update(zip((question.key for question in done), answers, strict=True))
-
-    asker(again, keep, one_by_one=True)
-    stored = Store(folder).known()
-    changed = [question.item.id for question in again if stored[question.key] != texts[question.key]]
-    return {"n": len(again), "changed": len(changed), "ids": changed}
-
-
 def prompt_of(benchmark: Benchmark, item: Item) -> Prompt:
     """Return what the model is asked; errors name the question by its file and number, or by benchmark and id."""
     source = item.source or f"benchmark {benchmark.name}, question {item.id}"
     return Prompt(benchmark.prompt(item), item.images, benchmark.form, item.videos, source)
 
 
-def ask_model(
-    model: Any,
-    processor: Any,
-    plan: EvaluationPlan,
-    todo: Sequence[Question],
-    keep: Keep,
-    *,
-    one_by_one: bool = False,
-) -> None:
-    """Ask a loaded model, in batches of `plan.batch_size`, or one by one without shared pictures."""
+def ask_model(model: Any, processor: Any, plan: EvaluationPlan, todo: Sequence[Question], keep: Keep) -> None:
     for benchmark, group in groupby(todo, key=lambda question: question.benchmark):
         part = list(group)
 
@@ -108,9 +84,8 @@ def ask_model(
             template=plan.template,
             max_new_tokens=benchmark.max_new_tokens,
             num_beams=benchmark.num_beams,
-            batch_size=1 if one_by_one else plan.batch_size,
+            batch_size=plan.batch_size,
             image_aspect_ratio=plan.image_aspect_ratio,
-            share_pictures=not one_by_one,
             on_batch=on_batch,
         )
 

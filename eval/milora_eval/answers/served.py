@@ -97,7 +97,7 @@ class ChatServer:
         except openai.APIStatusError as error:
             message = f"the server answers {error.status_code}: {first_line(error)}"
             code = "server-refuses" if error.status_code < 500 and error.status_code != 429 else code
-            hints = {404: "the address ends with /v1 at most servers", 401: "the key comes from --key_variable"}
+            hints = {404: "the address ends with /v1 at most servers", 401: "the key comes from OPENAI_API_KEY"}
             hint = hints.get(error.status_code, "")
         except openai.APITimeoutError:
             message = "the server gives no answer in time; ask fewer questions at once"
@@ -151,14 +151,12 @@ def require_servable(plan: EvaluationPlan, items: Items) -> None:
         raise UserError(problems=problems)
 
 
-def ask_server(
-    server: ChatServer, plan: EvaluationPlan, todo: Sequence[Question], keep: Keep, *, one_by_one: bool = False
-) -> None:
+def ask_server(server: ChatServer, plan: EvaluationPlan, todo: Sequence[Question], keep: Keep) -> None:
     """Ask questions, at most `plan.batch_size` at once, and pass each answer to `keep` when it comes.
 
     The first error ends the run, after the answers that are on their way are kept. Raises UserError.
     """
-    with ThreadPoolExecutor(1 if one_by_one else plan.batch_size) as pool:
+    with ThreadPoolExecutor(plan.batch_size) as pool:
         waiting = {pool.submit(_reply, server, plan.model_name, question): question for question in todo}
         try:
             for future in as_completed(waiting):
@@ -204,7 +202,6 @@ def _content(text: str, pictures: Iterator[Any]) -> str | list[Any]:
 
 @lru_cache(maxsize=64)  # many benchmarks ask several questions in a row about one picture
 def picture_url(path: str) -> str:
-    """Return a picture file as a data URL. Raises ImageError."""
     image = load_image(path)
     with opened_picture(path) as header:
         is_plain = header.mode in ("RGB", "L") and header.getexif().get(ORIENTATION, 1) == 1

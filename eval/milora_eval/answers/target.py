@@ -28,7 +28,6 @@ class EvalTarget:
 
     @property
     def folder(self) -> Path:
-        """The trained folder: the adapter's if there is one, else the model's."""
         return self.adapter or Path(self.model)
 
     def named(self, scale: float) -> str:

@@ -42,5 +42,4 @@ def picture_item(
 
 
 def lettered(options: Sequence[str]) -> str:
-    """Return options as lines "A. ...", each after a newline."""
     return "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))

@@ -168,7 +168,6 @@ def _item(row: Any, number: int, path: Path, data_dir: Path) -> Item:
 
 
 def _as_record(row: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a row with "question" as a record, with a mark for each picture and video."""
     if not isinstance(row.get("question"), str):
         raise DataError(f'no text under "question"; its keys: {", ".join(map(str, row)) or "none"}', where=place)
     value = row.get("images") or row.get("image") or []

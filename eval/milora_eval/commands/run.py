@@ -27,7 +27,6 @@ from milora_vl.report.model_card import update_scores
 from milora_vl.report.page import regenerate_report
 
 BATCH_SIZE, CONCURRENCY, FORGETTING_TOKENS = 32, 16, 8192
-KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def scales(text: str) -> tuple[float, ...]:
@@ -59,7 +58,7 @@ examples:
             "data",
             about="folder with the benchmark files, or with the pictures of your FILE.json (default: data/SUITE)",
         ),
-        option("--server", metavar="URL", help="ask a server with OpenAI's interface; up to and including /v1"),
+        option("--server", metavar="URL", help="server with OpenAI's interface, up to /v1; key: OPENAI_API_KEY"),
         option("--served_model", metavar="NAME", help="name of the model on the --server"),
     ),
     settings=(
@@ -75,7 +74,6 @@ examples:
         PROTOCOL,
         shared("template"),
         shared("batch_size", default=BATCH_SIZE, about="questions per batch (default: %(default)s)"),
-        option("--audit", type=count, default=0, help="ask N items again, one by one, and compare"),
         option(
             "--forgetting_tokens",
             type=count,
@@ -91,12 +89,6 @@ examples:
             metavar="N",
             help=f"questions that the --server gets at once (default: {CONCURRENCY})",
         ),
-        option(
-            "--key_variable",
-            default=KEY_VARIABLE,
-            metavar="NAME",
-            help="environment variable with the key of the --server (default: %(default)s)",
-        ),
     ),
     outputs=(
         shared("output_dir", required=True, about="output folder; files go to FOLDER/eval/SUITE/..."),
@@ -105,16 +97,15 @@ examples:
 )
 # Flags that have no effect with and without --server.
 OF_LOADED = "model adapter base template device dtype with_base scale batch_size forgetting_tokens".split()
-OF_SERVED = "served_model concurrency key_variable".split()
+OF_SERVED = ("served_model", "concurrency")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command. All flags and data files are checked before the model is loaded."""
     options = COMMAND.parse(argv)
     _refuse_unused(options)
     target = _target(options) if options.server is None else None
     plan, items = planned(options, target)
-    key = "" if target is not None else api_key(options.key_variable)
+    key = "" if target is not None else api_key()
     if target is not None:
         _announce(options, target)
     from milora_eval.evaluate import run_loaded, run_served
@@ -147,12 +138,11 @@ def _refuse_unused(options: argparse.Namespace) -> None:
         raise UserError(problems=[Problem(why, where=f"--{name}", hint=hint) for name in given])
 
 
-def api_key(variable: str) -> str:
-    """Return the key in an environment variable; empty without OPENAI_API_KEY, because many servers need no key."""
-    key = os.environ.get(variable, "").strip()
-    if (variable != KEY_VARIABLE and not key) or not (key.isascii() and key.isprintable()):
-        message = f"the environment variable {variable} {'has no key of ASCII characters' if key else 'is not set'}"
-        raise UserError(message, where="--key_variable")
+def api_key() -> str:
+    """Return the key of the server; empty without one, because many servers need none."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError("OPENAI_API_KEY holds no key of ASCII characters", where="--server")
     return key
 
 
@@ -199,7 +189,6 @@ def planned(options: argparse.Namespace, target: EvalTarget | None) -> tuple[Eva
         image_aspect_ratio=prompts.image_aspect_ratio,
         batch_size=options.batch_size if target else options.concurrency or CONCURRENCY,
         shard=parse_shard(options.shard),
-        audit=options.audit,
     )
     return plan, items
 
@@ -221,9 +210,6 @@ def _print(options: argparse.Namespace, folders: list[Path]) -> None:
                 limit = result["generation"]["max_new_tokens"][entry["name"]]
                 sys.stderr.write(f"truncated: {entry['truncated']:,} of {entry['n']:,} answers of {result['which']} ")
                 sys.stderr.write(f"to {entry['name']}, at {limit} tokens\n")
-        if result.get("audit"):
-            sys.stderr.write(f"audit of {result['which']}: {result['audit']['changed']} of {result['audit']['n']} ")
-            sys.stderr.write("answers changed when asked one by one\n")
     sys.stderr.write("written: " + ", ".join(map(str, folders)) + "\n")
     uploads = [folder / SUBMISSION for folder in folders if (folder / SUBMISSION).is_dir()]
     if uploads:

@@ -17,11 +17,10 @@ from milora_eval.answers.store import PREDICTIONS, to_line, write_lines
 from milora_eval.benchmark import Benchmark
 from milora_eval.commands.flags import PLUGIN, PROTOCOL
 from milora_eval.data_files import file_digest, load_items
-from milora_eval.scores.exports import export, join, read_llava_answers
+from milora_eval.scores.exports import export, join, read_llava_answers, read_predictions
 from milora_eval.scores.results import Results, numbers, score, write_results
 from milora_eval.scores.table import write_table
 from milora_eval.suites import find_benchmark, folder_of, import_plugins, with_protocol
-from milora_eval.vlmevalkit import read_predictions
 from milora_vl.common.cli.command_line import next_step
 from milora_vl.common.cli.flags import Command, option, shared
 from milora_vl.common.cli.table import FORMATS, show

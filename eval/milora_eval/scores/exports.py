@@ -15,7 +15,7 @@ from typing import Any
 from milora_eval.answers.identity import digest
 from milora_eval.answers.store import PREDICTIONS, read_lines, to_answer, write_lines
 from milora_eval.benchmark import Answer, Benchmark, Item
-from milora_eval.data_files import json_values
+from milora_eval.data_files import json_values, read_excel, read_table
 from milora_eval.scores.results import read_results
 from milora_eval.suites import folder_of, stored_benchmark
 from milora_vl.common.errors import DataError, UserError
@@ -72,6 +72,20 @@ def read_llava_answers(path: Path) -> list[Mapping[str, Any]]:
             message = f'expected {{"question_id": ..., "prompt": ..., "text": ...}}, got {row!r:.80}'
             raise DataError(message, code="predictions-format", where=f"{path}:{number}")
     return rows
+
+
+def read_predictions(path: Path) -> list[Mapping[str, Any]]:
+    """Return the rows of VLMEvalKit's predictions (xlsx, tsv) as {question_id, text}.
+
+    Raises DataError if a column is missing.
+    """
+    table = read_excel(path) if path.suffix == ".xlsx" else read_table(path).fillna("")
+    if table.empty or not {"index", "prediction"} <= set(table.columns):
+        columns = ", ".join(map(str, table.columns)) or "nothing"
+        message = f"expected a table with the columns index and prediction, got: {columns}"
+        raise DataError(message, code="predictions-format", where=str(path))
+    pairs = zip(table["index"], table["prediction"], strict=True)
+    return [{"question_id": index, "text": str(text)} for index, text in pairs if index != ""]
 
 
 def join(benchmark: Benchmark, items: Sequence[Item], rows: Iterable[Mapping[str, Any]], path: Path) -> dict[str, str]:

@@ -78,7 +78,6 @@ def pairs_table(title: str, pairs: Sequence[Pair], names: tuple[str, str], means
 
 
 def scales_table(sizes: Mapping[float, Results], suite: str) -> Table:
-    """Return one row for each size of an update: forgetting, and the headline of each benchmark."""
     header: tuple[str, ...] = ("scale", "text forgetting")
     rows = []
     for scale, results in sizes.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -126,14 +127,38 @@ def test_packing_is_planned_in_the_rows_that_a_run_has(
     assert planned["steps"] == state["max_steps"] < len(pairs) / 4
 
 
-def test_the_recipe_of_milora_protects_both_towers(capsys: Any) -> None:
-    with raises_code("data-missing-file"):
-        main(["--recipe", "milora-llava-1.5-7b", "--dry-run"])
-    shown = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+def test_a_packaged_recipe_is_planned_without_data_and_without_what_only_the_run_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MILORA_CACHE", str(tmp_path))
+    found = importlib.util.find_spec
+    absent = ("deepspeed", "bitsandbytes", "gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in absent else found(name, *more))
+    words = ["--recipe", "milora-llava-1.5-7b"]
+    assert main([*words, "--optim", "paged_adamw_8bit", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.split()[:4] for line in lines]
     assert ["language", "224", "milora", "128"] in shown
     assert ["projector", "2", "milora", "64"] in shown
     for tower in ("language:", "projector:"):
         assert [tower, "new", "directions", "only;"] in shown
+    needs = [line.split()[1:] for line in lines if line.startswith("needs ")]
+    assert [need[2] if need[1] == "package" else need[0] for need in needs] == [
+        "bitsandbytes,", "deepspeed,", "llava_v1_5_mix665k.json,",
+    ]  # fmt: skip
+    assert lines[-1].endswith("milora_vl.train --recipe milora-llava-1.5-7b --optim paged_adamw_8bit")
+    with raises_code("package-missing", where="train.deepspeed in recipe milora-llava-1.5-7b", hint="'.[deepspeed]'"):
+        main(words)
+    with raises_code("data-missing-file", where="mine.json"):
+        main([*words, "--data_path", "mine.json", "--dry-run"])
+    capsys.readouterr()
+    small = ["--model", "smol-llava", "--rank", "4"]
+    assert main([*small, "--dry-run", "--format", "json"]) == 0
+    (need,) = json.loads(capsys.readouterr().out)["needs"]
+    assert need == "the package gguf, which is not installed: pip install -e '.[demo]'"
+    with raises_code("package-missing", where="--model", message="gguf"):
+        main([*small, "--data_path", "mine.json"])
 
 
 def test_a_plan_that_does_not_fit_the_memory_exits_with_1(capsys: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -37,7 +36,6 @@ def words(records: Path, flags: str) -> list[str]:
         ("--lr_scheduler_type warmup_stable_decay", "train-arguments", "wsd_schedule"),
         ('--lr_scheduler_kwargs {"bad":1}', "train-arguments", "'bad'"),
         ("--save_strategy best", "train-arguments", "--save_strategy: best needs held-out records"),
-        ("--use_liger_kernel", "package-missing", "--use_liger_kernel"),
         ("--report_to zzz", "tracker-unavailable", "--report_to"),
         ("--logging_steps 0", "flag-value", "--logging_steps"),
         ("--save_steps 0", "flag-value", "--save_steps"),
@@ -49,18 +47,6 @@ def words(records: Path, flags: str) -> list[str]:
 def test_the_plan_refuses_it_and_names_the_setting(flags: str, code: str, says: str, records: Path) -> None:
     with raises_code(code, says=says):
         main([*words(records, flags), "--dry-run"])
-
-
-def test_a_recipe_with_zero_needs_deepspeed_unless_a_flag_ends_it(
-    records: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "deepspeed" else found(name, *more)
-    )
-    with raises_code("package-missing", where="--deepspeed", hint="'.[deepspeed]'"):
-        main([*words(records, "--deepspeed zero2"), "--dry-run"])
-    assert main([*words(records, "--deepspeed="), "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize(
