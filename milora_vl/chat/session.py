@@ -11,12 +11,13 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from html import escape, unescape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from PIL import Image
 from transformers import TextIteratorStreamer, TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
-from milora_data.pictures.files import SUFFIXES, load_image
+from milora_data.pictures.files import load_image
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
@@ -32,9 +33,6 @@ from milora_vl.models.generate import Prompt, generate, require_prompts, require
 from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.models.prompts import prompts_of
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 COMMANDS = {
     "/image FILE": "ask about another picture alone (starts a new conversation)",
@@ -69,7 +67,8 @@ def open_video(place: Path, fps: float | None = None, num_frames: int | None = N
     if num_frames is not None:
         message, hint = "is for a video file; all frames of a folder are shown", "remove the flag, or name a file"
         raise UserError(message, code="flag-conflict", where="--num_frames", hint=hint)
-    files = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+    known = Image.registered_extensions()
+    files = sorted(path for path in place.iterdir() if path.suffix.lower() in known)
     files.sort(key=lambda path: [(int(n or 0), text) for text, n in re.findall("([^0-9]*)([0-9]*)", path.name)])
     if not files:
         message = "this folder has no pictures; expected the frames of a video"
