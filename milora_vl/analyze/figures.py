@@ -42,7 +42,6 @@ _FIELDS = {
 
 
 def write(folder: Path, of: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
-    """Write all files of an analysis into `folder` and return the content of summary.json, with `of` in it."""
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key != "sigma"]
     write_csv(folder / "layers.csv", columns, [[row.get(key, "") for key in columns] for row in rows])
     groups: dict[str, list[Row]] = {}  # language attention, language mlp, projector, ...

@@ -132,7 +132,7 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
     """
     folder = Path(subject)
     if holds_adapter(folder):
-        base = base or _named_base(folder)
+        base = base or base_of(folder)
         model = load_any(load_weights(base), folder, allow_base_mismatch=allow_base_mismatch)
         layers = list(_of_adapter(model))
         config = model.peft_config["default"].to_dict()
@@ -152,14 +152,6 @@ def layers_of(subject: str, base: str | None, *, allow_base_mismatch: bool = Fal
         hint = "check --base: it should be the model before the training"
         raise UserError(f"changes no matrix of {base}", where=subject, hint=hint)
     return base, layers
-
-
-def _named_base(folder: Path) -> str:
-    try:
-        return base_of(folder)
-    except UserError as error:
-        problems = [replace(problem, hint="add:  --base NAME-OR-FOLDER") for problem in error.problems]
-        raise UserError(problems=problems) from None
 
 
 def _of_adapter(model: PeftModel) -> Iterator[Layer]:

@@ -157,7 +157,6 @@ class Chat:
             require_shown(self.processor, _about("What?", pictures, videos, source))
 
     def ask(self, question: str) -> None:
-        """Ask a question and write the answer, which stays in the conversation; with `compare`, the base's too."""
         self.turns.append(self.user_turn(question, self.pictures, self.turns, self.videos))
         if self.compare:
             self._write_reply("base   ", base=True)
@@ -167,7 +166,6 @@ class Chat:
     def answers(
         self, question: str, pictures: Sequence[Image.Image], videos: Sequence[Frames | Video] = ()
     ) -> dict[str, Any]:
-        """Return the question, its answer, and with `compare` the base model's answer; `truncated` marks cut ones."""
         self.start(pictures, videos)
         turns = [self.user_turn(question, pictures, [], videos)]
         base = {"base": self.reply(turns, pictures, None, base=True)} if self.compare else {}

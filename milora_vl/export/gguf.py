@@ -45,7 +45,6 @@ def require_scripts(llama_cpp: str | Path | None) -> Path:
 
 
 def write_model_folder(model: Any, folder: Path, base: Base, processor: Path) -> None:
-    """Write a model for the script: weights, and the processor of `processor` (a run folder), else of the base."""
     _name_language_model(model.config)
     save_model(model, folder)
     copy_processor(processor, folder, base)
@@ -150,7 +149,6 @@ def _template(form: Template) -> str:
 
 
 def has_clip_tower(config: Any) -> bool:
-    """Return whether this is a LLaVA with a CLIP tower, whose pictures `write_pictures` writes."""
     return bool(config.model_type == "llava" and config.vision_config.model_type == "clip_vision_model")
 
 

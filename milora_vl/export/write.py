@@ -208,7 +208,6 @@ def _notes(job: Job) -> list[str]:
 
 
 def _write_scaled(job: Job, folder: Path) -> None:
-    """Write the adapter with its update times `--scale` to `folder`, with its processor."""
     require_linear(job.folder)
     base = Base(job.base, None)
     needs_base = job.kind != "ours" or bool(read_plain(job.folder).whole)

@@ -30,8 +30,6 @@ FILE = "forgetting.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is measured on which models; `run` writes each result to `file` in `folder`."""
-
     folder: Path
     model: str
     adapter: Path | None

@@ -128,6 +128,5 @@ def as_map(encoder: Any, features: Tensor) -> Tensor:
 
 
 def register() -> None:
-    """Register the tower and its config with transformers' Auto classes; a second call does nothing."""
     AutoConfig.register(TimmTowerConfig.model_type, TimmTowerConfig, exist_ok=True)
     AutoModel.register(TimmTowerConfig, TimmTower, exist_ok=True)

@@ -21,7 +21,6 @@ def percent(share: float) -> str:
 
 
 def amount(metric: Json, value: float) -> str:
-    """Return a value of a stored metric as text: fractions as percent, points unchanged."""
     return f"{in_units(metric, value):,.1f}" + (" %" if is_fraction(metric) else "")
 
 

@@ -29,8 +29,6 @@ _EDITS = ("method", "protect", "rank", "alpha", "dropout")
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One training. `rank` is None if the method has no rank, or if the recipe sets it."""
-
     method: str
     learning_rate: float
     rank: int | None

@@ -59,7 +59,6 @@ def of_sweep(sweep: Sweep, cells: Sequence[Cell], seeds: int, command: str) -> C
 
 
 def write(compared: Compared) -> tuple[Path, Table]:
-    """Write the page and the files of the finished cells; return the path of the page and the table of methods."""
     requested = list(dict.fromkeys(cell.label for cell in compared.cells))  # the others are compared with the first
     all_arms = sorted(arms(compared.results, compared.seeds), key=lambda arm: requested.index(arm.label))
     tests = pairs(all_arms, compared.answers)
@@ -105,7 +104,6 @@ def lede(all_arms: Sequence[Arm], metric: str) -> str:
 
 
 def arms_table(compared: Compared, all_arms: Sequence[Arm]) -> Table:
-    """Return a table with one row per method: its share of protected inputs, its best rate, and its results there."""
     seeds = compared.seeds
     shares = {cell.label: result["protect"] for cell, result in compared.results.items() if "protect" in result}
     rows: list[tuple[str, ...]] = []

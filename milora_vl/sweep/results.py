@@ -79,7 +79,6 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def arms(results: Mapping[Cell, CellNumbers], seeds: int) -> list[Arm]:
-    """Group the results by arm. The validation loss selects the best training among those with all seeds."""
     grouped: dict[str, dict[float, list[Cell]]] = {}
     for cell in results:
         grouped.setdefault(cell.label, {}).setdefault(cell.learning_rate, []).append(cell)
@@ -103,7 +102,6 @@ def _point(cells: Sequence[Cell], results: Mapping[Cell, CellNumbers]) -> Point:
 
 
 def pairs(all_arms: Sequence[Arm], answers: Answers) -> list[Pair]:
-    """Compare every arm with the first one, on the test items that both answered."""
     known = [(arm.label, arm.best) for arm in all_arms if arm.best is not None]
     found = []
     for label, best in known[1:]:

@@ -287,7 +287,6 @@ def read_launch(train: Mapping[str, Any]) -> Launch:
 
 
 def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
-    """Return the DeepSpeed configuration of a packaged name (zero2, zero3, zero3_offload), a file or a mapping."""
     if isinstance(config, str) and config in llava_recipes.names("deepspeed"):
         packaged: Mapping[str, Any] = json.loads(llava_recipes.read(config, "deepspeed"))
         return packaged
@@ -300,7 +299,6 @@ def _read_deepspeed(config: Mapping[str, Any] | str) -> Mapping[str, Any]:
 
 
 def _read_object(config: Mapping[str, Any] | str, key: str) -> Mapping[str, Any]:
-    """Return a mapping of settings, read from a JSON file where it names one. Raises UserError at the key."""
     content: Any = config
     if isinstance(config, str):
         try:

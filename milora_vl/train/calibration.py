@@ -250,7 +250,6 @@ def _is_of_probe(record: Record) -> bool:
 
 
 def _captioned(sources: _Sources, records: Sequence[Record], folder: Path) -> list[Record]:
-    """Return records with the pictures of `records`, from `folder`, and captions of the base model."""
     recipe = sources.recipe
     turn = Turn("user", f"{IMAGE}\n{QUESTION}")
     pictures = [tuple(place_of(folder, name) for name in record.images) for record in records]

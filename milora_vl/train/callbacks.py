@@ -38,8 +38,6 @@ NUM_TOKENS, BLOCK_LENGTH, BATCH_SIZE = 1536, 128, 4
 
 
 class Probe:
-    """General text with the base model's predictions for it. Create it before the model is adapted."""
-
     def __init__(self, base: nn.Module, processor: Any) -> None:
         texts, tokenizer = general_text(), split_processor(processor)[0]
         self.batches = list(

@@ -100,7 +100,6 @@ class RunData:
 
 
 def read_records(config: DataConfig) -> RunData:
-    """Return the records that `config` names. Raises UserError for everything in the files that would fail later."""
     require_named(config)
     assert config.path is not None
     held_out = None if config.eval_path is None else _load_checked(config.eval_path, config)  # it is small: first
@@ -396,7 +395,6 @@ def process_settings(args: TrainingArguments) -> dict[str, Any]:
 
 
 def guarded(loader: Any) -> Any:
-    """Return HF's loader with our timeout, our start of its processes, and counts of its batches."""
     inner = loader.base_dataloader if isinstance(loader, DataLoaderAdapter) else loader
     inner.collate_fn = CountingCollator(inner.collate_fn)
     if inner.num_workers:

@@ -124,8 +124,6 @@ def _require_complete(folder: Path) -> Path:
 
 @dataclass(kw_only=True)
 class FirstFiles:
-    """The first files of a run. Only a new run writes the files in `content` (policy.json)."""
-
     folder: RunFolder
     recipe: Recipe
     environment: dict[str, Any]

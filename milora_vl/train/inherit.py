@@ -122,7 +122,6 @@ def settings_after(folder: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def settings_resumed(run: Path) -> dict[str, Any]:
-    """Return the settings of a run with `--after` that resumes: from its own folder, the earlier one may be gone."""
     recipe = recipe_of_run(run)
     return {name: value for name, value in recipe.items() if name in TAKEN} | _of_sections(recipe)
 

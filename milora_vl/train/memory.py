@@ -294,7 +294,6 @@ def workload_of(
     counts: Counts,
     batching: Batching,
 ) -> Workload:
-    """Return the workload of a run: resident memory is counted, the memory of a step is simulated."""
     model = base.meta
     sizes = trained_sizes(targets, model)
     adapters = sum(sizes[t.path] for t in targets if t.rank is not None)
@@ -518,8 +517,6 @@ def duration_text(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What one device computes in one micro-step. `supervised` counts labelled positions over all records."""
-
     records: int
     tokens: int  # of one record, image tokens included
     supervised: int

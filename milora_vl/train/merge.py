@@ -31,7 +31,6 @@ class Settings:
     is_set: frozenset[str]  # the top keys that an adapter, the recipe or a flag sets
     source: str = ""  # of the recipe, as errors name it
     notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
 
     @contextmanager
     def places(self) -> Iterator[None]:
@@ -117,14 +116,7 @@ def merge(request: Request) -> Settings:
     if problems:
         raise UserError(problems=located(problems, request, source, recipe))
     line = [meaning.line] if meaning.line else []
-    return Settings(
-        request=request,
-        recipe=recipe,
-        is_set=is_set,
-        source=source,
-        notes=[*line, *notes],
-        warnings=meaning.warnings,
-    )
+    return Settings(request=request, recipe=recipe, is_set=is_set, source=source, notes=[*line, *notes])
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +179,7 @@ def _meaning(request: Request, adapter: str) -> Meaning:
             raise UserError(message, code="flag-conflict", where=" ".join(clash), hint=hint)
         # --rank and the like change the rules given, not those that LLaVA's flags would mean.
         meaning = llava_flags.meaning(flags, rank=None, alpha=None, dropout=None)
-        return Meaning([], meaning.quantization, "", meaning.warnings)
+        return Meaning([], meaning.quantization)
     if edits.method in ADAPTERS and (llava_flags.is_script(flags) or flags.get("freeze_backbone")):
         flags["lora_enable"] = True
     return llava_flags.meaning(flags, rank=edits.rank, alpha=edits.alpha, dropout=edits.dropout)

@@ -34,8 +34,6 @@ from milora_vl.train.trainer import CheckpointKind
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A model that is ready to train: a PeftModel, or the base model if only whole modules train."""
-
     model: Any
     targets: list[Target]
     checkpoint_kind: CheckpointKind
@@ -69,7 +67,6 @@ def _quantization(recipe: Recipe, base: Base) -> Any:
 
 
 def _set_attention(model: Any, recipe: Recipe) -> None:
-    """Set the implementations of the towers. transformers names them by the parts of the config."""
     name: Any = recipe.attn_implementation
     if not isinstance(name, str):
         config, language = model.config, recipe.attention_of("language")

@@ -180,7 +180,6 @@ def with_dtype(recipe: Recipe, request: Request) -> Recipe:
 
 
 def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
-    """Return the recipe as it fits its base model, the base, the targets of the policy on it, and warnings."""
     recipe, problems, targets, notes = settings.recipe, list[Problem](), list[Target](), list[str]()
     with at_flag(Key.of("model")):
         base = _base_of_run(recipe)
@@ -196,7 +195,7 @@ def fit(settings: Settings) -> tuple[Recipe, Base, list[Target], list[str]]:
             check(recipe, base, targets)
     if problems:
         raise UserError(problems=problems)
-    return recipe, base, targets, [*settings.warnings, *notes, *_warnings(recipe, base, targets)]
+    return recipe, base, targets, [*notes, *_warnings(recipe, base, targets)]
 
 
 def _base_of_run(recipe: Recipe) -> Base:

@@ -123,7 +123,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         return self.model
 
     def get_train_dataloader(self) -> Any:
-        """Return HF's loader, a loader that groups by length, or a loader of this process's share of a stream."""
         args, dataset, collator = self.args, self.train_dataset, self.data_collator
         if isinstance(dataset, RecordStream):
             self._stream = data.stream_loader(dataset, collator, args, self.resume_from)
@@ -239,7 +238,6 @@ class MiloraTrainer(RatesOfRules, CheckpointTrainer):
         return output
 
     def _over_processes(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums over all processes. One process alone asks no GPU."""
         if self.args.world_size == 1:
             return list(numbers)
         sums: Tensor = self.accelerator.reduce(torch.tensor(numbers, dtype=torch.float32, device=self.args.device))

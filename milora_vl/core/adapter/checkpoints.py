@@ -122,7 +122,6 @@ def is_finished(path: Path) -> bool:
 
 
 def resumed_run(output_dir: str | None, resume: str | None) -> Path | None:
-    """Return the folder of the run that a command resumes, finished or not; None if it starts a new run."""
     wanted = asked_for(resume)
     if wanted is None:
         return None

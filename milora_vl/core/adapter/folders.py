@@ -39,7 +39,6 @@ def holds_llava_adapter(folder: Path) -> bool:
 
 
 def holds_adapter(folder: Path) -> bool:
-    """Return whether `folder` holds an adapter: PEFT's files without a model, or LLaVA's files."""
     return holds_llava_adapter(folder) or (has_config(folder) and not (folder / "config.json").is_file())
 
 
@@ -128,7 +127,7 @@ def base_of(folder: Path) -> str:
         hint = "copy the folder again, or use a checkpoint of the run"
         raise UserError(f"cannot read the file: {error}", code="file-unreadable", where=str(file), hint=hint) from None
     if not name:
-        hint = f"try: --model BASE --adapter {folder}"
+        hint = f"name it:  --model BASE --adapter {folder},  or  --base BASE"
         raise UserError("the file names no base model", code="adapter-no-base-name", where=str(file), hint=hint)
     return from_there(folder, str(name))
 

@@ -28,7 +28,6 @@ def gather(value: Any) -> list[Any]:
 def broadcast(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: int
 ) -> Tensor:
-    """Return the tensor of process `owner` in every process, with identical bits. Other processes pass None."""
     rank, processes = rank_and_world_size()
     if processes == 1:
         assert tensor is not None

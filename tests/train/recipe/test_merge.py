@@ -59,7 +59,6 @@ def test_a_llava_script_means_milora_with_its_rank_and_its_projector_rate() -> N
     assert chosen.notes == [
         "LLaVA flags: --lora_enable True trains an adapter of rank 128 on the language tower and the projector in full"
     ]
-    assert not chosen.warnings
     assert chosen.recipe.train["train_sampling_strategy"] == "group_by_length"
     assert chosen.recipe.train["warmup_steps"] == 0.03
 

@@ -47,7 +47,7 @@ def test_flags_land_in_the_recipe() -> None:
         (["--max_steps", "0"], "flag-value", "at least 1, or -1 to train by epochs"),
         (["--adam_beta1", "2"], "flag-value", "below 1"),
         (["--devices", "0", "--dry-run"], "command-line", "at least 1, got 0"),
-        (["--learning_rate", "-1e-3"], "policy-value", "got -0.001"),
+        (["--learning_rate", "-0.001"], "policy-value", "got -0.001"),
         (["--gpu_memory", "-3", "--dry-run"], "command-line", "must be a number from 0"),
     ],
 )
