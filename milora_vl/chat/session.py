@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TextIteratorStreamer, TextStreamer
 
 from milora_data.batches.processor_inputs import ProcessorInputs
-from milora_data.pictures.files import SUFFIXES, load_image
+from milora_data.pictures.files import load_image
 from milora_data.pictures.pixels import AspectRatio
 from milora_data.pictures.videos import Frames, require_one_size, require_pyav
 from milora_data.records.record import IMAGE, VIDEO, Reply, Turn, Video
@@ -36,6 +36,7 @@ from milora_vl.models.prompts import prompts_of
 if TYPE_CHECKING:
     from PIL import Image
 
+FRAMES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 COMMANDS = {
     "/image FILE": "ask about another picture alone (starts a new conversation)",
     "/video FILE": "ask about a video alone, or the frames in a folder (starts a new conversation)",
@@ -69,7 +70,7 @@ def open_video(place: Path, fps: float | None = None, num_frames: int | None = N
     if num_frames is not None:
         message, hint = "is for a video file; all frames of a folder are shown", "remove the flag, or name a file"
         raise UserError(message, code="flag-conflict", where="--num_frames", hint=hint)
-    files = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in place.iterdir() if path.suffix.lower() in FRAMES)
     files.sort(key=lambda path: [(int(n or 0), text) for text, n in re.findall("([^0-9]*)([0-9]*)", path.name)])
     if not files:
         message = "this folder has no pictures; expected the frames of a video"
