@@ -34,6 +34,7 @@ from milora_vl.models.image_tokens import uses_processor
 from milora_vl.models.loading import split_processor
 from milora_vl.models.prompts import prompts_of
 
+FRAMES = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 COMMANDS = {
     "/image FILE": "ask about another picture alone (starts a new conversation)",
     "/video FILE": "ask about a video alone, or the frames in a folder (starts a new conversation)",
@@ -67,8 +68,7 @@ def open_video(place: Path, fps: float | None = None, num_frames: int | None = N
     if num_frames is not None:
         message, hint = "is for a video file; all frames of a folder are shown", "remove the flag, or name a file"
         raise UserError(message, code="flag-conflict", where="--num_frames", hint=hint)
-    known = Image.registered_extensions()
-    files = sorted(path for path in place.iterdir() if path.suffix.lower() in known)
+    files = sorted(path for path in place.iterdir() if path.suffix.lower() in FRAMES)
     files.sort(key=lambda path: [(int(n or 0), text) for text, n in re.findall("([^0-9]*)([0-9]*)", path.name)])
     if not files:
         message = "this folder has no pictures; expected the frames of a video"
